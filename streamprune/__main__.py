@@ -1,0 +1,5 @@
+"""`python -m streamprune`."""
+
+from streamprune.cli import main
+
+main()

@@ -1,0 +1,185 @@
+"""What a model's config says about its experts, and how that config is rewritten for fewer of them.
+
+Differences between Hugging Face configs are absorbed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from streamprune.checkpoint import CONFIG_NAME
+from streamprune.errors import CheckpointError, UnsupportedModelError
+
+# How configs name these quantities. A name found here is only a candidate for the expert count: `skeleton` proves it by
+# building the model with another count and looking which parameters change their shape.
+_COUNT_NAME = re.compile(r"^(moe_)?(n|num)_(routed_|local_|moe_)?experts$")
+_TOP_K_NAMES = (
+    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_topk", "moe_top_k",
+    "moe_k",
+)  # fmt: skip
+_GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
+_TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
+_MTP_NAME = re.compile(r"^(?=.*(num|n_|layers))(?=.*(mtp|nextn))")
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """The routed experts of a model, as its config states them.
+
+    `path` leads from the whole config to the part that states the count (for example `("text_config",)`), `attribute`
+    is the count's name there. `groups` is 1 for a router that does not limit its choice to groups of experts;
+    otherwise the router first picks `topk_groups` of `groups` equal groups.
+    """
+
+    path: tuple[str, ...]
+    attribute: str
+    count: int
+    top_k: int
+    groups: int = 1
+    topk_groups: int = 1
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config as transformers reads it; UnsupportedModelError when it does not know the model."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Configs are validated by each model's own code, which may raise anything on bad values.
+        raise config_error(folder, error) from error
+
+
+def config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
+    """The error to raise when transformers could not make sense of a config."""
+    text = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return UnsupportedModelError(
+            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
+            "and have read the code, add --trust-remote-code."
+        )
+    if isinstance(error, (ValueError, KeyError)) and "model_type" in str(error) or "does not recognize" in str(error):
+        return UnsupportedModelError(
+            f"transformers {transformers_version} does not know the model in {folder}: {text}\n"
+            "A newer transformers may: `pip install --upgrade transformers`."
+        )
+    return CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {type(error).__name__}: {text}")
+
+
+def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:
+    """Every place of the (text) config that may state the number of routed experts, likeliest first."""
+    text = config.get_text_config(decoder=True)
+    base = () if text is config else (_attribute_of(config, text),)
+    for part, path in ((text, base), *((sub, (*base, name)) for name, sub in _sub_configs(text))):
+        aliases = dict(getattr(part, "attribute_map", {}) or {})
+        names = dict.fromkeys(aliases.get(name, name) for name in (*_plain_attributes(part), *aliases))
+        for name in names:
+            count = _single(_read(part, name)) if _COUNT_NAME.match(name) else None
+            if count is not None and count > 1:
+                top_k = _first_number((part, text), _TOP_K_NAMES)
+                if top_k is None:
+                    raise UnsupportedModelError(
+                        f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
+                        f"picks per token (looked for {', '.join(_TOP_K_NAMES)})."
+                    )
+                groups = _first_number((part, text), _GROUP_NAMES) or 1
+                topk_groups = _first_number((part, text), _TOPK_GROUP_NAMES) or 1
+                yield ExpertSpec(path, name, count, top_k, groups, topk_groups)
+
+
+def with_expert_count(config: PreTrainedConfig, spec: ExpertSpec, count: int) -> PreTrainedConfig:
+    """A copy of `config` that states `count` experts."""
+    changed = copy.deepcopy(config)
+    part = changed
+    for name in spec.path:
+        part = getattr(part, name)
+    old = getattr(part, spec.attribute)
+    setattr(part, spec.attribute, [count] * len(old) if isinstance(old, list) else count)
+    return changed
+
+
+def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: ExpertSpec, count: int) -> dict[str, Any]:
+    """The source's `config.json` with `count` experts and without next-token-prediction layers.
+
+    Only those keys change, wherever the file keeps them: the name itself, its aliases, and copies of the same number
+    under another usual name, at the top and in the text part. Key order and everything else stay.
+    """
+    part: Any = config
+    for name in spec.path:
+        part = getattr(part, name)
+    aliases = {key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute}
+
+    def rewrite(node: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in node.items():
+            named = key == spec.attribute or key in aliases or bool(_COUNT_NAME.match(key))
+            if named and _single(value) == spec.count:
+                result[key] = [count] * len(value) if isinstance(value, list) else count
+            elif _MTP_NAME.match(key) and isinstance(value, int) and not isinstance(value, bool):
+                result[key] = 0
+            elif isinstance(value, dict) and depth < len(spec.path) and key == spec.path[depth]:
+                result[key] = rewrite(value, depth + 1)
+            else:
+                result[key] = value
+        return result
+
+    return rewrite(raw, 0)
+
+
+def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build a config of the same class as `like` from the contents of a `config.json`."""
+    # Through a file, since only that way transformers decodes values that JSON cannot express (infinity).
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(raw), encoding="utf-8")
+        return type(like).from_pretrained(folder)
+
+
+def _plain_attributes(config: PreTrainedConfig) -> list[str]:
+    return [name for name in vars(config) if not name.startswith("_")]
+
+
+def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
+    return [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+
+
+def _attribute_of(config: PreTrainedConfig, part: PreTrainedConfig) -> str:
+    for name, value in _sub_configs(config):
+        if value is part:
+            return name
+    raise UnsupportedModelError(
+        f"{config.model_type}: its text config lies deeper than one level; please report this model."
+    )
+
+
+def _read(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
+        return None
+
+
+def _single(value: Any) -> int | None:
+    """`value` if it is a whole number, or the one number that a list repeats."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _first_number(parts: tuple[PreTrainedConfig, ...], names: tuple[str, ...]) -> int | None:
+    for part in parts:
+        for name in names:
+            value = _read(part, name)
+            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+                value = max(value)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None

@@ -1,0 +1,109 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from streamprune import __version__
+from streamprune.errors import StreampruneError
+from streamprune.settings import (
+    DEFAULT_BATCH_TOKENS,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    DTYPES,
+    METHODS,
+    PROPAGATE,
+    RunSettings,
+    parse_size,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors into one message on stderr and their exit status."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except StreampruneError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Nothing was kept.", err=True)
+            sys.exit(130)
+
+    return wrapper
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' bars and hints off the terminal; their errors still come as exceptions."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="streamprune")
+def main() -> None:
+    """Prune Mixture-of-Experts models one decoder block at a time."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the pruned model.")
+@click.option("--keep", type=int, help="Experts to keep in every block.")
+@click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
+@click.option(
+    "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="FILE|RECIPE",
+    help="Text or JSONL file; or builtin, builtin:code,prose,… May be given several times.",
+)  # fmt: skip
+@click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Calibration sequences.")
+@click.option(
+    "--seq-len", type=int, help=f"Tokens per packed sequence.  [default: {DEFAULT_SEQ_LEN}, or the model's limit]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses which calibration text is used.")
+@click.option("--method", type=click.Choice(METHODS), default="reap", show_default=True, help="How experts are scored.")
+@click.option(
+    "--propagate", type=click.Choice(PROPAGATE), default="original", show_default=True,
+    help="Whose output the next block is scored on: the original block's or the pruned one's.",
+)  # fmt: skip
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
+@click.option(
+    "--batch-tokens", type=int, default=DEFAULT_BATCH_TOKENS, show_default=True, help="Tokens per micro-batch."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--overwrite", is_flag=True, help="Replace the model in the output folder.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
+@_reports_errors
+def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
+
+    MODEL is read one decoder block at a time; memory does not grow with its size.
+    """
+    settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
+    from streamprune.run import run as run_streamprune
+
+    _quiet_libraries()
+    result = run_streamprune(settings, progress_quiet=quiet)
+    if as_json:
+        click.echo(json.dumps(result.summary, indent=2))

@@ -1,0 +1,166 @@
+"""Text that every Python installation has, or that a few lines generate: four domains, always the same.
+
+It makes the demo's training set, and the `builtin` calibration that lets a first run start with nothing at hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import random
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+#: Longest document that is cut from a source file, in characters.
+DOCUMENT_CHARACTERS = 6000
+
+
+def code_documents(seed: int) -> Iterator[str]:
+    """Standard-library modules without comments and docstrings."""
+    for source in _library_sources(seed):
+        text = _without_docstrings(source)
+        if text:
+            yield from _pieces(text)
+
+
+def prose_documents(seed: int) -> Iterator[str]:
+    """English about programs: docstrings and comment blocks of the standard library, and the language reference."""
+    from pydoc_data.topics import topics
+
+    reference = [" ".join(text.split("\n\n", 1)[-1].split()) for _, text in sorted(topics.items())]
+    random.Random(seed).shuffle(reference)
+    pending = iter(reference)
+    for source in _library_sources(seed):
+        text = "\n\n".join(part for part in (*_docstrings(source), *_comment_blocks(source)) if len(part) > 60)
+        if text:
+            yield from _pieces(text)
+        topic = next(pending, None)
+        if topic:
+            yield from _pieces(topic)
+
+
+def arithmetic_documents(seed: int) -> Iterator[str]:
+    """Worked sums, differences, products and comparisons of small numbers, without end."""
+    rng = random.Random(seed)
+    while True:
+        lines = []
+        for _ in range(40):
+            a, b = rng.randint(0, 99), rng.randint(0, 99)
+            lines.append(
+                rng.choice(
+                    (
+                        f"{a} + {b} = {a + b}",
+                        f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}",
+                        f"{a % 10} * {b % 10} = {(a % 10) * (b % 10)}",
+                        f"max({a}, {b}) = {max(a, b)}",
+                    )
+                )
+            )
+        yield "\n".join(lines)
+
+
+def record_documents(seed: int) -> Iterator[str]:
+    """JSON records of people, orders and measurements, without end."""
+    rng = random.Random(seed)
+    names = ("ada", "grace", "alan", "edsger", "barbara", "donald", "tony", "niklaus", "john", "margaret")
+    cities = ("london", "paris", "zurich", "oslo", "vienna", "madrid", "lisbon", "prague")
+    items = ("lamp", "chair", "desk", "book", "clock", "kettle", "brush", "rope")
+    while True:
+        lines = []
+        for _ in range(16):
+            kind = rng.randrange(3)
+            if kind == 0:
+                record: dict[str, object] = {
+                    "type": "person", "name": rng.choice(names), "age": rng.randint(18, 90), "city": rng.choice(cities),
+                }  # fmt: skip
+            elif kind == 1:
+                record = {
+                    "type": "order", "id": rng.randint(1000, 9999), "item": rng.choice(items),
+                    "count": rng.randint(1, 9), "paid": rng.random() < 0.5,
+                }  # fmt: skip
+            else:
+                record = {
+                    "type": "sample", "sensor": f"s{rng.randint(1, 9)}", "values": [rng.randint(0, 99) for _ in range(3)],
+                }  # fmt: skip
+            lines.append(json.dumps(record))
+        yield "\n".join(lines)
+
+
+#: Domain name -> documents of it in a fixed order, from a seed. The last two never end.
+DOMAINS: dict[str, Callable[[int], Iterator[str]]] = {
+    "code": code_documents,
+    "prose": prose_documents,
+    "arithmetic": arithmetic_documents,
+    "records": record_documents,
+}
+
+
+def _library_sources(seed: int) -> Iterator[str]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = [
+        path
+        for path in sorted(folder.rglob("*.py"))
+        if not {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"} & set(path.parts)
+    ]
+    random.Random(seed).shuffle(paths)
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if 500 < len(text) < 400_000:
+            yield text
+
+
+def _parse(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def _without_docstrings(source: str) -> str:
+    tree = _parse(source)
+    if tree is None:
+        return ""
+    for node in _documented(tree):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    tree = _parse(source)
+    for node in _documented(tree) if tree is not None else ():
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+
+
+def _comment_blocks(source: str) -> Iterator[str]:
+    block: list[str] = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                block.append(token.string.lstrip("#! ").rstrip())
+            elif token.type not in {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT} and block:
+                yield " ".join(block)
+                block = []
+    except (tokenize.TokenError, SyntaxError):
+        return
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for start in range(0, len(text), DOCUMENT_CHARACTERS):
+        piece = text[start : start + DOCUMENT_CHARACTERS]
+        if len(piece) > 200:
+            yield piece

@@ -1,0 +1,41 @@
+"""Every error that streamprune raises on purpose: one small tree.
+
+The engine raises these; only the command line turns them into exit codes. A message says what is wrong, where,
+the numbers, and what to do next.
+"""
+
+
+class StreampruneError(Exception):
+    """Base class. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class SettingsError(StreampruneError):
+    """The user's settings contradict each other or cannot be met (a usage error)."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreampruneError):
+    """The source checkpoint is missing, broken, truncated or not safetensors."""
+
+
+class UnsupportedModelError(StreampruneError):
+    """The model has no routed experts, or has them in a form that cannot be scored or sliced correctly."""
+
+
+class CalibrationError(StreampruneError):
+    """The calibration data is missing, malformed or too short."""
+
+
+class ResourceError(StreampruneError):
+    """The machine lacks the disk space or memory that the run would need."""
+
+
+class OutputError(StreampruneError):
+    """The output folder cannot be written, or must not be overwritten."""
+
+
+class NonFiniteError(StreampruneError):
+    """The model produced NaN or infinity, so that no score could be trusted."""

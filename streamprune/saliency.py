@@ -1,0 +1,133 @@
+"""Scoring: what every expert contributes to its layer's output, summed while the model's own forward runs.
+
+REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv:2510.13999, eq. 9):
+the saliency of expert j is the mean, over the tokens routed to j, of g_j(x) · ‖f_j(x)‖₂.
+
+Shapes: T tokens, K experts chosen per token, E experts, H hidden size, P = T·K pairs of a token and a chosen expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from streamprune import dense_experts
+from streamprune.errors import UnsupportedModelError
+from streamprune.skeleton import dispatches_experts
+
+#: The name under which transformers' experts interface knows our forward.
+IMPLEMENTATION = "streamprune"
+
+
+class ExpertStatistics:
+    """Sums per expert of one layer, on the layer's device.
+
+    `counts` (E,) int64: tokens routed to each expert. `gated_norms` (E,) float64: Σ g·‖f‖₂ over those tokens.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.counts = torch.zeros(count, dtype=torch.int64, device=device)
+        self.gated_norms = torch.zeros(count, dtype=torch.float64, device=device)
+
+    def add(self, index_TK: torch.Tensor, gates_TK: torch.Tensor, norms_TK: torch.Tensor) -> None:
+        """Add T tokens: chosen experts (int), combine weights and output norms (float), each (T, K).
+
+        An index of E or more stands for no expert (zero-computation experts, padding) and is not counted.
+        """
+        experts = self.counts.numel()
+        # One row per token, at most one value per cell: the sums are taken in a fixed order, so that they are the same
+        # in every run, which scatter_add on a GPU would not grant.
+        shape = (index_TK.shape[0], experts + 1)
+        column_TK = index_TK.clamp(max=experts)
+        values = torch.zeros(shape, dtype=torch.float64, device=index_TK.device)
+        values.scatter_(1, column_TK, gates_TK.double() * norms_TK.double())
+        self.gated_norms += values.sum(0)[:experts]
+        chosen = torch.zeros(shape, dtype=torch.bool, device=index_TK.device).scatter_(1, column_TK, True)
+        self.counts += chosen.sum(0)[:experts]
+
+    def reap(self) -> torch.Tensor:
+        """REAP scores, (E,) float64 on the CPU; 0 for an expert that no token was routed to."""
+        return (self.gated_norms / self.counts.clamp(min=1)).cpu()
+
+
+@dataclass
+class ExpertsTap:
+    """Listens to one experts module. `plain` is the forward the module had; `statistics` None means nobody listens.
+
+    `sums_by_token` says that `plain` adds up a token's experts in the order of the token's choice, so that the output
+    can be rebuilt bit for bit from the single experts' outputs. Otherwise `plain` is run once more for the output.
+    """
+
+    plain: Callable[..., torch.Tensor]
+    sums_by_token: bool
+    statistics: ExpertStatistics | None = None
+
+
+def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
+    """Make experts modules (by block) report to the returned taps. Their outputs stay the same bit for bit.
+
+    Modules that dispatch through transformers' experts interface are switched to our entry in it, which no fused
+    kernel bypasses; the others (older ones, which loop over their experts) get our forward in place of their own.
+    """
+    taps = {block: _make_tap(module) for block, module in modules.items()}
+    for block, module in modules.items():
+        module._streamprune_tap = taps[block]  # type: ignore[assignment]
+        if dispatches_experts(module):
+            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+        else:
+            module.forward = functools.partial(_tapped_forward, module)
+    return taps
+
+
+def _make_tap(module: nn.Module) -> ExpertsTap:
+    if not dispatches_experts(module):
+        return ExpertsTap(type(module).forward, sums_by_token=False)
+    implementation = module.config._experts_implementation  # type: ignore[union-attr]
+    if implementation in ALL_EXPERTS_FUNCTIONS:
+        plain = ALL_EXPERTS_FUNCTIONS[implementation]
+        return ExpertsTap(plain, sums_by_token=plain is grouped_mm_experts_forward)
+    return ExpertsTap(type(module).forward.__wrapped__, sums_by_token=False)  # type: ignore[attr-defined]
+
+
+def _tapped_forward(module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    """What an experts module runs once it is tapped: its plain forward, and the statistics if somebody listens."""
+    tap: ExpertsTap = module._streamprune_tap
+    statistics = tap.statistics
+    if statistics is None:
+        return tap.plain(module, hidden_states, *routing, **named)
+    if type(module).__name__ in dense_experts.CLASSES:
+        output = tap.plain(module, hidden_states)
+        statistics.add(*dense_experts.routing(module, hidden_states, output))
+        return output
+    index_TK, gates_TK = (*routing, *(named[name] for name in ("top_k_index", "top_k_weights") if name in named))
+    hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if gates_TK.shape != index_TK.shape or len(index_TK) != len(hidden_TH):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got weights {list(gates_TK.shape)} for chosen experts {list(index_TK.shape)} and "
+            f"{len(hidden_TH)} tokens; they should agree. Please report this model."
+        )
+    # Each pair of a token and a chosen expert as a token of its own, with weight one: the module's own code then gives
+    # every expert's bare output, whatever biases, clamps or norms it applies, and computes nothing twice.
+    outputs_PH = tap.plain(
+        module,
+        hidden_TH.repeat_interleave(index_TK.shape[1], dim=0),
+        index_TK.reshape(-1, 1),
+        torch.ones_like(gates_TK).reshape(-1, 1),
+    ).reshape(-1, hidden_TH.shape[-1])
+    exact = torch.float64 if outputs_PH.dtype == torch.float64 else torch.float32
+    norms_TK = torch.linalg.vector_norm(outputs_PH, dim=-1, dtype=exact).view(index_TK.shape)
+    statistics.add(index_TK, gates_TK, norms_TK)
+    if not tap.sums_by_token:
+        return tap.plain(module, hidden_states, *routing, **named)
+    # The same products, summed in the same order as in grouped_mm_experts_forward.
+    gated_PH = outputs_PH * gates_TK.reshape(-1, 1)
+    return gated_PH.view(*index_TK.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)

@@ -1,0 +1,140 @@
+"""What several tests need: running, whole-model references, and an independent check of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from streamprune.architecture import load_config
+from streamprune.blocks import BlockLoader
+from streamprune.checkpoint import open_checkpoint
+from streamprune.run import RunResult, run
+from streamprune.saliency import ExpertStatistics, tap_experts
+from streamprune.settings import RunSettings
+from streamprune.skeleton import build_skeleton, map_checkpoint
+from streamprune.stream import BatchState, BlockStream
+from tests.tiny import VOCAB, write_token_ids
+
+CPU = torch.device("cpu")
+
+
+def prune(model: Path, output: Path, **settings: Any) -> RunResult:
+    """Run streamprune on token ids made on the spot, unless the settings say otherwise."""
+    if "calibration" not in settings:
+        settings["calibration"] = (str(write_token_ids(output.parent / "calibration.jsonl")),)
+    if "ratio" not in settings:
+        settings.setdefault("keep", 5)
+    return run(RunSettings(model=str(model), output=output, **settings), progress_quiet=True)
+
+
+def token_ids(batch: int = 2, length: int = 32, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load_whole(folder: Path, **options: Any) -> Any:
+    """The whole model in memory, through the Auto class that takes it for text."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except ValueError:
+        return AutoModelForImageTextToText.from_pretrained(folder, **options)
+
+
+def load_as_declared(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model through the class that its config names, and transformers' report on missing or unexpected keys."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    return model, info
+
+
+def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, ExpertStatistics]]:
+    """Logits of a model streamed block by block, with every MoE block scored on the way."""
+    checkpoint = open_checkpoint(folder)
+    skeleton = build_skeleton(load_config(folder), dtype)
+    loader = BlockLoader(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype, CPU)
+    taps = tap_experts({index: skeleton.blocks[index].get_submodule(path) for index, path in skeleton.experts.items()})
+    stream = BlockStream(skeleton)
+    loader.load_surroundings(head=True)
+    state = BatchState()
+    for index in range(skeleton.block_count):
+        if index in taps:
+            taps[index].statistics = ExpertStatistics(skeleton.spec.count, CPU)
+        with loader.block(index) as block:
+            state = stream.run_block(index, block, ids, state)
+    statistics = {index: tap.statistics for index, tap in taps.items() if tap.statistics is not None}
+    return stream.logits(ids, state), statistics
+
+
+def prune_in_memory(source: Path, output: Path, kept: dict[int, list[int]]) -> Any:
+    """The source model loaded whole, its parameters cut to the kept experts, in the class of the output's config."""
+    whole = load_whole(source)
+    config = AutoConfig.from_pretrained(output)
+    torch.manual_seed(0)
+    try:
+        small = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        small = AutoModelForImageTextToText.from_config(config)
+    state = small.state_dict()
+    sliced = {}
+    for name, tensor in whole.state_dict().items():
+        wanted = state[name].shape
+        for axis, (have, want) in enumerate(zip(tensor.shape, wanted, strict=True)):
+            if have != want:
+                block = int(re.search(r"\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
+                width = (have - want) // (8 - len(kept[block]))
+                rows = [expert * width + row for expert in kept[block] for row in range(width)]
+                tensor = tensor.index_select(axis, torch.tensor(rows))
+        sliced[name] = tensor
+    small.load_state_dict(sliced)
+    return small.eval()
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def check_bytes(source: Path, output: Path, kept: dict[int, list[int]], experts: int = 8) -> int:
+    """Assert that every output tensor is, bit for bit, what the kept experts say; returns how many belong to experts.
+
+    Knows nothing of streamprune's own mapping: it goes by names and shapes.
+    """
+    before, after = read_tensors(source), read_tensors(output)
+    expert_tensors = 0
+    seen = set()
+    for name, tensor in after.items():
+        number = re.search(r"experts\.(\d+)\.", name)
+        if number is not None and re.search(r"layers\.\d+\.", name):
+            expert_tensors += 1
+            block = int(re.search(r"layers\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
+            origin = name.replace(number.group(0), f"experts.{kept[block][int(number.group(1))]}.")
+            expected = before[origin]
+            seen.add(origin)
+        else:
+            expected = before[name]
+            seen.add(name)
+            for axis, (have, want) in enumerate(zip(expected.shape, tensor.shape, strict=True)):
+                if have != want:
+                    expert_tensors += 1
+                    block = int(re.search(r"\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
+                    width = have // experts
+                    rows = [expert * width + row for expert in kept[block] for row in range(width)]
+                    expected = expected.index_select(axis, torch.tensor(rows))
+        assert tensor.dtype == expected.dtype, name
+        assert torch.equal(tensor.view(torch.uint8), expected.contiguous().view(torch.uint8)), name
+    removed = [name for name in before if name not in seen]
+    assert all("experts." in name for name in removed), removed[:3]
+    return expert_tensors
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its contents."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
