@@ -66,7 +66,7 @@ def config_error(folder: Path, error: Exception) -> CheckpointError | Unsupporte
             f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
             "and have read the code, add --trust-remote-code."
         )
-    if isinstance(error, (ValueError, KeyError)) and "model_type" in str(error) or "does not recognize" in str(error):
+    if (isinstance(error, (ValueError, KeyError)) and "model_type" in str(error)) or "does not recognize" in str(error):
         return UnsupportedModelError(
             f"transformers {transformers_version} does not know the model in {folder}: {text}\n"
             "A newer transformers may: `pip install --upgrade transformers`."

@@ -80,7 +80,9 @@ class BlockLoader:
             for name, tensor in _tensors(block):
                 rows = self._skeleton.expert_rows.get(prefix + name)
                 if rows is not None:
-                    tensor = tensor.index_select(rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device))
+                    tensor = tensor.index_select(
+                        rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device)
+                    )
                 owner = twin.get_submodule(name.rpartition(".")[0])
                 leaf = name.rpartition(".")[2]
                 if leaf in owner._parameters:
@@ -155,7 +157,7 @@ class BlockLoader:
             if not names:
                 continue
             for name in names:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)  # type: ignore[arg-type]
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
             with initialization.guard_torch_init_functions(), torch.no_grad():
                 self._owner(path)._init_weights(module)
 

@@ -42,7 +42,7 @@ class Calibration:
 
     def micro_batches(self, max_tokens: int) -> list[torch.Tensor]:
         """Token ids (B, L), sequences of equal length together, at most `max_tokens` per batch (or one sequence)."""
-        batches = []
+        batches: list[torch.Tensor] = []
         by_length = sorted(range(len(self.sequences)), key=lambda index: len(self.sequences[index]))
         for length, group in itertools.groupby(by_length, key=lambda index: len(self.sequences[index])):
             members = [self.sequences[index] for index in group]
@@ -99,7 +99,9 @@ def load_calibration(
     notes = []
     if texts and len(sequences) < samples:
         tokenizer = _load_tokenizer(model_folder, trust_remote_code)
-        sequences += _pack(_tokenize(tokenizer, texts), _beginning_of_text(tokenizer), seq_len, samples - len(sequences))
+        sequences += _pack(
+            _tokenize(tokenizer, texts), _beginning_of_text(tokenizer), seq_len, samples - len(sequences)
+        )
         _check_vocabulary(sequences, vocab_size, sources)
     if not sequences:
         raise CalibrationError(
@@ -149,7 +151,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CalibrationError(
-            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for the text that comes along."
+            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for the text that is built in."
         ) from None
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start:,}). Give plain text or JSONL.") from None

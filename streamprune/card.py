@@ -60,7 +60,7 @@ def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: i
     if unseen:
         lines += [
             "",
-            f"In {len(unseen)} blocks some experts were never used by the calibration text; they count as the least useful.",
+            f"In {len(unseen)} blocks the calibration text never used some experts; they count as the least useful.",
         ]
     if plan.dropped:
         lines += ["", f"The source's {len(plan.dropped)} multi-token-prediction tensors were left out."]
@@ -75,8 +75,8 @@ def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: i
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",
-        "`streamprune.json` lists, for each block, the experts kept (by their number in the source), and every expert's "
-        "score and token count.",
+        "`streamprune.json` lists, for each block, the experts kept (by their number in the source), and the score and "
+        "token count of every expert.",
         "",
     ]
     return "\n".join(lines)

@@ -111,7 +111,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index that names files outside the folder or tensors that no shard has.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Give a folder that holds config.json and *.safetensors files.")
+        raise CheckpointError(
+            f"{folder} is not a folder. Give a folder that holds config.json and *.safetensors files."
+        )
     config = read_json(folder / CONFIG_NAME)
     indexed = _indexed_files(folder)
     tensors: dict[str, TensorEntry] = {}
@@ -139,7 +141,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. A model folder holds {CONFIG_NAME} and *.safetensors files.") from None
+        raise CheckpointError(
+            f"{path} is missing. A model folder holds {CONFIG_NAME} and *.safetensors files."
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(value, dict):

@@ -45,7 +45,9 @@ def _download(repo_id: str, revision: str | None, trust_remote_code: bool) -> Pa
             weights = [SINGLE_NAME]
         else:
             pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-            what = f"only pickled weights ({pickled[0]}), which are never opened" if pickled else "no safetensors weights"
+            what = (
+                f"only pickled weights ({pickled[0]}), which are never opened" if pickled else "no safetensors weights"
+            )
             raise CheckpointError(f"{repo_id} has {what}. Choose a safetensors version of the model.")
         wanted = [name for name in names if name in weights or _is_small_file(name, trust_remote_code)]
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted))
@@ -55,7 +57,9 @@ def _download(repo_id: str, revision: str | None, trust_remote_code: bool) -> Pa
         raise CheckpointError(f"{repo_id} is not in the local Hub cache and the Hub was not reached: {error}") from None
     except HfHubHTTPError as error:
         hint = "If it is private or gated, accept its terms on the Hub and log in with `hf auth login`."
-        raise CheckpointError(f"The Hub did not give {repo_id} (revision {revision or 'main'}): {error}\n{hint}") from None
+        raise CheckpointError(
+            f"The Hub did not give {repo_id} (revision {revision or 'main'}): {error}\n{hint}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"Downloading {repo_id} failed: {error}. Check the connection and the free disk space; "

@@ -76,8 +76,8 @@ def choose_device(name: str) -> torch.device:
         raise SettingsError(f"--device {name}: only cpu and cuda are supported.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu, "
-            "or install a CUDA build of torch and check `nvidia-smi`."
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. Use "
+            "--device cpu, or install a CUDA build of torch and check `nvidia-smi`."
         )
     return device
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: its name and its tensors in the order of their bytes. All belong to the same block, or to none."""
+    """One output file: its name and its tensors in the order of their bytes, all of one block or of none."""
 
     file: str
     block: int | None

@@ -34,7 +34,7 @@ from streamprune.machine import (
 )
 from streamprune.plan import PrunePlan, plan_shards, resolve_keep
 from streamprune.progress import BlockLine, Progress
-from streamprune.saliency import ExpertStatistics, ExpertsTap, tap_experts
+from streamprune.saliency import ExpertsTap, ExpertStatistics, tap_experts
 from streamprune.settings import RunSettings
 from streamprune.skeleton import (
     Skeleton,
@@ -236,9 +236,9 @@ class _Scorer:
         bad = non_finite_tokens(state)
         if bad:
             raise NonFiniteError(
-                f"Block {index}, batch {number}: {bad} of {batch.numel()} tokens have NaN or infinite hidden states, so no "
-                f"score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, and check "
-                "that the model itself works."
+                f"Block {index}, batch {number}: {bad} of {batch.numel()} tokens have NaN or infinite hidden states, so "
+                f"no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, and "
+                "check that the model itself works."
             )
 
 
@@ -309,14 +309,14 @@ def _announce(
     )
     if settings.calibration == ("builtin",):
         progress.say(
-            "note: the built-in calibration text is good for a first try. For a model that you will use, give text like "
-            "what you will ask of it: --calibration FILE."
+            "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
+            "like what you will ask of it: --calibration FILE."
         )
     for note in calibration.notes:
         progress.say(f"note: {note}")
     if plan.dropped:
         progress.say(
-            f"note: {len(plan.dropped)} multi-token-prediction (MTP) tensors are left out; the model's config will say so. "
+            f"note: {len(plan.dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
             "Without them, speculative decoding needs a separate draft model."
         )
 
@@ -409,8 +409,8 @@ def _tell(progress: Progress, summary: Mapping[str, Any], calibration: Calibrati
     if never:
         where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never)
         progress.say(
-            f"warning: the {calibration.tokens:,} calibration tokens never reached some experts ({where}), so those were "
-            "removed first without being known. Calibrate on more or on other text: --calibration, --samples."
+            f"warning: the {calibration.tokens:,} calibration tokens never reached some experts ({where}), so those "
+            "were removed first without being known. Calibrate on more or on other text: --calibration, --samples."
         )
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "

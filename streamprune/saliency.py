@@ -1,6 +1,6 @@
 """Scoring: what every expert contributes to its layer's output, summed while the model's own forward runs.
 
-REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv:2510.13999, eq. 9):
+REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv:2510.13999):
 the saliency of expert j is the mean, over the tokens routed to j, of g_j(x) · ‖f_j(x)‖₂.
 
 Shapes: T tokens, K experts chosen per token, E experts, H hidden size, P = T·K pairs of a token and a chosen expert.
@@ -95,7 +95,9 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
     return ExpertsTap(type(module).forward.__wrapped__, sums_by_token=False)  # type: ignore[attr-defined]
 
 
-def _tapped_forward(module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+def _tapped_forward(
+    module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor
+) -> torch.Tensor:
     """What an experts module runs once it is tapped: its plain forward, and the statistics if somebody listens."""
     tap: ExpertsTap = module._streamprune_tap
     statistics = tap.statistics

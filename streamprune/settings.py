@@ -55,7 +55,7 @@ class RunSettings:
             raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise SettingsError(
-                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove: 0.5 removes half."
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
             )
         for name, value, least in (
             ("--samples", self.samples, 1),

@@ -28,8 +28,9 @@ from streamprune.surgery import ExpertRows
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
 #: Experts modules with that signature whose own code does not honour it, and why.
-UNSUPPORTED_EXPERTS = {"LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs"}
-
+UNSUPPORTED_EXPERTS = {
+    "LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs"
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Skeleton:
     """A model on the meta device and what was found out about it.
 
     `blocks_path` is the dotted path of the decoder's list of blocks; `experts` maps a block's index to the path,
-    relative to the block, of its experts module; `expert_rows` maps expert-indexed parameters to where their experts lie.
+    relative to the block, of its experts module; `expert_rows` maps expert-indexed parameters to where in them the
+    experts lie.
     """
 
     model: PreTrainedModel
@@ -93,7 +95,9 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
             raise CheckpointError(
                 f"A {config.model_type} model cannot be built from this config.json: {type(error).__name__}: {error}"
             ) from error
-    raise UnsupportedModelError(f"transformers cannot build a {config.model_type} model for text: {problem}") from problem
+    raise UnsupportedModelError(
+        f"transformers cannot build a {config.model_type} model for text: {problem}"
+    ) from problem
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -110,8 +114,8 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_co
             blocks_path = _find_blocks(model, axes)
             return Skeleton(model, spec, blocks_path, _find_experts(model, blocks_path, axes), axes)
     raise UnsupportedModelError(
-        f"{config.model_type} has no Mixture-of-Experts block: no parameter depends on a number of experts in its config. "
-        "There is nothing to prune."
+        f"{config.model_type} has no Mixture-of-Experts block: no parameter depends on a number of experts in its "
+        "config. There is nothing to prune."
     )
 
 
@@ -146,7 +150,9 @@ def _find_blocks(model: nn.Module, names: Iterable[str]) -> str:
     for name in names:
         head = re.match(r"(.*?)\.\d+\.", name)
         if head is None or not isinstance(model.get_submodule(head.group(1)), nn.ModuleList):
-            raise UnsupportedModelError(f"{type(model).__name__}: {name} depends on the number of experts, outside blocks.")
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name} depends on the number of experts, outside blocks."
+            )
         paths.setdefault(head.group(1), name)
     if len(paths) > 1:
         raise UnsupportedModelError(
@@ -219,7 +225,7 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ta
 
 
 def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None:
-    """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced parameters' shapes."""
+    """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     for name, rows in skeleton.expert_rows.items():
         shape = list(expected[name])
@@ -239,7 +245,5 @@ def unfed_parameters(skeleton: Skeleton, targets: Mapping[str, Target | None]) -
     """Parameters of the blocks that no checkpoint tensor feeds: such a checkpoint is incomplete."""
     fed = {name for target in targets.values() if target is not None for name in (target.name, *target.also)}
     return [
-        name
-        for name, _ in skeleton.model.named_parameters()
-        if skeleton.block_of(name) is not None and name not in fed
+        name for name, _ in skeleton.model.named_parameters() if skeleton.block_of(name) is not None and name not in fed
     ]

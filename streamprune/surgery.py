@@ -94,7 +94,9 @@ def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int) -> 
 
     Checkpoints keep them under a name of their own, or as further decoder blocks behind the last one.
     """
-    lists = {match.group(1) for name, role in roles.items() if role.block is not None and (match := _NUMBERED.match(name))}
+    lists = {
+        match.group(1) for name, role in roles.items() if role.block is not None and (match := _NUMBERED.match(name))
+    }
     found = []
     for name, role in roles.items():
         match = _NUMBERED.match(name)
@@ -178,8 +180,8 @@ def _rows_of(entry: TensorEntry, role: SourceRole, rows: ExpertRows, count: int)
         axis = fitting[0]
     else:
         raise UnsupportedModelError(
-            f"{entry.name} {list(entry.shape)} feeds {role.parameter} {list(role.parameter_shape)}, but has no single axis "
-            f"of {size} rows for its {count} experts."
+            f"{entry.name} {list(entry.shape)} feeds {role.parameter} {list(role.parameter_shape)}, but has no single "
+            f"axis of {size} rows for its {count} experts."
         )
     outer = math.prod(entry.shape[:axis])
     if entry.nbytes % (outer * size):

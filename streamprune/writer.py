@@ -33,7 +33,9 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output} exists and is not empty. Choose another place with -o, or add --overwrite.")
     if not (output / CONFIG_NAME).exists():
-        raise OutputError(f"{output} holds no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o.")
+        raise OutputError(
+            f"{output} holds no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
+        )
 
 
 class OutputWriter:
@@ -55,7 +57,9 @@ class OutputWriter:
         try:
             self._claim()
         except OSError as error:
-            raise OutputError(f"{self._work} cannot be created: {error.strerror}. Choose another place with -o.") from None
+            raise OutputError(
+                f"{self._work} cannot be created: {error.strerror}. Choose another place with -o."
+            ) from None
         return self
 
     def __exit__(
@@ -70,7 +74,9 @@ class OutputWriter:
 
     def _claim(self) -> None:
         if self._work.exists() and not (self._work / MARKER_NAME).exists():
-            raise OutputError(f"{self._work} is in the way and was not made by streamprune. Move it, or choose another -o.")
+            raise OutputError(
+                f"{self._work} is in the way and was not made by streamprune. Move it, or choose another -o."
+            )
         self._work.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._work / MARKER_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -78,7 +84,9 @@ class OutputWriter:
         except BlockingIOError:
             holder = os.read(lock, 32).decode(errors="replace").strip()
             os.close(lock)
-            raise OutputError(f"Another run (pid {holder or 'unknown'}) is writing {self._output}. Wait for it.") from None
+            raise OutputError(
+                f"Another run (pid {holder or 'unknown'}) is writing {self._output}. Wait for it."
+            ) from None
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         self._lock = lock
@@ -135,7 +143,9 @@ class OutputWriter:
             size = (self._staging / shard.file).stat().st_size
             expected = shard.nbytes + len(_encode_header(shard))
             if size != expected:
-                raise OutputError(f"{shard.file} has {size:,} bytes instead of {expected:,}. Nothing was kept; run again.")
+                raise OutputError(
+                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Nothing was kept; run again."
+                )
 
 
 def _encode_header(shard: ShardPlan) -> bytes:

@@ -39,11 +39,18 @@ def token_ids(batch: int = 2, length: int = 32, seed: int = 3) -> torch.Tensor:
 
 
 def load_whole(folder: Path, **options: Any) -> Any:
-    """The whole model in memory, through the Auto class that takes it for text."""
+    """The whole model in memory, through the Auto class that takes it for text.
+
+    Its parameters are copied out of the mapped file: matrix products of unaligned memory may round differently, so
+    that even one model's logits depend on where its file puts the weights (seen with dbrx).
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except ValueError:
-        return AutoModelForImageTextToText.from_pretrained(folder, **options)
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
 
 
 def load_as_declared(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -91,7 +98,7 @@ def prune_in_memory(source: Path, output: Path, kept: dict[int, list[int]]) -> A
                 rows = [expert * width + row for expert in kept[block] for row in range(width)]
                 tensor = tensor.index_select(axis, torch.tensor(rows))
         sliced[name] = tensor
-    small.load_state_dict(sliced)
+    small.load_state_dict(sliced)  # copies into small's own memory
     return small.eval()
 
 

@@ -15,14 +15,35 @@ EXPERTS = 8
 
 #: Wanted sizes; a family takes those that its config has.
 SIZES: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": VOCAB, "shared_expert_intermediate_size": 32,
-    "num_experts_per_tok": 2, "max_position_embeddings": 256, "first_k_dense_replace": 1, "q_lora_rank": 32,
-    "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1,
-    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "sliding_window": 16, "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "vocab_size": VOCAB,
+    "shared_expert_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "sliding_window": 16,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
     "moe_num_experts": EXPERTS,
-}  # fmt: skip
+}
 MLA = {"num_key_value_heads": 4, "head_dim": 8}
 INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8}
 ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
@@ -47,13 +68,17 @@ class Family:
         return self.label or self.name
 
 
-FAMILIES = [
+ALL_FAMILIES = [
     Family("qwen3_moe"),
     Family("qwen2_moe"),
     Family("qwen3_next"),
     Family("qwen3_5_moe_text"),
     Family("qwen3_5_moe", text="qwen3_5_moe_text", outer={"vision_config": {**VISION_SMALL}}),
-    Family("qwen3_vl_moe", text="qwen3_vl_moe_text", outer={"vision_config": {**VISION_SMALL, "deepstack_visual_indexes": [0]}}),
+    Family(
+        "qwen3_vl_moe",
+        text="qwen3_vl_moe_text",
+        outer={"vision_config": {**VISION_SMALL, "deepstack_visual_indexes": [0]}},
+    ),
     Family("mixtral"),
     Family("deepseek_v2", {**MLA, **ROUTED, "n_shared_experts": 1}),
     Family("deepseek_v3", {**MLA, "n_group": 2, "topk_group": 1}, keep=4),
@@ -74,28 +99,45 @@ FAMILIES = [
     Family(
         "granitemoehybrid",
         {
-            "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
-            "mamba_n_groups": 1, "mamba_chunk_size": 16, "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"] * 2,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "shared_intermediate_size": 32,
         },
-    ),  # fmt: skip
+    ),
     Family("hunyuan_v1_moe", {"head_dim": 16, "moe_topk": 2, "num_experts_per_tok": None}),
     Family("dots1", {**ROUTED, "n_shared_experts": 1, "max_window_layers": 4}),
     Family("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}),
     Family(
         "jamba",
         {
-            **MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-            "mamba_d_state": 8, "mamba_dt_rank": 8,
+            **MAMBA,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
         },
-    ),  # fmt: skip
+    ),
     Family(
         "nemotron_h",
         {
-            **MAMBA, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4, "mamba_head_dim": 32,
-            "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "num_hidden_layers": None,
-            "moe_shared_expert_intermediate_size": 32, "moe_latent_size": None,
+            **MAMBA,
+            "layers_block_type": ["mamba", "moe", "attention", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "num_hidden_layers": None,
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_latent_size": None,
         },
-    ),  # fmt: skip
+    ),
     Family("llama4_text", {"intermediate_size_mlp": 96, "moe_layers": None, "interleave_moe_layer_step": 2}),
     Family("afmoe"),
     Family("mimo_v2_flash"),
@@ -109,34 +151,82 @@ FAMILIES = [
     Family(
         "qwen4_exp_text",
         {
-            "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
-            "indexer_compress_ratio": 4, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [2],
-            "ngram_vocab_size_base": 64, "split_ngram_parts": 2, "heads_per_ngram": 2,
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "ple_layer_ids": [2],
+            "ngram_vocab_size_base": 64,
+            "split_ngram_parts": 2,
+            "heads_per_ngram": 2,
             "make_ngram_vocab_size_divisible_by": 8,
         },
-    ),  # fmt: skip
+    ),
     Family(
         "gemma4_text",
         {
-            "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 32, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
-            "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
+            "enable_moe_block": True,
+            "num_experts": EXPERTS,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
             "num_global_key_value_heads": 2,
         },
-    ),  # fmt: skip
-    Family("llama4", {"intermediate_size_mlp": 96, "moe_layers": None, "interleave_moe_layer_step": 2}, text="llama4_text", outer={"vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": 28, "patch_size": 14}}),
+    ),
+    Family(
+        "llama4",
+        {"intermediate_size_mlp": 96, "moe_layers": None, "interleave_moe_layer_step": 2},
+        text="llama4_text",
+        outer={
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "image_size": 28,
+                "patch_size": 14,
+            }
+        },
+    ),
     Family("dbrx"),
 ]
 
+#: Those that the installed transformers knows: older ones lack the newest.
+FAMILIES = [family for family in ALL_FAMILIES if family.name in CONFIG_MAPPING]
+
 #: Families that cannot be scored, and words of the reason that the user is told.
 REFUSED = [
-    (Family("longcat_flash", {
-        **MLA, "num_layers": 2, "num_hidden_layers": 4, "zero_expert_num": 4, "expert_ffn_hidden_size": 32,
-        "ffn_hidden_size": 96, "moe_topk": 2, "num_experts_per_tok": None, "intermediate_size": None,
-        "moe_intermediate_size": None,
-    }), "a single expert"),
+    (
+        Family(
+            "longcat_flash",
+            {
+                **MLA,
+                "num_layers": 2,
+                "num_hidden_layers": 4,
+                "zero_expert_num": 4,
+                "expert_ffn_hidden_size": 32,
+                "ffn_hidden_size": 96,
+                "moe_topk": 2,
+                "num_experts_per_tok": None,
+                "intermediate_size": None,
+                "moe_intermediate_size": None,
+            },
+        ),
+        "a single expert",
+    ),
     (Family("jetmoe"), "work in another way"),
     (Family("doge", {"is_moe": True, "num_experts": 64}), "one after the other"),
-]  # fmt: skip
+]
 
 
 def tiny_config(family: Family) -> PreTrainedConfig:
