@@ -151,7 +151,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CalibrationError(
-            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for the text that is built in."
+            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for built-in text."
         ) from None
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start:,}). Give plain text or JSONL.") from None

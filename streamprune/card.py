@@ -9,15 +9,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from streamprune.checkpoint import Checkpoint
 from streamprune.machine import format_bytes
 from streamprune.plan import PrunePlan
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Path, source_bytes: int) -> str:
+def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint) -> str:
     """The card's text, made of the run's report (`streamprune.json`) and the source's own card, if it has one."""
-    inherited = _source_metadata(source)
+    inherited = _source_metadata(source.folder)
     model = str(report["settings"]["model"])
     base = model if _HUB_ID.match(model) else inherited.get("base_model")
     name = model.rpartition("/")[2]
@@ -31,7 +32,7 @@ def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Path, source_
         language=inherited.get("language"),
         tags=["mixture-of-experts", "moe", "pruning", "expert-pruning", "reap", "streamprune"],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, source_bytes)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, source.nbytes)}"
 
 
 def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int) -> str:

@@ -104,6 +104,6 @@ def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options
     from streamprune.run import run as run_streamprune
 
     _quiet_libraries()
-    result = run_streamprune(settings, progress_quiet=quiet)
+    result = run_streamprune(settings, quiet=quiet)
     if as_json:
         click.echo(json.dumps(result.summary, indent=2))

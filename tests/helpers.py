@@ -31,7 +31,7 @@ def prune(model: Path, output: Path, **settings: Any) -> RunResult:
         settings["calibration"] = (str(write_token_ids(output.parent / "calibration.jsonl")),)
     if "ratio" not in settings:
         settings.setdefault("keep", 5)
-    return run(RunSettings(model=str(model), output=output, **settings), progress_quiet=True)
+    return run(RunSettings(model=str(model), output=output, **settings), quiet=True)
 
 
 def token_ids(batch: int = 2, length: int = 32, seed: int = 3) -> torch.Tensor:
