@@ -13,8 +13,8 @@ import click
 
 from streamprune import __version__
 from streamprune.errors import StreampruneError
+from streamprune.machine import limit_kernel_cache
 from streamprune.settings import (
-    DEFAULT_BATCH_TOKENS,
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     DTYPES,
@@ -85,9 +85,7 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
-@click.option(
-    "--batch-tokens", type=int, default=DEFAULT_BATCH_TOKENS, show_default=True, help="Tokens per micro-batch."
-)
+@click.option("--batch-tokens", type=int, help="Tokens per micro-batch.  [default: 2048 on a CPU, 8192 on a GPU]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
@@ -101,9 +99,30 @@ def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options
     MODEL is read one decoder block at a time; memory does not grow with its size.
     """
     settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
+    limit_kernel_cache()
     from streamprune.run import run as run_streamprune
 
     _quiet_libraries()
     result = run_streamprune(settings, quiet=quiet)
     if as_json:
         click.echo(json.dumps(result.summary, indent=2))
+
+
+@main.command()
+@click.option(
+    "-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path),
+    help="Folder for the trained and the pruned model.",
+)  # fmt: skip
+@click.option("--steps", type=int, default=700, show_default=True, help="Training steps; 700 take a few minutes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the training text and the first weights.")
+@_reports_errors
+def demo(output: Path, steps: int, seed: int) -> None:
+    """Train a small model on the spot, prune it, and show what was lost.
+
+    Needs no download, no GPU and a few minutes on two cores; a second call finds the model trained.
+    """
+    click.echo("Loading torch and transformers ...")
+    from streamprune.demo import run_demo
+
+    _quiet_libraries()
+    run_demo(output, steps=steps, seed=seed, echo=click.echo)

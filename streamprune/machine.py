@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import resource
 import shutil
@@ -37,6 +39,23 @@ def peak_resident_bytes() -> int:
 def available_memory_bytes() -> int:
     """Memory that can be had without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def limit_kernel_cache() -> None:
+    """Bound the memory that oneDNN's compiled CPU kernels take; works only before torch is imported.
+
+    Every number of tokens that an expert meets is a kernel of its own, and torch keeps 1,024 of them: they grew to
+    1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system. glibc keeps it otherwise, so that a run would seem to grow."""
+    # musl and macOS have no malloc_trim, and give freed memory back by themselves.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -11,10 +11,11 @@ from streamprune.allocation import keep_highest
 from streamprune.blocks import BlockLoader
 from streamprune.calibration import Calibration
 from streamprune.errors import NonFiniteError, UnsupportedModelError
+from streamprune.machine import release_freed_memory
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
 from streamprune.saliency import ExpertsTap, ExpertStatistics, tap_experts
-from streamprune.settings import RunSettings
+from streamprune.settings import DEFAULT_BATCH_TOKENS, RunSettings
 from streamprune.states import HiddenStates, non_finite_tokens
 from streamprune.stream import BatchState, BlockStream
 
@@ -49,7 +50,7 @@ class BlockScorer:
         self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device)
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
         self._stream = BlockStream(skeleton)
-        self._batches = calibration.micro_batches(settings.batch_tokens)
+        self._batches = calibration.micro_batches(settings.batch_tokens or DEFAULT_BATCH_TOKENS[device.type])
         self._states = HiddenStates(len(self._batches))
         self._loader.load_surroundings(head=False)
 
@@ -59,20 +60,25 @@ class BlockScorer:
         passes = 2 if tap is not None and self._settings.propagate == "pruned" else 1
         self._progress.start_block(index, passes * len(self._batches))
         with self._loader.block(index) as block:
-            if tap is None:
+            layer = None
+            if tap is not None:
+                layer = self._score(index, block, tap, store=passes == 1)
+            else:
                 self._pass(index, block, store=True)
-                return None
-            tap.statistics = ExpertStatistics(self._prepared.plan.spec.count, self._device)
-            try:
-                self._pass(index, block, store=passes == 1)
-                layer = self._decide(index, tap)
-            finally:
-                tap.statistics = None
-            if passes == 2:
+            if layer is not None and passes == 2:
                 twin = self._prepared.pruned.get_submodule(f"{self._prepared.skeleton.blocks_path}.{index}")
                 with self._loader.pruned_block(index, block, twin, layer.kept) as pruned:
                     self._pass(index, pruned, store=True)
-            return layer
+        release_freed_memory()
+        return layer
+
+    def _score(self, index: int, block: nn.Module, tap: ExpertsTap, store: bool) -> LayerResult:
+        tap.statistics = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+        try:
+            self._pass(index, block, store)
+            return self._decide(index, tap.statistics)
+        finally:
+            tap.statistics = None
 
     def _pass(self, index: int, block: nn.Module, store: bool) -> None:
         for number, batch in enumerate(self._batches):
@@ -83,15 +89,14 @@ class BlockScorer:
                 self._states.store(number, state)
             self._progress.step()
 
-    def _decide(self, index: int, tap: ExpertsTap) -> LayerResult:
-        assert tap.statistics is not None
-        counts = tuple(int(count) for count in tap.statistics.counts.cpu())
+    def _decide(self, index: int, statistics: ExpertStatistics) -> LayerResult:
+        counts = tuple(int(count) for count in statistics.counts.cpu())
         if not any(counts):
             raise UnsupportedModelError(
                 f"Block {index} has experts, but its forward bypassed them, so they cannot be scored. "
                 "Please report this model."
             )
-        scores = tuple(float(score) for score in tap.statistics.reap())
+        scores = tuple(float(score) for score in statistics.reap())
         plan = self._prepared.plan
         return LayerResult(index, keep_highest(scores, plan.keep, plan.spec.groups), scores, counts)
 
@@ -100,6 +105,6 @@ class BlockScorer:
         if bad:
             raise NonFiniteError(
                 f"Block {index}, batch {number}: {bad} of {batch.numel()} tokens have NaN or infinite states, "
-                f"so no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, and "
-                "check that the model itself works."
+                f"so no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, "
+                "and check that the model itself works."
             )

@@ -14,9 +14,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
-#: Tokens that go through a block at a time. Enough to keep matrix products large, small enough that the experts'
-#: inputs and outputs (tokens × top-k × hidden size) stay well below a block's weights.
-DEFAULT_BATCH_TOKENS = 8192
+#: Tokens that go through a block at a time, by kind of device. Enough to keep the matrix products large. On a CPU more
+#: would be slower: the experts' inputs and outputs (tokens × top-k × hidden size) should stay near the caches; 2,048
+#: was the fastest of 512, 2,048 and 8,192 with the `mid` shape of tools/bench.
+DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -42,7 +43,7 @@ class RunSettings:
     propagate: str = "original"
     device: str = "auto"
     dtype: str = "auto"
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    batch_tokens: int | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     revision: str | None = None
     trust_remote_code: bool = False
@@ -60,7 +61,7 @@ class RunSettings:
         for name, value, least in (
             ("--samples", self.samples, 1),
             ("--seq-len", DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len, 2),
-            ("--batch-tokens", self.batch_tokens, 1),
+            ("--batch-tokens", 1 if self.batch_tokens is None else self.batch_tokens, 1),
             ("--max-shard-size", self.max_shard_bytes, 1),
         ):
             if value < least:
