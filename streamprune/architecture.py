@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 def config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
     """The error to raise when transformers could not make sense of a config."""
-    text = str(error).strip().split("\n")[0]
+    text = textwrap.shorten(str(error).replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
     if "trust_remote_code" in str(error):
         return UnsupportedModelError(
             f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
@@ -71,7 +72,7 @@ def config_error(folder: Path, error: Exception) -> CheckpointError | Unsupporte
             f"transformers {transformers_version} does not know the model in {folder}: {text}\n"
             "A newer transformers may: `pip install --upgrade transformers`."
         )
-    return CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {type(error).__name__}: {text}")
+    return CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}")
 
 
 def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:

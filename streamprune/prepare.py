@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from streamprune.architecture import config_from_dict, load_config, rewrite_config
 from streamprune.calibration import Calibration, load_calibration
 from streamprune.checkpoint import Checkpoint, open_checkpoint
-from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.errors import UnsupportedModelError
 from streamprune.hub import resolve_model
 from streamprune.machine import check_disk, check_memory
 from streamprune.plan import PrunePlan, plan_shards, resolve_keep
@@ -21,9 +21,9 @@ from streamprune.skeleton import (
     Target,
     build_model,
     build_skeleton,
+    check_fit,
     check_pruned,
     map_checkpoint,
-    unfed_parameters,
 )
 from streamprune.states import hidden_state_bytes
 from streamprune.surgery import ExpertRows, SourceRole, next_token_prediction, output_tensors
@@ -56,9 +56,7 @@ def prepare(settings: RunSettings) -> Prepared:
     pruned = build_model(config_from_dict(config, pruned_config), dtype, settings.trust_remote_code)
     check_pruned(skeleton, pruned, keep)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
-    unfed = unfed_parameters(skeleton, targets)
-    if unfed:
-        raise CheckpointError(f"{folder} lacks the tensors for {len(unfed)} parameters, first {unfed[0]}. Complete it.")
+    check_fit(skeleton, targets, {name: entry.shape for name, entry in checkpoint.tensors.items()})
     roles = {name: _role(target, skeleton) for name, target in targets.items()}
     dropped = next_token_prediction(roles, skeleton.block_count)
     tensors = output_tensors(checkpoint.tensors, roles, dropped, skeleton.spec.count, keep)

@@ -241,8 +241,27 @@ def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None
         )
 
 
-def unfed_parameters(skeleton: Skeleton, targets: Mapping[str, Target | None]) -> list[str]:
-    """Parameters of the blocks that no checkpoint tensor feeds: such a checkpoint is incomplete."""
+def check_fit(skeleton: Skeleton, targets: Mapping[str, Target | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless checkpoint tensors of these shapes feed every parameter of the blocks, and fit.
+
+    Tensors that are converted on the way are checked by the conversion itself.
+    """
+    unfed = _unfed_parameters(skeleton, targets)
+    if unfed:
+        raise CheckpointError(
+            f"The checkpoint lacks the tensors for {len(unfed)} parameters that config.json describes, first "
+            f"{unfed[0]}. Complete the download."
+        )
+    parameters = skeleton.model.state_dict()
+    for name, target in targets.items():
+        if target is not None and target.pattern is None and tuple(parameters[target.name].shape) != shapes[name]:
+            raise CheckpointError(
+                f"The checkpoint's {name} is {list(shapes[name])}, but config.json describes {target.name} as "
+                f"{list(parameters[target.name].shape)}. Config and shards do not belong together; download both again."
+            )
+
+
+def _unfed_parameters(skeleton: Skeleton, targets: Mapping[str, Target | None]) -> list[str]:
     fed = {name for target in targets.values() if target is not None for name in (target.name, *target.also)}
     return [
         name for name, _ in skeleton.model.named_parameters() if skeleton.block_of(name) is not None and name not in fed

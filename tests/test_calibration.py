@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model: Path
 def test_builtin_domains(model: Path) -> None:
     records = load(model, "builtin:records", seq_len=64)
     assert '"type"' in text_of(model, torch.cat(records.sequences))
-    with pytest.raises(CalibrationError, match="no domain 'poems'. There are code, prose, arithmetic, records"):
+    with pytest.raises(CalibrationError, match=r"no domain 'poems'\. There are code, prose, arithmetic, records"):
         load(model, "builtin:code,poems")
 
 

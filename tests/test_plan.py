@@ -147,7 +147,7 @@ def test_missing_experts_are_named() -> None:
     tensors, roles = per_expert(4)
     for table in (tensors, roles):
         table.pop("model.layers.0.mlp.experts.2.up.weight")
-    with pytest.raises(CheckpointError, match="only 3 of the 4 experts .* expert 2"):
+    with pytest.raises(CheckpointError, match=r"only 3 of the 4 experts .* expert 2"):
         output_tensors(tensors, roles, (), count=4, keep=2)
 
 

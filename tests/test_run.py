@@ -1,0 +1,334 @@
+"""The command as users run it: what it writes, what it says, and what it refuses before reading a weight."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streamprune import blocks
+from streamprune.cli import main
+from streamprune.errors import NonFiniteError, ResourceError
+from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
+from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
+from tests.tokenizer import save_tokenizer
+
+QWEN, DEEPSEEK_V3, GPT_OSS, MIXTRAL = (
+    next(family for family in FAMILIES if family.id == name)
+    for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral")
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", tiny_config(QWEN))
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    return write_token_ids(tmp_path / "ids.jsonl")
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def refused(result: Result, words: str, status: int = 1) -> None:
+    assert result.exit_code == status, result.output
+    assert words in result.stderr
+    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
+
+
+def kept_of(output: Path) -> dict[int, list[int]]:
+    return {layer["index"]: layer["kept"] for layer in json.loads((output / "streamprune.json").read_text())["layers"]}
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if a weight is read."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(blocks, "safe_open", fail)
+
+
+def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: Path, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(model)
+    (model / "LICENSE").write_text("do as you like")
+    output = tmp_path / "pruned"
+    result = invoke("run", model, "-o", output, "--keep", 5, "--calibration", ids)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("block ")]
+    assert [line.split(":")[0] for line in lines] == [f"block {number}/4" for number in (1, 2, 3, 4)]
+    assert all(word in lines[0] for word in ("kept 5/8", "fewest tokens", " s, ", "peak", "left"))
+    assert result.stdout == ""
+
+    assert AutoModelForCausalLM.from_pretrained(output).config.num_experts == 5
+    reloaded = AutoTokenizer.from_pretrained(output)
+    assert reloaded("hello").input_ids == tokenizer("hello").input_ids
+    assert reloaded.chat_template == tokenizer.chat_template
+    assert (output / "LICENSE").read_text() == "do as you like"
+    assert (output / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
+    assert not (tmp_path / "pruned.work").exists()
+
+
+def test_report_holds_scores_counts_and_provenance_and_nothing_that_varies(
+    model: Path, ids: Path, tmp_path: Path
+) -> None:
+    invoke("run", model, "-o", tmp_path / "a", "--ratio", 0.5, "--calibration", ids, "--quiet")
+    report = json.loads((tmp_path / "a" / "streamprune.json").read_text())
+    assert report["settings"]["keep"] == 4
+    assert set(report["versions"]) == {"streamprune", "torch", "transformers", "safetensors", "python"}
+    assert len(report["source"]["fingerprint"]) == len(report["calibration"]["fingerprint"]) == 64
+    for index, layer in enumerate(report["layers"]):
+        assert layer["index"] == index
+        assert layer["kept"] == sorted(layer["kept"])
+        assert sum(layer["counts"]) == 4 * 24 * 2
+        assert len(layer["scores"]) == len(layer["counts"]) == 8
+        lowest_kept = min(layer["scores"][expert] for expert in layer["kept"])
+        assert all(layer["scores"][expert] <= lowest_kept for expert in set(range(8)) - set(layer["kept"]))
+
+    shutil.copytree(model, tmp_path / "elsewhere" / "model")
+    invoke("run", tmp_path / "elsewhere" / "model", "-o", tmp_path / "b", "--ratio", 0.5, "--calibration", ids)
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
+
+
+def test_what_varies_goes_to_a_log_beside_the_output(model: Path, ids: Path, tmp_path: Path) -> None:
+    invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
+    events = [json.loads(line) for line in (tmp_path / "out.log").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["block"] * 4 + ["summary"]
+    assert all(event["seconds"] > 0 and event["peak_bytes"] > 0 for event in events[:4])
+    assert events[-1]["host"]
+
+
+def test_json_summary_on_stdout_and_quiet(model: Path, ids: Path, tmp_path: Path) -> None:
+    result = invoke("run", model, "-o", tmp_path / "o", "--keep", 4, "--calibration", ids, "--quiet", "--json")
+    summary = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert summary["experts_per_layer"] == 4
+    assert summary["output_bytes"] == sum(t.nbytes for t in read_tensors(tmp_path / "o").values())
+    assert summary["source_bytes"] == sum(t.nbytes for t in read_tensors(model).values())
+
+
+def test_model_card_has_hub_metadata(model: Path, ids: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n# Source\n")
+    invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "org/base"
+    assert card.data.library_name == "transformers"
+    assert "4 of 8 experts" in card.text
+
+
+def test_single_file_source_and_small_shards(ids: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "single", tiny_config(MIXTRAL), max_shard_size="1GB")
+    assert (source / "model.safetensors").exists()
+    output = tmp_path / "out"
+    invoke("run", source, "-o", output, "--keep", 3, "--calibration", ids, "--max-shard-size", "30KB")
+    check_bytes(source, output, kept_of(output))
+    limit = 30_000 + 20_000  # the header comes on top
+    largest_tensor = max(tensor.nbytes for tensor in read_tensors(output).values())
+    assert all(path.stat().st_size <= max(limit, largest_tensor + 20_000) for path in output.glob("*.safetensors"))
+    assert AutoModelForCausalLM.from_pretrained(output).config.num_local_experts == 3
+
+
+def test_experts_fused_in_the_source_stay_fused(model: Path, ids: Path, tmp_path: Path) -> None:
+    """The same model once with one tensor per expert, once with 3-D tensors: same experts kept, same logits."""
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    shutil.copy(model / "config.json", fused)
+    save_file({n: t.contiguous() for n, t in whole.state_dict().items()}, fused / "model.safetensors", {"format": "pt"})
+    for source, output in ((model, tmp_path / "a"), (fused, tmp_path / "b")):
+        assert invoke("run", source, "-o", output, "--keep", 3, "--calibration", ids).exit_code == 0
+    assert kept_of(tmp_path / "a") == kept_of(tmp_path / "b")
+    tensors = read_tensors(tmp_path / "b")
+    assert tensors["model.layers.0.mlp.experts.gate_up_proj"].shape[0] == 3
+    check_bytes(fused, tmp_path / "b", kept_of(tmp_path / "b"))
+    tokens = torch.arange(3, 30)[None]
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits for name in "ab")
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_aliases_and_nested_counts_are_rewritten_and_nothing_else(model: Path, ids: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"num_experts": 8, "n_routed_experts": 8, "decoder_sparse_step": 1, "num_experts_note": 8, "x": {"y": 8}}
+    (model / "config.json").write_text(json.dumps(config))
+    invoke("run", model, "-o", tmp_path / "out", "--keep", 5, "--calibration", ids)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    changed = {key: written[key] for key in written if written[key] != config[key]}
+    assert changed == {"num_local_experts": 5, "num_experts": 5, "n_routed_experts": 5}
+    assert list(written) == list(config)
+
+
+def test_multi_token_prediction_is_dropped_consistently(ids: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
+    tensors = load_file(source / "model.safetensors")
+    # As DeepSeek-V3 ships it: one more layer behind the last, with experts of its own.
+    extra = {n.replace("layers.3.", "layers.4."): t.clone() for n, t in tensors.items() if ".layers.3." in n}
+    extra["model.layers.4.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(tensors | extra, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    output = tmp_path / "out"
+    result = invoke("run", source, "-o", output, "--keep", 4, "--calibration", ids)
+    assert result.stderr.count("multi-token-prediction") == 1
+    assert not any(".layers.4." in name for name in read_tensors(output))
+    assert json.loads((output / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((output / "streamprune.json").read_text())["dropped"] == sorted(extra)
+    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+
+
+def test_experts_never_routed_to_are_named(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"input_ids": [7]}\n')
+    result = invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", path, "--json")
+    never = json.loads(result.stdout)["never_routed"]
+    assert never == [{"layer": layer, "experts": 6} for layer in range(4)]
+    assert "layer 0: 6, layer 1: 6" in result.stderr
+    assert "Calibrate on more or on other text" in result.stderr
+
+
+def test_non_finite_activations_stop_the_run_naming_the_place(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(QWEN), max_shard_size="1GB")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"Block 2, batch 0: 96 of 96 tokens"):
+        prune(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_dense_models_are_refused(ids: Path, tmp_path: Path, no_weights: None) -> None:
+    source = make_model(tmp_path / "dense", tiny_config(Family("qwen3")))
+    result = invoke("run", source, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
+    refused(result, "qwen3 has no Mixture-of-Experts block")
+
+
+def test_settings_are_refused_before_any_weight_is_read(
+    model: Path, ids: Path, tmp_path: Path, no_weights: None
+) -> None:
+    def run(*options: object) -> Result:
+        return invoke("run", model, "-o", tmp_path / "out", "--calibration", ids, *options)
+
+    refused(run("--keep", 1), "the router picks 2 experts per token. Keep at least 2", status=2)
+    refused(run("--keep", 8), "nothing would be removed", status=2)
+    refused(run(), "either --keep N", status=2)
+    refused(run("--keep", 4, "--device", "cuda:7"), "CUDA devices here", status=2)
+    refused(run("--keep", 4, "--max-shard-size", "big"), "is not a size", status=2)
+    assert not (tmp_path / "out").exists()
+    grouped = make_model(tmp_path / "grouped", tiny_config(DEEPSEEK_V3))
+    refused(invoke("run", grouped, "-o", tmp_path / "out", "--keep", 5), "not a multiple of 2. Use --keep 4 or 6", 2)
+
+
+def test_not_enough_disk_is_refused(
+    model: Path, ids: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"needs .* KiB on the disk of .*, where 1000 B are free"):
+        prune(model, tmp_path / "out", calibration=(str(ids),))
+
+
+def test_not_enough_memory_for_the_hidden_states_is_refused(
+    model: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamprune.machine.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"96 calibration tokens need .* only 1000 B are available"):
+        prune(model, tmp_path / "out")
+
+
+def test_existing_output_is_kept_unless_told(model: Path, ids: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def run(*options: object) -> Result:
+        return invoke("run", model, "-o", output, "--calibration", ids, "--keep", 4, *options)
+
+    output.mkdir()
+    assert run().exit_code == 0, "an empty folder is as good as none"
+    before = tree_bytes(output)
+    refused(run(), "is not empty")
+    assert tree_bytes(output) == before
+    assert run("--overwrite").exit_code == 0
+    assert tree_bytes(output) == before
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    refused(invoke("run", model, "-o", precious, "--keep", 4, "--overwrite"), "holds no model")
+    refused(invoke("run", model, "-o", model, "--keep", 4, "--overwrite"), "must not be")
+    refused(invoke("run", model, "-o", model / "sub", "--keep", 4), "must not be")
+    assert (precious / "thesis.txt").exists()
+
+
+def test_a_failed_overwrite_keeps_the_old_output(model: Path, ids: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    invoke("run", model, "-o", output, "--calibration", ids, "--keep", 4)
+    before = tree_bytes(output)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}")
+    refused(invoke("run", model, "-o", output, "--calibration", bad, "--keep", 4, "--overwrite"), "line 1")
+    assert tree_bytes(output) == before
+
+
+def test_a_work_folder_that_is_not_ours_is_left_alone(model: Path, ids: Path, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "mine").write_text("keep me")
+    refused(invoke("run", model, "-o", tmp_path / "out", "--calibration", ids, "--keep", 4), "not made by streamprune")
+    assert (work / "mine").read_text() == "keep me"
+
+
+def test_quantized_models_are_refused(model: Path, ids: Path, tmp_path: Path, no_weights: None) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    refused(invoke("run", model, "-o", tmp_path / "out", "--keep", 4), "is quantized (gptq)")
+
+
+def test_remote_code_is_never_run_unasked(model: Path, ids: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (model / "config.json").write_text(json.dumps(config))
+    trap = tmp_path / "trap"
+    (model / "code.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    refused(invoke("run", model, "-o", tmp_path / "out", "--keep", 4), "--trust-remote-code")
+    assert not trap.exists()
+
+
+def test_unknown_and_broken_configs(model: Path, ids: Path, tmp_path: Path, no_weights: None) -> None:
+    original = json.loads((model / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "not_a_model"}, "does not know the model"),
+        ({"hidden_size": "many"}, "not a usable model config"),
+        ({"num_attention_heads": 0}, "cannot be built from this config.json"),
+        ({"hidden_size": 128}, "Config and shards do not belong together"),
+        ({"num_hidden_layers": 6}, "lacks the tensors for"),
+    ):
+        (model / "config.json").write_text(json.dumps(original | change))
+        refused(invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids), words)
+        assert not (tmp_path / "out").exists()
+
+
+def test_help_starts_without_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, streamprune.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert "Prune MODEL" in invoke("run", "--help").output
