@@ -85,7 +85,7 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
-@click.option("--batch-tokens", type=int, help="Tokens per micro-batch.  [default: 2048 on a CPU, 8192 on a GPU]")
+@click.option("--batch-tokens", type=int, help="Tokens per micro-batch.  [default: 1024 on a CPU, 8192 on a GPU]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")

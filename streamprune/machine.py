@@ -47,7 +47,7 @@ def limit_kernel_cache() -> None:
     Every number of tokens that an expert meets is a kernel of its own, and torch keeps 1,024 of them: they grew to
     1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def release_freed_memory() -> None:

@@ -15,9 +15,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
 #: Tokens that go through a block at a time, by kind of device. Enough to keep the matrix products large. On a CPU more
-#: would be slower: the experts' inputs and outputs (tokens × top-k × hidden size) should stay near the caches; 2,048
-#: was the fastest of 512, 2,048 and 8,192 with the `mid` shape of tools/bench.
-DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+#: would be slower: the experts' inputs and outputs (tokens × top-k × hidden size) should stay near the caches. Of 512,
+#: 1,024, 2,048 and 4,096, a block of tools/bench's `mid` shape was fastest per token with 1,024.
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
