@@ -17,6 +17,7 @@ GOOD = {
     "b": {"dtype": "U8", "shape": [5], "data_offsets": [24, 29]},
 }
 DATA = bytes(range(29))
+METADATA = {"__metadata__": {"format": "pt"}}
 
 
 def shard(header: Any, data: bytes = DATA, length: int | None = None) -> bytes:
@@ -36,7 +37,7 @@ def two_shards(folder: Path) -> Path:
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text('{"model_type": "made up"}')
     write_index(folder, {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"})
-    (folder / "one.safetensors").write_bytes(shard({"__metadata__": {"format": "pt"}, **GOOD}))
+    (folder / "one.safetensors").write_bytes(shard(METADATA | GOOD))
     (folder / "two.safetensors").write_bytes(shard({"c": GOOD["a"]}, DATA[:24]))
     return folder
 

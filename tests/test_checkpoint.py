@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from streamprune.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
-from tests.shards import DATA, GOOD, refusal, shard, single, two_shards, write_index
+from tests.shards import DATA, GOOD, METADATA, refusal, shard, single, two_shards, write_index
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
@@ -273,11 +273,11 @@ def test_fingerprint(tmp_path: Path) -> None:
     longer = GOOD | {"b": {"dtype": "U8", "shape": [6], "data_offsets": [24, 30]}}
     for change in (
         lambda: (copy / "config.json").write_text('{"model_type": "made up", "new": 1}'),
-        lambda: (copy / "one.safetensors").write_bytes(shard(other)),
-        lambda: (copy / "one.safetensors").write_bytes(shard(longer, DATA + b"x")),
-        lambda: (copy / "one.safetensors").write_bytes(shard(GOOD, DATA[:-1] + b"x")),
+        lambda: (copy / "one.safetensors").write_bytes(shard(METADATA | other)),
+        lambda: (copy / "one.safetensors").write_bytes(shard(METADATA | longer, DATA + b"x")),
+        lambda: (copy / "one.safetensors").write_bytes(shard(METADATA | GOOD, DATA[:-1] + b"x")),
         lambda: (
-            (copy / "one.safetensors").write_bytes(shard(renamed)),
+            (copy / "one.safetensors").write_bytes(shard(METADATA | renamed)),
             write_index(copy, {"a": "one.safetensors", "x": "one.safetensors", "c": "two.safetensors"}),
         ),
     ):

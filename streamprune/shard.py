@@ -1,0 +1,155 @@
+"""One safetensors file: its header, checked against its size, and its bytes. Imports no torch.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header that maps each
+tensor name to dtype, shape and byte range, then the tensors' bytes, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamprune.errors import CheckpointError
+
+#: Bits per element of each dtype that the safetensors format knows.
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+#: The safetensors library refuses larger headers too: a claimed length beyond this is an attack or damage. No config or
+#: index comes near it either, so that it bounds the memory for any JSON read here.
+MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a shard: `begin` and `end` are byte offsets from the start of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(folder: Path, file: str) -> list[TensorEntry]:
+    """The tensors of one safetensors file in byte order, with the whole header checked against the file's size."""
+    path = folder / file
+    with path.open("rb") as stream:
+        return _parse_header(path, file, stream)
+
+
+def _parse_header(path: Path, file: str, stream: BinaryIO) -> list[TensorEntry]:
+    size = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(8)
+    if prefix == b"version ":
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves. Fetch them: `git lfs pull`.")
+    length = int.from_bytes(prefix, "little")
+    if size < 8:
+        raise _damaged(path, f"it has only {size} bytes")
+    if length > min(size - 8, MAX_JSON_BYTES):
+        limit = f" (the format allows {MAX_JSON_BYTES:,})" if length > MAX_JSON_BYTES else ""
+        raise _damaged(path, f"it has {size:,} bytes, but its first eight claim a header of {length:,}{limit}")
+    try:
+        header = parse_json(stream.read(length), unique=True)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    start = 8 + length
+    entries = sorted(
+        (_parse_entry(path, file, name, value, start) for name, value in header.items() if name != "__metadata__"),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    position = start
+    for entry in entries:
+        if entry.begin != position:
+            raise _damaged(path, f"tensor {show(entry.name)} starts at byte {entry.begin:,} instead of {position:,}")
+        position = entry.end
+    if position != size:
+        what = "is cut short" if size < position else "has bytes that belong to no tensor"
+        raise _damaged(path, f"it {what}: {size:,} bytes on disk, {position:,} by its header")
+    return entries
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _parse_entry(path: Path, file: str, name: str, value: Any, start: int) -> TensorEntry:
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(path, f"tensor {show(name)} has the unknown dtype {show(dtype)}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise _damaged(path, f"tensor {show(name)} has the impossible shape {show(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _damaged(path, f"tensor {show(name)} has the impossible byte range {show(offsets)}")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        # Capped, since a product of a million large sizes would take hours; beyond 2^63 it is wrong anyway.
+        bits = min(bits * size, 2**63)
+    if (offsets[1] - offsets[0]) * 8 != bits:
+        raise _damaged(path, f"tensor {show(name)} of {dtype} {show(shape)} cannot fill the byte range {offsets}")
+    return TensorEntry(name, file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
+
+
+def show(value: Any) -> str:
+    """A value from a file as it may stand in a message: without control characters, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}. Download this file again.")
+
+
+def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: int = 8 << 20) -> Iterator[bytes]:
+    """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time.
+
+    Raises CheckpointError when the file has become shorter since its header was read.
+    """
+    for begin, end in ranges:
+        position = begin
+        while position < end:
+            try:
+                data = os.pread(stream.fileno(), min(chunk_bytes, end - position), position)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
+                ) from error
+            if not data:
+                size = os.fstat(stream.fileno()).st_size
+                raise CheckpointError(
+                    f"{stream.name} ends at byte {size:,}, but bytes {position:,} to {end:,} were to be read. The file "
+                    "was changed or cut short during the run: restore it and run again."
+                )
+            position += len(data)
+            yield data
+
+
+def parse_json(data: bytes, unique: bool = False) -> Any:
+    """The value of UTF-8 JSON; `unique` refuses repeated names. ValueError or RecursionError if there is none."""
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_pairs if unique else None)
+    if b"\\u" in data:
+        # An escape can write half a surrogate pair: a string that could never be written to a file again.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value

@@ -1,0 +1,164 @@
+"""The demo: its data, its cache, and the two findings that it is there to show."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streamprune import corpus
+from streamprune.demo import CODE, MIX, DemoResult, data, run_demo, trained_model
+from streamprune.demo.report import table
+from streamprune.errors import SettingsError
+
+#: Enough for both findings; fewer show little.
+STEPS = 350
+
+# The trained model is made once: all of its tests belong to one worker.
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def told() -> list[str]:
+    """What the demo printed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path, told: list[str]) -> DemoResult:
+    # With one thread, the same model on every machine of a kind.
+    return run_demo(folder, steps=STEPS, threads=1, echo=told.append)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> tuple[object, dict[str, data.DomainData]]:
+    return data.prepare_data(seed=1)
+
+
+def test_training_teaches_every_domain(result: DemoResult) -> None:
+    assert list(result.before.losses) == list(corpus.DOMAINS)
+    knowing_nothing = math.log(data.VOCAB_SIZE)
+    assert all(loss < 0.75 * knowing_nothing for loss in result.before.losses.values()), result.before.losses
+    assert result.before.mean_loss < 0.5 * knowing_nothing
+
+
+def test_damage_grows_with_the_share_removed(result: DemoResult) -> None:
+    assert [ratio for ratio, _ in result.damages] == [0.25, 0.5, 0.75]
+    quarter, half, most = (damage for _, damage in result.damages)
+    assert 0 < quarter < half < most
+    assert result.damage_is_graded
+    assert max(map(abs, result.before.divergences.values())) < 1e-9
+
+
+def test_code_only_calibration_hurts_the_other_domains_more(result: DemoResult) -> None:
+    mix, code = (result.variant(0.5, name).divergences for name in (MIX, CODE))
+    assert code["arithmetic"] + code["records"] > 2 * (mix["arithmetic"] + mix["records"])
+    assert code["code"] < mix["code"]
+
+
+def test_sizes_are_those_on_disk(result: DemoResult) -> None:
+    half = result.variant(0.5)
+    assert (result.before.experts, half.experts) == (32, 16)
+    assert half.weight_bytes == sum(path.stat().st_size for path in result.output.glob("*.safetensors"))
+    # Three matrices of 32 × 128 per expert, a router row of 128, four bytes each, in four blocks.
+    removed = 4 * 16 * (3 * 32 * 128 + 128)
+    assert result.before.parameters - half.parameters == removed
+    assert abs(result.before.weight_bytes - half.weight_bytes - 4 * removed) < 100_000  # the files' headers differ
+
+
+def test_output_reloads_with_its_tokenizer_and_writes_text(result: DemoResult) -> None:
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    tokenizer = AutoTokenizer.from_pretrained(result.output)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "3 + 4 ="}], tokenize=False)
+    assert chat == "user: 3 + 4 =\n"
+    prompt = tokenizer('{"type": "order", "id": 12', return_tensors="pt").input_ids
+    output = model.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert output.shape[1] > prompt.shape[1]
+
+
+def test_everything_is_told(result: DemoResult, told: list[str]) -> None:
+    text = "\n".join(told)
+    assert f"step {STEPS}/{STEPS}" in text
+    for figure in (*result.before.losses.values(), *result.variant(0.5, CODE).divergences.values()):
+        assert f"{figure:.3f}" in text
+    assert str(result.output) in text
+    assert "the more was removed, the more was lost" in " ".join(text.split())
+
+
+def test_second_call_finds_the_model(folder: Path, result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamprune.demo.train._train", None)
+    again = trained_model(folder, steps=STEPS, threads=1, echo=lambda _: None)
+    assert again.seconds is None
+    assert result.training_seconds is not None
+    assert again.folder == result.model
+    assert list(folder.glob(".*")) == []
+
+
+def test_other_recipe_is_another_model(tmp_path: Path) -> None:
+    first, second = (trained_model(tmp_path, steps=steps, threads=1, echo=lambda _: None) for steps in (1, 2))
+    assert first.folder != second.folder
+    assert second.seconds is not None
+
+
+def test_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("streamprune.demo.train._train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained_model(tmp_path, steps=3, echo=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("steps", "threads"), [(0, None), (5, 0)])
+def test_impossible_numbers_are_refused(tmp_path: Path, steps: int, threads: int | None) -> None:
+    with pytest.raises(SettingsError, match="at least one"):
+        trained_model(tmp_path, steps=steps, threads=threads)
+
+
+def test_data_is_the_same_every_time(prepared: tuple[object, dict[str, data.DomainData]]) -> None:
+    again = data.prepare_data(seed=1)[1]
+    for name, domain in prepared[1].items():
+        for part in ("train", "calibration", "held_out"):
+            assert torch.equal(getattr(domain, part), getattr(again[name], part)), (name, part)
+
+
+def test_parts_never_overlap(prepared: tuple[object, dict[str, data.DomainData]]) -> None:
+    for name, domain in prepared[1].items():
+        assert len(domain.calibration) == data.CALIBRATION_SEQUENCES
+        assert len(domain.held_out) == data.HELD_OUT_SEQUENCES
+        parts = [{tuple(row) for row in part.tolist()} for part in (domain.train, domain.calibration, domain.held_out)]
+        for one, other in combinations(parts, 2):
+            assert not one & other, name
+
+
+@pytest.mark.parametrize("name", corpus.DOMAINS)
+def test_corpus_is_the_same_every_time(name: str) -> None:
+    first, second = corpus.DOMAINS[name](5), corpus.DOMAINS[name](5)
+    assert [next(first) for _ in range(5)] == [next(second) for _ in range(5)]
+
+
+def test_tokenizer_gives_back_what_it_took(prepared: tuple[object, dict[str, data.DomainData]]) -> None:
+    tokenizer = prepared[0]
+    text = "Größe = 1024 # ✓\n\tdef f(): return {'a': 77}"
+    ids = tokenizer(text).input_ids  # type: ignore[operator]
+    assert tokenizer.decode(ids) == text  # type: ignore[attr-defined]
+    seven = tokenizer("7").input_ids  # type: ignore[operator]
+    assert tokenizer("77").input_ids == 2 * seven  # type: ignore[operator]
+
+
+def test_table_is_aligned() -> None:
+    assert table(["model", "loss"], [["a", "1.5"], ["longer", "10.25"]]) == [
+        "  model    loss",
+        "  a         1.5",
+        "  longer  10.25",
+    ]
