@@ -135,6 +135,21 @@ def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: Exper
     return rewrite(raw, 0)
 
 
+def drop_missing_code(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`raw` without its `auto_map` if that names Python files which `folder` lacks.
+
+    Models that transformers knows often name code that it no longer needs; without the files, the output could not be
+    loaded by anyone who trusts remote code.
+    """
+    auto_map = raw.get("auto_map")
+    references = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
+    # "repo--module.Class" names a module of another repository.
+    local = [name for name in references if isinstance(name, str) and "--" not in name]
+    if all((folder / f"{name.partition('.')[0]}.py").is_file() for name in local):
+        return dict(raw)
+    return {key: value for key, value in raw.items() if key != "auto_map"}
+
+
 def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """Build a config of the same class as `like` from the contents of a `config.json`."""
     # Through a file, since only that way transformers decodes values that JSON cannot express (infinity).

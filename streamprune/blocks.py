@@ -133,12 +133,16 @@ class BlockLoader:
                     # Read, not mapped: a mapping's pages would count as ours and grow with every block.
                     opened[file] = stack.enter_context(safe_open(path, "pt", device="cpu", backend="pread"))
                 except (OSError, SafetensorError) as error:
-                    raise CheckpointError(f"{path} can no longer be read: {error}") from None
+                    raise CheckpointError(
+                        f"{path} can no longer be read: {error}. Was it moved or changed during the run? Run again."
+                    ) from None
             tensors[name] = opened[file].get_slice(name)
         try:
             info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"Reading {', '.join(sorted(opened))} failed: {error}") from None
+            raise CheckpointError(
+                f"Reading {', '.join(sorted(opened))} failed: {error}. Check the disk, then run again."
+            ) from None
         problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
         if problems:
             raise CheckpointError(

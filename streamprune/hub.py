@@ -14,10 +14,13 @@ from streamprune.errors import CheckpointError, SettingsError
 ANSWER_SECONDS = 30.0
 
 
-def resolve_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def resolve_model(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, *, config_only: bool = False
+) -> Path:
     """The local folder for `model`: a folder path, or a Hub id, whose needed files are downloaded to the Hub cache.
 
-    Only safetensors named by the index and the small files beside them are fetched; Python files only with
+    With `config_only` nothing but the config is fetched, so that what it rules out costs no download of weights. Only
+    safetensors named by the index and the small files beside them are fetched; Python files only with
     `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy in the cache is used and nothing is asked. Raises
     CheckpointError when the model cannot be found, reached, or has no safetensors weights, and SettingsError for a
     revision of a local folder.
@@ -43,10 +46,10 @@ def resolve_model(model: str, revision: str | None = None, trust_remote_code: bo
     with _told_in_one_message(model, revision):
         if is_offline_mode():
             return _from_cache(model, revision, trust_remote_code)
-        return _download(model, revision, trust_remote_code)
+        return _download(model, revision, trust_remote_code, config_only)
 
 
-def _download(repo_id: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _download(repo_id: str, revision: str | None, trust_remote_code: bool, config_only: bool) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     info = HfApi().model_info(repo_id, revision=revision, timeout=ANSWER_SECONDS)
@@ -64,7 +67,10 @@ def _download(repo_id: str, revision: str | None, trust_remote_code: bool) -> Pa
             f"{repo_id} is incomplete on the Hub: {len(missing)} of {len(needed)} files are missing, first "
             f"{missing[0]!r}. Choose another --revision or another copy of the model."
         )
-    wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
+    if config_only:
+        wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
+    else:
+        wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
     # By the name of the branch, so that the cache learns where it points, for offline runs.
     patterns = [glob.escape(name) for name in wanted]
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from streamprune.architecture import config_from_dict, load_config, rewrite_config
+from streamprune.architecture import config_from_dict, drop_missing_code, load_config, rewrite_config
 from streamprune.calibration import Calibration, load_calibration
-from streamprune.checkpoint import Checkpoint, open_checkpoint
-from streamprune.errors import UnsupportedModelError
+from streamprune.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.hub import resolve_model
 from streamprune.machine import check_disk, check_memory
 from streamprune.plan import PrunePlan, plan_shards, resolve_keep
@@ -44,23 +46,46 @@ class Prepared:
 
 def prepare(settings: RunSettings) -> Prepared:
     """Open the model and decide everything; raises a StreampruneError for whatever cannot work."""
-    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
-    checkpoint = open_checkpoint(folder)
+    # The config alone rules out most of what cannot work, before tens of GiB are downloaded.
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     check_output(settings.output, folder, settings.overwrite)
+    raw = read_json(folder / CONFIG_NAME)
+    _refuse_quantized(raw, folder)
     config = load_config(folder, settings.trust_remote_code)
-    _refuse_quantized(checkpoint)
-    dtype = _compute_dtype(settings.dtype, config, checkpoint)
-    skeleton = build_skeleton(config, dtype, settings.trust_remote_code)
+    dtype = _declared_dtype(settings.dtype, config)
+    skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
     keep = resolve_keep(skeleton.spec, settings.keep, settings.ratio)
-    pruned_config = rewrite_config(checkpoint.config, config, skeleton.spec, keep)
+
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
+    if checkpoint.config != raw:
+        raise CheckpointError(
+            f"The config of {settings.model} changed while it was opened. Run the same command again."
+        )
+    if dtype is None:
+        dtype = _dtype_of_weights(checkpoint)
+        skeleton = build_skeleton(config, dtype, settings.trust_remote_code)
+    pruned_config = drop_missing_code(rewrite_config(raw, config, skeleton.spec, keep), checkpoint.folder)
     pruned = build_model(config_from_dict(config, pruned_config), dtype, settings.trust_remote_code)
     check_pruned(skeleton, pruned, keep)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
     check_fit(skeleton, targets, {name: entry.shape for name, entry in checkpoint.tensors.items()})
+    plan = _plan(settings, checkpoint, skeleton, targets, keep, pruned_config)
+    check_disk(settings.output, plan.output_bytes)
+    return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype)
+
+
+def _plan(
+    settings: RunSettings,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    targets: Mapping[str, Target | None],
+    keep: int,
+    pruned_config: Mapping[str, Any],
+) -> PrunePlan:
     roles = {name: _role(target, skeleton) for name, target in targets.items()}
     dropped = next_token_prediction(roles, skeleton.block_count)
     tensors = output_tensors(checkpoint.tensors, roles, dropped, skeleton.spec.count, keep)
-    plan = PrunePlan(
+    return PrunePlan(
         spec=skeleton.spec,
         keep=keep,
         block_count=skeleton.block_count,
@@ -69,8 +94,6 @@ def prepare(settings: RunSettings) -> Prepared:
         config=pruned_config,
         shards=plan_shards(tensors, skeleton.block_count, settings.max_shard_bytes),
     )
-    check_disk(settings.output, plan.output_bytes)
-    return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype)
 
 
 def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
@@ -91,31 +114,34 @@ def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
     return calibration
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    for part in (checkpoint.config, checkpoint.config.get("text_config") or {}):
+def _refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+    for part in (config, config.get("text_config")):
         quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
             raise UnsupportedModelError(
-                f"{checkpoint.folder} is quantized ({method}). Quantized weights cannot be streamed yet: prune the "
+                f"The model in {folder} is quantized ({method}). Quantized weights cannot be streamed yet: prune the "
                 "bfloat16 or float16 original and quantize the result."
             )
 
 
-def _compute_dtype(name: str, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype to compute in: what the user chose, else the config's, else that of most of the weights."""
-    if name == "auto":
-        declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
-        if isinstance(declared, torch.dtype):
-            return declared
-        sizes = {"BF16": 0, "F16": 0, "F32": 0}
-        for entry in checkpoint.tensors.values():
-            if entry.dtype in sizes:
-                sizes[entry.dtype] += entry.nbytes
-        name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[max(sizes, key=lambda key: sizes[key])]
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def _declared_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype to compute in: what the user chose, else the config's; None if neither names one."""
+    if name != "auto":
+        chosen = getattr(torch, name)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else None
+
+
+def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most bytes of the weights have."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.nbytes
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
 
 
 def _role(target: Target | None, skeleton: Skeleton) -> SourceRole:

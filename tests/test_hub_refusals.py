@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_hub_fails_in_between(server: HubServer, model: dict[str, bytes], tmp_pa
     server.before = fail_after_index
     message = refused(tmp_path, "org/model", "--revision", repo.refs["main"] if revision == "commit" else "main")
     # Some versions of the library fall back on the folder that holds nothing but the index.
-    assert "answered with HTTP status 500" in message or "is incomplete: 14 of 15 files are missing" in message
+    assert "answered with HTTP status 500" in message or "is incomplete: 1 of 1 files are missing" in message
     server.before, server.outage = None, None
     assert open_checkpoint(resolve_model("org/model")).files == weights(model)
 
@@ -201,3 +202,17 @@ def test_offline_with_half_a_copy(
     server.forget()
     resolve_model("org/model")
     assert server.fetched() == []  # It is still among the cache's blobs.
+
+
+def test_what_the_config_rules_out_costs_no_download(
+    server: HubServer, model: dict[str, bytes], tmp_path: Path
+) -> None:
+    quantized = json.loads(model["config.json"]) | {"quantization_config": {"quant_method": "awq"}}
+    server.add("org/quantized", model | {"config.json": json.dumps(quantized).encode()})
+    server.add("org/model", model)
+    assert "is quantized (awq)" in refused(tmp_path, "org/quantized")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("x")
+    assert "is not empty" in refused(tmp_path, "org/model", "-o", str(taken))
+    assert not any(name.endswith(".safetensors") for name in server.fetched())

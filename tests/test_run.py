@@ -174,6 +174,19 @@ def test_aliases_and_nested_counts_are_rewritten_and_nothing_else(model: Path, i
     assert list(written) == list(config)
 
 
+def test_code_that_is_not_there_is_not_named(model: Path, ids: Path, tmp_path: Path) -> None:
+    """Models that transformers knows often name Python files that nobody needs; without them the name must go."""
+    config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (model / "config.json").write_text(json.dumps(config))
+    invoke("run", model, "-o", tmp_path / "without", "--keep", 4, "--calibration", ids)
+    assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "without", trust_remote_code=True).config.num_experts == 4
+    (model / "configuration_own.py").write_text("# never run\n")
+    invoke("run", model, "-o", tmp_path / "with", "--keep", 4, "--calibration", ids)
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["auto_map"] == config["auto_map"]
+    assert (tmp_path / "with" / "configuration_own.py").read_text() == "# never run\n"
+
+
 def test_multi_token_prediction_is_dropped_consistently(ids: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
     tensors = load_file(source / "model.safetensors")
