@@ -30,7 +30,8 @@ _TOP_K_NAMES = (
 )  # fmt: skip
 _GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
 _TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
-_MTP_NAME = re.compile(r"^(?=.*(num|n_|layers))(?=.*(mtp|nextn))")
+_MTP_NAME = re.compile(r"mtp|nextn")
+_MTP_COUNT = re.compile(r"^num_|^n_|layer|modules")
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: Exper
             named = key == spec.attribute or key in aliases or bool(_COUNT_NAME.match(key))
             if named and _single(value) == spec.count:
                 result[key] = [count] * len(value) if isinstance(value, list) else count
-            elif _MTP_NAME.match(key) and isinstance(value, int) and not isinstance(value, bool):
-                result[key] = 0
+            elif _MTP_NAME.search(key):
+                result[key] = _without_mtp(key, value)
             elif isinstance(value, dict) and depth < len(spec.path) and key == spec.path[depth]:
                 result[key] = rewrite(value, depth + 1)
             else:
@@ -133,6 +134,27 @@ def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: Exper
         return result
 
     return rewrite(raw, 0)
+
+
+def _without_mtp(key: str, value: Any) -> Any:
+    """The value that says "no MTP layers": 0 for a number of them, [] for a list over them, False for `use_mtp`."""
+    if key.startswith("use_") and isinstance(value, bool):
+        return False
+    if _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool):
+        return 0
+    return [] if _MTP_COUNT.search(key) and isinstance(value, list) else value
+
+
+def mtp_layers(raw: Mapping[str, Any]) -> int:
+    """How many MTP layers a `config.json` names, at its top or in a part of it."""
+    parts = [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
+    counts = [
+        value
+        for part in parts
+        for key, value in part.items()
+        if _MTP_NAME.search(key) and _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool)
+    ]
+    return max(counts, default=0)
 
 
 def drop_missing_code(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -111,7 +111,9 @@ class BlockLoader:
             if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
                 wanted[parameter] = names
         self._load(wanted)
-        self._model.tie_weights()
+        # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
+        missing = {name for name, tensor in _tensors(self._model) if tensor.is_meta}
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         with _without_blocks(self._skeleton):
             self._materialize_buffers(self._model, "")
 

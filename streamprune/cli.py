@@ -39,18 +39,25 @@ def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted. Nothing was kept.", err=True)
+            click.echo("Interrupted. No output was written.", err=True)
             sys.exit(130)
 
     return wrapper
 
 
-def _quiet_libraries() -> None:
-    """Keep other libraries' bars and hints off the terminal; their errors still come as exceptions."""
+def _quiet_libraries(downloads: bool) -> None:
+    """Keep other libraries' hints off the terminal, and with `downloads` the Hub's progress bars as well.
+
+    Their errors still come as exceptions.
+    """
     import logging
     import warnings
 
+    import huggingface_hub.utils
     import transformers
+
+    if downloads:
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -102,7 +109,7 @@ def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options
     limit_kernel_cache()
     from streamprune.run import run as run_streamprune
 
-    _quiet_libraries()
+    _quiet_libraries(downloads=quiet)
     result = run_streamprune(settings, quiet=quiet)
     if as_json:
         click.echo(json.dumps(result.summary, indent=2))
@@ -124,5 +131,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     click.echo("Loading torch and transformers ...")
     from streamprune.demo import run_demo
 
-    _quiet_libraries()
+    _quiet_libraries(downloads=False)
     run_demo(output, steps=steps, seed=seed, echo=click.echo)

@@ -16,6 +16,10 @@ from pathlib import Path
 
 #: Longest document that is cut from a source file, in characters.
 DOCUMENT_CHARACTERS = 6000
+#: Folders of the standard library that are not of it (installed packages), are test data, or are tables.
+LEFT_OUT = frozenset(
+    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings")
+)
 
 
 def code_documents(seed: int) -> Iterator[str]:
@@ -83,7 +87,8 @@ def record_documents(seed: int) -> Iterator[str]:
                 }  # fmt: skip
             else:
                 record = {
-                    "type": "sample", "sensor": f"s{rng.randint(1, 9)}", "values": [rng.randint(0, 99) for _ in range(3)],
+                    "type": "sample", "sensor": f"s{rng.randint(1, 9)}",
+                    "values": [rng.randint(0, 99) for _ in range(3)],
                 }  # fmt: skip
             lines.append(json.dumps(record))
         yield "\n".join(lines)
@@ -100,11 +105,8 @@ DOMAINS: dict[str, Callable[[int], Iterator[str]]] = {
 
 def _library_sources(seed: int) -> Iterator[str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = [
-        path
-        for path in sorted(folder.rglob("*.py"))
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"} & set(path.parts)
-    ]
+    # Parts below the folder only: Python itself may well be installed under somebody's /home/test.
+    paths = [path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(folder).parts)]
     random.Random(seed).shuffle(paths)
     for path in paths:
         try:

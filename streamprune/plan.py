@@ -42,7 +42,6 @@ class PrunePlan:
     dropped: tuple[str, ...]
     config: Mapping[str, Any] = field(repr=False)
     shards: tuple[ShardPlan, ...] = field(repr=False)
-    source_bytes: int = 0
 
     @property
     def output_bytes(self) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from streamprune.architecture import config_from_dict, drop_missing_code, load_config, rewrite_config
+from streamprune.architecture import config_from_dict, drop_missing_code, load_config, mtp_layers, rewrite_config
 from streamprune.calibration import Calibration, load_calibration
 from streamprune.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.hub import resolve_model
-from streamprune.machine import check_disk, check_memory
+from streamprune.integrity import check_fit, check_pruned
+from streamprune.machine import check_memory
 from streamprune.plan import PrunePlan, plan_shards, resolve_keep
 from streamprune.settings import RunSettings
 from streamprune.skeleton import (
@@ -23,8 +24,6 @@ from streamprune.skeleton import (
     Target,
     build_model,
     build_skeleton,
-    check_fit,
-    check_pruned,
     map_checkpoint,
 )
 from streamprune.states import hidden_state_bytes
@@ -68,9 +67,8 @@ def prepare(settings: RunSettings) -> Prepared:
     pruned = build_model(config_from_dict(config, pruned_config), dtype, settings.trust_remote_code)
     check_pruned(skeleton, pruned, keep)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
-    check_fit(skeleton, targets, {name: entry.shape for name, entry in checkpoint.tensors.items()})
+    check_fit(skeleton, targets, checkpoint.tensors)
     plan = _plan(settings, checkpoint, skeleton, targets, keep, pruned_config)
-    check_disk(settings.output, plan.output_bytes)
     return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype)
 
 
@@ -83,7 +81,7 @@ def _plan(
     pruned_config: Mapping[str, Any],
 ) -> PrunePlan:
     roles = {name: _role(target, skeleton) for name, target in targets.items()}
-    dropped = next_token_prediction(roles, skeleton.block_count)
+    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(checkpoint.config))
     tensors = output_tensors(checkpoint.tensors, roles, dropped, skeleton.spec.count, keep)
     return PrunePlan(
         spec=skeleton.spec,
@@ -116,7 +114,8 @@ def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
 
 def _refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     for part in (config, config.get("text_config")):
-        quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
+        stated = part if isinstance(part, Mapping) else {}
+        quantization = stated.get("quantization_config") or stated.get("compression_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
             raise UnsupportedModelError(

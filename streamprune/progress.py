@@ -89,7 +89,11 @@ class Progress:
         self._events.append({"event": event, "at_seconds": round(self.seconds, 3), **values})
 
     def write_log(self, path: Path) -> None:
-        path.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+        try:
+            path.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+        except OSError as error:
+            # A result is not worth less without its log.
+            self.say(f"note: the log {path} could not be written: {error.strerror}.")
 
 
 def _duration(seconds: float) -> str:

@@ -20,9 +20,16 @@ from streamprune.settings import RunSettings
 
 
 def run_report(
-    settings: RunSettings, prepared: Prepared, calibration: Calibration, layers: Sequence[LayerResult]
+    settings: RunSettings,
+    prepared: Prepared,
+    calibration: Calibration,
+    layers: Sequence[LayerResult],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings."""
+    """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
+
+    (On the CPU the last digits of scores depend on the number of threads, as every matrix product does.)
+    """
     plan = prepared.plan
     return {
         "format": 1,
@@ -37,7 +44,8 @@ def run_report(
             "seq_len": settings.seq_len,
             "seed": settings.seed,
             "dtype": str(prepared.dtype).removeprefix("torch."),
-            "batch_tokens": settings.batch_tokens,
+            "device": device.type,
+            "batch_tokens": settings.batch_tokens_on(device.type),
             "max_shard_bytes": settings.max_shard_bytes,
         },
         "versions": {
@@ -100,4 +108,5 @@ def run_summary(
 
 def _public_name(name: str) -> str:
     """A Hub id or recipe as it is; of a local path only the last part."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name

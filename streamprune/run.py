@@ -20,6 +20,9 @@ from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
 from streamprune.writer import OutputWriter
 
+#: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
+LOG_SUFFIX = ".streamprune.log"
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -34,19 +37,19 @@ def run(settings: RunSettings, quiet: bool = False) -> RunResult:
     """Prune a model: read, score and write one block after the other. Leaves nothing behind when it raises."""
     device = choose_device(settings.device)
     prepared = prepare(settings)
-    calibration = calibrate(settings, prepared)
-    with (
-        Progress(prepared.plan.block_count, quiet) as progress,
-        OutputWriter(prepared.plan, prepared.checkpoint, settings.output) as writer,
-    ):
-        _announce(progress, settings, prepared, calibration, device)
-        scorer = BlockScorer(settings, prepared, calibration, device, progress)
-        layers = _stream(prepared, scorer, device, progress, writer)
-        report = run_report(settings, prepared, calibration, layers)
-        writer.finish(report, model_card(prepared.plan, report, prepared.checkpoint))
+    with Progress(prepared.plan.block_count, quiet) as progress:
+        with OutputWriter(prepared.plan, prepared.checkpoint, settings.output, settings.overwrite) as writer:
+            _announce_model(progress, settings, prepared)
+            calibration = calibrate(settings, prepared)
+            _announce_calibration(progress, settings, prepared, calibration, device)
+            scorer = BlockScorer(settings, prepared, calibration, device, progress)
+            layers = _stream(prepared, scorer, device, progress, writer)
+            report = run_report(settings, prepared, calibration, layers, device)
+            writer.finish(report, model_card(prepared.plan, report, prepared.checkpoint))
+        # The output is complete from here on, whatever happens to the log or the terminal.
         summary = run_summary(settings, prepared, calibration, layers, progress.seconds)
         progress.log("summary", {**summary, "host": describe_host(device)})
-        progress.write_log(settings.output.with_name(settings.output.name + ".log"))
+        progress.write_log(settings.output.with_name(settings.output.name + LOG_SUFFIX))
         _tell(progress, summary, calibration)
     return RunResult(settings.output, tuple(layers), summary)
 
@@ -87,31 +90,34 @@ def _stream(
     return layers
 
 
-def _announce(
-    progress: Progress, settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device
-) -> None:
+def _announce_model(progress: Progress, settings: RunSettings, prepared: Prepared) -> None:
     plan, spec = prepared.plan, prepared.plan.spec
     progress.say(
         f"{settings.model}: {plan.block_count} blocks, {len(plan.moe_blocks)} with {spec.count} experts "
         f"(top-{spec.top_k}); keeping {plan.keep} of {spec.count}: "
         f"{format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}"
     )
-    progress.say(
-        f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
-        f"{', '.join(calibration.sources)}; {str(prepared.dtype).removeprefix('torch.')} on {device}"
-    )
-    if settings.calibration == ("builtin",):
-        progress.say(
-            "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
-            "like what you will ask of it: --calibration FILE."
-        )
-    for note in calibration.notes:
-        progress.say(f"note: {note}")
     if plan.dropped:
         progress.say(
             f"note: {len(plan.dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
             "Without them, speculative decoding needs a separate draft model."
         )
+    if settings.calibration == ("builtin",):
+        progress.say(
+            "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
+            "like what you will ask of it: --calibration FILE."
+        )
+
+
+def _announce_calibration(
+    progress: Progress, settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device
+) -> None:
+    progress.say(
+        f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
+        f"{', '.join(calibration.sources)}; {str(prepared.dtype).removeprefix('torch.')} on {device}"
+    )
+    for note in calibration.notes:
+        progress.say(f"note: {note}")
 
 
 def _tell(progress: Progress, summary: Mapping[str, Any], calibration: Calibration) -> None:

@@ -1,7 +1,8 @@
 """Scoring: what every expert contributes to its layer's output, summed while the model's own forward runs.
 
 REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv:2510.13999):
-the saliency of expert j is the mean, over the tokens routed to j, of g_j(x) · ‖f_j(x)‖₂.
+the saliency of expert j is the mean, over the tokens routed to j, of g_j(x) · ‖f_j(x)‖₂. Where the experts work in a
+latent space (Nemotron-H), f_j is their output there, before the projection back.
 
 Shapes: T tokens, K experts chosen per token, E experts, H hidden size, P = T·K pairs of a token and a chosen expert.
 """
@@ -86,6 +87,10 @@ def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
 
 
 def _make_tap(module: nn.Module) -> ExpertsTap:
+    earlier = getattr(module, "_streamprune_tap", None)
+    if earlier is not None:
+        # Tapped before: by now the module's own forward is ours.
+        return ExpertsTap(earlier.plain, earlier.sums_by_token)
     if not dispatches_experts(module):
         return ExpertsTap(type(module).forward, sums_by_token=False)
     implementation = module.config._experts_implementation  # type: ignore[union-attr]

@@ -10,12 +10,12 @@ from torch import nn
 from streamprune.allocation import keep_highest
 from streamprune.blocks import BlockLoader
 from streamprune.calibration import Calibration
-from streamprune.errors import NonFiniteError, UnsupportedModelError
+from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
 from streamprune.machine import release_freed_memory
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
 from streamprune.saliency import ExpertsTap, ExpertStatistics, tap_experts
-from streamprune.settings import DEFAULT_BATCH_TOKENS, RunSettings
+from streamprune.settings import RunSettings
 from streamprune.states import HiddenStates, non_finite_tokens
 from streamprune.stream import BatchState, BlockStream
 
@@ -50,7 +50,7 @@ class BlockScorer:
         self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device)
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
         self._stream = BlockStream(skeleton)
-        self._batches = calibration.micro_batches(settings.batch_tokens or DEFAULT_BATCH_TOKENS[device.type])
+        self._batches = calibration.micro_batches(settings.batch_tokens_on(device.type))
         self._states = HiddenStates(len(self._batches))
         self._loader.load_surroundings(head=False)
 
@@ -82,8 +82,14 @@ class BlockScorer:
 
     def _pass(self, index: int, block: nn.Module, store: bool) -> None:
         for number, batch in enumerate(self._batches):
-            state = self._states.load(number, self._device)
-            state = self._stream.run_block(index, block, batch.to(self._device), state)
+            try:
+                state = self._states.load(number, self._device)
+                state = self._stream.run_block(index, block, batch.to(self._device), state)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise ResourceError(
+                    f"Out of memory on {self._device} in block {index}, with {batch.shape[0]} sequences of "
+                    f"{batch.shape[1]} tokens at a time. Use a smaller --batch-tokens or --seq-len, or --device cpu."
+                ) from error
             self._check_finite(index, number, batch, state)
             if store:
                 self._states.store(number, state)

@@ -49,6 +49,10 @@ class RunSettings:
     trust_remote_code: bool = False
     overwrite: bool = False
 
+    def batch_tokens_on(self, device_type: str) -> int:
+        """Tokens per micro-batch on this kind of device ("cpu" or "cuda")."""
+        return self.batch_tokens or DEFAULT_BATCH_TOKENS[device_type]
+
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.ratio is None):
             raise SettingsError("Give either --keep N (experts to keep per block) or --ratio R (share to remove).")

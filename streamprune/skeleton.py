@@ -82,6 +82,8 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
     A multimodal model for which transformers has no text-only class is built whole; its vision tower then simply never
     gets weights, since text alone does not reach it.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; only decoders can be streamed.")
     problem: Exception | None = None
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
@@ -222,47 +224,3 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ta
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
         targets[name] = Target(target, pattern, also)
     return targets
-
-
-def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None:
-    """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes."""
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    for name, rows in skeleton.expert_rows.items():
-        shape = list(expected[name])
-        shape[rows.axis] = rows.stride * keep + rows.tail
-        expected[name] = tuple(shape)
-    actual = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
-    differing = [name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)]
-    if differing:
-        name = min(differing)
-        raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__}: with {keep} experts in its config, the model would have {name} as "
-            f"{actual.get(name)}, but the pruned checkpoint would hold {expected.get(name)}."
-        )
-
-
-def check_fit(skeleton: Skeleton, targets: Mapping[str, Target | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless checkpoint tensors of these shapes feed every parameter of the blocks, and fit.
-
-    Tensors that are converted on the way are checked by the conversion itself.
-    """
-    unfed = _unfed_parameters(skeleton, targets)
-    if unfed:
-        raise CheckpointError(
-            f"The checkpoint lacks the tensors for {len(unfed)} parameters that config.json describes, first "
-            f"{unfed[0]}. Complete the download."
-        )
-    parameters = skeleton.model.state_dict()
-    for name, target in targets.items():
-        if target is not None and target.pattern is None and tuple(parameters[target.name].shape) != shapes[name]:
-            raise CheckpointError(
-                f"The checkpoint's {name} is {list(shapes[name])}, but config.json describes {target.name} as "
-                f"{list(parameters[target.name].shape)}. Config and shards do not belong together; download both again."
-            )
-
-
-def _unfed_parameters(skeleton: Skeleton, targets: Mapping[str, Target | None]) -> list[str]:
-    fed = {name for target in targets.values() if target is not None for name in (target.name, *target.also)}
-    return [
-        name for name, _ in skeleton.model.named_parameters() if skeleton.block_of(name) is not None and name not in fed
-    ]

@@ -86,24 +86,38 @@ class SourceRole:
 
 
 _MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
+_MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
-def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int) -> list[str]:
+def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp_layers: int) -> list[str]:
     """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
 
-    Checkpoints keep them under a name of their own, or as further decoder blocks behind the last one.
+    Checkpoints keep them under a name of their own, or as further decoder blocks behind the last one: as many as the
+    config says (`mtp_layers`), or such as hold tensors that only MTP layers have. Raises CheckpointError for a further
+    block that is neither: it is one of the model's own, and the config is wrong.
     """
     lists = {
         match.group(1) for name, role in roles.items() if role.block is not None and (match := _NUMBERED.match(name))
     }
     found = []
+    further: dict[int, list[str]] = defaultdict(list)
     for name, role in roles.items():
+        if role.parameter is not None:
+            continue
         match = _NUMBERED.match(name)
-        beyond = match is not None and match.group(1) in lists and int(match.group(2)) >= block_count
-        if role.parameter is None and (beyond or _MTP_SEGMENT.search(name)):
+        if match is not None and match.group(1) in lists and int(match.group(2)) >= block_count:
+            further[int(match.group(2))].append(name)
+        elif _MTP_SEGMENT.search(name):
             found.append(name)
-    return found
+    for number, names in further.items():
+        if number >= block_count + mtp_layers and not any(_MTP_ONLY.search(name) for name in names):
+            raise CheckpointError(
+                f"The checkpoint has {names[0]}, but config.json describes only {block_count} blocks and {mtp_layers} "
+                "multi-token-prediction layers. Config and shards do not belong together; download both again."
+            )
+        found.extend(names)
+    return [name for name in roles if name in set(found)]
 
 
 def output_tensors(

@@ -6,13 +6,15 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from streamprune.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_ranges
 from streamprune.errors import OutputError
+from streamprune.machine import check_disk
 from streamprune.plan import PrunePlan, ShardPlan
 
 #: Says that a work folder is ours, so that removing it cannot hit somebody's data.
@@ -23,6 +25,10 @@ REPLACED_NAME = "replaced"
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Raise OutputError unless `output` may be created (or replaced, with `overwrite`)."""
+    if output.name in {"", ".."}:
+        raise OutputError(f"{output} cannot be the output: it must be a folder with a name. Choose another with -o.")
+    if os.path.ismount(output):
+        raise OutputError(f"{output} is a mount point, which cannot be created in one step. Use -o {output / 'model'}.")
     target, origin = output.resolve(), source.resolve()
     if target == origin or target in origin.parents or origin in target.parents:
         raise OutputError(f"The output {output} and the model {source} must not be, or contain, one another.")
@@ -41,14 +47,15 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 class OutputWriter:
     """Writes a pruned checkpoint to `OUT.work/model` and renames it to OUT in `finish`.
 
-    Use as a context manager: leaving it without `finish` removes what was written. Needs a few MiB of memory, whatever
-    the sizes of tensors and shards.
+    Use as a context manager: leaving it without `finish` removes what was written. Entering it checks the disk. Needs a
+    few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError or ResourceError.
     """
 
-    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, output: Path) -> None:
+    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._output = output
+        self._overwrite = overwrite
         self._work = output.with_name(output.name + ".work")
         self._staging = self._work / "model"
         self._lock: int | None = None
@@ -60,17 +67,25 @@ class OutputWriter:
             raise OutputError(
                 f"{self._work} cannot be created: {error.strerror}. Choose another place with -o."
             ) from None
+        try:
+            # Again, and only now: a run that was killed may have left its files, or an output that it moved aside.
+            check_output(self._output, self._checkpoint.folder, self._overwrite)
+            check_disk(self._work, self._plan.output_bytes)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self._restore_replaced()
         shutil.rmtree(self._work, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
-        if isinstance(error, OSError):
-            raise OutputError(f"Writing {self._output} failed: {error}. Nothing of it was kept.") from error
 
     def _claim(self) -> None:
         if self._work.exists() and not (self._work / MARKER_NAME).exists():
@@ -102,9 +117,10 @@ class OutputWriter:
 
     def write_block(self, block: int | None, kept: Sequence[int]) -> None:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
-        for shard in self._plan.shards:
-            if shard.block == block:
-                self._write_shard(shard, kept)
+        with _told_as_output_error(self._output):
+            for shard in self._plan.shards:
+                if shard.block == block:
+                    self._write_shard(shard, kept)
 
     def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> None:
         path = self._staging / shard.file
@@ -120,23 +136,31 @@ class OutputWriter:
 
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""
+        with _told_as_output_error(self._output):
+            self._write_small_files(report, card)
+            self._check_sizes()
+            for folder in {path.parent for path in self._staging.rglob("*")}:
+                _sync_folder(folder)
+            # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
+            check_output(self._output, self._checkpoint.folder, self._overwrite)
+            if self._output.is_dir() and any(self._output.iterdir()):
+                # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
+                self._output.rename(self._work / REPLACED_NAME)
+            self._staging.rename(self._output)
+            _sync_folder(self._output.absolute().parent)
+
+    def _write_small_files(self, report: dict[str, Any], card: str) -> None:
         weight_map = {tensor.name: shard.file for shard in self._plan.shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": self._plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for relative in self._checkpoint.small_files():
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._checkpoint.folder / relative, target)
+            _sync_file(target)
         _write_text(self._staging / INDEX_NAME, _to_json(index))
         _write_text(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
         _write_text(self._staging / REPORT_NAME, _to_json(report))
         _write_text(self._staging / "README.md", card)
-        self._check_sizes()
-        _sync_folder(self._staging)
-        if self._output.is_dir():
-            # Empty, or the user asked to replace it: moved aside first, so that it is whole until the new one is.
-            self._output.rename(self._work / REPLACED_NAME)
-        self._staging.rename(self._output)
-        _sync_folder(self._output.absolute().parent)
 
     def _check_sizes(self) -> None:
         for shard in self._plan.shards:
@@ -146,6 +170,14 @@ class OutputWriter:
                 raise OutputError(
                     f"{shard.file} has {size:,} bytes instead of {expected:,}. Nothing was kept; run again."
                 )
+
+
+@contextmanager
+def _told_as_output_error(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"Writing {output} failed: {error}. Nothing of it was kept.") from error
 
 
 def _encode_header(shard: ShardPlan) -> bytes:
@@ -169,6 +201,11 @@ def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 

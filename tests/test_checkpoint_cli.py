@@ -38,7 +38,7 @@ def invoke(folder: Path, tmp_path: Path) -> str:
     assert result.stderr.splitlines()[-1] == errors[0]
     assert not out.exists()
     assert not (tmp_path / "out.work").exists()
-    assert not (tmp_path / "out.log").exists()
+    assert not (tmp_path / "out.streamprune.log").exists()
     return errors[0]
 
 

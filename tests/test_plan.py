@@ -167,4 +167,12 @@ def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:
         "mtp.layers.0.w": SourceRole(None, None),
         "visual.layers.7.w": SourceRole(None, None),
     }
-    assert next_token_prediction(roles, block_count=2) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
+    assert next_token_prediction(roles, 2, mtp_layers=0) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
+
+
+def test_a_block_behind_the_last_is_mtp_only_if_the_config_or_its_tensors_say_so() -> None:
+    roles = {f"model.layers.{layer}.w": SourceRole(layer, f"model.layers.{layer}.w") for layer in (0, 1)}
+    roles["model.layers.2.w"] = SourceRole(None, None)
+    assert next_token_prediction(roles, 2, mtp_layers=1) == ["model.layers.2.w"]
+    with pytest.raises(CheckpointError, match=r"has model\.layers\.2\.w, but config.json describes only 2 blocks"):
+        next_token_prediction(roles, 2, mtp_layers=0)

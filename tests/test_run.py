@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune import blocks
 from streamprune.cli import main
-from streamprune.errors import NonFiniteError, ResourceError
+from streamprune.errors import NonFiniteError, OutputError, ResourceError
+from streamprune.writer import OutputWriter
 from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
@@ -106,7 +107,7 @@ def test_report_holds_scores_counts_and_provenance_and_nothing_that_varies(
 
 def test_what_varies_goes_to_a_log_beside_the_output(model: Path, ids: Path, tmp_path: Path) -> None:
     invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
-    events = [json.loads(line) for line in (tmp_path / "out.log").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "out.streamprune.log").read_text().splitlines()]
     assert [event["event"] for event in events] == ["block"] * 4 + ["summary"]
     assert all(event["seconds"] > 0 and event["peak_bytes"] > 0 for event in events[:4])
     assert events[-1]["host"]
@@ -306,6 +307,72 @@ def test_a_work_folder_that_is_not_ours_is_left_alone(model: Path, ids: Path, tm
     (work / "mine").write_text("keep me")
     refused(invoke("run", model, "-o", tmp_path / "out", "--calibration", ids, "--keep", 4), "not made by streamprune")
     assert (work / "mine").read_text() == "keep me"
+
+
+def test_what_appears_at_the_output_meanwhile_is_not_replaced(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    plain = OutputWriter.finish
+
+    def finish(self: OutputWriter, *arguments: Any) -> None:
+        output.mkdir()
+        (output / "thesis.txt").write_text("years of work")
+        plain(self, *arguments)
+
+    monkeypatch.setattr(OutputWriter, "finish", finish)
+    with pytest.raises(OutputError, match="is not empty"):
+        prune(model, output)
+    assert tree_bytes(output) == {"thesis.txt": b"years of work"}
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_between_the_renames_loses_nothing(
+    overwrite: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old output lies in the work folder then; the next run puts it back before it does anything else."""
+    output = tmp_path / "out"
+    prune(model, output, keep=4)
+    before = tree_bytes(output)
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "streamprune.lock").touch()
+    output.rename(tmp_path / "out.work" / "replaced")
+    if overwrite:
+        prune(model, output, keep=3, overwrite=True)
+        assert json.loads((output / "config.json").read_text())["num_local_experts"] == 3
+    else:
+        with pytest.raises(OutputError, match="is not empty"):
+            prune(model, output, keep=3)
+        assert tree_bytes(output) == before
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_the_output_needs_a_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(invoke("run", model, "-o", ".", "--keep", 4), "a folder with a name")
+    refused(invoke("run", model, "-o", "/", "--keep", 4), "a folder with a name")
+    refused(invoke("run", model, "-o", "/proc", "--keep", 4), "is a mount point")
+
+
+def test_a_log_that_cannot_be_written_costs_a_note_not_the_result(model: Path, ids: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.streamprune.log").mkdir()
+    result = invoke("run", model, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
+    assert result.exit_code == 0
+    assert "could not be written" in result.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_out_of_memory_names_the_place_and_the_remedy(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_block(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("streamprune.stream.BlockStream.run_block", run_block)
+    with pytest.raises(ResourceError, match=r"block 0, with 4 sequences of 24 tokens .* --batch-tokens"):
+        prune(model, tmp_path / "out")
 
 
 def test_quantized_models_are_refused(model: Path, ids: Path, tmp_path: Path, no_weights: None) -> None:

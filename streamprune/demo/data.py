@@ -1,0 +1,141 @@
+"""The demo's tokenizer and its token sequences: per domain a part to train on, one to calibrate on, one held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from streamprune import corpus
+from streamprune.errors import CalibrationError
+
+#: Tokens per sequence; also the most positions that the model knows, since it is trained on no more.
+SEQ_LEN = 128
+VOCAB_SIZE = 1024
+END_OF_TEXT = "<|endoftext|>"
+#: Text read per domain. Four fifths of it are about 900 steps' worth of training; longer training sees it again.
+CHARACTERS = 1_500_000
+#: Of the training text, what the tokenizer learns from: it hardly changes with more.
+TOKENIZER_CHARACTERS = 400_000
+#: The least that the demo's figures rest on, in sequences per domain.
+CALIBRATION_SEQUENCES = 256
+HELD_OUT_SEQUENCES = 64
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """One domain's token sequences, each part int64 (N, SEQ_LEN). No document gave sequences to two parts."""
+
+    train: torch.Tensor = field(repr=False)
+    calibration: torch.Tensor = field(repr=False)
+    held_out: torch.Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    train: list[str] = field(default_factory=list)
+    calibration: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+
+
+def prepare_data(seed: int) -> tuple[Any, dict[str, DomainData]]:
+    """A tokenizer (PreTrainedTokenizerFast) trained on the training texts, and every domain's sequences.
+
+    The same Python, libraries and seed give the same data. Raises CalibrationError if this Python installation has
+    too little text of a domain.
+    """
+    texts = {name: _split(_read(documents(seed))) for name, documents in corpus.DOMAINS.items()}
+    tokenizer = train_tokenizer([parts.train for parts in texts.values()])
+    return tokenizer, {name: _tokenize(name, parts, tokenizer) for name, parts in texts.items()}
+
+
+def train_tokenizer(texts: Sequence[Sequence[str]]) -> Any:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, digits apart, trained on the texts of each domain alike."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for domain in texts for text in _first(domain, TOKENIZER_CHARACTERS)), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=SEQ_LEN)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def training_batches(
+    data: Mapping[str, DomainData], steps: int, per_domain: int, seed: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Step number and token ids (domains × per_domain, SEQ_LEN). Every pass through a domain has a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = {name: _shuffled_forever(len(part.train), generator) for name, part in data.items()}
+    for step in range(steps):
+        rows = [part.train[[next(orders[name]) for _ in range(per_domain)]] for name, part in data.items()]
+        yield step, torch.cat(rows)
+
+
+def _shuffled_forever(count: int, generator: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _read(documents: Iterable[str]) -> list[str]:
+    return list(_first(documents, CHARACTERS))
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Texts until they hold this many characters."""
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def _split(documents: Sequence[str]) -> _Texts:
+    """A tenth of the documents to calibrate on, a tenth held out, by a hash. One that occurs twice counts once."""
+    parts = _Texts()
+    for text in dict.fromkeys(documents):
+        tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") % 10
+        (parts.held_out if tenth == 0 else parts.calibration if tenth == 1 else parts.train).append(text)
+    return parts
+
+
+def _tokenize(domain: str, texts: _Texts, tokenizer: Any) -> DomainData:
+    train, calibration, held_out = (_pack(part, tokenizer) for part in (texts.train, texts.calibration, texts.held_out))
+    if len(train) == 0 or len(calibration) < CALIBRATION_SEQUENCES or len(held_out) < HELD_OUT_SEQUENCES:
+        raise CalibrationError(
+            f"This Python installation has too little text for the demo's domain {domain!r}: {len(calibration)} "
+            f"sequences of {SEQ_LEN} tokens to calibrate on ({CALIBRATION_SEQUENCES} needed) and {len(held_out)} "
+            f"held out ({HELD_OUT_SEQUENCES} needed). Use a Python with its full standard library."
+        )
+    return DomainData(train, _spread(calibration, CALIBRATION_SEQUENCES), _spread(held_out, HELD_OUT_SEQUENCES))
+
+
+def _spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the sequences at even distances: from as many documents as there are, not all from the first few."""
+    return sequences[torch.arange(count) * len(sequences) // count]
+
+
+def _pack(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """Full sequences of the documents laid end to end, the end-of-text token behind each: int64 (N, SEQ_LEN)."""
+    encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    tokens = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
+    full = len(tokens) // SEQ_LEN * SEQ_LEN
+    return torch.tensor(tokens[:full], dtype=torch.int64).view(-1, SEQ_LEN)

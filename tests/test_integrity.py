@@ -1,0 +1,140 @@
+"""Checkpoints that do not belong to the model that their config describes, and weights that cannot be read plainly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from streamprune import blocks
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.prepare import prepare
+from streamprune.run import score
+from streamprune.settings import RunSettings
+from tests.helpers import prune, token_ids
+from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
+
+QWEN, DEEPSEEK_V3 = (next(f for f in FAMILIES if f.id == name) for name in ("qwen3_moe", "deepseek_v3"))
+NAME = "model.layers.1.mlp.experts.0.up_proj.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", tiny_config(QWEN), max_shard_size="1GB")
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(blocks, "safe_open", fail)
+
+
+def change(folder: Path, tensors: dict[str, torch.Tensor | None] | None = None, **config: Any) -> None:
+    """Replace, add or (None) remove tensors and config keys."""
+    path = folder / "model.safetensors"
+    state = load_file(path) | (tensors or {})
+    save_file({name: t for name, t in state.items() if t is not None}, path, {"format": "pt"})
+    stated = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(stated))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight", NAME])
+def test_missing_tensors(name: str, model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, {name: None})
+    with pytest.raises(CheckpointError, match=r"lacks the tensors|only 7 of the 8 experts"):
+        prune(model, tmp_path / "out")
+
+
+def test_a_missing_correction_bias(tmp_path: Path, no_weights: None) -> None:
+    source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
+    change(source, {"model.layers.2.mlp.gate.e_score_correction_bias": None})
+    with pytest.raises(CheckpointError, match="e_score_correction_bias"):
+        prune(source, tmp_path / "out", keep=4)
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_embeddings_under_either_name(stored: str, model: Path, tmp_path: Path) -> None:
+    embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    both = {"model.embed_tokens.weight": None, "lm_head.weight": None}
+    change(model, both | {stored: embedding}, tie_word_embeddings=True)
+    prune(model, tmp_path / "out")
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(reloaded.get_output_embeddings().weight, embedding)
+    assert reloaded(token_ids()).logits.isfinite().all()
+
+
+def test_weights_in_eight_bits_without_a_word_in_the_config(model: Path, tmp_path: Path, no_weights: None) -> None:
+    weight = load_file(model / "model.safetensors")[NAME]
+    change(model, {NAME: weight.to(torch.float8_e4m3fn)})
+    with pytest.raises(UnsupportedModelError, match=r"quantized: .*up_proj\.weight has the dtype F8_E4M3"):
+        prune(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale", "_packed", "_zero_point"])
+def test_scales_that_nothing_reads(suffix: str, model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, {NAME + suffix: torch.ones(1, 1)})
+    with pytest.raises(UnsupportedModelError, match="belongs to quantized weights"):
+        prune(model, tmp_path / "out")
+
+
+def test_quantization_under_its_older_name(model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, compression_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(UnsupportedModelError, match="compressed-tensors"):
+        prune(model, tmp_path / "out")
+
+
+def test_a_layer_too_many_is_not_taken_for_mtp(model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match="describes only 3 blocks"):
+        prune(model, tmp_path / "out")
+
+
+def test_every_mtp_key_says_none(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
+    keys = {"num_nextn_predict_layers": 1, "use_mtp": True, "mtp_layer_types": ["full"], "mtp_loss_scale": 2}
+    change(source, {"mtp.layers.0.w": torch.ones(2)}, **keys)
+    prune(source, tmp_path / "out", keep=4)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [written[key] for key in keys] == [0, False, [], 2]
+
+
+def test_routers_that_look_expert_numbers_up_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    """As DeepSeek-V4's first layers do: the table's shape does not depend on the experts, but its numbers do."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
+
+    plain = modeling.Qwen3MoeSparseMoeBlock.__init__
+
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        plain(self, *arguments, **keywords)
+        self.register_buffer("tid2eid", torch.zeros(256, 2, dtype=torch.int64))
+
+    monkeypatch.setattr(modeling.Qwen3MoeSparseMoeBlock, "__init__", init)
+    table = {f"model.layers.{layer}.mlp.tid2eid": torch.zeros(256, 2, dtype=torch.int64) for layer in range(4)}
+    change(model, dict(table))
+    with pytest.raises(UnsupportedModelError, match="table of expert numbers"):
+        prune(model, tmp_path / "out")
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path, no_weights: None) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "switch_transformers"}')
+    with pytest.raises(UnsupportedModelError, match="switch_transformers is an encoder-decoder"):
+        prune(tmp_path / "model", tmp_path / "out")
+
+
+def test_a_prepared_model_can_be_scored_again(model: Path, tmp_path: Path) -> None:
+    ids = write_token_ids(tmp_path / "ids.jsonl")
+    settings = RunSettings(model=str(model), output=tmp_path / "out", keep=4, calibration=(str(ids),))
+    prepared = prepare(settings)
+    assert score(settings, prepared, quiet=True) == score(settings, prepared, quiet=True)
+    assert not (tmp_path / "out").exists()

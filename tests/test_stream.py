@@ -1,0 +1,98 @@
+"""One block in memory at a time, hidden states updated in place, and the memory that all of it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamprune import scoring
+from streamprune.errors import UnsupportedModelError
+from streamprune.states import HiddenStates, non_finite_tokens
+from streamprune.stream import BatchState, BlockStream
+from tests.helpers import CPU, prune
+from tests.tiny import FAMILIES, make_model, tiny_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("propagate", ["original", "pruned"])
+def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    plain = BlockStream.run_block
+
+    def watch(self: BlockStream, index: int, block: nn.Module, *arguments: Any) -> BatchState:
+        loaded = [
+            number
+            for number, other in enumerate(self._skeleton.blocks)
+            if any(not parameter.is_meta for parameter in other.parameters())
+        ]
+        seen.append((index, loaded))
+        return plain(self, index, block, *arguments)
+
+    monkeypatch.setattr(scoring.BlockStream, "run_block", watch)
+    prune(make_model(tmp_path / "model", tiny_config(FAMILIES[0])), tmp_path / "out", propagate=propagate)
+    assert {index for index, _ in seen} == {0, 1, 2, 3}
+    assert all(loaded == [index] for index, loaded in seen)
+
+
+def test_hidden_states_are_updated_in_place() -> None:
+    states = HiddenStates(1)
+    states.store(0, BatchState((torch.zeros(2, 3, 4), None)))
+    kept = states.load(0, CPU).output[0]
+    states.store(0, BatchState((torch.ones(2, 3, 4), None), {"shared": {"full": (torch.ones(1),)}}))
+    assert states.load(0, CPU).output[0] is kept
+    assert bool((kept == 1).all())
+    assert states.load(0, CPU).carried["shared"]["full"][0].item() == 1
+
+
+def test_stored_states_do_not_hold_on_to_what_they_were_cut_from() -> None:
+    states = HiddenStates(1)
+    states.store(0, BatchState(torch.zeros(1000, 3, 4)[:1]))
+    assert states.load(0, CPU).output.untyped_storage().nbytes() == 3 * 4 * 4
+
+
+def test_non_finite_tokens_are_counted_and_large_sums_are_not() -> None:
+    hidden = torch.zeros(2, 5, 4, dtype=torch.float16)
+    hidden[0, 1, 2] = float("nan")
+    hidden[1, 3] = float("inf")
+    assert non_finite_tokens(BatchState(hidden)) == 2
+    assert non_finite_tokens(BatchState(torch.full((2, 5, 4), 60000.0, dtype=torch.float16))) == 0
+
+
+def test_a_forward_that_changes_states_between_blocks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Re-entering such a forward would apply the change once for every block: wrong without a sign of it."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
+
+    plain = modeling.Qwen3MoeModel.forward
+
+    def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        first = self.layers[0].forward
+        self.layers[0].forward = lambda *a, **k: first(*a, **k).mul_(2.0)
+        try:
+            return plain(self, *arguments, **keywords)
+        finally:
+            self.layers[0].forward = first
+
+    monkeypatch.setattr(modeling.Qwen3MoeModel, "forward", forward)
+    source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+    with pytest.raises(UnsupportedModelError, match="in place between its blocks"):
+        prune(source, tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Three times the blocks, and peak resident memory grows by less than the weights of one block."""
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "tools" / "bench"), "--shape", "mid", "--samples", "2", "--seq-len", "64"]
+    command += ["--rounds", "0", "--depths", "3", "9", "--output", str(figures)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    measured = json.loads(figures.read_text())
+    assert measured["depth_growth_in_blocks"] < 1.0, measured
