@@ -78,7 +78,8 @@ def _names_of_head(model: PreTrainedModel) -> set[str]:
 def _check_stored_numbers(skeleton: Skeleton) -> None:
     """Refuse tables of expert numbers beside the experts: renumbered experts would leave them pointing at others."""
     places = tuple(
-        f"{skeleton.blocks_path}.{block}.{path.rpartition('.')[0]}." for block, path in skeleton.experts.items()
+        f"{skeleton.blocks_path}.{block}.{path.removesuffix(path.rpartition('.')[2])}"
+        for block, path in skeleton.experts.items()
     )
     for name, tensor in skeleton.model.state_dict().items():
         if not tensor.is_floating_point() and name.startswith(places):
