@@ -77,7 +77,8 @@ def _findings(result: DemoResult) -> list[str]:
     share = half.weight_bytes / result.before.weight_bytes
     return [
         f"What was seen: with {half.experts} of {result.before.experts} experts per block, the weights take "
-        f"{share:.0%} of the space, and the mean held-out loss went from {result.before.mean_loss:.2f} to {half.mean_loss:.2f}.",
+        f"{share:.0%} of the space, and the mean held-out loss went from {result.before.mean_loss:.2f} to "
+        f"{half.mean_loss:.2f}.",
         _graded_damage(result),
         _calibration_matters(result),
         "How much a large model loses is another matter: this one is tiny, and was trained for minutes.",
