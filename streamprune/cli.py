@@ -132,4 +132,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     from streamprune.demo import run_demo
 
     _quiet_libraries(downloads=False)
-    run_demo(output, steps=steps, seed=seed, echo=click.echo)
+    # One thread: the same figures every time, and no stall when something else runs on the machine.
+    run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
