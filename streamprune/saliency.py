@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from streamprune import dense_experts
+from streamprune import dense_experts, grouped_experts
 from streamprune.errors import UnsupportedModelError
 from streamprune.skeleton import dispatches_experts
 
@@ -61,12 +61,12 @@ class ExpertStatistics:
 class ExpertsTap:
     """Listens to one experts module. `plain` is the forward the module had; `statistics` None means nobody listens.
 
-    `sums_by_token` says that `plain` adds up a token's experts in the order of the token's choice, so that the output
-    can be rebuilt bit for bit from the single experts' outputs. Otherwise `plain` is run once more for the output.
+    `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps `grouped_experts` takes too, so
+    that norms cost nearly nothing. Otherwise `plain` is run a second time for them.
     """
 
     plain: Callable[..., torch.Tensor]
-    sums_by_token: bool
+    grouped: bool
     statistics: ExpertStatistics | None = None
 
 
@@ -90,14 +90,14 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
     earlier = getattr(module, "_streamprune_tap", None)
     if earlier is not None:
         # Tapped before: by now the module's own forward is ours.
-        return ExpertsTap(earlier.plain, earlier.sums_by_token)
+        return ExpertsTap(earlier.plain, earlier.grouped)
     if not dispatches_experts(module):
-        return ExpertsTap(type(module).forward, sums_by_token=False)
+        return ExpertsTap(type(module).forward, grouped=False)
     implementation = module.config._experts_implementation  # type: ignore[union-attr]
     if implementation in ALL_EXPERTS_FUNCTIONS:
         plain = ALL_EXPERTS_FUNCTIONS[implementation]
-        return ExpertsTap(plain, sums_by_token=plain is grouped_mm_experts_forward)
-    return ExpertsTap(type(module).forward.__wrapped__, sums_by_token=False)  # type: ignore[attr-defined]
+        return ExpertsTap(plain, grouped=plain is grouped_mm_experts_forward)
+    return ExpertsTap(type(module).forward.__wrapped__, grouped=False)  # type: ignore[attr-defined]
 
 
 def _tapped_forward(
@@ -119,8 +119,22 @@ def _tapped_forward(
             f"{type(module).__name__} got weights {list(gates_TK.shape)} for chosen experts {list(index_TK.shape)} and "
             f"{len(hidden_TH)} tokens; they should agree. Please report this model."
         )
-    # Each pair of a token and a chosen expert as a token of its own, with weight one: the module's own code then gives
-    # every expert's bare output, whatever biases, clamps or norms it applies, and computes nothing twice.
+    if tap.grouped and not getattr(module, "_is_expert_parallel", False):
+        output, norms_TK = grouped_experts.forward_with_norms(module, hidden_TH, index_TK, gates_TK)
+        statistics.add(index_TK, gates_TK, norms_TK)
+        return output
+    statistics.add(index_TK, gates_TK, bare_norms(tap, module, hidden_TH, index_TK, gates_TK))
+    return tap.plain(module, hidden_states, *routing, **named)
+
+
+def bare_norms(
+    tap: ExpertsTap, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> torch.Tensor:
+    """The norm of every chosen expert's bare output, (T, K), through the module's own forward.
+
+    Each pair of a token and a chosen expert is given to it as a token of its own with weight one, so that its code
+    gives every expert's output with whatever biases, clamps or norms it applies.
+    """
     outputs_PH = tap.plain(
         module,
         hidden_TH.repeat_interleave(index_TK.shape[1], dim=0),
@@ -128,13 +142,8 @@ def _tapped_forward(
         torch.ones_like(gates_TK).reshape(-1, 1),
     ).reshape(-1, hidden_TH.shape[-1])
     exact = torch.float64 if outputs_PH.dtype == torch.float64 else torch.float32
-    norms_TK = torch.linalg.vector_norm(outputs_PH, dim=-1, dtype=exact).view(index_TK.shape)
-    statistics.add(index_TK, gates_TK, norms_TK)
-    if not tap.sums_by_token:
-        return tap.plain(module, hidden_states, *routing, **named)
-    # The same products, summed in the same order as in grouped_mm_experts_forward.
-    gated_PH = outputs_PH * gates_TK.reshape(-1, 1)
-    return gated_PH.view(*index_TK.shape, -1).sum(dim=1).to(hidden_states.dtype)
+    norms_P: torch.Tensor = torch.linalg.vector_norm(outputs_PH, dim=-1, dtype=exact)
+    return norms_P.view(index_TK.shape)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)

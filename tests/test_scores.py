@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.allocation import keep_highest
-from streamprune.saliency import ExpertStatistics
+from streamprune.grouped_experts import forward_with_norms
+from streamprune.saliency import ExpertsTap, ExpertStatistics, bare_norms
+from streamprune.skeleton import dispatches_experts
 from tests.helpers import load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
@@ -74,6 +78,25 @@ def test_reap_equals_a_float64_loop(name: str, expert_output: Any, tmp_path: Pat
         torch.testing.assert_close(
             statistics[block].reap(), torch.tensor(scores, dtype=torch.float64), rtol=1e-6, atol=0.0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_fast_path_equals_the_one_that_knows_nothing(name: str, dtype: torch.dtype) -> None:
+    """With and without gates, biases, interleaved and transposed weights: same output to the bit, same norms."""
+    family = next(family for family in FAMILIES if family.id == name)
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
+    experts = next(m for m in whole.modules() if dispatches_experts(m))
+    for parameter in experts.parameters():
+        parameter.data.normal_(0, 0.2)
+    hidden = torch.randn(50, 64).to(dtype)
+    gates, index = torch.randn(50, 8).softmax(-1).topk(2)
+    tap = ExpertsTap(grouped_mm_experts_forward, grouped=True)
+    with torch.no_grad():
+        output, norms = forward_with_norms(experts, hidden, index, gates.to(dtype))
+        assert torch.equal(output, grouped_mm_experts_forward(experts, hidden, index, gates.to(dtype)))
+        torch.testing.assert_close(norms, bare_norms(tap, experts, hidden, index, gates.to(dtype)))
 
 
 def test_statistics_do_not_count_indices_beyond_the_experts() -> None:

@@ -97,17 +97,17 @@ def _graded_damage(result: DemoResult) -> str:
 
 
 def _calibration_matters(result: DemoResult) -> str:
-    mix, code = result.variant(COMPARED_RATIO), result.variant(COMPARED_RATIO, CODE)
-    others = [name for name in mix.divergences if name != CODE]
-    with_mix = fmean(mix.divergences[name] for name in others)
-    with_code = fmean(code.divergences[name] for name in others)
+    mix = result.variant(COMPARED_RATIO).divergences
+    code = result.variant(COMPARED_RATIO, CODE).divergences
+    others = [name for name in mix if name != CODE]
+    with_mix, with_code = (fmean(damage[name] for name in others) for damage in (mix, code))
+    factors = ", ".join(f"{code[name] / mix[name]:.1f} on {name}" for name in mix)
     verdict = (
         "experts that the calibration text does not use are the ones that go, so calibrate on what you will ask for"
         if with_code > with_mix
-        else "it did not hurt them more here, as it does once a model is trained for long enough (--steps)"
+        else "it did not hurt the other domains more here, as it does once a model is trained for long enough (--steps)"
     )
     return (
-        f"Calibrated on code alone instead of the mix, the half-size model was damaged {with_code / with_mix:.1f} "
-        f"times as much on {', '.join(others[:-1])} and {others[-1]} ({with_code:.3f} against {with_mix:.3f}), and "
-        f"{code.divergences[CODE] / mix.divergences[CODE]:.1f} times as much on code: {verdict}."
+        f"Calibrated on code alone instead of the mix, the half-size model was damaged this many times as much: "
+        f"{factors}; {with_code / with_mix:.1f} on all but code ({with_code:.3f} against {with_mix:.3f}): {verdict}."
     )
