@@ -129,6 +129,7 @@ def demo(output: Path, steps: int, seed: int) -> None:
     Needs no download, no GPU and a few minutes on two cores; a second call finds the model trained.
     """
     click.echo("Loading torch and transformers ...")
+    limit_kernel_cache()
     from streamprune.demo import run_demo
 
     _quiet_libraries(downloads=False)

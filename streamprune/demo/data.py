@@ -25,6 +25,9 @@ TOKENIZER_CHARACTERS = 400_000
 #: The least that the demo's figures rest on, in sequences per domain.
 CALIBRATION_SEQUENCES = 256
 HELD_OUT_SEQUENCES = 64
+#: Sequences of two parts that share so many tokens in a row hold the same text: Python's library repeats itself, and
+#: one pydoc topic may contain another. Generated records agree in fewer by chance.
+SHARED_TOKENS = 64
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
@@ -35,7 +38,10 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class DomainData:
-    """One domain's token sequences, each part int64 (N, SEQ_LEN). No document gave sequences to two parts."""
+    """One domain's token sequences, each part int64 (N, SEQ_LEN).
+
+    No document gave sequences to two parts, and no run of SHARED_TOKENS tokens is in two.
+    """
 
     train: torch.Tensor = field(repr=False)
     calibration: torch.Tensor = field(repr=False)
@@ -118,7 +124,9 @@ def _split(documents: Sequence[str]) -> _Texts:
 
 
 def _tokenize(domain: str, texts: _Texts, tokenizer: Any) -> DomainData:
-    train, calibration, held_out = (_pack(part, tokenizer) for part in (texts.train, texts.calibration, texts.held_out))
+    held_out = _pack(texts.held_out, tokenizer)
+    calibration = _without_shared(_pack(texts.calibration, tokenizer), held_out)
+    train = _without_shared(_pack(texts.train, tokenizer), torch.cat([calibration, held_out]))
     if len(train) == 0 or len(calibration) < CALIBRATION_SEQUENCES or len(held_out) < HELD_OUT_SEQUENCES:
         raise CalibrationError(
             f"This Python installation has too little text for the demo's domain {domain!r}: {len(calibration)} "
@@ -126,6 +134,21 @@ def _tokenize(domain: str, texts: _Texts, tokenizer: Any) -> DomainData:
             f"held out ({HELD_OUT_SEQUENCES} needed). Use a Python with its full standard library."
         )
     return DomainData(train, _spread(calibration, CALIBRATION_SEQUENCES), _spread(held_out, HELD_OUT_SEQUENCES))
+
+
+def _without_shared(sequences: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The sequences (N, SEQ_LEN) that share no run of SHARED_TOKENS tokens with any in `other`."""
+    known = {run for row in _as_bytes(other) for run in _runs(row)}
+    return sequences[[known.isdisjoint(_runs(row)) for row in _as_bytes(sequences)]]
+
+
+def _as_bytes(sequences: torch.Tensor) -> Iterator[bytes]:
+    return (row.tobytes() for row in sequences.to(torch.int16).numpy())
+
+
+def _runs(row: bytes) -> Iterator[bytes]:
+    size = torch.int16.itemsize
+    return (row[start : start + SHARED_TOKENS * size] for start in range(0, len(row) - SHARED_TOKENS * size + 1, size))
 
 
 def _spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
