@@ -76,7 +76,8 @@ def load_calibration(
 
     Text and chats are tokenized, joined by the end-of-text token and packed into full sequences of `seq_len` (None:
     2,048, or as many as the model has positions for); records with `input_ids` are sequences as they are. Same
-    sources, tokenizer and seed: same tokens. Raises CalibrationError for missing, malformed, empty or too short data, naming the source and line.
+    sources, tokenizer and seed: same tokens. Raises CalibrationError for missing, malformed, empty or too short data,
+    naming the source and line.
     """
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, max_positions or DEFAULT_SEQ_LEN)
