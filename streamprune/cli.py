@@ -13,7 +13,7 @@ import click
 
 from streamprune import __version__
 from streamprune.errors import StreampruneError
-from streamprune.machine import limit_kernel_cache
+from streamprune.machine import limit_library_memory
 from streamprune.settings import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
@@ -106,7 +106,7 @@ def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options
     MODEL is read one decoder block at a time; memory does not grow with its size.
     """
     settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
-    limit_kernel_cache()
+    limit_library_memory()
     from streamprune.run import run as run_streamprune
 
     _quiet_libraries(downloads=quiet)
@@ -129,7 +129,7 @@ def demo(output: Path, steps: int, seed: int) -> None:
     Needs no download, no GPU and a few minutes on two cores; a second call finds the model trained.
     """
     click.echo("Loading torch and transformers ...")
-    limit_kernel_cache()
+    limit_library_memory()
     from streamprune.demo import run_demo
 
     _quiet_libraries(downloads=False)

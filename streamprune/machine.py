@@ -41,13 +41,16 @@ def available_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def limit_kernel_cache() -> None:
-    """Bound the memory that oneDNN's compiled CPU kernels take; works only before torch is imported.
+def limit_library_memory() -> None:
+    """Bound what libraries take beside our own data; works only before torch is imported. The user's settings win.
 
-    Every number of tokens that an expert meets is a kernel of its own, and torch keeps 1,024 of them: they grew to
-    1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
+    - oneDNN's compiled CPU kernels: every number of tokens that an expert meets is a kernel of its own, and torch keeps
+      1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
+    - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
+      with four of them was not quicker than with one.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 
 def release_freed_memory() -> None:
