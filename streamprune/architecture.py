@@ -11,7 +11,6 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,19 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from streamprune.checkpoint import CONFIG_NAME
+from streamprune.config_facts import (
+    COUNT_NAME,
+    GROUP_NAMES,
+    TOP_K_NAMES,
+    TOPK_GROUP_NAMES,
+    ExpertSpec,
+    first_number,
+    single_number,
+)
 from streamprune.errors import CheckpointError, UnsupportedModelError
 
-# How configs name these quantities. A name found here is only a candidate for the expert count: `skeleton` proves it by
-# building the model with another count and looking which parameters change their shape.
-_COUNT_NAME = re.compile(r"^(moe_)?(n|num)_(routed_|local_|moe_)?experts$")
-_TOP_K_NAMES = (
-    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_topk", "moe_top_k",
-    "moe_k",
-)  # fmt: skip
-_GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
-_TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
 _MTP_NAME = re.compile(r"mtp|nextn")
 _MTP_COUNT = re.compile(r"^num_|^n_|layer|modules")
-
-
-@dataclass(frozen=True)
-class ExpertSpec:
-    """The routed experts of a model, as its config states them.
-
-    `path` leads from the whole config to the part that states the count (for example `("text_config",)`), `attribute`
-    is the count's name there. `groups` is 1 for a router that does not limit its choice to groups of experts;
-    otherwise the router first picks `topk_groups` of `groups` equal groups.
-    """
-
-    path: tuple[str, ...]
-    attribute: str
-    count: int
-    top_k: int
-    groups: int = 1
-    topk_groups: int = 1
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -84,16 +66,16 @@ def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:
         aliases = dict(getattr(part, "attribute_map", {}) or {})
         names = dict.fromkeys(aliases.get(name, name) for name in (*_plain_attributes(part), *aliases))
         for name in names:
-            count = _single(_read(part, name)) if _COUNT_NAME.match(name) else None
+            count = single_number(_read(part, name)) if COUNT_NAME.match(name) else None
             if count is not None and count > 1:
-                top_k = _first_number((part, text), _TOP_K_NAMES)
+                top_k = _first_number((part, text), TOP_K_NAMES)
                 if top_k is None:
                     raise UnsupportedModelError(
                         f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
-                        f"picks per token (looked for {', '.join(_TOP_K_NAMES)})."
+                        f"picks per token (looked for {', '.join(TOP_K_NAMES)})."
                     )
-                groups = _first_number((part, text), _GROUP_NAMES) or 1
-                topk_groups = _first_number((part, text), _TOPK_GROUP_NAMES) or 1
+                groups = _first_number((part, text), GROUP_NAMES) or 1
+                topk_groups = _first_number((part, text), TOPK_GROUP_NAMES) or 1
                 yield ExpertSpec(path, name, count, top_k, groups, topk_groups)
 
 
@@ -122,8 +104,8 @@ def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: Exper
     def rewrite(node: Mapping[str, Any], depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in node.items():
-            named = key == spec.attribute or key in aliases or bool(_COUNT_NAME.match(key))
-            if named and _single(value) == spec.count:
+            named = key == spec.attribute or key in aliases or bool(COUNT_NAME.match(key))
+            if named and single_number(value) == spec.count:
                 result[key] = [count] * len(value) if isinstance(value, list) else count
             elif _MTP_NAME.search(key):
                 result[key] = _without_mtp(key, value)
@@ -205,19 +187,5 @@ def _read(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
-def _single(value: Any) -> int | None:
-    """`value` if it is a whole number, or the one number that a list repeats."""
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def _first_number(parts: tuple[PreTrainedConfig, ...], names: tuple[str, ...]) -> int | None:
-    for part in parts:
-        for name in names:
-            value = _read(part, name)
-            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-                value = max(value)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+    return first_number([{name: _read(part, name) for name in names} for part in parts], names)

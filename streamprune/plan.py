@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamprune.checkpoint import DTYPE_BITS
+from streamprune.config_facts import ExpertSpec
 from streamprune.errors import SettingsError
 from streamprune.surgery import OutputTensor
-
-if TYPE_CHECKING:
-    from streamprune.architecture import ExpertSpec
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from streamprune import dense_experts
-from streamprune.architecture import ExpertSpec, expert_candidates, with_expert_count
+from streamprune.architecture import expert_candidates, with_expert_count
+from streamprune.config_facts import ExpertSpec
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.surgery import ExpertRows
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.architecture import ExpertSpec
 from streamprune.checkpoint import TensorEntry
+from streamprune.config_facts import ExpertSpec
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.plan import minimum_keep, plan_shards, resolve_keep
 from streamprune.settings import RunSettings, parse_size
