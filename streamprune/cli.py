@@ -135,3 +135,19 @@ def demo(output: Path, steps: int, seed: int) -> None:
     _quiet_libraries(downloads=False)
     # One thread: the same figures every time, and no stall when something else runs on the machine.
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@_reports_errors
+def devices(as_json: bool) -> None:
+    """Show this machine's NVIDIA cards, its RAM and the disk of the current folder.
+
+    What cannot be known is marked so, with the reason.
+    """
+    limit_library_memory()
+    from streamprune.devices import list_cards
+    from streamprune.devices_report import devices_object, devices_text
+
+    cards = list_cards()
+    click.echo(json.dumps(devices_object(cards, Path()), indent=2) if as_json else devices_text(cards, Path()))

@@ -41,6 +41,26 @@ def available_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory_bytes() -> int:
+    """All memory of this machine."""
+    return int(psutil.virtual_memory().total)
+
+
+def disk_bytes(folder: Path) -> tuple[int, int]:
+    """The size of the file system of `folder`, which must exist, and what is free there for this user."""
+    usage = shutil.disk_usage(folder)
+    return usage.total, usage.free
+
+
+def process_name(pid: int) -> str | None:
+    """The name of a running process; None if there is none with this number, or it may not be seen."""
+    try:
+        return str(psutil.Process(pid).name())
+    # Numbers that cannot be a process's are a ValueError or OverflowError, depending on the number.
+    except (psutil.Error, ValueError, OverflowError):
+        return None
+
+
 def limit_library_memory() -> None:
     """Bound what libraries take beside our own data; works only before torch is imported. The user's settings win.
 

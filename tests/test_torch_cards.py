@@ -1,0 +1,112 @@
+"""Where NVML does not answer: torch's figures, or a line that says why there are none; and torch only then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pynvml as real
+import pytest
+import torch
+
+from streamprune.devices import budget_on_card, card_of, list_cards
+from streamprune.gpus import known_gpu
+from tests.fake_nvml import MIB, FakeCard, fake_torch, install, printed, the_card
+
+NOT_SUPPORTED = real.NVML_ERROR_NOT_SUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("LIBRARY_NOT_FOUND", "there is no NVIDIA driver (libnvidia-ml.so.1 is not found)."),
+        ("DRIVER_NOT_LOADED", "the NVIDIA driver is installed but not loaded; see what `nvidia-smi` says."),
+        ("LIB_RM_VERSION_MISMATCH", "the NVIDIA driver was updated but the old one is loaded; restart the machine."),
+        ("UNKNOWN", "Unknown Error."),
+    ],
+)
+def test_no_nvml_and_no_card_for_torch_either(monkeypatch: pytest.MonkeyPatch, error: str, said: str) -> None:
+    install(monkeypatch, refuse={"nvmlInit": getattr(real, f"NVML_ERROR_{error}")})
+    fake_torch(monkeypatch)
+    text = printed()
+    assert text.startswith(f"No NVIDIA card is to be seen.\n  NVML cannot be used: {said}\n")
+    assert "torch 2.13.0 sees no CUDA card either. Say with --budget-gib how much memory there is.\n" in text
+    assert "\nRAM: " in text
+    assert "\ndisk of " in text
+
+
+def test_neither_nvml_bindings_nor_torch_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    text = printed()
+    assert "NVML cannot be used: the Python package nvidia-ml-py cannot be imported (" in text
+    assert "torch cannot be imported (" in text
+    assert "Say with --budget-gib" in text
+
+
+def test_without_nvml_the_figures_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, refuse={"nvmlInit": real.NVML_ERROR_LIBRARY_NOT_FOUND})
+    fake_torch(monkeypatch, ("NVIDIA GeForce RTX 4090", "aa-bb", 20000, 24082))
+    card = the_card()
+    assert (card.source, card.total_bytes, card.free_bytes) == ("torch", 24082 * MIB, 20000 * MIB)
+    assert card.usable_bytes == card.free_bytes
+    assert card_of(0) == card
+    text = printed()
+    assert "  processes unknown\n" in text
+    assert "  reserved  unknown\n" in text
+    assert "note: The figures are torch's, of what CUDA can see: what the driver reserves," in text
+    assert budget_on_card(known_gpu("rtx-4090"), list_cards())[0] == 20000 * MIB
+
+
+def test_a_card_that_torch_cannot_ask_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, refuse={"nvmlInit": real.NVML_ERROR_LIBRARY_NOT_FOUND})
+    fake_torch(monkeypatch, ("NVIDIA H200", "aa", 1, 1))
+
+    def fail(index: int) -> Any:
+        raise RuntimeError("CUDA error: device is busy")
+
+    sys.modules["torch"].cuda.mem_get_info = fail
+    cards = list_cards()
+    assert cards.cards == ()
+    assert "Card 0 is left out, because its memory cannot be known: CUDA error: device is busy." in cards.notes[-1]
+
+
+def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse = {"nvmlDeviceGetMemoryInfo_v2": NOT_SUPPORTED, "nvmlDeviceGetMemoryInfo": NOT_SUPPORTED}
+    cards = [FakeCard(), FakeCard(name="NVIDIA GB10", uuid="GPU-cc-dd", refuse=refuse)]
+    install(monkeypatch, *cards)
+    # torch counts the cards the other way round; UUIDs tell which is which.
+    fake_torch(monkeypatch, ("NVIDIA GB10", "cc-dd", 90000, 122000), ("a", cards[0].uuid.removeprefix("GPU-"), 1, 1))
+    first, second = list_cards().cards
+    assert (first.source, second.source) == ("NVML v2", "torch")
+    assert (second.free_bytes, second.total_bytes) == (90000 * MIB, 122000 * MIB)
+    assert "does not tell the memory (the card or its driver does not support the question)" in second.notes[0]
+    assert card_of(0) == second
+    assert card_of(1) == first
+    fake_torch(monkeypatch)
+    (only,) = list_cards().cards
+    assert only == first
+    assert "Card 1 is left out, because its memory cannot be known: " in printed()
+
+
+def test_torch_is_not_imported_where_nvml_answers() -> None:
+    script = (
+        "import sys, pytest\n"
+        "from tests.fake_nvml import FakeCard, install\n"
+        "install(pytest.MonkeyPatch(), FakeCard(used=4000))\n"
+        "from streamprune.cli import main\n"
+        "main(['devices'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "card 0: NVIDIA GeForce RTX 3090" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+def test_the_real_libraries_on_a_machine_without_a_card() -> None:
+    done = subprocess.run([sys.executable, "-m", "streamprune", "devices"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("No NVIDIA card is to be seen.\n  NVML cannot be used: ")
+    assert f"torch {torch.__version__} sees no CUDA card either" in done.stdout
