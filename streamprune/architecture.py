@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
@@ -40,6 +41,12 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     except Exception as error:
         # Configs are validated by each model's own code, which may raise anything on bad values.
         raise config_error(folder, error) from error
+
+
+def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that a config names for its text part, or as a whole; None if it names none."""
+    declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:

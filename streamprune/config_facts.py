@@ -85,6 +85,15 @@ def stated_experts(raw: Mapping[str, Any]) -> ExpertSpec | None:
     return ExpertSpec(path, name, count, top_k, groups, first_number((text,), TOPK_GROUP_NAMES) or 1)
 
 
+def states_experts(raw: Mapping[str, Any]) -> bool:
+    """Whether the text part, or a part of it, names any number of experts above one."""
+    _, text = text_part(raw)
+    parts = (text, *(value for value in text.values() if isinstance(value, Mapping)))
+    return any(
+        (first_number((part,), (name,)) or 0) > 1 for part in parts for name in part if COUNT_NAME.match(str(name))
+    )
+
+
 def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
     """The sizes that the text part states; None where hidden size, heads or vocabulary are missing."""
     _, text = text_part(raw)

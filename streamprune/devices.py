@@ -43,19 +43,26 @@ _UNEXPLAINED_BYTES = 512 * 1024**2
 _UNEXPLAINED_SHARE = 0.02
 
 
-def list_cards() -> Cards:
-    """All cards of this machine, asked through NVML; through torch, which is imported only then, if NVML fails."""
+def list_cards(ask_torch: bool = True) -> Cards:
+    """All cards of this machine, asked through NVML; through torch, which is imported only then, if NVML fails.
+
+    Without `ask_torch` there are then none: for those who can do without, importing torch would take seconds.
+    """
     try:
         import pynvml as nvml
     except Exception as error:
-        return torch_cards(f"the Python package nvidia-ml-py cannot be imported ({error})")
+        return _without_nvml(f"the Python package nvidia-ml-py cannot be imported ({error})", ask_torch)
     _, refusal = _ask(nvml, "nvmlInit")
     if refusal:
-        return torch_cards(refusal)
+        return _without_nvml(refusal, ask_torch)
     try:
         return _nvml_cards(nvml)
     finally:
         _ask(nvml, "nvmlShutdown")
+
+
+def _without_nvml(reason: str, ask_torch: bool) -> Cards:
+    return torch_cards(reason) if ask_torch else Cards((), (f"NVML cannot be used: {reason}.",))
 
 
 def card_of(torch_index: int) -> Card | None:

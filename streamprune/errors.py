@@ -39,3 +39,9 @@ class OutputError(StreampruneError):
 
 class NonFiniteError(StreampruneError):
     """The model produced NaN or infinity, so that no score could be trusted."""
+
+
+class DoesNotFitError(StreampruneError):
+    """The model cannot be pruned so far that it fits the budget."""
+
+    exit_code = 3

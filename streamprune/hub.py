@@ -43,7 +43,7 @@ def resolve_model(
     # Imported here, since a local folder needs neither the library nor its start-up time.
     from huggingface_hub import is_offline_mode
 
-    with _told_in_one_message(model, revision):
+    with hub_errors_told(model, revision):
         if is_offline_mode():
             return _from_cache(model, revision, trust_remote_code)
         return _download(model, revision, trust_remote_code, config_only)
@@ -134,7 +134,7 @@ def _other_weights(names: list[str]) -> str:
 
 
 @contextmanager
-def _told_in_one_message(repo_id: str, revision: str | None) -> Iterator[None]:
+def hub_errors_told(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub library raises into a CheckpointError that says what to do."""
     try:
         yield

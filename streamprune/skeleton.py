@@ -24,7 +24,7 @@ from streamprune import dense_experts
 from streamprune.architecture import expert_candidates, with_expert_count
 from streamprune.config_facts import ExpertSpec
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.surgery import ExpertRows
+from streamprune.surgery import ExpertRows, SourceRole
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -225,3 +225,12 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ta
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
         targets[name] = Target(target, pattern, also)
     return targets
+
+
+def source_role(target: Target | None, skeleton: Skeleton) -> SourceRole:
+    """What a checkpoint tensor is fed into, as surgery needs to know it."""
+    if target is None:
+        return SourceRole(None, None)
+    rows: ExpertRows | None = skeleton.expert_rows.get(target.name)
+    shape = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape) if rows else ()
+    return SourceRole(skeleton.block_of(target.name), target.name, target.pattern, shape, rows)

@@ -1,0 +1,112 @@
+"""The footprint of a model whose names or config leave doubts, from its structure as transformers builds it on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from streamprune.architecture import declared_dtype, load_config, mtp_layers
+from streamprune.cache_trace import trace_cache
+from streamprune.checkpoint import TensorEntry
+from streamprune.config_facts import ExpertSpec, stated_experts, stated_shape, states_experts
+from streamprune.errors import UnsupportedModelError
+from streamprune.fit import Footprint
+from streamprune.footprint import max_positions
+from streamprune.kv_cache import CacheSizes
+from streamprune.skeleton import Skeleton, build_model, build_skeleton, map_checkpoint, source_role
+from streamprune.surgery import next_token_prediction, output_tensors
+from streamprune.weight_facts import weights_by_name, weights_by_role
+from streamprune.weights import WeightFact, Weights, category_of
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def footprint_of_model(
+    model: str,
+    folder: Path,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, TensorEntry] | None,
+    trust_remote_code: bool,
+) -> Footprint:
+    """Build the model of `folder`'s config on the meta device and read off what names did not tell.
+
+    `tensors` are the checkpoint's; None for a config alone, whose weights are then taken as the model would have them.
+    """
+    config = load_config(folder, trust_remote_code)
+    if states_experts(config.to_dict()):
+        skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
+        return footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True)
+    built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
+    weights = weights_by_name(tensors, raw, None) if tensors is not None else _weights_of(built, None)
+    if weights is None:
+        raise UnsupportedModelError(
+            f"{model}: its tensors are named after experts, but its config states no number of them, so its weights "
+            "cannot be told apart."
+        )
+    return _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
+
+
+def footprint_of_skeleton(
+    model: str,
+    raw: Mapping[str, Any],
+    skeleton: Skeleton,
+    tensors: Mapping[str, TensorEntry] | None,
+    trust_names: bool = False,
+) -> Footprint:
+    """The footprint of a Mixture-of-Experts model that was built on the meta device.
+
+    With `trust_names` the weights are told apart by name where that is certain: also in quantized checkpoints, whose
+    tensors do not feed the plain model.
+    """
+    weights = weights_by_name(tensors, raw, stated_experts(raw)) if tensors is not None and trust_names else None
+    if weights is None:
+        weights = weights_of_checkpoint(raw, skeleton, tensors) if tensors else _weights_of(skeleton.model, skeleton)
+    cache = trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
+    return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
+
+
+def weights_of_checkpoint(raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry]) -> Weights:
+    """The weights by what each tensor feeds in the model."""
+    roles = {name: source_role(target, skeleton) for name, target in map_checkpoint(skeleton.model, tensors).items()}
+    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(raw))
+    planned = output_tensors(tensors, roles, dropped, skeleton.spec.count, skeleton.spec.count)
+    return weights_by_role(tensors, roles, planned, skeleton.spec)
+
+
+def _footprint(
+    model: str, config: PreTrainedConfig, weights: Weights, spec: ExpertSpec | None, cache: CacheSizes
+) -> Footprint:
+    known = config.to_dict()
+    shape = stated_shape(known)
+    if shape is None:
+        raise UnsupportedModelError(
+            f"{model}: its config names no hidden size, attention heads or vocabulary under a usual name, so its "
+            "workspace cannot be worked out. Please report this model."
+        )
+    itemsize = (declared_dtype(config) or torch.bfloat16).itemsize
+    return Footprint(model, weights, spec, cache, shape, itemsize, max_positions(known))
+
+
+def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None) -> Weights:
+    """The weights as transformers would hold them; tied ones count once."""
+    facts, seen = [], set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        block = skeleton.block_of(name) if skeleton else None
+        rows = skeleton.expert_rows.get(name) if skeleton else None
+        category = category_of(name, rows is not None, block)
+        size = tensor.numel() * tensor.element_size()
+        facts.append(
+            WeightFact(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, category, block, rows=rows)
+        )
+    return Weights(tuple(facts), skeleton.spec.count if skeleton else 0, measured=False)
