@@ -52,6 +52,11 @@ class ExpertStatistics:
         chosen = torch.zeros(shape, dtype=torch.bool, device=index_TK.device).scatter_(1, column_TK, True)
         self.counts += chosen.sum(0)[:experts]
 
+    def merge(self, other: ExpertStatistics) -> None:
+        """Add the sums of another, which was collected apart. Needs no memory, so that it cannot fail half-way."""
+        self.counts += other.counts
+        self.gated_norms += other.gated_norms
+
     def reap(self) -> torch.Tensor:
         """REAP scores, (E,) float64 on the CPU; 0 for an expert that no token was routed to."""
         return (self.gated_norms / self.counts.clamp(min=1)).cpu()

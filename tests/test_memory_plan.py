@@ -1,0 +1,127 @@
+"""What a run will need, where its states go and how much it takes at a time: decided and said before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils import _pytree as pytree
+
+from streamprune import memory_facts
+from streamprune.cli import main
+from streamprune.errors import ResourceError, SettingsError
+from streamprune.memory import Limit, Needs, Room, choose
+from streamprune.settings import RunSettings
+from streamprune.states import HiddenStates
+from streamprune.stream import BatchState
+from tests.helpers import known_family, prune
+from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4_text", "glm_moe_dsa", "qwen4_exp_text", "dbrx"])
+def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    plain = HiddenStates.store
+
+    def store(self: HiddenStates, number: int, state: BatchState) -> None:
+        nonlocal largest
+        plain(self, number, state)
+        leaves = pytree.tree_leaves([(s.output, s.carried) for s in self._states])
+        largest = max(largest, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)))
+
+    plans = []
+    plain_plan = memory_facts.find_needs
+    monkeypatch.setattr(HiddenStates, "store", store)
+    monkeypatch.setattr(memory_facts, "find_needs", lambda *a: plans.append(plain_plan(*a)) or plans[-1])
+    source = make_model(tmp_path / "model", tiny_config(known_family(name)))
+    prune(source, tmp_path / "out", keep=known_family(name).keep)
+    assert largest == plans[0].states
+
+
+def needs(**changes: int) -> Needs:
+    values = {"block": 100, "loading": 110, "staging": 30, "surroundings": 20, "states": 200} | changes
+    return Needs(**values, workspace=lambda tokens: tokens, sequences=10, longest=8, tokens=80)
+
+
+def room(device: int, host: int | None = None, disk: int = 10**6) -> Room:
+    return Room(
+        *(size if size is None else Limit(size, f"{size} are free", "do this") for size in (device, host, disk))
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (room(10**4, 10**4), ("device", 10**4)),  # everything at once: the bound itself
+        (room(400, 10**4), ("device", 10**4)),
+        (room(380, 10**4), ("device", 56)),  # 20 + 200 + 100 leaves 60 tokens: seven sequences of 8
+        (room(340, 10**4), ("ram", 10**4)),  # on the card there would be 20 tokens, less than the usual 24
+        (room(340, 229), ("disk", 10**4)),  # staging and states need 230
+        (room(170, 10**4), ("ram", 48)),
+        (room(10**4), ("ram", 10**4)),
+        (room(343), ("disk", 10**4)),  # one memory: 343 leaves 23 tokens beside the states
+        (room(144 + 200, None, 10), ("ram", 24)),
+        (room(336, None, 10), ("ram", 16)),  # no disk: fewer than usual is better than nothing
+    ],
+)
+def test_states_and_micro_batches_go_where_they_fit(space: Room, expected: tuple[str, int]) -> None:
+    assert choose(needs(), space, "auto", 10**4, 24) == expected
+
+
+@pytest.mark.parametrize(
+    ("space", "states", "words"),
+    [
+        (room(129), "disk", "The largest block .* 129 are free. Even without .* You can do this"),
+        (room(327), "ram", r"hidden states of 80 calibration tokens \(200 B\) need 330 B .* Use --states disk"),
+        (room(327, 10**4), "device", "need 330 B .* Use --states ram or disk"),
+        (room(10**4, 229), "ram", "need 230 B of memory, but 229 are free. Use --states disk"),
+        (room(10**4, 29), "disk", "Loading a block .* need 30 B of memory, but 29 are free. You can do this"),
+        (room(10**4, None, 199), "disk", "do not fit on the disk: 199 are free. You can free 1 B, do this"),
+        (room(127 + 48, None), "auto", None),
+    ],
+)
+def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states: str, words: str | None) -> None:
+    if words is None:
+        assert choose(needs(), space, states, 10**4, 24)[0] == "disk"
+        return
+    with pytest.raises(ResourceError, match=words):
+        choose(needs(), space, states, 10**4, 24)
+    with pytest.raises(ResourceError, match="One sequence is the least at a time"):
+        choose(needs(loading=0), room(127), "disk", 10**4, 24)
+
+
+@pytest.mark.parametrize(
+    "options", [{"vram_gib": 0.0}, {"ram_gib": -1.0}, {"ram_gib": float("nan")}, {"states": "tape"}]
+)
+def test_nonsense_settings_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"--(vram-gib|ram-gib|states) "):
+        RunSettings(model="m", output=Path("o"), keep=4, **options)
+
+
+def test_a_cap_on_a_card_that_is_not_used_is_a_usage_error(model: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(model), "-o", str(tmp_path / "out"), "--keep", "4", "--vram-gib", "8", "--device", "cpu"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "--vram-gib 8 is about a card's memory" in result.stderr
+
+
+def test_the_run_says_beforehand_what_it_will_need(model: Path, tmp_path: Path) -> None:
+    ids = write_token_ids(tmp_path / "ids.jsonl")
+    arguments = ["run", str(model), "-o", str(tmp_path / "out"), "--keep", "4", "--calibration", str(ids)]
+    result = CliRunner().invoke(main, [*arguments, "--states", "disk", "--batch-tokens", "50"])
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    (line,) = (line for line in lines if line.startswith("memory for the run: "))
+    assert lines.index(line) < next(number for number, each in enumerate(lines) if each.startswith("block 1/4"))
+    # 4 · 24 tokens of 64 values in float32; a block's parameters are those of the tiny config.
+    assert "hidden states 24.00 KiB on disk" in line
+    assert "for 48 tokens at a time" in line
+    assert "largest block 242.62 KiB (498.62 KiB while it is loaded), embeddings 64.31 KiB" in line

@@ -1,0 +1,183 @@
+"""Hidden states in memory and in a file: the same to the bit, in place, split by sequences, and gone afterwards."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from streamprune.errors import ResourceError
+from streamprune.states import HiddenStates
+from streamprune.stream import BatchState, BlockStream
+from tests.helpers import CPU, known_family, prune, tree_bytes
+from tests.tiny import FAMILIES, make_model, tiny_config
+
+PLAIN_RUN_BLOCK = BlockStream.run_block
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("qwen3_moe", "bfloat16"), ("gemma4_text", "float32"), ("glm_moe_dsa", "float32")]
+)
+def test_scores_are_the_same_to_the_bit_wherever_states_lie(name: str, dtype: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family(name)))
+    trees = []
+    for states in ("auto", "device", "ram", "disk"):
+        result = prune(
+            source, tmp_path / states, dtype=dtype, states=states, keep=known_family(name).keep, batch_tokens=48
+        )
+        assert result.summary["states"] == {"auto": "ram", "device": "ram"}.get(states, states)
+        trees.append(tree_bytes(tmp_path / states))
+    assert trees[0] == trees[1] == trees[2] == trees[3]
+
+
+def open_deleted_files(folder: Path) -> list[str]:
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.startswith(str(folder)) and link.endswith("(deleted)")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_file_of_states_lies_beside_the_output_and_goes_with_the_run(
+    fails: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run_block(self: BlockStream, index: int, *arguments: Any) -> BatchState:
+        seen.append(len(open_deleted_files(tmp_path / "out.work")))
+        if fails and index == 2:
+            raise KeyError("anything")
+        return PLAIN_RUN_BLOCK(self, index, *arguments)
+
+    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    if fails:
+        with pytest.raises(KeyError):
+            prune(model, tmp_path / "out", states="disk")
+    else:
+        prune(model, tmp_path / "out", states="disk")
+    assert set(seen) == {1}
+    assert open_deleted_files(tmp_path) == []
+    assert not (tmp_path / "out.work").exists()
+    assert (tmp_path / "out").exists() is not fails
+
+
+def test_a_disk_that_fills_up_in_mid_run_is_one_clear_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = os.pwrite, []
+
+    def pwrite(*arguments: Any) -> int:
+        calls.append(arguments)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(ResourceError, match=r"hidden states in .*out\.work could not be written: No space left"):
+        prune(model, tmp_path / "out", states="disk", batch_tokens=24)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def odd_state(seed: int) -> BatchState:
+    """Tensors of many dtypes, nested: strided, empty, without dimensions, and things that are no tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(4, 6, 8, generator=generator)
+    output = (
+        hidden.bfloat16(),
+        [hidden.transpose(1, 2), {"flat": hidden.double().view(24, 8), "flag": hidden > 0}],
+        None,
+        "text",
+        7,
+        torch.tensor(1.5 + seed),
+        torch.zeros(0, 3),
+        torch.arange(6) + seed,
+    )
+    return BatchState(output, {"shared": {("full", 1): (hidden.half(), hidden.long())}})
+
+
+def same_states(a: BatchState, b: BatchState) -> bool:
+    (a_leaves, a_structure), (b_leaves, b_structure) = (pytree.tree_flatten((s.output, s.carried)) for s in (a, b))
+    return a_structure == b_structure and all(
+        torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a_leaves, b_leaves, strict=True)
+    )
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_states_of_any_structure_come_back_as_they_were(on_disk: bool, tmp_path: Path) -> None:
+    states = HiddenStates(2, folder=tmp_path if on_disk else None)
+    for seed in range(3):
+        for number in range(2):
+            states.store(number, odd_state(10 * number + seed))
+        assert all(same_states(states.load(n, CPU), odd_state(10 * n + seed)) for n in range(2))
+    states.store(0, BatchState(torch.ones(2, 2)))
+    assert same_states(states.load(0, CPU), BatchState(torch.ones(2, 2)))
+    assert same_states(states.load(1, CPU), odd_state(12))
+    states.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_split_states_are_the_rows_of_their_sequences(on_disk: bool, tmp_path: Path) -> None:
+    """Sequences of 6 tokens, four of them: (4, …) and (24, …) are cut; what has 6 rows, or none, is shared."""
+    states = HiddenStates(2, folder=tmp_path if on_disk else None)
+    whole, other = odd_state(1), odd_state(2)
+    states.store(0, whole)
+    states.store(1, other)
+    states.split(0, (4, 6), [3, 1])
+    assert same_states(states.load(2, CPU), other)
+    for number, rows in ((0, slice(0, 3)), (1, slice(3, 4))):
+        part = states.load(number, CPU)
+        assert torch.equal(part.output[0], whole.output[0][rows])
+        assert torch.equal(part.output[1][1]["flat"].view(-1, 6, 8), whole.output[1][1]["flat"].view(4, 6, 8)[rows])
+        assert torch.equal(part.output[7], whole.output[7])
+        assert torch.equal(part.carried["shared"]["full", 1][1], whole.carried["shared"]["full", 1][1][rows])
+    # The parts are apart: what one of them stores, in its own rows or in what was shared, the other does not see.
+    changed = pytree.tree_map(lambda x: x * 0 if isinstance(x, torch.Tensor) else x, states.load(0, CPU).output)
+    before = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, states.load(1, CPU).output)
+    states.store(0, BatchState(changed))
+    assert same_states(BatchState(states.load(1, CPU).output), BatchState(before))
+
+
+def test_the_file_of_states_does_not_grow_while_sizes_stay(tmp_path: Path) -> None:
+    states = HiddenStates(3, folder=tmp_path)
+    file = states._shelf._file  # type: ignore[attr-defined]
+    sizes = []
+    for seed in range(3):
+        for number in range(3):
+            states.store(number, BatchState((torch.full((4, 5, 8), float(seed)), torch.zeros(4, 5))))
+        sizes.append(os.fstat(file._file.fileno()).st_size)
+    assert sizes == [3 * 4 * 5 * 9 * 4] * 3
+    # Another structure finds another place, since the old state must stay until the new one is there; what it gave back
+    # is used by the next.
+    states.store(0, BatchState(torch.zeros(4, 5, 8)))
+    grown = os.fstat(file._file.fileno()).st_size
+    assert grown == sizes[0] + 4 * 5 * 8 * 4
+    states.store(1, BatchState((torch.zeros(4, 5, 8), torch.zeros(2, 5), torch.zeros(2, 5))))
+    assert os.fstat(file._file.fileno()).st_size == grown
+
+
+def test_a_store_that_runs_out_of_memory_leaves_the_old_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carried values appear for the first time: no memory for them, and the micro-batch must be able to run again."""
+    states = HiddenStates(1)
+    states.store(0, BatchState(torch.zeros(2, 3)))
+    plain = torch.Tensor.to
+
+    def to(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if options.get("copy"):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        states.store(0, BatchState(torch.ones(2, 3), {"shared": {0: torch.ones(2)}}))
+    assert same_states(states.load(0, CPU), BatchState(torch.zeros(2, 3)))

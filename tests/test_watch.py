@@ -1,0 +1,148 @@
+"""The caps on what a run takes of a card and of RAM, and the watch over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamprune import machine, memory_facts, watch
+from streamprune.cards import Card, CardProcess
+from streamprune.errors import ResourceError
+from streamprune.settings import RunSettings
+from streamprune.stream import BatchState, BlockStream
+from streamprune.watch import newcomers
+from tests.helpers import prune
+from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
+
+MIB = 1024**2
+QWEN = FAMILIES[0]
+PLAIN_RUN_BLOCK = BlockStream.run_block
+
+
+def test_resident_memory_above_the_cap_shrinks_and_in_the_end_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played: resident memory that falls with the micro-batch, and then does not fall far enough."""
+    at_a_time = 0
+    model = make_model(tmp_path / "model", tiny_config(QWEN))
+
+    def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+        nonlocal at_a_time
+        at_a_time = len(ids)
+        return PLAIN_RUN_BLOCK(self, index, block, ids, state)
+
+    undisturbed = prune(model, tmp_path / "undisturbed")
+    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: at_a_time * 300 * MIB)
+    result = prune(model, tmp_path / "out", ram_gib=1.0)
+    assert [layer.counts for layer in result.layers] == [layer.counts for layer in undisturbed.layers]
+    assert [layer.kept for layer in result.layers] == [layer.kept for layer in undisturbed.layers]
+    shrinks = [(shrink["sequences"], shrink["to"]) for shrink in result.summary["shrinks"]]
+    assert shrinks == [(4, 2)]
+    assert "1.17 GiB are resident, with --ram-gib 1" in result.summary["shrinks"][0]["reason"]
+    at_a_time = 0
+    with pytest.raises(ResourceError, match=r"are resident, with --ram-gib 0\.25 .* single sequence .* --states disk"):
+        prune(model, tmp_path / "never", ram_gib=0.25)
+
+
+def test_who_takes_memory_on_the_card_meanwhile_is_named() -> None:
+    now = [CardProcess(7, "old", 500 * MIB), CardProcess(8, "grown", 600 * MIB), CardProcess(9, "new", 10 * MIB)]
+    assert [process.pid for process in newcomers({7: 490 * MIB, 8: 100 * MIB}, now)] == [8, 9]
+
+
+def card(*processes: CardProcess) -> Card:
+    return Card(0, "NVIDIA H100", 8 << 30, 0, 4 << 30, 4 << 30, processes, "1", False, False, "NVML v2", ())
+
+
+def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML and torch's allocator are played: what follows from their numbers is what counts here."""
+    reserved, context = 1024 * MIB, 300 * MIB
+    own = CardProcess(os.getpid(), "python", reserved + context)
+    early, late = CardProcess(41, "Xorg", 200 * MIB), CardProcess(42, "train.py", 3 << 30)
+    cards = iter([card(own, early), card(own, early, late), card(early, late), None])
+    limits: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr(watch, "_card", lambda device: next(cards))
+    monkeypatch.setattr(machine, "reserved_device_bytes", lambda device: reserved)
+    monkeypatch.setattr(machine, "free_device_bytes", lambda device: 512 * MIB)
+    monkeypatch.setattr(machine, "limit_device_bytes", lambda device, limit: limits.append(limit))
+    settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
+    over = watch.MemoryWatch(settings, torch.device("cuda:0"), said.append)
+    for _ in range(3):
+        over.between_blocks()
+    assert said == [
+        "note: train.py (pid 42), 3.00 GiB, took memory on cuda:0 while this run goes on; "
+        "512.00 MiB are free there for it."
+    ]
+    # CUDA itself counts too; where NVML does not show this process, the usual size of a context is taken.
+    assert limits == [2048 * MIB - context] * 2 + [2048 * MIB - watch.USUAL_CONTEXT]
+
+
+def test_the_card_may_be_used_up_to_the_cap_or_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_facts, "context_bytes", lambda device: 300 * MIB)
+    monkeypatch.setattr(machine, "free_device_bytes", lambda device: 4096 * MIB)
+    device = torch.device("cuda:0")
+    for cap, left, words in (
+        (2.0, 2048 - 300 - 256, "--vram-gib 2 leaves 1.46 GiB (CUDA itself: 300.00 MiB)"),
+        (0.25, 0, "--vram-gib 0.25 leaves 0 B (CUDA itself: 300.00 MiB)"),
+        (8.0, 4096 - 256, "only 3.75 GiB can be used on cuda:0"),
+        (None, 4096 - 256, "only 3.75 GiB can be used on cuda:0"),
+    ):
+        settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=cap)
+        limit = memory_facts._card_limit(settings, device)
+        assert (limit.nbytes, limit.words) == (left * MIB, words)
+
+
+CAPPED = """
+import json, sys
+from pathlib import Path
+from streamprune.cli import main
+try:
+    main(sys.argv[1:], standalone_mode=False)
+    status = 0
+except SystemExit as error:
+    status = error.code
+peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+print(json.dumps({"status": status, "peak": peak}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident memory")
+def test_states_larger_than_the_cap_go_to_disk_and_the_run_stays_within_it(tmp_path: Path) -> None:
+    """22,528 tokens of 8,192 values in float32 are 704 MiB; the whole process may have 640, libraries included."""
+    config = tiny_config(QWEN)
+    config.hidden_size, config.num_hidden_layers = 8192, 2
+    config.head_dim, config.num_experts, config.moe_intermediate_size, config.max_position_embeddings = 16, 4, 8, 1024
+    source = make_model(tmp_path / "model", config, max_shard_size="1GB")
+    ids = write_token_ids(tmp_path / "ids.jsonl", sequences=88, length=256)
+
+    def run(states: str) -> tuple[dict[str, Any], str]:
+        options = ["-o", tmp_path / states, "--keep", 3, "--calibration", ids, "--states", states, "--ram-gib", 0.625]
+        command = [sys.executable, "-c", CAPPED, "run", source, *options]
+        result = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, timeout=300, check=True
+        )
+        return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+    completed, told = run("auto")
+    assert completed["status"] == 0, told
+    assert completed["peak"] <= 640 * MIB
+    assert "hidden states 704.00 MiB on disk" in told
+    assert "note: resident memory" not in told
+    assert json.loads((tmp_path / "auto" / "streamprune.json").read_text())["calibration"]["tokens"] == 22528
+
+    refused, told = run("ram")
+    assert refused["status"] == 1
+    assert "hidden states of 22,528 calibration tokens (704.00 MiB)" in told
+    assert "--ram-gib 0.625 leaves" in told
+    assert "Use --states disk" in told
+    assert "block 1/2" not in told
+    assert not (tmp_path / "ram").exists()
