@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from streamprune.checkpoint import Checkpoint
 from streamprune.errors import CheckpointError
+from streamprune.machine import says_out_of_memory
 from streamprune.skeleton import Skeleton, Target
 from streamprune.surgery import ExpertRows
 
@@ -146,6 +147,10 @@ class BlockLoader:
                 f"Reading {', '.join(sorted(opened))} failed: {error}. Check the disk, then run again."
             ) from None
         problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
+        # transformers catches whatever goes wrong while it converts, and keeps the text.
+        for line in "\n".join(map(str, problems)).splitlines():
+            if says_out_of_memory(line):
+                raise MemoryError(line)
         if problems:
             raise CheckpointError(
                 f"{self._checkpoint.folder}: {len(problems)} tensors do not fit the model that config.json describes, "

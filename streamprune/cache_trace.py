@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,32 +29,33 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], blocks: nn.M
     try:
         with _without_experts(modules):
             runs = [_cached_values(model, length) for length in _LENGTHS]
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         # Model code that looks at values fails on meta tensors in many ways of its own.
         raise UnsupportedModelError(
             f"The size of {type(model).__name__}'s cache cannot be worked out: its forward does not run on shapes "
             f"alone ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Please report this model."
         ) from error
-    itemsizes = [size for layer in runs[0] for _, size in layer.values.values()]
-    layers = tuple(_layer(type(model).__name__, *layer) for layer in zip(*runs, strict=True))
-    return CacheSizes(layers, min(itemsizes, default=2))
+    layers = tuple(_layer(model, *layer) for layer in zip(*runs, strict=True))
+    return CacheSizes(layers, model.dtype.itemsize)
 
 
 class _Seen:
-    """One layer's cached tensors after a forward over `length` tokens: values and bytes per value, by name."""
+    """One layer's cached tensors after a forward over `length` tokens: values and dtype, by name."""
 
     def __init__(self, layer: Any, length: int) -> None:
         self.length = length
-        self.values = {name: (tensor.numel(), tensor.element_size()) for name, tensor in _tensors(layer)}
+        self.values = {name: (tensor.numel(), tensor.dtype) for name, tensor in _tensors(layer)}
         # transformers keeps one token less than the window: the newest one's own keys come on top.
         window = getattr(layer, "sliding_window", None)
         self.window = int(window) - 1 if isinstance(window, int) else None
 
 
-def _layer(model: str, first: _Seen, second: _Seen, third: _Seen) -> LayerCache:
-    grows, state_bytes = 0, 0
-    for name, (values, itemsize) in second.values.items():
-        before = first.values.get(name, (0, 0))[0]
+def _layer(model: PreTrainedModel, first: _Seen, second: _Seen, third: _Seen) -> LayerCache:
+    grows, state_bytes, index_bytes = 0, 0, 0
+    for name, (values, dtype) in second.values.items():
+        before = first.values[name][0] if name in first.values else 0
         step, rest = divmod(values - before, second.length - first.length)
         if second.window is not None and second.window < third.length:
             # So small a window was full already: all that is kept belongs to its tokens.
@@ -63,12 +65,16 @@ def _layer(model: str, first: _Seen, second: _Seen, third: _Seen) -> LayerCache:
         expected = fixed + step * _within(third.length, third.window)
         if rest or fixed < 0 or third.values[name][0] != expected:
             raise UnsupportedModelError(
-                f"{model}'s cache does not grow evenly with the context, so its size cannot be foretold: {name} has "
-                f"{before}, {values} and {third.values[name][0]} values after {_LENGTHS} tokens."
+                f"{type(model).__name__}'s cache does not grow evenly with the context, so its size cannot be "
+                f"foretold: {name} has {before}, {values} and {third.values[name][0]} values after {_LENGTHS} tokens."
             )
-        grows += step
-        state_bytes += fixed * itemsize
-    return LayerCache(grows, second.window if grows else None, state_bytes)
+        # What has the model's own dtype is keys and values, which may be cached in another; the rest stays as it is.
+        if dtype is model.dtype:
+            grows += step
+        else:
+            index_bytes += step * dtype.itemsize
+        state_bytes += fixed * dtype.itemsize
+    return LayerCache(grows, second.window if grows or index_bytes else None, state_bytes, index_bytes)
 
 
 def _within(length: int, window: int | None) -> int:
@@ -77,8 +83,15 @@ def _within(length: int, window: int | None) -> int:
 
 def _cached_values(model: PreTrainedModel, length: int) -> list[_Seen]:
     ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
-    with torch.no_grad(), torch.device("meta"):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+    # Attention that picks tokens asks how many there are; no size of a cache depends on the answer.
+    with torch.no_grad(), torch.device("meta"), fx_config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+        output = model(input_ids=ids, use_cache=True)
+    # Models without any attention (Mamba) have another name for it.
+    cache: Any = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns no cache of keys and values: it does not generate text token by token."
+        )
     # Some models (MiniMax) keep the states of their linear layers beside the list of layers.
     beside = _Seen(cache, length)
     return [*(_Seen(layer, length) for layer in cache.layers), *([beside] if beside.values else [])]

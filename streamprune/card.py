@@ -10,14 +10,18 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint import Checkpoint
+from streamprune.fit import Estimate, Fit
 from streamprune.machine import format_bytes
 from streamprune.plan import PrunePlan
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint) -> str:
-    """The card's text, made of the run's report (`streamprune.json`) and the source's own card, if it has one."""
+def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint, estimate: Estimate | None = None) -> str:
+    """The card's text, made of the run's report (`streamprune.json`) and the source's own card, if it has one.
+
+    `estimate` is the memory that the written model takes; None where it cannot be told.
+    """
     inherited = _source_metadata(source.folder)
     model = str(report["settings"]["model"])
     base = model if _HUB_ID.match(model) else inherited.get("base_model")
@@ -32,10 +36,29 @@ def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint) -
         language=inherited.get("language"),
         tags=["mixture-of-experts", "moe", "pruning", "expert-pruning", "reap", "streamprune"],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, source.nbytes)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, source.nbytes, estimate)}"
 
 
-def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int) -> str:
+def _memory(estimate: Estimate) -> list[str]:
+    use = estimate.use
+    low, high = estimate.interval
+    lines = [
+        "## Memory",
+        "",
+        f"Predicted from the files of this model, for {use.batch} x {use.context:,} tokens on one card:",
+        "",
+        "| part | size | |",
+        "|---|---|---|",
+        *(f"| {term.name} | {format_bytes(term.bytes)} | {term.kind} |" for term in estimate.terms),
+        f"| **total** | **{format_bytes(estimate.total)}** | {format_bytes(low)} to {format_bytes(high)} |",
+        "",
+    ]
+    if isinstance(estimate, Fit):
+        lines += [f"Pruned for a budget of {format_bytes(estimate.budget)}.", ""]
+    return lines
+
+
+def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int, estimate: Estimate | None) -> str:
     spec, settings, calibration = plan.spec, report["settings"], report["calibration"]
     unseen = [layer for layer in report["layers"] if not all(layer["counts"])]
     lines = [
@@ -52,6 +75,7 @@ def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: i
         f"| experts used per token | {spec.top_k} | {spec.top_k} |",
         f"| weights | {format_bytes(source_bytes)} | {format_bytes(plan.output_bytes)} |",
         "",
+        *(_memory(estimate) if estimate else []),
         "## Calibration",
         "",
         f"{calibration['sequences']} sequences, {calibration['tokens']:,} tokens, from "

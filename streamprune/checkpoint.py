@@ -18,7 +18,7 @@ from streamprune.shard import DTYPE_BITS, MAX_JSON_BYTES, TensorEntry, parse_jso
 #: Other modules meet tensors and their bytes through the checkpoint that they belong to.
 __all__ = [
     "CONFIG_NAME", "DTYPE_BITS", "INDEX_NAME", "PICKLE_SUFFIXES", "SINGLE_NAME", "Checkpoint", "TensorEntry",
-    "is_small_file", "open_checkpoint", "read_index", "read_json", "read_ranges",
+    "is_small_file", "open_checkpoint", "read_header", "read_index", "read_json", "read_ranges",
 ]  # fmt: skip
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -12,17 +13,25 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from streamprune import __version__
-from streamprune.errors import StreampruneError
+from streamprune.budget import resolve_budget
+from streamprune.errors import DoesNotFitError, StreampruneError
+from streamprune.fit import Fit, check_keep
+from streamprune.fit_report import fit_object, fit_text, measured_lines, measured_object
+from streamprune.kv_cache import KV_DTYPES
 from streamprune.machine import limit_library_memory
 from streamprune.settings import (
+    DEFAULT_CONTEXT,
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     DTYPES,
     METHODS,
     PROPAGATE,
+    STATES,
     RunSettings,
+    Use,
     parse_size,
 )
+from streamprune.weights import WEIGHTS_DTYPES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,11 +80,93 @@ def main() -> None:
     """Prune Mixture-of-Experts models one decoder block at a time."""
 
 
+def _goal_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options that say what the model has to fit, in the order of the help text."""
+    options = [
+        click.option("--budget-gib", type=float, metavar="G", help="Memory that all of it may take, in GiB."),
+        click.option("--gpu", metavar="NAME", help="A card instead, such as rtx-3090: what CUDA can use of it."),
+        click.option(
+            "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
+        ),
+        click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time to plan for."),
+        click.option(
+            "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True,
+            help="Form of cached keys and values.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+    limit_library_memory()
+    from streamprune.hub import resolve_model
+    from streamprune.measure import measure
+
+    _quiet_libraries(downloads=False)
+    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
+
+
+@main.command()
+@click.argument("model")
+@_goal_options
+@click.option(
+    "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
+    help="Form of the weights: as they are, or quantized afterwards.",
+)  # fmt: skip
+@click.option("--keep", type=int, help="Experts kept in every block.  [default: all]")
+@click.option("--measure", is_flag=True, help="Also load the model on the card, run such a prompt, and compare.")
+@click.option("--device", default="cuda:0", show_default=True, help="The card for --measure.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@_reports_errors
+def fit(
+    model: str,
+    budget_gib: float | None,
+    gpu: str | None,
+    keep: int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    measure: bool,
+    device: str,
+    as_json: bool,
+    **use: Any,
+) -> None:
+    """Say whether MODEL fits a card, and how many experts could stay.
+
+    MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
+    --budget-gib or --gpu, the card of this machine counts. Exit status 0: it fits; 3: it does not.
+    """
+    # The libraries, if they are needed at all, read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    wanted = Use(keep=keep, **use)
+    budget = resolve_budget(budget_gib, gpu)
+    from streamprune.footprint import read_footprint
+
+    footprint = read_footprint(model, revision, trust_remote_code)
+    if keep is not None:
+        check_keep(footprint, keep)
+    answer = Fit(footprint, wanted, budget.nbytes)
+    found = _measured(answer, device, trust_remote_code) if measure else ()
+    if as_json:
+        extra = {"measured": measured_object(found)} if measure else {}
+        click.echo(json.dumps({**fit_object(answer, budget), **extra}, indent=2))
+    else:
+        click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
+    if not answer.fits:
+        sys.exit(DoesNotFitError.exit_code)
+
+
 @main.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the pruned model.")
-@click.option("--keep", type=int, help="Experts to keep in every block.")
-@click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
+@_goal_options
+@click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
+@click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be done, and stop there.")
 @click.option(
     "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="FILE|RECIPE",
     help="Text or JSONL file; or builtin, builtin:code,prose,… May be given several times.",
@@ -92,7 +183,16 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
-@click.option("--batch-tokens", type=int, help="Tokens per micro-batch.  [default: 1024 on a CPU, 8192 on a GPU]")
+@click.option(
+    "--batch-tokens", type=int,
+    help="Tokens per micro-batch at most.  [default: 1024 on a CPU, 32768 on a GPU; less where memory asks for it]",
+)  # fmt: skip
+@click.option(
+    "--states", type=click.Choice(STATES), default="auto", show_default=True,
+    help="Where hidden states lie between blocks: on the card, in RAM, or in a file beside the output.",
+)  # fmt: skip
+@click.option("--vram-gib", type=float, help="Most that the run may take on the card.  [default: what is free]")
+@click.option("--ram-gib", type=float, help="Most that the run may take of RAM.  [default: what is available]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
@@ -100,19 +200,19 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
 @_reports_errors
-def run(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
     MODEL is read one decoder block at a time; memory does not grow with its size.
     """
     settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
-    limit_library_memory()
-    from streamprune.run import run as run_streamprune
+    limit_library_memory(tight=settings.ram_gib is not None)
+    from streamprune import run as engine
 
     _quiet_libraries(downloads=quiet)
-    result = run_streamprune(settings, quiet=quiet)
+    summary = engine.dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
     if as_json:
-        click.echo(json.dumps(result.summary, indent=2))
+        click.echo(json.dumps(summary, indent=2))
 
 
 @main.command()

@@ -21,6 +21,9 @@ TOP_K_NAMES = (
 GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
 TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
 _EXPERT_WIDTH_NAMES = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+#: Levels of parts within parts that are looked through; real configs have two at most.
+_DEEPEST = 8
 _HEAD_DIM_NAMES = ("head_dim", "attention_head_dim", "qk_head_dim")
 
 
@@ -62,12 +65,13 @@ class ModelShape:
 
 def text_part(raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
     """The part of a config that describes the text decoder, and the path to it."""
-    for name in ("text_config", "llm_config", "language_config", "thinker_config"):
-        part = raw.get(name)
-        if isinstance(part, Mapping):
-            deeper, inner = text_part(part)
-            return (name, *deeper), inner
-    return (), raw
+    path: tuple[str, ...] = ()
+    while len(path) < _DEEPEST:
+        part = next((name for name in _TEXT_PARTS if isinstance(raw.get(name), Mapping)), None)
+        if part is None:
+            break
+        path, raw = (*path, part), raw[part]
+    return path, raw
 
 
 def stated_experts(raw: Mapping[str, Any]) -> ExpertSpec | None:

@@ -45,3 +45,17 @@ class DoesNotFitError(StreampruneError):
     """The model cannot be pruned so far that it fits the budget."""
 
     exit_code = 3
+
+
+class ResumeError(StreampruneError):
+    """An interrupted run cannot be taken up: it is missing or damaged, or something that matters has changed."""
+
+
+class VerifyError(StreampruneError):
+    """A result is not what its source and its record say."""
+
+
+class InterruptedRunError(StreampruneError):
+    """The user stopped the run; what is done is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
+
+    exit_code = 75

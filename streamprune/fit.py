@@ -14,13 +14,15 @@ from streamprune.config_facts import ExpertSpec, ModelShape
 from streamprune.errors import SettingsError
 from streamprune.kv_cache import CacheSizes
 from streamprune.plan import minimum_keep
+from streamprune.settings import Use
 from streamprune.weights import Weights
 from streamprune.workspace import prefill_workspace_bytes
 
 MIB = 1024**2
+#: Tokens of all sequences together, as `Use` allows them.
+MOST_TOKENS = 2**40
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.
 WEIGHTS, KV_CACHE, STATE = "weights: ", "KV cache", "recurrent state"
-DEFAULT_CONTEXT = 32768
 #: Tokens of a prompt that are computed at a time: what vLLM and most others begin with.
 PREFILL_CHUNK = 2048
 #: The CUDA context with the kernels of torch and cuBLAS's workspace. Reported between 0.3 and 0.7 GiB, by driver, card
@@ -46,27 +48,6 @@ class Footprint:
     itemsize: int
     max_positions: int | None
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Use:
-    """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
-
-    `keep` is the number of experts that stay in every block; None for all. Raises SettingsError for impossible values.
-    """
-
-    context: int = DEFAULT_CONTEXT
-    batch: int = 1
-    kv_dtype: str = "auto"
-    weights_dtype: str = "source"
-    keep: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("--context", self.context), ("--batch", self.batch)):
-            if value < 1:
-                raise SettingsError(f"{name} {value} is too small: at least 1.")
-        if self.context * self.batch > 2**40:
-            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
 
 
 @dataclass(frozen=True)
@@ -160,34 +141,40 @@ class Fit(Estimate):
         if not sizes.moe_blocks or self._fits(keep=None):
             return spec.count * sizes.moe_blocks
         # In whole units of one expert in one block; blocks are alike in all models that have such experts.
-        rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0)))
+        rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
         fitting = int((self.budget - rest) * sizes.moe_blocks // sizes.expert_bytes)
-        least = minimum_keep(spec) * sizes.moe_blocks
-        return min(fitting, spec.count * sizes.moe_blocks) if fitting >= least else None
+        # The workspace was that of a block which keeps all; where all keep equally few, it may be a little less.
+        fitting = max(fitting, (self.max_experts or 0) * sizes.moe_blocks)
+        # All of them do not fit, with the multi-token prediction that only the unpruned model has.
+        fitting = min(fitting, spec.count * sizes.moe_blocks - 1)
+        return fitting if fitting >= minimum_keep(spec) * sizes.moe_blocks else None
 
     @cached_property
     def max_context(self) -> int:
         """The longest context (tokens, no longer than the model's own limit) that fits; 0 if none does."""
-        longest = self.footprint.max_positions or max(self.use.context, 2**20)
+        longest = min(self.footprint.max_positions or max(self.use.context, 2**20), MOST_TOKENS // self.use.batch)
         return _largest(range(1, longest + 1), lambda context: self._fits(context=context)) or 0
 
     def _fits(self, **changes: int | str | None) -> bool:
         return Fit(self.footprint, replace(self.use, **changes), self.budget).fits  # type: ignore[arg-type]
 
 
-def _terms(footprint: Footprint, use: Use) -> Iterator[Term]:
+def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterator[Term]:
+    """The terms; `routed` is the number of experts that the routers choose among, if not the number kept."""
     weights = footprint.weights
+    kept = weights.count if use.keep is None else use.keep
     # The pruned model has no multi-token prediction layers: those are never scored, and left out.
     sizes = weights.sizes(use.weights_dtype, with_mtp=use.keep is None or use.keep == weights.count)
     exact = weights.measured and use.weights_dtype == "source"
-    for name, size in sizes.bytes_by_category(weights.count if use.keep is None else use.keep).items():
+    for name, size in sizes.bytes_by_category(kept).items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)
     state = footprint.cache.state_bytes(use.batch)
     if state:
         yield Term(STATE, state, "exact", state, state)
-    workspace = prefill_workspace_bytes(footprint.shape, PREFILL_CHUNK, use.context, use.batch, footprint.itemsize)
+    shape = replace(footprint.shape, experts=kept if routed is None else routed)
+    workspace = prefill_workspace_bytes(shape, PREFILL_CHUNK, use.context, use.batch, footprint.itemsize)
     yield _modelled("prefill workspace", *(round(workspace * share) for share in WORKSPACE_SHARE))
     yield _modelled("CUDA context", *CUDA_CONTEXT)
     handed_out = kv_bytes + state + workspace

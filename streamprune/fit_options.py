@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from streamprune.fit import Fit
+from streamprune.fit import MOST_TOKENS, Fit
 from streamprune.gpus import GPUS
 from streamprune.plan import minimum_keep
 
@@ -83,7 +83,7 @@ def _larger_card(fit: Fit) -> Iterator[Option]:
 def table(fit: Fit) -> list[Cell]:
     """Totals over RATIOS × forms of weights × CONTEXTS, as far as the model allows them."""
     spec, weights = fit.footprint.spec, fit.footprint.weights
-    longest = fit.footprint.max_positions or max(CONTEXTS)
+    longest = min(fit.footprint.max_positions or max(CONTEXTS), MOST_TOKENS // fit.use.batch)
     contexts = sorted({context for context in (*CONTEXTS, fit.use.context) if context <= longest} or {longest})
     forms = ["source"] if weights.quantized else ["source", "fp8", "int4"]
     cells = []

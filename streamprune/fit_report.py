@@ -2,52 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprune.budget import Budget
 from streamprune.fit import Estimate, Fit
 from streamprune.fit_options import Cell, nearest, table
 from streamprune.machine import format_bytes
 
+if TYPE_CHECKING:
+    from streamprune.measure import Measured
+
 GIB = 1024**3
 
 
 def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes; numbers of experts are null for a model that has none."""
-    footprint, use = fit.footprint, fit.use
-    low, high = fit.interval
+    footprint = fit.footprint
     has_experts = footprint.spec is not None
     return {
         "model": footprint.model,
-        "weights_bytes": fit.weights_bytes,
-        "kv_cache_bytes": fit.kv_cache_bytes,
-        "state_bytes": fit.state_bytes,
-        "total_bytes": fit.total,
-        "total_bytes_low": low,
-        "total_bytes_high": high,
-        "budget_bytes": fit.budget,
+        **estimate_object(fit),
         "budget_from": budget.label,
-        "left_bytes": fit.left,
-        "fits": fit.fits,
+        "weights_dtype": fit.use.weights_dtype,
         "experts_per_layer": fit.experts if has_experts else None,
         "source_experts_per_layer": footprint.weights.count if has_experts else None,
         "max_experts_per_layer": (fit.max_experts or 0) if has_experts else None,
         "max_experts_in_all_layers": (fit.max_total_experts or 0) if has_experts else None,
         "max_context": fit.max_context,
-        "context": use.context,
-        "batch": use.batch,
-        "kv_dtype": use.kv_dtype,
-        "weights_dtype": use.weights_dtype,
-        "terms": [
-            {"name": term.name, "bytes": term.bytes, "kind": term.kind, "low": term.low, "high": term.high}
-            for term in fit.terms
-        ],
-        "nearest": [{"settings": option.settings, "meaning": option.meaning} for option in nearest(fit)],
+        "nearest": [vars(option) for option in nearest(fit)],
         "table": [vars(cell) for cell in table(fit)],
         "notes": [*footprint.notes, *budget.notes, *_notes(fit)],
     }
+
+
+def measured_object(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Predicted and measured bytes per term, and how far the prediction is off, as JSON."""
+    return [
+        {
+            "name": item.name,
+            "kind": "measured",
+            "bytes": item.measured,
+            "predicted": item.predicted,
+            "error": item.error,
+        }
+        for item in measured
+    ]
+
+
+def measured_lines(measured: Sequence[Measured]) -> list[str]:
+    """The same for a terminal."""
+    width = max(len(item.name) for item in measured)
+    return ["Measured on the card, and how far the prediction is off:"] + [
+        f"  {item.name:<{width}}  {format_bytes(item.measured):>11}  predicted {format_bytes(item.predicted):>11}  "
+        f"{item.error:+.1%}"
+        for item in measured
+    ]
+
+
+def estimate_object(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as JSON, with the verdict where there is a budget. Sizes in bytes."""
+    low, high = estimate.interval
+    result = {
+        "context": estimate.use.context,
+        "batch": estimate.use.batch,
+        "kv_dtype": estimate.use.kv_dtype,
+        "weights_bytes": estimate.weights_bytes,
+        "kv_cache_bytes": estimate.kv_cache_bytes,
+        "state_bytes": estimate.state_bytes,
+        "total_bytes": estimate.total,
+        "total_bytes_low": low,
+        "total_bytes_high": high,
+        "terms": [vars(term) for term in estimate.terms],
+    }
+    if isinstance(estimate, Fit):
+        result |= {"budget_bytes": estimate.budget, "left_bytes": estimate.left, "fits": estimate.fits}
+    return result
 
 
 def fit_text(fit: Fit, budget: Budget) -> str:

@@ -29,7 +29,7 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     """
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     config = read_json(folder / CONFIG_NAME)
-    tensors = _headers(model, folder)
+    tensors = read_headers(model, folder)
     stated = _by_name(model, config, tensors) if tensors is not None else None
     if stated is not None:
         return stated
@@ -38,8 +38,11 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     return footprint_of_model(model, folder, config, tensors, trust_remote_code)
 
 
-def _headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
-    """All tensors of the model; None for a local folder that holds no weights of any kind."""
+def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
+    """All tensors of a model, by name; `folder` holds its config. None for a local folder without weights of any kind.
+
+    For a Hub id that is not in the cache, its safetensors headers are fetched, and nothing else.
+    """
     if Path(model).expanduser().is_dir():
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
             return None

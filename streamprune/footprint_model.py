@@ -12,9 +12,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from streamprune.architecture import declared_dtype, load_config, mtp_layers
 from streamprune.cache_trace import trace_cache
-from streamprune.checkpoint import TensorEntry
-from streamprune.config_facts import ExpertSpec, stated_experts, stated_shape, states_experts
-from streamprune.errors import UnsupportedModelError
+from streamprune.checkpoint import CONFIG_NAME, TensorEntry
+from streamprune.config_facts import (
+    ExpertSpec,
+    first_number,
+    stated_experts,
+    stated_shape,
+    states_experts,
+    text_part,
+)
+from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit import Footprint
 from streamprune.footprint import max_positions
 from streamprune.kv_cache import CacheSizes
@@ -22,6 +29,9 @@ from streamprune.skeleton import Skeleton, build_model, build_skeleton, map_chec
 from streamprune.surgery import next_token_prediction, output_tensors
 from streamprune.weight_facts import weights_by_name, weights_by_role
 from streamprune.weights import WeightFact, Weights, category_of
+
+#: Building a model takes time for each block; a config may name any number.
+_MOST_BLOCKS = 10_000
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -40,6 +50,9 @@ def footprint_of_model(
 
     `tensors` are the checkpoint's; None for a config alone, whose weights are then taken as the model would have them.
     """
+    depth = first_number((text_part(raw)[1],), ("num_hidden_layers", "n_layer", "n_layers")) or 0
+    if depth > _MOST_BLOCKS:
+        raise CheckpointError(f"{folder / CONFIG_NAME} names {depth:,} layers, which no model has. Download it again.")
     config = load_config(folder, trust_remote_code)
     if states_experts(config.to_dict()):
         skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
@@ -69,16 +82,24 @@ def footprint_of_skeleton(
     weights = weights_by_name(tensors, raw, stated_experts(raw)) if tensors is not None and trust_names else None
     if weights is None:
         weights = weights_of_checkpoint(raw, skeleton, tensors) if tensors else _weights_of(skeleton.model, skeleton)
+    blocks = {fact.block for fact in weights.facts if fact.category == "experts"}
+    if len(blocks) != len(skeleton.experts):
+        raise CheckpointError(
+            f"{model} has experts in {len(blocks)} blocks, but by its config there should be some in "
+            f"{len(skeleton.experts)}. Config and weights do not belong together; download both again."
+        )
     cache = trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
     return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
 
 
-def weights_of_checkpoint(raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry]) -> Weights:
-    """The weights by what each tensor feeds in the model."""
+def weights_of_checkpoint(
+    raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry], count: int | None = None
+) -> Weights:
+    """The weights by what each tensor feeds in the model; `count` experts per block, if not the skeleton's number."""
     roles = {name: source_role(target, skeleton) for name, target in map_checkpoint(skeleton.model, tensors).items()}
     dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(raw))
-    planned = output_tensors(tensors, roles, dropped, skeleton.spec.count, skeleton.spec.count)
-    return weights_by_role(tensors, roles, planned, skeleton.spec)
+    count = count or skeleton.spec.count
+    return weights_by_role(tensors, roles, output_tensors(tensors, roles, dropped, count, count), count)
 
 
 def _footprint(

@@ -167,16 +167,16 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
             f"the model is private, {login}."
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
-        said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+        said = f" ({first_line(error.server_message)})" if error.server_message else ""
         return f"{hub} answered with HTTP status {status}{said} when asked for {repo_id}. Try again later."
     return (
-        f"Fetching {repo_id} from {hub} failed: {_first_line(str(error)) or type(error).__name__}. Check the "
+        f"Fetching {repo_id} from {hub} failed: {first_line(str(error)) or type(error).__name__}. Check the "
         "connection and the free disk space, then run the same command again: files that have arrived are kept. "
         "HF_HUB_OFFLINE=1 uses a copy that is in the Hub cache already."
     )
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     """The first line of a library's or server's message, as it may stand in ours."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return "".join(char if char.isprintable() else "?" for char in line)[:300].rstrip(".")

@@ -7,11 +7,11 @@ else `cache_trace` asks the model itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamprune.checkpoint import DTYPE_BITS, TensorEntry
+from streamprune.checkpoint import TensorEntry
 from streamprune.config_facts import first_number, text_part
 from streamprune.errors import SettingsError
 
@@ -29,14 +29,22 @@ _NOT_PLAIN = re.compile(
 _HARMLESS = re.compile(r"shared_expert|shared_intermediate|linear_bias|share_expert|router|tie_word|max_window_layers")
 
 
+#: Of the dtypes that a model can compute in.
+_FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """What one layer keeps per sequence: `values_per_token` values of each of the last `window` tokens (None: of all),
-    and `state_bytes` whatever the number of tokens."""
+    and `state_bytes` whatever the number of tokens.
+
+    `index_bytes` come on top for each of those tokens: positions and the like, which no cache dtype makes smaller.
+    """
 
     values_per_token: int = 0
     window: int | None = None
     state_bytes: int = 0
+    index_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,12 @@ class CacheSizes:
 
     def kv_bytes(self, context: int, batch: int, kv_dtype: str = "auto") -> int:
         """Bytes of all keys and values of `batch` sequences of `context` tokens each."""
-        values = sum(
-            layer.values_per_token * (context if layer.window is None else min(context, layer.window))
+        itemsize = self.item_bytes(kv_dtype)
+        return batch * sum(
+            (layer.values_per_token * itemsize + layer.index_bytes)
+            * (context if layer.window is None else min(context, layer.window))
             for layer in self.layers
         )
-        return batch * values * self.item_bytes(kv_dtype)
 
     def item_bytes(self, kv_dtype: str) -> int:
         """Bytes per cached value for one of KV_DTYPES."""
@@ -82,11 +91,16 @@ def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
         match = pattern.search(name)
         if match and len(entry.shape) == 2 and int(match[2]) < depth:
             rows.setdefault(int(match[2]), []).append(entry)
-    if sorted(rows) != list(range(depth)) or any(_form(entries) is None for entries in rows.values()):
+    # All numbers are below `depth`, so that as many layers as that are all of them.
+    if len(rows) != depth or any(_form(entries) is None for entries in rows.values()):
         return None
-    if any("indexer" in name for name in tensors):
+    dtypes = {entry.dtype for entries in rows.values() for entry in entries}
+    # Rows of packed integers are not those of the projection.
+    if any("indexer" in name for name in tensors) or not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
         return None
-    itemsize = _stated_itemsize(config, text) or DTYPE_BITS[rows[0][0].dtype] // 8
+    itemsize = _stated_itemsize(text, config) or _FLOAT_BYTES.get(rows[0][0].dtype)
+    if itemsize is None:
+        return None
     layers = tuple(LayerCache(sum(entry.shape[0] for entry in rows[layer])) for layer in range(depth))
     return CacheSizes(layers, itemsize)
 
@@ -114,8 +128,3 @@ def _stated_itemsize(*parts: Mapping[str, Any]) -> int | None:
             if str(part.get(name)) in sizes:
                 return sizes[str(part[name])]
     return None
-
-
-def total_values_per_token(layers: Iterable[LayerCache]) -> int:
-    """Values that one more token of context adds beyond all windows."""
-    return sum(layer.values_per_token for layer in layers if layer.window is None)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from streamprune.architecture import config_from_dict, drop_missing_code, load_config, mtp_layers, rewrite_config
+from streamprune.architecture import config_from_dict, drop_missing_code, mtp_layers, rewrite_config
 from streamprune.calibration import Calibration, load_calibration
-from streamprune.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
-from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.checkpoint import Checkpoint, open_checkpoint
+from streamprune.decision import Decision, decide, with_footprint
+from streamprune.errors import CheckpointError
 from streamprune.hub import resolve_model
 from streamprune.integrity import check_fit, check_pruned
-from streamprune.machine import check_memory
-from streamprune.plan import PrunePlan, plan_shards, resolve_keep
+from streamprune.plan import PrunePlan, plan_shards
 from streamprune.settings import RunSettings
 from streamprune.skeleton import (
     Skeleton,
@@ -25,15 +24,17 @@ from streamprune.skeleton import (
     build_model,
     build_skeleton,
     map_checkpoint,
+    source_role,
 )
-from streamprune.states import hidden_state_bytes
-from streamprune.surgery import ExpertRows, SourceRole, next_token_prediction, output_tensors
-from streamprune.writer import check_output
+from streamprune.surgery import next_token_prediction, output_tensors
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model opened and planned, nothing of its weights read yet. `pruned` is the model of the rewritten config."""
+    """A model opened and planned, nothing of its weights read yet. `pruned` is the model of the rewritten config.
+
+    `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
+    """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
@@ -41,35 +42,31 @@ class Prepared:
     pruned: PreTrainedModel = field(repr=False)
     plan: PrunePlan
     dtype: torch.dtype
+    decision: Decision
 
 
 def prepare(settings: RunSettings) -> Prepared:
     """Open the model and decide everything; raises a StreampruneError for whatever cannot work."""
-    # The config alone rules out most of what cannot work, before tens of GiB are downloaded.
-    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
-    check_output(settings.output, folder, settings.overwrite)
-    raw = read_json(folder / CONFIG_NAME)
-    _refuse_quantized(raw, folder)
-    config = load_config(folder, settings.trust_remote_code)
-    dtype = _declared_dtype(settings.dtype, config)
-    skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
-    keep = resolve_keep(skeleton.spec, settings.keep, settings.ratio)
-
+    # Config and headers alone rule out most of what cannot work, before tens of GiB are downloaded.
+    decision = decide(settings)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    if checkpoint.config != raw:
+    if checkpoint.config != decision.raw:
         raise CheckpointError(
             f"The config of {settings.model} changed while it was opened. Run the same command again."
         )
+    dtype, skeleton, keep = decision.dtype, decision.skeleton, decision.keep
     if dtype is None:
         dtype = _dtype_of_weights(checkpoint)
-        skeleton = build_skeleton(config, dtype, settings.trust_remote_code)
-    pruned_config = drop_missing_code(rewrite_config(raw, config, skeleton.spec, keep), checkpoint.folder)
-    pruned = build_model(config_from_dict(config, pruned_config), dtype, settings.trust_remote_code)
+        skeleton = build_skeleton(decision.config, dtype, settings.trust_remote_code)
+    rewritten = rewrite_config(decision.raw, decision.config, skeleton.spec, keep)
+    pruned_config = drop_missing_code(rewritten, checkpoint.folder)
+    pruned = build_model(config_from_dict(decision.config, pruned_config), dtype, settings.trust_remote_code)
     check_pruned(skeleton, pruned, keep)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors)
     plan = _plan(settings, checkpoint, skeleton, targets, keep, pruned_config)
-    return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype)
+    decision = with_footprint(settings, decision, skeleton, checkpoint.tensors)
+    return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype, decision)
 
 
 def _plan(
@@ -80,7 +77,7 @@ def _plan(
     keep: int,
     pruned_config: Mapping[str, Any],
 ) -> PrunePlan:
-    roles = {name: _role(target, skeleton) for name, target in targets.items()}
+    roles = {name: source_role(target, skeleton) for name, target in targets.items()}
     dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(checkpoint.config))
     tensors = output_tensors(checkpoint.tensors, roles, dropped, skeleton.spec.count, keep)
     return PrunePlan(
@@ -95,9 +92,9 @@ def _plan(
 
 
 def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
-    """Read the calibration data for a prepared model, and check that its hidden states fit into memory."""
+    """Read the calibration data for a prepared model."""
     text_config = prepared.skeleton.model.config.get_text_config(decoder=True)
-    calibration = load_calibration(
+    return load_calibration(
         settings.calibration,
         prepared.checkpoint.folder,
         samples=settings.samples,
@@ -107,31 +104,6 @@ def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )
-    needed = hidden_state_bytes(calibration.sequences, text_config.hidden_size, prepared.dtype)
-    check_memory(needed, f"The hidden states of {calibration.tokens:,} calibration tokens")
-    return calibration
-
-
-def _refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    for part in (config, config.get("text_config")):
-        stated = part if isinstance(part, Mapping) else {}
-        quantization = stated.get("quantization_config") or stated.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-            raise UnsupportedModelError(
-                f"The model in {folder} is quantized ({method}). Quantized weights cannot be streamed yet: prune the "
-                "bfloat16 or float16 original and quantize the result."
-            )
-
-
-def _declared_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype to compute in: what the user chose, else the config's; None if neither names one."""
-    if name != "auto":
-        chosen = getattr(torch, name)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else None
 
 
 def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
@@ -141,11 +113,3 @@ def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.nbytes
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
-
-
-def _role(target: Target | None, skeleton: Skeleton) -> SourceRole:
-    if target is None:
-        return SourceRole(None, None)
-    rows: ExpertRows | None = skeleton.expert_rows.get(target.name)
-    shape = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape) if rows else ()
-    return SourceRole(skeleton.block_of(target.name), target.name, target.pattern, shape, rows)

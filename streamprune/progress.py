@@ -57,16 +57,16 @@ class Progress:
         if not self._quiet:
             tqdm.write(text, file=self._stream)
 
-    def start_block(self, block: int, batches: int) -> None:
+    def start_block(self, block: int, sequences: int) -> None:
         if self._bar is not None:
             self._bar.close()
         if not self._quiet and self._stream.isatty():
             label = f"block {block + 1}/{self._blocks}"
-            self._bar = tqdm(total=batches, desc=label, file=self._stream, leave=False, unit="batch")
+            self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
 
-    def step(self) -> None:
+    def step(self, sequences: int) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(sequences)
 
     def end_block(self, line: BlockLine) -> None:
         if self._bar is not None:

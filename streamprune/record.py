@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from streamprune import __version__
 from streamprune.calibration import Calibration
 from streamprune.machine import peak_resident_bytes
 from streamprune.prepare import Prepared
-from streamprune.scoring import LayerResult
+from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
 
 
@@ -25,6 +26,7 @@ def run_report(
     calibration: Calibration,
     layers: Sequence[LayerResult],
     device: torch.device,
+    batch_tokens: int,
 ) -> dict[str, Any]:
     """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
 
@@ -45,7 +47,7 @@ def run_report(
             "seed": settings.seed,
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": device.type,
-            "batch_tokens": settings.batch_tokens_on(device.type),
+            "batch_tokens": batch_tokens,
             "max_shard_bytes": settings.max_shard_bytes,
         },
         "versions": {
@@ -85,6 +87,7 @@ def run_summary(
     prepared: Prepared,
     calibration: Calibration,
     layers: Sequence[LayerResult],
+    scorer: BlockScorer,
     seconds: float,
 ) -> dict[str, Any]:
     """The result for people and for `--json`, with what varies from run to run."""
@@ -101,6 +104,9 @@ def run_summary(
         "calibration_tokens": calibration.tokens,
         "never_routed": never,
         "dropped_tensors": len(plan.dropped),
+        "batch_tokens": scorer.batch_tokens,
+        "states": scorer.states_place,
+        "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
         "seconds": round(seconds, 3),
         "peak_resident_bytes": peak_resident_bytes(),
     }

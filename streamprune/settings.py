@@ -11,13 +11,19 @@ from streamprune.errors import SettingsError
 METHODS = ("reap",)
 PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+STATES = ("auto", "device", "ram", "disk")
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
-#: Tokens that go through a block at a time, by kind of device. Enough to keep the matrix products large. On a CPU more
-#: would be slower: the experts' inputs and outputs (tokens × top-k × hidden size) should stay near the caches. Of 512,
-#: 1,024, 2,048 and 4,096, a block of tools/bench's `mid` shape was fastest per token with 1,024.
-DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: Tokens that go through a block at a time, by kind of device, where memory allows. Enough to keep the matrix products
+#: large, and on a GPU to read the weights seldom. On a CPU more would be slower: the experts' inputs and outputs
+#: (tokens × top-k × hidden size) should stay near the caches. Of 512, 1,024, 2,048 and 4,096, a block of tools/bench's
+#: `mid` shape was fastest per token with 1,024.
+DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+#: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
+COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: Tokens per sequence that a model is planned for.
+DEFAULT_CONTEXT = 32768
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -25,8 +31,32 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$"
 
 
 @dataclass(frozen=True)
+class Use:
+    """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
+
+    `keep` is the number of experts that stay in every block; None for all. Raises SettingsError for impossible values.
+    """
+
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
+    weights_dtype: str = "source"
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("--context", self.context), ("--batch", self.batch)):
+            if value < 1:
+                raise SettingsError(f"{name} {value} is too small: at least 1.")
+        if self.context * self.batch > 2**40:
+            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
+
+
+@dataclass(frozen=True)
 class RunSettings:
-    """The settings of `streamprune run`. Exactly one of `keep` (experts per block) and `ratio` (share removed) is set.
+    """The settings of `streamprune run`.
+
+    Exactly one says how far to prune: `keep` (experts per block), `ratio` (share removed), or a budget (`budget_gib`,
+    or what CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe.
 
     Raises SettingsError when a value is impossible whatever the model.
     """
@@ -35,6 +65,11 @@ class RunSettings:
     output: Path
     keep: int | None = None
     ratio: float | None = None
+    budget_gib: float | None = None
+    gpu: str | None = None
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
     samples: int = DEFAULT_SAMPLES
     seq_len: int | None = None
@@ -44,18 +79,40 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int | None = None
+    states: str = "auto"
+    vram_gib: float | None = None
+    ram_gib: float | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
 
-    def batch_tokens_on(self, device_type: str) -> int:
-        """Tokens per micro-batch on this kind of device ("cpu" or "cuda")."""
+    def most_batch_tokens(self, device_type: str) -> int:
+        """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
         return self.batch_tokens or DEFAULT_BATCH_TOKENS[device_type]
 
+    @property
+    def use(self) -> Use:
+        """How the pruned model is to be used."""
+        return Use(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """What the run may take on the card; None for what there is."""
+        return None if self.vram_gib is None else int(self.vram_gib * 2**30)
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """What the run may have resident in RAM; None for what there is."""
+        return None if self.ram_gib is None else int(self.ram_gib * 2**30)
+
     def __post_init__(self) -> None:
-        if (self.keep is None) == (self.ratio is None):
-            raise SettingsError("Give either --keep N (experts to keep per block) or --ratio R (share to remove).")
+        goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
+        if sum(goal is not None for goal in goals) != 1:
+            raise SettingsError(
+                "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
+                "card), --keep N (experts to keep per block) or --ratio R (share to remove)."
+            )
         if self.keep is not None and self.keep < 1:
             raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -74,9 +131,28 @@ class RunSettings:
             ("--method", self.method, METHODS),
             ("--propagate", self.propagate, PROPAGATE),
             ("--dtype", self.dtype, DTYPES),
+            ("--states", self.states, STATES),
         ):
             if choice not in choices:
                 raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+        self._check_caps()
+        # Checks its values where it is made.
+        _ = self.use
+
+    def _check_caps(self) -> None:
+        for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
+            if cap is not None and not 0 < cap < float("inf"):
+                raise SettingsError(f"{name} {cap:g} is no amount of memory. Give GiB above 0, for example {name} 16.")
+        if self.device == "cpu":
+            self.check_device("cpu")
+
+    def check_device(self, device_type: str) -> None:
+        """Raise SettingsError where a setting makes no sense on this kind of device ("cpu" or "cuda")."""
+        if self.vram_gib is not None and device_type != "cuda":
+            raise SettingsError(
+                f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
+                "Use --ram-gib, or a CUDA --device."
+            )
 
 
 def parse_size(text: str) -> int:

@@ -65,9 +65,22 @@ def _parse_header(path: Path, file: str, stream: BinaryIO) -> list[TensorEntry]:
         header = parse_json(stream.read(length), unique=True)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    start = 8 + length
+    entries, position = header_entries(path, file, header, start)
+    if position != size:
+        what = "is cut short" if size < position else "has bytes that belong to no tensor"
+        raise _damaged(path, f"it {what}: {size:,} bytes on disk, {position:,} by its header")
+    return entries
+
+
+def header_entries(path: Path, file: str, header: Any, start: int) -> tuple[list[TensorEntry], int]:
+    """The tensors that a header states, in byte order, and the position where their bytes end.
+
+    `start` is where the bytes begin, behind the header. Raises CheckpointError, which calls the file `path`, for
+    tensors whose dtype, shape and byte range do not go together, and for gaps or overlaps between them.
+    """
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
-    start = 8 + length
     entries = sorted(
         (_parse_entry(path, file, name, value, start) for name, value in header.items() if name != "__metadata__"),
         key=lambda entry: (entry.begin, entry.end),
@@ -77,10 +90,7 @@ def _parse_header(path: Path, file: str, stream: BinaryIO) -> list[TensorEntry]:
         if entry.begin != position:
             raise _damaged(path, f"tensor {show(entry.name)} starts at byte {entry.begin:,} instead of {position:,}")
         position = entry.end
-    if position != size:
-        what = "is cut short" if size < position else "has bytes that belong to no tensor"
-        raise _damaged(path, f"it {what}: {size:,} bytes on disk, {position:,} by its header")
-    return entries
+    return entries, position
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class SourceRole:
 
 
 _MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
-_MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
@@ -111,7 +111,7 @@ def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp
         elif _MTP_SEGMENT.search(name):
             found.append(name)
     for number, names in further.items():
-        if number >= block_count + mtp_layers and not any(_MTP_ONLY.search(name) for name in names):
+        if number >= block_count + mtp_layers and not any(MTP_ONLY.search(name) for name in names):
             raise CheckpointError(
                 f"The checkpoint has {names[0]}, but config.json describes only {block_count} blocks and {mtp_layers} "
                 "multi-token-prediction layers. Config and shards do not belong together; download both again."

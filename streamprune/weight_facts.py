@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from streamprune.checkpoint import TensorEntry
 from streamprune.config_facts import ExpertSpec, first_number, text_part
-from streamprune.surgery import ExpertRows, OutputTensor, SourceRole
+from streamprune.surgery import MTP_ONLY, ExpertRows, OutputTensor, SourceRole
 from streamprune.weights import MTP_NAME, WeightFact, Weights, category_of
 
 _BLOCK = re.compile(r"^(?P<list>.*?\b(?:layers|blocks|h))\.(?P<block>\d+)\.(?P<rest>.+)$")
@@ -68,9 +68,15 @@ def _fact(entry: TensorEntry, depth: int, count: int) -> WeightFact:
 
 def _certain(facts: Sequence[WeightFact], count: int) -> bool:
     blocks: dict[int | None, list[WeightFact]] = defaultdict(list)
+    further: dict[int | None, list[str]] = defaultdict(list)
     for fact in facts:
         if fact.category not in ("MTP", "vision") and fact.block is not None:
             blocks[fact.block].append(fact)
+        elif fact.category == "MTP" and not MTP_NAME.search(fact.name):
+            further[fact.block].append(fact.name)
+    if not all(any(MTP_ONLY.search(name) for name in names) for names in further.values()):
+        # More blocks than the config states: it may be wrong.
+        return False
     moe = [members for members in blocks.values() if any("expert" in fact.name for fact in members)]
     return bool(moe) and all(_complete(members, count) for members in moe)
 
@@ -107,12 +113,12 @@ def weights_by_role(
     tensors: Mapping[str, TensorEntry],
     roles: Mapping[str, SourceRole],
     planned: Iterable[OutputTensor],
-    spec: ExpertSpec,
+    count: int,
 ) -> Weights:
     """The weights as the model uses them.
 
-    `planned` is what `surgery.output_tensors` gives for any number of experts: it says how each tensor is cut. What it
-    does not contain, beyond removed experts, is multi-token prediction.
+    `count` is the number of experts per block. `planned` is what `surgery.output_tensors` gives for any number to keep:
+    it says how each tensor is cut. What it does not contain, beyond removed experts, is multi-token prediction.
     """
     rows = {tensor.sources[0].name: tensor.rows for tensor in planned if tensor.rows is not None}
     experts = {
@@ -130,4 +136,4 @@ def weights_by_role(
         facts.append(
             WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, experts.get(name), rows.get(name))
         )
-    return Weights(tuple(facts), spec.count, True)
+    return Weights(tuple(facts), count, True)

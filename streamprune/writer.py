@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from streamprune.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_ranges
+from streamprune.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
 from streamprune.errors import OutputError
 from streamprune.machine import check_disk
 from streamprune.plan import PrunePlan, ShardPlan
@@ -59,6 +59,11 @@ class OutputWriter:
         self._work = output.with_name(output.name + ".work")
         self._staging = self._work / "model"
         self._lock: int | None = None
+
+    @property
+    def work_folder(self) -> Path:
+        """A folder on the output's disk for what the run needs meanwhile; it goes when the writer is left."""
+        return self._work
 
     def __enter__(self) -> OutputWriter:
         try:
@@ -133,6 +138,12 @@ class OutputWriter:
                         stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+
+    def headers(self) -> dict[str, TensorEntry]:
+        """Every tensor in the files that are written so far, read back from their headers."""
+        with _told_as_output_error(self._output):
+            files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
+            return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
 
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from streamprune.saliency import ExpertStatistics, tap_experts
 from streamprune.settings import RunSettings
 from streamprune.skeleton import build_skeleton, map_checkpoint
 from streamprune.stream import BatchState, BlockStream
-from tests.tiny import VOCAB, write_token_ids
+from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
 CPU = torch.device("cpu")
 
@@ -29,9 +30,17 @@ def prune(model: Path, output: Path, **settings: Any) -> RunResult:
     """Run streamprune on token ids made on the spot, unless the settings say otherwise."""
     if "calibration" not in settings:
         settings["calibration"] = (str(write_token_ids(output.parent / "calibration.jsonl")),)
-    if "ratio" not in settings:
+    if not {"ratio", "budget_gib", "gpu"} & settings.keys():
         settings.setdefault("keep", 5)
     return run(RunSettings(model=str(model), output=output, **settings), quiet=True)
+
+
+def known_family(name: str) -> Family:
+    """The tiny model of a family; the test is skipped where the installed transformers is too old for it."""
+    for each in FAMILIES:
+        if each.id == name:
+            return each
+    pytest.skip(f"the installed transformers does not know {name}")
 
 
 def token_ids(batch: int = 2, length: int = 32, seed: int = 3) -> torch.Tensor:

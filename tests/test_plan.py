@@ -61,8 +61,8 @@ def test_the_remedy_works() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "either --keep N"),
-        ({"keep": 4, "ratio": 0.5}, "either --keep N"),
+        ({}, "Say in one way how far to prune"),
+        ({"keep": 4, "ratio": 0.5}, "Say in one way how far to prune"),
         ({"keep": 0}, "at least one"),
         ({"ratio": 1.0}, "not between 0 and 1"),
         ({"ratio": -0.5}, "not between 0 and 1"),
