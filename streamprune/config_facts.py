@@ -21,6 +21,7 @@ TOP_K_NAMES = (
 GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
 TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
 _EXPERT_WIDTH_NAMES = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+_ROUTER_SCALE = re.compile(r"^route[rd]_scaling_factor$")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Levels of parts within parts that are looked through; real configs have two at most.
 _DEEPEST = 8
@@ -50,7 +51,8 @@ class ModelShape:
 
     `attention` is heads × head dimension of the queries, `linear` that of linear attention (value heads × the wider of
     key and value dimension), `expert` the inner width of one routed expert, `dense` the inner width of a feed-forward
-    layer that every token passes; 0 for what the model does not have.
+    layer that every token passes; 0 for what the model does not have. `wide_routing` says that the router's weights,
+    and so the experts' weighted outputs, are float32 whatever the model computes in.
     """
 
     hidden: int
@@ -61,6 +63,7 @@ class ModelShape:
     experts: int
     dense: int
     vocabulary: int
+    wide_routing: bool = False
 
 
 def text_part(raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -125,6 +128,8 @@ def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
         experts=experts,
         dense=first_number(parts, ("intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size")) or 0,
         vocabulary=vocabulary,
+        # Routers that scale what they choose (DeepSeek-V2 and its kin) leave it in float32; the others cast it back.
+        wide_routing=experts > 0 and any(_ROUTER_SCALE.search(name) and text[name] is not None for name in text),
     )
 
 

@@ -18,6 +18,9 @@ from streamprune.hub_headers import read_hub_headers
 from streamprune.kv_cache import stated_cache
 from streamprune.weight_facts import weights_by_name
 
+_LENGTH_NAMES = (
+    "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+)  # fmt: skip
 #: Beside the weights' names, what says that a folder holds a checkpoint, and not only a config.
 _WEIGHT_FILES = ("*.safetensors", INDEX_NAME, "*.bin", "*.pt", "*.gguf")
 
@@ -77,4 +80,4 @@ def _by_name(model: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
     """The longest context that the config names, in tokens."""
-    return first_number((text_part(config)[1], config), ("max_position_embeddings", "max_seq_len", "n_positions"))
+    return first_number((text_part(config)[1], config), _LENGTH_NAMES)

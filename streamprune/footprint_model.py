@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from streamprune.architecture import declared_dtype, load_config, mtp_layers
 from streamprune.cache_trace import trace_cache
@@ -56,7 +58,8 @@ def footprint_of_model(
     config = load_config(folder, trust_remote_code)
     if states_experts(config.to_dict()):
         skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-        return footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True)
+        footprint = footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True)
+        return footprint if tensors is not None else _as_published(footprint, config, raw)
     built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
     weights = weights_by_name(tensors, raw, None) if tensors is not None else _weights_of(built, None)
     if weights is None:
@@ -64,7 +67,38 @@ def footprint_of_model(
             f"{model}: its tensors are named after experts, but its config states no number of them, so its weights "
             "cannot be told apart."
         )
-    return _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
+    footprint = _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
+    return footprint if tensors is not None else _as_published(footprint, config, raw)
+
+
+def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[str, Any]) -> Footprint:
+    """What a config alone lets one expect of the checkpoint beyond the text model that was built from it."""
+    notes = footprint.notes
+    weights = footprint.weights
+    if not any(fact.category == "vision" for fact in weights.facts):
+        # Pruning keeps the other towers of a multimodal model, of which the text class knows nothing.
+        weights = replace(weights, facts=(*weights.facts, *_vision_of(config)))
+    quantization = raw.get("quantization_config") or text_part(raw)[1].get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        notes = (*notes, f"The published weights are quantized ({method}), but the sizes are of plain ones, as the "
+                 "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
+    return replace(footprint, weights=weights, notes=notes)
+
+
+def _vision_of(config: PreTrainedConfig) -> Iterator[WeightFact]:
+    """The tensors of a multimodal model's other towers; none for a model of text."""
+    if config.get_text_config(decoder=True) is config:
+        return
+    try:
+        with torch.device("meta"):
+            whole = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=declared_dtype(config))
+    except Exception:
+        # Not every multimodal config has such a class, and its constructor may refuse the config in any way.
+        return
+    for fact in _weights_of(whole, None).facts:
+        if fact.category == "vision":
+            yield fact
 
 
 def footprint_of_skeleton(

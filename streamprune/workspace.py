@@ -23,6 +23,8 @@ def block_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     linear = shape.linear * 16 * 4
     # Per pair of a token and a chosen expert: input, weighted output and output; gate and up, and their product.
     experts = shape.top_k * (3 * shape.hidden + 3 * shape.expert) * itemsize + shape.experts * 4 * 3
+    if shape.wide_routing:
+        experts += shape.top_k * shape.hidden * 4
     dense = 3 * shape.dense * itemsize
     return tokens * (stream + max(attention, linear, experts, dense))
 

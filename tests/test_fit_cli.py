@@ -1,0 +1,296 @@
+"""`streamprune fit` on the command line: answers, exit statuses, messages, and what it need not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from streamprune.cli import main
+from tests.full_size import config_only, write_header
+from tests.tiny import FAMILIES, make_model, tiny_config
+
+GIB = 1024**3
+DEEPSEEK = next(family for family in FAMILIES if family.id == "deepseek_v3")
+QWEN = next(family for family in FAMILIES if family.id == "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("qwen") / "model", tiny_config(QWEN)))
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("deepseek") / "model", tiny_config(DEEPSEEK)))
+
+
+def fit(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, ["fit", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    return result
+
+
+def refusal(exit_code: int, *arguments: str) -> str:
+    """The one message on stderr with which the command refuses."""
+    result = fit(*arguments)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("Error: ") == 1
+    return result.stderr
+
+
+def answer(*arguments: str) -> dict[str, Any]:
+    result = fit(*arguments, "--json")
+    assert result.exit_code in (0, 3), result.output
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    assert result.exit_code == (0 if found["fits"] else 3)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_json_has_all_that_was_promised(model: str) -> None:
+    found = answer(model, "--budget-gib", "24", "--context", "100")
+    kinds = {
+        "weights_bytes": int, "kv_cache_bytes": int, "state_bytes": int, "total_bytes": int, "budget_bytes": int,
+        "fits": bool, "experts_per_layer": int, "max_experts_per_layer": int, "max_context": int, "terms": list,
+        "left_bytes": int, "nearest": list, "table": list, "notes": list,
+    }  # fmt: skip
+    assert {name: type(found[name]) for name in kinds} == kinds
+    assert found["budget_bytes"] == 24 * GIB
+    assert found["total_bytes"] == sum(term["bytes"] for term in found["terms"])
+    assert found["left_bytes"] == found["budget_bytes"] - found["total_bytes"]
+    assert found["weights_bytes"] == sum(
+        term["bytes"] for term in found["terms"] if term["name"].startswith("weights: ")
+    )
+    assert {term["kind"] for term in found["terms"]} == {"exact", "modelled"}
+    assert found["kv_cache_bytes"] == 4 * 2 * 2 * 16 * 4 * 100
+    assert (found["experts_per_layer"], found["max_experts_per_layer"], found["max_context"]) == (8, 8, 256)
+    assert found["max_experts_in_all_layers"] == 32
+    assert found["nearest"] == []
+    assert all(cell["fits"] for cell in found["table"])
+
+
+def test_json_when_it_does_not_fit(model: str) -> None:
+    found = answer(model, "--budget-gib", "0.4", "--batch", "3", "--kv-dtype", "fp8", "--keep", "4")
+    assert not found["fits"]
+    assert (found["experts_per_layer"], found["max_experts_per_layer"]) == (4, 0)
+    assert found["kv_cache_bytes"] == 3 * 4 * 2 * 2 * 16 * 32768
+    assert (found["batch"], found["kv_dtype"], found["weights_dtype"]) == (3, "fp8", "source")
+    assert found["max_context"] == 0
+    assert found["nearest"][-1]["settings"].startswith("--budget-gib ")
+
+
+def test_text_that_fits(model: str) -> None:
+    result = fit(model, "--budget-gib", "24", "--context", "100")
+    assert result.exit_code == 0
+    for words in (
+        "8 of 8 experts per block; weights source, 100 tokens", "KV cache", "exact", "modelled", "CUDA context",
+        "It fits 24.00 GiB (--budget-gib 24), with", "All 8 experts per block fit.",
+        "Longest context that fits: 256 tokens (the model's limit).", "* fits the budget:",
+    ):  # fmt: skip
+        assert words in result.stdout, words
+    assert "Nearest" not in result.stdout
+
+
+def test_text_that_does_not_fit(tmp_path: Path) -> None:
+    folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
+    result = fit(folder, "--gpu", "rtx-3090")
+    assert result.exit_code == 3
+    assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout
+    assert "of 128 in every block; " in result.stdout
+    assert "of 6,144 in all 48 blocks together" in result.stdout
+    options = result.stdout.partition("Nearest settings that fit:\n")[2].splitlines()
+    keep = next(line.split() for line in options if line.startswith("  --keep "))[1]
+    assert fit(folder, "--gpu", "rtx-3090", "--keep", keep).exit_code == 0
+    assert fit(folder, "--gpu", "rtx-3090", "--keep", str(int(keep) + 1)).exit_code == 3
+    assert any(line.startswith("  --weights-dtype int4") for line in options)
+    assert "config.json alone" in result.stdout
+
+
+def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
+    total = answer(model, "--budget-gib", "24", "--context", "1000")["total_bytes"]
+    result = fit(model, "--budget-gib", repr(total / GIB + 1e-6), "--context", "1000")
+    assert result.exit_code == 0
+    assert "It is tight: at worst" in result.stdout
+    assert "note: The model's config allows only 256 tokens of context." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget-gib", "nan"], "--budget-gib nan is not a size of memory"),
+        (["--budget-gib", "0"], "--budget-gib 0 is not a size"),
+        (["--budget-gib", "-3"], "--budget-gib -3 is not a size"),
+        (["--budget-gib", "inf"], "--budget-gib inf is not a size"),
+        (["--budget-gib", "24", "--gpu", "rtx-3090"], "either --budget-gib or --gpu, not both"),
+        (["--gpu", "voodoo"], "'voodoo' is not a card that streamprune knows"),
+        (["--gpu", ""], "'' is not a card"),
+        (["--budget-gib", "24", "--keep", "9"], "--keep 9 is not possible: choose from 2 to 8"),
+        (["--budget-gib", "24", "--keep", "0"], "--keep 0 is not possible"),
+        (["--budget-gib", "24", "--keep", "-1"], "--keep -1 is not possible"),
+        (["--budget-gib", "24", "--context", "0"], "--context 0 is too small"),
+        (["--budget-gib", "24", "--batch", "0"], "--batch 0 is too small"),
+        (["--budget-gib", "24", "--context", str(10**30)], "more than any card could hold"),
+        (["--budget-gib", "24", "--revision", "main"], "is a local folder"),
+        (["--budget-gib", "24", "--kv-dtype", "fp4"], "'fp4' is not one of"),
+        (["--budget-gib", "24", "--weights-dtype", "fp4"], "'fp4' is not one of"),
+        (["--budget-gib", "much"], "'much' is not a valid float"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(model: str, arguments: list[str], message: str) -> None:
+    assert message in refusal(2, model, *arguments)
+
+
+def test_keep_must_be_a_multiple_of_the_groups(grouped: str) -> None:
+    assert "--keep 5 is not possible: choose from 4 to 8 in steps of 2" in refusal(
+        2, grouped, "--budget-gib", "24", "--keep", "5"
+    )
+    assert answer(grouped, "--budget-gib", "24", "--keep", "6")["experts_per_layer"] == 6
+
+
+def config_in(folder: Path, **values: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_models_that_cannot_be_read(tmp_path: Path) -> None:
+    budget = ("--budget-gib", "24")
+    assert "No folder './missing' here" in refusal(1, "./missing", *budget)
+    (tmp_path / "empty").mkdir()
+    assert "config.json is missing" in refusal(1, str(tmp_path / "empty"), *budget)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for text in ("{", "[]", "\xff", "[" * 100_000, '{"hidden_size": ' + "1" * 5000 + "}"):
+        (broken / "config.json").write_text(text, encoding="latin-1")
+        assert "config.json" in refusal(1, str(broken), *budget)
+    unknown = config_in(tmp_path / "unknown", model_type="never_heard_of", hidden_size=64)
+    assert "does not know the model" in refusal(1, unknown, *budget)
+    nothing = config_in(tmp_path / "nothing")
+    assert "nothing" in refusal(1, nothing, *budget)
+    pickled = Path(config_in(tmp_path / "pickled", **tiny_config(QWEN).to_dict() | {"dtype": "float32"}))
+    (pickled / "pytorch_model.bin").write_bytes(b"pickle")
+    assert "pickled weights only (pytorch_model.bin)" in refusal(1, str(pickled), *budget)
+    encoder = config_in(tmp_path / "encoder", model_type="t5")
+    assert "encoder-decoder" in refusal(1, encoder, *budget)
+    no_cache = config_in(tmp_path / "no-cache", model_type="bert")
+    assert "BertLMHeadModel returns no cache of keys and values" in refusal(1, no_cache, *budget)
+
+
+ABSURD = [
+    {"num_hidden_layers": -4},
+    {"num_hidden_layers": "four"},
+    {"num_hidden_layers": [4, 4]},
+    {"num_hidden_layers": 10**9},
+    {"num_hidden_layers": 10**30},
+    {"num_experts": 10**12},
+    {"num_experts": -8},
+    {"num_experts": [8, {}]},
+    {"num_experts": 8.5},
+    {"num_experts_per_tok": 0},
+    {"num_experts_per_tok": 100},
+    {"num_experts_per_tok": [2] * 100_000},
+    {"hidden_size": 10**30},
+    {"hidden_size": 0},
+    {"hidden_size": None},
+    {"num_attention_heads": 10**9},
+    {"num_key_value_heads": 0},
+    {"head_dim": -16},
+    {"vocab_size": 10**15},
+    {"vocab_size": {"of": "words"}},
+    {"max_position_embeddings": 10**30},
+    {"max_position_embeddings": -1},
+    {"moe_intermediate_size": "wide"},
+    {"n_group": 3},
+    {"dtype": "float13"},
+    {"dtype": 16},
+    {"text_config": [1, 2]},
+    {"text_config": {"text_config": {"num_experts": 8}}},
+    {"model_type": 7},
+    {"model_type": ["qwen3_moe"]},
+    {"rope_parameters": "none"},
+    {"layer_types": ["full_attention"] * 100_000},
+    {"architectures": 3},
+    {"quantization_config": "yes"},
+]
+
+
+@pytest.mark.parametrize("kind", ["config", "weights"])
+@pytest.mark.parametrize("absurd", ABSURD, ids=lambda value: str(value)[:60])
+def test_absurd_configs_get_an_answer_or_a_message(
+    absurd: dict[str, Any], kind: str, model: str, tmp_path: Path
+) -> None:
+    config = json.loads((Path(model) / "config.json").read_text())
+    folder = Path(config_in(tmp_path / "model", **{**config, **absurd}))
+    if kind == "weights":
+        for path in Path(model).glob("*.safetensors*"):
+            (folder / path.name).symlink_to(path)
+    result = fit(str(folder), "--budget-gib", "24")
+    assert result.exit_code in (0, 1, 2, 3), result.output
+    assert ("Error: " in result.stderr) == (result.exit_code in (1, 2))
+    assert len(result.stderr) < 2000
+
+
+def test_quantized_config_alone_is_said(grouped: str, tmp_path: Path) -> None:
+    config = json.loads((Path(grouped) / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    folder = config_in(tmp_path / "model", **config, quantization_config=quantization)
+    found, plain = answer(folder, "--budget-gib", "24"), answer(grouped, "--budget-gib", "24")
+    assert found["weights_bytes"] == plain["weights_bytes"]
+    assert any("published weights are quantized (fp8)" in note for note in found["notes"])
+
+
+def test_deeply_nested_config(tmp_path: Path) -> None:
+    inner: dict[str, Any] = {"num_experts": 8}
+    for _ in range(900):
+        inner = {"text_config": inner}
+    assert "nested" in refusal(1, config_in(tmp_path / "model", model_type="qwen3_moe", **inner), "--budget-gib", "24")
+
+
+def test_damaged_weights(model: str, tmp_path: Path) -> None:
+    folder = Path(config_in(tmp_path / "model", **json.loads((Path(model) / "config.json").read_text())))
+    write_header(folder / "model.safetensors", {"model.embed_tokens.weight": ("F32", (256, 64))})
+    assert "has experts in 0 blocks, but by its config there should be some in 4" in refusal(
+        1, str(folder), "--budget-gib", "24"
+    )
+    (folder / "model.safetensors").write_bytes(b"\x10" * 100)
+    assert "model.safetensors is damaged" in refusal(1, str(folder), "--budget-gib", "24")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    assert "outside the model folder" in refusal(1, str(folder), "--budget-gib", "24")
+
+
+def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command where importing torch or transformers fails."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        f"sys.argv = ['streamprune', *{list(arguments)!r}]\n"
+        "from streamprune.cli import main; main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        cwd=Path(__file__).parents[1], env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def test_help_and_headers_need_no_torch(model: str) -> None:
+    for arguments in (["--help"], ["fit", "--help"], ["--version"]):
+        done = without_torch(*arguments)
+        assert done.returncode == 0, done.stderr
+    done = without_torch("fit", model, "--budget-gib", "24", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == answer(model, "--budget-gib", "24")
+    assert without_torch("fit", model, "--gpu", "rtx-4090").returncode == 0
+    assert without_torch("fit", model, "--budget-gib", "0.1").returncode == 3
+    assert without_torch("fit", "./missing", "--budget-gib", "1").returncode == 1
+    assert without_torch("fit", model, "--budget-gib", "-1").returncode == 2

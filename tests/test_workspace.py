@@ -1,0 +1,108 @@
+"""The workspace formulas against what torch's own allocator hands out during a forward on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+from streamprune.config_facts import ModelShape, stated_shape
+from streamprune.workspace import block_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
+from tests.tiny import FAMILIES, tiny_config
+
+SHAPE = ModelShape(
+    hidden=2048, attention=4096, linear=0, expert=768, top_k=8, experts=128, dense=6144, vocabulary=151936
+)
+
+
+def config_of(name: str, **sizes: Any) -> Any:
+    """Wide enough that a block's own tensors outweigh masks and positions."""
+    wide = {"hidden_size": 512, "vocab_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    wide |= {"max_position_embeddings": 4096, "num_experts_per_tok": 4, "intermediate_size": 1024}
+    experts = "num_local_experts" if name == "mixtral" else "num_experts"
+    if "n_routed_experts" in sizes:
+        experts = "n_routed_experts"
+    family = next(family for family in FAMILIES if family.id == name)
+    config = tiny_config(replace(family, sizes=family.sizes | wide | {experts: 16} | sizes))
+    config.dtype = torch.bfloat16
+    return config
+
+
+def measured_peak(config: Any, batch: int, length: int) -> int:
+    """The most bytes that a forward of the decoder holds at a time beyond its weights."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().get_decoder()
+    ids = torch.randint(0, 200, (batch, length))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model(input_ids=ids, use_cache=False)
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiled.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, nbytes in sorted(events, key=lambda event: event[0]):
+        held += nbytes
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen3_moe", {"moe_intermediate_size": 256}),
+        ("mixtral", {}),
+        ("qwen2_moe", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}),
+        ("qwen3_5_moe_text", {
+            "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        }),
+        ("glm4_moe", {"moe_intermediate_size": 256, "n_routed_experts": 16}),
+        ("solar_open", {"moe_intermediate_size": 256, "n_routed_experts": 16}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("batch", "length"), [(1, 512), (4, 512)])
+def test_block_against_the_allocator(name: str, sizes: dict[str, Any], batch: int, length: int) -> None:
+    config = config_of(name, **sizes)
+    shape = stated_shape(config.to_dict())
+    assert shape is not None
+    measured = measured_peak(config, batch, length)
+    assert measured > 10_000 * batch * length
+    assert 1.0 <= block_workspace_bytes(shape, batch * length, 2) / measured <= 1.3
+
+
+def test_block_takes_as_much_per_token_and_value() -> None:
+    one = block_workspace_bytes(SHAPE, 1, 2)
+    assert block_workspace_bytes(SHAPE, 5000, 2) == 5000 * one
+    assert one < block_workspace_bytes(SHAPE, 1, 4) < 2 * one
+    assert block_workspace_bytes(replace(SHAPE, wide_routing=True), 1, 2) == one + 8 * 2048 * 4
+    for name in ("hidden", "attention", "linear", "expert", "top_k", "experts", "dense"):
+        grown = replace(SHAPE, **{name: 20 * getattr(SHAPE, name) + 20_000})
+        assert block_workspace_bytes(grown, 1, 2) > one, name
+
+
+def test_attention_and_experts_share_the_workspace() -> None:
+    attention = block_workspace_bytes(replace(SHAPE, expert=0, top_k=0, experts=0, dense=0), 1, 2)
+    experts = block_workspace_bytes(replace(SHAPE, attention=0, dense=0), 1, 2)
+    assert block_workspace_bytes(SHAPE, 1, 2) == max(attention, experts)
+
+
+def test_prefill_is_a_chunk_of_every_sequence() -> None:
+    block = block_workspace_bytes(SHAPE, 2048, 2)
+    assert prefill_workspace_bytes(SHAPE, 2048, 32768, 1, 2) == block + 2048 * 32768
+    assert prefill_workspace_bytes(SHAPE, 2048, 32768, 4, 2) == 4 * (block + 2048 * 32768)
+    # A context shorter than the chunk is all there is to compute.
+    assert prefill_workspace_bytes(SHAPE, 2048, 100, 1, 2) == block_workspace_bytes(SHAPE, 100, 2) + 100 * 100
+    # Of a single token, the logits are the most.
+    assert prefill_workspace_bytes(SHAPE, 2048, 1, 64, 2) == 64 * 151936 * 6
+
+
+def test_scoring_needs_more_than_a_forward() -> None:
+    forward = block_workspace_bytes(SHAPE, 1024, 2)
+    scoring = scoring_workspace_bytes(SHAPE, 1024, 256, 2)
+    assert scoring - forward == 1024 * (129 * 18 + 8 * 2048 * 4) + 256**2
