@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,12 +14,19 @@ from streamprune.errors import ResourceError
 from streamprune.machine import format_bytes, free_after_failure, is_out_of_memory
 from streamprune.memory import MemoryPlan
 from streamprune.progress import Progress
+from streamprune.saved_states import SavedStates
 from streamprune.settings import RunSettings
 from streamprune.states import HiddenStates
+from streamprune.stop import StopRequest
 from streamprune.stream import BatchState
 from streamprune.watch import MemoryWatch
+from streamprune.work import WorkFolder
 
 _HOST = torch.device("cpu")
+
+
+class Stopped(Exception):
+    """The user has asked to stop, and a micro-batch has just been finished."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,10 @@ class MicroBatches:
         device: torch.device,
         progress: Progress,
         folder: Path,
+        stop: StopRequest | None = None,
     ) -> None:
         self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
+        self._calibration, self._stop = calibration, stop or StopRequest()
         self.batch_tokens = plan.batch_tokens
         self.shrinks: list[Shrink] = []
         self.place = plan.place
@@ -65,15 +75,18 @@ class MicroBatches:
         self,
         block: int,
         compute: Callable[[int, torch.Tensor, BatchState], BatchState],
-        commit: Callable[[], None],
+        commit: Callable[[int], None],
         store: bool,
+        start: int = 0,
     ) -> None:
         """Call `compute` with number, token ids (B, L) and state of every micro-batch; with `store` keep its result.
 
-        `commit` follows when a micro-batch has succeeded and nothing of it can fail any more. One that runs out of
-        memory is computed again in halves. Raises ResourceError when a single sequence is too much.
+        `commit` follows, with the number of micro-batches that are done, when one has succeeded and nothing of it can
+        fail any more. One that runs out of memory is computed again in halves. The first `start` are done already.
+        Raises ResourceError when a single sequence is too much, and Stopped between two micro-batches when the user
+        asks for it.
         """
-        number = 0
+        number = start
         while number < len(self._batches):
             self._split(number)
             batch = self._batches[number]
@@ -81,10 +94,25 @@ class MicroBatches:
             if problem is not None:
                 self._after_failure(block, batch, problem)
                 continue
-            commit()
+            number += 1
+            commit(number)
             self._check_cap(block, batch.shape[1])
             self._progress.step(len(batch))
-            number += 1
+            if self._stop:
+                raise Stopped
+
+    def save(self, work: WorkFolder, facts: dict[str, Any]) -> None:
+        """Save all states in the work folder, with these facts and what `restore` needs beside them."""
+        own = {"sizes": [len(batch) for batch in self._batches], "batch_tokens": self.batch_tokens}
+        work.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
+
+    def restore(self, saved: SavedStates) -> None:
+        """Go on with saved states and the micro-batches in which they were saved."""
+        self._batches = self._calibration.micro_batches_of(saved.facts["sizes"])
+        self.batch_tokens = min(self.batch_tokens, saved.facts["batch_tokens"])
+        self._states.resize(len(self._batches))
+        for number in range(len(self._batches)):
+            self._states.store(number, saved.load(number))
 
     def retreat(self, why: str) -> bool:
         """Move the states off the card, if their place was left to us and RAM has room. False if nothing was moved."""

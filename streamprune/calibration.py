@@ -50,6 +50,20 @@ class Calibration:
             batches.extend(torch.stack(members[start : start + size]) for start in range(0, len(members), size))
         return batches
 
+    def micro_batches_of(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Token ids (B, L) in the order of `micro_batches`, with these numbers of sequences.
+
+        Raises ValueError unless they are sizes into which that order can be divided.
+        """
+        ordered = sorted(self.sequences, key=len)
+        if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
+            raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")
+        remaining = iter(ordered)
+        parts = [list(itertools.islice(remaining, size)) for size in sizes]
+        if any(len(part[0]) != len(part[-1]) for part in parts):
+            raise ValueError("a micro-batch of sequences of different lengths")
+        return [torch.stack(part) for part in parts]
+
 
 @dataclass
 class _Record:
@@ -111,10 +125,15 @@ def load_calibration(
     if len(sequences) < samples:
         tokens = sum(len(sequence) for sequence in sequences)
         notes.append(f"The calibration data gave {len(sequences)} of {samples} sequences ({tokens:,} tokens).")
+    return Calibration(tuple(sequences), tuple(sources), fingerprint_of(sequences), tuple(notes))
+
+
+def fingerprint_of(sequences: Sequence[torch.Tensor]) -> str:
+    """SHA-256 over token sequences, in hex."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little") + sequence.numpy().tobytes())
-    return Calibration(tuple(sequences), tuple(sources), digest.hexdigest(), tuple(notes))
+    return digest.hexdigest()
 
 
 def _read_source(source: str, seed: int, wanted_tokens: int) -> Iterator[_Record]:

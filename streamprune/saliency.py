@@ -57,6 +57,16 @@ class ExpertStatistics:
         self.counts += other.counts
         self.gated_norms += other.gated_norms
 
+    def as_json(self) -> dict[str, list[Any]]:
+        """The sums as JSON, exact to the bit."""
+        return {"counts": self.counts.tolist(), "gated_norms": [value.hex() for value in self.gated_norms.tolist()]}
+
+    def set_json(self, sums: Mapping[str, list[Any]]) -> None:
+        """Take over sums from `as_json`. ValueError or KeyError where they are not such."""
+        norms = [float.fromhex(value) for value in sums["gated_norms"]]
+        self.counts.copy_(torch.tensor(sums["counts"], dtype=torch.int64))
+        self.gated_norms.copy_(torch.tensor(norms, dtype=torch.float64))
+
     def reap(self) -> torch.Tensor:
         """REAP scores, (E,) float64 on the CPU; 0 for an expert that no token was routed to."""
         return (self.gated_norms / self.counts.clamp(min=1)).cpu()

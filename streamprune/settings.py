@@ -12,6 +12,9 @@ METHODS = ("reap",)
 PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STATES = ("auto", "device", "ram", "disk")
+RESUME = ("auto", "required", "never")
+#: The work folder's name is the output's with this behind it.
+WORK_SUFFIX = ".work"
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
@@ -22,6 +25,9 @@ DEFAULT_SEQ_LEN = 2048
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 #: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
 COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: Seconds between two saves of the hidden states. A save takes about as long as one block's tokens do for their way to
+#: the disk; what was computed since the last one is computed again after a kill.
+DEFAULT_CHECKPOINT_EVERY = 60.0
 #: Tokens per sequence that a model is planned for.
 DEFAULT_CONTEXT = 32768
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
@@ -86,6 +92,21 @@ class RunSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    work_dir: Path | None = None
+    resume: str = "auto"
+    from_layer: int | None = None
+    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
+    verify: bool = True
+
+    @property
+    def work_folder(self) -> Path:
+        """Where the run keeps what it needs to go on after an interruption."""
+        return self.work_dir or self.folder_beside
+
+    @property
+    def folder_beside(self) -> Path:
+        """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
+        return self.output.with_name(self.output.name + WORK_SUFFIX)
 
     def most_batch_tokens(self, device_type: str) -> int:
         """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
@@ -124,6 +145,7 @@ class RunSettings:
             ("--seq-len", DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len, 2),
             ("--batch-tokens", 1 if self.batch_tokens is None else self.batch_tokens, 1),
             ("--max-shard-size", self.max_shard_bytes, 1),
+            ("--from-layer", self.from_layer or 0, 0),
         ):
             if value < least:
                 raise SettingsError(f"{name} {value} is too small: at least {least}.")
@@ -132,10 +154,15 @@ class RunSettings:
             ("--propagate", self.propagate, PROPAGATE),
             ("--dtype", self.dtype, DTYPES),
             ("--states", self.states, STATES),
+            ("--resume", self.resume, RESUME),
         ):
             if choice not in choices:
                 raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
         self._check_caps()
+        if not 0 <= self.checkpoint_every < float("inf"):
+            raise SettingsError(
+                f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
+            )
         # Checks its values where it is made.
         _ = self.use
 

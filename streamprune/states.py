@@ -33,6 +33,11 @@ class HiddenStates:
         self._states.clear()
         self._shelf.close()
 
+    def resize(self, batches: int) -> None:
+        """Forget all states, and make room for those of so many micro-batches."""
+        self._shelf.drop([leaf for state in self._states for part in _parts(state).values() for leaf in _leaves(part)])
+        self._states = [BatchState() for _ in range(batches)]
+
     def load(self, batch: int, device: torch.device) -> BatchState:
         """The state of a micro-batch on `device` (a view of the stored one where it lies there)."""
         return _map_state(lambda leaf: self._shelf.get(leaf, device), self._states[batch])
@@ -206,6 +211,10 @@ def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
     if rows == 0 or rows == length or rows % sequences:
         return None
     return int(rows // sequences)
+
+
+def _leaves(part: Any) -> list[Any]:
+    return list(pytree.tree_leaves(part))
 
 
 def _is_tensor(leaf: Any) -> bool:

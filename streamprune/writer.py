@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from streamprune.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
+from streamprune.compare import Proof, compare_tensors
+from streamprune.durable import reached, stream_whole, sync_file, sync_folder, write_whole
 from streamprune.errors import OutputError
-from streamprune.machine import check_disk
 from streamprune.plan import PrunePlan, ShardPlan
+from streamprune.settings import RunSettings
+from streamprune.work import FinishedShard, WorkFolder
 
-#: Says that a work folder is ours, so that removing it cannot hit somebody's data.
-MARKER_NAME = "streamprune.lock"
 REPORT_NAME = "streamprune.json"
 REPLACED_NAME = "replaced"
 
@@ -45,99 +44,44 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 class OutputWriter:
-    """Writes a pruned checkpoint to `OUT.work/model` and renames it to OUT in `finish`.
+    """Writes a pruned checkpoint into the work folder, and in `finish` gives it its name.
 
-    Use as a context manager: leaving it without `finish` removes what was written. Entering it checks the disk. Needs a
-    few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError or ResourceError.
+    Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
     """
 
-    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
+    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: RunSettings, work: WorkFolder) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
-        self._output = output
-        self._overwrite = overwrite
-        self._work = output.with_name(output.name + ".work")
-        self._staging = self._work / "model"
-        self._lock: int | None = None
+        self._output = settings.output
+        self._overwrite = settings.overwrite
+        self._staging = work.staging
+        # On the output's disk, wherever the work folder is.
+        self._beside = settings.folder_beside
+        self._replaced = self._beside / REPLACED_NAME
+        if self._replaced.exists() and not self._output.exists():
+            self._replaced.rename(self._output)
+        # Again, and only now: a run that was killed may have left an output that it moved aside.
+        check_output(self._output, self._checkpoint.folder, self._overwrite)
 
-    @property
-    def work_folder(self) -> Path:
-        """A folder on the output's disk for what the run needs meanwhile; it goes when the writer is left."""
-        return self._work
-
-    def __enter__(self) -> OutputWriter:
-        try:
-            self._claim()
-        except OSError as error:
-            raise OutputError(
-                f"{self._work} cannot be created: {error.strerror}. Choose another place with -o."
-            ) from None
-        try:
-            # Again, and only now: a run that was killed may have left its files, or an output that it moved aside.
-            check_output(self._output, self._checkpoint.folder, self._overwrite)
-            check_disk(self._work, self._plan.output_bytes)
-        except BaseException:
-            self._leave()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        self._restore_replaced()
-        shutil.rmtree(self._work, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
-
-    def _claim(self) -> None:
-        if self._work.exists() and not (self._work / MARKER_NAME).exists():
-            raise OutputError(
-                f"{self._work} is in the way and was not made by streamprune. Move it, or choose another -o."
-            )
-        self._work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._work / MARKER_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 32).decode(errors="replace").strip()
-            os.close(lock)
-            raise OutputError(
-                f"Another run (pid {holder or 'unknown'}) is writing {self._output}. Wait for it."
-            ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, f"{os.getpid()}\n".encode())
-        self._lock = lock
-        # A run that was killed left its half-written files behind, or the folder that it was about to replace.
-        self._restore_replaced()
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir()
-
-    def _restore_replaced(self) -> None:
-        replaced = self._work / REPLACED_NAME
-        if replaced.exists() and not self._output.exists():
-            replaced.rename(self._output)
-
-    def write_block(self, block: int | None, kept: Sequence[int]) -> None:
+    def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
         with _told_as_output_error(self._output):
-            for shard in self._plan.shards:
-                if shard.block == block:
-                    self._write_shard(shard, kept)
+            return [self._write_shard(shard, kept) for shard in self._plan.shards if shard.block == block]
 
-    def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> None:
-        path = self._staging / shard.file
-        with path.open("wb") as stream:
-            stream.write(_encode_header(shard))
+    def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
+        header = _encode_header(shard)
+
+        def portions() -> Iterator[bytes]:
+            yield header
             for tensor in shard.tensors:
                 file, ranges = tensor.ranges(kept)
                 with (self._checkpoint.folder / file).open("rb") as source:
                     for data in read_ranges(source, ranges):
-                        stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+                        reached("portion of a shard")
+                        yield data
+
+        checksum = stream_whole(self._staging / shard.file, portions())
+        return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
 
     def headers(self) -> dict[str, TensorEntry]:
         """Every tensor in the files that are written so far, read back from their headers."""
@@ -145,20 +89,43 @@ class OutputWriter:
             files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
 
+    def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
+        """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block."""
+        tensors = [tensor for shard in self._plan.shards for tensor in shard.tensors]
+        return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers())
+
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""
         with _told_as_output_error(self._output):
             self._write_small_files(report, card)
             self._check_sizes()
             for folder in {path.parent for path in self._staging.rglob("*")}:
-                _sync_folder(folder)
+                sync_folder(folder)
+            reached("all written")
             # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
+            whole = self._on_the_outputs_disk()
             if self._output.is_dir() and any(self._output.iterdir()):
                 # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
-                self._output.rename(self._work / REPLACED_NAME)
-            self._staging.rename(self._output)
-            _sync_folder(self._output.absolute().parent)
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                self._output.rename(self._replaced)
+                reached("old output moved aside")
+            whole.rename(self._output)
+            reached("output named")
+            sync_folder(self._output.absolute().parent)
+
+    def _on_the_outputs_disk(self) -> Path:
+        """The finished folder where a rename can give it its name: a copy, if the work folder is on another disk."""
+        parent = self._output.absolute().parent
+        if self._staging.stat().st_dev == parent.stat().st_dev:
+            return self._staging
+        copy = self._beside / "model"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self._staging, copy)
+        for path in copy.rglob("*"):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(copy)
+        return copy
 
     def _write_small_files(self, report: dict[str, Any], card: str) -> None:
         weight_map = {tensor.name: shard.file for shard in self._plan.shards for tensor in shard.tensors}
@@ -167,11 +134,11 @@ class OutputWriter:
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._checkpoint.folder / relative, target)
-            _sync_file(target)
-        _write_text(self._staging / INDEX_NAME, _to_json(index))
-        _write_text(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
-        _write_text(self._staging / REPORT_NAME, _to_json(report))
-        _write_text(self._staging / "README.md", card)
+            sync_file(target)
+        write_whole(self._staging / INDEX_NAME, _to_json(index))
+        write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
+        write_whole(self._staging / REPORT_NAME, _to_json(report))
+        write_whole(self._staging / "README.md", card.encode())
 
     def _check_sizes(self) -> None:
         for shard in self._plan.shards:
@@ -204,25 +171,5 @@ def _encode_header(shard: ShardPlan) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _to_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -25,8 +25,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("sharded"), tiny_config(qwen))
 
 
-def invoke(folder: Path, tmp_path: Path) -> str:
-    """The message of a run that must fail with status 1 and leave nothing behind."""
+def invoke(folder: Path, tmp_path: Path, keeps_work: bool = False) -> str:
+    """The message of a run that must fail with status 1 and leave nothing behind but finished blocks."""
     ids = write_token_ids(tmp_path / "ids.jsonl")
     out = tmp_path / "out"
     result = CliRunner().invoke(main, ["run", str(folder), "-o", str(out), "--keep", "5", "--calibration", str(ids)])
@@ -37,7 +37,7 @@ def invoke(folder: Path, tmp_path: Path) -> str:
     assert len(errors) == 1, result.stderr
     assert result.stderr.splitlines()[-1] == errors[0]
     assert not out.exists()
-    assert not (tmp_path / "out.work").exists()
+    assert (tmp_path / "out.work").exists() is keeps_work
     assert not (tmp_path / "out.streamprune.log").exists()
     return errors[0]
 
@@ -87,7 +87,7 @@ def test_run_refuses_before_any_weight_is_read(
     harm(folder)
     started: list[str] = []
     monkeypatch.setattr(BlockLoader, "__init__", lambda *args: started.append("loading"))
-    monkeypatch.setattr(OutputWriter, "__enter__", lambda *args: started.append("writing"))
+    monkeypatch.setattr(OutputWriter, "__init__", lambda *args: started.append("writing"))
     assert reason in invoke(folder, tmp_path)
     assert not started
 
@@ -104,16 +104,14 @@ def test_shard_cut_in_the_middle_of_a_run(
     shutil.copytree(sharded, folder)
     write_block = OutputWriter.write_block
 
-    def cut(self: OutputWriter, block: int | None, kept: Any) -> None:
-        if when == "after":
-            write_block(self, block, kept)
+    def cut(self: OutputWriter, block: int | None, kept: Any) -> Any:
+        shards = write_block(self, block, kept) if when == "after" else None
         if block == 1:
             for path in folder.glob("*.safetensors"):
                 os.truncate(path, 100)
-        if when == "before":
-            write_block(self, block, kept)
+        return write_block(self, block, kept) if when == "before" else shards
 
     monkeypatch.setattr(OutputWriter, "write_block", cut)
-    message = invoke(folder, tmp_path)
+    message = invoke(folder, tmp_path, keeps_work=True)
     assert reason in message
     assert f"{folder}/model-0000" in message

@@ -214,7 +214,7 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
     words = rf"Out of memory on cpu while loading the weights of block {0 if inside else 2} \(.*2.00 GiB"
     with pytest.raises(ResourceError, match=words):
         prune(model, tmp_path / "out")
-    assert not (tmp_path / "out.work").exists()
+    assert (tmp_path / "out.work").exists() is not inside, "finished blocks are kept"
 
 
 def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
 
         micro.batch_tokens = 8
         for _ in range(2):
-            micro.run(0, compute, lambda: committed.append(1), store=True)
+            micro.run(0, compute, committed.append, store=True)
         return micro, committed, shown.getvalue()
 
     micro, committed, shown = carry("auto")

@@ -1,0 +1,161 @@
+"""One sitting of a run: take up what earlier ones finished, score and write what is left, save on the way."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from streamprune.batches import Stopped
+from streamprune.errors import InterruptedRunError, SettingsError
+from streamprune.machine import peak_device_bytes
+from streamprune.prepare import Prepared
+from streamprune.progress import BlockLine, Progress
+from streamprune.scoring import BlockScorer, LayerResult
+from streamprune.settings import RunSettings
+from streamprune.stop import StopRequest
+from streamprune.work import WorkFolder
+from streamprune.writer import OutputWriter
+
+
+class Sitting:
+    """Goes through all blocks once. `stream` returns the results of all that have experts.
+
+    A block is finished when its shards and its record are durable. Hidden states are saved every so often: blocks that
+    were finished since then are run again without being scored or written.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        prepared: Prepared,
+        scorer: BlockScorer,
+        writer: OutputWriter,
+        work: WorkFolder,
+        progress: Progress,
+        stop: StopRequest,
+    ) -> None:
+        self._settings, self._plan = settings, prepared.plan
+        self._scorer, self._writer, self._work, self._progress, self._stop = scorer, writer, work, progress, stop
+        self._finished: dict[int, LayerResult | None] = {}
+        self._saved_at = time.monotonic()
+
+    def stream(self, device: torch.device) -> list[LayerResult]:
+        """Finish all blocks. Raises InterruptedRunError, with everything saved, when the user asks to stop."""
+        self._take_up()
+        last = self._plan.moe_blocks[-1]
+        # Nothing needs the hidden states behind the last block that has experts.
+        unscored = [block for block in range(last + 1) if block not in self._finished]
+        start = self._restore(unscored[0]) if unscored else 0
+        try:
+            for block in range(self._plan.block_count):
+                if block not in self._finished:
+                    self._finish(block, device)
+                elif unscored and start <= block < unscored[-1]:
+                    self._replay(block)
+        except Stopped:
+            self._save_and_leave()
+        return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
+
+    def _finish(self, block: int, device: torch.device) -> None:
+        started = time.monotonic()
+        last = self._plan.moe_blocks[-1]
+        layer = self._scorer.score_block(block) if block <= last else None
+        self._write(block, layer)
+        self._finished[block] = layer
+        self._progress.end_block(
+            BlockLine(
+                block=block,
+                blocks=self._plan.block_count,
+                kept=self._plan.keep if layer else 0,
+                experts=self._plan.spec.count if layer else 0,
+                fewest_tokens=min(layer.counts) if layer else None,
+                seconds=time.monotonic() - started,
+                peak_bytes=peak_device_bytes(device),
+            )
+        )
+        if block < last:
+            self._save_if_due()
+
+    def _replay(self, block: int) -> None:
+        layer = self._finished[block]
+        self._scorer.replay_block(block, layer.kept if layer else ())
+        self._progress.say(f"block {block + 1}/{self._plan.block_count}: done before; its tokens are carried on")
+        self._save_if_due()
+
+    def _write(self, block: int | None, layer: LayerResult | None) -> None:
+        shards = self._writer.write_block(block, layer.kept if layer else ())
+        self._work.write_block(block, asdict(layer) if layer else None, shards)
+
+    def _take_up(self) -> None:
+        """Read which blocks are finished; write again what of their shards is damaged."""
+        first = self._settings.from_layer
+        if first is not None and first >= self._plan.block_count:
+            raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {self._plan.block_count - 1}.")
+        for block in (None, *range(self._plan.block_count)):
+            if first is not None and block is not None and block >= first:
+                self._work.forget_block(block)
+            record = self._work.read_block(block)
+            if record is None:
+                if block is None:
+                    self._write(None, None)
+                continue
+            result, shards = record
+            layer = _layer(result) if result is not None else None
+            if {shard.file for shard in shards} != self._files(block) or not all(map(self._work.whole, shards)):
+                self._progress.say(
+                    f"note: what was written of {_name(block)} is damaged or missing; it is written again."
+                )
+                self._write(block, layer)
+            if block is not None:
+                self._finished[block] = layer
+        if self._finished:
+            self._progress.say(f"resuming: {len(self._finished)} of {self._plan.block_count} blocks are done")
+
+    def _files(self, block: int | None) -> set[str]:
+        return {shard.file for shard in self._plan.shards if shard.block == block}
+
+    def _restore(self, first: int) -> int:
+        """Restore the newest states from which block `first` can be reached; returns the block to go on with."""
+        for saved in self._work.saved():
+            try:
+                facts = saved.facts
+                # Within an unfinished block the sums up to there are needed too.
+                fresh = not facts["done"] and not facts["pass"]
+                whole = fresh or facts["statistics"] is not None or first not in self._plan.moe_blocks
+                if facts["block"] < first or (facts["block"] == first and whole):
+                    block = self._scorer.restore(saved)
+                    self._progress.say(
+                        f"resuming: hidden states from {_name(block)}, {facts['done']} batches of it done"
+                    )
+                    return block
+            except (KeyError, TypeError, ValueError) as error:
+                self._progress.say(f"note: saved hidden states are of no use ({error}); older ones are taken.")
+        return 0
+
+    def _save_if_due(self) -> None:
+        # By a clock that never jumps.
+        if time.monotonic() - self._saved_at >= self._settings.checkpoint_every:
+            self._scorer.save(self._work)
+            self._saved_at = time.monotonic()
+        if self._stop:
+            raise Stopped
+
+    def _save_and_leave(self) -> None:
+        self._progress.say("stopping: saving the hidden states ...")
+        self._scorer.save(self._work)
+        raise InterruptedRunError(
+            f"Stopped as asked; {len(self._finished)} of {self._plan.block_count} blocks are done, and all of it is "
+            f"saved. Go on with: streamprune resume {shlex.quote(str(self._work.folder))}"
+        )
+
+
+def _layer(result: dict[str, Any]) -> LayerResult:
+    return LayerResult(int(result["index"]), tuple(result["kept"]), tuple(result["scores"]), tuple(result["counts"]))
+
+
+def _name(block: int | None) -> str:
+    return "what lies outside the blocks" if block is None else f"block {block + 1}"

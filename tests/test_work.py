@@ -1,0 +1,196 @@
+"""The work folder: what is saved comes back, and what is damaged is not believed."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamprune.durable import read_record, write_record
+from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
+from streamprune.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
+from streamprune.stream import BatchState
+from streamprune.work import FinishedShard, WorkFolder
+
+
+def some_states(count: int = 3) -> list[BatchState]:
+    generator = torch.Generator().manual_seed(0)
+    states = []
+    for number in range(count):
+        hidden = torch.randn(2, 5, 8, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+        keys = {0: (hidden[:1].float(), hidden[1:].double()), 7: [torch.arange(number), None, "full", 1.5, True]}
+        states.append(BatchState((hidden, None, {"flags": hidden > 0}), {"shared": keys}))
+    return states
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    else:
+        assert one == other
+
+
+def test_states_of_any_structure_come_back_to_the_bit(tmp_path: Path) -> None:
+    states = some_states()
+    save_states(tmp_path / "1", len(states), states.__getitem__, {"block": 4})
+    saved = open_states(tmp_path / "1")
+    assert saved is not None
+    assert len(saved) == 3
+    assert saved.facts == {"block": 4}
+    for number, state in enumerate(states):
+        assert_same(saved.load(number).output, state.output)
+        assert_same(saved.load(number).carried, state.carried)
+
+
+def test_what_cannot_be_made_again_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="object"):
+        save_states(tmp_path / "1", 1, lambda _: BatchState(object()), {})
+
+
+@pytest.mark.parametrize("name", [DATA_NAME, INDEX_NAME])
+@pytest.mark.parametrize("how", ["flip", "cut", "grow", "remove"])
+def test_damaged_states_are_not_believed(name: str, how: str, tmp_path: Path) -> None:
+    states = some_states()
+    save_states(tmp_path / "1", len(states), states.__getitem__, {})
+    damage(tmp_path / "1" / name, how)
+    assert open_states(tmp_path / "1") is None
+
+
+def damage(path: Path, how: str, seed: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    place = random.Random(seed).randrange(len(data))
+    if how == "flip":
+        data[place] ^= 1 << random.Random(seed).randrange(8)
+    elif how == "cut":
+        del data[place:]
+    elif how == "grow":
+        data += b"x"
+    path.unlink()
+    if how != "remove":
+        path.write_bytes(data)
+
+
+def test_a_record_with_any_flipped_bit_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    body = {"block": 3, "scores": [0.1, 2.5e-300], "text": "größer"}
+    write_record(path, body)
+    assert read_record(path) == body
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            assert read_record(path) in (None, body), (place, bit)
+
+
+def test_two_generations_are_kept_and_the_older_one_stands_in(tmp_path: Path) -> None:
+    states = some_states()
+    with WorkFolder(tmp_path / "work") as work:
+        for block in range(4):
+            work.save(len(states), states.__getitem__, {"block": block})
+        assert [saved.facts["block"] for saved in work.saved()] == [3, 2]
+        assert len(list((work.folder / "states").iterdir())) == 2
+        damage(work.folder / "states" / "4" / DATA_NAME, "flip")
+        assert [saved.facts["block"] for saved in work.saved()] == [2]
+        damage(work.folder / "cursor.json", "flip")
+        assert [saved.facts["block"] for saved in work.saved()] == [2], "without a cursor, what is whole counts"
+        work.save(len(states), states.__getitem__, {"block": 9})
+        assert next(saved.facts["block"] for saved in work.saved()) == 9
+
+
+def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = some_states()
+    with WorkFolder(tmp_path / "work") as work:
+        work.save(len(states), states.__getitem__, {"block": 1})
+
+        def crash(point: str) -> None:
+            if point == "states saved":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("streamprune.work.reached", crash)
+        with pytest.raises(KeyboardInterrupt):
+            work.save(len(states), states.__getitem__, {"block": 2})
+        monkeypatch.undo()
+        assert [saved.facts["block"] for saved in work.saved()] == [1]
+        work.save(len(states), states.__getitem__, {"block": 3})
+        assert [saved.facts["block"] for saved in work.saved()] == [3, 1]
+
+
+def test_blocks_and_shards(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "work") as work:
+        assert work.read_block(3) is None
+        (work.staging / "a.safetensors").write_bytes(b"12345")
+        digest = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
+        shard = FinishedShard("a.safetensors", 5, digest)
+        work.write_block(3, {"kept": [1, 2], "scores": [0.1, 1e-17]}, [shard])
+        work.write_block(None, None, [])
+        assert work.read_block(3) == ({"kept": [1, 2], "scores": [0.1, 1e-17]}, [shard])
+        assert work.read_block(None) == (None, [])
+        assert work.whole(shard)
+        (work.staging / "a.safetensors").write_bytes(b"12346")
+        assert not work.whole(shard)
+        work.forget_block(3)
+        assert work.read_block(3) is None
+
+
+def test_the_run_and_its_tokens(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "work") as work:
+        assert work.read_run() is None
+        work.write_run({"format": 1}, [[1, 2], [3]])
+        assert work.read_run() == {"format": 1}
+        assert work.read_tokens() == [[1, 2], [3]]
+        damage(work.folder / "tokens.json", "flip")
+        with pytest.raises(ResumeError, match="is damaged"):
+            work.read_tokens()
+        work.start_afresh()
+        assert work.read_run() is None
+
+
+def test_a_second_run_is_held_off_and_a_stale_lock_is_not(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "work"), pytest.raises(OutputError, match=rf"pid {os.getpid()}\) is working in"):
+        WorkFolder(tmp_path / "work").__enter__()
+    holder = f"""
+import os, signal
+from pathlib import Path
+from streamprune.work import WorkFolder
+WorkFolder(Path({str(tmp_path / "work")!r})).__enter__()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", holder], check=False)
+    with WorkFolder(tmp_path / "work") as work:
+        assert (work.folder / "streamprune.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="was not made by streamprune"):
+        WorkFolder(tmp_path / "work").__enter__()
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+
+
+def test_half_written_files_go(tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "work") as work:
+        left = work.staging / "model-00001-of-00002.safetensors.partial"
+        left.write_bytes(b"half")
+    with WorkFolder(tmp_path / "work"):
+        assert not left.exists()
