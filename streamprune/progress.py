@@ -38,6 +38,7 @@ class Progress:
         self._started = time.monotonic()
         self._events: list[dict[str, Any]] = []
         self._bar: Any = None
+        self._ended = 0
 
     def __enter__(self) -> Progress:
         return self
@@ -74,7 +75,9 @@ class Progress:
             self._bar = None
         self.log("block", asdict(line))
         done = line.block + 1
-        left = self.seconds / done * (self._blocks - done)
+        # By the blocks of this sitting: earlier ones may be done already.
+        self._ended += 1
+        left = self.seconds / self._ended * (self._blocks - done)
         if line.experts:
             what = f"kept {line.kept}/{line.experts}, fewest tokens {line.fewest_tokens}"
         else:

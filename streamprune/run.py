@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 
+from streamprune.calibration import Calibration
 from streamprune.card import model_card
 from streamprune.decision import decide, estimate_of_written, with_footprint
-from streamprune.errors import ResumeError
+from streamprune.errors import InterruptedRunError, ResumeError
 from streamprune.fit_report import estimate_object
 from streamprune.footprint import read_headers
 from streamprune.hub import resolve_model
@@ -28,7 +28,7 @@ from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
 from streamprune.sitting import Sitting
 from streamprune.status import clean_up, is_complete
-from streamprune.stop import listening
+from streamprune.stop import StopRequest, listening
 from streamprune.tell import (
     announce_calibration,
     announce_model,
@@ -37,7 +37,7 @@ from streamprune.tell import (
     tell_memory,
     tell_result,
 )
-from streamprune.work import WorkFolder, read_run
+from streamprune.work import WorkFolder, read_run, resume_command
 from streamprune.writer import OutputWriter
 
 #: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
@@ -84,16 +84,20 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
     prepared = prepare(settings)
     with Progress(prepared.plan.block_count, quiet) as progress, ExitStack() as stack:
         work = _enter_work(stack, settings)
+        stop = stack.enter_context(listening())
         try:
-            result = _work_on(settings, prepared, device, progress, work, recorded is not None)
-        except BaseException:
+            result = _work_on(settings, prepared, device, progress, work, recorded is not None, stop)
+        except BaseException as error:
             # What is done is kept; what holds nothing is not left lying about.
-            if work.has_progress():
-                progress.say(
-                    f"note: what is done is kept; go on with: streamprune resume {shlex.quote(str(work.folder))}"
-                )
-            else:
+            if not work.has_progress():
                 work.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                raise InterruptedRunError(
+                    f"Stopped as asked; all that is done is saved. Go on with: {resume_command(work.folder)}"
+                ) from None
+            elif not isinstance(error, InterruptedRunError):
+                # (Which says so itself.)
+                progress.say(f"note: what is done is kept; go on with: {resume_command(work.folder)}")
             raise
         work.remove()
         shutil.rmtree(settings.folder_beside, ignore_errors=True)
@@ -114,6 +118,7 @@ def _work_on(
     progress: Progress,
     work: WorkFolder,
     tokens_recorded: bool,
+    stop: StopRequest,
 ) -> RunResult:
     writer = OutputWriter(prepared.plan, prepared.checkpoint, settings, work)
     recorded = begin(settings, work)
@@ -134,10 +139,25 @@ def _work_on(
     else:
         announce_work(progress, prepared, memory, work)
         work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
-    with listening() as stop:
-        with BlockScorer(settings, prepared, calibration, memory, device, progress, work.folder, stop) as scorer:
-            layers = Sitting(settings, prepared, scorer, writer, work, progress, stop).stream(device)
-        work.forget_states()
+    stop.patient = True
+    with BlockScorer(settings, prepared, calibration, memory, device, progress, work.folder, stop) as scorer:
+        layers = Sitting(settings, prepared, scorer, writer, work, progress, stop).stream(device)
+    stop.patient = False
+    work.forget_states()
+    return _complete(settings, prepared, calibration, layers, scorer, device, progress, writer)
+
+
+def _complete(
+    settings: RunSettings,
+    prepared: Prepared,
+    calibration: Calibration,
+    layers: Sequence[LayerResult],
+    scorer: BlockScorer,
+    device: torch.device,
+    progress: Progress,
+    writer: OutputWriter,
+) -> RunResult:
+    """Check what was written, give it its name, and tell the user."""
     if settings.verify:
         proof = writer.verify({layer.index: layer.kept for layer in layers})
         progress.say(

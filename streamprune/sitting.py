@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,7 @@ from streamprune.progress import BlockLine, Progress
 from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
 from streamprune.stop import StopRequest
-from streamprune.work import WorkFolder
+from streamprune.work import WorkFolder, resume_command
 from streamprune.writer import OutputWriter
 
 
@@ -129,7 +128,7 @@ class Sitting:
                 if facts["block"] < first or (facts["block"] == first and whole):
                     block = self._scorer.restore(saved)
                     self._progress.say(
-                        f"resuming: hidden states from {_name(block)}, {facts['done']} batches of it done"
+                        f"resuming: hidden states saved in {_name(block)}"
                     )
                     return block
             except (KeyError, TypeError, ValueError) as error:
@@ -149,7 +148,7 @@ class Sitting:
         self._scorer.save(self._work)
         raise InterruptedRunError(
             f"Stopped as asked; {len(self._finished)} of {self._plan.block_count} blocks are done, and all of it is "
-            f"saved. Go on with: streamprune resume {shlex.quote(str(self._work.folder))}"
+            f"saved. Go on with: {resume_command(self._work.folder)}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamprune.errors import ResumeError
 from streamprune.machine import format_bytes
-from streamprune.work import LOCK_NAME, WorkFolder, folder_bytes, read_run
+from streamprune.work import LOCK_NAME, WorkFolder, folder_bytes, read_run, resume_command
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def status_text(status: dict[str, Any]) -> str:
             if block is None
             else f"Hidden states were last saved in block {block + 1}."
         )
-        lines.append(f"Go on with: streamprune resume {status['work_folder']}")
+        lines.append(f"Go on with: {resume_command(Path(status['work_folder']))}")
     return "\n".join(lines)
 
 

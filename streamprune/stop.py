@@ -10,10 +10,14 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether the user has asked to stop."""
+    """Whether the user has asked to stop.
+
+    While `patient`, somebody looks at it soon and stops in good order; otherwise a signal becomes a KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.patient = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -21,7 +25,7 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, as long as the block lasts; a second one ends the process.
+    """Turn the first SIGINT or SIGTERM into a request, as long as this lasts; a second one ends the process.
 
     Outside the main thread, where no signals arrive, nothing is changed.
     """
@@ -36,6 +40,8 @@ def listening() -> Iterator[StopRequest]:
         for other in usual:
             # Not what Python makes of it: an exception somewhere in the middle is what nobody can prepare for.
             signal.signal(other, signal.SIG_DFL)
+        if not request.patient:
+            raise KeyboardInterrupt
 
     for number in usual:
         signal.signal(number, ask)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,6 +240,11 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except OSError:
         return False
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to go on with the run in a work folder."""
+    return f"streamprune resume {shlex.quote(str(folder))}"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
