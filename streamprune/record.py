@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 
-from streamprune import __version__
 from streamprune.calibration import Calibration
 from streamprune.machine import peak_resident_bytes
 from streamprune.prepare import Prepared
+from streamprune.resume import versions
 from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
 
@@ -50,13 +47,7 @@ def run_report(
             "batch_tokens": batch_tokens,
             "max_shard_bytes": settings.max_shard_bytes,
         },
-        "versions": {
-            "streamprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "source": {
             "fingerprint": prepared.checkpoint.fingerprint(),
             "bytes": prepared.checkpoint.nbytes,

@@ -44,15 +44,20 @@ def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibra
             "sources": list(calibration.sources),
             "notes": list(calibration.notes),
         },
-        "versions": {
-            "streamprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "blocks": prepared.plan.block_count,
         "budget_bytes": prepared.decision.budget.nbytes if prepared.decision.budget else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of all that may change the digits of a result."""
+    return {
+        "streamprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
     }
 
 
