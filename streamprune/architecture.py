@@ -18,13 +18,14 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from streamprune.checkpoint import CONFIG_NAME
+from streamprune.checkpoint import CONFIG_NAME, read_json
 from streamprune.config_facts import (
     COUNT_NAME,
     GROUP_NAMES,
     TOP_K_NAMES,
     TOPK_GROUP_NAMES,
     ExpertSpec,
+    absurdity,
     first_number,
     single_number,
 )
@@ -35,7 +36,14 @@ _MTP_COUNT = re.compile(r"^num_|^n_|layer|modules")
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config as transformers reads it; UnsupportedModelError when it does not know the model."""
+    """The model's config as transformers reads it.
+
+    Raises UnsupportedModelError when transformers does not know the model, and CheckpointError for values that no model
+    has.
+    """
+    absurd = absurdity(read_json(folder / CONFIG_NAME))
+    if absurd is not None:
+        raise CheckpointError(f"{folder / CONFIG_NAME} names {absurd}. No model has that: download it again.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -57,7 +57,8 @@ class MicroBatches:
         stop: StopRequest | None = None,
     ) -> None:
         self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
-        self._calibration, self._stop = calibration, stop or StopRequest()
+        # (A request that has not been made is false, so that `or` would take another one.)
+        self._calibration, self._stop = calibration, StopRequest() if stop is None else stop
         self.batch_tokens = plan.batch_tokens
         self.shrinks: list[Shrink] = []
         self.place = plan.place
@@ -109,7 +110,7 @@ class MicroBatches:
     def restore(self, saved: SavedStates) -> None:
         """Go on with saved states and the micro-batches in which they were saved."""
         self._batches = self._calibration.micro_batches_of(saved.facts["sizes"])
-        self.batch_tokens = min(self.batch_tokens, saved.facts["batch_tokens"])
+        self.batch_tokens = max(1, min(self.batch_tokens, saved.facts["batch_tokens"]))
         self._states.resize(len(self._batches))
         for number in range(len(self._batches)):
             self._states.store(number, saved.load(number))

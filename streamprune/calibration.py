@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamprune import corpus
+from streamprune.calibration_files import Record, read_source
+from streamprune.chat import Chat, render_chats
 from streamprune.errors import CalibrationError
 from streamprune.settings import DEFAULT_SEQ_LEN
-
-#: The calibration that needs no file: all domains of `corpus`, or some of them ("builtin:code,prose").
-BUILTIN = "builtin"
-#: Longer texts are cut at line ends into documents of about this many characters, so that a few large files do not
-#: have to be tokenized whole for a small sample.
-DOCUMENT_CHARACTERS = 1 << 16
+from streamprune.shard import show
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,6 @@ class Calibration:
         return [torch.stack(part) for part in parts]
 
 
-@dataclass
-class _Record:
-    """A document before tokenization: text, rendered chat, or ready token ids. `place` is for error messages."""
-
-    place: str
-    text: str | None = None
-    messages: list[Any] | None = None
-    input_ids: list[int] | None = None
-
-
 def load_calibration(
     sources: Sequence[str],
     model_folder: Path,
@@ -100,7 +86,7 @@ def load_calibration(
             f"--seq-len {seq_len} is longer than the {max_positions} positions that the model knows. "
             f"Use --seq-len {max_positions} or less."
         )
-    records = list(itertools.chain.from_iterable(_read_source(source, seed, samples * seq_len) for source in sources))
+    records = list(itertools.chain.from_iterable(read_source(source, seed, samples * seq_len) for source in sources))
     if not records:
         raise CalibrationError(f"{', '.join(sources)}: there is no text in it. Give files that hold some.")
     ready = [record for record in records if record.input_ids is not None]
@@ -136,88 +122,11 @@ def fingerprint_of(sequences: Sequence[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_source(source: str, seed: int, wanted_tokens: int) -> Iterator[_Record]:
-    name, _, domains = source.partition(":")
-    path = Path(source).expanduser()
-    if name == BUILTIN and not path.exists():
-        yield from _read_builtin(domains, seed, wanted_tokens)
-    elif path.suffix.lower() in {".jsonl", ".ndjson"}:
-        yield from _read_jsonl(path)
-    else:
-        for number, text in enumerate(_documents(_read_text(path)), start=1):
-            yield _Record(f"{path} (part {number})", text=text)
-
-
-def _read_builtin(domains: str, seed: int, wanted_tokens: int) -> Iterator[_Record]:
-    names = domains.split(",") if domains else list(corpus.DOMAINS)
-    unknown = [name for name in names if name not in corpus.DOMAINS]
-    if unknown:
-        raise CalibrationError(f"{BUILTIN}:{domains}: no domain {unknown[0]!r}. There are {', '.join(corpus.DOMAINS)}.")
-    for name in names:
-        # No tokenizer makes more than one token of a character; two endless domains must stop somewhere.
-        budget = 6 * wanted_tokens // len(names) + corpus.DOCUMENT_CHARACTERS
-        for number, text in enumerate(corpus.DOMAINS[name](seed)):
-            if budget <= 0:
-                break
-            budget -= len(text)
-            yield _Record(f"{BUILTIN}:{name} document {number}", text=text)
-
-
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise CalibrationError(f"{path} is a folder. Give text or JSONL files, each with a --calibration of its own.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CalibrationError(
-            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for built-in text."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start:,}). Give plain text or JSONL.") from None
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _documents(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + DOCUMENT_CHARACTERS)
-        end = len(text) if end < 0 else end + 1
-        if text[start:end].strip():
-            yield text[start:end]
-        start = end
-
-
-def _read_jsonl(path: Path) -> Iterator[_Record]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise CalibrationError(f"{place} is not valid JSON: {error}. Mend or remove the line.") from None
-        if not isinstance(record, dict):
-            raise CalibrationError(f"{place} holds a JSON {type(record).__name__}, not an object with 'text'.")
-        if isinstance(record.get("input_ids"), list):
-            yield _Record(place, input_ids=record["input_ids"])
-        elif isinstance(record.get("messages"), list):
-            yield _Record(place, messages=record["messages"])
-        elif isinstance(record.get("text"), str):
-            if record["text"].strip():
-                yield _Record(place, text=record["text"])
-        else:
-            raise CalibrationError(
-                f"{place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has "
-                f"{', '.join(map(repr, record)) or 'nothing'}."
-            )
-
-
-def _ready_sequence(record: _Record, vocab_size: int, max_positions: int | None) -> torch.Tensor:
+def _ready_sequence(record: Record, vocab_size: int, max_positions: int | None) -> torch.Tensor:
     ids = record.input_ids or []
-    bad = [item for item in ids if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item < vocab_size]
+    bad = [item for item in ids if type(item) is not int or not 0 <= item < vocab_size]
     if bad or not ids:
-        what = f"{bad[0]!r} in 'input_ids'" if bad else "an empty 'input_ids'"
+        what = f"{show(bad[0])} in 'input_ids'" if bad else "an empty 'input_ids'"
         raise CalibrationError(f"{record.place} has {what}; the model's tokens are the numbers 0 to {vocab_size - 1}.")
     if max_positions is not None and len(ids) > max_positions:
         raise CalibrationError(
@@ -250,27 +159,23 @@ def _beginning_of_text(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id is not None else []
 
 
-def _tokenize(tokenizer: Any, records: Iterable[_Record]) -> Iterator[list[int]]:
+def _tokenize(tokenizer: Any, records: Sequence[Record]) -> Iterator[list[int]]:
     """Each record's tokens, with the end-of-text token behind plain text (a chat template writes its own)."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for record in records:
-        if record.messages is not None:
-            yield tokenizer(_render_chat(tokenizer, record), add_special_tokens=False).input_ids
-        else:
-            yield tokenizer(record.text, add_special_tokens=False).input_ids + end
-
-
-def _render_chat(tokenizer: Any, record: _Record) -> str:
-    if not tokenizer.chat_template:
+    chats = [Chat(record.place, record.messages) for record in records if record.messages is not None]
+    if chats and not tokenizer.chat_template:
         raise CalibrationError(
-            f"{record.place} holds a chat, but this model's tokenizer has no chat template. Give records with 'text'."
+            f"{chats[0].place} holds a chat, but this model's tokenizer has no chat template. Give records with 'text'."
         )
-    try:
-        text: str = tokenizer.apply_chat_template(record.messages, tokenize=False)
-    except Exception as error:
-        # A chat template is a program: it may refuse roles, orders or contents in any way.
-        raise CalibrationError(f"{record.place}: the model's chat template refuses this chat: {error}") from None
-    return text
+    with closing(render_chats(tokenizer, chats)) as rendered:
+        for record in records:
+            text = record.text if record.text is not None else next(rendered)
+            try:
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+            except Exception as error:
+                # Tokenizers are programs too, and come with the model.
+                raise CalibrationError(f"{record.place}: the model's tokenizer fails on this text: {error}") from None
+            yield ids if record.text is None else ids + end
 
 
 def _pack(documents: Iterable[list[int]], prefix: list[int], seq_len: int, wanted: int) -> list[torch.Tensor]:

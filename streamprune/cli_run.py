@@ -118,6 +118,7 @@ def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: 
 @click.command()
 @click.argument("workdir", type=_FOLDER)
 @_sitting_options(resuming=True)
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @reports_errors
 def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
     """Go on with the run in WORKDIR (usually OUT.work) where it stopped.

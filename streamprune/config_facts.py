@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streamprune.shard import show
+
 #: A name found by this is only a candidate for the expert count: `skeleton` proves it by building the model with
 #: another count and looking which parameters change their shape.
 COUNT_NAME = re.compile(r"^(moe_)?(n|num)_(routed_|local_|moe_)?experts$")
@@ -25,6 +27,12 @@ _ROUTER_SCALE = re.compile(r"^route[rd]_scaling_factor$")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Levels of parts within parts that are looked through; real configs have two at most.
 _DEEPEST = 8
+#: Blocks or heads that a model may have, experts (Doge has 16,384) and labels: building takes time and memory for each.
+MOST_BLOCKS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
+_DEEPEST_CONFIG = 50
+#: What is counted, and what may be listed one by one.
+_COUNTED = re.compile(r"^(\w+_)?(n|num)_(\w+_)?(layers?|blocks?|experts|heads?|groups?|labels|stages)(_|$)|^depths?$")
+_LISTED = re.compile(r"layer|block|pattern|expert|depth")
 _HEAD_DIM_NAMES = ("head_dim", "attention_head_dim", "qk_head_dim")
 
 
@@ -64,6 +72,32 @@ class ModelShape:
     dense: int
     vocabulary: int
     wide_routing: bool = False
+
+
+def absurdity(raw: Mapping[str, Any]) -> str | None:
+    """What no model has so many of, in words; None for a config whose numbers a model may have.
+
+    Configs and models are built by loops over layers, experts, heads and labels, and a config may name any number.
+    """
+    parts: list[tuple[Any, int]] = [(raw, 0)]
+    while parts:
+        part, depth = parts.pop()
+        if depth > _DEEPEST_CONFIG:
+            return f"parts nested more than {_DEEPEST_CONFIG} deep"
+        if isinstance(part, list):
+            parts += [(item, depth + 1) for item in part if isinstance(item, (Mapping, list))]
+            continue
+        for name, value in part.items():
+            counted = len(value) if isinstance(value, (list, str)) and _LISTED.search(name) else value
+            most = MOST_LABELS if "label" in name else MOST_EXPERTS if "expert" in name else MOST_BLOCKS
+            if isinstance(counted, (int, float)) and counted > most and (_COUNTED.search(name) or counted is not value):
+                what = "" if counted is value else " entries"
+                return f"{name}: {show(counted)}{what}, where {most:,} are the most"
+            if isinstance(value, int) and abs(value) >= 2**63:
+                return f"{name}: a number of {value.bit_length()} bits"
+            if isinstance(value, (Mapping, list)):
+                parts.append((value, depth + 1))
+    return None
 
 
 def text_part(raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,24 @@ def write_record(path: Path, body: Any) -> str:
 def read_record(path: Path, limit: int = 2**30) -> Any:
     """The body of a file that `write_record` wrote; None if it is missing, damaged or larger than `limit` bytes."""
     try:
-        if path.stat().st_size > limit:
+        facts = path.stat()
+        # To read a pipe would be to wait for ever.
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
             return None
-        data = path.read_bytes()
-        record = parse_json(data)
+        record = parse_json(path.read_bytes())
+        if not isinstance(record, dict) or set(record) != {"sha256", "body"}:
+            return None
+        text = json.dumps(record["body"], ensure_ascii=False)
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or set(record) != {"sha256", "body"}:
-        return None
-    text = json.dumps(record["body"], ensure_ascii=False)
     return record["body"] if hashlib.sha256(text.encode()).hexdigest() == record["sha256"] else None
 
 
 def checksum_of(path: Path) -> str | None:
-    """The SHA-256 of a file in hex; None if it cannot be read."""
+    """The SHA-256 of a file in hex; None if it cannot be read, or is no regular file."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:

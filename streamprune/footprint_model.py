@@ -14,10 +14,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from streamprune.architecture import declared_dtype, load_config, mtp_layers
 from streamprune.cache_trace import trace_cache
-from streamprune.checkpoint import CONFIG_NAME, TensorEntry
+from streamprune.checkpoint import TensorEntry
 from streamprune.config_facts import (
     ExpertSpec,
-    first_number,
     stated_experts,
     stated_shape,
     states_experts,
@@ -31,9 +30,6 @@ from streamprune.skeleton import Skeleton, build_model, build_skeleton, map_chec
 from streamprune.surgery import next_token_prediction, output_tensors
 from streamprune.weight_facts import weights_by_name, weights_by_role
 from streamprune.weights import WeightFact, Weights, category_of
-
-#: Building a model takes time for each block; a config may name any number.
-_MOST_BLOCKS = 10_000
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -52,9 +48,6 @@ def footprint_of_model(
 
     `tensors` are the checkpoint's; None for a config alone, whose weights are then taken as the model would have them.
     """
-    depth = first_number((text_part(raw)[1],), ("num_hidden_layers", "n_layer", "n_layers")) or 0
-    if depth > _MOST_BLOCKS:
-        raise CheckpointError(f"{folder / CONFIG_NAME} names {depth:,} layers, which no model has. Download it again.")
     config = load_config(folder, trust_remote_code)
     if states_experts(config.to_dict()):
         skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)

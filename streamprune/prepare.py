@@ -44,6 +44,11 @@ class Prepared:
     dtype: torch.dtype
     decision: Decision
 
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.skeleton.model.get_input_embeddings().weight.shape[0])
+
 
 def prepare(settings: RunSettings) -> Prepared:
     """Open the model and decide everything; raises a StreampruneError for whatever cannot work."""
@@ -100,7 +105,7 @@ def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
         samples=settings.samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
-        vocab_size=prepared.skeleton.model.get_input_embeddings().weight.shape[0],
+        vocab_size=prepared.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )

@@ -6,7 +6,8 @@ import dataclasses
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
 import torch
@@ -14,10 +15,13 @@ import transformers
 
 from streamprune import __version__
 from streamprune.calibration import Calibration, fingerprint_of
-from streamprune.checkpoint import Checkpoint
-from streamprune.errors import ResumeError
+from streamprune.checkpoint import CONFIG_NAME, Checkpoint
+from streamprune.disk_errors import reading
+from streamprune.errors import ResumeError, SettingsError
+from streamprune.journal import RUN_FORMAT
 from streamprune.prepare import Prepared
 from streamprune.settings import RunSettings
+from streamprune.shard import show
 
 #: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
 #: budget by the number of experts that it gave).
@@ -30,12 +34,14 @@ FREE_SETTINGS = {
 
 def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> dict[str, Any]:
     """All that decides the result of a run, as JSON, and the command that began it."""
+    with reading(prepared.checkpoint.folder):
+        source = prepared.checkpoint.fingerprint()
     return {
-        "format": 1,
+        "format": RUN_FORMAT,
         "command": command_of(settings),
         "settings": {name: value for name, value in command_of(settings).items() if name not in FREE_SETTINGS}
         | {"experts kept": prepared.plan.keep, "computed in": str(prepared.dtype)},
-        "source": prepared.checkpoint.fingerprint(),
+        "source": source,
         "files": file_states(prepared.checkpoint),
         "calibration": {
             "fingerprint": calibration.fingerprint,
@@ -79,10 +85,11 @@ def command_of(settings: RunSettings) -> dict[str, Any]:
 
 
 def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change (ns) of every file that the run reads weights from."""
+    """Size and time of change (ns) of every file of the model that goes into the result, tokenizer files included."""
     states = {}
-    for file in checkpoint.files:
-        facts = (checkpoint.folder / file).stat()
+    for file in (*checkpoint.files, CONFIG_NAME, *map(str, checkpoint.small_files())):
+        with reading(checkpoint.folder / file):
+            facts = (checkpoint.folder / file).stat()
         states[file] = [facts.st_size, facts.st_mtime_ns]
     return states
 
@@ -97,19 +104,45 @@ def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:
         # A budget counts as it was then: what is free on a card changes.
         if run["budget_bytes"] is not None:
             command |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
+        _check_types(command)
         return RunSettings(**command | {"resume": "required", "from_layer": None})
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, SettingsError) as error:
         raise ResumeError(
             f"{work} was recorded by another version of streamprune, or was changed ({error!r}). Begin anew with "
             "--resume never."
         ) from None
 
 
-def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path) -> Calibration:
+def _check_types(command: Mapping[str, Any]) -> None:
+    """Raise TypeError unless every setting is of the type that RunSettings declares: it does not look itself."""
+    for name, hint in get_type_hints(RunSettings).items():
+        if name in command and not _is_of(command[name], hint):
+            raise TypeError(f"{name} is {show(command[name])}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if hint is Path:
+        return isinstance(value, Path) and "\0" not in str(value)
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
     """The recorded calibration. Raises ResumeError unless it is the one that the run began with."""
-    sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens)
     recorded = run["calibration"]
-    if fingerprint_of(sequences) != recorded["fingerprint"]:
+    sound = bool(tokens) and all(
+        isinstance(sequence, list)
+        and sequence
+        and all(type(token) is int and 0 <= token < vocab_size for token in sequence)
+        for sequence in tokens
+    )
+    sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
+    if not sound or fingerprint_of(sequences) != recorded["fingerprint"]:
         raise ResumeError(f"The calibration tokens in {work} are not those that the run began with. Was it changed?")
     return Calibration(sequences, tuple(recorded["sources"]), recorded["fingerprint"], tuple(recorded["notes"]))
 
@@ -146,7 +179,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 
 def _show(value: Any) -> str:
-    return "not set" if value is None else str(value)
+    return "not set" if value is None else value if isinstance(value, str) and len(value) < 200 else show(value)
 
 
 def _file(state: list[int] | None) -> str:

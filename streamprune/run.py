@@ -14,7 +14,8 @@ import torch
 from streamprune.calibration import Calibration
 from streamprune.card import model_card
 from streamprune.decision import decide, estimate_of_written, with_footprint
-from streamprune.errors import InterruptedRunError, ResumeError
+from streamprune.disk_errors import writing
+from streamprune.errors import InterruptedRunError, OutputError, ResumeError
 from streamprune.fit_report import estimate_object
 from streamprune.footprint import read_headers
 from streamprune.hub import resolve_model
@@ -24,8 +25,9 @@ from streamprune.prepare import Prepared, calibrate, prepare
 from streamprune.progress import Progress
 from streamprune.record import run_report, run_summary
 from streamprune.resume import calibration_of, check_same, describe_run, settings_of
+from streamprune.run_record import RUN_NAMES, has_run, read_run
 from streamprune.scoring import BlockScorer, LayerResult
-from streamprune.settings import RunSettings
+from streamprune.settings import RunSettings, beside
 from streamprune.sitting import Sitting
 from streamprune.status import clean_up, is_complete
 from streamprune.stop import StopRequest, listening
@@ -37,7 +39,7 @@ from streamprune.tell import (
     tell_memory,
     tell_result,
 )
-from streamprune.work import WorkFolder, read_run, resume_command
+from streamprune.work import WorkFolder, resume_command
 from streamprune.writer import OutputWriter
 
 #: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
@@ -72,6 +74,11 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
             f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
         )
     settings = replace(settings_of(recorded, work_folder), work_dir=work_folder.absolute(), **changes)
+    if settings.trust_remote_code and "trust_remote_code" not in changes:
+        raise ResumeError(
+            f"The run in {work_folder} was begun with --trust-remote-code, but a file's word is not enough to run a "
+            "model's code. If you began it, and trust the author still, add --trust-remote-code."
+        )
     if is_complete(work_folder, recorded):
         # It ended between the output's getting its name and this folder's removal.
         clean_up(work_folder, everything=True)
@@ -84,13 +91,15 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
     prepared = prepare(settings)
     with Progress(prepared.plan.block_count, quiet) as progress, ExitStack() as stack:
         work = _enter_work(stack, settings)
+        resumable = has_run(work.folder)
         stop = stack.enter_context(listening())
         try:
             result = _work_on(settings, prepared, device, progress, work, recorded is not None, stop)
         except BaseException as error:
             # What is done is kept; what holds nothing is not left lying about.
             if not work.has_progress():
-                work.remove()
+                if not (isinstance(error, ResumeError) and resumable):
+                    work.remove()
             elif isinstance(error, KeyboardInterrupt):
                 raise InterruptedRunError(
                     f"Stopped as asked; all that is done is saved. Go on with: {resume_command(work.folder)}"
@@ -106,8 +115,14 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
 
 def _enter_work(stack: ExitStack, settings: RunSettings) -> WorkFolder:
     """Hold the work folder, and what keeps others off the output if that is somewhere else."""
-    if settings.folder_beside.absolute() != settings.work_folder.absolute():
-        stack.enter_context(WorkFolder(settings.folder_beside))
+    with writing(f"Looking for {settings.work_folder}", settings.work_folder):
+        home, output = settings.work_folder.resolve(), settings.output.resolve()
+        elsewhere = home != settings.folder_beside.resolve()
+    if home == output or home in output.parents or output in home.parents:
+        raise OutputError(f"The work folder {home} and the output {output} must not be, or contain, one another.")
+    if elsewhere:
+        beside = stack.enter_context(WorkFolder(settings.folder_beside))
+        stack.callback(lambda: None if beside.has_progress() else beside.remove())
     return stack.enter_context(WorkFolder(settings.work_folder))
 
 
@@ -124,7 +139,7 @@ def _work_on(
     recorded = begin(settings, work)
     announce_model(progress, settings, prepared)
     if recorded is not None and tokens_recorded:
-        calibration = calibration_of(recorded, work.read_tokens(), work.folder)
+        calibration = calibration_of(recorded, work.read_tokens(), work.folder, prepared.vocab_size)
     else:
         calibration = calibrate(settings, prepared)
     announce_calibration(progress, settings, prepared, calibration, device)
@@ -170,7 +185,7 @@ def _complete(
     summary = run_summary(settings, prepared, calibration, layers, scorer, progress.seconds)
     summary["memory"] = estimate_object(estimate) if estimate else None
     progress.log("summary", {**summary, "host": describe_host(device)})
-    progress.write_log(settings.output.with_name(settings.output.name + LOG_SUFFIX))
+    progress.write_log(beside(settings.output, LOG_SUFFIX))
     tell_result(progress, settings, summary, calibration)
     if estimate is not None:
         tell_memory(progress, estimate)
@@ -180,6 +195,14 @@ def _complete(
 def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
     """What is recorded of an earlier run that is to be taken up; None to begin anew, with nothing of it left."""
     recorded = work.read_run() if settings.resume != "never" else None
+    if recorded is not None and settings.resume == "auto" and not work.has_progress():
+        # Nothing is lost, so that nothing has to agree with it.
+        recorded = None
+    elif recorded is None and settings.resume != "never" and work.has_progress():
+        raise ResumeError(
+            f"{work.folder / RUN_NAMES[0]} is missing or damaged, and so is its copy, so that nobody knows which run "
+            "the finished blocks beside it are from. Begin anew with --resume never."
+        )
     if recorded is None:
         if settings.resume == "required":
             raise ResumeError(

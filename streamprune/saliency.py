@@ -10,6 +10,7 @@ Shapes: T tokens, K experts chosen per token, E experts, H hidden size, P = T·K
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,16 @@ class ExpertStatistics:
         return {"counts": self.counts.tolist(), "gated_norms": [value.hex() for value in self.gated_norms.tolist()]}
 
     def set_json(self, sums: Mapping[str, list[Any]]) -> None:
-        """Take over sums from `as_json`. ValueError or KeyError where they are not such."""
+        """Take over sums from `as_json`. ValueError, KeyError or TypeError where they are not such."""
         norms = [float.fromhex(value) for value in sums["gated_norms"]]
-        self.counts.copy_(torch.tensor(sums["counts"], dtype=torch.int64))
+        counts = sums["counts"]
+        if not len(norms) == len(counts) == len(self.counts):
+            raise ValueError(f"sums of {len(counts)} experts, not of {len(self.counts)}")
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+            raise ValueError("counts that are no numbers of tokens")
+        if not all(math.isfinite(norm) and norm >= 0 for norm in norms):
+            raise ValueError("sums that no norms can have")
+        self.counts.copy_(torch.tensor(counts, dtype=torch.int64))
         self.gated_norms.copy_(torch.tensor(norms, dtype=torch.float64))
 
     def reap(self) -> torch.Tensor:

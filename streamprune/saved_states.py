@@ -16,9 +16,12 @@ import torch
 
 from streamprune.durable import checksum_of, read_record, stream_whole, write_record
 from streamprune.errors import UnsupportedModelError
+from streamprune.journal import MOST_INDEX_BYTES
 from streamprune.stream import BatchState
 
 DATA_NAME, INDEX_NAME = "data.bin", "index.json"
+#: How deep a state may be nested, and how many dimensions a tensor may have: far more than any model's.
+_DEEPEST, _MOST_DIMENSIONS = 50, 16
 #: dtypes that hidden states may have, by the name under which they are saved.
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -75,11 +78,81 @@ class SavedStates:
 
 
 def open_states(folder: Path) -> SavedStates | None:
-    """The generation in `folder`; None if any of it is missing or damaged."""
-    index = read_record(folder / INDEX_NAME)
-    if not isinstance(index, dict) or checksum_of(folder / DATA_NAME) != index.get("sha256"):
+    """The generation in `folder`; None if any of it is missing, damaged, or not what `save_states` writes."""
+    index = _read_index(folder)
+    if index is None or checksum_of(folder / DATA_NAME) != index["sha256"]:
         return None
     return SavedStates(folder, index)
+
+
+def saved_facts(folder: Path) -> dict[str, Any] | None:
+    """The facts of the generation in `folder`, by its index alone; None if that is missing or damaged."""
+    index = _read_index(folder)
+    return index["facts"] if index is not None else None
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a generation. It need not be ours, so that nothing in it counts before it is checked.
+
+    The tensors must fill the data from end to end: none can claim memory for bytes that are not there.
+    """
+    index = read_record(folder / INDEX_NAME, MOST_INDEX_BYTES)
+    try:
+        size = (folder / DATA_NAME).stat().st_size
+        if not isinstance(index["facts"], dict) or not isinstance(index["states"], list):
+            return None
+        if not isinstance(index["sha256"], str) or index["bytes"] != size:
+            return None
+        position = 0
+        for state in index["states"]:
+            for offset, dtype, shape in state["tensors"]:
+                if offset != position:
+                    return None
+                position += _nbytes(_DTYPES[dtype], shape)
+            count = len(state["tensors"])
+            if not all(_is_node(state[part], count, _DEEPEST) for part in ("output", "carried")):
+                return None
+            if not all(
+                key.keys() == {"value"} and values.keys() == {"dict"} for key, values in state["carried"]["dict"]
+            ):
+                return None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return index if position == size else None
+
+
+def _nbytes(dtype: torch.dtype, shape: list[int]) -> int:
+    """Bytes of a tensor. ValueError for a shape that no tensor has, an empty one with absurd strides among them."""
+    values = extent = dtype.itemsize
+    for side in shape:
+        if type(side) is not int or side < 0 or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError("a shape that no tensor has")
+        values, extent = values * side, extent * max(1, side)
+    if extent >= 2**63:
+        raise ValueError("a shape beyond every address")
+    return values
+
+
+def _is_node(node: Any, tensors: int, depth: int, key: bool = False) -> bool:
+    """Whether `node` is what `_encode` makes, with `tensors` tensors at hand; `key`: of something hashable."""
+    if not isinstance(node, dict) or len(node) != 1 or depth < 0:
+        return False
+    ((kind, content),) = node.items()
+    if kind == "value":
+        return content is None or isinstance(content, (bool, int, float, str))
+    if kind == "tensor":
+        return type(content) is int and 0 <= content < tensors and not key
+    if kind not in (("tuple",) if key else ("tuple", "list", "dict")) or not isinstance(content, list):
+        return False
+    if kind != "dict":
+        return all(_is_node(item, tensors, depth - 1, key) for item in content)
+    return all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and _is_node(pair[0], tensors, depth - 1, key=True)
+        and _is_node(pair[1], tensors, depth - 1)
+        for pair in content
+    )
 
 
 def _read_tensor(file: int, offset: int, dtype: str, shape: list[int]) -> torch.Tensor:

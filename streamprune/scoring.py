@@ -16,6 +16,7 @@ from streamprune.batches import MicroBatches, Shrink
 from streamprune.blocks import BlockLoader
 from streamprune.calibration import Calibration
 from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
+from streamprune.journal import is_count
 from streamprune.machine import free_after_failure, is_out_of_memory, release_freed_memory
 from streamprune.memory import MemoryPlan
 from streamprune.prepare import Prepared
@@ -159,7 +160,10 @@ class BlockScorer:
         Raises ValueError, KeyError or TypeError for facts that are not of this run.
         """
         facts = saved.facts
-        point = _Point(int(facts["block"]), int(facts["pass"]), int(facts["done"]))
+        point = _Point(facts["block"], facts["pass"], facts["done"])
+        numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
+        if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
+            raise ValueError("facts that no run has")
         if facts["statistics"] is not None:
             point.total = ExpertStatistics(self._prepared.plan.spec.count, self._device)
             point.total.set_json(facts["statistics"])

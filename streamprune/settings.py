@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
 #: The work folder's name is the output's with this behind it.
 WORK_SUFFIX = ".work"
+#: Bytes of a file's name, on every usual file system.
+LONGEST_NAME = 255
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
@@ -106,7 +110,7 @@ class RunSettings:
     @property
     def folder_beside(self) -> Path:
         """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
-        return self.output.with_name(self.output.name + WORK_SUFFIX)
+        return beside(self.output, WORK_SUFFIX)
 
     def most_batch_tokens(self, device_type: str) -> int:
         """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
@@ -159,12 +163,18 @@ class RunSettings:
             if choice not in choices:
                 raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
         self._check_caps()
+        self._check_names()
         if not 0 <= self.checkpoint_every < float("inf"):
             raise SettingsError(
                 f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
             )
         # Checks its values where it is made.
         _ = self.use
+
+    def _check_names(self) -> None:
+        for path in (self.output, self.work_dir or self.output):
+            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
 
     def _check_caps(self) -> None:
         for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
@@ -180,6 +190,16 @@ class RunSettings:
                 f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
                 "Use --ram-gib, or a CUDA --device."
             )
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
+    name = os.fsencode(output.name)
+    if len(name) + len(suffix) > LONGEST_NAME:
+        digest = hashlib.sha256(name).hexdigest()[:16]
+        # Cut between characters, so that the name stays readable where it was.
+        name = name[: LONGEST_NAME - len(suffix) - 17].decode(errors="ignore").encode() + f"-{digest}".encode()
+    return output.with_name(os.fsdecode(name) + suffix)
 
 
 def parse_size(text: str) -> int:

@@ -124,7 +124,10 @@ def _is_size(number: Any) -> bool:
 
 def show(value: Any) -> str:
     """A value from a file as it may stand in a message: without control characters, and not too long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested without end"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from streamprune.allocation import keep_highest
 from streamprune.batches import Stopped
-from streamprune.errors import InterruptedRunError, SettingsError
+from streamprune.errors import InterruptedRunError, ResumeError, SettingsError
+from streamprune.journal import is_count
 from streamprune.machine import peak_device_bytes
 from streamprune.prepare import Prepared
 from streamprune.progress import BlockLine, Progress
 from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings
+from streamprune.shard import show
 from streamprune.stop import StopRequest
 from streamprune.work import WorkFolder, resume_command
 from streamprune.writer import OutputWriter
@@ -41,6 +45,7 @@ class Sitting:
         self._scorer, self._writer, self._work, self._progress, self._stop = scorer, writer, work, progress, stop
         self._finished: dict[int, LayerResult | None] = {}
         self._saved_at = time.monotonic()
+        self._restored = False
 
     def stream(self, device: torch.device) -> list[LayerResult]:
         """Finish all blocks. Raises InterruptedRunError, with everything saved, when the user asks to stop."""
@@ -57,6 +62,16 @@ class Sitting:
                     self._replay(block)
         except Stopped:
             self._save_and_leave()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if not self._restored:
+                raise
+            # Whole, but of shapes that this model's blocks do not take: somebody else made them.
+            raise ResumeError(
+                f"The hidden states saved in {self._work.folder} do not go with this model: {show(str(error))}. "
+                "Compute them anew: add --from-layer 0, or begin anew with --resume never."
+            ) from error
+        if self._stop:
+            self._leave()
         return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
     def _finish(self, block: int, device: torch.device) -> None:
@@ -97,13 +112,23 @@ class Sitting:
         for block in (None, *range(self._plan.block_count)):
             if first is not None and block is not None and block >= first:
                 self._work.forget_block(block)
+            if self._stop:
+                # Checking tens of GiB takes a while. There is nothing new to save.
+                self._leave()
             record = self._work.read_block(block)
             if record is None:
                 if block is None:
                     self._write(None, None)
                 continue
             result, shards = record
-            layer = _layer(result) if result is not None else None
+            try:
+                layer = self._layer(block, result)
+            except (KeyError, TypeError, ValueError):
+                self._progress.say(f"note: the record of {_name(block)} is of no use; it is done again.")
+                self._work.forget_block(block)
+                if block is None:
+                    self._write(None, None)
+                continue
             if {shard.file for shard in shards} != self._files(block) or not all(map(self._work.whole, shards)):
                 self._progress.say(
                     f"note: what was written of {_name(block)} is damaged or missing; it is written again."
@@ -113,6 +138,22 @@ class Sitting:
                 self._finished[block] = layer
         if self._finished:
             self._progress.say(f"resuming: {len(self._finished)} of {self._plan.block_count} blocks are done")
+
+    def _layer(self, block: int | None, result: dict[str, Any] | None) -> LayerResult | None:
+        """The recorded result of a block. ValueError, KeyError or TypeError for one that no scoring here can give."""
+        if (result is None) == (block in self._plan.moe_blocks):
+            raise ValueError("a result where there are no experts, or none where there are some")
+        if result is None or block is None:
+            return None
+        scores, counts, spec = tuple(result["scores"]), tuple(result["counts"]), self._plan.spec
+        if not len(scores) == len(counts) == spec.count or not all(map(is_count, counts)):
+            raise ValueError("scores and counts of other experts")
+        if not all(isinstance(score, float) and math.isfinite(score) for score in scores):
+            raise ValueError("scores that are no numbers")
+        kept = keep_highest(scores, self._plan.keep, spec.groups)
+        if result["index"] != block or result["kept"] != list(kept):
+            raise ValueError("experts that their scores would not have kept")
+        return LayerResult(block, kept, scores, counts)
 
     def _files(self, block: int | None) -> set[str]:
         return {shard.file for shard in self._plan.shards if shard.block == block}
@@ -127,11 +168,10 @@ class Sitting:
                 whole = fresh or facts["statistics"] is not None or first not in self._plan.moe_blocks
                 if facts["block"] < first or (facts["block"] == first and whole):
                     block = self._scorer.restore(saved)
-                    self._progress.say(
-                        f"resuming: hidden states saved in {_name(block)}"
-                    )
+                    self._restored = True
+                    self._progress.say(f"resuming: hidden states saved in {_name(block)}")
                     return block
-            except (KeyError, TypeError, ValueError) as error:
+            except (OSError, KeyError, TypeError, ValueError) as error:
                 self._progress.say(f"note: saved hidden states are of no use ({error}); older ones are taken.")
         return 0
 
@@ -146,14 +186,13 @@ class Sitting:
     def _save_and_leave(self) -> None:
         self._progress.say("stopping: saving the hidden states ...")
         self._scorer.save(self._work)
+        self._leave()
+
+    def _leave(self) -> NoReturn:
         raise InterruptedRunError(
             f"Stopped as asked; {len(self._finished)} of {self._plan.block_count} blocks are done, and all of it is "
             f"saved. Go on with: {resume_command(self._work.folder)}"
         )
-
-
-def _layer(result: dict[str, Any]) -> LayerResult:
-    return LayerResult(int(result["index"]), tuple(result["kept"]), tuple(result["scores"]), tuple(result["counts"]))
 
 
 def _name(block: int | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from streamprune import dense_experts
 from streamprune.architecture import expert_candidates, with_expert_count
+from streamprune.checkpoint import CONFIG_NAME
 from streamprune.config_facts import ExpertSpec
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.surgery import ExpertRows, SourceRole
@@ -95,8 +97,10 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
             problem = problem or error
         except Exception as error:
             # The model's own constructor fails on values that its config class let pass.
+            where = f"{config.name_or_path}/{CONFIG_NAME}" if config.name_or_path else f"this {CONFIG_NAME}"
             raise CheckpointError(
-                f"A {config.model_type} model cannot be built from this config.json: {type(error).__name__}: {error}"
+                f"A {config.model_type} model cannot be built from {where}: {type(error).__name__}: "
+                f"{textwrap.shorten(str(error), 500)}"
             ) from error
     raise UnsupportedModelError(
         f"transformers cannot build a {config.model_type} model for text: {problem}"

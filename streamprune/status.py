@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from streamprune.errors import ResumeError
 from streamprune.machine import format_bytes
-from streamprune.work import LOCK_NAME, WorkFolder, folder_bytes, read_run, resume_command
+from streamprune.resume import settings_of
+from streamprune.run_record import read_run
+from streamprune.work import (
+    LOCK_NAME,
+    REPLACED_NAME,
+    WorkFolder,
+    finished_inode,
+    folder_bytes,
+    put_back,
+    resume_command,
+)
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -65,7 +76,18 @@ def clean_up(folder: Path, everything: bool) -> int:
     # Entering removes what was half written; saving has already removed old generations, unless it was cut short.
     with WorkFolder(folder) as work:
         run = read_run(folder)
-        if everything or run is None or is_complete(folder, run):
+        complete = run is not None and is_complete(folder, run)
+        if run is not None:
+            settings = settings_of(run, folder)
+            put_back(settings.folder_beside, settings.output)
+            if complete:
+                # What stood beside the output, where the work folder is somewhere else.
+                shutil.rmtree(settings.folder_beside, ignore_errors=True)
+        elif work.keeps_old_output():
+            raise ResumeError(
+                f"{folder / REPLACED_NAME} is what --overwrite was to replace. Move it where you want it, then clean."
+            )
+        if everything or complete or run is None:
             work.remove()
         else:
             work.forget_old_states()
@@ -73,10 +95,13 @@ def clean_up(folder: Path, everything: bool) -> int:
 
 
 def is_complete(folder: Path, run: dict[str, Any]) -> bool:
-    """Whether the output of a recorded run has its name: its shards have left the work folder then."""
+    """Whether the output of a recorded run has its name."""
     output = Path(run["command"]["output"])
-    left = list((folder / "model").glob("*.safetensors")) if (folder / "model").is_dir() else []
-    return (output / "streamprune.json").is_file() and not left
+    try:
+        # Not by its contents: with --overwrite a pruned model was there before.
+        return (output / "streamprune.json").is_file() and output.stat().st_ino == finished_inode(folder)
+    except OSError:
+        return False
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

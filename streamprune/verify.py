@@ -10,6 +10,7 @@ from streamprune.architecture import drop_missing_code, load_config, mtp_layers,
 from streamprune.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.compare import Proof, compare_tensors
 from streamprune.errors import CheckpointError, VerifyError
+from streamprune.shard import show
 from streamprune.skeleton import build_skeleton, map_checkpoint, source_role
 from streamprune.surgery import next_token_prediction, output_tensors
 from streamprune.writer import REPORT_NAME
@@ -22,6 +23,9 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     portions of a file, whatever the sizes.
     """
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
+    extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
+    if extra:
+        raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
     kept = _kept_experts(output)
     config = load_config(source, trust_remote_code)
     import torch
@@ -45,7 +49,10 @@ def _kept_experts(output: Path) -> dict[int, list[int]]:
     path = output / REPORT_NAME
     try:
         layers: Any = read_json(path)["layers"]
-        return {int(layer["index"]): [int(expert) for expert in layer["kept"]] for layer in layers}
+        kept = {layer["index"]: list(layer["kept"]) for layer in layers}
+        if not all(type(number) is int for block, experts in kept.items() for number in (block, *experts)):
+            raise ValueError("something else than numbers")
+        return kept
     except CheckpointError as error:
         raise VerifyError(f"{error} Without it nobody knows which experts were kept.") from None
     except (KeyError, TypeError, ValueError):
@@ -62,17 +69,16 @@ def _agree(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], c
     if len(numbers) != 1:
         raise VerifyError(f"{output / REPORT_NAME} keeps different numbers of experts: {_few(sorted(numbers))}.")
     for block, experts in kept.items():
-        if experts != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < count:
+        if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
             raise VerifyError(f"{output / REPORT_NAME}: the experts kept in block {block} are no ascending numbers.")
     return numbers.pop()
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key) or (key in found) != (key in wanted):
-            raise VerifyError(
-                f"{output / CONFIG_NAME}: {key} is {found.get(key)!r}, but has to be {wanted.get(key)!r} by the source."
-            )
+        ours, theirs = (show(config[key]) if key in config else "missing" for config in (found, wanted))
+        if ours != theirs or found.get(key) != wanted.get(key):
+            raise VerifyError(f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}.")
 
 
 def _compare_small_files(output: Path, source: Checkpoint) -> None:

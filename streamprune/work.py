@@ -5,10 +5,12 @@
 | `streamprune.lock` | held by the run that writes here; names its pid |
 | `run.json` | the command, and what it was run on: what a later run must agree with |
 | `tokens.json` | the calibration sequences |
+| `*.copy.json` | both again, for the case that the first is damaged: nothing else could stand in for them |
 | `blocks/` | one record per finished block: its result, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
 | `cursor.json` | which of those counts: the one atomic pointer |
 | `model/` | the finished shards |
+| `finished.json` | which folder is whole and gets the output's name next, by its inode |
 | `replaced/` | with --overwrite, the old output, until the new one has its name |
 """
 
@@ -19,18 +21,23 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamprune.disk_errors import writing
 from streamprune.durable import PARTIAL, checksum_of, reached, read_record, sync_folder, write_record
-from streamprune.errors import OutputError, ResumeError
-from streamprune.saved_states import INDEX_NAME, SavedStates, open_states, save_states
+from streamprune.errors import OutputError
+from streamprune.journal import MOST_RECORD_BYTES, is_block, is_cursor
+from streamprune.run_record import RUN_NAMES, read_run, read_tokens, write_run
+from streamprune.saved_states import SavedStates, open_states, save_states, saved_facts
 from streamprune.stream import BatchState
 
 LOCK_NAME = "streamprune.lock"
-_RUN, _TOKENS, _CURSOR, _REPLACED = "run.json", "tokens.json", "cursor.json", "replaced"
+_CURSOR, _FINISHED = "cursor.json", "finished.json"
+REPLACED_NAME = "replaced"
 #: The block number under which the shards outside all blocks are recorded.
 OUTSIDE = "outside"
 
@@ -65,7 +72,7 @@ class WorkFolder:
         except OSError as error:
             self._release()
             raise OutputError(
-                f"{self.folder} cannot be created: {error.strerror}. Choose another place with -o or --work-dir."
+                f"{self.folder} cannot be written: {error.strerror}. Choose another place with -o or --work-dir."
             ) from None
         return self
 
@@ -76,21 +83,33 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
+        # What makes it ours goes last, so that a kill in between does not leave a folder that nobody dares to touch.
+        for path in _names(self.folder, but=(LOCK_NAME,)):
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_afresh(self) -> None:
         """Forget an earlier run: everything but the lock, and an old output that was moved aside."""
-        for path in self.folder.iterdir():
-            if path.name in (LOCK_NAME, _REPLACED):
-                continue
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for path in (self.staging, self._states, self._blocks):
-            path.mkdir()
-        sync_folder(self.folder)
+        with writing(f"Emptying {self.folder}", self.folder):
+            # What is on record goes first: what follows would be of no use to it.
+            for name in RUN_NAMES:
+                (self.folder / name).unlink(missing_ok=True)
+            for path in _names(self.folder, but=(LOCK_NAME, REPLACED_NAME)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path in (self.staging, self._states, self._blocks):
+                path.mkdir()
+            sync_folder(self.folder)
 
     def has_progress(self) -> bool:
-        """Whether any decoder block is finished or any state saved: what would be lost with the folder."""
-        return any(path.stem != OUTSIDE for path in self._blocks.iterdir()) or any(self._states.iterdir())
+        """Whether anything would be lost with the folder: finished decoder blocks, saved states, an old output."""
+        blocks = any(path.stem != OUTSIDE for path in _names(self._blocks))
+        return blocks or bool(_names(self._states)) or self.keeps_old_output()
+
+    def keeps_old_output(self) -> bool:
+        """Whether an output that --overwrite was to replace lies in here."""
+        return (self.folder / REPLACED_NAME).exists()
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +118,7 @@ class WorkFolder:
 
     def write_run(self, run: dict[str, Any], tokens: list[list[int]]) -> None:
         """Record what is run, and on what. From here on the run can be resumed."""
-        write_record(self.folder / _TOKENS, tokens)
-        write_record(self.folder / _RUN, run)
-        reached("run recorded")
+        write_run(self.folder, run, tokens)
 
     def read_run(self) -> dict[str, Any] | None:
         """What `write_run` recorded; None if there is nothing whole."""
@@ -109,18 +126,13 @@ class WorkFolder:
 
     def read_tokens(self) -> list[list[int]]:
         """The recorded calibration sequences. Raises ResumeError if they are damaged."""
-        tokens = read_record(self.folder / _TOKENS)
-        if not isinstance(tokens, list):
-            raise ResumeError(
-                f"{self.folder / _TOKENS} is damaged. Give the calibration again with the same `streamprune run` "
-                "command, or begin anew with --resume never."
-            )
-        return tokens
+        return read_tokens(self.folder)
 
     def write_block(self, block: int | None, result: dict[str, Any] | None, shards: list[FinishedShard]) -> None:
         """Record a block whose shards are written and flushed. None: what lies outside all blocks."""
         body = {"result": result, "shards": [vars(shard) for shard in shards]}
-        write_record(self._block_path(block), body)
+        with writing(f"Recording a block in {self._blocks}", self.folder):
+            write_record(self._block_path(block), body)
         reached("block recorded")
 
     def read_block(self, block: int | None) -> tuple[dict[str, Any] | None, list[FinishedShard]] | None:
@@ -128,19 +140,27 @@ class WorkFolder:
 
         The shards' contents are not looked at: see `whole`.
         """
-        body = read_record(self._block_path(block))
-        if not isinstance(body, dict):
+        body = read_record(self._block_path(block), MOST_RECORD_BYTES)
+        if not is_block(body):
             return None
         return body["result"], [FinishedShard(**shard) for shard in body["shards"]]
 
     def whole(self, shard: FinishedShard) -> bool:
         """Whether a shard is there with the bytes that were recorded."""
         path = self.staging / shard.file
-        return path.is_file() and path.stat().st_size == shard.nbytes and checksum_of(path) == shard.sha256
+        try:
+            return path.stat().st_size == shard.nbytes and checksum_of(path) == shard.sha256
+        except OSError:
+            return False
 
     def forget_block(self, block: int | None) -> None:
         """Let a block count as unfinished."""
-        self._block_path(block).unlink(missing_ok=True)
+        with writing(f"Forgetting a block in {self._blocks}", self.folder):
+            self._block_path(block).unlink(missing_ok=True)
+
+    def will_be_output(self, folder: Path) -> None:
+        """Record that `folder` is whole, and is about to be given the output's name."""
+        write_record(self.folder / _FINISHED, {"inode": folder.stat().st_ino})
 
     def save(self, count: int, load: Callable[[int], BatchState], facts: dict[str, Any]) -> None:
         """Make `count` hidden states and the facts about them durable, then point the cursor at them.
@@ -149,11 +169,12 @@ class WorkFolder:
         """
         numbers, before = self._generations(), self._pointed()
         number = max(numbers, default=0) + 1
-        save_states(self._states / str(number), count, load, facts)
-        sync_folder(self._states)
-        reached("states saved")
         kept = [number, *before[:1]]
-        write_record(self.folder / _CURSOR, {"generations": kept})
+        with writing(f"Saving the hidden states in {self._states}", self.folder):
+            save_states(self._states / str(number), count, load, facts)
+            sync_folder(self._states)
+            reached("states saved")
+            write_record(self.folder / _CURSOR, {"generations": kept})
         reached("cursor moved")
         for old in numbers:
             if old not in kept:
@@ -167,9 +188,9 @@ class WorkFolder:
     def saved_block(self) -> int | None:
         """The block in which states were last saved, by their record alone; None if none are."""
         for number in self._pointed():
-            index = read_record(self._states / str(number) / INDEX_NAME)
-            if isinstance(index, dict):
-                return int(index["facts"]["block"])
+            facts = saved_facts(self._states / str(number))
+            if facts is not None and isinstance(facts.get("block"), int):
+                return int(facts["block"])
         return None
 
     def forget_old_states(self) -> None:
@@ -182,21 +203,20 @@ class WorkFolder:
 
     def forget_states(self) -> None:
         """Remove all saved hidden states."""
-        (self.folder / _CURSOR).unlink(missing_ok=True)
+        with writing(f"Removing the hidden states from {self.folder}", self.folder):
+            (self.folder / _CURSOR).unlink(missing_ok=True)
         for number in self._generations():
             shutil.rmtree(self._states / str(number), ignore_errors=True)
 
     def _pointed(self) -> list[int]:
         """The generations that the cursor names; with a damaged cursor all that there are, newest first."""
-        body = read_record(self.folder / _CURSOR)
-        if isinstance(body, dict):
-            return [number for number in body["generations"] if isinstance(number, int)]
+        body = read_record(self.folder / _CURSOR, MOST_RECORD_BYTES)
+        if is_cursor(body):
+            return list(body["generations"])
         return sorted(self._generations(), reverse=True)
 
     def _generations(self) -> list[int]:
-        if not self._states.is_dir():
-            return []
-        return [int(path.name) for path in self._states.iterdir() if path.name.isdecimal()]
+        return [int(path.name) for path in _names(self._states) if path.name.isascii() and path.name.isdecimal()]
 
     def _block_path(self, block: int | None) -> Path:
         return self._blocks / (f"{OUTSIDE}.json" if block is None else f"{block:05d}.json")
@@ -227,7 +247,7 @@ class WorkFolder:
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         for path in self.folder.rglob(f"*{PARTIAL}"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -244,15 +264,37 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def resume_command(folder: Path) -> str:
     """What to type to go on with the run in a work folder."""
-    return f"streamprune resume {shlex.quote(str(folder))}"
+    # A name that begins like an option would be taken for one.
+    name = str(folder) if not str(folder).startswith("-") else f"./{folder}"
+    return f"streamprune resume {shlex.quote(name)}"
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """What is recorded of the run in a work folder; None if there is nothing whole."""
-    body = read_record(folder / _RUN)
-    return body if isinstance(body, dict) else None
+def _names(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
+    """What lies in a folder; nothing if it is not there."""
+    try:
+        return [path for path in folder.iterdir() if path.name not in but]
+    except OSError:
+        return []
+
+
+def put_back(beside: Path, output: Path) -> None:
+    """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
+    if (beside / REPLACED_NAME).exists() and not output.exists():
+        with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
+            (beside / REPLACED_NAME).rename(output)
+
+
+def finished_inode(folder: Path) -> int | None:
+    """The inode of the folder that the run in a work folder gave the output's name, or was about to; None before."""
+    body = read_record(folder / _FINISHED, MOST_RECORD_BYTES)
+    return body.get("inode") if isinstance(body, dict) else None
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files under a folder, which may change meanwhile."""
+    total = 0
+    for where, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(where, name)).st_size  # noqa: PTH118
+    return total

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import filecmp
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
 from streamprune.compare import Proof, compare_tensors
+from streamprune.disk_errors import reading, writing
 from streamprune.durable import reached, stream_whole, sync_file, sync_folder, write_whole
-from streamprune.errors import OutputError
+from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.plan import PrunePlan, ShardPlan
 from streamprune.settings import RunSettings
-from streamprune.work import FinishedShard, WorkFolder
+from streamprune.work import REPLACED_NAME, FinishedShard, WorkFolder, put_back
 
 REPORT_NAME = "streamprune.json"
-REPLACED_NAME = "replaced"
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -54,18 +55,25 @@ class OutputWriter:
         self._checkpoint = checkpoint
         self._output = settings.output
         self._overwrite = settings.overwrite
+        self._work = work
         self._staging = work.staging
         # On the output's disk, wherever the work folder is.
         self._beside = settings.folder_beside
         self._replaced = self._beside / REPLACED_NAME
-        if self._replaced.exists() and not self._output.exists():
-            self._replaced.rename(self._output)
-        # Again, and only now: a run that was killed may have left an output that it moved aside.
-        check_output(self._output, self._checkpoint.folder, self._overwrite)
+        with writing(f"Looking at {self._output}", self._output):
+            put_back(self._beside, self._output)
+            # Only now: a run that was killed may have left an output that it moved aside.
+            check_output(self._output, self._checkpoint.folder, self._overwrite)
+            parent = self._output.absolute().parent
+            if os.path.ismount(self._beside) or self._beside.stat().st_dev != parent.stat().st_dev:
+                raise OutputError(
+                    f"{self._beside} is on another disk than {parent}, so that the output cannot get its name from "
+                    "there. Remove it, and say where to work with --work-dir."
+                )
 
     def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
-        with _told_as_output_error(self._output):
+        with writing(f"Writing to {self._staging}", self._staging):
             return [self._write_shard(shard, kept) for shard in self._plan.shards if shard.block == block]
 
     def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
@@ -75,19 +83,24 @@ class OutputWriter:
             yield header
             for tensor in shard.tensors:
                 file, ranges = tensor.ranges(kept)
-                with (self._checkpoint.folder / file).open("rb") as source:
-                    for data in read_ranges(source, ranges):
-                        reached("portion of a shard")
-                        yield data
+                for data in _read_source(self._checkpoint.folder / file, ranges):
+                    reached("portion of a shard")
+                    yield data
 
         checksum = stream_whole(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
 
     def headers(self) -> dict[str, TensorEntry]:
         """Every tensor in the files that are written so far, read back from their headers."""
-        with _told_as_output_error(self._output):
-            files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
+        files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
+        try:
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
+        except (OSError, CheckpointError) as error:
+            # (Whose advice is about a model that was downloaded.)
+            raise VerifyError(
+                f"What was written to {self._staging} cannot be read back: {error} Check the disk; `streamprune "
+                "resume` writes again what is damaged."
+            ) from error
 
     def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
         """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block."""
@@ -96,7 +109,7 @@ class OutputWriter:
 
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""
-        with _told_as_output_error(self._output):
+        with writing(f"Completing {self._output}", self._output):
             self._write_small_files(report, card)
             self._check_sizes()
             for folder in {path.parent for path in self._staging.rglob("*")}:
@@ -105,6 +118,7 @@ class OutputWriter:
             # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
             whole = self._on_the_outputs_disk()
+            self._work.will_be_output(whole)
             if self._output.is_dir() and any(self._output.iterdir()):
                 # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
                 shutil.rmtree(self._replaced, ignore_errors=True)
@@ -116,13 +130,16 @@ class OutputWriter:
 
     def _on_the_outputs_disk(self) -> Path:
         """The finished folder where a rename can give it its name: a copy, if the work folder is on another disk."""
-        parent = self._output.absolute().parent
-        if self._staging.stat().st_dev == parent.stat().st_dev:
-            return self._staging
         copy = self._beside / "model"
+        if copy.exists() and copy.samefile(self._staging):
+            return self._staging
         shutil.rmtree(copy, ignore_errors=True)
+        if _can_rename(self._staging.parent, self._beside):
+            return self._staging
         shutil.copytree(self._staging, copy)
         for path in copy.rglob("*"):
+            if path.is_file() and not filecmp.cmp(path, self._staging / path.relative_to(copy), shallow=False):
+                raise OutputError(f"{path} is not what was copied there. Check the disk; what is finished is kept.")
             sync_folder(path) if path.is_dir() else sync_file(path)
         sync_folder(copy)
         return copy
@@ -133,8 +150,7 @@ class OutputWriter:
         for relative in self._checkpoint.small_files():
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._checkpoint.folder / relative, target)
-            sync_file(target)
+            stream_whole(target, _read_source(self._checkpoint.folder / relative))
         write_whole(self._staging / INDEX_NAME, _to_json(index))
         write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
         write_whole(self._staging / REPORT_NAME, _to_json(report))
@@ -146,16 +162,30 @@ class OutputWriter:
             expected = shard.nbytes + len(_encode_header(shard))
             if size != expected:
                 raise OutputError(
-                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Nothing was kept; run again."
+                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is written again."
                 )
 
 
-@contextmanager
-def _told_as_output_error(output: Path) -> Iterator[None]:
+def _read_source(path: Path, ranges: list[tuple[int, int]] | None = None) -> Iterator[bytes]:
+    """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError, whatever is written by it."""
+    with reading(path), path.open("rb") as source:
+        yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)] if ranges is None else ranges)
+
+
+def _can_rename(source: Path, target: Path) -> bool:
+    """Whether a rename can move something from one folder to the other; two mounts of one device would not do."""
+    probe, moved = source / "probe", target / "probe"
+    probe.touch()
     try:
-        yield
+        probe.rename(moved)
     except OSError as error:
-        raise OutputError(f"Writing {output} failed: {error}. Nothing of it was kept.") from error
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+        moved.unlink(missing_ok=True)
+    return True
 
 
 def _encode_header(shard: ShardPlan) -> bytes:

@@ -399,7 +399,7 @@ def test_unknown_and_broken_configs(model: Path, ids: Path, tmp_path: Path, no_w
     for change, words in (
         ({"model_type": "not_a_model"}, "does not know the model"),
         ({"hidden_size": "many"}, "not a usable model config"),
-        ({"num_attention_heads": 0}, "cannot be built from this config.json"),
+        ({"num_attention_heads": 0}, f"cannot be built from {model}/config.json"),
         ({"hidden_size": 128}, "Config and shards do not belong together"),
         ({"num_hidden_layers": 6}, "lacks the tensors for"),
     ):

@@ -19,6 +19,20 @@ from streamprune.stream import BatchState
 from streamprune.work import FinishedShard, WorkFolder
 
 
+RUN = {
+    "format": 1,
+    "command": {"model": "model", "output": "out"},
+    "settings": {},
+    "source": "",
+    "files": {},
+    "calibration": {"fingerprint": "", "sequences": 2, "tokens": 3, "sources": [], "notes": []},
+    "versions": {},
+    "blocks": 4,
+    "budget_bytes": None,
+    "batch_tokens": 1024,
+}
+
+
 def some_states(count: int = 3) -> list[BatchState]:
     generator = torch.Generator().manual_seed(0)
     states = []
@@ -155,10 +169,16 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
 def test_the_run_and_its_tokens(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "work") as work:
         assert work.read_run() is None
-        work.write_run({"format": 1}, [[1, 2], [3]])
-        assert work.read_run() == {"format": 1}
+        work.write_run(RUN, [[1, 2], [3]])
+        assert work.read_run() == RUN
+        damage(work.folder / "run.json", "flip")
+        assert work.read_run() == RUN, "the copy stands in"
+        damage(work.folder / "run.copy.json", "flip")
+        assert work.read_run() is None
         assert work.read_tokens() == [[1, 2], [3]]
         damage(work.folder / "tokens.json", "flip")
+        assert work.read_tokens() == [[1, 2], [3]], "the copy stands in"
+        damage(work.folder / "tokens.copy.json", "flip")
         with pytest.raises(ResumeError, match="is damaged"):
             work.read_tokens()
         work.start_afresh()
