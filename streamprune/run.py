@@ -152,7 +152,7 @@ def _work_on(
     if recorded is not None:
         check_same(recorded, now, work.folder)
     else:
-        announce_work(progress, prepared, memory, work)
+        announce_work(progress, settings, prepared, memory, work)
         work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
     stop.patient = True
     with BlockScorer(settings, prepared, calibration, memory, device, progress, work.folder, stop) as scorer:

@@ -18,9 +18,9 @@ from streamprune.work import (
     WorkFolder,
     finished_inode,
     folder_bytes,
-    put_back,
     resume_command,
 )
+from streamprune.writer import put_back
 
 
 def status_of(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from streamprune.calibration import Calibration
 from streamprune.decision import Decision
 from streamprune.fit import Estimate, Fit
 from streamprune.fit_report import terms_lines
-from streamprune.machine import check_disk, format_bytes
+from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.memory import MemoryPlan
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
@@ -19,11 +19,16 @@ from streamprune.settings import RunSettings
 from streamprune.work import WorkFolder
 
 
-def announce_work(progress: Progress, prepared: Prepared, memory: MemoryPlan, work: WorkFolder) -> None:
+def announce_work(
+    progress: Progress, settings: RunSettings, prepared: Prepared, memory: MemoryPlan, work: WorkFolder
+) -> None:
     """Say how large the work folder may become, and refuse if the disk has no room for that."""
     written, states = prepared.plan.output_bytes, memory.needs.states
     # Two generations, and a third while it is written.
     check_disk(work.folder, written + 3 * states)
+    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
+        # It is copied there in the end.
+        check_disk(settings.output, written)
     progress.say(
         f"work folder: {work.folder}, up to {format_bytes(written + 3 * states)} (the new weights "
         f"{format_bytes(written)}, saved hidden states up to 3 x {format_bytes(states)})"

@@ -78,7 +78,9 @@ def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str
     for key in sorted(found.keys() | wanted.keys()):
         ours, theirs = (show(config[key]) if key in config else "missing" for config in (found, wanted))
         if ours != theirs or found.get(key) != wanted.get(key):
-            raise VerifyError(f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}.")
+            raise VerifyError(
+                f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}."
+            )
 
 
 def _compare_small_files(output: Path, source: Checkpoint) -> None:

@@ -20,6 +20,7 @@ import fcntl
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -110,11 +111,6 @@ class WorkFolder:
     def keeps_old_output(self) -> bool:
         """Whether an output that --overwrite was to replace lies in here."""
         return (self.folder / REPLACED_NAME).exists()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files in the folder."""
-        return folder_bytes(self.folder)
 
     def write_run(self, run: dict[str, Any], tokens: list[list[int]]) -> None:
         """Record what is run, and on what. From here on the run can be resumed."""
@@ -211,9 +207,7 @@ class WorkFolder:
     def _pointed(self) -> list[int]:
         """The generations that the cursor names; with a damaged cursor all that there are, newest first."""
         body = read_record(self.folder / _CURSOR, MOST_RECORD_BYTES)
-        if is_cursor(body):
-            return list(body["generations"])
-        return sorted(self._generations(), reverse=True)
+        return list(body["generations"]) if is_cursor(body) else sorted(self._generations(), reverse=True)
 
     def _generations(self) -> list[int]:
         return [int(path.name) for path in _names(self._states) if path.name.isascii() and path.name.isdecimal()]
@@ -231,7 +225,7 @@ class WorkFolder:
         lock = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # The system takes the lock back when its holder ends in any way, so that none is ever stale.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except BlockingIOError:
             holder = os.read(lock, 32).decode(errors="replace").strip()
             os.close(lock)
@@ -255,6 +249,15 @@ class WorkFolder:
             self._lock = None
 
 
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # `streamprune status` holds it for an instant, to see whether anybody does.
+        time.sleep(0.1)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
@@ -275,13 +278,6 @@ def _names(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
         return [path for path in folder.iterdir() if path.name not in but]
     except OSError:
         return []
-
-
-def put_back(beside: Path, output: Path) -> None:
-    """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
-    if (beside / REPLACED_NAME).exists() and not output.exists():
-        with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
-            (beside / REPLACED_NAME).rename(output)
 
 
 def finished_inode(folder: Path) -> int | None:

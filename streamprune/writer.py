@@ -18,7 +18,7 @@ from streamprune.durable import reached, stream_whole, sync_file, sync_folder, w
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.plan import PrunePlan, ShardPlan
 from streamprune.settings import RunSettings
-from streamprune.work import REPLACED_NAME, FinishedShard, WorkFolder, put_back
+from streamprune.work import REPLACED_NAME, FinishedShard, WorkFolder
 
 REPORT_NAME = "streamprune.json"
 
@@ -42,6 +42,13 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{output} holds no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
         )
+
+
+def put_back(beside: Path, output: Path) -> None:
+    """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
+    if (beside / REPLACED_NAME).exists() and not output.exists():
+        with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
+            (beside / REPLACED_NAME).rename(output)
 
 
 class OutputWriter:
@@ -162,7 +169,8 @@ class OutputWriter:
             expected = shard.nbytes + len(_encode_header(shard))
             if size != expected:
                 raise OutputError(
-                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is written again."
+                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is "
+                    "written again."
                 )
 
 

@@ -18,7 +18,6 @@ from streamprune.saved_states import DATA_NAME, INDEX_NAME, open_states, save_st
 from streamprune.stream import BatchState
 from streamprune.work import FinishedShard, WorkFolder
 
-
 RUN = {
     "format": 1,
     "command": {"model": "model", "output": "out"},

@@ -1,0 +1,191 @@
+"""Signals to a real process: it saves, says how to go on, and exits 75; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprune.cli import main
+from streamprune.errors import InterruptedRunError
+from streamprune.run import run
+from streamprune.settings import RunSettings
+from tests.faults import Case, make_case
+from tests.helpers import tree_bytes
+from tests.tiny import write_token_ids
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run of a few seconds, so that a signal meets it in the middle."""
+    case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned")
+    write_token_ids(case.tokens, sequences=700)
+    shutil.rmtree(case.output)
+    case.run()
+    case.expected = tree_bytes(case.output)
+    return case
+
+
+def start(case: Case) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "streamprune", "run", str(case.model), "-o", str(case.output), "--keep", "5",
+        "--batch-tokens", "24", "--checkpoint-every", "0", "--propagate", "pruned", "--calibration", str(case.tokens),
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_block(case: Case, process: subprocess.Popen[str], block: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (case.work / "blocks" / f"{block:05d}.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number: int) -> None:
+    case = made.at(tmp_path / 'it\'s "größer"\nand more' / "out")
+    case.output.parent.mkdir()
+    process = start(case)
+    wait_for_block(case, process, 0)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75, told
+    assert "Traceback" not in told
+    assert not case.output.exists()
+    command = told.partition("Go on with: streamprune ")[2].rstrip()
+    assert shlex.split(command) == ["resume", str(case.work)]
+    # As a shell would take it.
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{shlex.quote(sys.executable)} -m streamprune {command}"], env=ENVIRONMENT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hidden states saved in block" in done.stderr
+    case.check()
+
+
+def test_a_second_signal_ends_it_at_once(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    process = start(case)
+    wait_for_block(case, process, 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    # Whichever the system delivers first is the request.
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT, 75)
+    assert not case.output.exists()
+    case.resume()
+    case.check()
+
+
+class Signals:
+    """Sends this process a signal when a function is called for the n-th time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, nth: int) -> None:
+        self.calls, usual = 0, getattr(owner, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self.calls += 1
+            if self.calls == nth:
+                os.kill(os.getpid(), signal.SIGINT)
+            return usual(*arguments, **named)
+
+        patch.setattr(owner, name, call)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("small"), propagate="pruned", checkpoint_every=1e6)
+
+
+@pytest.mark.parametrize("nth", range(1, 33, 3))
+def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four sequences, four blocks and two passes each: within the scoring pass as within the pruned one."""
+    from streamprune.stream import BlockStream
+
+    case = small.at(tmp_path / "out")
+    signals = Signals(monkeypatch, BlockStream, "run_block", nth)
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InterruptedRunError, match=f"streamprune resume {case.work}"):
+        case.run()
+    assert signals.calls == nth, "nothing is computed after the micro-batch"
+    assert signal.getsignal(signal.SIGINT) is usual
+    monkeypatch.undo()
+    before = tree_bytes(case.work / "states")
+    assert before
+    signals = Signals(monkeypatch, BlockStream, "run_block", 0)
+    case.resume()
+    assert signals.calls == 32 - nth, "nothing is computed twice"
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "nth"),
+    [
+        ("streamprune.work.WorkFolder", "write_block", 5),
+        ("streamprune.work.WorkFolder", "whole", 1),
+        ("streamprune.compare", "_read", 10),
+        ("streamprune.writer.OutputWriter", "_write_small_files", 1),
+        ("streamprune.writer.OutputWriter", "_check_sizes", 1),
+    ],
+)
+def test_a_signal_outside_the_blocks(
+    small: Case, tmp_path: Path, owner: str, name: str, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    case = small.at(tmp_path / "out")
+    case.interrupt(at=3)
+    module, _, kind = owner.rpartition(".")
+    target = getattr(importlib.import_module(module), kind)
+    Signals(monkeypatch, target, name, nth if name != "write_block" else 1)
+    with pytest.raises(InterruptedRunError, match="streamprune resume"):
+        case.run()
+    assert not case.output.exists()
+    monkeypatch.undo()
+    case.resume()
+    case.check()
+
+
+def test_a_signal_before_anything_is_done_leaves_nothing(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    case = small.at(tmp_path / "out")
+    Signals(monkeypatch, __import__("streamprune.run", fromlist=["run"]), "calibrate", 1)
+    told = CliRunner().invoke(
+        main, ["run", str(case.model), "-o", str(case.output), "--keep", "5", "--calibration", str(case.tokens)]
+    )
+    assert told.exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_jumps_changes_nothing(small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: 2e9 - 1e6 * next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: 10**18 - 10**15 * next(jumps))
+    case = small.at(tmp_path / "out")
+    case.interrupt(at=2, checkpoint_every=0.001)
+    case.resume()
+    case.check()
+
+
+def test_outside_the_main_thread_signals_are_left_alone(small: Case, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    settings = {"calibration": (str(small.tokens),), **small.settings}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, RunSettings(str(small.model), tmp_path / "out", **settings), True).result()
+    assert tree_bytes(tmp_path / "out") == small.expected
