@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A run of a few seconds, so that a signal meets it in the middle."""
     case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned")
-    write_token_ids(case.tokens, sequences=700)
+    write_token_ids(case.tokens, sequences=400)
     shutil.rmtree(case.output)
     case.run()
     case.expected = tree_bytes(case.output)
