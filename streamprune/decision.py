@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from streamprune.architecture import declared_dtype, load_config
-from streamprune.budget import Budget, resolve_budget
-from streamprune.checkpoint import CONFIG_NAME, TensorEntry, read_json
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
-from streamprune.fit import Estimate, Fit, Footprint
-from streamprune.fit_options import nearest
-from streamprune.footprint import read_headers
-from streamprune.footprint_model import footprint_of_skeleton, weights_of_checkpoint
-from streamprune.hub import resolve_model
+from streamprune.fit.budget import Budget, resolve_budget
+from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.fit.footprint import read_headers
+from streamprune.fit.options import nearest
+from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
 from streamprune.machine import format_bytes
-from streamprune.plan import minimum_keep, resolve_keep
+from streamprune.output.plan import minimum_keep, resolve_keep
+from streamprune.output.writer import check_output
 from streamprune.settings import RunSettings
-from streamprune.skeleton import Skeleton, build_skeleton
-from streamprune.writer import check_output
+from streamprune.source.architecture import declared_dtype, load_config
+from streamprune.source.checkpoint import CONFIG_NAME, TensorEntry, read_json
+from streamprune.source.hub import resolve_model
+from streamprune.source.skeleton import Skeleton, build_skeleton
 
 
 @dataclass(frozen=True)

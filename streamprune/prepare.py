@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from streamprune.architecture import config_from_dict, drop_missing_code, mtp_layers, rewrite_config
-from streamprune.calibration import Calibration, load_calibration
-from streamprune.checkpoint import Checkpoint, open_checkpoint
 from streamprune.decision import Decision, decide, with_footprint
 from streamprune.errors import CheckpointError
-from streamprune.hub import resolve_model
-from streamprune.integrity import check_fit, check_pruned
-from streamprune.plan import PrunePlan, plan_shards
+from streamprune.output.plan import PrunePlan, plan_shards
+from streamprune.output.surgery import next_token_prediction, output_tensors
 from streamprune.settings import RunSettings
-from streamprune.skeleton import (
+from streamprune.source.architecture import config_from_dict, drop_missing_code, mtp_layers, rewrite_config
+from streamprune.source.checkpoint import Checkpoint, open_checkpoint
+from streamprune.source.hub import resolve_model
+from streamprune.source.integrity import check_fit, check_pruned
+from streamprune.source.skeleton import (
     Skeleton,
     Target,
     build_model,
@@ -26,7 +26,7 @@ from streamprune.skeleton import (
     map_checkpoint,
     source_role,
 )
-from streamprune.surgery import next_token_prediction, output_tensors
+from streamprune.text.calibration import Calibration, load_calibration
 
 
 @dataclass(frozen=True)

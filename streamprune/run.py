@@ -11,26 +11,21 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration import Calibration
-from streamprune.card import model_card
 from streamprune.decision import decide, estimate_of_written, with_footprint
-from streamprune.disk_errors import writing
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError
-from streamprune.fit_report import estimate_object
-from streamprune.footprint import read_headers
-from streamprune.hub import resolve_model
+from streamprune.fit.footprint import read_headers
+from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, choose_device, describe_host, existing_folder, format_bytes
-from streamprune.memory_facts import plan_memory
+from streamprune.memory.needs import plan_memory
+from streamprune.output.card import model_card
+from streamprune.output.record import run_report, run_summary
+from streamprune.output.writer import OutputWriter
 from streamprune.prepare import Prepared, calibrate, prepare
 from streamprune.progress import Progress
-from streamprune.record import run_report, run_summary
-from streamprune.resume import calibration_of, check_same, describe_run, settings_of
-from streamprune.run_record import RUN_NAMES, has_run, read_run
-from streamprune.scoring import BlockScorer, LayerResult
 from streamprune.settings import RunSettings, beside
-from streamprune.sitting import Sitting
-from streamprune.status import clean_up, is_complete
-from streamprune.stop import StopRequest, listening
+from streamprune.source.hub import resolve_model
+from streamprune.streaming.scoring import BlockScorer, LayerResult
+from streamprune.streaming.sitting import Sitting
 from streamprune.tell import (
     announce_calibration,
     announce_model,
@@ -39,8 +34,13 @@ from streamprune.tell import (
     tell_memory,
     tell_result,
 )
-from streamprune.work import WorkFolder, resume_command
-from streamprune.writer import OutputWriter
+from streamprune.text.calibration import Calibration
+from streamprune.work.disk_errors import writing
+from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.resume import calibration_of, check_same, describe_run, settings_of
+from streamprune.work.run_record import RUN_NAMES, has_run, read_run
+from streamprune.work.status import clean_up, is_complete
+from streamprune.work.stop import StopRequest, listening
 
 #: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
 LOG_SUFFIX = ".streamprune.log"

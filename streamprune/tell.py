@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration import Calibration
 from streamprune.decision import Decision
-from streamprune.fit import Estimate, Fit
-from streamprune.fit_report import terms_lines
+from streamprune.fit.estimate import Estimate, Fit
+from streamprune.fit.report import terms_lines
 from streamprune.machine import check_disk, existing_folder, format_bytes
-from streamprune.memory import MemoryPlan
+from streamprune.memory.plan import MemoryPlan
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
 from streamprune.settings import RunSettings
-from streamprune.work import WorkFolder
+from streamprune.text.calibration import Calibration
+from streamprune.work.folder import WorkFolder
 
 
 def announce_work(

@@ -78,7 +78,7 @@ def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, **settin
 @contextmanager
 def breaking_at(block: int) -> Iterator[None]:
     """Raise Injected when a block is about to be scored."""
-    from streamprune.scoring import BlockScorer
+    from streamprune.streaming.scoring import BlockScorer
 
     usual = BlockScorer.score_block
 

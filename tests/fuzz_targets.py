@@ -15,20 +15,20 @@ from unittest.mock import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.architecture import expert_candidates, load_config
-from streamprune.calibration import load_calibration
-from streamprune.checkpoint import INDEX_NAME, open_checkpoint, read_json
-from streamprune.config_facts import stated_experts, stated_shape, states_experts, text_part
-from streamprune.durable import read_record
+from streamprune.output.verify import verify
 from streamprune.prepare import prepare
-from streamprune.resume import calibration_of, check_same, settings_of
 from streamprune.run import resume
-from streamprune.run_record import read_run, read_tokens
-from streamprune.saved_states import open_states
 from streamprune.settings import RunSettings
-from streamprune.status import status_of, status_text
-from streamprune.verify import verify
-from streamprune.work import WorkFolder
+from streamprune.source.architecture import expert_candidates, load_config
+from streamprune.source.checkpoint import INDEX_NAME, open_checkpoint, read_json
+from streamprune.source.config_facts import stated_experts, stated_shape, states_experts, text_part
+from streamprune.text.calibration import load_calibration
+from streamprune.work.durable import read_record
+from streamprune.work.folder import WorkFolder
+from streamprune.work.resume import calibration_of, check_same, settings_of
+from streamprune.work.run_record import read_run, read_tokens
+from streamprune.work.saved_states import open_states
+from streamprune.work.status import status_of, status_text
 from tests.fuzzing import STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
 from tests.helpers import prune
 from tests.shards import DATA, GOOD, METADATA, shard, single, two_shards
@@ -99,7 +99,7 @@ class Place:
                 raise Stopped
 
         try:
-            with patch("streamprune.work.reached", stop):
+            with patch("streamprune.work.folder.reached", stop):
                 prune(self.model, self.folder / "out", calibration=(str(self.ids),), checkpoint_every=0.0)
         except Stopped:
             return (self.folder / "out.work").rename(self.folder / "half")

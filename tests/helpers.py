@@ -13,14 +13,14 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamprune.architecture import load_config
-from streamprune.blocks import BlockLoader
-from streamprune.checkpoint import open_checkpoint
 from streamprune.run import RunResult, run
-from streamprune.saliency import ExpertStatistics, tap_experts
 from streamprune.settings import RunSettings
-from streamprune.skeleton import build_skeleton, map_checkpoint
-from streamprune.stream import BatchState, BlockStream
+from streamprune.source.architecture import load_config
+from streamprune.source.checkpoint import open_checkpoint
+from streamprune.source.skeleton import build_skeleton, map_checkpoint
+from streamprune.streaming.blocks import BlockLoader
+from streamprune.streaming.saliency import ExpertStatistics, tap_experts
+from streamprune.streaming.stream import BatchState, BlockStream
 from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from streamprune.checkpoint import open_checkpoint
 from streamprune.cli import main
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
-from streamprune.fit import Fit, Footprint
-from streamprune.footprint import read_footprint
+from streamprune.fit.estimate import Fit, Footprint
+from streamprune.fit.footprint import read_footprint
 from streamprune.settings import RunSettings, Use
+from streamprune.source.checkpoint import open_checkpoint
 from tests.helpers import prune
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
@@ -101,7 +101,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(tmp_path: Path, monkeypatch
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run reads no weights")
 
-    monkeypatch.setattr("streamprune.blocks.BlockLoader.__init__", read)
+    monkeypatch.setattr("streamprune.streaming.blocks.BlockLoader.__init__", read)
     before = sorted(tmp_path.rglob("*"))
     gib = budget_for(read_footprint(str(source)), 4)
     arguments = ["run", str(source), "-o", str(tmp_path / "out"), "--context", "128", "--dry-run", "--json"]
@@ -128,7 +128,7 @@ def test_a_budget_that_nothing_fits_exits_with_3(tmp_path: Path, dry: bool) -> N
 
 def test_a_budget_that_everything_fits_is_refused(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
-    with pytest.raises(SettingsError, match="fits 80.00 GiB .* as it is, so nothing would be removed"):
+    with pytest.raises(SettingsError, match=r"fits 80\.00 GiB .* as it is, so nothing would be removed"):
         prune(source, tmp_path / "out", budget_gib=80)
 
 
@@ -138,7 +138,7 @@ def test_a_model_without_a_known_cache_is_pruned_by_number_only(
     def trace(*_: Any) -> None:
         raise UnsupportedModelError("its cache cannot be worked out")
 
-    monkeypatch.setattr("streamprune.footprint_model.trace_cache", trace)
+    monkeypatch.setattr("streamprune.fit.structure.trace_cache", trace)
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
     result = prune(source, tmp_path / "out", keep=4)
     assert result.summary["memory"] is None

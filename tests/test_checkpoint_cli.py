@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from streamprune.blocks import BlockLoader
-from streamprune.checkpoint import INDEX_NAME
 from streamprune.cli import main
-from streamprune.writer import OutputWriter
+from streamprune.output.writer import OutputWriter
+from streamprune.source.checkpoint import INDEX_NAME
+from streamprune.streaming.blocks import BlockLoader
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamprune import corpus
 from streamprune.demo import CODE, MIX, DemoResult, data, run_demo, trained_model
 from streamprune.demo.report import table
 from streamprune.errors import SettingsError
+from streamprune.text import corpus
 
 #: Enough for both findings; fewer show little.
 STEPS = 350

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from streamprune.config_facts import ExpertSpec, ModelShape
 from streamprune.errors import SettingsError
-from streamprune.fit import (
+from streamprune.fit.estimate import (
     ALLOCATOR_SHARE,
     CUDA_CONTEXT,
     PREFILL_CHUNK,
@@ -21,14 +20,15 @@ from streamprune.fit import (
     Footprint,
     check_keep,
 )
-from streamprune.fit_options import CONTEXTS, RATIOS, nearest, table
-from streamprune.footprint import read_footprint
-from streamprune.kv_cache import CacheSizes, LayerCache
-from streamprune.plan import minimum_keep
+from streamprune.fit.footprint import read_footprint
+from streamprune.fit.kv_cache import CacheSizes, LayerCache
+from streamprune.fit.options import CONTEXTS, RATIOS, nearest, table
+from streamprune.fit.weights import WeightFact, Weights
+from streamprune.fit.workspace import prefill_workspace_bytes
+from streamprune.output.plan import minimum_keep
+from streamprune.output.surgery import ExpertRows
 from streamprune.settings import Use
-from streamprune.surgery import ExpertRows
-from streamprune.weights import WeightFact, Weights
-from streamprune.workspace import prefill_workspace_bytes
+from streamprune.source.config_facts import ExpertSpec, ModelShape
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.fit import Fit, Footprint, Use
-from streamprune.footprint import read_footprint
+from streamprune.fit.estimate import Fit, Footprint, Use
+from streamprune.fit.footprint import read_footprint
 from tests.full_size import config_only, published
 
 GIB = 1024**3

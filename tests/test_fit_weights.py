@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamprune.architecture import load_config
-from streamprune.checkpoint import TensorEntry, open_checkpoint
-from streamprune.config_facts import ExpertSpec, stated_experts
 from streamprune.errors import SettingsError
-from streamprune.fit import Fit, Use
-from streamprune.footprint import read_footprint
-from streamprune.footprint_model import weights_of_checkpoint
-from streamprune.skeleton import build_skeleton
-from streamprune.weight_facts import weights_by_name
-from streamprune.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights
+from streamprune.fit.estimate import Fit, Use
+from streamprune.fit.footprint import read_footprint
+from streamprune.fit.structure import weights_of_checkpoint
+from streamprune.fit.weight_facts import weights_by_name
+from streamprune.fit.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights
+from streamprune.source.architecture import load_config
+from streamprune.source.checkpoint import TensorEntry, open_checkpoint
+from streamprune.source.config_facts import ExpertSpec, stated_experts
+from streamprune.source.skeleton import build_skeleton
 from tests.fit_families import CACHED
 from tests.full_size import Tensors, write_sparse
 from tests.helpers import prune

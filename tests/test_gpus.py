@@ -7,9 +7,9 @@ import os
 import pynvml as real
 import pytest
 
-from streamprune.devices import Cards, budget_on_card, card_of, list_cards
+from streamprune.cards.known import GPUS, gpu_of, known_gpu
+from streamprune.cards.nvml import Cards, budget_on_card, card_of, list_cards
 from streamprune.errors import SettingsError
-from streamprune.gpus import GPUS, gpu_of, known_gpu
 from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed
 
 OWN = os.getpid()

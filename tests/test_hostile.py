@@ -21,13 +21,13 @@ from click.testing import CliRunner
 
 import streamprune
 from streamprune.cli import main
-from streamprune.durable import read_record
 from streamprune.errors import CheckpointError, ResumeError, StreampruneError
 from streamprune.prepare import prepare
 from streamprune.run import resume
-from streamprune.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
 from streamprune.settings import RunSettings
-from streamprune.stream import BatchState
+from streamprune.streaming.stream import BatchState
+from streamprune.work.durable import read_record
+from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
 from tests.fuzz_targets import Place, write_signed
 from tests.fuzzing import resident_bytes
 from tests.helpers import tree_bytes

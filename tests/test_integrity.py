@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from streamprune import blocks
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.prepare import prepare
 from streamprune.run import score
 from streamprune.settings import RunSettings
+from streamprune.streaming import blocks
 from tests.helpers import prune, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 

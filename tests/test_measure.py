@@ -14,10 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamprune import measure as measuring
 from streamprune.cli import main
-from streamprune.fit import Fit
-from streamprune.footprint import read_footprint
+from streamprune.fit import measure as measuring
+from streamprune.fit.estimate import Fit
+from streamprune.fit.footprint import read_footprint
 from streamprune.settings import Use
 from tests.helpers import CPU
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -63,9 +63,7 @@ class CpuMeter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "qwen3_5_moe_text"])
-def test_what_is_measured_is_what_was_counted(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_measured_is_what_was_counted(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and caches are exact, whatever the attention; the rest is what the meter says."""
     source = make_model(tmp_path / "model", tiny_config(next(item for item in FAMILIES if item.id == family)))
     estimate = Fit(read_footprint(str(source)), Use(context=40, batch=2), 10**9)

@@ -12,17 +12,17 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from streamprune import batches
-from streamprune.batches import MicroBatches
-from streamprune.calibration import Calibration
 from streamprune.cli import main
 from streamprune.errors import ResourceError
 from streamprune.machine import is_out_of_memory
-from streamprune.memory import Limit, MemoryPlan, Needs, Room
+from streamprune.memory.plan import Limit, MemoryPlan, Needs, Room
 from streamprune.progress import Progress
 from streamprune.run import RunResult
 from streamprune.settings import RunSettings
-from streamprune.stream import BatchState, BlockStream
+from streamprune.streaming import batches
+from streamprune.streaming.batches import MicroBatches
+from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.text.calibration import Calibration
 from tests.helpers import CPU, known_family, prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
@@ -196,7 +196,7 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
 ) -> None:
     from transformers.core_model_loading import MergeModulelist
 
-    from streamprune import blocks
+    from streamprune.streaming import blocks
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

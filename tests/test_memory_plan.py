@@ -10,13 +10,13 @@ import torch
 from click.testing import CliRunner
 from torch.utils import _pytree as pytree
 
-from streamprune import memory_facts
 from streamprune.cli import main
 from streamprune.errors import ResourceError, SettingsError
-from streamprune.memory import Limit, Needs, Room, choose
+from streamprune.memory import needs as memory_facts
+from streamprune.memory.plan import Limit, Needs, Room, choose
 from streamprune.settings import RunSettings
-from streamprune.states import HiddenStates
-from streamprune.stream import BatchState
+from streamprune.streaming.states import HiddenStates
+from streamprune.streaming.stream import BatchState
 from tests.helpers import known_family, prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, OutputError, SettingsError
 from streamprune.run import resume
-from streamprune.status import clean_up
-from streamprune.work import WorkFolder
+from streamprune.work.folder import WorkFolder
+from streamprune.work.status import clean_up
 from tests.faults import Case, Injected, make_case
 from tests.helpers import tree_bytes
 
@@ -86,7 +86,7 @@ def test_an_end_in_the_middle_of_replacing(
         if point == {"before": "old output moved aside", "after": "output named"}[when]:
             raise Injected
 
-    monkeypatch.setattr("streamprune.writer.reached", reached)
+    monkeypatch.setattr("streamprune.output.writer.reached", reached)
     with pytest.raises(Injected):
         case.run(overwrite=True, work_dir=tmp_path / "work")
     monkeypatch.undo()
@@ -103,7 +103,7 @@ def test_an_end_in_the_middle_of_replacing(
 def test_resume_is_not_taken_in_by_an_old_output(case: Case) -> None:
     case.run(keep=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.run_record.reached", raise_injected)
+        patch.setattr("streamprune.work.run_record.reached", raise_injected)
         patch.setattr(WorkFolder, "remove", lambda self: None)  # as after a kill
         with pytest.raises(Injected):
             case.run(overwrite=True)
@@ -119,7 +119,7 @@ def test_a_second_run_is_refused_and_names_the_first(case: Case, tmp_path: Path)
     hold = f"""
 import signal
 from pathlib import Path
-from streamprune.work import WorkFolder
+from streamprune.work.folder import WorkFolder
 WorkFolder(Path({str(case.work)!r})).__enter__()
 print("held", flush=True)
 signal.pause()
@@ -158,7 +158,7 @@ def test_a_name_of_255_bytes_can_be_resumed(made: Case, tmp_path: Path) -> None:
     name = "ü" * 127 + "x"
     case = made.at(tmp_path / name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.writer.OutputWriter.finish", lambda *_: raise_injected(""))
+        patch.setattr("streamprune.output.writer.OutputWriter.finish", lambda *_: raise_injected(""))
         with pytest.raises(Injected):
             case.run()
     (work,) = tmp_path.iterdir()
@@ -213,7 +213,7 @@ def test_a_source_shard_that_breaks_in_mid_run(made: Case, tmp_path: Path, monke
             shard.write_bytes(whole[: len(whole) // 2])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.work.reached", cut)
+        patch.setattr("streamprune.work.folder.reached", cut)
         with pytest.raises(CheckpointError, match=shard.name):
             case.run()
     assert not case.output.exists()

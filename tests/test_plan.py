@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.checkpoint import TensorEntry
-from streamprune.config_facts import ExpertSpec
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.plan import minimum_keep, plan_shards, resolve_keep
+from streamprune.output.plan import minimum_keep, plan_shards, resolve_keep
+from streamprune.output.surgery import ExpertRows, OutputTensor, SourceRole, next_token_prediction, output_tensors
 from streamprune.settings import RunSettings, parse_size
-from streamprune.surgery import ExpertRows, OutputTensor, SourceRole, next_token_prediction, output_tensors
+from streamprune.source.checkpoint import TensorEntry
+from streamprune.source.config_facts import ExpertSpec
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)

@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamprune import blocks
 from streamprune.cli import main
 from streamprune.errors import NonFiniteError, OutputError, ResourceError
-from streamprune.writer import OutputWriter
+from streamprune.output.writer import OutputWriter
+from streamprune.streaming import blocks
 from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
@@ -373,7 +373,7 @@ def test_out_of_memory_names_the_place_and_the_remedy(
     def run_block(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("streamprune.stream.BlockStream.run_block", run_block)
+    monkeypatch.setattr("streamprune.streaming.stream.BlockStream.run_block", run_block)
     with pytest.raises(ResourceError, match=r"block 0, with a single sequence of 24 tokens .* --seq-len"):
         prune(model, tmp_path / "out")
 

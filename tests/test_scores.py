@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from streamprune.allocation import keep_highest
-from streamprune.grouped_experts import forward_with_norms
-from streamprune.saliency import ExpertsTap, ExpertStatistics, bare_norms
-from streamprune.skeleton import dispatches_experts
+from streamprune.output.allocation import keep_highest
+from streamprune.source.skeleton import dispatches_experts
+from streamprune.streaming.grouped_experts import forward_with_norms
+from streamprune.streaming.saliency import ExpertsTap, ExpertStatistics, bare_norms
 from tests.helpers import load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 

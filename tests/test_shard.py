@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from streamprune.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, read_ranges
 from streamprune.errors import CheckpointError
-from streamprune.shard import DTYPE_BITS
+from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, read_ranges
+from streamprune.source.shard import DTYPE_BITS
 from tests.shards import DATA, GOOD, refusal, shard, single, two_shards
 
 

@@ -12,8 +12,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from streamprune.errors import ResourceError
-from streamprune.states import HiddenStates
-from streamprune.stream import BatchState, BlockStream
+from streamprune.streaming.states import HiddenStates
+from streamprune.streaming.stream import BatchState, BlockStream
 from tests.helpers import CPU, known_family, prune, tree_bytes
 from tests.tiny import FAMILIES, make_model, tiny_config
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
-from streamprune.saved_states import DATA_NAME
+from streamprune.work.saved_states import DATA_NAME
 from tests.faults import Case, Injected, damage, make_case
 from tests.helpers import tree_bytes
 
@@ -78,7 +78,7 @@ def test_in_the_middle(case: Case) -> None:
 def test_while_a_run_works(case: Case) -> None:
     """From another process; and a look does not disturb the run."""
     lock = (
-        "import signal, sys; from pathlib import Path; from streamprune.work import WorkFolder\n"
+        "import signal, sys; from pathlib import Path; from streamprune.work.folder import WorkFolder\n"
         "WorkFolder(Path(sys.argv[1])).__enter__(); print('held', flush=True); signal.pause()"
     )
     holder = subprocess.Popen([sys.executable, "-c", lock, str(case.work)], stdout=subprocess.PIPE, text=True)
@@ -128,7 +128,7 @@ def test_a_run_that_ended_before_its_work_folder_was_removed(
         if point == "output named":
             raise Injected
 
-    monkeypatch.setattr("streamprune.writer.reached", reached)
+    monkeypatch.setattr("streamprune.output.writer.reached", reached)
     for command in (("status",), ("clean",), ("resume", "--quiet")):
         case = made.at(tmp_path / f"out-{command[0]}")
         with pytest.raises(Injected):

@@ -112,7 +112,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize("nth", range(1, 33, 3))
 def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four sequences, four blocks and two passes each: within the scoring pass as within the pruned one."""
-    from streamprune.stream import BlockStream
+    from streamprune.streaming.stream import BlockStream
 
     case = small.at(tmp_path / "out")
     signals = Signals(monkeypatch, BlockStream, "run_block", nth)
@@ -133,11 +133,11 @@ def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monk
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
     [
-        ("streamprune.work.WorkFolder", "write_block", 5),
-        ("streamprune.work.WorkFolder", "whole", 1),
-        ("streamprune.compare", "_read", 10),
-        ("streamprune.writer.OutputWriter", "_write_small_files", 1),
-        ("streamprune.writer.OutputWriter", "_check_sizes", 1),
+        ("streamprune.work.folder.WorkFolder", "write_block", 5),
+        ("streamprune.work.folder.WorkFolder", "whole", 1),
+        ("streamprune.output.compare", "_read", 10),
+        ("streamprune.output.writer.OutputWriter", "_write_small_files", 1),
+        ("streamprune.output.writer.OutputWriter", "_check_sizes", 1),
     ],
 )
 def test_a_signal_outside_the_blocks(

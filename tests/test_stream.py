@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from streamprune import scoring
 from streamprune.errors import UnsupportedModelError
-from streamprune.states import HiddenStates, non_finite_tokens
-from streamprune.stream import BatchState, BlockStream
+from streamprune.streaming import scoring
+from streamprune.streaming.states import HiddenStates, non_finite_tokens
+from streamprune.streaming.stream import BatchState, BlockStream
 from tests.helpers import CPU, prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 

@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from streamprune import compare
 from streamprune.cli import main
 from streamprune.errors import StreampruneError, VerifyError
+from streamprune.output import compare
+from streamprune.output.verify import verify
+from streamprune.output.writer import OutputWriter
 from streamprune.run import resume
-from streamprune.verify import verify
-from streamprune.writer import OutputWriter
 from tests.faults import Case, make_case
 from tests.helpers import known_family, prune
 from tests.tiny import make_model, tiny_config

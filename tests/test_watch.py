@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from streamprune import machine, memory_facts, watch
-from streamprune.cards import Card, CardProcess
+from streamprune import machine
+from streamprune.cards.facts import Card, CardProcess
 from streamprune.errors import ResourceError
+from streamprune.memory import needs as memory_facts
+from streamprune.memory import watch
+from streamprune.memory.watch import newcomers
 from streamprune.settings import RunSettings
-from streamprune.stream import BatchState, BlockStream
-from streamprune.watch import newcomers
+from streamprune.streaming.stream import BatchState, BlockStream
 from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 

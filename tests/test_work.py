@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from streamprune.durable import read_record, write_record
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
-from streamprune.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
-from streamprune.stream import BatchState
-from streamprune.work import FinishedShard, WorkFolder
+from streamprune.streaming.stream import BatchState
+from streamprune.work.durable import read_record, write_record
+from streamprune.work.folder import FinishedShard, WorkFolder
+from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
 
 RUN = {
     "format": 1,
@@ -139,7 +139,7 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
             if point == "states saved":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("streamprune.work.reached", crash)
+        monkeypatch.setattr("streamprune.work.folder.reached", crash)
         with pytest.raises(KeyboardInterrupt):
             work.save(len(states), states.__getitem__, {"block": 2})
         monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_a_second_run_is_held_off_and_a_stale_lock_is_not(tmp_path: Path) -> Non
     holder = f"""
 import os, signal
 from pathlib import Path
-from streamprune.work import WorkFolder
+from streamprune.work.folder import WorkFolder
 WorkFolder(Path({str(tmp_path / "work")!r})).__enter__()
 os.kill(os.getpid(), signal.SIGKILL)
 """

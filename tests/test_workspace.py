@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from streamprune.config_facts import ModelShape, stated_shape
-from streamprune.workspace import block_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
+from streamprune.fit.workspace import block_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
+from streamprune.source.config_facts import ModelShape, stated_shape
 from tests.tiny import FAMILIES, tiny_config
 
 SHAPE = ModelShape(

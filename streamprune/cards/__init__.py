@@ -1,0 +1,1 @@
+"""NVIDIA cards: those of this machine, and the known ones."""

@@ -1,0 +1,45 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from streamprune import __version__
+from streamprune.cli.common import quiet_libraries, reports_errors
+from streamprune.cli.pruning import clean, resume, run, status, verify
+from streamprune.cli.sizing import devices, fit
+from streamprune.machine import limit_library_memory
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="streamprune")
+def main() -> None:
+    """Prune Mixture-of-Experts models one decoder block at a time."""
+
+
+@main.command()
+@click.option(
+    "-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path),
+    help="Folder for the trained and the pruned model.",
+)  # fmt: skip
+@click.option("--steps", type=int, default=700, show_default=True, help="Training steps; 700 take a few minutes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the training text and the first weights.")
+@reports_errors
+def demo(output: Path, steps: int, seed: int) -> None:
+    """Train a small model on the spot, prune it, and show what was lost.
+
+    Needs no download, no GPU and a few minutes on two cores; a second call finds the model trained.
+    """
+    click.echo("Loading torch and transformers ...")
+    limit_library_memory()
+    from streamprune.demo import run_demo
+
+    quiet_libraries(downloads=False)
+    # One thread: the same figures every time, and no stall when something else runs on the machine.
+    run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
+
+
+for command in (run, resume, status, verify, clean, fit, devices):
+    main.add_command(command)

@@ -1,0 +1,97 @@
+"""The commands that answer questions about memory: `fit` and `devices`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamprune.cli.common import goal_options, quiet_libraries, reports_errors
+from streamprune.errors import DoesNotFitError
+from streamprune.fit.budget import resolve_budget
+from streamprune.fit.estimate import Fit, check_keep
+from streamprune.fit.report import fit_object, fit_text, measured_lines, measured_object
+from streamprune.fit.weights import WEIGHTS_DTYPES
+from streamprune.machine import limit_library_memory
+from streamprune.settings import Use
+
+
+def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+    limit_library_memory()
+    from streamprune.fit.measure import measure
+    from streamprune.source.hub import resolve_model
+
+    quiet_libraries(downloads=False)
+    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
+
+
+@click.command()
+@click.argument("model")
+@goal_options
+@click.option(
+    "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
+    help="Form of the weights: as they are, or quantized afterwards.",
+)  # fmt: skip
+@click.option("--keep", type=int, help="Experts kept in every block.  [default: all]")
+@click.option("--measure", is_flag=True, help="Also load the model on the card, run such a prompt, and compare.")
+@click.option("--device", default="cuda:0", show_default=True, help="The card for --measure.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@reports_errors
+def fit(
+    model: str,
+    budget_gib: float | None,
+    gpu: str | None,
+    keep: int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    measure: bool,
+    device: str,
+    as_json: bool,
+    **use: Any,
+) -> None:
+    """Say whether MODEL fits a card, and how many experts could stay.
+
+    MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
+    --budget-gib or --gpu, the card of this machine counts. Exit status 0: it fits; 3: it does not.
+    """
+    # The libraries, if they are needed at all, read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    wanted = Use(keep=keep, **use)
+    budget = resolve_budget(budget_gib, gpu)
+    from streamprune.fit.footprint import read_footprint
+
+    footprint = read_footprint(model, revision, trust_remote_code)
+    if keep is not None:
+        check_keep(footprint, keep)
+    answer = Fit(footprint, wanted, budget.nbytes)
+    found = _measured(answer, device, trust_remote_code) if measure else ()
+    if as_json:
+        extra = {"measured": measured_object(found)} if measure else {}
+        click.echo(json.dumps({**fit_object(answer, budget), **extra}, indent=2))
+    else:
+        click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
+    if not answer.fits:
+        sys.exit(DoesNotFitError.exit_code)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@reports_errors
+def devices(as_json: bool) -> None:
+    """Show this machine's NVIDIA cards, its RAM and the disk of the current folder.
+
+    What cannot be known is marked so, with the reason.
+    """
+    limit_library_memory()
+    from streamprune.cards.nvml import list_cards
+    from streamprune.cards.report import devices_object, devices_text
+
+    cards = list_cards()
+    click.echo(json.dumps(devices_object(cards, Path()), indent=2) if as_json else devices_text(cards, Path()))

@@ -1,0 +1,83 @@
+"""What is known of a model's memory, from a folder, a Hub id or a config. Imports torch only where names leave doubts.
+
+Of the weights only the headers are read, through range requests for a model on the Hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import CheckpointError
+from streamprune.fit.estimate import Footprint
+from streamprune.fit.kv_cache import stated_cache
+from streamprune.fit.weight_facts import weights_by_name
+from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TensorEntry, open_checkpoint, read_json
+from streamprune.source.config_facts import first_number, stated_experts, stated_shape, states_experts, text_part
+from streamprune.source.hub import resolve_model
+from streamprune.source.hub_headers import read_hub_headers
+
+_LENGTH_NAMES = (
+    "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
+)  # fmt: skip
+#: Beside the weights' names, what says that a folder holds a checkpoint, and not only a config.
+_WEIGHT_FILES = ("*.safetensors", INDEX_NAME, "*.bin", "*.pt", "*.gguf")
+
+
+def read_footprint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Footprint:
+    """The footprint of `model`: a checkpoint folder, a Hub id, or a folder with only a config.json.
+
+    Raises CheckpointError or UnsupportedModelError when it cannot be read or understood.
+    """
+    folder = resolve_model(model, revision, trust_remote_code, config_only=True)
+    config = read_json(folder / CONFIG_NAME)
+    tensors = read_headers(model, folder)
+    stated = _by_name(model, config, tensors) if tensors is not None else None
+    if stated is not None:
+        return stated
+    from streamprune.fit.structure import footprint_of_model
+
+    return footprint_of_model(model, folder, config, tensors, trust_remote_code)
+
+
+def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
+    """All tensors of a model, by name; `folder` holds its config. None for a local folder without weights of any kind.
+
+    For a Hub id that is not in the cache, its safetensors headers are fetched, and nothing else.
+    """
+    if Path(model).expanduser().is_dir():
+        if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+            return None
+        return open_checkpoint(folder).tensors
+    if (folder / SINGLE_NAME).is_file() or (folder / INDEX_NAME).is_file():
+        # A copy in the Hub cache may be complete; then nothing need be fetched.
+        cached = _complete(folder)
+        if cached is not None:
+            return cached
+    # By commit, so that config and headers belong together: a branch may move in between.
+    return read_hub_headers(model, folder.name)
+
+
+def _complete(folder: Path) -> Mapping[str, TensorEntry] | None:
+    try:
+        return open_checkpoint(folder).tensors
+    except CheckpointError:
+        return None
+
+
+def _by_name(model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Footprint | None:
+    spec = stated_experts(config)
+    if spec is None and states_experts(config):
+        return None
+    weights = weights_by_name(tensors, config, spec)
+    cache = stated_cache(config, tensors)
+    shape = stated_shape(config)
+    if weights is None or cache is None or shape is None:
+        return None
+    return Footprint(model, weights, spec, cache, shape, cache.itemsize, max_positions(config), ())
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """The longest context that the config names, in tokens."""
+    return first_number((text_part(config)[1], config), _LENGTH_NAMES)

@@ -1,0 +1,1 @@
+"""What the run itself takes, decided beforehand and watched."""

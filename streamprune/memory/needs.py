@@ -1,0 +1,151 @@
+"""What a run needs of memory and what there is of it: the numbers that `memory` decides by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprune import machine
+from streamprune.fit.workspace import scoring_workspace_bytes
+from streamprune.machine import format_bytes
+from streamprune.memory.plan import Limit, MemoryPlan, Needs, Room, choose
+from streamprune.memory.watch import context_bytes
+from streamprune.prepare import Prepared
+from streamprune.settings import COMFORTABLE_BATCH_TOKENS, RunSettings
+from streamprune.source.config_facts import ModelShape, stated_shape
+from streamprune.source.skeleton import Skeleton
+from streamprune.text.calibration import Calibration
+
+#: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
+DEVICE_MARGIN = 256 * 1024**2
+#: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes.
+HOST_MARGIN = 32 * 1024**2
+
+
+def plan_memory(
+    settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device, folder: Path
+) -> MemoryPlan:
+    """Decide for a prepared run, before a weight is read, with `folder` for states on disk.
+
+    Raises ResourceError, with the numbers, when the run cannot be.
+    """
+    needs = find_needs(settings, prepared, calibration)
+    room = measure_room(settings, prepared, device, folder)
+    most = settings.most_batch_tokens(device.type)
+    usual = COMFORTABLE_BATCH_TOKENS[device.type]
+    place, batch_tokens = choose(needs, room, settings.states, most, usual)
+    return MemoryPlan(place, batch_tokens, needs, room, str(device))
+
+
+def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Needs:
+    """What a prepared run needs, from the model on meta and the calibration."""
+    skeleton, text = prepared.skeleton, prepared.skeleton.model.config.get_text_config(decoder=True)
+    sources = Counter(target.name for target in prepared.targets.values() if target is not None)
+    shape, itemsize = _shape_of(skeleton, text), prepared.dtype.itemsize
+    longest = max(len(sequence) for sequence in calibration.sequences)
+    block = loading = largest = 0
+    for index, module in enumerate(skeleton.blocks[: prepared.plan.moe_blocks[-1] + 1]):
+        prefix = f"{skeleton.blocks_path}.{index}."
+        sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
+        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more.
+        joined = max((size for name, size in sizes.items() if sources[name] > 1), default=0)
+        experts = sum(size for name, size in sizes.items() if name in skeleton.expert_rows)
+        twin = experts * prepared.plan.keep // skeleton.spec.count if settings.propagate == "pruned" else 0
+        block = max(block, sum(sizes.values()) + twin)
+        loading = max(loading, sum(sizes.values()) + 2 * joined)
+        largest = max(largest, *sizes.values())
+    return Needs(
+        block=block,
+        loading=loading,
+        staging=largest,
+        surroundings=_surroundings(skeleton),
+        states=sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in calibration.sequences),
+        workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
+        sequences=len(calibration.sequences),
+        longest=longest,
+        tokens=calibration.tokens,
+    )
+
+
+def states_per_token(text: Any, itemsize: int, length: int) -> int:
+    """Bytes that a token of a sequence of `length` carries from block to block, by what the text config states."""
+
+    def number(name: str) -> int:
+        value = getattr(text, name, None)
+        return value if isinstance(value, int) else 0
+
+    # Models with several residual streams (hyper-connections) hand all of them on.
+    values = number("hidden_size") * max(1, number("hc_count"), number("hc_mult"))
+    if number("num_kv_shared_layers"):
+        # The last keys and values of each kind of layer are there for the layers that have none of their own.
+        heads, width = number("num_key_value_heads"), number("head_dim")
+        values += 2 * heads * width
+        values += 2 * (number("num_global_key_value_heads") or heads) * (number("global_head_dim") or width)
+    # Which tokens an indexer chose, where layers without an indexer of their own take over those of the one before.
+    chosen = min(number("index_topk"), length) if getattr(text, "indexer_types", None) else 0
+    return values * itemsize + chosen * torch.int32.itemsize
+
+
+def _shape_of(skeleton: Skeleton, text: Any) -> ModelShape:
+    stated = {name: value for name, value in text.to_dict().items() if value is not None}
+    # Models without attention, or with names of their own, lack some of these in the plain dictionary.
+    least = {"hidden_size": int(text.hidden_size), "num_attention_heads": 1, "vocab_size": 1}
+    shape = stated_shape(least | stated)
+    assert shape is not None
+    return replace(shape, top_k=skeleton.spec.top_k, experts=skeleton.spec.count)
+
+
+def _surroundings(skeleton: Skeleton) -> int:
+    """Bytes of what `BlockLoader.load_surroundings` loads without the head: the decoder less its blocks."""
+    decoder = skeleton.blocks_path.rpartition(".")[0]
+    inside = skeleton.blocks_path + "."
+    found = {id(tensor): tensor.nbytes for _, tensor in _tensors(skeleton.model.get_input_embeddings())}
+    for name, tensor in _tensors(skeleton.model):
+        if not name.startswith(inside) and name.startswith(decoder + "." if decoder else ""):
+            found[id(tensor)] = tensor.nbytes
+    return sum(found.values())
+
+
+def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def measure_room(settings: RunSettings, prepared: Prepared, device: torch.device, folder: Path) -> Room:
+    """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk."""
+    free = max(0, machine.free_disk_bytes(folder) - prepared.plan.output_bytes)
+    disk = Limit(
+        free,
+        f"{format_bytes(free)} are free on that of {folder} beside the output",
+        "choose another place with -o, or use fewer --samples",
+    )
+    available, resident = machine.available_memory_bytes(), machine.resident_bytes()
+    remedy = "close other programs, or use a machine with more memory"
+    ram = Limit(available, f"only {format_bytes(available)} are available", remedy)
+    cap = settings.ram_bytes
+    if cap is not None and cap - resident - HOST_MARGIN < available:
+        left = max(0, cap - resident - HOST_MARGIN)
+        words = f"--ram-gib {settings.ram_gib:g} leaves {format_bytes(left)} (resident now: {format_bytes(resident)})"
+        ram = Limit(left, words, "raise --ram-gib")
+    if device.type != "cuda":
+        return Room(ram, None, disk)
+    return Room(_card_limit(settings, device), ram, disk)
+
+
+def _card_limit(settings: RunSettings, device: torch.device) -> Limit:
+    free = max(0, machine.free_device_bytes(device) - DEVICE_MARGIN)
+    if settings.vram_bytes is not None:
+        context = context_bytes(device)
+        left = max(0, settings.vram_bytes - context - DEVICE_MARGIN)
+        if left < free:
+            words = (
+                f"--vram-gib {settings.vram_gib:g} leaves {format_bytes(left)} (CUDA itself: {format_bytes(context)})"
+            )
+            return Limit(left, words, "raise --vram-gib, or use --device cpu")
+    remedy = "use a card with more memory, or --device cpu"
+    return Limit(free, f"only {format_bytes(free)} can be used on {device}", remedy)

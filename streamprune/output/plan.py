@@ -1,0 +1,127 @@
+"""Everything that is decided before a weight is read: how many experts stay, and what each output file will hold.
+
+What cannot work is refused here, with the numbers and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamprune.errors import SettingsError
+from streamprune.output.surgery import OutputTensor
+from streamprune.source.checkpoint import DTYPE_BITS
+from streamprune.source.config_facts import ExpertSpec
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its name and its tensors in the order of their bytes, all of one block or of none."""
+
+    file: str
+    block: int | None
+    tensors: tuple[OutputTensor, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """The decided run: `keep` of `spec.count` experts stay in each of `moe_blocks`; `dropped` are MTP tensors."""
+
+    spec: ExpertSpec
+    keep: int
+    block_count: int
+    moe_blocks: tuple[int, ...]
+    dropped: tuple[str, ...]
+    config: Mapping[str, Any] = field(repr=False)
+    shards: tuple[ShardPlan, ...] = field(repr=False)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all output tensors: the index's `total_size`."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None) -> int:
+    """How many experts stay per block. Raises SettingsError when the router could not work with so few.
+
+    With a ratio, floor(ratio × count) are removed, or as many fewer as the router's equal groups require.
+    """
+    least = minimum_keep(spec)
+    if keep is None:
+        assert ratio is not None
+        # The tolerance keeps 0.7 of 10 experts from becoming 6.999…
+        keep = spec.count - math.floor(ratio * spec.count + 1e-9)
+        keep = math.ceil(keep / spec.groups) * spec.groups
+        asked = f"--ratio {ratio:g} would keep {keep} of {spec.count} experts"
+    else:
+        asked = f"--keep {keep}"
+    if keep < spec.top_k:
+        raise SettingsError(
+            f"{asked}, but the router picks {spec.top_k} experts per token. Keep at least {least} of {spec.count} "
+            f"(--keep {least})."
+        )
+    if keep >= spec.count:
+        raise SettingsError(
+            f"{asked}: the model has {spec.count} experts per block, so nothing would be removed. "
+            f"Keep between {least} and {spec.count - spec.groups}."
+        )
+    if keep % spec.groups:
+        below, above = keep // spec.groups * spec.groups, math.ceil(keep / spec.groups) * spec.groups
+        choices = [choice for choice in (below, above) if least <= choice < spec.count]
+        raise SettingsError(
+            f"{asked}: the router chooses among {spec.groups} groups of experts, which must stay equal in size, and "
+            f"{keep} is not a multiple of {spec.groups}. Use --keep {' or '.join(map(str, choices)) or least}."
+        )
+    if keep < least:
+        raise SettingsError(
+            f"{asked} leaves {keep // spec.groups} experts in each of {spec.groups} groups, of which the router opens "
+            f"{spec.topk_groups} to pick {spec.top_k} experts per token. Keep at least {least} (--keep {least})."
+        )
+    return keep
+
+
+def minimum_keep(spec: ExpertSpec) -> int:
+    """The fewest experts per block with which the router still works.
+
+    A group-limited router rates a group by its two best experts (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and the
+    groups it opens must together hold top_k experts.
+    """
+    if spec.groups == 1:
+        return spec.top_k
+    per_group = max(2, math.ceil(spec.top_k / spec.topk_groups))
+    return per_group * spec.groups
+
+
+def plan_shards(tensors: Sequence[OutputTensor], block_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    """Divide the output among files: every block starts a file of its own, and none exceeds `max_shard_bytes`.
+
+    (A single tensor larger than that gets a file to itself.) A block's file is thus complete as soon as the block is
+    decided, and is never opened again.
+    """
+    groups: list[tuple[int | None, list[OutputTensor]]] = []
+    for block in (None, *range(block_count)):
+        size = 0
+        fresh = True
+        for tensor in tensors:
+            if tensor.block != block:
+                continue
+            if fresh or size + tensor.nbytes > max_shard_bytes:
+                groups.append((block, []))
+                size, fresh = 0, False
+            groups[-1][1].append(tensor)
+            size += tensor.nbytes
+    return tuple(
+        ShardPlan(f"model-{number:05d}-of-{len(groups):05d}.safetensors", block, _aligned(members))
+        for number, (block, members) in enumerate(groups, start=1)
+    )
+
+
+def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
+    """Wider dtypes first, as the safetensors library writes them: else a reader would meet unaligned values."""
+    return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]))

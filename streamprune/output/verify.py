@@ -1,0 +1,103 @@
+"""Proof of a result: every byte of it compared with the source's, from the files as they lie on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import CheckpointError, VerifyError
+from streamprune.output.compare import Proof, compare_tensors
+from streamprune.output.surgery import next_token_prediction, output_tensors
+from streamprune.output.writer import REPORT_NAME
+from streamprune.source.architecture import drop_missing_code, load_config, mtp_layers, rewrite_config
+from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.source.shard import show
+from streamprune.source.skeleton import build_skeleton, map_checkpoint, source_role
+
+
+def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
+    """Compare a pruned model with the checkpoint that it was made from. Raises VerifyError at the first difference.
+
+    What has to be in it follows from the source and from the experts that its streamprune.json names. Memory: two
+    portions of a file, whatever the sizes.
+    """
+    pruned, origin = open_checkpoint(output), open_checkpoint(source)
+    extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
+    if extra:
+        raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
+    kept = _kept_experts(output)
+    config = load_config(source, trust_remote_code)
+    import torch
+
+    skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
+    keep = _agree(output, kept, tuple(skeleton.experts), skeleton.spec.count)
+    roles = {
+        name: source_role(target, skeleton) for name, target in map_checkpoint(skeleton.model, origin.tensors).items()
+    }
+    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(origin.config))
+    expected = output_tensors(origin.tensors, roles, dropped, skeleton.spec.count, keep)
+    wanted = drop_missing_code(rewrite_config(origin.config, config, skeleton.spec, keep), source)
+    _compare_configs(output, pruned.config, wanted)
+    proof = compare_tensors(expected, kept, origin, output, pruned.tensors)
+    _compare_small_files(output, origin)
+    return proof
+
+
+def _kept_experts(output: Path) -> dict[int, list[int]]:
+    """The kept experts by block, as streamprune.json names them; VerifyError when it does not."""
+    path = output / REPORT_NAME
+    try:
+        layers: Any = read_json(path)["layers"]
+        kept = {layer["index"]: list(layer["kept"]) for layer in layers}
+        if not all(type(number) is int for block, experts in kept.items() for number in (block, *experts)):
+            raise ValueError("something else than numbers")
+        return kept
+    except CheckpointError as error:
+        raise VerifyError(f"{error} Without it nobody knows which experts were kept.") from None
+    except (KeyError, TypeError, ValueError):
+        raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
+
+
+def _agree(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> int:
+    if sorted(kept) != sorted(blocks):
+        raise VerifyError(
+            f"{output / REPORT_NAME} names experts for blocks {_few(sorted(kept))}, but the source has them in "
+            f"{_few(sorted(blocks))}. Is it another model's?"
+        )
+    numbers = {len(experts) for experts in kept.values()}
+    if len(numbers) != 1:
+        raise VerifyError(f"{output / REPORT_NAME} keeps different numbers of experts: {_few(sorted(numbers))}.")
+    for block, experts in kept.items():
+        if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
+            raise VerifyError(f"{output / REPORT_NAME}: the experts kept in block {block} are no ascending numbers.")
+    return numbers.pop()
+
+
+def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key in sorted(found.keys() | wanted.keys()):
+        ours, theirs = (show(config[key]) if key in config else "missing" for config in (found, wanted))
+        if ours != theirs or found.get(key) != wanted.get(key):
+            raise VerifyError(
+                f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}."
+            )
+
+
+def _compare_small_files(output: Path, source: Checkpoint) -> None:
+    for relative in source.small_files():
+        ours = output / relative
+        if not ours.is_file() or any(a != b for a, b in _portions(ours, source.folder / relative)):
+            raise VerifyError(f"{ours} is not the same as {source.folder / relative}.")
+
+
+def _portions(one: Path, other: Path, size: int = 1 << 20) -> Iterator[tuple[bytes, bytes]]:
+    with one.open("rb") as a, other.open("rb") as b:
+        while True:
+            pair = a.read(size), b.read(size)
+            if pair == (b"", b""):
+                return
+            yield pair
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")

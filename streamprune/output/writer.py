@@ -1,0 +1,213 @@
+"""Writing the output: shard after shard into a work folder beside it, which becomes the output when all is there."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import CheckpointError, OutputError, VerifyError
+from streamprune.output.compare import Proof, compare_tensors
+from streamprune.output.plan import PrunePlan, ShardPlan
+from streamprune.settings import RunSettings
+from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
+from streamprune.work.disk_errors import reading, writing
+from streamprune.work.durable import reached, stream_whole, sync_file, sync_folder, write_whole
+from streamprune.work.folder import REPLACED_NAME, FinishedShard, WorkFolder
+
+REPORT_NAME = "streamprune.json"
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise OutputError unless `output` may be created (or replaced, with `overwrite`)."""
+    if output.name in {"", ".."}:
+        raise OutputError(f"{output} cannot be the output: it must be a folder with a name. Choose another with -o.")
+    if os.path.ismount(output):
+        raise OutputError(f"{output} is a mount point, which cannot be created in one step. Use -o {output / 'model'}.")
+    target, origin = output.resolve(), source.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise OutputError(f"The output {output} and the model {source} must not be, or contain, one another.")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} exists and is not a folder. Choose another place with -o.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{output} exists and is not empty. Choose another place with -o, or add --overwrite.")
+    if not (output / CONFIG_NAME).exists():
+        raise OutputError(
+            f"{output} holds no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
+        )
+
+
+def put_back(beside: Path, output: Path) -> None:
+    """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
+    if (beside / REPLACED_NAME).exists() and not output.exists():
+        with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
+            (beside / REPLACED_NAME).rename(output)
+
+
+class OutputWriter:
+    """Writes a pruned checkpoint into the work folder, and in `finish` gives it its name.
+
+    Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
+    """
+
+    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: RunSettings, work: WorkFolder) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._output = settings.output
+        self._overwrite = settings.overwrite
+        self._work = work
+        self._staging = work.staging
+        # On the output's disk, wherever the work folder is.
+        self._beside = settings.folder_beside
+        self._replaced = self._beside / REPLACED_NAME
+        with writing(f"Looking at {self._output}", self._output):
+            put_back(self._beside, self._output)
+            # Only now: a run that was killed may have left an output that it moved aside.
+            check_output(self._output, self._checkpoint.folder, self._overwrite)
+            parent = self._output.absolute().parent
+            if os.path.ismount(self._beside) or self._beside.stat().st_dev != parent.stat().st_dev:
+                raise OutputError(
+                    f"{self._beside} is on another disk than {parent}, so that the output cannot get its name from "
+                    "there. Remove it, and say where to work with --work-dir."
+                )
+
+    def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
+        """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
+        with writing(f"Writing to {self._staging}", self._staging):
+            return [self._write_shard(shard, kept) for shard in self._plan.shards if shard.block == block]
+
+    def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
+        header = _encode_header(shard)
+
+        def portions() -> Iterator[bytes]:
+            yield header
+            for tensor in shard.tensors:
+                file, ranges = tensor.ranges(kept)
+                for data in _read_source(self._checkpoint.folder / file, ranges):
+                    reached("portion of a shard")
+                    yield data
+
+        checksum = stream_whole(self._staging / shard.file, portions())
+        return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
+
+    def headers(self) -> dict[str, TensorEntry]:
+        """Every tensor in the files that are written so far, read back from their headers."""
+        files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
+        try:
+            return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
+        except (OSError, CheckpointError) as error:
+            # (Whose advice is about a model that was downloaded.)
+            raise VerifyError(
+                f"What was written to {self._staging} cannot be read back: {error} Check the disk; `streamprune "
+                "resume` writes again what is damaged."
+            ) from error
+
+    def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
+        """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block."""
+        tensors = [tensor for shard in self._plan.shards for tensor in shard.tensors]
+        return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers())
+
+    def finish(self, report: dict[str, Any], card: str) -> None:
+        """Write index, config, report, card and the source's small files, then give the output its name."""
+        with writing(f"Completing {self._output}", self._output):
+            self._write_small_files(report, card)
+            self._check_sizes()
+            for folder in {path.parent for path in self._staging.rglob("*")}:
+                sync_folder(folder)
+            reached("all written")
+            # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
+            check_output(self._output, self._checkpoint.folder, self._overwrite)
+            whole = self._on_the_outputs_disk()
+            self._work.will_be_output(whole)
+            if self._output.is_dir() and any(self._output.iterdir()):
+                # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                self._output.rename(self._replaced)
+                reached("old output moved aside")
+            whole.rename(self._output)
+            reached("output named")
+            sync_folder(self._output.absolute().parent)
+
+    def _on_the_outputs_disk(self) -> Path:
+        """The finished folder where a rename can give it its name: a copy, if the work folder is on another disk."""
+        copy = self._beside / "model"
+        if copy.exists() and copy.samefile(self._staging):
+            return self._staging
+        shutil.rmtree(copy, ignore_errors=True)
+        if _can_rename(self._staging.parent, self._beside):
+            return self._staging
+        shutil.copytree(self._staging, copy)
+        for path in copy.rglob("*"):
+            if path.is_file() and not filecmp.cmp(path, self._staging / path.relative_to(copy), shallow=False):
+                raise OutputError(f"{path} is not what was copied there. Check the disk; what is finished is kept.")
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(copy)
+        return copy
+
+    def _write_small_files(self, report: dict[str, Any], card: str) -> None:
+        weight_map = {tensor.name: shard.file for shard in self._plan.shards for tensor in shard.tensors}
+        index = {"metadata": {"total_size": self._plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        for relative in self._checkpoint.small_files():
+            target = self._staging / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stream_whole(target, _read_source(self._checkpoint.folder / relative))
+        write_whole(self._staging / INDEX_NAME, _to_json(index))
+        write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
+        write_whole(self._staging / REPORT_NAME, _to_json(report))
+        write_whole(self._staging / "README.md", card.encode())
+
+    def _check_sizes(self) -> None:
+        for shard in self._plan.shards:
+            size = (self._staging / shard.file).stat().st_size
+            expected = shard.nbytes + len(_encode_header(shard))
+            if size != expected:
+                raise OutputError(
+                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is "
+                    "written again."
+                )
+
+
+def _read_source(path: Path, ranges: list[tuple[int, int]] | None = None) -> Iterator[bytes]:
+    """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError, whatever is written by it."""
+    with reading(path), path.open("rb") as source:
+        yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)] if ranges is None else ranges)
+
+
+def _can_rename(source: Path, target: Path) -> bool:
+    """Whether a rename can move something from one folder to the other; two mounts of one device would not do."""
+    probe, moved = source / "probe", target / "probe"
+    probe.touch()
+    try:
+        probe.rename(moved)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+        moved.unlink(missing_ok=True)
+    return True
+
+
+def _encode_header(shard: ShardPlan) -> bytes:
+    """The safetensors header of a shard whose tensors follow one another; padded to 8 bytes as the format asks."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in shard.tensors:
+        end = position + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,240 @@
+"""The model's structure on the meta device, and which checkpoint tensor feeds which part of it.
+
+No table of models: the model is built twice with two expert counts, and the parameters whose shape differs are the
+expert-indexed ones; transformers' own weight conversion says which checkpoint tensor feeds which parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.output.surgery import ExpertRows, SourceRole
+from streamprune.source.architecture import expert_candidates, with_expert_count
+from streamprune.source.checkpoint import CONFIG_NAME
+from streamprune.source.config_facts import ExpertSpec
+from streamprune.streaming import dense_experts
+
+#: The signature that experts modules share in transformers; it is what makes them scorable.
+EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
+#: Experts modules with that signature whose own code does not honour it, and why.
+UNSUPPORTED_EXPERTS = {
+    "LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs"
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The parameter or buffer that a checkpoint tensor feeds, and the conversion pattern that matched, if any.
+
+    `also` names the further parameters that one tensor feeds when the conversion splits it.
+    """
+
+    name: str
+    pattern: str | None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and what was found out about it.
+
+    `blocks_path` is the dotted path of the decoder's list of blocks; `experts` maps a block's index to the path,
+    relative to the block, of its experts module; `expert_rows` maps expert-indexed parameters to where in them the
+    experts lie.
+    """
+
+    model: PreTrainedModel
+    spec: ExpertSpec
+    blocks_path: str
+    experts: Mapping[int, str]
+    expert_rows: Mapping[str, ExpertRows]
+
+    @property
+    def block_count(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.blocks_path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def block_of(self, name: str) -> int | None:
+        """The index of the block that a parameter belongs to; None outside the blocks."""
+        match = re.match(re.escape(self.blocks_path) + r"\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
+
+
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model class that transformers gives for text generation, on the meta device, without any weight.
+
+    A multimodal model for which transformers has no text-only class is built whole; its vision tower then simply never
+    gets weights, since text alone does not reach it.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; only decoders can be streamed.")
+    problem: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+            return model.eval()
+        except ValueError as error:
+            problem = problem or error
+        except Exception as error:
+            # The model's own constructor fails on values that its config class let pass.
+            where = f"{config.name_or_path}/{CONFIG_NAME}" if config.name_or_path else f"this {CONFIG_NAME}"
+            raise CheckpointError(
+                f"A {config.model_type} model cannot be built from {where}: {type(error).__name__}: "
+                f"{textwrap.shorten(str(error), 500)}"
+            ) from error
+    raise UnsupportedModelError(
+        f"transformers cannot build a {config.model_type} model for text: {problem}"
+    ) from problem
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model on meta and find its blocks and expert-indexed parameters.
+
+    Raises UnsupportedModelError when there is no MoE block, or its experts have a form that cannot be scored.
+    """
+    model = build_model(config, dtype, trust_remote_code)
+    for spec in expert_candidates(config):
+        # Twice as many: still divisible into the router's groups, and never below its top-k.
+        other = build_model(with_expert_count(config, spec, 2 * spec.count), dtype, trust_remote_code)
+        axes = _expert_rows(model, other, spec)
+        if axes:
+            blocks_path = _find_blocks(model, axes)
+            return Skeleton(model, spec, blocks_path, _find_experts(model, blocks_path, axes), axes)
+    raise UnsupportedModelError(
+        f"{config.model_type} has no Mixture-of-Experts block: no parameter depends on a number of experts in its "
+        "config. There is nothing to prune."
+    )
+
+
+def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[str, ExpertRows]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    others = {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
+    if shapes.keys() != others.keys():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps every expert in a module of its own instead of 3-D parameters, as models "
+            "with custom code do. It cannot be scored here."
+        )
+    axes = {}
+    for name, shape in shapes.items():
+        differing = [axis for axis, size in enumerate(shape) if size != others[name][axis]]
+        if not differing:
+            continue
+        axis = differing[0]
+        stride, rest = divmod(others[name][axis] - shape[axis], spec.count)
+        tail = shape[axis] - stride * spec.count
+        if len(differing) > 1 or rest or stride < 1 or tail < 0:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name} {list(shape)} does not hold its {spec.count} experts one after the "
+                f"other (with {2 * spec.count} experts it is {list(others[name])}), so none can be cut out."
+            )
+        axes[name] = ExpertRows(axis, stride, tail)
+    return axes
+
+
+def _find_blocks(model: nn.Module, names: Iterable[str]) -> str:
+    """The path of the one ModuleList in whose elements all expert-indexed parameters lie."""
+    paths: dict[str, str] = {}
+    for name in names:
+        head = re.match(r"(.*?)\.\d+\.", name)
+        if head is None or not isinstance(model.get_submodule(head.group(1)), nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name} depends on the number of experts, outside blocks."
+            )
+        paths.setdefault(head.group(1), name)
+    if len(paths) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has experts in several lists of blocks ({', '.join(sorted(paths))}); "
+            "only one decoder can be streamed."
+        )
+    return next(iter(paths))
+
+
+def _find_experts(model: nn.Module, blocks_path: str, axes: Mapping[str, ExpertRows]) -> dict[int, str]:
+    experts: dict[int, set[str]] = defaultdict(set)
+    for name in axes:
+        head = re.match(re.escape(blocks_path) + r"\.(\d+)\.", name)
+        assert head is not None  # _find_blocks has seen it
+        block = int(head.group(1))
+        experts[block] |= set()
+        path = name.rpartition(".")[0]
+        while len(path) > len(head.group(0)) - 1:
+            module = model.get_submodule(path)
+            reason = UNSUPPORTED_EXPERTS.get(type(module).__name__)
+            if reason is not None:
+                raise UnsupportedModelError(f"{type(model).__name__} cannot be scored: {reason}.")
+            if _is_experts_module(module):
+                experts[block].add(path.removeprefix(head.group(0)))
+                break
+            path = path.rpartition(".")[0]
+    for block, found in experts.items():
+        if len(found) != 1:
+            kind = type(model.get_submodule(f"{blocks_path}.{block}")).__name__
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: block {block} ({kind}) has {len(found)} modules that take tokens, chosen "
+                "experts and their weights; exactly one can be scored. Its experts work in another way than routing "
+                "tokens to feed-forward networks."
+            )
+    return {block: found.pop() for block, found in sorted(experts.items())}
+
+
+def _is_experts_module(module: nn.Module) -> bool:
+    takes_routing = set(inspect.signature(type(module).forward).parameters) >= EXPERTS_ARGUMENTS
+    return takes_routing or dispatches_experts(module) or type(module).__name__ in dense_experts.CLASSES
+
+
+def dispatches_experts(module: nn.Module) -> bool:
+    """Whether a module runs through transformers' experts interface, so that a registered forward can take over."""
+    # use_experts_implementation() sets this attribute on every module that it wraps.
+    return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
+
+
+def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Target | None]:
+    """For each checkpoint tensor the parameter or buffer that transformers feeds with it; None where it ignores it."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    meta: dict[str, Any] = model.state_dict()
+    prefix = model.base_model_prefix
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    targets: dict[str, Target | None] = {}
+    for name in names:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        if target not in meta and name in meta:
+            # The loader falls back the same way for names that should not have been renamed.
+            target, pattern = rename_source_key(name, [], [], prefix, meta)
+        if target not in meta:
+            targets[name] = None
+            continue
+        outputs = by_pattern[pattern].target_patterns if pattern is not None else [""]
+        also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
+        targets[name] = Target(target, pattern, also)
+    return targets
+
+
+def source_role(target: Target | None, skeleton: Skeleton) -> SourceRole:
+    """What a checkpoint tensor is fed into, as surgery needs to know it."""
+    if target is None:
+        return SourceRole(None, None)
+    rows: ExpertRows | None = skeleton.expert_rows.get(target.name)
+    shape = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape) if rows else ()
+    return SourceRole(skeleton.block_of(target.name), target.name, target.pattern, shape, rows)

@@ -1,0 +1,1 @@
+"""Carrying the calibration tokens through the blocks, and scoring their experts."""

@@ -1,0 +1,211 @@
+"""Sending micro-batches through a block, with states kept between blocks, in whatever memory there turns out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.errors import ResourceError
+from streamprune.machine import format_bytes, free_after_failure, is_out_of_memory
+from streamprune.memory.plan import MemoryPlan
+from streamprune.memory.watch import MemoryWatch
+from streamprune.progress import Progress
+from streamprune.settings import RunSettings
+from streamprune.streaming.states import HiddenStates
+from streamprune.streaming.stream import BatchState
+from streamprune.text.calibration import Calibration
+from streamprune.work.folder import WorkFolder
+from streamprune.work.saved_states import SavedStates
+from streamprune.work.stop import StopRequest
+
+_HOST = torch.device("cpu")
+
+
+class Stopped(Exception):
+    """The user has asked to stop, and a micro-batch has just been finished."""
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Memory ran short in a block with so many sequences of so many tokens at a time; the run went on with `to`."""
+
+    block: int
+    sequences: int
+    tokens: int
+    to: int
+    reason: str
+
+
+class MicroBatches:
+    """The calibration tokens in micro-batches, and their states. Where memory runs out they shrink for good.
+
+    `batch_tokens` are the tokens at a time that are allowed now; `shrinks` is every time that they had to be lowered.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        calibration: Calibration,
+        plan: MemoryPlan,
+        device: torch.device,
+        progress: Progress,
+        folder: Path,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
+        # (A request that has not been made is false, so that `or` would take another one.)
+        self._calibration, self._stop = calibration, StopRequest() if stop is None else stop
+        self.batch_tokens = plan.batch_tokens
+        self.shrinks: list[Shrink] = []
+        self.place = plan.place
+        self.watch = MemoryWatch(settings, device, progress.say)
+        self.sequences = len(calibration.sequences)
+        self._batches = calibration.micro_batches(plan.batch_tokens)
+        home, on_disk = device if plan.place == "device" else _HOST, folder if plan.place == "disk" else None
+        self._states = HiddenStates(len(self._batches), home, on_disk)
+
+    def close(self) -> None:
+        """Free the states."""
+        self._states.close()
+
+    def run(
+        self,
+        block: int,
+        compute: Callable[[int, torch.Tensor, BatchState], BatchState],
+        commit: Callable[[int], None],
+        store: bool,
+        start: int = 0,
+    ) -> None:
+        """Call `compute` with number, token ids (B, L) and state of every micro-batch; with `store` keep its result.
+
+        `commit` follows, with the number of micro-batches that are done, when one has succeeded and nothing of it can
+        fail any more. One that runs out of memory is computed again in halves. The first `start` are done already.
+        Raises ResourceError when a single sequence is too much, and Stopped between two micro-batches when the user
+        asks for it.
+        """
+        number = start
+        while number < len(self._batches):
+            self._split(number)
+            batch = self._batches[number]
+            problem = self._attempt(number, compute, store)
+            if problem is not None:
+                self._after_failure(block, batch, problem)
+                continue
+            number += 1
+            commit(number)
+            self._check_cap(block, batch.shape[1])
+            self._progress.step(len(batch))
+            if self._stop:
+                raise Stopped
+
+    def save(self, work: WorkFolder, facts: dict[str, Any]) -> None:
+        """Save all states in the work folder, with these facts and what `restore` needs beside them."""
+        own = {"sizes": [len(batch) for batch in self._batches], "batch_tokens": self.batch_tokens}
+        work.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
+
+    def restore(self, saved: SavedStates) -> None:
+        """Go on with saved states and the micro-batches in which they were saved."""
+        self._batches = self._calibration.micro_batches_of(saved.facts["sizes"])
+        self.batch_tokens = max(1, min(self.batch_tokens, saved.facts["batch_tokens"]))
+        self._states.resize(len(self._batches))
+        for number in range(len(self._batches)):
+            self._states.store(number, saved.load(number))
+
+    def retreat(self, why: str) -> bool:
+        """Move the states off the card, if their place was left to us and RAM has room. False if nothing was moved."""
+        host = self._plan.room.host
+        movable = self.place == "device" and self._settings.states == "auto" and host is not None
+        if not movable or host is None or self._plan.needs.states > host.nbytes:
+            return False
+        self._states.move(_HOST)
+        self.place = "ram"
+        free_after_failure(self._device)
+        self._progress.say(f"note: {why}; the hidden states move from {self._device} to RAM.")
+        return True
+
+    def advice(self) -> str:
+        """What else the user may lower or raise when memory runs out, as the end of a sentence."""
+        advice = ["fewer --samples"] if self.place != "disk" else []
+        if self.place == "device":
+            advice.append("--states ram")
+        elif self.place == "ram" and self._plan.room.host is None:
+            advice.append("--states disk")
+        if self._settings.vram_gib is not None:
+            advice.append("a larger --vram-gib")
+        if self._settings.ram_gib is not None:
+            advice.append("a larger --ram-gib")
+        if self._device.type == "cuda":
+            advice.append("--device cpu")
+        return ", ".join([*advice, "or a machine with more memory"])
+
+    def _attempt(
+        self, number: int, compute: Callable[[int, torch.Tensor, BatchState], BatchState], store: bool
+    ) -> str | None:
+        """None if a micro-batch succeeded; what the library said if memory ran out, and then nothing of it remains."""
+        try:
+            self._compute(number, compute, store)
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Only here, behind the clause, is the traceback gone that held the tensors of the failed attempt.
+        free_after_failure(self._device)
+        return problem
+
+    def _compute(
+        self, number: int, compute: Callable[[int, torch.Tensor, BatchState], BatchState], store: bool
+    ) -> None:
+        before = self._states.load(number, self._device)
+        after = compute(number, self._batches[number].to(self._device), before)
+        if store:
+            self._states.store(number, after)
+
+    def _split(self, number: int) -> None:
+        """Cut a micro-batch that is larger than what is allowed by now, with its states."""
+        batch = self._batches[number]
+        size = max(1, self.batch_tokens // batch.shape[1])
+        if size < len(batch):
+            parts = torch.split(batch, size)
+            self._states.split(number, batch.shape, [len(part) for part in parts])
+            self._batches[number : number + 1] = parts
+
+    def _after_failure(self, block: int, batch: torch.Tensor, problem: str) -> None:
+        sequences, length = batch.shape
+        if sequences > 1:
+            self._shrink(block, sequences, length, "out of memory")
+        elif not self.retreat(f"out of memory in block {block} with a single sequence"):
+            raise ResourceError(
+                f"Out of memory on {self._device} in block {block}, with a single sequence of {length:,} tokens at a "
+                f"time ({problem}). Use a shorter --seq-len, {self.advice()}.{self.watch.holders()}"
+            )
+
+    def _check_cap(self, block: int, length: int) -> None:
+        excess = self.watch.excess()
+        if excess is None:
+            return
+        sequences = min(self.batch_tokens, max(batch.numel() for batch in self._batches)) // length
+        if sequences > 1:
+            self._shrink(block, sequences, length, excess)
+            return
+        needs = self._plan.needs
+        raise ResourceError(
+            f"{excess}, in block {block} with a single sequence of {length:,} tokens at a time. The largest block has "
+            f"{format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is loaded), the hidden states have "
+            f"{format_bytes(needs.states)} ({self.place}). Use a shorter --seq-len, {self.advice()}."
+        )
+
+    def _shrink(self, block: int, sequences: int, length: int, reason: str) -> None:
+        """From now on at most half as many sequences at a time as these."""
+        shrink = Shrink(block, sequences, length, (sequences + 1) // 2, reason)
+        self.batch_tokens = shrink.to * length
+        self.shrinks.append(shrink)
+        self._progress.log("shrink", asdict(shrink))
+        self._progress.say(
+            f"note: {reason} in block {block} with {sequences} sequences at a time; going on with {shrink.to}."
+            f"{self.watch.holders()}"
+        )

@@ -1,0 +1,203 @@
+"""A block's weights on the device, and freed again: the only place that turns checkpoint tensors into parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel, initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from streamprune.errors import CheckpointError
+from streamprune.machine import says_out_of_memory
+from streamprune.output.surgery import ExpertRows
+from streamprune.source.checkpoint import Checkpoint
+from streamprune.source.skeleton import Skeleton, Target
+
+
+class BlockLoader:
+    """Loads blocks of a checkpoint into the skeleton's own modules, through transformers' weight conversion.
+
+    Peak memory of a load: the block's weights, plus those of its largest converted parameter twice while its tensors
+    are joined (one per expert into one for all).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        skeleton: Skeleton,
+        targets: Mapping[str, Target | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._skeleton = skeleton
+        self._model = skeleton.model
+        self.device = device
+        self._config = LoadStateDictConfig(
+            weight_mapping=get_model_conversion_mapping(self._model),
+            dtype=dtype,
+            # Some parameters (router biases) must stay in float32 whatever the dtype.
+            dtype_plan=self._model._get_dtype_plan(dtype),
+            device_map={"": device},
+        )
+        # Checkpoint tensors by block and by the parameter they feed, so that each parameter is converted on its own.
+        self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name, target in targets.items():
+            if target is not None:
+                self._groups[skeleton.block_of(target.name)][target.name].append(name)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights on the device; they are freed on exit."""
+        module = self._skeleton.blocks[index]
+        try:
+            self._load(self._groups[index])
+            self._materialize_buffers(module, f"{self._skeleton.blocks_path}.{index}")
+            missing = [name for name, tensor in _tensors(module) if tensor.is_meta]
+            if missing:
+                raise CheckpointError(
+                    f"Block {index} lacks {len(missing)} of its tensors, first {missing[0]}. Complete the download."
+                )
+            yield module
+        finally:
+            module.to("meta")
+
+    @contextmanager
+    def pruned_block(self, index: int, block: nn.Module, twin: nn.Module, kept: Sequence[int]) -> Iterator[nn.Module]:
+        """The loaded block `index` with only the experts `kept`, as `twin`: that block of the pruned model on meta.
+
+        Unsliced weights are shared with `block`; the sliced ones take keep/count of the experts' memory on top.
+        """
+        prefix = f"{self._skeleton.blocks_path}.{index}."
+        try:
+            for name, tensor in _tensors(block):
+                rows = self._skeleton.expert_rows.get(prefix + name)
+                if rows is not None:
+                    tensor = tensor.index_select(
+                        rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device)
+                    )
+                owner = twin.get_submodule(name.rpartition(".")[0])
+                leaf = name.rpartition(".")[2]
+                if leaf in owner._parameters:
+                    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    owner._buffers[leaf] = tensor
+            yield twin
+        finally:
+            twin.to("meta")
+
+    def load_surroundings(self, head: bool) -> None:
+        """Load what lies around the blocks: embeddings and norms of the decoder, and the output head if asked for.
+
+        Vision towers and other parts that text alone does not reach stay without weights.
+        """
+        decoder = self._skeleton.blocks_path.rpartition(".")[0] + "."
+        inputs = {id(tensor) for _, tensor in _tensors(self._model.get_input_embeddings())}
+        outputs = self._model.get_output_embeddings()
+        head_ids = {id(tensor) for _, tensor in _tensors(outputs)} if outputs is not None else set()
+        parameters = dict(_tensors(self._model))
+        wanted = {}
+        for parameter, names in self._groups[None].items():
+            tensor_id = id(parameters.get(parameter))
+            if tensor_id in head_ids and tensor_id not in inputs and not head:
+                continue
+            if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
+                wanted[parameter] = names
+        self._load(wanted)
+        # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
+        missing = {name for name, tensor in _tensors(self._model) if tensor.is_meta}
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        with _without_blocks(self._skeleton):
+            self._materialize_buffers(self._model, "")
+
+    def _load(self, groups: Mapping[str, list[str]]) -> None:
+        singles = [names[0] for names in groups.values() if len(names) == 1]
+        joined = [names for names in groups.values() if len(names) > 1]
+        for names in ([singles] if singles else []) + joined:
+            with ExitStack() as stack:
+                self._convert(names, stack)
+
+    def _convert(self, names: list[str], stack: ExitStack) -> None:
+        opened: dict[str, Any] = {}
+        tensors = {}
+        for name in names:
+            file = self._checkpoint.tensors[name].file
+            if file not in opened:
+                path = self._checkpoint.folder / file
+                try:
+                    # Read, not mapped: a mapping's pages would count as ours and grow with every block.
+                    opened[file] = stack.enter_context(safe_open(path, "pt", device="cpu", backend="pread"))
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(
+                        f"{path} can no longer be read: {error}. Was it moved or changed during the run? Run again."
+                    ) from None
+            tensors[name] = opened[file].get_slice(name)
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Reading {', '.join(sorted(opened))} failed: {error}. Check the disk, then run again."
+            ) from None
+        problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
+        # transformers catches whatever goes wrong while it converts, and keeps the text.
+        for line in "\n".join(map(str, problems)).splitlines():
+            if says_out_of_memory(line):
+                raise MemoryError(line)
+        if problems:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: {len(problems)} tensors do not fit the model that config.json describes, "
+                f"first: {problems[0]}"
+            )
+
+    def _materialize_buffers(self, root: nn.Module, root_path: str) -> None:
+        """Make the buffers that are in no checkpoint (rotary frequencies, masks) the way from_pretrained makes them."""
+        for path, module in root.named_modules(prefix=root_path):
+            names = [
+                name
+                for name, buffer in module._buffers.items()
+                if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
+            ]
+            if not names:
+                continue
+            for name in names:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            with initialization.guard_torch_init_functions(), torch.no_grad():
+                self._owner(path)._init_weights(module)
+
+    def _owner(self, path: str) -> PreTrainedModel:
+        """The innermost PreTrainedModel around the module at `path`: its `_init_weights` is the one that counts."""
+        owner = self._model
+        for length in range(1, path.count(".") + 2):
+            module = self._model.get_submodule(".".join(path.split(".")[:length]))
+            if isinstance(module, PreTrainedModel):
+                owner = module
+        return owner
+
+
+def _row_numbers(rows: ExpertRows, kept: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
+    numbers = [expert * rows.stride + row for expert in kept for row in range(rows.stride)]
+    return torch.tensor([*numbers, *range(size - rows.tail, size)], device=device)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def _without_blocks(skeleton: Skeleton) -> Iterator[None]:
+    owner_path, _, attribute = skeleton.blocks_path.rpartition(".")
+    owner, blocks = skeleton.model.get_submodule(owner_path), skeleton.blocks
+    setattr(owner, attribute, nn.ModuleList())
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, blocks)

@@ -1,0 +1,263 @@
+"""Carrying the calibration tokens through the blocks, and scoring the blocks that have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
+from streamprune.machine import free_after_failure, is_out_of_memory, release_freed_memory
+from streamprune.memory.plan import MemoryPlan
+from streamprune.output.allocation import keep_highest
+from streamprune.prepare import Prepared
+from streamprune.progress import Progress
+from streamprune.settings import RunSettings
+from streamprune.streaming.batches import MicroBatches, Shrink
+from streamprune.streaming.blocks import BlockLoader
+from streamprune.streaming.saliency import ExpertsTap, ExpertStatistics, tap_experts
+from streamprune.streaming.states import non_finite_tokens
+from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.text.calibration import Calibration
+from streamprune.work.folder import WorkFolder
+from streamprune.work.journal import is_count
+from streamprune.work.saved_states import SavedStates
+from streamprune.work.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The scores of one MoE block: `scores` and `counts` over all source experts, `kept` the numbers that stay."""
+
+    index: int
+    kept: tuple[int, ...]
+    scores: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass
+class _Point:
+    """How far the block in work is: micro-batches done of pass 0 (the original block) or 1 (the pruned one).
+
+    `total` are the sums over the micro-batches of pass 0 that are done.
+    """
+
+    block: int
+    passing: int = 0
+    done: int = 0
+    total: ExpertStatistics | None = None
+
+
+class BlockScorer:
+    """Scores a prepared model's blocks one after the other, each exactly once, from the first or from saved states.
+
+    Peak memory: a block's weights (see `BlockLoader`), the embeddings, one micro-batch's workspace, and the hidden
+    states of all calibration tokens where the plan puts them (on disk: in `folder`). Use as a context manager: entering
+    loads the embeddings, leaving frees the hidden states.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        prepared: Prepared,
+        calibration: Calibration,
+        plan: MemoryPlan,
+        device: torch.device,
+        progress: Progress,
+        folder: Path,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self._settings, self._prepared, self._device, self._progress = settings, prepared, device, progress
+        skeleton = prepared.skeleton
+        self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device)
+        self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
+        self._stream = BlockStream(skeleton)
+        self._batches = MicroBatches(settings, calibration, plan, device, progress, folder, stop)
+        self._point = _Point(0)
+
+    def __enter__(self) -> BlockScorer:
+        try:
+            with ExitStack() as stack:
+                self._enter(stack, self._surroundings, "the embeddings")
+        except BaseException:
+            self._batches.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._batches.close()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per micro-batch at most, by now."""
+        return self._batches.batch_tokens
+
+    @property
+    def shrinks(self) -> list[Shrink]:
+        """Every time that memory ran short and the micro-batches shrank."""
+        return self._batches.shrinks
+
+    @property
+    def states_place(self) -> str:
+        """Where the hidden states lie by now: "device", "ram" or "disk"."""
+        return self._batches.place
+
+    def score_block(self, index: int) -> LayerResult | None:
+        """Run block `index` on all micro-batches; its scores and kept experts, or None if it has no experts.
+
+        Goes on within the block where it was saved there. Raises Stopped between two micro-batches.
+        """
+        tap = self._taps.get(index)
+        passes = 2 if tap is not None and self._settings.propagate == "pruned" else 1
+        point = self._start(index, passes)
+        with self._loaded(index) as (stack, block):
+            if tap is None:
+                self._pass(block, store=True)
+                layer = None
+            else:
+                layer = self._score(block, tap, store=passes == 1)
+                if passes == 2:
+                    if point.passing == 0:
+                        point.passing, point.done = 1, 0
+                    self._pass(self._enter_pruned(stack, index, block, layer.kept), store=True)
+        self._point = _Point(index + 1)
+        return layer
+
+    def replay_block(self, index: int, kept: Sequence[int]) -> None:
+        """Carry the hidden states through a block whose experts `kept` are known, without scoring it again."""
+        pruned = index in self._taps and self._settings.propagate == "pruned"
+        point = self._start(index, 1)
+        if point.passing == 0 and pruned:
+            # Saved within the scoring pass, which leaves the states as they are.
+            point.passing, point.done = 1, 0
+        with self._loaded(index) as (stack, block):
+            self._pass(self._enter_pruned(stack, index, block, kept) if pruned else block, store=True)
+        self._point = _Point(index + 1)
+
+    def save(self, work: WorkFolder) -> None:
+        """Save the hidden states, and how far the block in work is."""
+        point = self._point
+        self._batches.save(
+            work,
+            {
+                "block": point.block,
+                "pass": point.passing,
+                "done": point.done,
+                "statistics": point.total.as_json() if point.total is not None else None,
+            },
+        )
+
+    def restore(self, saved: SavedStates) -> int:
+        """Go on where states were saved; returns the block.
+
+        Raises ValueError, KeyError or TypeError for facts that are not of this run.
+        """
+        facts = saved.facts
+        point = _Point(facts["block"], facts["pass"], facts["done"])
+        numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
+        if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
+            raise ValueError("facts that no run has")
+        if facts["statistics"] is not None:
+            point.total = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+            point.total.set_json(facts["statistics"])
+        self._batches.restore(saved)
+        self._point = point
+        return point.block
+
+    def _start(self, index: int, passes: int) -> _Point:
+        if self._point.block != index:
+            self._point = _Point(index)
+        self._progress.start_block(index, passes * self._batches.sequences)
+        return self._point
+
+    @contextmanager
+    def _loaded(self, index: int) -> Iterator[tuple[ExitStack, nn.Module]]:
+        with ExitStack() as stack:
+            yield stack, self._enter(stack, lambda: self._loader.block(index), f"the weights of block {index}")
+        release_freed_memory()
+        self._batches.watch.between_blocks()
+
+    def _enter_pruned(self, stack: ExitStack, index: int, block: nn.Module, kept: Sequence[int]) -> nn.Module:
+        twin = self._prepared.pruned.get_submodule(f"{self._prepared.skeleton.blocks_path}.{index}")
+        return self._enter(
+            stack,
+            lambda: self._loader.pruned_block(index, block, twin, kept),
+            f"a copy of block {index} with the experts that stay",
+        )
+
+    def _score(self, block: nn.Module, tap: ExpertsTap, store: bool) -> LayerResult:
+        point = self._point
+        if point.total is None:
+            point.total = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+        if point.passing == 0:
+            try:
+                self._pass(block, store, tap)
+            finally:
+                tap.statistics = None
+        return self._decide(point.block, point.total)
+
+    def _pass(self, block: nn.Module, store: bool, tap: ExpertsTap | None = None) -> None:
+        """Send the micro-batches that are left through a block; what `tap` hears is added to the point's total."""
+        point = self._point
+
+        def compute(number: int, ids: torch.Tensor, state: BatchState) -> BatchState:
+            if tap is not None:
+                # Collected apart for every attempt: one that runs out of memory later must not be counted.
+                tap.statistics = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+            state = self._stream.run_block(point.block, block, ids, state)
+            self._check_finite(point.block, number, ids, state)
+            return state
+
+        def commit(done: int) -> None:
+            if tap is not None and tap.statistics is not None and point.total is not None:
+                point.total.merge(tap.statistics)
+            point.done = done
+
+        self._batches.run(point.block, compute, commit, store, point.done)
+
+    def _decide(self, index: int, statistics: ExpertStatistics) -> LayerResult:
+        counts = tuple(int(count) for count in statistics.counts.cpu())
+        if not any(counts):
+            raise UnsupportedModelError(
+                f"Block {index} has experts, but its forward bypassed them, so they cannot be scored. "
+                "Please report this model."
+            )
+        scores = tuple(float(score) for score in statistics.reap())
+        plan = self._prepared.plan
+        return LayerResult(index, keep_highest(scores, plan.keep, plan.spec.groups), scores, counts)
+
+    def _check_finite(self, index: int, number: int, batch: torch.Tensor, state: BatchState) -> None:
+        bad = non_finite_tokens(state)
+        if bad:
+            raise NonFiniteError(
+                f"Block {index}, batch {number}: {bad} of {batch.numel()} tokens have NaN or infinite states, "
+                f"so no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, "
+                "and check that the model itself works."
+            )
+
+    def _surroundings(self) -> AbstractContextManager[nn.Module]:
+        self._loader.load_surroundings(head=False)
+        return nullcontext(self._prepared.skeleton.model)
+
+    def _enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[nn.Module]], what: str) -> nn.Module:
+        """Load weights for as long as `stack` lasts, also where hidden states must first make room for them."""
+        while True:
+            try:
+                return stack.enter_context(load())
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            free_after_failure(self._device)
+            if not self._batches.retreat(f"out of memory while loading {what}"):
+                raise ResourceError(
+                    f"Out of memory on {self._device} while loading {what} ({problem}). Use {self._batches.advice()}."
+                    f"{self._batches.watch.holders()}"
+                )

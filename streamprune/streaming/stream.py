@@ -1,0 +1,156 @@
+"""The model's own forward, one block at a time.
+
+For block i the forward is entered anew: the blocks before i are stand-ins that return the stored output of block i-1,
+the stand-in for block i runs the real one and leaves the forward. So masks, positions, per-layer extras and the head
+are the model's own, and nothing but the blocks' outputs is kept between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from streamprune.errors import UnsupportedModelError
+from streamprune.source.skeleton import Skeleton
+
+
+@dataclass
+class BatchState:
+    """What one micro-batch carries from block to block.
+
+    `output` is what the last block returned, in the model's own structure: usually hidden states (B, L, H).
+    `carried` is what blocks left behind for later ones in a mapping they share (keys and values, in models whose
+    layers share them), by the name of the argument.
+    """
+
+    output: Any = None
+    carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> BatchState:
+        """A copy on `device`; tensors that are there already are shared."""
+        return BatchState(_to(self.output, device), _to(self.carried, device))
+
+
+class BlockStream:
+    """Runs one block of a skeleton on one micro-batch within the model's own forward."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self._cursor = _Cursor()
+        self._stand_ins = nn.ModuleList(
+            _StandIn(block, index, self._cursor) for index, block in enumerate(skeleton.blocks)
+        )
+
+    @torch.no_grad()
+    def run_block(self, index: int, block: nn.Module, input_ids: torch.Tensor, state: BatchState) -> BatchState:
+        """The state after block `index`, from token ids (B, L) and the state after the block before it.
+
+        `block` is the loaded module to run in that place. `state` itself is not changed.
+        """
+        cursor = self._cursor
+        cursor.index, cursor.block, cursor.state, cursor.result = index, block, state, None
+        cursor.versions = _versions(state)
+        try:
+            with self._in_place():
+                self._skeleton.model(input_ids=input_ids, use_cache=False)
+        except _Reached:
+            assert cursor.result is not None
+            return cursor.result
+        finally:
+            cursor.block = cursor.state = cursor.result = None
+        raise UnsupportedModelError(f"{type(self._skeleton.model).__name__}: its forward never reached block {index}.")
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor, state: BatchState) -> torch.Tensor:
+        """The logits (B, L, V) from the state after the last block; needs the head's weights."""
+        cursor = self._cursor
+        cursor.index, cursor.state, cursor.versions = len(self._stand_ins), state, _versions(state)
+        try:
+            with self._in_place():
+                output = self._skeleton.model(input_ids=input_ids, use_cache=False)
+        finally:
+            cursor.state = None
+        logits: torch.Tensor = output.logits
+        return logits
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        path, _, attribute = self._skeleton.blocks_path.rpartition(".")
+        owner, blocks = self._skeleton.model.get_submodule(path), self._skeleton.blocks
+        setattr(owner, attribute, self._stand_ins)
+        try:
+            yield
+        finally:
+            setattr(owner, attribute, blocks)
+
+
+class _Reached(Exception):
+    """Leaves the model's forward once the block that was asked for has run."""
+
+
+@dataclass
+class _Cursor:
+    index: int = 0
+    block: nn.Module | None = None
+    state: BatchState | None = None
+    result: BatchState | None = None
+    versions: list[int] = field(default_factory=list)
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; whatever the forward reads from it (layer types, flags) comes from the real one."""
+
+    def __init__(self, block: nn.Module, index: int, cursor: _Cursor) -> None:
+        super().__init__()
+        # Past nn.Module's registration: the block must not become our child, nor be found twice.
+        object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_cursor", cursor)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cursor: _Cursor = self.__dict__["_cursor"]
+        index: int = self.__dict__["_index"]
+        state = cursor.state
+        assert state is not None
+        if index < cursor.index:
+            return state.output
+        assert cursor.block is not None
+        if _versions(state) != cursor.versions:
+            raise UnsupportedModelError(
+                f"The model changes hidden states in place between its blocks (before block {index}), so that its "
+                "forward cannot be entered block by block. Please report this model."
+            )
+        shared = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+        before = {}
+        for name, mapping in shared.items():
+            mapping.update(state.carried.get(name, {}))
+            before[name] = dict(mapping)
+        output = cursor.block(*args, **kwargs)
+        carried = {name: dict(values) for name, values in state.carried.items()}
+        for name, mapping in shared.items():
+            for key, value in mapping.items():
+                if key not in before[name] or before[name][key] is not value:
+                    carried.setdefault(name, {})[key] = value
+        cursor.result = BatchState(output, carried)
+        raise _Reached
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda item: item.to(device) if isinstance(item, torch.Tensor) else item, value)
+
+
+def _versions(state: BatchState) -> list[int]:
+    """Counters that change when somebody writes into the state's tensors."""
+    return [leaf._version for leaf in pytree.tree_leaves(state.output) if isinstance(leaf, torch.Tensor)]

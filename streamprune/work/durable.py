@@ -1,0 +1,97 @@
+"""Files that survive a crash: written aside, flushed to the disk, and only then given their name.
+
+After a power cut a file written like this is either the old one or the new one, whole (fsync(2), rename(2)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from streamprune.source.shard import parse_json
+
+#: What is being written, until it has its name. Left behind only by a crash, and then of no use.
+PARTIAL = ".partial"
+
+
+def reached(point: str) -> None:
+    """Does nothing: tools/kill puts its own function here, to end the process at a named instant."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by a file with these contents, or leave the old one. Raises OSError."""
+    stream_whole(path, [data])
+
+
+def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
+    """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex."""
+    partial = path.with_name(path.name + PARTIAL)
+    digest = hashlib.sha256()
+    with partial.open("wb") as stream:
+        for portion in portions:
+            stream.write(portion)
+            digest.update(portion)
+        reached(f"{path.name}: written")
+        stream.flush()
+        os.fsync(stream.fileno())
+    reached(f"{path.name}: flushed")
+    partial.rename(path)
+    reached(f"{path.name}: renamed")
+    sync_folder(path.parent)
+    reached(f"{path.name}: durable")
+    return digest.hexdigest()
+
+
+def write_record(path: Path, body: Any) -> str:
+    """Replace `path` by a JSON file with `body` and its checksum; returns the checksum."""
+    text = json.dumps(body, ensure_ascii=False)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(path, f'{{"sha256": "{checksum}", "body": {text}}}\n'.encode())
+    return checksum
+
+
+def read_record(path: Path, limit: int = 2**30) -> Any:
+    """The body of a file that `write_record` wrote; None if it is missing, damaged or larger than `limit` bytes."""
+    try:
+        facts = path.stat()
+        # To read a pipe would be to wait for ever.
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+            return None
+        record = parse_json(path.read_bytes())
+        if not isinstance(record, dict) or set(record) != {"sha256", "body"}:
+            return None
+        text = json.dumps(record["body"], ensure_ascii=False)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record["body"] if hashlib.sha256(text.encode()).hexdigest() == record["sha256"] else None
+
+
+def checksum_of(path: Path) -> str | None:
+    """The SHA-256 of a file in hex; None if it cannot be read, or is no regular file."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that something else wrote."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,186 @@
+"""Whether an interrupted run may be taken up: everything that decides the result must be as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import safetensors
+import torch
+import transformers
+
+from streamprune import __version__
+from streamprune.errors import ResumeError, SettingsError
+from streamprune.prepare import Prepared
+from streamprune.settings import RunSettings
+from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint
+from streamprune.source.shard import show
+from streamprune.text.calibration import Calibration, fingerprint_of
+from streamprune.work.disk_errors import reading
+from streamprune.work.journal import RUN_FORMAT
+
+#: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
+#: budget by the number of experts that it gave).
+FREE_SETTINGS = {
+    "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
+    "checkpoint_every", "from_layer", "verify", "calibration", "budget_gib", "gpu", "keep", "ratio", "context", "batch",
+    "kv_dtype",
+}  # fmt: skip
+
+
+def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> dict[str, Any]:
+    """All that decides the result of a run, as JSON, and the command that began it."""
+    with reading(prepared.checkpoint.folder):
+        source = prepared.checkpoint.fingerprint()
+    return {
+        "format": RUN_FORMAT,
+        "command": command_of(settings),
+        "settings": {name: value for name, value in command_of(settings).items() if name not in FREE_SETTINGS}
+        | {"experts kept": prepared.plan.keep, "computed in": str(prepared.dtype)},
+        "source": source,
+        "files": file_states(prepared.checkpoint),
+        "calibration": {
+            "fingerprint": calibration.fingerprint,
+            "sequences": len(calibration.sequences),
+            "tokens": calibration.tokens,
+            "sources": list(calibration.sources),
+            "notes": list(calibration.notes),
+        },
+        "versions": versions(),
+        "blocks": prepared.plan.block_count,
+        "budget_bytes": prepared.decision.budget.nbytes if prepared.decision.budget else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of all that may change the digits of a result."""
+    return {
+        "streamprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def command_of(settings: RunSettings) -> dict[str, Any]:
+    """The settings as JSON, with paths that mean the same from any folder."""
+    command = {
+        name: str(value.absolute()) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
+    model = Path(settings.model).expanduser()
+    if model.is_dir():
+        command["model"] = str(model.absolute())
+    files = [Path(source).expanduser() for source in settings.calibration]
+    command["calibration"] = [
+        str(path.absolute()) if path.exists() else source
+        for path, source in zip(files, settings.calibration, strict=True)
+    ]
+    return command
+
+
+def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size and time of change (ns) of every file of the model that goes into the result, tokenizer files included."""
+    states = {}
+    for file in (*checkpoint.files, CONFIG_NAME, *map(str, checkpoint.small_files())):
+        with reading(checkpoint.folder / file):
+            facts = (checkpoint.folder / file).stat()
+        states[file] = [facts.st_size, facts.st_mtime_ns]
+    return states
+
+
+def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:
+    """The settings of a recorded run, to go on with it in `work`. Raises ResumeError if they make no sense."""
+    try:
+        command = dict(run["command"])
+        for name in ("output", "work_dir"):
+            command[name] = Path(command[name]) if command[name] is not None else None
+        command["calibration"] = tuple(command["calibration"])
+        # A budget counts as it was then: what is free on a card changes.
+        if run["budget_bytes"] is not None:
+            command |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
+        _check_types(command)
+        return RunSettings(**command | {"resume": "required", "from_layer": None})
+    except (ArithmeticError, KeyError, TypeError, ValueError, SettingsError) as error:
+        raise ResumeError(
+            f"{work} was recorded by another version of streamprune, or was changed ({error!r}). Begin anew with "
+            "--resume never."
+        ) from None
+
+
+def _check_types(command: Mapping[str, Any]) -> None:
+    """Raise TypeError unless every setting is of the type that RunSettings declares: it does not look itself."""
+    for name, hint in get_type_hints(RunSettings).items():
+        if name in command and not _is_of(command[name], hint):
+            raise TypeError(f"{name} is {show(command[name])}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if hint is Path:
+        return isinstance(value, Path) and "\0" not in str(value)
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
+    """The recorded calibration. Raises ResumeError unless it is the one that the run began with."""
+    recorded = run["calibration"]
+    sound = bool(tokens) and all(
+        isinstance(sequence, list)
+        and sequence
+        and all(type(token) is int and 0 <= token < vocab_size for token in sequence)
+        for sequence in tokens
+    )
+    sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
+    if not sound or fingerprint_of(sequences) != recorded["fingerprint"]:
+        raise ResumeError(f"The calibration tokens in {work} are not those that the run began with. Was it changed?")
+    return Calibration(sequences, tuple(recorded["sources"]), recorded["fingerprint"], tuple(recorded["notes"]))
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:
+    """Raise ResumeError, naming every difference, unless the run recorded `before` may go on as `now`."""
+    found = list(_differences(before, now))
+    if found:
+        raise ResumeError(
+            f"The run in {work} cannot be taken up, because it would not give the same result:\n"
+            + "\n".join(f"  {line}" for line in found)
+            + "\nUndo the changes, or give up what is done and begin anew with --resume never."
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("format") != now["format"]:
+        yield f"it was recorded in format {before.get('format')}; this version writes {now['format']}"
+        return
+    for part in ("settings", "versions"):
+        for name in sorted(before[part].keys() | now[part].keys()):
+            old, new = before[part].get(name), now[part].get(name)
+            if old != new:
+                yield f"{name.replace('_', '-')}: {_show(old)} then, {_show(new)} now"
+    for file in sorted(before["files"].keys() | now["files"].keys()):
+        old, new = before["files"].get(file), now["files"].get(file)
+        if old != new:
+            yield f"model file {file}: {_file(old)} then, {_file(new)} now"
+    if before["source"] != now["source"] and before["files"] == now["files"]:
+        yield "the model's contents: another fingerprint, though its files have the same sizes and times"
+    old, new = before["calibration"], now["calibration"]
+    if old["fingerprint"] != new["fingerprint"]:
+        yield f"calibration: {old['tokens']:,} tokens then, {new['tokens']:,} now, and not the same ones"
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else value if isinstance(value, str) and len(value) < 200 else show(value)
+
+
+def _file(state: list[int] | None) -> str:
+    return "missing" if state is None else f"{state[0]:,} bytes, changed at {state[1] / 1e9:.3f}"
