@@ -60,6 +60,8 @@ class Sitting:
                     self._finish(block, device)
                 elif unscored and start <= block < unscored[-1]:
                     self._replay(block)
+                # A block has taken the restored states: whatever goes wrong from here on has another cause.
+                self._restored = self._restored and block < start
         except Stopped:
             self._save_and_leave()
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
