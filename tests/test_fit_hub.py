@@ -105,6 +105,21 @@ def test_only_headers_are_transferred(
     assert answer == local(files, tmp_path / "local")
 
 
+@pytest.mark.parametrize("goal", [["--keep", "4"], ["--budget-gib", "0.5"]], ids=["keep", "budget"])
+def test_a_dry_run_downloads_no_weights(goal: list[str], sharded: Files, server: HubServer, tmp_path: Path) -> None:
+    server.add("org/model", sharded)
+    out = ["-o", str(tmp_path / "out"), "--context", "128", "--dry-run", "--json"]
+    result = CliRunner().invoke(main, ["run", "org/model", *goal, *out])
+    # Nothing fits half a GiB, of which the CUDA context takes all: also that is known from the headers alone.
+    assert result.exit_code == (0 if goal[0] == "--keep" else 3), result.output
+    if goal[0] == "--keep":
+        assert json.loads(result.stdout)["experts_per_layer"] == 4
+    weights = {name for name in sharded if name.startswith("model") and name.endswith(".safetensors")}
+    assert weight_bytes_sent(server).keys() == weights
+    assert cached(tmp_path) == {"config.json", INDEX_NAME}
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_that_names_do_not_tell(server: HubServer, tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.id == "granitemoe")
     files = files_of(tmp_path / "source", family, max_shard_size="2MB")
