@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from streamprune.decision import Decision, decide, with_footprint
 from streamprune.errors import CheckpointError
 from streamprune.output.plan import PrunePlan, plan_shards
-from streamprune.output.surgery import next_token_prediction, output_tensors
+from streamprune.output.survey import survey
 from streamprune.settings import RunSettings
-from streamprune.source.architecture import config_from_dict, drop_missing_code, mtp_layers, rewrite_config
+from streamprune.source.architecture import config_from_dict, drop_missing_code, rewrite_config
 from streamprune.source.checkpoint import Checkpoint, open_checkpoint
 from streamprune.source.hub import resolve_model
 from streamprune.source.integrity import check_fit, check_pruned
@@ -24,7 +24,6 @@ from streamprune.source.skeleton import (
     build_model,
     build_skeleton,
     map_checkpoint,
-    source_role,
 )
 from streamprune.text.calibration import Calibration, load_calibration
 
@@ -82,15 +81,14 @@ def _plan(
     keep: int,
     pruned_config: Mapping[str, Any],
 ) -> PrunePlan:
-    roles = {name: source_role(target, skeleton) for name, target in targets.items()}
-    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(checkpoint.config))
-    tensors = output_tensors(checkpoint.tensors, roles, dropped, skeleton.spec.count, keep)
+    found = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
+    tensors = found.output(skeleton.spec.count, keep)
     return PrunePlan(
         spec=skeleton.spec,
         keep=keep,
         block_count=skeleton.block_count,
         moe_blocks=tuple(skeleton.experts),
-        dropped=tuple(dropped),
+        dropped=found.dropped,
         config=pruned_config,
         shards=plan_shards(tensors, skeleton.block_count, settings.max_shard_bytes),
     )

@@ -174,6 +174,8 @@ def _complete(
 ) -> RunResult:
     """Check what was written, give it its name, and tell the user."""
     if settings.verify:
+        # Of a large model this takes minutes.
+        progress.say("comparing what was written with the source ...")
         proof = writer.verify({layer.index: layer.kept for layer in layers})
         progress.say(
             f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes"

@@ -29,11 +29,13 @@ DEFAULT_SEQ_LEN = 2048
 DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 #: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
 COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
-#: Seconds between two saves of the hidden states. A save takes about as long as one block's tokens do for their way to
-#: the disk; what was computed since the last one is computed again after a kill.
+#: Seconds between two saves of the hidden states. A save writes all of them to the disk; what was computed since the
+#: last one is computed again after a kill.
 DEFAULT_CHECKPOINT_EVERY = 60.0
 #: Tokens per sequence that a model is planned for.
 DEFAULT_CONTEXT = 32768
+#: Tokens of all sequences together that can be planned for: far beyond any card.
+MOST_TOKENS = 2**40
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -57,7 +59,7 @@ class Use:
         for name, value in (("--context", self.context), ("--batch", self.batch)):
             if value < 1:
                 raise SettingsError(f"{name} {value} is too small: at least 1.")
-        if self.context * self.batch > 2**40:
+        if self.context * self.batch > MOST_TOKENS:
             raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
 
 

@@ -15,12 +15,10 @@ from streamprune.fit.kv_cache import CacheSizes
 from streamprune.fit.weights import Weights
 from streamprune.fit.workspace import prefill_workspace_bytes
 from streamprune.output.plan import minimum_keep
-from streamprune.settings import Use
+from streamprune.settings import MOST_TOKENS, Use
 from streamprune.source.config_facts import ExpertSpec, ModelShape
 
 MIB = 1024**2
-#: Tokens of all sequences together, as `Use` allows them.
-MOST_TOKENS = 2**40
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.
 WEIGHTS, KV_CACHE, STATE = "weights: ", "KV cache", "recurrent state"
 #: Tokens of a prompt that are computed at a time: what vLLM and most others begin with.

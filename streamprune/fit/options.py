@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from streamprune.cards.known import GPUS
-from streamprune.fit.estimate import MOST_TOKENS, Fit
+from streamprune.fit.estimate import Fit
 from streamprune.output.plan import minimum_keep
+from streamprune.settings import MOST_TOKENS
 
 #: Shares of experts removed, and contexts, that the table shows.
 RATIOS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75)

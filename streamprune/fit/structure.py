@@ -19,8 +19,8 @@ from streamprune.fit.footprint import max_positions
 from streamprune.fit.kv_cache import CacheSizes
 from streamprune.fit.weight_facts import weights_by_name, weights_by_role
 from streamprune.fit.weights import WeightFact, Weights, category_of
-from streamprune.output.surgery import next_token_prediction, output_tensors
-from streamprune.source.architecture import declared_dtype, load_config, mtp_layers
+from streamprune.output.survey import survey
+from streamprune.source.architecture import declared_dtype, load_config
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import (
     ExpertSpec,
@@ -29,7 +29,7 @@ from streamprune.source.config_facts import (
     states_experts,
     text_part,
 )
-from streamprune.source.skeleton import Skeleton, build_model, build_skeleton, map_checkpoint, source_role
+from streamprune.source.skeleton import Skeleton, build_model, build_skeleton
 
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -123,10 +123,9 @@ def weights_of_checkpoint(
     raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry], count: int | None = None
 ) -> Weights:
     """The weights by what each tensor feeds in the model; `count` experts per block, if not the skeleton's number."""
-    roles = {name: source_role(target, skeleton) for name, target in map_checkpoint(skeleton.model, tensors).items()}
-    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(raw))
+    found = survey(raw, skeleton, tensors)
     count = count or skeleton.spec.count
-    return weights_by_role(tensors, roles, output_tensors(tensors, roles, dropped, count, count), count)
+    return weights_by_role(tensors, found.roles, found.output(count, count), count)
 
 
 def _footprint(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamprune.errors import SettingsError
@@ -84,10 +84,6 @@ class WeightSizes:
         return {name: count for name, count in total.items() if count}
 
     @property
-    def fixed_bytes(self) -> float:
-        return sum(self.fixed.values())
-
-    @property
     def expert_bytes(self) -> float:
         """Bytes of one expert, its router row included, in every block."""
         return sum(self.per_expert.values())
@@ -161,12 +157,3 @@ def category_of(name: str, expert_indexed: bool, block: int | None) -> str:
         if _EMBEDDINGS.search(name):
             return "embeddings"
     return "attention" if _ATTENTION.search(name) and "shared_" not in name else "shared/dense"
-
-
-def as_mtp(facts: Iterable[WeightFact], names: Iterable[str]) -> tuple[WeightFact, ...]:
-    """The facts with the tensors `names` counted as multi-token prediction, which follows no number of experts."""
-    chosen = set(names)
-    return tuple(
-        WeightFact(fact.name, fact.dtype, fact.shape, fact.nbytes, "MTP", fact.block) if fact.name in chosen else fact
-        for fact in facts
-    )

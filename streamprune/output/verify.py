@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import filecmp
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.output.compare import Proof, compare_tensors
-from streamprune.output.surgery import next_token_prediction, output_tensors
+from streamprune.output.survey import survey
 from streamprune.output.writer import REPORT_NAME
-from streamprune.source.architecture import drop_missing_code, load_config, mtp_layers, rewrite_config
+from streamprune.source.architecture import drop_missing_code, load_config, rewrite_config
 from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.source.shard import show
-from streamprune.source.skeleton import build_skeleton, map_checkpoint, source_role
+from streamprune.source.skeleton import build_skeleton
 
 
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
@@ -28,15 +31,9 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
         raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
     kept = _kept_experts(output)
     config = load_config(source, trust_remote_code)
-    import torch
-
     skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
     keep = _agree(output, kept, tuple(skeleton.experts), skeleton.spec.count)
-    roles = {
-        name: source_role(target, skeleton) for name, target in map_checkpoint(skeleton.model, origin.tensors).items()
-    }
-    dropped = next_token_prediction(roles, skeleton.block_count, mtp_layers(origin.config))
-    expected = output_tensors(origin.tensors, roles, dropped, skeleton.spec.count, keep)
+    expected = survey(origin.config, skeleton, origin.tensors).output(skeleton.spec.count, keep)
     wanted = drop_missing_code(rewrite_config(origin.config, config, skeleton.spec, keep), source)
     _compare_configs(output, pruned.config, wanted)
     proof = compare_tensors(expected, kept, origin, output, pruned.tensors)
@@ -86,17 +83,8 @@ def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str
 def _compare_small_files(output: Path, source: Checkpoint) -> None:
     for relative in source.small_files():
         ours = output / relative
-        if not ours.is_file() or any(a != b for a, b in _portions(ours, source.folder / relative)):
+        if not ours.is_file() or not filecmp.cmp(ours, source.folder / relative, shallow=False):
             raise VerifyError(f"{ours} is not the same as {source.folder / relative}.")
-
-
-def _portions(one: Path, other: Path, size: int = 1 << 20) -> Iterator[tuple[bytes, bytes]]:
-    with one.open("rb") as a, other.open("rb") as b:
-        while True:
-            pair = a.read(size), b.read(size)
-            if pair == (b"", b""):
-                return
-            yield pair
 
 
 def _few(numbers: Sequence[int]) -> str:

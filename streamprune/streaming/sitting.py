@@ -111,6 +111,8 @@ class Sitting:
         first = self._settings.from_layer
         if first is not None and first >= self._plan.block_count:
             raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {self._plan.block_count - 1}.")
+        if self._work.has_progress():
+            self._progress.say("resuming: checking what is done ...")
         for block in (None, *range(self._plan.block_count)):
             if first is not None and block is not None and block >= first:
                 self._work.forget_block(block)
