@@ -92,7 +92,7 @@ def test_micro_batches_never_pad(tmp_path: Path) -> None:
     lengths = [5, 7, 5, 5, 7, 100]
     path = write_lines(tmp_path / "ids.jsonl", *({"input_ids": [9] * length} for length in lengths))
     batches = load(tmp_path, path, samples=6).micro_batches(max_tokens=10)
-    assert [tuple(batch.shape) for batch in batches] == [(2, 5), (1, 5), (1, 7), (1, 7), (1, 100)]
+    assert [tuple(batch.ids.shape) for batch in batches] == [(2, 5), (1, 5), (1, 7), (1, 7), (1, 100)]
 
 
 def test_default_sequence_length_follows_the_model(model: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,44 +21,75 @@ from streamprune.text.files import Record, read_source
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Token sequences, each an int64 tensor (L,), in the order in which they are used.
+class MicroBatch:
+    """Sequences that go through a block together: token ids (B, L), int64, all of one source (its index)."""
 
-    `fingerprint` is a SHA-256 over the tokens; `sources` is what the user named; `notes` are remarks for the user.
+    ids: torch.Tensor = field(repr=False)
+    source: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences, each an int64 tensor (L,) of one source.
+
+    `sources` are the unique names of the sources, and `source_of` each sequence's index into them. `fingerprint` is a
+    SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` says as JSON how the tokens
+    were made, with no local folder in it.
     """
 
     sequences: tuple[torch.Tensor, ...] = field(repr=False)
     sources: tuple[str, ...]
+    source_of: tuple[int, ...] = field(repr=False)
     fingerprint: str
     notes: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sequences."""
         return sum(len(sequence) for sequence in self.sequences)
 
-    def micro_batches(self, max_tokens: int) -> list[torch.Tensor]:
-        """Token ids (B, L), sequences of equal length together, at most `max_tokens` per batch (or one sequence)."""
-        batches: list[torch.Tensor] = []
-        by_length = sorted(range(len(self.sequences)), key=lambda index: len(self.sequences[index]))
-        for length, group in itertools.groupby(by_length, key=lambda index: len(self.sequences[index])):
-            members = [self.sequences[index] for index in group]
-            size = max(1, max_tokens // length)
-            batches.extend(torch.stack(members[start : start + size]) for start in range(0, len(members), size))
-        return batches
+    @property
+    def tokens_of(self) -> tuple[int, ...]:
+        """Tokens of each source."""
+        counts = [0] * len(self.sources)
+        for sequence, source in zip(self.sequences, self.source_of, strict=True):
+            counts[source] += len(sequence)
+        return tuple(counts)
 
-    def micro_batches_of(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Token ids (B, L) in the order of `micro_batches`, with these numbers of sequences.
+    def micro_batches(self, max_tokens: int) -> list[MicroBatch]:
+        """Sequences of equal length and source together, at most `max_tokens` per batch (or one sequence).
+
+        They come by length, and for one length by source.
+        """
+        sizes: list[int] = []
+        for (length, _), group in itertools.groupby(self._ordered(), key=self._kind):
+            count, size = len(list(group)), max(1, max_tokens // length)
+            sizes += [min(size, count - start) for start in range(0, count, size)]
+        return self.micro_batches_of(sizes)
+
+    def micro_batches_of(self, sizes: Sequence[int]) -> list[MicroBatch]:
+        """Micro-batches in the order of `micro_batches`, with these numbers of sequences.
 
         Raises ValueError unless they are sizes into which that order can be divided.
         """
-        ordered = sorted(self.sequences, key=len)
+        ordered = self._ordered()
         if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
             raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")
         remaining = iter(ordered)
         parts = [list(itertools.islice(remaining, size)) for size in sizes]
-        if any(len(part[0]) != len(part[-1]) for part in parts):
-            raise ValueError("a micro-batch of sequences of different lengths")
-        return [torch.stack(part) for part in parts]
+        if any(self._kind(part[0]) != self._kind(part[-1]) for part in parts):
+            raise ValueError("a micro-batch of sequences of different lengths or sources")
+        return [
+            MicroBatch(torch.stack([self.sequences[index] for index in part]), self.source_of[part[0]])
+            for part in parts
+        ]
+
+    def _ordered(self) -> list[int]:
+        return sorted(range(len(self.sequences)), key=self._kind)
+
+    def _kind(self, index: int) -> tuple[int, int]:
+        return len(self.sequences[index]), self.source_of[index]
 
 
 def load_calibration(
@@ -86,9 +117,66 @@ def load_calibration(
             f"--seq-len {seq_len} is longer than the {max_positions} positions that the model knows. "
             f"Use --seq-len {max_positions} or less."
         )
-    records = list(itertools.chain.from_iterable(read_source(source, seed, samples * seq_len) for source in sources))
+    names = _unique_names(sources)
+    found = [
+        _sequences_of(source, model_folder, samples, seq_len, seed, vocab_size, max_positions, trust_remote_code)
+        for source in sources
+    ]
+    if not any(found):
+        raise CalibrationError(
+            f"{', '.join(sources)}: the text is shorter than one sequence of {seq_len} tokens. "
+            "Give more text or a smaller --seq-len."
+        )
+    counts = _divided(samples, [len(each) for each in found])
+    sequences = [sequence for each, count in zip(found, counts, strict=True) for sequence in each[:count]]
+    source_of = [source for source, count in enumerate(counts) for _ in range(count)]
+    notes = []
+    if len(sequences) < samples:
+        tokens = sum(len(sequence) for sequence in sequences)
+        notes.append(f"The calibration data gave {len(sequences)} of {samples} sequences ({tokens:,} tokens).")
+    return Calibration(tuple(sequences), names, tuple(source_of), fingerprint_of(sequences, source_of), tuple(notes))
+
+
+def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) -> str:
+    """SHA-256 over token sequences and the sources that they are of, in hex."""
+    digest = hashlib.sha256()
+    for sequence, source in zip(sequences, source_of, strict=True):
+        digest.update(source.to_bytes(8, "little") + len(sequence).to_bytes(8, "little") + sequence.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _unique_names(sources: Sequence[str]) -> tuple[str, ...]:
+    names: list[str] = []
+    for source in sources:
+        stem = Path(source).name or source
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem} ({number})", number + 1
+        names.append(name)
+    return tuple(names)
+
+
+def _divided(wanted: int, available: Sequence[int]) -> list[int]:
+    """Equal parts of `wanted`; where one has fewer, the others fill up."""
+    counts = [0] * len(available)
+    for place, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
+        counts[index] = min(available[index], (wanted - sum(counts)) // (len(available) - place))
+    return counts
+
+
+def _sequences_of(
+    source: str,
+    model_folder: Path,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    vocab_size: int,
+    max_positions: int | None,
+    trust_remote_code: bool,
+) -> list[torch.Tensor]:
+    records = list(read_source(source, seed, samples * seq_len))
     if not records:
-        raise CalibrationError(f"{', '.join(sources)}: there is no text in it. Give files that hold some.")
+        raise CalibrationError(f"{source}: there is no text in it. Give files that hold some.")
     ready = [record for record in records if record.input_ids is not None]
     texts = [record for record in records if record.input_ids is None]
     rng = random.Random(seed)
@@ -96,30 +184,13 @@ def load_calibration(
         ready = [ready[index] for index in sorted(rng.sample(range(len(ready)), samples))]
     rng.shuffle(texts)
     sequences = [_ready_sequence(record, vocab_size, max_positions) for record in ready]
-    notes = []
     if texts and len(sequences) < samples:
         tokenizer = _load_tokenizer(model_folder, trust_remote_code)
         sequences += _pack(
             _tokenize(tokenizer, texts), _beginning_of_text(tokenizer), seq_len, samples - len(sequences)
         )
-        _check_vocabulary(sequences, vocab_size, sources)
-    if not sequences:
-        raise CalibrationError(
-            f"{', '.join(sources)}: the text is shorter than one sequence of {seq_len} tokens. "
-            "Give more text or a smaller --seq-len."
-        )
-    if len(sequences) < samples:
-        tokens = sum(len(sequence) for sequence in sequences)
-        notes.append(f"The calibration data gave {len(sequences)} of {samples} sequences ({tokens:,} tokens).")
-    return Calibration(tuple(sequences), tuple(sources), fingerprint_of(sequences), tuple(notes))
-
-
-def fingerprint_of(sequences: Sequence[torch.Tensor]) -> str:
-    """SHA-256 over token sequences, in hex."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(len(sequence).to_bytes(8, "little") + sequence.numpy().tobytes())
-    return digest.hexdigest()
+        _check_vocabulary(sequences, vocab_size, [source])
+    return sequences
 
 
 def _ready_sequence(record: Record, vocab_size: int, max_positions: int | None) -> torch.Tensor:
