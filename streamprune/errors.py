@@ -29,6 +29,10 @@ class CalibrationError(StreampruneError):
     """The calibration data is missing, malformed or too short."""
 
 
+class ScoresError(StreampruneError):
+    """A file of scores is missing, damaged, of another format, or does not belong to the model."""
+
+
 class ResourceError(StreampruneError):
     """The machine lacks the disk space or memory that the run would need."""
 

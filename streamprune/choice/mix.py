@@ -1,0 +1,73 @@
+"""Mixes: how much each source of the calibration text counts, decided after scoring."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from streamprune.errors import SettingsError
+from streamprune.source.shard import show
+
+#: `name=share`, with commas between. A name may hold commas and equals signs, a share cannot.
+_ENTRY = re.compile(r"(?P<name>[^=]*.*?)=(?P<share>[^=,]*)(?:,|$)", re.DOTALL)
+_LONGEST = 100_000
+_EXAMPLE = "Write for example --mix code=0.5,general=0.5."
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """The shares of tokens that `code=0.7,general=0.3` gives to the sources, as they stand: their sum may be any.
+
+    Raises SettingsError for what is no mix, for shares that are negative or no numbers, and where all are 0.
+    """
+    shares: dict[str, float] = {}
+    position = 0
+    while position < len(text) <= _LONGEST:
+        entry = _ENTRY.match(text, position)
+        if entry is None:
+            break
+        name, share = entry["name"].strip(), _share(entry["share"])
+        if share is None:
+            raise SettingsError(f"--mix: {show(entry[0])} gives no share, a number of at least 0. {_EXAMPLE}")
+        if name in shares:
+            raise SettingsError(f"--mix names {show(name)} twice. {_EXAMPLE}")
+        shares[name] = share
+        position = entry.end()
+    if position < len(text) or not shares or "" in shares:
+        raise SettingsError(f"--mix {show(text)} is no list of sources with their shares. {_EXAMPLE}")
+    if not 0 < sum(shares.values()) < math.inf:
+        raise SettingsError(f"--mix {show(text)}: the shares have the sum {sum(shares.values()):g}. {_EXAMPLE}")
+    return shares
+
+
+def _share(text: str) -> float | None:
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    return share if 0 <= share < math.inf else None
+
+
+def mix_weights(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> tuple[float, ...]:
+    """How often each token of each source counts, so that the sources have the shares of tokens that `mix` states.
+
+    The weight of source s is share_s · T / T_s, with T_s its tokens and T those of all sources: a mix that equals the
+    sources' real shares has weights 1, as has no mix at all. Sources that the mix does not name get 0. Raises
+    SettingsError for names that are no sources.
+    """
+    if mix is None:
+        return (1.0,) * len(sources)
+    shares = parse_mix(mix)
+    known = ", ".join(f"{name} ({count:,} tokens)" for name, count in zip(sources[:20], tokens, strict=False))
+    known += f" and {len(sources) - 20} more" if len(sources) > 20 else ""
+    for name in shares:
+        if name not in sources:
+            raise SettingsError(f"--mix: there is no source {show(name)}. The scores have: {known}.")
+    total, whole = sum(shares.values()), sum(tokens)
+    weights = []
+    for name, count in zip(sources, tokens, strict=True):
+        share = shares.get(name, 0.0)
+        if share and not count:
+            raise SettingsError(f"--mix: source {name} has no tokens to count. The scores have: {known}.")
+        weights.append(share / total * (whole / count) if share else 0.0)
+    return tuple(weights)
