@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from streamprune.choice.allocation import check_room, keep_highest
 from streamprune.choice.mix import mix_weights
 from streamprune.choice.schedule import layer_counts
+from streamprune.choice.schedule_file import read_schedule_file
 from streamprune.choice.selection import Selection
 from streamprune.choice.super_experts import super_experts
 from streamprune.errors import SettingsError, StreampruneError
@@ -57,14 +58,20 @@ def choose(
     total: int | None = None,
     counts: Sequence[int] | None = None,
 ) -> Choice:
-    """Choose the experts that stay in all layers, by `total` of them or by `counts` per layer (exactly one is given).
+    """Choose the experts that stay in all layers, by `total` of them or by `counts` per layer.
 
-    `selection.schedule` divides a total; for counts it does not matter. Raises SettingsError where it cannot be done,
-    with the layer and the numbers.
+    `selection.schedule` divides a total; a schedule file states it, so that none need be given; for counts the schedule
+    does not matter. Raises SettingsError where it cannot be done, with the layer and the numbers.
     """
-    assert (total is None) != (counts is None)
     weights = mix_weights(selection.mix, sources, source_tokens)
     protected = super_experts(layers, weights) if selection.protect_super_experts else {}
+    if counts is None and selection.has_schedule_file:
+        counts = read_schedule_file(selection, spec, len(layers))
+        if total is not None and sum(counts) != total:
+            raise SettingsError(
+                f"--schedule {selection.schedule} keeps {sum(counts):,} experts in all, but {total:,} were asked for. "
+                "Give the file alone, or choose a schedule by its name."
+            )
     if counts is None:
         assert total is not None
         scores = [score_layer(layer, selection, weights) for layer in layers]

@@ -38,8 +38,9 @@ def layer_counts(
 
     For `global` the scores (layers, E) are needed. `protected` are experts per layer that must have room; `uniform`
     makes none for them, since it promises equal counts. Raises SettingsError with the numbers where it cannot be done.
-    Schedule files are read by `schedule_file`, not here.
+    (What a schedule file lists is read by `schedule_file`, not here.)
     """
+    assert not selection.has_schedule_file
     shared = least_per_layer(spec, selection.floor)
     least = [shared] * layers
     if selection.schedule != "uniform" and protected is not None:

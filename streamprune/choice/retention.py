@@ -1,0 +1,90 @@
+"""Domain retention: how much of what the experts do for each source of the text a choice keeps.
+
+Saliency here is Σ g·‖f‖, what an expert adds to the layer's output for a source's own tokens, whatever method and mix
+chose: shares of it add up to 1, and choices of any two methods can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from streamprune.choice.allocation import keep_highest
+from streamprune.choice.choose import Choice
+from streamprune.scores.statistics import FIELDS, LayerStatistics
+
+#: A source that keeps less of its saliency than this is warned of: it loses most of its own.
+LEAST_RETENTION = 0.5
+#: So is one that loses so many times the share that the source loses which loses least, if it is worth speaking of.
+UNEQUAL, WORTH_TELLING = 2.0, 0.1
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a choice keeps of one source's saliency: the mean over layers, and each layer's own share.
+
+    `best` is the most that as many experts per layer can keep: those chosen for this source alone. Layers where none of
+    the source's tokens met an expert do not count, and have no share.
+    """
+
+    source: str
+    kept: float
+    best: float
+    worst_block: int
+    worst: float
+    layers: tuple[float | None, ...] = field(repr=False)
+
+
+def retentions(
+    layers: Sequence[LayerStatistics], sources: Sequence[str], choice: Choice, groups: int = 1
+) -> tuple[Retention, ...]:
+    """The retention of every source, in their order; `groups` are those of the router."""
+    kept = np.full((len(layers), len(sources)), np.nan)
+    best = kept.copy()
+    for row, (layer, chosen) in enumerate(zip(layers, choice.layers, strict=True)):
+        saliency = np.abs(layer.values[list(FIELDS).index("gated_norms")])
+        for column, values in enumerate(saliency):
+            whole = values.sum()
+            if whole > 0:
+                ideal = keep_highest(values.tolist(), len(chosen.kept), groups)
+                kept[row, column] = values[list(chosen.kept)].sum() / whole
+                best[row, column] = values[list(ideal)].sum() / whole
+    return tuple(_retention(source, kept[:, column], best[:, column], layers) for column, source in enumerate(sources))
+
+
+def _retention(source: str, kept: np.ndarray, best: np.ndarray, layers: Sequence[LayerStatistics]) -> Retention:
+    met = np.flatnonzero(~np.isnan(kept))
+    if not len(met):
+        # Nothing of nothing is lost.
+        return Retention(source, 1.0, 1.0, layers[0].block, 1.0, (None,) * len(layers))
+    worst = met[np.argmin(kept[met])]
+    return Retention(
+        source,
+        float(kept[met].mean()),
+        float(best[met].mean()),
+        layers[worst].block,
+        float(kept[worst]),
+        tuple(None if np.isnan(share) else float(share) for share in kept),
+    )
+
+
+def retention_warnings(found: Sequence[Retention]) -> Iterator[str]:
+    """A sentence for each source that would lose most of its own saliency, or far more than another source does."""
+    least = max(found, key=lambda retention: retention.kept)
+    for each in found:
+        alone = f"as many experts chosen for it alone would keep {each.best:.1%}"
+        if each.kept < LEAST_RETENTION:
+            yield (
+                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency, where {least.source} "
+                f"keeps {least.kept:.1%} ({alone}). Give it a larger share of --mix, or keep more experts."
+                if each is not least
+                else f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency ({alone}). Keep "
+                "more experts."
+            )
+        elif 1 - each.kept >= max(WORTH_TELLING, UNEQUAL * (1 - least.kept)):
+            yield (
+                f"{each.source} loses {1 - each.kept:.1%} of its saliency, {least.source} only {1 - least.kept:.1%} "
+                f"({alone}). Give it a larger share of --mix if it matters."
+            )
