@@ -14,7 +14,7 @@ MOST_BYTES = 2**26
 
 
 def read_json_file(path: Path, option: str, means: str) -> Any:
-    """The value in the file that `option` names; `means` says what it should be. Raises SettingsError if there is none."""
+    """The value in the file that `option` names, and `means` to be such. Raises SettingsError if there is none."""
     try:
         facts = path.stat()
         # To read a pipe would be to wait for ever.

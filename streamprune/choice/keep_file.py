@@ -22,7 +22,7 @@ def read_keep_file(path: Path, spec: ExpertSpec, blocks: Sequence[int]) -> dict[
     layer with experts, in order), or the `streamprune.json` of a pruned model. Raises SettingsError naming the file and
     the layer for lists with which the model could not work.
     """
-    what = f"--keep-file {path}"
+    what = f"--keep-file {show(str(path))}"
     body = read_json_file(path, "--keep-file", "is a JSON file with the experts of each layer")
     lists = _by_block(body, what, blocks)
     for block in blocks:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from streamprune.choice.allocation import ranked, room_for
-from streamprune.choice.selection import DEFAULT_SPREAD, Selection
+from streamprune.choice.selection import Selection
 from streamprune.errors import SettingsError
 from streamprune.output.plan import minimum_keep
 from streamprune.source.config_facts import ExpertSpec
@@ -83,7 +83,7 @@ def _wanted(selection: Selection, count: int, layers: int, mean: Fraction) -> li
     """
     if selection.schedule == "uniform" or layers == 1:
         return [mean] * layers
-    spread = Fraction(str(DEFAULT_SPREAD if selection.spread is None else selection.spread))
+    spread = Fraction(str(selection.spread_used))
     sign = -1 if selection.schedule == "linear-decrease" else 1
     return [mean + sign * count * spread * (1 - Fraction(2 * layer, layers - 1)) for layer in range(layers)]
 

@@ -22,7 +22,7 @@ def read_schedule_file(selection: Selection, spec: ExpertSpec, layers: int) -> t
     """
     path = Path(selection.schedule)
     values = read_json_file(path, "--schedule", f"is one of {', '.join(SCHEDULES)}, or a JSON file with a list")
-    what = f"--schedule {path}"
+    what = f"--schedule {show(str(path))}"
     if not isinstance(values, list) or not all(map(_is_number, values)):
         raise SettingsError(f"{what} has to be a JSON list of numbers, one for each layer with experts.")
     if len(values) != layers:
@@ -30,17 +30,17 @@ def read_schedule_file(selection: Selection, spec: ExpertSpec, layers: int) -> t
     shares = all(0 <= value < 1 for value in values)
     least = least_per_layer(spec, selection.floor)
     counts = []
-    for entry, value in enumerate(values):
+    for entry, value in enumerate(values, start=1):
         if not shares and (value != math.floor(value) or abs(value) >= 2**53):
             raise SettingsError(
-                f"{what}, entry {entry} (from 0): {show(value)} is no number of experts. List only numbers of experts to "
+                f"{what}, entry {entry}: {show(value)} is no number of experts. List only numbers of experts to "
                 "keep, or only shares to remove (from 0 to below 1)."
             )
         count = _kept(value, spec) if shares else int(value)
         if not least <= count <= spec.count or count % spec.groups:
             multiple = f", in multiples of {spec.groups}" if spec.groups > 1 else ""
             raise SettingsError(
-                f"{what}, entry {entry} (from 0): {show(value)} would keep {count} of {spec.count} experts. Every layer "
+                f"{what}, entry {entry}: {show(value)} would keep {count} of {spec.count} experts. Every layer "
                 f"keeps between {least} and {spec.count}{multiple}."
             )
         counts.append(count)

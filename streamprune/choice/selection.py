@@ -60,6 +60,21 @@ class Selection:
         return self.schedule not in SCHEDULES
 
     @property
+    def shares(self) -> dict[str, float] | None:
+        """The share of tokens that the mix gives each source it names, with the sum 1; None without a mix."""
+        if self.mix is None:
+            return None
+        stated = parse_mix(self.mix)
+        return {name: share / sum(stated.values()) for name, share in stated.items()}
+
+    @property
+    def spread_used(self) -> float | None:
+        """The spread of a linear schedule; None for the others."""
+        if self.schedule not in LINEAR:
+            return None
+        return DEFAULT_SPREAD if self.spread is None else self.spread
+
+    @property
     def needs_all_layers(self) -> bool:
         """Whether no layer can be decided before all of them are scored."""
         # The thresholds of super experts are taken over all layers, as is the ranking of `global`.

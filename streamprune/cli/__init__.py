@@ -8,6 +8,7 @@ import click
 
 from streamprune import __version__
 from streamprune.cli.common import quiet_libraries, reports_errors
+from streamprune.cli.inspecting import inspect
 from streamprune.cli.pruning import clean, resume, run, status, verify
 from streamprune.cli.sizing import devices, fit
 from streamprune.machine import limit_library_memory
@@ -41,5 +42,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
 
 
-for command in (run, resume, status, verify, clean, fit, devices):
+for command in (run, resume, status, verify, clean, fit, devices, inspect):
     main.add_command(command)

@@ -9,9 +9,10 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from streamprune.choice.selection import DEFAULT_SPREAD, SCHEDULES
 from streamprune.errors import StreampruneError
 from streamprune.fit.kv_cache import KV_DTYPES
-from streamprune.settings import DEFAULT_CONTEXT
+from streamprune.settings import DEFAULT_CONTEXT, METHODS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,6 +53,32 @@ def quiet_libraries(downloads: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")
+
+
+def selection_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options that say how experts are ranked and divided among the layers, in the order of the help text."""
+    options = [
+        click.option(
+            "--method", type=click.Choice(METHODS), default="reap", show_default=True, help="How experts are scored."
+        ),
+        click.option(
+            "--mix", metavar="SOURCE=SHARE,…",
+            help="Shares of the calibration's sources, e.g. code=0.5,general=0.5.  [default: as they are]",
+        ),
+        click.option(
+            "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default="uniform", show_default=True,
+            help="How experts are divided among the layers; a JSON file lists a number for each.",
+        ),
+        click.option(
+            "--spread", type=float,
+            help=f"For the linear schedules: how much the share removed rises and falls.  [default: {DEFAULT_SPREAD}]",
+        ),
+        click.option("--floor", type=int, metavar="N", help="Fewest experts in any layer.  [default: what it needs]"),
+        click.option("--protect-super-experts", is_flag=True, help="Keep experts whose outputs peak far above all."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def goal_options(command: Callable[P, R]) -> Callable[P, R]:
