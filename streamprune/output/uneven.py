@@ -1,0 +1,241 @@
+"""Outputs whose layers keep different numbers of experts: their config.json, and the code that loads them.
+
+transformers has a key for it, `per_layer_config`, but its model classes still give every layer the same number. So the
+output gets a small module, named by `auto_map`, whose classes build the stock model and replace the layers that differ.
+Plain JSON and text: neither torch nor transformers is needed. What must be known of the model is found by
+`uneven_facts`, once, and kept with the scores.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
+from streamprune.output.uneven_template import STANDARD_TABLE, LoadingClass, module_text
+from streamprune.source.config_facts import MOST_BLOCKS, single_number
+
+#: The first transformers whose configs know `per_layer_config`.
+OLDEST_TRANSFORMERS = "5.14"
+#: Where the layers are told for models whose own code cannot bear expert counts in transformers' entry.
+OWN_TABLE = "per_layer_experts"
+_MODULE = re.compile(r"transformers(\.\w+)*")
+_AUTO = re.compile(r"AutoModel(For\w+)?")
+#: Names go into code that somebody will run; no real one is longer.
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class LoadingFacts:
+    """What has to be known of a model to write an output of it that has different numbers of experts per layer.
+
+    `path` leads from config.json to the part that describes the decoder, `inner` further to a part of that which states
+    the number of experts (DBRX's `ffn_config`), or is None; `names` are the keys that state it there, the config
+    class's own first. `table` is the entry that tells what differs by layer: transformers' own `per_layer_config` where
+    the model's code lets it. `problem` is why no such output can be loaded, in a sentence; empty where it can.
+    """
+
+    model_type: str
+    path: tuple[str, ...]
+    inner: str | None
+    names: tuple[str, ...]
+    blocks: int
+    classes: tuple[LoadingClass, ...]
+    table: str = STANDARD_TABLE
+    problem: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The name of the output's module."""
+        return f"modeling_{re.sub(r'[^a-zA-Z0-9_]', '_', self.model_type)}_uneven.py"
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts as JSON; `loading_facts_from_json` reads them."""
+        return asdict(self)
+
+
+def loading_facts_from_json(told: Any) -> LoadingFacts:
+    """The facts that `LoadingFacts.as_json` told.
+
+    Raises CheckpointError for anything else. They may come from a stranger and become code, so that every name must be
+    a plain name, and only classes of transformers itself are let through.
+    """
+    try:
+        classes = tuple(_loading_class(each) for each in _listed(told["classes"], 16))
+        path = tuple(_name(each) for each in _listed(told["path"], 8))
+        names = tuple(_name(each) for each in _listed(told["names"], 64))
+        inner = None if told["inner"] is None else _name(told["inner"])
+        model_type, problem, blocks = told["model_type"], told["problem"], told["blocks"]
+        if not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]{1,200}", model_type, re.ASCII):
+            raise ValueError("model_type is no name")
+        if not isinstance(problem, str) or len(problem) > 5000:
+            raise ValueError("problem is no sentence")
+        if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
+            raise ValueError("blocks is no number of blocks")
+        if told["table"] not in (STANDARD_TABLE, OWN_TABLE):
+            raise ValueError("table is none of the known ones")
+        if not problem and not (classes and names):
+            raise ValueError("no class or no key is named")
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"What the scores tell of how the model is loaded cannot be used ({why[:300]}). Score the model again."
+        ) from None
+    return LoadingFacts(model_type, path, inner, names, blocks, classes, told["table"], problem)
+
+
+def is_uneven(counts: Mapping[int, int]) -> bool:
+    """Whether the layers keep different numbers of experts."""
+    return len(set(counts.values())) > 1
+
+
+def check_uneven(facts: LoadingFacts, counts: Mapping[int, int]) -> None:
+    """Raise UnsupportedModelError if the output could not be loaded; nothing to check where all counts are equal."""
+    if is_uneven(counts) and facts.problem:
+        raise UnsupportedModelError(
+            f"Layers with different numbers of experts ({min(counts.values())} to {max(counts.values())}) cannot be "
+            f"loaded for {facts.model_type}: {facts.problem} Give all layers the same number (--schedule uniform)."
+        )
+
+
+def uneven_config(config: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]) -> dict[str, Any]:
+    """`config.json` for `counts` experts, by the index of every block that has some.
+
+    `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
+    fewer are told in `per_layer_config`, beside what the source tells there, and `auto_map` names the module's classes.
+    Raises like `check_uneven`, and SettingsError for counts or a config that do not go with the model.
+    """
+    check_uneven(facts, counts)
+    if not is_uneven(counts):
+        return dict(config)
+    beyond = [block for block in counts if not 0 <= block < facts.blocks]
+    if beyond or min(counts.values()) < 1:
+        raise SettingsError(
+            f"Numbers of experts are given for block {beyond[0]}, but the model has {facts.blocks} blocks."
+            if beyond
+            else f"{min(counts.values())} experts cannot be kept in a block: at least 1 must stay."
+        )
+    return _with_classes(_at(config, facts.path, lambda part: _with_layers(part, facts, counts)), facts)
+
+
+def modeling_source(facts: LoadingFacts) -> str:
+    """The Python code of the output's module, to be saved as `facts.file_name`. Raises UnsupportedModelError."""
+    if facts.problem:
+        raise UnsupportedModelError(f"No code can load {facts.model_type} unevenly: {facts.problem}")
+    return module_text(facts.classes, facts.table, facts.names[0], facts.inner, OLDEST_TRANSFORMERS)
+
+
+def engines_note(uneven: bool) -> str:
+    """Which engines can read the output, for the user and the model card."""
+    if not uneven:
+        return "All layers keep the same number of experts: every engine that reads the source reads the result."
+    return (
+        f"The layers keep different numbers of experts. transformers {OLDEST_TRANSFORMERS} or later loads the result "
+        "with trust_remote_code=True, through the small module beside the weights. vLLM and llama.cpp read one number "
+        "for all layers today and cannot load it; for them, prune with --schedule uniform."
+    )
+
+
+def _with_layers(part: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]) -> dict[str, Any]:
+    """The decoder's part of the config with an entry for every layer that has fewer experts than the widest."""
+    widest = max(counts.values())
+    holder = part if facts.inner is None else _part(part, facts.inner)
+    stating = [name for name in facts.names if name in holder] or [facts.names[0]]
+    wrong = next((name for name in stating if name in holder and single_number(holder[name]) != widest), None)
+    if wrong is not None:
+        raise SettingsError(
+            f"config.json states {wrong} = {str(holder[wrong])[:80]}, but its widest layer keeps {widest} experts."
+        )
+    layers = _told_by_layer(part.get(facts.table), facts)
+    for block, count in sorted(counts.items()):
+        if count == widest:
+            continue
+        own = {name: [count] * len(old) if isinstance(old := holder.get(name), list) else count for name in stating}
+        layers.setdefault(block, {}).update(own if facts.inner is None else {facts.inner: {**holder, **own}})
+    digits = len(str(max(layers)))
+    table = {str(block).zfill(digits): layers[block] for block in sorted(layers)}
+    # Else the config raises even when the stock classes ask it whether it has a number of experts.
+    access = {"allow_global_per_layer_attribute_access": True} if facts.table == STANDARD_TABLE else {}
+    return {**part, facts.table: table, **access}
+
+
+def _told_by_layer(told: Any, facts: LoadingFacts) -> dict[int, dict[str, Any]]:
+    """What the source's own config tells by layer."""
+    layers = {}
+    for key, values in (told if isinstance(told, Mapping) else {}).items():
+        known = re.fullmatch(r"\d{1,9}", str(key), re.ASCII) and int(key) < facts.blocks
+        if not known or not isinstance(values, Mapping):
+            raise CheckpointError(
+                f"{facts.table} in the source's config.json has an entry {str(key)[:40]!r} that describes none of its "
+                f"{facts.blocks} layers. Download it again."
+            )
+        layers[int(key)] = dict(values)
+    return layers
+
+
+def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, Any]:
+    module = facts.file_name.removesuffix(".py")
+    stated = config.get("auto_map")
+    # The source's own model code would not know of per-layer counts; its tokenizer's and processor's still serve.
+    kept = {
+        auto: name
+        for auto, name in (stated.items() if isinstance(stated, Mapping) else ())
+        if not auto.startswith(("AutoModel", "AutoConfig"))
+    }
+    names = {each.stock: each.name for each in facts.classes}
+    stated = config.get("architectures")
+    # Other engines choose by this name, and one they do not know is refused by them at once.
+    architectures = [names[name] for name in stated if name in names] if isinstance(stated, list) else []
+    return {
+        **config,
+        "architectures": architectures or [facts.classes[0].name],
+        "auto_map": kept | {each.auto: f"{module}.{each.name}" for each in facts.classes},
+    }
+
+
+def _at(node: Mapping[str, Any], path: tuple[str, ...], change: Any) -> dict[str, Any]:
+    if not path:
+        return dict(change(node))
+    return {**node, path[0]: _at(_part(node, path[0]), path[1:], change)}
+
+
+def _part(node: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = node.get(name)
+    if not isinstance(part, Mapping):
+        raise UnsupportedModelError(
+            f"config.json has no part {name}, so that it cannot state numbers of experts per layer. Give all layers "
+            "the same number (--schedule uniform)."
+        )
+    return part
+
+
+def _listed(value: Any, most: int) -> list[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) > most:
+        raise ValueError(f"not a list of at most {most}")
+    return list(value)
+
+
+def _name(value: Any, pattern: re.Pattern[str] | None = None) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_NAME or not value.isascii():
+        raise ValueError("a name is no text, or too long")
+    parts = value.split(".") if pattern is _MODULE else [value]
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+        raise ValueError(f"{value!r} is no plain name")
+    if pattern is not None and not pattern.fullmatch(value):
+        raise ValueError(f"{value!r} is none of transformers' names")
+    return value
+
+
+def _loading_class(told: Any) -> LoadingClass:
+    layers = told["layers"]
+    if not isinstance(layers, str):
+        raise ValueError("layers is no path")
+    for part in layers.split("."):
+        _name(part)
+    if not isinstance(told["text_only"], bool):
+        raise ValueError("text_only is neither true nor false")
+    auto, stock, module = _name(told["auto"], _AUTO), _name(told["stock"]), _name(told["module"], _MODULE)
+    return LoadingClass(auto, stock, module, layers, told["text_only"])

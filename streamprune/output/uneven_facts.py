@@ -1,0 +1,193 @@
+"""Whether and how a model can be loaded with different numbers of experts per layer, found out by building it so.
+
+Nothing goes by the model's name: the very module that an output would get is run on the meta device, and its layers are
+compared with those of stock models that have the same number everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from streamprune.errors import StreampruneError
+from streamprune.output.plan import minimum_keep
+from streamprune.output.uneven import OWN_TABLE, LoadingFacts, modeling_source, uneven_config
+from streamprune.output.uneven_template import LoadingClass
+from streamprune.source.architecture import config_from_dict, count_names, with_expert_count
+from streamprune.source.skeleton import Skeleton, build_model
+
+#: How users load models that generate text, and what is within these. Older transformers lack some.
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
+
+
+def find_loading_facts(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
+    """What an output with different numbers of experts per layer needs; `problem` says why there can be none.
+
+    `config` is the whole model's, as `load_config` gives it. Builds the model on the meta device a few times, which
+    takes about as long as `build_skeleton`.
+    """
+    facts = _describe(config, skeleton)
+    if facts.problem:
+        return facts
+    standard = _problem(config, skeleton, facts)
+    apart = replace(facts, table=OWN_TABLE)
+    # Code that looks up per_layer_config by the type of a layer expects all layers of a type to be alike (Gemma 4).
+    if standard and not _problem(config, skeleton, apart):
+        return apart
+    return replace(facts, problem=standard)
+
+
+def _problem(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
+    try:
+        return _try(config, skeleton, facts)
+    except StreampruneError as error:
+        return str(error)
+    except Exception as error:
+        # Model code was not written for this, and may fail in any way.
+        return f"its code fails to build it ({type(error).__name__}: {textwrap.shorten(str(error), 300)})."
+
+
+def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
+    text = config.get_text_config(decoder=True)
+    path = () if text is config else skeleton.spec.path[:1]
+    inner = skeleton.spec.path[len(path) :]
+    problem = ""
+    if not type(skeleton.model).__module__.startswith("transformers."):
+        problem = "its code is not transformers' own, but comes with the model."
+    elif not hasattr(PreTrainedConfig, "per_layer_config"):
+        problem = f"transformers {transformers.__version__} does not know per_layer_config. Upgrade it, or:"
+    elif len(inner) > 1 or _part(config, path) is not text:
+        problem = "its config states the number of experts in a part of a part."
+    elif getattr(text, "num_hidden_layers", None) != skeleton.block_count:
+        problem = f"its config names another number of layers than the {skeleton.block_count} that it has."
+    return LoadingFacts(
+        model_type=str(config.model_type),
+        path=path,
+        inner=inner[0] if inner else None,
+        names=count_names(config, skeleton.spec),
+        blocks=skeleton.block_count,
+        classes=() if problem else _classes(config, skeleton),
+        problem=problem,
+    )
+
+
+def _part(config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def _classes(config: PreTrainedConfig, skeleton: Skeleton) -> tuple[LoadingClass, ...]:
+    found = []
+    for auto in _AUTO_CLASSES:
+        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+        stock = mapping.get(type(config), None)
+        if stock is None:
+            continue
+        stock = stock[0] if isinstance(stock, (tuple, list)) else stock
+        text_only = stock.config_class is not type(config)
+        layers = _layers_path(stock, config.get_text_config(decoder=True) if text_only else config, skeleton)
+        if layers is not None:
+            public = getattr(transformers, stock.__name__, None) is stock
+            found.append(
+                LoadingClass(auto, stock.__name__, "transformers" if public else stock.__module__, layers, text_only)
+            )
+    return tuple(found)
+
+
+def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleton: Skeleton) -> str | None:
+    """The path of the decoder's list of layers in another class of the same model; None if it has no such list."""
+    if stock is type(skeleton.model):
+        return skeleton.blocks_path
+    kinds = [type(block) for block in skeleton.blocks]
+    with torch.device("meta"):
+        model = stock._from_config(config)
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and [type(block) for block in module] == kinds
+    ]
+    return paths[0] if len(paths) == 1 else None
+
+
+def _try(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
+    """Build every class unevenly, and say what is wrong with it."""
+    spec = skeleton.spec
+    moe_blocks, least = sorted(skeleton.experts), minimum_keep(spec)
+    if least >= spec.count or len(moe_blocks) == 1:
+        return ""  # there is no way to keep different numbers
+    # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
+    counts = {block: (least, spec.count)[place.bit_count() % 2] for place, block in enumerate(moe_blocks)}
+    raw = uneven_config(json.loads(config.to_json_string(use_diff=False)), facts, counts)
+    module = ModuleType(facts.file_name.removesuffix(".py"))
+    exec(compile(modeling_source(facts), facts.file_name, "exec"), module.__dict__)
+    smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
+    small_blocks = smaller.get_submodule(skeleton.blocks_path)
+    assert isinstance(small_blocks, nn.ModuleList)
+    expected = [
+        small_blocks[block] if counts.get(block) == least else skeleton.blocks[block] for block in range(facts.blocks)
+    ]
+    for each in facts.classes:
+        uneven = config_from_dict(config, raw)
+        if config_from_dict(config, uneven.to_dict()).to_dict() != uneven.to_dict():
+            return "its config does not stay the same when it is saved and loaded again."
+        with torch.device("meta"):
+            model = getattr(module, each.name)._from_config(uneven, dtype=skeleton.model.dtype)
+        problem = _compare(model.eval(), each, expected, facts.names)
+        if problem:
+            return problem
+    return ""
+
+
+def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Module], names: tuple[str, ...]) -> str:
+    """What is wrong with the layers of a model that the output's module has built."""
+    layers = model.get_submodule(kind.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for block, (layer, wanted) in enumerate(zip(layers, expected, strict=True)):
+        difference = _difference(layer, wanted)
+        if difference:
+            return f"layer {block} of its {kind.stock} cannot be built from its own config alone ({difference})."
+        for module in layer.modules():
+            if any(re.search(rf"self\.config\.{name}\b", _source(type(module))) for name in names):
+                return f"its {type(module).__name__} looks up one number of experts for all layers while it computes."
+    if get_checkpoint_conversion_mapping(kind.stock) is not None:
+        return f"transformers knows the names of its tensors by its class, {kind.stock}, not by its model_type."
+    return ""
+
+
+def _difference(layer: nn.Module, wanted: nn.Module) -> str:
+    """The first thing in which two layers differ, but for their weights; empty if they are alike."""
+    mine, theirs = dict(layer.named_modules()), dict(wanted.named_modules())
+    for path in [*theirs, *mine]:
+        one, other = mine.get(path), theirs.get(path)
+        if one is None or other is None or type(one) is not type(other):
+            return f"{path or 'layer'} is another module"
+        for name in sorted(vars(one).keys() | vars(other).keys()):
+            values = [vars(module).get(name) for module in (one, other)]
+            if all(isinstance(value, (int, float, str, type(None))) for value in values) and values[0] != values[1]:
+                return f"{name} of {path or 'the layer'} is {values[0]!r} instead of {values[1]!r}"
+    shapes = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+        for part in (layer, wanted)
+    ]
+    differing = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
+    return f"{min(differing)} has another shape" if differing else ""
+
+
+@cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,121 @@
+"""The text of the module that loads an output with different numbers of experts per layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: transformers' own entry of config.json for what differs by layer.
+STANDARD_TABLE = "per_layer_config"
+_PREFIX = "Uneven"
+
+_MODULE = '''\
+"""This model with a different number of experts in some of its layers.
+
+config.json states the largest number, and in `{table}` the layers that have fewer. The classes of transformers do not
+build from that yet: the ones below build the stock model, then replace those layers. Load with
+
+    {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
+
+Needs nothing but transformers {oldest} or later. Training with output_router_logits=True fails, since the loss that
+balances the experts' load expects as many of them in every layer. Written by streamprune.
+"""
+
+{imports}
+
+
+def replace_layers(model, layers):
+    """Build the layers anew that have another number of experts than the rest."""
+    config = model.config.get_text_config(decoder=True)
+    if not hasattr(config, "is_heterogeneous"):
+        raise ImportError("This model needs transformers {oldest} or later: pip install --upgrade transformers")
+    for index, values in config.to_dict().get("{table}", {{}}).items():
+        if "{key}" not in values:
+            continue
+        index, stock = int(index), layers[int(index)]
+{own}        layers[index] = type(stock)(layer_config, index)
+        # Settings changed later, such as the attention implementation, are made in the model's own config.
+        for new, old in zip(layers[index].modules(), stock.modules()):
+            if getattr(old, "config", None) is config:
+                new.config = config
+    model.post_init()
+{classes}'''
+
+_STANDARD = """\
+        layer_config = config.per_layer_config[index]
+"""
+
+_APART = """\
+        layer_config = copy.copy(config.per_layer_config[index])
+        for name, value in values.items():
+            setattr(layer_config, name, value)
+"""
+
+_INNER = """\
+        layer_config.{inner} = type(config.{inner}).from_dict(values["{inner}"])
+"""
+
+_CLASS = """
+
+class {name}({stock}):
+    def __init__(self, config, *args, **kwargs):
+        super().__init__({config}, *args, **kwargs)
+        replace_layers(self, self.{layers})
+
+    @classmethod
+    def is_custom_code(cls):
+        # The tensors are named as for the stock class, so that its conversion of published names must be applied.
+        return False
+"""
+
+
+@dataclass(frozen=True)
+class LoadingClass:
+    """A class that transformers takes for this model: the `auto` class it is found by, its name, the module that it is
+    imported from, and the dotted path of the list of decoder layers in it.
+
+    `text_only` says that it is built from the text part of the config, of a model that takes images as well.
+    """
+
+    auto: str
+    stock: str
+    module: str
+    layers: str
+    text_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the class that derives from it in the output's module."""
+        return _PREFIX + self.stock
+
+
+def module_text(classes: Sequence[LoadingClass], table: str, key: str, inner: str | None, oldest: str) -> str:
+    """The module's code.
+
+    `table` is the entry of the config with what differs by layer, `key` the config's name for the number of experts,
+    `inner` the part of the config that has it, if any; `oldest` the first transformers that will do.
+    """
+    imports = defaultdict(set)
+    for each in classes:
+        imports[each.module].add(each.stock)
+    definitions = {
+        each.name: _CLASS.format(
+            name=each.name,
+            stock=each.stock,
+            layers=each.layers,
+            config="config.get_text_config(decoder=True)" if each.text_only else "config",
+        )
+        for each in classes
+    }
+    standard = table == STANDARD_TABLE
+    return _MODULE.format(
+        auto=classes[0].auto,
+        oldest=oldest,
+        table=table,
+        key=inner or key,
+        own=(_STANDARD if standard else _APART) + (_INNER.format(inner=inner) if inner else ""),
+        imports=("" if standard else "import copy\n\n")
+        + "\n".join(f"from {name} import {', '.join(sorted(imports[name]))}" for name in sorted(imports)),
+        classes="".join(definitions.values()),
+    )
