@@ -129,8 +129,9 @@ def test_bad_files_are_refused_naming_the_place(content: bytes, words: str, mode
 def test_other_refusals(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"no calibration file .*missing\.txt"):
         load(model, tmp_path / "missing.txt")
-    with pytest.raises(CalibrationError, match="is a folder"):
-        load(model, tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="empty cannot be calibrated on: there is no file in it"):
+        load(model, tmp_path / "empty")
     with pytest.raises(CalibrationError, match="longer than the 256 positions"):
         load(model, "builtin", seq_len=257)
     long = write_lines(tmp_path / "long.jsonl", {"input_ids": [5] * 300})

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from streamprune import __version__
+from streamprune.cli.calibration import calibration
 from streamprune.cli.common import quiet_libraries, reports_errors
 from streamprune.cli.inspecting import inspect
 from streamprune.cli.pruning import clean, resume, run, status, verify
@@ -42,5 +43,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
 
 
-for command in (run, resume, status, verify, clean, fit, devices, inspect):
+for command in (run, resume, status, verify, clean, fit, devices, inspect, calibration):
     main.add_command(command)

@@ -22,15 +22,20 @@ ANSWER_SECONDS = 30.0
 
 
 def resolve_model(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, *, config_only: bool = False
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    config_only: bool = False,
+    tokenizer_only: bool = False,
 ) -> Path:
     """The local folder for `model`: a folder path, or a Hub id, whose needed files are downloaded to the Hub cache.
 
-    With `config_only` nothing but the config is fetched, so that what it rules out costs no download of weights. Only
-    safetensors named by the index and the small files beside them are fetched; Python files only with
-    `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy in the cache is used and nothing is asked. Raises
-    CheckpointError when the model cannot be found, reached, or has no safetensors weights, and SettingsError for a
-    revision of a local folder.
+    With `config_only` nothing but the config is fetched, so that what it rules out costs no download of weights; with
+    `tokenizer_only` also the small files beside it, the tokenizer's among them. Only safetensors named by the index and
+    the small files beside them are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy
+    in the cache is used and nothing is asked. Raises CheckpointError when the model cannot be found, reached, or has no
+    safetensors weights, and SettingsError for a revision of a local folder.
     """
     try:
         path = Path(model).expanduser()
@@ -52,11 +57,13 @@ def resolve_model(
 
     with hub_errors_told(model, revision):
         if is_offline_mode():
-            return _from_cache(model, revision, trust_remote_code)
-        return _download(model, revision, trust_remote_code, config_only)
+            return _from_cache(model, revision, trust_remote_code, tokenizer_only)
+        return _download(model, revision, trust_remote_code, config_only, tokenizer_only)
 
 
-def _download(repo_id: str, revision: str | None, trust_remote_code: bool, config_only: bool) -> Path:
+def _download(
+    repo_id: str, revision: str | None, trust_remote_code: bool, config_only: bool, tokenizer_only: bool
+) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     info = HfApi().model_info(repo_id, revision=revision, timeout=ANSWER_SECONDS)
@@ -76,6 +83,8 @@ def _download(repo_id: str, revision: str | None, trust_remote_code: bool, confi
         )
     if config_only:
         wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
+    elif tokenizer_only:
+        wanted = [name for name in names if name not in weights and _is_wanted(name, weights, trust_remote_code)]
     else:
         wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
     # By the name of the branch, so that the cache learns where it points, for offline runs.
@@ -91,7 +100,7 @@ def _download(repo_id: str, revision: str | None, trust_remote_code: bool, confi
     return folder
 
 
-def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tokenizer_only: bool) -> Path:
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -111,7 +120,8 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool) -> 
         return folder
     sharded = SINGLE_NAME not in names and (folder / INDEX_NAME).is_file()
     weights = sorted(set(read_index(folder / INDEX_NAME).values())) if sharded else [SINGLE_NAME]
-    _check_complete(repo_id, folder, [name for name in names if _is_wanted(name, weights, trust_remote_code)])
+    wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
+    _check_complete(repo_id, folder, [name for name in wanted if not (tokenizer_only and name in weights)])
     return folder
 
 

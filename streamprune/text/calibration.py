@@ -1,13 +1,12 @@
-"""From calibration text to token sequences and micro-batches. Nothing is ever padded, so no padding is ever counted."""
+"""The calibration of a run: token sequences by source, and the micro-batches that they go through the model in."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,13 @@ import torch
 
 from streamprune.errors import CalibrationError
 from streamprune.settings import DEFAULT_SEQ_LEN
-from streamprune.source.shard import show
-from streamprune.text.chat import Chat, render_chats
-from streamprune.text.files import Record, read_source
+from streamprune.text.files import BUILTIN, builtin_domains
+from streamprune.text.hub_data import check_library
+from streamprune.text.recipe import Recipe, Source
+from streamprune.text.recipe_file import find_recipe, read_recipe
+from streamprune.text.shares import TOLERANCE, Goal, fill_up, goals_of
+from streamprune.text.supply import Supply, open_source
+from streamprune.text.tokens import TokenMaker
 
 
 @dataclass(frozen=True)
@@ -96,45 +99,54 @@ def load_calibration(
     sources: Sequence[str],
     model_folder: Path,
     *,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
     vocab_size: int,
     max_positions: int | None,
     trust_remote_code: bool = False,
 ) -> Calibration:
-    """Read the sources and make at most `samples` sequences of them.
+    """The calibration that the user names: a recipe, or files, folders and built-in text in equal parts.
 
-    Text and chats are tokenized, joined by the end-of-text token and packed into full sequences of `seq_len` (None:
-    2,048, or as many as the model has positions for); records with `input_ids` are sequences as they are. Same
-    sources, tokenizer and seed: same tokens. Raises CalibrationError for missing, malformed, empty or too short data,
-    naming the source and line.
+    `samples`, `seq_len` (tokens) and `seed` count instead of the recipe's own; without either 512 sequences of 2,048
+    tokens, or of as many as the model has positions for. `model_folder` needs the tokenizer's files and no weights.
+    Same sources, tokenizer and seed: same tokens. Raises CalibrationError for missing, malformed, empty or too short
+    data, naming the source and line.
     """
-    if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, max_positions or DEFAULT_SEQ_LEN)
-    elif max_positions is not None and seq_len > max_positions:
-        raise CalibrationError(
-            f"--seq-len {seq_len} is longer than the {max_positions} positions that the model knows. "
-            f"Use --seq-len {max_positions} or less."
-        )
-    names = _unique_names(sources)
-    found = [
-        _sequences_of(source, model_folder, samples, seq_len, seed, vocab_size, max_positions, trust_remote_code)
-        for source in sources
-    ]
-    if not any(found):
-        raise CalibrationError(
-            f"{', '.join(sources)}: the text is shorter than one sequence of {seq_len} tokens. "
-            "Give more text or a smaller --seq-len."
-        )
-    counts = _divided(samples, [len(each) for each in found])
-    sequences = [sequence for each, count in zip(found, counts, strict=True) for sequence in each[:count]]
-    source_of = [source for source, count in enumerate(counts) for _ in range(count)]
+    recipe = chosen_recipe(sources)
+    length = _sequence_length(recipe, seq_len, max_positions)
+    seed = recipe.seed if seed is None else seed
+    for source in recipe.sources:
+        if source.dataset is not None:
+            check_library(source)
+    goals = goals_of(recipe, samples, length)
     notes = []
-    if len(sequences) < samples:
-        tokens = sum(len(sequence) for sequence in sequences)
-        notes.append(f"The calibration data gave {len(sequences)} of {samples} sequences ({tokens:,} tokens).")
-    return Calibration(tuple(sequences), names, tuple(source_of), fingerprint_of(sequences, source_of), tuple(notes))
+    if not all(_is_wanted(goal) for goal in goals):
+        used = [index for index, goal in enumerate(goals) if _is_wanted(goal)]
+        recipe = replace(recipe, sources=tuple(recipe.sources[index] for index in used))
+        goals = [goals[index] for index in used]
+        notes.append(f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}.")
+    # All are opened before the first is read: what is missing shows at once.
+    opened = [open_source(source, seed) for source in recipe.sources]
+    for source, each in zip(recipe.sources, opened, strict=True):
+        if each.left_out:
+            notes.append(f"{source.name}: {len(each.left_out)} files are no text, first {each.left_out[0]}.")
+    with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions) as maker:
+        supplies = [
+            Supply(source, recipe, goal, each, maker, length)
+            for source, goal, each in zip(recipe.sources, goals, opened, strict=True)
+        ]
+        _take(recipe, supplies)
+    sequences = [sequence for supply in supplies for sequence in supply.sequences]
+    source_of = [index for index, supply in enumerate(supplies) for _ in supply.sequences]
+    return Calibration(
+        tuple(sequences),
+        tuple(source.name for source in recipe.sources),
+        tuple(source_of),
+        fingerprint_of(sequences, source_of),
+        tuple(notes + _remarks(recipe, supplies)),
+        _provenance(recipe, supplies, length, seed),
+    )
 
 
 def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) -> str:
@@ -145,129 +157,94 @@ def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) 
     return digest.hexdigest()
 
 
-def _unique_names(sources: Sequence[str]) -> tuple[str, ...]:
-    names: list[str] = []
-    for source in sources:
-        stem = Path(source).name or source
-        name, number = stem, 2
-        while name in names:
-            name, number = f"{stem} ({number})", number + 1
-        names.append(name)
-    return tuple(names)
+def chosen_recipe(sources: Sequence[str]) -> Recipe:
+    """The recipe that the user names, or one of equal parts of the files, folders and domains that he names."""
+    found = [find_recipe(source) for source in sources]
+    paths = [path for path in found if path is not None]
+    if paths and len(sources) > 1:
+        raise CalibrationError(f"{paths[0]} is a recipe: give it alone, and list what else there is as its sources.")
+    if paths:
+        return read_recipe(paths[0])
+    named: list[Source] = []
+    for text in sources:
+        path = Path(text).expanduser()
+        if text.partition(":")[0] == BUILTIN and not path.exists():
+            named += [Source(domain, builtin=domain) for domain in builtin_domains(text)]
+        else:
+            named.append(Source(path.name or path.resolve().name or text, paths=(path,)))
+    unique: list[Source] = []
+    for source in named:
+        # Names are written as in `--mix code=0.5,prose=0.5`.
+        base = re.sub(r"[=,:\s]+", "_", source.name)
+        names = [each.name for each in unique]
+        numbered = (base if number == 1 else f"{base} ({number})" for number in itertools.count(1))
+        unique.append(replace(source, name=next(name for name in numbered if name not in names)))
+    return Recipe(", ".join(source.name for source in unique), tuple(unique), strict=False)
 
 
-def _divided(wanted: int, available: Sequence[int]) -> list[int]:
-    """Equal parts of `wanted`; where one has fewer, the others fill up."""
-    counts = [0] * len(available)
-    for place, index in enumerate(sorted(range(len(available)), key=lambda index: available[index])):
-        counts[index] = min(available[index], (wanted - sum(counts)) // (len(available) - place))
-    return counts
-
-
-def _sequences_of(
-    source: str,
-    model_folder: Path,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    vocab_size: int,
-    max_positions: int | None,
-    trust_remote_code: bool,
-) -> list[torch.Tensor]:
-    records = list(read_source(source, seed, samples * seq_len))
-    if not records:
-        raise CalibrationError(f"{source}: there is no text in it. Give files that hold some.")
-    ready = [record for record in records if record.input_ids is not None]
-    texts = [record for record in records if record.input_ids is None]
-    rng = random.Random(seed)
-    if len(ready) > samples:
-        ready = [ready[index] for index in sorted(rng.sample(range(len(ready)), samples))]
-    rng.shuffle(texts)
-    sequences = [_ready_sequence(record, vocab_size, max_positions) for record in ready]
-    if texts and len(sequences) < samples:
-        tokenizer = _load_tokenizer(model_folder, trust_remote_code)
-        sequences += _pack(
-            _tokenize(tokenizer, texts), _beginning_of_text(tokenizer), seq_len, samples - len(sequences)
-        )
-        _check_vocabulary(sequences, vocab_size, [source])
-    return sequences
-
-
-def _ready_sequence(record: Record, vocab_size: int, max_positions: int | None) -> torch.Tensor:
-    ids = record.input_ids or []
-    bad = [item for item in ids if type(item) is not int or not 0 <= item < vocab_size]
-    if bad or not ids:
-        what = f"{show(bad[0])} in 'input_ids'" if bad else "an empty 'input_ids'"
-        raise CalibrationError(f"{record.place} has {what}; the model's tokens are the numbers 0 to {vocab_size - 1}.")
-    if max_positions is not None and len(ids) > max_positions:
+def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | None) -> int:
+    length = seq_len if seq_len is not None else recipe.sequence_length
+    if length is None:
+        return min(DEFAULT_SEQ_LEN, max_positions or DEFAULT_SEQ_LEN)
+    if max_positions is not None and length > max_positions:
+        said = f"--seq-len {length}" if seq_len is not None else f"The sequence length {length} of {recipe.name!r}"
         raise CalibrationError(
-            f"{record.place} has {len(ids):,} tokens, but the model knows only {max_positions:,} positions. "
-            "Sequences of token ids are never cut; shorten it."
+            f"{said} is longer than the {max_positions} positions that the model knows. Use --seq-len {max_positions} "
+            "or less."
         )
-    return torch.tensor(ids, dtype=torch.int64)
+    return length
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    advice = "Add the tokenizer's files, or calibrate on JSONL records with 'input_ids'."
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        works = bool(tokenizer("The answer is 42.").input_ids)
-    except Exception as error:
-        # Tokenizers of every kind and age fail in their own ways; the user needs one sentence.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CalibrationError(f"The tokenizer in {folder} cannot be loaded: {reason}\n{advice}") from error
-    if not works:
-        # Without its files, transformers makes up a tokenizer with an empty vocabulary for some models.
-        raise CalibrationError(f"{folder} holds no tokenizer. {advice}")
-    return tokenizer
+def _is_wanted(goal: Goal) -> bool:
+    return goal.sequences != 0
 
 
-def _beginning_of_text(tokenizer: Any) -> list[int]:
-    """The token that the model expects before every text, if its tokenizer adds one."""
-    ids = tokenizer("a").input_ids
-    return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id is not None else []
+def _take(recipe: Recipe, supplies: Sequence[Supply]) -> None:
+    if not recipe.strict:
+        fill_up([supply.goal.sequences or 0 for supply in supplies], lambda index, count: supplies[index].take(count))
+    for supply in supplies:
+        goal = supply.goal
+        if recipe.strict and goal.tokens is not None:
+            supply.take_tokens(goal.tokens)
+        elif recipe.strict:
+            supply.take_all()
+        supply.check_not_empty()
+        if recipe.strict:
+            supply.check_goal()
 
 
-def _tokenize(tokenizer: Any, records: Sequence[Record]) -> Iterator[list[int]]:
-    """Each record's tokens, with the end-of-text token behind plain text (a chat template writes its own)."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    chats = [Chat(record.place, record.messages) for record in records if record.messages is not None]
-    if chats and not tokenizer.chat_template:
-        raise CalibrationError(
-            f"{chats[0].place} holds a chat, but this model's tokenizer has no chat template. Give records with 'text'."
-        )
-    with closing(render_chats(tokenizer, chats)) as rendered:
-        for record in records:
-            text = record.text if record.text is not None else next(rendered)
-            try:
-                ids = tokenizer(text, add_special_tokens=False).input_ids
-            except Exception as error:
-                # Tokenizers are programs too, and come with the model.
-                raise CalibrationError(f"{record.place}: the model's tokenizer fails on this text: {error}") from None
-            yield ids if record.text is None else ids + end
+def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
+    """What the user should know of what was got: where it is less than, or other than, what was asked for."""
+    notes = []
+    tokens, count = sum(supply.tokens for supply in supplies), sum(len(supply.sequences) for supply in supplies)
+    if not recipe.strict:
+        goal = sum(supply.goal.sequences or 0 for supply in supplies)
+        short = [supply for supply in supplies if len(supply.sequences) < (supply.goal.sequences or 0)]
+        if len(supplies) > 1:
+            notes += [
+                f"{each.source.name} gave {len(each.sequences)} of the {each.goal.sequences} sequences of its share."
+                for each in short
+            ]
+        if count < goal:
+            notes.append(f"The calibration data gave {count} of {goal} sequences ({tokens:,} tokens).")
+    for supply in supplies:
+        share = supply.goal.share
+        if share is not None and abs(supply.tokens / tokens - share) > TOLERANCE:
+            notes.append(
+                f"{supply.source.name} has {supply.tokens / tokens:.1%} of the tokens instead of {share:.1%}: with so "
+                "few sequences it cannot be met more closely."
+            )
+    return notes
 
 
-def _pack(documents: Iterable[list[int]], prefix: list[int], seq_len: int, wanted: int) -> list[torch.Tensor]:
-    """Full sequences of `seq_len` from documents laid end to end, each sequence beginning with `prefix`."""
-    sequences: list[torch.Tensor] = []
-    buffer: list[int] = []
-    body = seq_len - len(prefix)
-    for document in documents:
-        buffer += document
-        while len(buffer) >= body and len(sequences) < wanted:
-            sequences.append(torch.tensor(prefix + buffer[:body], dtype=torch.int64))
-            buffer = buffer[body:]
-        if len(sequences) == wanted:
-            break
-    return sequences
-
-
-def _check_vocabulary(sequences: Sequence[torch.Tensor], vocab_size: int, sources: Sequence[str]) -> None:
-    largest = max((int(sequence.max()) for sequence in sequences), default=0)
-    if largest >= vocab_size:
-        raise CalibrationError(
-            f"{', '.join(sources)}: the tokenizer gave token {largest}, but the model knows only {vocab_size}. "
-            "Tokenizer and model do not belong together."
-        )
+def _provenance(recipe: Recipe, supplies: Sequence[Supply], length: int, seed: int) -> dict[str, Any]:
+    """How the tokens were made, as JSON, with nothing in it that differs between machines."""
+    sources = []
+    for supply in supplies:
+        made: dict[str, Any] = {"name": supply.source.name, **supply.source.public()}
+        if supply.commit is not None:
+            made["commit"] = supply.commit
+        made |= {"share": supply.goal.share, "records": supply.records}
+        sources.append(made | {"sequences": len(supply.sequences), "tokens": supply.tokens})
+    stated = {"name": recipe.name, "description": recipe.description} if recipe.strict else {}
+    return {**stated, "mode": recipe.mode, "sequence_length": length, "seed": seed, "sources": sources}

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import resource
 import select
 import signal
 import time
 import warnings
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -32,10 +33,12 @@ MOST_MEMORY = 2**30
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat to render. `place` is for error messages."""
+    """A chat to render: messages, tools, and variables for the template. `place` is for error messages."""
 
     place: str
     messages: list[Any]
+    tools: list[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def render_chats(tokenizer: Any, chats: Iterable[Chat]) -> Generator[str, None, None]:
@@ -44,27 +47,63 @@ def render_chats(tokenizer: Any, chats: Iterable[Chat]) -> Generator[str, None, 
     Raises CalibrationError, naming the record, where the template refuses a chat, takes more than MOST_SECONDS or
     MOST_MEMORY, or makes more than MOST_TEXT bytes of it. Closing the iterator ends the process that renders.
     """
-    answers, writing = os.pipe()
-    with warnings.catch_warnings():
-        # Newer Pythons warn of forks beside threads. This child only runs Jinja, and one that hangs is killed.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        os.close(answers)
-        _render_all(tokenizer, chats, writing)
-    os.close(writing)
-    try:
+    with ChatRenderer(tokenizer) as renderer:
         for chat in chats:
-            kind, data = _answer(answers, chat.place)
-            text = data.decode("utf-8", errors="replace")
-            if kind != b"t":
-                raise CalibrationError(f"{chat.place}: the model's chat template refuses this chat: {text}")
-            yield text
-    finally:
-        os.close(answers)
+            yield renderer.render(chat)
+
+
+class ChatRenderer:
+    """A process that renders chats. It is started by the first of them; use as a context manager to end it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._child: int | None = None
+        self._asking = self._answers = -1
+
+    def __enter__(self) -> ChatRenderer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is None:
+            return
+        for pipe in (self._asking, self._answers):
+            os.close(pipe)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.kill(self._child, signal.SIGKILL)
+        os.waitpid(self._child, 0)
+        self._child = None
+
+    def render(self, chat: Chat) -> str:
+        """The text of a chat. Raises as `render_chats` does."""
+        if self._child is None:
+            self._start()
+        try:
+            request = pickle.dumps((chat.messages, chat.tools, dict(chat.variables)))
+        except RecursionError:
+            raise CalibrationError(f"{chat.place} is nested too deeply for a chat.") from None
+        # A child that is gone cannot be written to; why it is gone shows when it is read from.
+        with contextlib.suppress(BrokenPipeError):
+            _write(self._asking, len(request).to_bytes(8, "little") + request)
+        kind, data = _answer(self._answers, chat.place)
+        text = data.decode("utf-8", errors="replace")
+        if kind != b"t":
+            raise CalibrationError(f"{chat.place}: the model's chat template refuses this chat: {text}")
+        return text
+
+    def _start(self) -> None:
+        asked, self._asking = os.pipe()
+        self._answers, answering = os.pipe()
+        with warnings.catch_warnings():
+            # Newer Pythons warn of forks beside threads. This child only runs Jinja, and one that hangs is killed.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            os.close(self._asking)
+            os.close(self._answers)
+            _render_all(self._tokenizer, asked, answering)
+        self._child = child
+        os.close(asked)
+        os.close(answering)
 
 
 def _answer(pipe: int, place: str) -> tuple[bytes, bytes]:
@@ -92,30 +131,40 @@ def _read(pipe: int, size: int, deadline: float, place: str) -> bytes:
     return bytes(data)
 
 
-def _render_all(tokenizer: Any, chats: Iterable[Chat], pipe: int) -> None:
-    """The child: render all chats into the pipe, which holds it up as long as nobody reads, and end."""
+def _write(pipe: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(pipe, view) :]
+
+
+def _render_all(tokenizer: Any, asked: int, answering: int) -> None:
+    """The child: render what is asked for, one chat after the other, until nobody is left to ask; and end."""
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         most = psutil.Process().memory_info().vms + MOST_MEMORY
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-        for chat in chats:
-            # Should the parent be killed, nobody else would end a template that loops.
-            seconds = int(time.process_time() + MOST_SECONDS) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-            kind, data = _render(tokenizer, chat.messages)
-            view = memoryview(kind + len(data).to_bytes(8, "little") + data)
-            while view:
-                view = view[os.write(pipe, view) :]
+        with os.fdopen(asked, "rb") as requests:
+            while len(head := requests.read(8)) == 8:
+                # Should the parent be killed, nobody else would end a template that loops.
+                seconds = int(time.process_time() + MOST_SECONDS) + 2
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+                messages, tools, variables = pickle.loads(requests.read(int.from_bytes(head, "little")))
+                kind, data = _render(tokenizer, messages, tools, variables)
+                _write(answering, kind + len(data).to_bytes(8, "little") + data)
     except BaseException:
         # Whatever it is: it ends here, with nothing of the parent's cleaned up or written a second time.
         os._exit(1)
     os._exit(0)
 
 
-def _render(tokenizer: Any, messages: list[Any]) -> tuple[bytes, bytes]:
+def _render(
+    tokenizer: Any, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]
+) -> tuple[bytes, bytes]:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        if tools:
+            variables = {"tools": tools, **variables}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
         if not isinstance(text, str):
             return b"e", f"it gives a {type(text).__name__} instead of text".encode()
         data = text.encode()

@@ -1,22 +1,22 @@
-"""From files and built-in text to records: documents, chats and token ids, with nothing in them trusted.
+"""From files, folders and built-in text to rows, with nothing in them trusted.
 
-A file is read line by line or portion by portion: reading takes memory for what is kept of it, and for one line.
+A file is read line by line or portion by portion, and only as far as rows are asked for.
 """
 
 from __future__ import annotations
 
-import stat
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from streamprune import machine
 from streamprune.errors import CalibrationError
 from streamprune.machine import format_bytes
-from streamprune.source.shard import parse_json, show
+from streamprune.source.shard import parse_json
 from streamprune.text import corpus
+from streamprune.text.parquet import read_parquet
+from streamprune.text.rows import Row
 
 #: The calibration that needs no file: all domains of `corpus`, or some of them ("builtin:code,prose").
 BUILTIN = "builtin"
@@ -25,80 +25,109 @@ BUILTIN = "builtin"
 DOCUMENT_BYTES = 1 << 16
 #: The longest line that is read. Python needs up to twenty times as much for what stands in it.
 MOST_LINE_BYTES = 1 << 28
-#: A regular file is refused where several times its size exceeds what memory is available: all of it is kept.
-_MEMORY_PER_BYTE, _SMALL_FILE_BYTES = 3, 1 << 26
+#: By its first so many bytes a file in a folder is taken for text, or for something else.
+_SNIFFED_BYTES = 1 << 13
 
 
-@dataclass
-class Record:
-    """A document before tokenization: text, a chat, or ready token ids. `place` is for error messages."""
-
-    place: str
-    text: str | None = None
-    messages: list[Any] | None = None
-    input_ids: list[Any] | None = None
-
-
-def read_source(source: str, seed: int, wanted_tokens: int) -> Iterator[Record]:
-    """The records of one --calibration. Raises CalibrationError, naming the file and the line."""
-    name, _, domains = source.partition(":")
-    path = Path(source).expanduser()
-    if name == BUILTIN and not path.exists():
-        yield from _read_builtin(domains, seed, wanted_tokens)
-    elif path.suffix.lower() in {".jsonl", ".ndjson"}:
-        with _opened(path) as stream:
-            yield from _read_jsonl(path, stream)
-    else:
-        with _opened(path) as stream:
-            yield from _read_text(path, stream)
-
-
-def _read_builtin(domains: str, seed: int, wanted_tokens: int) -> Iterator[Record]:
+def builtin_domains(source: str) -> list[str]:
+    """The domains that `builtin` or `builtin:code,prose` names. Raises CalibrationError for unknown ones."""
+    domains = source.partition(":")[2]
     names = domains.split(",") if domains else list(corpus.DOMAINS)
     unknown = [name for name in names if name not in corpus.DOMAINS]
     if unknown:
-        raise CalibrationError(f"{BUILTIN}:{domains}: no domain {unknown[0]!r}. There are {', '.join(corpus.DOMAINS)}.")
-    for name in names:
-        # No tokenizer makes more than one token of a character; two endless domains must stop somewhere.
-        budget = 6 * wanted_tokens // len(names) + corpus.DOCUMENT_CHARACTERS
-        for number, text in enumerate(corpus.DOMAINS[name](seed)):
-            if budget <= 0:
-                break
-            budget -= len(text)
-            yield Record(f"{BUILTIN}:{name} document {number}", text=text)
+        raise CalibrationError(f"{source}: no domain {unknown[0]!r}. There are {', '.join(corpus.DOMAINS)}.")
+    return list(dict.fromkeys(names))
+
+
+def read_builtin(domain: str, seed: int) -> Iterator[Row]:
+    """The documents of a domain, in an order that the seed decides. Some never end."""
+    for number, text in enumerate(corpus.DOMAINS[domain](seed)):
+        yield Row(f"{BUILTIN}:{domain} document {number}", {"text": text}, len(text))
+
+
+def files_of(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files that a path names: itself, or all of a folder in order of their names, and those of them left out.
+
+    Left out are hidden files, and what seems to be no text. Raises CalibrationError where there is nothing to read.
+    """
+    try:
+        if not path.is_dir():
+            with file_opened(path):
+                return [path], []
+        inside = [each for each in sorted(path.rglob("*")) if each.is_file() and not _is_hidden(each, path)]
+        taken = [each for each in inside if each.suffix.lower() == ".parquet" or _looks_like_text(each)]
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+    if not taken:
+        what = (
+            f"none of the {len(inside)} files in it is text, JSONL or parquet" if inside else "there is no file in it"
+        )
+        raise CalibrationError(f"{path} cannot be calibrated on: {what}.")
+    return taken, [each for each in inside if each not in set(taken)]
+
+
+def read_files(paths: list[Path], rng: random.Random) -> Iterator[Row]:
+    """The rows of files, one file after the other in a random order (a long source is not read to its end)."""
+    order = list(paths)
+    rng.shuffle(order)
+    for path in order:
+        yield from read_file(path, rng)
+
+
+def read_file(path: Path, rng: random.Random) -> Iterator[Row]:
+    """The rows of a file, by its suffix. Raises CalibrationError, naming the file and the line."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from read_parquet(path, rng)
+        return
+    with file_opened(path) as stream:
+        is_jsonl = suffix in {".jsonl", ".ndjson"} or (suffix == ".json" and _begins_with_record(stream))
+        yield from _read_jsonl(path, stream) if is_jsonl else _read_text(path, stream)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def file_opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that the user named, for reading. Raises CalibrationError where that cannot be done."""
     try:
         if path.is_dir():
-            raise CalibrationError(
-                f"{path} is a folder. Give text or JSONL files, each with a --calibration of its own."
-            )
+            raise CalibrationError(f"{path} is a folder, where a file is wanted.")
         with path.open("rb") as stream:
-            _check_size(path)
             yield stream
     except FileNotFoundError:
         raise CalibrationError(
-            f"There is no calibration file {path}. Give a text or JSONL file, or {BUILTIN} for built-in text."
+            f"There is no calibration file {path}. Give a recipe, a text, JSONL or parquet file, a folder of them, or "
+            f"{BUILTIN} for built-in text."
         ) from None
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _check_size(path: Path) -> None:
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size < _SMALL_FILE_BYTES:
-        return
-    available = machine.available_memory_bytes()
-    if _MEMORY_PER_BYTE * facts.st_size > available:
-        raise CalibrationError(
-            f"{path} has {format_bytes(facts.st_size)}, too much for the {format_bytes(available)} of memory that are "
-            "available: calibration text is read whole. Give a part of it, such as its first 10,000 lines."
-        )
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _read_text(path: Path, stream: BinaryIO) -> Iterator[Record]:
+def _looks_like_text(path: Path) -> bool:
+    with path.open("rb") as stream:
+        data = stream.read(_SNIFFED_BYTES)
+    try:
+        # The last few bytes may be the first half of a character.
+        data[:-4].decode("utf-8")
+    except UnicodeDecodeError as error:
+        return len(data) > _SNIFFED_BYTES - 4 and error.start >= len(data) - 8
+    return b"\0" not in data and bool(data.strip())
+
+
+def _begins_with_record(stream: BinaryIO) -> bool:
+    """Whether the first line is a JSON object by itself, as in many a `.json` that is JSONL."""
+    line = stream.readline(MOST_LINE_BYTES)
+    stream.seek(0)
+    try:
+        return isinstance(parse_json(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     position, number = 0, 0
     while data := stream.read(DOCUMENT_BYTES):
         data += _line(stream, f"{path}, the line behind byte {position + len(data):,},")
@@ -106,7 +135,7 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Record]:
         position += len(data)
         if text.strip():
             number += 1
-            yield Record(f"{path} (part {number})", text=text)
+            yield Row(f"{path} (part {number})", {"text": text}, len(data))
 
 
 def _line(stream: BinaryIO, place: str) -> bytes:
@@ -127,10 +156,10 @@ def _decoded(data: bytes, place: str, position: int) -> str:
 
 
 def _not_text(place: str, position: int) -> CalibrationError:
-    return CalibrationError(f"{place} is not UTF-8 text (byte {position:,}). Give plain text or JSONL.")
+    return CalibrationError(f"{place} is not UTF-8 text (byte {position:,}). Give plain text, JSONL or parquet.")
 
 
-def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
+def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Row]:
     position, number = 0, 0
     while True:
         number += 1
@@ -139,11 +168,11 @@ def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Record]:
         if not line:
             return
         if line.strip():
-            yield from _record_of(line, place, position)
+            yield Row(place, _record_of(line, place, position), len(line))
         position += len(line)
 
 
-def _record_of(line: bytes, place: str, position: int) -> Iterator[Record]:
+def _record_of(line: bytes, place: str, position: int) -> dict[str, Any]:
     try:
         record = parse_json(line)
     except UnicodeDecodeError as error:
@@ -153,15 +182,4 @@ def _record_of(line: bytes, place: str, position: int) -> Iterator[Record]:
         raise CalibrationError(f"{place} is not valid JSON: {reason}. Mend or remove the line.") from None
     if not isinstance(record, dict):
         raise CalibrationError(f"{place} holds a JSON {type(record).__name__}, not an object with 'text'.")
-    if isinstance(record.get("input_ids"), list):
-        yield Record(place, input_ids=record["input_ids"])
-    elif isinstance(record.get("messages"), list):
-        yield Record(place, messages=record["messages"])
-    elif isinstance(record.get("text"), str):
-        if record["text"].strip():
-            yield Record(place, text=record["text"])
-    else:
-        keys = ", ".join(show(key) for key in list(record)[:10]) or "nothing"
-        raise CalibrationError(
-            f"{place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has {keys}."
-        )
+    return record
