@@ -41,14 +41,25 @@ class Uneven:
         return {block: len(experts) for block, experts in self.kept.items()}
 
 
-def make_uneven(family: Family, folder: Path) -> Uneven:
-    """A random tiny model in `folder/source`, and in `folder/uneven-NAME` the same with random experts left out."""
+def make_uneven(family: Family, folder: Path, alias: str | None = None) -> Uneven:
+    """A random tiny model in `folder/source`, and in `folder/uneven-NAME` the same with random experts left out.
+
+    With `alias` the source's config states the number of experts under that name, as published ones may.
+    """
     source = make_model(folder / "source", tiny_config(family))
+    if alias is not None:
+        path = source / "config.json"
+        raw = json.loads(path.read_text())
+        names = [name for name, value in raw.items() if value == EXPERTS and name.endswith("_experts")]
+        assert len(names) == 1
+        assert names != [alias]
+        path.write_text(json.dumps({alias if name == names[0] else name: value for name, value in raw.items()}))
     output = folder / f"uneven-{family.id}"
     config = load_config(source)
     skeleton = build_skeleton(config, torch.float32)
     # Through JSON, as the facts will be stored.
-    facts = loading_facts_from_json(json.loads(json.dumps(find_loading_facts(config, skeleton).as_json())))
+    found = find_loading_facts(json.loads((source / "config.json").read_text()), config, skeleton)
+    facts = loading_facts_from_json(json.loads(json.dumps(found.as_json())))
     assert not facts.problem, facts.problem
     kept = choose(skeleton)
     output.mkdir()

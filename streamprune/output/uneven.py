@@ -17,6 +17,7 @@ from typing import Any
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.output.uneven_template import STANDARD_TABLE, LoadingClass, module_text
 from streamprune.source.config_facts import MOST_BLOCKS, single_number
+from streamprune.source.shard import show
 
 #: The first transformers whose configs know `per_layer_config`.
 OLDEST_TRANSFORMERS = "5.14"
@@ -71,7 +72,7 @@ def loading_facts_from_json(told: Any) -> LoadingFacts:
         model_type, problem, blocks = told["model_type"], told["problem"], told["blocks"]
         if not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]{1,200}", model_type, re.ASCII):
             raise ValueError("model_type is no name")
-        if not isinstance(problem, str) or len(problem) > 5000:
+        if not isinstance(problem, str) or len(problem) > 2000 or not problem.isprintable():
             raise ValueError("problem is no sentence")
         if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
             raise ValueError("blocks is no number of blocks")
@@ -105,7 +106,7 @@ def uneven_config(config: Mapping[str, Any], facts: LoadingFacts, counts: Mappin
     """`config.json` for `counts` experts, by the index of every block that has some.
 
     `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
-    fewer are told in `per_layer_config`, beside what the source tells there, and `auto_map` names the module's classes.
+    fewer are told in `per_layer_config`, and `auto_map` names the module's classes.
     Raises like `check_uneven`, and SettingsError for counts or a config that do not go with the model.
     """
     check_uneven(facts, counts)
@@ -125,7 +126,7 @@ def modeling_source(facts: LoadingFacts) -> str:
     """The Python code of the output's module, to be saved as `facts.file_name`. Raises UnsupportedModelError."""
     if facts.problem:
         raise UnsupportedModelError(f"No code can load {facts.model_type} unevenly: {facts.problem}")
-    return module_text(facts.classes, facts.table, facts.names[0], facts.inner, OLDEST_TRANSFORMERS)
+    return module_text(facts.classes, facts.table, facts.inner, OLDEST_TRANSFORMERS)
 
 
 def engines_note(uneven: bool) -> str:
@@ -147,33 +148,24 @@ def _with_layers(part: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[i
     wrong = next((name for name in stating if name in holder and single_number(holder[name]) != widest), None)
     if wrong is not None:
         raise SettingsError(
-            f"config.json states {wrong} = {str(holder[wrong])[:80]}, but its widest layer keeps {widest} experts."
+            f"config.json states {wrong} = {show(holder[wrong])}, but its widest layer keeps {widest} experts."
         )
-    layers = _told_by_layer(part.get(facts.table), facts)
+    if part.get(facts.table):
+        raise UnsupportedModelError(
+            f"The source's config.json has a {facts.table} of its own, which would be lost. Give all layers the same "
+            "number (--schedule uniform)."
+        )
+    layers = {}
     for block, count in sorted(counts.items()):
         if count == widest:
             continue
         own = {name: [count] * len(old) if isinstance(old := holder.get(name), list) else count for name in stating}
-        layers.setdefault(block, {}).update(own if facts.inner is None else {facts.inner: {**holder, **own}})
+        layers[block] = own if facts.inner is None else {facts.inner: {**holder, **own}}
     digits = len(str(max(layers)))
-    table = {str(block).zfill(digits): layers[block] for block in sorted(layers)}
+    table = {str(block).zfill(digits): values for block, values in layers.items()}
     # Else the config raises even when the stock classes ask it whether it has a number of experts.
     access = {"allow_global_per_layer_attribute_access": True} if facts.table == STANDARD_TABLE else {}
     return {**part, facts.table: table, **access}
-
-
-def _told_by_layer(told: Any, facts: LoadingFacts) -> dict[int, dict[str, Any]]:
-    """What the source's own config tells by layer."""
-    layers = {}
-    for key, values in (told if isinstance(told, Mapping) else {}).items():
-        known = re.fullmatch(r"\d{1,9}", str(key), re.ASCII) and int(key) < facts.blocks
-        if not known or not isinstance(values, Mapping):
-            raise CheckpointError(
-                f"{facts.table} in the source's config.json has an entry {str(key)[:40]!r} that describes none of its "
-                f"{facts.blocks} layers. Download it again."
-            )
-        layers[int(key)] = dict(values)
-    return layers
 
 
 def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, Any]:
@@ -188,7 +180,8 @@ def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, A
     names = {each.stock: each.name for each in facts.classes}
     stated = config.get("architectures")
     # Other engines choose by this name, and one they do not know is refused by them at once.
-    architectures = [names[name] for name in stated if name in names] if isinstance(stated, list) else []
+    listed = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    architectures = [names[name] for name in listed if name in names]
     return {
         **config,
         "architectures": architectures or [facts.classes[0].name],
@@ -206,8 +199,8 @@ def _part(node: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     part = node.get(name)
     if not isinstance(part, Mapping):
         raise UnsupportedModelError(
-            f"config.json has no part {name}, so that it cannot state numbers of experts per layer. Give all layers "
-            "the same number (--schedule uniform)."
+            f"config.json has no part {name}, which should state the number of experts: it is not the config of the "
+            "model that was scored."
         )
     return part
 
@@ -231,7 +224,7 @@ def _name(value: Any, pattern: re.Pattern[str] | None = None) -> str:
 
 def _loading_class(told: Any) -> LoadingClass:
     layers = told["layers"]
-    if not isinstance(layers, str):
+    if not isinstance(layers, str) or len(layers) > _LONGEST_NAME:
         raise ValueError("layers is no path")
     for part in layers.split("."):
         _name(part)

@@ -10,9 +10,10 @@ import inspect
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +24,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from streamprune.errors import StreampruneError
 from streamprune.output.plan import minimum_keep
 from streamprune.output.uneven import OWN_TABLE, LoadingFacts, modeling_source, uneven_config
-from streamprune.output.uneven_template import LoadingClass
+from streamprune.output.uneven_template import STANDARD_TABLE, LoadingClass
 from streamprune.source.architecture import config_from_dict, count_names, with_expert_count
 from streamprune.source.skeleton import Skeleton, build_model
 
@@ -31,28 +32,32 @@ from streamprune.source.skeleton import Skeleton, build_model
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
 
 
-def find_loading_facts(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
+def find_loading_facts(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
     """What an output with different numbers of experts per layer needs; `problem` says why there can be none.
 
-    `config` is the whole model's, as `load_config` gives it. Builds the model on the meta device a few times, which
-    takes about as long as `build_skeleton`.
+    `raw` is the source's config.json and `config` what `load_config` makes of it. Builds the model on the meta device a
+    few times, which takes about as long as `build_skeleton`.
     """
     facts = _describe(config, skeleton)
     if facts.problem:
         return facts
-    standard = _problem(config, skeleton, facts)
-    apart = replace(facts, table=OWN_TABLE)
-    # Code that looks up per_layer_config by the type of a layer expects all layers of a type to be alike (Gemma 4).
-    if standard and not _problem(config, skeleton, apart):
-        return apart
-    return replace(facts, problem=standard)
+    problems = []
+    # Code that uses per_layer_config for something else may expect layers of one type to be alike in it, or fill it in
+    # itself where config.json lacks it (Gemma 4 does both).
+    taken = config.get_text_config(decoder=True).is_heterogeneous
+    for table in (OWN_TABLE,) if taken else (STANDARD_TABLE, OWN_TABLE):
+        tried = replace(facts, table=table)
+        problems.append(_problem(raw, config, skeleton, tried))
+        if not problems[-1]:
+            return tried
+    return replace(facts, problem=problems[0])
 
 
-def _problem(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
+def _problem(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
     try:
-        return _try(config, skeleton, facts)
+        return _try(raw, config, skeleton, facts)
     except StreampruneError as error:
-        return str(error)
+        return textwrap.shorten(str(error), 500)
     except Exception as error:
         # Model code was not written for this, and may fail in any way.
         return f"its code fails to build it ({type(error).__name__}: {textwrap.shorten(str(error), 300)})."
@@ -62,22 +67,26 @@ def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
     text = config.get_text_config(decoder=True)
     path = () if text is config else skeleton.spec.path[:1]
     inner = skeleton.spec.path[len(path) :]
+    names = count_names(config, skeleton.spec)
     problem = ""
     if not type(skeleton.model).__module__.startswith("transformers."):
         problem = "its code is not transformers' own, but comes with the model."
-    elif not hasattr(PreTrainedConfig, "per_layer_config"):
-        problem = f"transformers {transformers.__version__} does not know per_layer_config. Upgrade it, or:"
     elif len(inner) > 1 or _part(config, path) is not text:
         problem = "its config states the number of experts in a part of a part."
     elif getattr(text, "num_hidden_layers", None) != skeleton.block_count:
         problem = f"its config names another number of layers than the {skeleton.block_count} that it has."
+    elif not {*names, *inner}.isdisjoint(text.per_layer_attributes or ()):
+        problem = "its layers have different numbers of experts already."
+    classes = () if problem else _classes(config, skeleton)
+    if not problem and type(skeleton.model).__name__ not in [each.stock for each in classes]:
+        problem = f"no Auto class of transformers leads to {type(skeleton.model).__name__}."
     return LoadingFacts(
         model_type=str(config.model_type),
         path=path,
         inner=inner[0] if inner else None,
-        names=count_names(config, skeleton.spec),
+        names=names,
         blocks=skeleton.block_count,
-        classes=() if problem else _classes(config, skeleton),
+        classes=classes,
         problem=problem,
     )
 
@@ -111,8 +120,12 @@ def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleto
     if stock is type(skeleton.model):
         return skeleton.blocks_path
     kinds = [type(block) for block in skeleton.blocks]
-    with torch.device("meta"):
-        model = stock._from_config(config)
+    try:
+        with torch.device("meta"):
+            model = stock._from_config(config)
+    except Exception:
+        # Such as an image tower that needs a library which is not installed. The class that was pruned can be built.
+        return None
     paths = [
         path
         for path, module in model.named_modules()
@@ -121,7 +134,7 @@ def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleto
     return paths[0] if len(paths) == 1 else None
 
 
-def _try(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
+def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
     """Build every class unevenly, and say what is wrong with it."""
     spec = skeleton.spec
     moe_blocks, least = sorted(skeleton.experts), minimum_keep(spec)
@@ -129,7 +142,7 @@ def _try(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> s
         return ""  # there is no way to keep different numbers
     # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
     counts = {block: (least, spec.count)[place.bit_count() % 2] for place, block in enumerate(moe_blocks)}
-    raw = uneven_config(json.loads(config.to_json_string(use_diff=False)), facts, counts)
+    changed = uneven_config(raw, facts, counts)
     module = ModuleType(facts.file_name.removesuffix(".py"))
     exec(compile(modeling_source(facts), facts.file_name, "exec"), module.__dict__)
     smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
@@ -139,8 +152,8 @@ def _try(config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> s
         small_blocks[block] if counts.get(block) == least else skeleton.blocks[block] for block in range(facts.blocks)
     ]
     for each in facts.classes:
-        uneven = config_from_dict(config, raw)
-        if config_from_dict(config, uneven.to_dict()).to_dict() != uneven.to_dict():
+        uneven = config_from_dict(config, changed)
+        if config_from_dict(config, json.loads(uneven.to_json_string())).to_dict() != uneven.to_dict():
             return "its config does not stay the same when it is saved and loaded again."
         with torch.device("meta"):
             model = getattr(module, each.name)._from_config(uneven, dtype=skeleton.model.dtype)
@@ -158,9 +171,10 @@ def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Modul
         difference = _difference(layer, wanted)
         if difference:
             return f"layer {block} of its {kind.stock} cannot be built from its own config alone ({difference})."
-        for module in layer.modules():
-            if any(re.search(rf"self\.config\.{name}\b", _source(type(module))) for name in names):
-                return f"its {type(module).__name__} looks up one number of experts for all layers while it computes."
+    looked_up = re.compile(rf"self\.config\.({'|'.join(names)})\b")
+    for module in {type(module) for layer in layers for module in layer.modules()}:
+        if looked_up.search(_source(module)):
+            return f"its {module.__name__} looks up one number of experts for all layers while it computes."
     if get_checkpoint_conversion_mapping(kind.stock) is not None:
         return f"transformers knows the names of its tensors by its class, {kind.stock}, not by its model_type."
     return ""
@@ -185,7 +199,6 @@ def _difference(layer: nn.Module, wanted: nn.Module) -> str:
     return f"{min(differing)} has another shape" if differing else ""
 
 
-@cache
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)

@@ -13,8 +13,8 @@ _PREFIX = "Uneven"
 _MODULE = '''\
 """This model with a different number of experts in some of its layers.
 
-config.json states the largest number, and in `{table}` the layers that have fewer. The classes of transformers do not
-build from that yet: the ones below build the stock model, then replace those layers. Load with
+config.json states the largest number, and in `{table}` the layers that have fewer. The classes of
+transformers do not build from that yet: the ones below build the stock model, then replace those layers. Load with
 
     {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
 
@@ -26,14 +26,12 @@ balances the experts' load expects as many of them in every layer. Written by st
 
 
 def replace_layers(model, layers):
-    """Build the layers anew that have another number of experts than the rest."""
+    """Build those layers anew that have fewer experts than config.json states for the rest."""
     config = model.config.get_text_config(decoder=True)
     if not hasattr(config, "is_heterogeneous"):
         raise ImportError("This model needs transformers {oldest} or later: pip install --upgrade transformers")
-    for index, values in config.to_dict().get("{table}", {{}}).items():
-        if "{key}" not in values:
-            continue
-        index, stock = int(index), layers[int(index)]
+    for key{values} in config.to_dict().get("{table}", {{}}){items}:
+        index, stock = int(key), layers[int(key)]
 {own}        layers[index] = type(stock)(layer_config, index)
         # Settings changed later, such as the attention implementation, are made in the model's own config.
         for new, old in zip(layers[index].modules(), stock.modules()):
@@ -90,11 +88,11 @@ class LoadingClass:
         return _PREFIX + self.stock
 
 
-def module_text(classes: Sequence[LoadingClass], table: str, key: str, inner: str | None, oldest: str) -> str:
+def module_text(classes: Sequence[LoadingClass], table: str, inner: str | None, oldest: str) -> str:
     """The module's code.
 
-    `table` is the entry of the config with what differs by layer, `key` the config's name for the number of experts,
-    `inner` the part of the config that has it, if any; `oldest` the first transformers that will do.
+    `table` is the entry of the config with the layers that differ, `inner` the part of the config that has the number
+    of experts, if it is in one; `oldest` the first transformers that will do.
     """
     imports = defaultdict(set)
     for each in classes:
@@ -109,11 +107,13 @@ def module_text(classes: Sequence[LoadingClass], table: str, key: str, inner: st
         for each in classes
     }
     standard = table == STANDARD_TABLE
+    needs_values = bool(inner) or not standard
     return _MODULE.format(
         auto=classes[0].auto,
         oldest=oldest,
         table=table,
-        key=inner or key,
+        values=", values" if needs_values else "",
+        items=".items()" if needs_values else "",
         own=(_STANDARD if standard else _APART) + (_INNER.format(inner=inner) if inner else ""),
         imports=("" if standard else "import copy\n\n")
         + "\n".join(f"from {name} import {', '.join(sorted(imports[name]))}" for name in sorted(imports)),
