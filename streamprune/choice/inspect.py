@@ -135,9 +135,10 @@ def _choice_warnings(views: Sequence[LayerView], outliers: Mapping[int, tuple[in
 
 
 def by_layer(experts: Mapping[int, Sequence[int]]) -> str:
-    """Numbers of experts by layer, in words; of very many the first."""
-    parts = [f"layer {block}: {', '.join(map(str, numbers[:20]))}" for block, numbers in experts.items() if numbers]
-    return "; ".join(parts[:10]) + (f"; and {len(parts) - 10} layers more" if len(parts) > 10 else "")
+    """Numbers of experts by layer, in words; of many only the first."""
+    parts = [f"layer {block}: {', '.join(map(str, numbers[:10]))}" for block, numbers in experts.items() if numbers]
+    number = sum(map(len, experts.values()))
+    return "; ".join(parts[:5]) + (f"; …, {number} in {len(parts)} layers" if len(parts) > 5 else "")
 
 
 def inspection_object(inspection: Inspection) -> dict[str, Any]:

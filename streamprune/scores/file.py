@@ -15,6 +15,7 @@ All but the first two are JSON. The same scores give the same bytes.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -33,6 +34,8 @@ from streamprune.work.disk_errors import writing
 from streamprune.work.durable import stream_whole
 
 SCORES_NAME = "scores.safetensors"
+#: Where they lie in a pruned model's folder: not beside the weights, since some loaders read every safetensors file there.
+SCORES_FOLDER = "scores"
 FORMAT = 1
 #: 94 layers with 512 experts each and 30 sources take 100 MB; a real file has a few.
 MOST_BYTES = 2**29
@@ -106,11 +109,14 @@ def _bytes_of(scores: Scores) -> Iterator[bytes]:
 
 
 def read_scores(path: Path) -> Scores:
-    """The scores in `path`: a file, or a folder that has one named SCORES_NAME.
+    """The scores in `path`: a file, a folder that has one named SCORES_NAME, or the folder of a pruned model.
 
     Believes nothing of what the file says of itself: raises ScoresError for whatever `write_scores` would not write.
     """
-    path = path / SCORES_NAME if path.is_dir() else path
+    # Unlike pathlib's, this takes any name.
+    if os.path.isdir(path):  # noqa: PTH112
+        inside = path / SCORES_FOLDER / SCORES_NAME
+        path = inside if os.path.isfile(inside) else path / SCORES_NAME  # noqa: PTH113
     data = _read(path)
     try:
         return _parse(path, data)

@@ -19,8 +19,8 @@ LONGEST_SOURCE_NAME = 1000
 MOST_TOKENS = 2**53
 #: Far beyond what float32 can reach, squared and summed, and low enough that products of two stay finite.
 MOST_VALUE = 1e120
-#: Rounding may carry a sum of cosines a little above the number of its terms.
-_SLACK = 1e-6
+#: Rounding may carry a sum of cosines above the number of its terms, the more so the narrower the dtype.
+_SLACK = 1e-2
 _SIGNED = frozenset({"gates", "gated_norms", "cosines"})
 _SPEC_FIELDS = ("path", "attribute", "count", "top_k", "groups", "topk_groups")
 _AGAIN = "Score the model again."

@@ -1,0 +1,290 @@
+"""Which experts stay: ranking, protection, the user's own lists, and what a choice keeps of each source."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamprune.choice.allocation import keep_highest
+from streamprune.choice.choose import choose, choose_kept, choose_layer
+from streamprune.choice.keep_file import read_keep_file
+from streamprune.choice.mix import mix_weights
+from streamprune.choice.retention import Retention, retention_warnings, retentions
+from streamprune.choice.selection import Selection
+from streamprune.choice.super_experts import super_experts
+from streamprune.errors import SettingsError
+from streamprune.scores.methods import random_scores
+from streamprune.scores.scores import Scores
+from streamprune.scores.statistics import FIELDS, LayerStatistics
+from streamprune.settings import METHODS
+from streamprune.source.config_facts import ExpertSpec
+from tests.made_scores import make_scores
+
+PLAIN = ExpertSpec((), "n", 8, 2)
+GROUPED = ExpertSpec((), "n", 16, 4, groups=4, topk_groups=2)
+
+
+def chosen(scores: Scores, selection: Selection, **goal: object):  # type: ignore[no-untyped-def]
+    return choose(scores.layers, scores.sources, scores.source_tokens, selection, scores.spec, **goal)  # type: ignore[arg-type]
+
+
+def field(layer: LayerStatistics, name: str) -> np.ndarray:
+    return layer.values[list(FIELDS).index(name)]
+
+
+def test_the_highest_stay_and_of_equal_ones_the_first() -> None:
+    assert keep_highest([0.5, 3.0, 0.5, 2.0], 3) == (0, 1, 3)
+    assert keep_highest([1.0] * 4, 2) == (0, 1)
+    assert keep_highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2) == (0, 1, 6, 7)
+    assert keep_highest([1.0, 2.0, 3.0, 4.0], 2, protected=(0,)) == (0, 3)
+    assert keep_highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2, protected=(3, 4)) == (0, 3, 4, 7)
+    assert keep_highest([-1.0, -2.0, 0.0], 2) == (0, 2)
+
+
+@given(st.integers(1, 4).flatmap(lambda groups: st.tuples(st.just(groups), st.integers(1, 6), st.data())))
+def test_no_removed_expert_beats_a_kept_one(case: tuple[int, int, st.DataObject]) -> None:
+    groups, size, data = case
+    scores = data.draw(st.lists(st.integers(-3, 3).map(float), min_size=groups * size, max_size=groups * size))
+    per_group = data.draw(st.integers(1, size))
+    protected = data.draw(st.sets(st.integers(0, groups * size - 1), max_size=2))
+    crowd = max((sum(expert // size == group for expert in protected) for group in range(groups)), default=0)
+    if crowd > per_group:
+        with pytest.raises(SettingsError, match=f"Keep at least {crowd * groups}"):
+            keep_highest(scores, per_group * groups, groups, tuple(protected))
+        return
+    kept = keep_highest(scores, per_group * groups, groups, tuple(protected))
+    assert list(kept) == sorted(set(kept))
+    assert protected <= set(kept)
+    for group in range(groups):
+        members = set(range(group * size, (group + 1) * size))
+        inside, outside = members & set(kept), members - set(kept)
+        assert len(inside) == per_group
+        assert all((scores[one], -one) > (scores[other], -other) for one in inside - protected for other in outside)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mix", [None, "source0=1,source1=3"])
+def test_all_layers_at_once_equal_one_after_the_other(method: str, mix: str | None) -> None:
+    scores = make_scores()
+    selection = Selection(method=method, mix=mix, schedule="linear-decrease", seed=3)
+    choice = chosen(scores, selection, total=22)
+    weights = mix_weights(mix, scores.sources, scores.source_tokens)
+    assert sum(choice.counts) == 22
+    assert not choice.is_uniform
+    for layer, each in zip(scores.layers, choice.layers, strict=True):
+        assert choose_layer(layer, selection, weights, scores.spec, len(each.kept)) == each
+        assert each.tokens == tuple(field(layer, "tokens").sum(axis=0).astype(int))
+
+
+def test_a_mix_changes_the_choice_and_its_scores_are_those_of_its_statistics() -> None:
+    scores = make_scores()
+    both = chosen(scores, Selection(method="frequency"), total=20)
+    first = chosen(scores, Selection(method="frequency", mix="source0=1"), total=20)
+    assert [layer.kept for layer in both.layers] != [layer.kept for layer in first.layers]
+    # 100 tokens in all, 40 of them of source 0: each counts 2.5 times.
+    assert first.layers[0].scores == tuple(2.5 * field(scores.layers[0], "tokens")[0])
+
+
+def test_counts_and_a_schedule_in_a_file(tmp_path: Path) -> None:
+    scores = make_scores()
+    (tmp_path / "s.json").write_text("[3, 4, 5, 6]")
+    by_file = chosen(scores, Selection(schedule=str(tmp_path / "s.json")))
+    assert by_file == chosen(scores, Selection(), counts=(3, 4, 5, 6))
+    assert by_file.counts == (3, 4, 5, 6)
+    with pytest.raises(SettingsError, match="keeps 18 experts in all, but 20 were asked for"):
+        chosen(scores, Selection(schedule=str(tmp_path / "s.json")), total=20)
+    with pytest.raises(SettingsError, match="3 numbers of experts were given for 4 layers"):
+        chosen(scores, Selection(), counts=(3, 4, 5))
+
+
+def with_peaks(scores: Scores, peaks: dict[tuple[int, int], float]) -> Scores:
+    layers = []
+    for number, layer in enumerate(scores.layers):
+        values = layer.values.copy()
+        values[list(FIELDS).index("peaks")] *= 0.001
+        for (which, expert), peak in peaks.items():
+            if which == number:
+                values[list(FIELDS).index("peaks"), 1, expert] = peak
+        layers.append(LayerStatistics(layer.block, values))
+    return replace(scores, layers=tuple(layers))
+
+
+def test_super_experts_are_found_and_kept() -> None:
+    # The one that chance would remove first.
+    low = int(random_scores(50, block=1, seed=1).argmin())
+    made = make_scores(blocks=range(8), experts=50, top_k=2)
+    peaks = {(1, low): 100.0, (2, 7): 9.0, (7, 3): 90.0}
+    scores = with_peaks(made, peaks)
+    everything = np.concatenate([field(layer, "peaks").max(axis=0) for layer in scores.layers])
+    # Two of 400 are beyond the percentile, but one of them is in the last quarter; the third is too small.
+    assert sum(everything > np.percentile(everything, 99.5)) == 2
+    assert super_experts(scores.layers, (1, 1)) == {1: (low,)}
+    assert super_experts(with_peaks(made, peaks | {(5, 1): 95.0}).layers, (1, 1)) == {1: (low,), 5: (1,)}
+    # Only source 1 had that peak.
+    assert (low,) not in super_experts(scores.layers, (1, 0)).values()
+    worst = Selection(method="random", protect_super_experts=True, seed=1)
+    for schedule in ("uniform", "global", "linear-increase"):
+        choice = chosen(scores, replace(worst, schedule=schedule), total=40)
+        assert choice.protected == {1: (low,)}
+        assert low in choice.layers[1].kept
+        assert sum(choice.counts) == 40
+    alone = chosen(scores, Selection(method="random", seed=1), total=40)
+    assert alone.protected == {}
+    assert low not in alone.layers[1].kept
+
+
+def test_no_room_for_super_experts_names_the_layer() -> None:
+    scores = make_scores()
+    weights = (1.0, 1.0)
+    with pytest.raises(SettingsError, match=r"Layer 1: 3 super experts .*\[2, 5, 7\].* keeps 2 of 12.*at least 3"):
+        choose_layer(scores.layers[0], Selection(), weights, scores.spec, 2, (5, 2, 7))
+
+
+KEPT = {"0": [1, 5, 2], "3": [0, 7, 6]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        KEPT,
+        {"3": [7, 0, 6], "0": [5, 2, 1]},
+        [[1, 2, 5], [0, 6, 7]],
+        {"format": 1, "layers": [{"index": 0, "kept": [1, 2, 5], "scores": []}, {"index": 3, "kept": [0, 6, 7]}]},
+    ],
+)
+def test_lists_of_the_users_own(body: object, tmp_path: Path) -> None:
+    (tmp_path / "keep.json").write_text(json.dumps(body))
+    assert read_keep_file(tmp_path / "keep.json", PLAIN, (0, 3)) == {0: (1, 2, 5), 3: (0, 6, 7)}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"0": [1, 2]}, "lists no experts for layer 3. It needs layers 0, 3"),
+        (KEPT | {"1": [1, 2]}, "lists experts for layer 1, but the model has them in 0, 3"),
+        (KEPT | {"03": [1, 2]}, "experts of layer 3 twice"),
+        (KEPT | {"x": [1, 2]}, "'x' is no number of a layer"),
+        (KEPT | {"-1": [1, 2]}, "'-1' is no number of a layer"),
+        (KEPT | {"²": [1, 2]}, "'²' is no number of a layer"),
+        (KEPT | {"9" * 5000: [1]}, "is no number of a layer"),
+        (KEPT | {"0": [1, 1, 2]}, "layer 0 lists expert 1 twice"),
+        (KEPT | {"0": [1, 8]}, "layer 0: there is no expert 8; they are numbered 0 to 7"),
+        (KEPT | {"0": [1, -1]}, "layer 0: there is no expert -1"),
+        (KEPT | {"0": [1, 10**400]}, "layer 0: there is no expert 1000"),
+        (KEPT | {"0": [1]}, "layer 0 keeps 1 experts, but the router picks 2"),
+        (KEPT | {"0": []}, "layer 0 keeps 0 experts"),
+        (KEPT | {"0": [1, 2.0]}, "layer 0: .* is no list of experts"),
+        (KEPT | {"0": [1, True]}, "layer 0: .* is no list of experts"),
+        (KEPT | {"0": None}, "layer 0: None is no list of experts"),
+        ({"0": list(range(8)), "3": list(range(8))}, "keeps all 8 experts of every layer"),
+        ([[1, 2]], "has 1 lists, but the model has 2 layers"),
+        ({"layers": [1, {"index": 0}]}, "'None' is no number of a layer"),
+        ("text", "has to hold lists of experts by layer"),
+        (None, "has to hold lists of experts by layer"),
+    ],
+)
+def test_a_bad_keep_file_is_refused_in_one_message(body: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "keep.json").write_text(json.dumps(body))
+    with pytest.raises(SettingsError, match=message) as refusal:
+        read_keep_file(tmp_path / "keep.json", PLAIN, (0, 3))
+    assert "keep.json" in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_groups_of_a_keep_file(tmp_path: Path) -> None:
+    path = tmp_path / "keep.json"
+    good = [0, 1, 4, 5, 8, 9, 12, 15]
+    path.write_text(json.dumps([good]))
+    assert read_keep_file(path, GROUPED, (0,)) == {0: tuple(good)}
+    path.write_text(json.dumps([[0, 1, 2, 5, 8, 9, 12, 15]]))
+    with pytest.raises(SettingsError, match="keeps 3, 1, 2, 2 experts of the 4 groups"):
+        read_keep_file(path, GROUPED, (0,))
+    path.write_text(json.dumps([[0, 4, 8, 12]]))
+    with pytest.raises(SettingsError, match="keeps 4 experts in 4 groups; the router needs at least 8"):
+        read_keep_file(path, GROUPED, (0,))
+
+
+def test_files_that_are_no_json(tmp_path: Path) -> None:
+    for name, content in (("a", b"{"), ("b", b"\xff\xfe"), ("c", b"[" * 100_000), ("d", b'{"0": [1], "0": [2]}')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SettingsError, match="not valid JSON"):
+            read_keep_file(tmp_path / name, PLAIN, (0,))
+    with pytest.raises(SettingsError, match="No such file"):
+        read_keep_file(tmp_path / "none", PLAIN, (0,))
+    with pytest.raises(SettingsError, match="no regular file"):
+        read_keep_file(tmp_path, PLAIN, (0,))
+
+
+def test_retention_is_the_share_of_a_sources_own_saliency() -> None:
+    scores = make_scores()
+    choice = chosen(scores, Selection(mix="source0=1"), total=20)
+    found = retentions(scores.layers, scores.sources, choice)
+    for source, each in enumerate(found):
+        shares, best = [], []
+        for layer, picked in zip(scores.layers, choice.layers, strict=True):
+            own = field(layer, "gated_norms")[source].tolist()
+            shares.append(math.fsum(own[expert] for expert in picked.kept) / math.fsum(own))
+            best.append(math.fsum(sorted(own)[-len(picked.kept) :]) / math.fsum(own))
+        assert each.source == scores.sources[source]
+        assert each.layers == pytest.approx(shares)
+        assert each.kept == pytest.approx(np.mean(shares))
+        assert each.best == pytest.approx(np.mean(best))
+        assert (each.worst, each.worst_block) == (pytest.approx(min(shares)), scores.blocks[int(np.argmin(shares))])
+        assert each.kept < each.best < 1
+    # All experts together keep everything of every source.
+    whole = choose_kept(
+        scores.layers, scores.sources, scores.source_tokens, Selection(), {b: range(12) for b in scores.blocks}
+    )
+    assert [each.kept for each in retentions(scores.layers, scores.sources, whole)] == pytest.approx([1, 1])
+
+
+def test_a_source_without_tokens_in_a_layer_loses_nothing_there() -> None:
+    scores = make_scores()
+    empty = scores.layers[0].values.copy()
+    empty[:, 1] = 0
+    layers = (LayerStatistics(1, empty), *scores.layers[1:])
+    choice = choose(layers, scores.sources, scores.source_tokens, Selection(), scores.spec, total=20)
+    second = retentions(layers, scores.sources, choice)[1]
+    assert second.layers[0] is None
+    assert second.kept == pytest.approx(np.mean(second.layers[1:]))  # type: ignore[arg-type]
+
+
+def test_warnings_of_what_is_lost() -> None:
+    def kept(**shares: float) -> list[Retention]:
+        return [Retention(name, share, 0.95, 0, share, (share,)) for name, share in shares.items()]
+
+    assert list(retention_warnings(kept(code=0.9, prose=0.85))) == []
+    # Twice as much as another, but little.
+    assert list(retention_warnings(kept(code=0.97, prose=0.92))) == []
+    (dead,) = retention_warnings(kept(code=0.9, prose=0.3))
+    assert "prose loses most of its own: it keeps 30.0%" in dead
+    assert "code keeps 90.0%" in dead
+    assert "95.0%" in dead
+    (unequal,) = retention_warnings(kept(code=0.9, prose=0.75))
+    assert "prose loses 25.0% of its saliency, code only 10.0%" in unequal
+    assert len(list(retention_warnings(kept(code=0.2, prose=0.1)))) == 2
+
+
+def test_a_category_that_the_mix_leaves_out_is_warned_of() -> None:
+    """Two sources whose tokens go to different experts: prune for the one, and the other is dead."""
+    scores = make_scores(experts=12, per_source=(300, 300))
+    layers = []
+    for layer in scores.layers:
+        values = layer.values.copy()
+        values[:, 0, 6:] = 0
+        values[:, 1, :6] = 0
+        layers.append(LayerStatistics(layer.block, values))
+    scores = replace(scores, layers=tuple(layers))
+    found = retentions(scores.layers, scores.sources, chosen(scores, Selection(mix="source0=1"), total=24))
+    assert found[0].kept == pytest.approx(1)
+    assert found[1].kept == 0
+    assert "source1 loses most of its own: it keeps 0.0%" in next(iter(retention_warnings(found)))
+    balanced = retentions(scores.layers, scores.sources, chosen(scores, Selection(method="frequency"), total=32))
+    assert min(each.kept for each in balanced) > 0.4

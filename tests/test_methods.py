@@ -1,0 +1,105 @@
+"""Every method against a plain loop over tokens, and what the statistics allow: any mix afterwards, exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from streamprune.errors import ScoresError
+from streamprune.scores.methods import METHODS, random_scores, score_experts
+from streamprune.scores.statistics import FIELDS, LayerStatistics
+from streamprune.settings import METHODS as NAMES
+from tests.made_scores import Token, make_tokens, record
+
+EXPERTS, TOP_K, PER_SOURCE = 12, 3, (70, 50, 30)
+
+
+def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return float(np.average(values, weights=weights)) if values else 0.0
+
+
+#: From the tokens that chose an expert (with how often each counts) straight to its score, as the formula is written.
+REFERENCE: dict[str, Callable[[list[tuple[float, Token, float, np.ndarray]]], float]] = {
+    "reap": lambda met: mean([g * np.linalg.norm(f) for _, _, g, f in met], [w for w, *_ in met]),
+    "frequency": lambda met: sum(w for w, *_ in met),
+    "weighted-frequency": lambda met: sum(w * g for w, _, g, _ in met),
+    "ean": lambda met: sum(w * np.linalg.norm(f) for w, _, _, f in met),
+    "ean-mean": lambda met: mean([np.linalg.norm(f) for *_, f in met], [w for w, *_ in met]),
+    "weighted-ean": lambda met: sum(w * g * np.linalg.norm(f) for w, _, g, f in met),
+    "max-activation": lambda met: max((np.abs(f).max() for *_, f in met), default=0.0),
+    "relative-energy": lambda met: sum(
+        w * (g * np.linalg.norm(f)) ** 2 / np.linalg.norm(token.x) ** 2 for w, token, g, f in met
+    ),
+    "composite": lambda met: (
+        sum(w for w, *_ in met)
+        * mean([g for _, _, g, _ in met], [w for w, *_ in met])
+        * mean(
+            [g * f @ t.routed / np.linalg.norm(g * f) / np.linalg.norm(t.routed) for _, t, g, f in met],
+            [w for w, *_ in met],
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 2.5, 0.4), (3.0, 0.0, 0.0)])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_equals_a_loop_over_tokens(method: str, weights: tuple[float, ...]) -> None:
+    tokens = make_tokens(7, EXPERTS, TOP_K, PER_SOURCE)
+    layer = record(0, tokens, len(PER_SOURCE), EXPERTS)
+    counted = [(weights[token.source], token) for token in tokens if weights[token.source]]
+    expected = [
+        REFERENCE[method]([(w, t, *t.chosen[expert]) for w, t in counted if expert in t.chosen])
+        for expert in range(EXPERTS)
+    ]
+    scores = score_experts(method, layer.mixed(weights), 0)
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-12)
+    # Expert 11 is never chosen.
+    assert scores[-1] == 0
+    assert len(set(scores.tolist())) > EXPERTS // 2
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_weights_equal_having_seen_the_tokens_so_often(method: str) -> None:
+    tokens = make_tokens(3, EXPERTS, TOP_K, PER_SOURCE)
+    often = (2, 0, 5)
+    repeated = [token for token in tokens for _ in range(often[token.source])]
+    mixed = score_experts(method, record(0, tokens, 3, EXPERTS).mixed(often), 4)
+    real = score_experts(method, record(0, repeated, 3, EXPERTS).mixed((1, 1, 1)), 4)
+    np.testing.assert_allclose(mixed, real, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_experts_that_met_no_token_have_a_number(method: str) -> None:
+    nothing = LayerStatistics(0, np.zeros((len(FIELDS), 2, 4)))
+    with np.errstate(all="raise"):
+        scores = score_experts(method, nothing.mixed((1, 1)), 0)
+    assert np.isfinite(scores).all()
+    assert method == "random" or not scores.any()
+
+
+def test_every_name_has_a_function() -> None:
+    assert {*METHODS, "random"} == set(NAMES)
+
+
+def test_random_is_the_same_everywhere_and_for_any_number_of_layers() -> None:
+    scores = random_scores(64, block=3, seed=5)
+    first = int.from_bytes(hashlib.sha256(b"5:3:0").digest()[:8], "big") >> 11
+    assert scores[0] == first / 2**53
+    assert scores[:4].tolist() == random_scores(4, block=3, seed=5).tolist()
+    assert len({scores.tobytes(), random_scores(64, 4, 5).tobytes(), random_scores(64, 3, 6).tobytes()}) == 3
+    assert (scores >= 0).all()
+    assert (scores < 1).all()
+    assert 0.4 < random_scores(2000, 0, 0).mean() < 0.6
+
+
+def test_statistics_too_large_to_rank_are_refused() -> None:
+    values = np.zeros((len(FIELDS), 1, 3))
+    values[list(FIELDS).index("tokens")] = 1
+    values[list(FIELDS).index("gates"), 0, 2] = 1e300
+    values[list(FIELDS).index("cosines"), 0, 2] = 1e300
+    with pytest.raises(ScoresError, match="Layer 9, expert 2: composite gives inf"):
+        score_experts("composite", LayerStatistics(9, values).mixed((1,)), 9)

@@ -1,0 +1,266 @@
+"""The file of scores: exact, the same every time, readable by anyone, and not believed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from streamprune.errors import OutputError, ScoresError
+from streamprune.scores.file import MOST_BYTES, SCORES_NAME, read_scores, write_scores
+from streamprune.scores.scores import Scores
+from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
+from tests.made_scores import make_scores
+
+
+def same(one: Scores, other: Scores) -> bool:
+    return replace(one, layers=()) == replace(other, layers=()) and all(
+        left.block == right.block and left.values.tobytes() == right.values.tobytes()
+        for left, right in zip(one.layers, other.layers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", [None, {"fused": {"3": ["gate_up_proj", 0]}}])
+def test_what_is_written_is_read_to_the_bit(layout: dict[str, Any] | None, tmp_path: Path) -> None:
+    scores = replace(make_scores(groups=3, topk_groups=2), layout=layout)
+    path = tmp_path / "new" / SCORES_NAME
+    write_scores(path, scores)
+    assert same(read_scores(path), scores)
+    assert same(read_scores(path.parent), scores)
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_the_same_scores_give_the_same_bytes(tmp_path: Path) -> None:
+    scores = make_scores()
+    turned = replace(scores, provenance=dict(reversed(list(scores.provenance.items()))))
+    for name, each in (("a", scores), ("b", make_scores()), ("c", turned)):
+        write_scores(tmp_path / name, each)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    # Not by the luck of one process's hashing either.
+    script = (
+        "from pathlib import Path; from tests.made_scores import make_scores; "
+        f"from streamprune.scores.file import write_scores; write_scores(Path({str(tmp_path / 'd')!r}), make_scores())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=Path(__file__).parents[1])
+    assert (tmp_path / "d").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_any_safetensors_reader_understands_it(tmp_path: Path) -> None:
+    scores = make_scores()
+    write_scores(tmp_path / "s", scores)
+    tensors = load_file(tmp_path / "s")
+    assert len(tensors) == len(scores.layers) * len(FIELDS)
+    for layer in scores.layers:
+        for name, values in zip(FIELDS, layer.values, strict=True):
+            tensor = tensors[f"layers.{layer.block}.{name}"]
+            assert tensor.dtype == (np.int64 if name in COUNTS else np.float64)
+            np.testing.assert_array_equal(tensor, values)
+    with safe_open(tmp_path / "s", "np") as opened:
+        metadata = opened.metadata()
+    assert metadata["streamprune_scores"] == "1"
+    assert json.loads(metadata["fields"]) == FIELDS
+    assert json.loads(metadata["sources"])[1] == {"name": "source1", "tokens": 60}
+    assert json.loads(metadata["provenance"])["calibration"]["recipe"] == "Größe"
+    # Aligned to eight bytes, as the format wants.
+    assert int.from_bytes((tmp_path / "s").read_bytes()[:8], "little") % 8 == 0
+
+
+def test_reading_imports_no_torch(tmp_path: Path) -> None:
+    write_scores(tmp_path / "s", make_scores())
+    script = (
+        "import sys; from pathlib import Path; from streamprune.scores.file import read_scores; "
+        f"import streamprune.choice.choose; read_scores(Path({str(tmp_path / 's')!r})); "
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def changed(scores: Scores, name: str, value: float, source: int = 0, expert: int = 0) -> Scores:
+    values = scores.layers[1].values.copy()
+    values[list(FIELDS).index(name), source, expert] = value
+    return replace(scores, layers=(scores.layers[0], LayerStatistics(2, values), *scores.layers[2:]))
+
+
+WRONG: list[tuple[Callable[[Scores], Scores], str]] = [
+    *((lambda s, n=name: changed(s, n, math.nan), f"layer 2, expert 0, source 0: {name} is nan") for name in FIELDS),
+    (lambda s: changed(s, "norms", float("inf")), "norms is inf"),
+    (lambda s: changed(s, "gates", 1e200), "gates is 1e"),
+    (lambda s: changed(s, "tokens", -1), "tokens is -1"),
+    (lambda s: changed(s, "tokens", 1.5), "tokens is 1.5"),
+    (lambda s: changed(s, "tokens", 41), "tokens is 41 with 41 tokens of 40"),
+    (lambda s: changed(s, "top_choices", 40), "top_choices is 40"),
+    (lambda s: changed(s, "peaks", -1), "peaks is -1"),
+    (lambda s: changed(s, "cosines", 40.5), "cosines is 40.5"),
+    (lambda s: changed(s, "gated_norms", 1, expert=11), "expert 11, source 0: gated_norms is 1 with 0 tokens"),
+    (lambda s: replace(s, sources=("a",)), "1 sources with 2 token counts"),
+    (lambda s: replace(s, sources=("a", "a")), "same name"),
+    (lambda s: replace(s, sources=("a", "b\n")), "cannot be named"),
+    (lambda s: replace(s, sources=("a", "")), "cannot be named"),
+    (lambda s: replace(s, source_tokens=(40, 0)), "source source1 has 0 tokens"),
+    (lambda s: replace(s, spec=replace(s.spec, count=13)), r"statistics \(9, 2, 12\) instead of \(9, 2, 13\)"),
+    (lambda s: replace(s, spec=replace(s.spec, top_k=13)), "no router picks experts like this"),
+    (lambda s: replace(s, spec=replace(s.spec, groups=5)), "no router picks experts like this"),
+    (lambda s: replace(s, layers=()), "no numbers of layers"),
+    (lambda s: replace(s, layers=s.layers[::-1]), "not in ascending order"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_scores_that_cannot_be_are_not_written(
+    change: Callable[[Scores], Scores], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ScoresError, match=message):
+        write_scores(tmp_path / "s", change(make_scores()))
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], Any], cut: int = 0) -> Path:
+    """The file with another header; `cut` bytes are taken off its end."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = json.dumps(change(header) or header).encode()
+    rest = data[8 + length :]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest[: len(rest) - cut])
+    return path
+
+
+def meta(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header["__metadata__"][name] = value
+
+    return change
+
+
+def last_tensor(**facts: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header["layers.4.top_choices"].update(facts)
+
+
+def dropped(header: dict[str, Any]) -> None:
+    del header["layers.4.top_choices"]
+
+
+def renamed(header: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("layers.4.", "layers.5."): value for name, value in header.items()}
+
+
+SPEC = {"path": [], "attribute": "n", "count": 12, "top_k": 2, "groups": 1, "topk_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "cut", "message"),
+    [
+        (meta("streamprune_scores", "2"), 0, "format '2', but this version of streamprune reads 1"),
+        (meta("streamprune_scores", 1), 0, "format 1, but this version"),
+        (lambda header: header.pop("__metadata__") and None, 0, "holds no scores"),
+        (lambda header: header["__metadata__"].pop("streamprune_scores") and None, 0, "holds no scores"),
+        (lambda header: header["__metadata__"].pop("blocks") and None, 0, "metadata 'blocks' are None"),
+        (meta("blocks", "[1, 2, 3, 4, 5]"), 0, "for 5 layers with 9 fields each it lacks 9 tensors"),
+        (meta("blocks", "[1, 2, 3]"), 0, "has the unknown 'layers.4"),
+        (meta("blocks", "[]"), 0, "no numbers of layers"),
+        (meta("blocks", "[1, 2, 3, 1e9]"), 0, "no numbers of layers"),
+        (meta("blocks", "[1, 3, 2, 4]"), 0, "ascending"),
+        (meta("sources", "[]"), 0, "0 sources"),
+        (meta("sources", '[{"name": "a"}, {"name": "b"}]'), 0, "metadata 'sources'"),
+        (meta("sources", '[{"name": "a", "tokens": 40}]'), 0, r"F64 \(2, 12\) instead|I64 \(2, 12\) instead"),
+        (meta("sources", '[{"name": 1, "tokens": 40}, {"name": "b", "tokens": 60}]'), 0, "cannot be named"),
+        (meta("sources", '[{"name": "a", "tokens": true}, {"name": "b", "tokens": 60}]'), 0, "has True tokens"),
+        (meta("sources", '[{"name": "\\ud800", "tokens": 40}, {"name": "b", "tokens": 60}]'), 0, "'sources'"),
+        (meta("experts", json.dumps(SPEC | {"count": 10**9})), 0, "no router picks"),
+        (meta("experts", json.dumps(SPEC | {"top_k": 0})), 0, "no router picks"),
+        (meta("experts", json.dumps(SPEC | {"path": "text_config"})), 0, "no router picks"),
+        (meta("experts", json.dumps(SPEC | {"more": 1})), 0, "described by"),
+        (meta("experts", "[]"), 0, "metadata 'experts'"),
+        (meta("provenance", '{"a": NaN}'), 0, "metadata 'provenance'"),
+        (meta("provenance", '{"a": 1e999}'), 0, "metadata 'provenance'"),
+        (meta("provenance", '{"a": ' + "[" * 100_000), 0, "metadata 'provenance'"),
+        (meta("provenance", '{"a": 1, "a": 2}'), 0, "metadata 'provenance'"),
+        (meta("provenance", 3), 0, "metadata 'provenance'"),
+        (meta("layout", "[]"), 0, "metadata 'layout'"),
+        (last_tensor(dtype="F64"), 0, r"layers.4.top_choices is F64"),
+        (last_tensor(dtype="XYZ"), 0, "unknown dtype 'XYZ'"),
+        (last_tensor(shape=[12, 2]), 0, r"\(12, 2\) instead of I64 \(2, 12\)"),
+        (last_tensor(shape=[2**40, 2**40]), 0, "cannot fill the byte range"),
+        (dropped, 192, "lacks 1 tensors, first layers.4.top_choices"),
+        (dropped, 0, "bytes, .* by its header"),
+        (renamed, 0, "lacks 9 tensors, first layers.4.cosines"),
+        (lambda header: None, 1, "bytes, .* by its header"),
+        (lambda header: [], 0, "not a JSON object"),
+    ],
+)
+def test_a_file_is_not_believed(
+    change: Callable[[dict[str, Any]], Any], cut: int, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    write_scores(path, make_scores())
+    if message == "not a JSON object":
+        path.write_bytes((2).to_bytes(8, "little") + b"[]")
+    else:
+        rewritten(path, change, cut)
+    with pytest.raises(ScoresError, match=message) as refusal:
+        read_scores(path)
+    assert "s.safetensors" in str(refusal.value)
+    assert len(str(refusal.value)) < 2000
+
+
+def test_values_in_a_file_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    write_scores(path, make_scores())
+    data = bytearray(path.read_bytes())
+    # The last value of all: expert 11 of the last source of layer 4, never seen.
+    data[-8:] = (1).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ScoresError, match="layer 4, expert 11, source 1: top_choices is 1 with 0 tokens of 60"):
+        read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "of its 0 bytes 0 would be its header"),
+        (b"\xff" * 100, "would be its header"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ((2**63).to_bytes(8, "little") + b"{}", "would be its header"),
+        ((2).to_bytes(8, "little") + b"{]", "header is no valid JSON"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "header is no valid JSON"),
+        ((2).to_bytes(8, "little") + b"{}", "holds no scores"),
+    ],
+)
+def test_what_is_no_file_of_scores(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(content)
+    with pytest.raises(ScoresError, match=message):
+        read_scores(tmp_path / "s")
+
+
+def test_what_is_no_file_at_all(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path, Path("a\0b"), tmp_path / ("x" * 300)):
+        with pytest.raises(ScoresError, match="No scores can be read"):
+            read_scores(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ScoresError, match="no regular file"):
+        read_scores(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(MOST_BYTES + 1)
+    with pytest.raises(ScoresError, match="Are these weights"):
+        read_scores(tmp_path / "large")
+
+
+def test_where_it_cannot_be_written_the_old_file_stays(tmp_path: Path) -> None:
+    write_scores(tmp_path / "s", make_scores())
+    before = (tmp_path / "s").read_bytes()
+    (tmp_path / "s.partial").mkdir()
+    with pytest.raises(OutputError, match="Writing the scores failed"):
+        write_scores(tmp_path / "s", make_scores(seed=1))
+    assert (tmp_path / "s").read_bytes() == before
