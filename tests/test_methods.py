@@ -72,6 +72,22 @@ def test_weights_equal_having_seen_the_tokens_so_often(method: str) -> None:
     np.testing.assert_allclose(mixed, real, rtol=1e-9)
 
 
+def test_sources_are_mixed_to_the_same_bit_on_any_machine() -> None:
+    values = np.random.default_rng(0).lognormal(size=(len(FIELDS), 5, 50))
+    weights = (0.3, 1.0, 0.0, 2.7, 0.1)
+    for name, mixed in LayerStatistics(0, values).mixed(weights).items():
+        rows = values[list(FIELDS).index(name)].tolist()
+        for expert, value in enumerate(mixed.tolist()):
+            column = [row[expert] for row in rows]
+            if name == "peaks":
+                assert value == max(column[source] for source in (0, 1, 3, 4))
+                continue
+            total = 0.0
+            for weight, each in zip(weights, column, strict=True):
+                total += weight * each
+            assert value == total
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_experts_that_met_no_token_have_a_number(method: str) -> None:
     nothing = LayerStatistics(0, np.zeros((len(FIELDS), 2, 4)))

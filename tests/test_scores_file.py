@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from streamprune.errors import OutputError, ScoresError
-from streamprune.scores.file import MOST_BYTES, SCORES_NAME, read_scores, write_scores
+from streamprune.scores.file import MOST_BYTES, SCORES_FOLDER, SCORES_NAME, read_scores, write_scores
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
 from tests.made_scores import make_scores
@@ -39,6 +39,9 @@ def test_what_is_written_is_read_to_the_bit(layout: dict[str, Any] | None, tmp_p
     assert same(read_scores(path), scores)
     assert same(read_scores(path.parent), scores)
     assert sorted(path.parent.iterdir()) == [path]
+    # A pruned model keeps them in a folder of their own; before those beside it they are meant.
+    write_scores(path.parent / SCORES_FOLDER / SCORES_NAME, replace(scores, provenance={"model": "other"}))
+    assert read_scores(path.parent).provenance == {"model": "other"}
 
 
 def test_the_same_scores_give_the_same_bytes(tmp_path: Path) -> None:

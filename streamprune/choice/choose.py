@@ -43,6 +43,11 @@ class Choice:
         return tuple(len(layer.kept) for layer in self.layers)
 
     @property
+    def counts_by_block(self) -> dict[int, int]:
+        """How many experts stay, by block."""
+        return {layer.block: len(layer.kept) for layer in self.layers}
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all layers keep equally many, as a standard config says it."""
         return len(set(self.counts)) == 1

@@ -34,7 +34,7 @@ from streamprune.work.disk_errors import writing
 from streamprune.work.durable import stream_whole
 
 SCORES_NAME = "scores.safetensors"
-#: Where they lie in a pruned model's folder: not beside the weights, since some loaders read every safetensors file there.
+#: Where they lie in a pruned model's folder: not beside the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
 FORMAT = 1
 #: 94 layers with 512 experts each and 30 sources take 100 MB; a real file has a few.

@@ -9,6 +9,8 @@ Shapes: F fields, S sources, E experts.
 
 from __future__ import annotations
 
+import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +34,10 @@ FIELDS = {
 #: Fields that count tokens, and those that are maxima instead of sums.
 COUNTS = frozenset({"tokens", "top_choices"})
 MAXIMA = frozenset({"peaks"})
+#: Fields that may be negative. (A gate weight is negative in no router that we know of, but nothing forbids it.)
+SIGNED = frozenset({"gates", "gated_norms", "cosines"})
+#: Every whole number up to here is a float64.
+MOST_COUNT = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -51,5 +57,38 @@ class LayerStatistics:
         used = self.values[:, factors > 0]
         result = {}
         for name, values in zip(FIELDS, used, strict=True):
-            result[name] = values.max(axis=0, initial=0.0) if name in MAXIMA else factors[factors > 0] @ values
+            if name in MAXIMA:
+                result[name] = values.max(axis=0, initial=0.0)
+                continue
+            # One source after the other, and no matrix product: that would round differently on other processors.
+            result[name] = np.zeros(values.shape[1])
+            for factor, of_source in zip(factors[factors > 0], values, strict=True):
+                result[name] += factor * of_source
         return result
+
+
+def pack(values: Array) -> str:
+    """Statistics as text, exact to the bit: base64 of their little-endian float64 values."""
+    return base64.b64encode(values.astype("<f8").tobytes()).decode()
+
+
+def unpack(text: str, sources: int, experts: int) -> Array:
+    """Statistics (F, S, E) from `pack`. ValueError or TypeError for text that holds none of this size."""
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
+    shape = (len(FIELDS), sources, experts)
+    if values.size != math.prod(shape):
+        raise ValueError(f"{values.size} numbers where {shape} are due")
+    values = values.reshape(shape).astype(np.float64)
+    check_values(values)
+    return values
+
+
+def check_values(values: Array) -> None:
+    """Raise ValueError for statistics (F, S, E) that no tokens can have."""
+    if not np.isfinite(values).all():
+        raise ValueError("statistics that are not finite")
+    for name, each in zip(FIELDS, values, strict=True):
+        if name in COUNTS and ((each < 0) | (each != np.floor(each)) | (each > MOST_COUNT)).any():
+            raise ValueError(f"{name} that are no numbers of tokens")
+        if name not in SIGNED and (each < 0).any():
+            raise ValueError(f"negative {name}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from streamprune.errors import ScoresError
-from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
+from streamprune.scores.statistics import COUNTS, FIELDS, SIGNED, LayerStatistics
 from streamprune.source.config_facts import MOST_BLOCKS, MOST_EXPERTS, ExpertSpec
 from streamprune.source.shard import show
 
@@ -21,7 +21,6 @@ MOST_TOKENS = 2**53
 MOST_VALUE = 1e120
 #: Rounding may carry a sum of cosines above the number of its terms, the more so the narrower the dtype.
 _SLACK = 1e-2
-_SIGNED = frozenset({"gates", "gated_norms", "cosines"})
 _SPEC_FIELDS = ("path", "attribute", "count", "top_k", "groups", "topk_groups")
 _AGAIN = "Score the model again."
 
@@ -77,7 +76,7 @@ def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: i
     limits = np.asarray(source_tokens, dtype=np.float64)[:, None]
     for name, values in fields.items():
         wrong = ~(np.abs(values) <= MOST_VALUE)
-        if name not in _SIGNED:
+        if name not in SIGNED:
             wrong |= values < 0
         if name in COUNTS:
             wrong |= (values != np.floor(values)) | (values > (limits if name == "tokens" else tokens))
