@@ -177,7 +177,7 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
         # Names are written as in `--mix code=0.5,prose=0.5`.
         base = re.sub(r"[=,:\s]+", "_", source.name)
         names = [each.name for each in unique]
-        numbered = (base if number == 1 else f"{base} ({number})" for number in itertools.count(1))
+        numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
         unique.append(replace(source, name=next(name for name in numbered if name not in names)))
     return Recipe(", ".join(source.name for source in unique), tuple(unique), strict=False)
 

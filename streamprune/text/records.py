@@ -181,8 +181,10 @@ def _call(call: Any) -> Any:
     call = _wrapped(call)
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
+    function = {key: value for key, value in call["function"].items() if value is not None}
+    if isinstance(function.get("arguments"), dict):
+        function["arguments"] = {key: value for key, value in function["arguments"].items() if value is not None}
+    elif isinstance(function.get("arguments"), str):
         try:
             arguments = parse_json(function["arguments"].encode())
         except (ValueError, RecursionError):

@@ -1,0 +1,99 @@
+"""Recipes made on the spot, what comes of them, and stand-ins for data sets of the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from streamprune.text.calibration import Calibration, load_calibration
+from streamprune.text.recipe import Source
+
+#: Messages, tools and variables, as they reach the template.
+TOOL_CHAT = (
+    "{% if tools %}[{{ tools|tojson }}]{% endif %}{% if enable_thinking %}[think]{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments|tojson }}]{% endfor %}"
+    "{% endfor %}{{ effort }}"
+)
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_texts(path: Path, letter: str, count: int = 200, length: int = 99) -> Path:
+    """A JSONL file of texts that consist of one letter, so that every token tells its source."""
+    return write_lines(path, *({"text": letter * length} for _ in range(count)))
+
+
+def write_recipe(path: Path, recipe: Any) -> Path:
+    # JSON is YAML as well.
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+def calibrate(model: Path, recipe: Any, **options: Any) -> Calibration:
+    """The calibration that a recipe (a dict, or a path or name) gives for the tokenizer in a folder."""
+    if isinstance(recipe, dict):
+        recipe = write_recipe(model.parent / "recipe.yaml", recipe)
+    return load_calibration([str(recipe)], model, **({"vocab_size": 256, "max_positions": 4096} | options))
+
+
+def shares_of(calibration: Calibration) -> list[float]:
+    return [tokens / calibration.tokens for tokens in calibration.tokens_of]
+
+
+def texts_of(model: Path, calibration: Calibration, source: int = 0) -> list[str]:
+    """The decoded sequences of a source."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pairs = zip(calibration.sequences, calibration.source_of, strict=True)
+    return [tokenizer.decode(sequence) for sequence, index in pairs if index == source]
+
+
+def same_tokens(one: Calibration, other: Calibration) -> bool:
+    return len(one.sequences) == len(other.sequences) and all(map(torch.equal, one.sequences, other.sequences))
+
+
+def stand_in(folder: Path, files: dict[str, Path | list[dict[str, Any]]], configs: list[dict[str, Any]]) -> Path:
+    """A data set as its author would upload it: files with records, and a card that says what is which."""
+    import pyarrow
+    import pyarrow.parquet
+    import yaml
+
+    for name, records in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+        else:
+            write_lines(path, *records)
+    if configs:
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    return folder
+
+
+def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
+    """Have data sets of the Hub read from local folders, and nothing asked of the Hub."""
+    import datasets
+
+    def load_stream(source: Source, commit: str | None) -> Any:
+        assert source.dataset is not None
+        assert commit == "c0ffee"
+        return datasets.load_dataset(
+            str(places[source.dataset]),
+            source.subset,
+            split=source.split,
+            data_files=list(source.data_files) or None,
+            data_dir=source.data_dir,
+            streaming=True,
+        )
+
+    monkeypatch.setattr("streamprune.text.hub_data.load_stream", load_stream)
+    monkeypatch.setattr("streamprune.text.hub_data._commit", lambda source: "c0ffee")

@@ -1,0 +1,342 @@
+"""Where records come from, and how they become text: files, folders, parquet, templates, filters and chats."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from streamprune.errors import CalibrationError
+from streamprune.text.calibration import load_calibration
+from streamprune.text.chat import Chat
+from streamprune.text.files import files_of, read_file
+from streamprune.text.parquet import BATCH_ROWS, read_parquet
+from streamprune.text.recipe import ChatForm, Source
+from streamprune.text.records import record_of
+from streamprune.text.rows import Row, shuffled
+from streamprune.text.template import Template, parse_path
+from tests.recipes import TOOL_CHAT, calibrate, same_tokens, texts_of, write_lines
+from tests.tokenizer import save_tokenizer
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = save_tokenizer(tmp_path / "model", chat=False)
+    tokenizer.chat_template = TOOL_CHAT
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def made_of(model: Path, source: dict[str, Any], **fields: Any) -> list[str]:
+    """The texts that a recipe of one source makes of its records, each by itself."""
+    fields = {"mode": "documents", "sequence_length": 4096} | fields
+    return texts_of(model, calibrate(model, {"sources": [{"samples": 1} | source]} | fields))
+
+
+def write_table(path: Path, records: list[dict[str, Any]], **options: Any) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, **options)
+    return path
+
+
+def test_parquet_and_jsonl_of_the_same_records_give_the_same_tokens(model: Path) -> None:
+    records = [{"text": f"größer {n}"} for n in range(10)]
+    write_lines(model.parent / "a.jsonl", *records)
+    write_table(model.parent / "a.parquet", records)
+    options: dict[str, Any] = {"samples": 4, "seq_len": 16, "vocab_size": 256, "max_positions": 256}
+    one, other = (
+        load_calibration([str(model.parent / f"a.{kind}")], model, **options) for kind in ("jsonl", "parquet")
+    )
+    assert sorted(texts_of(model, one)[0]) == sorted(texts_of(model, other)[0])
+    assert len(one.sequences) == len(other.sequences) == 4
+    ids = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    path = write_table(model.parent / "ids.parquet", ids)
+    ready = load_calibration([str(path)], model.parent / "none", samples=2, vocab_size=256, max_positions=256)
+    assert [sequence.tolist() for sequence in ready.sequences] == [[5, 6, 7], [8, 9]]
+
+
+def test_parquet_rows_of_every_type_and_their_places(tmp_path: Path) -> None:
+    record = {
+        "text": "x", "none": None, "day": datetime.date(2024, 1, 2), "bytes": b"\xff", "list": [{"a": 1, "b": None}],
+    }  # fmt: skip
+    path = write_table(tmp_path / "a.parquet", [record] * 40, row_group_size=20)
+    rows = list(read_parquet(path, random.Random(0)))
+    assert len(rows) == 40
+    assert {row.place.partition("a.parquet ")[2] for row in rows} == {
+        f"row {row} of row group {group}" for row in range(1, 21) for group in (1, 2)
+    }
+    assert rows[0].values == record
+    source = Source("a", paths=(path,), text=Template.parse("{day} {bytes} {list[0].a}{none}{list[0].b}"))
+    made = record_of(rows[0], source)
+    assert made is not None
+    assert made.text == '"2024-01-02" "b\'\\\\xff\'" 1'
+
+
+def test_a_small_parquet_file_that_stands_for_much(tmp_path: Path) -> None:
+    """A dictionary of one text of 4 MB, and a million rows that name it."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10**6, pyarrow.int32()), ["x" * 2**22])
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
+    assert path.stat().st_size < 2**20
+    rows = read_parquet(path, random.Random(0))
+    assert len(next(rows).values["text"]) == 2**22
+    assert pyarrow.total_allocated_bytes() < 3 * BATCH_ROWS * 2**22
+    rows.close()
+
+
+@pytest.mark.parametrize("cut", [0, 3, 200, -1, -9])
+def test_damaged_parquet_files(cut: int, model: Path) -> None:
+    path = write_table(model.parent / "a.parquet", [{"text": "x" * 99}] * 99)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CalibrationError, match=r"a\.parquet cannot be read as a parquet file: .*\. Download it again"):
+        made_of(model, {"path": "a.parquet"})
+    os.truncate(path, 2**40)
+    with pytest.raises(CalibrationError, match=r"a\.parquet cannot be read as a parquet file"):
+        made_of(model, {"path": "a.parquet"})
+
+
+def test_a_folder_is_all_the_text_in_it(model: Path) -> None:
+    folder = model.parent / "texts"
+    write_lines(folder / "deep" / "er" / "a.jsonl", {"text": "one"}, {"text": "two"})
+    write_table(folder / "b.parquet", [{"text": "three"}])
+    write_lines(folder / "lines.json", {"text": "four"})
+    (folder / "five.py").write_text("five")
+    (folder / "package.json").write_text('{\n "six": 6\n}')
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("hidden")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\0\0")
+    (folder / "latin.txt").write_bytes("größer".encode("latin-1") * 9000)
+    (folder / "empty.txt").write_text("")
+    taken, left_out = files_of(folder)
+    assert [path.name for path in left_out] == ["empty.txt", "latin.txt", "picture.png"]
+    assert len(taken) == 5
+    calibration = calibrate(model, {"sources": [{"path": "texts", "samples": 6}], "mode": "documents"})
+    assert sorted(text.removesuffix("</s>") for text in texts_of(model, calibration)) == sorted(
+        ["one", "two", "three", "four", "five", '{\n "six": 6\n}']
+    )
+    assert calibration.sources == ("texts",)
+    assert "texts: 3 files are no text, first" in calibration.notes[0]
+    (model.parent / "pictures").mkdir()
+    (folder / "picture.png").rename(model.parent / "pictures" / "a.png")
+    with pytest.raises(CalibrationError, match="none of the 1 files in it is text, JSONL or parquet"):
+        made_of(model, {"path": "pictures"})
+
+
+def test_text_that_is_cut_within_a_character_is_still_text(tmp_path: Path) -> None:
+    for shift in range(4):
+        (tmp_path / "a.txt").write_text("x" * shift + "大" * 5000)
+        assert files_of(tmp_path)[1] == []
+
+
+def test_several_paths_are_one_source(model: Path) -> None:
+    write_lines(model.parent / "a.jsonl", {"text": "one"})
+    write_lines(model.parent / "b.jsonl", {"text": "two"})
+    assert sorted(made_of(model, {"name": "ab", "path": ["a.jsonl", "b.jsonl"], "samples": 2})) == [
+        "one</s>",
+        "two</s>",
+    ]
+
+
+def test_templates(model: Path) -> None:
+    record = {"q": "why?", "choices": ["a", "b"], "meta": {"lang": "de", "n": 3}, "nothing": None, "with space": True}
+    write_lines(model.parent / "a.jsonl", record)
+    text = "{{{q}}} {choices[1]} {choices} {meta.lang}{meta.n}{nothing}{nothing.more} {with space}"
+    (made,) = made_of(model, {"path": "a.jsonl", "text": text})
+    assert made == '{why?} b ["a", "b"] de3 true</s>'
+    (made,) = made_of(model, {"path": "a.jsonl", "field": "meta.lang"})
+    assert made == "de</s>"
+    with pytest.raises(
+        CalibrationError, match=r"a\.jsonl line 1 has no 'answer', which source 'a.jsonl' asks for; it has"
+    ):
+        made_of(model, {"path": "a.jsonl", "text": "{q} {answer}"})
+    with pytest.raises(CalibrationError, match=r"has no 'choices\[2\]'"):
+        made_of(model, {"path": "a.jsonl", "text": "{choices[2]}"})
+
+
+def test_labels_name_numbers(model: Path) -> None:
+    path = write_lines(model.parent / "a.jsonl", {"answer": 1}, {"answer": 1})
+    labelled = {"path": "a.jsonl", "field": "answer", "labels": {"answer": ["A", "B"]}}
+    assert made_of(model, labelled) == ["B</s>"]
+    for value in (2, -1, "1", True, None, 1.0):
+        write_lines(path, {"answer": value})
+        with pytest.raises(CalibrationError, match="for 'answer', where 'labels' names the numbers 0 to 1"):
+            made_of(model, labelled)
+
+
+@pytest.mark.parametrize(
+    ("condition", "numbers"),
+    [
+        ({"lang": "de"}, [0, 2]),
+        ({"lang": ["en", "fr"]}, [1, 3]),
+        ({"score": {"min": 0.5}}, [1, 2]),
+        ({"score": {"min": 0.5, "max": 0.9}}, [1]),
+        ({"score": 1}, [2]),
+        ({"good": True}, [1]),
+        ({"good": 1}, [3]),
+        ({"meta.kind": "a"}, [0]),
+        ({"lang": "de", "score": {"min": 0.5}}, [2]),
+    ],
+)
+def test_filters(condition: dict[str, Any], numbers: list[int], model: Path) -> None:
+    write_lines(
+        model.parent / "a.jsonl",
+        {"n": 0, "lang": "de", "score": 0.1, "good": None, "meta": {"kind": "a"}},
+        {"n": 1, "lang": "en", "score": 0.5, "good": True, "meta": {"kind": None}},
+        {"n": 2, "lang": "de", "score": 1, "good": False, "meta": None},
+        {"n": 3, "lang": "fr", "score": None, "good": 1, "meta": {"kind": "b"}},
+    )
+    source = {"path": "a.jsonl", "field": "n", "filter": condition, "samples": len(numbers)}
+    assert sorted(made_of(model, source)) == [f"{number}</s>" for number in numbers]
+
+
+def test_filters_that_nothing_passes_and_fields_that_are_not_there(model: Path) -> None:
+    write_lines(model.parent / "a.jsonl", *[{"text": "x", "lang": "de"}] * 7)
+    with pytest.raises(CalibrationError, match=r"Source 'a\.jsonl' .*: none of its 7 records passes its 'filter'"):
+        made_of(model, {"path": "a.jsonl", "filter": {"lang": "en"}})
+    with pytest.raises(CalibrationError, match=r"a\.jsonl line \d has no 'language'"):
+        made_of(model, {"path": "a.jsonl", "filter": {"language": "en"}})
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "text"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}]}, {}, "<user>hi"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, {},
+         "<user>hi<assistant>yo"),
+        ({"conversations": [{"from": "system", "value": "s"}]}, {"messages": "conversations"}, "<system>s"),
+        ({"chat": '[{"role": "user", "content": "hi"}]'}, {"messages": "chat"}, "<user>hi"),
+        ({"a": {"b": [{"role": "user", "content": "hi"}]}}, {"messages": "a.b"}, "<user>hi"),
+        (
+            {"turns": [{"who": "Q", "what": "hi"}, {"who": "A", "what": None}]},
+            {"messages": "turns", "columns": {"role": "who", "content": "what"}, "roles": {"Q": "user", "A": "bot"}},
+            "<user>hi<bot>",
+        ),
+        ({"q": "hi", "a": "yo"}, {"messages": [{"role": "user", "content": "{q}!"}, {"role": "bot", "content": "{a}"}]},
+         "<user>hi!<bot>yo"),
+        ({"q": "hi", "c": '[{"name": "f", "arguments": "{\\"x\\": 1}"}]'},
+         {"messages": [{"role": "user", "content": "{q}"}, {"role": "bot", "tool_calls": "c"}]},
+         '<user>hi<bot>[f {"x": 1}]'),
+        # Arguments as an object, though the model wrote them as text; what is no JSON stays as it was written.
+        ({"messages": [{"role": "bot", "content": None, "name": None, "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+            {"type": "function", "function": {"name": "g", "arguments": "{oops"}}]}]},
+         {"messages": "messages"}, '<bot>[f {"x": 1}][g "{oops"]'),
+        # Parquet gives each object the keys of all.
+        ({"messages": [{"role": "bot", "content": "", "tool_calls": [
+            CALL, {"type": "function", "function": {"name": "g", "arguments": {"y": 2}}}]}]},
+         {"messages": "messages"}, '<bot>[f {"x": 1}][g {"y": 2}]'),
+        ({"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}, {},
+         '[[{"type": "function", "function": {"name": "f"}}]]<user>hi'),
+        ({"m": [{"role": "user", "content": "hi"}], "t": '[{"type": "function", "function": {"name": "f"}}]'},
+         {"messages": "m", "tools": "t"}, '[[{"type": "function", "function": {"name": "f"}}]]<user>hi'),
+        ({"m": [{"role": "user", "content": "hi"}], "t": None}, {"messages": "m", "tools": "t"}, "<user>hi"),
+        ({"m": [{"role": "user", "content": "hi"}]}, {"messages": "m", "thinking": True}, "[think]<user>hi"),
+        ({"m": [{"role": "user", "content": "hi"}]}, {"messages": "m", "thinking": False}, "<user>hi"),
+        ({"m": [{"role": "user", "content": "hi"}]}, {"messages": "m", "template_options": {"effort": "low"}},
+         "<user>hilow"),
+    ],
+)  # fmt: skip
+def test_chats(record: dict[str, Any], form: dict[str, Any], text: str, model: Path) -> None:
+    write_lines(model.parent / "a.jsonl", record)
+    assert made_of(model, {"path": "a.jsonl"} | form) == [text]
+    write_table(model.parent / "a.parquet", [record])
+    assert made_of(model, {"path": "a.parquet"} | form) == [text]
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "words"),
+    [
+        ({"m": "hello"}, {}, "'m' that is not valid JSON"),
+        ({"m": "5"}, {}, "has 5 for 'm', which is no list of messages"),
+        ({"m": None}, {}, "has None for 'm', which is no list of messages"),
+        ({"n": []}, {}, "has no 'm'"),
+        ({"m": ["hi"]}, {}, "chat template refuses this chat"),
+        ({"m": [], "t": "{}"}, {"tools": "t"}, "has {} for 't', which is no list of tools"),
+        ({"m": [], "t": 7}, {"tools": "t"}, "has 7 for 't', which is no list of tools"),
+        ({"m": "[" * 5000}, {}, "a.jsonl line 1"),
+        ({"c": "{}"}, {"messages": [{"role": "bot", "tool_calls": "c"}]}, "has {} for 'c', which is no list of calls"),
+    ],
+)
+def test_chats_that_are_none(record: dict[str, Any], form: dict[str, Any], words: str, model: Path) -> None:
+    write_lines(model.parent / "a.jsonl", record)
+    with pytest.raises(CalibrationError) as caught:
+        made_of(model, {"path": "a.jsonl", "messages": "m"} | form)
+    assert words in str(caught.value)
+    assert "a.jsonl line 1" in str(caught.value)
+
+
+def test_thinking_by_the_names_that_templates_have_for_it() -> None:
+    form = ChatForm(("m",), thinking=False, options={"effort": "low"})
+    assert form.variables == {"enable_thinking": False, "thinking": False, "effort": "low"}
+    made = record_of(Row("here", {"m": []}, 1), Source("a", chat=form))
+    assert made is not None
+    assert made.chat == Chat("here", [], None, form.variables)
+
+
+def test_rows_are_shuffled_within_what_may_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(str(number), {}, 100) for number in range(1000)]
+    for most_rows, most_bytes in ((50, 10**9), (10**9, 5000)):
+        monkeypatch.setattr("streamprune.text.rows.MOST_HELD_BYTES", most_bytes)
+        seen = 0
+
+        def counted() -> Any:
+            nonlocal seen
+            for row in rows:
+                seen += 1
+                yield row
+
+        drawn = shuffled(counted(), random.Random(0), most_rows)
+        first = [next(drawn) for _ in range(100)]
+        assert seen == 150
+        rest = list(drawn)
+        assert sorted(number for number, _ in first + rest) == list(range(1000))
+        assert [number for number, _ in first + rest] != list(range(1000))
+        assert all(row.place == str(number) for number, row in first)
+
+
+def test_only_so_much_of_a_source_is_read_as_its_share_takes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(model.parent / "a.jsonl", *({"text": "x" * 99} for _ in range(3000)))
+    read = 0
+
+    def counting(path: Path, rng: random.Random) -> Any:
+        nonlocal read
+        for row in read_file(path, rng):
+            read += 1
+            yield row
+
+    monkeypatch.setattr("streamprune.text.files.read_file", counting)
+    monkeypatch.setattr("streamprune.text.rows.MOST_HELD_BYTES", 10_000)
+    calibrate(model, {"sequence_length": 100, "samples": 20, "sources": [{"path": "a.jsonl"}]})
+    assert 20 < read < 150
+
+
+def test_builtin_sources(model: Path) -> None:
+    sources = [{"builtin": "records", "share": 3}, {"name": "sums", "builtin": "arithmetic", "share": 1}]
+    calibration = calibrate(model, {"sequence_length": 64, "samples": 40, "sources": sources})
+    assert calibration.sources == ("records", "sums")
+    assert calibration.tokens_of == (1920, 640)
+    assert '"type"' in texts_of(model, calibration, 0)[0]
+    again = calibrate(model, {"sequence_length": 64, "samples": 40, "sources": sources})
+    assert same_tokens(calibration, again)
+
+
+@pytest.mark.parametrize("text", ["{a", "a}", "{}", "{a.}", "{[0]}", "{a[x]}", "{a[99999999999]}"])
+def test_texts_that_are_no_templates(text: str) -> None:
+    with pytest.raises(ValueError, match=r"a single|names no field"):
+        Template.parse(text)
+
+
+def test_paths_of_fields() -> None:
+    assert parse_path("a.b[0].c d[12]") == ("a", "b", 0, "c d", 12)
+    assert Template.parse("{{}} {a.b}").fields == (("a", "b"),)
+    assert json.dumps(Template.parse("x{{y}}z").fill({})) == '"x{y}z"'
