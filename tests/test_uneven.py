@@ -62,7 +62,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def facts_of(family: str = "qwen3_moe") -> LoadingFacts:
     config = tiny_config(known_family(family))
-    facts = find_loading_facts(config.to_dict(), config, build_skeleton(config, torch.float32))
+    facts = find_loading_facts(json.loads(config.to_json_string()), config, build_skeleton(config, torch.float32))
     assert not facts.problem
     return facts
 
@@ -108,13 +108,18 @@ def test_every_class_loads_clean(made: Uneven) -> None:
 
 
 def test_generate_and_save_round_trip(made: Uneven, tmp_path: Path) -> None:
-    auto = made.facts.classes[-2].auto  # for a model with images the one that has all of it
-    model = load(made, auto)
+    model = load(made)
     reference = in_memory(made, load_whole(made.source))
     ids = token_ids(length=8)
     greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **greedy), reference.generate(ids, **greedy))
+    if made.facts.classes[0].whole:  # the text part, saved as a model of its own
+        part = tmp_path / "uneven-part"
+        model.save_pretrained(part)
+        assert same_weights(AutoModelForCausalLM.from_pretrained(part, trust_remote_code=True), model)
 
+    auto = made.facts.classes[-2].auto  # for a model with images the one that has all of it
+    model = load(made, auto)
     saved = tmp_path / "uneven-saved"
     model.save_pretrained(saved)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (made.output, saved))
@@ -271,7 +276,7 @@ def test_layers_that_read_the_whole_model_s_count_are_found(monkeypatch: pytest.
             return super().forward(hidden_states)
 
     monkeypatch.setattr(modeling_qwen3_moe, "Qwen3MoeSparseMoeBlock", Reading)
-    facts = find_loading_facts(config.to_dict(), config, build_skeleton(config, torch.float32))
+    facts = find_loading_facts(json.loads(config.to_json_string()), config, build_skeleton(config, torch.float32))
     assert "its Reading looks up one number of experts" in facts.problem
 
 
@@ -324,7 +329,8 @@ def test_facts_and_files_need_no_torch() -> None:
         ("layers", "model.layers[0]"),
         ("layers", "model..layers"),
         ("layers", ["model"]),
-        ("text_only", 1),
+        ("whole", True),
+        ("whole", "X\nimport os"),
     ],
 )
 def test_facts_of_strangers_never_become_code(field: str, value: Any) -> None:

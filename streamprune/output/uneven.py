@@ -185,7 +185,7 @@ def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, A
     return {
         **config,
         "architectures": architectures or [facts.classes[0].name],
-        "auto_map": kept | {each.auto: f"{module}.{each.name}" for each in facts.classes},
+        "auto_map": kept | {each.auto: f"{module}.{each.entry}" for each in facts.classes},
     }
 
 
@@ -228,7 +228,6 @@ def _loading_class(told: Any) -> LoadingClass:
         raise ValueError("layers is no path")
     for part in layers.split("."):
         _name(part)
-    if not isinstance(told["text_only"], bool):
-        raise ValueError("text_only is neither true nor false")
+    whole = None if told["whole"] is None else _name(told["whole"])
     auto, stock, module = _name(told["auto"], _AUTO), _name(told["stock"]), _name(told["module"], _MODULE)
-    return LoadingClass(auto, stock, module, layers, told["text_only"])
+    return LoadingClass(auto, stock, module, layers, whole)

@@ -99,19 +99,20 @@ def _part(config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
 
 def _classes(config: PreTrainedConfig, skeleton: Skeleton) -> tuple[LoadingClass, ...]:
     found = []
+    text = config.get_text_config(decoder=True)
     for auto in _AUTO_CLASSES:
         mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
         stock = mapping.get(type(config), None)
         if stock is None:
             continue
         stock = stock[0] if isinstance(stock, (tuple, list)) else stock
-        text_only = stock.config_class is not type(config)
-        layers = _layers_path(stock, config.get_text_config(decoder=True) if text_only else config, skeleton)
+        # Transformers itself gives a class that is made for the text part that part of the config.
+        text_only = stock.config_class is type(text) and text is not config
+        layers = _layers_path(stock, text if text_only else config, skeleton)
         if layers is not None:
-            public = getattr(transformers, stock.__name__, None) is stock
-            found.append(
-                LoadingClass(auto, stock.__name__, "transformers" if public else stock.__module__, layers, text_only)
-            )
+            module = "transformers" if getattr(transformers, stock.__name__, None) is stock else stock.__module__
+            whole = type(config).__name__ if text_only else None
+            found.append(LoadingClass(auto, stock.__name__, module, layers, whole))
     return tuple(found)
 
 
@@ -156,7 +157,7 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
         if config_from_dict(config, json.loads(uneven.to_json_string())).to_dict() != uneven.to_dict():
             return "its config does not stay the same when it is saved and loaded again."
         with torch.device("meta"):
-            model = getattr(module, each.name)._from_config(uneven, dtype=skeleton.model.dtype)
+            model = getattr(module, each.entry)._from_config(uneven, dtype=skeleton.model.dtype)
         problem = _compare(model.eval(), each, expected, facts.names)
         if problem:
             return problem

@@ -58,7 +58,7 @@ _CLASS = """
 
 class {name}({stock}):
     def __init__(self, config, *args, **kwargs):
-        super().__init__({config}, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)
         replace_layers(self, self.{layers})
 
     @classmethod
@@ -67,25 +67,44 @@ class {name}({stock}):
         return False
 """
 
+_TEXT_PART = """
+
+class {entry}({name}):
+    # The text part of the model without its other parts. Once built it is an ordinary text model, also when saved.
+    config_class = {whole}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config.get_text_config(decoder=True), *args, **kwargs)
+        self.__class__ = {name}
+
+
+{name}.register_for_auto_class("{auto}")
+"""
+
 
 @dataclass(frozen=True)
 class LoadingClass:
     """A class that transformers takes for this model: the `auto` class it is found by, its name, the module that it is
     imported from, and the dotted path of the list of decoder layers in it.
 
-    `text_only` says that it is built from the text part of the config, of a model that takes images as well.
+    `whole` is None, or the name of the config class of a model of which this class takes the text part only.
     """
 
     auto: str
     stock: str
     module: str
     layers: str
-    text_only: bool = False
+    whole: str | None = None
 
     @property
     def name(self) -> str:
         """The name of the class that derives from it in the output's module."""
         return _PREFIX + self.stock
+
+    @property
+    def entry(self) -> str:
+        """The name of the class that `auto_map` names: for a text part one that takes the whole model's config."""
+        return f"{self.name}OfTextPart" if self.whole else self.name
 
 
 def module_text(classes: Sequence[LoadingClass], table: str, inner: str | None, oldest: str) -> str:
@@ -95,17 +114,15 @@ def module_text(classes: Sequence[LoadingClass], table: str, inner: str | None, 
     of experts, if it is in one; `oldest` the first transformers that will do.
     """
     imports = defaultdict(set)
+    definitions = {}
     for each in classes:
         imports[each.module].add(each.stock)
-    definitions = {
-        each.name: _CLASS.format(
-            name=each.name,
-            stock=each.stock,
-            layers=each.layers,
-            config="config.get_text_config(decoder=True)" if each.text_only else "config",
-        )
-        for each in classes
-    }
+        definitions[each.name] = _CLASS.format(name=each.name, stock=each.stock, layers=each.layers)
+        if each.whole:
+            imports["transformers"].add(each.whole)
+            definitions[each.entry] = _TEXT_PART.format(
+                entry=each.entry, name=each.name, whole=each.whole, auto=each.auto
+            )
     standard = table == STANDARD_TABLE
     needs_values = bool(inner) or not standard
     return _MODULE.format(
