@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: what huggingface_hub asks for when it downloads a model.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: what huggingface_hub asks for when it downloads a model, and the
+`datasets` library when it streams a data set (its name in `HubServer.repos` begins with "datasets/").
 
 It serves local folders, can be told to misbehave, and remembers every request. Like the Hub, it shows a gated model's
 file list to everybody and its files only to those with access (here: a token in `HubRepo.members`).
@@ -17,11 +18,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-_MODEL = re.compile(r"^/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?$")
-_TREE = re.compile(r"^/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)$")
-_FILE = re.compile(r"^/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)$")
+_API = r"^/api/(models/)?(?P<id>(datasets/)?[^/]+/[^/]+)"
+_MODEL = re.compile(_API + r"(/revision/(?P<revision>[^/]+))?$")
+_TREE = re.compile(_API + r"/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?$")
+_PATHS = re.compile(_API + r"/paths-info/(?P<revision>[^/]+)$")
+_ACCESS = re.compile(_API + r"/auth-check$")
+_FILE = re.compile(r"^/(?P<id>(datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)$")
 _RANGE = re.compile(r"^bytes=(\d*)-(\d*)$")
 
 
@@ -175,11 +179,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     do_HEAD = do_GET
+    do_POST = do_GET
+
+    def _body_paths(self) -> set[str]:
+        """The paths that a question about some of them names."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if "json" in self.headers.get("Content-Type", ""):
+            return set(json.loads(body)["paths"])
+        return set(parse_qs(body.decode())["paths"])
 
     def _answer(self) -> _Answer:
         # Matched before decoding: a branch such as refs/pr/1 arrives as refs%2Fpr%2F1.
         path = urlsplit(self.path).path
-        match = _MODEL.match(path) or _TREE.match(path) or _FILE.match(path)
+        matches = (pattern.match(path) for pattern in (_ACCESS, _MODEL, _TREE, _PATHS, _FILE))
+        match = next((match for match in matches if match is not None), None)
         if match is None:
             return _error(404, "", "Sorry, we can't find the page you are looking for.")
         known = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
@@ -196,9 +209,14 @@ class _Handler(BaseHTTPRequestHandler):
         if match.re is _MODEL:
             return _json({"id": known["id"], "sha": commit, "siblings": [{"rfilename": name} for name in files]})
         if match.re is _TREE:
-            return _json([_tree_entry(name, data) for name, data in files.items()])
+            return _json(_tree(files, known.get("folder", ""), "recursive=true" in self.path.lower()))
+        if match.re is _PATHS:
+            asked = self._body_paths()
+            return _json([entry for entry in _tree(files, "", True) if entry["path"] in asked])
         if repo.gated and token not in repo.members:
             return _error(403 if token else 401, "GatedRepo", f"Access to model {known['id']} is restricted.")
+        if match.re is _ACCESS:
+            return _json({})
         if known["file"] not in files:
             answer = _error(404, "EntryNotFound", "Entry not found")
             answer.headers["X-Repo-Commit"] = commit
@@ -217,6 +235,17 @@ class _Handler(BaseHTTPRequestHandler):
             return _Answer(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"}, name)
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
         return _Answer(206, data[begin:end], headers, name)
+
+
+def _tree(files: dict[str, bytes], folder: str, deep: bool) -> list[dict[str, Any]]:
+    """Files and folders below a folder, or only those in it."""
+    inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
+    folders = {name[:place] for name in inside for place, letter in enumerate(name) if letter == "/"} - {folder}
+    folders = {name for name in folders if name.startswith(folder)}
+    depth = folder.count("/") + 1 if folder else 0
+    entries = [_tree_entry(name, files[name]) for name in inside]
+    entries += [{"type": "directory", "path": name, "size": 0, "oid": _etag(name.encode())} for name in sorted(folders)]
+    return [entry for entry in entries if deep or entry["path"].count("/") == depth]
 
 
 def _tree_entry(name: str, data: bytes) -> dict[str, Any]:

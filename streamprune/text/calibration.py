@@ -15,7 +15,7 @@ import torch
 from streamprune.errors import CalibrationError
 from streamprune.settings import DEFAULT_SEQ_LEN
 from streamprune.text.files import BUILTIN, builtin_domains
-from streamprune.text.hub_data import check_library
+from streamprune.text.hub_data import check_library, commit_of
 from streamprune.text.recipe import Recipe, Source
 from streamprune.text.recipe_file import find_recipe, read_recipe
 from streamprune.text.shares import TOLERANCE, Goal, fill_up, goals_of
@@ -116,9 +116,6 @@ def load_calibration(
     recipe = chosen_recipe(sources)
     length = _sequence_length(recipe, seq_len, max_positions)
     seed = recipe.seed if seed is None else seed
-    for source in recipe.sources:
-        if source.dataset is not None:
-            check_library(source)
     goals = goals_of(recipe, samples, length)
     notes = []
     if not all(_is_wanted(goal) for goal in goals):
@@ -126,8 +123,9 @@ def load_calibration(
         recipe = replace(recipe, sources=tuple(recipe.sources[index] for index in used))
         goals = [goals[index] for index in used]
         notes.append(f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}.")
-    # All are opened before the first is read: what is missing shows at once.
-    opened = [open_source(source, seed) for source in recipe.sources]
+    # All are asked for and opened before the first is read: what is missing shows at once.
+    commits = _commits(recipe)
+    opened = [open_source(source, seed, commits.get(source.name)) for source in recipe.sources]
     for source, each in zip(recipe.sources, opened, strict=True):
         if each.left_out:
             notes.append(f"{source.name}: {len(each.left_out)} files are no text, first {each.left_out[0]}.")
@@ -145,7 +143,7 @@ def load_calibration(
         tuple(source_of),
         fingerprint_of(sequences, source_of),
         tuple(notes + _remarks(recipe, supplies)),
-        _provenance(recipe, supplies, length, seed),
+        _provenance(recipe, supplies, commits, length, seed),
     )
 
 
@@ -195,6 +193,15 @@ def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | N
     return length
 
 
+def _commits(recipe: Recipe) -> dict[str, str]:
+    """The commits of the Hub data sets by the names of the sources; the first look at whether they may be read."""
+    datasets = [source for source in recipe.sources if source.dataset is not None]
+    for source in datasets:
+        check_library(source)
+    found = {source.name: commit_of(source) for source in datasets}
+    return {name: commit for name, commit in found.items() if commit is not None}
+
+
 def _is_wanted(goal: Goal) -> bool:
     return goal.sequences != 0
 
@@ -237,13 +244,15 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
     return notes
 
 
-def _provenance(recipe: Recipe, supplies: Sequence[Supply], length: int, seed: int) -> dict[str, Any]:
+def _provenance(
+    recipe: Recipe, supplies: Sequence[Supply], commits: Mapping[str, str], length: int, seed: int
+) -> dict[str, Any]:
     """How the tokens were made, as JSON, with nothing in it that differs between machines."""
     sources = []
     for supply in supplies:
         made: dict[str, Any] = {"name": supply.source.name, **supply.source.public()}
-        if supply.commit is not None:
-            made["commit"] = supply.commit
+        if supply.source.name in commits:
+            made["commit"] = commits[supply.source.name]
         made |= {"share": supply.goal.share, "records": supply.records}
         sources.append(made | {"sequences": len(supply.sequences), "tokens": supply.tokens})
     stated = {"name": recipe.name, "description": recipe.description} if recipe.strict else {}

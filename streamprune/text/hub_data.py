@@ -21,32 +21,39 @@ def check_library(source: Source) -> None:
         )
 
 
-def open_dataset(source: Source, seed: int) -> tuple[Iterator[Row], str | None]:
-    """The rows of a source's data set, its shards in an order that the seed decides, and the commit that they are of.
+def commit_of(source: Source) -> str | None:
+    """The commit that the revision of a source's data set is now.
 
-    Asks the Hub whether it may be read before this returns. Raises CalibrationError, naming the source, where it is
-    gated, missing, or has no such subset, split or revision.
+    Raises CalibrationError, naming the source, where the data set is gated, missing, or has no such revision.
     """
-    check_library(source)
+    try:
+        return _commit(source)
+    except Exception as error:
+        # From several libraries, with no class in common.
+        raise _told(source, error) from None
+
+
+def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]:
+    """The rows of a source's data set at a commit, its shards in an order that the seed decides.
+
+    Raises CalibrationError, naming the source, where the data set has no such subset or split.
+    """
     import datasets
 
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    commit = None
     try:
-        commit = _commit(source)
         stream = load_stream(source, commit)
-        if isinstance(stream, dict) or not isinstance(stream, datasets.IterableDataset):
+        if not isinstance(stream, datasets.IterableDataset):
             raise ValueError(f"{source.split!r} is not a single split")
         # Pictures and sound stay undecoded: only text is asked for.
         stream = stream.decode(False)
         if stream.num_shards > 1:
-            # Of one row: only the order of the shards is left to the library.
+            # A buffer of one row: only the order of the shards is left to the library.
             stream = stream.shuffle(seed=seed, buffer_size=1)
     except Exception as error:
-        # From several libraries, with no class in common.
         raise _told(source, error) from None
-    return _rows(source, stream), commit
+    return _rows(source, stream)
 
 
 def load_stream(source: Source, commit: str | None) -> Any:
@@ -65,7 +72,7 @@ def load_stream(source: Source, commit: str | None) -> Any:
 
 
 def _commit(source: Source) -> str | None:
-    """The commit that the source's revision is now. Raises what the Hub library raises, also for gated data sets."""
+    """Raises what the Hub library raises, also for gated data sets."""
     from huggingface_hub import HfApi
 
     hub = HfApi()
@@ -119,6 +126,7 @@ def _told(source: Source, error: Exception) -> CalibrationError:
         f"{key} {value!r}" for key, value in (("subset", source.subset), ("split", source.split)) if value is not None
     )
     reason = first_line(str(error)) or type(error).__name__
-    return CalibrationError(
-        f"{what} ({chosen}) cannot be read: {reason}. Check the recipe against {page}, and the connection."
-    )
+    advice = f"Check the recipe against {page}, and the connection."
+    if "scripts are no longer supported" in reason:
+        advice = "The Hub may have a copy without the script: try with 'revision: refs/convert/parquet'."
+    return CalibrationError(f"{what} ({chosen}) cannot be read: {reason}. {advice}")

@@ -40,25 +40,23 @@ class Opened:
     """A source that is open for reading: rows with their numbers, in the order in which they are used."""
 
     rows: Iterator[tuple[int, Row]]
-    commit: str | None = None
     left_out: list[Path] = field(default_factory=list)
 
 
-def open_source(source: Source, seed: int) -> Opened:
-    """Open a source. Raises CalibrationError where it is missing or may not be read; later, for what is in it."""
+def open_source(source: Source, seed: int, commit: str | None = None) -> Opened:
+    """Open a source; `commit` is that of its data set. Raises CalibrationError where it cannot be read."""
     seed = (seed if source.seed is None else source.seed) % _SEEDS
     rng = random.Random(seed)
     if source.builtin is not None:
         return Opened(shuffled(read_builtin(source.builtin, seed), rng, _HELD_BUILTIN))
     if source.dataset is not None:
-        rows, commit = open_dataset(source, seed)
-        return Opened(shuffled(rows, rng), commit)
+        return Opened(shuffled(open_dataset(source, seed, commit), rng))
     taken, left_out = [], []
     for path in source.paths:
         files = files_of(path)
         taken += files[0]
         left_out += files[1]
-    return Opened(shuffled(read_files(taken, rng), rng), None, left_out)
+    return Opened(shuffled(read_files(taken, rng), rng), left_out)
 
 
 class Supply:
@@ -68,7 +66,7 @@ class Supply:
     """
 
     def __init__(self, source: Source, recipe: Recipe, goal: Goal, opened: Opened, maker: TokenMaker, length: int):
-        self.source, self.goal, self.commit = source, goal, opened.commit
+        self.source, self.goal = source, goal
         self.tokens = self.records = 0
         self._rows_seen = 0
         self._taken: list[tuple[tuple[int, int], torch.Tensor]] = []
