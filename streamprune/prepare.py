@@ -1,109 +1,167 @@
-"""Everything about a run that is decided before a weight is read: the model is opened, understood and planned."""
+"""Everything about a run that is settled before a weight is read: the model is opened and understood."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from streamprune.decision import Decision, decide, with_footprint
-from streamprune.errors import CheckpointError
-from streamprune.output.plan import PrunePlan, plan_shards
+from streamprune.choice.chooser import Chooser, selection_of
+from streamprune.decision import Decision, with_footprint
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.fit.structure import footprint_of_skeleton
+from streamprune.model_facts import ModelFacts
+from streamprune.output.layout import Layout
+from streamprune.output.plan import minimum_keep
 from streamprune.output.survey import survey
+from streamprune.output.uneven import check_uneven
+from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.settings import RunSettings
-from streamprune.source.architecture import config_from_dict, drop_missing_code, rewrite_config
+from streamprune.source.architecture import config_from_dict, declared_dtype, load_config
 from streamprune.source.checkpoint import Checkpoint, open_checkpoint
 from streamprune.source.hub import resolve_model
 from streamprune.source.integrity import check_fit, check_pruned
-from streamprune.source.skeleton import (
-    Skeleton,
-    Target,
-    build_model,
-    build_skeleton,
-    map_checkpoint,
-)
+from streamprune.source.rewrite import drop_missing_code, rewrite_config
+from streamprune.source.skeleton import Skeleton, Target, build_model, build_skeleton, map_checkpoint
 from streamprune.text.calibration import Calibration, load_calibration
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model opened and planned, nothing of its weights read yet. `pruned` is the model of the rewritten config.
+    """A model opened and understood, nothing of its weights read yet.
 
-    `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
+    `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. `counts`
+    are the experts that stay by block; None where that is decided once all are scored, or where nothing is pruned.
     """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
     targets: Mapping[str, Target | None] = field(repr=False)
-    pruned: PreTrainedModel = field(repr=False)
-    plan: PrunePlan
+    layout: Layout
     dtype: torch.dtype
     decision: Decision
+    counts: Mapping[int, int] | None
+    trust_remote_code: bool
+    _twins: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
-    def vocab_size(self) -> int:
-        """How many tokens the model knows."""
-        return int(self.skeleton.model.get_input_embeddings().weight.shape[0])
+    @cached_property
+    def planned_bytes(self) -> int:
+        """Bytes of the weights that will be written; blocks are alike, so that it need not be known which keep most."""
+        quota, blocks, spec = self.decision.quota, self.layout.moe_blocks, self.layout.spec
+        if quota is None:
+            return 0
+        counts = self.counts
+        if counts is None:
+            steps, more = divmod(quota.total // spec.groups, len(blocks))
+            counts = {block: (steps + (place < more)) * spec.groups for place, block in enumerate(blocks)}
+        return sum(tensor.nbytes for tensor in self.layout.output(self.checkpoint.tensors, counts))
+
+    def pruned_model(self, count: int) -> PreTrainedModel:
+        """The model with `count` experts in every block, on meta, as the rewritten config describes it."""
+        if count not in self._twins:
+            self._twins.clear()
+            layout, decision = self.layout, self.decision
+            rewritten = rewrite_config(decision.raw, layout.spec, layout.count_names, count)
+            config = config_from_dict(decision.config, drop_missing_code(rewritten, self.checkpoint.folder))
+            self._twins[count] = build_model(config, self.dtype, self.trust_remote_code)
+        return self._twins[count]
+
+    def pruned_block(self, index: int, count: int) -> nn.Module:
+        """Block `index` of the model with `count` experts in every block, on meta."""
+        block: nn.Module = self.pruned_model(count).get_submodule(f"{self.skeleton.blocks_path}.{index}")
+        return block
 
 
-def prepare(settings: RunSettings) -> Prepared:
-    """Open the model and decide everything; raises a StreampruneError for whatever cannot work."""
-    # Config and headers alone rule out most of what cannot work, before tens of GiB are downloaded.
-    decision = decide(settings)
+def prepare(settings: RunSettings, decision: Decision) -> Prepared:
+    """Open the model for what was decided; raises a StreampruneError for whatever cannot work."""
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     if checkpoint.config != decision.raw:
         raise CheckpointError(
             f"The config of {settings.model} changed while it was opened. Run the same command again."
         )
-    dtype, skeleton, keep = decision.dtype, decision.skeleton, decision.keep
+    dtype, skeleton = decision.dtype, decision.skeleton
     if dtype is None:
         dtype = _dtype_of_weights(checkpoint)
         skeleton = build_skeleton(decision.config, dtype, settings.trust_remote_code)
-    rewritten = rewrite_config(decision.raw, decision.config, skeleton.spec, keep)
-    pruned_config = drop_missing_code(rewritten, checkpoint.folder)
-    pruned = build_model(config_from_dict(decision.config, pruned_config), dtype, settings.trust_remote_code)
-    check_pruned(skeleton, pruned, keep)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors)
-    plan = _plan(settings, checkpoint, skeleton, targets, keep, pruned_config)
+    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
     decision = with_footprint(settings, decision, skeleton, checkpoint.tensors)
-    return Prepared(checkpoint, skeleton, targets, pruned, plan, dtype, decision)
+    counts = decision.counts
+    prepared = Prepared(checkpoint, skeleton, targets, layout, dtype, decision, counts, settings.trust_remote_code)
+    least = minimum_keep(skeleton.spec)
+    # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
+    for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
+        check_pruned(skeleton, prepared.pruned_model(count), count)
+    return prepared
 
 
-def _plan(
-    settings: RunSettings,
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    targets: Mapping[str, Target | None],
-    keep: int,
-    pruned_config: Mapping[str, Any],
-) -> PrunePlan:
-    found = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
-    tensors = found.output(skeleton.spec.count, keep)
-    return PrunePlan(
-        spec=skeleton.spec,
-        keep=keep,
-        block_count=skeleton.block_count,
-        moe_blocks=tuple(skeleton.experts),
-        dropped=found.dropped,
-        config=pruned_config,
-        shards=plan_shards(tensors, skeleton.block_count, settings.max_shard_bytes),
+def facts_of(prepared: Prepared) -> ModelFacts:
+    """What has to be known of the model to write an output of it, now or later."""
+    loading = find_loading_facts(prepared.decision.raw, prepared.decision.config, prepared.skeleton)
+    return ModelFacts(prepared.layout, loading, prepared.decision.footprint)
+
+
+def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
+    """What has to be known of a checkpoint to write an output of it, found by building its model."""
+    config = load_config(checkpoint.folder, trust_remote_code)
+    skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
+    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
+    check_fit(skeleton, targets, checkpoint.tensors)
+    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
+    loading = find_loading_facts(checkpoint.config, config, skeleton)
+    try:
+        footprint = footprint_of_skeleton(model, checkpoint.config, skeleton, checkpoint.tensors)
+    except UnsupportedModelError:
+        return ModelFacts(layout, loading, None)
+    return ModelFacts(layout, loading, footprint)
+
+
+def chooser_of(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Chooser | None:
+    """What chooses the experts of a run; None where scoring is all that is asked for."""
+    quota = prepared.decision.quota
+    if quota is None:
+        return None
+    return Chooser(
+        selection_of(settings),
+        prepared.layout.spec,
+        prepared.layout.moe_blocks,
+        quota.total,
+        prepared.counts,
+        calibration.sources,
+        calibration.tokens_of,
     )
 
 
-def calibrate(settings: RunSettings, prepared: Prepared) -> Calibration:
-    """Read the calibration data for a prepared model."""
-    text_config = prepared.skeleton.model.config.get_text_config(decoder=True)
+def check_schedule(settings: RunSettings, facts: ModelFacts, counts: Mapping[int, int] | None) -> None:
+    """Raise UnsupportedModelError where the blocks may come to differ, and no output could say so."""
+    spec = facts.layout.spec
+    if counts is None and settings.schedule == "global":
+        # Not known before all are scored, but unequal for all that one can expect.
+        counts = {0: minimum_keep(spec), 1: spec.count}
+    if counts is not None:
+        check_uneven(facts.loading, counts)
+
+
+def vocabulary_of(skeleton: Skeleton) -> int:
+    """How many tokens a model knows."""
+    return int(skeleton.model.get_input_embeddings().weight.shape[0])
+
+
+def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
+    """Read the calibration data for a model of which only config and tokenizer need be there."""
+    text_config = decision.skeleton.model.config.get_text_config(decoder=True)
     return load_calibration(
         settings.calibration,
-        prepared.checkpoint.folder,
+        decision.folder,
         samples=settings.samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
-        vocab_size=prepared.vocab_size,
+        vocab_size=vocabulary_of(decision.skeleton),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )

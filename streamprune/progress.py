@@ -17,11 +17,14 @@ from streamprune.machine import format_bytes
 
 @dataclass(frozen=True)
 class BlockLine:
-    """What is told about one finished block. `experts` is 0 and `fewest_tokens` None for a block without experts."""
+    """What is told about one finished block. `experts` is 0 and `fewest_tokens` None for a block without experts.
+
+    `kept` is None where blocks are only scored.
+    """
 
     block: int
     blocks: int
-    kept: int
+    kept: int | None
     experts: int
     fewest_tokens: int | None
     seconds: float
@@ -79,9 +82,10 @@ class Progress:
         self._ended += 1
         left = self.seconds / self._ended * (self._blocks - done)
         if line.experts:
-            what = f"kept {line.kept}/{line.experts}, fewest tokens {line.fewest_tokens}"
+            done_with = f"scored {line.experts}" if line.kept is None else f"kept {line.kept}/{line.experts}"
+            what = f"{done_with}, fewest tokens {line.fewest_tokens}"
         else:
-            what = "no experts, copied"
+            what = "no experts" if line.kept is None else "no experts, copied"
         self.say(
             f"block {done}/{self._blocks}: {what}, {line.seconds:.1f} s, peak {format_bytes(line.peak_bytes)}, "
             f"{_duration(left)} left"

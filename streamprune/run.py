@@ -1,31 +1,35 @@
-"""The run: plan it, stream the blocks, write the output, tell the user."""
+"""The run: plan it, stream the blocks, write the output, tell the user. `streamprune score` does the first half."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from streamprune.decision import decide, estimate_of_written, with_footprint
-from streamprune.errors import InterruptedRunError, OutputError, ResumeError
+from streamprune.choice.choose import ChosenLayer
+from streamprune.decision import Decision, decide, with_footprint
+from streamprune.errors import InterruptedRunError, ResumeError
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.report import estimate_object
-from streamprune.machine import check_disk, choose_device, describe_host, existing_folder, format_bytes
+from streamprune.machine import check_disk, choose_device, describe_host, peak_resident_bytes
 from streamprune.memory.needs import plan_memory
-from streamprune.output.card import model_card
-from streamprune.output.record import run_report, run_summary
-from streamprune.output.writer import OutputWriter
-from streamprune.prepare import Prepared, calibrate, prepare
+from streamprune.memory.plan import MemoryPlan
+from streamprune.output.finish import Decided, complete, summary_of, write_blocks
+from streamprune.output.plan import make_plan
+from streamprune.output.writer import OutputWriter, check_place
+from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
 from streamprune.progress import Progress
+from streamprune.provenance import provenance_of
+from streamprune.scores.file import write_scores
+from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
-from streamprune.source.hub import resolve_model
-from streamprune.streaming.scoring import BlockScorer, LayerResult
-from streamprune.streaming.sitting import Sitting
+from streamprune.streaming.scoring import BlockScorer
+from streamprune.streaming.sitting import Outlet, Sitting
 from streamprune.tell import (
     announce_calibration,
     announce_model,
@@ -33,9 +37,10 @@ from streamprune.tell import (
     announce_work,
     tell_memory,
     tell_result,
+    tell_scores,
 )
 from streamprune.text.calibration import Calibration
-from streamprune.work.disk_errors import writing
+from streamprune.work.enter import enter_work
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.resume import calibration_of, check_same, describe_run, settings_of
 from streamprune.work.run_record import RUN_NAMES, has_run, read_run
@@ -48,15 +53,15 @@ LOG_SUFFIX = ".streamprune.log"
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. `summary` is what `--json` prints."""
+    """A finished run. `layers` are empty where it only scored; `summary` is what `--json` prints."""
 
     output: Path
-    layers: tuple[LayerResult, ...]
+    layers: tuple[ChosenLayer, ...]
     summary: Mapping[str, Any]
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
-    """Prune a model: read, score and write one block after the other, going on where an earlier run stopped.
+    """Prune a model, or only score it: one block after the other, going on where an earlier run stopped.
 
     Once a block is finished, the work folder stays whatever this raises, so that nothing done is lost.
     """
@@ -88,13 +93,13 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
 def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None) -> RunResult:
     device = _device(settings)
-    prepared = prepare(settings)
-    with Progress(prepared.plan.block_count, quiet) as progress, ExitStack() as stack:
-        work = _enter_work(stack, settings)
+    decision = decide(settings)
+    with Progress(decision.skeleton.block_count, quiet) as progress, ExitStack() as stack:
+        work = enter_work(stack, settings)
         resumable = has_run(work.folder)
         stop = stack.enter_context(listening())
         try:
-            result = _work_on(settings, prepared, device, progress, work, recorded is not None, stop)
+            result = _Run(settings, decision, device, progress, work, stop).go(tokens_recorded=recorded is not None)
         except BaseException as error:
             # What is done is kept; what holds nothing is not left lying about.
             if not work.has_progress():
@@ -113,85 +118,131 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
     return result
 
 
-def _enter_work(stack: ExitStack, settings: RunSettings) -> WorkFolder:
-    """Hold the work folder, and what keeps others off the output if that is somewhere else."""
-    with writing(f"Looking for {settings.work_folder}", settings.work_folder):
-        home, output = settings.work_folder.resolve(), settings.output.resolve()
-        elsewhere = home != settings.folder_beside.resolve()
-    if home == output or home in output.parents or output in home.parents:
-        raise OutputError(f"The work folder {home} and the output {output} must not be, or contain, one another.")
-    if elsewhere:
-        beside = stack.enter_context(WorkFolder(settings.folder_beside))
-        stack.callback(lambda: None if beside.has_progress() else beside.remove())
-    return stack.enter_context(WorkFolder(settings.work_folder))
+@dataclass(frozen=True)
+class _Run:
+    """One process's part in a run."""
 
+    settings: RunSettings
+    decision: Decision
+    device: torch.device
+    progress: Progress
+    work: WorkFolder
+    stop: StopRequest
 
-def _work_on(
-    settings: RunSettings,
-    prepared: Prepared,
-    device: torch.device,
-    progress: Progress,
-    work: WorkFolder,
-    tokens_recorded: bool,
-    stop: StopRequest,
-) -> RunResult:
-    writer = OutputWriter(prepared.plan, prepared.checkpoint, settings, work)
-    recorded = begin(settings, work)
-    announce_model(progress, settings, prepared)
-    if recorded is not None and tokens_recorded:
-        calibration = calibration_of(recorded, work.read_tokens(), work.folder, prepared.vocab_size)
-    else:
-        calibration = calibrate(settings, prepared)
-    announce_calibration(progress, settings, prepared, calibration, device)
-    if recorded is not None and settings.batch_tokens is None:
-        # The same micro-batches, so that the same digits come out.
-        settings = replace(settings, batch_tokens=recorded["batch_tokens"])
-    memory = plan_memory(settings, prepared, calibration, device, work.folder)
-    progress.say(memory.describe())
-    now = describe_run(settings, prepared, calibration) | {"batch_tokens": memory.batch_tokens}
-    if recorded is not None:
-        check_same(recorded, now, work.folder)
-    else:
-        announce_work(progress, settings, prepared, memory, work)
-        work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
-    stop.patient = True
-    with BlockScorer(settings, prepared, calibration, memory, device, progress, work.folder, stop) as scorer:
-        layers = Sitting(settings, prepared, scorer, writer, work, progress, stop).stream(device)
-    stop.patient = False
-    work.forget_states()
-    return _complete(settings, prepared, calibration, layers, scorer, device, progress, writer)
+    def go(self, tokens_recorded: bool) -> RunResult:
+        check_place(self.settings)
+        recorded = begin(self.settings, self.work)
+        announce_plan(self.progress, self.settings, self.decision)
+        # Before tens of GiB are downloaded: text that is of no use should cost no time.
+        if recorded is not None and tokens_recorded:
+            vocabulary = vocabulary_of(self.decision.skeleton)
+            calibration = calibration_of(recorded, self.work.read_tokens(), self.work.folder, vocabulary)
+        else:
+            calibration = calibrate(self.settings, self.decision)
+        prepared = prepare(self.settings, self.decision)
+        announce_model(self.progress, self.settings, prepared)
+        announce_calibration(self.progress, prepared, calibration, self.device)
+        settings = self.settings
+        if recorded is not None and settings.batch_tokens is None:
+            # The same micro-batches, so that the same digits come out.
+            settings = replace(settings, batch_tokens=recorded["batch_tokens"])
+        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder)
+        self.progress.say(memory.describe())
+        now = describe_run(settings, prepared, calibration) | {"batch_tokens": memory.batch_tokens}
+        if recorded is not None:
+            check_same(recorded, now, self.work.folder)
+        else:
+            announce_work(self.progress, settings, prepared, memory, self.work)
+            self.work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
+        return self._stream(settings, prepared, calibration, memory)
 
-
-def _complete(
-    settings: RunSettings,
-    prepared: Prepared,
-    calibration: Calibration,
-    layers: Sequence[LayerResult],
-    scorer: BlockScorer,
-    device: torch.device,
-    progress: Progress,
-    writer: OutputWriter,
-) -> RunResult:
-    """Check what was written, give it its name, and tell the user."""
-    if settings.verify:
-        # Of a large model this takes minutes.
-        progress.say("comparing what was written with the source ...")
-        proof = writer.verify({layer.index: layer.kept for layer in layers})
-        progress.say(
-            f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes"
+    def _stream(
+        self, settings: RunSettings, prepared: Prepared, calibration: Calibration, memory: MemoryPlan
+    ) -> RunResult:
+        facts = facts_of(prepared)
+        chooser = chooser_of(settings, prepared, calibration)
+        check_schedule(settings, facts, prepared.counts)
+        plan = writer = outlet = None
+        if chooser is not None and prepared.counts is not None:
+            plan = make_plan(
+                facts.layout, facts.loading, prepared.checkpoint, prepared.counts, settings.max_shard_bytes
+            )
+            writer = OutputWriter(plan, prepared.checkpoint, settings, self.work)
+            outlet = Outlet(writer, chooser)
+        self.stop.patient = True
+        with BlockScorer(
+            settings, prepared, calibration, memory, self.device, self.progress, self.work.folder, chooser, self.stop
+        ) as scorer:
+            sitting = Sitting(settings, facts.layout, scorer, outlet, self.work, self.progress, self.stop)
+            layers = sitting.stream(self.device)
+        scores = Scores(
+            tuple(layers),
+            calibration.sources,
+            calibration.tokens_of,
+            facts.layout.spec,
+            provenance_of(settings, prepared, calibration, self.device, scorer.batch_tokens),
+            facts.as_json(),
         )
-    report = run_report(settings, prepared, calibration, layers, device, scorer.batch_tokens)
-    estimate = estimate_of_written(settings, prepared.decision, prepared.plan.config, writer.headers())
-    writer.finish(report, model_card(prepared.plan, report, prepared.checkpoint, estimate))
-    # The output is complete from here on, whatever happens to the log or the terminal.
-    summary = run_summary(settings, prepared, calibration, layers, scorer, progress.seconds)
-    summary["memory"] = estimate_object(estimate) if estimate else None
-    progress.log("summary", {**summary, "host": describe_host(device)})
-    progress.write_log(beside(settings.output, LOG_SUFFIX))
-    tell_result(progress, settings, summary, calibration)
-    if estimate is not None:
-        tell_memory(progress, estimate)
-    return RunResult(settings.output, tuple(layers), summary)
+        taken = {
+            "calibration_tokens": calibration.tokens,
+            "batch_tokens": scorer.batch_tokens,
+            "states": scorer.states_place,
+            "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
+        }
+        if chooser is None:
+            return self._leave_scores(scores, taken)
+        choice = chooser.all(layers)
+        if plan is None or writer is None:
+            plan = make_plan(
+                facts.layout, facts.loading, prepared.checkpoint, choice.counts_by_block, settings.max_shard_bytes
+            )
+            writer = OutputWriter(plan, prepared.checkpoint, settings, self.work)
+        quota = prepared.decision.quota
+        assert quota is not None
+        decided = Decided(
+            settings, prepared.checkpoint, facts, chooser.selection, quota, choice, plan, scores.provenance, scores
+        )
+        write_blocks(decided, writer, self.work, self.progress, self.stop, resume_command(self.work.folder))
+        self.stop.patient = False
+        self.work.states.forget()
+        return self._leave_model(decided, writer, taken)
+
+    def _leave_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
+        self.stop.patient = False
+        write_scores(self.settings.output, scores)
+        summary = {
+            "output": str(self.settings.output),
+            "model": self.settings.model,
+            "moe_layers": len(scores.layers),
+            "source_experts_per_layer": scores.spec.count,
+            "sources": dict(zip(scores.sources, scores.source_tokens, strict=True)),
+            "seconds": round(self.progress.seconds, 3),
+            "peak_resident_bytes": peak_resident_bytes(),
+            **taken,
+        }
+        self._log(summary)
+        tell_scores(self.progress, self.settings, scores, summary)
+        return RunResult(self.settings.output, (), summary)
+
+    def _leave_model(self, decided: Decided, writer: OutputWriter, taken: Mapping[str, Any]) -> RunResult:
+        """Check what was written, give it its name, and tell the user."""
+        estimate = complete(decided, writer, self.work, self.progress)
+        # The output is complete from here on, whatever happens to the log or the terminal.
+        told = estimate_object(estimate) if estimate else None
+        summary = {
+            **summary_of(decided, told, self.progress.seconds),
+            **taken,
+            "peak_resident_bytes": peak_resident_bytes(),
+        }
+        self._log(summary)
+        tell_result(self.progress, self.settings, summary)
+        if estimate is not None:
+            tell_memory(self.progress, estimate)
+        return RunResult(self.settings.output, decided.choice.layers, summary)
+
+    def _log(self, summary: Mapping[str, Any]) -> None:
+        self.progress.log("summary", {**summary, "host": describe_host(self.device)})
+        self.progress.write_log(beside(self.settings.output, LOG_SUFFIX))
 
 
 def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
@@ -222,33 +273,24 @@ def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     _device(settings)
     decision = decide(settings)
     if decision.footprint is None:
-        folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
-        decision = with_footprint(settings, decision, decision.skeleton, read_headers(settings.model, folder))
-    estimate = decision.estimate(settings)
+        headers = read_headers(settings.model, decision.folder)
+        decision = with_footprint(settings, decision, decision.skeleton, headers)
+    quota, estimate = decision.quota, decision.estimate(settings)
+    assert quota is not None
     with Progress(decision.skeleton.block_count, quiet) as progress:
-        announce_plan(progress, settings, decision, estimate)
+        announce_plan(progress, settings, decision)
         progress.say("dry run: nothing was scored or written")
     if estimate is not None:
         check_disk(settings.output, estimate.weights_bytes)
+    counts = list(decision.counts.values()) if decision.counts else None
     return {
         "model": settings.model,
         "output": str(settings.output),
-        "experts_per_layer": decision.keep,
+        "experts_per_layer": quota.keep if quota.even else counts,
+        "experts_in_all_layers": quota.total,
         "source_experts_per_layer": decision.skeleton.spec.count,
         "memory": estimate_object(estimate) if estimate else None,
     }
-
-
-def score(settings: RunSettings, prepared: Prepared, quiet: bool = False) -> list[LayerResult]:
-    """Only score: the layers' results as `run` would have them, with nothing written."""
-    device = _device(settings)
-    with Progress(prepared.plan.block_count, quiet) as progress:
-        calibration = calibrate(settings, prepared)
-        folder = existing_folder(settings.output)
-        memory = plan_memory(settings, prepared, calibration, device, folder)
-        with BlockScorer(settings, prepared, calibration, memory, device, progress, folder) as scorer:
-            results = [scorer.score_block(index) for index in range(prepared.plan.moe_blocks[-1] + 1)]
-    return [layer for layer in results if layer is not None]
 
 
 def _device(settings: RunSettings) -> torch.device:

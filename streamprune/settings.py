@@ -10,7 +10,13 @@ from pathlib import Path
 
 from streamprune.errors import SettingsError
 
-METHODS = ("reap",)
+#: What experts may be ranked by; `scores.methods` has the formulas.
+METHODS = (
+    "reap", "frequency", "weighted-frequency", "ean", "ean-mean", "weighted-ean", "max-activation", "relative-energy",
+    "composite", "random",
+)  # fmt: skip
+#: How the number of experts that stay is divided among the layers. Any other schedule is the name of a file.
+SCHEDULES = ("uniform", "linear-decrease", "linear-increase", "global")
 PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STATES = ("auto", "device", "ram", "disk")
@@ -46,7 +52,8 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$"
 class Use:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
-    `keep` is the number of experts that stay in every block; None for all. Raises SettingsError for impossible values.
+    `keep` is the number of experts that stay in every block; None for all. Where blocks may differ, `total` is the
+    number of all blocks together instead. Raises SettingsError for impossible values.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -54,6 +61,7 @@ class Use:
     kv_dtype: str = "auto"
     weights_dtype: str = "source"
     keep: int | None = None
+    total: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("--context", self.context), ("--batch", self.batch)):
@@ -63,18 +71,18 @@ class Use:
             raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """The settings of `streamprune run`.
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """How far to prune, and which experts to keep.
 
-    Exactly one says how far to prune: `keep` (experts per block), `ratio` (share removed), or a budget (`budget_gib`,
-    or what CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe.
+    At most one says how far: `keep` (experts per block), `ratio` (share removed), or a budget (`budget_gib`, or what
+    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives blocks
+    different numbers of experts, these are means: as many experts stay in all as with equal numbers. `mix` weighs the
+    sources of the calibration, `floor` is the fewest experts of a block, `seed` is the random method's.
 
     Raises SettingsError when a value is impossible whatever the model.
     """
 
-    model: str
-    output: Path
     keep: int | None = None
     ratio: float | None = None
     budget_gib: float | None = None
@@ -82,27 +90,63 @@ class RunSettings:
     context: int = DEFAULT_CONTEXT
     batch: int = 1
     kv_dtype: str = "auto"
-    calibration: tuple[str, ...] = ("builtin",)
-    samples: int = DEFAULT_SAMPLES
-    seq_len: int | None = None
-    seed: int = 0
     method: str = "reap"
-    propagate: str = "original"
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_tokens: int | None = None
-    states: str = "auto"
-    vram_gib: float | None = None
-    ram_gib: float | None = None
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    mix: str | None = None
+    schedule: str = "uniform"
+    spread: float | None = None
+    floor: int | None = None
+    protect_super_experts: bool = False
+    seed: int | None = None
+
+    @property
+    def use(self) -> Use:
+        """How the pruned model is to be used."""
+        return Use(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise SettingsError(
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
+            )
+        check_choice("--method", self.method, METHODS)
+        # Checks its values where it is made.
+        _ = self.use
+
+    def check_one_goal(self) -> None:
+        """Raise SettingsError unless exactly one setting says how far to prune; beside a list in a file, a budget may."""
+        goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
+        given = sum(goal is not None for goal in goals)
+        if self.schedule not in SCHEDULES:
+            if given > 1 or self.keep is not None or self.ratio is not None:
+                raise SettingsError(
+                    f"--schedule {self.schedule} is a file that says itself how many experts stay. Leave out --keep and "
+                    "--ratio; a budget is only checked."
+                )
+        elif given != 1:
+            raise SettingsError(
+                "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
+                "card), --keep N (experts to keep per block) or --ratio R (share to remove)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What model, where the result goes, and where the work is done.
+
+    Raises SettingsError for names that no file system takes.
+    """
+
+    model: str
+    output: Path
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
     work_dir: Path | None = None
     resume: str = "auto"
-    from_layer: int | None = None
-    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
     verify: bool = True
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     @property
     def work_folder(self) -> Path:
@@ -114,14 +158,38 @@ class RunSettings:
         """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
         return beside(self.output, WORK_SUFFIX)
 
+    def __post_init__(self) -> None:
+        check_choice("--resume", self.resume, RESUME)
+        check_least("--max-shard-size", self.max_shard_bytes, 1)
+        for path in (self.output, self.work_dir or self.output):
+            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Place, Goal):
+    """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    only_score: bool = False
+    calibration: tuple[str, ...] = ("builtin",)
+    samples: int | None = None
+    seq_len: int | None = None
+    propagate: str = "original"
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+    states: str = "auto"
+    vram_gib: float | None = None
+    ram_gib: float | None = None
+    from_layer: int | None = None
+    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
+
     def most_batch_tokens(self, device_type: str) -> int:
         """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
         return self.batch_tokens or DEFAULT_BATCH_TOKENS[device_type]
-
-    @property
-    def use(self) -> Use:
-        """How the pruned model is to be used."""
-        return Use(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
 
     @property
     def vram_bytes(self) -> int | None:
@@ -134,49 +202,26 @@ class RunSettings:
         return None if self.ram_gib is None else int(self.ram_gib * 2**30)
 
     def __post_init__(self) -> None:
-        goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
-        if sum(goal is not None for goal in goals) != 1:
-            raise SettingsError(
-                "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
-                "card), --keep N (experts to keep per block) or --ratio R (share to remove)."
-            )
-        if self.keep is not None and self.keep < 1:
-            raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise SettingsError(
-                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
-            )
+        if not self.only_score:
+            self.check_one_goal()
+        Goal.__post_init__(self)
+        Place.__post_init__(self)
         for name, value, least in (
             ("--samples", self.samples, 1),
-            ("--seq-len", DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len, 2),
-            ("--batch-tokens", 1 if self.batch_tokens is None else self.batch_tokens, 1),
-            ("--max-shard-size", self.max_shard_bytes, 1),
-            ("--from-layer", self.from_layer or 0, 0),
+            ("--seq-len", self.seq_len, 2),
+            ("--batch-tokens", self.batch_tokens, 1),
+            ("--from-layer", self.from_layer, 0),
         ):
-            if value < least:
-                raise SettingsError(f"{name} {value} is too small: at least {least}.")
-        for name, choice, choices in (
-            ("--method", self.method, METHODS),
-            ("--propagate", self.propagate, PROPAGATE),
-            ("--dtype", self.dtype, DTYPES),
-            ("--states", self.states, STATES),
-            ("--resume", self.resume, RESUME),
-        ):
-            if choice not in choices:
-                raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+            if value is not None:
+                check_least(name, value, least)
+        check_choice("--propagate", self.propagate, PROPAGATE)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--states", self.states, STATES)
         self._check_caps()
-        self._check_names()
         if not 0 <= self.checkpoint_every < float("inf"):
             raise SettingsError(
                 f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
             )
-        # Checks its values where it is made.
-        _ = self.use
-
-    def _check_names(self) -> None:
-        for path in (self.output, self.work_dir or self.output):
-            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
 
     def _check_caps(self) -> None:
         for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
@@ -192,6 +237,43 @@ class RunSettings:
                 f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
                 "Use --ram-gib, or a CUDA --device."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(Place, Goal):
+    """The settings of `streamprune prune`: from `scores` (a file, or a folder with one), or from the user's own list.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    scores: Path | None = None
+    keep_file: Path | None = None
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scores is None and self.keep_file is None:
+            raise SettingsError(
+                "Say which experts stay: --scores FILE (from `streamprune score` or an earlier run) with --keep, "
+                "--ratio or --budget-gib, or --keep-file FILE."
+            )
+        if self.keep_file is None:
+            self.check_one_goal()
+        elif (self.keep, self.ratio, self.budget_gib, self.gpu) != (None,) * 4:
+            raise SettingsError("--keep-file says itself how many experts stay. Leave out --keep, --ratio and budget.")
+        Goal.__post_init__(self)
+        Place.__post_init__(self)
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless an option has one of its values."""
+    if choice not in choices:
+        raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise SettingsError for a number that is too small."""
+    if value < least:
+        raise SettingsError(f"{name} {value} is too small: at least {least}.")
 
 
 def beside(output: Path, suffix: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,11 @@ from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.report import terms_lines
 from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.memory.plan import MemoryPlan
+from streamprune.output.uneven import engines_note
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
+from streamprune.quota import kept_text
+from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings
 from streamprune.text.calibration import Calibration
 from streamprune.work.folder import WorkFolder
@@ -23,31 +27,32 @@ def announce_work(
     progress: Progress, settings: RunSettings, prepared: Prepared, memory: MemoryPlan, work: WorkFolder
 ) -> None:
     """Say how large the work folder may become, and refuse if the disk has no room for that."""
-    written, states = prepared.plan.output_bytes, memory.needs.states
+    written, states = prepared.planned_bytes, memory.needs.states
     # Two generations, and a third while it is written.
     check_disk(work.folder, written + 3 * states)
     if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
         # It is copied there in the end.
         check_disk(settings.output, written)
+    new = f"the new weights {format_bytes(written)}, " if written else ""
     progress.say(
-        f"work folder: {work.folder}, up to {format_bytes(written + 3 * states)} (the new weights "
-        f"{format_bytes(written)}, saved hidden states up to 3 x {format_bytes(states)})"
+        f"work folder: {work.folder}, up to {format_bytes(written + 3 * states)} ({new}saved hidden states up to "
+        f"3 x {format_bytes(states)})"
     )
 
 
-def announce_plan(progress: Progress, settings: RunSettings, decision: Decision, estimate: Estimate | None) -> None:
-    skeleton, keep = decision.skeleton, decision.keep
-    count = skeleton.spec.count
+def announce_plan(progress: Progress, settings: RunSettings, decision: Decision) -> None:
+    """Say what model it is, how many experts stay, and what memory the result will take, as far as that is known."""
+    skeleton, quota = decision.skeleton, decision.quota
+    spec = skeleton.spec
+    kept = f"; keeping {kept_text(quota, spec.count, decision.counts)}" if quota else ""
     progress.say(
-        f"{settings.model}: {skeleton.block_count} blocks, {len(skeleton.experts)} with {count} experts "
-        f"(top-{skeleton.spec.top_k}); keeping {keep} of {count}"
+        f"{settings.model}: {skeleton.block_count} blocks, {len(skeleton.experts)} with {spec.count} experts "
+        f"(top-{spec.top_k}){kept}"
     )
-    if estimate is None:
-        progress.say("note: the memory that the result will take cannot be told: its cache cannot be worked out.")
-    else:
-        tell_memory(progress, estimate)
-    for note in decision.budget.notes if decision.budget else ():
+    for note in quota.budget.notes if quota and quota.budget else ():
         progress.say(f"note: {note}")
+    if quota and not quota.even:
+        progress.say(f"note: {engines_note(True)}")
 
 
 def tell_memory(progress: Progress, estimate: Estimate) -> None:
@@ -62,14 +67,21 @@ def tell_memory(progress: Progress, estimate: Estimate) -> None:
 
 
 def announce_model(progress: Progress, settings: RunSettings, prepared: Prepared) -> None:
-    plan = prepared.plan
-    announce_plan(progress, settings, prepared.decision, prepared.decision.estimate(settings))
-    progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
-    if plan.dropped:
-        progress.say(
-            f"note: {len(plan.dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
-            "Without them, speculative decoding needs a separate draft model."
-        )
+    """Say what is known once the model is opened."""
+    decision = prepared.decision
+    if decision.quota is not None:
+        estimate = decision.estimate(settings)
+        if estimate is None:
+            progress.say("note: the memory that the result will take cannot be told: its cache cannot be worked out.")
+        else:
+            tell_memory(progress, estimate)
+        progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
+        dropped = prepared.layout.dropped
+        if dropped:
+            progress.say(
+                f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
+                "Without them, speculative decoding needs a separate draft model."
+            )
     if settings.calibration == ("builtin",):
         progress.say(
             "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
@@ -78,32 +90,51 @@ def announce_model(progress: Progress, settings: RunSettings, prepared: Prepared
 
 
 def announce_calibration(
-    progress: Progress, settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device
+    progress: Progress, prepared: Prepared, calibration: Calibration, device: torch.device
 ) -> None:
+    """Say what the model is calibrated on."""
+    named = zip(calibration.sources, calibration.tokens_of, strict=True)
     progress.say(
         f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
-        f"{', '.join(calibration.sources)}; {str(prepared.dtype).removeprefix('torch.')} on {device}"
+        f"{', '.join(f'{name} ({tokens:,})' for name, tokens in named)}; "
+        f"{str(prepared.dtype).removeprefix('torch.')} on {device}"
     )
     for note in calibration.notes:
         progress.say(f"note: {note}")
 
 
-def tell_result(
-    progress: Progress, settings: RunSettings, summary: Mapping[str, Any], calibration: Calibration
-) -> None:
-    if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
-        progress.say(
-            f"note: resident memory rose to {format_bytes(summary['peak_resident_bytes'])} for a moment, above "
-            f"--ram-gib {settings.ram_gib:g}. A smaller --batch-tokens or a shorter --seq-len lowers it."
-        )
+def tell_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+    """Say what came of a run."""
+    _tell_peak(progress, settings, summary)
     never = summary["never_routed"]
     if never:
         where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never)
         progress.say(
-            f"warning: the {calibration.tokens:,} calibration tokens never reached some experts ({where}), so those "
-            "were removed first without being known. Calibrate on more or on other text: --calibration, --samples."
+            f"warning: the {summary['calibration_tokens']:,} calibration tokens never reached some experts ({where}), "
+            "so those were removed first without being known. Calibrate on more or on other text: --calibration, "
+            "--samples."
         )
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
         f"(source: {format_bytes(summary['source_bytes'])})"
     )
+
+
+def tell_scores(progress: Progress, settings: RunSettings, scores: Scores, summary: Mapping[str, Any]) -> None:
+    """Say what came of scoring, and what can be done with it."""
+    _tell_peak(progress, settings, summary)
+    size = format_bytes(settings.output.stat().st_size)
+    progress.say(
+        f"done in {summary['seconds']:.0f} s: {settings.output}, {size}: {len(scores.layers)} layers, "
+        f"{scores.spec.count} experts each, {len(scores.sources)} sources"
+    )
+    name = shlex.quote(str(settings.output))
+    progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")
+
+
+def _tell_peak(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+    if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
+        progress.say(
+            f"note: resident memory rose to {format_bytes(summary['peak_resident_bytes'])} for a moment, above "
+            f"--ram-gib {settings.ram_gib:g}. A smaller --batch-tokens or a shorter --seq-len lowers it."
+        )

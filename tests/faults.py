@@ -42,7 +42,7 @@ class Case:
 
     def run(self, **changes: Any) -> RunResult:
         given = {"calibration": (str(self.tokens),), **self.settings, **changes}
-        return run(RunSettings(str(self.model), self.output, **given), quiet=True)
+        return run(RunSettings(model=str(self.model), output=self.output, **given), quiet=True)
 
     def resume(self, **changes: Any) -> RunResult:
         return resume(self.work, quiet=True, **changes)

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamprune.output.verify import verify
-from streamprune.prepare import prepare
 from streamprune.run import resume
 from streamprune.settings import RunSettings
 from streamprune.source.architecture import expert_candidates, load_config
@@ -30,7 +29,7 @@ from streamprune.work.run_record import read_run, read_tokens
 from streamprune.work.saved_states import open_states
 from streamprune.work.status import status_of, status_text
 from tests.fuzzing import STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
-from tests.helpers import prune
+from tests.helpers import prepare_whole, prune
 from tests.shards import DATA, GOOD, METADATA, shard, single, two_shards
 from tests.tiny import FAMILIES, VOCAB, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
@@ -197,7 +196,7 @@ def _configs(place: Place) -> list[Target]:
 
     def front(tally: Tally, content: bytes) -> None:
         folder = place.config_folder(content, weights=True)
-        judge(tally, None, lambda: prepare(RunSettings(str(folder), place.folder / "none", keep=5)))
+        judge(tally, None, lambda: prepare_whole(RunSettings(model=str(folder), output=place.folder / "none", keep=5)))
 
     config = mutated_json(place.config)
     anything = st.one_of(config.map(as_json), mutated_bytes(as_json(place.config)))
@@ -254,7 +253,7 @@ def _read_journal(folder: Path, now: dict[str, Any]) -> None:
     work = WorkFolder(folder)
     for block in (None, *range(4)):
         work.read_block(block)
-    work.saved(), work.saved_block()
+    work.states.whole(), work.states.block()
     recorded = read_run(folder)
     if recorded is not None:
         settings_of(recorded, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from streamprune.decision import decide
+from streamprune.prepare import Prepared, prepare
 from streamprune.run import RunResult, run
+from streamprune.scores.statistics import FIELDS, LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.source.architecture import load_config
 from streamprune.source.checkpoint import open_checkpoint
 from streamprune.source.skeleton import build_skeleton, map_checkpoint
 from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.saliency import ExpertStatistics, tap_experts
+from streamprune.streaming.saliency import tap_experts
+from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState, BlockStream
 from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
@@ -69,7 +74,7 @@ def load_as_declared(folder: Path) -> tuple[Any, dict[str, Any]]:
     return model, info
 
 
-def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, ExpertStatistics]]:
+def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerStatistics]]:
     """Logits of a model streamed block by block, with every MoE block scored on the way."""
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder), dtype)
@@ -78,13 +83,27 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     stream = BlockStream(skeleton)
     loader.load_surroundings(head=True)
     state = BatchState()
+    statistics = {}
     for index in range(skeleton.block_count):
-        if index in taps:
-            taps[index].statistics = ExpertStatistics(skeleton.spec.count, CPU)
-        with loader.block(index) as block:
+        with loader.block(index) as block, ExitStack() as stack:
+            if index in taps:
+                stack.enter_context(taps[index].listening(block))
+                taps[index].statistics = heard = ExpertStatistics(skeleton.spec.count, CPU)
             state = stream.run_block(index, block, ids, state)
-    statistics = {index: tap.statistics for index, tap in taps.items() if tap.statistics is not None}
+            if index in taps:
+                statistics[index] = heard.of_layer(index)
     return stream.logits(ids, state), statistics
+
+
+def field_of(layer: LayerStatistics, name: str) -> list[float]:
+    """One field of the statistics of a layer, (E,), of all sources together."""
+    values = layer.values[list(FIELDS).index(name)]
+    return list(values.max(axis=0) if name == "peaks" else values.sum(axis=0))
+
+
+def prepare_whole(settings: RunSettings) -> Prepared:
+    """Decide and open, as a run does before it reads a weight."""
+    return prepare(settings, decide(settings))
 
 
 def prune_in_memory(source: Path, output: Path, kept: dict[int, list[int]]) -> Any:

@@ -22,7 +22,6 @@ from click.testing import CliRunner
 import streamprune
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, ResumeError, StreampruneError
-from streamprune.prepare import prepare
 from streamprune.run import resume
 from streamprune.settings import RunSettings
 from streamprune.streaming.stream import BatchState
@@ -30,7 +29,7 @@ from streamprune.work.durable import read_record
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
 from tests.fuzz_targets import Place, write_signed
 from tests.fuzzing import resident_bytes
-from tests.helpers import tree_bytes
+from tests.helpers import prepare_whole, tree_bytes
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 PACKAGE = Path(streamprune.__file__).parent
@@ -95,11 +94,11 @@ def test_run_builds_no_giant(absurd: dict[str, Any], model: Path, tmp_path: Path
     config = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | absurd))
     started, resident = time.monotonic(), resident_bytes()
-    settings = RunSettings(str(folder), tmp_path / "out", keep=5)
+    settings = RunSettings(model=str(folder), output=tmp_path / "out", keep=5)
     # A limit on positions is only stated: nothing is built by it.
     expected = nullcontext() if "max_position_embeddings" in absurd else pytest.raises(StreampruneError)
     with expected as caught:
-        prepare(settings)
+        prepare_whole(settings)
     assert caught is None or ("config.json" in str(caught.value) and len(str(caught.value)) < 1000), caught
     assert time.monotonic() - started < 20
     assert resident_bytes() - resident < 2**30
@@ -129,7 +128,7 @@ def test_nesting_that_json_allows(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"deep": inner}))
     with pytest.raises(CheckpointError, match=r"config\.json names parts nested more than 50 deep"):
-        prepare(RunSettings(str(tmp_path), tmp_path.parent / "out", keep=5))
+        prepare_whole(RunSettings(model=str(tmp_path), output=tmp_path.parent / "out", keep=5))
 
 
 # The work folder of somebody else

@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.prepare import prepare
-from streamprune.run import score
 from streamprune.settings import RunSettings
 from streamprune.streaming import blocks
 from tests.helpers import prune, token_ids
@@ -130,11 +128,3 @@ def test_encoder_decoders_are_refused(tmp_path: Path, no_weights: None) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "switch_transformers"}')
     with pytest.raises(UnsupportedModelError, match="switch_transformers is an encoder-decoder"):
         prune(tmp_path / "model", tmp_path / "out")
-
-
-def test_a_prepared_model_can_be_scored_again(model: Path, tmp_path: Path) -> None:
-    ids = write_token_ids(tmp_path / "ids.jsonl")
-    settings = RunSettings(model=str(model), output=tmp_path / "out", keep=4, calibration=(str(ids),))
-    prepared = prepare(settings)
-    assert score(settings, prepared, quiet=True) == score(settings, prepared, quiet=True)
-    assert not (tmp_path / "out").exists()

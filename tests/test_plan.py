@@ -8,7 +8,8 @@ import pytest
 
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.output.plan import minimum_keep, plan_shards, resolve_keep
-from streamprune.output.surgery import ExpertRows, OutputTensor, SourceRole, next_token_prediction, output_tensors
+from streamprune.output.cuts import SourceRole, find_cuts, next_token_prediction
+from streamprune.output.surgery import ExpertRows, OutputTensor, output_tensors
 from streamprune.settings import RunSettings, parse_size
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import ExpertSpec
@@ -137,7 +138,7 @@ def per_expert(count: int) -> tuple[dict[str, TensorEntry], dict[str, SourceRole
 
 def test_experts_are_renumbered_not_reordered() -> None:
     tensors, roles = per_expert(4)
-    outputs = output_tensors(tensors, roles, (), count=4, keep=2)
+    outputs = output_tensors(tensors, find_cuts(tensors, roles, (), 4), {0: 2})
     assert [tensor.name for tensor in outputs] == list(tensors)[:2]
     assert outputs[1].slot == 1
     assert outputs[1].sources[3].name == list(tensors)[3]
@@ -148,13 +149,13 @@ def test_missing_experts_are_named() -> None:
     for table in (tensors, roles):
         table.pop("model.layers.0.mlp.experts.2.up.weight")
     with pytest.raises(CheckpointError, match=r"only 3 of the 4 experts .* expert 2"):
-        output_tensors(tensors, roles, (), count=4, keep=2)
+        find_cuts(tensors, roles, (), 4)
 
 
 def test_a_tensor_without_an_expert_axis_is_refused() -> None:
     role = SourceRole(0, "p", None, (4, 2), ExpertRows(0, 1, 0))
     with pytest.raises(UnsupportedModelError, match="no single axis of 4 rows"):
-        output_tensors({"w": entry("w", (3, 5))}, {"w": role}, (), count=4, keep=2)
+        find_cuts({"w": entry("w", (3, 5))}, {"w": role}, (), 4)
 
 
 def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from streamprune.output.allocation import keep_highest
+from streamprune.scores.statistics import FIELDS
 from streamprune.source.skeleton import dispatches_experts
-from streamprune.streaming.grouped_experts import forward_with_norms
-from streamprune.streaming.saliency import ExpertsTap, ExpertStatistics, bare_norms
-from tests.helpers import load_whole, prune, streamed, token_ids
+from streamprune.streaming.grouped_experts import forward_with_pairs
+from streamprune.streaming.saliency import ExpertsTap, bare_pairs
+from streamprune.streaming.statistics import ExpertStatistics, Pairs
+from tests.helpers import CPU, field_of, load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 
@@ -33,26 +34,43 @@ def gpt_oss_expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     return hidden @ module.down_proj[expert].double() + module.down_proj_bias[expert].double()
 
 
-def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, tuple[list[float], list[int]]]:
-    """Scores and counts by block: the whole model runs, and every expert is evaluated token by token in float64."""
+def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, dict[str, torch.Tensor]]:
+    """Statistics by block: the whole model runs, and every expert is evaluated token by token in float64."""
     model = load_whole(folder, dtype=torch.float32)
-    result = {}
+    result: dict[int, dict[str, torch.Tensor]] = {}
+    entering: dict[int, torch.Tensor] = {}
 
-    def listen(block: int, experts: Any) -> None:
+    def listen(block: int, layer: Any) -> None:
+        def enters(module: Any, arguments: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> None:
+            stream = arguments[0] if arguments else keywords["hidden_states"]
+            entering[block] = stream.reshape(-1, stream.shape[-1]).double()
+
         def hook(module: Any, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
             hidden, chosen, weights = (*arguments, *keywords.values())
-            sums, counts = [0.0] * module.num_experts, [0] * module.num_experts
-            for x, experts_of_x, gates in zip(hidden.double(), chosen.tolist(), weights.double(), strict=True):
-                for expert, gate in zip(experts_of_x, gates, strict=True):
-                    sums[expert] += float(gate * expert_output(module, expert, x).norm())
-                    counts[expert] += 1
-            result[block] = ([s / max(c, 1) for s, c in zip(sums, counts, strict=True)], counts)
+            sums = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name in FIELDS}
+            rows = zip(hidden.double(), entering[block], chosen.tolist(), weights.double(), strict=True)
+            for x, residual, experts, gates in rows:
+                outputs = [expert_output(module, expert, x) for expert in experts]
+                together = sum(gate * output for gate, output in zip(gates, outputs, strict=True))
+                for expert, gate, output in zip(experts, gates, outputs, strict=True):
+                    gated = gate * output
+                    sums["tokens"][expert] += 1
+                    sums["gates"][expert] += gate
+                    sums["gated_norms"][expert] += gated.norm()
+                    sums["norms"][expert] += output.norm()
+                    sums["squared_gated_norms"][expert] += gated.norm() ** 2
+                    sums["peaks"][expert] = max(sums["peaks"][expert], output.abs().max())
+                    sums["relative_energies"][expert] += gated.norm() ** 2 / residual.norm() ** 2
+                    sums["cosines"][expert] += nn.functional.cosine_similarity(gated, together, dim=0)
+                sums["top_choices"][experts[int(gates.argmax())]] += 1
+            result[block] = sums
 
-        experts.register_forward_pre_hook(hook, with_kwargs=True)
+        layer.register_forward_pre_hook(enters, with_kwargs=True)
+        layer.mlp.experts.register_forward_pre_hook(hook, with_kwargs=True)
 
     for block, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
-            listen(block, layer.mlp.experts)
+            listen(block, layer)
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     return result
@@ -66,18 +84,17 @@ def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, 
         ("gpt_oss", gpt_oss_expert),  # softmax over the chosen, biases in the fused experts
     ],
 )
-def test_reap_equals_a_float64_loop(name: str, expert_output: Any, tmp_path: Path) -> None:
+def test_statistics_equal_a_float64_loop(name: str, expert_output: Any, tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.id == name)
     folder = make_model(tmp_path / "model", tiny_config(family))
     ids = token_ids(batch=2, length=48)
     expected = reference(folder, ids, expert_output)
     _, statistics = streamed(folder, ids, torch.float32)
     assert statistics.keys() == expected.keys()
-    for block, (scores, counts) in expected.items():
-        assert statistics[block].counts.tolist() == counts
-        torch.testing.assert_close(
-            statistics[block].reap(), torch.tensor(scores, dtype=torch.float64), rtol=1e-6, atol=0.0
-        )
+    for block, sums in expected.items():
+        for name, wanted in sums.items():
+            found = torch.tensor(field_of(statistics[block], name), dtype=torch.float64)
+            torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,33 +111,55 @@ def test_the_fast_path_equals_the_one_that_knows_nothing(name: str, dtype: torch
     gates, index = torch.randn(50, 8).softmax(-1).topk(2)
     tap = ExpertsTap(grouped_mm_experts_forward, grouped=True)
     with torch.no_grad():
-        output, norms = forward_with_norms(experts, hidden, index, gates.to(dtype))
+        output, pairs = forward_with_pairs(experts, hidden, index, gates.to(dtype))
         assert torch.equal(output, grouped_mm_experts_forward(experts, hidden, index, gates.to(dtype)))
-        torch.testing.assert_close(norms, bare_norms(tap, experts, hidden, index, gates.to(dtype)))
+        bare = bare_pairs(tap, experts, hidden, index, gates.to(dtype), output)
+        for name in ("norms", "peaks"):
+            torch.testing.assert_close(getattr(pairs, name), getattr(bare, name), msg=name)
+        # A dot product in bfloat16 is rounded to three digits.
+        tolerance = 1e-5 if dtype == torch.float32 else 0.01
+        torch.testing.assert_close(pairs.cosines, bare.cosines, rtol=0, atol=tolerance)
+
+
+def pairs_of(index: list[list[int]], gate: float = 0.5, norm: float = 4.0) -> Pairs:
+    chosen = torch.tensor(index)
+    gates, norms = torch.full(chosen.shape, gate), torch.full(chosen.shape, norm)
+    return Pairs(chosen, gates, gates, norms, norms, torch.ones(chosen.shape))
 
 
 def test_statistics_do_not_count_indices_beyond_the_experts() -> None:
-    statistics = ExpertStatistics(3, torch.device("cpu"))
-    statistics.add(torch.tensor([[0, 2], [3, 1], [9, 0]]), torch.full((3, 2), 0.5), torch.full((3, 2), 4.0))
-    assert statistics.counts.tolist() == [2, 1, 1]
-    assert statistics.reap().tolist() == [2.0, 2.0, 2.0]
+    statistics = ExpertStatistics(3, CPU)
+    statistics.add(pairs_of([[0, 2], [3, 1], [9, 0]]), torch.full((3,), 2.0))
+    layer = statistics.of_layer(0)
+    assert field_of(layer, "tokens") == [2, 1, 1]
+    assert field_of(layer, "gated_norms") == [4.0, 2.0, 2.0]
+    assert field_of(layer, "relative_energies") == [2.0, 1.0, 1.0]
+    # The first of equal gates is the top choice; of two tokens that is no expert at all.
+    assert field_of(layer, "top_choices") == [1, 0, 0]
 
 
-def test_an_expert_without_tokens_scores_zero() -> None:
-    statistics = ExpertStatistics(2, torch.device("cpu"))
-    statistics.add(torch.tensor([[1]]), torch.tensor([[1.0]]), torch.tensor([[3.0]]))
-    assert statistics.reap().tolist() == [0.0, 3.0]
+def test_a_residual_stream_of_zeros_divides_nothing() -> None:
+    statistics = ExpertStatistics(2, CPU)
+    statistics.add(pairs_of([[1]]), torch.zeros(1))
+    assert field_of(statistics.of_layer(0), "relative_energies") == [0, 0]
 
 
-def test_the_highest_stay_in_order_and_ties_go_to_the_lower_number() -> None:
-    assert keep_highest([0.5, 3.0, 0.5, 2.0], 3) == (0, 1, 3)
-    assert keep_highest([1.0] * 4, 2) == (0, 1)
-
-
-def test_groups_lose_equally() -> None:
-    scores = [9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0]
-    assert keep_highest(scores, 4) == (0, 1, 2, 3)
-    assert keep_highest(scores, 4, groups=2) == (0, 1, 6, 7)
+def test_sources_are_kept_apart_and_packed_to_the_bit() -> None:
+    total = ExpertStatistics(3, CPU, sources=2)
+    for source, norm in ((0, 1 / 3), (1, 0.1), (0, 0.7)):
+        part = ExpertStatistics(3, CPU)
+        part.add(pairs_of([[0, 1]], norm=norm), torch.ones(1))
+        total.merge(part, source)
+    layer = total.of_layer(5)
+    number = list(FIELDS).index("norms")
+    assert layer.values[number, :, 0] == pytest.approx([1 / 3 + 0.7, 0.1])
+    assert layer.values[list(FIELDS).index("peaks"), :, 0] == pytest.approx([0.7, 0.1])
+    again = ExpertStatistics(3, CPU, sources=2)
+    again.unpack(total.packed())
+    assert torch.equal(again.values, total.values)
+    for wrong in (total.packed()[:-8], "?", ExpertStatistics(2, CPU).packed()):
+        with pytest.raises(ValueError):  # noqa: PT011 (numpy's and our own)
+            again.unpack(wrong)
 
 
 def test_scores_do_not_depend_on_how_many_stay(tmp_path: Path) -> None:
@@ -135,7 +174,7 @@ def test_scores_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
     one, all_at_once = (prune(source, tmp_path / f"b{tokens}", batch_tokens=tokens) for tokens in (1, 10**6))
     for a, b in zip(one.layers, all_at_once.layers, strict=True):
-        assert a.counts == b.counts
+        assert a.tokens == b.tokens
         assert a.kept == b.kept
         torch.testing.assert_close(torch.tensor(a.scores), torch.tensor(b.scores), rtol=1e-5, atol=0)
 

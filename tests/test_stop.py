@@ -187,5 +187,5 @@ def test_outside_the_main_thread_signals_are_left_alone(small: Case, tmp_path: P
 
     settings = {"calibration": (str(small.tokens),), **small.settings}
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(run, RunSettings(str(small.model), tmp_path / "out", **settings), True).result()
+        pool.submit(run, RunSettings(model=str(small.model), output=tmp_path / "out", **settings), True).result()
     assert tree_bytes(tmp_path / "out") == small.expected

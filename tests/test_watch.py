@@ -45,7 +45,7 @@ def test_resident_memory_above_the_cap_shrinks_and_in_the_end_stops(
     monkeypatch.setattr(BlockStream, "run_block", run_block)
     monkeypatch.setattr(machine, "resident_bytes", lambda: at_a_time * 300 * MIB)
     result = prune(model, tmp_path / "out", ram_gib=1.0)
-    assert [layer.counts for layer in result.layers] == [layer.counts for layer in undisturbed.layers]
+    assert [layer.tokens for layer in result.layers] == [layer.tokens for layer in undisturbed.layers]
     assert [layer.kept for layer in result.layers] == [layer.kept for layer in undisturbed.layers]
     shrinks = [(shrink["sequences"], shrink["to"]) for shrink in result.summary["shrinks"]]
     assert shrinks == [(4, 2)]

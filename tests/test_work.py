@@ -9,22 +9,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
+from streamprune.scores.statistics import FIELDS, LayerStatistics, pack
 from streamprune.streaming.stream import BatchState
 from streamprune.work.durable import read_record, write_record
-from streamprune.work.folder import FinishedShard, WorkFolder
+from streamprune.work.folder import FinishedBlock, FinishedShard, WorkFolder
+from streamprune.work.journal import RUN_FORMAT
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
 
 RUN = {
-    "format": 1,
+    "format": RUN_FORMAT,
     "command": {"model": "model", "output": "out"},
     "settings": {},
     "source": "",
     "files": {},
-    "calibration": {"fingerprint": "", "sequences": 2, "tokens": 3, "sources": [], "notes": []},
+    "calibration": {"fingerprint": "", "sequences": 2, "tokens": 3, "sources": [], "source_of": [], "notes": [], "recipe": {}},
     "versions": {},
     "blocks": 4,
     "budget_bytes": None,
@@ -117,15 +120,15 @@ def test_two_generations_are_kept_and_the_older_one_stands_in(tmp_path: Path) ->
     states = some_states()
     with WorkFolder(tmp_path / "work") as work:
         for block in range(4):
-            work.save(len(states), states.__getitem__, {"block": block})
-        assert [saved.facts["block"] for saved in work.saved()] == [3, 2]
+            work.states.save(len(states), states.__getitem__, {"block": block})
+        assert [saved.facts["block"] for saved in work.states.whole()] == [3, 2]
         assert len(list((work.folder / "states").iterdir())) == 2
         damage(work.folder / "states" / "4" / DATA_NAME, "flip")
-        assert [saved.facts["block"] for saved in work.saved()] == [2]
+        assert [saved.facts["block"] for saved in work.states.whole()] == [2]
         damage(work.folder / "cursor.json", "flip")
-        assert [saved.facts["block"] for saved in work.saved()] == [2], "without a cursor, what is whole counts"
-        work.save(len(states), states.__getitem__, {"block": 9})
-        assert next(saved.facts["block"] for saved in work.saved()) == 9
+        assert [saved.facts["block"] for saved in work.states.whole()] == [2], "without a cursor, what is whole counts"
+        work.states.save(len(states), states.__getitem__, {"block": 9})
+        assert next(saved.facts["block"] for saved in work.states.whole()) == 9
 
 
 def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
@@ -133,19 +136,19 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
 ) -> None:
     states = some_states()
     with WorkFolder(tmp_path / "work") as work:
-        work.save(len(states), states.__getitem__, {"block": 1})
+        work.states.save(len(states), states.__getitem__, {"block": 1})
 
         def crash(point: str) -> None:
             if point == "states saved":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("streamprune.work.folder.reached", crash)
+        monkeypatch.setattr("streamprune.work.generations.reached", crash)
         with pytest.raises(KeyboardInterrupt):
-            work.save(len(states), states.__getitem__, {"block": 2})
+            work.states.save(len(states), states.__getitem__, {"block": 2})
         monkeypatch.undo()
-        assert [saved.facts["block"] for saved in work.saved()] == [1]
-        work.save(len(states), states.__getitem__, {"block": 3})
-        assert [saved.facts["block"] for saved in work.saved()] == [3, 1]
+        assert [saved.facts["block"] for saved in work.states.whole()] == [1]
+        work.states.save(len(states), states.__getitem__, {"block": 3})
+        assert [saved.facts["block"] for saved in work.states.whole()] == [3, 1]
 
 
 def test_blocks_and_shards(tmp_path: Path) -> None:
@@ -154,10 +157,12 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
         (work.staging / "a.safetensors").write_bytes(b"12345")
         digest = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
         shard = FinishedShard("a.safetensors", 5, digest)
-        work.write_block(3, {"kept": [1, 2], "scores": [0.1, 1e-17]}, [shard])
-        work.write_block(None, None, [])
-        assert work.read_block(3) == ({"kept": [1, 2], "scores": [0.1, 1e-17]}, [shard])
-        assert work.read_block(None) == (None, [])
+        layer = LayerStatistics(3, np.full((len(FIELDS), 2, 4), 1 / 3))
+        work.write_block(3, layer, (1, 2), [shard])
+        work.write_block(None, None, (), [])
+        record = work.read_block(3)
+        assert record == FinishedBlock({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])
+        assert work.read_block(None) == FinishedBlock(None, (), [])
         assert work.whole(shard)
         (work.staging / "a.safetensors").write_bytes(b"12346")
         assert not work.whole(shard)

@@ -10,7 +10,8 @@ from streamprune import __version__
 from streamprune.cli.calibration import calibration
 from streamprune.cli.common import quiet_libraries, reports_errors
 from streamprune.cli.inspecting import inspect
-from streamprune.cli.pruning import clean, resume, run, status, verify
+from streamprune.cli.keeping import clean, status, verify
+from streamprune.cli.pruning import prune, resume, run, score
 from streamprune.cli.sizing import devices, fit
 from streamprune.machine import limit_library_memory
 
@@ -43,5 +44,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
 
 
-for command in (run, resume, status, verify, clean, fit, devices, inspect, calibration):
+for command in (run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration):
     main.add_command(command)

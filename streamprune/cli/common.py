@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import click
@@ -12,7 +13,7 @@ import click
 from streamprune.choice.selection import DEFAULT_SPREAD, SCHEDULES
 from streamprune.errors import StreampruneError
 from streamprune.fit.kv_cache import KV_DTYPES
-from streamprune.settings import DEFAULT_CONTEXT, METHODS
+from streamprune.settings import DEFAULT_CONTEXT, METHODS, RESUME
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +36,13 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def quiet_downloads() -> None:
+    """Keep the Hub's progress bars off the terminal."""
+    import huggingface_hub.utils
+
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+
+
 def quiet_libraries(downloads: bool) -> None:
     """Keep other libraries' hints off the terminal, and with `downloads` the Hub's progress bars as well.
 
@@ -43,12 +51,10 @@ def quiet_libraries(downloads: bool) -> None:
     import logging
     import warnings
 
-    import huggingface_hub.utils
     import transformers
 
     if downloads:
-        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-
+        quiet_downloads()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -75,6 +81,42 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option("--floor", type=int, metavar="N", help="Fewest experts in any layer.  [default: what it needs]"),
         click.option("--protect-super-experts", is_flag=True, help="Keep experts whose outputs peak far above all."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options that say what text a model is scored on."""
+    options = [
+        click.option(
+            "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
+            help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… Any number of times.",
+        ),
+        click.option("--samples", type=int, help="Calibration sequences.  [default: the recipe's, or 512]"),
+        click.option("--seq-len", type=int, help="Tokens per packed sequence.  [default: the recipe's, or 2048]"),
+        click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's, or 0]"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def place_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options about where the model comes from, and where the result and the work on it go."""
+    options = [
+        click.option("--revision", help="Branch, tag or commit of a Hub model."),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+        click.option("--overwrite", is_flag=True, help="Replace what is there under the output's name."),
+        click.option(
+            "--work-dir", type=click.Path(path_type=Path),
+            help="Folder for what is needed to go on.  [default: OUT.work]",
+        ),
+        click.option(
+            "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
+            help="Go on with an earlier run of this command; insist on it; or begin anew.",
+        ),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -1,4 +1,4 @@
-"""The commands that prune, and those for what a run leaves: `run`, `resume`, `status`, `clean` and `verify`."""
+"""The commands that score and prune: `run`, `score`, `prune` and `resume`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from streamprune.cli.common import goal_options, quiet_libraries, reports_errors
+from streamprune.cli.common import (
+    calibration_options,
+    goal_options,
+    place_options,
+    quiet_downloads,
+    quiet_libraries,
+    reports_errors,
+    selection_options,
+)
 from streamprune.machine import limit_library_memory
 from streamprune.settings import (
     DEFAULT_CHECKPOINT_EVERY,
-    DEFAULT_SAMPLES,
-    DEFAULT_SEQ_LEN,
     DTYPES,
-    METHODS,
     PROPAGATE,
-    RESUME,
     STATES,
+    PruneSettings,
     RunSettings,
     parse_size,
 )
@@ -67,37 +72,20 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the pruned model.")
+@click.option("-o", "--output", required=True, type=_FOLDER, help="Folder for the pruned model.")
 @goal_options
 @click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
 @click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be done, and stop there.")
-@click.option(
-    "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="FILE|RECIPE",
-    help="Text or JSONL file; or builtin, builtin:code,prose,… May be given several times.",
-)  # fmt: skip
-@click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Calibration sequences.")
-@click.option(
-    "--seq-len", type=int, help=f"Tokens per packed sequence.  [default: {DEFAULT_SEQ_LEN}, or the model's limit]"
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses which calibration text is used.")
-@click.option("--method", type=click.Choice(METHODS), default="reap", show_default=True, help="How experts are scored.")
+@calibration_options
+@selection_options
 @click.option(
     "--propagate", type=click.Choice(PROPAGATE), default="original", show_default=True,
     help="Whose output the next block is scored on: the original block's or the pruned one's.",
 )  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-@click.option("--overwrite", is_flag=True, help="Replace the model in the output folder.")
-@click.option(
-    "--work-dir", type=click.Path(path_type=Path), help="Folder for what a resume needs.  [default: OUT.work]"
-)
-@click.option(
-    "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
-    help="Go on with an earlier run of this command; insist on it; or begin anew.",
-)  # fmt: skip
+@place_options
 @_sitting_options(resuming=False)
 @reports_errors
 def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
@@ -111,6 +99,63 @@ def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: 
 
     quiet_libraries(downloads=quiet)
     summary = engine.dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=_FOLDER, help="File for the scores, such as scores.safetensors.")
+@calibration_options
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
+@place_options
+@_sitting_options(resuming=False)
+@reports_errors
+def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Score the experts of MODEL, and write one small file from which any number of pruned models can be made.
+
+    Statistics are kept for each source of the calibration, so that mixes, methods and sizes are chosen afterwards:
+    look at them with `inspect`, use them with `prune`.
+    """
+    # Nothing is copied that could be compared.
+    options.pop("verify")
+    settings = RunSettings(output=output, only_score=True, **options)
+    limit_library_memory(tight=settings.ram_gib is not None)
+    from streamprune import run as engine
+
+    quiet_libraries(downloads=quiet)
+    summary = engine.run(settings, quiet).summary
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=_FOLDER, help="Folder for the pruned model.")
+@click.option("--scores", type=_FOLDER, help="File of `score`, or the folder of a model that was pruned before.")
+@goal_options
+@click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
+@click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
+@selection_options
+@click.option("--seed", type=int, help="For --method random.  [default: 0]")
+@click.option("--keep-file", type=_FOLDER, help="Your own list of the experts of each layer; needs no scores.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@place_options
+@click.option("--verify/--no-verify", default=False, show_default=True, help="Compare the result with the source.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
+@reports_errors
+def prune(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Prune MODEL by scores that were taken before: no forward pass, no GPU, the time of a file copy.
+
+    The result is the same to the byte as that of `run` with the same calibration and settings.
+    """
+    settings = PruneSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
+    from streamprune import pruning as engine
+
+    if quiet:
+        quiet_downloads()
+    summary = engine.prune(settings, quiet).summary
     if as_json:
         click.echo(json.dumps(summary, indent=2))
 
@@ -133,47 +178,3 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
     summary = engine.resume(workdir, quiet, **given).summary
     if as_json:
         click.echo(json.dumps(summary, indent=2))
-
-
-@click.command()
-@click.argument("workdir", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@reports_errors
-def status(workdir: Path, as_json: bool) -> None:
-    """Tell what is done of the run in WORKDIR, what is left, and how large the folder is."""
-    from streamprune.work.status import status_of, status_text
-
-    found = status_of(workdir)
-    click.echo(json.dumps(found, indent=2) if as_json else status_text(found))
-
-
-@click.command()
-@click.argument("workdir", type=_FOLDER)
-@click.option("--all", "everything", is_flag=True, help="Also what an unfinished run needs to go on: give it up.")
-@reports_errors
-def clean(workdir: Path, everything: bool) -> None:
-    """Remove what is no longer needed from WORKDIR: all of it once the run is complete."""
-    from streamprune.machine import format_bytes
-    from streamprune.work.status import clean_up
-
-    click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
-
-
-@click.command()
-@click.argument("output", metavar="OUT", type=_FOLDER)
-@click.option("--source", required=True, help="The model that OUT was made from: a folder or a Hub id.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-@reports_errors
-def verify(output: Path, source: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Prove that OUT is what its record says: every kept tensor identical to the source's, byte by byte."""
-    limit_library_memory()
-    from streamprune.machine import format_bytes
-    from streamprune.output.verify import verify as prove
-    from streamprune.source.hub import resolve_model
-
-    quiet_libraries(downloads=False)
-    proof = prove(output, resolve_model(source, revision, trust_remote_code), trust_remote_code)
-    click.echo(
-        f"{output} is right: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes."
-    )

@@ -98,7 +98,10 @@ class Estimate:
 
     @property
     def experts(self) -> int:
-        """Experts per block in the model as asked about; 0 without experts."""
+        """Experts per block in the model as asked about, where blocks differ the mean; 0 without experts."""
+        if self.use.total is not None:
+            blocks = self.footprint.weights.sizes(self.use.weights_dtype).moe_blocks
+            return round(self.use.total / max(1, blocks))
         return self.footprint.weights.count if self.use.keep is None else self.use.keep
 
 
@@ -160,9 +163,12 @@ class Fit(Estimate):
 def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterator[Term]:
     """The terms; `routed` is the number of experts that the routers choose among, if not the number kept."""
     weights = footprint.weights
-    kept = weights.count if use.keep is None else use.keep
+    kept: float = weights.count if use.keep is None else use.keep
     # The pruned model has no multi-token prediction layers: those are never scored, and left out.
-    sizes = weights.sizes(use.weights_dtype, with_mtp=use.keep is None or use.keep == weights.count)
+    sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
+    if use.total is not None:
+        # Blocks are alike, so that the mean tells their bytes. The largest block may keep all of its experts.
+        kept, routed = use.total / max(1, sizes.moe_blocks), weights.count
     exact = weights.measured and use.weights_dtype == "source"
     for name, size in sizes.bytes_by_category(kept).items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
@@ -171,7 +177,7 @@ def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterato
     state = footprint.cache.state_bytes(use.batch)
     if state:
         yield Term(STATE, state, "exact", state, state)
-    shape = replace(footprint.shape, experts=kept if routed is None else routed)
+    shape = replace(footprint.shape, experts=round(kept) if routed is None else routed)
     workspace = prefill_workspace_bytes(shape, PREFILL_CHUNK, use.context, use.batch, footprint.itemsize)
     yield _modelled("prefill workspace", *(round(workspace * share) for share in WORKSPACE_SHARE))
     yield _modelled("CUDA context", *CUDA_CONTEXT)

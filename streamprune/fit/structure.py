@@ -17,7 +17,7 @@ from streamprune.fit.cache_trace import trace_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.kv_cache import CacheSizes
-from streamprune.fit.weight_facts import weights_by_name, weights_by_role
+from streamprune.fit.weight_facts import weights_by_layout, weights_by_name
 from streamprune.fit.weights import WeightFact, Weights, category_of
 from streamprune.output.survey import survey
 from streamprune.source.architecture import declared_dtype, load_config
@@ -119,13 +119,9 @@ def footprint_of_skeleton(
     return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
 
 
-def weights_of_checkpoint(
-    raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry], count: int | None = None
-) -> Weights:
-    """The weights by what each tensor feeds in the model; `count` experts per block, if not the skeleton's number."""
-    found = survey(raw, skeleton, tensors)
-    count = count or skeleton.spec.count
-    return weights_by_role(tensors, found.roles, found.output(count, count), count)
+def weights_of_checkpoint(raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry]) -> Weights:
+    """The weights by what each tensor feeds in the model."""
+    return weights_by_layout(tensors, survey(raw, skeleton, tensors), skeleton.spec.count)
 
 
 def _footprint(

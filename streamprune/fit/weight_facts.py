@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from streamprune.fit.weights import MTP_NAME, WeightFact, Weights, category_of
-from streamprune.output.surgery import MTP_ONLY, ExpertRows, OutputTensor, SourceRole
+from streamprune.output.cuts import MTP_ONLY
+from streamprune.output.layout import Layout
+from streamprune.output.surgery import ExpertRows
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import ExpertSpec, first_number, text_part
 
@@ -109,31 +111,13 @@ def _complete(members: Sequence[WeightFact], count: int) -> bool:
     return alike and len(homes) == 1 and len(routers) == 1 and not doubtful
 
 
-def weights_by_role(
-    tensors: Mapping[str, TensorEntry],
-    roles: Mapping[str, SourceRole],
-    planned: Iterable[OutputTensor],
-    count: int,
-) -> Weights:
-    """The weights as the model uses them.
-
-    `count` is the number of experts per block. `planned` is what `surgery.output_tensors` gives for any number to keep:
-    it says how each tensor is cut. What it does not contain, beyond removed experts, is multi-token prediction.
-    """
-    rows = {tensor.sources[0].name: tensor.rows for tensor in planned if tensor.rows is not None}
-    experts = {
-        entry.name: expert
-        for tensor in planned
-        if tensor.slot is not None
-        for expert, entry in enumerate(tensor.sources)
-    }
-    whole = {tensor.name for tensor in planned}
+def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, count: int) -> Weights:
+    """The weights as the model uses them, with `count` experts per block. What has no cut is multi-token prediction."""
     facts = []
     for name, entry in tensors.items():
-        indexed = name in rows or name in experts
-        block = roles[name].block
-        category = category_of(name, indexed, block) if indexed or name in whole else "MTP"
-        facts.append(
-            WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, experts.get(name), rows.get(name))
-        )
+        cut = layout.cuts.get(name)
+        indexed = cut is not None and (cut.rows is not None or cut.expert is not None)
+        block, expert, rows = (cut.block, cut.expert, cut.rows) if cut is not None else (None, None, None)
+        category = category_of(name, indexed, block) if cut is not None else "MTP"
+        facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, expert, rows))
     return Weights(tuple(facts), count, True)

@@ -78,8 +78,8 @@ class WeightSizes:
     per_expert: Mapping[str, float]
     moe_blocks: int
 
-    def bytes_by_category(self, keep: int) -> dict[str, int]:
-        """Bytes of each category that the model has, with `keep` experts in every block."""
+    def bytes_by_category(self, keep: float) -> dict[str, int]:
+        """Bytes of each category that the model has, with `keep` experts in every block, or in the mean block."""
         total = {name: round(self.fixed.get(name, 0) + keep * self.per_expert.get(name, 0)) for name in CATEGORIES}
         return {name: count for name, count in total.items() if count}
 

@@ -50,13 +50,14 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
     shape, itemsize = _shape_of(skeleton, text), prepared.dtype.itemsize
     longest = max(len(sequence) for sequence in calibration.sequences)
     block = loading = largest = 0
-    for index, module in enumerate(skeleton.blocks[: prepared.plan.moe_blocks[-1] + 1]):
+    for index, module in enumerate(skeleton.blocks[: prepared.layout.moe_blocks[-1] + 1]):
         prefix = f"{skeleton.blocks_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
         # While a parameter's tensors (one per expert) are joined, its memory is needed twice more.
         joined = max((size for name, size in sizes.items() if sources[name] > 1), default=0)
         experts = sum(size for name, size in sizes.items() if name in skeleton.expert_rows)
-        twin = experts * prepared.plan.keep // skeleton.spec.count if settings.propagate == "pruned" else 0
+        kept = prepared.counts.get(index, 0) if prepared.counts and settings.propagate == "pruned" else 0
+        twin = experts * kept // skeleton.spec.count
         block = max(block, sum(sizes.values()) + twin)
         loading = max(loading, sum(sizes.values()) + 2 * joined)
         largest = max(largest, *sizes.values())
@@ -118,7 +119,7 @@ def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
 
 def measure_room(settings: RunSettings, prepared: Prepared, device: torch.device, folder: Path) -> Room:
     """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk."""
-    free = max(0, machine.free_disk_bytes(folder) - prepared.plan.output_bytes)
+    free = max(0, machine.free_disk_bytes(folder) - prepared.planned_bytes)
     disk = Limit(
         free,
         f"{format_bytes(free)} are free on that of {folder} beside the output",

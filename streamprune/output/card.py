@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.machine import format_bytes
 from streamprune.output.plan import PrunePlan
+from streamprune.output.uneven import engines_note, is_uneven
 from streamprune.source.checkpoint import Checkpoint
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -25,7 +26,6 @@ def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint, e
     inherited = _source_metadata(source.folder)
     model = str(report["settings"]["model"])
     base = model if _HUB_ID.match(model) else inherited.get("base_model")
-    name = model.rpartition("/")[2]
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -34,77 +34,111 @@ def model_card(plan: PrunePlan, report: Mapping[str, Any], source: Checkpoint, e
         license_name=inherited.get("license_name"),
         license_link=inherited.get("license_link"),
         language=inherited.get("language"),
-        tags=["mixture-of-experts", "moe", "pruning", "expert-pruning", "reap", "streamprune"],
+        tags=["mixture-of-experts", "moe", "pruning", "expert-pruning", "streamprune", *_method_tags(report)],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(name, plan, report, source.nbytes, estimate)}"
+    sections = [
+        *_summary(model.rpartition("/")[2], plan, report, source.nbytes),
+        *(_memory(estimate) if estimate else []),
+        *_calibration(report),
+        *_use(plan, report),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
 
 
-def _memory(estimate: Estimate) -> list[str]:
+def _method_tags(report: Mapping[str, Any]) -> list[str]:
+    return ["reap"] if report["settings"]["method"] == "reap" else []
+
+
+def _memory(estimate: Estimate) -> Iterator[str]:
     use = estimate.use
     low, high = estimate.interval
-    lines = [
-        "## Memory",
-        "",
-        f"Predicted from the files of this model, for {use.batch} x {use.context:,} tokens on one card:",
-        "",
-        "| part | size | |",
-        "|---|---|---|",
-        *(f"| {term.name} | {format_bytes(term.bytes)} | {term.kind} |" for term in estimate.terms),
-        f"| **total** | **{format_bytes(estimate.total)}** | {format_bytes(low)} to {format_bytes(high)} |",
-        "",
-    ]
+    yield from ("## Memory", "")
+    yield f"Predicted from the files of this model, for {use.batch} x {use.context:,} tokens on one card:"
+    yield from ("", "| part | size | |", "|---|---|---|")
+    for term in estimate.terms:
+        yield f"| {term.name} | {format_bytes(term.bytes)} | {term.kind} |"
+    yield f"| **total** | **{format_bytes(estimate.total)}** | {format_bytes(low)} to {format_bytes(high)} |"
+    yield ""
     if isinstance(estimate, Fit):
-        lines += [f"Pruned for a budget of {format_bytes(estimate.budget)}.", ""]
-    return lines
+        yield from (f"Pruned for a budget of {format_bytes(estimate.budget)}.", "")
 
 
-def _body(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int, estimate: Estimate | None) -> str:
-    spec, settings, calibration = plan.spec, report["settings"], report["calibration"]
+def _summary(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int) -> Iterator[str]:
+    spec, counts = plan.layout.spec, list(plan.counts.values())
+    least, most, all_of_them = min(counts), max(counts), spec.count * len(counts)
+    per_block = str(most) if least == most else f"{least} to {most}"
+    kept = f"{most} of {spec.count}" if least == most else f"{sum(counts):,} of {all_of_them:,}"
+    yield from (f"# {name}, {kept} experts", "")
+    yield (
+        f"Made from `{report['settings']['model']}` with [streamprune](https://pypi.org/project/streamprune/) "
+        f"{report['versions']['streamprune']}: of the experts in its {len(counts)} Mixture-of-Experts blocks, "
+        f"{all_of_them - sum(counts):,} were removed{_by_what(report)}. Every tensor that stays is identical to the "
+        "source's, byte for byte; nothing was retrained."
+    )
+    yield from ("", "| | source | this model |", "|---|---|---|")
+    yield f"| experts per block | {spec.count} | {per_block} |"
+    yield f"| experts in all | {all_of_them:,} | {sum(counts):,} |"
+    yield f"| experts used per token | {spec.top_k} | {spec.top_k} |"
+    yield f"| weights | {format_bytes(source_bytes)} | {format_bytes(plan.output_bytes)} |"
+    yield ""
+
+
+def _by_what(report: Mapping[str, Any]) -> str:
+    settings = report["settings"]
+    if settings["method"] is None:
+        return ", chosen by hand"
+    text = f": those with the lowest {settings['method']} score"
+    text += " of all blocks together" if settings["schedule"] == "global" else " in each block"
+    if settings["schedule"] not in ("global", "uniform"):
+        text += f" (schedule {settings['schedule']})"
+    return text + (", super experts excepted" if settings["protect_super_experts"] else "")
+
+
+def _calibration(report: Mapping[str, Any]) -> Iterator[str]:
+    calibration, mix = report["calibration"], report["settings"]["mix"]
+    if calibration is None:
+        return
+    yield from ("## Calibration", "")
+    sources = ", ".join(f"`{source['name']}` ({source['tokens']:,})" for source in calibration["sources"])
+    yield (
+        f"{calibration['sequences']:,} sequences, {calibration['tokens']:,} tokens, from {sources}. What the "
+        "calibration text does not contain, the model may have lost: compare it with the source on your own tasks "
+        "before you rely on it."
+    )
+    if mix:
+        shares = ", ".join(f"`{name}` {share:.3g}" for name, share in mix.items())
+        yield from ("", f"For the choice the sources were weighed: {shares}.")
     unseen = [layer for layer in report["layers"] if not all(layer["counts"])]
-    lines = [
-        f"# {name}, {plan.keep} of {spec.count} experts",
-        "",
-        f"Made from `{settings['model']}` with [streamprune](https://pypi.org/project/streamprune/) "
-        f"{report['versions']['streamprune']}: in each of {len(plan.moe_blocks)} Mixture-of-Experts blocks the "
-        f"{spec.count - plan.keep} experts with the lowest {settings['method'].upper()} score were removed. "
-        "Every tensor that stays is identical to the source's, byte for byte; nothing was retrained.",
-        "",
-        "| | source | this model |",
-        "|---|---|---|",
-        f"| experts per block | {spec.count} | {plan.keep} |",
-        f"| experts used per token | {spec.top_k} | {spec.top_k} |",
-        f"| weights | {format_bytes(source_bytes)} | {format_bytes(plan.output_bytes)} |",
-        "",
-        *(_memory(estimate) if estimate else []),
-        "## Calibration",
-        "",
-        f"{calibration['sequences']} sequences, {calibration['tokens']:,} tokens, from "
-        f"{', '.join(f'`{source}`' for source in calibration['sources'])}. What the calibration text does not contain, "
-        "the model may have lost: compare it with the source on your own tasks before you rely on it.",
-    ]
     if unseen:
-        lines += [
-            "",
-            f"In {len(unseen)} blocks the calibration text never used some experts; they count as the least useful.",
-        ]
-    if plan.dropped:
-        lines += ["", f"The source's {len(plan.dropped)} multi-token-prediction tensors were left out."]
-    lines += [
-        "",
-        "## Use",
-        "",
+        yield ""
+        yield f"In {len(unseen)} blocks the calibration text never used some experts; they count as the least useful."
+    yield ""
+
+
+def _use(plan: PrunePlan, report: Mapping[str, Any]) -> Iterator[str]:
+    uneven = is_uneven(plan.counts)
+    if plan.layout.dropped:
+        yield from (f"The source's {len(plan.layout.dropped)} multi-token-prediction tensors were left out.", "")
+    yield from ("## Use", "")
+    if uneven:
+        yield from (engines_note(uneven), "")
+    trust = ", trust_remote_code=True" if uneven else ""
+    yield from (
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",
-        "`streamprune.json` lists, for each block, the experts kept (by their number in the source), and the score and "
-        "token count of every expert.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
+    text = "`streamprune.json` lists, for each block, the experts kept (by their number in the source)"
+    if report["settings"]["method"] is not None:
+        text += (
+            ", and the score and token count of every expert. `scores/` holds what all scores are computed "
+            "from: with it, other sizes, mixes and methods take a file copy (`streamprune prune --scores`)"
+        )
+    yield from (text + ".", "")
 
 
 def _source_metadata(source: Path) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamprune.errors import SettingsError
+from streamprune.errors import CheckpointError, SettingsError
+from streamprune.output.layout import Layout
 from streamprune.output.surgery import OutputTensor
-from streamprune.source.checkpoint import DTYPE_BITS
+from streamprune.output.uneven import LoadingFacts, is_uneven, modeling_source, uneven_config
+from streamprune.source.checkpoint import DTYPE_BITS, Checkpoint
 from streamprune.source.config_facts import ExpertSpec
+from streamprune.source.rewrite import drop_missing_code, rewrite_config
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,34 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """The decided run: `keep` of `spec.count` experts stay in each of `moe_blocks`; `dropped` are MTP tensors."""
+    """The decided output: so many experts stay (`counts`, by block that has some), in these files with this config.
 
-    spec: ExpertSpec
-    keep: int
-    block_count: int
-    moe_blocks: tuple[int, ...]
-    dropped: tuple[str, ...]
+    `files` are small files that are made for the output, by name.
+    """
+
+    layout: Layout
+    counts: Mapping[int, int]
     config: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, bytes] = field(repr=False)
     shards: tuple[ShardPlan, ...] = field(repr=False)
 
     @property
     def output_bytes(self) -> int:
         """Bytes of all output tensors: the index's `total_size`."""
         return sum(shard.nbytes for shard in self.shards)
+
+
+def make_plan(
+    layout: Layout, loading: LoadingFacts, checkpoint: Checkpoint, counts: Mapping[int, int], max_shard_bytes: int
+) -> PrunePlan:
+    """Plan the output for the experts that stay in every block. Raises like `uneven.check_uneven`."""
+    rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, max(counts.values()))
+    if rewritten == checkpoint.config and max(counts.values()) < layout.spec.count:
+        raise CheckpointError(f"{checkpoint.folder} has a config.json that names no {layout.spec.count} experts.")
+    config = uneven_config(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
+    files = {loading.file_name: modeling_source(loading).encode()} if is_uneven(counts) else {}
+    tensors = layout.output(checkpoint.tensors, counts)
+    return PrunePlan(layout, dict(counts), config, files, plan_shards(tensors, layout.block_count, max_shard_bytes))
 
 
 def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None) -> int:

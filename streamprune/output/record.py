@@ -1,109 +1,108 @@
-"""What a run leaves on record: `streamprune.json` with the model, and the summary that is printed."""
+"""What a run leaves on record: where its scores come from, and `streamprune.json` with the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from streamprune.choice.choose import Choice
+from streamprune.choice.selection import Selection
+from streamprune.errors import ScoresError
+from streamprune.output.plan import PrunePlan
+from streamprune.quota import Quota
 
-from streamprune.machine import peak_resident_bytes
-from streamprune.prepare import Prepared
-from streamprune.settings import RunSettings
-from streamprune.streaming.scoring import BlockScorer, LayerResult
-from streamprune.text.calibration import Calibration
-from streamprune.work.resume import versions
+#: The format of streamprune.json.
+REPORT_FORMAT = 2
 
 
 def run_report(
-    settings: RunSettings,
-    prepared: Prepared,
-    calibration: Calibration,
-    layers: Sequence[LayerResult],
-    device: torch.device,
-    batch_tokens: int,
+    provenance: Mapping[str, Any],
+    choice: Choice,
+    plan: PrunePlan,
+    selection: Selection | None,
+    quota: Quota,
+    shard_bytes: int,
 ) -> dict[str, Any]:
     """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
 
-    (On the CPU the last digits of scores depend on the number of threads, as every matrix product does.)
+    It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
+    on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made;
+    `shard_bytes` is the largest size of an output file.
     """
-    plan = prepared.plan
     return {
-        "format": 1,
+        "format": REPORT_FORMAT,
         "settings": {
-            # Names without folders: the file is published with the model, and is the same wherever it is made.
-            "model": _public_name(settings.model),
-            "revision": settings.revision,
-            "keep": plan.keep,
-            "method": settings.method,
-            "propagate": settings.propagate,
-            "samples": settings.samples,
-            "seq_len": settings.seq_len,
-            "seed": settings.seed,
-            "dtype": str(prepared.dtype).removeprefix("torch."),
-            "device": device.type,
-            "batch_tokens": batch_tokens,
-            "max_shard_bytes": settings.max_shard_bytes,
+            "model": provenance["model"],
+            "revision": provenance["revision"],
+            "keep": quota.keep,
+            "total": quota.total,
+            **_selection(selection),
+            "max_shard_bytes": shard_bytes,
+            **provenance["settings"],
         },
-        "versions": versions(),
+        "versions": provenance["versions"],
         "source": {
-            "fingerprint": prepared.checkpoint.fingerprint(),
-            "bytes": prepared.checkpoint.nbytes,
-            "experts": plan.spec.count,
-            "top_k": plan.spec.top_k,
+            **provenance["source"],
+            "experts": plan.layout.spec.count,
+            "top_k": plan.layout.spec.top_k,
         },
-        "calibration": {
-            "sources": [_public_name(source) for source in calibration.sources],
-            "sequences": len(calibration.sequences),
-            "tokens": calibration.tokens,
-            "fingerprint": calibration.fingerprint,
-        },
-        "dropped": list(plan.dropped),
+        "calibration": provenance["calibration"],
+        "dropped": list(plan.layout.dropped),
+        "protected": {str(block): list(experts) for block, experts in sorted(choice.protected.items())},
         "layers": [
             {
-                "index": layer.index,
+                "index": layer.block,
                 "kept": list(layer.kept),
                 "scores": list(layer.scores),
-                "counts": list(layer.counts),
+                "counts": list(layer.tokens),
             }
-            for layer in layers
+            for layer in choice.layers
         ],
     }
 
 
-def run_summary(
-    settings: RunSettings,
-    prepared: Prepared,
-    calibration: Calibration,
-    layers: Sequence[LayerResult],
-    scorer: BlockScorer,
-    seconds: float,
-) -> dict[str, Any]:
-    """The result for people and for `--json`, with what varies from run to run."""
-    plan = prepared.plan
-    never = [{"layer": layer.index, "experts": layer.counts.count(0)} for layer in layers if 0 in layer.counts]
+def _selection(selection: Selection | None) -> dict[str, Any]:
+    if selection is None:
+        return dict.fromkeys(("method", "seed", "mix", "schedule", "spread", "floor", "protect_super_experts"))
     return {
-        "output": str(settings.output),
-        "model": settings.model,
-        "experts_per_layer": plan.keep,
-        "source_experts_per_layer": plan.spec.count,
-        "moe_layers": len(layers),
-        "source_bytes": prepared.checkpoint.nbytes,
-        "output_bytes": plan.output_bytes,
-        "calibration_tokens": calibration.tokens,
-        "never_routed": never,
-        "dropped_tensors": len(plan.dropped),
-        "batch_tokens": scorer.batch_tokens,
-        "states": scorer.states_place,
-        "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
-        "seconds": round(seconds, 3),
-        "peak_resident_bytes": peak_resident_bytes(),
+        "method": selection.method,
+        # Which seed another method was called with does not matter.
+        "seed": selection.seed if selection.method == "random" else None,
+        "mix": selection.shares,
+        "schedule": public_name(selection.schedule) if selection.has_schedule_file else selection.schedule,
+        "spread": selection.spread_used,
+        "floor": selection.floor,
+        "protect_super_experts": selection.protect_super_experts,
     }
 
 
-def _public_name(name: str) -> str:
-    """A Hub id or recipe as it is; of a local path only the last part."""
+def check_provenance(provenance: Mapping[str, Any]) -> None:
+    """Raise ScoresError unless a provenance, which may come from a stranger, holds what the record and card tell."""
+    try:
+        source, calibration = provenance["source"], provenance["calibration"]
+        texts = (provenance["model"], source["fingerprint"], provenance["versions"]["streamprune"])
+        numbers = (source["bytes"], calibration["sequences"], calibration["tokens"])
+        named = [(each["name"], each["tokens"]) for each in calibration["sources"]]
+        revision = provenance["revision"]
+        sound = (
+            all(isinstance(text, str) for text in (*texts, *(name for name, _ in named)))
+            and all(type(number) is int for number in (*numbers, *(tokens for _, tokens in named)))
+            and (revision is None or isinstance(revision, str))
+            and isinstance(provenance["settings"].get("propagate"), str)
+        )
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ScoresError(
+            "The scores do not tell where they come from. Score the model again with `streamprune score`."
+        )
+
+
+def public_name(name: str) -> str:
+    """A Hub id or recipe as it is; of a local path only the last part.
+
+    Names go without folders: the file is published with the model, and is the same wherever it is made.
+    """
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name

@@ -7,13 +7,14 @@ kept or left out and renumbered; a tensor that holds all experts along one axis 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.source.checkpoint import DTYPE_BITS, TensorEntry
+
+#: Stands for an expert's number in the name that the tensors of all experts share.
+EXPERT = "{expert}"
 
 
 @dataclass(frozen=True)
@@ -71,133 +72,41 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class SourceRole:
-    """What a checkpoint tensor is fed into. `parameter` is None where the model ignores the tensor.
+class Cut:
+    """What becomes of a checkpoint tensor when experts go. `block` is None for what lies outside the decoder's blocks.
 
-    `parameter_rows` is the expert axis of the parameter it feeds (not necessarily of the tensor itself); `pattern` is
-    the conversion that leads there.
+    A tensor of one expert has that `expert`'s number, and as `family` its name with EXPERT in the number's place. One
+    that holds all experts has `rows`. Any other is copied.
     """
 
     block: int | None
-    parameter: str | None
-    pattern: str | None = None
-    parameter_shape: tuple[int, ...] = ()
-    parameter_rows: ExpertRows | None = None
-
-
-_MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
-MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
-_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
-
-
-def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp_layers: int) -> list[str]:
-    """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
-
-    Checkpoints keep them under a name of their own, or as further decoder blocks behind the last one: as many as the
-    config says (`mtp_layers`), or such as hold tensors that only MTP layers have. Raises CheckpointError for a further
-    block that is neither: it is one of the model's own, and the config is wrong.
-    """
-    lists = {
-        match.group(1) for name, role in roles.items() if role.block is not None and (match := _NUMBERED.match(name))
-    }
-    found = []
-    further: dict[int, list[str]] = defaultdict(list)
-    for name, role in roles.items():
-        if role.parameter is not None:
-            continue
-        match = _NUMBERED.match(name)
-        if match is not None and match.group(1) in lists and int(match.group(2)) >= block_count:
-            further[int(match.group(2))].append(name)
-        elif _MTP_SEGMENT.search(name):
-            found.append(name)
-    for number, names in further.items():
-        if number >= block_count + mtp_layers and not any(MTP_ONLY.search(name) for name in names):
-            raise CheckpointError(
-                f"The checkpoint has {names[0]}, but config.json describes only {block_count} blocks and {mtp_layers} "
-                "multi-token-prediction layers. Config and shards do not belong together; download both again."
-            )
-        found.extend(names)
-    return [name for name in roles if name in set(found)]
+    family: str | None = None
+    expert: int | None = None
+    rows: ExpertRows | None = None
 
 
 def output_tensors(
-    tensors: Mapping[str, TensorEntry],
-    roles: Mapping[str, SourceRole],
-    dropped: Iterable[str],
-    count: int,
-    keep: int,
+    tensors: Mapping[str, TensorEntry], cuts: Mapping[str, Cut], counts: Mapping[int, int]
 ) -> list[OutputTensor]:
-    """Every tensor of the output, in the source's order, for `keep` of `count` experts in every block.
-
-    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
-    """
-    left_out = set(dropped)
-    groups: dict[tuple[str, str | None], list[str]] = defaultdict(list)
-    for name, role in roles.items():
-        if role.parameter is not None and role.parameter_rows is not None:
-            groups[role.parameter, role.pattern].append(name)
-    numbered: dict[str, tuple[int, tuple[TensorEntry, ...]]] = {}
-    for (parameter, _), names in groups.items():
-        if len(names) > 1:
-            ordered = _by_expert(parameter, names, count)
-            entries = tuple(tensors[name] for name in ordered)
-            if len({(entry.dtype, entry.shape) for entry in entries}) > 1:
-                raise UnsupportedModelError(f"The experts of {parameter} differ in shape or dtype in the checkpoint.")
-            numbered.update({name: (expert, entries) for expert, name in enumerate(ordered)})
+    """Every tensor of the output, in the source's order, for `counts` experts that stay, by block."""
+    families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
+    for name, cut in cuts.items():
+        if cut.family is not None and cut.expert is not None:
+            families[cut.family][cut.expert] = tensors[name]
+    ordered = {family: tuple(members[number] for number in sorted(members)) for family, members in families.items()}
     result = []
-    for name, entry in tensors.items():
-        role = roles[name]
-        if name in left_out:
-            continue
-        if name in numbered:
-            expert, entries = numbered[name]
-            if expert < keep:
-                result.append(OutputTensor(name, entry.dtype, entry.shape, role.block, entries, slot=expert))
-        elif role.parameter_rows is not None:
-            rows = _rows_of(entry, role, role.parameter_rows, count)
-            size = rows.stride * keep + rows.tail
-            shape = (*entry.shape[: rows.axis], size, *entry.shape[rows.axis + 1 :])
-            result.append(OutputTensor(name, entry.dtype, shape, role.block, (entry,), rows=rows))
+    for name, cut in cuts.items():
+        entry = tensors[name]
+        keep = counts.get(cut.block, 0) if cut.block is not None else 0
+        if cut.family is not None:
+            assert cut.expert is not None
+            if cut.expert < keep:
+                sources = ordered[cut.family]
+                result.append(OutputTensor(name, entry.dtype, entry.shape, cut.block, sources, slot=cut.expert))
+        elif cut.rows is not None:
+            size = cut.rows.stride * keep + cut.rows.tail
+            shape = (*entry.shape[: cut.rows.axis], size, *entry.shape[cut.rows.axis + 1 :])
+            result.append(OutputTensor(name, entry.dtype, shape, cut.block, (entry,), rows=cut.rows))
         else:
-            result.append(OutputTensor(name, entry.dtype, entry.shape, role.block, (entry,)))
+            result.append(OutputTensor(name, entry.dtype, entry.shape, cut.block, (entry,)))
     return result
-
-
-def _by_expert(parameter: str, names: Sequence[str], count: int) -> list[str]:
-    """Order the names of one tensor per expert by the expert's number, the one segment in which they differ."""
-    split = [name.split(".") for name in names]
-    differing = [place for place in range(len(split[0])) if len({parts[place] for parts in split}) > 1]
-    if len({len(parts) for parts in split}) == 1 and len(differing) == 1:
-        numbers = {parts[differing[0]]: name for parts, name in zip(split, names, strict=True)}
-        if set(numbers) == {str(expert) for expert in range(count)}:
-            return [numbers[str(expert)] for expert in range(count)]
-        missing = [expert for expert in range(count) if str(expert) not in numbers]
-        if missing and all(number.isdigit() for number in numbers):
-            raise CheckpointError(
-                f"The checkpoint has only {len(names)} of the {count} experts of {parameter}; the first missing one is "
-                f"expert {missing[0]}. Complete the download."
-            )
-    raise UnsupportedModelError(f"Cannot tell which expert is which among {names[0]}, {names[1]}, … for {parameter}.")
-
-
-def _rows_of(entry: TensorEntry, role: SourceRole, rows: ExpertRows, count: int) -> ExpertRows:
-    """The expert axis of a checkpoint tensor that holds all experts of a parameter at once.
-
-    Conversions may transpose or join tensors, but none moves experts apart, so the axis is the parameter's own when it
-    has the parameter's size there, else the only one of that size.
-    """
-    size = rows.stride * count + rows.tail
-    fitting = [axis for axis, length in enumerate(entry.shape) if length == size]
-    if rows.axis < len(entry.shape) and entry.shape[rows.axis] == size:
-        axis = rows.axis
-    elif len(fitting) == 1:
-        axis = fitting[0]
-    else:
-        raise UnsupportedModelError(
-            f"{entry.name} {list(entry.shape)} feeds {role.parameter} {list(role.parameter_shape)}, but has no single "
-            f"axis of {size} rows for its {count} experts."
-        )
-    outer = math.prod(entry.shape[:axis])
-    if entry.nbytes % (outer * size):
-        raise UnsupportedModelError(f"{entry.name} packs several experts' values into one byte ({entry.dtype}).")
-    return ExpertRows(axis, rows.stride, rows.tail)

@@ -1,28 +1,16 @@
-"""What every tensor of a checkpoint becomes in the output: the model's structure brought together with surgery."""
+"""The layout of a checkpoint, found by bringing its tensors together with the model's structure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from streamprune.output.surgery import OutputTensor, SourceRole, next_token_prediction, output_tensors
-from streamprune.source.architecture import mtp_layers
+from streamprune.output.cuts import find_cuts, next_token_prediction
+from streamprune.output.layout import Layout
+from streamprune.source.architecture import count_names
 from streamprune.source.checkpoint import TensorEntry
+from streamprune.source.rewrite import mtp_layers
 from streamprune.source.skeleton import Skeleton, Target, map_checkpoint, source_role
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The tensors of a checkpoint, what each feeds in the model, and which are left out as multi-token prediction."""
-
-    tensors: Mapping[str, TensorEntry]
-    roles: Mapping[str, SourceRole]
-    dropped: tuple[str, ...]
-
-    def output(self, count: int, keep: int) -> list[OutputTensor]:
-        """Every tensor of the output, for `keep` of `count` experts per block. Raises like `output_tensors`."""
-        return output_tensors(self.tensors, self.roles, self.dropped, count, keep)
 
 
 def survey(
@@ -30,8 +18,14 @@ def survey(
     skeleton: Skeleton,
     tensors: Mapping[str, TensorEntry],
     targets: Mapping[str, Target | None] | None = None,
-) -> Survey:
-    """Find out about the tensors of a checkpoint with this raw config; `targets` if they have been mapped already."""
+) -> Layout:
+    """Find out about the tensors of a checkpoint with this raw config; `targets` if they have been mapped already.
+
+    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
+    """
     targets = map_checkpoint(skeleton.model, tensors) if targets is None else targets
     roles = {name: source_role(target, skeleton) for name, target in targets.items()}
-    return Survey(tensors, roles, tuple(next_token_prediction(roles, skeleton.block_count, mtp_layers(config))))
+    dropped = tuple(next_token_prediction(roles, skeleton.block_count, mtp_layers(config)))
+    cuts = find_cuts(tensors, roles, dropped, skeleton.spec.count)
+    names = count_names(skeleton.model.config, skeleton.spec)
+    return Layout(skeleton.spec, skeleton.block_count, tuple(skeleton.experts), names, dropped, cuts)

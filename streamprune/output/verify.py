@@ -11,9 +11,12 @@ import torch
 
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.output.compare import Proof, compare_tensors
+from streamprune.output.plan import make_plan
 from streamprune.output.survey import survey
+from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.output.writer import REPORT_NAME
-from streamprune.source.architecture import drop_missing_code, load_config, rewrite_config
+from streamprune.settings import DEFAULT_SHARD_BYTES
+from streamprune.source.architecture import load_config
 from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.source.shard import show
 from streamprune.source.skeleton import build_skeleton
@@ -32,12 +35,18 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     kept = _kept_experts(output)
     config = load_config(source, trust_remote_code)
     skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
-    keep = _agree(output, kept, tuple(skeleton.experts), skeleton.spec.count)
-    expected = survey(origin.config, skeleton, origin.tensors).output(skeleton.spec.count, keep)
-    wanted = drop_missing_code(rewrite_config(origin.config, config, skeleton.spec, keep), source)
-    _compare_configs(output, pruned.config, wanted)
+    _agree(output, kept, tuple(skeleton.experts), skeleton.spec.count)
+    counts = {block: len(experts) for block, experts in kept.items()}
+    layout = survey(origin.config, skeleton, origin.tensors)
+    # How it is divided into files is the output's own affair.
+    plan = make_plan(layout, find_loading_facts(origin.config, config, skeleton), origin, counts, DEFAULT_SHARD_BYTES)
+    _compare_configs(output, pruned.config, plan.config)
+    expected = [tensor for shard in plan.shards for tensor in shard.tensors]
     proof = compare_tensors(expected, kept, origin, output, pruned.tensors)
     _compare_small_files(output, origin)
+    for name, contents in plan.files.items():
+        if not (output / name).is_file() or (output / name).read_bytes() != contents:
+            raise VerifyError(f"{output / name} is not the code that loads this model. Prune again.")
     return proof
 
 
@@ -56,19 +65,15 @@ def _kept_experts(output: Path) -> dict[int, list[int]]:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
 
-def _agree(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> int:
+def _agree(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> None:
     if sorted(kept) != sorted(blocks):
         raise VerifyError(
             f"{output / REPORT_NAME} names experts for blocks {_few(sorted(kept))}, but the source has them in "
             f"{_few(sorted(blocks))}. Is it another model's?"
         )
-    numbers = {len(experts) for experts in kept.values()}
-    if len(numbers) != 1:
-        raise VerifyError(f"{output / REPORT_NAME} keeps different numbers of experts: {_few(sorted(numbers))}.")
     for block, experts in kept.items():
         if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
             raise VerifyError(f"{output / REPORT_NAME}: the experts kept in block {block} are no ascending numbers.")
-    return numbers.pop()
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.output.compare import Proof, compare_tensors
 from streamprune.output.plan import PrunePlan, ShardPlan
-from streamprune.settings import RunSettings
+from streamprune.settings import Place
 from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
 from streamprune.work.disk_errors import reading, writing
 from streamprune.work.durable import reached, stream_whole, sync_file, sync_folder, write_whole
-from streamprune.work.folder import REPLACED_NAME, FinishedShard, WorkFolder
+from streamprune.work.folder import REPLACED_NAME, FinishedBlock, FinishedShard, WorkFolder
 
 REPORT_NAME = "streamprune.json"
 
@@ -44,11 +44,34 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         )
 
 
+def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise OutputError unless a file of scores may be written to `output`, for the model in `source`."""
+    if output.name in {"", ".."} or output.is_dir():
+        raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
+    if output.absolute().parent.resolve() == source.resolve():
+        raise OutputError(f"{output} is in the model's own folder, which stays as it is. Choose another place with -o.")
+    if os.path.lexists(output) and not overwrite:
+        raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
+
+
 def put_back(beside: Path, output: Path) -> None:
     """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
     if (beside / REPLACED_NAME).exists() and not output.exists():
         with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
             (beside / REPLACED_NAME).rename(output)
+
+
+def check_place(settings: Place) -> None:
+    """Put back what a killed run moved aside; raise OutputError where the output could not get its name."""
+    output, beside = settings.output, settings.folder_beside
+    with writing(f"Looking at {output}", output):
+        put_back(beside, output)
+        parent = output.absolute().parent
+        if os.path.ismount(beside) or beside.stat().st_dev != parent.stat().st_dev:
+            raise OutputError(
+                f"{beside} is on another disk than {parent}, so that the output cannot get its name from there. Remove "
+                "it, and say where to work with --work-dir."
+            )
 
 
 class OutputWriter:
@@ -57,7 +80,7 @@ class OutputWriter:
     Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
     """
 
-    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: RunSettings, work: WorkFolder) -> None:
+    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: Place, work: WorkFolder) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._output = settings.output
@@ -67,21 +90,20 @@ class OutputWriter:
         # On the output's disk, wherever the work folder is.
         self._beside = settings.folder_beside
         self._replaced = self._beside / REPLACED_NAME
-        with writing(f"Looking at {self._output}", self._output):
-            put_back(self._beside, self._output)
-            # Only now: a run that was killed may have left an output that it moved aside.
-            check_output(self._output, self._checkpoint.folder, self._overwrite)
-            parent = self._output.absolute().parent
-            if os.path.ismount(self._beside) or self._beside.stat().st_dev != parent.stat().st_dev:
-                raise OutputError(
-                    f"{self._beside} is on another disk than {parent}, so that the output cannot get its name from "
-                    "there. Remove it, and say where to work with --work-dir."
-                )
+        check_place(settings)
+        # Only now: a run that was killed may have left an output that it moved aside.
+        check_output(self._output, self._checkpoint.folder, self._overwrite)
 
     def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
         with writing(f"Writing to {self._staging}", self._staging):
             return [self._write_shard(shard, kept) for shard in self._plan.shards if shard.block == block]
+
+    def has_written(self, block: int | None, kept: Sequence[int], record: FinishedBlock) -> bool:
+        """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
+        files = {shard.file for shard in self._plan.shards if shard.block == block}
+        same = {shard.file for shard in record.shards} == files and record.kept == tuple(kept)
+        return same and all(map(self._work.whole, record.shards))
 
     def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
         header = _encode_header(shard)
@@ -160,6 +182,8 @@ class OutputWriter:
             stream_whole(target, _read_source(self._checkpoint.folder / relative))
         write_whole(self._staging / INDEX_NAME, _to_json(index))
         write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
+        for name, contents in self._plan.files.items():
+            write_whole(self._staging / name, contents)
         write_whole(self._staging / REPORT_NAME, _to_json(report))
         write_whole(self._staging / "README.md", card.encode())
 

@@ -1,13 +1,12 @@
-"""What a model's config says about its experts, and how that config is rewritten for fewer of them.
+"""What a model's config says about its experts, as transformers reads it.
 
-Differences between Hugging Face configs are absorbed here and nowhere else.
+Differences between Hugging Face configs are absorbed here, in `config_facts` and in `rewrite`, and nowhere else.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -30,9 +29,6 @@ from streamprune.source.config_facts import (
     first_number,
     single_number,
 )
-
-_MTP_NAME = re.compile(r"mtp|nextn")
-_MTP_COUNT = re.compile(r"^num_|^n_|layer|modules")
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -105,68 +101,14 @@ def with_expert_count(config: PreTrainedConfig, spec: ExpertSpec, count: int) ->
     return changed
 
 
-def rewrite_config(raw: Mapping[str, Any], config: PreTrainedConfig, spec: ExpertSpec, count: int) -> dict[str, Any]:
-    """The source's `config.json` with `count` experts and without next-token-prediction layers.
-
-    Only those keys change, wherever the file keeps them: the name itself, its aliases, and copies of the same number
-    under another usual name, at the top and in the text part. Key order and everything else stay.
-    """
+def count_names(config: PreTrainedConfig, spec: ExpertSpec) -> tuple[str, ...]:
+    """The keys under which a `config.json` may state the number of experts: the attribute itself and its aliases."""
     part: Any = config
     for name in spec.path:
-        part = getattr(part, name)
-    aliases = {key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute}
-
-    def rewrite(node: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in node.items():
-            named = key == spec.attribute or key in aliases or bool(COUNT_NAME.match(key))
-            if named and single_number(value) == spec.count:
-                result[key] = [count] * len(value) if isinstance(value, list) else count
-            elif _MTP_NAME.search(key):
-                result[key] = _without_mtp(key, value)
-            elif isinstance(value, dict) and depth < len(spec.path) and key == spec.path[depth]:
-                result[key] = rewrite(value, depth + 1)
-            else:
-                result[key] = value
-        return result
-
-    return rewrite(raw, 0)
-
-
-def _without_mtp(key: str, value: Any) -> Any:
-    """The value that says "no MTP layers": 0 for a number of them, [] for a list over them, False for `use_mtp`."""
-    if key.startswith("use_") and isinstance(value, bool):
-        return False
-    if _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool):
-        return 0
-    return [] if _MTP_COUNT.search(key) and isinstance(value, list) else value
-
-
-def mtp_layers(raw: Mapping[str, Any]) -> int:
-    """How many MTP layers a `config.json` names, at its top or in a part of it."""
-    parts = [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
-    counts = [
-        value
-        for part in parts
-        for key, value in part.items()
-        if _MTP_NAME.search(key) and _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool)
-    ]
-    return max(counts, default=0)
-
-
-def drop_missing_code(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`raw` without its `auto_map` if that names Python files which `folder` lacks.
-
-    Models that transformers knows often name code that it no longer needs; without the files, the output could not be
-    loaded by anyone who trusts remote code.
-    """
-    auto_map = raw.get("auto_map")
-    references = list(auto_map.values()) if isinstance(auto_map, Mapping) else []
-    # "repo--module.Class" names a module of another repository.
-    local = [name for name in references if isinstance(name, str) and "--" not in name]
-    if all((folder / f"{name.partition('.')[0]}.py").is_file() for name in local):
-        return dict(raw)
-    return {key: value for key, value in raw.items() if key != "auto_map"}
+        # The model may have been built from its text part alone.
+        part = getattr(part, name, part)
+    aliases = (key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute)
+    return (spec.attribute, *sorted(aliases))
 
 
 def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:

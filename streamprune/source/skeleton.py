@@ -22,7 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.output.surgery import ExpertRows, SourceRole
+from streamprune.output.cuts import SourceRole
+from streamprune.output.surgery import ExpertRows
 from streamprune.source.architecture import expert_candidates, with_expert_count
 from streamprune.source.checkpoint import CONFIG_NAME
 from streamprune.source.config_facts import ExpertSpec

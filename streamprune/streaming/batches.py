@@ -17,7 +17,7 @@ from streamprune.progress import Progress
 from streamprune.settings import RunSettings
 from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
-from streamprune.text.calibration import Calibration
+from streamprune.text.calibration import Calibration, MicroBatch
 from streamprune.work.folder import WorkFolder
 from streamprune.work.saved_states import SavedStates
 from streamprune.work.stop import StopRequest
@@ -75,17 +75,17 @@ class MicroBatches:
     def run(
         self,
         block: int,
-        compute: Callable[[int, torch.Tensor, BatchState], BatchState],
-        commit: Callable[[int], None],
+        compute: Callable[[int, MicroBatch, BatchState], BatchState],
+        commit: Callable[[int, int], None],
         store: bool,
         start: int = 0,
     ) -> None:
-        """Call `compute` with number, token ids (B, L) and state of every micro-batch; with `store` keep its result.
+        """Call `compute` with number, tokens and state of every micro-batch; with `store` keep its result.
 
-        `commit` follows, with the number of micro-batches that are done, when one has succeeded and nothing of it can
-        fail any more. One that runs out of memory is computed again in halves. The first `start` are done already.
-        Raises ResourceError when a single sequence is too much, and Stopped between two micro-batches when the user
-        asks for it.
+        `commit` follows, with the number of micro-batches that are done and the source of the last one, when it has
+        succeeded and nothing of it can fail any more. One that runs out of memory is computed again in halves. The
+        first `start` are done already. Raises ResourceError when a single sequence is too much, and Stopped between two
+        micro-batches when the user asks for it.
         """
         number = start
         while number < len(self._batches):
@@ -96,16 +96,16 @@ class MicroBatches:
                 self._after_failure(block, batch, problem)
                 continue
             number += 1
-            commit(number)
-            self._check_cap(block, batch.shape[1])
-            self._progress.step(len(batch))
+            commit(number, batch.source)
+            self._check_cap(block, batch.ids.shape[1])
+            self._progress.step(len(batch.ids))
             if self._stop:
                 raise Stopped
 
     def save(self, work: WorkFolder, facts: dict[str, Any]) -> None:
         """Save all states in the work folder, with these facts and what `restore` needs beside them."""
-        own = {"sizes": [len(batch) for batch in self._batches], "batch_tokens": self.batch_tokens}
-        work.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
+        own = {"sizes": [len(batch.ids) for batch in self._batches], "batch_tokens": self.batch_tokens}
+        work.states.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
 
     def restore(self, saved: SavedStates) -> None:
         """Go on with saved states and the micro-batches in which they were saved."""
@@ -143,7 +143,7 @@ class MicroBatches:
         return ", ".join([*advice, "or a machine with more memory"])
 
     def _attempt(
-        self, number: int, compute: Callable[[int, torch.Tensor, BatchState], BatchState], store: bool
+        self, number: int, compute: Callable[[int, MicroBatch, BatchState], BatchState], store: bool
     ) -> str | None:
         """None if a micro-batch succeeded; what the library said if memory ran out, and then nothing of it remains."""
         try:
@@ -157,25 +157,23 @@ class MicroBatches:
         free_after_failure(self._device)
         return problem
 
-    def _compute(
-        self, number: int, compute: Callable[[int, torch.Tensor, BatchState], BatchState], store: bool
-    ) -> None:
+    def _compute(self, number: int, compute: Callable[[int, MicroBatch, BatchState], BatchState], store: bool) -> None:
         before = self._states.load(number, self._device)
-        after = compute(number, self._batches[number].to(self._device), before)
+        after = compute(number, self._batches[number], before)
         if store:
             self._states.store(number, after)
 
     def _split(self, number: int) -> None:
         """Cut a micro-batch that is larger than what is allowed by now, with its states."""
         batch = self._batches[number]
-        size = max(1, self.batch_tokens // batch.shape[1])
-        if size < len(batch):
-            parts = torch.split(batch, size)
-            self._states.split(number, batch.shape, [len(part) for part in parts])
+        size = max(1, self.batch_tokens // batch.ids.shape[1])
+        if size < len(batch.ids):
+            parts = [MicroBatch(ids, batch.source) for ids in torch.split(batch.ids, size)]
+            self._states.split(number, batch.ids.shape, [len(part.ids) for part in parts])
             self._batches[number : number + 1] = parts
 
-    def _after_failure(self, block: int, batch: torch.Tensor, problem: str) -> None:
-        sequences, length = batch.shape
+    def _after_failure(self, block: int, batch: MicroBatch, problem: str) -> None:
+        sequences, length = batch.ids.shape
         if sequences > 1:
             self._shrink(block, sequences, length, "out of memory")
         elif not self.retreat(f"out of memory in block {block} with a single sequence"):
@@ -188,7 +186,7 @@ class MicroBatches:
         excess = self.watch.excess()
         if excess is None:
             return
-        sequences = min(self.batch_tokens, max(batch.numel() for batch in self._batches)) // length
+        sequences = min(self.batch_tokens, max(batch.ids.numel() for batch in self._batches)) // length
         if sequences > 1:
             self._shrink(block, sequences, length, excess)
             return

@@ -10,20 +10,29 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from streamprune.streaming.grouped_experts import measure
+from streamprune.streaming.statistics import Pairs, cosines
+
 CLASSES = frozenset({"Llama4TextExperts"})
 
 
-def routing(
-    module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Chosen experts, combine weights and output norms, each (T, E), from a dense experts module's input and output.
+def pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
+    """Every token paired with every expert, (T, E), from a dense experts module's input and output.
 
     `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
     """
     experts = int(module.num_experts)  # type: ignore[arg-type]
-    routed_TE = hidden_states.view(experts, -1, hidden_states.shape[-1]).any(dim=-1).T
+    hidden_TEH, output_TEH = (
+        tensor.view(experts, -1, tensor.shape[-1]).transpose(0, 1) for tensor in (hidden_states, output)
+    )
+    routed_TE = hidden_TEH.any(dim=-1)
     everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
     index_TE = torch.where(routed_TE, everyone_TE, experts)
-    exact = torch.float64 if output.dtype == torch.float64 else torch.float32
-    norms_TE = torch.linalg.vector_norm(output, dim=-1, dtype=exact).view(experts, -1).T
-    return index_TE, torch.ones_like(norms_TE), torch.where(routed_TE, norms_TE, 0.0)
+    norms_TE = torch.where(routed_TE, measure(output_TEH, 2.0), 0.0)
+    gates_TE = torch.ones_like(norms_TE)
+    sum_TH = output_TEH.sum(dim=1)
+    dot_TE = (output_TEH @ sum_TH.unsqueeze(-1)).squeeze(-1)
+    # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
+    ranks_TE = measure(hidden_TEH, 2.0)
+    together_TE = cosines(dot_TE, gates_TE, norms_TE, measure(sum_TH, 2.0))
+    return Pairs(index_TE, gates_TE, ranks_TE, norms_TE, measure(output_TEH, float("inf")), together_TE)

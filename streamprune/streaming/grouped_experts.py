@@ -1,8 +1,8 @@
-"""Experts computed as transformers' grouped_mm implementation does, with every expert's output norm on the way.
+"""Experts computed as transformers' grouped_mm implementation does, with what is recorded of every pair on the way.
 
 Step for step the arithmetic of `transformers.integrations.moe.grouped_mm_experts_forward`, so that the result is the
-same bit for bit, at the cost of one norm per pair. `saliency` keeps a slower path that needs to know nothing of these
-steps; tests hold the two against each other, and both against the whole model.
+same bit for bit, at the cost of three passes over the outputs. `saliency` keeps a slower path that needs to know
+nothing of these steps; tests hold the two against each other, and both against the whole model.
 
 Shapes: T tokens, K experts chosen per token, P = T·K pairs, H hidden size, E experts.
 """
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from transformers.integrations.moe import _grouped_linear
 
+from streamprune.streaming.statistics import Pairs, cosines
 
-def forward_with_norms(
+
+def forward_with_pairs(
     module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts' combined output (T, H), and the bare outputs' norms (T, K) in float32 or wider."""
+) -> tuple[torch.Tensor, Pairs]:
+    """The experts' combined output (T, H), and what is known of each pair, in float32 or wider."""
     tokens, chosen = index_TK.shape
     expert_P, order_P = torch.sort(index_TK.reshape(-1))
     # As the library counts: histc takes floats on the CPU and whole numbers on CUDA.
@@ -39,10 +41,18 @@ def forward_with_norms(
     if getattr(module, "has_post_expert_norm", False):
         output_PH = module.post_expert_norm(output_PH)
 
-    exact = torch.float64 if output_PH.dtype == torch.float64 else torch.float32
-    norms_P = torch.linalg.vector_norm(output_PH, dim=-1, dtype=exact)
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    gated_PH = (output_PH * gates_TK.reshape(-1)[order_P].unsqueeze(-1))[place_P]
-    combined_TH = gated_PH.view(tokens, chosen, -1).sum(dim=1).to(hidden_TH.dtype)
-    return combined_TH, norms_P[place_P].view(tokens, chosen)
+    norms_TK, peaks_TK = (measure(output_PH, order)[place_P].view(tokens, chosen) for order in (2.0, float("inf")))
+    gated_TKH = (output_PH * gates_TK.reshape(-1)[order_P].unsqueeze(-1))[place_P].view(tokens, chosen, -1)
+    sum_TH = gated_TKH.sum(dim=1)
+    dot_TK = torch.bmm(gated_TKH, sum_TH.unsqueeze(-1)).squeeze(-1)
+    cosines_TK = cosines(dot_TK, gates_TK, norms_TK, measure(sum_TH, 2.0))
+    return sum_TH.to(hidden_TH.dtype), Pairs(index_TK, gates_TK, gates_TK, norms_TK, peaks_TK, cosines_TK)
+
+
+def measure(vectors: torch.Tensor, order: float) -> torch.Tensor:
+    """The norms of vectors along the last axis, taken in float32 or wider."""
+    exact = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, ord=order, dim=-1, dtype=exact)
+    return norms

@@ -11,33 +11,25 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from streamprune.choice.chooser import Chooser
 from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
 from streamprune.machine import free_after_failure, is_out_of_memory, release_freed_memory
 from streamprune.memory.plan import MemoryPlan
-from streamprune.output.allocation import keep_highest
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
+from streamprune.scores.statistics import FIELDS, LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Shrink
 from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.saliency import ExpertsTap, ExpertStatistics, tap_experts
+from streamprune.streaming.saliency import ExpertsTap, tap_experts
 from streamprune.streaming.states import non_finite_tokens
+from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState, BlockStream
-from streamprune.text.calibration import Calibration
+from streamprune.text.calibration import Calibration, MicroBatch
 from streamprune.work.folder import WorkFolder
 from streamprune.work.journal import is_count
 from streamprune.work.saved_states import SavedStates
 from streamprune.work.stop import StopRequest
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """The scores of one MoE block: `scores` and `counts` over all source experts, `kept` the numbers that stay."""
-
-    index: int
-    kept: tuple[int, ...]
-    scores: tuple[float, ...]
-    counts: tuple[int, ...]
 
 
 @dataclass
@@ -70,9 +62,13 @@ class BlockScorer:
         device: torch.device,
         progress: Progress,
         folder: Path,
+        chooser: Chooser | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        self._settings, self._prepared, self._device, self._progress = settings, prepared, device, progress
+        self._prepared, self._device, self._progress = prepared, device, progress
+        self.sources = len(calibration.sources)
+        # With it, what goes on to the next block is the output of the block pruned as it says.
+        self._chooser = chooser if settings.propagate == "pruned" else None
         skeleton = prepared.skeleton
         self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device)
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
@@ -109,13 +105,13 @@ class BlockScorer:
         """Where the hidden states lie by now: "device", "ram" or "disk"."""
         return self._batches.place
 
-    def score_block(self, index: int) -> LayerResult | None:
-        """Run block `index` on all micro-batches; its scores and kept experts, or None if it has no experts.
+    def score_block(self, index: int) -> LayerStatistics | None:
+        """Run block `index` on all micro-batches; the statistics of its experts, or None if it has none.
 
         Goes on within the block where it was saved there. Raises Stopped between two micro-batches.
         """
         tap = self._taps.get(index)
-        passes = 2 if tap is not None and self._settings.propagate == "pruned" else 1
+        passes = 2 if tap is not None and self._chooser is not None else 1
         point = self._start(index, passes)
         with self._loaded(index) as (stack, block):
             if tap is None:
@@ -123,16 +119,17 @@ class BlockScorer:
                 layer = None
             else:
                 layer = self._score(block, tap, store=passes == 1)
-                if passes == 2:
+                if self._chooser is not None:
                     if point.passing == 0:
                         point.passing, point.done = 1, 0
-                    self._pass(self._enter_pruned(stack, index, block, layer.kept), store=True)
+                    kept = self._chooser.layer(layer).kept
+                    self._pass(self._enter_pruned(stack, index, block, kept), store=True)
         self._point = _Point(index + 1)
         return layer
 
     def replay_block(self, index: int, kept: Sequence[int]) -> None:
         """Carry the hidden states through a block whose experts `kept` are known, without scoring it again."""
-        pruned = index in self._taps and self._settings.propagate == "pruned"
+        pruned = index in self._taps and self._chooser is not None
         point = self._start(index, 1)
         if point.passing == 0 and pruned:
             # Saved within the scoring pass, which leaves the states as they are.
@@ -150,7 +147,7 @@ class BlockScorer:
                 "block": point.block,
                 "pass": point.passing,
                 "done": point.done,
-                "statistics": point.total.as_json() if point.total is not None else None,
+                "statistics": point.total.packed() if point.total is not None else None,
             },
         )
 
@@ -165,8 +162,8 @@ class BlockScorer:
         if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
             raise ValueError("facts that no run has")
         if facts["statistics"] is not None:
-            point.total = ExpertStatistics(self._prepared.plan.spec.count, self._device)
-            point.total.set_json(facts["statistics"])
+            point.total = self._no_statistics(self.sources)
+            point.total.unpack(facts["statistics"])
         self._batches.restore(saved)
         self._point = point
         return point.block
@@ -185,53 +182,50 @@ class BlockScorer:
         self._batches.watch.between_blocks()
 
     def _enter_pruned(self, stack: ExitStack, index: int, block: nn.Module, kept: Sequence[int]) -> nn.Module:
-        twin = self._prepared.pruned.get_submodule(f"{self._prepared.skeleton.blocks_path}.{index}")
+        twin = self._prepared.pruned_block(index, len(kept))
         return self._enter(
             stack,
             lambda: self._loader.pruned_block(index, block, twin, kept),
             f"a copy of block {index} with the experts that stay",
         )
 
-    def _score(self, block: nn.Module, tap: ExpertsTap, store: bool) -> LayerResult:
+    def _score(self, block: nn.Module, tap: ExpertsTap, store: bool) -> LayerStatistics:
         point = self._point
         if point.total is None:
-            point.total = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+            point.total = self._no_statistics(self.sources)
         if point.passing == 0:
-            try:
+            with tap.listening(block):
                 self._pass(block, store, tap)
-            finally:
-                tap.statistics = None
-        return self._decide(point.block, point.total)
+        layer = point.total.of_layer(point.block)
+        if not layer.values[list(FIELDS).index("tokens")].any():
+            raise UnsupportedModelError(
+                f"Block {point.block} has experts, but its forward bypassed them, so they cannot be scored. "
+                "Please report this model."
+            )
+        return layer
+
+    def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
+        return ExpertStatistics(self._prepared.layout.spec.count, self._device, sources)
 
     def _pass(self, block: nn.Module, store: bool, tap: ExpertsTap | None = None) -> None:
         """Send the micro-batches that are left through a block; what `tap` hears is added to the point's total."""
         point = self._point
 
-        def compute(number: int, ids: torch.Tensor, state: BatchState) -> BatchState:
+        def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
             if tap is not None:
                 # Collected apart for every attempt: one that runs out of memory later must not be counted.
-                tap.statistics = ExpertStatistics(self._prepared.plan.spec.count, self._device)
+                tap.statistics = self._no_statistics()
+            ids = batch.ids.to(self._device)
             state = self._stream.run_block(point.block, block, ids, state)
             self._check_finite(point.block, number, ids, state)
             return state
 
-        def commit(done: int) -> None:
+        def commit(done: int, source: int) -> None:
             if tap is not None and tap.statistics is not None and point.total is not None:
-                point.total.merge(tap.statistics)
+                point.total.merge(tap.statistics, source)
             point.done = done
 
         self._batches.run(point.block, compute, commit, store, point.done)
-
-    def _decide(self, index: int, statistics: ExpertStatistics) -> LayerResult:
-        counts = tuple(int(count) for count in statistics.counts.cpu())
-        if not any(counts):
-            raise UnsupportedModelError(
-                f"Block {index} has experts, but its forward bypassed them, so they cannot be scored. "
-                "Please report this model."
-            )
-        scores = tuple(float(score) for score in statistics.reap())
-        plan = self._prepared.plan
-        return LayerResult(index, keep_highest(scores, plan.keep, plan.spec.groups), scores, counts)
 
     def _check_finite(self, index: int, number: int, batch: torch.Tensor, state: BatchState) -> None:
         bad = non_finite_tokens(state)

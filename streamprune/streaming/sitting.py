@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
+from streamprune.choice.choose import routed_tokens
+from streamprune.choice.chooser import Chooser
 from streamprune.errors import InterruptedRunError, ResumeError, SettingsError
 from streamprune.machine import peak_device_bytes
-from streamprune.output.allocation import keep_highest
+from streamprune.output.layout import Layout
 from streamprune.output.writer import OutputWriter
-from streamprune.prepare import Prepared
 from streamprune.progress import BlockLine, Progress
+from streamprune.scores.statistics import LayerStatistics, unpack
 from streamprune.settings import RunSettings
 from streamprune.source.shard import show
 from streamprune.streaming.batches import Stopped
-from streamprune.streaming.scoring import BlockScorer, LayerResult
+from streamprune.streaming.scoring import BlockScorer
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.journal import is_count
 from streamprune.work.stop import StopRequest
 
 
-class Sitting:
-    """Goes through all blocks once. `stream` returns the results of all that have experts.
+@dataclass(frozen=True)
+class Outlet:
+    """Where finished blocks go when they are written while others are still scored."""
 
-    A block is finished when its shards and its record are durable. Hidden states are saved every so often: blocks that
-    were finished since then are run again without being scored or written.
+    writer: OutputWriter
+    chooser: Chooser
+
+    def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
+        """The experts of a block that stay."""
+        return self.chooser.layer(layer).kept if layer is not None else ()
+
+
+class Sitting:
+    """Goes through all blocks once. `stream` returns the statistics of all that have experts.
+
+    A block is finished when its shards (with an `outlet`) and its record are durable. Hidden states are saved every so
+    often: blocks that were finished since then are run again without being scored or written.
     """
 
     def __init__(
         self,
         settings: RunSettings,
-        prepared: Prepared,
+        layout: Layout,
         scorer: BlockScorer,
-        writer: OutputWriter,
+        outlet: Outlet | None,
         work: WorkFolder,
         progress: Progress,
         stop: StopRequest,
     ) -> None:
-        self._settings, self._plan = settings, prepared.plan
-        self._scorer, self._writer, self._work, self._progress, self._stop = scorer, writer, work, progress, stop
-        self._finished: dict[int, LayerResult | None] = {}
+        self._settings, self._layout = settings, layout
+        self._scorer, self._outlet, self._work, self._progress, self._stop = scorer, outlet, work, progress, stop
+        self._finished: dict[int, LayerStatistics | None] = {}
+        self._sources = scorer.sources
         self._saved_at = time.monotonic()
         self._restored = False
 
-    def stream(self, device: torch.device) -> list[LayerResult]:
+    def stream(self, device: torch.device) -> list[LayerStatistics]:
         """Finish all blocks. Raises InterruptedRunError, with everything saved, when the user asks to stop."""
         self._take_up()
-        last = self._plan.moe_blocks[-1]
+        last = self._layout.moe_blocks[-1]
         # Nothing needs the hidden states behind the last block that has experts.
         unscored = [block for block in range(last + 1) if block not in self._finished]
         start = self._restore(unscored[0]) if unscored else 0
         try:
-            for block in range(self._plan.block_count):
+            for block in range(self._layout.block_count):
                 if block not in self._finished:
                     self._finish(block, device)
                 elif unscored and start <= block < unscored[-1]:
@@ -78,17 +91,17 @@ class Sitting:
 
     def _finish(self, block: int, device: torch.device) -> None:
         started = time.monotonic()
-        last = self._plan.moe_blocks[-1]
+        last = self._layout.moe_blocks[-1]
         layer = self._scorer.score_block(block) if block <= last else None
-        self._write(block, layer)
+        kept = self._write(block, layer)
         self._finished[block] = layer
         self._progress.end_block(
             BlockLine(
                 block=block,
-                blocks=self._plan.block_count,
-                kept=self._plan.keep if layer else 0,
-                experts=self._plan.spec.count if layer else 0,
-                fewest_tokens=min(layer.counts) if layer else None,
+                blocks=self._layout.block_count,
+                kept=len(kept) if self._outlet else None,
+                experts=self._layout.spec.count if layer else 0,
+                fewest_tokens=min(routed_tokens(layer)) if layer else None,
                 seconds=time.monotonic() - started,
                 peak_bytes=peak_device_bytes(device),
             )
@@ -98,78 +111,72 @@ class Sitting:
 
     def _replay(self, block: int) -> None:
         layer = self._finished[block]
-        self._scorer.replay_block(block, layer.kept if layer else ())
-        self._progress.say(f"block {block + 1}/{self._plan.block_count}: done before; its tokens are carried on")
+        self._scorer.replay_block(block, self._outlet.kept(layer) if self._outlet else ())
+        self._progress.say(f"block {block + 1}/{self._layout.block_count}: done before; its tokens are carried on")
         self._save_if_due()
 
-    def _write(self, block: int | None, layer: LayerResult | None) -> None:
-        shards = self._writer.write_block(block, layer.kept if layer else ())
-        self._work.write_block(block, asdict(layer) if layer else None, shards)
+    def _write(self, block: int | None, layer: LayerStatistics | None) -> tuple[int, ...]:
+        """Write and record a finished block; returns the experts that stay, as far as they are chosen."""
+        kept = self._outlet.kept(layer) if self._outlet else ()
+        shards = self._outlet.writer.write_block(block, kept) if self._outlet else []
+        self._work.write_block(block, layer, kept, shards)
+        return kept
 
     def _take_up(self) -> None:
         """Read which blocks are finished; write again what of their shards is damaged."""
         first = self._settings.from_layer
-        if first is not None and first >= self._plan.block_count:
-            raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {self._plan.block_count - 1}.")
+        if first is not None and first >= self._layout.block_count:
+            raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {self._layout.block_count - 1}.")
         if self._work.has_progress():
             self._progress.say("resuming: checking what is done ...")
-        for block in (None, *range(self._plan.block_count)):
+        for block in (None, *range(self._layout.block_count)):
             if first is not None and block is not None and block >= first:
                 self._work.forget_block(block)
             if self._stop:
                 # Checking tens of GiB takes a while. There is nothing new to save.
                 self._leave()
-            record = self._work.read_block(block)
-            if record is None:
-                if block is None:
-                    self._write(None, None)
-                continue
-            result, shards = record
-            try:
-                layer = self._layer(block, result)
-            except (KeyError, TypeError, ValueError):
-                self._progress.say(f"note: the record of {_name(block)} is of no use; it is done again.")
-                self._work.forget_block(block)
-                if block is None:
-                    self._write(None, None)
-                continue
-            if {shard.file for shard in shards} != self._files(block) or not all(map(self._work.whole, shards)):
-                self._progress.say(
-                    f"note: what was written of {_name(block)} is damaged or missing; it is written again."
-                )
-                self._write(block, layer)
-            if block is not None:
-                self._finished[block] = layer
+            self._take_up_block(block)
         if self._finished:
-            self._progress.say(f"resuming: {len(self._finished)} of {self._plan.block_count} blocks are done")
+            self._progress.say(f"resuming: {len(self._finished)} of {self._layout.block_count} blocks are done")
 
-    def _layer(self, block: int | None, result: dict[str, Any] | None) -> LayerResult | None:
-        """The recorded result of a block. ValueError, KeyError or TypeError for one that no scoring here can give."""
-        if (result is None) == (block in self._plan.moe_blocks):
+    def _take_up_block(self, block: int | None) -> None:
+        record = self._work.read_block(block)
+        try:
+            layer = self._layer(block, record.result) if record is not None else None
+        except (KeyError, TypeError, ValueError):
+            self._progress.say(f"note: the record of {_name(block)} is of no use; it is done again.")
+            self._work.forget_block(block)
+            record = layer = None
+        if block is None and self._outlet is None:
+            return
+        if record is None:
+            if block is None:
+                self._write(None, None)
+            return
+        if self._outlet is not None and not self._outlet.writer.has_written(block, self._outlet.kept(layer), record):
+            self._progress.say(f"note: what was written of {_name(block)} is damaged or missing; it is written again.")
+            self._write(block, layer)
+        if block is not None:
+            self._finished[block] = layer
+
+    def _layer(self, block: int | None, result: dict[str, Any] | None) -> LayerStatistics | None:
+        """The recorded statistics of a block. ValueError, KeyError or TypeError for what no scoring here can give."""
+        if (result is None) == (block in self._layout.moe_blocks):
             raise ValueError("a result where there are no experts, or none where there are some")
         if result is None or block is None:
             return None
-        scores, counts, spec = tuple(result["scores"]), tuple(result["counts"]), self._plan.spec
-        if not len(scores) == len(counts) == spec.count or not all(map(is_count, counts)):
-            raise ValueError("scores and counts of other experts")
-        if not all(isinstance(score, float) and math.isfinite(score) for score in scores):
-            raise ValueError("scores that are no numbers")
-        kept = keep_highest(scores, self._plan.keep, spec.groups)
-        if result["index"] != block or result["kept"] != list(kept):
-            raise ValueError("experts that their scores would not have kept")
-        return LayerResult(block, kept, scores, counts)
-
-    def _files(self, block: int | None) -> set[str]:
-        return {shard.file for shard in self._plan.shards if shard.block == block}
+        if result["block"] != block:
+            raise ValueError("the result of another block")
+        return LayerStatistics(block, unpack(result["statistics"], self._sources, self._layout.spec.count))
 
     def _restore(self, first: int) -> int:
         """Restore the newest states from which block `first` can be reached; returns the block to go on with."""
-        for saved in self._work.saved():
+        for saved in self._work.states.whole():
             try:
                 facts = saved.facts
                 # Within an unfinished block the sums up to there are needed too.
                 fresh = not facts["done"] and not facts["pass"]
-                whole = fresh or facts["statistics"] is not None or first not in self._plan.moe_blocks
+                whole = fresh or facts["statistics"] is not None or first not in self._layout.moe_blocks
                 if facts["block"] < first or (facts["block"] == first and whole):
                     block = self._scorer.restore(saved)
                     self._restored = True
@@ -194,7 +201,7 @@ class Sitting:
 
     def _leave(self) -> NoReturn:
         raise InterruptedRunError(
-            f"Stopped as asked; {len(self._finished)} of {self._plan.block_count} blocks are done, and all of it is "
+            f"Stopped as asked; {len(self._finished)} of {self._layout.block_count} blocks are done, and all of it is "
             f"saved. Go on with: {resume_command(self._work.folder)}"
         )
 

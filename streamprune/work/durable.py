@@ -47,6 +47,14 @@ def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def names_in(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
+    """What lies in a folder; nothing if it is not there."""
+    try:
+        return [path for path in folder.iterdir() if path.name not in but]
+    except OSError:
+        return []
+
+
 def write_record(path: Path, body: Any) -> str:
     """Replace `path` by a JSON file with `body` and its checksum; returns the checksum."""
     text = json.dumps(body, ensure_ascii=False)

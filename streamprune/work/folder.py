@@ -5,6 +5,7 @@
 | `streamprune.lock` | held by the run that writes here; names its pid |
 | `run.json` | the command, and what it was run on: what a later run must agree with |
 | `tokens.json` | the calibration sequences |
+| `pruning.json` | instead of these: which experts `streamprune prune` was keeping of which model |
 | `*.copy.json` | both again, for the case that the first is damaged: nothing else could stand in for them |
 | `blocks/` | one record per finished block: its result, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
@@ -21,24 +22,28 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprune.errors import OutputError
-from streamprune.streaming.stream import BatchState
+from streamprune.scores.statistics import LayerStatistics, pack
 from streamprune.work.disk_errors import writing
-from streamprune.work.durable import PARTIAL, checksum_of, reached, read_record, sync_folder, write_record
-from streamprune.work.journal import MOST_RECORD_BYTES, is_block, is_cursor
+from streamprune.work.durable import PARTIAL, checksum_of, names_in, reached, read_record, sync_folder, write_record
+from streamprune.work.journal import MOST_RECORD_BYTES, is_block
 from streamprune.work.run_record import RUN_NAMES, read_run, read_tokens, write_run
-from streamprune.work.saved_states import SavedStates, open_states, save_states, saved_facts
+
+if TYPE_CHECKING:
+    from streamprune.work.generations import Generations
 
 LOCK_NAME = "streamprune.lock"
-_CURSOR, _FINISHED = "cursor.json", "finished.json"
+_FINISHED = "finished.json"
 REPLACED_NAME = "replaced"
+#: Which choice `streamprune prune` was writing.
+PRUNING_NAME = "pruning.json"
 #: The block number under which the shards outside all blocks are recorded.
 OUTSIDE = "outside"
 
@@ -50,6 +55,19 @@ class FinishedShard:
     file: str
     nbytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """The record of a finished block: its statistics (None without experts), the experts that stay, and its shards.
+
+    Where nothing is written while blocks are scored, no experts and no shards are on record yet. The statistics are
+    as they were read, and need not be such.
+    """
+
+    result: dict[str, Any] | None
+    kept: tuple[int, ...]
+    shards: list[FinishedShard]
 
 
 class WorkFolder:
@@ -85,7 +103,7 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         # What makes it ours goes last, so that a kill in between does not leave a folder that nobody dares to touch.
-        for path in _names(self.folder, but=(LOCK_NAME,)):
+        for path in names_in(self.folder, but=(LOCK_NAME,)):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -97,7 +115,7 @@ class WorkFolder:
             # What is on record goes first: what follows would be of no use to it.
             for name in RUN_NAMES:
                 (self.folder / name).unlink(missing_ok=True)
-            for path in _names(self.folder, but=(LOCK_NAME, REPLACED_NAME)):
+            for path in names_in(self.folder, but=(LOCK_NAME, REPLACED_NAME)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             for path in (self.staging, self._states, self._blocks):
                 path.mkdir()
@@ -105,8 +123,8 @@ class WorkFolder:
 
     def has_progress(self) -> bool:
         """Whether anything would be lost with the folder: finished decoder blocks, saved states, an old output."""
-        blocks = any(path.stem != OUTSIDE for path in _names(self._blocks))
-        return blocks or bool(_names(self._states)) or self.keeps_old_output()
+        blocks = any(path.stem != OUTSIDE for path in names_in(self._blocks))
+        return blocks or bool(names_in(self._states)) or self.keeps_old_output()
 
     def keeps_old_output(self) -> bool:
         """Whether an output that --overwrite was to replace lies in here."""
@@ -124,22 +142,26 @@ class WorkFolder:
         """The recorded calibration sequences. Raises ResumeError if they are damaged."""
         return read_tokens(self.folder)
 
-    def write_block(self, block: int | None, result: dict[str, Any] | None, shards: list[FinishedShard]) -> None:
+    def write_block(
+        self, block: int | None, layer: LayerStatistics | None, kept: Sequence[int], shards: list[FinishedShard]
+    ) -> None:
         """Record a block whose shards are written and flushed. None: what lies outside all blocks."""
-        body = {"result": result, "shards": [vars(shard) for shard in shards]}
+        result = {"block": layer.block, "statistics": pack(layer.values)} if layer is not None else None
+        body = {"result": result, "kept": list(kept), "shards": [vars(shard) for shard in shards]}
         with writing(f"Recording a block in {self._blocks}", self.folder):
             write_record(self._block_path(block), body)
         reached("block recorded")
 
-    def read_block(self, block: int | None) -> tuple[dict[str, Any] | None, list[FinishedShard]] | None:
-        """The result and the shards of a finished block; None if it is not finished, or its record is damaged.
+    def read_block(self, block: int | None) -> FinishedBlock | None:
+        """What is on record of a finished block; None if it is not finished, or its record is damaged.
 
         The shards' contents are not looked at: see `whole`.
         """
         body = read_record(self._block_path(block), MOST_RECORD_BYTES)
         if not is_block(body):
             return None
-        return body["result"], [FinishedShard(**shard) for shard in body["shards"]]
+        shards = [FinishedShard(**shard) for shard in body["shards"]]
+        return FinishedBlock(body["result"], tuple(body["kept"]), shards)
 
     def whole(self, shard: FinishedShard) -> bool:
         """Whether a shard is there with the bytes that were recorded."""
@@ -158,59 +180,13 @@ class WorkFolder:
         """Record that `folder` is whole, and is about to be given the output's name."""
         write_record(self.folder / _FINISHED, {"inode": folder.stat().st_ino})
 
-    def save(self, count: int, load: Callable[[int], BatchState], facts: dict[str, Any]) -> None:
-        """Make `count` hidden states and the facts about them durable, then point the cursor at them.
+    @property
+    def states(self) -> Generations:
+        """The saved hidden states."""
+        # Only here: what only writes from scores has none, and does without torch.
+        from streamprune.work.generations import Generations
 
-        The generation before is kept, older ones go.
-        """
-        numbers, before = self._generations(), self._pointed()
-        number = max(numbers, default=0) + 1
-        kept = [number, *before[:1]]
-        with writing(f"Saving the hidden states in {self._states}", self.folder):
-            save_states(self._states / str(number), count, load, facts)
-            sync_folder(self._states)
-            reached("states saved")
-            write_record(self.folder / _CURSOR, {"generations": kept})
-        reached("cursor moved")
-        for old in numbers:
-            if old not in kept:
-                shutil.rmtree(self._states / str(old), ignore_errors=True)
-
-    def saved(self) -> list[SavedStates]:
-        """The generations that are whole, newest first."""
-        opened = (open_states(self._states / str(number)) for number in self._pointed())
-        return [states for states in opened if states is not None]
-
-    def saved_block(self) -> int | None:
-        """The block in which states were last saved, by their record alone; None if none are."""
-        for number in self._pointed():
-            facts = saved_facts(self._states / str(number))
-            if facts is not None and isinstance(facts.get("block"), int):
-                return int(facts["block"])
-        return None
-
-    def forget_old_states(self) -> None:
-        """Remove saved hidden states that the cursor does not name, and all but the newest that are whole."""
-        pointed = self._pointed()
-        whole = next((number for number in pointed if open_states(self._states / str(number)) is not None), None)
-        for number in self._generations():
-            if number != whole:
-                shutil.rmtree(self._states / str(number), ignore_errors=True)
-
-    def forget_states(self) -> None:
-        """Remove all saved hidden states."""
-        with writing(f"Removing the hidden states from {self.folder}", self.folder):
-            (self.folder / _CURSOR).unlink(missing_ok=True)
-        for number in self._generations():
-            shutil.rmtree(self._states / str(number), ignore_errors=True)
-
-    def _pointed(self) -> list[int]:
-        """The generations that the cursor names; with a damaged cursor all that there are, newest first."""
-        body = read_record(self.folder / _CURSOR, MOST_RECORD_BYTES)
-        return list(body["generations"]) if is_cursor(body) else sorted(self._generations(), reverse=True)
-
-    def _generations(self) -> list[int]:
-        return [int(path.name) for path in _names(self._states) if path.name.isascii() and path.name.isdecimal()]
+        return Generations(self.folder, self._states)
 
     def _block_path(self, block: int | None) -> Path:
         return self._blocks / (f"{OUTSIDE}.json" if block is None else f"{block:05d}.json")
@@ -270,14 +246,6 @@ def resume_command(folder: Path) -> str:
     # A name that begins like an option would be taken for one.
     name = str(folder) if not str(folder).startswith("-") else f"./{folder}"
     return f"streamprune resume {shlex.quote(name)}"
-
-
-def _names(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
-    """What lies in a folder; nothing if it is not there."""
-    try:
-        return [path for path in folder.iterdir() if path.name not in but]
-    except OSError:
-        return []
 
 
 def finished_inode(folder: Path) -> int | None:

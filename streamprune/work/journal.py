@@ -11,7 +11,7 @@ from streamprune.source.config_facts import MOST_BLOCKS
 from streamprune.source.shard import show
 
 #: The format in which runs are recorded.
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 #: Bytes that a record may have at most: of tokens, of saved states, and of anything else.
 MOST_TOKENS_BYTES, MOST_INDEX_BYTES, MOST_RECORD_BYTES = 2**30, 2**27, 2**24
 
@@ -48,6 +48,8 @@ def is_block(body: Any) -> bool:
         isinstance(body, dict)
         and "result" in body
         and (body["result"] is None or isinstance(body["result"], dict))
+        and isinstance(body.get("kept"), list)
+        and all(map(is_count, body["kept"]))
         and isinstance(body.get("shards"), list)
         and all(map(_is_shard, body["shards"]))
     )
@@ -92,6 +94,9 @@ def _is_calibration(value: Any) -> bool:
         and is_count(value.get("sequences"))
         and is_count(value.get("tokens"))
         and _are_texts(value.get("sources"))
+        and isinstance(value.get("source_of"), list)
+        and all(map(is_count, value["source_of"]))
+        and isinstance(value.get("recipe"), dict)
         and _are_texts(value.get("notes"))
     )
 

@@ -34,13 +34,14 @@ FREE_SETTINGS = {
 
 def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> dict[str, Any]:
     """All that decides the result of a run, as JSON, and the command that began it."""
+    quota = prepared.decision.quota
     with reading(prepared.checkpoint.folder):
         source = prepared.checkpoint.fingerprint()
     return {
         "format": RUN_FORMAT,
         "command": command_of(settings),
         "settings": {name: value for name, value in command_of(settings).items() if name not in FREE_SETTINGS}
-        | {"experts kept": prepared.plan.keep, "computed in": str(prepared.dtype)},
+        | {"experts kept": _kept(prepared), "computed in": str(prepared.dtype)},
         "source": source,
         "files": file_states(prepared.checkpoint),
         "calibration": {
@@ -48,12 +49,24 @@ def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibra
             "sequences": len(calibration.sequences),
             "tokens": calibration.tokens,
             "sources": list(calibration.sources),
+            "source_of": list(calibration.source_of),
             "notes": list(calibration.notes),
+            "recipe": dict(calibration.recipe),
         },
         "versions": versions(),
-        "blocks": prepared.plan.block_count,
-        "budget_bytes": prepared.decision.budget.nbytes if prepared.decision.budget else None,
+        "blocks": prepared.layout.block_count,
+        "budget_bytes": quota.budget.nbytes if quota and quota.budget else None,
     }
+
+
+def _kept(prepared: Prepared) -> str:
+    """How many experts stay, as it is compared and told."""
+    quota, counts = prepared.decision.quota, prepared.counts
+    if quota is None:
+        return "none removed"
+    if quota.keep is not None:
+        return f"{quota.keep} per block"
+    return f"{quota.total} in all" + (f": {', '.join(map(str, counts.values()))}" if counts else "")
 
 
 def versions() -> dict[str, str]:
@@ -135,16 +148,19 @@ def _is_of(value: Any, hint: Any) -> bool:
 def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
     """The recorded calibration. Raises ResumeError unless it is the one that the run began with."""
     recorded = run["calibration"]
+    source_of, sources = tuple(recorded["source_of"]), tuple(recorded["sources"])
     sound = bool(tokens) and all(
         isinstance(sequence, list)
         and sequence
         and all(type(token) is int and 0 <= token < vocab_size for token in sequence)
         for sequence in tokens
     )
+    sound = sound and len(source_of) == len(tokens) and all(source < len(sources) for source in source_of)
     sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
-    if not sound or fingerprint_of(sequences) != recorded["fingerprint"]:
+    if not sound or fingerprint_of(sequences, source_of) != recorded["fingerprint"]:
         raise ResumeError(f"The calibration tokens in {work} are not those that the run began with. Was it changed?")
-    return Calibration(sequences, tuple(recorded["sources"]), recorded["fingerprint"], tuple(recorded["notes"]))
+    fingerprint, notes = recorded["fingerprint"], tuple(recorded["notes"])
+    return Calibration(sequences, sources, source_of, fingerprint, notes, recorded["recipe"])
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:

@@ -38,7 +38,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "blocks": blocks,
         "done": done,
         "left": [block for block in range(blocks) if block not in done],
-        "states_saved_in_block": work.saved_block(),
+        "states_saved_in_block": work.states.block(),
         "bytes": folder_bytes(folder),
     }
 
@@ -90,7 +90,7 @@ def clean_up(folder: Path, everything: bool) -> int:
         if everything or complete or run is None:
             work.remove()
         else:
-            work.forget_old_states()
+            work.states.forget_old()
     return before - (folder_bytes(folder) if folder.exists() else 0)
 
 

@@ -1,0 +1,140 @@
+"""How each tensor of a checkpoint can be cut when experts go, found from what it feeds in the model. Pure; no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.output.surgery import EXPERT, Cut, ExpertRows
+from streamprune.source.checkpoint import TensorEntry
+
+
+@dataclass(frozen=True)
+class SourceRole:
+    """What a checkpoint tensor is fed into. `parameter` is None where the model ignores the tensor.
+
+    `parameter_rows` is the expert axis of the parameter it feeds (not necessarily of the tensor itself); `pattern` is
+    the conversion that leads there.
+    """
+
+    block: int | None
+    parameter: str | None
+    pattern: str | None = None
+    parameter_shape: tuple[int, ...] = ()
+    parameter_rows: ExpertRows | None = None
+
+
+_MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
+MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp_layers: int) -> list[str]:
+    """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
+
+    Checkpoints keep them under a name of their own, or as further decoder blocks behind the last one: as many as the
+    config says (`mtp_layers`), or such as hold tensors that only MTP layers have. Raises CheckpointError for a further
+    block that is neither: it is one of the model's own, and the config is wrong.
+    """
+    lists = {
+        match.group(1) for name, role in roles.items() if role.block is not None and (match := _NUMBERED.match(name))
+    }
+    found = []
+    further: dict[int, list[str]] = defaultdict(list)
+    for name, role in roles.items():
+        if role.parameter is not None:
+            continue
+        match = _NUMBERED.match(name)
+        if match is not None and match.group(1) in lists and int(match.group(2)) >= block_count:
+            further[int(match.group(2))].append(name)
+        elif _MTP_SEGMENT.search(name):
+            found.append(name)
+    for number, names in further.items():
+        if number >= block_count + mtp_layers and not any(MTP_ONLY.search(name) for name in names):
+            raise CheckpointError(
+                f"The checkpoint has {names[0]}, but config.json describes only {block_count} blocks and {mtp_layers} "
+                "multi-token-prediction layers. Config and shards do not belong together; download both again."
+            )
+        found.extend(names)
+    return [name for name in roles if name in set(found)]
+
+
+def find_cuts(
+    tensors: Mapping[str, TensorEntry], roles: Mapping[str, SourceRole], dropped: Iterable[str], count: int
+) -> dict[str, Cut]:
+    """How every tensor but the `dropped` ones can be cut, in the source's order, in a model of `count` experts.
+
+    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
+    """
+    left_out = set(dropped)
+    groups: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    for name, role in roles.items():
+        if role.parameter is not None and role.parameter_rows is not None:
+            groups[role.parameter, role.pattern].append(name)
+    numbered: dict[str, tuple[str, int]] = {}
+    for (parameter, _), names in groups.items():
+        if len(names) > 1:
+            family, ordered = _by_expert(parameter, names, count)
+            if len({(tensors[name].dtype, tensors[name].shape) for name in ordered}) > 1:
+                raise UnsupportedModelError(f"The experts of {parameter} differ in shape or dtype in the checkpoint.")
+            numbered.update({name: (family, expert) for expert, name in enumerate(ordered)})
+    result = {}
+    for name, entry in tensors.items():
+        role = roles[name]
+        if name in left_out:
+            continue
+        if name in numbered:
+            result[name] = Cut(role.block, *numbered[name])
+        elif role.parameter_rows is not None:
+            result[name] = Cut(role.block, rows=_rows_of(entry, role, role.parameter_rows, count))
+        else:
+            result[name] = Cut(role.block)
+    return result
+
+
+def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, list[str]]:
+    """The names of one tensor per expert by the expert's number, the one segment in which they differ.
+
+    Before them, the name that they share, with EXPERT in the number's place.
+    """
+    split = [name.split(".") for name in names]
+    differing = [place for place in range(len(split[0])) if len({parts[place] for parts in split}) > 1]
+    if len({len(parts) for parts in split}) == 1 and len(differing) == 1:
+        numbers = {parts[differing[0]]: name for parts, name in zip(split, names, strict=True)}
+        if set(numbers) == {str(expert) for expert in range(count)}:
+            family = ".".join((*split[0][: differing[0]], EXPERT, *split[0][differing[0] + 1 :]))
+            return family, [numbers[str(expert)] for expert in range(count)]
+        missing = [expert for expert in range(count) if str(expert) not in numbers]
+        if missing and all(number.isdigit() for number in numbers):
+            raise CheckpointError(
+                f"The checkpoint has only {len(names)} of the {count} experts of {parameter}; the first missing one is "
+                f"expert {missing[0]}. Complete the download."
+            )
+    raise UnsupportedModelError(f"Cannot tell which expert is which among {names[0]}, {names[1]}, … for {parameter}.")
+
+
+def _rows_of(entry: TensorEntry, role: SourceRole, rows: ExpertRows, count: int) -> ExpertRows:
+    """The expert axis of a checkpoint tensor that holds all experts of a parameter at once.
+
+    Conversions may transpose or join tensors, but none moves experts apart, so the axis is the parameter's own when it
+    has the parameter's size there, else the only one of that size.
+    """
+    size = rows.stride * count + rows.tail
+    fitting = [axis for axis, length in enumerate(entry.shape) if length == size]
+    if rows.axis < len(entry.shape) and entry.shape[rows.axis] == size:
+        axis = rows.axis
+    elif len(fitting) == 1:
+        axis = fitting[0]
+    else:
+        raise UnsupportedModelError(
+            f"{entry.name} {list(entry.shape)} feeds {role.parameter} {list(role.parameter_shape)}, but has no single "
+            f"axis of {size} rows for its {count} experts."
+        )
+    outer = math.prod(entry.shape[:axis])
+    if entry.nbytes % (outer * size):
+        raise UnsupportedModelError(f"{entry.name} packs several experts' values into one byte ({entry.dtype}).")
+    return ExpertRows(axis, rows.stride, rows.tail)

@@ -1,0 +1,161 @@
+"""Where in a checkpoint the experts lie: all that has to be known of a model to prune it without building it.
+
+Found once from the model's structure (`survey`), and kept with the scores as JSON, so that a later run that only writes
+needs neither torch nor transformers. As JSON, tensors are told by patterns of their names:
+
+    {"model.layers.{block}.mlp.gate.weight": [0, 1, 0],            experts along axis 0, 1 row each, 0 rows of no expert
+     "model.layers.{block}.mlp.experts.{expert}.up_proj.weight": null,   one tensor for each expert
+     "model.layers.{block}.input_layernorm.weight": null}          copied, with its block
+
+What no pattern fits lies outside the blocks and is copied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamprune.errors import CheckpointError
+from streamprune.output.surgery import EXPERT, Cut, ExpertRows, OutputTensor, output_tensors
+from streamprune.source.checkpoint import TensorEntry
+from streamprune.source.config_facts import ExpertSpec
+
+#: Stands for a block's number in a pattern.
+BLOCK = "{block}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as pruning sees it: its routed experts, the blocks that have some, and how each tensor can be cut.
+
+    `count_names` are the keys under which its config may state the number of experts, beside the usual ones. `dropped`
+    are the tensors of multi-token prediction (MTP), which are left out.
+    """
+
+    spec: ExpertSpec
+    block_count: int
+    moe_blocks: tuple[int, ...]
+    count_names: tuple[str, ...]
+    dropped: tuple[str, ...]
+    cuts: Mapping[str, Cut] = field(repr=False)
+
+    def output(self, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> list[OutputTensor]:
+        """Every tensor of the output where `counts` experts stay, by block."""
+        return output_tensors(tensors, self.cuts, counts)
+
+    def as_json(self) -> dict[str, Any] | None:
+        """The layout as JSON, less the spec; None where patterns cannot tell it."""
+        patterns: dict[str, list[int] | None] = {}
+        for name, cut in self.cuts.items():
+            if cut.block is None:
+                continue
+            pattern = _pattern(cut.family or name, cut.block)
+            rows = [cut.rows.axis, cut.rows.stride, cut.rows.tail] if cut.rows else None
+            if pattern is None or patterns.setdefault(pattern, rows) != rows:
+                return None
+        told = {
+            "blocks": self.block_count,
+            "moe_blocks": list(self.moe_blocks),
+            "count_names": list(self.count_names),
+            "dropped": list(self.dropped),
+            "patterns": patterns,
+        }
+        # Whoever reads it has nothing else to go by.
+        return told if dict(_cuts(patterns, [*self.cuts, *self.dropped], set(self.dropped))) == self.cuts else None
+
+
+def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEntry]) -> Layout:
+    """The layout that `as_json` told, for the checkpoint with these tensors.
+
+    Raises CheckpointError where it is none, or does not go with the tensors: it may come from a stranger.
+    """
+    try:
+        blocks, moe_blocks = told["blocks"], tuple(told["moe_blocks"])
+        dropped, patterns = tuple(told["dropped"]), dict(told["patterns"])
+        texts = (*told["count_names"], *dropped, *patterns)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("names that are no text")
+        if not all(type(block) is int and 0 <= block < blocks for block in moe_blocks) or not moe_blocks:
+            raise ValueError("blocks that the model does not have")
+        cuts = dict(_cuts(patterns, tensors, set(dropped)))
+        _check(cuts, tensors, spec, blocks, moe_blocks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"What the scores tell of the checkpoint's tensors does not go with it ({error}). Score the model again."
+        ) from None
+    return Layout(spec, blocks, moe_blocks, tuple(told["count_names"]), dropped, cuts)
+
+
+def _check(
+    cuts: Mapping[str, Cut],
+    tensors: Mapping[str, TensorEntry],
+    spec: ExpertSpec,
+    blocks: int,
+    moe_blocks: tuple[int, ...],
+) -> None:
+    families: dict[str, set[int | None]] = defaultdict(set)
+    found = set()
+    for name, cut in cuts.items():
+        if cut.block is not None and cut.block >= blocks:
+            raise ValueError(f"{name} is of block {cut.block}, of {blocks}")
+        if cut.family is not None:
+            families[cut.family].add(cut.expert)
+        if cut.rows is not None:
+            shape, rows = tensors[name].shape, cut.rows
+            if not 0 <= rows.axis < len(shape) or shape[rows.axis] != rows.stride * spec.count + rows.tail:
+                raise ValueError(f"{name} has no {spec.count} experts along axis {rows.axis}")
+        if cut.family is not None or cut.rows is not None:
+            found.add(cut.block)
+    if any(numbers != set(range(spec.count)) for numbers in families.values()) or found != set(moe_blocks):
+        raise ValueError("experts are missing")
+
+
+def _pattern(name: str, block: int) -> str | None:
+    segments = name.split(".")
+    if str(block) not in segments:
+        return None
+    segments[segments.index(str(block))] = BLOCK
+    return ".".join(segments)
+
+
+def _cuts(patterns: Mapping[str, list[int] | None], names: Any, dropped: set[str]) -> list[tuple[str, Cut]]:
+    """The cut of every name, by the one pattern that fits it."""
+    matchers: dict[str, list[tuple[re.Pattern[str], bool, ExpertRows | None]]] = defaultdict(list)
+    for pattern, numbers in patterns.items():
+        segments = [
+            {BLOCK: r"(?P<block>\d+)", EXPERT: r"(?P<expert>\d+)"}.get(segment) or re.escape(segment)
+            for segment in pattern.split(".")
+        ]
+        rows = ExpertRows(*map(_count, numbers)) if numbers is not None else None
+        key = pattern.replace(BLOCK, "0").replace(EXPERT, "0")
+        matchers[_shape(key)].append((re.compile(r"\.".join(segments)), EXPERT in pattern, rows))
+    result = []
+    for name in names:
+        if name in dropped:
+            continue
+        cut = Cut(None)
+        for matcher, numbered, rows in matchers.get(_shape(name), ()):
+            match = matcher.fullmatch(name)
+            if match is None:
+                continue
+            family = expert = None
+            if numbered:
+                expert = int(match["expert"])
+                family = f"{name[: match.start('expert')]}{EXPERT}{name[match.end('expert') :]}"
+            cut = Cut(int(match["block"]), family, expert, rows)
+        result.append((name, cut))
+    return result
+
+
+def _shape(name: str) -> str:
+    """A name with every number in it taken for the same, so that few patterns have to be tried for each name."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("rows that are no numbers")
+    return value
