@@ -28,10 +28,11 @@ from streamprune.output.uneven import (
 )
 from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.output.uneven_template import STANDARD_TABLE
+from streamprune.source.architecture import load_config
 from streamprune.source.skeleton import build_skeleton
 from tests.helpers import known_family, load_whole, read_tensors, token_ids
 from tests.tiny import EXPERTS, FAMILIES, Family, tiny_config
-from tests.uneven import Uneven, in_memory, make_uneven
+from tests.uneven import Uneven, in_memory, make_uneven, stock_model
 
 #: One of each kind: per-expert tensors, groups and dense layers, packed experts, a part of the config, per_layer_config
 #: used for something else, images, and hybrids that keep state by layer.
@@ -148,6 +149,18 @@ def test_settings_reach_the_replaced_layers(made: Uneven) -> None:
     ids = token_ids()
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(any(weight.grad is not None for weight in layers[block].parameters()) for block in made.counts)
+
+
+def test_new_models_are_initialized_throughout(made: Uneven) -> None:
+    config = AutoConfig.from_pretrained(made.output)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    fresh = stock_model(load_config(made.source)).get_submodule(made.skeleton.blocks_path)
+    for block, layer in enumerate(model.get_submodule(made.facts.classes[0].layers)):
+        expected = dict(fresh[block].named_parameters())
+        for name, weight in layer.named_parameters():
+            if weight.numel() > 1000:
+                assert weight.std().item() == pytest.approx(expected[name].std().item(), rel=0.2), f"{block}: {name}"
 
 
 def test_loads_onto_devices_by_itself(made: Uneven) -> None:
