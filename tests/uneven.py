@@ -20,7 +20,7 @@ from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.source.architecture import load_config, with_expert_count
 from streamprune.source.rewrite import rewrite_config
 from streamprune.source.skeleton import Skeleton, build_skeleton
-from tests.helpers import read_tensors
+from tests.helpers import known_family, read_tensors
 from tests.tiny import EXPERTS, Family, make_model, tiny_config
 
 _FILE = "model.safetensors"
@@ -39,6 +39,14 @@ class Uneven:
     @property
     def counts(self) -> dict[int, int]:
         return {block: len(experts) for block, experts in self.kept.items()}
+
+
+def facts_of(family: str = "qwen3_moe") -> LoadingFacts:
+    """The facts of a family's tiny model."""
+    config = tiny_config(known_family(family))
+    facts = find_loading_facts(json.loads(config.to_json_string()), config, build_skeleton(config, torch.float32))
+    assert not facts.problem
+    return facts
 
 
 def make_uneven(family: Family, folder: Path, alias: str | None = None) -> Uneven:
