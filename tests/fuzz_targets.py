@@ -28,6 +28,7 @@ from streamprune.work.resume import calibration_of, check_same, settings_of
 from streamprune.work.run_record import read_run, read_tokens
 from streamprune.work.saved_states import open_states
 from streamprune.work.status import status_of, status_text
+from tests.fuzz_recipes import RECIPE_NAME, parquet_files, recipes, write_records
 from tests.fuzzing import STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
 from tests.helpers import prepare_whole, prune
 from tests.shards import DATA, GOOD, METADATA, shard, single, two_shards
@@ -265,14 +266,12 @@ def _calibration(place: Place) -> list[Target]:
     def load(tally: Tally, name: str, content: bytes) -> None:
         path = place.folder / name
         path.write_bytes(content)
-        judge(
-            tally,
-            name,
-            lambda: load_calibration(
-                [str(path)], place.model, samples=4, seq_len=8, seed=0, vocab_size=VOCAB, max_positions=256
-            ),
-        )
+        # A recipe's own numbers are to count, and its messages name its sources.
+        names, given = (None, {}) if name == RECIPE_NAME else (name, {"samples": 4, "seq_len": 8})
+        judge(tally, names, lambda: load_calibration([str(path)], place.model, **given, **limits))
 
+    limits: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 256}
+    write_records(place.folder)
     lines = b"".join(as_json(record) + b"\n" for record in JSONL)
     records = st.lists(mutated_json(JSONL[0]) | mutated_json(JSONL[1]) | mutated_json(JSONL[2]), min_size=1, max_size=3)
     jsonl = records.map(lambda values: b"\n".join(map(as_json, values))) | mutated_bytes(lines)
@@ -284,6 +283,8 @@ def _calibration(place: Place) -> list[Target]:
     return [
         _target("calibration, JSONL", jsonl, lambda tally, content: load(tally, "lines.jsonl", content), 0.4),
         _target("calibration, text", text, lambda tally, content: load(tally, "text.txt", content), 0.4),
+        _target("calibration, parquet", parquet_files(), lambda tally, content: load(tally, "a.parquet", content), 0.4),
+        _target("calibration, recipe", recipes(), lambda tally, content: load(tally, RECIPE_NAME, content), 0.4),
     ]
 
 

@@ -20,7 +20,8 @@ EXAMPLES = 200
 NAMES = [
     "safetensors headers", "index", "config.json as JSON", "config.json as a model's config", "fit",
     "run up to its plan", "damaged records", "index of saved states", "journal, read", "journal, resumed",
-    "calibration, JSONL", "calibration, text", "streamprune.json, verified",
+    "calibration, JSONL", "calibration, text", "calibration, parquet", "calibration, recipe",
+    "streamprune.json, verified",
 ]  # fmt: skip
 
 

@@ -167,6 +167,18 @@ def test_a_file_of_one_endless_line(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a.txt", "a\0b", "/root/" + "y" * 300 + "/b.yaml"])
+def test_names_that_can_be_no_file(name: str, tmp_path: Path) -> None:
+    for sources in ([name], [name, "builtin"]):
+        with pytest.raises(CalibrationError) as caught:
+            load_calibration(sources, tmp_path, vocab_size=256, max_positions=256)
+        assert len(str(caught.value)) < 700
+    (tmp_path / "r.yaml").write_text(json.dumps({"sources": [{"path": name}]}))
+    with pytest.raises(CalibrationError) as caught:
+        load_calibration([str(tmp_path / "r.yaml")], tmp_path, vocab_size=256, max_positions=256)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_larger_than_any_memory_is_read_no_further_than_it_has_to_be(name: str, tmp_path: Path) -> None:
     line = b'{"text": "some text of a few words"}\n' * 2000

@@ -33,4 +33,6 @@ def test_every_option_in_the_readme_exists(command: str) -> None:
     for line in re.findall(rf"streamprune {command}\b([^\n]*)", README.read_text()):
         named |= set(re.findall(r"--[a-z][a-z-]+", line))
     text = CliRunner().invoke(main, [command, "--help"]).output
+    for inner in getattr(main.commands[command], "commands", {}):
+        text += CliRunner().invoke(main, [command, inner, "--help"]).output
     assert all(option in text for option in named), named

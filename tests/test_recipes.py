@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 from streamprune.errors import CalibrationError
 from streamprune.text.calibration import load_calibration
 from streamprune.text.pack import BUCKETS, Cutter, Packer, bucket
-from streamprune.text.recipe_file import read_recipe
+from streamprune.text.recipe_file import read_recipe, shipped_recipes
+from streamprune.text.recipe_keys import RECIPE_KEYS, SOURCE_KEYS
 from streamprune.text.shares import divided
 from tests.recipes import calibrate, same_tokens, shares_of, texts_of, write_lines, write_recipe, write_texts
 from tests.tokenizer import save_tokenizer
@@ -258,6 +260,10 @@ def test_recipes_that_are_refused(change: dict[str, Any], words: str, model: Pat
         ({"filter": {"a": [[]]}}, "which is not a value, a list of them, or a range"),
         ({"filter": ["a"]}, "holds a list where names with values are wanted"),
         ({"labels": {"a": []}}, "has [] for 'a', which is an empty list"),
+        ({"labels": {"a" * 201: ["b"]}}, "as a key, which is no text of up to 200 characters"),
+        ({"path": "x" * 1001}, "for 'path', which is longer than 1000 characters"),
+        ({"field": "x" * 201}, "names no field"),
+        ({"text": "{" + "x" * 20_000 + "}"}, "names no field"),
     ],
 )
 def test_sources_that_are_refused(change: dict[str, Any], words: str, model: Path) -> None:
@@ -295,7 +301,7 @@ def test_sources_that_do_not_go_together(sources: list[dict[str, Any]], words: s
         ("seed: 2024-13-45", "is not a recipe in YAML"),
         ('name: "\\ud800"\nsources: [{path: a}]', "has '\\ud800' for 'name'"),
         ('"\\ud800": 1\nsources: [{path: a}]', "has '\\ud800' as a key"),
-        ("1: 2\nsources: [{path: a}]", "has 1 as a key, which is no text"),
+        ("1: 2\nsources: [{path: a}]", "has 1 as a key, which is no text of"),
         ("sources: [{path: a, share: .nan}]", "has nan for 'share', which is no number"),
         ("sources: [{path: a, share: .inf}]", "has inf for 'share', which is no number"),
         ("seed: " + "9" * 5000, "is not a recipe in YAML"),
@@ -342,6 +348,25 @@ def test_sources_that_are_too_short_or_empty(model: Path) -> None:
         calibrate(model, recipe(source("a"), source("short")))
     with pytest.raises(CalibrationError, match="The sequence length 32 of 'recipe' is longer than the 16 positions"):
         calibrate(model, recipe(source("a")), max_positions=16)
+
+
+def test_what_configs_readme_says_of_recipes_is_so(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "README.md").read_text()
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "example.yaml").write_text(example)
+    assert [source.share for source in read_recipe(tmp_path / "example.yaml").sources] == [0.5, 0.3, 0.2]
+    tables = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    explained = set(re.findall(r"`(\w+)`", " ".join(tables))) | {
+        "subset",
+        "split",
+        "revision",
+        "data_files",
+        "data_dir",
+    }
+    assert {*RECIPE_KEYS, *SOURCE_KEYS} <= explained
+    for name, path in shipped_recipes().items():
+        assert f"| `{name}` |" in text
+        assert path.stem == name
 
 
 def test_a_wheel_holds_the_shipped_recipes(tmp_path: Path) -> None:

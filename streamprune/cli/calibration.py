@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
@@ -12,23 +11,6 @@ from streamprune.cli.common import quiet_libraries, reports_errors
 from streamprune.errors import SettingsError
 from streamprune.machine import limit_library_memory
 from streamprune.settings import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def amount_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options that count instead of a recipe's own numbers."""
-    options = [
-        click.option("--samples", type=int, help=f"Sequences.  [default: the recipe's own, or {DEFAULT_SAMPLES}]"),
-        click.option(
-            "--seq-len", type=int,
-            help=f"Tokens per sequence.  [default: the recipe's own, or {DEFAULT_SEQ_LEN}, or the model's limit]",
-        ),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -39,7 +21,11 @@ def calibration() -> None:
 @calibration.command()
 @click.argument("recipe", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
-@amount_options
+@click.option("--samples", type=int, help=f"Sequences.  [default: the recipe's own, or {DEFAULT_SAMPLES}]")
+@click.option(
+    "--seq-len", type=int,
+    help=f"Tokens per sequence.  [default: the recipe's own, or {DEFAULT_SEQ_LEN}, or the model's limit]",
+)  # fmt: skip
 @click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]")
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")

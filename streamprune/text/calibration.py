@@ -14,7 +14,7 @@ import torch
 
 from streamprune.errors import CalibrationError
 from streamprune.settings import DEFAULT_SEQ_LEN
-from streamprune.text.files import BUILTIN, builtin_domains
+from streamprune.text.files import BUILTIN, builtin_domains, named_path
 from streamprune.text.hub_data import check_library, commit_of
 from streamprune.text.recipe import Recipe, Source
 from streamprune.text.recipe_file import find_recipe, read_recipe
@@ -165,8 +165,8 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
         return read_recipe(paths[0])
     named: list[Source] = []
     for text in sources:
-        path = Path(text).expanduser()
-        if text.partition(":")[0] == BUILTIN and not path.exists():
+        path, exists = named_path(text)
+        if text.partition(":")[0] == BUILTIN and not exists:
             named += [Source(domain, builtin=domain) for domain in builtin_domains(text)]
         else:
             named.append(Source(path.name or path.resolve().name or text, paths=(path,)))

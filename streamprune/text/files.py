@@ -29,6 +29,19 @@ MOST_LINE_BYTES = 1 << 28
 _SNIFFED_BYTES = 1 << 13
 
 
+def named_path(text: str) -> tuple[Path, bool]:
+    """The path that the user wrote, and whether there is something. CalibrationError for what can be no path here."""
+    try:
+        if "\0" in text:
+            raise ValueError("it has a null character in it")
+        path = Path(text).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # No permission, a name too long for the file system, or the home of a user who does not exist.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CalibrationError(f"{text[:300]!r} cannot be opened: {reason}.") from None
+
+
 def builtin_domains(source: str) -> list[str]:
     """The domains that `builtin` or `builtin:code,prose` names. Raises CalibrationError for unknown ones."""
     domains = source.partition(":")[2]

@@ -10,7 +10,7 @@ from typing import Any
 from streamprune.errors import CalibrationError
 from streamprune.machine import format_bytes
 from streamprune.source.shard import parse_json
-from streamprune.text.files import BUILTIN, file_opened
+from streamprune.text.files import BUILTIN, file_opened, named_path
 from streamprune.text.recipe import Recipe
 from streamprune.text.recipe_keys import recipe_of
 
@@ -31,10 +31,10 @@ def find_recipe(name: str) -> Path | None:
 
     Raises CalibrationError for a name that is nearly that of a shipped recipe, and of nothing else.
     """
-    path = Path(name).expanduser()
+    path, exists = named_path(name)
     if path.suffix.lower() in SUFFIXES:
         return path
-    if path.exists() or name.partition(":")[0] == BUILTIN:
+    if exists or name.partition(":")[0] == BUILTIN:
         return None
     shipped = shipped_recipes()
     if name in shipped:
@@ -84,7 +84,7 @@ def _parse_yaml(path: Path, data: bytes) -> Any:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
             if twice is not None:
-                raise ValueError(f"{twice!r} stands twice, line {node.start_mark.line + 1} and behind")
+                raise ValueError(f"{twice[:200]!r} stands twice, line {node.start_mark.line + 1} and behind")
             return super().construct_mapping(node, deep)
 
     try:

@@ -11,6 +11,7 @@ from streamprune.errors import CalibrationError
 from streamprune.source.shard import show
 from streamprune.text import corpus
 from streamprune.text import recipe_values as kinds
+from streamprune.text.files import named_path
 from streamprune.text.recipe import MODES, ChatForm, Condition, Recipe, Source, Turn
 from streamprune.text.template import parse_path
 
@@ -44,7 +45,7 @@ def recipe_of(raw: Any, path: Path) -> Recipe:
             raise kinds.Fault("has no 'sources': a list of at least one")
         recipe = {
             "name": kinds.get(given, "name", kinds.name, path.stem),
-            "description": kinds.get(given, "description", kinds.text, ""),
+            "description": kinds.get(given, "description", kinds.long_text, ""),
             "sequence_length": kinds.get(given, "sequence_length", kinds.at_least(2), None),
             "samples": kinds.get(given, "samples", kinds.at_least(1), None),
             "tokens": kinds.get(given, "tokens", kinds.at_least(1), None),
@@ -100,7 +101,7 @@ def _source(raw: Any, folder: Path) -> Source:
     return Source(
         name=kinds.get({"name": default} | given, "name", kinds.name, ""),
         builtin=kinds.get(given, "builtin", kinds.one_of(tuple(corpus.DOMAINS)), None),
-        paths=tuple(folder / Path(text).expanduser() for text in paths),
+        paths=tuple(folder / named_path(text)[0] for text in paths),
         dataset=dataset,
         subset=kinds.get(given, "subset", kinds.text, None),
         split=kinds.get(given, "split", kinds.text, "train"),

@@ -17,6 +17,10 @@ _NAME = re.compile(r"[^\s=,:][^=,:\n]{0,99}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
+#: Characters of a key, and of a value that is no template: they have to be shown where something is wrong with them.
+MOST_KEY, MOST_TEXT = 200, 1000
+
+
 class Fault(Exception):
     """What is wrong with a recipe, to be told behind its place."""
 
@@ -34,9 +38,9 @@ def get(given: Mapping[str, Any], key: str, check: Callable[[Any], Any], default
 def mapping(value: Any, what: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fault(f"holds {what + ': ' if what else ''}{_kind(value)} where names with values are wanted")
-    odd = [key for key in value if not isinstance(key, str) or not _is_text(key)]
+    odd = [key for key in value if not isinstance(key, str) or not _is_text(key) or len(key) > MOST_KEY]
     if odd:
-        raise Fault(f"has {show(odd[0])} as a key, which is no text: put it in quotes")
+        raise Fault(f"has {show(odd[0])} as a key, which is no text of up to {MOST_KEY} characters")
     return value
 
 
@@ -55,10 +59,16 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
-def text(value: Any) -> str:
+def long_text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or not _is_text(value):
         raise ValueError("no text (numbers and dates that are meant as text need quotes)")
     return value
+
+
+def text(value: Any) -> str:
+    if len(long_text(value)) > MOST_TEXT:
+        raise ValueError(f"longer than {MOST_TEXT} characters")
+    return str(value)
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -124,7 +134,7 @@ def one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
 
 
 def template(value: Any) -> Template:
-    return Template.parse(text(value))
+    return Template.parse(long_text(value))
 
 
 def field_template(value: Any) -> Template:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Rows that are held at most to be drawn from in a random order, and bytes of them.
-MOST_HELD_ROWS, MOST_HELD_BYTES = 10_000, 1 << 26
+#: Rows that are held at most to be drawn from in a random order, and bytes of them as they are in their files. (Token
+#: ids and other numbers take about eight times as much in memory.)
+MOST_HELD_ROWS, MOST_HELD_BYTES = 10_000, 1 << 25
 
 
 @dataclass

@@ -15,6 +15,9 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _PATH = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d{1,9}\])*")
 _STEP = re.compile(r"\[(\d+)\]|\.?([^.\[\]]+)")
 
+#: Characters of a path, which has to be shown where it leads nowhere.
+MOST_PATH = 200
+
 Path = tuple[str | int, ...]
 
 
@@ -60,9 +63,10 @@ class Template:
 
 def parse_path(text: str) -> Path:
     """The steps to a field: names, and numbers for items of a list. ValueError if it is no such path."""
-    if not _PATH.fullmatch(text):
+    if len(text) > MOST_PATH or not _PATH.fullmatch(text):
+        what = text if len(text) <= MOST_PATH else f"{text[:MOST_PATH]}…"
         raise ValueError(
-            f"{{{text}}} names no field; write for example {{question}}, {{meta.language}}, {{choices[0]}}"
+            f"{{{what}}} names no field; write for example {{question}}, {{meta.language}}, {{choices[0]}}"
         )
     return tuple(int(number) if number else name for number, name in _STEP.findall(text))
 
