@@ -99,7 +99,7 @@ class Place:
                 raise Stopped
 
         try:
-            with patch("streamprune.work.folder.reached", stop):
+            with patch("streamprune.work.generations.reached", stop):
                 prune(self.model, self.folder / "out", calibration=(str(self.ids),), checkpoint_every=0.0)
         except Stopped:
             return (self.folder / "out.work").rename(self.folder / "half")

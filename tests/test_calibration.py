@@ -112,7 +112,7 @@ def test_default_sequence_length_follows_the_model(model: Path) -> None:
         (b'{"input_ids": [1, -1]}\n', "line 1 has -1 in 'input_ids'"),
         (b'{"input_ids": [true]}\n', "line 1 has True"),
         (b'{"input_ids": []}\n', "empty 'input_ids'"),
-        (b'{"messages": [{"role": 1}, 3]}\n', "line 1: the model's chat template refuses"),
+        (b'{"messages": [{"role": 1}, 3]}\n', "line 1 has 3 among its messages, where an object"),
         (b"\xff\xfe\n", "not UTF-8 text"),
         (b"\n\n", "no text in it"),
         (b'{"text": "ab"}\n', "shorter than one sequence of 8 tokens"),

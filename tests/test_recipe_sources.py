@@ -260,7 +260,7 @@ def test_chats(record: dict[str, Any], form: dict[str, Any], text: str, model: P
         ({"m": "5"}, {}, "has 5 for 'm', which is no list of messages"),
         ({"m": None}, {}, "has None for 'm', which is no list of messages"),
         ({"n": []}, {}, "has no 'm'"),
-        ({"m": ["hi"]}, {}, "chat template refuses this chat"),
+        ({"m": ["hi"]}, {}, "has 'hi' among its messages, where an object with 'role' is wanted"),
         ({"m": [], "t": "{}"}, {"tools": "t"}, "has {} for 't', which is no list of tools"),
         ({"m": [], "t": 7}, {"tools": "t"}, "has 7 for 't', which is no list of tools"),
         ({"m": "[" * 5000}, {}, "a.jsonl line 1"),

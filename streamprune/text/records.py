@@ -124,7 +124,7 @@ def _chat_of(place: str, values: Mapping[str, Any], form: ChatForm) -> Chat:
             raise CalibrationError(
                 f"{place} has {show(messages)} for {path_text(form.messages)!r}, which is no list of messages."
             )
-        messages = [_message(message, form) for message in messages]
+        messages = [_message(place, message, form) for message in messages]
     wrapped = [_wrapped(tool) for tool in tools] if tools else None
     return Chat(place, messages, wrapped, form.variables)
 
@@ -154,10 +154,13 @@ def _parsed(place: str, values: Mapping[str, Any], path: FieldPath) -> Any:
         ) from None
 
 
-def _message(message: Any, form: ChatForm) -> Any:
-    """A message with the keys that chat templates know. What is no message is left for the template to refuse."""
+def _message(place: str, message: Any, form: ChatForm) -> dict[str, Any]:
+    """A message with the keys that chat templates know. What it says is left for the template to refuse."""
     if not isinstance(message, dict):
-        return message
+        # Some versions of transformers would let it through, as a message without role and content.
+        raise CalibrationError(
+            f"{place} has {show(message)} among its messages, where an object with 'role' is wanted."
+        )
     columns, roles = form.columns, form.roles
     if not columns and "role" not in message and "from" in message:
         columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | dict(roles)
