@@ -165,11 +165,8 @@ def _message(place: str, message: Any, form: ChatForm) -> dict[str, Any]:
     if not columns and "role" not in message and "from" in message:
         columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | dict(roles)
     # Parquet gives every message all the keys that any has, with nothing in them.
-    result = {key: value for key, value in message.items() if value is not None}
-    for key, column in columns.items():
-        if column in message:
-            result.pop(column, None)
-            result[key] = message[column]
+    others = {key: value for key, value in message.items() if key not in columns.values() and value is not None}
+    result = others | {key: message[column] for key, column in columns.items() if column in message}
     if isinstance(result.get("role"), str):
         result["role"] = roles.get(result["role"], result["role"])
     if result.get("content") is None:
