@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -31,6 +33,12 @@ def write_lines(path: Path, *records: Any) -> Path:
 def write_texts(path: Path, letter: str, count: int = 200, length: int = 99) -> Path:
     """A JSONL file of texts that consist of one letter, so that every token tells its source."""
     return write_lines(path, *({"text": letter * length} for _ in range(count)))
+
+
+def write_table(path: Path, records: list[dict[str, Any]], **options: Any) -> Path:
+    """A parquet file of records."""
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, **options)
+    return path
 
 
 def write_recipe(path: Path, recipe: Any) -> Path:
@@ -61,17 +69,15 @@ def same_tokens(one: Calibration, other: Calibration) -> bool:
     return len(one.sequences) == len(other.sequences) and all(map(torch.equal, one.sequences, other.sequences))
 
 
-def stand_in(folder: Path, files: dict[str, Path | list[dict[str, Any]]], configs: list[dict[str, Any]]) -> Path:
+def stand_in(folder: Path, files: dict[str, list[dict[str, Any]]], configs: list[dict[str, Any]]) -> Path:
     """A data set as its author would upload it: files with records, and a card that says what is which."""
-    import pyarrow
-    import pyarrow.parquet
     import yaml
 
     for name, records in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".parquet"):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+            write_table(path, records)
         else:
             write_lines(path, *records)
     if configs:

@@ -116,13 +116,7 @@ def load_calibration(
     recipe = chosen_recipe(sources)
     length = _sequence_length(recipe, seq_len, max_positions)
     seed = recipe.seed if seed is None else seed
-    goals = goals_of(recipe, samples, length)
-    notes = []
-    if not all(_is_wanted(goal) for goal in goals):
-        used = [index for index, goal in enumerate(goals) if _is_wanted(goal)]
-        recipe = replace(recipe, sources=tuple(recipe.sources[index] for index in used))
-        goals = [goals[index] for index in used]
-        notes.append(f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}.")
+    recipe, goals, notes = _without_idle(recipe, goals_of(recipe, samples, length))
     # All are asked for and opened before the first is read: what is missing shows at once.
     commits = _commits(recipe)
     opened = [open_source(source, seed, commits.get(source.name)) for source in recipe.sources]
@@ -202,8 +196,14 @@ def _commits(recipe: Recipe) -> dict[str, str]:
     return {name: commit for name, commit in found.items() if commit is not None}
 
 
-def _is_wanted(goal: Goal) -> bool:
-    return goal.sequences != 0
+def _without_idle(recipe: Recipe, goals: list[Goal]) -> tuple[Recipe, list[Goal], list[str]]:
+    """The recipe without the sources of which nothing is wanted, for lack of sequences; and a note of that."""
+    used = [index for index, goal in enumerate(goals) if goal.sequences != 0]
+    if len(used) == len(goals):
+        return recipe, goals, []
+    recipe = replace(recipe, sources=tuple(recipe.sources[index] for index in used))
+    note = f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}."
+    return recipe, [goals[index] for index in used], [note]
 
 
 def _take(recipe: Recipe, supplies: Sequence[Supply]) -> None:
