@@ -7,14 +7,15 @@ needs neither torch nor transformers. As JSON, tensors are told by patterns of t
      "model.layers.{block}.mlp.experts.{expert}.up_proj.weight": null,   one tensor for each expert
      "model.layers.{block}.input_layernorm.weight": null}          copied, with its block
 
-What no pattern fits lies outside the blocks and is copied.
+What no pattern fits lies outside the blocks and is copied. Of such tensors, those named as if they were in a block
+(rotary frequencies, which no model reads) are listed, so that nothing is copied because a pattern is missing.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,7 @@ class Layout:
             "moe_blocks": list(self.moe_blocks),
             "count_names": list(self.count_names),
             "dropped": list(self.dropped),
+            "outside": [name for name in _uncut(self.cuts) if name.startswith(_prefixes(patterns))],
             "patterns": patterns,
         }
         # Whoever reads it has nothing else to go by.
@@ -82,6 +84,10 @@ def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEn
             raise ValueError("blocks that the model does not have")
         cuts = dict(_cuts(patterns, tensors, set(dropped)))
         _check(cuts, tensors, spec, blocks, moe_blocks)
+        outside = set(told["outside"])
+        doubtful = [name for name in _uncut(cuts) if name.startswith(_prefixes(patterns)) and name not in outside]
+        if doubtful:
+            raise ValueError(f"nothing tells where {doubtful[0]} belongs")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"What the scores tell of the checkpoint's tensors does not go with it ({error}). Score the model again."
@@ -111,6 +117,15 @@ def _check(
             found.add(cut.block)
     if any(numbers != set(range(spec.count)) for numbers in families.values()) or found != set(moe_blocks):
         raise ValueError("experts are missing")
+
+
+def _uncut(cuts: Mapping[str, Cut]) -> list[str]:
+    return [name for name, cut in cuts.items() if cut.block is None]
+
+
+def _prefixes(patterns: Iterable[str]) -> tuple[str, ...]:
+    """What the names of the blocks' tensors begin with."""
+    return tuple({pattern.partition(BLOCK)[0] for pattern in patterns})
 
 
 def _pattern(name: str, block: int) -> str | None:

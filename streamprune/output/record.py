@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def run_report(
     on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made;
     `shard_bytes` is the largest size of an output file.
     """
+    # In one order, whether it comes from a run or was read from a file.
+    provenance = json.loads(json.dumps(provenance, sort_keys=True))
     return {
         "format": REPORT_FORMAT,
         "settings": {

@@ -1,0 +1,359 @@
+"""Pruning from scores: the same bytes as a run, without torch, and in the memory of a file copy."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from streamprune.choice.choose import score_layer
+from streamprune.choice.mix import mix_weights
+from streamprune.choice.selection import Selection
+from streamprune.cli import main
+from streamprune.errors import CheckpointError, InterruptedRunError, ResumeError, ScoresError, SettingsError
+from streamprune.output.verify import verify
+from streamprune.output.writer import OutputWriter
+from streamprune.pruning import prune
+from streamprune.run import resume, run
+from streamprune.scores.file import read_scores, write_scores
+from streamprune.scores.scores import Scores
+from streamprune.settings import METHODS, PruneSettings, RunSettings
+from streamprune.work.stop import StopRequest
+from tests.helpers import check_bytes, known_family, read_tensors, token_ids, tree_bytes
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+#: Two sources of calibration text, by file name.
+SOURCES = ("code.jsonl", "prose.jsonl")
+EXPERTS = "model.layers.{block}.mlp.experts.{expert}.up_proj.weight"
+
+
+class Model:
+    """A tiny model, two files of calibration tokens, and the scores that were taken on both at once."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.kind = known_family(family)
+        self.folder = make_model(folder / "model", tiny_config(self.kind))
+        self.place = folder
+        for number, name in enumerate(SOURCES):
+            write_token_ids(folder / name, seed=number)
+        self.scores = folder / "scores.safetensors"
+        self.score(self.scores)
+
+    def score(self, output: Path, *sources: str, **settings: Any) -> Scores:
+        run(self.settings(output, *(sources or SOURCES), only_score=True, **settings), quiet=True)
+        return read_scores(output)
+
+    def settings(self, output: Path, *sources: str, **settings: Any) -> RunSettings:
+        files = tuple(str(self.place / name) for name in sources or SOURCES)
+        return RunSettings(model=str(self.folder), output=output, calibration=files, **settings)
+
+    def prune(self, output: Path, **settings: Any) -> Any:
+        given = {"scores": self.scores, **settings}
+        return prune(PruneSettings(model=str(self.folder), output=output, **given), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("qwen"), "qwen3_moe")
+
+
+@pytest.mark.parametrize("mix", ["code.jsonl=0.3,prose.jsonl=0.7", "prose.jsonl=1"])
+@pytest.mark.parametrize("schedule", ["uniform", "linear-decrease", "global"])
+@pytest.mark.parametrize("method", ["reap", "frequency", "composite", "random"])
+def test_pruning_equals_a_run_to_the_byte(qwen: Model, tmp_path: Path, method: str, schedule: str, mix: str) -> None:
+    goal = {"keep": 5, "method": method, "schedule": schedule, "mix": mix, "seed": 3}
+    # The seed also chooses text, of which there is no more than is asked for here.
+    run(qwen.settings(tmp_path / "run", **goal), quiet=True)
+    qwen.prune(tmp_path / "prune", scores=tmp_path / "run", **goal)
+    assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v3", "gpt_oss", "qwen3_5_moe", "llama4", "granitemoehybrid", "dbrx", "nemotron_h", "gemma4_text"],
+)
+def test_every_layout_is_pruned_from_scores_alone(tmp_path: Path, family: str) -> None:
+    model = Model(tmp_path, family)
+    for schedule in ("uniform", "linear-increase"):
+        goal: dict[str, Any] = {"keep": model.kind.keep, "schedule": schedule, "spread": None}
+        one, other = tmp_path / f"run-{schedule}", tmp_path / f"prune-{schedule}"
+        run(model.settings(one, **goal), quiet=True)
+        result = model.prune(other, **goal)
+        assert tree_bytes(one) == tree_bytes(other)
+        kept = {layer.block: list(layer.kept) for layer in result.layers}
+        check_bytes(model.folder, other, kept)
+        assert verify(other, model.folder).tensors == len(read_tensors(other))
+
+
+def test_protected_experts_and_a_budget_equal_a_run(qwen: Model, tmp_path: Path) -> None:
+    goal: dict[str, Any] = {"budget_gib": 0.50098, "context": 64, "protect_super_experts": True, "schedule": "global"}
+    run(qwen.settings(tmp_path / "run", **goal), quiet=True)
+    qwen.prune(tmp_path / "prune", **goal)
+    assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
+    report = json.loads((tmp_path / "run" / "streamprune.json").read_text())
+    protected = {int(block): experts for block, experts in report["protected"].items()}
+    assert protected
+    for layer in report["layers"]:
+        assert set(protected.get(layer["index"], ())) <= set(layer["kept"])
+
+
+def test_neither_torch_nor_transformers_is_loaded(qwen: Model, tmp_path: Path) -> None:
+    script = (
+        "import sys; from streamprune.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    command = ["prune", qwen.folder, "-o", tmp_path / "out", "--scores", qwen.scores, "--schedule", "global"]
+    goal = ["--budget-gib", "0.50098", "--context", "64", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, command), *goal], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")
+    assert (tmp_path / "out" / "streamprune.json").is_file()
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Peak of a whole process, for 2 and for 12 blocks of 6 MiB: the difference is less than half of one block."""
+    script = (
+        "import sys; from pathlib import Path; from streamprune.pruning import prune\n"
+        "from streamprune.settings import PruneSettings; from streamprune.machine import peak_resident_bytes\n"
+        "model, scores, out = sys.argv[1:]\n"
+        "prune(PruneSettings(model=model, output=Path(out), scores=Path(scores), keep=4), quiet=True)\n"
+        "print(peak_resident_bytes())"
+    )
+    peaks = []
+    for blocks in (2, 12):
+        config = tiny_config(known_family("qwen3_moe"))
+        config.num_hidden_layers, config.moe_intermediate_size = blocks, 1024
+        model = make_model(tmp_path / f"m{blocks}", config)
+        tokens = write_token_ids(tmp_path / "ids.jsonl")
+        scores = tmp_path / f"s{blocks}.safetensors"
+        run(RunSettings(model=str(model), output=scores, only_score=True, calibration=(str(tokens),)), quiet=True)
+        command = [sys.executable, "-c", script, str(model), str(scores), str(tmp_path / f"o{blocks}")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] - peaks[0] < 3 * 2**20, peaks
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
+def test_remixed_scores_equal_those_of_a_run_on_that_mix(qwen: Model, tmp_path: Path, method: str) -> None:
+    """Two parts code and one part prose, once by weights and once by giving the code twice; and one source alone."""
+    lines = (qwen.place / "code.jsonl").read_text()
+    (qwen.place / "twice.jsonl").write_text(lines + lines)
+    mixed = qwen.score(tmp_path / "both.safetensors", batch_tokens=24)
+    for mix, sources in (
+        ("code.jsonl=2,prose.jsonl=1", ("twice.jsonl", "prose.jsonl")),
+        ("code.jsonl=1", ("code.jsonl",)),
+    ):
+        really = qwen.score(tmp_path / "really.safetensors", *sources, batch_tokens=24, overwrite=True)
+        weights = mix_weights(mix, mixed.sources, mixed.source_tokens)
+        for one, other in zip(mixed.layers, really.layers, strict=True):
+            by_weights = np.array(score_layer(one, Selection(method=method), weights))
+            by_tokens = np.array(score_layer(other, Selection(method=method), (1.0,) * len(really.sources)))
+            if method not in ("reap", "ean-mean", "max-activation"):
+                # Sums over tokens: the mix counts as many tokens as were scored, whatever their shares.
+                by_weights = by_weights * (really.tokens / mixed.tokens)
+            np.testing.assert_allclose(by_weights, by_tokens, rtol=1e-9)
+
+
+def test_an_uneven_result_loads_and_says_how(qwen: Model, tmp_path: Path) -> None:
+    result = qwen.prune(tmp_path / "out", keep=4, schedule="linear-decrease", spread=0.25)
+    counts = [len(layer.kept) for layer in result.layers]
+    assert sum(counts) == 16
+    assert counts == sorted(counts)
+    assert result.summary["experts_per_layer"] == counts
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert [layer.mlp.experts.num_experts for layer in model.model.layers] == counts
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=token_ids()).logits).all()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "vLLM and llama.cpp read one number" in card
+
+
+def test_a_keep_file_needs_no_scores(qwen: Model, tmp_path: Path) -> None:
+    first = qwen.prune(tmp_path / "first", keep=3, method="ean")
+    for scores in (None, qwen.scores):
+        output = tmp_path / f"by-hand-{scores is None}"
+        result = qwen.prune(output, scores=scores, keep_file=tmp_path / "first" / "streamprune.json")
+        assert [layer.kept for layer in result.layers] == [layer.kept for layer in first.layers]
+        weights = {name: data for name, data in tree_bytes(output).items() if name.startswith("model")}
+        assert weights == {
+            name: data for name, data in tree_bytes(tmp_path / "first").items() if name.startswith("model")
+        }
+        assert "chosen by hand" in (output / "README.md").read_text()
+        assert verify(output, qwen.folder)
+    lists = {str(block): [0, 1, 2 + block] for block in range(4)}
+    lists["2"] = [7, 0]
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    result = qwen.prune(tmp_path / "listed", scores=None, keep_file=tmp_path / "list.json")
+    assert [layer.kept for layer in result.layers] == [(0, 1, 2), (0, 1, 3), (0, 7), (0, 1, 5)]
+    check_bytes(qwen.folder, tmp_path / "listed", {layer.block: list(layer.kept) for layer in result.layers})
+
+
+def test_a_schedule_file_says_how_many(qwen: Model, tmp_path: Path) -> None:
+    (tmp_path / "schedule.json").write_text("[3, 8, 2, 5]")
+    goal = {"schedule": str(tmp_path / "schedule.json"), "protect_super_experts": True}
+    result = qwen.prune(tmp_path / "prune", **goal)
+    assert [len(layer.kept) for layer in result.layers] == [3, 8, 2, 5]
+    run(qwen.settings(tmp_path / "run", **goal), quiet=True)
+    assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
+    with pytest.raises(SettingsError, match="Leave out --keep"):
+        qwen.prune(tmp_path / "none", keep=3, **goal)
+
+
+def test_scores_of_another_model_are_refused(qwen: Model, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", tiny_config(qwen.kind), seed=9)
+    settings = PruneSettings(model=str(other), output=tmp_path / "out", scores=qwen.scores, keep=4)
+    with pytest.raises(ScoresError, match=r"holds the scores of .* Give the very model that was scored"):
+        prune(settings, quiet=True)
+    assert not list(tmp_path.glob("out*"))
+
+
+def set_all(patterns: dict[str, Any], value: Any) -> None:
+    patterns.update(dict.fromkeys(patterns, value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layout: layout["tensors"].__setitem__("blocks", 3),
+        lambda layout: layout["tensors"]["moe_blocks"].pop(),
+        lambda layout: set_all(layout["tensors"]["patterns"], None) or layout["tensors"]["patterns"].pop(EXPERTS),
+        lambda layout: set_all(layout["tensors"]["patterns"], [0, 2, 0]),
+        lambda layout: set_all(layout["tensors"]["patterns"], [9, 1, 0]),
+        lambda layout: layout["tensors"].__setitem__("patterns", 7),
+        lambda layout: layout["tensors"].__setitem__("count_names", [["x"]]),
+        lambda layout: layout["loading"].__setitem__("model_type", "../../evil"),
+        lambda layout: layout["memory"]["cache"].__setitem__("itemsize", "two"),
+        lambda layout: layout["memory"]["shape"].__setitem__("hidden", 10**30),
+        lambda layout: layout.clear(),
+    ],
+)
+def test_a_forged_layout_is_refused(qwen: Model, tmp_path: Path, change: Callable[[Any], None]) -> None:
+    scores = read_scores(qwen.scores)
+    layout = json.loads(json.dumps(scores.layout))
+    change(layout)
+    forged = Scores(scores.layers, scores.sources, scores.source_tokens, scores.spec, scores.provenance, layout)
+    write_scores(tmp_path / "forged.safetensors", forged)
+    with pytest.raises(CheckpointError, match="Score the model again"):
+        qwen.prune(tmp_path / "out", scores=tmp_path / "forged.safetensors", keep=4)
+
+
+def test_scores_without_a_layout_are_enough(qwen: Model, tmp_path: Path) -> None:
+    """Those of somebody else's tool, perhaps: then the model is built to find out."""
+    scores = read_scores(qwen.scores)
+    bare = Scores(scores.layers, scores.sources, scores.source_tokens, scores.spec, scores.provenance)
+    write_scores(tmp_path / "bare.safetensors", bare)
+    qwen.prune(tmp_path / "bare", scores=tmp_path / "bare.safetensors", keep=4)
+    qwen.prune(tmp_path / "full", keep=4)
+    bare_files, full_files = tree_bytes(tmp_path / "bare"), tree_bytes(tmp_path / "full")
+    name = "scores/scores.safetensors"
+    assert bare_files.pop(name) != full_files.pop(name)
+    assert bare_files == full_files
+
+
+def test_provenance_of_a_stranger_is_checked(qwen: Model, tmp_path: Path) -> None:
+    scores = read_scores(qwen.scores)
+    for part in ("model", "source", "calibration", "versions", "settings", "revision"):
+        provenance = {name: value for name, value in scores.provenance.items() if name != part}
+        forged = Scores(scores.layers, scores.sources, scores.source_tokens, scores.spec, provenance, scores.layout)
+        write_scores(tmp_path / "forged.safetensors", forged)
+        with pytest.raises(ScoresError, match="do not tell where they come from"):
+            qwen.prune(tmp_path / "out", scores=tmp_path / "forged.safetensors", keep=4)
+
+
+class Injected(Exception):
+    """Ends a call in the middle."""
+
+
+def test_an_interrupted_pruning_goes_on(qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qwen.prune(tmp_path / "whole", keep=4)
+    usual, written = OutputWriter.write_block, []
+
+    def write_block(self: OutputWriter, block: int | None, kept: Any) -> Any:
+        if block == 2 and len(written) < 4:
+            written.append("stopped")
+            raise Injected
+        written.append(block)
+        return usual(self, block, kept)
+
+    monkeypatch.setattr(OutputWriter, "write_block", write_block)
+    with pytest.raises(Injected):
+        qwen.prune(tmp_path / "out", keep=4)
+    assert not (tmp_path / "out").exists()
+    qwen.prune(tmp_path / "out", keep=4)
+    assert written == [None, 0, 1, "stopped", 2, 3], "what was written is not written again"
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+    assert not (tmp_path / "out.work").exists()
+    # With another choice nothing of it is of use.
+    written.clear()
+    with pytest.raises(Injected):
+        qwen.prune(tmp_path / "other", keep=4)
+    qwen.prune(tmp_path / "other", keep=3)
+    assert written[-5:] == [None, 0, 1, 2, 3]
+    assert verify(tmp_path / "other", qwen.folder)
+
+
+def test_a_stop_is_heard_between_blocks(qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: True)
+    with pytest.raises(InterruptedRunError, match="the same command again"):
+        qwen.prune(tmp_path / "out", keep=4)
+
+
+def test_an_unfinished_run_is_not_taken_for_a_pruning(
+    qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = OutputWriter.write_block
+
+    def write_block(self: OutputWriter, block: int | None, kept: Any) -> Any:
+        if block == 2:
+            raise Injected
+        return usual(self, block, kept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputWriter, "write_block", write_block)
+        with pytest.raises(Injected):
+            run(qwen.settings(tmp_path / "out", keep=4), quiet=True)
+    with pytest.raises(ResumeError, match="holds an unfinished run"):
+        qwen.prune(tmp_path / "out", keep=4)
+    resume(tmp_path / "out.work", quiet=True)
+    assert verify(tmp_path / "out", qwen.folder)
+
+
+def test_bad_goals_and_missing_files_are_refused(qwen: Model, tmp_path: Path) -> None:
+    def refused(words: str, *options: str, scores: Path | None = qwen.scores) -> None:
+        given = ["--scores", str(scores)] if scores else []
+        command = ["prune", str(qwen.folder), "-o", str(tmp_path / "out"), *given, *options]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code in (1, 2, 3), result.output
+        assert re.search(words, result.stderr), result.stderr
+        assert result.stderr.count("Error: ") == 1
+        assert not list(tmp_path.glob("out*"))
+
+    refused("Say in one way how far to prune")
+    refused("Say which experts stay", scores=None)
+    refused("No scores can be read from .*missing", "--keep", "4", scores=tmp_path / "missing")
+    refused(
+        "this safetensors file holds no scores", "--keep", "4", scores=qwen.folder / "model-00001-of-00006.safetensors"
+    )
+    refused("the router picks 2 experts per token", "--keep", "1")
+    refused("there is no source 'poetry'", "--keep", "4", "--mix", "poetry=1")
+    refused("says itself how many experts stay", "--keep", "4", "--keep-file", "list.json")
+    refused("Even with the fewest experts", "--budget-gib", "0.3")
+    shutil.copytree(qwen.folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model-00002-of-00006.safetensors").unlink()
+    command = ["prune", tmp_path / "broken", "-o", tmp_path / "out", "--scores", qwen.scores, "--keep", 4]
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == 1
+    assert "model-00002-of-00006.safetensors" in result.stderr
