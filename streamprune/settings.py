@@ -115,14 +115,14 @@ class Goal:
         _ = self.use
 
     def check_one_goal(self) -> None:
-        """Raise SettingsError unless exactly one setting says how far to prune; beside a list in a file, a budget may."""
+        """Raise SettingsError unless just one setting says how far to prune; beside a schedule file a budget may."""
         goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
         given = sum(goal is not None for goal in goals)
         if self.schedule not in SCHEDULES:
             if given > 1 or self.keep is not None or self.ratio is not None:
                 raise SettingsError(
-                    f"--schedule {self.schedule} is a file that says itself how many experts stay. Leave out --keep and "
-                    "--ratio; a budget is only checked."
+                    f"--schedule {self.schedule} is a file that says itself how many experts stay. Leave out --keep "
+                    "and --ratio; a budget is only checked."
                 )
         elif given != 1:
             raise SettingsError(

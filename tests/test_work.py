@@ -27,7 +27,15 @@ RUN = {
     "settings": {},
     "source": "",
     "files": {},
-    "calibration": {"fingerprint": "", "sequences": 2, "tokens": 3, "sources": [], "source_of": [], "notes": [], "recipe": {}},
+    "calibration": {
+        "fingerprint": "",
+        "sequences": 2,
+        "tokens": 3,
+        "sources": [],
+        "source_of": [],
+        "notes": [],
+        "recipe": {},
+    },  # fmt: skip
     "versions": {},
     "blocks": 4,
     "budget_bytes": None,

@@ -8,8 +8,9 @@ from typing import Any
 
 from streamprune.choice.json_file import read_json_file
 from streamprune.choice.schedule import least_per_layer
-from streamprune.choice.selection import SCHEDULES, Selection
+from streamprune.choice.selection import Selection
 from streamprune.errors import SettingsError
+from streamprune.settings import SCHEDULES
 from streamprune.source.config_facts import ExpertSpec
 from streamprune.source.shard import show
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from streamprune.choice.mix import parse_mix
 from streamprune.errors import SettingsError
-from streamprune.settings import METHODS
+from streamprune.settings import METHODS, SCHEDULES
 
 LINEAR = ("linear-decrease", "linear-increase")
-#: Any other schedule is the name of a file with a list.
-SCHEDULES = ("uniform", *LINEAR, "global")
 DEFAULT_SPREAD = 0.15
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from streamprune.cli.common import quiet_libraries, reports_errors
-from streamprune.errors import SettingsError
+from streamprune.cli.common import quiet_libraries, reports_errors, sampling_options
 from streamprune.machine import limit_library_memory
-from streamprune.settings import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
+from streamprune.settings import check_least
 
 
 @click.group()
@@ -21,12 +20,7 @@ def calibration() -> None:
 @calibration.command()
 @click.argument("recipe", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
-@click.option("--samples", type=int, help=f"Sequences.  [default: the recipe's own, or {DEFAULT_SAMPLES}]")
-@click.option(
-    "--seq-len", type=int,
-    help=f"Tokens per sequence.  [default: the recipe's own, or {DEFAULT_SEQ_LEN}, or the model's limit]",
-)  # fmt: skip
-@click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]")
+@sampling_options
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -38,8 +32,8 @@ def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> 
     """
     for name, least in (("samples", 1), ("seq_len", 2)):
         value = options[name]
-        if value is not None and value < least:
-            raise SettingsError(f"--{name.replace('_', '-')} {value} is too small: at least {least}.")
+        if value is not None:
+            check_least(f"--{name.replace('_', '-')}", value, least)
     limit_library_memory()
     from streamprune.text.show import calibration_text, show_calibration
 

@@ -10,10 +10,10 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from streamprune.choice.selection import DEFAULT_SPREAD, SCHEDULES
+from streamprune.choice.selection import DEFAULT_SPREAD
 from streamprune.errors import StreampruneError
 from streamprune.fit.kv_cache import KV_DTYPES
-from streamprune.settings import DEFAULT_CONTEXT, METHODS, RESUME
+from streamprune.settings import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, METHODS, RESUME, SCHEDULES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,14 +89,21 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
 
 def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
     """The options that say what text a model is scored on."""
+    return click.option(
+        "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
+        help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… Any number of times.",
+    )(sampling_options(command))  # fmt: skip
+
+
+def sampling_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options that say how much of a calibration is taken, instead of what its recipe says."""
     options = [
+        click.option("--samples", type=int, help=f"Sequences.  [default: the recipe's own, or {DEFAULT_SAMPLES}]"),
         click.option(
-            "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
-            help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… Any number of times.",
+            "--seq-len", type=int,
+            help=f"Tokens per sequence.  [default: the recipe's own, or {DEFAULT_SEQ_LEN}, or the model's limit]",
         ),
-        click.option("--samples", type=int, help="Calibration sequences.  [default: the recipe's, or 512]"),
-        click.option("--seq-len", type=int, help="Tokens per packed sequence.  [default: the recipe's, or 2048]"),
-        click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's, or 0]"),
+        click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -32,6 +32,7 @@ from streamprune.settings import (
 P = ParamSpec("P")
 R = TypeVar("R")
 _FOLDER = click.Path(path_type=Path)
+_VERIFY = "Compare the result with the source, byte by byte."
 
 
 def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -57,7 +58,6 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
             help="Save the hidden states so often at most; 0: after every block.", **default(DEFAULT_CHECKPOINT_EVERY),
         ),
         click.option("--from-layer", type=int, metavar="K", help="Do block K (from 0) and all behind it again."),
-        click.option("--verify/--no-verify", help="Compare the result with the source, byte by byte.", **default(True)),
         click.option("--quiet", is_flag=True, help="Print errors only."),
         click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout."),
     ]  # fmt: skip
@@ -87,6 +87,7 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @place_options
 @_sitting_options(resuming=False)
+@click.option("--verify/--no-verify", default=True, show_default=True, help=_VERIFY)
 @reports_errors
 def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
@@ -117,8 +118,6 @@ def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     Statistics are kept for each source of the calibration, so that mixes, methods and sizes are chosen afterwards:
     look at them with `inspect`, use them with `prune`.
     """
-    # Nothing is copied that could be compared.
-    options.pop("verify")
     settings = RunSettings(output=output, only_score=True, **options)
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune import run as engine
@@ -141,7 +140,7 @@ def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
 @click.option("--keep-file", type=_FOLDER, help="Your own list of the experts of each layer; needs no scores.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @place_options
-@click.option("--verify/--no-verify", default=False, show_default=True, help="Compare the result with the source.")
+@click.option("--verify/--no-verify", default=False, show_default=True, help=_VERIFY)
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
 @reports_errors
@@ -163,6 +162,7 @@ def prune(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **optio
 @click.command()
 @click.argument("workdir", type=_FOLDER)
 @_sitting_options(resuming=True)
+@click.option("--verify/--no-verify", default=None, help=_VERIFY)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @reports_errors
 def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
