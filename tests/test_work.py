@@ -35,7 +35,7 @@ RUN = {
         "source_of": [],
         "notes": [],
         "recipe": {},
-    },  # fmt: skip
+    },
     "versions": {},
     "blocks": 4,
     "budget_bytes": None,
