@@ -22,7 +22,7 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.fit.report import estimate_object, terms_lines
 from streamprune.machine import check_disk, format_bytes
 from streamprune.model_facts import ModelFacts, facts_from_json
-from streamprune.output.finish import Decided, complete, summary_of, write_blocks
+from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
 from streamprune.output.plan import make_plan
 from streamprune.output.record import check_provenance, public_name
 from streamprune.output.writer import OutputWriter, check_output, check_place
@@ -75,6 +75,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
                 "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
                 "for that run's choice only."
             )
+        tell_choice(decided, progress)
         progress.say(f"weights: {format_bytes(checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
         check_disk(settings.work_folder, plan.output_bytes)
         work = enter_work(stack, settings)

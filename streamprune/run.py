@@ -19,7 +19,7 @@ from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, choose_device, describe_host, peak_resident_bytes
 from streamprune.memory.needs import plan_memory
 from streamprune.memory.plan import MemoryPlan
-from streamprune.output.finish import Decided, complete, summary_of, write_blocks
+from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
@@ -202,6 +202,7 @@ class _Run:
         decided = Decided(
             settings, prepared.checkpoint, facts, chooser.selection, quota, choice, plan, scores.provenance, scores
         )
+        tell_choice(decided, self.progress)
         write_blocks(decided, writer, self.work, self.progress, self.stop, resume_command(self.work.folder))
         self.stop.patient = False
         self.work.states.forget()

@@ -10,8 +10,8 @@ import torch
 
 from streamprune.errors import UnsupportedModelError
 from tests.helpers import (
-    field_of,
     check_bytes,
+    field_of,
     load_as_declared,
     load_whole,
     prune,

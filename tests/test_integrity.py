@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.settings import RunSettings
 from streamprune.streaming import blocks
 from tests.helpers import prune, token_ids
-from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
+from tests.tiny import FAMILIES, make_model, tiny_config
 
 QWEN, DEEPSEEK_V3 = (next(f for f in FAMILIES if f.id == name) for name in ("qwen3_moe", "deepseek_v3"))
 NAME = "model.layers.1.mlp.experts.0.up_proj.weight"

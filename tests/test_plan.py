@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.output.plan import minimum_keep, plan_shards, resolve_keep
 from streamprune.output.cuts import SourceRole, find_cuts, next_token_prediction
+from streamprune.output.plan import minimum_keep, plan_shards, resolve_keep
 from streamprune.output.surgery import ExpertRows, OutputTensor, output_tensors
 from streamprune.settings import RunSettings, parse_size
 from streamprune.source.checkpoint import TensorEntry

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from streamprune.choice.choose import Choice
+from streamprune.choice.retention import Retention, retention_warnings, retentions
 from streamprune.choice.selection import Selection
 from streamprune.errors import InterruptedRunError
 from streamprune.fit.estimate import Estimate
@@ -15,6 +17,7 @@ from streamprune.model_facts import ModelFacts
 from streamprune.output.card import model_card
 from streamprune.output.plan import PrunePlan
 from streamprune.output.record import run_report
+from streamprune.output.uneven import engines_note, is_uneven
 from streamprune.output.writer import OutputWriter
 from streamprune.progress import Progress
 from streamprune.quota import Quota
@@ -43,6 +46,24 @@ class Decided:
     plan: PrunePlan
     provenance: Mapping[str, Any]
     scores: Scores | None
+
+    @cached_property
+    def retained(self) -> tuple[Retention, ...]:
+        """What the choice keeps of each source of the calibration; empty without scores."""
+        if self.scores is None:
+            return ()
+        return retentions(self.scores.layers, self.scores.sources, self.choice, self.scores.spec.groups)
+
+
+def tell_choice(decided: Decided, progress: Progress) -> None:
+    """Say what the choice keeps of each source, what to beware of, and who can load the result."""
+    if is_uneven(decided.plan.counts):
+        progress.say(f"note: {engines_note(True)}")
+    if decided.retained:
+        kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
+        progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
+    for warning in retention_warnings(decided.retained):
+        progress.say(f"warning: {warning}")
 
 
 def write_blocks(
@@ -107,6 +128,9 @@ def summary_of(decided: Decided, estimate: Mapping[str, Any] | None, seconds: fl
         "never_routed": [
             {"layer": layer.block, "experts": layer.tokens.count(0)} for layer in layers if 0 in layer.tokens
         ],
+        "domain_retention": {
+            each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in decided.retained
+        },
         "dropped_tensors": len(plan.layout.dropped),
         "seconds": round(seconds, 3),
         "memory": estimate,
