@@ -22,7 +22,7 @@ from streamprune.settings import RunSettings
 from streamprune.streaming import batches
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.stream import BatchState, BlockStream
-from streamprune.text.calibration import Calibration
+from streamprune.text.calibration import Calibration, MicroBatch
 from tests.helpers import CPU, known_family, prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
@@ -219,7 +219,7 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
 
 def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
     """Only while their place was left to us; here the CPU's memory stands in for the card's."""
-    calibration = Calibration(tuple(torch.full((8,), number) for number in range(4)), ("test",), "")
+    calibration = Calibration(tuple(torch.full((8,), number) for number in range(4)), ("test",), (0,) * 4, "")
     room = Room(Limit(1000, "", ""), Limit(1000, "", ""), Limit(1000, "", ""))
     plan = MemoryPlan("device", 32, Needs(1, 1, 1, 1, 100, lambda tokens: tokens, 4, 8, 32), room, "cuda:0")
 
@@ -228,14 +228,14 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
         settings = RunSettings(model="m", output=tmp_path, keep=4, states=states)
         micro = MicroBatches(settings, calibration, plan, CPU, Progress(1, quiet=False, stream=shown), tmp_path)
 
-        def compute(number: int, ids: torch.Tensor, state: BatchState) -> BatchState:
+        def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
             if micro.place == "device" and number == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return BatchState(ids.float() + (0 if state.output is None else state.output))
+            return BatchState(batch.ids.float() + (0 if state.output is None else state.output))
 
         micro.batch_tokens = 8
         for _ in range(2):
-            micro.run(0, compute, committed.append, store=True)
+            micro.run(0, compute, lambda done, source: committed.append(done), store=True)
         return micro, committed, shown.getvalue()
 
     micro, committed, shown = carry("auto")

@@ -9,8 +9,8 @@ to, and which is killed when an answer takes too long.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import resource
 import select
 import signal
@@ -78,7 +78,8 @@ class ChatRenderer:
         if self._child is None:
             self._start()
         try:
-            request = pickle.dumps((chat.messages, chat.tools, dict(chat.variables)))
+            # Parquet also has dates and the like, which templates get as text.
+            request = json.dumps((chat.messages, chat.tools, dict(chat.variables)), default=str).encode()
         except RecursionError:
             raise CalibrationError(f"{chat.place} is nested too deeply for a chat.") from None
         # A child that is gone cannot be written to; why it is gone shows when it is read from.
@@ -149,7 +150,7 @@ def _render_all(tokenizer: Any, asked: int, answering: int) -> None:
                 # Should the parent be killed, nobody else would end a template that loops.
                 seconds = int(time.process_time() + MOST_SECONDS) + 2
                 resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-                messages, tools, variables = pickle.loads(requests.read(int.from_bytes(head, "little")))
+                messages, tools, variables = json.loads(requests.read(int.from_bytes(head, "little")))
                 kind, data = _render(tokenizer, messages, tools, variables)
                 _write(answering, kind + len(data).to_bytes(8, "little") + data)
     except BaseException:
