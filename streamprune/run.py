@@ -132,7 +132,6 @@ class _Run:
     def go(self, tokens_recorded: bool) -> RunResult:
         check_place(self.settings)
         recorded = begin(self.settings, self.work)
-        announce_plan(self.progress, self.settings, self.decision)
         # Before tens of GiB are downloaded: text that is of no use should cost no time.
         if recorded is not None and tokens_recorded:
             vocabulary = vocabulary_of(self.decision.skeleton)
@@ -140,6 +139,8 @@ class _Run:
         else:
             calibration = calibrate(self.settings, self.decision)
         prepared = prepare(self.settings, self.decision)
+        # Nothing is told before all is known to be in order: a refusal is one message and no more.
+        announce_plan(self.progress, self.settings, self.decision)
         announce_model(self.progress, self.settings, prepared)
         announce_calibration(self.progress, prepared, calibration, self.device)
         settings = self.settings

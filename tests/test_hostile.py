@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ import streamprune
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, ResumeError, StreampruneError
 from streamprune.run import resume
+from streamprune.scores.statistics import FIELDS, pack, unpack
 from streamprune.settings import RunSettings
 from streamprune.streaming.stream import BatchState
 from streamprune.work.durable import read_record
@@ -177,15 +179,22 @@ def test_states_of_another_model_are_told(place: Place) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"kept": [0, 1, 2, 3, 4]}, {"kept": [7, 6, 5, 4, 3]}, {"kept": []}, {"kept": ["0"] * 5}, {"index": 3},
-        {"scores": [1.0] * 3}, {"scores": [float("nan")] * 8}, {"scores": None}, {"counts": [-1] * 8},
-        {"counts": [2**70] * 8},
+        {"kept": [0, 1, 2, 3, 4]}, {"kept": [7, 6, 5, 4, 3]}, {"kept": []}, {"kept": ["0"] * 5}, {"kept": None},
+        {"result": None}, {"result": []}, {"block": 3}, {"block": "1"}, {"statistics": None}, {"statistics": ""},
+        {"statistics": "AAAA"}, {"statistics": "?" * 768}, {"tokens": -1.0}, {"tokens": 1.5}, {"tokens": 1e300},
+        {"norms": math.nan}, {"norms": -1.0}, {"cosines": math.inf},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_block_that_no_scoring_gave_is_done_again(change: dict[str, Any], place: Place) -> None:
-    record = place.records["blocks/00001.json"]
-    work = place.work_with("blocks/00001.json", record | {"result": record["result"] | change})
+    record = json.loads(json.dumps(place.records["blocks/00001.json"]))
+    ((name, value),) = change.items()
+    if name in FIELDS:
+        values = unpack(record["result"]["statistics"], 1, 8)
+        values[list(FIELDS).index(name), 0, 3] = value
+        name, value = "statistics", pack(values)
+    (record if name in record else record["result"])[name] = value
+    work = place.work_with("blocks/00001.json", record)
     shutil.rmtree(place.folder / "out", ignore_errors=True)
     resume(work, quiet=True)
     report = place.report
