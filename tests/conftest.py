@@ -1,12 +1,21 @@
-"""Quiet libraries, and the GPU marker."""
+"""Quiet libraries, the GPU marker, and the demo, which several test files look at."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import transformers
+
+if TYPE_CHECKING:
+    from streamprune.demo import DemoResult
+
+#: The demo's training steps in tests. Enough for what it is there to show; fewer show little.
+DEMO_STEPS = 350
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -19,3 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """The demo as it was run in `folder`, and what it printed."""
+
+    folder: Path
+    result: DemoResult
+    told: list[str]
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+    """The demo, run once for all tests that need it or its trained model (xdist_group "demo")."""
+    from streamprune.demo import run_demo
+
+    folder, told = tmp_path_factory.mktemp("demo"), list[str]()
+    # With one thread, the same model on every machine of a kind.
+    return DemoRun(folder, run_demo(folder, steps=DEMO_STEPS, threads=1, echo=told.append), told)

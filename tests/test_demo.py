@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamprune.demo import CODE, MIX, DemoResult, data, run_demo, trained_model
+from streamprune.demo import CODE, MIX, DemoResult, data, trained_model
 from streamprune.demo.report import table
 from streamprune.errors import SettingsError
 from streamprune.text import corpus
+from tests.conftest import DEMO_STEPS as STEPS
+from tests.conftest import DemoRun
 
-#: Enough for both findings; fewer show little.
-STEPS = 350
 #: The tokenizer, and the sequences by domain.
 Prepared = tuple[Any, dict[str, data.DomainData]]
 
@@ -26,20 +26,19 @@ pytestmark = pytest.mark.xdist_group("demo")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
+def folder(demo_run: DemoRun) -> Path:
+    return demo_run.folder
 
 
 @pytest.fixture(scope="module")
-def told() -> list[str]:
+def told(demo_run: DemoRun) -> list[str]:
     """What the demo printed."""
-    return []
+    return demo_run.told
 
 
 @pytest.fixture(scope="module")
-def result(folder: Path, told: list[str]) -> DemoResult:
-    # With one thread, the same model on every machine of a kind.
-    return run_demo(folder, steps=STEPS, threads=1, echo=told.append)
+def result(demo_run: DemoRun) -> DemoResult:
+    return demo_run.result
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from streamprune.demo import report
 from streamprune.demo.data import CALIBRATION_SEQUENCES
+from streamprune.demo.measure import Yardstick, load_whole, yardstick
 from streamprune.demo.result import CODE, MIX, DemoResult, Measured, Variant
 from streamprune.demo.train import TrainedModel, torch_threads, trained_model
-from streamprune.errors import CheckpointError, OutputError
+from streamprune.errors import OutputError
 from streamprune.run import run
 from streamprune.settings import RunSettings
 
@@ -50,15 +50,15 @@ def run_demo(
 
 def _prune_and_measure(folder: Path, trained: TrainedModel, echo: Callable[[str], None]) -> DemoResult:
     calibrations = _write_calibrations(folder / "calibration", trained.calibration)
-    model = _load(trained.folder)
-    reference = _log_probabilities(model, trained.held_out)
-    before = _measure(model, trained.folder, trained.held_out, reference)
+    model = load_whole(trained.folder)
+    held_out = yardstick(model, trained.held_out)
+    before = _measure(model, trained.folder, held_out)
     output = folder / OUTPUT_NAME
 
     def variant(ratio: float, calibration: str, place: Path, quiet: bool) -> Variant:
         echo(f"Pruning {ratio:.0%} of the experts, calibrated on {report.CALIBRATION_WORDS[calibration]} ...")
         run(_settings(trained.folder, place, ratio, calibrations[calibration]), quiet=quiet)
-        return Variant(ratio, calibration, _measure(_load(place), place, trained.held_out, reference))
+        return Variant(ratio, calibration, _measure(load_whole(place), place, held_out))
 
     variants = [variant(MAIN_RATIO, MIX, output, quiet=False)]
     with tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as scratch:
@@ -94,44 +94,23 @@ def _write_calibrations(folder: Path, sequences: Mapping[str, torch.Tensor]) -> 
     try:
         folder.mkdir(exist_ok=True)
         for name, rows in chosen.items():
-            text = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist())
-            paths[name].write_text(text, encoding="utf-8")
+            write_sequences(paths[name], rows)
     except OSError as error:
         raise OutputError(f"The demo's calibration data cannot be written to {folder}: {error}.") from error
     return paths
 
 
-def _load(folder: Path) -> Any:
-    """The model as any user of transformers loads it. Raises CheckpointError unless every weight finds its place."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if problems:
-        raise CheckpointError(f"transformers loads {folder} with problems: {problems}. Please report this.")
-    return model.eval()
+def write_sequences(path: Path, rows: torch.Tensor) -> None:
+    """Write token ids (N, L) as calibration data: a JSONL file with a sequence per line."""
+    text = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist())
+    path.write_text(text, encoding="utf-8")
 
 
-@torch.inference_mode()
-def _log_probabilities(model: Any, held_out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model predicts at each position that has a next token: domain -> (N, SEQ_LEN - 1, VOCAB_SIZE)."""
-    return {
-        name: model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for name, ids in held_out.items()
-    }
-
-
-@torch.inference_mode()
-def _measure(
-    model: Any, folder: Path, held_out: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
-) -> Measured:
-    """Loss and Kullback-Leibler divergence per domain, in nats per token, and sizes. `reference`: the unpruned model's
-    log-probabilities."""
-    losses, divergences = {}, {}
-    for name, predicted in _log_probabilities(model, held_out).items():
-        losses[name] = -float(predicted.gather(-1, held_out[name][:, 1:, None]).double().mean())
-        known = reference[name]
-        divergences[name] = float((known.exp() * (known - predicted)).sum(-1).double().mean())
+def _measure(model: Any, folder: Path, held_out: Yardstick) -> Measured:
+    found = held_out.measure(model)
     return Measured(
-        losses=losses,
-        divergences=divergences,
+        losses=found.losses,
+        divergences=found.divergences,
         experts=model.config.num_experts,
         parameters=model.num_parameters(),
         weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -14,17 +14,14 @@ CODE = "code"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model on the held-out text: domain -> nats per token, and its sizes.
+class Damage:
+    """One model on the held-out text: domain -> nats per token.
 
-    `losses` is the mean next-token loss, `divergences` the mean KL(unpruned ‖ this model); `experts` is per block.
+    `losses` is the mean next-token loss, `divergences` the mean KL(unpruned ‖ this model).
     """
 
     losses: Mapping[str, float]
     divergences: Mapping[str, float]
-    experts: int
-    parameters: int
-    weight_bytes: int
 
     @property
     def mean_loss(self) -> float:
@@ -35,6 +32,15 @@ class Measured:
     def mean_divergence(self) -> float:
         """Over the domains, nats per token."""
         return fmean(self.divergences.values())
+
+
+@dataclass(frozen=True)
+class Measured(Damage):
+    """The same with the model's sizes; `experts` is per block."""
+
+    experts: int
+    parameters: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True)

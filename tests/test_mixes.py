@@ -1,0 +1,197 @@
+"""Calibration mixes on a small trained model: the published effect, what foretells it, and the tool that shows both."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from streamprune.choice.mix import parse_mix
+from streamprune.demo.foretell import correlation, extremes, pairs, spearman
+from streamprune.demo.mixes import BALANCED, GENERAL, MIXES, Cell, Setup, choice_setups, mix_setups, study
+from streamprune.errors import SettingsError
+from streamprune.text.corpus import DOMAINS
+from tests.conftest import DEMO_STEPS, DemoRun
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The trained model is the demo's: one worker makes it once for both.
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+def run_tool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "mixes"), "-o", str(folder), "--steps", str(DEMO_STEPS), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def told(demo_run: DemoRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What the tool prints, and its JSON."""
+    path = tmp_path_factory.mktemp("mixes") / "mixes.json"
+    methods, schedules = ("--methods", "reap", "random"), ("--schedules", "uniform", "global")
+    done = run_tool(demo_run.folder, "--ratios", "0.5", *methods, *schedules, "--json", str(path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def by_mix(told: tuple[str, dict[str, Any]]) -> Mapping[str, Any]:
+    cells = told[1]["cells"]
+    return {
+        cell["setup"]["mix"]: cell
+        for cell in cells
+        if (cell["setup"]["method"], cell["setup"]["schedule"]) == ("reap", "uniform")
+    }
+
+
+def general(cell: Mapping[str, Any], what: str) -> float:
+    return fmean(cell[what][name] for name in GENERAL)
+
+
+def test_general_text_in_the_mix_saves_the_other_domains(by_mix: Mapping[str, Any]) -> None:
+    assert list(by_mix) == list(MIXES)
+    alone, some, even = (by_mix[mix] for mix in ("code only", "70/30", BALANCED))
+    for mixed in (some, even):
+        assert general(alone, "divergences") > 1.2 * general(mixed, "divergences")
+        assert general(alone, "losses") > general(mixed, "losses")
+    # Most of what a balanced mix saves, 30 % of general text save already; to code they cost less.
+    saved = [general(alone, "divergences") - general(mixed, "divergences") for mixed in (some, even)]
+    assert saved[0] > 0.5 * saved[1]
+    assert alone["divergences"]["code"] < some["divergences"]["code"] < even["divergences"]["code"]
+
+
+def test_retention_tells_beforehand_who_loses(by_mix: Mapping[str, Any]) -> None:
+    alone, even = by_mix["code only"]["retention"], by_mix[BALANCED]["retention"]
+    assert alone["code"] > even["code"]
+    for name in ("arithmetic", "records"):
+        # The two whose text shares least with code.
+        assert alone[name] < even[name] - 0.05
+        assert by_mix["code only"]["divergences"][name] > by_mix[BALANCED]["divergences"][name]
+    kept = [general(by_mix[mix], "retention") for mix in ("code only", "70/30", BALANCED)]
+    assert kept == sorted(kept)
+    assert all(0 < share < 1 for cell in by_mix.values() for share in cell["retention"].values())
+
+
+def test_scores_beat_chance_and_global_divides_the_same_total(told: tuple[str, dict[str, Any]]) -> None:
+    cells = [cell for cell in told[1]["cells"] if cell["setup"]["mix"] == BALANCED]
+    damage = {
+        (method, schedule): fmean(
+            fmean(cell["divergences"].values())
+            for cell in cells
+            if (cell["setup"]["method"], cell["setup"]["schedule"]) == (method, schedule)
+        )
+        for method in ("reap", "random")
+        for schedule in ("uniform", "global")
+    }
+    for schedule in ("uniform", "global"):
+        assert damage["reap", schedule] < damage["random", schedule]
+    for cell in cells:
+        assert sum(cell["counts"]) == 4 * 16
+        assert (set(cell["counts"]) == {16}) == (cell["setup"]["schedule"] == "uniform")
+    assert sorted(cell["setup"]["seed"] for cell in cells) == [0, 0, 0, 0, 1, 1, 2, 2]
+
+
+def test_tables_have_the_figures_of_the_json(told: tuple[str, dict[str, Any]], by_mix: Mapping[str, Any]) -> None:
+    text, figures = told
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for mix, cell in by_mix.items():
+        for what, form in (("losses", ".3f"), ("divergences", ".3f"), ("retention", ".1%")):
+            values = [*(cell[what][name] for name in DOMAINS), general(cell, what), fmean(cell[what].values())]
+            assert " ".join([f"50% removed, {mix}", *(format(value, form) for value in values)]) in lines
+    found = figures["retention_and_damage"]["mixes"]
+    row = f"mixes, 50% removed {found['correlation']:+.2f} {found['within_domains']:+.2f} "
+    assert row + f"{found['agreeing']} of {found['total']} " in "\n".join(lines)
+    assert figures["seed"] == 0
+    assert figures["calibration_tokens"] == 4 * 256 * 128
+    assert set(figures["versions"]) == {"streamprune", "python", "torch", "transformers", "numpy"}
+
+
+def test_second_run_prints_the_same_digits(told: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path) -> None:
+    path = tmp_path / "again.json"
+    done = run_tool(demo_run.folder, "--ratios", "0.5", "--only-mixes", "--json", str(path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again = told[1]["cells"], json.loads(path.read_text())["cells"]
+    assert again == first[: len(MIXES)]
+    # (Other rows make other columns wider.)
+    lines, before = ({" ".join(line.split()) for line in text.splitlines()} for text in (done.stdout, told[0]))
+    assert lines < before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ratios", "1.5"), "--ratio 1.5 is not between 0 and 1"),
+        (("--methods", "reep"), "invalid choice: 'reep'"),
+        (("--json", "/proc/nowhere/mixes.json"), "Writing the figures failed"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    json_file = () if "--json" in arguments else ("--json", str(tmp_path / "mixes.json"))
+    done = run_tool(tmp_path / "demo", *arguments, *json_file)
+    assert done.returncode
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+def test_impossible_setups_train_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--method 'best' is unknown"):
+        study(tmp_path / "demo", [Setup(BALANCED, 0.5, "best")])
+    assert not (tmp_path / "demo").exists()
+
+
+def test_mixes_have_the_shares_of_their_names(tmp_path: Path) -> None:
+    for mix, code in (("code only", 1), ("70/30", 0.7), ("50/50", 0.5), (BALANCED, 0.25)):
+        shares = parse_mix(str(Setup(mix, 0.5).settings(tmp_path, tmp_path, tmp_path).mix))
+        assert shares["code"] / sum(shares.values()) == pytest.approx(code)
+        assert len({shares.get(name, 0) for name in GENERAL}) == 1
+
+
+def test_grids_are_complete() -> None:
+    assert len(set(mix_setups())) == 12
+    grid = choice_setups(("reap", "random"), ("uniform", "global"), (0.5, 0.75), (0, 1, 2))
+    assert len(set(grid)) == len(grid) == 2 * 2 * (1 + 3)
+    assert {setup.mix for setup in grid} == {BALANCED}
+
+
+def test_spearman_by_hand() -> None:
+    assert spearman([1, 2, 3, 4], [0.1, 7, 8, 1e9]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [3, 2, 1, 0]) == pytest.approx(-1)
+    # 1 − 6 Σd² / (n (n² − 1)) with d = 1, 1, 1, 1, 0.
+    assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / 120)
+    # Ranks 1.5, 1.5, 3 and 1, 2, 3: covariance 1.5, variances 1.5 and 2.
+    assert spearman([5, 5, 9], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
+    assert math.isnan(spearman([1, 1], [1, 2]))
+    assert math.isnan(spearman([], []))
+
+
+def cell(ratio: float, kept: Mapping[str, float], lost: Mapping[str, float]) -> Cell:
+    return Cell(losses=lost, divergences=lost, setup=Setup(BALANCED, ratio), counts=(1,), retention=kept)
+
+
+def test_what_foretells_is_counted_as_it_should() -> None:
+    good = cell(0.5, {"a": 0.9, "b": 0.3}, {"a": 0.1, "b": 9.0})
+    better = cell(0.5, {"a": 0.8, "b": 0.4}, {"a": 0.2, "b": 8.0})
+    wrong = cell(0.5, {"a": 0.7, "b": 0.5}, {"a": 0.1, "b": 9.5})
+    other = cell(0.75, {"a": 0.1, "b": 0.1}, {"a": 0.0, "b": 0.0})
+    assert correlation([good, better]) == pytest.approx(-1)
+    # Domain b is damaged more although it is kept as well: it shows unless each domain is ranked for itself.
+    uneven = [cell(0.5, {"a": kept, "b": kept}, {"a": 1 - kept, "b": 9 - kept}) for kept in (0.2, 0.6)]
+    assert correlation(uneven, relative=True) == pytest.approx(-1)
+    assert -1 < correlation(uneven) < 0
+    assert math.isnan(correlation([]))
+    counted = pairs([good, better, wrong, other])
+    # good/better agree twice, better/wrong never, good/wrong: a is damaged alike and does not count, b disagrees.
+    assert (counted.agreeing, counted.total, counted.share) == (2, 5, 0.4)
+    assert math.isnan(pairs([good]).share)
+    assert extremes(good).agree
+    assert extremes(cell(0.5, {"a": 0.2, "b": 0.3}, {"a": 0.1, "b": 0.4})).agree is False
