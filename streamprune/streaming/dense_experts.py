@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from streamprune.streaming.grouped_experts import measure
+from streamprune.streaming.grouped_experts import dots, norms, peaks
 from streamprune.streaming.statistics import Pairs, cosines
 
 CLASSES = frozenset({"Llama4TextExperts"})
@@ -28,11 +28,10 @@ def pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) 
     routed_TE = hidden_TEH.any(dim=-1)
     everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
     index_TE = torch.where(routed_TE, everyone_TE, experts)
-    norms_TE = torch.where(routed_TE, measure(output_TEH, 2.0), 0.0)
+    norms_TE = torch.where(routed_TE, norms(output_TEH), 0.0)
     gates_TE = torch.ones_like(norms_TE)
     sum_TH = output_TEH.sum(dim=1)
-    dot_TE = (output_TEH @ sum_TH.unsqueeze(-1)).squeeze(-1)
     # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
-    ranks_TE = measure(hidden_TEH, 2.0)
-    together_TE = cosines(dot_TE, gates_TE, norms_TE, measure(sum_TH, 2.0))
-    return Pairs(index_TE, gates_TE, ranks_TE, norms_TE, measure(output_TEH, float("inf")), together_TE)
+    ranks_TE = norms(hidden_TEH)
+    together_TE = cosines(dots(output_TEH, sum_TH), gates_TE, norms_TE, norms(sum_TH))
+    return Pairs(index_TE, gates_TE, ranks_TE, norms_TE, peaks(output_TEH), together_TE)

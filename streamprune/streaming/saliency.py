@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from streamprune.errors import UnsupportedModelError
 from streamprune.source.skeleton import dispatches_experts
 from streamprune.streaming import dense_experts, grouped_experts
-from streamprune.streaming.grouped_experts import measure
+from streamprune.streaming.grouped_experts import dots, norms, peaks
 from streamprune.streaming.statistics import ExpertStatistics, Pairs, cosines
 
 #: The name under which transformers' experts interface knows our forward.
@@ -54,7 +54,7 @@ class ExpertsTap:
     def _entering(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         stream = args[0] if args else named["hidden_states"]
         # (B, L, H); with several residual streams (B, L, N, H), taken together.
-        self.residual_T = measure(stream.reshape(stream.shape[0] * stream.shape[1], -1), 2.0)
+        self.residual_T = norms(stream.reshape(stream.shape[0] * stream.shape[1], -1))
 
     def record(self, pairs: Pairs) -> None:
         """Add a micro-batch's pairs to the statistics."""
@@ -144,11 +144,9 @@ def bare_pairs(
         index_TK.reshape(-1, 1),
         torch.ones_like(gates_TK).reshape(-1, 1),
     ).view(*index_TK.shape, hidden_TH.shape[-1])
-    norms_TK = measure(output_TKH, 2.0)
-    # The module may combine in another dtype than its experts' outputs have.
-    dot_TK = torch.bmm(output_TKH, sum_TH.to(output_TKH.dtype).unsqueeze(-1)).squeeze(-1) * gates_TK
-    cosines_TK = cosines(dot_TK, gates_TK, norms_TK, measure(sum_TH, 2.0))
-    return Pairs(index_TK, gates_TK, gates_TK, norms_TK, measure(output_TKH, float("inf")), cosines_TK)
+    norms_TK = norms(output_TKH)
+    cosines_TK = cosines(dots(output_TKH, sum_TH) * gates_TK, gates_TK, norms_TK, norms(sum_TH))
+    return Pairs(index_TK, gates_TK, gates_TK, norms_TK, peaks(output_TKH), cosines_TK)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)
