@@ -135,7 +135,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {what}. Download this file again.")
 
 
-def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: int = 8 << 20) -> Iterator[bytes]:
+def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
     """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time.
 
     Raises CheckpointError when the file has become shorter since its header was read.

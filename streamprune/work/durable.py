@@ -9,12 +9,16 @@ import hashlib
 import json
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from streamprune.source.shard import parse_json
 
+#: Portions of so many bytes are hashed by a thread of its own, of which so many may wait.
+_LARGE_PORTION, _MOST_PENDING = 1 << 16, 4
 #: What is being written, until it has its name. Left behind only by a crash, and then of no use.
 PARTIAL = ".partial"
 
@@ -31,11 +35,11 @@ def write_whole(path: Path, data: bytes) -> None:
 def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
     """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex."""
     partial = path.with_name(path.name + PARTIAL)
-    digest = hashlib.sha256()
-    with partial.open("wb") as stream:
+    with partial.open("wb") as stream, _Digest() as digest:
         for portion in portions:
             stream.write(portion)
             digest.update(portion)
+        checksum = digest.hexdigest()
         reached(f"{path.name}: written")
         stream.flush()
         os.fsync(stream.fileno())
@@ -44,7 +48,39 @@ def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
     reached(f"{path.name}: renamed")
     sync_folder(path.parent)
     reached(f"{path.name}: durable")
-    return digest.hexdigest()
+    return checksum
+
+
+class _Digest:
+    """SHA-256 of portions that must not change afterwards, taken by a thread of its own while they are written."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def update(self, portion: bytes | memoryview) -> None:
+        if self._pool is None:
+            # A thread would cost small files more than it saves.
+            if len(portion) < _LARGE_PORTION:
+                self._digest.update(portion)
+                return
+            self._pool = ThreadPoolExecutor(1)
+        self._pending.append(self._pool.submit(self._digest.update, portion))
+        while len(self._pending) > _MOST_PENDING:
+            self._pending.popleft().result()
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._digest.hexdigest()
 
 
 def names_in(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
