@@ -14,6 +14,7 @@ from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
+from streamprune.output.uneven_input import refuse_uneven
 from streamprune.output.writer import check_output, check_scores_file
 from streamprune.quota import Quota, find_quota
 from streamprune.settings import RunSettings
@@ -57,6 +58,7 @@ def decide(settings: RunSettings) -> Decision:
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     (check_scores_file if settings.only_score else check_output)(settings.output, folder, settings.overwrite)
     raw = read_json(folder / CONFIG_NAME)
+    refuse_uneven(raw, settings.model)
     _refuse_quantized(raw, folder)
     config = load_config(folder, settings.trust_remote_code)
     dtype = _chosen_dtype(settings.dtype, config)

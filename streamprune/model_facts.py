@@ -55,9 +55,8 @@ class ModelFacts:
         """What the finished model will take, its weights counted in the files that were written."""
         if self.footprint is None:
             return None
-        widest = max(plan.counts.values())
-        weights = weights_by_layout(written, self.layout, widest)
-        spec = replace(self.layout.spec, count=widest)
+        weights = weights_by_layout(written, self.layout, plan.counts)
+        spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
         footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
         return quota.held_against(Estimate(footprint, goal.use))
 
@@ -82,7 +81,7 @@ def facts_from_json(told: Any, spec: ExpertSpec, model: str, tensors: Mapping[st
         raise CheckpointError(
             f"What the scores tell of the model's memory cannot be used ({error}). Score the model again."
         ) from None
-    weights = weights_by_layout(tensors, layout, spec.count)
+    weights = weights_by_layout(tensors, layout, dict.fromkeys(layout.moe_blocks, spec.count))
     return ModelFacts(layout, loading, Footprint(model, weights, spec, sizes, shape, **rest))
 
 

@@ -138,7 +138,7 @@ def per_expert(count: int) -> tuple[dict[str, TensorEntry], dict[str, SourceRole
 
 def test_experts_are_renumbered_not_reordered() -> None:
     tensors, roles = per_expert(4)
-    outputs = output_tensors(tensors, find_cuts(tensors, roles, (), 4), {0: 2})
+    outputs = output_tensors(tensors, find_cuts(tensors, roles, (), {0: 4}), {0: 2})
     assert [tensor.name for tensor in outputs] == list(tensors)[:2]
     assert outputs[1].slot == 1
     assert outputs[1].sources[3].name == list(tensors)[3]
@@ -149,13 +149,13 @@ def test_missing_experts_are_named() -> None:
     for table in (tensors, roles):
         table.pop("model.layers.0.mlp.experts.2.up.weight")
     with pytest.raises(CheckpointError, match=r"only 3 of the 4 experts .* expert 2"):
-        find_cuts(tensors, roles, (), 4)
+        find_cuts(tensors, roles, (), {0: 4})
 
 
 def test_a_tensor_without_an_expert_axis_is_refused() -> None:
     role = SourceRole(0, "p", None, (4, 2), ExpertRows(0, 1, 0))
     with pytest.raises(UnsupportedModelError, match="no single axis of 4 rows"):
-        find_cuts({"w": entry("w", (3, 5))}, {"w": role}, (), 4)
+        find_cuts({"w": entry("w", (3, 5))}, {"w": role}, (), {0: 4})
 
 
 def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from streamprune.cli.common import goal_options, quiet_libraries, reports_errors
-from streamprune.errors import DoesNotFitError
+from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.budget import resolve_budget
 from streamprune.fit.estimate import Fit, check_keep
 from streamprune.fit.report import fit_object, fit_text, measured_lines, measured_object
@@ -70,6 +70,11 @@ def fit(
     footprint = read_footprint(model, revision, trust_remote_code)
     if keep is not None:
         check_keep(footprint, keep)
+    if measure and footprint.weights.counts is not None and not trust_remote_code:
+        raise SettingsError(
+            f"--measure loads the model, but the blocks of {model} keep different numbers of experts, so that the "
+            "Python code beside its weights is needed. If you trust its author, add --trust-remote-code."
+        )
     answer = Fit(footprint, wanted, budget.nbytes)
     found = _measured(answer, device, trust_remote_code) if measure else ()
     if as_json:

@@ -35,8 +35,12 @@ WORKSPACE_SHARE = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Footprint:
-    """All that is known of a model's memory. `spec` is None for a model without experts; `itemsize` is bytes per value
-    in which it computes; `max_positions` the longest context that its config names."""
+    """All that is known of a model's memory.
+
+    `spec` is None for a model of which no experts can be removed: it has none, or its blocks keep different numbers of
+    them already (`weights.counts`). `itemsize` is bytes per value in which it computes; `max_positions` the longest
+    context that its config names.
+    """
 
     model: str
     weights: Weights
@@ -97,11 +101,20 @@ class Estimate:
         return sum(term.bytes for term in self.terms if term.name == STATE)
 
     @property
-    def experts(self) -> int:
-        """Experts per block in the model as asked about, where blocks differ the mean; 0 without experts."""
+    def total_experts(self) -> int:
+        """Experts of all blocks together in the model as asked about; 0 without experts."""
+        weights = self.footprint.weights
+        if weights.counts is not None:
+            return sum(weights.counts.values())
         if self.use.total is not None:
-            blocks = self.footprint.weights.sizes(self.use.weights_dtype).moe_blocks
-            return round(self.use.total / max(1, blocks))
+            return self.use.total
+        return (self.experts or 0) * weights.sizes(self.use.weights_dtype).moe_blocks
+
+    @property
+    def experts(self) -> int | None:
+        """Experts per block in the model as asked about; 0 without experts, None where blocks may differ."""
+        if self.use.total is not None or self.footprint.weights.counts is not None:
+            return None
         return self.footprint.weights.count if self.use.keep is None else self.use.keep
 
 
@@ -201,9 +214,22 @@ def _largest(values: range, fits: Callable[[int], bool]) -> int | None:
     return values[low - 1] if low else None
 
 
+def uneven_note(footprint: Footprint) -> str:
+    """Why a model whose blocks keep different numbers of experts has no other number, and what to do instead."""
+    counts = footprint.weights.counts or {}
+    return (
+        f"the blocks of {footprint.model} keep different numbers of experts already ({min(counts.values())} to "
+        f"{max(counts.values())}), and it cannot be pruned again. For another size, prune the model that it was made "
+        "from once more, from the same scores (`streamprune prune SOURCE --scores ...`); `streamprune fit SOURCE` says "
+        "how many experts fit."
+    )
+
+
 def check_keep(footprint: Footprint, keep: int) -> None:
     """Raise SettingsError for a number of experts that the model cannot have."""
     spec = footprint.spec
+    if footprint.weights.counts is not None:
+        raise SettingsError(f"--keep {keep} is not possible: {uneven_note(footprint)}")
     if spec is None:
         raise SettingsError(f"--keep {keep}: {footprint.model} has no experts.")
     least = minimum_keep(spec)

@@ -13,6 +13,7 @@ from streamprune.errors import CheckpointError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.kv_cache import stated_cache
 from streamprune.fit.weight_facts import weights_by_name
+from streamprune.output.uneven_input import UnevenConfig, read_uneven
 from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TensorEntry, open_checkpoint, read_json
 from streamprune.source.config_facts import first_number, stated_experts, stated_shape, states_experts, text_part
 from streamprune.source.hub import resolve_model
@@ -33,12 +34,13 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     config = read_json(folder / CONFIG_NAME)
     tensors = read_headers(model, folder)
-    stated = _by_name(model, config, tensors) if tensors is not None else None
+    uneven = read_uneven(config)
+    stated = _by_name(model, config, tensors, uneven) if tensors is not None else None
     if stated is not None:
         return stated
     from streamprune.fit.structure import footprint_of_model
 
-    return footprint_of_model(model, folder, config, tensors, trust_remote_code)
+    return footprint_of_model(model, folder, config, tensors, trust_remote_code, uneven)
 
 
 def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
@@ -66,15 +68,20 @@ def _complete(folder: Path) -> Mapping[str, TensorEntry] | None:
         return None
 
 
-def _by_name(model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Footprint | None:
+def _by_name(
+    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], uneven: UnevenConfig | None
+) -> Footprint | None:
+    if uneven is not None:
+        config = uneven.stock
     spec = stated_experts(config)
     if spec is None and states_experts(config):
         return None
-    weights = weights_by_name(tensors, config, spec)
+    weights = weights_by_name(tensors, config, spec, uneven.differing if uneven else None)
     cache = stated_cache(config, tensors)
     shape = stated_shape(config)
     if weights is None or cache is None or shape is None:
         return None
+    spec = None if weights.counts else spec
     return Footprint(model, weights, spec, cache, shape, cache.itemsize, max_positions(config), ())
 
 

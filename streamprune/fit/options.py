@@ -27,10 +27,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table: `experts` per block in one form of weights, with one context (tokens)."""
+    """One entry of the table: `experts` per block in one form of weights, with one context (tokens).
+
+    `experts` is 0 for a model that has none, and None where its blocks have different numbers.
+    """
 
     ratio: float
-    experts: int
+    experts: int | None
     weights_dtype: str
     context: int
     total_bytes: int
@@ -43,7 +46,7 @@ def nearest(fit: Fit) -> list[Option]:
 
 
 def _fewer_experts(fit: Fit) -> Iterator[Option]:
-    if fit.max_experts is not None and fit.max_experts < fit.experts:
+    if fit.max_experts is not None and fit.experts is not None and fit.max_experts < fit.experts:
         count = fit.footprint.weights.count
         yield Option(f"--keep {fit.max_experts}", f"{fit.max_experts} of {count} experts in every block")
 

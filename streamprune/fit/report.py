@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from streamprune.fit.budget import Budget
-from streamprune.fit.estimate import Estimate, Fit
+from streamprune.fit.estimate import Estimate, Fit, uneven_note
 from streamprune.fit.options import Cell, nearest, table
 from streamprune.machine import format_bytes
 
@@ -18,18 +18,21 @@ GIB = 1024**3
 
 
 def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
-    """What `--json` prints. Sizes in bytes; numbers of experts are null for a model that has none."""
+    """What `--json` prints. Sizes in bytes; numbers of experts are null for a model that has none.
+
+    Of a model whose blocks have different numbers they are lists, and null where they ask what could be removed.
+    """
     footprint = fit.footprint
-    has_experts = footprint.spec is not None
+    weights = footprint.weights
+    can_be_pruned = footprint.spec is not None
     return {
         "model": footprint.model,
         **estimate_object(fit),
         "budget_from": budget.label,
         "weights_dtype": fit.use.weights_dtype,
-        "experts_per_layer": fit.experts if has_experts else None,
-        "source_experts_per_layer": footprint.weights.count if has_experts else None,
-        "max_experts_per_layer": (fit.max_experts or 0) if has_experts else None,
-        "max_experts_in_all_layers": (fit.max_total_experts or 0) if has_experts else None,
+        "source_experts_per_layer": _listed(weights.counts) if weights.counts else weights.count or None,
+        "max_experts_per_layer": (fit.max_experts or 0) if can_be_pruned else None,
+        "max_experts_in_all_layers": (fit.max_total_experts or 0) if can_be_pruned else None,
         "max_context": fit.max_context,
         "nearest": [vars(option) for option in nearest(fit)],
         "table": [vars(cell) for cell in table(fit)],
@@ -62,9 +65,16 @@ def measured_lines(measured: Sequence[Measured]) -> list[str]:
 
 
 def estimate_object(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON, with the verdict where there is a budget. Sizes in bytes."""
+    """An estimate as JSON, with the verdict where there is a budget. Sizes in bytes.
+
+    `experts_per_layer` is one number where all blocks have the same, a list, in the blocks' order, where they differ,
+    and null without experts or before it is decided which block keeps how many.
+    """
     low, high = estimate.interval
+    counts = estimate.footprint.weights.counts
     result = {
+        "experts_per_layer": _listed(counts) if counts else estimate.experts or None,
+        "experts_in_all_layers": estimate.total_experts or None,
         "context": estimate.use.context,
         "batch": estimate.use.batch,
         "kv_dtype": estimate.use.kv_dtype,
@@ -89,11 +99,9 @@ def fit_text(fit: Fit, budget: Budget) -> str:
 def terms_lines(fit: Estimate) -> list[str]:
     """Every term of the memory and their sum."""
     use = fit.use
-    count = fit.footprint.weights.count
-    experts = f", {fit.experts} of {count} experts per block" if count else ""
     lines = [
-        f"{fit.footprint.model}{experts}; weights {use.weights_dtype}, {_sequences(use.batch)}{use.context:,} tokens, "
-        f"cache {use.kv_dtype}"
+        f"{fit.footprint.model}{_experts_text(fit)}; weights {use.weights_dtype}, "
+        f"{_sequences(use.batch)}{use.context:,} tokens, cache {use.kv_dtype}"
     ]
     width = max(len(term.name) for term in fit.terms)
     for term in fit.terms:
@@ -102,6 +110,21 @@ def terms_lines(fit: Estimate) -> list[str]:
     low, high = fit.interval
     lines.append(f"  {'total':<{width}}  {format_bytes(fit.total):>11}  {format_bytes(low)} to {format_bytes(high)}")
     return lines
+
+
+def _listed(counts: Mapping[int, int]) -> list[int]:
+    return [counts[block] for block in sorted(counts)]
+
+
+def _experts_text(fit: Estimate) -> str:
+    weights = fit.footprint.weights
+    if weights.counts is not None:
+        numbers = weights.counts.values()
+        return f", {min(numbers)} to {max(numbers)} experts per block, {fit.total_experts:,} in all"
+    if fit.use.total is not None:
+        blocks = weights.sizes(fit.use.weights_dtype).moe_blocks
+        return f", {fit.total_experts:,} of {weights.count * blocks:,} experts in all"
+    return f", {fit.experts} of {weights.count} experts per block" if weights.count else ""
 
 
 def _sequences(batch: int) -> str:
@@ -144,6 +167,9 @@ def _most_experts(fit: Fit) -> str:
 
 
 def _notes(fit: Fit) -> Iterator[str]:
+    if fit.footprint.weights.counts is not None:
+        note = uneven_note(fit.footprint)
+        yield f"{note[0].upper()}{note[1:]}"
     limit = fit.footprint.max_positions
     if limit is not None and fit.use.context > limit:
         yield f"The model's config allows only {limit:,} tokens of context."

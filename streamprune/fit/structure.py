@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from streamprune.fit.cache_trace import trace_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.kv_cache import CacheSizes
-from streamprune.fit.weight_facts import weights_by_layout, weights_by_name
+from streamprune.fit.weight_facts import weights_by_layout, weights_by_name, weights_with
 from streamprune.fit.weights import WeightFact, Weights, category_of
 from streamprune.output.survey import survey
-from streamprune.source.architecture import declared_dtype, load_config
+from streamprune.output.uneven_input import UnevenConfig, counts_of
+from streamprune.source.architecture import config_from_dict, declared_dtype, load_config
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import (
     ExpertSpec,
@@ -43,15 +45,20 @@ def footprint_of_model(
     raw: Mapping[str, Any],
     tensors: Mapping[str, TensorEntry] | None,
     trust_remote_code: bool,
+    uneven: UnevenConfig | None = None,
 ) -> Footprint:
     """Build the model of `folder`'s config on the meta device and read off what names did not tell.
 
     `tensors` are the checkpoint's; None for a config alone, whose weights are then taken as the model would have them.
+    `uneven` is what its config says of blocks with different numbers of experts, if it does.
     """
     config = load_config(folder, trust_remote_code)
+    if uneven is not None:
+        # Built with the same number everywhere: its caches are the same, and names and axes of its tensors too.
+        raw, config = uneven.stock, config_from_dict(config, uneven.stock)
     if states_experts(config.to_dict()):
         skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-        footprint = footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True)
+        footprint = footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True, uneven=uneven)
         return footprint if tensors is not None else _as_published(footprint, config, raw)
     built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
     weights = weights_by_name(tensors, raw, None) if tensors is not None else _weights_of(built, None)
@@ -100,15 +107,21 @@ def footprint_of_skeleton(
     skeleton: Skeleton,
     tensors: Mapping[str, TensorEntry] | None,
     trust_names: bool = False,
+    uneven: UnevenConfig | None = None,
 ) -> Footprint:
     """The footprint of a Mixture-of-Experts model that was built on the meta device.
 
     With `trust_names` the weights are told apart by name where that is certain: also in quantized checkpoints, whose
-    tensors do not feed the plain model.
+    tensors do not feed the plain model. `uneven` says how many experts the blocks have if not as many as the skeleton.
     """
-    weights = weights_by_name(tensors, raw, stated_experts(raw)) if tensors is not None and trust_names else None
-    if weights is None:
-        weights = weights_of_checkpoint(raw, skeleton, tensors) if tensors else _weights_of(skeleton.model, skeleton)
+    counts = counts_of(uneven, skeleton.experts) if uneven else None
+    weights = None
+    if tensors is not None and trust_names:
+        weights = weights_by_name(tensors, raw, stated_experts(raw), uneven.differing if uneven else None)
+    if weights is None and tensors:
+        weights = weights_of_checkpoint(raw, skeleton, tensors, counts)
+    elif weights is None:
+        weights = _weights_of(skeleton.model, skeleton, counts)
     blocks = {fact.block for fact in weights.facts if fact.category == "experts"}
     if len(blocks) != len(skeleton.experts):
         raise CheckpointError(
@@ -119,9 +132,15 @@ def footprint_of_skeleton(
     return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
 
 
-def weights_of_checkpoint(raw: Mapping[str, Any], skeleton: Skeleton, tensors: Mapping[str, TensorEntry]) -> Weights:
-    """The weights by what each tensor feeds in the model."""
-    return weights_by_layout(tensors, survey(raw, skeleton, tensors), skeleton.spec.count)
+def weights_of_checkpoint(
+    raw: Mapping[str, Any],
+    skeleton: Skeleton,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+) -> Weights:
+    """The weights by what each tensor feeds in the model, with `counts` experts by block (None: as the skeleton)."""
+    counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
+    return weights_by_layout(tensors, survey(raw, skeleton, tensors, counts=counts), counts)
 
 
 def _footprint(
@@ -135,11 +154,14 @@ def _footprint(
             "workspace cannot be worked out. Please report this model."
         )
     itemsize = (declared_dtype(config) or torch.bfloat16).itemsize
+    spec = None if weights.counts else spec
     return Footprint(model, weights, spec, cache, shape, itemsize, max_positions(known))
 
 
-def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None) -> Weights:
-    """The weights as transformers would hold them; tied ones count once."""
+def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mapping[int, int] | None = None) -> Weights:
+    """The weights as transformers would hold them, with `counts` experts by block; tied ones count once."""
+    if skeleton is not None and counts is None:
+        counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
     facts, seen = [], set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
@@ -148,8 +170,9 @@ def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None) -> Weights:
         block = skeleton.block_of(name) if skeleton else None
         rows = skeleton.expert_rows.get(name) if skeleton else None
         category = category_of(name, rows is not None, block)
-        size = tensor.numel() * tensor.element_size()
-        facts.append(
-            WeightFact(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), size, category, block, rows=rows)
-        )
-    return Weights(tuple(facts), skeleton.spec.count if skeleton else 0, measured=False)
+        shape = list(tensor.shape)
+        if rows is not None and block is not None and counts is not None:
+            shape[rows.axis] = rows.stride * counts[block] + rows.tail
+        size = math.prod(shape) * tensor.element_size()
+        facts.append(WeightFact(name, _DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, block, rows=rows))
+    return weights_with(facts, counts or {}, measured=False)

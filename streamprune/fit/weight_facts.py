@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from streamprune.fit.weights import MTP_NAME, WeightFact, Weights, category_of
 from streamprune.output.cuts import MTP_ONLY
@@ -26,24 +27,48 @@ _BESIDE = re.compile(r"shared_|dense|norm")
 
 
 def weights_by_name(
-    tensors: Mapping[str, TensorEntry], config: Mapping[str, object], spec: ExpertSpec | None
+    tensors: Mapping[str, TensorEntry],
+    config: Mapping[str, object],
+    spec: ExpertSpec | None,
+    differing: Mapping[int, int] | None = None,
 ) -> Weights | None:
     """The weights as their names tell them; None where names do not tell for certain which tensors hold experts.
 
-    Certain means: every block that has experts has all `spec.count` of them, alike and under the usual names, and a
-    router with one row for each.
+    Certain means: every block that has experts has all `spec.count` of them, or as many as `differing` says, alike and
+    under the usual names, and a router with one row for each.
     """
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
     if depth is None:
         return None
     count = spec.count if spec else 0
-    facts = [_fact(entry, depth, count) for entry in tensors.values()]
+    counts = _Counts(count, differing or {})
+    facts = [_fact(entry, depth, counts) for entry in tensors.values()]
     if spec is None:
         return Weights(tuple(facts), 0, True) if not any("expert" in name for name in tensors) else None
-    return Weights(tuple(facts), count, True) if _certain(facts, count) else None
+    found = _certain(facts, counts)
+    if found is None or not set(counts.differing) <= set(found):
+        return None
+    return weights_with(facts, {block: counts.of(block) for block in found})
 
 
-def _fact(entry: TensorEntry, depth: int, count: int) -> WeightFact:
+def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measured: bool = True) -> Weights:
+    """The weights of a model with `counts` experts, by the index of every block that has some."""
+    uneven = len(set(counts.values())) > 1
+    return Weights(tuple(facts), max(counts.values(), default=0), measured, dict(counts) if uneven else None)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """The number of experts of a block, if it has any."""
+
+    usual: int
+    differing: Mapping[int, int]
+
+    def of(self, block: int | None) -> int:
+        return self.usual if block is None else self.differing.get(block, self.usual)
+
+
+def _fact(entry: TensorEntry, depth: int, counts: _Counts) -> WeightFact:
     match = _BLOCK.match(entry.name)
     block = int(match["block"]) if match else None
     rest = match["rest"] if match else entry.name
@@ -51,6 +76,7 @@ def _fact(entry: TensorEntry, depth: int, count: int) -> WeightFact:
         block is not None and block >= depth and category_of(entry.name, False, 0) != "vision"
     ):
         return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, "MTP", block)
+    count = counts.of(block)
     numbered = _NUMBERED_EXPERT.match(rest)
     if block is not None and numbered and count:
         category = category_of(entry.name, True, block)
@@ -68,8 +94,9 @@ def _fact(entry: TensorEntry, depth: int, count: int) -> WeightFact:
     )
 
 
-def _certain(facts: Sequence[WeightFact], count: int) -> bool:
-    blocks: dict[int | None, list[WeightFact]] = defaultdict(list)
+def _certain(facts: Sequence[WeightFact], counts: _Counts) -> list[int] | None:
+    """The blocks that have experts, in order, if it is certain what each of their tensors is; else None."""
+    blocks: dict[int, list[WeightFact]] = defaultdict(list)
     further: dict[int | None, list[str]] = defaultdict(list)
     for fact in facts:
         if fact.category not in ("MTP", "vision") and fact.block is not None:
@@ -78,9 +105,9 @@ def _certain(facts: Sequence[WeightFact], count: int) -> bool:
             further[fact.block].append(fact.name)
     if not all(any(MTP_ONLY.search(name) for name in names) for names in further.values()):
         # More blocks than the config states: it may be wrong.
-        return False
-    moe = [members for members in blocks.values() if any("expert" in fact.name for fact in members)]
-    return bool(moe) and all(_complete(members, count) for members in moe)
+        return None
+    moe = [block for block in sorted(blocks) if any("expert" in fact.name for fact in blocks[block])]
+    return moe if moe and all(_complete(blocks[block], counts.of(block)) for block in moe) else None
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
@@ -111,8 +138,8 @@ def _complete(members: Sequence[WeightFact], count: int) -> bool:
     return alike and len(homes) == 1 and len(routers) == 1 and not doubtful
 
 
-def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, count: int) -> Weights:
-    """The weights as the model uses them, with `count` experts per block. What has no cut is multi-token prediction."""
+def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts: Mapping[int, int]) -> Weights:
+    """The weights as the model uses them, with `counts` experts by block. What has no cut is multi-token prediction."""
     facts = []
     for name, entry in tensors.items():
         cut = layout.cuts.get(name)
@@ -120,4 +147,4 @@ def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, count:
         block, expert, rows = (cut.block, cut.expert, cut.rows) if cut is not None else (None, None, None)
         category = category_of(name, indexed, block) if cut is not None else "MTP"
         facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, expert, rows))
-    return Weights(tuple(facts), count, True)
+    return weights_with(facts, counts)

@@ -91,14 +91,16 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model. `count` is the number of experts per block (0: none).
+    """All tensors of a model. `count` is the number of experts per block (0: none), where blocks differ the largest.
 
-    `measured` says that the bytes were read off a checkpoint's headers, not worked out from a config.
+    `measured` says that the bytes were read off a checkpoint's headers, not worked out from a config. `counts` are the
+    experts by block of a model whose blocks differ, whose sizes are of these alone; None where all have `count`.
     """
 
     facts: tuple[WeightFact, ...] = field(repr=False)
     count: int
     measured: bool
+    counts: Mapping[int, int] | None = None
     _sizes: dict[tuple[str, bool], WeightSizes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -129,7 +131,9 @@ class Weights:
             if fact.category == "MTP" and not with_mtp:
                 continue
             size = fact.bytes_as(weights_dtype)
-            if fact.expert is not None:
+            if self.counts is not None:
+                fixed[fact.category] += size
+            elif fact.expert is not None:
                 # Every expert of a block is alike, so each tensor is its share of all of them.
                 per_expert[fact.category] += size / self.count
             elif fact.rows is not None:
@@ -138,8 +142,8 @@ class Weights:
                 fixed[fact.category] += size - share * self.count
             else:
                 fixed[fact.category] += size
-                continue
-            blocks.add(fact.block)
+            if fact.expert is not None or fact.rows is not None:
+                blocks.add(fact.block)
         return WeightSizes(fixed, per_expert, len(blocks))
 
 

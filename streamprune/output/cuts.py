@@ -64,9 +64,13 @@ def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp
 
 
 def find_cuts(
-    tensors: Mapping[str, TensorEntry], roles: Mapping[str, SourceRole], dropped: Iterable[str], count: int
+    tensors: Mapping[str, TensorEntry],
+    roles: Mapping[str, SourceRole],
+    dropped: Iterable[str],
+    counts: Mapping[int, int],
 ) -> dict[str, Cut]:
-    """How every tensor but the `dropped` ones can be cut, in the source's order, in a model of `count` experts.
+    """How every tensor but the `dropped` ones can be cut, in the source's order, in a model of `counts` experts, by
+    block.
 
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
@@ -78,7 +82,7 @@ def find_cuts(
     numbered: dict[str, tuple[str, int]] = {}
     for (parameter, _), names in groups.items():
         if len(names) > 1:
-            family, ordered = _by_expert(parameter, names, count)
+            family, ordered = _by_expert(parameter, names, _experts_in(roles[names[0]], counts))
             if len({(tensors[name].dtype, tensors[name].shape) for name in ordered}) > 1:
                 raise UnsupportedModelError(f"The experts of {parameter} differ in shape or dtype in the checkpoint.")
             numbered.update({name: (family, expert) for expert, name in enumerate(ordered)})
@@ -90,10 +94,16 @@ def find_cuts(
         if name in numbered:
             result[name] = Cut(role.block, *numbered[name])
         elif role.parameter_rows is not None:
-            result[name] = Cut(role.block, rows=_rows_of(entry, role, role.parameter_rows, count))
+            result[name] = Cut(role.block, rows=_rows_of(entry, role, role.parameter_rows, _experts_in(role, counts)))
         else:
             result[name] = Cut(role.block)
     return result
+
+
+def _experts_in(role: SourceRole, counts: Mapping[int, int]) -> int:
+    # Whatever depends on the number of experts lies in a block.
+    assert role.block is not None
+    return counts[role.block]
 
 
 def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, list[str]]:
@@ -109,6 +119,11 @@ def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, l
             family = ".".join((*split[0][: differing[0]], EXPERT, *split[0][differing[0] + 1 :]))
             return family, [numbers[str(expert)] for expert in range(count)]
         missing = [expert for expert in range(count) if str(expert) not in numbers]
+        if not missing and all(number.isdigit() for number in numbers):
+            raise CheckpointError(
+                f"The checkpoint has {len(names)} experts of {parameter}, but config.json describes {count}. Config "
+                "and shards do not belong together; download both again."
+            )
         if missing and all(number.isdigit() for number in numbers):
             raise CheckpointError(
                 f"The checkpoint has only {len(names)} of the {count} experts of {parameter}; the first missing one is "
