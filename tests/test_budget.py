@@ -74,6 +74,38 @@ def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
     assert result.summary["experts_per_layer"] == 6, "7 would fit, but not in two equal groups"
 
 
+@pytest.mark.parametrize("schedule", ["uniform", "linear-decrease", "linear-increase", "global"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_every_schedule_fills_the_budget(name: str, schedule: str, tmp_path: Path) -> None:
+    """With one more expert, in one block or (uniform) in every one, it would be exceeded. Not a byte is left out."""
+    family = next(family for family in FAMILIES if family.id == name)
+    source = make_model(tmp_path / "model", tiny_config(family))
+    footprint = read_footprint(str(source))
+    assert footprint.spec is not None
+    sizes, groups = footprint.weights.sizes("source"), footprint.spec.groups
+    blocks = 1 if schedule == "uniform" else sizes.moe_blocks
+    one = int(groups * sizes.expert_bytes) // blocks
+    wanted = 5 * sizes.moe_blocks // groups * groups
+    for number, spare in enumerate((0, one - 1)):
+        use = Use(context=128, keep=6) if schedule == "uniform" else Use(context=128, total=wanted)
+        gib = (Fit(footprint, use, 0).total + spare) / GIB
+        goal: dict[str, Any] = {} if schedule == "uniform" else {"schedule": schedule}
+        if schedule.startswith("linear"):
+            goal["spread"] = 0.45
+        summary = prune(source, tmp_path / f"out{number}", budget_gib=gib, context=128, **goal).summary
+        kept, memory, budget = summary["experts_in_all_layers"], summary["memory"], int(gib * GIB)
+        assert kept == (6 * sizes.moe_blocks if schedule == "uniform" else wanted)
+        assert memory["weights_bytes"] == open_checkpoint(tmp_path / f"out{number}").nbytes
+        assert memory["fits"] is True
+        assert memory["total_bytes"] <= budget
+        more = Use(context=128, keep=6 + groups) if schedule == "uniform" else Use(context=128, total=wanted + groups)
+        assert Fit(footprint, more, budget).left < 0
+        layers = summary["experts_per_layer"]
+        if isinstance(layers, list) and max(layers) == footprint.spec.count:
+            # Else the router's own workspace is a little smaller than could be known before the scores.
+            assert memory["total_bytes"] + one > budget
+
+
 def test_the_card_and_the_terminal_show_the_terms(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
     ids = write_token_ids(tmp_path / "ids.jsonl")
