@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,32 @@ from streamprune import __version__
 from streamprune.choice.choose import Choice, ChosenLayer, choose_kept
 from streamprune.choice.chooser import Chooser, selection_of
 from streamprune.choice.keep_file import read_keep_file
-from streamprune.errors import InterruptedRunError, OutputError, ResumeError, ScoresError
+from streamprune.errors import OutputError, ResumeError, ScoresError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.report import estimate_object, terms_lines
-from streamprune.machine import check_disk, format_bytes
+from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.model_facts import ModelFacts, facts_from_json
 from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
 from streamprune.output.plan import make_plan
 from streamprune.output.record import check_provenance, public_name
+from streamprune.output.uneven_input import refuse_uneven
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.progress import Progress
 from streamprune.quota import Quota, find_quota, kept_text
 from streamprune.scores.file import read_scores
 from streamprune.scores.scores import Scores
 from streamprune.settings import PruneSettings
-from streamprune.source.checkpoint import Checkpoint, open_checkpoint
+from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.source.hub import resolve_model
 from streamprune.source.shard import show
-from streamprune.work.durable import read_record, write_record
-from streamprune.work.enter import enter_work
-from streamprune.work.folder import PRUNING_NAME, WorkFolder
-from streamprune.work.journal import MOST_RECORD_BYTES
+from streamprune.work.enter import enter_work, keeping
+from streamprune.work.file_states import file_states
+from streamprune.work.folder import WorkFolder, folder_bytes
+from streamprune.work.pruning_record import has_pruning, read_pruning, settings_of_pruning, write_pruning
 from streamprune.work.run_record import has_run
+from streamprune.work.status import clean_up, is_complete
 from streamprune.work.stop import listening
-
-_AGAIN = "the same command again"
 
 
 @dataclass(frozen=True)
@@ -60,38 +60,30 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
     StreampruneError for whatever cannot work, before anything is written.
     """
     scores = read_scores(settings.scores) if settings.scores is not None else None
+    # Of a model on the Hub the config alone, which may spare the rest.
+    known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    refuse_uneven(read_json(known / CONFIG_NAME), settings.model)
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
     check_output(settings.output, folder, settings.overwrite)
     checkpoint = open_checkpoint(folder)
     decided = _decide(settings, checkpoint, scores)
     plan = decided.plan
     with Progress(plan.layout.block_count, quiet) as progress, ExitStack() as stack:
-        progress.say(
-            f"{settings.model}: {plan.layout.block_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
-            f"experts; keeping {kept_text(decided.quota, plan.layout.spec.count, plan.counts)}"
-        )
-        if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
-            progress.say(
-                "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
-                "for that run's choice only."
-            )
-        tell_choice(decided, progress)
-        progress.say(f"weights: {format_bytes(checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
-        check_disk(settings.work_folder, plan.output_bytes)
+        _announce(settings, decided, progress)
         work = enter_work(stack, settings)
-        check_place(settings)
         stop = stack.enter_context(listening())
-        _begin(settings, decided, work)
-        writer = OutputWriter(plan, checkpoint, settings, work)
+        with keeping(work, progress.say):
+            check_place(settings)
+            _begin(settings, decided, work)
+            _check_room(settings, decided, work)
+            writer = OutputWriter(plan, checkpoint, settings, work)
+            stop.patient = True
+            write_blocks(decided, writer, work, progress, stop)
+            stop.patient = False
+            estimate = complete(decided, writer, work, progress)
+        # The output is complete: there is nothing left to be stopped.
         stop.patient = True
-        try:
-            write_blocks(decided, writer, work, progress, stop, _AGAIN)
-        except KeyboardInterrupt:
-            raise InterruptedRunError(f"Stopped as asked; what is written is kept. Go on with: {_AGAIN}") from None
-        stop.patient = False
-        estimate = complete(decided, writer, work, progress)
-        told = estimate_object(estimate) if estimate else None
-        summary = summary_of(decided, told, progress.seconds)
+        summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
         work.remove()
         shutil.rmtree(settings.folder_beside, ignore_errors=True)
         progress.say(
@@ -101,6 +93,46 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
         for line in terms_lines(estimate) if estimate else ():
             progress.say(line)
     return PruneResult(settings.output, decided.choice.layers, summary)
+
+
+def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> PruneResult:
+    """Go on with the pruning recorded in a work folder. `changes` are settings that do not change the result.
+
+    Raises ResumeError when there is none, or when what decides the result has changed.
+    """
+    recorded = read_pruning(work_folder)
+    if recorded is None:
+        raise ResumeError(
+            f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
+            "`streamprune prune` command again; nothing but the time of a copy is lost."
+        )
+    settings = settings_of_pruning(recorded, work_folder)
+    settings = replace(settings, work_dir=work_folder.absolute(), **changes)
+    if settings.trust_remote_code and "trust_remote_code" not in changes:
+        raise ResumeError(
+            f"The pruning in {work_folder} was begun with --trust-remote-code, but a file's word is not enough to run "
+            "a model's code. If you began it, and trust the author still, add --trust-remote-code."
+        )
+    if is_complete(work_folder, settings.output):
+        # It ended between the output's getting its name and this folder's removal.
+        clean_up(work_folder, everything=True)
+        return PruneResult(settings.output, (), {"output": str(settings.output), "complete": True})
+    return prune(settings, quiet)
+
+
+def _announce(settings: PruneSettings, decided: Decided, progress: Progress) -> None:
+    plan, scores = decided.plan, decided.scores
+    progress.say(
+        f"{settings.model}: {plan.layout.block_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
+        f"experts; keeping {kept_text(decided.quota, plan.layout.spec.count, plan.counts)}"
+    )
+    if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
+        progress.say(
+            "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
+            "for that run's choice only."
+        )
+    tell_choice(decided, progress)
+    progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
 
 
 def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> Decided:
@@ -169,23 +201,39 @@ def _by_hand(settings: PruneSettings, checkpoint: Checkpoint) -> Mapping[str, An
 
 def _begin(settings: PruneSettings, decided: Decided, work: WorkFolder) -> None:
     """Take up what an earlier call left in the work folder if it is of the same choice; else begin anew."""
-    if has_run(work.folder) and settings.resume != "never":
+    folder, anew = work.folder, settings.resume == "never"
+    if has_run(folder) and not anew:
         raise ResumeError(
-            f"{work.folder} holds an unfinished run. Go on with it, give it up with `streamprune clean --all`, or add "
+            f"{folder} holds an unfinished run. Go on with it, give it up with `streamprune clean --all`, or add "
             "--resume never."
+        )
+    if not has_pruning(folder) and work.has_progress() and not anew:
+        raise ResumeError(
+            f"{folder} holds finished blocks, but no record of what they are from. Begin anew with --resume never."
         )
     now = {
         "source": decided.provenance["source"]["fingerprint"],
+        "files": file_states(decided.checkpoint),
         "kept": {str(layer.block): list(layer.kept) for layer in decided.choice.layers},
         "max_shard_bytes": settings.max_shard_bytes,
     }
-    path = work.folder / PRUNING_NAME
-    before = read_record(path, MOST_RECORD_BYTES) if settings.resume != "never" else None
-    if before == now:
-        return
-    if settings.resume == "required":
-        raise ResumeError(f"{work.folder} holds nothing of this choice that could be taken up.")
-    if work.keeps_old_output() and before is None:
-        raise OutputError(f"{work.folder} holds an old output. Move it where you want it, then prune again.")
-    work.start_afresh()
-    write_record(path, now)
+    recorded = read_pruning(folder) if not anew else None
+    if recorded is None or recorded["decided"] != now:
+        if settings.resume == "required":
+            raise ResumeError(
+                f"{folder} holds nothing that could be taken up: another choice of experts, another size of shards, or "
+                "the model's files were others. Begin anew with `streamprune prune` and --resume never."
+            )
+        if work.keeps_old_output() and recorded is None:
+            raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")
+        work.start_afresh()
+    write_pruning(folder, settings, decided.plan.layout.block_count, now)
+
+
+def _check_room(settings: PruneSettings, decided: Decided, work: WorkFolder) -> None:
+    """Refuse if the disk has no room for what is not written yet."""
+    written = decided.plan.output_bytes
+    check_disk(work.folder, max(0, written - folder_bytes(work.staging)))
+    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
+        # It is copied there in the end.
+        check_disk(settings.output, written)

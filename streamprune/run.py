@@ -13,19 +13,28 @@ import torch
 
 from streamprune.choice.choose import ChosenLayer
 from streamprune.decision import Decision, decide, with_footprint
-from streamprune.errors import InterruptedRunError, ResumeError
+from streamprune.errors import ResumeError
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, choose_device, describe_host, peak_resident_bytes
 from streamprune.memory.needs import plan_memory
 from streamprune.memory.plan import MemoryPlan
-from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
+from streamprune.model_facts import ModelFacts
+from streamprune.output.finish import (
+    Decided,
+    choose_all,
+    complete,
+    complete_scores,
+    summary_of,
+    summary_of_scores,
+    tell_choice,
+    write_blocks,
+)
 from streamprune.output.plan import make_plan
-from streamprune.output.writer import OutputWriter, check_place
+from streamprune.output.writer import OutputWriter, check_place, check_scores_file
 from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
 from streamprune.progress import Progress
 from streamprune.provenance import provenance_of
-from streamprune.scores.file import write_scores
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
 from streamprune.streaming.scoring import BlockScorer
@@ -40,10 +49,11 @@ from streamprune.tell import (
     tell_scores,
 )
 from streamprune.text.calibration import Calibration
-from streamprune.work.enter import enter_work
+from streamprune.work.enter import begin, enter_work, keeping
 from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.pruning_record import has_pruning
 from streamprune.work.resume import calibration_of, check_same, describe_run, settings_of
-from streamprune.work.run_record import RUN_NAMES, has_run, read_run
+from streamprune.work.run_record import read_run
 from streamprune.work.status import clean_up, is_complete
 from streamprune.work.stop import StopRequest, listening
 
@@ -75,6 +85,11 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     """
     recorded = read_run(work_folder)
     if recorded is None:
+        if has_pruning(work_folder):
+            raise ResumeError(
+                f"{work_folder} holds no run, but what `streamprune prune` began. Go on with: "
+                f"{resume_command(work_folder)}"
+            )
         raise ResumeError(
             f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
         )
@@ -84,7 +99,7 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
             f"The run in {work_folder} was begun with --trust-remote-code, but a file's word is not enough to run a "
             "model's code. If you began it, and trust the author still, add --trust-remote-code."
         )
-    if is_complete(work_folder, recorded):
+    if is_complete(work_folder, settings.output):
         # It ended between the output's getting its name and this folder's removal.
         clean_up(work_folder, everything=True)
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
@@ -96,23 +111,11 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
     decision = decide(settings)
     with Progress(decision.skeleton.block_count, quiet) as progress, ExitStack() as stack:
         work = enter_work(stack, settings)
-        resumable = has_run(work.folder)
         stop = stack.enter_context(listening())
-        try:
+        with keeping(work, progress.say):
             result = _Run(settings, decision, device, progress, work, stop).go(tokens_recorded=recorded is not None)
-        except BaseException as error:
-            # What is done is kept; what holds nothing is not left lying about.
-            if not work.has_progress():
-                if not (isinstance(error, ResumeError) and resumable):
-                    work.remove()
-            elif isinstance(error, KeyboardInterrupt):
-                raise InterruptedRunError(
-                    f"Stopped as asked; all that is done is saved. Go on with: {resume_command(work.folder)}"
-                ) from None
-            elif not isinstance(error, InterruptedRunError):
-                # (Which says so itself.)
-                progress.say(f"note: what is done is kept; go on with: {resume_command(work.folder)}")
-            raise
+        # The output is complete: there is nothing left to be stopped.
+        stop.patient = True
         work.remove()
         shutil.rmtree(settings.folder_beside, ignore_errors=True)
     return result
@@ -131,6 +134,9 @@ class _Run:
 
     def go(self, tokens_recorded: bool) -> RunResult:
         check_place(self.settings)
+        if self.settings.only_score:
+            # Again: an old output may just have been put back.
+            check_scores_file(self.settings.output, self.decision.folder, self.settings.overwrite)
         recorded = begin(self.settings, self.work)
         # Before tens of GiB are downloaded: text that is of no use should cost no time.
         if recorded is not None and tokens_recorded:
@@ -163,18 +169,17 @@ class _Run:
         facts = facts_of(prepared)
         chooser = chooser_of(settings, prepared, calibration)
         check_schedule(settings, facts, prepared.counts)
-        plan = writer = outlet = None
-        if chooser is not None and prepared.counts is not None:
-            plan = make_plan(
-                facts.layout, facts.loading, prepared.checkpoint, prepared.counts, settings.max_shard_bytes
-            )
-            writer = OutputWriter(plan, prepared.checkpoint, settings, self.work)
+        writer = outlet = None
+        if chooser is not None and prepared.counts is not None and not chooser.selection.needs_all_layers:
+            writer = self._writer(settings, prepared, facts, prepared.counts)
             outlet = Outlet(writer, chooser)
         self.stop.patient = True
         with BlockScorer(
             settings, prepared, calibration, memory, self.device, self.progress, self.work.folder, chooser, self.stop
         ) as scorer:
-            sitting = Sitting(settings, facts.layout, scorer, outlet, self.work, self.progress, self.stop)
+            sitting = Sitting(
+                settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop
+            )
             layers = sitting.stream(self.device)
         scores = Scores(
             tuple(layers),
@@ -191,36 +196,42 @@ class _Run:
             "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
         }
         if chooser is None:
-            return self._leave_scores(scores, taken)
-        choice = chooser.all(layers)
-        if plan is None or writer is None:
-            plan = make_plan(
-                facts.layout, facts.loading, prepared.checkpoint, choice.counts_by_block, settings.max_shard_bytes
-            )
-            writer = OutputWriter(plan, prepared.checkpoint, settings, self.work)
+            return self._leave_scores(prepared, scores, taken)
+        choice = choose_all(chooser, scores, settings, self.work)
+        writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
         quota = prepared.decision.quota
         assert quota is not None
         decided = Decided(
-            settings, prepared.checkpoint, facts, chooser.selection, quota, choice, plan, scores.provenance, scores
+            settings,
+            prepared.checkpoint,
+            facts,
+            chooser.selection,
+            quota,
+            choice,
+            writer.plan,
+            scores.provenance,
+            scores,
         )
         tell_choice(decided, self.progress)
-        write_blocks(decided, writer, self.work, self.progress, self.stop, resume_command(self.work.folder))
+        if outlet is None:
+            write_blocks(decided, writer, self.work, self.progress, self.stop)
         self.stop.patient = False
         self.work.states.forget()
         return self._leave_model(decided, writer, taken)
 
-    def _leave_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
+    def _writer(
+        self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, counts: Mapping[int, int]
+    ) -> OutputWriter:
+        plan = make_plan(facts.layout, facts.loading, prepared.checkpoint, counts, settings.max_shard_bytes)
+        return OutputWriter(plan, prepared.checkpoint, settings, self.work)
+
+    def _leave_scores(self, prepared: Prepared, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
         self.stop.patient = False
-        write_scores(self.settings.output, scores)
+        complete_scores(self.settings, prepared.checkpoint, scores, self.work)
         summary = {
-            "output": str(self.settings.output),
-            "model": self.settings.model,
-            "moe_layers": len(scores.layers),
-            "source_experts_per_layer": scores.spec.count,
-            "sources": dict(zip(scores.sources, scores.source_tokens, strict=True)),
-            "seconds": round(self.progress.seconds, 3),
-            "peak_resident_bytes": peak_resident_bytes(),
+            **summary_of_scores(self.settings, scores, self.progress.seconds),
             **taken,
+            "peak_resident_bytes": peak_resident_bytes(),
         }
         self._log(summary)
         tell_scores(self.progress, self.settings, scores, summary)
@@ -245,26 +256,6 @@ class _Run:
     def _log(self, summary: Mapping[str, Any]) -> None:
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
         self.progress.write_log(beside(self.settings.output, LOG_SUFFIX))
-
-
-def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
-    """What is recorded of an earlier run that is to be taken up; None to begin anew, with nothing of it left."""
-    recorded = work.read_run() if settings.resume != "never" else None
-    if recorded is not None and settings.resume == "auto" and not work.has_progress():
-        # Nothing is lost, so that nothing has to agree with it.
-        recorded = None
-    elif recorded is None and settings.resume != "never" and work.has_progress():
-        raise ResumeError(
-            f"{work.folder / RUN_NAMES[0]} is missing or damaged, and so is its copy, so that nobody knows which run "
-            "the finished blocks beside it are from. Begin anew with --resume never."
-        )
-    if recorded is None:
-        if settings.resume == "required":
-            raise ResumeError(
-                f"{work.folder} holds no run that could be resumed. Leave out --resume required to begin one."
-            )
-        work.start_afresh()
-    return recorded
 
 
 def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def test_in_the_middle(case: Case) -> None:
     found = status(case)
     assert found == {
         "work_folder": str(case.work),
+        "command": "run",
         "model": str(case.model),
         "output": str(case.output),
         "complete": False,
@@ -66,6 +67,7 @@ def test_in_the_middle(case: Case) -> None:
         "blocks": 4,
         "done": [0, 1],
         "left": [2, 3],
+        "written": [0, 1],
         "states_saved_in_block": 2,
         "bytes": sum(map(len, tree_bytes(case.work).values())),
     }

@@ -18,7 +18,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @reports_errors
 def status(workdir: Path, as_json: bool) -> None:
-    """Tell what is done of the run in WORKDIR, what is left, and how large the folder is."""
+    """Tell what is done of the run, scoring or pruning in WORKDIR, what is left, and how large the folder is."""
     from streamprune.work.status import status_of, status_text
 
     found = status_of(workdir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,6 +18,7 @@ from streamprune.cli.common import (
     reports_errors,
     selection_options,
 )
+from streamprune.errors import SettingsError
 from streamprune.machine import limit_library_memory
 from streamprune.settings import (
     DEFAULT_CHECKPOINT_EVERY,
@@ -28,6 +29,8 @@ from streamprune.settings import (
     RunSettings,
     parse_size,
 )
+from streamprune.work.pruning_record import has_pruning
+from streamprune.work.run_record import has_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,15 +169,32 @@ def prune(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **optio
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @reports_errors
 def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
-    """Go on with the run in WORKDIR (usually OUT.work) where it stopped.
+    """Go on with the run, scoring or pruning in WORKDIR (usually OUT.work) where it stopped.
 
     Everything that decides the result is as it was when the run began; what is given here may differ.
     """
-    limit_library_memory(tight=changes["ram_gib"] is not None)
-    from streamprune import run as engine
-
-    quiet_libraries(downloads=quiet)
     given = {name: value for name, value in changes.items() if value is not None}
-    summary = engine.resume(workdir, quiet, **given).summary
+    if has_pruning(workdir) and not has_run(workdir):
+        summary = _resume_pruning(workdir, quiet, given)
+    else:
+        limit_library_memory(tight="ram_gib" in given)
+        from streamprune import run as engine
+
+        quiet_libraries(downloads=quiet)
+        summary = engine.resume(workdir, quiet, **given).summary
     if as_json:
         click.echo(json.dumps(summary, indent=2))
+
+
+def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> Mapping[str, Any]:
+    from streamprune import pruning as engine
+
+    odd = sorted(given.keys() - {"verify", "trust_remote_code"})
+    if odd:
+        raise SettingsError(
+            f"{workdir} holds what `streamprune prune` began, which computes nothing: leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in odd)}."
+        )
+    if quiet:
+        quiet_downloads()
+    return engine.resume(workdir, quiet, **given).summary

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from streamprune.choice.choose import Choice
+from streamprune.choice.chooser import Chooser
 from streamprune.choice.retention import Retention, retention_warnings, retentions
 from streamprune.choice.selection import Selection
-from streamprune.errors import InterruptedRunError
+from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
 from streamprune.fit.estimate import Estimate
 from streamprune.machine import format_bytes
 from streamprune.model_facts import ModelFacts
@@ -18,16 +19,21 @@ from streamprune.output.card import model_card
 from streamprune.output.plan import PrunePlan
 from streamprune.output.record import run_report
 from streamprune.output.uneven import engines_note, is_uneven
-from streamprune.output.writer import OutputWriter
+from streamprune.output.writer import OutputWriter, check_scores_file
 from streamprune.progress import Progress
 from streamprune.quota import Quota
 from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, write_scores
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import LayerStatistics
-from streamprune.settings import PruneSettings, RunSettings
+from streamprune.settings import Place, PruneSettings, RunSettings, beside
 from streamprune.source.checkpoint import Checkpoint
-from streamprune.work.folder import WorkFolder
+from streamprune.work.disk_errors import writing
+from streamprune.work.durable import reached, sync_folder
+from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.stop import StopRequest
+
+#: Where the scores go of a run whose choice could not be made: the output's name with this behind it.
+SCORES_SUFFIX = ".scores.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,41 @@ class Decided:
         return retentions(self.scores.layers, self.scores.sources, self.choice, self.scores.spec.groups)
 
 
+def choose_all(chooser: Chooser, scores: Scores, settings: RunSettings, work: WorkFolder) -> Choice:
+    """The choice of a run whose blocks are all scored.
+
+    Raises SettingsError where there is none. Then the scores are left beside the output, for a choice of another kind:
+    they are right, and took all the time. The work folder is emptied, since no resume could end otherwise.
+    """
+    try:
+        return chooser.all(scores.layers)
+    except SettingsError as error:
+        kept = beside(settings.output, SCORES_SUFFIX)
+        write_scores(kept, scores)
+        work.start_afresh()
+        raise SettingsError(
+            f"{error} All blocks are scored; choose otherwise with `streamprune prune` and --scores {kept}."
+        ) from None
+
+
 def tell_choice(decided: Decided, progress: Progress) -> None:
     """Say what the choice keeps of each source, what to beware of, and who can load the result."""
     if is_uneven(decided.plan.counts):
         progress.say(f"note: {engines_note(True)}")
-    if decided.retained:
-        kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
-        progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
+    if not decided.retained:
+        return
+    kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
+    progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
     for warning in retention_warnings(decided.retained):
         progress.say(f"warning: {warning}")
 
 
 def write_blocks(
-    decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress, stop: StopRequest, again: str
+    decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress, stop: StopRequest
 ) -> None:
     """Write and record every block whose experts are chosen, unless it has been written before.
 
-    Raises InterruptedRunError, with `again` as what to type to go on, when the user asks to stop.
+    Raises InterruptedRunError when the user asks to stop; what is written is kept.
     """
     kept = {layer.block: layer.kept for layer in decided.choice.layers}
     layers: Mapping[int, LayerStatistics] = {}
@@ -79,28 +103,39 @@ def write_blocks(
         layers = {layer.block: layer for layer in decided.scores.layers}
     count, blocks = decided.facts.layout.spec.count, decided.facts.layout.block_count
     for block in (None, *range(blocks)):
-        if stop:
-            raise InterruptedRunError(f"Stopped as asked; what is written is kept. Go on with: {again}")
+        _heed(stop, work)
         experts = kept.get(block, ()) if block is not None else ()
         record = work.read_block(block)
-        if record is not None and writer.has_written(block, experts, record):
-            continue
+        if record is not None and record.shards:
+            # Of tens of GiB this takes a while, and is silent otherwise.
+            progress.say(f"resuming: checking what was written of {_name(block, blocks)} ...")
+            if writer.has_written(block, experts, record):
+                continue
         shards = writer.write_block(block, experts)
         work.write_block(block, layers.get(block) if block is not None else None, experts, shards)
         if experts:
-            progress.say(f"block {(block or 0) + 1}/{blocks}: written with {len(experts)}/{count} experts")
+            progress.say(f"{_name(block, blocks)}: written with {len(experts)}/{count} experts")
+    _heed(stop, work)
+
+
+def _heed(stop: StopRequest, work: WorkFolder) -> None:
+    if stop:
+        raise InterruptedRunError(
+            f"Stopped as asked; what is written is kept. Go on with: {resume_command(work.folder)}"
+        )
+
+
+def _name(block: int | None, blocks: int) -> str:
+    return "what lies outside the blocks" if block is None else f"block {block + 1}/{blocks}"
 
 
 def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress) -> Estimate | None:
     """Check what was written and give it its name; returns what the finished model will take, if that can be told."""
     settings, plan = decided.settings, decided.plan
+    # All that lies there becomes the output.
+    work.leave_only(shard.file for shard in plan.shards)
     if settings.verify:
-        # Of a large model this takes minutes.
-        progress.say("comparing what was written with the source ...")
-        proof = writer.verify({layer.block: layer.kept for layer in decided.choice.layers})
-        progress.say(
-            f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes"
-        )
+        _verify(decided, writer, work, progress)
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     report = run_report(
@@ -110,6 +145,37 @@ def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress:
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.quota, headers)
     writer.finish(report, model_card(plan, report, decided.checkpoint, estimate))
     return estimate
+
+
+def _verify(decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
+    # Of a large model this takes minutes.
+    progress.say("comparing what was written with the source ...")
+    try:
+        proof = writer.verify({layer.block: layer.kept for layer in decided.choice.layers})
+    except VerifyError:
+        # The records of what was written cannot be believed; what is known of the experts has nothing to do with it.
+        layers = {layer.block: layer for layer in decided.scores.layers} if decided.scores is not None else {}
+        for block in (None, *range(decided.facts.layout.block_count)):
+            work.write_block(block, layers.get(block) if block is not None else None, (), [])
+        raise
+    progress.say(f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes")
+
+
+def complete_scores(settings: Place, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
+    """Write the scores and give them their name, whole or not at all. Raises ScoresError, OutputError, ResourceError.
+
+    Nothing but the finished file ever lies beside the output: what is being written lies in the folder there.
+    """
+    whole = settings.folder_beside / SCORES_NAME
+    write_scores(whole, scores)
+    with writing(f"Completing {settings.output}", settings.output):
+        # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
+        check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
+        work.will_be_output(whole)
+        reached("scores written")
+        whole.rename(settings.output)
+        reached("output named")
+        sync_folder(settings.output.absolute().parent)
 
 
 def summary_of(decided: Decided, estimate: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
@@ -134,4 +200,16 @@ def summary_of(decided: Decided, estimate: Mapping[str, Any] | None, seconds: fl
         "dropped_tensors": len(plan.layout.dropped),
         "seconds": round(seconds, 3),
         "memory": estimate,
+    }
+
+
+def summary_of_scores(settings: RunSettings, scores: Scores, seconds: float) -> dict[str, Any]:
+    """The same of scores, where no model was written."""
+    return {
+        "output": str(settings.output),
+        "model": settings.model,
+        "moe_layers": len(scores.layers),
+        "source_experts_per_layer": scores.spec.count,
+        "sources": dict(zip(scores.sources, scores.source_tokens, strict=True)),
+        "seconds": round(seconds, 3),
     }

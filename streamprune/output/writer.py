@@ -50,7 +50,12 @@ def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
     if output.absolute().parent.resolve() == source.resolve():
         raise OutputError(f"{output} is in the model's own folder, which stays as it is. Choose another place with -o.")
-    if os.path.lexists(output) and not overwrite:
+    if not os.path.lexists(output):
+        return
+    if not output.is_file():
+        # A device, a pipe, a link to nothing.
+        raise OutputError(f"{output} is no regular file, so that it is not replaced. Choose another name with -o.")
+    if not overwrite:
         raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
 
 
@@ -94,6 +99,11 @@ class OutputWriter:
         # Only now: a run that was killed may have left an output that it moved aside.
         check_output(self._output, self._checkpoint.folder, self._overwrite)
 
+    @property
+    def plan(self) -> PrunePlan:
+        """What is written."""
+        return self._plan
+
     def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
         with writing(f"Writing to {self._staging}", self._staging):
@@ -101,8 +111,8 @@ class OutputWriter:
 
     def has_written(self, block: int | None, kept: Sequence[int], record: FinishedBlock) -> bool:
         """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
-        files = {shard.file for shard in self._plan.shards if shard.block == block}
-        same = {shard.file for shard in record.shards} == files and record.kept == tuple(kept)
+        sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.block == block}
+        same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
         return same and all(map(self._work.whole, record.shards))
 
     def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
@@ -190,7 +200,7 @@ class OutputWriter:
     def _check_sizes(self) -> None:
         for shard in self._plan.shards:
             size = (self._staging / shard.file).stat().st_size
-            expected = shard.nbytes + len(_encode_header(shard))
+            expected = _file_bytes(shard)
             if size != expected:
                 raise OutputError(
                     f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is "
@@ -231,6 +241,10 @@ def _encode_header(shard: ShardPlan) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _file_bytes(shard: ShardPlan) -> int:
+    return len(_encode_header(shard)) + shard.nbytes
 
 
 def _to_json(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -10,12 +11,13 @@ import torch
 
 from streamprune.choice.choose import routed_tokens
 from streamprune.choice.chooser import Chooser
-from streamprune.errors import InterruptedRunError, ResumeError, SettingsError
+from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
 from streamprune.machine import peak_device_bytes
 from streamprune.output.layout import Layout
 from streamprune.output.writer import OutputWriter
 from streamprune.progress import BlockLine, Progress
 from streamprune.scores.statistics import LayerStatistics, unpack
+from streamprune.scores.validity import check_layer
 from streamprune.settings import RunSettings
 from streamprune.source.shard import show
 from streamprune.streaming.batches import Stopped
@@ -48,6 +50,7 @@ class Sitting:
         settings: RunSettings,
         layout: Layout,
         scorer: BlockScorer,
+        source_tokens: Sequence[int],
         outlet: Outlet | None,
         work: WorkFolder,
         progress: Progress,
@@ -56,7 +59,7 @@ class Sitting:
         self._settings, self._layout = settings, layout
         self._scorer, self._outlet, self._work, self._progress, self._stop = scorer, outlet, work, progress, stop
         self._finished: dict[int, LayerStatistics | None] = {}
-        self._sources = scorer.sources
+        self._source_tokens = source_tokens
         self._saved_at = time.monotonic()
         self._restored = False
 
@@ -167,7 +170,18 @@ class Sitting:
             return None
         if result["block"] != block:
             raise ValueError("the result of another block")
-        return LayerStatistics(block, unpack(result["statistics"], self._sources, self._layout.spec.count))
+        return self._statistics(block, result["statistics"])
+
+    def _statistics(self, block: int, text: str) -> LayerStatistics:
+        """Recorded statistics, or sums on the way to such. ValueError or TypeError for what no scoring can give."""
+        experts = self._layout.spec.count
+        layer = LayerStatistics(block, unpack(text, len(self._source_tokens), experts))
+        try:
+            # Now, and not after hours, when they are written with all others.
+            check_layer(layer, self._source_tokens, experts)
+        except ScoresError as error:
+            raise ValueError(str(error)) from None
+        return layer
 
     def _restore(self, first: int) -> int:
         """Restore the newest states from which block `first` can be reached; returns the block to go on with."""
@@ -177,6 +191,8 @@ class Sitting:
                 # Within an unfinished block the sums up to there are needed too.
                 fresh = not facts["done"] and not facts["pass"]
                 whole = fresh or facts["statistics"] is not None or first not in self._layout.moe_blocks
+                if facts["statistics"] is not None:
+                    self._statistics(facts["block"], facts["statistics"])
                 if facts["block"] < first or (facts["block"] == first and whole):
                     block = self._scorer.restore(saved)
                     self._restored = True

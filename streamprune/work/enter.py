@@ -1,13 +1,17 @@
-"""Taking hold of the folders that a run works in."""
+"""Taking hold of the folders that a run works in, taking up what lies there, and leaving what can be gone on with."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from streamprune.errors import OutputError
-from streamprune.settings import Place
+from streamprune.errors import InterruptedRunError, OutputError, ResumeError
+from streamprune.settings import Place, RunSettings
 from streamprune.work.disk_errors import writing
-from streamprune.work.folder import WorkFolder
+from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.pruning_record import has_pruning
+from streamprune.work.run_record import RUN_NAMES, has_run
 
 
 def enter_work(stack: ExitStack, settings: Place) -> WorkFolder:
@@ -21,3 +25,53 @@ def enter_work(stack: ExitStack, settings: Place) -> WorkFolder:
         beside = stack.enter_context(WorkFolder(settings.folder_beside))
         stack.callback(lambda: None if beside.has_progress() else beside.remove())
     return stack.enter_context(WorkFolder(settings.work_folder))
+
+
+@contextmanager
+def keeping(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
+    """Whatever ends the block, what is done is kept, and the user is told how to go on; what holds nothing is removed.
+
+    An interruption from the keyboard becomes an InterruptedRunError where something is kept.
+    """
+    known = has_run(work.folder) or has_pruning(work.folder)
+    try:
+        yield
+    except InterruptedRunError:
+        # It says how to go on, so that there must be something to go on with, were it only the command.
+        raise
+    except BaseException as error:
+        if not work.has_progress():
+            if not (isinstance(error, ResumeError) and known):
+                work.remove()
+        elif isinstance(error, KeyboardInterrupt):
+            raise InterruptedRunError(
+                f"Stopped as asked; all that is done is saved. Go on with: {resume_command(work.folder)}"
+            ) from None
+        else:
+            say(f"note: what is done is kept; go on with: {resume_command(work.folder)}")
+        raise
+
+
+def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
+    """What is recorded of an earlier run that is to be taken up; None to begin anew, with nothing of it left."""
+    recorded = work.read_run() if settings.resume != "never" else None
+    if recorded is not None and settings.resume == "auto" and not work.has_progress():
+        # Nothing is lost, so that nothing has to agree with it.
+        recorded = None
+    elif recorded is None and settings.resume != "never" and work.has_progress():
+        if has_pruning(work.folder) and not has_run(work.folder):
+            raise ResumeError(
+                f"{work.folder} holds what `streamprune prune` began. Go on with it ({resume_command(work.folder)}), "
+                "give it up with `streamprune clean --all`, or add --resume never."
+            )
+        raise ResumeError(
+            f"{work.folder / RUN_NAMES[0]} is missing or damaged, and so is its copy, so that nobody knows which run "
+            "the finished blocks beside it are from. Begin anew with --resume never."
+        )
+    if recorded is None:
+        if settings.resume == "required":
+            raise ResumeError(
+                f"{work.folder} holds no run that could be resumed. Leave out --resume required to begin one."
+            )
+        work.start_afresh()
+    return recorded

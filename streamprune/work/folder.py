@@ -11,7 +11,8 @@
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
 | `cursor.json` | which of those counts: the one atomic pointer |
 | `model/` | the finished shards |
-| `finished.json` | which folder is whole and gets the output's name next, by its inode |
+| `finished.json` | what is whole and gets the output's name next, a folder or a file of scores, by its inode |
+| `scores.safetensors` | of `streamprune score`: the scores, until they get the output's name |
 | `replaced/` | with --overwrite, the old output, until the new one has its name |
 """
 
@@ -22,7 +23,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 LOCK_NAME = "streamprune.lock"
 _FINISHED = "finished.json"
 REPLACED_NAME = "replaced"
-#: Which choice `streamprune prune` was writing.
-PRUNING_NAME = "pruning.json"
 #: The block number under which the shards outside all blocks are recorded.
 OUTSIDE = "outside"
 
@@ -171,14 +170,25 @@ class WorkFolder:
         except OSError:
             return False
 
+    def leave_only(self, files: Iterable[str]) -> None:
+        """Remove from the finished shards' folder what is none of these files: left by another choice, or a stranger.
+
+        All of that folder would become the output.
+        """
+        if self.staging.is_symlink():
+            raise OutputError(f"{self.staging} is a link, which nothing here makes. Begin anew with --resume never.")
+        with writing(f"Tidying {self.staging}", self.staging):
+            for path in names_in(self.staging, but=tuple(files)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def forget_block(self, block: int | None) -> None:
         """Let a block count as unfinished."""
         with writing(f"Forgetting a block in {self._blocks}", self.folder):
             self._block_path(block).unlink(missing_ok=True)
 
-    def will_be_output(self, folder: Path) -> None:
-        """Record that `folder` is whole, and is about to be given the output's name."""
-        write_record(self.folder / _FINISHED, {"inode": folder.stat().st_ino})
+    def will_be_output(self, whole: Path) -> None:
+        """Record that `whole`, a folder or a file, is complete, and is about to be given the output's name."""
+        write_record(self.folder / _FINISHED, {"inode": whole.stat().st_ino})
 
     @property
     def states(self) -> Generations:
@@ -249,7 +259,7 @@ def resume_command(folder: Path) -> str:
 
 
 def finished_inode(folder: Path) -> int | None:
-    """The inode of the folder that the run in a work folder gave the output's name, or was about to; None before."""
+    """The inode of what was given the output's name, or was about to be, by the run in a work folder; None before."""
     body = read_record(folder / _FINISHED, MOST_RECORD_BYTES)
     return body.get("inode") if isinstance(body, dict) else None
 

@@ -61,6 +61,17 @@ def is_cursor(body: Any) -> bool:
     return isinstance(numbers, list) and len(numbers) <= 2 and all(map(is_count, numbers))
 
 
+def is_pruning(body: Any) -> bool:
+    """Whether this can be the record of a pruning: its command, the model's blocks, and what was decided."""
+    return (
+        isinstance(body, dict)
+        and _is_command(body.get("command"))
+        and is_count(body.get("blocks"))
+        and 1 <= body["blocks"] <= MOST_BLOCKS
+        and isinstance(body.get("decided"), dict)
+    )
+
+
 def _is_shard(value: Any) -> bool:
     return (
         isinstance(value, dict)

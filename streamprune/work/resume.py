@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import safetensors
 import torch
 import transformers
 
 from streamprune import __version__
-from streamprune.errors import ResumeError, SettingsError
+from streamprune.errors import ResumeError
 from streamprune.prepare import Prepared
 from streamprune.settings import RunSettings
-from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint
 from streamprune.source.shard import show
 from streamprune.text.calibration import Calibration, fingerprint_of
+from streamprune.work.command import command_of, settings_from
 from streamprune.work.disk_errors import reading
+from streamprune.work.file_states import file_states
 from streamprune.work.journal import RUN_FORMAT
 
 #: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
@@ -80,69 +79,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def command_of(settings: RunSettings) -> dict[str, Any]:
-    """The settings as JSON, with paths that mean the same from any folder."""
-    command = {
-        name: str(value.absolute()) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(settings).items()
-    }
-    model = Path(settings.model).expanduser()
-    if model.is_dir():
-        command["model"] = str(model.absolute())
-    files = [Path(source).expanduser() for source in settings.calibration]
-    command["calibration"] = [
-        str(path.absolute()) if path.exists() else source
-        for path, source in zip(files, settings.calibration, strict=True)
-    ]
-    return command
-
-
-def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change (ns) of every file of the model that goes into the result, tokenizer files included."""
-    states = {}
-    for file in (*checkpoint.files, CONFIG_NAME, *map(str, checkpoint.small_files())):
-        with reading(checkpoint.folder / file):
-            facts = (checkpoint.folder / file).stat()
-        states[file] = [facts.st_size, facts.st_mtime_ns]
-    return states
-
-
 def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:
     """The settings of a recorded run, to go on with it in `work`. Raises ResumeError if they make no sense."""
-    try:
-        command = dict(run["command"])
-        for name in ("output", "work_dir"):
-            command[name] = Path(command[name]) if command[name] is not None else None
-        command["calibration"] = tuple(command["calibration"])
-        # A budget counts as it was then: what is free on a card changes.
-        if run["budget_bytes"] is not None:
-            command |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
-        _check_types(command)
-        return RunSettings(**command | {"resume": "required", "from_layer": None})
-    except (ArithmeticError, KeyError, TypeError, ValueError, SettingsError) as error:
-        raise ResumeError(
-            f"{work} was recorded by another version of streamprune, or was changed ({error!r}). Begin anew with "
-            "--resume never."
-        ) from None
-
-
-def _check_types(command: Mapping[str, Any]) -> None:
-    """Raise TypeError unless every setting is of the type that RunSettings declares: it does not look itself."""
-    for name, hint in get_type_hints(RunSettings).items():
-        if name in command and not _is_of(command[name], hint):
-            raise TypeError(f"{name} is {show(command[name])}")
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is UnionType:
-        return any(_is_of(value, each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
-    if hint is Path:
-        return isinstance(value, Path) and "\0" not in str(value)
-    if hint is str:
-        return isinstance(value, str) and "\0" not in value
-    return type(value) is hint or (hint is float and type(value) is int)
+    changes: dict[str, Any] = {"resume": "required", "from_layer": None}
+    # A budget counts as it was then: what is free on a card changes.
+    if run["budget_bytes"] is not None:
+        changes |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
+    return settings_from(RunSettings, run["command"], work, **changes)
 
 
 def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
