@@ -227,15 +227,17 @@ def test_retention_is_the_share_of_a_sources_own_saliency() -> None:
     choice = chosen(scores, Selection(mix="source0=1"), total=20)
     found = retentions(scores.layers, scores.sources, choice)
     for source, each in enumerate(found):
-        shares, best = [], []
+        shares, best, every, stays = [], [], [], []
         for layer, picked in zip(scores.layers, choice.layers, strict=True):
             own = field(layer, "gated_norms")[source].tolist()
             shares.append(math.fsum(own[expert] for expert in picked.kept) / math.fsum(own))
-            best.append(math.fsum(sorted(own)[-len(picked.kept) :]) / math.fsum(own))
+            every.append(math.fsum(own))
+            stays.append(math.fsum(own[expert] for expert in picked.kept))
+            best.append(math.fsum(sorted(own)[-len(picked.kept) :]))
         assert each.source == scores.sources[source]
         assert each.layers == pytest.approx(shares)
-        assert each.kept == pytest.approx(np.mean(shares))
-        assert each.best == pytest.approx(np.mean(best))
+        assert each.kept == pytest.approx(math.fsum(stays) / math.fsum(every))
+        assert each.best == pytest.approx(math.fsum(best) / math.fsum(every))
         assert (each.worst, each.worst_block) == (pytest.approx(min(shares)), scores.blocks[int(np.argmin(shares))])
         assert each.kept < each.best < 1
     # All experts together keep everything of every source.
@@ -253,7 +255,9 @@ def test_a_source_without_tokens_in_a_layer_loses_nothing_there() -> None:
     choice = choose(layers, scores.sources, scores.source_tokens, Selection(), scores.spec, total=20)
     second = retentions(layers, scores.sources, choice)[1]
     assert second.layers[0] is None
-    assert second.kept == pytest.approx(np.mean(second.layers[1:]))  # type: ignore[arg-type]
+    rest = [field(layer, "gated_norms")[1] for layer in layers[1:]]
+    kept = math.fsum(own[list(layer.kept)].sum() for own, layer in zip(rest, choice.layers[1:], strict=True))
+    assert second.kept == pytest.approx(kept / math.fsum(own.sum() for own in rest))
 
 
 def test_warnings_of_what_is_lost() -> None:
