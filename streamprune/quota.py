@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from streamprune.choice.chooser import planned_counts, selection_of, stated_counts
 from streamprune.errors import DoesNotFitError, SettingsError
@@ -20,13 +22,14 @@ from streamprune.source.config_facts import ExpertSpec
 class Quota:
     """So many experts stay, in `blocks` blocks together; `even` if each keeps the same number.
 
-    `budget` is None where none was given.
+    `budget` is None where none was given, and `widest`, the number of the block that keeps most, until it is known.
     """
 
     total: int
     blocks: int
     even: bool
     budget: Budget | None = None
+    widest: int | None = None
 
     @property
     def keep(self) -> int | None:
@@ -35,7 +38,9 @@ class Quota:
 
     def estimate(self, goal: Goal, whole: Footprint) -> Estimate:
         """What the pruned model will take, held against the budget if there is one; `whole` is the model unpruned."""
-        use = replace(goal.use, keep=self.keep, total=None if self.even else self.total)
+        use = replace(goal.use, keep=self.keep)
+        if not self.even:
+            use = replace(use, total=self.total, widest=self.widest)
         return self.held_against(Estimate(whole, use))
 
     def held_against(self, estimate: Estimate) -> Estimate:
@@ -56,8 +61,16 @@ def find_quota(
     stated = stated_counts(selection, spec, blocks)
     if stated is not None:
         return _stated_quota(goal, stated, read_footprint), stated
-    quota = _quota(goal, spec, blocks, read_footprint)
-    return quota, planned_counts(selection, spec, blocks, quota.total)
+    read_once = cache(read_footprint)
+    quota = _quota(goal, spec, blocks, read_once)
+    counts = planned_counts(selection, spec, blocks, quota.total)
+    if quota.even or counts is None:
+        return quota, counts
+    if quota.budget is not None:
+        quota = _filled(goal, quota, spec, blocks, read_once())
+        counts = planned_counts(selection, spec, blocks, quota.total)
+        assert counts is not None  # as before
+    return replace(quota, widest=max(counts.values())), counts
 
 
 def kept_text(quota: Quota, count: int, counts: Mapping[int, int] | None) -> str:
@@ -81,10 +94,25 @@ def _quota(goal: Goal, spec: ExpertSpec, blocks: tuple[int, ...], read_footprint
     return Quota(total, len(blocks), even, budget)
 
 
+def _filled(goal: Goal, quota: Quota, spec: ExpertSpec, blocks: tuple[int, ...], whole: Footprint) -> Quota:
+    """The quota with the experts that fit besides: it was found as if a block kept all, which takes more workspace."""
+    selection = selection_of(goal)
+
+    def exceeds(total: int) -> bool:
+        counts = planned_counts(selection, spec, blocks, total)
+        assert counts is not None  # the schedule is one that needs no scores
+        fit = replace(quota, total=total, widest=max(counts.values())).estimate(goal, whole)
+        return not isinstance(fit, Fit) or not fit.fits
+
+    # The first is known to fit.
+    steps = range(quota.total, spec.count * len(blocks), spec.groups)
+    return replace(quota, total=steps[bisect_left(steps, True, lo=1, key=exceeds) - 1])
+
+
 def _stated_quota(goal: Goal, counts: Mapping[int, int], read_footprint: Callable[[], Footprint]) -> Quota:
     """The quota of a schedule file, held against the budget if there is one."""
     total = sum(counts.values())
-    quota = Quota(total, len(counts), even=len(set(counts.values())) == 1)
+    quota = Quota(total, len(counts), even=len(set(counts.values())) == 1, widest=max(counts.values()))
     if goal.budget_gib is None and goal.gpu is None:
         return quota
     quota = replace(quota, budget=resolve_budget(goal.budget_gib, goal.gpu))

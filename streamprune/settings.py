@@ -53,7 +53,8 @@ class Use:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
     `keep` is the number of experts that stay in every block; None for all. Where blocks may differ, `total` is the
-    number of all blocks together instead. Raises SettingsError for impossible values.
+    number of all blocks together instead, and `widest` that of the block that keeps most, where it is known. Raises
+    SettingsError for impossible values.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -62,6 +63,7 @@ class Use:
     weights_dtype: str = "source"
     keep: int | None = None
     total: int | None = None
+    widest: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("--context", self.context), ("--batch", self.batch)):

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from streamprune.choice.schedule import layer_counts
+from streamprune.choice.selection import Selection
 from streamprune.cli import main
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Fit, Footprint
@@ -77,33 +79,41 @@ def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["uniform", "linear-decrease", "linear-increase", "global"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_every_schedule_fills_the_budget(name: str, schedule: str, tmp_path: Path) -> None:
-    """With one more expert, in one block or (uniform) in every one, it would be exceeded. Not a byte is left out."""
+    """With one more expert, where the schedule would put it (uniform: in every block), it would be exceeded."""
     family = next(family for family in FAMILIES if family.id == name)
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
-    assert footprint.spec is not None
-    sizes, groups = footprint.weights.sizes("source"), footprint.spec.groups
-    blocks = 1 if schedule == "uniform" else sizes.moe_blocks
-    one = int(groups * sizes.expert_bytes) // blocks
-    wanted = 5 * sizes.moe_blocks // groups * groups
-    for number, spare in enumerate((0, one - 1)):
-        use = Use(context=128, keep=6) if schedule == "uniform" else Use(context=128, total=wanted)
-        gib = (Fit(footprint, use, 0).total + spare) / GIB
-        goal: dict[str, Any] = {} if schedule == "uniform" else {"schedule": schedule}
-        if schedule.startswith("linear"):
-            goal["spread"] = 0.45
-        summary = prune(source, tmp_path / f"out{number}", budget_gib=gib, context=128, **goal).summary
-        kept, memory, budget = summary["experts_in_all_layers"], summary["memory"], int(gib * GIB)
-        assert kept == (6 * sizes.moe_blocks if schedule == "uniform" else wanted)
+    spec, blocks = footprint.spec, footprint.weights.sizes("source").moe_blocks
+    assert spec is not None
+    # With the steep one a block keeps all.
+    goal = {"uniform": {}, "linear-decrease": {"spread": 0.1}, "linear-increase": {"spread": 0.45}, "global": {}}[
+        schedule
+    ]
+
+    def use(total: int) -> Use:
+        if schedule == "uniform":
+            return Use(context=128, keep=total // blocks)
+        if schedule == "global":
+            # Before the scores are known, the workspace is taken to be that of a block which keeps all its experts.
+            return Use(context=128, total=total)
+        counts = layer_counts(Selection(schedule=schedule, **goal), spec, blocks, total)
+        return Use(context=128, total=total, widest=max(counts))
+
+    step = spec.groups * (blocks if schedule == "uniform" else 1)
+    wanted = (4 if schedule == "uniform" else 5) * blocks // step * step
+    exact, next_one = (Fit(footprint, use(total), 0).total for total in (wanted, wanted + step))
+    # Not a byte to spare, and just short of the next number.
+    for number, budget in enumerate((exact, next_one - 1)):
+        settings: dict[str, Any] = {"schedule": schedule, "context": 128, "budget_gib": budget / GIB, **goal}
+        summary = prune(source, tmp_path / f"out{number}", **settings).summary
+        memory = summary["memory"]
+        assert memory["budget_bytes"] == budget
+        assert summary["experts_in_all_layers"] == wanted
         assert memory["weights_bytes"] == open_checkpoint(tmp_path / f"out{number}").nbytes
         assert memory["fits"] is True
-        assert memory["total_bytes"] <= budget
-        more = Use(context=128, keep=6 + groups) if schedule == "uniform" else Use(context=128, total=wanted + groups)
-        assert Fit(footprint, more, budget).left < 0
-        layers = summary["experts_per_layer"]
-        if isinstance(layers, list) and max(layers) == footprint.spec.count:
-            # Else the router's own workspace is a little smaller than could be known before the scores.
-            assert memory["total_bytes"] + one > budget
+        assert memory["total_bytes"] <= exact
+        if schedule != "global":
+            assert memory["total_bytes"] == exact, "as it was planned"
 
 
 def test_the_card_and_the_terminal_show_the_terms(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -180,8 +180,8 @@ def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterato
     # The pruned model has no multi-token prediction layers: those are never scored, and left out.
     sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
     if use.total is not None:
-        # Blocks are alike, so that the mean tells their bytes. The largest block may keep all of its experts.
-        kept, routed = use.total / max(1, sizes.moe_blocks), weights.count
+        # Blocks are alike, so that the mean tells their bytes. As long as nobody knows, one may keep all its experts.
+        kept, routed = use.total / max(1, sizes.moe_blocks), use.widest or weights.count
     exact = weights.measured and use.weights_dtype == "source"
     for name, size in sizes.bytes_by_category(kept).items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
