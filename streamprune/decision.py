@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from streamprune.choice.chooser import selection_of
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
@@ -74,7 +75,7 @@ def decide(settings: RunSettings) -> Decision:
     if settings.only_score:
         return Decision(folder, raw, config, dtype, skeleton, None, None, None)
     quota, counts = find_quota(settings, skeleton.spec, tuple(skeleton.experts), read_footprint)
-    if counts is None and settings.propagate == "pruned":
+    if selection_of(settings).needs_all_layers and settings.propagate == "pruned":
         raise SettingsError(
             f"--propagate pruned needs every block's experts chosen before the next is scored, but with "
             f"{'--schedule global' if settings.schedule == 'global' else '--protect-super-experts'} they are chosen "
