@@ -73,10 +73,14 @@ def facts_from_json(told: Any, spec: ExpertSpec, model: str, tensors: Mapping[st
         if memory is None:
             return ModelFacts(layout, loading, None)
         cache = memory["cache"]
-        layers = tuple(LayerCache(**_numbers(layer)) for layer in cache["layers"])
-        sizes = CacheSizes(layers, _numbers({"itemsize": cache["itemsize"]})["itemsize"])
-        shape = ModelShape(**_numbers(memory["shape"]))
-        rest = _numbers({name: memory[name] for name in ("itemsize", "max_positions")})
+        layers = tuple(LayerCache(**_numbers(layer, optional="window")) for layer in cache["layers"])
+        sizes = CacheSizes(layers, **_numbers({"itemsize": cache["itemsize"]}))
+        wide = memory["shape"]["wide_routing"]
+        numbers = {name: value for name, value in memory["shape"].items() if name != "wide_routing"}
+        if not isinstance(wide, bool):
+            raise ValueError("wide_routing is neither yes nor no")
+        shape = ModelShape(**_numbers(numbers), wide_routing=wide)
+        rest = _numbers({name: memory[name] for name in ("itemsize", "max_positions")}, optional="max_positions")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"What the scores tell of the model's memory cannot be used ({error}). Score the model again."
@@ -85,9 +89,11 @@ def facts_from_json(told: Any, spec: ExpertSpec, model: str, tensors: Mapping[st
     return ModelFacts(layout, loading, Footprint(model, weights, spec, sizes, shape, **rest))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, if each is a number that a model can have, or None, or yes or no."""
+def _numbers(values: Mapping[str, Any], optional: str | None = None) -> dict[str, Any]:
+    """The values, if each is a number that a model can have; the one named `optional` may be None."""
     for name, value in values.items():
-        if value is not None and not isinstance(value, bool) and (type(value) is not int or not 0 <= value < 2**40):
+        if value is None and name == optional:
+            continue
+        if type(value) is not int or not 0 <= value < 2**40:
             raise ValueError(f"{name} is no number that a model has")
     return dict(values)

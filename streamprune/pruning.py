@@ -162,7 +162,7 @@ def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | No
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
     """What has to be known of the model: told by the scores, else found by building it."""
     if scores is not None:
-        check_provenance(scores.provenance)
+        check_provenance(scores)
         scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
         if scored != here:
             raise ScoresError(
@@ -171,11 +171,24 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
                 "score this one."
             )
         if scores.layout is not None:
-            return facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
+            facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
+            return _agreeing(settings, facts, scores)
     # Only here: it takes torch and transformers, and seconds.
     from streamprune.prepare import facts_of_checkpoint
 
-    return facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code)
+    return _agreeing(settings, facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code), scores)
+
+
+def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> ModelFacts:
+    """The facts, if the scores are of just these experts: the fingerprint is only what their file says of itself."""
+    layout = facts.layout
+    if scores is not None and (scores.spec, scores.blocks) != (layout.spec, layout.moe_blocks):
+        raise ScoresError(
+            f"{settings.scores} holds scores of {len(scores.blocks)} blocks with {scores.spec.count} experts "
+            f"(top-{scores.spec.top_k}), but the model's are {len(layout.moe_blocks)} with {layout.spec.count} "
+            f"(top-{layout.spec.top_k}), or other blocks. Score the model again."
+        )
+    return facts
 
 
 def _listed(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> Choice:

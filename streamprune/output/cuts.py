@@ -63,6 +63,12 @@ def next_token_prediction(roles: Mapping[str, SourceRole], block_count: int, mtp
     return [name for name in roles if name in set(found)]
 
 
+def may_be_next_token_prediction(name: str, block_count: int) -> bool:
+    """Whether a tensor of this name, which the model ignores, may be found by `next_token_prediction`."""
+    match = _NUMBERED.match(name)
+    return bool(_MTP_SEGMENT.search(name)) or (match is not None and int(match.group(2)) >= block_count)
+
+
 def find_cuts(
     tensors: Mapping[str, TensorEntry],
     roles: Mapping[str, SourceRole],

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streamprune.errors import CheckpointError
+from streamprune.output.cuts import may_be_next_token_prediction
 from streamprune.output.surgery import EXPERT, Cut, ExpertRows, OutputTensor, output_tensors
 from streamprune.source.checkpoint import TensorEntry
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.source.config_facts import MOST_BLOCKS, ExpertSpec
 
 #: Stands for a block's number in a pattern.
 BLOCK = "{block}"
@@ -80,8 +81,15 @@ def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEn
         texts = (*told["count_names"], *dropped, *patterns)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("names that are no text")
+        if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
+            raise ValueError("blocks is no number of blocks")
         if not all(type(block) is int and 0 <= block < blocks for block in moe_blocks) or not moe_blocks:
             raise ValueError("blocks that the model does not have")
+        if list(moe_blocks) != sorted(set(moe_blocks)):
+            raise ValueError("blocks in no ascending order")
+        kept_back = [name for name in dropped if not may_be_next_token_prediction(name, blocks)]
+        if kept_back:
+            raise ValueError(f"{kept_back[0]} is of no multi-token-prediction layer")
         cuts = dict(_cuts(patterns, tensors, set(dropped)))
         _check(cuts, tensors, spec, blocks, moe_blocks)
         outside = set(told["outside"])
@@ -140,6 +148,8 @@ def _cuts(patterns: Mapping[str, list[int] | None], names: Any, dropped: set[str
     """The cut of every name, by the one pattern that fits it."""
     matchers: dict[str, list[tuple[re.Pattern[str], bool, ExpertRows | None]]] = defaultdict(list)
     for pattern, numbers in patterns.items():
+        if pattern.split(".").count(BLOCK) != 1 or pattern.split(".").count(EXPERT) > 1:
+            raise ValueError("a pattern without one block")
         segments = [
             {BLOCK: r"(?P<block>\d+)", EXPERT: r"(?P<expert>\d+)"}.get(segment) or re.escape(segment)
             for segment in pattern.split(".")

@@ -12,6 +12,7 @@ from streamprune.choice.selection import Selection
 from streamprune.errors import ScoresError
 from streamprune.output.plan import PrunePlan
 from streamprune.quota import Quota
+from streamprune.scores.scores import Scores
 
 #: The format of streamprune.json.
 REPORT_FORMAT = 2
@@ -33,17 +34,18 @@ def run_report(
     """
     # In one order, whether it comes from a run or was read from a file.
     provenance = json.loads(json.dumps(provenance, sort_keys=True))
+    settings = {
+        "model": provenance["model"],
+        "revision": provenance["revision"],
+        "keep": quota.keep,
+        "total": quota.total,
+        **_selection(selection),
+        "max_shard_bytes": shard_bytes,
+    }
     return {
         "format": REPORT_FORMAT,
-        "settings": {
-            "model": provenance["model"],
-            "revision": provenance["revision"],
-            "keep": quota.keep,
-            "total": quota.total,
-            **_selection(selection),
-            "max_shard_bytes": shard_bytes,
-            **provenance["settings"],
-        },
+        # How the scores were taken, which cannot change how experts were chosen: a stranger's file may name that too.
+        "settings": settings | {name: value for name, value in provenance["settings"].items() if name not in settings},
         "versions": provenance["versions"],
         "source": {
             **provenance["source"],
@@ -80,8 +82,11 @@ def _selection(selection: Selection | None) -> dict[str, Any]:
     }
 
 
-def check_provenance(provenance: Mapping[str, Any]) -> None:
-    """Raise ScoresError unless a provenance, which may come from a stranger, holds what the record and card tell."""
+def check_provenance(scores: Scores) -> None:
+    """Raise ScoresError unless the provenance of scores, which may come from a stranger, holds what the record and card
+    tell.
+    """
+    provenance = scores.provenance
     try:
         source, calibration = provenance["source"], provenance["calibration"]
         texts = (provenance["model"], source["fingerprint"], provenance["versions"]["streamprune"])
@@ -89,8 +94,9 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
         named = [(each["name"], each["tokens"]) for each in calibration["sources"]]
         revision = provenance["revision"]
         sound = (
-            all(isinstance(text, str) for text in (*texts, *(name for name, _ in named)))
-            and all(type(number) is int for number in (*numbers, *(tokens for _, tokens in named)))
+            all(isinstance(text, str) for text in texts)
+            and all(type(number) is int for number in numbers)
+            and named == list(zip(scores.sources, scores.source_tokens, strict=True))
             and (revision is None or isinstance(revision, str))
             and isinstance(provenance["settings"].get("propagate"), str)
         )
