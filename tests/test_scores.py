@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
@@ -16,7 +17,7 @@ from streamprune.source.skeleton import dispatches_experts
 from streamprune.streaming.grouped_experts import forward_with_pairs
 from streamprune.streaming.saliency import ExpertsTap, bare_pairs
 from streamprune.streaming.statistics import ExpertStatistics, Pairs
-from tests.helpers import CPU, field_of, load_whole, prune, streamed, token_ids
+from tests.helpers import CPU, field_of, known_family, load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 
@@ -119,6 +120,24 @@ def test_the_fast_path_equals_the_one_that_knows_nothing(name: str, dtype: torch
         # A dot product in bfloat16 is rounded to three digits.
         tolerance = 1e-5 if dtype == torch.float32 else 0.01
         torch.testing.assert_close(pairs.cosines, bare.cosines, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4_text", "granitemoe"])  # grouped, dense, plain
+def test_large_outputs_in_float16_have_cosines(name: str, tmp_path: Path) -> None:
+    """Outputs above 256, whose products no float16 can hold: what is recorded is that of float32."""
+    folder = make_model(tmp_path / "model", tiny_config(known_family(name)))
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for key in tensors:
+            if ("experts" in key and "down_proj" in key) or "output_linear" in key:
+                tensors[key] = tensors[key] * 3000
+        save_file(tensors, path, metadata={"format": "pt"})
+    ids = token_ids(batch=1, length=32)
+    exact, narrow = (streamed(folder, ids, dtype)[1] for dtype in (torch.float32, torch.float16))
+    first = min(exact)
+    assert max(field_of(exact[first], "peaks")) > 256
+    wanted, found = (sum(field_of(statistics[first], "cosines")) for statistics in (exact, narrow))
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 def pairs_of(index: list[list[int]], gate: float = 0.5, norm: float = 4.0) -> Pairs:

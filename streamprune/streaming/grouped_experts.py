@@ -64,6 +64,9 @@ def peaks(vectors: torch.Tensor) -> torch.Tensor:
 
 def dots(vectors_TKH: torch.Tensor, with_TH: torch.Tensor) -> torch.Tensor:
     """The dot products (T, K) of a token's K vectors with one of its own, summed in float32 or wider."""
+    if vectors_TKH.dtype == torch.float16:
+        # Products of values above 256 are infinite in float16, and some experts' outputs are larger.
+        vectors_TKH = vectors_TKH.float()
     # As a product of matrices it would take thirty times as long on a CPU.
     return (vectors_TKH * with_TH.unsqueeze(1)).sum(dim=-1, dtype=_exact(vectors_TKH))
 
