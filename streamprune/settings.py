@@ -45,7 +45,7 @@ MOST_TOKENS = 2**40
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Goal:
         if self.schedule not in SCHEDULES:
             if given > 1 or self.keep is not None or self.ratio is not None:
                 raise SettingsError(
-                    f"--schedule {self.schedule} is a file that says itself how many experts stay. Leave out --keep "
-                    "and --ratio; a budget is only checked."
+                    f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that says "
+                    "itself how many experts stay. Leave out --keep and --ratio; a budget is only checked."
                 )
         elif given != 1:
             raise SettingsError(
@@ -227,7 +227,7 @@ class RunSettings(Place, Goal):
 
     def _check_caps(self) -> None:
         for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
-            if cap is not None and not 0 < cap < float("inf"):
+            if cap is not None and not 0 < cap * 2**30 < float("inf"):
                 raise SettingsError(f"{name} {cap:g} is no amount of memory. Give GiB above 0, for example {name} 16.")
         if self.device == "cpu":
             self.check_device("cpu")

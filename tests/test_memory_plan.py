@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states
 
 
 @pytest.mark.parametrize(
-    "options", [{"vram_gib": 0.0}, {"ram_gib": -1.0}, {"ram_gib": float("nan")}, {"states": "tape"}]
+    "options", [{"vram_gib": 0.0}, {"ram_gib": -1.0}, {"ram_gib": float("nan")}, {"ram_gib": 1e308}, {"states": "tape"}]
 )
 def test_nonsense_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=r"--(vram-gib|ram-gib|states) "):
