@@ -407,9 +407,11 @@ def test_any_write_may_fail_once(short: dict[str, Command], tmp_path: Path, kind
     assert failed > 3
 
 
-def test_older_scores_stay_until_the_new_ones_are_whole(short: dict[str, Command], tmp_path: Path) -> None:
-    command = short["score"].at(tmp_path / "out")
-    command.output.write_bytes(b"older")
+def test_older_scores_stay_until_the_new_ones_are_whole(
+    short: dict[str, Command], made: dict[str, Command], tmp_path: Path
+) -> None:
+    command, older = short["score"].at(tmp_path / "out"), made["score"].expected["scores"]
+    command.output.write_bytes(older)
     with pytest.raises(OutputError, match=r"out exists\. Choose another name with -o, or add --overwrite"):
         command.run()
     with trap(tmp_path) as counted:
@@ -417,10 +419,10 @@ def test_older_scores_stay_until_the_new_ones_are_whole(short: dict[str, Command
     calls = counted.calls or []
     (named,) = (number for number, call in enumerate(calls, 1) if call == "rename scores.safetensors")
     for number in range(named - 4, named + 1):
-        command.output.write_bytes(b"older")
+        command.output.write_bytes(older)
         with trap(tmp_path, number, errno.EIO), pytest.raises(OutputError):
             command.run(overwrite=True)
-        assert command.output.read_bytes() == b"older"
+        assert command.output.read_bytes() == older
         command.resume()
         command.check()
 
