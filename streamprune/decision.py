@@ -16,8 +16,9 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
 from streamprune.output.uneven_input import refuse_uneven
-from streamprune.output.writer import check_output, check_scores_file
+from streamprune.output.writer import check_output
 from streamprune.quota import Quota, find_quota
+from streamprune.scores.file import check_scores_file
 from streamprune.settings import RunSettings
 from streamprune.source.architecture import declared_dtype, load_config
 from streamprune.source.checkpoint import CONFIG_NAME, TensorEntry, read_json
@@ -60,7 +61,7 @@ def decide(settings: RunSettings) -> Decision:
     (check_scores_file if settings.only_score else check_output)(settings.output, folder, settings.overwrite)
     raw = read_json(folder / CONFIG_NAME)
     refuse_uneven(raw, settings.model)
-    _refuse_quantized(raw, folder)
+    refuse_quantized(raw, folder)
     config = load_config(folder, settings.trust_remote_code)
     dtype = _chosen_dtype(settings.dtype, config)
     skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
@@ -103,7 +104,8 @@ def with_footprint(
     return replace(decision, skeleton=skeleton, footprint=footprint)
 
 
-def _refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UnsupportedModelError for a checkpoint whose config says that its weights are quantized."""
     for part in (config, config.get("text_config")):
         stated = part if isinstance(part, Mapping) else {}
         quantization = stated.get("quantization_config") or stated.get("compression_config")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from streamprune.choice.chooser import Chooser, selection_of
-from streamprune.decision import Decision, with_footprint
+from streamprune.decision import Decision, refuse_quantized, with_footprint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.model_facts import ModelFacts
@@ -108,6 +108,7 @@ def facts_of(prepared: Prepared) -> ModelFacts:
 
 def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
     """What has to be known of a checkpoint to write an output of it, found by building its model."""
+    refuse_quantized(checkpoint.config, checkpoint.folder)
     config = load_config(checkpoint.folder, trust_remote_code)
     skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)

@@ -16,10 +16,11 @@ from streamprune import __version__
 from streamprune.choice.choose import Choice, ChosenLayer, choose_kept
 from streamprune.choice.chooser import Chooser, selection_of
 from streamprune.choice.keep_file import read_keep_file
-from streamprune.errors import OutputError, ResumeError, ScoresError
+from streamprune.choice.selection import Selection
+from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.fit.report import estimate_object, terms_lines
+from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.model_facts import ModelFacts, facts_from_json
 from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
@@ -35,6 +36,7 @@ from streamprune.settings import PruneSettings
 from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.source.hub import resolve_model
 from streamprune.source.shard import show
+from streamprune.tell import tell_budget, tell_dropped, tell_memory, tell_unseen
 from streamprune.work.enter import enter_work, keeping
 from streamprune.work.file_states import file_states
 from streamprune.work.folder import WorkFolder, folder_bytes
@@ -59,6 +61,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
     Takes the time of a file copy, and memory for a few MiB of a file at a time, beside the scores. Raises a
     StreampruneError for whatever cannot work, before anything is written.
     """
+    _check_listed(settings)
     scores = read_scores(settings.scores) if settings.scores is not None else None
     # Of a model on the Hub the config alone, which may spare the rest.
     known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
@@ -86,12 +89,14 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
         summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
         work.remove()
         shutil.rmtree(settings.folder_beside, ignore_errors=True)
+        if decided.selection is not None and decided.scores is not None:
+            tell_unseen(progress, summary["never_routed"], decided.scores.tokens)
         progress.say(
             f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(plan.output_bytes)} of weights "
             f"(source: {format_bytes(checkpoint.nbytes)})"
         )
-        for line in terms_lines(estimate) if estimate else ():
-            progress.say(line)
+        if estimate is not None:
+            tell_memory(progress, estimate)
     return PruneResult(settings.output, decided.choice.layers, summary)
 
 
@@ -120,12 +125,22 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> PruneResul
     return prune(settings, quiet)
 
 
+def _check_listed(settings: PruneSettings) -> None:
+    """Refuse what would choose experts beside a list of them."""
+    if settings.keep_file is not None and selection_of(settings) != Selection():
+        raise SettingsError(
+            "--keep-file says itself which experts stay. Leave out --method, --mix, --schedule, --spread, --floor, "
+            "--protect-super-experts and --seed."
+        )
+
+
 def _announce(settings: PruneSettings, decided: Decided, progress: Progress) -> None:
     plan, scores = decided.plan, decided.scores
     progress.say(
         f"{settings.model}: {plan.layout.block_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
         f"experts; keeping {kept_text(decided.quota, plan.layout.spec.count, plan.counts)}"
     )
+    tell_budget(progress, decided.quota)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
@@ -133,6 +148,7 @@ def _announce(settings: PruneSettings, decided: Decided, progress: Progress) -> 
         )
     tell_choice(decided, progress)
     progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
+    tell_dropped(progress, plan.layout.dropped)
 
 
 def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> Decided:

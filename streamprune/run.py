@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from streamprune.choice.choose import ChosenLayer
+from streamprune.choice.choose import Choice, ChosenLayer
+from streamprune.choice.chooser import Chooser
 from streamprune.decision import Decision, decide, with_footprint
 from streamprune.errors import ResumeError
 from streamprune.fit.footprint import read_headers
@@ -31,10 +32,11 @@ from streamprune.output.finish import (
     write_blocks,
 )
 from streamprune.output.plan import make_plan
-from streamprune.output.writer import OutputWriter, check_place, check_scores_file
+from streamprune.output.writer import OutputWriter, check_place
 from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
 from streamprune.progress import Progress
 from streamprune.provenance import provenance_of
+from streamprune.scores.file import check_scores_file
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
 from streamprune.streaming.scoring import BlockScorer
@@ -199,19 +201,7 @@ class _Run:
             return self._leave_scores(prepared, scores, taken)
         choice = choose_all(chooser, scores, settings, self.work)
         writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
-        quota = prepared.decision.quota
-        assert quota is not None
-        decided = Decided(
-            settings,
-            prepared.checkpoint,
-            facts,
-            chooser.selection,
-            quota,
-            choice,
-            writer.plan,
-            scores.provenance,
-            scores,
-        )
+        decided = _decided(settings, prepared, facts, chooser, choice, writer, scores)
         tell_choice(decided, self.progress)
         if outlet is None:
             write_blocks(decided, writer, self.work, self.progress, self.stop)
@@ -256,6 +246,21 @@ class _Run:
     def _log(self, summary: Mapping[str, Any]) -> None:
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
         self.progress.write_log(beside(self.settings.output, LOG_SUFFIX))
+
+
+def _decided(
+    settings: RunSettings,
+    prepared: Prepared,
+    facts: ModelFacts,
+    chooser: Chooser,
+    choice: Choice,
+    writer: OutputWriter,
+    scores: Scores,
+) -> Decided:
+    quota = prepared.decision.quota
+    assert quota is not None  # only where nothing is pruned
+    by, told = chooser.selection, scores.provenance
+    return Decided(settings, prepared.checkpoint, facts, by, quota, choice, writer.plan, told, scores)
 
 
 def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:

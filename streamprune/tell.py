@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from streamprune.decision import Decision
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.report import terms_lines
 from streamprune.machine import check_disk, existing_folder, format_bytes
-from streamprune.memory.plan import MemoryPlan
 from streamprune.output.uneven import engines_note
-from streamprune.prepare import Prepared
 from streamprune.progress import Progress
-from streamprune.quota import kept_text
+from streamprune.quota import Quota, kept_text
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings
-from streamprune.text.calibration import Calibration
-from streamprune.work.folder import WorkFolder
+
+if TYPE_CHECKING:
+    # They import torch, and `streamprune prune`, which also tells of its result, does without.
+    import torch
+
+    from streamprune.decision import Decision
+    from streamprune.memory.plan import MemoryPlan
+    from streamprune.prepare import Prepared
+    from streamprune.text.calibration import Calibration
+    from streamprune.work.folder import WorkFolder
 
 
 def announce_work(
@@ -49,13 +52,38 @@ def announce_plan(progress: Progress, settings: RunSettings, decision: Decision)
         f"{settings.model}: {skeleton.block_count} blocks, {len(skeleton.experts)} with {spec.count} experts "
         f"(top-{spec.top_k}){kept}"
     )
-    for note in quota.budget.notes if quota and quota.budget else ():
-        progress.say(f"note: {note}")
+    tell_budget(progress, quota)
     if quota and not quota.even:
         progress.say(f"note: {engines_note(True)}")
 
 
+def tell_budget(progress: Progress, quota: Quota | None) -> None:
+    """Say what is to be known of the card that the budget is about."""
+    for note in quota.budget.notes if quota and quota.budget else ():
+        progress.say(f"note: {note}")
+
+
+def tell_dropped(progress: Progress, dropped: Sequence[str]) -> None:
+    """Say which part of the model is left out, if any is."""
+    if dropped:
+        progress.say(
+            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
+            "Without them, speculative decoding needs a separate draft model."
+        )
+
+
+def tell_unseen(progress: Progress, never_routed: Sequence[Mapping[str, int]], tokens: int) -> None:
+    """Warn of experts that none of the calibration's tokens was routed to: how many, in which layers."""
+    if never_routed:
+        where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never_routed)
+        progress.say(
+            f"warning: the {tokens:,} calibration tokens never reached some experts ({where}), so those were removed "
+            "first without being known. Calibrate on more or on other text: --calibration, --samples."
+        )
+
+
 def tell_memory(progress: Progress, estimate: Estimate) -> None:
+    """Say what memory the result takes, and whether that is within the budget, if there is one."""
     for line in terms_lines(estimate):
         progress.say(line)
     if isinstance(estimate, Fit):
@@ -76,12 +104,7 @@ def announce_model(progress: Progress, settings: RunSettings, prepared: Prepared
         else:
             tell_memory(progress, estimate)
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
-        dropped = prepared.layout.dropped
-        if dropped:
-            progress.say(
-                f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
-                "Without them, speculative decoding needs a separate draft model."
-            )
+        tell_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):
         progress.say(
             "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
@@ -106,14 +129,7 @@ def announce_calibration(
 def tell_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
     """Say what came of a run."""
     _tell_peak(progress, settings, summary)
-    never = summary["never_routed"]
-    if never:
-        where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never)
-        progress.say(
-            f"warning: the {summary['calibration_tokens']:,} calibration tokens never reached some experts ({where}), "
-            "so those were removed first without being known. Calibrate on more or on other text: --calibration, "
-            "--samples."
-        )
+    tell_unseen(progress, summary["never_routed"], summary["calibration_tokens"])
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
         f"(source: {format_bytes(summary['source_bytes'])})"

@@ -19,10 +19,10 @@ from streamprune.output.card import model_card
 from streamprune.output.plan import PrunePlan
 from streamprune.output.record import run_report
 from streamprune.output.uneven import engines_note, is_uneven
-from streamprune.output.writer import OutputWriter, check_scores_file
+from streamprune.output.writer import OutputWriter
 from streamprune.progress import Progress
 from streamprune.quota import Quota
-from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, write_scores
+from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import LayerStatistics
 from streamprune.settings import Place, PruneSettings, RunSettings, beside

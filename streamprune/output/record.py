@@ -47,11 +47,7 @@ def run_report(
         # How the scores were taken, which cannot change how experts were chosen: a stranger's file may name that too.
         "settings": settings | {name: value for name, value in provenance["settings"].items() if name not in settings},
         "versions": provenance["versions"],
-        "source": {
-            **provenance["source"],
-            "experts": plan.layout.spec.count,
-            "top_k": plan.layout.spec.top_k,
-        },
+        "source": {**provenance["source"], "experts": plan.layout.spec.count, "top_k": plan.layout.spec.top_k},
         "calibration": provenance["calibration"],
         "dropped": list(plan.layout.dropped),
         "protected": {str(block): list(experts) for block, experts in sorted(choice.protected.items())},

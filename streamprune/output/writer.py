@@ -44,21 +44,6 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         )
 
 
-def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise OutputError unless a file of scores may be written to `output`, for the model in `source`."""
-    if output.name in {"", ".."} or output.is_dir():
-        raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
-    if output.absolute().parent.resolve() == source.resolve():
-        raise OutputError(f"{output} is in the model's own folder, which stays as it is. Choose another place with -o.")
-    if not os.path.lexists(output):
-        return
-    if not output.is_file():
-        # A device, a pipe, a link to nothing.
-        raise OutputError(f"{output} is no regular file, so that it is not replaced. Choose another name with -o.")
-    if not overwrite:
-        raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
-
-
 def put_back(beside: Path, output: Path) -> None:
     """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
     if (beside / REPLACED_NAME).exists() and not output.exists():

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamprune.errors import CheckpointError, ScoresError
+from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
 from streamprune.scores.validity import check_blocks, check_layer, check_sources, check_spec
@@ -46,6 +46,30 @@ _ABOUT = (
     "Tensors layers.N.FIELD have a row per source and a column per expert."
 )
 _DTYPES: dict[bool, tuple[str, str]] = {True: ("I64", "<i8"), False: ("F64", "<f8")}
+
+
+def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise OutputError unless a file of scores may be written to `output`, for the model in `source`."""
+    if output.name in {"", ".."} or output.is_dir():
+        raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
+    if output.absolute().parent.resolve() == source.resolve():
+        raise OutputError(f"{output} is in the model's own folder, which stays as it is. Choose another place with -o.")
+    if not os.path.lexists(output):
+        return
+    if not output.is_file():
+        # A device, a pipe, a link to nothing.
+        raise OutputError(f"{output} is no regular file, so that it is not replaced. Choose another name with -o.")
+    if not overwrite:
+        raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
+    if not _may_be_scores(output):
+        raise OutputError(f"{output} holds no scores, so --overwrite does not replace it. Choose another name with -o.")
+
+
+def _may_be_scores(path: Path) -> bool:
+    """Whether a file begins as scores do, or is empty."""
+    with writing(f"Looking at {path}", path.parent), path.open("rb") as file:
+        start = file.read(64)
+    return not start or start[8:].startswith(f'{{"__metadata__":{{"{_MARK}":'.encode())
 
 
 def write_scores(path: Path, scores: Scores) -> None:

@@ -1,0 +1,132 @@
+"""What `prune` tells and refuses, beside what `run` does: on models of the Hub, with MTP layers, and by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from streamprune.cli import main
+from streamprune.errors import OutputError, ScoresError, SettingsError, UnsupportedModelError
+from streamprune.pruning import prune
+from streamprune.run import run
+from streamprune.scores.file import read_scores
+from streamprune.settings import PruneSettings, RunSettings
+from tests.helpers import tree_bytes
+from tests.hub_model import arguments, hub_for_this_process, published_model
+from tests.test_fit_weights import with_mtp
+from tests.test_prune import Model
+from tests.tiny import write_token_ids
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("qwen"), "qwen3_moe")
+
+
+def told(*words: object) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored and pruned by its name: the bytes of a run, and nothing fetched that a run does not fetch."""
+    with hub_for_this_process(tmp_path, monkeypatch) as server:
+        server.add("org/model", published_model(tmp_path / "source"))
+        command = arguments("org/model", tmp_path, "run", "--quiet")
+        told(*command)
+        fetched = server.fetched()
+        shutil.rmtree(tmp_path / "cache")
+        server.forget()
+        told("prune", "org/model", "-o", tmp_path / "prune", "--scores", tmp_path / "run", "--keep", 5, "--quiet")
+        assert server.fetched() == fetched
+        assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
+        assert "base_model: org/model" in (tmp_path / "prune" / "README.md").read_text()
+        # The model has changed since: its scores no longer say anything.
+        files = dict(server.repos["org/model"].commits[server.repos["org/model"].refs["main"]])
+        files["config.json"] = files["config.json"].replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-05')
+        server.repos["org/model"].push(files)
+        settings = PruneSettings(model="org/model", output=tmp_path / "out", scores=tmp_path / "run", keep=5)
+        with pytest.raises(ScoresError, match="Give the very model that was scored"):
+            prune(settings, quiet=True)
+
+
+def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
+    """MTP tensors left out, experts that no token met, and how the result stands to the budget."""
+    model = Model(tmp_path, "deepseek_v3")
+    source = with_mtp(model.folder)
+    few = write_token_ids(tmp_path / "few.jsonl", sequences=1, length=3)
+    goal = ("--budget-gib", 0.5012, "--context", 64)
+    one = told("run", source, "-o", tmp_path / "run", "--calibration", few, *goal)
+    other = told("prune", source, "-o", tmp_path / "prune", "--scores", tmp_path / "run", *goal)
+    assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
+    for words in (
+        "multi-token-prediction (MTP) tensors are left out",
+        "warning: the 3 calibration tokens never reached some experts",
+        "  fits the budget of ",
+        "domain retention",
+    ):
+        lines = [[line for line in result.stderr.splitlines() if words in line] for result in (one, other)]
+        # The run tells the memory twice, before and after.
+        assert [len(found) > 0 for found in lines] == [True, True], words
+        assert lines[0][-1] == lines[1][-1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ean"},
+        {"mix": "code.jsonl=1"},
+        {"schedule": "global"},
+        {"schedule": "linear-decrease", "spread": 0.2},
+        {"floor": 7},
+        {"protect_super_experts": True},
+        {"seed": 3},
+    ],
+)
+def test_a_keep_file_alone_says_which_experts_stay(qwen: Model, tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2]] * 4))
+    for scores in (None, qwen.scores):
+        with pytest.raises(SettingsError, match="--keep-file says itself which experts stay"):
+            qwen.prune(tmp_path / "out", scores=scores, keep_file=tmp_path / "list.json", **settings)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_quantized_model_is_refused_by_hand_too(qwen: Model, tmp_path: Path) -> None:
+    shutil.copytree(qwen.folder, tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2]] * 4))
+    settings = PruneSettings(model=str(tmp_path / "fp8"), output=tmp_path / "out", keep_file=tmp_path / "list.json")
+    with pytest.raises(UnsupportedModelError, match=r"is quantized \(fp8\)"):
+        prune(settings, quiet=True)
+
+
+def test_scores_replace_nothing_but_scores(qwen: Model, tmp_path: Path) -> None:
+    """--overwrite with the wrong name must not cost the user the calibration text."""
+    text = write_token_ids(tmp_path / "text.jsonl")
+
+    def score(output: Path) -> None:
+        files = (str(text),)
+        settings = RunSettings(
+            model=str(qwen.folder), output=output, only_score=True, calibration=files, overwrite=True
+        )
+        run(settings, quiet=True)
+
+    before = text.read_bytes()
+    with pytest.raises(OutputError, match=r"text.jsonl holds no scores, so --overwrite does not replace it"):
+        score(text)
+    assert text.read_bytes() == before
+    weights = shutil.copy(qwen.folder / "model-00001-of-00006.safetensors", tmp_path)
+    with pytest.raises(OutputError, match="holds no scores"):
+        score(Path(weights))
+    (tmp_path / "scores.safetensors").touch()
+    for _ in range(2):
+        score(tmp_path / "scores.safetensors")
+        assert read_scores(tmp_path / "scores.safetensors").sources == ("text.jsonl",)
