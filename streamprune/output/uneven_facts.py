@@ -6,12 +6,15 @@ compared with those of stock models that have the same number everywhere.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import re
+import tempfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -144,8 +147,7 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
     # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
     counts = {block: (least, spec.count)[place.bit_count() % 2] for place, block in enumerate(moe_blocks)}
     changed = uneven_config(raw, facts, counts)
-    module = ModuleType(facts.file_name.removesuffix(".py"))
-    exec(compile(modeling_source(facts), facts.file_name, "exec"), module.__dict__)
+    module = _imported(facts)
     smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
     small_blocks = smaller.get_submodule(skeleton.blocks_path)
     assert isinstance(small_blocks, nn.ModuleList)
@@ -162,6 +164,19 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
         if problem:
             return problem
     return ""
+
+
+def _imported(facts: LoadingFacts) -> ModuleType:
+    """The module that an output would get, imported from a file as its users will."""
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        path = Path(folder) / facts.file_name
+        path.write_text(modeling_source(facts), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Module], names: tuple[str, ...]) -> str:
