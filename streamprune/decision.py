@@ -65,7 +65,9 @@ def decide(settings: RunSettings) -> Decision:
     config = load_config(folder, settings.trust_remote_code)
     dtype = _chosen_dtype(settings.dtype, config)
     skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
-
+    first = settings.from_layer
+    if first is not None and first >= skeleton.block_count:
+        raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {skeleton.block_count - 1}.")
     footprint: Footprint | None = None
 
     def read_footprint() -> Footprint:

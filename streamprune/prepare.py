@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from streamprune.choice.chooser import Chooser, selection_of
+from streamprune.choice.mix import mix_weights
 from streamprune.decision import Decision, refuse_quantized, with_footprint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.structure import footprint_of_skeleton
@@ -154,9 +155,12 @@ def vocabulary_of(skeleton: Skeleton) -> int:
 
 
 def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
-    """Read the calibration data for a model of which only config and tokenizer need be there."""
+    """Read the calibration data for a model of which only config and tokenizer need be there.
+
+    Raises SettingsError for a mix of other sources, before tens of GiB are downloaded.
+    """
     text_config = decision.skeleton.model.config.get_text_config(decoder=True)
-    return load_calibration(
+    calibration = load_calibration(
         settings.calibration,
         decision.folder,
         samples=settings.samples,
@@ -166,6 +170,8 @@ def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )
+    mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
+    return calibration
 
 
 def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:

@@ -31,7 +31,7 @@ from streamprune.output.finish import (
     tell_choice,
     write_blocks,
 )
-from streamprune.output.plan import make_plan
+from streamprune.output.plan import PrunePlan, make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
 from streamprune.progress import Progress
@@ -147,6 +147,8 @@ class _Run:
         else:
             calibration = calibrate(self.settings, self.decision)
         prepared = prepare(self.settings, self.decision)
+        facts = facts_of(prepared)
+        check_schedule(self.settings, facts, prepared.counts)
         # Nothing is told before all is known to be in order: a refusal is one message and no more.
         announce_plan(self.progress, self.settings, self.decision)
         announce_model(self.progress, self.settings, prepared)
@@ -163,14 +165,12 @@ class _Run:
         else:
             announce_work(self.progress, settings, prepared, memory, self.work)
             self.work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
-        return self._stream(settings, prepared, calibration, memory)
+        return self._stream(settings, prepared, facts, calibration, memory)
 
     def _stream(
-        self, settings: RunSettings, prepared: Prepared, calibration: Calibration, memory: MemoryPlan
+        self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, calibration: Calibration, memory: MemoryPlan
     ) -> RunResult:
-        facts = facts_of(prepared)
         chooser = chooser_of(settings, prepared, calibration)
-        check_schedule(settings, facts, prepared.counts)
         writer = outlet = None
         if chooser is not None and prepared.counts is not None and not chooser.selection.needs_all_layers:
             writer = self._writer(settings, prepared, facts, prepared.counts)
@@ -201,7 +201,7 @@ class _Run:
             return self._leave_scores(prepared, scores, taken)
         choice = choose_all(chooser, scores, settings, self.work)
         writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
-        decided = _decided(settings, prepared, facts, chooser, choice, writer, scores)
+        decided = _decided(settings, prepared, facts, chooser, choice, writer.plan, scores)
         tell_choice(decided, self.progress)
         if outlet is None:
             write_blocks(decided, writer, self.work, self.progress, self.stop)
@@ -254,13 +254,13 @@ def _decided(
     facts: ModelFacts,
     chooser: Chooser,
     choice: Choice,
-    writer: OutputWriter,
+    plan: PrunePlan,
     scores: Scores,
 ) -> Decided:
     quota = prepared.decision.quota
     assert quota is not None  # only where nothing is pruned
     by, told = chooser.selection, scores.provenance
-    return Decided(settings, prepared.checkpoint, facts, by, quota, choice, writer.plan, told, scores)
+    return Decided(settings, prepared.checkpoint, facts, by, quota, choice, plan, told, scores)
 
 
 def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:

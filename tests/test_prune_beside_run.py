@@ -56,6 +56,27 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             prune(settings, quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mix", "poetry=1"), "there is no source 'poetry'. The scores have: calibration.jsonl (96 tokens)."),
+        (("--from-layer", "4"), "--from-layer 4: the model's blocks are 0 to 3."),
+    ],
+)
+def test_mistakes_are_told_before_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, str], message: str
+) -> None:
+    with hub_for_this_process(tmp_path, monkeypatch) as server:
+        server.add("org/model", published_model(tmp_path / "source"))
+        result = CliRunner().invoke(main, arguments("org/model", tmp_path, "out", *words))
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: ")
+        assert result.stderr.endswith(f"{message}\n")
+        assert len(result.stderr.splitlines()) == 1
+        assert not [name for name in server.fetched() if name.endswith(".safetensors")]
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
     """MTP tensors left out, experts that no token met, and how the result stands to the budget."""
     model = Model(tmp_path, "deepseek_v3")

@@ -11,7 +11,7 @@ import torch
 
 from streamprune.choice.choose import routed_tokens
 from streamprune.choice.chooser import Chooser
-from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
+from streamprune.errors import InterruptedRunError, ResumeError, ScoresError
 from streamprune.machine import peak_device_bytes
 from streamprune.output.layout import Layout
 from streamprune.output.writer import OutputWriter
@@ -128,8 +128,6 @@ class Sitting:
     def _take_up(self) -> None:
         """Read which blocks are finished; write again what of their shards is damaged."""
         first = self._settings.from_layer
-        if first is not None and first >= self._layout.block_count:
-            raise SettingsError(f"--from-layer {first}: the model's blocks are 0 to {self._layout.block_count - 1}.")
         if self._work.has_progress():
             self._progress.say("resuming: checking what is done ...")
         for block in (None, *range(self._layout.block_count)):
