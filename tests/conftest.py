@@ -47,3 +47,19 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     folder, told = tmp_path_factory.mktemp("demo"), list[str]()
     # With one thread, the same model on every machine of a kind.
     return DemoRun(folder, run_demo(folder, steps=DEMO_STEPS, threads=1, echo=told.append), told)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Commands of every kind on a model of four blocks."""
+    from tests.interruptions import make_commands
+
+    return make_commands(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same with two blocks, for what has to be done many times."""
+    from tests.interruptions import make_commands
+
+    return make_commands(tmp_path_factory.mktemp("short"), blocks=2)

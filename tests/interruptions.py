@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from streamprune import pruning, run
+from streamprune.cli import main
 from streamprune.settings import PruneSettings, RunSettings
 from streamprune.work.folder import WorkFolder
 from tests.faults import Injected
@@ -138,3 +141,17 @@ def ending_at(point: str) -> Iterator[None]:
         patch.setattr(WorkFolder, "remove", lambda self: None)
         with pytest.raises(Injected):
             yield
+
+
+def call(*arguments: object) -> Result:
+    """The command line's answer."""
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def status(command: Command) -> dict[str, Any]:
+    """What `status --json` says of a command's work folder."""
+    told = call("status", command.work, "--json")
+    assert told.exit_code == 0, told.stderr
+    value = json.loads(told.stdout)
+    assert isinstance(value, dict)
+    return value
