@@ -6,7 +6,7 @@ With scores, neither torch nor transformers is needed: they tell where in the ch
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,12 +63,13 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
     """
     _check_listed(settings)
     scores = read_scores(settings.scores) if settings.scores is not None else None
+    if scores is not None:
+        _check_choice(settings, scores)
     # Of a model on the Hub the config alone, which may spare the rest.
     known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    check_output(settings.output, known, settings.overwrite)
     refuse_uneven(read_json(known / CONFIG_NAME), settings.model)
-    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
-    check_output(settings.output, folder, settings.overwrite)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     decided = _decide(settings, checkpoint, scores)
     plan = decided.plan
     with Progress(plan.layout.block_count, quiet) as progress, ExitStack() as stack:
@@ -134,6 +135,28 @@ def _check_listed(settings: PruneSettings) -> None:
         )
 
 
+def _check_choice(settings: PruneSettings, scores: Scores) -> None:
+    """Refuse a choice that these scores do not allow before tens of GiB are downloaded; a budget needs the model."""
+    check_provenance(scores)
+    if settings.keep_file is not None:
+        read_keep_file(settings.keep_file, scores.spec, scores.blocks)
+    elif settings.budget_gib is None and settings.gpu is None:
+
+        def footprint() -> Footprint:
+            raise AssertionError("nothing but a budget asks for it")
+
+        _choose(settings, scores, footprint)
+
+
+def _choose(settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]) -> tuple[Quota, Choice]:
+    """The choice by scores; a budget asks for the model's `footprint`."""
+    spec, blocks, sources = scores.spec, scores.blocks, scores.sources
+    quota, planned = find_quota(settings, spec, blocks, footprint)
+    selection = selection_of(settings)
+    chooser = Chooser(selection, spec, blocks, quota.total, planned, sources, scores.source_tokens)
+    return quota, chooser.all(scores.layers)
+
+
 def _announce(settings: PruneSettings, decided: Decided, progress: Progress) -> None:
     plan, scores = decided.plan, decided.scores
     progress.say(
@@ -165,11 +188,7 @@ def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | No
         def footprint() -> Footprint:
             return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
-        quota, planned = find_quota(settings, layout.spec, layout.moe_blocks, footprint)
-        chooser = Chooser(
-            selection, layout.spec, layout.moe_blocks, quota.total, planned, scores.sources, scores.source_tokens
-        )
-        choice = chooser.all(scores.layers)
+        quota, choice = _choose(settings, scores, footprint)
     plan = make_plan(layout, facts.loading, checkpoint, choice.counts_by_block, settings.max_shard_bytes)
     by = selection if settings.keep_file is None else None
     return Decided(settings, checkpoint, facts, by, quota, choice, plan, provenance, scores)
@@ -178,7 +197,6 @@ def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | No
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
     """What has to be known of the model: told by the scores, else found by building it."""
     if scores is not None:
-        check_provenance(scores)
         scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
         if scored != here:
             raise ScoresError(

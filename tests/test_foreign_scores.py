@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streamprune.errors import CheckpointError, ScoresError
+from streamprune.errors import CheckpointError, ScoresError, SettingsError
 from streamprune.scores.file import read_scores, write_scores
 from streamprune.scores.scores import Scores
 from tests.helpers import tree_bytes
@@ -102,7 +102,8 @@ def test_scores_of_other_blocks_are_refused(
     for layers in (scores.layers[:3], scores.layers[1:], shifted):
         forged = replace(scores, layers=layers, layout=scores.layout if with_layout else None)
         write_scores(tmp_path / "forged.safetensors", forged)
-        with pytest.raises(ScoresError, match="or other blocks"):
+        # A list that goes with the model does not go with such scores, which are what is looked at first.
+        with pytest.raises((ScoresError, SettingsError), match="or other blocks|layers with experts|has no layer"):
             qwen.prune(tmp_path / "out", scores=tmp_path / "forged.safetensors", **settings)
     assert not list(tmp_path.glob("out*"))
 

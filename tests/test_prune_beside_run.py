@@ -77,6 +77,28 @@ def test_mistakes_are_told_before_weights_are_fetched(
         assert not list(tmp_path.glob("out*"))
 
 
+def test_a_choice_that_cannot_be_costs_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Model(tmp_path, "qwen3_moe").scores
+    (tmp_path / "list.json").write_text("[[0, 1]]")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    with hub_for_this_process(tmp_path, monkeypatch) as server:
+        server.add("org/model", published_model(tmp_path / "source"))
+        for output, words in (
+            ("out", ("--keep", 1)),
+            ("out", ("--keep", 4, "--mix", "poetry=1")),
+            ("out", ("--keep", 4, "--schedule", "global", "--floor", 5)),
+            ("out", ("--schedule", tmp_path / "missing.json")),
+            ("out", ("--keep-file", tmp_path / "list.json")),
+            ("full", ("--keep", 4)),
+        ):
+            command = ["prune", "org/model", "-o", tmp_path / output, "--scores", scores, *words]
+            result = CliRunner().invoke(main, [str(word) for word in command])
+            assert result.exit_code in (1, 2)
+            assert result.stderr.count("Error: ") == len(result.stderr.splitlines()) == 1
+            assert not [name for name in server.fetched() if name.endswith(".safetensors")], words
+
+
 def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
     """MTP tensors left out, experts that no token met, and how the result stands to the budget."""
     model = Model(tmp_path, "deepseek_v3")
