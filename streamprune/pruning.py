@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamprune import __version__
 from streamprune.choice.choose import Choice, ChosenLayer, choose_kept
 from streamprune.choice.chooser import Chooser, selection_of
 from streamprune.choice.keep_file import read_keep_file
@@ -25,7 +24,7 @@ from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.model_facts import ModelFacts, facts_from_json
 from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
 from streamprune.output.plan import make_plan
-from streamprune.output.record import check_provenance, public_name
+from streamprune.output.record import check_provenance, provenance_by_hand
 from streamprune.output.uneven_input import refuse_uneven
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.progress import Progress
@@ -34,6 +33,7 @@ from streamprune.scores.file import read_scores
 from streamprune.scores.scores import Scores
 from streamprune.settings import PruneSettings
 from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.source.config_facts import stated_experts
 from streamprune.source.hub import resolve_model
 from streamprune.source.shard import show
 from streamprune.tell import tell_budget, tell_dropped, tell_memory, tell_unseen
@@ -61,17 +61,8 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
     Takes the time of a file copy, and memory for a few MiB of a file at a time, beside the scores. Raises a
     StreampruneError for whatever cannot work, before anything is written.
     """
-    _check_listed(settings)
-    scores = read_scores(settings.scores) if settings.scores is not None else None
-    if scores is not None:
-        _check_choice(settings, scores)
-    # Of a model on the Hub the config alone, which may spare the rest.
-    known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
-    check_output(settings.output, known, settings.overwrite)
-    refuse_uneven(read_json(known / CONFIG_NAME), settings.model)
-    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    decided = _decide(settings, checkpoint, scores)
-    plan = decided.plan
+    decided = _open(settings)
+    plan, checkpoint = decided.plan, decided.checkpoint
     with Progress(plan.layout.block_count, quiet) as progress, ExitStack() as stack:
         _announce(settings, decided, progress)
         work = enter_work(stack, settings)
@@ -99,6 +90,37 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
         if estimate is not None:
             tell_memory(progress, estimate)
     return PruneResult(settings.output, decided.choice.layers, summary)
+
+
+def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
+    """Decide and tell what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
+
+    Raises like `prune`, also where the disk is too small for the output.
+    """
+    decided = _open(settings)
+    footprint = decided.facts.footprint
+    estimate = decided.quota.estimate(settings, footprint) if footprint is not None else None
+    with Progress(decided.plan.layout.block_count, quiet) as progress:
+        _announce(settings, decided, progress)
+        if estimate is not None:
+            tell_memory(progress, estimate)
+        progress.say("dry run: nothing was written")
+        check_disk(settings.output, decided.plan.output_bytes)
+        return summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
+
+
+def _open(settings: PruneSettings) -> Decided:
+    """Open the model and decide everything about its output."""
+    _check_listed(settings)
+    scores = read_scores(settings.scores) if settings.scores is not None else None
+    if scores is not None:
+        _check_choice(settings, scores)
+    # Of a model on the Hub the config alone, which may spare the rest.
+    known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    check_output(settings.output, known, settings.overwrite)
+    refuse_uneven(read_json(known / CONFIG_NAME), settings.model)
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
+    return _decide(settings, checkpoint, scores)
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> PruneResult:
@@ -178,7 +200,9 @@ def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | No
     """Everything that is decided before a byte is written."""
     facts = _facts(settings, checkpoint, scores)
     layout, selection = facts.layout, selection_of(settings)
-    provenance: Mapping[str, Any] = scores.provenance if scores else _by_hand(settings, checkpoint)
+    provenance: Mapping[str, Any] = (
+        scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
+    )
     if settings.keep_file is not None:
         choice = _listed(settings, facts, scores)
         quota = Quota(sum(choice.counts), len(choice.counts), choice.is_uniform)
@@ -203,6 +227,12 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
                 f"{settings.scores} holds the scores of {show(scores.provenance['model'])} with the fingerprint "
                 f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the very model that was scored, or "
                 "score this one."
+            )
+        stated = stated_experts(checkpoint.config)
+        if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
+            raise ScoresError(
+                f"{settings.scores} is about {scores.spec.count} experts of which the router picks {scores.spec.top_k}; "
+                f"config.json has {stated.count} and {stated.top_k}. Score the model again."
             )
         if scores.layout is not None:
             facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
@@ -232,18 +262,6 @@ def _listed(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -
     if scores is None:
         return Choice(tuple(ChosenLayer(block, experts, (), ()) for block, experts in sorted(kept.items())))
     return choose_kept(scores.layers, scores.sources, scores.source_tokens, selection_of(settings), kept)
-
-
-def _by_hand(settings: PruneSettings, checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The provenance of a choice that rests on no scores."""
-    return {
-        "model": public_name(settings.model),
-        "revision": settings.revision,
-        "source": {"fingerprint": checkpoint.fingerprint(), "bytes": checkpoint.nbytes},
-        "settings": {},
-        "calibration": None,
-        "versions": {"streamprune": __version__},
-    }
 
 
 def _begin(settings: PruneSettings, decided: Decided, work: WorkFolder) -> None:

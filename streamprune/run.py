@@ -42,6 +42,7 @@ from streamprune.settings import RunSettings, beside
 from streamprune.streaming.scoring import BlockScorer
 from streamprune.streaming.sitting import Outlet, Sitting
 from streamprune.tell import (
+    NO_ESTIMATE,
     announce_calibration,
     announce_model,
     announce_plan,
@@ -277,6 +278,10 @@ def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     assert quota is not None
     with Progress(decision.skeleton.block_count, quiet) as progress:
         announce_plan(progress, settings, decision)
+        if estimate is not None:
+            tell_memory(progress, estimate)
+        else:
+            progress.say(NO_ESTIMATE)
         progress.say("dry run: nothing was scored or written")
     if estimate is not None:
         check_disk(settings.output, estimate.weights_bytes)

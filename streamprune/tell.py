@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from streamprune.work.folder import WorkFolder
 
 
+NO_ESTIMATE = "note: the memory that the result will take cannot be told: its cache cannot be worked out."
+
+
 def announce_work(
     progress: Progress, settings: RunSettings, prepared: Prepared, memory: MemoryPlan, work: WorkFolder
 ) -> None:
@@ -100,7 +103,7 @@ def announce_model(progress: Progress, settings: RunSettings, prepared: Prepared
     if decision.quota is not None:
         estimate = decision.estimate(settings)
         if estimate is None:
-            progress.say("note: the memory that the result will take cannot be told: its cache cannot be worked out.")
+            progress.say(NO_ESTIMATE)
         else:
             tell_memory(progress, estimate)
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")

@@ -303,3 +303,28 @@ def test_bad_goals_and_missing_files_are_refused(qwen: Model, tmp_path: Path) ->
     result = CliRunner().invoke(main, [str(word) for word in command])
     assert result.exit_code == 1
     assert "model-00002-of-00006.safetensors" in result.stderr
+
+
+def test_a_dry_run_tells_and_writes_nothing(qwen: Model, tmp_path: Path) -> None:
+    command = [
+        "prune",
+        qwen.folder,
+        "-o",
+        tmp_path / "out",
+        "--scores",
+        qwen.scores,
+        "--keep",
+        4,
+        "--dry-run",
+        "--json",
+    ]
+    told = CliRunner().invoke(main, [str(word) for word in command])
+    assert told.exit_code == 0, told.output
+    assert "keeping 4 of 8" in told.stderr
+    assert "domain retention" in told.stderr
+    assert not list(tmp_path.iterdir())
+    really = qwen.prune(tmp_path / "out", keep=4)
+    told_summary, summary = json.loads(told.stdout), json.loads(json.dumps(really.summary))
+    assert told_summary["memory"]["total_bytes"] == pytest.approx(summary["memory"]["total_bytes"], rel=1e-3)
+    for name in ("experts_per_layer", "output_bytes", "domain_retention", "never_routed"):
+        assert told_summary[name] == summary[name]

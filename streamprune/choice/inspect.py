@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from streamprune.choice.choose import Choice, routed_tokens, score_layer
-from streamprune.choice.mix import mix_weights
+from streamprune.choice.mix import mix_weights, token_shares
 from streamprune.choice.retention import Retention, retention_warnings, retentions
 from streamprune.choice.selection import Selection
 from streamprune.choice.super_experts import super_experts
@@ -74,7 +74,7 @@ class Inspection:
 def inspect_scores(scores: Scores, selection: Selection, choice: Choice | None = None) -> Inspection:
     """Look at `scores` as `selection` ranks them and, if there is a choice, at what it keeps and loses."""
     weights = mix_weights(selection.mix, scores.sources, scores.source_tokens)
-    counted = [weight * tokens for weight, tokens in zip(weights, scores.source_tokens, strict=True)]
+    shares = token_shares(selection.mix, scores.sources, scores.source_tokens)
     outliers = super_experts(scores.layers, weights)
     views = []
     for number, layer in enumerate(scores.layers):
@@ -82,9 +82,8 @@ def inspect_scores(scores: Scores, selection: Selection, choice: Choice | None =
         shielded = choice.protected.get(layer.block, ()) if choice else ()
         views.append(_view(layer, score_layer(layer, selection, weights), kept, shielded, scores.spec.groups))
     found = retentions(scores.layers, scores.sources, choice, scores.spec.groups) if choice else ()
-    warnings = (*retention_warnings(found), *_choice_warnings(views, outliers)) if choice else ()
-    shares = tuple(part / sum(counted) for part in counted)
-    return Inspection(scores, selection, shares, tuple(views), outliers, choice, found, warnings)
+    warnings = (*retention_warnings(found, shares), *_choice_warnings(views, outliers)) if choice else ()
+    return Inspection(scores, selection, tuple(shares.values()), tuple(views), outliers, choice, found, warnings)
 
 
 def _view(

@@ -145,7 +145,7 @@ def _retention_table(inspection: Inspection, block: int | None = None) -> Iterat
         yield f"  {each.source:<{width}}  {each.kept:>6.1%}  {each.best:>7.1%}  {worst:>15}" + (
             "" if block is None else f"  {_here(inspection, each, block):>10}"
         )
-    yield "  (at best: as many experts per layer, chosen for this source alone)"
+    yield "  (at best: as many experts per layer, chosen for this source alone by that sum)"
 
 
 def _here(inspection: Inspection, retention: Retention, block: int) -> str:

@@ -23,7 +23,9 @@ def read_keep_file(path: Path, spec: ExpertSpec, blocks: Sequence[int]) -> dict[
     the layer for lists with which the model could not work.
     """
     what = f"--keep-file {show(str(path))}"
-    body = read_json_file(path, "--keep-file", "is a JSON file with the experts of each layer")
+    body = read_json_file(
+        path, "--keep-file", 'is a JSON file with the experts of each layer, such as {"0": [1, 5], "1": [0, 2]}'
+    )
     lists = _by_block(body, what, blocks)
     for block in blocks:
         if block not in lists:

@@ -48,6 +48,12 @@ def _share(text: str) -> float | None:
     return share if 0 <= share < math.inf else None
 
 
+def token_shares(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> dict[str, float]:
+    """The share that each source has of all tokens, as they are weighed. Raises like `mix_weights`."""
+    counted = [weight * count for weight, count in zip(mix_weights(mix, sources, tokens), tokens, strict=True)]
+    return {name: part / sum(counted) for name, part in zip(sources, counted, strict=True)}
+
+
 def mix_weights(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> tuple[float, ...]:
     """How often each token of each source counts, so that the sources have the shares of tokens that `mix` states.
 

@@ -9,7 +9,7 @@ share was no better than chance where layers keep different numbers.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,21 +77,27 @@ def _retention(
     )
 
 
-def retention_warnings(found: Sequence[Retention]) -> Iterator[str]:
-    """A sentence for each source that would lose most of its own saliency, or far more than another source does."""
+def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A sentence for each source that would lose most of its own saliency, or far more than another source does.
+
+    `shares` are the sources' shares of the tokens that decided; None where no mix did. A source that has all of them
+    cannot be given more.
+    """
+    if not found:
+        return
+    shares = dict.fromkeys((each.source for each in found), 1.0) if shares is None else shares
     least = max(found, key=lambda retention: retention.kept)
     for each in found:
         alone = f"as many experts chosen for it alone would keep {each.best:.1%}"
+        mix = "a larger share of --mix, " if shares.get(each.source, 0.0) < 1 else ""
         if each.kept < LEAST_RETENTION:
+            beside = f", where {least.source} keeps {least.kept:.1%}" if each is not least else ""
             yield (
-                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency, where {least.source} "
-                f"keeps {least.kept:.1%} ({alone}). Give it a larger share of --mix, or keep more experts."
-                if each is not least
-                else f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency ({alone}). Keep "
-                "more experts."
+                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency{beside} ({alone}). "
+                f"What may help: {mix}another --method, more experts."
             )
         elif 1 - each.kept >= max(WORTH_TELLING, UNEQUAL * (1 - least.kept)):
             yield (
                 f"{each.source} loses {1 - each.kept:.1%} of its saliency, {least.source} only {1 - least.kept:.1%} "
-                f"({alone}). Give it a larger share of --mix if it matters."
+                f"({alone}). If it matters, what may help: {mix}another --method, more experts."
             )

@@ -19,6 +19,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+KEEP_FILE_HELP = (
+    'Your own choice, as JSON: lists of experts by layer, {"0": [1, 5], ...}, a list of such lists, or the '
+    "streamprune.json of another model."
+)
+
+
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn our errors into one message on stderr and their exit status."""
 

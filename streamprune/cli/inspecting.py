@@ -18,7 +18,7 @@ from streamprune.choice.inspect_text import comparison_lines, inspection_lines, 
 from streamprune.choice.keep_file import read_keep_file
 from streamprune.choice.retention import retentions
 from streamprune.choice.selection import Selection
-from streamprune.cli.common import reports_errors, selection_options
+from streamprune.cli.common import KEEP_FILE_HELP, reports_errors, selection_options
 from streamprune.errors import SettingsError
 from streamprune.output.plan import resolve_keep
 from streamprune.scores.file import read_scores
@@ -31,7 +31,7 @@ from streamprune.source.shard import show
 @click.option("--keep", type=int, help="Experts to keep per layer; with a schedule, the mean.")
 @click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
 @click.option("--total", type=int, help="Experts to keep in all layers together.")
-@click.option("--keep-file", type=click.Path(path_type=Path), help="Your own list of the experts to keep.")
+@click.option("--keep-file", type=click.Path(path_type=Path), help=KEEP_FILE_HELP)
 @selection_options
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
 @click.option(

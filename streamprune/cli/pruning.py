@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from streamprune.cli.common import (
+    KEEP_FILE_HELP,
     calibration_options,
     goal_options,
     place_options,
@@ -138,16 +139,17 @@ def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
 @goal_options
 @click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
 @click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be done, and what would be lost, and stop there.")
 @selection_options
 @click.option("--seed", type=int, help="For --method random.  [default: 0]")
-@click.option("--keep-file", type=_FOLDER, help="Your own list of the experts of each layer; needs no scores.")
+@click.option("--keep-file", type=_FOLDER, help=KEEP_FILE_HELP)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @place_options
 @click.option("--verify/--no-verify", default=False, show_default=True, help=_VERIFY)
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
 @reports_errors
-def prune(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **options: Any) -> None:
+def prune(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL by scores that were taken before: no forward pass, no GPU, the time of a file copy.
 
     The result is the same to the byte as that of `run` with the same calibration and settings.
@@ -155,9 +157,12 @@ def prune(output: Path, max_shard_size: str, quiet: bool, as_json: bool, **optio
     settings = PruneSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
     from streamprune import pruning as engine
 
-    if quiet:
+    if settings.scores is None:
+        # Then the model is built, and transformers has its say.
+        quiet_libraries(downloads=quiet)
+    elif quiet:
         quiet_downloads()
-    summary = engine.prune(settings, quiet).summary
+    summary = engine.dry_run(settings, quiet) if dry_run else engine.prune(settings, quiet).summary
     if as_json:
         click.echo(json.dumps(summary, indent=2))
 

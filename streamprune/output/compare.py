@@ -66,7 +66,8 @@ def _compare_bytes(path: Path, entry: TensorEntry, origin: Path, ranges: Iterabl
                     raise VerifyError(
                         f"{path}: {entry.name} differs from the source at byte {position + at:,} of the file "
                         f"({position + at - entry.begin:,} of the tensor), which stands for byte {begin + at:,} of "
-                        f"{origin}. Prune again; if it happens again, check the disk."
+                        f"{origin}. If it was made from that very model, prune again, and should it happen again, check "
+                        "the disk."
                     )
                 position += len(wanted)
                 begin += len(wanted)

@@ -9,6 +9,7 @@ from typing import Any
 
 from streamprune.choice.choose import Choice
 from streamprune.choice.chooser import Chooser
+from streamprune.choice.mix import token_shares
 from streamprune.choice.retention import Retention, retention_warnings, retentions
 from streamprune.choice.selection import Selection
 from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
@@ -80,13 +81,17 @@ def choose_all(chooser: Chooser, scores: Scores, settings: RunSettings, work: Wo
 
 def tell_choice(decided: Decided, progress: Progress) -> None:
     """Say what the choice keeps of each source, what to beware of, and who can load the result."""
-    if is_uneven(decided.plan.counts):
+    if is_uneven(decided.plan.counts) and isinstance(decided.settings, PruneSettings):
+        # (A run has said so before it began.)
         progress.say(f"note: {engines_note(True)}")
-    if not decided.retained:
+    if not decided.retained or decided.scores is None:
         return
     kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
     progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
-    for warning in retention_warnings(decided.retained):
+    shares = None
+    if decided.selection is not None:
+        shares = token_shares(decided.selection.mix, decided.scores.sources, decided.scores.source_tokens)
+    for warning in retention_warnings(decided.retained, shares):
         progress.say(f"warning: {warning}")
 
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamprune import __version__
 from streamprune.choice.choose import Choice
 from streamprune.choice.selection import Selection
 from streamprune.errors import ScoresError
 from streamprune.output.plan import PrunePlan
 from streamprune.quota import Quota
 from streamprune.scores.scores import Scores
+from streamprune.source.checkpoint import Checkpoint
 
 #: The format of streamprune.json.
 REPORT_FORMAT = 2
@@ -75,6 +77,18 @@ def _selection(selection: Selection | None) -> dict[str, Any]:
         "spread": selection.spread_used,
         "floor": selection.floor,
         "protect_super_experts": selection.protect_super_experts,
+    }
+
+
+def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The provenance of a choice that rests on no scores."""
+    return {
+        "model": public_name(model),
+        "revision": revision,
+        "source": {"fingerprint": checkpoint.fingerprint(), "bytes": checkpoint.nbytes},
+        "settings": {},
+        "calibration": None,
+        "versions": {"streamprune": __version__},
     }
 
 

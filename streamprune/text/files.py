@@ -22,7 +22,7 @@ from streamprune.text.rows import Row
 BUILTIN = "builtin"
 #: Longer texts are cut at line ends into documents of about this many bytes, so that a few large files do not have to
 #: be tokenized whole for a small sample.
-DOCUMENT_BYTES = 1 << 16
+DOCUMENT_BYTES = 1 << 13
 #: The longest line that is read. Python needs up to twenty times as much for what stands in it.
 MOST_LINE_BYTES = 1 << 28
 #: By its first so many bytes a file in a folder is taken for text, or for something else.

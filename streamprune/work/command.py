@@ -51,8 +51,8 @@ def settings_from(kind: type[P], recorded: Mapping[str, Any], work: Path, **chan
         return kind(**command)
     except (ArithmeticError, KeyError, TypeError, ValueError, SettingsError) as error:
         raise ResumeError(
-            f"{work} was recorded by another version of streamprune, or was changed ({show(str(error))}). Begin anew with "
-            "--resume never."
+            f"{work} was recorded by another version of streamprune, or was changed ({show(str(error))}). Begin anew "
+            "with --resume never."
         ) from None
 
 
