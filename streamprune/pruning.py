@@ -231,8 +231,8 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
         stated = stated_experts(checkpoint.config)
         if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
             raise ScoresError(
-                f"{settings.scores} is about {scores.spec.count} experts of which the router picks {scores.spec.top_k}; "
-                f"config.json has {stated.count} and {stated.top_k}. Score the model again."
+                f"{settings.scores} holds scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but by its "
+                f"config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
             )
         if scores.layout is not None:
             facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)

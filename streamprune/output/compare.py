@@ -66,7 +66,7 @@ def _compare_bytes(path: Path, entry: TensorEntry, origin: Path, ranges: Iterabl
                     raise VerifyError(
                         f"{path}: {entry.name} differs from the source at byte {position + at:,} of the file "
                         f"({position + at - entry.begin:,} of the tensor), which stands for byte {begin + at:,} of "
-                        f"{origin}. If it was made from that very model, prune again, and should it happen again, check "
+                        f"{origin}. If it was made from that very model, prune again, and if that happens again, check "
                         "the disk."
                     )
                 position += len(wanted)
