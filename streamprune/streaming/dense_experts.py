@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from streamprune.streaming.grouped_experts import dots, norms, peaks
+from streamprune.streaming.lengths import dots, norms, peaks
 from streamprune.streaming.statistics import Pairs, cosines
 
 CLASSES = frozenset({"Llama4TextExperts"})

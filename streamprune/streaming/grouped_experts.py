@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import _grouped_linear
 
+from streamprune.streaming.lengths import dots, norms, norms_and_peaks
 from streamprune.streaming.statistics import Pairs, cosines
 
 
@@ -43,33 +44,8 @@ def forward_with_pairs(
 
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    norms_TK, peaks_TK = (found(output_PH)[place_P].view(tokens, chosen) for found in (norms, peaks))
+    norms_TK, peaks_TK = (found[place_P].view(tokens, chosen) for found in norms_and_peaks(output_PH))
     gated_TKH = (output_PH * gates_TK.reshape(-1)[order_P].unsqueeze(-1))[place_P].view(tokens, chosen, -1)
     sum_TH = gated_TKH.sum(dim=1)
     cosines_TK = cosines(dots(gated_TKH, sum_TH), gates_TK, norms_TK, norms(sum_TH))
     return sum_TH.to(hidden_TH.dtype), Pairs(index_TK, gates_TK, gates_TK, norms_TK, peaks_TK, cosines_TK)
-
-
-def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """The 2-norms of vectors along the last axis, taken in float32 or wider."""
-    found: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=_exact(vectors))
-    return found
-
-
-def peaks(vectors: torch.Tensor) -> torch.Tensor:
-    """The largest absolute values along the last axis, in float32 or wider."""
-    # The infinity norm is the same, and takes forty times as long on a CPU.
-    return vectors.abs().amax(dim=-1).to(_exact(vectors))
-
-
-def dots(vectors_TKH: torch.Tensor, with_TH: torch.Tensor) -> torch.Tensor:
-    """The dot products (T, K) of a token's K vectors with one of its own, summed in float32 or wider."""
-    if vectors_TKH.dtype == torch.float16:
-        # Products of values above 256 are infinite in float16, and some experts' outputs are larger.
-        vectors_TKH = vectors_TKH.float()
-    # As a product of matrices it would take thirty times as long on a CPU.
-    return (vectors_TKH * with_TH.unsqueeze(1)).sum(dim=-1, dtype=_exact(vectors_TKH))
-
-
-def _exact(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

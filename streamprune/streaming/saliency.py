@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from streamprune.errors import UnsupportedModelError
 from streamprune.source.skeleton import dispatches_experts
 from streamprune.streaming import dense_experts, grouped_experts
-from streamprune.streaming.grouped_experts import dots, norms, peaks
+from streamprune.streaming.lengths import dots, norms, peaks
 from streamprune.streaming.statistics import ExpertStatistics, Pairs, cosines
 
 #: The name under which transformers' experts interface knows our forward.
