@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from streamprune.choice.chooser import Chooser, selection_of
+from streamprune.choice.limits import minimum_keep
 from streamprune.choice.mix import mix_weights
 from streamprune.decision import Decision, refuse_quantized, with_footprint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.model_facts import ModelFacts
 from streamprune.output.layout import Layout
-from streamprune.output.plan import minimum_keep
 from streamprune.output.survey import survey
 from streamprune.output.uneven import check_uneven
 from streamprune.output.uneven_facts import find_loading_facts

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from streamprune.output.record import public_name
 from streamprune.prepare import Prepared
+from streamprune.result.record import public_name
 from streamprune.settings import RunSettings
 from streamprune.text.calibration import Calibration
 from streamprune.work.resume import versions

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, existing_folder, format_bytes
 from streamprune.model_facts import ModelFacts, facts_from_json
-from streamprune.output.finish import Decided, complete, summary_of, tell_choice, write_blocks
 from streamprune.output.plan import make_plan
-from streamprune.output.record import check_provenance, provenance_by_hand
 from streamprune.output.uneven_input import refuse_uneven
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.progress import Progress
 from streamprune.quota import Quota, find_quota, kept_text
+from streamprune.result.finish import Decided, RunResult, complete, summary_of, tell_choice, write_blocks
+from streamprune.result.record import check_provenance, provenance_by_hand
 from streamprune.scores.file import read_scores
 from streamprune.scores.scores import Scores
 from streamprune.settings import PruneSettings
@@ -37,25 +36,17 @@ from streamprune.source.config_facts import stated_experts
 from streamprune.source.hub import resolve_model
 from streamprune.source.shard import show
 from streamprune.tell import tell_budget, tell_dropped, tell_memory, tell_unseen
+from streamprune.work.command import with_changes
 from streamprune.work.enter import enter_work, keeping
 from streamprune.work.file_states import file_states
 from streamprune.work.folder import WorkFolder, folder_bytes
 from streamprune.work.pruning_record import has_pruning, read_pruning, settings_of_pruning, write_pruning
 from streamprune.work.run_record import has_run
-from streamprune.work.status import clean_up, is_complete
+from streamprune.work.status import ended
 from streamprune.work.stop import listening
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """A finished output. `summary` is what `--json` prints."""
-
-    output: Path
-    layers: tuple[ChosenLayer, ...]
-    summary: Mapping[str, Any]
-
-
-def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
+def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
     """Write the model that the settings choose, going on where an earlier call was interrupted.
 
     Takes the time of a file copy, and memory for a few MiB of a file at a time, beside the scores. Raises a
@@ -89,7 +80,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> PruneResult:
         )
         if estimate is not None:
             tell_memory(progress, estimate)
-    return PruneResult(settings.output, decided.choice.layers, summary)
+    return RunResult(settings.output, decided.choice.layers, summary)
 
 
 def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
@@ -123,7 +114,7 @@ def _open(settings: PruneSettings) -> Decided:
     return _decide(settings, checkpoint, scores)
 
 
-def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> PruneResult:
+def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     """Go on with the pruning recorded in a work folder. `changes` are settings that do not change the result.
 
     Raises ResumeError when there is none, or when what decides the result has changed.
@@ -134,17 +125,9 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> PruneResul
             f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
             "`streamprune prune` command again; nothing but the time of a copy is lost."
         )
-    settings = settings_of_pruning(recorded, work_folder)
-    settings = replace(settings, work_dir=work_folder.absolute(), **changes)
-    if settings.trust_remote_code and "trust_remote_code" not in changes:
-        raise ResumeError(
-            f"The pruning in {work_folder} was begun with --trust-remote-code, but a file's word is not enough to run "
-            "a model's code. If you began it, and trust the author still, add --trust-remote-code."
-        )
-    if is_complete(work_folder, settings.output):
-        # It ended between the output's getting its name and this folder's removal.
-        clean_up(work_folder, everything=True)
-        return PruneResult(settings.output, (), {"output": str(settings.output), "complete": True})
+    settings = with_changes(settings_of_pruning(recorded, work_folder), work_folder, changes)
+    if ended(work_folder, settings.output):
+        return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
     return prune(settings, quiet)
 
 

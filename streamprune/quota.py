@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from streamprune.choice.chooser import planned_counts, selection_of, stated_counts
+from streamprune.choice.limits import minimum_keep, resolve_keep
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.budget import Budget, resolve_budget
 from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.options import nearest
 from streamprune.machine import format_bytes
-from streamprune.output.plan import minimum_keep, resolve_keep
 from streamprune.settings import Goal
 from streamprune.source.config_facts import ExpertSpec
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from streamprune.choice.choose import Choice, ChosenLayer
+from streamprune.choice.choose import Choice
 from streamprune.choice.chooser import Chooser
 from streamprune.decision import Decision, decide, with_footprint
 from streamprune.errors import ResumeError
@@ -21,8 +21,14 @@ from streamprune.machine import check_disk, choose_device, describe_host, peak_r
 from streamprune.memory.needs import plan_memory
 from streamprune.memory.plan import MemoryPlan
 from streamprune.model_facts import ModelFacts
-from streamprune.output.finish import (
+from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.output.writer import OutputWriter, check_place
+from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
+from streamprune.progress import Progress
+from streamprune.provenance import provenance_of
+from streamprune.result.finish import (
     Decided,
+    RunResult,
     choose_all,
     complete,
     complete_scores,
@@ -31,11 +37,6 @@ from streamprune.output.finish import (
     tell_choice,
     write_blocks,
 )
-from streamprune.output.plan import PrunePlan, make_plan
-from streamprune.output.writer import OutputWriter, check_place
-from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
-from streamprune.progress import Progress
-from streamprune.provenance import provenance_of
 from streamprune.scores.file import check_scores_file
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
@@ -52,25 +53,17 @@ from streamprune.tell import (
     tell_scores,
 )
 from streamprune.text.calibration import Calibration
+from streamprune.work.command import with_changes
 from streamprune.work.enter import begin, enter_work, keeping
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.pruning_record import has_pruning
 from streamprune.work.resume import calibration_of, check_same, describe_run, settings_of
 from streamprune.work.run_record import read_run
-from streamprune.work.status import clean_up, is_complete
+from streamprune.work.status import ended
 from streamprune.work.stop import StopRequest, listening
 
 #: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
 LOG_SUFFIX = ".streamprune.log"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run. `layers` are empty where it only scored; `summary` is what `--json` prints."""
-
-    output: Path
-    layers: tuple[ChosenLayer, ...]
-    summary: Mapping[str, Any]
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
@@ -96,15 +89,8 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
         raise ResumeError(
             f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
         )
-    settings = replace(settings_of(recorded, work_folder), work_dir=work_folder.absolute(), **changes)
-    if settings.trust_remote_code and "trust_remote_code" not in changes:
-        raise ResumeError(
-            f"The run in {work_folder} was begun with --trust-remote-code, but a file's word is not enough to run a "
-            "model's code. If you began it, and trust the author still, add --trust-remote-code."
-        )
-    if is_complete(work_folder, settings.output):
-        # It ended between the output's getting its name and this folder's removal.
-        clean_up(work_folder, everything=True)
+    settings = with_changes(settings_of(recorded, work_folder), work_folder, changes)
+    if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
     return _run(settings, quiet, recorded)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,3 +66,15 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from tests.interruptions import make_commands
 
     return make_commands(tmp_path_factory.mktemp("short"), blocks=2)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system than `tmp_path`."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev or not os.access(shared, os.W_OK):
+        pytest.skip("needs /dev/shm as another file system")
+    folder = shared / f"streamprune-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamprune.disk.durable import read_record
 from streamprune.output.verify import verify
 from streamprune.run import resume
 from streamprune.settings import RunSettings
@@ -22,7 +23,6 @@ from streamprune.source.architecture import expert_candidates, load_config
 from streamprune.source.checkpoint import INDEX_NAME, open_checkpoint, read_json
 from streamprune.source.config_facts import stated_experts, stated_shape, states_experts, text_part
 from streamprune.text.calibration import load_calibration
-from streamprune.work.durable import read_record
 from streamprune.work.folder import WorkFolder
 from streamprune.work.resume import calibration_of, check_same, settings_of
 from streamprune.work.run_record import read_run, read_tokens

@@ -16,7 +16,7 @@ from streamprune import pruning, run
 from streamprune.cli import main
 from streamprune.settings import PruneSettings, RunSettings
 from streamprune.work.folder import WorkFolder
-from tests.faults import Injected
+from tests.faults import Case, Injected
 from tests.helpers import known_family, tree_bytes
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -128,15 +128,15 @@ def breaking_at(record: int) -> Iterator[None]:
 @contextmanager
 def ending_at(point: str) -> Iterator[None]:
     """End a command when it comes to a critical point, as a kill would: nothing is tidied up."""
-    import streamprune.output.finish
     import streamprune.output.writer
+    import streamprune.result.finish
 
     def reached(name: str) -> None:
         if name == point:
             raise Injected
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (streamprune.output.finish, streamprune.output.writer):
+        for module in (streamprune.result.finish, streamprune.output.writer):
             patch.setattr(module, "reached", reached)
         patch.setattr(WorkFolder, "remove", lambda self: None)
         with pytest.raises(Injected):
@@ -148,7 +148,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
-def status(command: Command) -> dict[str, Any]:
+def status(command: Command | Case) -> dict[str, Any]:
     """What `status --json` says of a command's work folder."""
     told = call("status", command.work, "--json")
     assert told.exit_code == 0, told.stderr

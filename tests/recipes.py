@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from streamprune.text.calibration import Calibration, load_calibration
 from streamprune.text.recipe import Source
+from tests.tokenizer import save_tokenizer
 
 #: Messages, tools and variables, as they reach the template.
 TOOL_CHAT = (
@@ -103,3 +104,17 @@ def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
 
     monkeypatch.setattr("streamprune.text.hub_data.load_stream", load_stream)
     monkeypatch.setattr("streamprune.text.hub_data._commit", lambda source: "c0ffee")
+
+
+def tool_model(folder: Path) -> Path:
+    """A folder with a tokenizer whose chat template knows tools and thinking."""
+    tokenizer = save_tokenizer(folder, chat=False)
+    tokenizer.chat_template = TOOL_CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def made_of(model: Path, source: dict[str, Any], **fields: Any) -> list[str]:
+    """The texts that a recipe of one source makes of its records, each by itself."""
+    fields = {"mode": "documents", "sequence_length": 4096} | fields
+    return texts_of(model, calibrate(model, {"sources": [{"samples": 1} | source]} | fields))

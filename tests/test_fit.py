@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from streamprune.choice.limits import minimum_keep
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import (
     ALLOCATOR_SHARE,
@@ -25,10 +26,9 @@ from streamprune.fit.kv_cache import CacheSizes, LayerCache
 from streamprune.fit.options import CONTEXTS, RATIOS, nearest, table
 from streamprune.fit.weights import WeightFact, Weights
 from streamprune.fit.workspace import prefill_workspace_bytes
-from streamprune.output.plan import minimum_keep
-from streamprune.output.surgery import ExpertRows
 from streamprune.settings import Use
 from streamprune.source.config_facts import ExpertSpec, ModelShape
+from streamprune.source.roles import ExpertRows
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from streamprune.choice import choose
+from streamprune.disk.durable import read_record, write_record
 from streamprune.errors import (
     InterruptedRunError,
     OutputError,
@@ -25,7 +26,6 @@ from streamprune.errors import (
 from streamprune.scores.file import read_scores
 from streamprune.scores.statistics import FIELDS, pack, unpack
 from streamprune.streaming.stream import BlockStream
-from streamprune.work.durable import read_record, write_record
 from tests.faults import damage
 from tests.fuzz_targets import write_signed
 from tests.helpers import tree_bytes

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from streamprune.source.checkpoint import SINGLE_NAME
 from streamprune.source.hub_headers import read_hub_headers
+from tests.fuzz_scores import score_targets
 from tests.fuzz_targets import Target, targets
 from tests.fuzzing import Tally, as_json, judge, mutated_bytes, mutated_json
 from tests.hub_model import hub_for_this_process
@@ -25,21 +26,27 @@ NAMES = [
 ]  # fmt: skip
 
 
+#: What scores and choices are read from.
+SCORES = ["scores, headers", "scores, bytes", "inspect", "keep file", "schedule file", "mix", "comparison"]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    return {target.name: target for target in targets(tmp_path_factory.mktemp("fuzz"))}
+    place = tmp_path_factory.mktemp("fuzz")
+    return {target.name: target for target in (*targets(place), *score_targets(place))}
 
 
 def test_every_target_is_listed(made: dict[str, Target]) -> None:
-    assert list(made) == NAMES
+    assert list(made) == NAMES + SCORES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + SCORES)
 def test_strange_input_ends_well(name: str, made: dict[str, Target]) -> None:
     tally = made[name].run(EXAMPLES)
     # As many as were asked for, and strange enough to be refused now and then; a damaged record only counts as none.
     assert tally.inputs >= 0.9 * EXAMPLES * made[name].share
     assert tally.refused > 0 or name in ("damaged records", "index of saved states")
+    assert tally.refused < tally.inputs or name in NAMES
 
 
 def test_headers_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

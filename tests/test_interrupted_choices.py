@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +103,6 @@ def test_a_work_folder_on_another_disk(made: dict[str, Command], tmp_path: Path,
     command.resume(elsewhere / "work")
     command.check()
     assert list(elsewhere.iterdir()) == []
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A folder on another file system than `tmp_path`."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev or not os.access(shared, os.W_OK):
-        pytest.skip("needs /dev/shm as another file system")
-    folder = shared / f"streamprune-choices-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 # Telling

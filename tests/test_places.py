@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture
 def case(made: Case, tmp_path: Path) -> Case:
     return made.at(tmp_path / "out")
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A folder on another file system than `tmp_path`."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev or not os.access(shared, os.W_OK):
-        pytest.skip("needs /dev/shm as another file system")
-    folder = shared / f"streamprune-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

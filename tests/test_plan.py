@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from streamprune.choice.limits import minimum_keep, resolve_keep
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.output.cuts import SourceRole, find_cuts, next_token_prediction
-from streamprune.output.plan import minimum_keep, plan_shards, resolve_keep
-from streamprune.output.surgery import ExpertRows, OutputTensor, output_tensors
+from streamprune.output.cuts import find_cuts, next_token_prediction
+from streamprune.output.plan import plan_shards
+from streamprune.output.surgery import OutputTensor, output_tensors
 from streamprune.settings import RunSettings, parse_size
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import ExpertSpec
+from streamprune.source.roles import ExpertRows, SourceRole
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)

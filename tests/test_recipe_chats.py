@@ -12,22 +12,12 @@ from streamprune.text.chat import Chat
 from streamprune.text.recipe import ChatForm, Source
 from streamprune.text.records import record_of
 from streamprune.text.rows import Row
-from tests.recipes import TOOL_CHAT, calibrate, texts_of, write_lines, write_table
-from tests.tokenizer import save_tokenizer
+from tests.recipes import made_of, tool_model, write_lines, write_table
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tokenizer = save_tokenizer(tmp_path / "model", chat=False)
-    tokenizer.chat_template = TOOL_CHAT
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def made_of(model: Path, source: dict[str, Any], **fields: Any) -> list[str]:
-    """The texts that a recipe of one source makes of its records, each by itself."""
-    fields = {"mode": "documents", "sequence_length": 4096} | fields
-    return texts_of(model, calibrate(model, {"sources": [{"samples": 1} | source]} | fields))
+    return tool_model(tmp_path / "model")
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}

@@ -21,22 +21,12 @@ from streamprune.text.recipe import Source
 from streamprune.text.records import record_of
 from streamprune.text.rows import Row, shuffled
 from streamprune.text.template import Template, parse_path
-from tests.recipes import TOOL_CHAT, calibrate, same_tokens, texts_of, write_lines, write_table
-from tests.tokenizer import save_tokenizer
+from tests.recipes import calibrate, made_of, same_tokens, texts_of, tool_model, write_lines, write_table
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tokenizer = save_tokenizer(tmp_path / "model", chat=False)
-    tokenizer.chat_template = TOOL_CHAT
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def made_of(model: Path, source: dict[str, Any], **fields: Any) -> list[str]:
-    """The texts that a recipe of one source makes of its records, each by itself."""
-    fields = {"mode": "documents", "sequence_length": 4096} | fields
-    return texts_of(model, calibrate(model, {"sources": [{"samples": 1} | source]} | fields))
+    return tool_model(tmp_path / "model")
 
 
 def test_parquet_and_jsonl_of_the_same_records_give_the_same_tokens(model: Path) -> None:

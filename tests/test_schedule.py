@@ -11,11 +11,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from streamprune.choice.limits import minimum_keep
 from streamprune.choice.schedule import layer_counts, least_per_layer
 from streamprune.choice.schedule_file import read_schedule_file
 from streamprune.choice.selection import Selection
 from streamprune.errors import SettingsError
-from streamprune.output.plan import minimum_keep
 from streamprune.source.config_facts import ExpertSpec
 
 QWEN = ExpertSpec((), "num_experts", 128, 8)

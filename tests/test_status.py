@@ -6,15 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from streamprune.cli import main
 from streamprune.work.saved_states import DATA_NAME
 from tests.faults import Case, Injected, damage, make_case
 from tests.helpers import tree_bytes
+from tests.interruptions import call, status
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +25,6 @@ def case(made: Case, tmp_path: Path) -> Case:
     case = made.at(tmp_path / "out")
     case.interrupt(at=2)
     return case
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
-def status(case: Case) -> dict[str, Any]:
-    told = call("status", case.work, "--json")
-    assert told.exit_code == 0, told.stderr
-    value = json.loads(told.stdout)
-    assert isinstance(value, dict)
-    return value
 
 
 def generations(case: Case) -> list[str]:

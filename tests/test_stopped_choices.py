@@ -17,7 +17,8 @@ from streamprune.errors import (
     OutputError,
     ResourceError,
 )
-from streamprune.output import finish, writer
+from streamprune.output import writer
+from streamprune.result import finish
 from streamprune.work.folder import WorkFolder
 from tests.faults import trap
 from tests.interruptions import Command, call, ending_at

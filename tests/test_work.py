@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from streamprune.disk.durable import read_record, write_record
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.scores.statistics import FIELDS, LayerStatistics, pack
 from streamprune.streaming.stream import BatchState
-from streamprune.work.durable import read_record, write_record
 from streamprune.work.folder import FinishedBlock, FinishedShard, WorkFolder
 from streamprune.work.journal import RUN_FORMAT
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.choice.json_file import read_json_file
+from streamprune.choice.limits import minimum_keep
 from streamprune.errors import SettingsError
-from streamprune.output.plan import minimum_keep
 from streamprune.source.config_facts import ExpertSpec
 from streamprune.source.shard import show
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from streamprune.choice.allocation import ranked, room_for
+from streamprune.choice.limits import minimum_keep
 from streamprune.choice.selection import Selection
 from streamprune.errors import SettingsError
-from streamprune.output.plan import minimum_keep
 from streamprune.source.config_facts import ExpertSpec
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -23,6 +23,13 @@ KEEP_FILE_HELP = (
     'Your own choice, as JSON: lists of experts by layer, {"0": [1, 5], ...}, a list of such lists, or the '
     "streamprune.json of another model."
 )
+
+
+def _with(options: Sequence[Callable[[Callable[P, R]], Callable[P, R]]], command: Callable[P, R]) -> Callable[P, R]:
+    """The command with these options, which its help shows in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -88,9 +95,7 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--floor", type=int, metavar="N", help="Fewest experts in any layer.  [default: what it needs]"),
         click.option("--protect-super-experts", is_flag=True, help="Keep experts whose outputs peak far above all."),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(options, command)
 
 
 def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -111,9 +116,7 @@ def sampling_options(command: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]"),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(options, command)
 
 
 def place_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -131,9 +134,7 @@ def place_options(command: Callable[P, R]) -> Callable[P, R]:
             help="Go on with an earlier run of this command; insist on it; or begin anew.",
         ),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(options, command)
 
 
 def goal_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -150,6 +151,4 @@ def goal_options(command: Callable[P, R]) -> Callable[P, R]:
             help="Form of cached keys and values.",
         ),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _with(options, command)

@@ -16,11 +16,11 @@ from streamprune.choice.comparison import Comparison, changed_selection, compare
 from streamprune.choice.inspect import Inspection, inspect_scores, inspection_object
 from streamprune.choice.inspect_text import comparison_lines, inspection_lines, layer_lines
 from streamprune.choice.keep_file import read_keep_file
+from streamprune.choice.limits import resolve_keep
 from streamprune.choice.retention import retentions
 from streamprune.choice.selection import Selection
 from streamprune.cli.common import KEEP_FILE_HELP, reports_errors, selection_options
 from streamprune.errors import SettingsError
-from streamprune.output.plan import resolve_keep
 from streamprune.scores.file import read_scores
 from streamprune.scores.scores import Scores
 from streamprune.source.shard import show

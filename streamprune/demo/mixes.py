@@ -17,13 +17,13 @@ from streamprune.demo.demo import write_sequences
 from streamprune.demo.measure import Yardstick, load_whole, yardstick
 from streamprune.demo.result import CODE, Damage
 from streamprune.demo.train import torch_threads, trained_model
+from streamprune.disk.disk_errors import writing
 from streamprune.pruning import prune
 from streamprune.run import run
 from streamprune.scores.file import read_scores
 from streamprune.scores.scores import Scores
 from streamprune.settings import PruneSettings, RunSettings
 from streamprune.text.corpus import DOMAINS
-from streamprune.work.disk_errors import writing
 
 #: Everything but code, the way a user who cares for code speaks of it.
 GENERAL = tuple(name for name in DOMAINS if name != CODE)

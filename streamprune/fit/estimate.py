@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from streamprune.choice.limits import minimum_keep
 from streamprune.errors import SettingsError
 from streamprune.fit.kv_cache import CacheSizes
 from streamprune.fit.weights import Weights
 from streamprune.fit.workspace import prefill_workspace_bytes
-from streamprune.output.plan import minimum_keep
 from streamprune.settings import MOST_TOKENS, Use
 from streamprune.source.config_facts import ExpertSpec, ModelShape
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from streamprune.cards.known import GPUS
+from streamprune.choice.limits import minimum_keep
 from streamprune.fit.estimate import Fit
-from streamprune.output.plan import minimum_keep
 from streamprune.settings import MOST_TOKENS
 
 #: Shares of experts removed, and contexts, that the table shows.

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from streamprune.fit.weights import MTP_NAME, WeightFact, Weights, category_of
 from streamprune.output.cuts import MTP_ONLY
 from streamprune.output.layout import Layout
-from streamprune.output.surgery import ExpertRows
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import ExpertSpec, first_number, text_part
+from streamprune.source.roles import ExpertRows
 
 _BLOCK = re.compile(r"^(?P<list>.*?\b(?:layers|blocks|h))\.(?P<block>\d+)\.(?P<rest>.+)$")
 _NUMBERED_EXPERT = re.compile(r"^(?P<moe>.*?)\bexperts\.(?P<expert>\d+)\.(?P<rest>.+)$")

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamprune.errors import SettingsError
-from streamprune.output.surgery import ExpertRows
 from streamprune.source.checkpoint import DTYPE_BITS
+from streamprune.source.roles import ExpertRows
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order in which they are told.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamprune.errors import ResourceError
-from streamprune.machine import format_bytes
+from streamprune.machine import format_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class MemoryPlan:
             f"memory for the run: largest block {format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is "
             f"loaded), embeddings {format_bytes(needs.surroundings)}, "
             f"hidden states {format_bytes(needs.states)} {place}, workspace {format_bytes(self.workspace)} "
-            f"for {tokens:,} tokens at a time; at most {' and '.join(totals)}"
+            f"for {tokens:,} tokens at a time; at most {' and '.join(totals)}, beside Python and the libraries with "
+            f"their caches ({format_bytes(resident_bytes())} by now)"
         )
 
 

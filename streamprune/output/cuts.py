@@ -6,27 +6,11 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.output.surgery import EXPERT, Cut, ExpertRows
+from streamprune.output.surgery import EXPERT, Cut
 from streamprune.source.checkpoint import TensorEntry
-
-
-@dataclass(frozen=True)
-class SourceRole:
-    """What a checkpoint tensor is fed into. `parameter` is None where the model ignores the tensor.
-
-    `parameter_rows` is the expert axis of the parameter it feeds (not necessarily of the tensor itself); `pattern` is
-    the conversion that leads there.
-    """
-
-    block: int | None
-    parameter: str | None
-    pattern: str | None = None
-    parameter_shape: tuple[int, ...] = ()
-    parameter_rows: ExpertRows | None = None
-
+from streamprune.source.roles import ExpertRows, SourceRole
 
 _MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")

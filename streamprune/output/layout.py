@@ -21,9 +21,10 @@ from typing import Any
 
 from streamprune.errors import CheckpointError
 from streamprune.output.cuts import may_be_next_token_prediction
-from streamprune.output.surgery import EXPERT, Cut, ExpertRows, OutputTensor, output_tensors
+from streamprune.output.surgery import EXPERT, Cut, OutputTensor, output_tensors
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import MOST_BLOCKS, ExpertSpec
+from streamprune.source.roles import ExpertRows
 
 #: Stands for a block's number in a pattern.
 BLOCK = "{block}"

@@ -12,18 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamprune.source.checkpoint import DTYPE_BITS, TensorEntry
+from streamprune.source.roles import ExpertRows
 
 #: Stands for an expert's number in the name that the tensors of all experts share.
 EXPERT = "{expert}"
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """The experts in a checkpoint tensor: `stride` rows of `axis` per expert, `tail` rows of no expert at the end."""
-
-    axis: int
-    stride: int
-    tail: int
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from streamprune.choice.limits import minimum_keep
 from streamprune.errors import StreampruneError
-from streamprune.output.plan import minimum_keep
 from streamprune.output.uneven import OWN_TABLE, LoadingFacts, modeling_source, uneven_config
 from streamprune.output.uneven_template import STANDARD_TABLE, LoadingClass
 from streamprune.source.architecture import config_from_dict, count_names, with_expert_count

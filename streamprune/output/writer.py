@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.disk_errors import reading, writing
+from streamprune.disk.durable import reached, stream_whole, sync_file, sync_folder, write_whole
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.output.compare import Proof, compare_tensors
 from streamprune.output.plan import PrunePlan, ShardPlan
 from streamprune.settings import Place
 from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
-from streamprune.work.disk_errors import reading, writing
-from streamprune.work.durable import reached, stream_whole, sync_file, sync_folder, write_whole
 from streamprune.work.folder import REPLACED_NAME, FinishedBlock, FinishedShard, WorkFolder
 
 REPORT_NAME = "streamprune.json"

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import stream_whole
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
 from streamprune.scores.validity import check_blocks, check_layer, check_sources, check_spec
 from streamprune.source.shard import TensorEntry, header_entries, parse_json, show
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import stream_whole
 
 SCORES_NAME = "scores.safetensors"
 #: Where they lie in a pruned model's folder: not beside the weights, where some loaders read every safetensors file.

@@ -22,15 +22,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.output.cuts import SourceRole
-from streamprune.output.surgery import ExpertRows
 from streamprune.source.architecture import expert_candidates, with_expert_count
 from streamprune.source.checkpoint import CONFIG_NAME
 from streamprune.source.config_facts import ExpertSpec
-from streamprune.streaming import dense_experts
+from streamprune.source.roles import ExpertRows, SourceRole
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
+#: Experts modules without it, which `streaming.dense_experts` knows how to score.
+DENSE_EXPERTS = frozenset({"Llama4TextExperts"})
 #: Experts modules with that signature whose own code does not honour it, and why.
 UNSUPPORTED_EXPERTS = {
     "LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs"
@@ -200,7 +200,7 @@ def _find_experts(model: nn.Module, blocks_path: str, axes: Mapping[str, ExpertR
 
 def _is_experts_module(module: nn.Module) -> bool:
     takes_routing = set(inspect.signature(type(module).forward).parameters) >= EXPERTS_ARGUMENTS
-    return takes_routing or dispatches_experts(module) or type(module).__name__ in dense_experts.CLASSES
+    return takes_routing or dispatches_experts(module) or type(module).__name__ in DENSE_EXPERTS
 
 
 def dispatches_experts(module: nn.Module) -> bool:

@@ -17,8 +17,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from streamprune.errors import CheckpointError
 from streamprune.machine import says_out_of_memory
-from streamprune.output.surgery import ExpertRows
 from streamprune.source.checkpoint import Checkpoint
+from streamprune.source.roles import ExpertRows
 from streamprune.source.skeleton import Skeleton, Target
 
 

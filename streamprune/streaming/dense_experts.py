@@ -13,8 +13,6 @@ from torch import nn
 from streamprune.streaming.lengths import dots, norms, peaks
 from streamprune.streaming.statistics import Pairs, cosines
 
-CLASSES = frozenset({"Llama4TextExperts"})
-
 
 def pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
     """Every token paired with every expert, (T, E), from a dense experts module's input and output.

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.source.skeleton import dispatches_experts
+from streamprune.source.skeleton import DENSE_EXPERTS, dispatches_experts
 from streamprune.streaming import dense_experts, grouped_experts
 from streamprune.streaming.lengths import dots, norms, peaks
 from streamprune.streaming.statistics import ExpertStatistics, Pairs, cosines
@@ -105,7 +105,7 @@ def _tapped_forward(
     statistics = tap.statistics
     if statistics is None:
         return tap.plain(module, hidden_states, *routing, **named)
-    if type(module).__name__ in dense_experts.CLASSES:
+    if type(module).__name__ in DENSE_EXPERTS:
         output = tap.plain(module, hidden_states)
         tap.record(dense_experts.pairs(module, hidden_states, output))
         return output

@@ -56,6 +56,16 @@ def settings_from(kind: type[P], recorded: Mapping[str, Any], work: Path, **chan
         ) from None
 
 
+def with_changes(settings: P, work: Path, changes: Mapping[str, Any]) -> P:
+    """Recorded settings with what is given anew, to go on in `work`. Raises ResumeError for code nobody now trusts."""
+    if settings.trust_remote_code and "trust_remote_code" not in changes:
+        raise ResumeError(
+            f"What {work} holds was begun with --trust-remote-code, but a file's word is not enough to run a model's "
+            "code. If you began it, and trust the author still, add --trust-remote-code."
+        )
+    return dataclasses.replace(settings, work_dir=work.absolute(), **changes)
+
+
 def _is_of(value: Any, hint: Any) -> bool:
     if get_origin(hint) is UnionType:
         return any(_is_of(value, each) for each in get_args(hint))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from streamprune.disk.disk_errors import writing
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError
 from streamprune.settings import Place, RunSettings
-from streamprune.work.disk_errors import writing
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.pruning_record import has_pruning
 from streamprune.work.run_record import RUN_NAMES, has_run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from streamprune.disk.disk_errors import reading
 from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint
-from streamprune.work.disk_errors import reading
 
 
 def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:

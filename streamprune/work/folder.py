@@ -30,10 +30,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import PARTIAL, checksum_of, names_in, reached, read_record, sync_folder, write_record
 from streamprune.errors import OutputError
 from streamprune.scores.statistics import LayerStatistics, pack
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import PARTIAL, checksum_of, names_in, reached, read_record, sync_folder, write_record
 from streamprune.work.journal import MOST_RECORD_BYTES, is_block
 from streamprune.work.run_record import RUN_NAMES, read_run, read_tokens, write_run
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import names_in, reached, read_record, sync_folder, write_record
 from streamprune.streaming.stream import BatchState
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import names_in, reached, read_record, sync_folder, write_record
 from streamprune.work.journal import MOST_RECORD_BYTES, is_cursor
 from streamprune.work.saved_states import SavedStates, open_states, save_states, saved_facts
 

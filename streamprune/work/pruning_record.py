@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import read_record, write_record
 from streamprune.settings import PruneSettings
 from streamprune.work.command import command_of, settings_from
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import read_record, write_record
 from streamprune.work.journal import MOST_RECORD_BYTES, is_pruning
 
 PRUNING_NAME = "pruning.json"

@@ -12,13 +12,13 @@ import torch
 import transformers
 
 from streamprune import __version__
+from streamprune.disk.disk_errors import reading
 from streamprune.errors import ResumeError
 from streamprune.prepare import Prepared
 from streamprune.settings import RunSettings
 from streamprune.source.shard import show
 from streamprune.text.calibration import Calibration, fingerprint_of
 from streamprune.work.command import command_of, settings_from
-from streamprune.work.disk_errors import reading
 from streamprune.work.file_states import file_states
 from streamprune.work.journal import RUN_FORMAT
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import reached, read_record, write_record
 from streamprune.errors import ResumeError
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import reached, read_record, write_record
 from streamprune.work.journal import MOST_RECORD_BYTES, MOST_TOKENS_BYTES, checked_run
 
 RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens.copy.json")

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from streamprune.disk.durable import checksum_of, read_record, stream_whole, write_record
 from streamprune.errors import UnsupportedModelError
 from streamprune.streaming.stream import BatchState
-from streamprune.work.durable import checksum_of, read_record, stream_whole, write_record
 from streamprune.work.journal import MOST_INDEX_BYTES
 
 DATA_NAME, INDEX_NAME = "data.bin", "index.json"

@@ -131,6 +131,14 @@ def _holds_anything(folder: Path) -> bool:
     return not ours or work.has_progress() or has_run(folder) or has_pruning(folder) or _holder(folder) is not None
 
 
+def ended(folder: Path, output: Path) -> bool:
+    """Whether the command in a work folder had ended but for the folder's removal, which is made up for."""
+    if not is_complete(folder, output):
+        return False
+    clean_up(folder, everything=True)
+    return True
+
+
 def is_complete(folder: Path, output: Path) -> bool:
     """Whether the output that a work folder is for has its name: a model, or a file of scores."""
     try:

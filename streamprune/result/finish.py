@@ -5,36 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from streamprune.choice.choose import Choice
+from streamprune.choice.choose import Choice, ChosenLayer
 from streamprune.choice.chooser import Chooser
 from streamprune.choice.mix import token_shares
 from streamprune.choice.retention import Retention, retention_warnings, retentions
 from streamprune.choice.selection import Selection
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import reached, sync_folder
 from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
 from streamprune.fit.estimate import Estimate
 from streamprune.machine import format_bytes
 from streamprune.model_facts import ModelFacts
-from streamprune.output.card import model_card
 from streamprune.output.plan import PrunePlan
-from streamprune.output.record import run_report
 from streamprune.output.uneven import engines_note, is_uneven
 from streamprune.output.writer import OutputWriter
 from streamprune.progress import Progress
 from streamprune.quota import Quota
+from streamprune.result.card import model_card
+from streamprune.result.record import run_report
 from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.scores.scores import Scores
 from streamprune.scores.statistics import LayerStatistics
 from streamprune.settings import Place, PruneSettings, RunSettings, beside
 from streamprune.source.checkpoint import Checkpoint
-from streamprune.work.disk_errors import writing
-from streamprune.work.durable import reached, sync_folder
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.stop import StopRequest
 
 #: Where the scores go of a run whose choice could not be made: the output's name with this behind it.
 SCORES_SUFFIX = ".scores.safetensors"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished command. `layers` are empty where it only scored; `summary` is what `--json` prints."""
+
+    output: Path
+    layers: tuple[ChosenLayer, ...]
+    summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
