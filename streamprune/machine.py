@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+#: Options of glibc's mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def format_bytes(count: float) -> str:
@@ -83,7 +85,13 @@ def limit_library_memory(tight: bool = False) -> None:
       1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
     - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
       with four of them was not quicker than with one.
+    - glibc gives every large tensor pages of its own, and takes them back with it: the system's work on those pages was
+      a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back.
     """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, GIB)
+        set_option(_M_TRIM_THRESHOLD, GIB)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1" if tight else "256")
     if tight:
         # torch's own cache of the same kernels.

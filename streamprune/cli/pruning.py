@@ -49,7 +49,7 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
         click.option("--device", metavar="auto|cpu|cuda:0", help="Where to compute.", **default("auto")),
         click.option(
             "--batch-tokens", type=int,
-            help="Tokens per micro-batch at most.  [default: 1024 on a CPU, 32768 on a GPU; less if memory demands it]",
+            help="Tokens per micro-batch at most.  [default: 4096 on a CPU, 32768 on a GPU; less if memory demands it]",
         ),
         click.option(
             "--states", type=click.Choice(STATES),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 #: Values that are widened at a time, by kind of device.
-_PART_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
+_PART_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
@@ -40,8 +40,8 @@ def norms_and_peaks(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dots(vectors_TKH: torch.Tensor, with_TH: torch.Tensor) -> torch.Tensor:
     """The dot products (T, K) of a token's K vectors with one of its own, in float32 or wider."""
-    exact = _exact(vectors_TKH)
-    size = _part_size(vectors_TKH, vectors_TKH.shape[1] * vectors_TKH.shape[2])
+    exact = exact_dtype(vectors_TKH)
+    size = part_rows(vectors_TKH, vectors_TKH.shape[1] * vectors_TKH.shape[2])
     parts = zip(torch.split(vectors_TKH, size), torch.split(with_TH, size), strict=True)
     # Products in half precision would overflow where an expert's output is large. (As a product of matrices it would
     # take thirty times as long on a CPU.)
@@ -49,14 +49,16 @@ def dots(vectors_TKH: torch.Tensor, with_TH: torch.Tensor) -> torch.Tensor:
 
 
 def _by_parts(measure: Callable[..., torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
-    exact = _exact(vectors)
-    parts = torch.split(vectors, _part_size(vectors, vectors[0].numel() if len(vectors) else 1))
+    exact = exact_dtype(vectors)
+    parts = torch.split(vectors, part_rows(vectors, vectors[0].numel() if len(vectors) else 1))
     return torch.cat([measure(part.to(exact), dim=-1) for part in parts])
 
 
-def _part_size(tensor: torch.Tensor, row_values: int) -> int:
+def part_rows(tensor: torch.Tensor, row_values: int) -> int:
+    """How many rows of so many values are worked on at a time, where the tensor lies."""
     return max(1, _PART_VALUES.get(tensor.device.type, _PART_VALUES["cuda"]) // max(1, row_values))
 
 
-def _exact(tensor: torch.Tensor) -> torch.dtype:
+def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What lengths are computed in: float32, or the tensor's own dtype if that is wider."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
