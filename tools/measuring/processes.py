@@ -1,0 +1,116 @@
+"""Starting what is measured, each in a process of its own, and ending it with all that it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from measuring.shapes import ROOT
+
+#: Characters of a failed process's messages that are told.
+TOLD = 2000
+
+
+class ProcessError(Exception):
+    """A process that failed, or was not done in time: which, how, and its last words."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker has to do: its kind (see `workers`), the files it works on, and how.
+
+    `rounds` counts where a worker repeats things itself; `batch` is sequences at a time of a plain forward.
+    """
+
+    kind: str
+    model: Path
+    tokens: Path
+    output: Path
+    device: str = "cpu"
+    batch: int = 1
+    rounds: int = 0
+    vram_gib: float | None = None
+    states: str = "auto"
+
+    def text(self) -> str:
+        """As JSON, for the command line of the worker."""
+        return json.dumps(
+            {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        """The job that `text` made."""
+        values = json.loads(text)
+        return cls(**values | {name: Path(values[name]) for name in ("model", "tokens", "output")})
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of every process here: this checkout's code, whatever is installed."""
+    before = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *([before] if before else [])])
+    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **more}
+
+
+def work(job: Job, timeout: float | None = None) -> dict[str, Any]:
+    """Let a worker do a job: its figures, and with them `process_seconds`, from its start to its end.
+
+    Raises ProcessError if it fails or takes longer than `timeout` seconds.
+    """
+    begun = time.perf_counter()
+    printed = run_process([sys.executable, "-m", "measuring.workers", job.text()], timeout)
+    values: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
+    return {**values, "process_seconds": time.perf_counter() - begun}
+
+
+def run_process(
+    command: Sequence[str],
+    timeout: float | None = None,
+    accepted: Sequence[int] = (0,),
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Run a command, with `more` in its environment, and return what it printed on stdout.
+
+    Raises ProcessError for another exit status than the accepted ones, and when it is not done after `timeout` seconds.
+    """
+    process = subprocess.Popen(
+        command, env=environment(more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, messages = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise ProcessError(f"{_name(command)} was not done after {timeout:.0f} s") from None
+    finally:
+        # What it started itself would go on without it.
+        _end(process)
+    if process.returncode not in accepted:
+        last = (messages.strip() or printed.strip())[-TOLD:]
+        raise ProcessError(f"{_name(command)} ended with exit status {process.returncode}:\n{last}")
+    return printed
+
+
+def log_of(output: Path) -> list[Mapping[str, Any]]:
+    """The events of the log that streamprune leaves beside its output."""
+    # The name is streamprune.settings.beside's; here its outputs all have short names.
+    path = output.with_name(output.name + ".streamprune.log")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _name(command: Sequence[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:]])[:TOLD]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

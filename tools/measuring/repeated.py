@@ -1,0 +1,70 @@
+"""Comparisons that a worker makes itself, round by round: what saving costs, and pruning from scores over copying."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+from measuring.disk import copy_and_sync
+from measuring.processes import Job
+from measuring.workers import settings_of
+
+#: Runs a command of streamprune, which ends by printing the most memory it had resident.
+SCRIPT = (
+    "import atexit; from streamprune.cli import main; from streamprune.machine import peak_resident_bytes\n"
+    "atexit.register(lambda: print(peak_resident_bytes()))\n"
+    "main()"
+)
+
+
+def saving_seconds(job: Job) -> dict[str, Any]:
+    """Seconds of runs in one process that save states never and after every block, each kind first in turn."""
+    from streamprune.run import run
+
+    every = {"never": 1e9, "every block": 0.0}
+    seconds: dict[str, list[float]] = {kind: [] for kind in every}
+    for number in range(-1, job.rounds):
+        for kind in sorted(seconds, reverse=bool(number % 2)):
+            begun = time.perf_counter()
+            run(settings_of(job, checkpoint_every=every[kind]), quiet=True)
+            # The first round warms the caches of kernels and files.
+            if number >= 0:
+                seconds[kind].append(time.perf_counter() - begun)
+            shutil.rmtree(job.output)
+    return {"rounds": seconds}
+
+
+def pruning_seconds(job: Job) -> dict[str, Any]:
+    """Seconds of pruning from scores and of copying the same bytes, both flushed to the disk; and the pruning's peak.
+
+    The processes are counted too: a whole `streamprune prune`, and `cp` followed by `sync` of the copied files.
+    """
+    scores, copied = job.output.with_name("scores.safetensors"), job.output.with_name("copied")
+    experts = json.loads((job.model / "config.json").read_text())["num_experts"]
+    # The scores themselves do not matter here, so that a few tokens will do.
+    few = job.tokens.with_name("few.jsonl")
+    few.write_text("".join(job.tokens.read_text().splitlines(keepends=True)[:2]))
+    model = str(job.model)
+    score = ["score", model, "-o", str(scores), "--calibration", str(few), "--device", "cpu", "--quiet"]
+    subprocess.run([sys.executable, "-c", SCRIPT, *score], check=True, capture_output=True)
+    prune = ["prune", model, "-o", str(job.output), "--scores", str(scores), "--keep", str(experts // 2), "--quiet"]
+    found: dict[str, Any] = {"prune": [], "copy": [], "prune_peak_bytes": 0}
+    for number in range(-1, job.rounds):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", SCRIPT, *prune], check=True, capture_output=True, text=True)
+        pruned = time.perf_counter() - begun
+        begun = time.perf_counter()
+        found["output_bytes"] = copy_and_sync(job.output, copied)
+        copying = time.perf_counter() - begun
+        # The first round warms the caches of files.
+        if number >= 0:
+            found["prune"].append(pruned)
+            found["copy"].append(copying)
+            found["prune_peak_bytes"] = max(found["prune_peak_bytes"], int(done.stdout.split()[-1]))
+        shutil.rmtree(job.output)
+        shutil.rmtree(copied)
+    return found

@@ -1,0 +1,146 @@
+"""The models to measure with: configs of named shapes, random checkpoints and tokens of them, and their arithmetic."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHAPES = ROOT / "configs" / "shapes"
+INDEX = "model.safetensors.index.json"
+#: Of the weights and the hidden states: the shapes are all in bfloat16.
+ITEMSIZE = 2
+#: What `Work` counts, and where it is from.
+FLOP_FORMULA = (
+    "per token and layer: 2 x the parameters of the matrices that are active (attention, router, top-k experts), plus "
+    "4 x L x heads x head_dim for attention over L tokens (PaLM, arXiv:2204.02311, appendix B, forward only), of which "
+    "half is counted: no more is needed where attention is causal"
+)
+
+
+def shape_names() -> list[str]:
+    """The shapes that there are, in order."""
+    return sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
+def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """The config.json of a named shape, with so many decoder blocks instead of its own number."""
+    config: dict[str, Any] = json.loads((SHAPES / f"{shape}.json").read_text())
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    return config
+
+
+@dataclass(frozen=True)
+class Work:
+    """The arithmetic of a forward of one token through one decoder block, in FLOP, within `length` tokens.
+
+    `FLOP_FORMULA` says what is counted. Norms, softmax, rotary embedding and the activation are not.
+    """
+
+    matrices: int
+    attention_causal: int
+    attention_full: int
+
+    @property
+    def counted(self) -> int:
+        """FLOP per token and block that have to be computed."""
+        return self.matrices + self.attention_causal
+
+
+def work_of(config: Mapping[str, Any], length: int) -> Work:
+    """The work of a block of a model with this config, for sequences of `length` tokens."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    attention = hidden * (2 * queries + 2 * keys)
+    experts = config["num_experts_per_tok"] * 3 * hidden * config["moe_intermediate_size"]
+    matrices = 2 * (attention + hidden * config["num_experts"] + experts)
+    full = 4 * length * queries
+    return Work(matrices, full // 2, full)
+
+
+def write_tokens(path: Path, samples: int, length: int, vocabulary: int) -> None:
+    """Random calibration sequences, the same every time: JSON lines with `input_ids`."""
+    rng = random.Random(0)
+    with path.open("w") as stream:
+        for _ in range(samples):
+            stream.write(json.dumps({"input_ids": rng.choices(range(vocabulary), k=length)}) + "\n")
+
+
+def is_built(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds the whole checkpoint of this config: its index is written last."""
+    try:
+        return (folder / INDEX).is_file() and json.loads((folder / "config.json").read_text()) == config
+    except (OSError, ValueError):
+        return False
+
+
+def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
+    """Write a random checkpoint of the config, one expert tensor after another, as published checkpoints are.
+
+    The first file holds what lies around the blocks, each of the others one block. The numbers are drawn on `device`: a
+    card is done with gigabytes in seconds.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator(device).manual_seed(0)
+    index: dict[str, str] = {}
+    sizes = [_surroundings(config), *(_block(config, layer) for layer in range(config["num_hidden_layers"]))]
+    for number, file_sizes in enumerate(sizes):
+        tensors = {}
+        for name, size in file_sizes.items():
+            if len(size) == 1:
+                tensors[name] = torch.ones(size, dtype=torch.bfloat16)
+            else:
+                drawn = torch.randn(size, generator=generator, device=device) * 0.03
+                tensors[name] = drawn.bfloat16().cpu()
+        file = f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def block_bytes(folder: Path) -> int:
+    """The largest block of a checkpoint of `build`."""
+    return max(path.stat().st_size for path in weight_files(folder)[1:])
+
+
+def _surroundings(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    return {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+
+
+def _block(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    hidden, width, head = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    sizes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+        "mlp.gate.weight": (config["num_experts"], hidden),
+    }
+    for expert in range(config["num_experts"]):
+        for name, size in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            sizes[f"mlp.experts.{expert}.{name}_proj.weight"] = size
+    return {f"model.layers.{layer}.{name}": size for name, size in sizes.items()}

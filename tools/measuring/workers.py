@@ -1,0 +1,186 @@
+"""One measured process: `python -m measuring.workers JOB` does a job and prints its figures as JSON on its last line.
+
+| kind | what it does |
+|---|---|
+| `build` | writes the checkpoint (the config lies at `tokens`) |
+| `import` | nothing but importing torch and transformers |
+| `forward` | the tokens through the model, by transformers alone |
+| `score`, `run` | streamprune's scoring pass, or the whole run, with half of the experts kept |
+| `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
+| `matrix` | a large matrix product, again and again |
+| `saving`, `pruning` | several runs that are compared with one another (see `repeated`) |
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from measuring import disk
+from measuring.processes import Job, log_of
+from measuring.shapes import build, weight_files
+
+if TYPE_CHECKING:
+    from streamprune.settings import RunSettings
+
+#: What of a run's summary the figures are made from, where it is there.
+TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "busy", "output_bytes")
+
+
+def _import_libraries(limited: bool) -> None:
+    """Import torch and transformers, and with `limited` bound what they take, as streamprune's command line does it."""
+    if limited:
+        from streamprune.machine import limit_library_memory
+
+        # Works only before torch is imported.
+        limit_library_memory()
+    import torch  # noqa: F401
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _import(job: Job) -> dict[str, Any]:
+    _import_libraries(limited=True)
+    return {}
+
+
+def _build(job: Job) -> dict[str, Any]:
+    build(json.loads(job.tokens.read_text()), job.model, job.device)
+    return {}
+
+
+def _forward(job: Job) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    begun = time.perf_counter()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        job.model, dtype="auto", experts_implementation="grouped_mm"
+    )
+    # The decoder alone: the scoring pass needs no logits either.
+    decoder = whole.eval().to(job.device).get_decoder()
+    sequences = torch.tensor([json.loads(line)["input_ids"] for line in job.tokens.read_text().splitlines()])
+    loaded = time.perf_counter()
+    with torch.no_grad():
+        for first in range(0, len(sequences), job.batch):
+            decoder(input_ids=sequences[first : first + job.batch].to(job.device), use_cache=False)
+    if job.device != "cpu":
+        torch.cuda.synchronize(job.device)
+    return {"loading_seconds": loaded - begun, "computing_seconds": time.perf_counter() - loaded}
+
+
+def _score(job: Job) -> dict[str, Any]:
+    from streamprune.run import run
+
+    scores = job.output.with_name(job.output.name + ".safetensors")
+    settings = replace(settings_of(job), output=scores, keep=None, only_score=True, overwrite=True)
+    return _told(run(settings, quiet=True).summary, log_of(scores))
+
+
+def _run(job: Job) -> dict[str, Any]:
+    from streamprune.run import run
+
+    return _told(run(settings_of(job), quiet=True).summary, log_of(job.output))
+
+
+def _told(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """What streamprune says of itself: of the whole, and of every block."""
+    blocks = [{name: event[name] for name in ("seconds", "peak_bytes")} for event in log if event["event"] == "block"]
+    return {"summary": {name: summary[name] for name in TOLD if name in summary}, "blocks": blocks}
+
+
+def settings_of(job: Job, **changes: Any) -> RunSettings:
+    """The settings of a run that keeps half of the experts."""
+    from streamprune.settings import RunSettings
+
+    experts = json.loads((job.model / "config.json").read_text())["num_experts"]
+    fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(job.tokens),), "samples": 10**9}
+    places: dict[str, Any] = {"device": job.device, "vram_gib": job.vram_gib, "states": job.states}
+    return RunSettings(model=str(job.model), output=job.output, **fixed, **places, **changes)
+
+
+def _read(job: Job) -> dict[str, Any]:
+    return {"bytes": disk.read_all(weight_files(job.model))}
+
+
+def _copy(job: Job) -> dict[str, Any]:
+    return {"bytes": disk.copy_and_sync(job.output, job.output.with_name("copied"))}
+
+
+def _matrix(job: Job) -> dict[str, Any]:
+    from measuring.rate import matrix_rate
+
+    return {"flop_per_second": matrix_rate(job.device)}
+
+
+def _saving(job: Job) -> dict[str, Any]:
+    from measuring.repeated import saving_seconds
+
+    return saving_seconds(job)
+
+
+def _pruning(job: Job) -> dict[str, Any]:
+    from measuring.repeated import pruning_seconds
+
+    return pruning_seconds(job)
+
+
+KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "build": _build, "import": _import, "forward": _forward, "score": _score, "run": _run, "read": _read,
+    "copy": _copy, "matrix": _matrix, "saving": _saving, "pruning": _pruning,
+}  # fmt: skip
+
+
+class CardPeaks:
+    """The most that torch has held on the card, though streamprune begins to count anew after every block."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device, self._allocated, self._reserved = device, 0, 0
+        self._torch = torch.cuda
+        self._reset = torch.cuda.reset_peak_memory_stats
+        torch.cuda.reset_peak_memory_stats = self._note_and_reset
+
+    def _note_and_reset(self, *given: Any, **named: Any) -> None:
+        self._note()
+        self._reset(*given, **named)
+
+    def _note(self) -> None:
+        self._allocated = max(self._allocated, int(self._torch.max_memory_allocated(self._device)))
+        self._reserved = max(self._reserved, int(self._torch.max_memory_reserved(self._device)))
+
+    def told(self) -> dict[str, int]:
+        """Bytes of tensors, and bytes that torch held on the card for them and in reserve, each at its peak."""
+        self._note()
+        return {"vram_allocated_bytes": self._allocated, "vram_reserved_bytes": self._reserved}
+
+
+def main() -> None:
+    """Do the job. Seconds count from after the imports that all kinds share, so that these dilute no ratio."""
+    job = Job.parse(sys.argv[1])
+    if job.kind in ("forward", "score", "run", "saving"):
+        _import_libraries(limited=job.kind != "forward")
+        # transformers imports a model's code when it is first asked for.
+        import transformers.models.auto.modeling_auto
+        import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+    if job.kind in ("score", "run", "saving"):
+        import streamprune.run  # noqa: F401
+    card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
+    begun, begun_cpu = time.perf_counter(), time.process_time()
+    figures = KINDS[job.kind](job)
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
+    from streamprune.machine import peak_resident_bytes
+
+    measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
+    print(json.dumps({**figures, **measured, **(card.told() if card else {})}))
+
+
+if __name__ == "__main__":
+    main()
