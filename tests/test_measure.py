@@ -124,7 +124,7 @@ def test_measured_figures_are_printed_and_in_the_json(tmp_path: Path, monkeypatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_5_moe_text"])
 def test_the_prediction_holds_on_a_real_card(family: str, tmp_path: Path) -> None:
-    """Weights and caches to a few KiB; tools/gpu takes the figures of large models."""
+    """Weights and caches to a few KiB; tools/gpu_check takes the figures of large models."""
     source = make_model(tmp_path / "model", tiny_config(next(item for item in FAMILIES if item.id == family)))
     estimate = Fit(read_footprint(str(source)), Use(context=128), 10**10)
     by_name = {item.name: item for item in measuring.measure(str(source), estimate, "cuda:0")}

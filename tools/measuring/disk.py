@@ -31,8 +31,8 @@ def copy_and_sync(source: Path, target: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def drop_from_page_cache(files: Sequence[Path]) -> float:
-    """Ask the system to forget the files' cached pages. Returns the share that it still holds afterwards.
+def drop_from_page_cache(files: Sequence[Path]) -> float | None:
+    """Ask the system to forget the files' cached pages. Returns the share that it still holds; None if it cannot tell.
 
     Not every file system does it: the caller has to look at what this returns.
     """
@@ -41,7 +41,10 @@ def drop_from_page_cache(files: Sequence[Path]) -> float:
             # Pages that are not on the disk yet cannot be dropped.
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return cached_share(files)
+    try:
+        return cached_share(files)
+    except OSError:
+        return None
 
 
 def cached_share(files: Sequence[Path]) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import psutil
 
 from measuring.shapes import ROOT
 
@@ -84,24 +86,27 @@ def run_process(
     """
     process = subprocess.Popen(
         command, env=environment(more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, start_new_session=True,
+        cwd=ROOT,
     )  # fmt: skip
     try:
         printed, messages = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ProcessError(f"{_name(command)} was not done after {timeout:.0f} s") from None
     finally:
-        # What it started itself would go on without it.
         _end(process)
     if process.returncode not in accepted:
-        last = (messages.strip() or printed.strip())[-TOLD:]
-        raise ProcessError(f"{_name(command)} ended with exit status {process.returncode}:\n{last}")
+        said = f"{_name(command)} ended with exit status {process.returncode}"
+        # streamprune says what is wrong in one line; what launchers say around it tells nothing.
+        errors = [line for line in messages.splitlines() if line.startswith("Error: ")]
+        if errors:
+            raise ProcessError(f"{said}: {errors[0].removeprefix('Error: ')}")
+        raise ProcessError(f"{said}:\n{(messages.strip() or printed.strip())[-TOLD:]}")
     return printed
 
 
 def log_of(output: Path) -> list[Mapping[str, Any]]:
     """The events of the log that streamprune leaves beside its output."""
-    # The name is streamprune.settings.beside's; here its outputs all have short names.
+    # The name is that of streamprune.run.LOG_SUFFIX; importing that would import torch.
     path = output.with_name(output.name + ".streamprune.log")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -111,6 +116,11 @@ def _name(command: Sequence[str]) -> str:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs, and what it started, which would go on without it."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         process.communicate()

@@ -46,18 +46,15 @@ def compare_processes(model: Path, tokens: Path, work: Path, processes: int, rou
         "n_processes_over_one": round(statistics.median(ratios), 3),
         "n_processes_over_one_each": [round(ratio, 3) for ratio in ratios],
         "n_processes_over_one_with_start": round(statistics.median(whole), 3),
-        "n_processes_scores_differ_by": _difference(*(_statistics(path) for path in scores.values())),
+        "n_processes_scores_differ_by": difference(*scores.values()),
     }
 
 
-def _statistics(path: Path) -> dict[str, Any]:
+def difference(first: Path, second: Path) -> float:
+    """The largest relative difference of any statistic in two files of scores; infinite if they are of other things."""
     from safetensors.numpy import load_file
 
-    return load_file(path)
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest relative difference of any statistic of any expert; infinite where they are of different things."""
+    one, other = load_file(first), load_file(second)
     if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in other.items()}:
         return float("inf")
     largest = 0.0

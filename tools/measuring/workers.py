@@ -6,6 +6,7 @@
 | `import` | nothing but importing torch and transformers |
 | `forward` | the tokens through the model, by transformers alone |
 | `score`, `run` | streamprune's scoring pass, or the whole run, with half of the experts kept |
+| `device` | tells what device this is, and of which versions the libraries are |
 | `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
 | `matrix` | a large matrix product, again and again |
 | `saving`, `pruning` | several runs that are compared with one another (see `repeated`) |
@@ -48,6 +49,20 @@ def _import_libraries(limited: bool) -> None:
 def _import(job: Job) -> dict[str, Any]:
     _import_libraries(limited=True)
     return {}
+
+
+def _device(job: Job) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    told = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if job.device == "cpu":
+        return {"device": "cpu", **told}
+    index, count = torch.device(job.device).index or 0, torch.cuda.device_count()
+    if index >= count:
+        sys.exit(f"Error: torch {torch.__version__} sees {count} CUDA devices here, so that there is no {job.device}")
+    card = torch.cuda.get_device_properties(index)
+    return {"device": card.name, "device_gib": round(card.total_memory / 2**30, 1), **told, "cuda": torch.version.cuda}
 
 
 def _build(job: Job) -> dict[str, Any]:
@@ -132,8 +147,8 @@ def _pruning(job: Job) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "build": _build, "import": _import, "forward": _forward, "score": _score, "run": _run, "read": _read,
-    "copy": _copy, "matrix": _matrix, "saving": _saving, "pruning": _pruning,
+    "build": _build, "device": _device, "import": _import, "forward": _forward, "score": _score, "run": _run,
+    "read": _read, "copy": _copy, "matrix": _matrix, "saving": _saving, "pruning": _pruning,
 }  # fmt: skip
 
 
