@@ -56,7 +56,9 @@ def test_the_counted_work_is_what_torch_counts(tmp_path: Path) -> None:
         model.get_decoder()(input_ids=torch.arange(tokens).view(1, -1), use_cache=False)
     work = work_of(TINY, tokens)
     # Without Flash Attention torch computes the masked half as well.
-    assert counter.get_total_flops() == tokens * TINY["num_hidden_layers"] * (work.matrices + work.attention_full)
+    counted = tokens * TINY["num_hidden_layers"] * (work.matrices + work.attention_full)
+    # Older transformers take the angles of the rotary embedding as a product of matrices: of a column and a row.
+    assert counter.get_total_flops() - counted in (0, 2 * tokens * TINY["head_dim"] // 2)
     assert work.attention_causal == work.attention_full // 2
 
 

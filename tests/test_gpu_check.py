@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from measuring.parts import PARTS
+from measuring.parts import PARTS, Check
+from measuring.processes import ProcessError
+from measuring.shapes import build, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--device", "cpu", "--shape", "tiny", "--samples", "6", "--seq-len", "64", "--bench-samples", "4"]
 
 
-def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """tools/gpu_check as a user runs it, with one thread."""
     command = [sys.executable, str(ROOT / "tools" / "gpu_check"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -29,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What it saves. No rounds of the bench, which has its own test; a whole run is scoring with writing."""
     path = tmp_path_factory.mktemp("check") / "check.json"
     parts = ["--parts", "tests", "score", "bench", "fit", "--rounds", "0", "--layers", "3"]
-    done = check(*SMALL, *parts, "--output", str(path))
+    done = gpu_check(*SMALL, *parts, "--output", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
     figures: dict[str, Any] = json.loads(path.read_text())
     assert json.loads(done.stdout) == figures
@@ -75,7 +79,7 @@ def test_a_result_is_planned_for_a_budget_that_half_of_the_experts_need(saved: d
 def test_parts_that_fail_are_recorded_and_cost_no_other(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
     path.write_text(json.dumps({"device": "cpu", "parts": {"fit": {"budget_gib": 1}, "score": {"error": "older"}}}))
-    done = check(*SMALL, "--parts", "score", "tests", "run", "--part-seconds", "0.5", "--output", str(path))
+    done = gpu_check(*SMALL, "--parts", "score", "tests", "run", "--part-seconds", "0.5", "--output", str(path))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "Error: score, run failed; the other parts are measured."
     parts = json.loads(path.read_text())["parts"]
@@ -90,7 +94,7 @@ def test_figures_of_another_device_and_other_files_are_not_touched(tmp_path: Pat
     path = tmp_path / "check.json"
     for content, words in (('{"device": "NVIDIA A", "parts": {}}', "has figures of NVIDIA A"), ("[1]", "was not made")):
         path.write_text(content)
-        done = check(*SMALL, "--parts", "tests", "--output", str(path))
+        done = gpu_check(*SMALL, "--parts", "tests", "--output", str(path))
         assert done.returncode == 1
         assert done.stderr.count("Error:") == 1
         assert words in done.stderr
@@ -99,12 +103,31 @@ def test_figures_of_another_device_and_other_files_are_not_touched(tmp_path: Pat
 
 @pytest.mark.skipif(torch.cuda.device_count() > 50, reason="there is such a card")
 def test_a_card_that_is_not_there_ends_in_one_line() -> None:
-    done = check("--device", "cuda:50", "--parts", "score")
+    done = gpu_check("--device", "cuda:50", "--parts", "score")
     assert done.returncode == 1
     assert done.stderr.strip().count("\n") == 0
     assert "so that there is no cuda:50" in done.stderr
 
 
 def test_every_part_is_told_in_the_help() -> None:
-    text = check("--help").stdout
+    text = gpu_check("--help").stdout
     assert all(f"| {name} |" in text for name in PARTS)
+
+
+def test_what_an_earlier_part_left_is_not_gone_on_with(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "shape": "tiny", "layers": 2, "samples": 2, "seq_len": 8, "bench_samples": 1, "forward_batch": 1, "rounds": 1,
+        "device": "cpu", "vram_gib": None, "states": "auto", "budget_gib": None, "context": 8, "folder": tmp_path,
+    }  # fmt: skip
+    check = Check(**settings, deadline=time.monotonic() + 100)
+    build(config_of("tiny", 2), tmp_path / "model")
+    whole = (tmp_path / "model" / "model.safetensors.index.json").stat()
+    (tmp_path / "output.safetensors.work").mkdir()
+    (tmp_path / "output.streamprune.log").touch()
+    job = check.job("score")
+    assert not list(tmp_path.glob("output*"))
+    # The checkpoint was there, and is used again.
+    assert (job.model / "model.safetensors.index.json").stat() == whole
+    assert [len(json.loads(line)["input_ids"]) for line in job.tokens.read_text().splitlines()] == [8, 8]
+    with pytest.raises(ProcessError, match="time for one part is over"):
+        _ = replace(check, deadline=time.monotonic()).left

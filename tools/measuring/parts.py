@@ -26,6 +26,8 @@ from measuring.shapes import (
     write_tokens,
 )
 
+#: What streamprune writes has this name, or begins with it.
+OUTPUT = "output"
 #: Seconds below which nothing is started any more.
 LEAST_SECONDS = 1.0
 
@@ -83,11 +85,18 @@ class Check:
             part = tokens.with_suffix(".part")
             write_tokens(part, samples, self.seq_len, config["vocab_size"])
             part.rename(tokens)
-        output = self.folder / "output"
-        shutil.rmtree(output, ignore_errors=True)
-        # Of a part that was cut off: what it began has nothing to go on with here.
-        shutil.rmtree(output.with_name("output.work"), ignore_errors=True)
+        # What a part that was cut off began would be gone on with, and so seem to take no time.
+        self.clear()
+        output = self.folder / OUTPUT
         return Job(kind, model, tokens, output, self.device, vram_gib=self.vram_gib, states=self.states)
+
+    def clear(self) -> None:
+        """Remove what streamprune has written: outputs, their work folders and their logs."""
+        for path in self.folder.glob(f"{OUTPUT}*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def tests(check: Check) -> dict[str, Any]:
@@ -124,6 +133,7 @@ def _extrapolated(check: Check, kind: str) -> dict[str, Any]:
     reading = work(replace(job, kind="read"), check.left)
     drop_from_page_cache(files)
     found = work(job, check.left)
+    check.clear()
     figures = extrapolate([block["seconds"] for block in found["blocks"]], found["seconds"], blocks, kind == "run")
     tokens = check.samples * check.seq_len
     arithmetic = work_of(config_of(check.shape), check.seq_len)
@@ -189,7 +199,7 @@ def fit(check: Check) -> dict[str, Any]:
     )  # fmt: skip
     measure = ["--measure", "--device", check.device] if check.on_card else []
     answer = _streamprune(check, "fit", str(job.output), *goal, *measure)
-    shutil.rmtree(job.output)
+    check.clear()
     return {
         "budget_gib": budget,
         "context": check.context,

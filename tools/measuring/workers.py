@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from measuring import disk
 from measuring.processes import Job, log_of
 from measuring.shapes import build, weight_files
+from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
     from streamprune.settings import RunSettings
@@ -189,7 +190,10 @@ def main() -> None:
         import streamprune.run  # noqa: F401
     card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    figures = KINDS[job.kind](job)
+    try:
+        figures = KINDS[job.kind](job)
+    except StreampruneError as error:
+        sys.exit(f"Error: {error}")
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     from streamprune.machine import peak_resident_bytes
 
