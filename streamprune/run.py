@@ -170,6 +170,7 @@ class _Run:
                 settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop
             )
             layers = sitting.stream(self.device)
+            busy = scorer.busy.shares()
         scores = Scores(
             tuple(layers),
             calibration.sources,
@@ -183,6 +184,7 @@ class _Run:
             "batch_tokens": scorer.batch_tokens,
             "states": scorer.states_place,
             "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
+            "busy": busy,
         }
         if chooser is None:
             return self._leave_scores(prepared, scores, taken)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from streamprune.busy import describe
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.report import terms_lines
 from streamprune.machine import check_disk, existing_folder, format_bytes
@@ -131,7 +132,7 @@ def announce_calibration(
 
 def tell_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
     """Say what came of a run."""
-    _tell_peak(progress, settings, summary)
+    _tell_course(progress, settings, summary)
     tell_unseen(progress, summary["never_routed"], summary["calibration_tokens"])
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
@@ -141,7 +142,7 @@ def tell_result(progress: Progress, settings: RunSettings, summary: Mapping[str,
 
 def tell_scores(progress: Progress, settings: RunSettings, scores: Scores, summary: Mapping[str, Any]) -> None:
     """Say what came of scoring, and what can be done with it."""
-    _tell_peak(progress, settings, summary)
+    _tell_course(progress, settings, summary)
     size = format_bytes(settings.output.stat().st_size)
     progress.say(
         f"done in {summary['seconds']:.0f} s: {settings.output}, {size}: {len(scores.layers)} layers, "
@@ -151,7 +152,8 @@ def tell_scores(progress: Progress, settings: RunSettings, scores: Scores, summa
     progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")
 
 
-def _tell_peak(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+def _tell_course(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+    progress.say(describe(summary["busy"]))
     if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
         progress.say(
             f"note: resident memory rose to {format_bytes(summary['peak_resident_bytes'])} for a moment, above "

@@ -94,7 +94,7 @@ def test_run_refuses_before_any_weight_is_read(
 
 @pytest.mark.parametrize(
     ("when", "reason"),
-    [("before", "ends at byte 100, but bytes"), ("after", "can no longer be read")],
+    [("before", "ends at byte 100, but bytes"), ("after", "ends at byte 100, but bytes")],
     ids=["before a block is written", "after it"],
 )
 def test_shard_cut_in_the_middle_of_a_run(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.streaming import blocks
+from streamprune.streaming import reader
 from tests.helpers import prune, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
@@ -30,7 +30,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(blocks, "safe_open", fail)
+    monkeypatch.setattr(reader.ShardReader, "start", fail)
 
 
 def change(folder: Path, tensors: dict[str, torch.Tensor | None] | None = None, **config: Any) -> None:

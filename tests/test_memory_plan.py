@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from streamprune.cli import main
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.memory import needs as memory_facts
-from streamprune.memory.plan import Limit, Needs, Room, choose
+from streamprune.memory.plan import Limit, Needs, Room, can_read_ahead, choose
 from streamprune.settings import RunSettings
 from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
@@ -47,7 +47,7 @@ def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monke
 
 
 def needs(**changes: int) -> Needs:
-    values = {"block": 100, "loading": 110, "staging": 30, "surroundings": 20, "states": 200} | changes
+    values = {"block": 100, "reading": 90, "loading": 110, "staging": 30, "surroundings": 20, "states": 200} | changes
     return Needs(**values, workspace=lambda tokens: tokens, sequences=10, longest=8, tokens=80)
 
 
@@ -63,11 +63,13 @@ def room(device: int, host: int | None = None, disk: int = 10**6) -> Room:
         (room(10**4, 10**4), ("device", 10**4)),  # everything at once: the bound itself
         (room(400, 10**4), ("device", 10**4)),
         (room(380, 10**4), ("device", 56)),  # 20 + 200 + 100 leaves 60 tokens: seven sequences of 8
-        (room(340, 10**4), ("ram", 10**4)),  # on the card there would be 20 tokens, less than the usual 24
-        (room(340, 229), ("disk", 10**4)),  # staging and states need 230
-        (room(170, 10**4), ("ram", 48)),
+        # On the card there would be 20 tokens, less than the usual 24. From RAM, two micro-batches are on their way at
+        # 2.5 a token: 20 + 100 leaves 36 tokens.
+        (room(340, 10**4), ("ram", 32)),
+        (room(340, 229), ("disk", 32)),  # staging and states need 230
+        (room(170, 10**4), ("ram", 8)),
         (room(10**4), ("ram", 10**4)),
-        (room(343), ("disk", 10**4)),  # one memory: 343 leaves 23 tokens beside the states
+        (room(343), ("disk", 32)),  # one memory: 343 leaves 23 tokens beside the states
         (room(144 + 200, None, 10), ("ram", 24)),
         (room(336, None, 10), ("ram", 16)),  # no disk: fewer than usual is better than nothing
     ],
@@ -83,7 +85,8 @@ def test_states_and_micro_batches_go_where_they_fit(space: Room, expected: tuple
         (room(327), "ram", r"hidden states of 80 calibration tokens \(200 B\) need 330 B .* Use --states disk"),
         (room(327, 10**4), "device", "need 330 B .* Use --states ram or disk"),
         (room(10**4, 229), "ram", "need 230 B of memory, but 229 are free. Use --states disk"),
-        (room(10**4, 29), "disk", "Loading a block .* need 30 B of memory, but 29 are free. You can do this"),
+        (room(10**4, 69), "disk", r"Loading .* on their way to the disk \(40 B\) need 70 B of memory, but 69 are free"),
+        (room(10**4, 29), "device", "Loading a block .* need 30 B of memory, but 29 are free. You can do this"),
         (room(10**4, None, 199), "disk", "do not fit on the disk: 199 are free. You can free 1 B, do this"),
         (room(127 + 48, None), "auto", None),
     ],
@@ -96,6 +99,13 @@ def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states
         choose(needs(), space, states, 10**4, 24)
     with pytest.raises(ResourceError, match="One sequence is the least at a time"):
         choose(needs(loading=0), room(127), "disk", 10**4, 24)
+
+
+@pytest.mark.parametrize(
+    ("space", "ahead"), [(room(20 + 200 + 100 + 24 + 90), True), (room(20 + 200 + 100 + 24 + 89), False)]
+)
+def test_the_next_block_is_read_ahead_where_it_fits_too(space: Room, ahead: bool) -> None:
+    assert can_read_ahead(needs(), space, "ram", 24) is ahead
 
 
 @pytest.mark.parametrize(
@@ -124,4 +134,5 @@ def test_the_run_says_beforehand_what_it_will_need(model: Path, tmp_path: Path) 
     # 4 · 24 tokens of 64 values in float32; a block's parameters are those of the tiny config.
     assert "hidden states 24.00 KiB on disk" in line
     assert "for 48 tokens at a time" in line
-    assert "largest block 242.62 KiB (498.62 KiB while it is loaded), embeddings 64.31 KiB" in line
+    assert "largest block 242.62 KiB (498.62 KiB while it is loaded), the next one read ahead 242.62 KiB" in line
+    assert "embeddings 64.31 KiB" in line

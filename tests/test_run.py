@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamprune.cli import main
 from streamprune.errors import NonFiniteError, OutputError, ResourceError
 from streamprune.output.writer import OutputWriter
-from streamprune.streaming import blocks
+from streamprune.streaming import reader
 from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
@@ -61,7 +61,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(blocks, "safe_open", fail)
+    monkeypatch.setattr(reader.ShardReader, "start", fail)
 
 
 def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: Path, tmp_path: Path) -> None:

@@ -156,11 +156,13 @@ def test_the_file_of_states_does_not_grow_while_sizes_stay(tmp_path: Path) -> No
     for seed in range(3):
         for number in range(3):
             states.store(number, BatchState((torch.full((4, 5, 8), float(seed)), torch.zeros(4, 5))))
+        states.settle()
         sizes.append(os.fstat(file._file.fileno()).st_size)
     assert sizes == [3 * 4 * 5 * 9 * 4] * 3
     # Another structure finds another place, since the old state must stay until the new one is there; what it gave back
     # is used by the next.
     states.store(0, BatchState(torch.zeros(4, 5, 8)))
+    states.settle()
     grown = os.fstat(file._file.fileno()).st_size
     assert grown == sizes[0] + 4 * 5 * 8 * 4
     states.store(1, BatchState((torch.zeros(4, 5, 8), torch.zeros(2, 5), torch.zeros(2, 5))))

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from streamprune.cli import main
 from streamprune.errors import StreampruneError, VerifyError
 from streamprune.output import compare
+from streamprune.output.plan import ShardPlan
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.run import resume
+from streamprune.work.folder import FinishedShard
 from tests.faults import Case, make_case
 from tests.helpers import known_family, prune
 from tests.tiny import make_model, tiny_config
@@ -191,18 +193,18 @@ def test_every_layout(family: str, tmp_path: Path) -> None:
 def test_every_run_ends_with_it(made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte that changes on the disk behind the writing is found, and with --no-verify it is not."""
     case = made.at(tmp_path / "out")
-    usual = OutputWriter.write_block
+    usual = OutputWriter._write_shard
 
-    def write_block(self: OutputWriter, block: int | None, kept: Any) -> Any:
-        shards = usual(self, block, kept)
-        if block == 1:
-            path = self._staging / shards[0].file
+    def write_shard(self: OutputWriter, shard: ShardPlan, kept: Any) -> FinishedShard:
+        written = usual(self, shard, kept)
+        if shard.block == 1:
+            path = self._staging / shard.file
             data = bytearray(path.read_bytes())
             data[-9] ^= 1
             path.write_bytes(data)
-        return shards
+        return written
 
-    monkeypatch.setattr(OutputWriter, "write_block", write_block)
+    monkeypatch.setattr(OutputWriter, "_write_shard", write_shard)
     with pytest.raises(VerifyError, match=r"model\.layers\.1\S+ differs from the source at byte"):
         case.run()
     assert not case.output.exists()

@@ -14,7 +14,7 @@ from torch import nn
 from streamprune import machine
 from streamprune.fit.workspace import scoring_workspace_bytes
 from streamprune.machine import format_bytes
-from streamprune.memory.plan import Limit, MemoryPlan, Needs, Room, choose
+from streamprune.memory.plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
 from streamprune.memory.watch import context_bytes
 from streamprune.prepare import Prepared
 from streamprune.settings import COMFORTABLE_BATCH_TOKENS, RunSettings
@@ -40,7 +40,7 @@ def plan_memory(
     most = settings.most_batch_tokens(device.type)
     usual = COMFORTABLE_BATCH_TOKENS[device.type]
     place, batch_tokens = choose(needs, room, settings.states, most, usual)
-    return MemoryPlan(place, batch_tokens, needs, room, str(device))
+    return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
 
 
 def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Needs:
@@ -49,7 +49,8 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
     sources = Counter(target.name for target in prepared.targets.values() if target is not None)
     shape, itemsize = _shape_of(skeleton, text), prepared.dtype.itemsize
     longest = max(len(sequence) for sequence in calibration.sequences)
-    block = loading = largest = 0
+    read = _bytes_as_read(prepared)
+    block = loading = 0
     for index, module in enumerate(skeleton.blocks[: prepared.layout.moe_blocks[-1] + 1]):
         prefix = f"{skeleton.blocks_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
@@ -59,12 +60,12 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
         kept = prepared.counts.get(index, 0) if prepared.counts and settings.propagate == "pruned" else 0
         twin = experts * kept // skeleton.spec.count
         block = max(block, sum(sizes.values()) + twin)
-        loading = max(loading, sum(sizes.values()) + 2 * joined)
-        largest = max(largest, *sizes.values())
+        loading = max(loading, max(sum(sizes.values()), read[index]) + 2 * joined)
     return Needs(
         block=block,
+        reading=max(read.values()),
         loading=loading,
-        staging=largest,
+        staging=STAGING_BYTES,
         surroundings=_surroundings(skeleton),
         states=sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in calibration.sequences),
         workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
@@ -72,6 +73,16 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
         longest=longest,
         tokens=calibration.tokens,
     )
+
+
+def _bytes_as_read(prepared: Prepared) -> dict[int, int]:
+    """The bytes of each block's weights in the checkpoint's own dtypes."""
+    read = dict.fromkeys(range(len(prepared.skeleton.blocks)), 0)
+    for name, target in prepared.targets.items():
+        block = prepared.skeleton.block_of(target.name) if target is not None else None
+        if block is not None:
+            read[block] += prepared.checkpoint.tensors[name].nbytes
+    return read
 
 
 def states_per_token(text: Any, itemsize: int, length: int) -> int:

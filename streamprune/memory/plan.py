@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from streamprune.errors import ResourceError
 from streamprune.machine import format_bytes, resident_bytes
 
+#: Page-locked memory through which weights are read to a card.
+STAGING_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True)
 class Needs:
     """What a run needs, in bytes.
 
-    `block` is the largest block's weights (with the copy that --propagate pruned makes), `loading` its peak while it is
-    read, `staging` what of that passes through host memory on the way to a card, `surroundings` the embeddings and
-    norms around the blocks. `workspace` gives the intermediate results for a number of tokens at a time.
-    The calibration has `sequences` of up to `longest` tokens, `tokens` in all.
+    `block` is the largest block's weights (with the copy that --propagate pruned makes), `reading` those of the largest
+    as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
+    way to a card, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
+    results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`.
     """
 
     block: int
+    reading: int
     loading: int
     staging: int
     surroundings: int
@@ -52,13 +56,17 @@ class Room:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided: where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most."""
+    """What was decided: where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most.
+
+    `ahead`: there is room to read a block while the one before it is in work.
+    """
 
     place: str
     batch_tokens: int
     needs: Needs
     room: Room
     device: str
+    ahead: bool = False
 
     @property
     def workspace(self) -> int:
@@ -70,13 +78,17 @@ class MemoryPlan:
         needs, room = self.needs, self.room
         place = {"device": f"on {self.device}", "ram": "in RAM", "disk": "on disk"}[self.place]
         tokens = _tokens_at_a_time(needs, self.batch_tokens)
-        totals = [f"{format_bytes(_on_device(needs, room, self.place, tokens))} of {format_bytes(room.device.nbytes)}"]
+        on_device = _on_device(needs, room, self.place, tokens, self.ahead)
+        totals = [f"{format_bytes(on_device)} of {format_bytes(room.device.nbytes)}"]
         if room.host is not None:
             totals[0] += f" on {self.device}"
-            totals.append(f"{format_bytes(_on_host(needs, self.place))} of {format_bytes(room.host.nbytes)} in RAM")
+            totals.append(
+                f"{format_bytes(_on_host(needs, self.place, tokens))} of {format_bytes(room.host.nbytes)} in RAM"
+            )
+        ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
         return (
             f"memory for the run: largest block {format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is "
-            f"loaded), embeddings {format_bytes(needs.surroundings)}, "
+            f"loaded){ahead}, embeddings {format_bytes(needs.surroundings)}, "
             f"hidden states {format_bytes(needs.states)} {place}, workspace {format_bytes(self.workspace)} "
             f"for {tokens:,} tokens at a time; at most {' and '.join(totals)}, beside Python and the libraries with "
             f"their caches ({format_bytes(resident_bytes())} by now)"
@@ -100,6 +112,11 @@ def choose(needs: Needs, room: Room, states: str, most_tokens: int, usual_tokens
     raise ResourceError(str(problems[-1]))
 
 
+def can_read_ahead(needs: Needs, room: Room, place: str, batch_tokens: int) -> bool:
+    """Whether the next block's weights fit beside all else that was chosen."""
+    return _on_device(needs, room, place, _tokens_at_a_time(needs, batch_tokens), ahead=True) <= room.device.nbytes
+
+
 def _largest_batch(needs: Needs, room: Room, place: str, most_tokens: int) -> int:
     """The most tokens whose workspace fits, in whole sequences, if not `most_tokens` themselves."""
     low, high = 1, max(1, min(needs.sequences, most_tokens // needs.longest))
@@ -119,14 +136,21 @@ def _tokens_at_a_time(needs: Needs, batch_tokens: int) -> int:
     return max(1, min(needs.sequences, batch_tokens // needs.longest)) * needs.longest
 
 
-def _on_device(needs: Needs, room: Room, place: str, tokens: int) -> int:
-    states = needs.states if place == "device" or (place == "ram" and room.host is None) else 0
-    return needs.surroundings + states + max(needs.loading, needs.block + needs.workspace(tokens))
+def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = False) -> int:
+    states = needs.states if place == "device" or (place == "ram" and room.host is None) else _moving(needs, tokens)
+    working = needs.block + needs.workspace(tokens) + (needs.reading if ahead else 0)
+    return needs.surroundings + states + max(needs.loading, working)
 
 
-def _on_host(needs: Needs, place: str) -> int:
-    """RAM beside a card: the states if they are there, and what passes through while a block is loaded."""
-    return needs.staging + (needs.states if place == "ram" else 0)
+def _on_host(needs: Needs, place: str, tokens: int) -> int:
+    """RAM beside a card: the states if they are there, and what passes through on the way to it."""
+    states = {"device": 0, "ram": needs.states, "disk": _moving(needs, tokens)}[place]
+    return needs.staging + states
+
+
+def _moving(needs: Needs, tokens: int) -> int:
+    """The states of the micro-batches that are on their way while one computes: one comes, one goes."""
+    return 2 * (-(-needs.states * tokens // max(1, needs.tokens)))
 
 
 def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
@@ -137,13 +161,17 @@ def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
             f"{of_tokens[0].upper()}{of_tokens[1:]} do not fit on the disk: {room.disk.words}. You can free "
             f"{format_bytes(needs.states - room.disk.nbytes)}, {room.disk.remedy}."
         )
-    if room.host is not None and _on_host(needs, place) > room.host.nbytes:
+    if room.host is not None and _on_host(needs, place, tokens) > room.host.nbytes:
         what = f"Loading a block ({format_bytes(needs.staging)})"
         if place == "ram":
             what, remedy = f"{what} and {of_tokens}", "Use --states disk, fewer --samples, or a shorter --seq-len."
+        elif place == "disk":
+            what = f"{what} and hidden states on their way to the disk ({format_bytes(_moving(needs, tokens))})"
+            remedy = f"Use a shorter --seq-len, or {room.host.remedy}."
         else:
             remedy = f"You can {room.host.remedy}."
-        return f"{what} need {format_bytes(_on_host(needs, place))} of memory, but {room.host.words}. {remedy}"
+        needed = format_bytes(_on_host(needs, place, tokens))
+        return f"{what} need {needed} of memory, but {room.host.words}. {remedy}"
     total = _on_device(needs, room, place, tokens)
     if total <= room.device.nbytes:
         return None

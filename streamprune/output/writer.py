@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from streamprune.disk.cached_pages import Stretch, left_as_found, put_out_files
 from streamprune.disk.disk_errors import reading, writing
 from streamprune.disk.durable import reached, stream_whole, sync_file, sync_folder, write_whole
 from streamprune.errors import CheckpointError, OutputError, VerifyError
@@ -80,6 +81,9 @@ class OutputWriter:
         # On the output's disk, wherever the work folder is.
         self._beside = settings.folder_beside
         self._replaced = self._beside / REPLACED_NAME
+        self._compare = settings.verify
+        #: By block: the experts with which it was compared with the source, and what that proves.
+        self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
         check_place(settings)
         # Only now: a run that was killed may have left an output that it moved aside.
         check_output(self._output, self._checkpoint.folder, self._overwrite)
@@ -90,9 +94,36 @@ class OutputWriter:
         return self._plan
 
     def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
-        """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order."""
-        with writing(f"Writing to {self._staging}", self._staging):
-            return [self._write_shard(shard, kept) for shard in self._plan.shards if shard.block == block]
+        """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order.
+
+        Where settings ask for it, they are compared with the source: read from the disk, as it has them now. The
+        system's cache is left as it was.
+        """
+        plans = [shard for shard in self._plan.shards if shard.block == block]
+        files = [self._staging / shard.file for shard in plans]
+        with left_as_found(self._sources(plans, kept)):
+            with writing(f"Writing to {self._staging}", self._staging):
+                shards = [self._write_shard(shard, kept) for shard in plans]
+            whole = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
+            put_out_files(whole)
+            if self._compare:
+                self._proofs[block] = tuple(kept), self._prove(plans, {} if block is None else {block: kept})
+                put_out_files(whole)
+        return shards
+
+    def _sources(self, plans: Sequence[ShardPlan], kept: Sequence[int]) -> dict[Path, list[Stretch]]:
+        """What is read of the source for these shards."""
+        stretches: dict[Path, list[Stretch]] = {}
+        for tensor in (tensor for shard in plans for tensor in shard.tensors):
+            file, ranges = tensor.ranges(kept)
+            stretches.setdefault(self._checkpoint.folder / file, []).extend(
+                (begin, end - begin) for begin, end in ranges
+            )
+        return stretches
+
+    def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, Sequence[int]]) -> Proof:
+        tensors = [tensor for shard in plans for tensor in shard.tensors]
+        return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers(plans))
 
     def has_written(self, block: int | None, kept: Sequence[int], record: FinishedBlock) -> bool:
         """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
@@ -114,9 +145,10 @@ class OutputWriter:
         checksum = stream_whole(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
 
-    def headers(self) -> dict[str, TensorEntry]:
-        """Every tensor in the files that are written so far, read back from their headers."""
-        files = [shard.file for shard in self._plan.shards if (self._staging / shard.file).is_file()]
+    def headers(self, plans: Sequence[ShardPlan] | None = None) -> dict[str, TensorEntry]:
+        """Every tensor in the files (of these shards, or of all) that are written so far, read from their headers."""
+        plans = self._plan.shards if plans is None else plans
+        files = [shard.file for shard in plans if (self._staging / shard.file).is_file()]
         try:
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
         except (OSError, CheckpointError) as error:
@@ -127,9 +159,19 @@ class OutputWriter:
             ) from error
 
     def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
-        """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block."""
-        tensors = [tensor for shard in self._plan.shards for tensor in shard.tensors]
-        return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers())
+        """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block.
+
+        What has been compared since this was made is not compared again.
+        """
+        proven = [
+            (block, proof)
+            for block, (experts, proof) in self._proofs.items()
+            if experts == (tuple(kept.get(block, ())) if block is not None else ())
+        ]
+        blocks = {block for block, _ in proven}
+        rest = self._prove([shard for shard in self._plan.shards if shard.block not in blocks], kept)
+        proofs = [rest, *(proof for _, proof in proven)]
+        return Proof(sum(proof.tensors for proof in proofs), sum(proof.nbytes for proof in proofs))
 
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""

@@ -150,13 +150,17 @@ def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: in
                     f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
                 ) from error
             if not data:
-                size = os.fstat(stream.fileno()).st_size
-                raise CheckpointError(
-                    f"{stream.name} ends at byte {size:,}, but bytes {position:,} to {end:,} were to be read. The file "
-                    "was changed or cut short during the run: restore it and run again."
-                )
+                raise cut_short(stream.name, stream.fileno(), position, end)
             position += len(data)
             yield data
+
+
+def cut_short(name: object, file: int, begin: int, end: int) -> CheckpointError:
+    """What to raise where an open file has become shorter since its header was read, so that bytes are missing."""
+    return CheckpointError(
+        f"{name} ends at byte {os.fstat(file).st_size:,}, but bytes {begin:,} to {end:,} were to be read. The file was "
+        "changed or cut short during the run: restore it and run again."
+    )
 
 
 def parse_json(data: bytes, unique: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from streamprune.busy import Busy
 from streamprune.errors import ResourceError
 from streamprune.machine import format_bytes, free_after_failure, is_out_of_memory
 from streamprune.memory.plan import MemoryPlan
@@ -23,6 +25,9 @@ from streamprune.work.saved_states import SavedStates
 from streamprune.work.stop import StopRequest
 
 _HOST = torch.device("cpu")
+#: Micro-batches that the host hands to a card before it waits for an earlier one: the card never runs out of work, and
+#: neither the progress that is shown nor a request to stop is far from what is really done.
+_MOST_HANDED_OUT = 2
 
 
 class Stopped(Exception):
@@ -44,6 +49,7 @@ class MicroBatches:
     """The calibration tokens in micro-batches, and their states. Where memory runs out they shrink for good.
 
     `batch_tokens` are the tokens at a time that are allowed now; `shrinks` is every time that they had to be lowered.
+    `spare` frees memory that is only a convenience, and says whether there was any.
     """
 
     def __init__(
@@ -55,7 +61,11 @@ class MicroBatches:
         progress: Progress,
         folder: Path,
         stop: StopRequest | None = None,
+        busy: Busy | None = None,
+        spare: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._busy, self._spare = busy or Busy(), spare
+        self._handed_out: deque[torch.cuda.Event] = deque()
         self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
         # (A request that has not been made is false, so that `or` would take another one.)
         self._calibration, self._stop = calibration, StopRequest() if stop is None else stop
@@ -66,7 +76,7 @@ class MicroBatches:
         self.sequences = len(calibration.sequences)
         self._batches = calibration.micro_batches(plan.batch_tokens)
         home, on_disk = device if plan.place == "device" else _HOST, folder if plan.place == "disk" else None
-        self._states = HiddenStates(len(self._batches), home, on_disk)
+        self._states = HiddenStates(len(self._batches), home, on_disk, computing=device, busy=self._busy)
 
     def close(self) -> None:
         """Free the states."""
@@ -101,9 +111,11 @@ class MicroBatches:
             self._progress.step(len(batch.ids))
             if self._stop:
                 raise Stopped
+        self._states.settle()
 
     def save(self, work: WorkFolder, facts: dict[str, Any]) -> None:
         """Save all states in the work folder, with these facts and what `restore` needs beside them."""
+        self._states.settle()
         own = {"sizes": [len(batch.ids) for batch in self._batches], "batch_tokens": self.batch_tokens}
         work.states.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
 
@@ -114,6 +126,7 @@ class MicroBatches:
         self._states.resize(len(self._batches))
         for number in range(len(self._batches)):
             self._states.store(number, saved.load(number))
+        self._states.settle()
 
     def retreat(self, why: str) -> bool:
         """Move the states off the card, if their place was left to us and RAM has room. False if nothing was moved."""
@@ -154,14 +167,34 @@ class MicroBatches:
                 raise
             problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         # Only here, behind the clause, is the traceback gone that held the tensors of the failed attempt.
+        self._states.expect_none()
         free_after_failure(self._device)
         return problem
 
     def _compute(self, number: int, compute: Callable[[int, MicroBatch, BatchState], BatchState], store: bool) -> None:
         before = self._states.load(number, self._device)
-        after = compute(number, self._batches[number], before)
+        self._expect(number + 1)
+        with self._busy.on_card("compute", self._device):
+            after = compute(number, self._batches[number], before)
         if store:
             self._states.store(number, after)
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(self._device))
+            self._handed_out.append(done)
+            while len(self._handed_out) > _MOST_HANDED_OUT:
+                self._handed_out.popleft().synchronize()
+
+    def _expect(self, number: int) -> None:
+        """Let the states of a micro-batch come while the one before is in work, where memory has room for both."""
+        if number >= len(self._batches) or self._batches[number].ids.numel() > self.batch_tokens:
+            return
+        try:
+            self._states.expect(number, self._device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._states.expect_none()
 
     def _split(self, number: int) -> None:
         """Cut a micro-batch that is larger than what is allowed by now, with its states."""
@@ -176,7 +209,7 @@ class MicroBatches:
         sequences, length = batch.ids.shape
         if sequences > 1:
             self._shrink(block, sequences, length, "out of memory")
-        elif not self.retreat(f"out of memory in block {block} with a single sequence"):
+        elif not self._spare() and not self.retreat(f"out of memory in block {block} with a single sequence"):
             raise ResourceError(
                 f"Out of memory on {self._device} in block {block}, with a single sequence of {length:,} tokens at a "
                 f"time ({problem}). Use a shorter --seq-len, {self.advice()}.{self.watch.holders()}"
@@ -189,6 +222,8 @@ class MicroBatches:
         sequences = min(self.batch_tokens, max(batch.ids.numel() for batch in self._batches)) // length
         if sequences > 1:
             self._shrink(block, sequences, length, excess)
+            return
+        if self._spare():
             return
         needs = self._plan.needs
         raise ResourceError(

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from streamprune.busy import Busy
+from streamprune.disk.cached_pages import put_out_files
 from streamprune.errors import CheckpointError
-from streamprune.machine import says_out_of_memory
+from streamprune.machine import free_after_failure, is_out_of_memory, says_out_of_memory
 from streamprune.source.checkpoint import Checkpoint
 from streamprune.source.roles import ExpertRows
 from streamprune.source.skeleton import Skeleton, Target
+from streamprune.streaming.reader import Reading, ShardReader
+
+#: The group in which the tensors are read that are each a parameter of their own.
+_SINGLES = ""
 
 
 class BlockLoader:
     """Loads blocks of a checkpoint into the skeleton's own modules, through transformers' weight conversion.
 
     Peak memory of a load: the block's weights, plus those of its largest converted parameter twice while its tensors
-    are joined (one per expert into one for all).
+    are joined (one per expert into one for all). A block that is read ahead takes its weights' memory meanwhile. Close
+    it to end the threads that read.
     """
 
     def __init__(
@@ -36,9 +41,13 @@ class BlockLoader:
         targets: Mapping[str, Target | None],
         dtype: torch.dtype,
         device: torch.device,
+        busy: Busy | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._skeleton = skeleton
+        self._reader = ShardReader(checkpoint, device, busy or Busy())
+        self._ahead: dict[int, Reading] = {}
+        self._read: dict[int | None, Reading] = {}
         self._model = skeleton.model
         self.device = device
         self._config = LoadStateDictConfig(
@@ -54,12 +63,49 @@ class BlockLoader:
             if target is not None:
                 self._groups[skeleton.block_of(target.name)][target.name].append(name)
 
+    def close(self) -> None:
+        """End the threads that read, and free what they have read."""
+        self.drop_ahead()
+        self._reader.close()
+
+    def read_ahead(self, index: int) -> bool:
+        """Begin to read block `index`, whose weights lie beside those of the present one from now on.
+
+        False if there is no memory for that; `block` reads it then when it is asked for.
+        """
+        if index in self._ahead:
+            return True
+        try:
+            self._ahead[index] = self._start(index)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_after_failure(self.device)
+        return False
+
+    def drop_ahead(self) -> bool:
+        """Free what was read ahead; False if there was nothing."""
+        readings = list(self._ahead.values())
+        self._ahead.clear()
+        for reading in readings:
+            reading.cancel()
+            put_out_files(reading.cached)
+        return bool(readings)
+
+    def leave_no_pages(self, index: int | None) -> None:
+        """Put out of the system's cache what reading a block (None: the surroundings) has brought into it."""
+        reading = self._read.pop(index, None)
+        if reading is not None:
+            put_out_files(reading.cached)
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights on the device; they are freed on exit."""
         module = self._skeleton.blocks[index]
         try:
-            self._load(self._groups[index])
+            reading = self._ahead.pop(index) if index in self._ahead else self._start(index)
+            self._load(reading, self._groups[index], index)
             self._materialize_buffers(module, f"{self._skeleton.blocks_path}.{index}")
             missing = [name for name, tensor in _tensors(module) if tensor.is_meta]
             if missing:
@@ -111,41 +157,30 @@ class BlockLoader:
                 continue
             if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
                 wanted[parameter] = names
-        self._load(wanted)
+        self._load(self._reader.start(_reading_groups(wanted)), wanted, None)
         # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
         missing = {name for name, tensor in _tensors(self._model) if tensor.is_meta}
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         with _without_blocks(self._skeleton):
             self._materialize_buffers(self._model, "")
 
-    def _load(self, groups: Mapping[str, list[str]]) -> None:
-        singles = [names[0] for names in groups.values() if len(names) == 1]
-        joined = [names for names in groups.values() if len(names) > 1]
-        for names in ([singles] if singles else []) + joined:
-            with ExitStack() as stack:
-                self._convert(names, stack)
+    def _start(self, index: int) -> Reading:
+        return self._reader.start(_reading_groups(self._groups[index]))
 
-    def _convert(self, names: list[str], stack: ExitStack) -> None:
-        opened: dict[str, Any] = {}
-        tensors = {}
-        for name in names:
-            file = self._checkpoint.tensors[name].file
-            if file not in opened:
-                path = self._checkpoint.folder / file
-                try:
-                    # Read, not mapped: a mapping's pages would count as ours and grow with every block.
-                    opened[file] = stack.enter_context(safe_open(path, "pt", device="cpu", backend="pread"))
-                except (OSError, SafetensorError) as error:
-                    raise CheckpointError(
-                        f"{path} can no longer be read: {error}. Was it moved or changed during the run? Run again."
-                    ) from None
-            tensors[name] = opened[file].get_slice(name)
+    def _load(self, reading: Reading, groups: Mapping[str, list[str]], index: int | None) -> None:
         try:
-            info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"Reading {', '.join(sorted(opened))} failed: {error}. Check the disk, then run again."
-            ) from None
+            reading.wait()
+        except BaseException:
+            reading.cancel()
+            raise
+        self._reader.arrived()
+        self._read[index] = reading
+        for group in _reading_groups(groups):
+            # One after the other, so that what was read of each is freed before the next is converted.
+            self._convert(reading.take(group))
+
+    def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
+        info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
         # transformers catches whatever goes wrong while it converts, and keeps the text.
         for line in "\n".join(map(str, problems)).splitlines():
@@ -180,6 +215,13 @@ class BlockLoader:
             if isinstance(module, PreTrainedModel):
                 owner = module
         return owner
+
+
+def _reading_groups(groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Tensors that are a parameter each together, then those that are joined into one, parameter by parameter."""
+    singles = [names[0] for names in groups.values() if len(names) == 1]
+    joined = {parameter: names for parameter, names in groups.items() if len(names) > 1}
+    return {_SINGLES: singles, **joined} if singles else joined
 
 
 def _row_numbers(rows: ExpertRows, kept: Sequence[int], size: int, device: torch.device) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import nn
 
+from streamprune.busy import Busy
 from streamprune.choice.chooser import Chooser
 from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
 from streamprune.machine import free_after_failure, is_out_of_memory, release_freed_memory
@@ -43,14 +44,16 @@ class _Point:
     passing: int = 0
     done: int = 0
     total: ExpertStatistics | None = None
+    #: Number, tokens, and tokens with NaN or infinite states of the micro-batches that nobody has looked at yet.
+    unchecked: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
 
 
 class BlockScorer:
     """Scores a prepared model's blocks one after the other, each exactly once, from the first or from saved states.
 
-    Peak memory: a block's weights (see `BlockLoader`), the embeddings, one micro-batch's workspace, and the hidden
-    states of all calibration tokens where the plan puts them (on disk: in `folder`). Use as a context manager: entering
-    loads the embeddings, leaving frees the hidden states.
+    Peak memory: a block's weights (see `BlockLoader`), those of the next one where the plan has room for them, the
+    embeddings, one micro-batch's workspace, and the hidden states of all calibration tokens where the plan puts them
+    (on disk: in `folder`). Use as a context manager: entering loads the embeddings, leaving frees the hidden states.
     """
 
     def __init__(
@@ -70,10 +73,14 @@ class BlockScorer:
         # With it, what goes on to the next block is the output of the block pruned as it says.
         self._chooser = chooser if settings.propagate == "pruned" else None
         skeleton = prepared.skeleton
-        self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device)
+        self.busy = Busy()
+        self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device, self.busy)
+        self._ahead = plan.ahead
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
         self._stream = BlockStream(skeleton)
-        self._batches = MicroBatches(settings, calibration, plan, device, progress, folder, stop)
+        self._batches = MicroBatches(
+            settings, calibration, plan, device, progress, folder, stop, self.busy, self._spare
+        )
         self._point = _Point(0)
 
     def __enter__(self) -> BlockScorer:
@@ -81,13 +88,17 @@ class BlockScorer:
             with ExitStack() as stack:
                 self._enter(stack, self._surroundings, "the embeddings")
         except BaseException:
-            self._batches.close()
+            self._close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._loader.close()
         self._batches.close()
 
     @property
@@ -138,6 +149,10 @@ class BlockScorer:
             self._pass(self._enter_pruned(stack, index, block, kept) if pruned else block, store=True)
         self._point = _Point(index + 1)
 
+    def leave_no_pages(self, index: int) -> None:
+        """Put out of the system's cache what reading block `index` brought into it: nobody needs it any more."""
+        self._loader.leave_no_pages(index)
+
     def save(self, work: WorkFolder) -> None:
         """Save the hidden states, and how far the block in work is."""
         point = self._point
@@ -168,6 +183,11 @@ class BlockScorer:
         self._point = point
         return point.block
 
+    def _spare(self) -> bool:
+        """Free what was read ahead, and read ahead no more."""
+        self._ahead = False
+        return self._loader.drop_ahead()
+
     def _start(self, index: int, passes: int) -> _Point:
         if self._point.block != index:
             self._point = _Point(index)
@@ -177,7 +197,10 @@ class BlockScorer:
     @contextmanager
     def _loaded(self, index: int) -> Iterator[tuple[ExitStack, nn.Module]]:
         with ExitStack() as stack:
-            yield stack, self._enter(stack, lambda: self._loader.block(index), f"the weights of block {index}")
+            block = self._enter(stack, lambda: self._loader.block(index), f"the weights of block {index}")
+            if self._ahead and index < self._prepared.layout.moe_blocks[-1]:
+                self._ahead = self._loader.read_ahead(index + 1)
+            yield stack, block
         release_freed_memory()
         self._batches.watch.between_blocks()
 
@@ -217,7 +240,9 @@ class BlockScorer:
                 tap.statistics = self._no_statistics()
             ids = batch.ids.to(self._device)
             state = self._stream.run_block(point.block, block, ids, state)
-            self._check_finite(point.block, number, ids, state)
+            point.unchecked.append((number, ids.numel(), non_finite_tokens(state)))
+            if self._device.type == "cpu":
+                self._check_finite(point)
             return state
 
         def commit(done: int, source: int) -> None:
@@ -226,18 +251,23 @@ class BlockScorer:
             point.done = done
 
         self._batches.run(point.block, compute, commit, store, point.done)
+        # Only now, where there is a card: to look at a number is to wait until it is computed.
+        self._check_finite(point)
 
-    def _check_finite(self, index: int, number: int, batch: torch.Tensor, state: BatchState) -> None:
-        bad = non_finite_tokens(state)
-        if bad:
-            raise NonFiniteError(
-                f"Block {index}, batch {number}: {bad} of {batch.numel()} tokens have NaN or infinite states, "
-                f"so no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or bfloat16, "
-                "and check that the model itself works."
-            )
+    def _check_finite(self, point: _Point) -> None:
+        unchecked, point.unchecked = point.unchecked, []
+        for number, tokens, count in unchecked:
+            bad = int(count)
+            if bad:
+                raise NonFiniteError(
+                    f"Block {point.block}, batch {number}: {bad} of {tokens} tokens have NaN or infinite states, so "
+                    f"that no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or "
+                    "bfloat16, and check that the model itself works."
+                )
 
     def _surroundings(self) -> AbstractContextManager[nn.Module]:
         self._loader.load_surroundings(head=False)
+        self._loader.leave_no_pages(None)
         return nullcontext(self._prepared.skeleton.model)
 
     def _enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[nn.Module]], what: str) -> nn.Module:

@@ -21,8 +21,9 @@ from streamprune.scores.validity import check_layer
 from streamprune.settings import RunSettings
 from streamprune.source.shard import show
 from streamprune.streaming.batches import Stopped
+from streamprune.streaming.behind import Behind
 from streamprune.streaming.scoring import BlockScorer
-from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.folder import FinishedShard, WorkFolder, resume_command
 from streamprune.work.stop import StopRequest
 
 
@@ -41,8 +42,9 @@ class Outlet:
 class Sitting:
     """Goes through all blocks once. `stream` returns the statistics of all that have experts.
 
-    A block is finished when its shards (with an `outlet`) and its record are durable. Hidden states are saved every so
-    often: blocks that were finished since then are run again without being scored or written.
+    A block is finished when its shards (with an `outlet`) and its record are durable, which they become while the next
+    one is scored. Hidden states are saved every so often, when all blocks before are finished: those that were finished
+    since then are run again without being scored or written.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Sitting:
         self._source_tokens = source_tokens
         self._saved_at = time.monotonic()
         self._restored = False
+        self._behind = Behind()
 
     def stream(self, device: torch.device) -> list[LayerStatistics]:
         """Finish all blocks. Raises InterruptedRunError, with everything saved, when the user asks to stop."""
@@ -70,6 +73,14 @@ class Sitting:
         # Nothing needs the hidden states behind the last block that has experts.
         unscored = [block for block in range(last + 1) if block not in self._finished]
         start = self._restore(unscored[0]) if unscored else 0
+        with self._behind:
+            self._go_through(unscored, start, device)
+            self._behind.wait()
+        if self._stop:
+            self._leave()
+        return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
+
+    def _go_through(self, unscored: Sequence[int], start: int, device: torch.device) -> None:
         try:
             for block in range(self._layout.block_count):
                 if block not in self._finished:
@@ -79,6 +90,7 @@ class Sitting:
                 # A block has taken the restored states: whatever goes wrong from here on has another cause.
                 self._restored = self._restored and block < start
         except Stopped:
+            self._behind.wait()
             self._save_and_leave()
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if not self._restored:
@@ -88,15 +100,14 @@ class Sitting:
                 f"The hidden states saved in {self._work.folder} do not go with this model: {show(str(error))}. "
                 "Compute them anew: add --from-layer 0, or begin anew with --resume never."
             ) from error
-        if self._stop:
-            self._leave()
-        return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
     def _finish(self, block: int, device: torch.device) -> None:
         started = time.monotonic()
         last = self._layout.moe_blocks[-1]
         layer = self._scorer.score_block(block) if block <= last else None
-        kept = self._write(block, layer)
+        # Chosen here, since the device is this thread's.
+        kept = self._outlet.kept(layer) if self._outlet else ()
+        self._behind.hand(lambda: self._write(block, layer, kept))
         self._finished[block] = layer
         self._progress.end_block(
             BlockLine(
@@ -115,15 +126,19 @@ class Sitting:
     def _replay(self, block: int) -> None:
         layer = self._finished[block]
         self._scorer.replay_block(block, self._outlet.kept(layer) if self._outlet else ())
+        self._scorer.leave_no_pages(block)
         self._progress.say(f"block {block + 1}/{self._layout.block_count}: done before; its tokens are carried on")
         self._save_if_due()
 
-    def _write(self, block: int | None, layer: LayerStatistics | None) -> tuple[int, ...]:
-        """Write and record a finished block; returns the experts that stay, as far as they are chosen."""
-        kept = self._outlet.kept(layer) if self._outlet else ()
-        shards = self._outlet.writer.write_block(block, kept) if self._outlet else []
+    def _write(self, block: int | None, layer: LayerStatistics | None, kept: tuple[int, ...]) -> None:
+        """Write and record a finished block with the experts that stay, as far as they are chosen."""
+        shards: list[FinishedShard] = []
+        if self._outlet is not None:
+            with self._scorer.busy.at("write"):
+                shards = self._outlet.writer.write_block(block, kept)
+        if block is not None:
+            self._scorer.leave_no_pages(block)
         self._work.write_block(block, layer, kept, shards)
-        return kept
 
     def _take_up(self) -> None:
         """Read which blocks are finished; write again what of their shards is damaged."""
@@ -152,11 +167,11 @@ class Sitting:
             return
         if record is None:
             if block is None:
-                self._write(None, None)
+                self._write(None, None, ())
             return
         if self._outlet is not None and not self._outlet.writer.has_written(block, self._outlet.kept(layer), record):
             self._progress.say(f"note: what was written of {_name(block)} is damaged or missing; it is written again.")
-            self._write(block, layer)
+            self._write(block, layer, self._outlet.kept(layer))
         if block is not None:
             self._finished[block] = layer
 
@@ -203,6 +218,8 @@ class Sitting:
     def _save_if_due(self) -> None:
         # By a clock that never jumps.
         if time.monotonic() - self._saved_at >= self._settings.checkpoint_every:
+            # Saved states are of use only from the first block on that is not finished.
+            self._behind.wait()
             self._scorer.save(self._work)
             self._saved_at = time.monotonic()
         if self._stop:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from streamprune.busy import Busy
+from streamprune.streaming.shelves import HOST, Fetch, FileShelf, Shelf, memory_shelf, same_place
 from streamprune.streaming.states_file import StatesFile, Written
 from streamprune.streaming.stream import BatchState
 
-_HOST = torch.device("cpu")
 #: What a micro-batch's parts go by: () for the output, (argument, key) for what is carried along.
 _Parts = dict[tuple[Any, ...], Any]
 
@@ -20,27 +21,55 @@ _Parts = dict[tuple[Any, ...], Any]
 class HiddenStates:
     """One `BatchState` per micro-batch. Holds tokens × hidden size × bytes per value, and no more.
 
-    They lie in the memory of `device` (by default the host's), or with `folder` in a nameless file in that folder,
-    which is gone when this is closed. The values are the same to the bit wherever they lie.
+    They lie in the memory of `home` (by default the host's), or with `folder` in a nameless file in that folder, which
+    is gone when this is closed. The values are the same to the bit wherever they lie. From a slower place than the one
+    that computes, one that is `expect`ed comes while another is in work, and one that is stored goes; `settle` waits.
     """
 
-    def __init__(self, batches: int, device: torch.device = _HOST, folder: Path | None = None) -> None:
+    def __init__(
+        self, batches: int, home: torch.device = HOST, folder: Path | None = None, *,
+        computing: torch.device = HOST, busy: Busy | None = None,
+    ) -> None:  # fmt: skip
         self._states = [BatchState() for _ in range(batches)]
-        self._shelf: _Shelf = _Memory(device) if folder is None else _File(StatesFile(folder))
+        self._computing, self._busy = computing, busy or Busy()
+        self._shelf: Shelf = (
+            memory_shelf(home, computing, self._busy) if folder is None else FileShelf(StatesFile(folder), self._busy)
+        )
+        #: The state that is on its way: as it was kept when it was expected, where to, and what waits for it.
+        self._coming: tuple[BatchState, torch.device, BatchState] | None = None
 
     def close(self) -> None:
         """Free what the states take, also on the disk."""
+        self.expect_none()
         self._states.clear()
         self._shelf.close()
+
+    def settle(self) -> None:
+        """Wait until all that was stored has arrived. Raises what went wrong on the way."""
+        self._shelf.settle()
 
     def resize(self, batches: int) -> None:
         """Forget all states, and make room for those of so many micro-batches."""
         self._shelf.drop([leaf for state in self._states for part in _parts(state).values() for leaf in _leaves(part)])
         self._states = [BatchState() for _ in range(batches)]
 
+    def expect(self, batch: int, device: torch.device) -> None:
+        """Begin to fetch the state of a micro-batch that `load` will ask for next."""
+        kept = self._states[batch]
+        self._coming = kept, device, _map_state(lambda leaf: self._shelf.fetch(leaf, device), kept)
+
+    def expect_none(self) -> None:
+        """Let go of what was expected."""
+        self._coming = None
+
     def load(self, batch: int, device: torch.device) -> BatchState:
         """The state of a micro-batch on `device` (a view of the stored one where it lies there)."""
-        return _map_state(lambda leaf: self._shelf.get(leaf, device), self._states[batch])
+        kept = self._states[batch]
+        if self._coming is None or self._coming[0] is not kept or self._coming[1] != device:
+            self.expect(batch, device)
+        assert self._coming is not None
+        fetches, self._coming = self._coming[2], None
+        return _map_state(lambda fetch: fetch() if isinstance(fetch, Fetch) else fetch, fetches)
 
     def store(self, batch: int, state: BatchState) -> None:
         """Replace a micro-batch's state, writing into the place of the old one where the sizes agree.
@@ -54,7 +83,7 @@ class HiddenStates:
 
         def prepare(old_leaf: Any, new_leaf: Any) -> Any:
             kept, data = self._shelf.prepare(old_leaf, new_leaf) if _is_tensor(new_leaf) else (new_leaf, None)
-            if not _same_place(kept, old_leaf):
+            if not same_place(kept, old_leaf):
                 gone.append(old_leaf)
                 made.append(kept)
             if data is not None:
@@ -72,11 +101,13 @@ class HiddenStates:
         self._shelf.drop(gone)
         self._states[batch] = _whole(ready)
 
-    def move(self, device: torch.device) -> None:
+    def move(self, home: torch.device) -> None:
         """Move all states into the memory of another device."""
-        shelf = _Memory(device)
+        self.expect_none()
+        self.settle()
+        shelf = memory_shelf(home, self._computing, self._busy)
         for number, state in enumerate(self._states):
-            self._states[number] = _map_state(lambda leaf: self._shelf.get(leaf, device), state)
+            self._states[number] = _map_state(lambda leaf: shelf.take_over(self._shelf.fetch(leaf, home)()), state)
         self._shelf.close()
         self._shelf = shelf
 
@@ -85,6 +116,7 @@ class HiddenStates:
 
         Those behind it move up. The parts lie where the whole did.
         """
+        self.expect_none()
         start, pieces = 0, []
         for size in sizes:
             first, count = start, size
@@ -101,101 +133,20 @@ class HiddenStates:
         self._states[batch : batch + 1] = pieces
 
 
-class _Shelf(Protocol):
-    """Where leaves are kept: as a tensor or a `Written`. Leaves that are no tensors are kept as they are."""
+def non_finite_tokens(state: BatchState) -> torch.Tensor:
+    """How many tokens of a micro-batch have a NaN or infinity in their hidden states: one number, where they lie.
 
-    def get(self, kept: Any, device: torch.device) -> Any: ...
-
-    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        """What will stand for `new` (in the place of `old` if that suits), and the data still to be filled in."""
-
-    def fill(self, kept: Any, data: torch.Tensor) -> None: ...
-
-    def rows(self, kept: Any, start: int, count: int) -> Any: ...
-
-    def copy(self, kept: Any) -> Any: ...
-
-    def drop(self, leaves: Sequence[Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Memory:
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def get(self, kept: Any, device: torch.device) -> Any:
-        return kept.to(device) if _is_tensor(kept) else kept
-
-    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        if _is_tensor(old) and old.shape == new.shape and old.dtype == new.dtype:
-            if old is new:
-                return old, None
-            # A strided copy between devices would need memory at a moment when none may be asked for any more.
-            return old, new if old.device == new.device else new.contiguous()
-        # A copy of its own: the block's output may be a view of something larger that must not stay in memory.
-        return new.to(self._device, copy=True).contiguous(), None
-
-    def fill(self, kept: Any, data: torch.Tensor) -> None:
-        kept.copy_(data)
-
-    def rows(self, kept: Any, start: int, count: int) -> Any:
-        return kept.narrow(0, start, count)
-
-    def copy(self, kept: Any) -> Any:
-        return kept.clone() if _is_tensor(kept) else kept
-
-    def drop(self, leaves: Sequence[Any]) -> None:
-        """Nothing to do: the memory goes with the last reference."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class _File:
-    def __init__(self, file: StatesFile) -> None:
-        self._file = file
-
-    def get(self, kept: Any, device: torch.device) -> Any:
-        return self._file.read(kept).to(device) if isinstance(kept, Written) else kept
-
-    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        data = new.to(_HOST).contiguous()
-        if isinstance(old, Written) and old.nbytes == data.nbytes:
-            return Written(old.offset, tuple(data.shape), data.dtype), data
-        return self._file.reserve(data), data
-
-    def fill(self, kept: Any, data: torch.Tensor) -> None:
-        self._file.write(kept, data)
-
-    def rows(self, kept: Any, start: int, count: int) -> Any:
-        return kept.rows(start, count)
-
-    def copy(self, kept: Any) -> Any:
-        if not isinstance(kept, Written):
-            return kept
-        data = self._file.read(kept)
-        place = self._file.reserve(data)
-        self._file.write(place, data)
-        return place
-
-    def drop(self, leaves: Sequence[Any]) -> None:
-        for leaf in leaves:
-            if isinstance(leaf, Written):
-                self._file.release(leaf)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def non_finite_tokens(state: BatchState) -> int:
-    """How many tokens of a micro-batch have a NaN or infinity in their hidden states."""
-    count = 0
+    Nothing here waits for a card.
+    """
+    counts = [torch.zeros((), dtype=torch.int64)]
     for tensor in pytree.tree_leaves(state.output):
-        # A finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
-            count = max(count, int((~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum()))
-    return count
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        # On the host, a finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
+        if tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()):
+            counts.append((~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum())
+    device = counts[-1].device
+    return torch.stack([count.to(device) for count in counts]).max() if len(counts) > 2 else counts[-1]
 
 
 def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
@@ -219,12 +170,6 @@ def _leaves(part: Any) -> list[Any]:
 
 def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor)
-
-
-def _same_place(a: Any, b: Any) -> bool:
-    if isinstance(a, Written) and isinstance(b, Written):
-        return a.offset == b.offset and a.nbytes == b.nbytes
-    return a is b
 
 
 def _parts(state: BatchState) -> _Parts:

@@ -1,0 +1,223 @@
+"""Where hidden states are kept: in the memory that computes, in RAM beside a card, or in a file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from streamprune.busy import Busy
+from streamprune.streaming.states_file import StatesFile, Written
+
+HOST = torch.device("cpu")
+#: Micro-batches that wait to be written to a file, each in memory of its own.
+_MOST_WAITING = 1
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Something on its way; calling waits for it. (A class of its own, so that it is told apart from what is kept.)"""
+
+    arrive: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return self.arrive()
+
+
+class Shelf(Protocol):
+    """Where leaves are kept: as a tensor or a `Written`. Leaves that are no tensors are kept as they are."""
+
+    def fetch(self, kept: Any, device: torch.device) -> Fetch:
+        """Begin to bring a leaf to a device."""
+
+    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """What will stand for `new` (in the place of `old` if that suits), and the data still to be filled in."""
+
+    def fill(self, kept: Any, data: torch.Tensor) -> None: ...
+
+    def rows(self, kept: Any, start: int, count: int) -> Any: ...
+
+    def copy(self, kept: Any) -> Any: ...
+
+    def drop(self, leaves: Sequence[Any]) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryShelf:
+    """The memory of a device."""
+
+    def __init__(self, home: torch.device) -> None:
+        self._home = home
+
+    def fetch(self, kept: Any, device: torch.device) -> Fetch:
+        return Fetch(lambda: kept.to(device) if isinstance(kept, torch.Tensor) else kept)
+
+    def take_over(self, leaf: Any) -> Any:
+        """A leaf from elsewhere, in this memory."""
+        return leaf.to(self._home) if isinstance(leaf, torch.Tensor) else leaf
+
+    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        if isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype:
+            if old is new:
+                return old, None
+            # A strided copy between devices would need memory at a moment when none may be asked for any more.
+            return old, new if old.device == new.device else new.contiguous()
+        return self._place(new)
+
+    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # A copy of its own: the block's output may be a view of something larger that must not stay in memory.
+        return new.to(self._home, copy=True).contiguous(), None
+
+    def fill(self, kept: Any, data: torch.Tensor) -> None:
+        kept.copy_(data)
+
+    def rows(self, kept: Any, start: int, count: int) -> Any:
+        return kept.narrow(0, start, count)
+
+    def copy(self, kept: Any) -> Any:
+        return kept.clone() if isinstance(kept, torch.Tensor) else kept
+
+    def drop(self, leaves: Sequence[Any]) -> None:
+        """Nothing to do: the memory goes with the last reference."""
+
+    def settle(self) -> None:
+        """Nothing to do: all is there at once."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class BesideCardShelf(MemoryShelf):
+    """RAM beside a card, page-locked, from and to which streams of their own carry states while the card computes."""
+
+    def __init__(self, card: torch.device, busy: Busy) -> None:
+        super().__init__(HOST)
+        self._card, self._busy, self._locked = card, busy, True
+        self._inward, self._outward = torch.cuda.Stream(card), torch.cuda.Stream(card)  # type: ignore[no-untyped-call]
+
+    def fetch(self, kept: Any, device: torch.device) -> Fetch:
+        if not isinstance(kept, torch.Tensor) or device.type != "cuda":
+            # (Whoever wants to look at it here has waited for it with `settle`.)
+            return super().fetch(kept, device)
+        with torch.cuda.stream(self._inward), self._busy.on_card("states", device):
+            moved = kept.to(device, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(self._inward)
+
+        def arrive() -> torch.Tensor:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(there)
+            # Its memory is the inward stream's, which must not use it again before this one has done with it.
+            moved.record_stream(stream)
+            return moved
+
+        return Fetch(arrive)
+
+    def take_over(self, leaf: Any) -> Any:
+        return self._empty_like(leaf).copy_(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._empty_like(new), new.contiguous()
+
+    def fill(self, kept: Any, data: torch.Tensor) -> None:
+        if data.device.type != "cuda":
+            kept.copy_(data)
+            return
+        self._outward.wait_stream(torch.cuda.current_stream(data.device))
+        with torch.cuda.stream(self._outward), self._busy.on_card("states", data.device):
+            kept.copy_(data, non_blocking=True)
+        data.record_stream(self._outward)
+
+    def copy(self, kept: Any) -> Any:
+        self.settle()
+        return self.take_over(kept)
+
+    def settle(self) -> None:
+        self._outward.synchronize()
+
+    def _empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._locked:
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError:
+                # The system need not grant it. What is not locked is carried too, only not meanwhile.
+                self._locked = False
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+class FileShelf:
+    """A file, read and written by a thread of its own, in the order in which that was asked for."""
+
+    def __init__(self, file: StatesFile, busy: Busy) -> None:
+        self._file, self._busy = file, busy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def fetch(self, kept: Any, device: torch.device) -> Fetch:
+        if not isinstance(kept, Written):
+            return Fetch(lambda: kept)
+        coming = self._begin(self._file.read, kept)
+        return Fetch(lambda: coming.result().to(device))
+
+    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        data = new.to(HOST).contiguous()
+        if isinstance(old, Written) and old.nbytes == data.nbytes:
+            return Written(old.offset, tuple(data.shape), data.dtype), data
+        return self._file.reserve(data), data
+
+    def fill(self, kept: Any, data: torch.Tensor) -> None:
+        self._waiting.append(self._begin(self._file.write, kept, data))
+        while len(self._waiting) > _MOST_WAITING:
+            self._waiting.popleft().result()
+
+    def rows(self, kept: Any, start: int, count: int) -> Any:
+        return kept.rows(start, count)
+
+    def copy(self, kept: Any) -> Any:
+        if not isinstance(kept, Written):
+            return kept
+        data = self._begin(self._file.read, kept).result()
+        place = self._file.reserve(data)
+        self.fill(place, data)
+        return place
+
+    def drop(self, leaves: Sequence[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, Written):
+                self._file.release(leaf)
+
+    def settle(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _begin(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        def timed() -> Any:
+            with self._busy.at("states"):
+                return work(*arguments)
+
+        return self._thread.submit(timed)
+
+
+def memory_shelf(home: torch.device, computing: torch.device, busy: Busy) -> MemoryShelf:
+    """The shelf for states in the memory of `home` while `computing` computes."""
+    if home.type == "cpu" and computing.type == "cuda":
+        return BesideCardShelf(computing, busy)
+    return MemoryShelf(home)
+
+
+def same_place(a: Any, b: Any) -> bool:
+    """Whether two leaves are kept in the same place."""
+    if isinstance(a, Written) and isinstance(b, Written):
+        return a.offset == b.offset and a.nbytes == b.nbytes
+    return a is b
