@@ -87,6 +87,17 @@ def decide(settings: RunSettings) -> Decision:
     return Decision(folder, raw, config, dtype, skeleton, quota, counts, footprint)
 
 
+def decide_as(settings: RunSettings, quota: Quota | None, counts: Mapping[int, int] | None) -> Decision:
+    """The decision that another process has taken about the same model, which is opened here too."""
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    raw = read_json(folder / CONFIG_NAME)
+    refuse_quantized(raw, folder)
+    config = load_config(folder, settings.trust_remote_code)
+    dtype = _chosen_dtype(settings.dtype, config)
+    skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
+    return Decision(folder, raw, config, dtype, skeleton, quota, counts, None)
+
+
 def with_footprint(
     settings: RunSettings, decision: Decision, skeleton: Skeleton, tensors: Mapping[str, TensorEntry] | None
 ) -> Decision:

@@ -63,3 +63,23 @@ class InterruptedRunError(StreampruneError):
     """The user stopped the run; what is done is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
 
     exit_code = 75
+
+
+class ProcessesError(StreampruneError):
+    """The processes that share a run cannot find one another, or one of them was lost."""
+
+
+class OtherProcessError(StreampruneError):
+    """What went wrong in a process that only helps, with its name: the one that talks to the user cannot know it."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ToldElsewhereError(StreampruneError):
+    """This process has to end; another one tells the user why, so that this one says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("Another process of this run says why it ended.")
+        self.exit_code = exit_code

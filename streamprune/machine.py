@@ -55,6 +55,13 @@ def total_memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def core_count() -> int:
+    """The cores of this machine that this process may compute on."""
+    # A core that runs two threads at once does not multiply matrices faster for it.
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
 def disk_bytes(folder: Path) -> tuple[int, int]:
     """The size of the file system of `folder`, which must exist, and what is free there for this user."""
     usage = shutil.disk_usage(folder)
@@ -190,12 +197,17 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device for --device: `auto` is the first CUDA card if there is one, else the CPU."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for --device: `auto` is the first CUDA card if there is one, else the CPU.
+
+    Of several processes on this machine, number `local_rank` takes the card of that number.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(f"cuda:{local_rank % torch.cuda.device_count()}")
     try:
         device = torch.device(name)
     except RuntimeError:

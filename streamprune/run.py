@@ -14,7 +14,6 @@ import torch
 from streamprune.choice.choose import Choice
 from streamprune.choice.chooser import Chooser
 from streamprune.decision import Decision, decide, with_footprint
-from streamprune.errors import ResumeError
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.report import estimate_object
 from streamprune.machine import check_disk, choose_device, describe_host, peak_resident_bytes
@@ -40,25 +39,25 @@ from streamprune.result.finish import (
 from streamprune.scores.file import check_scores_file
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
-from streamprune.streaming.scoring import BlockScorer
+from streamprune.streaming.shared import LeadingScorer, call_in, together
 from streamprune.streaming.sitting import Outlet, Sitting
 from streamprune.tell import (
     NO_ESTIMATE,
     announce_calibration,
     announce_model,
     announce_plan,
+    announce_processes,
     announce_work,
     tell_memory,
     tell_result,
     tell_scores,
 )
 from streamprune.text.calibration import Calibration
+from streamprune.together.processes import ALONE, Processes
 from streamprune.work.command import with_changes
 from streamprune.work.enter import begin, enter_work, keeping
-from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.pruning_record import has_pruning
-from streamprune.work.resume import calibration_of, check_same, describe_run, settings_of
-from streamprune.work.run_record import read_run
+from streamprune.work.folder import WorkFolder
+from streamprune.work.resume import calibration_of, check_same, describe_run, run_to_resume, settings_of
 from streamprune.work.status import ended
 from streamprune.work.stop import StopRequest, listening
 
@@ -70,39 +69,36 @@ def run(settings: RunSettings, quiet: bool = False) -> RunResult:
     """Prune a model, or only score it: one block after the other, going on where an earlier run stopped.
 
     Once a block is finished, the work folder stays whatever this raises, so that nothing done is lost.
+    Where several processes were launched together, each has to call this, and all get the result (`streaming.shared`).
     """
-    return _run(settings, quiet, None)
+    return together(settings.device, lambda processes: _run(settings, quiet, None, processes))
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     """Go on with the run recorded in a work folder. `changes` are settings that may differ: device, caps and the like.
 
-    Raises ResumeError when there is none, or when what decides the result has changed.
+    Raises ResumeError when there is none, or when what decides the result has changed. Several processes as for `run`.
     """
-    recorded = read_run(work_folder)
-    if recorded is None:
-        if has_pruning(work_folder):
-            raise ResumeError(
-                f"{work_folder} holds no run, but what `streamprune prune` began. Go on with: "
-                f"{resume_command(work_folder)}"
-            )
-        raise ResumeError(
-            f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
-        )
+    return together(changes.get("device", "auto"), lambda processes: _resume(work_folder, quiet, changes, processes))
+
+
+def _resume(work_folder: Path, quiet: bool, changes: Mapping[str, Any], processes: Processes) -> RunResult:
+    recorded = run_to_resume(work_folder)
     settings = with_changes(settings_of(recorded, work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
-    return _run(settings, quiet, recorded)
+    return _run(settings, quiet, recorded, processes)
 
 
-def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None) -> RunResult:
-    device = _device(settings)
+def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None, processes: Processes) -> RunResult:
+    device = _device(settings, processes)
     decision = decide(settings)
     with Progress(decision.skeleton.block_count, quiet) as progress, ExitStack() as stack:
         work = enter_work(stack, settings)
         stop = stack.enter_context(listening())
         with keeping(work, progress.say):
-            result = _Run(settings, decision, device, progress, work, stop).go(tokens_recorded=recorded is not None)
+            run = _Run(settings, decision, device, progress, work, stop, processes)
+            result = run.go(tokens_recorded=recorded is not None)
         # The output is complete: there is nothing left to be stopped.
         stop.patient = True
         work.remove()
@@ -112,7 +108,7 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None)
 
 @dataclass(frozen=True)
 class _Run:
-    """One process's part in a run."""
+    """A run, led by the first or only process."""
 
     settings: RunSettings
     decision: Decision
@@ -120,6 +116,7 @@ class _Run:
     progress: Progress
     work: WorkFolder
     stop: StopRequest
+    processes: Processes
 
     def go(self, tokens_recorded: bool) -> RunResult:
         check_place(self.settings)
@@ -144,7 +141,9 @@ class _Run:
         if recorded is not None and settings.batch_tokens is None:
             # The same micro-batches, so that the same digits come out.
             settings = replace(settings, batch_tokens=recorded["batch_tokens"])
-        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder)
+        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder, self.processes)
+        memory = call_in(self.processes, settings, prepared, calibration, memory)
+        announce_processes(self.progress, self.processes, self.device)
         self.progress.say(memory.describe())
         now = describe_run(settings, prepared, calibration) | {"batch_tokens": memory.batch_tokens}
         if recorded is not None:
@@ -163,9 +162,10 @@ class _Run:
             writer = self._writer(settings, prepared, facts, prepared.counts)
             outlet = Outlet(writer, chooser)
         self.stop.patient = True
-        with BlockScorer(
-            settings, prepared, calibration, memory, self.device, self.progress, self.work.folder, chooser, self.stop
-        ) as scorer:
+        with LeadingScorer(
+            settings, prepared, calibration, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
+            self.processes,
+        ) as scorer:  # fmt: skip
             sitting = Sitting(
                 settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop
             )
@@ -180,6 +180,7 @@ class _Run:
             facts.as_json(),
         )
         taken = {
+            "processes": self.processes.count,
             "calibration_tokens": calibration.tokens,
             "batch_tokens": scorer.batch_tokens,
             "states": scorer.states_place,
@@ -284,7 +285,7 @@ def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     }
 
 
-def _device(settings: RunSettings) -> torch.device:
-    device = choose_device(settings.device)
+def _device(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
+    device = choose_device(settings.device, processes.local_rank)
     settings.check_device(device.type)
     return device

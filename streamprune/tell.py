@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from streamprune.busy import describe
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.report import terms_lines
-from streamprune.machine import check_disk, existing_folder, format_bytes
+from streamprune.machine import check_disk, core_count, existing_folder, format_bytes
 from streamprune.output.uneven import engines_note
 from streamprune.progress import Progress
 from streamprune.quota import Quota, kept_text
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings
+from streamprune.together.processes import Processes
 
 if TYPE_CHECKING:
     # They import torch, and `streamprune prune`, which also tells of its result, does without.
@@ -128,6 +129,23 @@ def announce_calibration(
     )
     for note in calibration.notes:
         progress.say(f"note: {note}")
+
+
+def announce_processes(progress: Progress, processes: Processes, device: torch.device) -> None:
+    """Say how many processes share the run, if several do, and whether they leave most of this machine idle."""
+    if processes.count == 1:
+        return
+    progress.say(f"{processes.count} processes, each with a share of the micro-batches")
+    if device.type != "cpu":
+        return
+    import torch
+
+    threads, cores = torch.get_num_threads(), core_count()
+    if threads * processes.local_count < cores:
+        progress.say(
+            f"note: {processes.local_count} processes with {threads} threads each leave some of the {cores} cores "
+            f"idle. Launchers set OMP_NUM_THREADS=1 where nothing else is said: try {cores // processes.local_count}."
+        )
 
 
 def tell_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:

@@ -8,18 +8,25 @@ import click
 
 from streamprune import __version__
 from streamprune.cli.calibration import calibration
-from streamprune.cli.common import quiet_libraries, reports_errors
+from streamprune.cli.common import OneVoice, quiet_libraries, reports_errors
 from streamprune.cli.inspecting import inspect
 from streamprune.cli.keeping import clean, status, verify
 from streamprune.cli.pruning import prune, resume, run, score
 from streamprune.cli.sizing import devices, fit
 from streamprune.machine import limit_library_memory
+from streamprune.together.launcher import is_first
+
+#: The commands that several processes share. All others are the first one's alone.
+_SHARED = {"run", "score", "resume"}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneVoice, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamprune")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Prune Mixture-of-Experts models one decoder block at a time."""
+    if context.invoked_subcommand not in _SHARED and not is_first():
+        context.exit()
 
 
 @main.command()

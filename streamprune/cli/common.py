@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
 from streamprune.choice.selection import DEFAULT_SPREAD
-from streamprune.errors import StreampruneError
+from streamprune.errors import OtherProcessError, ProcessesError, StreampruneError, ToldElsewhereError
 from streamprune.fit.kv_cache import KV_DTYPES
 from streamprune.settings import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, METHODS, RESUME, SCHEDULES
+from streamprune.together.launcher import is_first
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +43,12 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except ToldElsewhereError as error:
+            sys.exit(error.exit_code)
+        except OtherProcessError as error:
+            # Past the silence of all processes but the first: nobody else knows of it.
+            print(f"Error: {error}", file=sys.__stderr__, flush=True)
+            sys.exit(error.exit_code)
         except StreampruneError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
@@ -47,6 +57,31 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(130)
 
     return wrapper
+
+
+class OneVoice(click.Group):
+    """A command line with which several processes may be launched at once: only the first of them is heard.
+
+    Of the others, what the first one cannot know still comes out: an OtherProcessError, and errors nobody foresaw.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Parse and run a command, silently in all processes but the first."""
+        try:
+            first = is_first()
+        except ProcessesError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        if first:
+            return super().main(*args, **extra)
+        # torch's own complaints, once the first process is gone, are no news.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            try:
+                return super().main(*args, **extra)
+            except Exception:
+                traceback.print_exc(file=sys.__stderr__)
+                sys.exit(1)
 
 
 def quiet_downloads() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -30,8 +30,12 @@ from streamprune.settings import (
     RunSettings,
     parse_size,
 )
+from streamprune.together.launcher import is_first, launched
 from streamprune.work.pruning_record import has_pruning
 from streamprune.work.run_record import has_run
+
+if TYPE_CHECKING:
+    from streamprune.result.finish import RunResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,6 +103,8 @@ def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: 
     MODEL is read one decoder block at a time; memory does not grow with its size.
     """
     settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
+    if dry_run and not is_first():
+        return
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune import run as engine
 
@@ -179,8 +185,9 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
     Everything that decides the result is as it was when the run began; what is given here may differ.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    if has_pruning(workdir) and not has_run(workdir):
-        summary = _resume_pruning(workdir, quiet, given)
+    # The folder may be on the first process's machine only.
+    if is_first() and has_pruning(workdir) and not has_run(workdir):
+        summary = _resume_pruning(workdir, quiet, given).summary
     else:
         limit_library_memory(tight="ram_gib" in given)
         from streamprune import run as engine
@@ -191,7 +198,16 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
         click.echo(json.dumps(summary, indent=2))
 
 
-def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> Mapping[str, Any]:
+def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
+    if launched().count == 1:
+        return _go_on_pruning(workdir, quiet, given)
+    # The other processes wait to be told what it is, and that it is done.
+    from streamprune.streaming.shared import together
+
+    return together("cpu", lambda processes: _go_on_pruning(workdir, quiet, given))
+
+
+def _go_on_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
     from streamprune import pruning as engine
 
     odd = sorted(given.keys() - {"verify", "trust_remote_code"})
@@ -202,4 +218,4 @@ def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> Mappin
         )
     if quiet:
         quiet_downloads()
-    return engine.resume(workdir, quiet, **given).summary
+    return engine.resume(workdir, quiet, **given)

@@ -21,6 +21,7 @@ from streamprune.settings import COMFORTABLE_BATCH_TOKENS, RunSettings
 from streamprune.source.config_facts import ModelShape, stated_shape
 from streamprune.source.skeleton import Skeleton
 from streamprune.text.calibration import Calibration
+from streamprune.together.processes import ALONE, Processes
 
 #: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
@@ -29,14 +30,20 @@ HOST_MARGIN = 32 * 1024**2
 
 
 def plan_memory(
-    settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device, folder: Path
+    settings: RunSettings,
+    prepared: Prepared,
+    calibration: Calibration,
+    device: torch.device,
+    folder: Path,
+    processes: Processes = ALONE,
 ) -> MemoryPlan:
     """Decide for a prepared run, before a weight is read, with `folder` for states on disk.
 
-    Raises ResourceError, with the numbers, when the run cannot be.
+    Of several `processes` each decides for itself: it has its share of the hidden states, and of what is free on its
+    machine. Raises ResourceError, with the numbers, when the run cannot be.
     """
-    needs = find_needs(settings, prepared, calibration)
-    room = measure_room(settings, prepared, device, folder)
+    needs = replace(find_needs(settings, prepared, calibration), processes=processes.count)
+    room = measure_room(settings, prepared, device, folder, processes)
     most = settings.most_batch_tokens(device.type)
     usual = COMFORTABLE_BATCH_TOKENS[device.type]
     place, batch_tokens = choose(needs, room, settings.states, most, usual)
@@ -128,15 +135,20 @@ def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def measure_room(settings: RunSettings, prepared: Prepared, device: torch.device, folder: Path) -> Room:
-    """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk."""
+def measure_room(
+    settings: RunSettings, prepared: Prepared, device: torch.device, folder: Path, processes: Processes = ALONE
+) -> Room:
+    """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
+
+    The `processes` on this machine divide its RAM, and those on a card that; the caps are for each of them.
+    """
     free = max(0, machine.free_disk_bytes(folder) - prepared.planned_bytes)
     disk = Limit(
         free,
         f"{format_bytes(free)} are free on that of {folder} beside the output",
         "choose another place with -o, or use fewer --samples",
     )
-    available, resident = machine.available_memory_bytes(), machine.resident_bytes()
+    available, resident = machine.available_memory_bytes() // processes.local_count, machine.resident_bytes()
     remedy = "close other programs, or use a machine with more memory"
     ram = Limit(available, f"only {format_bytes(available)} are available", remedy)
     cap = settings.ram_bytes
@@ -146,11 +158,13 @@ def measure_room(settings: RunSettings, prepared: Prepared, device: torch.device
         ram = Limit(left, words, "raise --ram-gib")
     if device.type != "cuda":
         return Room(ram, None, disk)
-    return Room(_card_limit(settings, device), ram, disk)
+    # Without a card's number in --device they are dealt out; with one all take that.
+    sharing = -(-processes.local_count // torch.cuda.device_count()) if settings.device == "auto" else 0
+    return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
 
 
-def _card_limit(settings: RunSettings, device: torch.device) -> Limit:
-    free = max(0, machine.free_device_bytes(device) - DEVICE_MARGIN)
+def _card_limit(settings: RunSettings, device: torch.device, sharing: int) -> Limit:
+    free = max(0, machine.free_device_bytes(device) // sharing - DEVICE_MARGIN)
     if settings.vram_bytes is not None:
         context = context_bytes(device)
         left = max(0, settings.vram_bytes - context - DEVICE_MARGIN)

@@ -19,7 +19,8 @@ class Needs:
     `block` is the largest block's weights (with the copy that --propagate pruned makes), `reading` those of the largest
     as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
     way to a card, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
-    results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`.
+    results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
+    are those of all of them, which so many `processes` share.
     """
 
     block: int
@@ -32,6 +33,12 @@ class Needs:
     sequences: int
     longest: int
     tokens: int
+    processes: int = 1
+
+    def states_here(self, batch_tokens: int) -> int:
+        """Bytes of one process's share of the hidden states, with micro-batches of so many tokens."""
+        batches = max(1, -(-self.tokens // max(batch_tokens, self.longest)))
+        return self.states * -(-batches // self.processes) // batches
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,14 @@ class MemoryPlan:
                 f"{format_bytes(_on_host(needs, self.place, tokens))} of {format_bytes(room.host.nbytes)} in RAM"
             )
         ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
+        each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
             f"memory for the run: largest block {format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is "
             f"loaded){ahead}, embeddings {format_bytes(needs.surroundings)}, "
-            f"hidden states {format_bytes(needs.states)} {place}, workspace {format_bytes(self.workspace)} "
-            f"for {tokens:,} tokens at a time; at most {' and '.join(totals)}, beside Python and the libraries with "
-            f"their caches ({format_bytes(resident_bytes())} by now)"
+            f"hidden states {format_bytes(needs.states_here(tokens))} {place}, "
+            f"workspace {format_bytes(self.workspace)} for {tokens:,} tokens at a time; "
+            f"{each}at most {' and '.join(totals)}, beside Python and the libraries with their caches "
+            f"({format_bytes(resident_bytes())} by now)"
         )
 
 
@@ -137,14 +146,15 @@ def _tokens_at_a_time(needs: Needs, batch_tokens: int) -> int:
 
 
 def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = False) -> int:
-    states = needs.states if place == "device" or (place == "ram" and room.host is None) else _moving(needs, tokens)
+    stay = place == "device" or (place == "ram" and room.host is None)
+    states = needs.states_here(tokens) if stay else _moving(needs, tokens)
     working = needs.block + needs.workspace(tokens) + (needs.reading if ahead else 0)
     return needs.surroundings + states + max(needs.loading, working)
 
 
 def _on_host(needs: Needs, place: str, tokens: int) -> int:
     """RAM beside a card: the states if they are there, and what passes through on the way to it."""
-    states = {"device": 0, "ram": needs.states, "disk": _moving(needs, tokens)}[place]
+    states = {"device": 0, "ram": needs.states_here(tokens), "disk": _moving(needs, tokens)}[place]
     return needs.staging + states
 
 
@@ -155,7 +165,10 @@ def _moving(needs: Needs, tokens: int) -> int:
 
 def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
     """Why the run cannot be with the states in this place and so many tokens at a time; None if it can."""
-    of_tokens = f"the hidden states of {needs.tokens:,} calibration tokens ({format_bytes(needs.states)})"
+    # (On a disk all processes may write to the same one.)
+    share = f"one of {needs.processes} shares: " if needs.processes > 1 and place != "disk" else ""
+    here = format_bytes(needs.states if place == "disk" else needs.states_here(tokens))
+    of_tokens = f"the hidden states of {needs.tokens:,} calibration tokens ({share}{here})"
     if place == "disk" and needs.states > room.disk.nbytes:
         return (
             f"{of_tokens[0].upper()}{of_tokens[1:]} do not fit on the disk: {room.disk.words}. You can free "

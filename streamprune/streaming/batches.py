@@ -17,11 +17,12 @@ from streamprune.memory.plan import MemoryPlan
 from streamprune.memory.watch import MemoryWatch
 from streamprune.progress import Progress
 from streamprune.settings import RunSettings
+from streamprune.streaming.saved import Saved, save_all, share_of
 from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
 from streamprune.text.calibration import Calibration, MicroBatch
+from streamprune.together.processes import ALONE, Processes
 from streamprune.work.folder import WorkFolder
-from streamprune.work.saved_states import SavedStates
 from streamprune.work.stop import StopRequest
 
 _HOST = torch.device("cpu")
@@ -50,6 +51,9 @@ class MicroBatches:
 
     `batch_tokens` are the tokens at a time that are allowed now; `shrinks` is every time that they had to be lowered.
     `spare` frees memory that is only a convenience, and says whether there was any.
+
+    Of several `processes` each has a share of the micro-batches that one alone would have, so that each of them gives
+    the same to the bit.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class MicroBatches:
         stop: StopRequest | None = None,
         busy: Busy | None = None,
         spare: Callable[[], bool] = lambda: False,
+        processes: Processes = ALONE,
     ) -> None:
         self._busy, self._spare = busy or Busy(), spare
         self._handed_out: deque[torch.cuda.Event] = deque()
@@ -73,8 +78,9 @@ class MicroBatches:
         self.shrinks: list[Shrink] = []
         self.place = plan.place
         self.watch = MemoryWatch(settings, device, progress.say)
-        self.sequences = len(calibration.sequences)
-        self._batches = calibration.micro_batches(plan.batch_tokens)
+        self._processes = processes
+        self._share_out(calibration.micro_batches(plan.batch_tokens))
+        self.sequences = sum(len(batch.ids) for batch in self._batches)
         home, on_disk = device if plan.place == "device" else _HOST, folder if plan.place == "disk" else None
         self._states = HiddenStates(len(self._batches), home, on_disk, computing=device, busy=self._busy)
 
@@ -95,44 +101,83 @@ class MicroBatches:
         `commit` follows, with the number of micro-batches that are done and the source of the last one, when it has
         succeeded and nothing of it can fail any more. One that runs out of memory is computed again in halves. The
         first `start` are done already. Raises ResourceError when a single sequence is too much, and Stopped between two
-        micro-batches when the user asks for it.
+        micro-batches when the user asks for it: once all processes have done the same ones of all.
         """
-        number = start
-        while number < len(self._batches):
+        number, stopped = start, False
+        while number < len(self._batches) and not stopped:
+            number = self._advance(number, block, compute, commit, store)
+            stopped = self._processes.asked(bool(self._stop))
+        until = self._meet(number, stopped)
+        while until is not None and number < len(self._batches) and self._places[number] < until:
+            number = self._advance(number, block, compute, commit, store)
+        if until is not None:
+            raise Stopped
+        self._states.settle()
+
+    def _advance(
+        self,
+        number: int,
+        block: int,
+        compute: Callable[[int, MicroBatch, BatchState], BatchState],
+        commit: Callable[[int, int], None],
+        store: bool,
+    ) -> int:
+        """Do a micro-batch, or as much of it as memory allows; returns how many are done."""
+        while True:
             self._split(number)
             batch = self._batches[number]
             problem = self._attempt(number, compute, store)
-            if problem is not None:
-                self._after_failure(block, batch, problem)
-                continue
-            number += 1
-            commit(number, batch.source)
-            self._check_cap(block, batch.ids.shape[1])
-            self._progress.step(len(batch.ids))
-            if self._stop:
-                raise Stopped
-        self._states.settle()
+            if problem is None:
+                break
+            self._after_failure(block, batch, problem)
+        commit(number + 1, batch.source)
+        self._check_cap(block, batch.ids.shape[1])
+        self._progress.step(len(batch.ids))
+        return number + 1
 
-    def save(self, work: WorkFolder, facts: dict[str, Any]) -> None:
-        """Save all states in the work folder, with these facts and what `restore` needs beside them."""
-        self._states.settle()
-        own = {"sizes": [len(batch.ids) for batch in self._batches], "batch_tokens": self.batch_tokens}
-        work.states.save(len(self._batches), lambda number: self._states.load(number, _HOST), {**own, **facts})
+    def _meet(self, done: int, stopped: bool) -> int | None:
+        """Up to which of all micro-batches each process goes before all stop; None if none of them wants to."""
+        reached = self._places[done - 1] + 1 if done else 0
+        told = self._processes.collect((stopped, reached))
+        return max(reached for _, reached in told) if any(stopped for stopped, _ in told) else None
 
-    def restore(self, saved: SavedStates) -> None:
-        """Go on with saved states and the micro-batches in which they were saved."""
-        self._batches = self._calibration.micro_batches_of(saved.facts["sizes"])
+    def save(self, work: WorkFolder | None, done: int, facts: dict[str, Any]) -> None:
+        """Save all states in the work folder, with these facts and what `restore` needs beside them.
+
+        `done` micro-batches of this process are past the block in work; those of all come first in the common order.
+        Only the first of several processes has a work folder. What it saves is in the order of one process alone.
+        """
+        self._states.settle()
+        told = {
+            "done": sum(self._processes.collect(done)),
+            "batch_tokens": min(self._processes.collect(self.batch_tokens)),
+            **facts,
+        }
+        own = zip(self._places, (len(batch.ids) for batch in self._batches), strict=True)
+        save_all(self._processes, work, own, lambda number: self._states.load(number, _HOST), told)
+
+    def restore(self, saved: Saved) -> None:
+        """Go on with saved states and the micro-batches in which they were saved, whoever saved them."""
+        self._share_out(self._calibration.micro_batches_of(saved.facts["sizes"]))
         self.batch_tokens = max(1, min(self.batch_tokens, saved.facts["batch_tokens"]))
         self._states.resize(len(self._batches))
-        for number in range(len(self._batches)):
-            self._states.store(number, saved.load(number))
+        for number, state in enumerate(share_of(self._processes, saved)):
+            self._states.store(number, state)
         self._states.settle()
+
+    def check(self, sizes: list[int]) -> None:
+        """Raise ValueError unless the calibration can be divided into micro-batches of these numbers of sequences."""
+        self._calibration.micro_batches_of(sizes)
+
+    def own(self, places: int) -> int:
+        """How many of the first so many micro-batches of all are this process's."""
+        return sum(place < places for place in self._places)
 
     def retreat(self, why: str) -> bool:
         """Move the states off the card, if their place was left to us and RAM has room. False if nothing was moved."""
         host = self._plan.room.host
         movable = self.place == "device" and self._settings.states == "auto" and host is not None
-        if not movable or host is None or self._plan.needs.states > host.nbytes:
+        if not movable or host is None or self._plan.needs.states_here(self.batch_tokens) > host.nbytes:
             return False
         self._states.move(_HOST)
         self.place = "ram"
@@ -196,6 +241,11 @@ class MicroBatches:
                 raise
             self._states.expect_none()
 
+    def _share_out(self, batches: list[MicroBatch]) -> None:
+        self._batches = self._processes.mine(batches)
+        #: The number of each among those of all processes; the parts of one that was split share it.
+        self._places = self._processes.mine(range(len(batches)))
+
     def _split(self, number: int) -> None:
         """Cut a micro-batch that is larger than what is allowed by now, with its states."""
         batch = self._batches[number]
@@ -204,6 +254,7 @@ class MicroBatches:
             parts = [MicroBatch(ids, batch.source) for ids in torch.split(batch.ids, size)]
             self._states.split(number, batch.ids.shape, [len(part.ids) for part in parts])
             self._batches[number : number + 1] = parts
+            self._places[number : number + 1] = [self._places[number]] * len(parts)
 
     def _after_failure(self, block: int, batch: MicroBatch, problem: str) -> None:
         sequences, length = batch.ids.shape
@@ -229,7 +280,8 @@ class MicroBatches:
         raise ResourceError(
             f"{excess}, in block {block} with a single sequence of {length:,} tokens at a time. The largest block has "
             f"{format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is loaded), the hidden states have "
-            f"{format_bytes(needs.states)} ({self.place}). Use a shorter --seq-len, {self.advice()}."
+            f"{format_bytes(needs.states_here(self.batch_tokens))} ({self.place}). "
+            f"Use a shorter --seq-len, {self.advice()}."
         )
 
     def _shrink(self, block: int, sequences: int, length: int, reason: str) -> None:

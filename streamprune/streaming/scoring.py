@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,23 +19,27 @@ from streamprune.machine import free_after_failure, is_out_of_memory, release_fr
 from streamprune.memory.plan import MemoryPlan
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
-from streamprune.scores.statistics import FIELDS, LayerStatistics
+from streamprune.scores.statistics import FIELDS, MAXIMA, LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Shrink
 from streamprune.streaming.blocks import BlockLoader
 from streamprune.streaming.saliency import ExpertsTap, tap_experts
+from streamprune.streaming.saved import Saved
 from streamprune.streaming.states import non_finite_tokens
 from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState, BlockStream
 from streamprune.text.calibration import Calibration, MicroBatch
+from streamprune.together.processes import ALONE, Processes
 from streamprune.work.folder import WorkFolder
 from streamprune.work.journal import is_count
-from streamprune.work.saved_states import SavedStates
 from streamprune.work.stop import StopRequest
+
+#: Where in the statistics those lie that are maxima.
+_MAXIMA = tuple(number for number, name in enumerate(FIELDS) if name in MAXIMA)
 
 
 @dataclass
-class _Point:
+class Point:
     """How far the block in work is: micro-batches done of pass 0 (the original block) or 1 (the pruned one).
 
     `total` are the sums over the micro-batches of pass 0 that are done.
@@ -54,6 +59,7 @@ class BlockScorer:
     Peak memory: a block's weights (see `BlockLoader`), those of the next one where the plan has room for them, the
     embeddings, one micro-batch's workspace, and the hidden states of all calibration tokens where the plan puts them
     (on disk: in `folder`). Use as a context manager: entering loads the embeddings, leaving frees the hidden states.
+    Of several `processes` each has one, with a share of the micro-batches; the statistics of a block are those of all.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class BlockScorer:
         folder: Path,
         chooser: Chooser | None = None,
         stop: StopRequest | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._prepared, self._device, self._progress = prepared, device, progress
         self.sources = len(calibration.sources)
@@ -77,11 +84,11 @@ class BlockScorer:
         self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device, self.busy)
         self._ahead = plan.ahead
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
-        self._stream = BlockStream(skeleton)
+        self._stream, self._processes = BlockStream(skeleton), processes
         self._batches = MicroBatches(
-            settings, calibration, plan, device, progress, folder, stop, self.busy, self._spare
+            settings, calibration, plan, device, progress, folder, stop, self.busy, self._spare, processes
         )
-        self._point = _Point(0)
+        self._point = Point(0)
 
     def __enter__(self) -> BlockScorer:
         try:
@@ -135,62 +142,66 @@ class BlockScorer:
                         point.passing, point.done = 1, 0
                     kept = self._chooser.layer(layer).kept
                     self._pass(self._enter_pruned(stack, index, block, kept), store=True)
-        self._point = _Point(index + 1)
+        self._point = Point(index + 1)
         return layer
 
     def replay_block(self, index: int, kept: Sequence[int]) -> None:
         """Carry the hidden states through a block whose experts `kept` are known, without scoring it again."""
         pruned = index in self._taps and self._chooser is not None
         point = self._start(index, 1)
+        point.total = None
         if point.passing == 0 and pruned:
             # Saved within the scoring pass, which leaves the states as they are.
             point.passing, point.done = 1, 0
         with self._loaded(index) as (stack, block):
             self._pass(self._enter_pruned(stack, index, block, kept) if pruned else block, store=True)
-        self._point = _Point(index + 1)
+        self._point = Point(index + 1)
 
     def leave_no_pages(self, index: int) -> None:
         """Put out of the system's cache what reading block `index` brought into it: nobody needs it any more."""
         self._loader.leave_no_pages(index)
 
-    def save(self, work: WorkFolder) -> None:
+    def save(self, work: WorkFolder | None) -> None:
         """Save the hidden states, and how far the block in work is."""
-        point = self._point
-        self._batches.save(
-            work,
-            {
-                "block": point.block,
-                "pass": point.passing,
-                "done": point.done,
-                "statistics": point.total.packed() if point.total is not None else None,
-            },
-        )
+        point, total = self._point, copy.deepcopy(self._point.total)
+        if total is not None and not point.passing:
+            self._processes.add_up(total.values, _MAXIMA)
+        statistics = total.packed() if total is not None else None
+        self._batches.save(work, point.done, {"block": point.block, "pass": point.passing, "statistics": statistics})
 
-    def restore(self, saved: SavedStates) -> int:
+    def restore(self, saved: Saved) -> int:
         """Go on where states were saved; returns the block.
 
         Raises ValueError, KeyError or TypeError for facts that are not of this run.
         """
-        facts = saved.facts
-        point = _Point(facts["block"], facts["pass"], facts["done"])
-        numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
-        if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
-            raise ValueError("facts that no run has")
-        if facts["statistics"] is not None:
+        facts, point = saved.facts, self.check(saved)
+        # Sums that are still to be added up count in one process; once they are complete, in each.
+        if facts["statistics"] is not None and (self._processes.is_first or point.passing):
             point.total = self._no_statistics(self.sources)
             point.total.unpack(facts["statistics"])
         self._batches.restore(saved)
+        point.done = self._batches.own(point.done)
         self._point = point
         return point.block
+
+    def check(self, saved: Saved) -> Point:
+        """How far saved states are. Raises ValueError, KeyError or TypeError for facts that are not of this run."""
+        facts = saved.facts
+        point = Point(facts["block"], facts["pass"], facts["done"])
+        numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
+        if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
+            raise ValueError("facts that no run has")
+        self._batches.check(facts["sizes"])
+        return point
 
     def _spare(self) -> bool:
         """Free what was read ahead, and read ahead no more."""
         self._ahead = False
         return self._loader.drop_ahead()
 
-    def _start(self, index: int, passes: int) -> _Point:
+    def _start(self, index: int, passes: int) -> Point:
         if self._point.block != index:
-            self._point = _Point(index)
+            self._point = Point(index)
         self._progress.start_block(index, passes * self._batches.sequences)
         return self._point
 
@@ -219,6 +230,7 @@ class BlockScorer:
         if point.passing == 0:
             with tap.listening(block):
                 self._pass(block, store, tap)
+            self._processes.add_up(point.total.values, _MAXIMA)
         layer = point.total.of_layer(point.block)
         if not layer.values[list(FIELDS).index("tokens")].any():
             raise UnsupportedModelError(
@@ -254,7 +266,7 @@ class BlockScorer:
         # Only now, where there is a card: to look at a number is to wait until it is computed.
         self._check_finite(point)
 
-    def _check_finite(self, point: _Point) -> None:
+    def _check_finite(self, point: Point) -> None:
         unchecked, point.unchecked = point.unchecked, []
         for number, tokens, count in unchecked:
             bad = int(count)

@@ -20,7 +20,10 @@ from streamprune.source.shard import show
 from streamprune.text.calibration import Calibration, fingerprint_of
 from streamprune.work.command import command_of, settings_from
 from streamprune.work.file_states import file_states
+from streamprune.work.folder import resume_command
 from streamprune.work.journal import RUN_FORMAT
+from streamprune.work.pruning_record import has_pruning
+from streamprune.work.run_record import read_run
 
 #: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
 #: budget by the number of experts that it gave).
@@ -77,6 +80,20 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
     }
+
+
+def run_to_resume(work: Path) -> dict[str, Any]:
+    """What is recorded of the run in a work folder. Raises ResumeError if there is none."""
+    recorded = read_run(work)
+    if recorded is None:
+        if has_pruning(work):
+            raise ResumeError(
+                f"{work} holds no run, but what `streamprune prune` began. Go on with: {resume_command(work)}"
+            )
+        raise ResumeError(
+            f"{work} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
+        )
+    return recorded
 
 
 def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:

@@ -1,0 +1,58 @@
+"""The hidden states of all processes, saved and restored in the order of one process alone, whoever holds which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from streamprune.streaming.stream import BatchState
+from streamprune.together.processes import Processes
+from streamprune.work.folder import WorkFolder
+
+
+class Saved(Protocol):
+    """States that were saved: so many, with what was saved beside them."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, number: int) -> BatchState: ...
+
+
+def save_all(
+    processes: Processes,
+    work: WorkFolder | None,
+    own: Iterable[tuple[int, int]],
+    load: Callable[[int], BatchState],
+    facts: Mapping[str, Any],
+) -> None:
+    """Save the states of all processes, and with them these facts and the `sizes` of the micro-batches.
+
+    `own` are this process's micro-batches as (place among those of all, sequences), and `load` gives their states. Only
+    the first process has a work folder; the others send it theirs, one at a time.
+    """
+    pieces = processes.in_order(own)
+
+    def parts(number: int) -> tuple[Any, Any]:
+        state = load(number)
+        return state.output, state.carried
+
+    def take(piece: Callable[[int], Any]) -> None:
+        assert work is not None
+        told = {"sizes": [piece.size for piece in pieces], **facts}
+        work.states.save(len(pieces), lambda place: BatchState(*piece(place)), told)
+
+    processes.bring(pieces, parts, take)
+
+
+def share_of(processes: Processes, saved: Saved) -> Iterator[BatchState]:
+    """This process's share of saved states, in order; the first process sends the others theirs, one at a time."""
+
+    def parts(place: int) -> tuple[Any, Any]:
+        state = saved.load(place)
+        return state.output, state.carried
+
+    for output, carried in processes.hand_out(len(saved), parts):
+        yield BatchState(output, carried)

@@ -1,0 +1,197 @@
+"""Several real processes share a run: the same result as one alone, and one voice, whatever ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamprune.run import run
+from streamprune.scores.file import read_scores
+from streamprune.scores.scores import Scores
+from streamprune.settings import RunSettings
+from tests.faults import Case, make_case
+from tests.helpers import read_tensors
+from tests.launching import launch
+from tests.tiny import make_model, write_token_ids
+
+#: Of every whole score: sums of few numbers, added in another order.
+CLOSE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run of some seconds, of two sources, so that a signal meets it in the middle."""
+    case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned", batch_tokens=48)
+    write_token_ids(case.tokens, sequences=301)
+    case.settings["calibration"] = (str(case.tokens), str(write_token_ids(case.tokens.with_name("more.jsonl"), 100)))
+    shutil.rmtree(case.output)
+    case.run()
+    return case
+
+
+def words(case: Case, *more: object) -> list[object]:
+    given: list[object] = ["run", case.model, "-o", case.output, "--keep", 5, "--batch-tokens", 48]
+    for source in case.settings["calibration"]:
+        given += ["--calibration", source]
+    return [*given, "--checkpoint-every", 0, "--propagate", "pruned", *more]
+
+
+def check_same(case: Case, undisturbed: Case) -> None:
+    """The same experts stay, to the byte, and their scores are the same but for the last digits."""
+    report, expected = (json.loads((each.output / "streamprune.json").read_text()) for each in (case, undisturbed))
+    assert [layer["kept"] for layer in report["layers"]] == [layer["kept"] for layer in expected["layers"]]
+    before, after = read_tensors(undisturbed.output), read_tensors(case.output)
+    assert before.keys() == after.keys()
+    for path in sorted(undisturbed.output.glob("*.safetensors")):
+        assert (case.output / path.name).read_bytes() == path.read_bytes()
+    name = Path("scores") / "scores.safetensors"
+    check_close(read_scores(case.output / name), read_scores(undisturbed.output / name))
+    assert not case.work.exists()
+
+
+def check_close(scores: Scores, expected: Scores) -> None:
+    assert scores.sources == expected.sources
+    assert scores.blocks == expected.blocks
+    for layer, other in zip(scores.layers, expected.layers, strict=True):
+        np.testing.assert_allclose(layer.values, other.values, rtol=CLOSE, atol=0)
+    assert scores.provenance == expected.provenance
+
+
+def test_torchrun_gives_the_scores_of_one_process(made: Case, tmp_path: Path) -> None:
+    sources = made.settings["calibration"]
+    alone = RunSettings(
+        model=str(made.model), output=tmp_path / "alone", only_score=True, calibration=sources, batch_tokens=48
+    )
+    run(alone, quiet=True)
+    given = ["score", made.model, "-o", "shared", "--batch-tokens", 48, "--json"]
+    for source in sources:
+        given += ["--calibration", source]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run(
+        [*torchrun, "-m", "streamprune", *map(str, given)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 3
+    assert done.stderr.count("block 1/4: scored 8") == 1
+    check_close(read_scores(tmp_path / "shared"), read_scores(tmp_path / "alone"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"{name}{suffix}" for name in ("alone", "shared") for suffix in ("", ".streamprune.log")}
+
+
+def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    started = launch(words(case), [tmp_path] * 2)
+    started.wait_for(case.work / "blocks" / "00001.json")
+    started.processes[1].kill()
+    (status, _, told), (killed, *silent) = started.end()
+    assert status == 1
+    assert killed == -signal.SIGKILL
+    assert silent == ["", ""]
+    assert told.count("Error: ") == 1
+    assert "One of the other 1 processes of this run ended without a word" in told
+    assert f"go on with: streamprune resume {case.work}" in told
+    assert not case.output.exists()
+    case.resume()
+    check_same(case, made)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_stop_is_honoured_within_a_block(made: Case, tmp_path: Path, asked: int) -> None:
+    """A process asks itself to stop in the scoring pass of the second block, or in its pruned one."""
+    case = made.at(tmp_path / "out")
+    # Of 201 micro-batches each has 100 in either pass. They take longer than the time between two questions.
+    script = f"""
+import signal, time, streamprune.streaming.stream as stream
+usual, calls = stream.BlockStream.run_block, 0
+def run_block(*arguments):
+    global calls
+    calls += 1
+    time.sleep(0.01)
+    if calls == {220 + 100 * asked} and rank == {asked}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(*arguments)
+stream.BlockStream.run_block = run_block
+"""
+    ended = launch(words(case), [tmp_path] * 2, script).end()
+    assert [status for status, *_ in ended] == [75, 75], ended
+    assert ended[1][1:] == ("", "")
+    assert ended[0][2].count("Error: ") == 1
+    assert f"Go on with: streamprune resume {case.work}" in ended[0][2]
+    newest = json.loads((case.work / "cursor.json").read_text())
+    facts = json.loads((case.work / "states" / str(newest["body"]["generations"][0]) / "index.json").read_text())
+    facts = facts["body"]["facts"]
+    assert facts["block"] == 1
+    assert facts["pass"] == asked
+    assert 0 < facts["done"] < len(facts["sizes"]), "the processes did not go on to the end of the block"
+    if asked:
+        case.resume()
+    else:
+        ended = launch(["resume", case.work], [tmp_path] * 3).end()
+        assert [status for status, *_ in ended] == [0, 0, 0], ended
+    check_same(case, made)
+
+
+def test_memory_that_runs_out_in_one_process(made: Case, tmp_path: Path) -> None:
+    """Its micro-batches are cut; what is saved is still in the order of one process, which can go on."""
+    case = made.at(tmp_path / "out")
+    script = """
+import torch, streamprune.streaming.stream as stream
+usual = stream.BlockStream.run_block
+def run_block(self, index, block, ids, state):
+    if rank == 1 and index == 1 and len(ids) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if rank == 0 and index == 3:
+        os.kill(os.getpid(), 15)
+    return usual(self, index, block, ids, state)
+stream.BlockStream.run_block = run_block
+"""
+    ended = launch(words(case), [tmp_path] * 2, script).end()
+    assert [status for status, *_ in ended] == [75, 75], ended
+    summary = case.resume().summary
+    assert summary["batch_tokens"] == 24
+    report, expected = (json.loads((each.output / "streamprune.json").read_text()) for each in (case, made))
+    assert [layer["counts"] for layer in report["layers"]] == [layer["counts"] for layer in expected["layers"]]
+    assert [layer["kept"] for layer in report["layers"]] == [layer["kept"] for layer in expected["layers"]]
+
+
+def test_a_refusal_is_told_once(made: Case, tmp_path: Path) -> None:
+    given = ["score", made.model, "-o", "out", "--calibration", "missing.jsonl"]
+    (status, out, told), *others = launch(given, [tmp_path] * 2).end()
+    assert (status, out) == (1, "")
+    assert told == (
+        "Error: There is no calibration file missing.jsonl. Give a recipe, a text, JSONL or parquet file, a folder of "
+        "them, or builtin for built-in text.\n"
+    )
+    assert others == [(1, "", "")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_another_process_can_know_is_told_with_its_name(made: Case, tmp_path: Path) -> None:
+    """Here another model lies under the same name, as it may on another machine."""
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(made.model, folders[0] / "model")
+    config: Any = __import__("transformers").AutoConfig.from_pretrained(made.model)
+    make_model(folders[1] / "model", config, seed=1)
+    given = ["score", "model", "-o", "out", "--quiet", "--calibration", made.tokens]
+    (status, out, told), (other, *texts) = launch(given, folders).end()
+    assert (status, out, told) == (1, "", "")
+    assert other == 1
+    assert texts[0] == ""
+    assert texts[1].startswith("Error: process 1 of 0 to 1, on ")
+    assert texts[1].endswith(
+        "model is another model here than where the first process runs: its files differ. Copy them, or name a "
+        "--revision.\n"
+    )
+    assert [path.name for folder in folders for path in folder.iterdir()] == ["model", "model"]
