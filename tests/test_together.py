@@ -23,16 +23,28 @@ from tests.helpers import read_tensors
 from tests.launching import launch
 from tests.tiny import make_model, write_token_ids
 
-#: Of every whole score: sums of few numbers, added in another order.
+#: The same numbers, added up in another order.
 CLOSE = 1e-12
+#: Run first in every process: `before(rank, index, calls, ids)` is called before each micro-batch goes through a block.
+WATCHED = """
+import signal, time, torch
+from streamprune.streaming.stream import BlockStream
+usual, calls = BlockStream.run_block, 0
+def run_block(self, index, block, ids, state):
+    global calls
+    calls += 1
+    before(rank, index, calls, ids)
+    return usual(self, index, block, ids, state)
+BlockStream.run_block = run_block
+"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A run of some seconds, of two sources, so that a signal meets it in the middle."""
+    """A run with 31 and 10 micro-batches of two sources, each sent twice through each of four blocks."""
     case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned", batch_tokens=48)
-    write_token_ids(case.tokens, sequences=301)
-    case.settings["calibration"] = (str(case.tokens), str(write_token_ids(case.tokens.with_name("more.jsonl"), 100)))
+    write_token_ids(case.tokens, sequences=61)
+    case.settings["calibration"] = (str(case.tokens), str(write_token_ids(case.tokens.with_name("more.jsonl"), 20)))
     shutil.rmtree(case.output)
     case.run()
     return case
@@ -90,7 +102,8 @@ def test_torchrun_gives_the_scores_of_one_process(made: Case, tmp_path: Path) ->
 
 def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
-    started = launch(words(case), [tmp_path] * 2)
+    slow = "before = lambda *arguments: time.sleep(0.02)" + WATCHED
+    started = launch(words(case), [tmp_path] * 2, slow)
     started.wait_for(case.work / "blocks" / "00001.json")
     started.processes[1].kill()
     (status, _, told), (killed, *silent) = started.end()
@@ -109,19 +122,14 @@ def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: P
 def test_a_request_to_stop_is_honoured_within_a_block(made: Case, tmp_path: Path, asked: int) -> None:
     """A process asks itself to stop in the scoring pass of the second block, or in its pruned one."""
     case = made.at(tmp_path / "out")
-    # Of 201 micro-batches each has 100 in either pass. They take longer than the time between two questions.
+    # (A process has 21 or 20 in a pass, which all take longer than the time between two questions to the others.)
     script = f"""
-import signal, time, streamprune.streaming.stream as stream
-usual, calls = stream.BlockStream.run_block, 0
-def run_block(*arguments):
-    global calls
-    calls += 1
-    time.sleep(0.01)
-    if calls == {220 + 100 * asked} and rank == {asked}:
+def before(rank, index, calls, ids):
+    time.sleep(0.05)
+    if rank == {asked} and calls == {46 + 17 * asked}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return usual(*arguments)
-stream.BlockStream.run_block = run_block
 """
+    script += WATCHED
     ended = launch(words(case), [tmp_path] * 2, script).end()
     assert [status for status, *_ in ended] == [75, 75], ended
     assert ended[1][1:] == ("", "")
@@ -136,8 +144,8 @@ stream.BlockStream.run_block = run_block
     if asked:
         case.resume()
     else:
-        ended = launch(["resume", case.work], [tmp_path] * 3).end()
-        assert [status for status, *_ in ended] == [0, 0, 0], ended
+        ended = launch(["resume", case.work], [tmp_path] * 2).end()
+        assert [status for status, *_ in ended] == [0, 0], ended
     check_same(case, made)
 
 
@@ -145,16 +153,13 @@ def test_memory_that_runs_out_in_one_process(made: Case, tmp_path: Path) -> None
     """Its micro-batches are cut; what is saved is still in the order of one process, which can go on."""
     case = made.at(tmp_path / "out")
     script = """
-import torch, streamprune.streaming.stream as stream
-usual = stream.BlockStream.run_block
-def run_block(self, index, block, ids, state):
+def before(rank, index, calls, ids):
     if rank == 1 and index == 1 and len(ids) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    if rank == 0 and index == 3:
-        os.kill(os.getpid(), 15)
-    return usual(self, index, block, ids, state)
-stream.BlockStream.run_block = run_block
+    if rank == 0 and index == 2 and calls % 21 == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
 """
+    script += WATCHED
     ended = launch(words(case), [tmp_path] * 2, script).end()
     assert [status for status, *_ in ended] == [75, 75], ended
     summary = case.resume().summary
