@@ -45,8 +45,17 @@ def launch(words: Sequence[object], folders: Sequence[Path], script: str = "") -
 
     `script` is Python that every process runs first, with its number as `rank`.
     """
+    return _start(f"{script}\nfrom streamprune.cli import main\nmain()\n", words, folders)
+
+
+def ranks_told(script: str, count: int, folder: Path) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of so many processes that run Python, each with its number as `rank`."""
+    return _start(script, (), [folder] * count).end()
+
+
+def _start(script: str, words: Sequence[object], folders: Sequence[Path]) -> Launch:
     count, port = len(folders), _free_port()
-    code = f"import os\nrank = int(os.environ['RANK'])\n{script}\nfrom streamprune.cli import main\nmain()\n"
+    code = f"import os\nrank = int(os.environ['RANK'])\n{script}"
     processes = []
     for rank, folder in enumerate(folders):
         told = {

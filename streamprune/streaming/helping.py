@@ -7,7 +7,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from streamprune.decision import decide_as
-from streamprune.errors import OtherProcessError, ProcessesError, StreampruneError, ToldElsewhereError
+from streamprune.errors import OtherProcessError, ProcessesError, ResumeError, StreampruneError, ToldElsewhereError
 from streamprune.machine import choose_device
 from streamprune.memory.needs import plan_memory
 from streamprune.prepare import Prepared, chooser_of, prepare
@@ -57,19 +57,31 @@ def _help(processes: Processes, job: Job, stop: StopRequest) -> End:
             settings, prepared, calibration, plan, device, progress, folder, chooser, stop, processes
         ) as scorer,
     ):
-        return _obey(processes, scorer, stop)
+        last = _obey(processes, scorer, stop)
+    # With nothing in memory any more, wait for what comes of it.
+    end: Any = last if isinstance(last, End) else processes.same(None)
+    assert isinstance(end, End)
+    return end
 
 
-def _obey(processes: Processes, scorer: BlockScorer, stop: StopRequest) -> End:
-    told = 0
+def _obey(processes: Processes, scorer: BlockScorer, stop: StopRequest) -> End | Order:
+    """Do what is ordered until there is nothing left for the scorer to do; returns what was said then."""
+    told, restored = 0, False
     while True:
         order: Any = processes.same(None)
-        if isinstance(order, End):
+        if isinstance(order, End) or order.step == "rest":
+            assert isinstance(order, (End, Order))
             return order
         try:
             _take_step(scorer, order)
         except Stopped:
             continue
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if not restored:
+                raise
+            # As in `Sitting`: whole, but of shapes that this model's blocks do not take.
+            raise ResumeError(f"The hidden states that were saved do not go with this model: {error}") from error
+        restored = order.step == "restore"
         if processes.local_rank == 0 and order.step in ("score", "replay"):
             # On a machine without the first process, which does so on its own.
             scorer.leave_no_pages(order.block)

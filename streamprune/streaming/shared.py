@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -133,6 +134,14 @@ class LeadingScorer(BlockScorer):
             raise ResumeError(
                 f"The saved hidden states cannot be read any more: {error}. Check the disk, then run again."
             ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            # The others free what they hold too, and wait for what comes of the scores.
+            self._processes.same(Order("rest"))
 
     @contextmanager
     def _ordered(self, order: Order) -> Iterator[None]:
