@@ -22,7 +22,7 @@ from streamprune.streaming.statistics import Pairs, cosines
 
 #: On a CPU in half precision an expert's rows are filled up to a multiple of this share of the mean: oneDNN compiles a
 #: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers come up with every number there is.
-_FILL_SHARE = 16
+_FILL_SHARE = 8
 
 
 def forward_with_pairs(
