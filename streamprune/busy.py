@@ -54,9 +54,10 @@ class Busy:
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
+        # (Without a stream it would be that of the current card, which need not be this one.)
+        begin.record(torch.cuda.current_stream(device))
         yield
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         self._events.append((resource, begin, end))
 
     def settle(self) -> None:

@@ -96,8 +96,8 @@ def limit_library_memory(tight: bool = False) -> None:
       a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, GIB)
+    # Older versions of glibc take no more than 32 MiB. If one refused, it would go by its least threshold from then on.
+    if set_option is not None and (set_option(_M_MMAP_THRESHOLD, GIB) or set_option(_M_MMAP_THRESHOLD, 32 * 2**20)):
         set_option(_M_TRIM_THRESHOLD, GIB)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1" if tight else "256")
     if tight:

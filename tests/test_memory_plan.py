@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.cli import main
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.memory import needs as memory_facts
 from streamprune.memory.plan import Limit, Needs, Room, can_read_ahead, choose
 from streamprune.settings import RunSettings
+from streamprune.streaming.blocks import BlockLoader
 from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
-from tests.helpers import known_family, prune
+from streamprune.text.calibration import Calibration
+from tests.helpers import CPU, known_family, prepare_whole, prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -44,6 +49,57 @@ def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monke
     source = make_model(tmp_path / "model", tiny_config(known_family(name)))
     prune(source, tmp_path / "out", keep=known_family(name).keep)
     assert largest == plans[0].states
+
+
+class Peak(TorchDispatchMode):
+    """Follows the memory of all tensors that are made within, as long as it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        self._live = {key: each for key, each in self._live.items() if not each[0].expired()}  # type: ignore[no-untyped-call]
+        self.nbytes = max(self.nbytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_weights_take_no_more_while_they_are_loaded_than_predicted(
+    name: str, stored: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts one by one or all in one tensor, in the dtype that they are computed with or in another."""
+    # As the command line sets it: what other threads make would not be seen here.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    family = known_family(name)
+    source = make_model(tmp_path / "model", tiny_config(family))
+    for path in source.glob("*.safetensors"):
+        tensors = {key: tensor.to(stored) for key, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    settings = RunSettings(model=str(source), output=tmp_path / "out", keep=family.keep, dtype=dtype)
+    prepared = prepare_whole(settings)
+    ids = torch.zeros(8, dtype=torch.long)
+    predicted = memory_facts.find_needs(settings, prepared, Calibration((ids,), ("test",), (0,), ""))
+    loader = BlockLoader(prepared.checkpoint, prepared.skeleton, prepared.targets, prepared.dtype, CPU)
+    largest = 0
+    for index in range(prepared.skeleton.block_count):
+        with Peak() as peak, loader.block(index):
+            pass
+        largest = max(largest, peak.nbytes)
+    # (Between tensors that lie in one memory there are gaps of up to 63 bytes.)
+    assert 0.7 * predicted.loading < largest < predicted.loading + 4096
+    with Peak() as peak:
+        loader.load_surroundings(head=False)
+    loader.close()
+    assert peak.nbytes <= predicted.surroundings + predicted.loading
 
 
 def needs(**changes: int) -> Needs:

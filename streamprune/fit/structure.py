@@ -33,7 +33,8 @@ from streamprune.source.config_facts import (
 )
 from streamprune.source.skeleton import Skeleton, build_model, build_skeleton
 
-_DTYPE_NAMES = {
+#: dtypes by their names in a safetensors header.
+DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -174,5 +175,5 @@ def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mappi
         if rows is not None and block is not None and counts is not None:
             shape[rows.axis] = rows.stride * counts[block] + rows.tail
         size = math.prod(shape) * tensor.element_size()
-        facts.append(WeightFact(name, _DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, block, rows=rows))
+        facts.append(WeightFact(name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, block, rows=rows))
     return weights_with(facts, counts or {}, measured=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from streamprune import machine
+from streamprune.fit.structure import DTYPE_NAMES
 from streamprune.fit.workspace import scoring_workspace_bytes
 from streamprune.machine import format_bytes
 from streamprune.memory.plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
@@ -56,18 +57,21 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
     sources = Counter(target.name for target in prepared.targets.values() if target is not None)
     shape, itemsize = _shape_of(skeleton, text), prepared.dtype.itemsize
     longest = max(len(sequence) for sequence in calibration.sequences)
-    read = _bytes_as_read(prepared)
-    block = loading = 0
+    read, recast = _bytes_as_read(prepared), _recast(prepared)
+    block, loading, rows = 0, _surroundings_as_read(skeleton, recast), skeleton.expert_rows
     for index, module in enumerate(skeleton.blocks[: prepared.layout.moe_blocks[-1] + 1]):
         prefix = f"{skeleton.blocks_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
-        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more.
-        joined = max((size for name, size in sizes.items() if sources[name] > 1), default=0)
-        experts = sum(size for name, size in sizes.items() if name in skeleton.expert_rows)
+        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
+        # has it in another dtype, it is there in both for a while; all but the experts' together.
+        more = [2 * size for name, size in sizes.items() if sources[name] > 1]
+        more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
+        small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
+        experts = sum(size for name, size in sizes.items() if name in rows)
         kept = prepared.counts.get(index, 0) if prepared.counts and settings.propagate == "pruned" else 0
         twin = experts * kept // skeleton.spec.count
         block = max(block, sum(sizes.values()) + twin)
-        loading = max(loading, max(sum(sizes.values()), read[index]) + 2 * joined)
+        loading = max(loading, max(sum(sizes.values()), read[index]) + max(more, default=0), read[index] + small)
     return Needs(
         block=block,
         reading=max(read.values()),
@@ -90,6 +94,24 @@ def _bytes_as_read(prepared: Prepared) -> dict[int, int]:
         if block is not None:
             read[block] += prepared.checkpoint.tensors[name].nbytes
     return read
+
+
+def _recast(prepared: Prepared) -> Counter[str]:
+    """The parameters that the checkpoint has in another dtype than they are computed with, and their bytes there."""
+    dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(prepared.skeleton.model)}
+    recast = Counter[str]()
+    for name, target in prepared.targets.items():
+        entry = prepared.checkpoint.tensors[name]
+        if target is not None and entry.dtype != dtypes.get(target.name):
+            recast[target.name] += entry.nbytes
+    return recast
+
+
+def _surroundings_as_read(skeleton: Skeleton, recast: Mapping[str, int]) -> int:
+    """Bytes of what is read around the blocks and converted: it is there beside what is made of it."""
+    decoder = skeleton.blocks_path.rpartition(".")[0]
+    inside = decoder + "." if decoder else ""
+    return sum(size for name, size in recast.items() if name.startswith(inside) and skeleton.block_of(name) is None)
 
 
 def states_per_token(text: Any, itemsize: int, length: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from streamprune.disk.disk_errors import reading
 from streamprune.errors import VerifyError
 from streamprune.output.surgery import OutputTensor
 from streamprune.source.checkpoint import Checkpoint, TensorEntry, read_ranges
@@ -55,10 +57,13 @@ def compare_tensors(
 
 def _compare_bytes(path: Path, entry: TensorEntry, origin: Path, ranges: Iterable[tuple[int, int]]) -> None:
     position = entry.begin
-    with path.open("rb") as ours, origin.open("rb") as theirs:
+    with _reading_back(path):
+        written = path.open("rb")
+    with written as ours, reading(origin), origin.open("rb") as theirs:
         for begin, end in ranges:
             for wanted in read_ranges(theirs, [(begin, end)]):
-                found = _read(ours, position, len(wanted))
+                with _reading_back(path):
+                    found = _read(ours, position, len(wanted))
                 if found != bytes(wanted):
                     at = next(
                         (n for n, (a, b) in enumerate(zip(found, bytes(wanted), strict=False)) if a != b), len(found)
@@ -73,6 +78,15 @@ def _compare_bytes(path: Path, entry: TensorEntry, origin: Path, ranges: Iterabl
                 begin += len(wanted)
     if position != entry.end:
         raise VerifyError(f"{path}: {entry.name} has {entry.end - position:,} bytes more than the source gives.")
+
+
+@contextmanager
+def _reading_back(path: Path) -> Iterator[None]:
+    """Within the block an OSError becomes a VerifyError about `path`, a file of the result."""
+    try:
+        yield
+    except OSError as error:
+        raise VerifyError(f"{path} cannot be read back: {error.strerror or error}. Check the disk.") from error
 
 
 def _read(stream: BinaryIO, position: int, size: int) -> bytes:

@@ -22,16 +22,17 @@ from streamprune.source.roles import ExpertRows
 from streamprune.source.skeleton import Skeleton, Target
 from streamprune.streaming.reader import Reading, ShardReader
 
-#: The group in which the tensors are read that are each a parameter of their own.
+#: The group in which the tensors are read that are each a parameter of their own, and not of the experts.
 _SINGLES = ""
 
 
 class BlockLoader:
     """Loads blocks of a checkpoint into the skeleton's own modules, through transformers' weight conversion.
 
-    Peak memory of a load: the block's weights, plus those of its largest converted parameter twice while its tensors
-    are joined (one per expert into one for all). A block that is read ahead takes its weights' memory meanwhile. Close
-    it to end the threads that read.
+    Peak memory of a load: the block's weights, as the checkpoint has them or as they are computed with, plus those of
+    its largest converted parameter: twice while its tensors are joined (one per expert into one for all), once while it
+    becomes another dtype. A block that is read ahead takes its weights' memory meanwhile. Close it to end the threads
+    that read.
     """
 
     def __init__(
@@ -89,8 +90,7 @@ class BlockLoader:
         readings = list(self._ahead.values())
         self._ahead.clear()
         for reading in readings:
-            reading.cancel()
-            put_out_files(reading.cached)
+            self._reader.give_up(reading)
         return bool(readings)
 
     def leave_no_pages(self, index: int | None) -> None:
@@ -157,7 +157,7 @@ class BlockLoader:
                 continue
             if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
                 wanted[parameter] = names
-        self._load(self._reader.start(_reading_groups(wanted)), wanted, None)
+        self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
         # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
         missing = {name for name, tensor in _tensors(self._model) if tensor.is_meta}
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -165,19 +165,30 @@ class BlockLoader:
             self._materialize_buffers(self._model, "")
 
     def _start(self, index: int) -> Reading:
-        return self._reader.start(_reading_groups(self._groups[index]))
+        return self._reader.start(self._reading_groups(self._groups[index]))
+
+    def _reading_groups(self, groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """What is read into memory of its own: the small parameters together, then those of the experts, one by one.
+
+        What is joined from several tensors or converted to another dtype is there twice, so that it had better be freed
+        before the next one's turn; where a tensor can be taken as it was read, it stays in that memory.
+        """
+        own = {name: names for name, names in groups.items() if len(names) > 1 or name in self._skeleton.expert_rows}
+        singles = [names[0] for name, names in groups.items() if name not in own]
+        return {_SINGLES: singles, **own} if singles else own
 
     def _load(self, reading: Reading, groups: Mapping[str, list[str]], index: int | None) -> None:
         try:
             reading.wait()
+            self._reader.arrived()
+            for group in self._reading_groups(groups):
+                # One after the other, so that what was read of each is freed before the next is converted.
+                self._convert(reading.take(group))
         except BaseException:
-            reading.cancel()
+            # Where memory ran out, this is the first that has to go.
+            self._reader.give_up(reading)
             raise
-        self._reader.arrived()
         self._read[index] = reading
-        for group in _reading_groups(groups):
-            # One after the other, so that what was read of each is freed before the next is converted.
-            self._convert(reading.take(group))
 
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
         info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
@@ -215,13 +226,6 @@ class BlockLoader:
             if isinstance(module, PreTrainedModel):
                 owner = module
         return owner
-
-
-def _reading_groups(groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Tensors that are a parameter each together, then those that are joined into one, parameter by parameter."""
-    singles = [names[0] for names in groups.values() if len(names) == 1]
-    joined = {parameter: names for parameter, names in groups.items() if len(names) > 1}
-    return {_SINGLES: singles, **joined} if singles else joined
 
 
 def _row_numbers(rows: ExpertRows, kept: Sequence[int], size: int, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from streamprune.busy import Busy
-from streamprune.disk.cached_pages import Stretch, not_cached
+from streamprune.disk.cached_pages import Stretch, not_cached, put_out_files
 from streamprune.errors import CheckpointError
 from streamprune.memory.plan import STAGING_BYTES
 from streamprune.source.checkpoint import Checkpoint, TensorEntry
@@ -88,13 +88,20 @@ class Reading:
             for name, (entry, offset) in self._layout[group].items()
         }
 
+    def places(self, request: _Request) -> list[torch.Tensor]:
+        """Where the bytes of a request go."""
+        return [self._memory[place.group][place.offset : place.offset + place.size] for place in request.places]
+
     def cancel(self) -> None:
-        """Give up what is not read yet, and the memory."""
+        """Give up what is not read yet, and wait for what is being read."""
         for request in self.requests:
             request.cancel()
         for request in self.requests:
             if not request.cancelled():
                 request.exception()
+
+    def free(self) -> None:
+        """Free the memory of all that was not taken."""
         self._memory.clear()
 
 
@@ -125,17 +132,25 @@ class ShardReader:
             self._courier.follow()
         reading = Reading(memory, layout)
         for request in _requests(layout):
-            into = [memory[place.group][place.offset : place.offset + place.size] for place in request.places]
-            reading.requests.append(self._pool.submit(self._read, request, into, reading))
+            # (A cancelled one stays in the pool's queue for a while: it must not hold on to memory.)
+            reading.requests.append(self._pool.submit(self._read, request, reading))
         return reading
+
+    def give_up(self, reading: Reading) -> None:
+        """Free what is read, and read no more of it. What it has brought into the system's cache is put out."""
+        reading.cancel()
+        # Bytes may be on their way to the card yet: nothing that it does from here on may get that memory before.
+        self.arrived()
+        reading.free()
+        put_out_files(reading.cached)
 
     def arrived(self) -> None:
         """What has been waited for may be used on the card from here on."""
         if self._courier is not None:
             self._courier.lead()
 
-    def _read(self, request: _Request, into: list[torch.Tensor], reading: Reading) -> None:
-        path = self._checkpoint.folder / request.file
+    def _read(self, request: _Request, reading: Reading) -> None:
+        path, into = self._checkpoint.folder / request.file, reading.places(request)
         try:
             with self._busy.at("read"), _opened(path) as file:
                 fresh = not_cached(file, request.begin, request.size)
@@ -235,8 +250,10 @@ def _opened(path: Path) -> Iterator[int]:
     file = os.open(path, os.O_RDONLY)
     try:
         if hasattr(os, "posix_fadvise"):
-            # Nothing beyond what is asked for: the rest of the file may never be needed.
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+            # Nothing beyond what is asked for: the rest of the file may never be needed. (Not every file system takes
+            # the hint.)
+            with suppress(OSError):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         yield file
     finally:
         os.close(file)

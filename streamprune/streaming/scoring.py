@@ -162,8 +162,12 @@ class BlockScorer:
         self._loader.leave_no_pages(index)
 
     def save(self, work: WorkFolder | None) -> None:
-        """Save the hidden states, and how far the block in work is."""
+        """Save the hidden states, and how far the block in work is.
+
+        Raises NonFiniteError where they are of no use: nobody would look at them again.
+        """
         point, total = self._point, copy.deepcopy(self._point.total)
+        self._check_finite(point)
         if total is not None and not point.passing:
             self._processes.add_up(total.values, _MAXIMA)
         statistics = total.packed() if total is not None else None
@@ -250,7 +254,8 @@ class BlockScorer:
             if tap is not None:
                 # Collected apart for every attempt: one that runs out of memory later must not be counted.
                 tap.statistics = self._no_statistics()
-            ids = batch.ids.to(self._device)
+            # (Or the card would have to come to an end of its work first.)
+            ids = batch.ids.to(self._device, non_blocking=True)
             state = self._stream.run_block(point.block, block, ids, state)
             point.unchecked.append((number, ids.numel(), non_finite_tokens(state)))
             if self._device.type == "cpu":
@@ -265,6 +270,7 @@ class BlockScorer:
         self._batches.run(point.block, compute, commit, store, point.done)
         # Only now, where there is a card: to look at a number is to wait until it is computed.
         self._check_finite(point)
+        self.busy.settle()
 
     def _check_finite(self, point: Point) -> None:
         unchecked, point.unchecked = point.unchecked, []
