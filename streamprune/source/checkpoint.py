@@ -13,7 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamprune.errors import CheckpointError
-from streamprune.source.shard import DTYPE_BITS, MAX_JSON_BYTES, TensorEntry, parse_json, read_header, read_ranges, show
+from streamprune.source.shard import (
+    DTYPE_BITS,
+    MAX_JSON_BYTES,
+    TensorEntry,
+    nothing_around,
+    parse_json,
+    read_header,
+    read_ranges,
+    show,
+)
 
 #: Other modules meet tensors and their bytes through the checkpoint that they belong to.
 __all__ = [
@@ -89,6 +98,7 @@ class Checkpoint:
             for entry in entries:
                 digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.begin} {entry.end}\n".encode())
             with path.open("rb") as stream:
+                nothing_around(stream)
                 for page in range(16):
                     stream.seek(max(0, size - 4096) * page // 15)
                     digest.update(stream.read(4096))
