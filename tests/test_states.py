@@ -184,3 +184,43 @@ def test_a_store_that_runs_out_of_memory_leaves_the_old_state(monkeypatch: pytes
     with pytest.raises(torch.OutOfMemoryError):
         states.store(0, BatchState(torch.ones(2, 3), {"shared": {0: torch.ones(2)}}))
     assert same_states(states.load(0, CPU), BatchState(torch.zeros(2, 3)))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_is_expected_comes_as_it_was_kept(on_disk: bool, tmp_path: Path) -> None:
+    """Whatever was expected, what is loaded is the micro-batch that was asked for, as it is by then."""
+    states = HiddenStates(3, folder=tmp_path if on_disk else None)
+    for number in range(3):
+        states.store(number, odd_state(number))
+    states.expect(1, CPU)
+    assert same_states(states.load(1, CPU), odd_state(1))
+    states.expect(1, CPU)
+    assert same_states(states.load(2, CPU), odd_state(2)), "another one was expected"
+    states.expect(1, CPU)
+    states.store(1, odd_state(5))
+    states.store(2, odd_state(6))
+    assert same_states(states.load(1, CPU), odd_state(5)), "it has changed since it was expected"
+    states.expect(0, CPU)
+    states.split(0, (4, 6), [1, 3])
+    assert torch.equal(states.load(0, CPU).output[0], odd_state(0).output[0][:1]), "it was split since"
+    assert same_states(states.load(3, CPU), odd_state(6))
+    states.expect(2, CPU)
+    states.expect_none()
+    states.close()
+
+
+def test_what_fails_behind_is_raised_where_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails behind the computing ends in the same clear error, at the latest when all has to be there."""
+
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    states = HiddenStates(2, folder=tmp_path)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    states.store(0, BatchState(torch.zeros(2, 3)))
+    with pytest.raises(ResourceError, match="could not be written: Input/output error"):
+        states.settle()
+    states.store(0, BatchState(torch.zeros(2, 3)))
+    with pytest.raises(ResourceError, match="could not be written: Input/output error"):
+        states.store(1, BatchState(torch.zeros(2, 3)))
+    states.close()

@@ -1,0 +1,85 @@
+"""Rows that only fill up an expert's matrix product: where they are, and that they change nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from streamprune.scores.statistics import FIELDS
+from streamprune.source.skeleton import dispatches_experts
+from streamprune.streaming.grouped_experts import forward_with_pairs, sort_by_expert, tile_of
+from streamprune.streaming.saliency import ExpertsTap, bare_pairs
+from streamprune.streaming.statistics import ExpertStatistics
+from tests.helpers import CPU, known_family
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # without and with biases
+def test_rows_that_only_fill_up_change_nothing(name: str, dtype: torch.dtype) -> None:
+    """Enough tokens that each expert's rows are filled up; two experts have none, and one has a single one."""
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(tiny_config(known_family(name)), dtype=dtype)
+    experts = next(m for m in whole.modules() if dispatches_experts(m))
+    for parameter in experts.parameters():
+        parameter.data.normal_(0, 0.2)
+    hidden = torch.randn(700, 64).to(dtype)
+    odds = torch.randn(700, 8)
+    odds[:, [0, 5]] = -100.0
+    odds[:, 3] = torch.where(torch.arange(700) == 44, 100.0, -50.0)
+    gates, index = odds.softmax(-1).to(dtype).topk(2)
+    tile = tile_of(hidden, index, 8)
+    counts = index.flatten().bincount(minlength=8)
+    assert tile == 1400 // 8 // 8
+    assert counts[[0, 5]].sum() == 0
+    assert counts[3] == 1
+    assert (counts % tile).any(), "there is something to fill up"
+    with torch.no_grad():
+        output, pairs = forward_with_pairs(experts, hidden, index, gates)
+        assert torch.equal(output, grouped_mm_experts_forward(experts, hidden, index, gates))
+        bare = bare_pairs(ExpertsTap(grouped_mm_experts_forward, grouped=True), experts, hidden, index, gates, output)
+    torch.testing.assert_close(pairs.cosines, bare.cosines, rtol=0, atol=0.01)
+    found, wanted = ExpertStatistics(8, CPU), ExpertStatistics(8, CPU)
+    for statistics, each in ((found, pairs), (wanted, bare)):
+        statistics.add(each, torch.ones(700))
+    for field, place in zip(FIELDS, range(len(FIELDS)), strict=True):
+        if field != "cosines":
+            torch.testing.assert_close(found.values[place], wanted.values[place], rtol=1e-6, atol=0.0, msg=field)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 7, 64])
+def test_rows_are_sorted_by_expert_and_filled_up(tile: int) -> None:
+    """Of any routing, also to experts without tokens and beyond the last one, which come at the end."""
+    generator = torch.Generator().manual_seed(tile)
+    index = torch.randint(0, 9, (50, 3), generator=generator)
+    index[index == 2] = 8
+    index[7] = torch.tensor([6, 11, 40])
+    rows = sort_by_expert(index, 6, tile)
+    begins = [0, *rows.ends_E.tolist()]
+    sizes = [end - begin for begin, end in itertools.pairwise(begins)]
+    counts = [int((index == expert).sum()) for expert in range(6)]
+    assert sizes == [-(-count // tile) * tile for count in counts]
+    assert sizes[2] == 0
+    beyond = int((index >= 6).sum())
+    assert len(rows.token_R) == len(rows.expert_R) == begins[-1] + beyond
+    assert len(set(rows.row_TK.flatten().tolist())) == index.numel(), "each pair has a row of its own"
+    assert torch.equal(rows.token_R[rows.row_TK], torch.arange(50).unsqueeze(1).expand(50, 3))
+    assert torch.equal(rows.expert_R[rows.row_TK], index)
+    for expert in range(6):
+        places = rows.row_TK[index == expert]
+        assert ((begins[expert] <= places) & (places < begins[expert + 1])).all()
+    assert (rows.row_TK[index >= 6] >= begins[-1]).all()
+    assert int(rows.token_R.max()) < 50
+
+
+def test_only_half_precision_on_a_cpu_is_filled_up() -> None:
+    index = torch.zeros(1024, 8, dtype=torch.long)
+    tiles = {dtype: tile_of(torch.zeros(1024, 4, dtype=dtype), index, 64)
+             for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}  # fmt: skip
+    assert tiles == {torch.bfloat16: 16, torch.float16: 16, torch.float32: 1, torch.float64: 1}
+    assert tile_of(torch.zeros(10, 4, dtype=torch.bfloat16), index[:10], 64) == 1
+    assert tile_of(torch.zeros(1024, 4, dtype=torch.bfloat16, device="meta"), index, 64) == 1
