@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import time
@@ -164,7 +165,6 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     try:
         yield processes
     finally:
-        # (What accelerate made stays until the process ends: it could not make it again.)
         processes.leave()
 
 
@@ -175,11 +175,14 @@ def _join(facts: Launched, device: str) -> JoinedProcesses:
     # Nothing goes from card to card, so that it does not matter where accelerate would refuse to try that.
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
         os.environ.setdefault(name, "1")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu, joined_before = device == "cpu" or not torch.cuda.is_available(), dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             PartialState(cpu=on_cpu, backend="gloo", timeout=_MEET)
+        if not joined_before:
+            # Not sooner: accelerate joins once. Left to the interpreter's end, gloo's threads abort it now and then.
+            atexit.register(_part)
         return JoinedProcesses(facts)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -188,6 +191,11 @@ def _join(facts: Launched, device: str) -> JoinedProcesses:
             "or `accelerate launch`; for several machines, check the address and port of the first one, MASTER_ADDR "
             "and MASTER_PORT."
         ) from error
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def name_of(processes: Processes) -> str:
