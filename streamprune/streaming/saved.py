@@ -1,13 +1,32 @@
-"""The hidden states of all processes, saved and restored in the order of one process alone, whoever holds which."""
+"""How far a run is, and the hidden states of all processes: saved and restored in the order of one process alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
+from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState
 from streamprune.together.processes import Processes
 from streamprune.work.folder import WorkFolder
+
+
+@dataclass
+class Point:
+    """How far the block in work is: micro-batches done of pass 0 (the original block) or 1 (the pruned one).
+
+    `total` are the sums over the micro-batches of pass 0 that are done.
+    """
+
+    block: int
+    passing: int = 0
+    done: int = 0
+    total: ExpertStatistics | None = None
+    #: Number, tokens, and tokens with NaN or infinite states of the micro-batches that nobody has looked at yet.
+    unchecked: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
 
 
 class Saved(Protocol):

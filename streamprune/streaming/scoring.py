@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +23,7 @@ from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Shrink
 from streamprune.streaming.blocks import BlockLoader
 from streamprune.streaming.saliency import ExpertsTap, tap_experts
-from streamprune.streaming.saved import Saved
+from streamprune.streaming.saved import Point, Saved
 from streamprune.streaming.states import non_finite_tokens
 from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState, BlockStream
@@ -36,21 +35,6 @@ from streamprune.work.stop import StopRequest
 
 #: Where in the statistics those lie that are maxima.
 _MAXIMA = tuple(number for number, name in enumerate(FIELDS) if name in MAXIMA)
-
-
-@dataclass
-class Point:
-    """How far the block in work is: micro-batches done of pass 0 (the original block) or 1 (the pruned one).
-
-    `total` are the sums over the micro-batches of pass 0 that are done.
-    """
-
-    block: int
-    passing: int = 0
-    done: int = 0
-    total: ExpertStatistics | None = None
-    #: Number, tokens, and tokens with NaN or infinite states of the micro-batches that nobody has looked at yet.
-    unchecked: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
 
 
 class BlockScorer:
