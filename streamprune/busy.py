@@ -76,7 +76,7 @@ class Busy:
 
 
 def describe(shares: dict[str, float]) -> str:
-    """A line for people: "busy: computing 96 %, reading 9 %, writing 12 %, moving hidden states 0 % of 13.4 s"."""
+    """A line for people: "busy: computing 96%, reading 9%, writing 12%, moving hidden states 0% of 13.4 s"."""
     words = {"compute": "computing", "read": "reading", "write": "writing", "states": "moving hidden states"}
     parts = ", ".join(f"{word} {shares[name]:.0%}" for name, word in words.items())
     return f"busy: {parts} of {shares['seconds']:.1f} s"

@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,6 +172,17 @@ def limit_device_bytes(device: torch.device, limit: int) -> None:
 
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit) / total), device)
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """RAM that a card reads and writes by itself, not filled; ordinary RAM where the system does not grant such."""
+    import torch
+
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        # It is carried all the same, only not meanwhile.
+        return torch.empty(tuple(shape), dtype=dtype)
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -170,7 +170,6 @@ class _Run:
                 settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop
             )
             layers = sitting.stream(self.device)
-            busy = scorer.busy.shares()
         scores = Scores(
             tuple(layers),
             calibration.sources,
@@ -185,19 +184,19 @@ class _Run:
             "batch_tokens": scorer.batch_tokens,
             "states": scorer.states_place,
             "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
-            "busy": busy,
         }
         if chooser is None:
-            return self._leave_scores(prepared, scores, taken)
+            return self._leave_scores(prepared, scores, {**taken, "busy": scorer.busy.shares()})
         choice = choose_all(chooser, scores, settings, self.work)
         writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
         decided = _decided(settings, prepared, facts, chooser, choice, writer.plan, scores)
         tell_choice(decided, self.progress)
         if outlet is None:
-            write_blocks(decided, writer, self.work, self.progress, self.stop)
+            with scorer.busy.at("write"):
+                write_blocks(decided, writer, self.work, self.progress, self.stop)
         self.stop.patient = False
         self.work.states.forget()
-        return self._leave_model(decided, writer, taken)
+        return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()})
 
     def _writer(
         self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, counts: Mapping[int, int]

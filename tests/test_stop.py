@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from streamprune.cli import main
 from streamprune.errors import InterruptedRunError
@@ -28,6 +29,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A run of a few seconds, so that a signal meets it in the middle."""
+    # As many threads as the processes it is compared with have: sums are rounded otherwise with more.
+    torch.set_num_threads(1)
     case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned")
     write_token_ids(case.tokens, sequences=400)
     shutil.rmtree(case.output)

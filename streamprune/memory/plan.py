@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from streamprune.errors import ResourceError
 from streamprune.machine import format_bytes, resident_bytes
 
+#: Micro-batches that the host hands to a card before it waits for an earlier one: the card never runs out of work, and
+#: neither the progress that is shown nor a request to stop is far from what is really done.
+MOST_HANDED_OUT = 2
 #: Page-locked memory through which weights are read to a card.
 STAGING_BYTES = 64 * 2**20
 
@@ -146,16 +149,22 @@ def _tokens_at_a_time(needs: Needs, batch_tokens: int) -> int:
 
 
 def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = False) -> int:
-    stay = place == "device" or (place == "ram" and room.host is None)
-    states = needs.states_here(tokens) if stay else _moving(needs, tokens)
+    if place == "device" or (place == "ram" and room.host is None):
+        states = needs.states_here(tokens)
+    else:
+        # On a card, those of the micro-batches that were handed out are there too, before and after them.
+        states = _moving(needs, tokens) * (1 if room.host is None else 1 + MOST_HANDED_OUT)
     working = needs.block + needs.workspace(tokens) + (needs.reading if ahead else 0)
     return needs.surroundings + states + max(needs.loading, working)
 
 
 def _on_host(needs: Needs, place: str, tokens: int) -> int:
     """RAM beside a card: the states if they are there, and what passes through on the way to it."""
-    states = {"device": 0, "ram": needs.states_here(tokens), "disk": _moving(needs, tokens)}[place]
-    return needs.staging + states
+    if place == "ram":
+        one = _moving(needs, tokens) // 2
+        # torch takes page-locked memory in powers of two.
+        return needs.staging + needs.states_here(tokens) * (1 << max(0, one - 1).bit_length()) // max(1, one)
+    return needs.staging + (_moving(needs, tokens) if place == "disk" else 0)
 
 
 def _moving(needs: Needs, tokens: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from streamprune.busy import Busy
 from streamprune.errors import ResourceError
 from streamprune.machine import format_bytes, free_after_failure, is_out_of_memory
-from streamprune.memory.plan import MemoryPlan
+from streamprune.memory.plan import MOST_HANDED_OUT, MemoryPlan
 from streamprune.memory.watch import MemoryWatch
 from streamprune.progress import Progress
 from streamprune.settings import RunSettings
@@ -26,9 +26,6 @@ from streamprune.work.folder import WorkFolder
 from streamprune.work.stop import StopRequest
 
 _HOST = torch.device("cpu")
-#: Micro-batches that the host hands to a card before it waits for an earlier one: the card never runs out of work, and
-#: neither the progress that is shown nor a request to stop is far from what is really done.
-_MOST_HANDED_OUT = 2
 
 
 class Stopped(Exception):
@@ -227,7 +224,7 @@ class MicroBatches:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self._device))
             self._handed_out.append(done)
-            while len(self._handed_out) > _MOST_HANDED_OUT:
+            while len(self._handed_out) > MOST_HANDED_OUT:
                 self._handed_out.popleft().synchronize()
 
     def _expect(self, number: int) -> None:

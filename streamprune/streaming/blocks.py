@@ -67,6 +67,8 @@ class BlockLoader:
     def close(self) -> None:
         """End the threads that read, and free what they have read."""
         self.drop_ahead()
+        for index in list(self._read):
+            self.leave_no_pages(index)
         self._reader.close()
 
     def read_ahead(self, index: int) -> bool:

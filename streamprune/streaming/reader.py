@@ -22,6 +22,7 @@ import torch
 from streamprune.busy import Busy
 from streamprune.disk.cached_pages import Stretch, not_cached, put_out_files
 from streamprune.errors import CheckpointError
+from streamprune.machine import page_locked
 from streamprune.memory.plan import STAGING_BYTES
 from streamprune.source.checkpoint import Checkpoint, TensorEntry
 from streamprune.source.shard import cut_short
@@ -177,7 +178,7 @@ class _Courier:
         self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
         for _ in range(STAGING_BYTES // REQUEST_BYTES):
-            self._free.put((torch.empty(REQUEST_BYTES, dtype=torch.uint8, pin_memory=True), None))
+            self._free.put((page_locked((REQUEST_BYTES,), torch.uint8), None))
 
     def follow(self) -> None:
         """Let nothing arrive before the work that the card has been given so far: it may use that memory."""

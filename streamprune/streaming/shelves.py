@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from streamprune.busy import Busy
+from streamprune.machine import page_locked
 from streamprune.streaming.states_file import StatesFile, Written
 
 HOST = torch.device("cpu")
@@ -37,7 +38,8 @@ class Shelf(Protocol):
     def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """What will stand for `new` (in the place of `old` if that suits), and the data still to be filled in."""
 
-    def fill(self, kept: Any, data: torch.Tensor) -> None: ...
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        """Fill in the data of a micro-batch's leaves."""
 
     def rows(self, kept: Any, start: int, count: int) -> Any: ...
 
@@ -75,8 +77,9 @@ class MemoryShelf:
         # A copy of its own: the block's output may be a view of something larger that must not stay in memory.
         return new.to(self._home, copy=True).contiguous(), None
 
-    def fill(self, kept: Any, data: torch.Tensor) -> None:
-        kept.copy_(data)
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        for kept, data in jobs:
+            kept.copy_(data)
 
     def rows(self, kept: Any, start: int, count: int) -> Any:
         return kept.narrow(0, start, count)
@@ -99,7 +102,7 @@ class BesideCardShelf(MemoryShelf):
 
     def __init__(self, card: torch.device, busy: Busy) -> None:
         super().__init__(HOST)
-        self._card, self._busy, self._locked = card, busy, True
+        self._card, self._busy = card, busy
         self._inward, self._outward = torch.cuda.Stream(card), torch.cuda.Stream(card)  # type: ignore[no-untyped-call]
 
     def fetch(self, kept: Any, device: torch.device) -> Fetch:
@@ -121,19 +124,18 @@ class BesideCardShelf(MemoryShelf):
         return Fetch(arrive)
 
     def take_over(self, leaf: Any) -> Any:
-        return self._empty_like(leaf).copy_(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        return page_locked(leaf.shape, leaf.dtype).copy_(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
     def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._empty_like(new), new.contiguous()
+        return page_locked(new.shape, new.dtype), new.contiguous()
 
-    def fill(self, kept: Any, data: torch.Tensor) -> None:
-        if data.device.type != "cuda":
-            kept.copy_(data)
-            return
-        self._outward.wait_stream(torch.cuda.current_stream(data.device))
-        with torch.cuda.stream(self._outward), self._busy.on_card("states", data.device):
-            kept.copy_(data, non_blocking=True)
-        data.record_stream(self._outward)
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        self._outward.wait_stream(torch.cuda.current_stream(self._card))
+        with torch.cuda.stream(self._outward), self._busy.on_card("states", self._card):
+            for kept, data in jobs:
+                kept.copy_(data, non_blocking=True)
+                if data.device.type == "cuda":
+                    data.record_stream(self._outward)
 
     def copy(self, kept: Any) -> Any:
         self.settle()
@@ -141,15 +143,6 @@ class BesideCardShelf(MemoryShelf):
 
     def settle(self) -> None:
         self._outward.synchronize()
-
-    def _empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._locked:
-            try:
-                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            except RuntimeError:
-                # The system need not grant it. What is not locked is carried too, only not meanwhile.
-                self._locked = False
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 class FileShelf:
@@ -172,8 +165,12 @@ class FileShelf:
             return Written(old.offset, tuple(data.shape), data.dtype), data
         return self._file.reserve(data), data
 
-    def fill(self, kept: Any, data: torch.Tensor) -> None:
-        self._waiting.append(self._begin(self._file.write, kept, data))
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        def write() -> None:
+            for kept, data in jobs:
+                self._file.write(kept, data)
+
+        self._waiting.append(self._begin(write))
         while len(self._waiting) > _MOST_WAITING:
             self._waiting.popleft().result()
 
@@ -185,7 +182,7 @@ class FileShelf:
             return kept
         data = self._begin(self._file.read, kept).result()
         place = self._file.reserve(data)
-        self.fill(place, data)
+        self.fill([(place, data)])
         return place
 
     def drop(self, leaves: Sequence[Any]) -> None:

@@ -95,8 +95,8 @@ class HiddenStates:
         except BaseException:
             self._shelf.drop(made)
             raise
-        for kept, data in jobs:
-            self._shelf.fill(kept, data)
+        if jobs:
+            self._shelf.fill(jobs)
         gone += [leaf for key in old.keys() - new.keys() for leaf in pytree.tree_leaves(old[key])]
         self._shelf.drop(gone)
         self._states[batch] = _whole(ready)
