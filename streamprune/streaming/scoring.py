@@ -197,6 +197,8 @@ class BlockScorer:
     def _loaded(self, index: int) -> Iterator[tuple[ExitStack, nn.Module]]:
         with ExitStack() as stack:
             block = self._enter(stack, lambda: self._loader.block(index), f"the weights of block {index}")
+            # What was read and joined on the way is free now, and too scattered to be of use for what comes.
+            release_freed_memory()
             if self._ahead and index < self._prepared.layout.moe_blocks[-1]:
                 self._ahead = self._loader.read_ahead(index + 1)
             yield stack, block
