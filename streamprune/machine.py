@@ -94,9 +94,9 @@ def limit_library_memory(tight: bool = False) -> None:
     - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
       with four of them was not quicker than with one.
     - glibc gives every large tensor pages of its own, and takes them back with it: the system's work on those pages was
-      a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back.
+      a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back; not with a cap.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    set_option = None if tight else getattr(ctypes.CDLL(None), "mallopt", None)
     # Older versions of glibc take no more than 32 MiB. If one refused, it would go by its least threshold from then on.
     if set_option is not None and (set_option(_M_MMAP_THRESHOLD, GIB) or set_option(_M_MMAP_THRESHOLD, 32 * 2**20)):
         set_option(_M_TRIM_THRESHOLD, GIB)
