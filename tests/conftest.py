@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+
+from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
     from streamprune.demo import DemoResult
@@ -78,3 +80,15 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def points() -> Points:
+    """What happens on several threads, in order."""
+    return Points()
+
+
+@pytest.fixture
+def around(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts something before and after what a class does, for the length of a test."""
+    return wrapping(monkeypatch)

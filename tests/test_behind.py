@@ -22,15 +22,10 @@ from streamprune.streaming.scoring import BlockScorer
 from streamprune.streaming.stream import BlockStream
 from streamprune.work.folder import WorkFolder
 from tests.faults import Case, make_case, trap
-from tests.handshakes import PATIENCE, Points, wrapping
+from tests.handshakes import PATIENCE, Points
 
 BLOCKS, BATCHES = 4, 4
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def points() -> Points:
-    return Points()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +37,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture
 def case(made: Case, tmp_path: Path) -> Case:
     return made.at(tmp_path / "out")
-
-
-@pytest.fixture
-def around(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return wrapping(monkeypatch)
 
 
 def test_work_behind_is_done_in_order_one_piece_at_a_time(points: Points) -> None:

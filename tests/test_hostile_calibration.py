@@ -105,21 +105,22 @@ def test_a_template_that_gives_no_text(tmp_path: Path, monkeypatch: pytest.Monke
         def apply_chat_template(self, messages: list[Any], tokenize: bool) -> list[Any]:
             return messages
 
-    rendered = chat.render_chats(Odd(), [chat.Chat("chats.jsonl line 3", [{}])])
-    with pytest.raises(CalibrationError, match=r"chats\.jsonl line 3: .* it gives a list instead of text"):
-        next(rendered)
+    with (
+        chat.ChatRenderer(Odd()) as renderer,
+        pytest.raises(CalibrationError, match=r"chats\.jsonl line 3: .* it gives a list instead of text"),
+    ):
+        renderer.render(chat.Chat("chats.jsonl line 3", [{}]))
 
 
-def test_many_chats_come_in_order_and_only_as_asked_for(tmp_path: Path) -> None:
+def test_many_chats_come_in_order_from_one_process(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path)
     wanted = [chat.Chat(f"line {n}", [{"role": "u", "content": f"{n} " + "x" * 3000}]) for n in range(500)]
-    rendered = chat.render_chats(tokenizer, wanted)
-    for n in range(100):
-        assert next(rendered) == f"<u>{n} " + "x" * 3000
-    assert len(children()) == 1
-    rendered.close()
+    with chat.ChatRenderer(tokenizer) as renderer:
+        assert children() == []
+        for n, each in enumerate(wanted):
+            assert renderer.render(each) == f"<u>{n} " + "x" * 3000
+        assert len(children()) == 1
     assert children() == []
-    assert len(list(chat.render_chats(tokenizer, wanted))) == 500
 
 
 def children() -> list[int]:

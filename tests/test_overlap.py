@@ -25,15 +25,10 @@ from streamprune.streaming.reader import ShardReader
 from streamprune.streaming.states_file import StatesFile
 from streamprune.streaming.stream import BlockStream
 from tests.faults import Case, make_case
-from tests.handshakes import Points, Turn, wrapping
+from tests.handshakes import Points, Turn
 
 PLAIN_PREADV = os.preadv
 BLOCKS, BATCHES = 4, 4
-
-
-@pytest.fixture
-def points() -> Points:
-    return Points()
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +40,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture
 def case(made: Case, tmp_path: Path) -> Case:
     return made.at(tmp_path / "out")
-
-
-@pytest.fixture
-def around(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return wrapping(monkeypatch)
 
 
 def block_of(name: str) -> int | None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,18 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """A run of a few seconds, so that a signal meets it in the middle."""
     # As many threads as the processes it is compared with have: sums are rounded otherwise with more.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned")
     write_token_ids(case.tokens, sequences=400)
     shutil.rmtree(case.output)
     case.run()
     case.expected = tree_bytes(case.output)
-    return case
+    yield case
+    torch.set_num_threads(threads)
 
 
 def start(case: Case) -> subprocess.Popen[str]:

@@ -26,8 +26,8 @@ from streamprune.together.processes import ALONE, Processes
 
 #: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
-#: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes
-#: (30 to 50 MiB, since hidden states come and go in a thread of their own).
+#: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
+#: where hidden states come and go in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
 HOST_MARGIN = 80 * 1024**2
 
 

@@ -163,15 +163,21 @@ class OutputWriter:
 
         What has been compared since this was made is not compared again.
         """
-        proven = [
-            (block, proof)
+        proven = self._proven(kept)
+        rest = self._prove([shard for shard in self._plan.shards if shard.block not in proven], kept)
+        proofs = [rest, *proven.values()]
+        return Proof(sum(proof.tensors for proof in proofs), sum(proof.nbytes for proof in proofs))
+
+    def has_proven(self, kept: Mapping[int, Sequence[int]]) -> bool:
+        """Whether `verify` has nothing left to compare."""
+        return {shard.block for shard in self._plan.shards} <= self._proven(kept).keys()
+
+    def _proven(self, kept: Mapping[int, Sequence[int]]) -> dict[int | None, Proof]:
+        return {
+            block: proof
             for block, (experts, proof) in self._proofs.items()
             if experts == (tuple(kept.get(block, ())) if block is not None else ())
-        ]
-        blocks = {block for block, _ in proven}
-        rest = self._prove([shard for shard in self._plan.shards if shard.block not in blocks], kept)
-        proofs = [rest, *(proof for _, proof in proven)]
-        return Proof(sum(proof.tensors for proof in proofs), sum(proof.nbytes for proof in proofs))
+        }
 
     def finish(self, report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then give the output its name."""

@@ -163,10 +163,12 @@ def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress:
 
 
 def _verify(decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
-    # Of a large model this takes minutes.
-    progress.say("comparing what was written with the source ...")
+    kept = {layer.block: layer.kept for layer in decided.choice.layers}
+    if not writer.has_proven(kept):
+        # What earlier sittings wrote. Of a large model this takes minutes.
+        progress.say("comparing what was written with the source ...")
     try:
-        proof = writer.verify({layer.block: layer.kept for layer in decided.choice.layers})
+        proof = writer.verify(kept)
     except VerifyError:
         # The records of what was written cannot be believed; what is known of the experts has nothing to do with it.
         layers = {layer.block: layer for layer in decided.scores.layers} if decided.scores is not None else {}

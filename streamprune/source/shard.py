@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from streamprune.errors import CheckpointError
 
@@ -165,7 +165,7 @@ def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: in
             yield data
 
 
-def nothing_around(stream: BinaryIO) -> None:
+def nothing_around(stream: IO[bytes]) -> None:
     """Let the system read from the disk what of a file is asked for, and nothing around it.
 
     Whoever opens a file of weights has to: where one reading has made the system read ahead, it goes on with that in
@@ -174,7 +174,7 @@ def nothing_around(stream: BinaryIO) -> None:
     _advise(stream, 0, 0, "RANDOM")
 
 
-def _advise(stream: BinaryIO, begin: int, size: int, what: str) -> None:
+def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
     """Tell the system how bytes of a file will be read (size 0: to its end), where it can be told."""
     if hasattr(os, "posix_fadvise"):
         # A hint: where the file system does not take it, nothing is lost.

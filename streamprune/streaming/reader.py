@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from streamprune.errors import CheckpointError
 from streamprune.machine import page_locked
 from streamprune.memory.plan import STAGING_BYTES
 from streamprune.source.checkpoint import Checkpoint, TensorEntry
-from streamprune.source.shard import cut_short
+from streamprune.source.shard import cut_short, nothing_around
 
 #: Requests in flight: one alone leaves an NVMe disk idle half of the time.
 _READERS = 4
@@ -66,7 +66,7 @@ class _Request:
 
 
 class Reading:
-    """Groups of tensors that are being read. `take` waits for them; each may be taken once."""
+    """Groups of tensors that are being read. After `wait` each may be taken, once."""
 
     def __init__(
         self, memory: dict[str, torch.Tensor], layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]
@@ -153,7 +153,9 @@ class ShardReader:
     def _read(self, request: _Request, reading: Reading) -> None:
         path, into = self._checkpoint.folder / request.file, reading.places(request)
         try:
-            with self._busy.at("read"), _opened(path) as file:
+            with self._busy.at("read"), path.open("rb", buffering=0) as stream:
+                nothing_around(stream)
+                file = stream.fileno()
                 fresh = not_cached(file, request.begin, request.size)
                 if self._courier is None:
                     _read_fully(file, request.begin, [_bytes_of(tensor) for tensor in into], path)
@@ -244,20 +246,6 @@ def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> It
             done, end = done + size, end + size
     if places:
         yield _Request(file, begin, tuple(places))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(os, "posix_fadvise"):
-            # Nothing beyond what is asked for: the rest of the file may never be needed. (Not every file system takes
-            # the hint.)
-            with suppress(OSError):
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        yield file
-    finally:
-        os.close(file)
 
 
 def _read_fully(file: int, position: int, into: list[memoryview], path: Path) -> None:

@@ -16,7 +16,7 @@ import select
 import signal
 import time
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,17 +41,6 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def render_chats(tokenizer: Any, chats: Iterable[Chat]) -> Generator[str, None, None]:
-    """The text of one chat after the other, as it is asked for.
-
-    Raises CalibrationError, naming the record, where the template refuses a chat, takes more than MOST_SECONDS or
-    MOST_MEMORY, or makes more than MOST_TEXT bytes of it. Closing the iterator ends the process that renders.
-    """
-    with ChatRenderer(tokenizer) as renderer:
-        for chat in chats:
-            yield renderer.render(chat)
-
-
 class ChatRenderer:
     """A process that renders chats. It is started by the first of them; use as a context manager to end it."""
 
@@ -74,7 +63,11 @@ class ChatRenderer:
         self._child = None
 
     def render(self, chat: Chat) -> str:
-        """The text of a chat. Raises as `render_chats` does."""
+        """The text of a chat.
+
+        Raises CalibrationError, naming the record, where the template refuses it, takes more than MOST_SECONDS or
+        MOST_MEMORY, or makes more than MOST_TEXT bytes of it.
+        """
         if self._child is None:
             self._start()
         try:
