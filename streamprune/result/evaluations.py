@@ -1,0 +1,51 @@
+"""What evaluations leave with a model: files of JSON in a folder of it, one for each kind. No torch.
+
+| file | who writes it | what it holds |
+|---|---|---|
+| `text.json` | `eval --data`, `run --evaluate` | loss, and against the original KL and agreement, by source |
+| `generation.json` | `eval --generate` | how continuations end: by themselves, in loops, not at all |
+| `tasks.json` | `eval --tasks` | what lm-evaluation-harness gave, as it gave it |
+
+`text.json` has `model`, `against` (null without), `dtype`, `data`, and `sources`, a list with for each source `name`,
+`sequences`, `tokens` (that were predicted), `loss` and `perplexity`; with `against` also `original_loss`,
+`original_perplexity`, `loss_increase`, `kl`, `kl_p99`, `top1_agreement` and `hidden_error` (a number per block). Losses
+and KL are nats per token. Behind `loss`, `perplexity`, `loss_increase`, `kl` and `top1_agreement` stands
+`NAME_interval`, [low, high] of 95 %, null for fewer than two sequences. `all` is the same over all tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import write_whole
+from streamprune.source.checkpoint import read_json
+
+FOLDER_NAME = "evaluation"
+TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"
+#: The format of text.json and generation.json.
+RESULT_FORMAT = 1
+
+
+def results_folder(model: Path) -> Path:
+    """Where the results about a model lie that lies in `model`."""
+    return model / FOLDER_NAME
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """The result of that name in a folder of results; None if there is none.
+
+    Raises CheckpointError for a file that is no JSON object.
+    """
+    path = folder / name
+    return read_json(path) if path.is_file() else None
+
+
+def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Write a result whole or not at all, in the place of an earlier one. Raises OutputError, ResourceError."""
+    with writing(f"Writing {folder / name}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, (json.dumps(result, indent=2) + "\n").encode())
