@@ -63,8 +63,13 @@ def test_the_budget_gives_what_keep_gives(tmp_path: Path) -> None:
     by_budget = prune(source, tmp_path / "a", budget_gib=budget_for(read_footprint(str(source)), 4), context=128)
     by_keep = prune(source, tmp_path / "b", keep=4, context=128)
     assert by_budget.layers == by_keep.layers
-    for name in ("config.json", "streamprune.json", "model.safetensors.index.json"):
+    for name in ("config.json", "model.safetensors.index.json"):
         assert (by_budget.output / name).read_bytes() == (by_keep.output / name).read_bytes()
+    budget, keep = (json.loads((each.output / "streamprune.json").read_text()) for each in (by_budget, by_keep))
+    assert budget["use"].pop("budget_bytes") == by_budget.summary["memory"]["budget_bytes"]
+    assert keep["use"].pop("budget_bytes") is None
+    assert budget == keep
+    assert budget["use"] == {"context": 128, "batch": 1, "kv_dtype": "auto"}
 
 
 def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:

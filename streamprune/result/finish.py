@@ -154,8 +154,9 @@ def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress:
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     report = run_report(
-        decided.provenance, decided.choice, plan, decided.selection, decided.quota, settings.max_shard_bytes
-    )
+        decided.provenance, decided.choice, plan, decided.selection, decided.quota, settings.use,
+        settings.max_shard_bytes,
+    )  # fmt: skip
     headers = writer.headers()
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.quota, headers)
     writer.finish(report, model_card(plan, report, decided.checkpoint, estimate))

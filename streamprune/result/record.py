@@ -14,6 +14,7 @@ from streamprune.errors import ScoresError
 from streamprune.output.plan import PrunePlan
 from streamprune.quota import Quota
 from streamprune.scores.scores import Scores
+from streamprune.settings import Use
 from streamprune.source.checkpoint import Checkpoint
 
 #: The format of streamprune.json.
@@ -26,13 +27,14 @@ def run_report(
     plan: PrunePlan,
     selection: Selection | None,
     quota: Quota,
+    use: Use,
     shard_bytes: int,
 ) -> dict[str, Any]:
     """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
 
     It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
-    on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made;
-    `shard_bytes` is the largest size of an output file.
+    on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made; `use`
+    is what the user planned for, `shard_bytes` the largest size of an output file.
     """
     # In one order, whether it comes from a run or was read from a file.
     provenance = json.loads(json.dumps(provenance, sort_keys=True))
@@ -48,6 +50,7 @@ def run_report(
         "format": REPORT_FORMAT,
         # How the scores were taken, which cannot change how experts were chosen: a stranger's file may name that too.
         "settings": settings | {name: value for name, value in provenance["settings"].items() if name not in settings},
+        "use": _use(use, quota),
         "versions": provenance["versions"],
         "source": {**provenance["source"], "experts": plan.layout.spec.count, "top_k": plan.layout.spec.top_k},
         "calibration": provenance["calibration"],
@@ -62,6 +65,15 @@ def run_report(
             }
             for layer in choice.layers
         ],
+    }
+
+
+def _use(use: Use, quota: Quota) -> dict[str, Any]:
+    return {
+        "context": use.context,
+        "batch": use.batch,
+        "kv_dtype": use.kv_dtype,
+        "budget_bytes": quota.budget.nbytes if quota.budget else None,
     }
 
 
