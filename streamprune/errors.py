@@ -51,6 +51,12 @@ class DoesNotFitError(StreampruneError):
     exit_code = 3
 
 
+class TooMuchLostError(StreampruneError):
+    """The pruned model's predictions are farther from the original's than the user wants."""
+
+    exit_code = 4
+
+
 class ResumeError(StreampruneError):
     """An interrupted run cannot be taken up: it is missing or damaged, or something that matters has changed."""
 

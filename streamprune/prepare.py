@@ -24,26 +24,25 @@ from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.settings import RunSettings
 from streamprune.source.architecture import config_from_dict, declared_dtype, load_config
 from streamprune.source.checkpoint import Checkpoint, open_checkpoint
+from streamprune.source.decoder import build_model
 from streamprune.source.hub import resolve_model
 from streamprune.source.integrity import check_fit, check_pruned
+from streamprune.source.opened import Opened
 from streamprune.source.rewrite import drop_missing_code, rewrite_config
-from streamprune.source.skeleton import Skeleton, Target, build_model, build_skeleton, map_checkpoint
+from streamprune.source.skeleton import Skeleton, build_skeleton, map_checkpoint
 from streamprune.text.calibration import Calibration, load_calibration
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model opened and understood, nothing of its weights read yet.
+class Prepared(Opened):
+    """A Mixture-of-Experts model that is opened to be pruned, or to be scored.
 
     `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. `counts`
     are the experts that stay by block; None where that is decided once all are scored, or where nothing is pruned.
     """
 
-    checkpoint: Checkpoint
     skeleton: Skeleton
-    targets: Mapping[str, Target | None] = field(repr=False)
     layout: Layout
-    dtype: torch.dtype
     decision: Decision
     counts: Mapping[int, int] | None
     trust_remote_code: bool
@@ -86,14 +85,14 @@ def prepare(settings: RunSettings, decision: Decision) -> Prepared:
         )
     dtype, skeleton = decision.dtype, decision.skeleton
     if dtype is None:
-        dtype = _dtype_of_weights(checkpoint)
+        dtype = dtype_of_weights(checkpoint)
         skeleton = build_skeleton(decision.config, dtype, settings.trust_remote_code)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors)
     layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
     decision = with_footprint(settings, decision, skeleton, checkpoint.tensors)
     counts = decision.counts
-    prepared = Prepared(checkpoint, skeleton, targets, layout, dtype, decision, counts, settings.trust_remote_code)
+    prepared = Prepared(checkpoint, skeleton, targets, dtype, layout, decision, counts, settings.trust_remote_code)
     least = minimum_keep(skeleton.spec)
     # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
     for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
@@ -174,7 +173,7 @@ def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
     return calibration
 
 
-def _dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
+def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
     """The floating-point dtype that most bytes of the weights have."""
     sizes = {"BF16": 0, "F16": 0, "F32": 0}
     for entry in checkpoint.tensors.values():

@@ -13,6 +13,13 @@ from streamprune.text.calibration import Calibration
 from streamprune.work.resume import versions
 
 
+def _held_back(held: Calibration | None) -> dict[str, Any]:
+    if held is None:
+        return {}
+    told = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
+    return {"held_back": told}
+
+
 def provenance_of(
     settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device, batch_tokens: int
 ) -> dict[str, Any]:
@@ -36,6 +43,7 @@ def provenance_of(
             "tokens": calibration.tokens,
             "fingerprint": calibration.fingerprint,
             "recipe": dict(calibration.recipe),
+            **_held_back(calibration.held),
         },
         "versions": versions(),
     }

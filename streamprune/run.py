@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from streamprune.choice.choose import Choice
-from streamprune.choice.chooser import Chooser
-from streamprune.decision import Decision, decide, with_footprint
-from streamprune.fit.footprint import read_headers
+from streamprune.choice.chooser import Chooser, selection_of
+from streamprune.decision import Decision, decide
+from streamprune.evaluation.held_out import hold_back, leave_held_out
+from streamprune.evaluation.of_run import RunExamination
 from streamprune.fit.report import estimate_object
-from streamprune.machine import check_disk, choose_device, describe_host, peak_resident_bytes
+from streamprune.machine import choose_device, describe_host, peak_resident_bytes
 from streamprune.memory.needs import plan_memory
 from streamprune.memory.plan import MemoryPlan
 from streamprune.model_facts import ModelFacts
@@ -42,7 +43,6 @@ from streamprune.settings import RunSettings, beside
 from streamprune.streaming.shared import LeadingScorer, call_in, together
 from streamprune.streaming.sitting import Outlet, Sitting
 from streamprune.tell import (
-    NO_ESTIMATE,
     announce_calibration,
     announce_model,
     announce_plan,
@@ -91,7 +91,7 @@ def _resume(work_folder: Path, quiet: bool, changes: Mapping[str, Any], processe
 
 
 def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None, processes: Processes) -> RunResult:
-    device = _device(settings, processes)
+    device = device_of(settings, processes)
     decision = decide(settings)
     with Progress(decision.skeleton.block_count, quiet) as progress, ExitStack() as stack:
         work = enter_work(stack, settings)
@@ -127,9 +127,10 @@ class _Run:
         # Before tens of GiB are downloaded: text that is of no use should cost no time.
         if recorded is not None and tokens_recorded:
             vocabulary = vocabulary_of(self.decision.skeleton)
-            calibration = calibration_of(recorded, self.work.read_tokens(), self.work.folder, vocabulary)
+            whole = calibration_of(recorded, self.work.read_tokens(), self.work.folder, vocabulary)
         else:
-            calibration = calibrate(self.settings, self.decision)
+            whole = calibrate(self.settings, self.decision)
+        calibration = hold_back(whole) if self.settings.evaluate else whole
         prepared = prepare(self.settings, self.decision)
         facts = facts_of(prepared)
         check_schedule(self.settings, facts, prepared.counts)
@@ -141,16 +142,17 @@ class _Run:
         if recorded is not None and settings.batch_tokens is None:
             # The same micro-batches, so that the same digits come out.
             settings = replace(settings, batch_tokens=recorded["batch_tokens"])
-        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder, self.processes)
-        memory = call_in(self.processes, settings, prepared, calibration, memory)
+        streamed = _streamed(settings, calibration)
+        memory = plan_memory(settings, prepared, streamed, self.device, self.work.folder, self.processes)
+        memory = call_in(self.processes, settings, prepared, streamed, memory)
         announce_processes(self.progress, self.processes, self.device)
         self.progress.say(memory.describe())
-        now = describe_run(settings, prepared, calibration) | {"batch_tokens": memory.batch_tokens}
+        now = describe_run(settings, prepared, whole) | {"batch_tokens": memory.batch_tokens}
         if recorded is not None:
             check_same(recorded, now, self.work.folder)
         else:
             announce_work(self.progress, settings, prepared, memory, self.work)
-            self.work.write_run(now, [sequence.tolist() for sequence in calibration.sequences])
+            self.work.write_run(now, [sequence.tolist() for sequence in whole.sequences])
         return self._stream(settings, prepared, facts, calibration, memory)
 
     def _stream(
@@ -162,13 +164,17 @@ class _Run:
             writer = self._writer(settings, prepared, facts, prepared.counts)
             outlet = Outlet(writer, chooser)
         self.stop.patient = True
+        streamed, examination = _streamed(settings, calibration), None
+        if calibration.held is not None:
+            examination = RunExamination(settings, prepared, calibration.held, self.work, self.progress)
         with LeadingScorer(
-            settings, prepared, calibration, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
+            settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
             self.processes,
         ) as scorer:  # fmt: skip
             sitting = Sitting(
-                settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop
-            )
+                settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop,
+                examination if streamed.held is not None else None,
+            )  # fmt: skip
             layers = sitting.stream(self.device)
         scores = Scores(
             tuple(layers),
@@ -191,12 +197,18 @@ class _Run:
         writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
         decided = _decided(settings, prepared, facts, chooser, choice, writer.plan, scores)
         tell_choice(decided, self.progress)
+        if examination is not None:
+            examination.settle(decided, memory, self.device, self.stop)
         if outlet is None:
             with scorer.busy.at("write"):
                 write_blocks(decided, writer, self.work, self.progress, self.stop)
         self.stop.patient = False
         self.work.states.forget()
-        return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()})
+        evaluation = examination.result if examination is not None else None
+        result = self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
+        if calibration.held is not None:
+            leave_held_out(settings.output, calibration.held, self.progress)
+        return result
 
     def _writer(
         self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, counts: Mapping[int, int]
@@ -216,13 +228,20 @@ class _Run:
         tell_scores(self.progress, self.settings, scores, summary)
         return RunResult(self.settings.output, (), summary)
 
-    def _leave_model(self, decided: Decided, writer: OutputWriter, taken: Mapping[str, Any]) -> RunResult:
+    def _leave_model(
+        self,
+        decided: Decided,
+        writer: OutputWriter,
+        taken: Mapping[str, Any],
+        evaluation: Mapping[str, Any] | None,
+    ) -> RunResult:
         """Check what was written, give it its name, and tell the user."""
-        estimate = complete(decided, writer, self.work, self.progress)
+        estimate = complete(decided, writer, self.work, self.progress, evaluation)
         # The output is complete from here on, whatever happens to the log or the terminal.
         told = estimate_object(estimate) if estimate else None
         summary = {
             **summary_of(decided, told, self.progress.seconds),
+            **({"evaluation": evaluation} if evaluation is not None else {}),
             **taken,
             "peak_resident_bytes": peak_resident_bytes(),
         }
@@ -235,6 +254,11 @@ class _Run:
     def _log(self, summary: Mapping[str, Any]) -> None:
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
         self.progress.write_log(beside(self.settings.output, LOG_SUFFIX))
+
+
+def _streamed(settings: RunSettings, calibration: Calibration) -> Calibration:
+    """What goes through the blocks while they are scored: where experts are chosen once all are, not what is held."""
+    return replace(calibration, held=None) if selection_of(settings).needs_all_layers else calibration
 
 
 def _decided(
@@ -252,39 +276,8 @@ def _decided(
     return Decided(settings, prepared.checkpoint, facts, by, quota, choice, plan, told, scores)
 
 
-def dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
-    """Decide and tell what `run` would do, from config and headers alone. Downloads and writes nothing large.
-
-    Returns what `--dry-run --json` prints. Raises like `run`, also where the disk is too small for the output.
-    """
-    _device(settings)
-    decision = decide(settings)
-    if decision.footprint is None:
-        headers = read_headers(settings.model, decision.folder)
-        decision = with_footprint(settings, decision, decision.skeleton, headers)
-    quota, estimate = decision.quota, decision.estimate(settings)
-    assert quota is not None
-    with Progress(decision.skeleton.block_count, quiet) as progress:
-        announce_plan(progress, settings, decision)
-        if estimate is not None:
-            tell_memory(progress, estimate)
-        else:
-            progress.say(NO_ESTIMATE)
-        progress.say("dry run: nothing was scored or written")
-    if estimate is not None:
-        check_disk(settings.output, estimate.weights_bytes)
-    counts = list(decision.counts.values()) if decision.counts else None
-    return {
-        "model": settings.model,
-        "output": str(settings.output),
-        "experts_per_layer": quota.keep if quota.even else counts,
-        "experts_in_all_layers": quota.total,
-        "source_experts_per_layer": decision.skeleton.spec.count,
-        "memory": estimate_object(estimate) if estimate else None,
-    }
-
-
-def _device(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
+def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
+    """The device that a process of a run computes on. Raises SettingsError where a setting makes no sense on it."""
     device = choose_device(settings.device, processes.local_rank)
     settings.check_device(device.type)
     return device

@@ -168,25 +168,18 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Place, Goal):
-    """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
+class Computing:
+    """Where and in what is computed, and what memory that may take.
 
-    Raises SettingsError when a value is impossible whatever the model.
+    Raises SettingsError when a value is impossible whatever the machine.
     """
 
-    only_score: bool = False
-    calibration: tuple[str, ...] = ("builtin",)
-    samples: int | None = None
-    seq_len: int | None = None
-    propagate: str = "original"
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int | None = None
     states: str = "auto"
     vram_gib: float | None = None
     ram_gib: float | None = None
-    from_layer: int | None = None
-    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
 
     def most_batch_tokens(self, device_type: str) -> int:
         """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
@@ -194,37 +187,19 @@ class RunSettings(Place, Goal):
 
     @property
     def vram_bytes(self) -> int | None:
-        """What the run may take on the card; None for what there is."""
+        """What may be taken on the card; None for what there is."""
         return None if self.vram_gib is None else int(self.vram_gib * 2**30)
 
     @property
     def ram_bytes(self) -> int | None:
-        """What the run may have resident in RAM; None for what there is."""
+        """What may be resident in RAM; None for what there is."""
         return None if self.ram_gib is None else int(self.ram_gib * 2**30)
 
     def __post_init__(self) -> None:
-        if not self.only_score:
-            self.check_one_goal()
-        Goal.__post_init__(self)
-        Place.__post_init__(self)
-        for name, value, least in (
-            ("--samples", self.samples, 1),
-            ("--seq-len", self.seq_len, 2),
-            ("--batch-tokens", self.batch_tokens, 1),
-            ("--from-layer", self.from_layer, 0),
-        ):
-            if value is not None:
-                check_least(name, value, least)
-        check_choice("--propagate", self.propagate, PROPAGATE)
+        if self.batch_tokens is not None:
+            check_least("--batch-tokens", self.batch_tokens, 1)
         check_choice("--dtype", self.dtype, DTYPES)
         check_choice("--states", self.states, STATES)
-        self._check_caps()
-        if not 0 <= self.checkpoint_every < float("inf"):
-            raise SettingsError(
-                f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
-            )
-
-    def _check_caps(self) -> None:
         for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
             if cap is not None and not 0 < cap * 2**30 < float("inf"):
                 raise SettingsError(f"{name} {cap:g} is no amount of memory. Give GiB above 0, for example {name} 16.")
@@ -238,6 +213,47 @@ class RunSettings(Place, Goal):
                 f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
                 "Use --ram-gib, or a CUDA --device."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Place, Goal, Computing):
+    """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
+
+    With `evaluate` a part of the calibration is held back and measured on; `stop_if_kl` (nats per token) ends a run
+    whose damage there is larger. Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    only_score: bool = False
+    calibration: tuple[str, ...] = ("builtin",)
+    samples: int | None = None
+    seq_len: int | None = None
+    propagate: str = "original"
+    from_layer: int | None = None
+    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
+    evaluate: bool = False
+    stop_if_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.only_score:
+            self.check_one_goal()
+        Goal.__post_init__(self)
+        Place.__post_init__(self)
+        Computing.__post_init__(self)
+        check_amounts(self.samples, self.seq_len)
+        if self.from_layer is not None:
+            check_least("--from-layer", self.from_layer, 0)
+        check_choice("--propagate", self.propagate, PROPAGATE)
+        if not 0 <= self.checkpoint_every < float("inf"):
+            raise SettingsError(
+                f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
+            )
+        if self.stop_if_kl is not None:
+            if not self.evaluate:
+                raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")
+            if not 0 < self.stop_if_kl < float("inf"):
+                raise SettingsError(
+                    f"--stop-if-kl {self.stop_if_kl:g} is no KL divergence. Give nats per token above 0."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +285,13 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
     """Raise SettingsError unless an option has one of its values."""
     if choice not in choices:
         raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_amounts(samples: int | None, seq_len: int | None) -> None:
+    """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
+    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
+        if value is not None:
+            check_least(name, value, least)
 
 
 def check_least(name: str, value: int, least: int) -> None:

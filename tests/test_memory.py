@@ -232,7 +232,7 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
     """Only while their place was left to us; here the CPU's memory stands in for the card's."""
     calibration = Calibration(tuple(torch.full((8,), number) for number in range(4)), ("test",), (0,) * 4, "")
     room = Room(Limit(1000, "", ""), Limit(1000, "", ""), Limit(1000, "", ""))
-    plan = MemoryPlan("device", 32, Needs(1, 1, 1, 1, 1, 100, lambda tokens: tokens, 4, 8, 32), room, "cuda:0")
+    plan = MemoryPlan("device", 32, Needs(1, 1, 1, 1, 1, 100, lambda tokens: tokens, 4, 8, 32, 4), room, "cuda:0")
 
     def carry(states: str) -> tuple[MicroBatches, list[int], str]:
         shown, committed = io.StringIO(), []
@@ -246,7 +246,7 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
 
         micro.batch_tokens = 8
         for _ in range(2):
-            micro.run(0, compute, lambda done, source: committed.append(done), store=True)
+            micro.run(0, compute, lambda done, batch: committed.append(done))
         return micro, committed, shown.getvalue()
 
     micro, committed, shown = carry("auto")

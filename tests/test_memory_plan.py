@@ -104,7 +104,7 @@ def test_weights_take_no_more_while_they_are_loaded_than_predicted(
 
 def needs(**changes: int) -> Needs:
     values = {"block": 100, "reading": 90, "loading": 110, "staging": 30, "surroundings": 20, "states": 200} | changes
-    return Needs(**values, workspace=lambda tokens: tokens, sequences=100, longest=8, tokens=800)
+    return Needs(**values, workspace=lambda tokens: tokens, sequences=100, longest=8, tokens=800, itemsize=4)
 
 
 def room(device: int, host: int | None = None, disk: int = 10**6) -> Room:

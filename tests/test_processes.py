@@ -173,7 +173,7 @@ def calibration(*lengths: int) -> Calibration:
 def plan(batch_tokens: int) -> MemoryPlan:
     needs = Needs(
         block=1, reading=1, loading=1, staging=1, surroundings=1, states=1, workspace=lambda tokens: tokens,
-        sequences=9, longest=4, tokens=36,
+        sequences=9, longest=4, tokens=36, itemsize=4,
     )  # fmt: skip
     free = Limit(1 << 30, "1 GiB is free", "wait")
     return MemoryPlan("ram", batch_tokens, needs, Room(free, None, free), "cpu")
@@ -202,7 +202,7 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
             seen.extend(batch.ids[:, 0].tolist())
             return BatchState(batch.ids * 10, {"past": {0: (batch.ids + 1, "kind")}})
 
-        batches.run(0, compute, lambda done, source: None, store=True)
+        batches.run(0, compute, lambda done, batch: None)
         if processes.is_first:
             with WorkFolder(tmp_path / "work") as work:
                 batches.save(work, 0, {"block": 1})
@@ -231,7 +231,7 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
             found.update({int(ids[0]): processes.rank for ids in batch.ids})
             return state
 
-        batches.run(1, compute, lambda done, source: None, store=True)
+        batches.run(1, compute, lambda done, batch: None)
         return found
 
     found = in_threads(2, second)
@@ -247,14 +247,14 @@ def test_all_stop_behind_the_same_micro_batch(asked: int, tmp_path: Path) -> Non
         batches = micro_batches(processes, text, 4, tmp_path, stop)
         done = 0
 
-        def commit(number: int, source: int) -> None:
+        def commit(number: int, batch: MicroBatch) -> None:
             nonlocal done
             done = number
             if processes.rank == asked and number == 2 + processes.rank:
                 stop.signal = 15
 
         with pytest.raises(Stopped):
-            batches.run(0, lambda number, batch, state: BatchState(batch.ids), commit, store=True)
+            batches.run(0, lambda number, batch, state: BatchState(batch.ids), commit)
         assert batches.own(sum(processes.collect(done))) == done, "what is done is the beginning of all"
         return done
 

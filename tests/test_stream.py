@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.streaming import scoring
 from streamprune.streaming.states import HiddenStates, non_finite_tokens
 from streamprune.streaming.stream import BatchState, BlockStream
 from tests.helpers import CPU, prune
@@ -31,13 +30,13 @@ def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monk
     def watch(self: BlockStream, index: int, block: nn.Module, *arguments: Any) -> BatchState:
         loaded = [
             number
-            for number, other in enumerate(self._skeleton.blocks)
+            for number, other in enumerate(self._decoder.blocks)
             if any(not parameter.is_meta for parameter in other.parameters())
         ]
         seen.append((index, loaded))
         return plain(self, index, block, *arguments)
 
-    monkeypatch.setattr(scoring.BlockStream, "run_block", watch)
+    monkeypatch.setattr(BlockStream, "run_block", watch)
     prune(make_model(tmp_path / "model", tiny_config(FAMILIES[0])), tmp_path / "out", propagate=propagate)
     assert {index for index, _ in seen} == {0, 1, 2, 3}
     assert all(loaded == [index] for index, loaded in seen)

@@ -9,6 +9,7 @@ import click
 from streamprune import __version__
 from streamprune.cli.calibration import calibration
 from streamprune.cli.common import OneVoice, quiet_libraries, reports_errors
+from streamprune.cli.evaluating import evaluate
 from streamprune.cli.inspecting import inspect
 from streamprune.cli.keeping import clean, status, verify
 from streamprune.cli.pruning import prune, resume, run, score
@@ -51,5 +52,5 @@ def demo(output: Path, steps: int, seed: int) -> None:
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
 
 
-for command in (run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration):
+for command in (run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration, evaluate):
     main.add_command(command)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 _FOLDER = click.Path(path_type=Path)
+_STOP_IF_KL = "With --evaluate: stop as soon as the KL divergence from the original is above X nats per token."
 _VERIFY = "Compare the result with the source, byte by byte."
 
 
@@ -95,6 +96,8 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @place_options
 @_sitting_options(resuming=False)
+@click.option("--evaluate", is_flag=True, help="Hold back a tenth of the calibration, and measure what is lost on it.")
+@click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
 @click.option("--verify/--no-verify", default=True, show_default=True, help=_VERIFY)
 @reports_errors
 def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
@@ -107,9 +110,10 @@ def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: 
         return
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune import run as engine
+    from streamprune.dry_run import foretell
 
     quiet_libraries(downloads=quiet)
-    summary = engine.dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
+    summary = foretell(settings, quiet) if dry_run else engine.run(settings, quiet).summary
     if as_json:
         click.echo(json.dumps(summary, indent=2))
 
@@ -176,6 +180,7 @@ def prune(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json
 @click.command()
 @click.argument("workdir", type=_FOLDER)
 @_sitting_options(resuming=True)
+@click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
 @click.option("--verify/--no-verify", default=None, help=_VERIFY)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @reports_errors

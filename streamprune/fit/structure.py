@@ -31,7 +31,8 @@ from streamprune.source.config_facts import (
     states_experts,
     text_part,
 )
-from streamprune.source.skeleton import Skeleton, build_model, build_skeleton
+from streamprune.source.decoder import build_model
+from streamprune.source.skeleton import Skeleton, build_skeleton
 
 #: dtypes by their names in a safetensors header.
 DTYPE_NAMES = {

@@ -18,12 +18,15 @@ from streamprune.machine import format_bytes
 from streamprune.memory.plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
 from streamprune.memory.watch import context_bytes
 from streamprune.prepare import Prepared
-from streamprune.settings import COMFORTABLE_BATCH_TOKENS, RunSettings
-from streamprune.source.config_facts import ModelShape, stated_shape
-from streamprune.source.skeleton import Skeleton
+from streamprune.settings import COMFORTABLE_BATCH_TOKENS, Computing, RunSettings
+from streamprune.source.config_facts import ExpertSpec, ModelShape, stated_shape
+from streamprune.source.decoder import Decoder
+from streamprune.source.opened import Opened
 from streamprune.text.calibration import Calibration
 from streamprune.together.processes import ALONE, Processes
 
+#: Bytes that are summed up for each token over the vocabulary of two models (`streaming.vocabulary`).
+SUMS_PER_TOKEN = 9 * 8
 #: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
 #: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
@@ -44,8 +47,22 @@ def plan_memory(
     Of several `processes` each decides for itself: it has its share of the hidden states, and of what is free on its
     machine. Raises ResourceError, with the numbers, when the run cannot be.
     """
-    needs = replace(find_needs(settings, prepared, calibration), processes=processes.count)
-    room = measure_room(settings, prepared, device, folder, processes)
+    return plan_for(
+        settings, find_needs(settings, prepared, calibration), prepared.planned_bytes, device, folder, processes
+    )
+
+
+def plan_for(
+    settings: Computing,
+    needs: Needs,
+    output_bytes: int,
+    device: torch.device,
+    folder: Path,
+    processes: Processes = ALONE,
+) -> MemoryPlan:
+    """The same for needs that are known, where so many bytes will be written to the disk of `folder`."""
+    needs = replace(needs, processes=processes.count)
+    room = measure_room(settings, output_bytes, device, folder, processes)
     most = settings.most_batch_tokens(device.type)
     usual = COMFORTABLE_BATCH_TOKENS[device.type]
     place, batch_tokens = choose(needs, room, settings.states, most, usual)
@@ -54,13 +71,47 @@ def plan_memory(
 
 def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Needs:
     """What a prepared run needs, from the model on meta and the calibration."""
-    skeleton, text = prepared.skeleton, prepared.skeleton.model.config.get_text_config(decoder=True)
-    sources = Counter(target.name for target in prepared.targets.values() if target is not None)
-    shape, itemsize = _shape_of(skeleton, text), prepared.dtype.itemsize
+    copies = settings.propagate == "pruned" or calibration.held is not None
+    counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
+    last = prepared.skeleton.block_count - 1 if calibration.held is not None else prepared.layout.moe_blocks[-1]
+    spec = prepared.skeleton.spec
+    shares = {block: (spec.count if count is None else count) / spec.count for block, count in counts.items() if copies}
+    needs = needs_of(prepared, calibration, last + 1, shares, spec)
+    held = calibration.held
+    if held is None:
+        return needs
+    more = needs_of(prepared, held, last + 1)
+    return replace(
+        needs,
+        states=needs.states + 2 * more.states + held.tokens * SUMS_PER_TOKEN,
+        sequences=needs.sequences + more.sequences,
+        longest=max(needs.longest, more.longest),
+        tokens=needs.tokens + more.tokens,
+        sides=2,
+    )
+
+
+def needs_of(
+    opened: Opened,
+    calibration: Calibration,
+    blocks: int,
+    copies: Mapping[int, float] | None = None,
+    spec: ExpertSpec | None = None,
+) -> Needs:
+    """What it takes to stream the first `blocks` blocks of a model.
+
+    `copies` is the share of a block's experts that is there a second time, by block; `spec` tells of the experts what
+    the config may tell under other names.
+    """
+    skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
+    sources = Counter(target.name for target in opened.targets.values() if target is not None)
+    shape, itemsize = _shape_of(text), opened.dtype.itemsize
+    if spec is not None:
+        shape = replace(shape, top_k=spec.top_k, experts=spec.count)
     longest = max(len(sequence) for sequence in calibration.sequences)
-    read, recast = _bytes_as_read(prepared), _recast(prepared)
+    read, recast = _bytes_as_read(opened), _recast(opened)
     block, loading, rows = 0, _surroundings_as_read(skeleton, recast), skeleton.expert_rows
-    for index, module in enumerate(skeleton.blocks[: prepared.layout.moe_blocks[-1] + 1]):
+    for index, module in enumerate(skeleton.blocks[:blocks]):
         prefix = f"{skeleton.blocks_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
         # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
@@ -68,10 +119,8 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
         more = [2 * size for name, size in sizes.items() if sources[name] > 1]
         more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
         small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
-        experts = sum(size for name, size in sizes.items() if name in rows)
-        kept = prepared.counts.get(index, 0) if prepared.counts and settings.propagate == "pruned" else 0
-        twin = experts * kept // skeleton.spec.count
-        block = max(block, sum(sizes.values()) + twin)
+        twin = sum(size for name, size in sizes.items() if name in rows) * (copies or {}).get(index, 0.0)
+        block = max(block, sum(sizes.values()) + round(twin))
         loading = max(loading, max(sum(sizes.values()), read[index]) + max(more, default=0), read[index] + small)
     return Needs(
         block=block,
@@ -84,31 +133,32 @@ def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibrati
         sequences=len(calibration.sequences),
         longest=longest,
         tokens=calibration.tokens,
+        itemsize=itemsize,
     )
 
 
-def _bytes_as_read(prepared: Prepared) -> dict[int, int]:
+def _bytes_as_read(opened: Opened) -> dict[int, int]:
     """The bytes of each block's weights in the checkpoint's own dtypes."""
-    read = dict.fromkeys(range(len(prepared.skeleton.blocks)), 0)
-    for name, target in prepared.targets.items():
-        block = prepared.skeleton.block_of(target.name) if target is not None else None
+    read = dict.fromkeys(range(len(opened.skeleton.blocks)), 0)
+    for name, target in opened.targets.items():
+        block = opened.skeleton.block_of(target.name) if target is not None else None
         if block is not None:
-            read[block] += prepared.checkpoint.tensors[name].nbytes
+            read[block] += opened.checkpoint.tensors[name].nbytes
     return read
 
 
-def _recast(prepared: Prepared) -> Counter[str]:
+def _recast(opened: Opened) -> Counter[str]:
     """The parameters that the checkpoint has in another dtype than they are computed with, and their bytes there."""
-    dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(prepared.skeleton.model)}
+    dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(opened.skeleton.model)}
     recast = Counter[str]()
-    for name, target in prepared.targets.items():
-        entry = prepared.checkpoint.tensors[name]
+    for name, target in opened.targets.items():
+        entry = opened.checkpoint.tensors[name]
         if target is not None and entry.dtype != dtypes.get(target.name):
             recast[target.name] += entry.nbytes
     return recast
 
 
-def _surroundings_as_read(skeleton: Skeleton, recast: Mapping[str, int]) -> int:
+def _surroundings_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
     """Bytes of what is read around the blocks and converted: it is there beside what is made of it."""
     decoder = skeleton.blocks_path.rpartition(".")[0]
     inside = decoder + "." if decoder else ""
@@ -134,16 +184,16 @@ def states_per_token(text: Any, itemsize: int, length: int) -> int:
     return values * itemsize + chosen * torch.int32.itemsize
 
 
-def _shape_of(skeleton: Skeleton, text: Any) -> ModelShape:
+def _shape_of(text: Any) -> ModelShape:
     stated = {name: value for name, value in text.to_dict().items() if value is not None}
     # Models without attention, or with names of their own, lack some of these in the plain dictionary.
     least = {"hidden_size": int(text.hidden_size), "num_attention_heads": 1, "vocab_size": 1}
     shape = stated_shape(least | stated)
     assert shape is not None
-    return replace(shape, top_k=skeleton.spec.top_k, experts=skeleton.spec.count)
+    return shape
 
 
-def _surroundings(skeleton: Skeleton) -> int:
+def _surroundings(skeleton: Decoder) -> int:
     """Bytes of what `BlockLoader.load_surroundings` loads without the head: the decoder less its blocks."""
     decoder = skeleton.blocks_path.rpartition(".")[0]
     inside = skeleton.blocks_path + "."
@@ -159,13 +209,13 @@ def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
 
 
 def measure_room(
-    settings: RunSettings, prepared: Prepared, device: torch.device, folder: Path, processes: Processes = ALONE
+    settings: Computing, output_bytes: int, device: torch.device, folder: Path, processes: Processes = ALONE
 ) -> Room:
     """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
 
     The `processes` on this machine divide its RAM, and those on a card that; the caps are for each of them.
     """
-    free = max(0, machine.free_disk_bytes(folder) - prepared.planned_bytes)
+    free = max(0, machine.free_disk_bytes(folder) - output_bytes)
     disk = Limit(
         free,
         f"{format_bytes(free)} are free on that of {folder} beside the output",
@@ -186,7 +236,7 @@ def measure_room(
     return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
 
 
-def _card_limit(settings: RunSettings, device: torch.device, sharing: int) -> Limit:
+def _card_limit(settings: Computing, device: torch.device, sharing: int) -> Limit:
     free = max(0, machine.free_device_bytes(device) // sharing - DEVICE_MARGIN)
     if settings.vram_bytes is not None:
         context = context_bytes(device)

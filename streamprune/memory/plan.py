@@ -23,7 +23,8 @@ class Needs:
     as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
     way to a card, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
-    are those of all of them, which so many `processes` share.
+    are those of all of them, which so many `processes` share. `itemsize` is the bytes of a computed value; with `sides`
+    2, some micro-batches have the states of two models.
     """
 
     block: int
@@ -36,6 +37,8 @@ class Needs:
     sequences: int
     longest: int
     tokens: int
+    itemsize: int
+    sides: int = 1
     processes: int = 1
 
     def states_here(self, batch_tokens: int) -> int:
@@ -79,9 +82,14 @@ class MemoryPlan:
     ahead: bool = False
 
     @property
+    def tokens_at_a_time(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return _tokens_at_a_time(self.needs, self.batch_tokens)
+
+    @property
     def workspace(self) -> int:
         """Bytes of a micro-batch's intermediate results, at least for one sequence."""
-        return self.needs.workspace(_tokens_at_a_time(self.needs, self.batch_tokens))
+        return self.needs.workspace(self.tokens_at_a_time)
 
     def describe(self) -> str:
         """One line for the user: what the run will need, of what there is."""
@@ -169,7 +177,7 @@ def _on_host(needs: Needs, place: str, tokens: int) -> int:
 
 def _moving(needs: Needs, tokens: int) -> int:
     """The states of the micro-batches that are on their way while one computes: one comes, one goes."""
-    return 2 * (-(-needs.states * tokens // max(1, needs.tokens)))
+    return 2 * needs.sides * (-(-needs.states * tokens // max(1, needs.tokens)))
 
 
 def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from streamprune import machine
 from streamprune.cards.facts import Card, CardProcess, other_processes
 from streamprune.machine import format_bytes
-from streamprune.settings import RunSettings
+from streamprune.settings import Computing
 
 #: What CUDA itself is taken to need on a card when NVML does not tell: kernels and the driver's data for this process.
 USUAL_CONTEXT = 512 * 1024**2
@@ -21,7 +21,7 @@ NOTABLE_GROWTH = 64 * 1024**2
 class MemoryWatch:
     """Keeps a run within --vram-gib and --ram-gib, and names the processes that take memory on its card meanwhile."""
 
-    def __init__(self, settings: RunSettings, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Computing, device: torch.device, say: Callable[[str], None]) -> None:
         self._settings, self._device, self._say = settings, device, say
         card = _card(device)
         self._others = {process.pid: process.used_bytes or 0 for process in other_processes(card)} if card else {}

@@ -29,7 +29,8 @@ from streamprune.errors import StreampruneError
 from streamprune.output.uneven import OWN_TABLE, LoadingFacts, modeling_source, uneven_config
 from streamprune.output.uneven_template import STANDARD_TABLE, LoadingClass
 from streamprune.source.architecture import config_from_dict, count_names, with_expert_count
-from streamprune.source.skeleton import Skeleton, build_model
+from streamprune.source.decoder import build_model
+from streamprune.source.skeleton import Skeleton
 
 #: How users load models that generate text, and what is within these. Older transformers lack some.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")

@@ -25,6 +25,7 @@ from streamprune.output.writer import OutputWriter
 from streamprune.progress import Progress
 from streamprune.quota import Quota
 from streamprune.result.card import model_card
+from streamprune.result.evaluations import TEXT_NAME, results_folder, write_result
 from streamprune.result.record import run_report
 from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.scores.scores import Scores
@@ -81,12 +82,19 @@ def choose_all(chooser: Chooser, scores: Scores, settings: RunSettings, work: Wo
     try:
         return chooser.all(scores.layers)
     except SettingsError as error:
-        kept = beside(settings.output, SCORES_SUFFIX)
-        write_scores(kept, scores)
+        kept = leave_scores(settings, scores)
         work.start_afresh()
         raise SettingsError(
             f"{error} All blocks are scored; choose otherwise with `streamprune prune` and --scores {kept}."
         ) from None
+
+
+def leave_scores(settings: Place, scores: Scores | None) -> Path:
+    """Leave the scores of a run beside its output, for a choice of another kind; returns the file."""
+    kept = beside(settings.output, SCORES_SUFFIX)
+    assert scores is not None
+    write_scores(kept, scores)
+    return kept
 
 
 def tell_choice(decided: Decided, progress: Progress) -> None:
@@ -144,8 +152,17 @@ def _name(block: int | None, blocks: int) -> str:
     return "what lies outside the blocks" if block is None else f"block {block + 1}/{blocks}"
 
 
-def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress: Progress) -> Estimate | None:
-    """Check what was written and give it its name; returns what the finished model will take, if that can be told."""
+def complete(
+    decided: Decided,
+    writer: OutputWriter,
+    work: WorkFolder,
+    progress: Progress,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Estimate | None:
+    """Check what was written and give it its name, with what is known of the damage.
+
+    Returns what the finished model will take, if that can be told.
+    """
     settings, plan = decided.settings, decided.plan
     # All that lies there becomes the output.
     work.leave_only(shard.file for shard in plan.shards)
@@ -153,6 +170,8 @@ def complete(decided: Decided, writer: OutputWriter, work: WorkFolder, progress:
         _verify(decided, writer, work, progress)
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
+    if evaluation is not None:
+        write_result(results_folder(work.staging), TEXT_NAME, evaluation)
     report = run_report(
         decided.provenance, decided.choice, plan, decided.selection, decided.quota, settings.use,
         settings.max_shard_bytes,

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.source.checkpoint import TensorEntry
+from streamprune.source.decoder import Decoder
 from streamprune.source.skeleton import Skeleton, Target
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -17,21 +18,22 @@ _QUANTIZATION_NAME = re.compile(
 )
 
 
-def check_fit(skeleton: Skeleton, targets: Mapping[str, Target | None], tensors: Mapping[str, TensorEntry]) -> None:
+def check_fit(decoder: Decoder, targets: Mapping[str, Target | None], tensors: Mapping[str, TensorEntry]) -> None:
     """Raise unless the checkpoint's tensors feed the whole decoder, plainly.
 
     CheckpointError: tensors are missing or have shapes that the config does not describe (those that are converted on
     the way are checked by the conversion itself). UnsupportedModelError: weights are quantized, or a block's routing
     rests on expert numbers that are stored as data.
     """
-    missing = _unfed(skeleton, targets)
+    missing = _unfed(decoder, targets)
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks the tensors for {len(missing)} parameters that config.json describes, first "
             f"{missing[0]}. Complete the download."
         )
-    _check_stored_numbers(skeleton)
-    parameters = skeleton.model.state_dict()
+    if isinstance(decoder, Skeleton):
+        _check_stored_numbers(decoder)
+    parameters = decoder.model.state_dict()
     for name, target in targets.items():
         entry = tensors[name]
         if target is None:
@@ -55,17 +57,17 @@ def _quantized(name: str, what: str) -> UnsupportedModelError:
     )
 
 
-def _unfed(skeleton: Skeleton, targets: Mapping[str, Target | None]) -> list[str]:
+def _unfed(decoder: Decoder, targets: Mapping[str, Target | None]) -> list[str]:
     """Parameters and persistent buffers of decoder and head that no tensor feeds, tied ones taken together."""
     fed = {name for target in targets.values() if target is not None for name in (target.name, *target.also)}
-    tied: dict[str, str] = getattr(skeleton.model, "all_tied_weights_keys", None) or {}
+    tied: dict[str, str] = getattr(decoder.model, "all_tied_weights_keys", None) or {}
     for one, other in tied.items():
         if one in fed or other in fed:
             fed |= {one, other}
-    decoder = skeleton.blocks_path.rpartition(".")[0] + "."
-    head = _names_of_head(skeleton.model)
+    inside = decoder.blocks_path.rpartition(".")[0] + "."
+    head = _names_of_head(decoder.model)
     return [
-        name for name in skeleton.model.state_dict() if (name.startswith(decoder) or name in head) and name not in fed
+        name for name in decoder.model.state_dict() if (name.startswith(inside) or name in head) and name not in fed
     ]
 
 

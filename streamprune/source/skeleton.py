@@ -6,10 +6,8 @@ expert-indexed ones; transformers' own weight conversion says which checkpoint t
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.errors import UnsupportedModelError
 from streamprune.source.architecture import expert_candidates, with_expert_count
-from streamprune.source.checkpoint import CONFIG_NAME
 from streamprune.source.config_facts import ExpertSpec
+from streamprune.source.decoder import Decoder, build_model
 from streamprune.source.roles import ExpertRows, SourceRole
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
@@ -50,62 +48,14 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """A model on the meta device and what was found out about it.
+class Skeleton(Decoder):
+    """A Mixture-of-Experts model on the meta device and what was found out about it.
 
-    `blocks_path` is the dotted path of the decoder's list of blocks; `experts` maps a block's index to the path,
-    relative to the block, of its experts module; `expert_rows` maps expert-indexed parameters to where in them the
-    experts lie.
+    `experts` maps a block's index to the path, relative to the block, of its experts module.
     """
 
-    model: PreTrainedModel
     spec: ExpertSpec
-    blocks_path: str
     experts: Mapping[int, str]
-    expert_rows: Mapping[str, ExpertRows]
-
-    @property
-    def block_count(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        blocks = self.model.get_submodule(self.blocks_path)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
-
-    def block_of(self, name: str) -> int | None:
-        """The index of the block that a parameter belongs to; None outside the blocks."""
-        match = re.match(re.escape(self.blocks_path) + r"\.(\d+)\.", name)
-        return int(match.group(1)) if match else None
-
-
-def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model class that transformers gives for text generation, on the meta device, without any weight.
-
-    A multimodal model for which transformers has no text-only class is built whole; its vision tower then simply never
-    gets weights, since text alone does not reach it.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; only decoders can be streamed.")
-    problem: Exception | None = None
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        try:
-            with torch.device("meta"):
-                model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
-            return model.eval()
-        except ValueError as error:
-            problem = problem or error
-        except Exception as error:
-            # The model's own constructor fails on values that its config class let pass.
-            where = f"{config.name_or_path}/{CONFIG_NAME}" if config.name_or_path else f"this {CONFIG_NAME}"
-            raise CheckpointError(
-                f"A {config.model_type} model cannot be built from {where}: {type(error).__name__}: "
-                f"{textwrap.shorten(str(error), 500)}"
-            ) from error
-    raise UnsupportedModelError(
-        f"transformers cannot build a {config.model_type} model for text: {problem}"
-    ) from problem
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -120,7 +70,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_co
         axes = _expert_rows(model, other, spec)
         if axes:
             blocks_path = _find_blocks(model, axes)
-            return Skeleton(model, spec, blocks_path, _find_experts(model, blocks_path, axes), axes)
+            return Skeleton(model, blocks_path, axes, spec, _find_experts(model, blocks_path, axes))
     raise UnsupportedModelError(
         f"{config.model_type} has no Mixture-of-Experts block: no parameter depends on a number of experts in its "
         "config. There is nothing to prune."

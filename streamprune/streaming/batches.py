@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from streamprune.machine import format_bytes, free_after_failure, is_out_of_memo
 from streamprune.memory.plan import MOST_HANDED_OUT, MemoryPlan
 from streamprune.memory.watch import MemoryWatch
 from streamprune.progress import Progress
-from streamprune.settings import RunSettings
+from streamprune.settings import Computing
 from streamprune.streaming.saved import Saved, save_all, share_of
 from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
@@ -26,6 +26,8 @@ from streamprune.work.folder import WorkFolder
 from streamprune.work.stop import StopRequest
 
 _HOST = torch.device("cpu")
+#: What is done with the number, the tokens and the state of a micro-batch: its new state, or None to keep the old one.
+Compute = Callable[[int, MicroBatch, BatchState], BatchState | None]
 
 
 class Stopped(Exception):
@@ -55,7 +57,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        settings: RunSettings,
+        settings: Computing,
         calibration: Calibration,
         plan: MemoryPlan,
         device: torch.device,
@@ -68,6 +70,7 @@ class MicroBatches:
     ) -> None:
         self._busy, self._spare = busy or Busy(), spare
         self._handed_out: deque[torch.cuda.Event] = deque()
+        self._among: Callable[[MicroBatch], bool] = lambda batch: True
         self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
         # (A request that has not been made is false, so that `or` would take another one.)
         self._calibration, self._stop = calibration, StopRequest() if stop is None else stop
@@ -77,7 +80,6 @@ class MicroBatches:
         self.watch = MemoryWatch(settings, device, progress.say)
         self._processes = processes
         self._share_out(calibration.micro_batches(plan.batch_tokens))
-        self.sequences = sum(len(batch.ids) for batch in self._batches)
         home, on_disk = device if plan.place == "device" else _HOST, folder if plan.place == "disk" else None
         self._states = HiddenStates(len(self._batches), home, on_disk, computing=device, busy=self._busy)
 
@@ -88,46 +90,51 @@ class MicroBatches:
     def run(
         self,
         block: int,
-        compute: Callable[[int, MicroBatch, BatchState], BatchState],
-        commit: Callable[[int, int], None],
-        store: bool,
+        compute: Compute,
+        commit: Callable[[int, MicroBatch], None],
         start: int = 0,
+        among: Callable[[MicroBatch], bool] = lambda batch: True,
     ) -> None:
-        """Call `compute` with number, tokens and state of every micro-batch; with `store` keep its result.
+        """Call `compute` with number, tokens and state of every micro-batch `among` all; what it returns is kept.
 
-        `commit` follows, with the number of micro-batches that are done and the source of the last one, when it has
-        succeeded and nothing of it can fail any more. One that runs out of memory is computed again in halves. The
-        first `start` are done already. Raises ResourceError when a single sequence is too much, and Stopped between two
-        micro-batches when the user asks for it: once all processes have done the same ones of all.
+        Where that is None, the old state is. `commit` follows, with the number of micro-batches that are done and the
+        last one, when it has succeeded and nothing of it can fail any more. One that runs out of memory is computed
+        again in halves. The first `start` are done already. Raises ResourceError when a single sequence is too much,
+        and Stopped between two micro-batches when the user asks for it: once all processes have done the same ones of
+        all.
         """
+        self._among = among
         number, stopped = start, False
         while number < len(self._batches) and not stopped:
-            number = self._advance(number, block, compute, commit, store)
+            number = self._advance(number, block, compute, commit)
             stopped = self._processes.asked(bool(self._stop))
         until = self._meet(number, stopped)
         while until is not None and number < len(self._batches) and self._places[number] < until:
-            number = self._advance(number, block, compute, commit, store)
+            number = self._advance(number, block, compute, commit)
         if until is not None:
             raise Stopped
         self._states.settle()
 
-    def _advance(
-        self,
-        number: int,
-        block: int,
-        compute: Callable[[int, MicroBatch, BatchState], BatchState],
-        commit: Callable[[int, int], None],
-        store: bool,
-    ) -> int:
+    def sequences_among(self, among: Callable[[MicroBatch], bool]) -> int:
+        """How many sequences of this process are among some."""
+        return sum(len(batch.ids) for batch in self._batches if among(batch))
+
+    def place_of(self, number: int) -> int:
+        """Where among the micro-batches of all processes one of this process's is; parts of one share its place."""
+        return self._places[number]
+
+    def _advance(self, number: int, block: int, compute: Compute, commit: Callable[[int, MicroBatch], None]) -> int:
         """Do a micro-batch, or as much of it as memory allows; returns how many are done."""
+        if not self._among(self._batches[number]):
+            return number + 1
         while True:
             self._split(number)
             batch = self._batches[number]
-            problem = self._attempt(number, compute, store)
+            problem = self._attempt(number, compute)
             if problem is None:
                 break
             self._after_failure(block, batch, problem)
-        commit(number + 1, batch.source)
+        commit(number + 1, batch)
         self._check_cap(block, batch.ids.shape[1])
         self._progress.step(len(batch.ids))
         return number + 1
@@ -197,12 +204,10 @@ class MicroBatches:
             advice.append("--device cpu")
         return ", ".join([*advice, "or a machine with more memory"])
 
-    def _attempt(
-        self, number: int, compute: Callable[[int, MicroBatch, BatchState], BatchState], store: bool
-    ) -> str | None:
+    def _attempt(self, number: int, compute: Compute) -> str | None:
         """None if a micro-batch succeeded; what the library said if memory ran out, and then nothing of it remains."""
         try:
-            self._compute(number, compute, store)
+            self._compute(number, compute)
             return None
         except Exception as error:
             if not is_out_of_memory(error):
@@ -213,12 +218,12 @@ class MicroBatches:
         free_after_failure(self._device)
         return problem
 
-    def _compute(self, number: int, compute: Callable[[int, MicroBatch, BatchState], BatchState], store: bool) -> None:
+    def _compute(self, number: int, compute: Compute) -> None:
         before = self._states.load(number, self._device)
         self._expect(number + 1)
         with self._busy.on_card("compute", self._device):
             after = compute(number, self._batches[number], before)
-        if store:
+        if after is not None:
             self._states.store(number, after)
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -230,6 +235,8 @@ class MicroBatches:
     def _expect(self, number: int) -> None:
         """Let the states of a micro-batch come while the one before is in work, where memory has room for both."""
         if number >= len(self._batches) or self._batches[number].ids.numel() > self.batch_tokens:
+            return
+        if not self._among(self._batches[number]):
             return
         try:
             self._states.expect(number, self._device)
@@ -248,7 +255,7 @@ class MicroBatches:
         batch = self._batches[number]
         size = max(1, self.batch_tokens // batch.ids.shape[1])
         if size < len(batch.ids):
-            parts = [MicroBatch(ids, batch.source) for ids in torch.split(batch.ids, size)]
+            parts = [replace(batch, ids=ids) for ids in torch.split(batch.ids, size)]
             self._states.split(number, batch.ids.shape, [len(part.ids) for part in parts])
             self._batches[number : number + 1] = parts
             self._places[number : number + 1] = [self._places[number]] * len(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,9 +18,10 @@ from streamprune.busy import Busy
 from streamprune.disk.cached_pages import put_out_files
 from streamprune.errors import CheckpointError
 from streamprune.machine import free_after_failure, is_out_of_memory, says_out_of_memory
-from streamprune.source.checkpoint import Checkpoint
+from streamprune.source.checkpoint import Checkpoint, TensorEntry
+from streamprune.source.decoder import Decoder
 from streamprune.source.roles import ExpertRows
-from streamprune.source.skeleton import Skeleton, Target
+from streamprune.source.skeleton import Target
 from streamprune.streaming.reader import Reading, ShardReader
 
 #: The group in which the tensors are read that are each a parameter of their own, and not of the experts.
@@ -27,7 +29,7 @@ _SINGLES = ""
 
 
 class BlockLoader:
-    """Loads blocks of a checkpoint into the skeleton's own modules, through transformers' weight conversion.
+    """Loads blocks of a checkpoint into the model's own modules, through transformers' weight conversion.
 
     Peak memory of a load: the block's weights, as the checkpoint has them or as they are computed with, plus those of
     its largest converted parameter: twice while its tensors are joined (one per expert into one for all), once while it
@@ -38,31 +40,31 @@ class BlockLoader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        skeleton: Skeleton,
+        decoder: Decoder,
         targets: Mapping[str, Target | None],
         dtype: torch.dtype,
         device: torch.device,
         busy: Busy | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._skeleton = skeleton
+        self.decoder = decoder
         self._reader = ShardReader(checkpoint, device, busy or Busy())
         self._ahead: dict[int, Reading] = {}
         self._read: dict[int | None, Reading] = {}
-        self._model = skeleton.model
+        self.model = decoder.model
         self.device = device
         self._config = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(self._model),
+            weight_mapping=get_model_conversion_mapping(self.model),
             dtype=dtype,
             # Some parameters (router biases) must stay in float32 whatever the dtype.
-            dtype_plan=self._model._get_dtype_plan(dtype),
+            dtype_plan=self.model._get_dtype_plan(dtype),
             device_map={"": device},
         )
         # Checkpoint tensors by block and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name, target in targets.items():
             if target is not None:
-                self._groups[skeleton.block_of(target.name)][target.name].append(name)
+                self._groups[decoder.block_of(target.name)][target.name].append(name)
 
     def close(self) -> None:
         """End the threads that read, and free what they have read."""
@@ -104,11 +106,11 @@ class BlockLoader:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights on the device; they are freed on exit."""
-        module = self._skeleton.blocks[index]
+        module = self.decoder.blocks[index]
         try:
             reading = self._ahead.pop(index) if index in self._ahead else self._start(index)
             self._load(reading, self._groups[index], index)
-            self._materialize_buffers(module, f"{self._skeleton.blocks_path}.{index}")
+            self._materialize_buffers(module, f"{self.decoder.blocks_path}.{index}")
             missing = [name for name, tensor in _tensors(module) if tensor.is_meta]
             if missing:
                 raise CheckpointError(
@@ -124,10 +126,10 @@ class BlockLoader:
 
         Unsliced weights are shared with `block`; the sliced ones take keep/count of the experts' memory on top.
         """
-        prefix = f"{self._skeleton.blocks_path}.{index}."
+        prefix = f"{self.decoder.blocks_path}.{index}."
         try:
             for name, tensor in _tensors(block):
-                rows = self._skeleton.expert_rows.get(prefix + name)
+                rows = self.decoder.expert_rows.get(prefix + name)
                 if rows is not None:
                     tensor = tensor.index_select(
                         rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device)
@@ -147,11 +149,11 @@ class BlockLoader:
 
         Vision towers and other parts that text alone does not reach stay without weights.
         """
-        decoder = self._skeleton.blocks_path.rpartition(".")[0] + "."
-        inputs = {id(tensor) for _, tensor in _tensors(self._model.get_input_embeddings())}
-        outputs = self._model.get_output_embeddings()
+        decoder = self.decoder.blocks_path.rpartition(".")[0] + "."
+        inputs = {id(tensor) for _, tensor in _tensors(self.model.get_input_embeddings())}
+        outputs = self.model.get_output_embeddings()
         head_ids = {id(tensor) for _, tensor in _tensors(outputs)} if outputs is not None else set()
-        parameters = dict(_tensors(self._model))
+        parameters = dict(_tensors(self.model))
         wanted = {}
         for parameter, names in self._groups[None].items():
             tensor_id = id(parameters.get(parameter))
@@ -161,10 +163,35 @@ class BlockLoader:
                 wanted[parameter] = names
         self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
         # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
-        missing = {name for name, tensor in _tensors(self._model) if tensor.is_meta}
-        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        with _without_blocks(self._skeleton):
-            self._materialize_buffers(self._model, "")
+        missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        with _without_blocks(self.decoder):
+            self._materialize_buffers(self.model, "")
+
+    def rows(self, parameters: Sequence[str], begin: int, end: int) -> list[torch.Tensor]:
+        """The rows from `begin` to `end` of parameters outside the blocks: of those in memory, or read for the moment.
+
+        Peak memory: those rows, twice where the checkpoint has them in another dtype. One that the checkpoint holds in
+        several pieces, or in another layout, is loaded whole and stays.
+        """
+        known = dict(_tensors(self.model))
+        entries: dict[str, list[TensorEntry]] = {}
+        for name in parameters:
+            names = self._groups[None].get(name, [])
+            if not known[name].is_meta:
+                continue
+            entry = self._checkpoint.tensors[names[0]] if len(names) == 1 else None
+            if entry is not None and entry.shape == tuple(known[name].shape):
+                entries[name] = [_rows_of(entry, begin, end)]
+            else:
+                self._load(self._reader.start(self._reading_groups({name: names})), {name: names}, None)
+        reading = self._reader.start_entries(entries)
+        reading.wait()
+        self._reader.arrived()
+        put_out_files(reading.cached)
+        read = {name: next(iter(reading.take(name).values())).to(known[name].dtype) for name in entries}
+        known = dict(_tensors(self.model))
+        return [read[name] if name in read else known[name][begin:end] for name in parameters]
 
     def _start(self, index: int) -> Reading:
         return self._reader.start(self._reading_groups(self._groups[index]))
@@ -175,7 +202,7 @@ class BlockLoader:
         What is joined from several tensors or converted to another dtype is there twice, so that it had better be freed
         before the next one's turn; where a tensor can be taken as it was read, it stays in that memory.
         """
-        own = {name: names for name, names in groups.items() if len(names) > 1 or name in self._skeleton.expert_rows}
+        own = {name: names for name, names in groups.items() if len(names) > 1 or name in self.decoder.expert_rows}
         singles = [names[0] for name, names in groups.items() if name not in own]
         return {_SINGLES: singles, **own} if singles else own
 
@@ -193,7 +220,7 @@ class BlockLoader:
         self._read[index] = reading
 
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
-        info, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
         problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
         # transformers catches whatever goes wrong while it converts, and keeps the text.
         for line in "\n".join(map(str, problems)).splitlines():
@@ -222,12 +249,19 @@ class BlockLoader:
 
     def _owner(self, path: str) -> PreTrainedModel:
         """The innermost PreTrainedModel around the module at `path`: its `_init_weights` is the one that counts."""
-        owner = self._model
+        owner = self.model
         for length in range(1, path.count(".") + 2):
-            module = self._model.get_submodule(".".join(path.split(".")[:length]))
+            module = self.model.get_submodule(".".join(path.split(".")[:length]))
             if isinstance(module, PreTrainedModel):
                 owner = module
         return owner
+
+
+def _rows_of(entry: TensorEntry, begin: int, end: int) -> TensorEntry:
+    """A tensor's rows as a tensor of their own."""
+    size = entry.nbytes // entry.shape[0]
+    shape = (end - begin, *entry.shape[1:])
+    return replace(entry, shape=shape, begin=entry.begin + begin * size, end=entry.begin + end * size)
 
 
 def _row_numbers(rows: ExpertRows, kept: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
@@ -241,9 +275,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def _without_blocks(skeleton: Skeleton) -> Iterator[None]:
-    owner_path, _, attribute = skeleton.blocks_path.rpartition(".")
-    owner, blocks = skeleton.model.get_submodule(owner_path), skeleton.blocks
+def _without_blocks(decoder: Decoder) -> Iterator[None]:
+    owner_path, _, attribute = decoder.blocks_path.rpartition(".")
+    owner, blocks = decoder.model.get_submodule(owner_path), decoder.blocks
     setattr(owner, attribute, nn.ModuleList())
     try:
         yield

@@ -95,6 +95,8 @@ def _take_step(scorer: BlockScorer, order: Order) -> None:
             scorer.score_block(block)
         case Order("replay", block, kept):
             scorer.replay_block(block, kept)
+        case Order("read_off", block):
+            scorer.read_off(block)
         case Order("save"):
             scorer.save(None)
         case Order("restore", saved=SavedElsewhere() as saved):

@@ -124,9 +124,13 @@ class ShardReader:
 
     def start(self, groups: Mapping[str, Sequence[str]]) -> Reading:
         """Begin to read groups of tensors. Raises what the device raises where it has no memory for them."""
+        tensors = self._checkpoint.tensors
+        return self.start_entries({group: [tensors[name] for name in names] for group, names in groups.items()})
+
+    def start_entries(self, groups: Mapping[str, Sequence[TensorEntry]]) -> Reading:
+        """The same for tensors that are parts of the checkpoint's own."""
         layout, memory = {}, {}
-        for group, names in groups.items():
-            entries = [self._checkpoint.tensors[name] for name in names]
+        for group, entries in groups.items():
             layout[group], size = _lay_out(entries)
             memory[group] = torch.empty(size, dtype=torch.uint8, device=self._device)
         if self._courier is not None:

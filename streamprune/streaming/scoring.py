@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 
 from streamprune.busy import Busy
 from streamprune.choice.chooser import Chooser
-from streamprune.errors import NonFiniteError, ResourceError, UnsupportedModelError
-from streamprune.machine import free_after_failure, is_out_of_memory, release_freed_memory
+from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.memory.plan import MemoryPlan
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
 from streamprune.scores.statistics import FIELDS, MAXIMA, LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Shrink
-from streamprune.streaming.blocks import BlockLoader
+from streamprune.streaming.block_errors import BlockErrors
+from streamprune.streaming.examining import Examiner, SequenceFigures
+from streamprune.streaming.head import SlicedHead
+from streamprune.streaming.pairs import ORIGINAL, PRUNED, relative_errors, side_of, with_side
 from streamprune.streaming.saliency import ExpertsTap, tap_experts
 from streamprune.streaming.saved import Point, Saved
 from streamprune.streaming.states import non_finite_tokens
 from streamprune.streaming.statistics import ExpertStatistics
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.streaming.stream import BatchState
+from streamprune.streaming.weights import Weights
 from streamprune.text.calibration import Calibration, MicroBatch
 from streamprune.together.processes import ALONE, Processes
 from streamprune.work.folder import WorkFolder
@@ -61,23 +65,29 @@ class BlockScorer:
     ) -> None:
         self._prepared, self._device, self._progress = prepared, device, progress
         self.sources = len(calibration.sources)
-        # With it, what goes on to the next block is the output of the block pruned as it says.
-        self._chooser = chooser if settings.propagate == "pruned" else None
+        self._chooser = chooser
+        # Whether what goes on to the next block is the output of the pruned one.
+        self._goes_on_pruned = chooser is not None and settings.propagate == "pruned"
+        self._held = calibration.held
         skeleton = prepared.skeleton
         self.busy = Busy()
-        self._loader = BlockLoader(prepared.checkpoint, skeleton, prepared.targets, prepared.dtype, device, self.busy)
-        self._ahead = plan.ahead
+        self._weights = Weights(prepared, device, self.busy, plan.ahead)
         self._taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
-        self._stream, self._processes = BlockStream(skeleton), processes
-        self._batches = MicroBatches(
-            settings, calibration, plan, device, progress, folder, stop, self.busy, self._spare, processes
+        self._stream, self._processes = self._weights.stream, processes
+        self._batches = self._weights.batches = MicroBatches(
+            settings, calibration, plan, device, progress, folder, stop, self.busy, self._weights.spare, processes
         )
-        self._point = Point(0)
+        self._point, self._plan = Point(0), plan
+        #: How far the states of what was held back are from the original's, behind each block.
+        self.errors = BlockErrors(self.sources)
+        self._heads: dict[str, SlicedHead] = {}
+        if self._held is not None:
+            head = SlicedHead(self._weights.loader, self._stream)
+            self._heads = {PRUNED: head, ORIGINAL: head}
 
     def __enter__(self) -> BlockScorer:
         try:
-            with ExitStack() as stack:
-                self._enter(stack, self._surroundings, "the embeddings")
+            self._weights.load_surroundings()
         except BaseException:
             self._close()
             raise
@@ -89,7 +99,7 @@ class BlockScorer:
         self._close()
 
     def _close(self) -> None:
-        self._loader.close()
+        self._weights.close()
         self._batches.close()
 
     @property
@@ -107,43 +117,52 @@ class BlockScorer:
         """Where the hidden states lie by now: "device", "ram" or "disk"."""
         return self._batches.place
 
+    @property
+    def last_block(self) -> int:
+        """The last block that anything has to go through."""
+        return self._prepared.layout.moe_blocks[-1] if self._held is None else self._prepared.layout.block_count - 1
+
     def score_block(self, index: int) -> LayerStatistics | None:
         """Run block `index` on all micro-batches; the statistics of its experts, or None if it has none.
 
         Goes on within the block where it was saved there. Raises Stopped between two micro-batches.
         """
         tap = self._taps.get(index)
-        passes = 2 if tap is not None and self._chooser is not None else 1
-        point = self._start(index, passes)
+        point = self._start(index)
         with self._loaded(index) as (stack, block):
-            if tap is None:
-                self._pass(block, store=True)
-                layer = None
-            else:
-                layer = self._score(block, tap, store=passes == 1)
-                if self._chooser is not None:
-                    if point.passing == 0:
-                        point.passing, point.done = 1, 0
-                    kept = self._chooser.layer(layer).kept
-                    self._pass(self._enter_pruned(stack, index, block, kept), store=True)
+            layer = self._score(block, tap) if tap is not None else None
+            if tap is None and point.passing == 0:
+                self._pass(block)
+            kept: Sequence[int] = ()
+            if layer is not None and self._chooser is not None and self._prunes(index):
+                kept = self._chooser.layer(layer).kept
+            self._pruned_pass(stack, index, block, kept)
         self._point = Point(index + 1)
         return layer
 
     def replay_block(self, index: int, kept: Sequence[int]) -> None:
         """Carry the hidden states through a block whose experts `kept` are known, without scoring it again."""
-        pruned = index in self._taps and self._chooser is not None
-        point = self._start(index, 1)
+        point = self._start(index)
         point.total = None
-        if point.passing == 0 and pruned:
-            # Saved within the scoring pass, which leaves the states as they are.
-            point.passing, point.done = 1, 0
         with self._loaded(index) as (stack, block):
-            self._pass(self._enter_pruned(stack, index, block, kept) if pruned else block, store=True)
+            if point.passing == 0:
+                self._pass(block)
+            self._pruned_pass(stack, index, block, kept)
         self._point = Point(index + 1)
+
+    def read_off(self, block: int) -> list[SequenceFigures]:
+        """What is predicted, before block `block` or behind the last one, for the text that was held back.
+
+        Of all processes, by sequence in the order of one alone. Raises Stopped; then it begins anew.
+        """
+        self._point = Point(block)
+        examiner = Examiner(self._weights, self._heads, self._plan, self._device, lambda batch: batch.held)
+        found = [each for part in self._processes.collect(examiner.read_off(block)) for each in part]
+        return sorted(found, key=lambda each: each.order)
 
     def leave_no_pages(self, index: int) -> None:
         """Put out of the system's cache what reading block `index` brought into it: nobody needs it any more."""
-        self._loader.leave_no_pages(index)
+        self._weights.loader.leave_no_pages(index)
 
     def save(self, work: WorkFolder | None) -> None:
         """Save the hidden states, and how far the block in work is.
@@ -155,7 +174,10 @@ class BlockScorer:
         if total is not None and not point.passing:
             self._processes.add_up(total.values, _MAXIMA)
         statistics = total.packed() if total is not None else None
-        self._batches.save(work, point.done, {"block": point.block, "pass": point.passing, "statistics": statistics})
+        facts: dict[str, Any] = {"block": point.block, "pass": point.passing, "statistics": statistics}
+        if self._held is not None:
+            facts["errors"] = self.errors.saved(self._processes)
+        self._batches.save(work, point.done, facts)
 
     def restore(self, saved: Saved) -> int:
         """Go on where states were saved; returns the block.
@@ -167,6 +189,8 @@ class BlockScorer:
         if facts["statistics"] is not None and (self._processes.is_first or point.passing):
             point.total = self._no_statistics(self.sources)
             point.total.unpack(facts["statistics"])
+        if self._held is not None:
+            self.errors.restore(facts["errors"], point.block, self._processes.is_first)
         self._batches.restore(saved)
         point.done = self._batches.own(point.done)
         self._point = point
@@ -180,46 +204,45 @@ class BlockScorer:
         if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
             raise ValueError("facts that no run has")
         self._batches.check(facts["sizes"])
+        if self._held is not None:
+            self.errors.check(facts["errors"], point.block)
         return point
 
-    def _spare(self) -> bool:
-        """Free what was read ahead, and read ahead no more."""
-        self._ahead = False
-        return self._loader.drop_ahead()
-
-    def _start(self, index: int, passes: int) -> Point:
+    def _start(self, index: int) -> Point:
         if self._point.block != index:
             self._point = Point(index)
-        self._progress.start_block(index, passes * self._batches.sequences)
+        passes = [self._takes_part(index, passing) for passing in (0, 1)]
+        self._progress.start_block(index, sum(map(self._batches.sequences_among, passes)))
         return self._point
 
-    @contextmanager
-    def _loaded(self, index: int) -> Iterator[tuple[ExitStack, nn.Module]]:
-        with ExitStack() as stack:
-            block = self._enter(stack, lambda: self._loader.block(index), f"the weights of block {index}")
-            # What was read and joined on the way is free now, and too scattered to be of use for what comes.
-            release_freed_memory()
-            if self._ahead and index < self._prepared.layout.moe_blocks[-1]:
-                self._ahead = self._loader.read_ahead(index + 1)
-            yield stack, block
-        release_freed_memory()
-        self._batches.watch.between_blocks()
+    def _prunes(self, index: int) -> bool:
+        """Whether anything goes through a block as it will be."""
+        return self._held is not None or (self._goes_on_pruned and index in self._taps)
+
+    def _takes_part(self, index: int, passing: int) -> Callable[[MicroBatch], bool]:
+        """Which micro-batches go through a block as it is (0), or as it will be (1)."""
+        if passing == 0:
+            return lambda batch: True
+        return lambda batch: batch.held or (self._goes_on_pruned and index in self._taps)
+
+    def _loaded(self, index: int) -> AbstractContextManager[tuple[ExitStack, nn.Module]]:
+        return self._weights.block(index, index + 1 if index < self.last_block else None)
 
     def _enter_pruned(self, stack: ExitStack, index: int, block: nn.Module, kept: Sequence[int]) -> nn.Module:
         twin = self._prepared.pruned_block(index, len(kept))
-        return self._enter(
+        return self._weights.enter(
             stack,
-            lambda: self._loader.pruned_block(index, block, twin, kept),
+            lambda: self._weights.loader.pruned_block(index, block, twin, kept),
             f"a copy of block {index} with the experts that stay",
         )
 
-    def _score(self, block: nn.Module, tap: ExpertsTap, store: bool) -> LayerStatistics:
+    def _score(self, block: nn.Module, tap: ExpertsTap) -> LayerStatistics:
         point = self._point
         if point.total is None:
             point.total = self._no_statistics(self.sources)
         if point.passing == 0:
             with tap.listening(block):
-                self._pass(block, store, tap)
+                self._pass(block, tap)
             self._processes.add_up(point.total.values, _MAXIMA)
         layer = point.total.of_layer(point.block)
         if not layer.values[list(FIELDS).index("tokens")].any():
@@ -229,31 +252,57 @@ class BlockScorer:
             )
         return layer
 
+    def _pruned_pass(self, stack: ExitStack, index: int, block: nn.Module, kept: Sequence[int]) -> None:
+        """Send what goes through a block as it will be through it."""
+        if not self._prunes(index):
+            return
+        point = self._point
+        if point.passing == 0:
+            point.passing, point.done = 1, 0
+        self._pass(self._enter_pruned(stack, index, block, kept) if index in self._taps else block)
+        if self._held is not None:
+            self.errors.end_block(index, self._processes)
+
     def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
         return ExpertStatistics(self._prepared.layout.spec.count, self._device, sources)
 
-    def _pass(self, block: nn.Module, store: bool, tap: ExpertsTap | None = None) -> None:
+    def _pass(self, block: nn.Module, tap: ExpertsTap | None = None) -> None:
         """Send the micro-batches that are left through a block; what `tap` hears is added to the point's total."""
         point = self._point
+        stays = point.passing == 0 and self._goes_on_pruned and point.block in self._taps
+        side = ORIGINAL if point.passing == 0 else PRUNED
+        errors: torch.Tensor | None = None
 
-        def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
+        def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState | None:
+            nonlocal errors
             if tap is not None:
                 # Collected apart for every attempt: one that runs out of memory later must not be counted.
-                tap.statistics = self._no_statistics()
+                tap.statistics = None if batch.held else self._no_statistics()
             # (Or the card would have to come to an end of its work first.)
             ids = batch.ids.to(self._device, non_blocking=True)
-            state = self._stream.run_block(point.block, block, ids, state)
-            point.unchecked.append((number, ids.numel(), non_finite_tokens(state)))
+            before = side_of(state, side) if batch.held else state
+            after = self._stream.run_block(point.block, block, ids, before)
+            point.unchecked.append((number, ids.numel(), non_finite_tokens(after)))
             if self._device.type == "cpu":
                 self._check_finite(point)
-            return state
+            if not batch.held:
+                return None if stays else after
+            both = with_side(state, side, after)
+            errors = relative_errors(both, ids.numel()).sum() if side == PRUNED else None
+            return both
 
-        def commit(done: int, source: int) -> None:
+        def commit(done: int, batch: MicroBatch) -> None:
             if tap is not None and tap.statistics is not None and point.total is not None:
-                point.total.merge(tap.statistics, source)
+                point.total.merge(tap.statistics, batch.source)
+            if errors is not None and batch.held:
+                self.errors.add(batch.source, errors)
             point.done = done
 
-        self._batches.run(point.block, compute, commit, store, point.done)
+        takes_part = self._takes_part(point.block, point.passing)
+        if stays and tap is None:
+            # Nobody listens, and nothing of it would be kept.
+            takes_part = lambda batch: batch.held  # noqa: E731
+        self._batches.run(point.block, compute, commit, point.done, takes_part)
         # Only now, where there is a card: to look at a number is to wait until it is computed.
         self._check_finite(point)
         self.busy.settle()
@@ -267,25 +316,4 @@ class BlockScorer:
                     f"Block {point.block}, batch {number}: {bad} of {tokens} tokens have NaN or infinite states, so "
                     f"that no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or "
                     "bfloat16, and check that the model itself works."
-                )
-
-    def _surroundings(self) -> AbstractContextManager[nn.Module]:
-        self._loader.load_surroundings(head=False)
-        self._loader.leave_no_pages(None)
-        return nullcontext(self._prepared.skeleton.model)
-
-    def _enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[nn.Module]], what: str) -> nn.Module:
-        """Load weights for as long as `stack` lasts, also where hidden states must first make room for them."""
-        while True:
-            try:
-                return stack.enter_context(load())
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            free_after_failure(self._device)
-            if not self._batches.retreat(f"out of memory while loading {what}"):
-                raise ResourceError(
-                    f"Out of memory on {self._device} while loading {what} ({problem}). Use {self._batches.advice()}."
-                    f"{self._batches.watch.holders()}"
                 )

@@ -23,6 +23,7 @@ from streamprune.progress import Progress
 from streamprune.scores.statistics import LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.streaming.batches import Shrink, Stopped
+from streamprune.streaming.examining import SequenceFigures
 from streamprune.streaming.helping import follow
 from streamprune.streaming.orders import End, Fared, Job, Order, SavedElsewhere, agree
 from streamprune.streaming.saved import Saved
@@ -116,6 +117,10 @@ class LeadingScorer(BlockScorer):
     def replay_block(self, index: int, kept: Sequence[int]) -> None:
         with self._ordered(Order("replay", index, tuple(kept))):
             super().replay_block(index, kept)
+
+    def read_off(self, block: int) -> list[SequenceFigures]:
+        with self._ordered(Order("read_off", block)):
+            return super().read_off(block)
 
     def save(self, work: WorkFolder | None) -> None:
         with self._ordered(Order("save")):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from streamprune.choice.choose import routed_tokens
 from streamprune.choice.chooser import Chooser
-from streamprune.errors import InterruptedRunError, ResumeError, ScoresError
+from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, TooMuchLostError
 from streamprune.machine import peak_device_bytes
 from streamprune.output.layout import Layout
 from streamprune.output.writer import OutputWriter
@@ -22,6 +22,8 @@ from streamprune.settings import RunSettings
 from streamprune.source.shard import show
 from streamprune.streaming.batches import Stopped
 from streamprune.streaming.behind import Behind
+from streamprune.streaming.block_errors import BlockErrors
+from streamprune.streaming.examining import SequenceFigures
 from streamprune.streaming.scoring import BlockScorer
 from streamprune.work.folder import FinishedShard, WorkFolder, resume_command
 from streamprune.work.stop import StopRequest
@@ -37,6 +39,26 @@ class Outlet:
     def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
         """The experts of a block that stay."""
         return self.chooser.layer(layer).kept if layer is not None else ()
+
+
+class Examination(Protocol):
+    """What is made of the predictions for the text that was held back."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it is known."""
+
+    def forget(self) -> None:
+        """Nothing is known any more: blocks are done again."""
+
+    def is_due(self, block: int) -> bool:
+        """Whether the predictions are to be looked at behind block `block`, within the model."""
+
+    def hear(self, block: int, figures: Sequence[SequenceFigures], errors: BlockErrors) -> None:
+        """What is predicted before block `block`; with as many as there are, by the model.
+
+        Raises TooMuchLostError where it is no use to go on.
+        """
 
 
 class Sitting:
@@ -57,8 +79,9 @@ class Sitting:
         work: WorkFolder,
         progress: Progress,
         stop: StopRequest,
+        examination: Examination | None = None,
     ) -> None:
-        self._settings, self._layout = settings, layout
+        self._settings, self._layout, self._examination = settings, layout, examination
         self._scorer, self._outlet, self._work, self._progress, self._stop = scorer, outlet, work, progress, stop
         self._finished: dict[int, LayerStatistics | None] = {}
         self._source_tokens = source_tokens
@@ -69,26 +92,37 @@ class Sitting:
     def stream(self, device: torch.device) -> list[LayerStatistics]:
         """Finish all blocks. Raises InterruptedRunError, with everything saved, when the user asks to stop."""
         self._take_up()
-        last = self._layout.moe_blocks[-1]
-        # Nothing needs the hidden states behind the last block that has experts.
-        unscored = [block for block in range(last + 1) if block not in self._finished]
-        start = self._restore(unscored[0]) if unscored else 0
+        # Nothing needs the hidden states behind the last block that has experts, unless predictions are to be read off.
+        unscored = [block for block in range(self._scorer.last_block + 1) if block not in self._finished]
+        examination = self._examination
+        if examination is not None and unscored:
+            examination.forget()
+        if examination is not None and examination.is_done:
+            examination = None
+        blocks = self._layout.block_count
+        until = blocks if examination is not None else unscored[-1] if unscored else 0
+        start = self._restore(unscored[0] if unscored else until) if until else 0
         with self._behind:
-            self._go_through(unscored, start, device)
+            self._go_through(range(start, until), device, examination)
             self._behind.wait()
         if self._stop:
             self._leave()
         return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
-    def _go_through(self, unscored: Sequence[int], start: int, device: torch.device) -> None:
+    def _go_through(self, carried: range, device: torch.device, examination: Examination | None) -> None:
+        """Finish what is not, and carry the states through those of the blocks `carried` that are."""
         try:
             for block in range(self._layout.block_count):
                 if block not in self._finished:
                     self._finish(block, device)
-                elif unscored and start <= block < unscored[-1]:
+                elif block in carried:
                     self._replay(block)
                 # A block has taken the restored states: whatever goes wrong from here on has another cause.
-                self._restored = self._restored and block < start
+                self._restored = self._restored and block < carried.start
+                if examination is not None and block >= carried.start and examination.is_due(block):
+                    self._read_off(block + 1, examination)
+            if examination is not None:
+                self._read_off(self._layout.block_count, examination)
         except Stopped:
             self._behind.wait()
             self._save_and_leave()
@@ -103,7 +137,7 @@ class Sitting:
 
     def _finish(self, block: int, device: torch.device) -> None:
         started = time.monotonic()
-        last = self._layout.moe_blocks[-1]
+        last = self._scorer.last_block
         layer = self._scorer.score_block(block) if block <= last else None
         # Chosen here, since the device is this thread's.
         kept = self._outlet.kept(layer) if self._outlet else ()
@@ -129,6 +163,15 @@ class Sitting:
         self._scorer.leave_no_pages(block)
         self._progress.say(f"block {block + 1}/{self._layout.block_count}: done before; its tokens are carried on")
         self._save_if_due()
+
+    def _read_off(self, block: int, examination: Examination) -> None:
+        try:
+            examination.hear(block, self._scorer.read_off(block), self._scorer.errors)
+        except TooMuchLostError:
+            # Who wants to go on all the same need not compute it again.
+            self._behind.wait()
+            self._scorer.save(self._work)
+            raise
 
     def _write(self, block: int | None, layer: LayerStatistics | None, kept: tuple[int, ...]) -> None:
         """Write and record a finished block with the experts that stay, as far as they are chosen."""

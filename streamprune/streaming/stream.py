@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.source.skeleton import Skeleton
+from streamprune.source.decoder import Decoder
 
 
 @dataclass
@@ -38,13 +38,13 @@ class BatchState:
 
 
 class BlockStream:
-    """Runs one block of a skeleton on one micro-batch within the model's own forward."""
+    """Runs one block of a model on one micro-batch within the model's own forward."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._skeleton = skeleton
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
         self._cursor = _Cursor()
         self._stand_ins = nn.ModuleList(
-            _StandIn(block, index, self._cursor) for index, block in enumerate(skeleton.blocks)
+            _StandIn(block, index, self._cursor) for index, block in enumerate(decoder.blocks)
         )
 
     @torch.no_grad()
@@ -58,13 +58,13 @@ class BlockStream:
         cursor.versions = _versions(state)
         try:
             with self._in_place():
-                self._skeleton.model(input_ids=input_ids, use_cache=False)
+                self._decoder.model(input_ids=input_ids, use_cache=False)
         except _Reached:
             assert cursor.result is not None
             return cursor.result
         finally:
             cursor.block = cursor.state = cursor.result = None
-        raise UnsupportedModelError(f"{type(self._skeleton.model).__name__}: its forward never reached block {index}.")
+        raise UnsupportedModelError(f"{type(self._decoder.model).__name__}: its forward never reached block {index}.")
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, state: BatchState) -> torch.Tensor:
@@ -73,7 +73,7 @@ class BlockStream:
         cursor.index, cursor.state, cursor.versions = len(self._stand_ins), state, _versions(state)
         try:
             with self._in_place():
-                output = self._skeleton.model(input_ids=input_ids, use_cache=False)
+                output = self._decoder.model(input_ids=input_ids, use_cache=False)
         finally:
             cursor.state = None
         logits: torch.Tensor = output.logits
@@ -81,8 +81,8 @@ class BlockStream:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        path, _, attribute = self._skeleton.blocks_path.rpartition(".")
-        owner, blocks = self._skeleton.model.get_submodule(path), self._skeleton.blocks
+        path, _, attribute = self._decoder.blocks_path.rpartition(".")
+        owner, blocks = self._decoder.model.get_submodule(path), self._decoder.blocks
         setattr(owner, attribute, self._stand_ins)
         try:
             yield

@@ -25,10 +25,14 @@ from streamprune.text.tokens import TokenMaker
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through a block together: token ids (B, L), int64, all of one source (its index)."""
+    """Sequences that go through a block together: token ids (B, L), int64, all of one source (its index).
+
+    `held` ones are only measured on.
+    """
 
     ids: torch.Tensor = field(repr=False)
     source: int
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Calibration:
 
     `sources` are the unique names of the sources, and `source_of` each sequence's index into them. `fingerprint` is a
     SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` says as JSON how the tokens
-    were made, with no local folder in it.
+    were made, with no local folder in it. `held` is what was held back of the same sources, to be measured on; nothing
+    else here counts it.
     """
 
     sequences: tuple[torch.Tensor, ...] = field(repr=False)
@@ -46,6 +51,7 @@ class Calibration:
     fingerprint: str
     notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    held: Calibration | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -63,19 +69,28 @@ class Calibration:
     def micro_batches(self, max_tokens: int) -> list[MicroBatch]:
         """Sequences of equal length and source together, at most `max_tokens` per batch (or one sequence).
 
-        They come by length, and for one length by source.
+        They come by length, and for one length by source; those of what was held back come behind all others.
         """
+        return self.micro_batches_of(self._sizes(max_tokens) + (self.held._sizes(max_tokens) if self.held else []))
+
+    def _sizes(self, max_tokens: int) -> list[int]:
         sizes: list[int] = []
         for (length, _), group in itertools.groupby(self._ordered(), key=self._kind):
             count, size = len(list(group)), max(1, max_tokens // length)
             sizes += [min(size, count - start) for start in range(0, count, size)]
-        return self.micro_batches_of(sizes)
+        return sizes
 
     def micro_batches_of(self, sizes: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches in the order of `micro_batches`, with these numbers of sequences.
 
         Raises ValueError unless they are sizes into which that order can be divided.
         """
+        if self.held is not None:
+            reached = list(itertools.accumulate(sizes))
+            first = reached.index(len(self.sequences)) + 1
+            held = self.held.micro_batches_of(sizes[first:])
+            own = replace(self, held=None).micro_batches_of(sizes[:first])
+            return own + [replace(batch, held=True) for batch in held]
         ordered = self._ordered()
         if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
             raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")

@@ -9,6 +9,7 @@
 | `*.copy.json` | both again, for the case that the first is damaged: nothing else could stand in for them |
 | `blocks/` | one record per finished block: its result, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
+| `evaluation.json` | what `--evaluate` found, once all of it is known |
 | `cursor.json` | which of those counts: the one atomic pointer |
 | `model/` | the finished shards |
 | `finished.json` | what is whole and gets the output's name next, a folder or a file of scores, by its inode |
@@ -34,7 +35,7 @@ from streamprune.disk.disk_errors import writing
 from streamprune.disk.durable import PARTIAL, checksum_of, names_in, reached, read_record, sync_folder, write_record
 from streamprune.errors import OutputError
 from streamprune.scores.statistics import LayerStatistics, pack
-from streamprune.work.journal import MOST_RECORD_BYTES, is_block
+from streamprune.work.journal import MOST_RECORD_BYTES, is_block, is_evaluation
 from streamprune.work.run_record import RUN_NAMES, read_run, read_tokens, write_run
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = "streamprune.lock"
 _FINISHED = "finished.json"
+_EVALUATION = "evaluation.json"
 REPLACED_NAME = "replaced"
 #: The block number under which the shards outside all blocks are recorded.
 OUTSIDE = "outside"
@@ -185,6 +187,21 @@ class WorkFolder:
         """Let a block count as unfinished."""
         with writing(f"Forgetting a block in {self._blocks}", self.folder):
             self._block_path(block).unlink(missing_ok=True)
+
+    def write_evaluation(self, result: dict[str, Any]) -> None:
+        """Record what was found on the text that was held back."""
+        with writing(f"Recording the evaluation in {self.folder}", self.folder):
+            write_record(self.folder / _EVALUATION, result)
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """What `write_evaluation` recorded; None if there is nothing whole."""
+        body = read_record(self.folder / _EVALUATION, MOST_RECORD_BYTES)
+        return body if is_evaluation(body) else None
+
+    def forget_evaluation(self) -> None:
+        """Let nothing be known of what was lost."""
+        with writing(f"Forgetting the evaluation in {self.folder}", self.folder):
+            (self.folder / _EVALUATION).unlink(missing_ok=True)
 
     def will_be_output(self, whole: Path) -> None:
         """Record that `whole`, a folder or a file, is complete, and is about to be given the output's name."""

@@ -55,6 +55,23 @@ def is_block(body: Any) -> bool:
     )
 
 
+def is_evaluation(body: Any) -> bool:
+    """Whether this can be the record of an evaluation: sources with numbers, and all of them together."""
+    if (
+        not isinstance(body, dict)
+        or not isinstance(body.get("data"), dict)
+        or not isinstance(body.get("sources"), list)
+    ):
+        return False
+    told = [*body["sources"], body.get("all")]
+    return all(
+        isinstance(each, dict)
+        and isinstance(each.get("name"), str)
+        and all(type(each.get(name)) is float for name in ("loss", "perplexity", "kl", "top1_agreement"))
+        for each in told
+    )
+
+
 def is_cursor(body: Any) -> bool:
     """Whether this can be the cursor: it names the newest generation of states and perhaps the one before."""
     numbers = body.get("generations") if isinstance(body, dict) else None

@@ -29,8 +29,8 @@ from streamprune.work.run_record import read_run
 #: budget by the number of experts that it gave).
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
-    "checkpoint_every", "from_layer", "verify", "calibration", "budget_gib", "gpu", "keep", "ratio", "context", "batch",
-    "kv_dtype",
+    "checkpoint_every", "from_layer", "verify", "stop_if_kl", "calibration", "budget_gib", "gpu", "keep", "ratio",
+    "context", "batch", "kv_dtype",
 }  # fmt: skip
 
 

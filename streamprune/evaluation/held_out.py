@@ -1,0 +1,88 @@
+"""The text that `run --evaluate` holds back: which, and where it is left to be measured on again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamprune.disk.disk_errors import writing
+from streamprune.disk.durable import write_whole
+from streamprune.errors import CalibrationError, StreampruneError
+from streamprune.progress import Progress
+from streamprune.settings import beside
+from streamprune.text.calibration import Calibration, fingerprint_of
+
+#: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.
+SHARE = 0.1
+#: The folder's name is the output's with this behind it. (Not in the output: that may be published, this need not.)
+HELD_OUT_SUFFIX = ".held-out"
+_RECIPE_NAME = "recipe.json"
+
+
+def hold_back(whole: Calibration) -> Calibration:
+    """The calibration without a part of each source's sequences, which become its `held`.
+
+    They are spread evenly over the source, the same ones every time. Of text that was packed into sequences, two
+    neighbours may be of one document. Raises CalibrationError for a source with fewer than two sequences of two tokens.
+    """
+    held: set[int] = set()
+    for source, name in enumerate(whole.sources):
+        numbers = [
+            number
+            for number, (ids, of) in enumerate(zip(whole.sequences, whole.source_of, strict=True))
+            if of == source and len(ids) > 1
+        ]
+        if len(numbers) < 2:
+            raise CalibrationError(
+                f"{name} has {len(numbers)} sequences of two tokens or more; --evaluate needs one to score with and "
+                "one to measure on. Give more text, a shorter --seq-len, or leave out --evaluate."
+            )
+        count = max(1, round(SHARE * len(numbers)))
+        held |= {numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)}
+    rest = [number for number in range(len(whole.sequences)) if number not in held]
+    return replace(_part(whole, rest), held=_part(whole, sorted(held)))
+
+
+def _part(whole: Calibration, numbers: list[int]) -> Calibration:
+    sequences = tuple(whole.sequences[number] for number in numbers)
+    source_of = tuple(whole.source_of[number] for number in numbers)
+    part = replace(whole, sequences=sequences, source_of=source_of, fingerprint=fingerprint_of(sequences, source_of))
+    sources = [
+        {**stated, "sequences": source_of.count(number), "tokens": tokens}
+        for number, (stated, tokens) in enumerate(zip(whole.recipe.get("sources", []), part.tokens_of, strict=False))
+    ]
+    return replace(part, recipe={**whole.recipe, "sources": sources, "part_of": whole.fingerprint})
+
+
+def held_out_recipe(output: Path) -> Path:
+    """Where the recipe of the text lies that was held back for an output."""
+    return beside(output.expanduser(), HELD_OUT_SUFFIX) / _RECIPE_NAME
+
+
+def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:
+    """Leave the text beside the output, and say where; a result is not worth less without it."""
+    try:
+        recipe = write_held_out(output, held)
+    except StreampruneError as error:
+        progress.say(f"note: {error}")
+        return
+    progress.say(f"the text that was held back: {recipe}")
+
+
+def write_held_out(output: Path, held: Calibration) -> Path:
+    """Leave the text beside the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
+    recipe = held_out_recipe(output)
+    with writing(f"Leaving the held-out text in {recipe.parent}", recipe.parent):
+        recipe.parent.mkdir(exist_ok=True)
+        sources: list[dict[str, Any]] = []
+        for number, name in enumerate(held.sources):
+            rows = [ids.tolist() for ids, of in zip(held.sequences, held.source_of, strict=True) if of == number]
+            lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows)
+            write_whole(recipe.parent / f"{number}.jsonl", lines.encode())
+            sources.append({"name": name, "path": f"{number}.jsonl", "samples": len(rows)})
+        longest = max(map(len, held.sequences))
+        stated = {"name": f"held out for {output.name}", "sequence_length": longest, "sources": sources}
+        write_whole(recipe, (json.dumps(stated, indent=2) + "\n").encode())
+    return recipe
