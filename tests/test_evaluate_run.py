@@ -1,0 +1,298 @@
+"""`run --evaluate`: the damage on text that was held back, known beside the scoring, whatever interrupts the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamprune.errors import CalibrationError, InterruptedRunError, SettingsError, TooMuchLostError
+from streamprune.evaluation.held_out import hold_back
+from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
+from streamprune.run import resume
+from streamprune.scores.file import read_scores
+from streamprune.settings import RunSettings
+from streamprune.streaming.batches import MicroBatches
+from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.text.calibration import Calibration
+from tests.faults import Case, Injected
+from tests.helpers import known_family, tree_bytes
+from tests.launching import launch
+from tests.test_evaluate import measured
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+PLAIN_RUN_BLOCK = BlockStream.run_block
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Two sources of 12 and 8 sequences, of which one each is held back."""
+    folder = tmp_path_factory.mktemp("made")
+    model = make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
+    write_token_ids(folder / "two.jsonl", sequences=8, length=20, seed=7)
+    sources = (str(write_token_ids(folder / "one.jsonl", sequences=12)), str(folder / "two.jsonl"))
+    settings = {
+        "keep": 5, "batch_tokens": 96, "checkpoint_every": 0.0, "calibration": sources, "evaluate": True,
+        "dtype": "float32",
+    }  # fmt: skip
+    case = Case(model, folder / "one.jsonl", folder / "undisturbed", settings, {})
+    case.run()
+    case.expected = tree_bytes(case.output)
+    return case
+
+
+def found(output: Path) -> dict[str, Any]:
+    result = read_result(results_folder(output), TEXT_NAME)
+    assert result is not None
+    return result
+
+
+def check_close(result: dict[str, Any], expected: dict[str, Any], within: float = 1e-9) -> None:
+    for each, other in zip([*result["sources"], result["all"]], [*expected["sources"], expected["all"]], strict=True):
+        assert each.keys() == other.keys()
+        for name, value in each.items():
+            assert value == (
+                other[name] if isinstance(value, str) else pytest.approx(other[name], abs=within, rel=within)
+            )
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"propagate": "pruned"},
+    {"schedule": "global"},
+    {"schedule": "linear-decrease"},
+    {"protect_super_experts": True, "keep": 7},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_what_a_run_says_is_what_eval_says_afterwards(choice: dict[str, Any], made: Case, tmp_path: Path) -> None:
+    """From the files that were written, also where blocks keep different numbers of experts."""
+    case = made.at(tmp_path / "out")
+    summary = case.run(**choice).summary
+    told = found(case.output)
+    assert summary["evaluation"] == told
+    assert [(each["name"], each["sequences"], each["tokens"]) for each in told["sources"]] == [
+        ("one.jsonl", 1, 23), ("two.jsonl", 1, 19),
+    ]  # fmt: skip
+    assert told["all"]["kl"] > 1e-4
+    assert len(told["all"]["hidden_error"]) == 4
+    recipe = tmp_path / "out.held-out" / "recipe.json"
+    uneven = "schedule" in choice
+    check_close(measured(case.output, case.model, recipe, dtype="float32", trust_remote_code=uneven), told)
+
+
+def test_what_is_held_back_is_not_scored_on(made: Case, tmp_path: Path) -> None:
+    """The scores are those of a run that never saw it."""
+    given = [Path(path).read_text().splitlines() for path in made.settings["calibration"]]
+    held = [(made.output.with_name("undisturbed.held-out") / f"{n}.jsonl").read_text().splitlines() for n in (0, 1)]
+    rest = []
+    for number, (lines, without) in enumerate(zip(given, held, strict=True)):
+        assert len(without) == 1
+        left = [line for line in lines if json.loads(line)["input_ids"] != json.loads(without[0])["input_ids"]]
+        assert len(left) == len(lines) - 1
+        path = tmp_path / Path(made.settings["calibration"][number]).name
+        path.write_text("\n".join(left) + "\n")
+        rest.append(str(path))
+    case = made.at(tmp_path / "out")
+    case.run(evaluate=False, calibration=tuple(rest))
+    ours, others = (read_scores(each.output / "scores" / "scores.safetensors") for each in (made, case))
+    assert ours.source_tokens == others.source_tokens == (11 * 24, 7 * 20)
+    for layer, other in zip(ours.layers, others.layers, strict=True):
+        assert (layer.values == other.values).all()
+    told = json.loads((made.output / "streamprune.json").read_text())["calibration"]
+    assert (told["sequences"], told["held_back"]["sequences"], told["held_back"]["tokens"]) == (18, 2, 44)
+    assert [source["sequences"] for source in told["recipe"]["sources"]] == [11, 7]
+
+
+def test_parts_are_spread_and_reproducible() -> None:
+    sequences = tuple(torch.full((2,), number) for number in range(100))
+    whole = Calibration(sequences, ("a", "b"), (0,) * 60 + (1,) * 40, "")
+    part = hold_back(whole)
+    assert part.held is not None
+    numbers = [int(ids[0]) for ids in part.held.sequences]
+    assert numbers == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
+    assert part.held.fingerprint == hold_back(whole).held.fingerprint  # type: ignore[union-attr]
+    assert sorted([*numbers, *(int(ids[0]) for ids in part.sequences)]) == list(range(100))
+    with pytest.raises(CalibrationError, match="b has 1 sequences of two tokens or more; --evaluate needs one to"):
+        hold_back(replace(whole, sequences=sequences[:3], source_of=(0, 0, 1)))
+
+
+def breaking_run_block(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException) -> list[int]:
+    """Let the `nth` call fail once; returns a list that counts them."""
+    calls = [0]
+
+    def run_block(self: BlockStream, index: int, block: nn.Module, ids: Any, state: BatchState) -> BatchState:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise error
+        return PLAIN_RUN_BLOCK(self, index, block, ids, state)
+
+    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    return calls
+
+
+@pytest.mark.parametrize("choice", [{}, {"propagate": "pruned"}, {"schedule": "global"}], ids=str)
+def test_broken_off_anywhere_it_goes_on_to_the_same(
+    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made.at(tmp_path / "whole")
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    whole.run(**choice)
+    expected = tree_bytes(whole.output)
+    # Some in every block and pass; their number has no divisor in common with that of a block's.
+    for nth in range(2, calls[0] + 1, 13):
+        case = made.at(tmp_path / f"out{nth}")
+        breaking_run_block(monkeypatch, nth, Injected())
+        with pytest.raises(Injected):
+            case.run(**choice)
+        # (Where not even the first block was done, nothing was kept.)
+        case.run(**choice)
+        assert tree_bytes(case.output) == expected
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Ask to stop behind the `nth` micro-batch."""
+    usual, done = MicroBatches._advance, [0]
+
+    def advance(self: MicroBatches, *arguments: Any) -> int:
+        reached = usual(self, *arguments)
+        done[0] += 1
+        if done[0] == nth:
+            self._stop.signal = 15
+        return reached
+
+    monkeypatch.setattr(MicroBatches, "_advance", advance)
+
+
+@pytest.mark.parametrize("choice", [{}, {"propagate": "pruned"}], ids=str)
+def test_stopped_anywhere_it_goes_on_from_there(
+    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the output head is read off, and with a second stop while it goes on."""
+    whole = made.at(tmp_path / "whole")
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    whole.run(**choice, checkpoint_every=1e6)
+    monkeypatch.undo()
+    expected, all_calls = tree_bytes(whole.output), calls[0]
+    stops = 0
+    for nth in range(1, 100, 14):
+        case = made.at(tmp_path / f"out{nth}")
+        with monkeypatch.context() as patch:
+            stopping(patch, nth)
+            try:
+                case.run(**choice, checkpoint_every=1e6)
+                break
+            except InterruptedRunError:
+                stops += 1
+            stopping(patch, 5)
+            calls = breaking_run_block(patch, 0, Injected())
+            try:
+                case.resume(checkpoint_every=1e6)
+            except InterruptedRunError:
+                case.resume(checkpoint_every=1e6)
+            assert calls[0] <= all_calls - nth // 2, "what was done before is not done again"
+        assert tree_bytes(case.output) == expected
+    assert stops > 2
+
+
+def test_killed_behind_the_evaluation_it_is_not_done_again(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune.output.writer import OutputWriter
+
+    case = made.at(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputWriter, "finish", lambda *_: (_ for _ in ()).throw(Injected()))
+        with pytest.raises(Injected):
+            case.run()
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    case.resume()
+    assert calls == [0]
+    case.check()
+
+
+def test_out_of_memory_changes_nothing(made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=30)),)
+    whole = made.at(tmp_path / "whole")
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    whole.run(calibration=sources)
+    for nth in range(1, calls[0] + 1, 7):
+        case = made.at(tmp_path / f"out{nth}")
+        breaking_run_block(monkeypatch, nth, torch.OutOfMemoryError("CUDA out of memory."))
+        case.run(calibration=sources)
+        check_close(found(case.output), found(whole.output), 1e-6)
+
+
+def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
+    words = ["run", made.model, "-o", "out", "--keep", 5, "--batch-tokens", 48, "--dtype", "float32", "--evaluate"]
+    for source in made.settings["calibration"]:
+        words += ["--calibration", source]
+    alone = made.at(tmp_path / "alone")
+    alone.run(batch_tokens=48)
+    told = launch(words, [tmp_path] * 2).end()
+    assert [status for status, *_ in told] == [0, 0], told
+    result, expected = found(tmp_path / "out"), found(alone.output)
+    check_close(result, expected, 1e-6)
+    assert (tmp_path / "out.held-out" / "0.jsonl").read_text()
+
+
+def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    with pytest.raises(
+        TooMuchLostError, match=r"Behind block 1 of 4 .* more than --stop-if-kl 1e-05\. .*resume"
+    ) as told:
+        case.run(stop_if_kl=1e-5)
+    assert told.value.exit_code == 4
+    assert not case.output.exists()
+    assert not (case.work / "blocks" / "00001.json").exists()
+    case.resume(stop_if_kl=50.0)
+    case.check()
+
+
+def test_a_finished_run_that_lost_too_much_leaves_its_scores(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune.evaluation import of_run
+
+    monkeypatch.setattr(of_run, "_LOOKS", 1)
+    case = made.at(tmp_path / "out")
+    with pytest.raises(TooMuchLostError, match="Choose otherwise with `streamprune prune` and --scores"):
+        case.run(stop_if_kl=1e-5)
+    assert not case.output.exists()
+    assert read_scores(tmp_path / "out.scores.safetensors").blocks == (0, 1, 2, 3)
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    resume(case.work, quiet=True, stop_if_kl=50.0)
+    assert calls == [0]
+    case.check()
+
+
+def test_other_evaluations_than_ours_are_not_believed(made: Case, tmp_path: Path) -> None:
+    """The record of one in the work folder counts only for the text that is held back here."""
+    from streamprune.work.folder import WorkFolder
+
+    case = made.at(tmp_path / "out")
+    case.interrupt(at=3)
+    for body in ({"data": {}, "sources": []}, {"data": {"fingerprint": "0"}, **found(made.output), "all": 3}, [1]):
+        with WorkFolder(case.work) as work:
+            work.write_evaluation(body)  # type: ignore[arg-type]
+            assert work.read_evaluation() is None
+    case.resume()
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"stop_if_kl": 1.0}, "--stop-if-kl 1 needs --evaluate"),
+        ({"evaluate": True, "stop_if_kl": 0.0}, "Give nats per token above 0"),
+    ],
+)
+def test_stop_if_kl_is_checked(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        RunSettings(model="m", output=Path("o"), keep=1, **given)
