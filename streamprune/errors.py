@@ -65,6 +65,10 @@ class VerifyError(StreampruneError):
     """A result is not what its source and its record say."""
 
 
+class ReportError(StreampruneError):
+    """What a report is made of is missing, damaged, or does not go together."""
+
+
 class InterruptedRunError(StreampruneError):
     """The user stopped the run; what is done is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
 

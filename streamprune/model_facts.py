@@ -61,13 +61,20 @@ class ModelFacts:
         return quota.held_against(Estimate(footprint, goal.use))
 
 
-def facts_from_json(told: Any, spec: ExpertSpec, model: str, tensors: Mapping[str, TensorEntry]) -> ModelFacts:
-    """The facts that `ModelFacts.as_json` told, for a checkpoint with these tensors.
+def facts_from_json(
+    told: Any,
+    spec: ExpertSpec,
+    model: str,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+) -> ModelFacts:
+    """The facts that `ModelFacts.as_json` told, for a checkpoint with these tensors: the source's, or an output's.
 
+    `spec` is the source's; `counts` are the experts by block of an output, None for the source itself.
     Raises CheckpointError for anything else: they may come from a stranger.
     """
     try:
-        layout = layout_from_json(told["tensors"], spec, tensors)
+        layout = layout_from_json(told["tensors"], spec, tensors, counts)
         loading = loading_facts_from_json(told["loading"])
         memory = told["memory"]
         if memory is None:
@@ -85,8 +92,9 @@ def facts_from_json(told: Any, spec: ExpertSpec, model: str, tensors: Mapping[st
         raise CheckpointError(
             f"What the scores tell of the model's memory cannot be used ({error}). Score the model again."
         ) from None
-    weights = weights_by_layout(tensors, layout, dict.fromkeys(layout.moe_blocks, spec.count))
-    return ModelFacts(layout, loading, Footprint(model, weights, spec, sizes, shape, **rest))
+    weights = weights_by_layout(tensors, layout, counts or dict.fromkeys(layout.moe_blocks, spec.count))
+    of_them = None if weights.counts else replace(spec, count=weights.count)
+    return ModelFacts(layout, loading, Footprint(model, weights, of_them, sizes, shape, **rest))
 
 
 def _numbers(values: Mapping[str, Any], optional: str | None = None) -> dict[str, Any]:

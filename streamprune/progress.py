@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from streamprune.machine import format_bytes
 
+#: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
+LOG_SUFFIX = ".streamprune.log"
+
 
 @dataclass(frozen=True)
 class BlockLine:

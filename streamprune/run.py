@@ -24,7 +24,7 @@ from streamprune.model_facts import ModelFacts
 from streamprune.output.plan import PrunePlan, make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.prepare import Prepared, calibrate, check_schedule, chooser_of, facts_of, prepare, vocabulary_of
-from streamprune.progress import Progress
+from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.provenance import provenance_of
 from streamprune.result.finish import (
     Decided,
@@ -60,9 +60,6 @@ from streamprune.work.folder import WorkFolder
 from streamprune.work.resume import calibration_of, check_same, describe_run, run_to_resume, settings_of
 from streamprune.work.status import ended
 from streamprune.work.stop import StopRequest, listening
-
-#: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
-LOG_SUFFIX = ".streamprune.log"
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: The demo's training steps in tests. Enough for what it is there to show; fewer show little.
 DEMO_STEPS = 350
 
+# A second for every command of every test; tests/test_report.py looks at it.
+os.environ["STREAMPRUNE_REPORT"] = "0"
+
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")

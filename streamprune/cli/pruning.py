@@ -19,6 +19,7 @@ from streamprune.cli.common import (
     reports_errors,
     selection_options,
 )
+from streamprune.cli.reporting import report_after, report_option
 from streamprune.errors import SettingsError
 from streamprune.machine import limit_library_memory
 from streamprune.settings import (
@@ -99,8 +100,11 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
 @click.option("--evaluate", is_flag=True, help="Hold back a tenth of the calibration, and measure what is lost on it.")
 @click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
 @click.option("--verify/--no-verify", default=True, show_default=True, help=_VERIFY)
+@report_option
 @reports_errors
-def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def run(
+    output: Path, max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
     MODEL is read one decoder block at a time; memory does not grow with its size.
@@ -114,6 +118,8 @@ def run(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: 
 
     quiet_libraries(downloads=quiet)
     summary = foretell(settings, quiet) if dry_run else engine.run(settings, quiet).summary
+    if with_report and not dry_run:
+        report_after(output, quiet)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
 
@@ -156,10 +162,13 @@ def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
 @place_options
 @click.option("--verify/--no-verify", default=False, show_default=True, help=_VERIFY)
+@report_option
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
 @reports_errors
-def prune(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def prune(
+    output: Path, max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Prune MODEL by scores that were taken before: no forward pass, no GPU, the time of a file copy.
 
     The result is the same to the byte as that of `run` with the same calibration and settings.
@@ -173,6 +182,8 @@ def prune(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json
     elif quiet:
         quiet_downloads()
     summary = engine.dry_run(settings, quiet) if dry_run else engine.prune(settings, quiet).summary
+    if with_report and not dry_run:
+        report_after(output, quiet)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
 
@@ -183,8 +194,9 @@ def prune(output: Path, max_shard_size: str, dry_run: bool, quiet: bool, as_json
 @click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
 @click.option("--verify/--no-verify", default=None, help=_VERIFY)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
+@report_option
 @reports_errors
-def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
+def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **changes: Any) -> None:
     """Go on with the run, scoring or pruning in WORKDIR (usually OUT.work) where it stopped.
 
     Everything that decides the result is as it was when the run began; what is given here may differ.
@@ -192,15 +204,18 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **changes: Any) -> None:
     given = {name: value for name, value in changes.items() if value is not None}
     # The folder may be on the first process's machine only.
     if is_first() and has_pruning(workdir) and not has_run(workdir):
-        summary = _resume_pruning(workdir, quiet, given).summary
+        result = _resume_pruning(workdir, quiet, given)
     else:
         limit_library_memory(tight="ram_gib" in given)
         from streamprune import run as engine
 
         quiet_libraries(downloads=quiet)
-        summary = engine.resume(workdir, quiet, **given).summary
+        result = engine.resume(workdir, quiet, **given)
+    # (Scores are a file.)
+    if with_report and result.output.is_dir():
+        report_after(result.output, quiet)
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        click.echo(json.dumps(result.summary, indent=2))
 
 
 def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:

@@ -71,9 +71,12 @@ class Layout:
         return told if dict(_cuts(patterns, [*self.cuts, *self.dropped], set(self.dropped))) == self.cuts else None
 
 
-def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEntry]) -> Layout:
-    """The layout that `as_json` told, for the checkpoint with these tensors.
+def layout_from_json(
+    told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int] | None = None
+) -> Layout:
+    """The layout that `as_json` told, for the checkpoint with these tensors: the source's, or those of an output.
 
+    `counts` are the experts by block of an output; None for the source, whose blocks all have those of the spec.
     Raises CheckpointError where it is none, or does not go with the tensors: it may come from a stranger.
     """
     try:
@@ -92,7 +95,7 @@ def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEn
         if kept_back:
             raise ValueError(f"{kept_back[0]} is of no multi-token-prediction layer")
         cuts = dict(_cuts(patterns, tensors, set(dropped)))
-        _check(cuts, tensors, spec, blocks, moe_blocks)
+        _check(cuts, tensors, counts or dict.fromkeys(moe_blocks, spec.count), blocks, moe_blocks)
         outside = set(told["outside"])
         doubtful = [name for name in _uncut(cuts) if name.startswith(_prefixes(patterns)) and name not in outside]
         if doubtful:
@@ -107,25 +110,31 @@ def layout_from_json(told: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEn
 def _check(
     cuts: Mapping[str, Cut],
     tensors: Mapping[str, TensorEntry],
-    spec: ExpertSpec,
+    counts: Mapping[int, int],
     blocks: int,
     moe_blocks: tuple[int, ...],
 ) -> None:
-    families: dict[str, set[int | None]] = defaultdict(set)
+    families: dict[tuple[str, int], set[int | None]] = defaultdict(set)
     found = set()
     for name, cut in cuts.items():
         if cut.block is not None and cut.block >= blocks:
             raise ValueError(f"{name} is of block {cut.block}, of {blocks}")
         if cut.family is not None:
-            families[cut.family].add(cut.expert)
+            families[cut.family, _count_in(cut, counts)].add(cut.expert)
         if cut.rows is not None:
-            shape, rows = tensors[name].shape, cut.rows
-            if not 0 <= rows.axis < len(shape) or shape[rows.axis] != rows.stride * spec.count + rows.tail:
-                raise ValueError(f"{name} has no {spec.count} experts along axis {rows.axis}")
+            shape, rows, count = tensors[name].shape, cut.rows, _count_in(cut, counts)
+            if not 0 <= rows.axis < len(shape) or shape[rows.axis] != rows.stride * count + rows.tail:
+                raise ValueError(f"{name} has no {count} experts along axis {rows.axis}")
         if cut.family is not None or cut.rows is not None:
             found.add(cut.block)
-    if any(numbers != set(range(spec.count)) for numbers in families.values()) or found != set(moe_blocks):
+    missing = any(numbers != set(range(count)) for (_, count), numbers in families.items())
+    if missing or found != set(moe_blocks):
         raise ValueError("experts are missing")
+
+
+def _count_in(cut: Cut, counts: Mapping[int, int]) -> int:
+    """Experts of the block in which a tensor is that holds some; 0 where none should be."""
+    return counts.get(cut.block, 0) if cut.block is not None else 0
 
 
 def _uncut(cuts: Mapping[str, Cut]) -> list[str]:

@@ -235,6 +235,8 @@ def summary_of(decided: Decided, estimate: Mapping[str, Any] | None, seconds: fl
             each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in decided.retained
         },
         "dropped_tensors": len(plan.layout.dropped),
+        # What was compared and differed would have raised an error.
+        "verified": decided.settings.verify,
         "seconds": round(seconds, 3),
         "memory": estimate,
     }

@@ -42,7 +42,7 @@ _LEFT_OUT_SUFFIXES = (
     ".zip",
 )  # fmt: skip
 #: Written anew for the output, or (Mistral's own params.json) a second config that would still state the old sizes.
-_LEFT_OUT_NAMES = {CONFIG_NAME, "README.md", "streamprune.json", "params.json"}
+_LEFT_OUT_NAMES = {CONFIG_NAME, "README.md", "streamprune.json", "report.html", "params.json"}
 #: Where transformers keeps the chat templates beside the default one: the only subfolder that belongs to the model.
 #: Others ("original", "onnx", "metal") hold it again in other formats, unpruned.
 _TEMPLATES = "additional_chat_templates"

@@ -106,7 +106,7 @@ def run_process(
 
 def log_of(output: Path) -> list[Mapping[str, Any]]:
     """The events of the log that streamprune leaves beside its output."""
-    # The name is that of streamprune.run.LOG_SUFFIX; importing that would import torch.
+    # The name is that of streamprune.progress.LOG_SUFFIX.
     path = output.with_name(output.name + ".streamprune.log")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -1,0 +1,281 @@
+"""The parts of the report, in their order: for each a title, sentences, perhaps a figure, and its numbers as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from streamprune.busy import describe
+from streamprune.machine import format_bytes
+from streamprune.report.choice_tables import (
+    calibration_table,
+    layer_retention_table,
+    layers_table,
+    memory_table,
+    retention_table,
+    scores_table,
+    tokens_table,
+)
+from streamprune.report.facts import Facts
+from streamprune.report.measured_tables import (
+    course_table,
+    depth_table,
+    divergence_table,
+    generation_table,
+    loss_table,
+    tasks_table,
+)
+from streamprune.report.memory import card_lines
+from streamprune.report.record import Record
+from streamprune.report.tables import Table, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the report. `name` is its short name, also of its picture; `alt` says in words what the figure shows.
+
+    Tables that are `open` are shown at once: those of parts without a figure, and small ones.
+    """
+
+    name: str
+    title: str
+    text: tuple[str, ...]
+    tables: tuple[Table, ...] = ()
+    draw: Callable[[], Figure] | None = None
+    alt: str = ""
+    open: bool = False
+
+
+def parts_of_report(facts: Facts) -> Iterator[Part]:
+    """Every part for which something is known, and for the others why it is not. Draws nothing yet."""
+    yield _experts(facts.record)
+    yield _map(facts.record)
+    yield _memory(facts)
+    yield from _retention(facts)
+    yield from _evaluation(facts)
+    yield from _generation(facts)
+    yield from _tasks(facts)
+    yield from _calibration(facts.record)
+    yield from _tokens(facts.record)
+    yield _course(facts)
+
+
+def schedule_text(record: Record) -> str:
+    """How the number of experts was divided among the layers, in a sentence."""
+    schedule = record.settings.get("schedule")
+    if schedule is None:
+        return "Which experts stay was chosen by hand."
+    meaning = {
+        "uniform": "every layer keeps equally many",
+        "global": "the experts of all layers are ranked together",
+    }.get(str(schedule), "a file says how many each layer keeps")
+    if str(schedule).startswith("linear"):
+        meaning = "the share that is removed rises or falls evenly from the first layer to the last"
+    extra = [f"{name} {record.settings[name]:g}" for name in ("spread", "floor") if name in record.settings]
+    return f"Schedule {schedule}: {meaning}{', ' if extra else ''}{', '.join(extra)}."
+
+
+def _experts(record: Record) -> Part:
+    from streamprune.report.charts import draw_experts
+
+    counts = list(record.counts.values())
+    spread = f"{counts[0]} of {record.experts} in every layer"
+    if len(set(counts)) > 1:
+        spread = f"{min(counts)} to {max(counts)} of {record.experts} per layer"
+    text = (f"{sum(counts):,} of {record.all_experts:,} experts stay: {spread}.", schedule_text(record))
+    return Part("experts", "Experts kept per layer", text, (layers_table(record),), partial(draw_experts, record),
+                f"Bars by layer: {spread} are kept.")  # fmt: skip
+
+
+def _map(record: Record) -> Part:
+    from streamprune.report.heat_map import draw_map
+
+    if record.scored:
+        text = (
+            "Each row is a layer, each cell an expert. The colour is its score, relative to the mean of its layer. An "
+            "expert that stays fills its cell; of one that was removed there is only a small square.",
+        )
+    else:
+        text = ("Each row is a layer, each cell an expert. Scores are not on record, so that all have one colour. An "
+                "expert that stays fills its cell; of one that was removed there is only a small square.",)  # fmt: skip
+    alt = f"Map of {len(record.counts)} layers by {record.experts} experts: the score of each, and whether it stays."
+    return Part("map", "Saliency of every expert", text, (scores_table(record),), partial(draw_map, record), alt)
+
+
+def _memory(facts: Facts) -> Part:
+    from streamprune.report.charts import draw_memory
+
+    memory, record = facts.memory, facts.record
+    title = "Memory before and after"
+    if isinstance(memory, str):
+        return Part("memory", title, (memory,))
+    use = record.use
+    text = [
+        f"To serve {use.batch} x {use.context:,} tokens on one card, cache {use.kv_dtype}, as `streamprune fit` tells "
+        "it: weights and cache are counted, the rest is modelled, with the bounds that the thin lines show.",
+    ]
+    if not record.use_known:
+        text.append("What use was planned for is not on record; this is the usual one.")
+    if memory.before is None:
+        text.append("What the source takes cannot be told from the experts that are left.")
+    lines = card_lines()
+    usable = ", ".join(f"of a {line.label} CUDA can use {format_bytes(line.usable)}" for line in lines)
+    text.append(f"Cards are drawn with their full size; {usable}.")
+    before = f"{format_bytes(memory.before.total)} before, " if memory.before else ""
+    alt = f"Stacked bars of the memory: {before}{format_bytes(memory.after.total)} after."
+    return Part("memory", title, tuple(text), (memory_table(memory, record.budget),),
+                partial(draw_memory, memory, lines, record.budget), alt)  # fmt: skip
+
+
+def _retention(facts: Facts) -> Iterator[Part]:
+    from streamprune.report.charts import draw_retention
+
+    retained = facts.retained
+    if not retained:
+        yield Part("retention", "What is kept of each source",
+                   ("The scores are not with the model, so that it cannot be told.",))  # fmt: skip
+        return
+    text = (
+        "Saliency is what the experts add to the residual stream on a source's own tokens (the sum of gate weight "
+        "times norm). At best means: as many experts in each layer, chosen for this source alone.",
+    )
+    worst = min(retained, key=lambda each: each.kept)
+    alt = f"Bars by source: {worst.source} keeps least of its saliency, {worst.kept:.1%}."
+    yield Part("retention", "What is kept of each source", text,
+               (retention_table(retained), layer_retention_table(facts.record, retained)),
+               partial(draw_retention, retained), alt)  # fmt: skip
+
+
+def _evaluation(facts: Facts) -> Iterator[Part]:
+    text = facts.text
+    if text is None:
+        yield Part("loss", "Loss on held-out text",
+                   ("Not measured. `streamprune eval` does it, and makes this report again.",))  # fmt: skip
+        return
+    from streamprune.report.charts_measured import draw_depth, draw_losses
+
+    tables = (loss_table(text), divergence_table(text)) if text.compared else (loss_table(text),)
+    told = ("Thin lines are intervals of 95 %.",)
+    if text.compared:
+        told = ("KL divergence is from the original's predictions to this model's. Thin lines are intervals of 95 %.",)
+    yield Part("loss", "Loss and divergence on held-out text" if text.compared else "Loss on held-out text", told,
+               tables, partial(draw_losses, text), "Loss of every source, with its interval.")  # fmt: skip
+    if any(each.hidden_error for each in text.rows):
+        yield Part(
+            "depth", "Error along the depth",
+            ("How far the hidden states are from the original's after each block, relative to their size.",),
+            (depth_table(text),), partial(draw_depth, text),
+            "Lines by source: the relative error of the hidden states after each block.",
+        )  # fmt: skip
+
+
+def _generation(facts: Facts) -> Iterator[Part]:
+    generation = facts.generation
+    if generation is None:
+        return
+    verdict = "Its continuations run into loops." if generation.loops else "Its continuations are healthy."
+    yield Part("generation", "How it writes", (verdict, *generation.advice),
+               (generation_table(generation, by_source=True),), open=True)  # fmt: skip
+
+
+def _tasks(facts: Facts) -> Iterator[Part]:
+    if facts.tasks:
+        yield Part("tasks", "Tasks", ("Measured by lm-evaluation-harness.",), (tasks_table(facts.tasks),), open=True)
+
+
+def _calibration(record: Record) -> Iterator[Part]:
+    table = calibration_table(record)
+    if table is None or record.calibration is None:
+        yield Part("calibration", "Calibration", ("There was none: the experts were chosen by hand.",))
+        return
+    calibration = record.calibration
+    text = (
+        f"{calibration.sequences:,} sequences, {calibration.tokens:,} tokens. What this text does not contain, the "
+        "model may have lost.",
+    )
+    yield Part("calibration", "Calibration", text, (table,), open=True)
+
+
+def _tokens(record: Record) -> Iterator[Part]:
+    if not all(layer.tokens for layer in record.choice.layers):
+        return
+    from streamprune.report.charts import draw_tokens
+
+    unseen = sum(layer.tokens.count(0) for layer in record.choice.layers)
+    text = (
+        "How many tokens of the calibration each expert was given: the more, the better it is known. "
+        + (f"{unseen:,} experts were given none." if unseen else "None was given none."),
+    )
+    yield Part("tokens", "Tokens per expert", text, (tokens_table(record),), partial(draw_tokens, record),
+               "Bands by layer: the least, the middle half and the most tokens that an expert was given.")  # fmt: skip
+
+
+def _course(facts: Facts) -> Part:
+    course, title = facts.course, "The run's time and memory"
+    if isinstance(course, str):
+        return Part("course", title, (course,))
+    from streamprune.report.charts_measured import draw_course
+
+    text = [f"{course.seconds:,.1f} s, at most {format_bytes(course.peak_bytes)} resident in RAM."]
+    if course.busy:
+        text.append(f"At work: {describe({**course.busy, 'seconds': course.seconds}).removeprefix('busy: ')}.")
+    if course.processes > 1:
+        text.append(f"{course.processes} processes shared the work; these are the figures of the first.")
+    if len(course.blocks) < len(facts.record.counts):
+        text.append("The run was interrupted; these are the blocks of its last sitting.")
+    if not course.blocks:
+        return Part("course", title, tuple(text))
+    longest = max(course.blocks, key=lambda each: each.seconds)
+    alt = f"Time and peak memory by block; block {longest.block} took longest, {longest.seconds:.1f} s."
+    return Part("course", title, tuple(text), (course_table(course),), partial(draw_course, course), alt)
+
+
+def summary_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What the report says at its top, as pairs of a word and a text."""
+    record, counts = facts.record, list(facts.record.counts.values())
+    revision = f", revision {record.revision}" if record.revision else ""
+    yield "made from", f"{record.model}{revision}"
+    per_layer = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    yield (
+        "experts",
+        (
+            f"{per_layer} of {record.experts} in each of {len(counts)} layers, {sum(counts):,} of "
+            f"{record.all_experts:,} in all ({percent(1 - sum(counts) / record.all_experts)} removed); {record.top_k} are used per token"
+        ),
+    )
+    yield "weights", f"{format_bytes(record.source_bytes)} → {format_bytes(facts.output_bytes)}"
+    if not isinstance(facts.memory, str):
+        after = facts.memory.after
+        yield "memory in use", f"{format_bytes(after.total)} for {record.use.batch} x {record.use.context:,} tokens"
+        if record.budget is not None:
+            left = record.budget - after.total
+            word = f"{format_bytes(abs(left))} {'left' if left >= 0 else 'missing'}"
+            yield "budget", f"{format_bytes(record.budget)}, {word}"
+    yield "chosen by", _chosen_by(record)
+    whole = facts.text.whole if facts.text else None
+    if whole is not None and "kl" in whole.values:
+        yield "damage", f"KL divergence {whole.values['kl']:.4g} nats per token on held-out text"
+    if facts.generation is not None:
+        yield "generation", "runs into loops: see below" if facts.generation.loops else "healthy"
+    verified = None if isinstance(facts.course, str) else facts.course.verified
+    yield (
+        "verified",
+        {
+            True: "yes: every byte was compared with the source's",
+            False: "no: it was not compared with the source",
+            None: "not on record; `streamprune verify` compares it with the source",
+        }[verified],
+    )
+
+
+def _chosen_by(record: Record) -> str:
+    method = record.settings.get("method")
+    if method is None:
+        return "hand"
+    text = f"{method}, schedule {record.settings.get('schedule')}"
+    return text + (", super experts protected" if any(record.choice.protected.values()) else "")
