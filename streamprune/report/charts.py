@@ -52,11 +52,11 @@ def draw_experts(record: Record) -> Figure:
     )  # fmt: skip
     mean = sum(counts) / len(counts)
     axes.axhline(mean, color=RED, linestyle="--", linewidth=1.3, label=f"mean kept: {mean:.4g}")
-    protected = {block: len(experts) for block, experts in record.choice.protected.items() if experts}
+    protected = [block for block, experts in record.choice.protected.items() if experts]
     if protected:
         axes.plot(
-            list(protected), list(protected.values()), "v", color=BLACK, markerfacecolor=YELLOW,
-            label="protected super experts",
+            protected, [record.counts[block] for block in protected], "v", color=BLACK, markerfacecolor=YELLOW,
+            label="with protected super experts",
         )  # fmt: skip
     layer_axis(axes, blocks)
     axes.set_ylabel("experts")

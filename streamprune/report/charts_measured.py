@@ -93,7 +93,7 @@ def draw_course(course: Course) -> Figure:
     unit, name = (GIB, "GiB") if max(peaks) >= GIB else (MIB, "MiB")
     below.plot(blocks, [peak / unit for peak in peaks], color=ORANGE, marker="o", markersize=4, markeredgecolor=BLACK,
                markevery=max(1, len(blocks) // 24))  # fmt: skip
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.12 * max(peaks) / unit)
     below.set_ylabel(name)
     below.set_title("Peak memory of the process by then")
     layer_axis(below, blocks, "block")

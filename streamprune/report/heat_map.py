@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from streamprune.choice.choose import ChosenLayer
 from streamprune.report.record import Record
-from streamprune.report.style import BLUE, GREY, WIDTH
+from streamprune.report.style import BLUE, GREY, new_figure
 
 #: So many experts stand beside each other; of more there are several panels.
 _ACROSS = 256
 #: A cell's pixels, and how many of them an expert that went leaves free at each side.
-_CELL, _MARGIN = 8, 3
-#: Scores up to this share of all have colours of their own; those beyond have the last one.
-_DISTINCT = 0.98
+_CELL, _MARGIN = 8, 2
+#: Scores between these shares of all have colours of their own; those beyond have the first or the last one.
+_DISTINCT = (0.02, 0.98)
 _COLOURS = "cividis"
 
 
@@ -39,11 +39,11 @@ def draw_map(record: Record) -> Figure:
     values = relative_scores(record) if record.scored else None
     starts = range(0, record.experts, _ACROSS)
     row = min(0.34, max(0.085, 3.6 / len(layers)))
-    figure = Figure(figsize=(WIDTH, 0.95 + len(starts) * (0.45 + row * len(layers))))
-    panels = np.atleast_1d(figure.subplots(len(starts), 1))
+    figure, panels = new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
+    panels = panels[:, 0]
     low = high = 0.0
     if values is not None:
-        low, high = min(0.0, float(values.min())), float(np.quantile(values, _DISTINCT)) or 1.0
+        low, high = (float(end) for end in np.quantile(values, _DISTINCT))
     for panel, start in zip(panels, starts, strict=True):
         stop = min(start + _ACROSS, record.experts)
         panel.imshow(
@@ -57,11 +57,11 @@ def draw_map(record: Record) -> Figure:
     panels[-1].set_xlabel("expert (its number in the source)")
     if values is not None:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), _COLOURS)
-        bar = figure.colorbar(scale, ax=list(panels), extend="max", fraction=0.04, pad=0.01, aspect=18)
+        bar = figure.colorbar(scale, ax=list(panels), extend="both", fraction=0.04, pad=0.01, aspect=18)
         bar.set_label("score / mean of its layer")
         bar.outline.set_visible(False)
     keys = [Line2D([], [], marker="s", markersize=size, linestyle="", color=GREY) for size in (8, 3)]
-    figure.legend(keys, ["kept: the whole cell", "removed: a small square"], loc="outside upper left", ncols=2)
+    figure.legend(keys, ["kept: the whole cell", "removed: a square within it"], loc="outside upper left", ncols=2)
     return figure
 
 

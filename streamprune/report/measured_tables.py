@@ -79,17 +79,23 @@ def depth_table(text: TextResult) -> Table:
     return Table("Relative error of the hidden states after each block", columns, tuple(rows))
 
 
-def generation_table(generation: GenerationResult, by_source: bool = False) -> Table:
+_WENT = ("prompts", "ended by themselves", "looped", "repeated 4-grams")
+
+
+def generation_table(generation: GenerationResult) -> Table:
     """How continuations went, by the way of generating; with the original's figures where they were taken."""
     rows = []
     for mode in generation.modes:
         rows.append(_went(mode.label, mode.pruned))
         if mode.original is not None:
             rows.append(_went(f"{mode.label}, the original", mode.original))
-        if by_source:
-            rows += [_went(f"{mode.label}, {each.name}", each) for each in mode.sources]
-    columns = ("decoding", "prompts", "ended by themselves", "looped", "repeated 4-grams")
-    return Table("Continuations", columns, tuple(rows))
+    return Table("Continuations", ("decoding", *_WENT), tuple(rows))
+
+
+def generation_source_table(generation: GenerationResult) -> Table:
+    """The same by the source of the prompts."""
+    rows = [_went(f"{mode.label}, {each.name}", each) for mode in generation.modes for each in mode.sources]
+    return Table("Continuations by source", ("decoding and source", *_WENT), tuple(rows))
 
 
 def _went(label: str, each: Continuations) -> tuple[str, ...]:

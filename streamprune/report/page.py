@@ -33,14 +33,20 @@ summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .15rem .7rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
-thead th { vertical-align: bottom; border-bottom: 1px solid #888; color: #444; }
-tr > :first-child { text-align: left; font-weight: normal; max-width: 24rem; overflow: hidden; text-overflow: ellipsis; }
+thead th { vertical-align: bottom; border-bottom: 1px solid #888; color: #444; position: sticky; top: 0;
+  background: #fff; }
+tr > :first-child { text-align: left; max-width: 24rem; overflow: hidden; text-overflow: ellipsis; }
+tbody th { font-weight: normal; }
 s { color: #666; }
 footer { margin-top: 2.5rem; color: #555; font-size: .85rem; }
-@media (max-width: 36rem) { body { padding: .7rem; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
+@media (max-width: 36rem) {
+  body { padding: .7rem; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; }
+}
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  h2 { break-after: avoid; }
+  h2, section > p { break-after: avoid; }
   figure, tr, dl { break-inside: avoid; }
   figure svg { min-width: 0; max-height: 23cm; }
   .wide { overflow: visible; max-height: none; }
@@ -80,8 +86,12 @@ def _part(part: Part, picture: Picture | None) -> Iterator[str]:
     yield from (f"<p>{_prose(sentence)}</p>" for sentence in part.text)
     if picture is not None:
         yield f"<figure>{picture.svg}</figure>"
-    for table in part.tables:
-        if part.open:
+    if part.points:
+        yield "<ul>"
+        yield from (f"<li>{_prose(sentence)}" for sentence in part.points)
+        yield "</ul>"
+    for number, table in enumerate(part.tables):
+        if number < part.open:
             yield from table_html(table)
         else:
             yield f"<details><summary>Numbers: {html.escape(table.caption)}</summary>"

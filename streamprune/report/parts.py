@@ -23,6 +23,7 @@ from streamprune.report.measured_tables import (
     course_table,
     depth_table,
     divergence_table,
+    generation_source_table,
     generation_table,
     loss_table,
     tasks_table,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 class Part:
     """A part of the report. `name` is its short name, also of its picture; `alt` says in words what the figure shows.
 
-    Tables that are `open` are shown at once: those of parts without a figure, and small ones.
+    The first `open` tables are shown at once, the others when they are asked for. `points` are sentences of a list.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Part:
     tables: tuple[Table, ...] = ()
     draw: Callable[[], Figure] | None = None
     alt: str = ""
-    open: bool = False
+    open: int = 0
+    points: tuple[str, ...] = ()
 
 
 def parts_of_report(facts: Facts) -> Iterator[Part]:
@@ -98,11 +100,13 @@ def _map(record: Record) -> Part:
     if record.scored:
         text = (
             "Each row is a layer, each cell an expert. The colour is its score, relative to the mean of its layer. An "
-            "expert that stays fills its cell; of one that was removed there is only a small square.",
+            "expert that stays fills its cell; of one that was removed there is only a square within it.",
         )
     else:
-        text = ("Each row is a layer, each cell an expert. Scores are not on record, so that all have one colour. An "
-                "expert that stays fills its cell; of one that was removed there is only a small square.",)  # fmt: skip
+        text = (
+            "Each row is a layer, each cell an expert. Scores are not on record, so that all have one colour. An "
+            "expert that stays fills its cell; of one that was removed there is only a square within it.",
+        )
     alt = f"Map of {len(record.counts)} layers by {record.experts} experts: the score of each, and whether it stays."
     return Part("map", "Saliency of every expert", text, (scores_table(record),), partial(draw_map, record), alt)
 
@@ -178,14 +182,18 @@ def _generation(facts: Facts) -> Iterator[Part]:
     generation = facts.generation
     if generation is None:
         return
-    verdict = "Its continuations run into loops." if generation.loops else "Its continuations are healthy."
-    yield Part("generation", "How it writes", (verdict, *generation.advice),
-               (generation_table(generation, by_source=True),), open=True)  # fmt: skip
+    verdict = "Its continuations are healthy."
+    if generation.loops:
+        verdict = "Its continuations run into loops." + (" What helps:" if generation.advice else "")
+    tables = [generation_table(generation)]
+    if any(mode.sources for mode in generation.modes):
+        tables.append(generation_source_table(generation))
+    yield Part("generation", "Generation health", (verdict,), tuple(tables), open=1, points=generation.advice)
 
 
 def _tasks(facts: Facts) -> Iterator[Part]:
     if facts.tasks:
-        yield Part("tasks", "Tasks", ("Measured by lm-evaluation-harness.",), (tasks_table(facts.tasks),), open=True)
+        yield Part("tasks", "Tasks", ("Measured by lm-evaluation-harness.",), (tasks_table(facts.tasks),), open=1)
 
 
 def _calibration(record: Record) -> Iterator[Part]:
@@ -198,7 +206,7 @@ def _calibration(record: Record) -> Iterator[Part]:
         f"{calibration.sequences:,} sequences, {calibration.tokens:,} tokens. What this text does not contain, the "
         "model may have lost.",
     )
-    yield Part("calibration", "Calibration", text, (table,), open=True)
+    yield Part("calibration", "Calibration", text, (table,), open=1)
 
 
 def _tokens(record: Record) -> Iterator[Part]:
@@ -241,12 +249,11 @@ def summary_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     revision = f", revision {record.revision}" if record.revision else ""
     yield "made from", f"{record.model}{revision}"
     per_layer = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    removed = percent(1 - sum(counts) / record.all_experts)
     yield (
         "experts",
-        (
-            f"{per_layer} of {record.experts} in each of {len(counts)} layers, {sum(counts):,} of "
-            f"{record.all_experts:,} in all ({percent(1 - sum(counts) / record.all_experts)} removed); {record.top_k} are used per token"
-        ),
+        f"{per_layer} of {record.experts} in each of {len(counts)} layers, {sum(counts):,} of {record.all_experts:,} "
+        f"in all ({removed} removed); {record.top_k} are used per token",
     )
     yield "weights", f"{format_bytes(record.source_bytes)} → {format_bytes(facts.output_bytes)}"
     if not isinstance(facts.memory, str):
