@@ -18,11 +18,12 @@ from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
     from streamprune.demo import DemoResult
+    from tests.reports import Reported
 
 #: The demo's training steps in tests. Enough for what it is there to show; fewer show little.
 DEMO_STEPS = 350
 
-# A second for every command of every test; tests/test_report.py looks at it.
+# A report takes a second, of which there would be hundreds; its own tests ask for it.
 os.environ["STREAMPRUNE_REPORT"] = "0"
 
 transformers.logging.set_verbosity_error()
@@ -71,6 +72,22 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from tests.interruptions import make_commands
 
     return make_commands(tmp_path_factory.mktemp("short"), blocks=2)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """An output with its report; tests leave it as it is."""
+    from tests.reports import make_reported
+
+    return make_reported(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def copied(reported: Reported, tmp_path: Path) -> Path:
+    """A copy of that output which a test may change, with its log."""
+    shutil.copytree(reported.output, tmp_path / "out")
+    shutil.copy(f"{reported.output}.streamprune.log", tmp_path / "out.streamprune.log")
+    return tmp_path / "out"
 
 
 @pytest.fixture

@@ -81,8 +81,13 @@ def draw_tokens(record: Record) -> Figure:
         min(layer.tokens[expert] for expert in layer.kept) for layer in record.choice.layers
     ]  # fmt: skip
     axes.plot(blocks, fewest, "_", color=RED, markersize=7, markeredgewidth=1.6, label="fewest of a kept one")
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=-0.15)
+    if low.min() * 10 >= high.max():
+        axes.set_ylim(0, 1.05 * high.max())
+    elif low.min() > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=-0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     layer_axis(axes, blocks)
     axes.set_ylabel("tokens per expert")

@@ -71,14 +71,15 @@ def draw_depth(text: TextResult) -> Figure:
     every = max(1, last // 12)
     for number, (each, (colour, style, marker)) in enumerate(zip(shown, LINES, strict=False)):
         axes.plot(range(len(each.hidden_error)), each.hidden_error, style, color=colour, marker=marker, markersize=5,
-                  markevery=(number % every, every), linewidth=1.5, label=shortened(each.name))  # fmt: skip
+                  markevery=(number % every, every), linewidth=1.5, label=shortened(each.name, 20))  # fmt: skip
     if text.whole and text.whole.hidden_error:
         axes.plot(range(len(text.whole.hidden_error)), text.whole.hidden_error, ":", color=BLACK, linewidth=2.2,
                   label="all")  # fmt: skip
     layer_axis(axes, list(range(last)), "block")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("relative error of the hidden states")
-    figure.legend(loc="outside upper left", ncols=4)
+    short = all(len(each.name) <= 14 for each in shown)
+    figure.legend(loc="outside upper left", ncols=5 if short else 4)
     return figure
 
 

@@ -26,7 +26,7 @@ dt { color: #555; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .warning { border-left: .3rem solid #D55E00; padding: .3rem .8rem; background: #fdf1ea; }
 figure { margin: .8rem 0; overflow-x: auto; }
-figure svg { display: block; width: 100%; min-width: 32rem; height: auto; }
+figure svg { display: block; width: 100%; min-width: 20rem; height: auto; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; }
 .wide { overflow-x: auto; max-height: 32rem; margin: .6rem 0; }
@@ -46,9 +46,8 @@ footer { margin-top: 2.5rem; color: #555; font-size: .85rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  h2, section > p { break-after: avoid; }
-  figure, tr, dl { break-inside: avoid; }
-  figure svg { min-width: 0; max-height: 23cm; }
+  .together, .wide, tr, dl { break-inside: avoid; }
+  figure svg { min-width: 0; max-height: 20cm; }
   .wide { overflow: visible; max-height: none; }
   details:not([open]) { display: none; }
 }
@@ -82,10 +81,11 @@ def _lines(
 
 
 def _part(part: Part, picture: Picture | None) -> Iterator[str]:
-    yield f'<section id="{part.name}">\n<h2>{html.escape(part.title)}</h2>'
+    yield f'<section id="{part.name}">\n<div class="together">\n<h2>{html.escape(part.title)}</h2>'
     yield from (f"<p>{_prose(sentence)}</p>" for sentence in part.text)
     if picture is not None:
         yield f"<figure>{picture.svg}</figure>"
+    yield "</div>"
     if part.points:
         yield "<ul>"
         yield from (f"<li>{_prose(sentence)}" for sentence in part.points)

@@ -217,7 +217,7 @@ def _tokens(record: Record) -> Iterator[Part]:
     unseen = sum(layer.tokens.count(0) for layer in record.choice.layers)
     text = (
         "How many tokens of the calibration each expert was given: the more, the better it is known. "
-        + (f"{unseen:,} experts were given none." if unseen else "None was given none."),
+        + (f"{unseen:,} experts were given none." if unseen else "Every expert was given some."),
     )
     yield Part("tokens", "Tokens per expert", text, (tokens_table(record),), partial(draw_tokens, record),
                "Bands by layer: the least, the middle half and the most tokens that an expert was given.")  # fmt: skip

@@ -30,13 +30,13 @@ LINES = tuple(
     for style, markers in (("-", "osD^vPX"), ("--", "sD^vPXo"))
     for colour, marker in zip((BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY), markers, strict=True)
 )
-#: Inches. On a screen an inch takes about 115 pixels, so that the letters are a little smaller than those of the text.
+#: Inches. On a screen an inch takes about 115 pixels, so that the letters are about as large as those of the text.
 WIDTH = 8.0
 PNG_DPI = 120
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
+    "font.size": 9.6,
+    "axes.titlesize": 9.6,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,7 +46,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "figure.constrained_layout.use": True,
     # Letters stay letters: they can be searched, and read aloud.
     "svg.fonttype": "none",

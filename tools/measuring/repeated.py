@@ -51,7 +51,8 @@ def pruning_seconds(job: Job) -> dict[str, Any]:
     model = str(job.model)
     score = ["score", model, "-o", str(scores), "--calibration", str(few), "--device", "cpu", "--quiet"]
     subprocess.run([sys.executable, "-c", SCRIPT, *score], check=True, capture_output=True)
-    prune = ["prune", model, "-o", str(job.output), "--scores", str(scores), "--keep", str(experts // 2), "--quiet"]
+    prune = ["prune", model, "-o", str(job.output), "--scores", str(scores), "--keep", str(experts // 2), "--quiet",
+             "--no-report"]  # fmt: skip
     found: dict[str, Any] = {"prune": [], "copy": [], "prune_peak_bytes": 0}
     for number in range(-1, job.rounds):
         begun = time.perf_counter()

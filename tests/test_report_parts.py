@@ -1,0 +1,166 @@
+"""What the report does with parts that are damaged, with cards that were edited, and at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprune.report import write
+from streamprune.result.sections import markers, placeholder, with_sections
+from streamprune.source.checkpoint import is_small_file
+from tests.helpers import tree_bytes
+from tests.reports import (
+    Reported,
+    call,
+    generation_result,
+    put,
+)
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def apply(output: Path) -> None:
+        path = output / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return apply
+
+
+def result(name: str, value: Any) -> Callable[[Path], None]:
+    return lambda output: put(output, name, value)
+
+
+def without(value: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: each for name, each in value.items() if name != key}
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no record": (lambda output: (output / "streamprune.json").unlink(), "has no streamprune.json"),
+    "record no JSON": (lambda output: (output / "streamprune.json").write_text("{"), "cannot be read as JSON"),
+    "no layers": (changed("streamprune.json", lambda told: {**told, "layers": []}), "layers is []"),
+    "other format": (changed("streamprune.json", lambda told: {**told, "format": 7}), "format 7"),
+    "unknown expert": (
+        changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "kept": [9]}]}),
+        "layers[0].kept[0] is 9",
+    ),
+    "scores that are no numbers": (
+        changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "scores": [math.nan] * 8}]}),
+        "scores[0] is nan",
+    ),
+    "use": (changed("streamprune.json", lambda told: {**told, "use": {**told["use"], "context": 0}}), "context is 0"),
+    "text without loss": (
+        result("text.json", {"sources": [{"name": "x", "tokens": 3}]}), "sources[0] has no 'loss' where"
+    ),
+    "text of a list": (result("text.json", [1]), "not an object"),
+    "interval": (
+        result("text.json", {"sources": [{"name": "x", "tokens": 3, "loss": 1, "loss_interval": [2, 1]}]}),
+        "loss_interval is [2, 1]",
+    ),
+    "name with a line break": (result("text.json", {"sources": [{"name": "a\nb"}]}), "name is 'a\\nb'"),
+    "verdict": (result("generation.json", generation_result("fine")), "verdict is 'fine'"),
+    "mode": (result("generation.json", {"verdict": "loops", "modes": [{"decoding": "greedy"}]}), "no 'prompts'"),
+    "tasks": (result("tasks.json", {"results": [1]}), "results is [1]"),
+    "scores": (lambda output: (output / "scores" / "scores.safetensors").write_bytes(b"x" * 90), "scores"),
+    "log": (lambda output: Path(f"{output}.streamprune.log").write_text("no log"), "is no log of a run"),
+    "weights": (lambda output: (output / "model.safetensors.index.json").unlink(), "is it a complete model folder"),
+    "marker": (
+        lambda output: (output / "README.md").write_text(markers("pictures")[0]), "1 lines that begin its section"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_damaged_is_one_error_and_changes_nothing(how: str, copied: Path) -> None:
+    damage, message = BROKEN[how]
+    damage(copied)
+    before = tree_bytes(copied)
+    told = call("report", copied)
+    assert told.exit_code == 1
+    assert told.stdout == ""
+    assert told.stderr.startswith("Error: ")
+    assert told.stderr.count("\n") == 1
+    assert message.lower() in told.stderr.lower()
+    assert tree_bytes(copied) == before
+
+
+def test_sections_leave_the_rest_of_a_card_alone() -> None:
+    for card in (b"", b"# Title", "# Größe\r\n\r\nedited \xff by hand\r\n".encode("latin-1"), b"a\n\n\n"):
+        once = with_sections(card, {"pictures": "## Pictures\n\n![x](y)", "evaluation": "## Evaluation"})
+        assert once.startswith(card)
+        assert once.index(b"## Evaluation") < once.index(b"## Pictures")
+        assert with_sections(once, {"pictures": "## Pictures\n\n![x](y)", "evaluation": "## Evaluation"}) == once
+        assert with_sections(card, {"pictures": "", "evaluation": "\n"}) == card
+        moved = once.replace(b"## Evaluation", b"old text") + b"more by hand"
+        assert with_sections(moved, {"evaluation": "## Evaluation"}) == once + b"more by hand"
+    empty = f"# Title\n\n{placeholder('evaluation')}\nThe end.\n".encode()
+    filled = with_sections(empty, {"evaluation": "numbers"})
+    assert filled == empty.replace(b"-->\n<!--", b"-->\nnumbers\n<!--")
+    assert with_sections(filled, {"evaluation": ""}) == empty
+
+
+def test_a_run_says_where_its_report_is_and_works_on_with_it(reported: Reported, tmp_path: Path) -> None:
+    assert reported.told.stderr.splitlines()[-1] == f"report: {reported.output / 'report.html'}"
+    told = call("verify", reported.output, "--source", reported.model)
+    assert told.exit_code == 0, told.output
+    assert not is_small_file("report.html"), "what is made from this model has a report of its own"
+    shutil.copytree(reported.output, tmp_path / "out")
+    words = [
+        "prune",
+        reported.model,
+        "-o",
+        tmp_path / "out",
+        "--scores",
+        reported.output,
+        "--keep",
+        4,
+        "--overwrite",
+        "--quiet",
+    ]
+    told = call(*words)
+    assert (told.exit_code, told.output) == (0, "")
+    assert not (tmp_path / "out" / "report.html").exists(), "STREAMPRUNE_REPORT=0, as in all tests"
+    told = call(*words, STREAMPRUNE_REPORT="")
+    assert (told.exit_code, told.output) == (0, "")
+    assert (tmp_path / "out" / "report.html").exists(), "it is made where nothing else is said"
+
+
+def test_a_report_that_fails_costs_the_run_a_note(
+    reported: Reported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "prune",
+        reported.model,
+        "-o",
+        tmp_path / "out",
+        "--scores",
+        reported.output,
+        "--keep",
+        4,
+        "--overwrite",
+        "--report",
+    ]
+
+    def fails(error: BaseException) -> Callable[[Path], Any]:
+        def read(output: Path) -> Any:
+            raise error
+
+        return read
+
+    for error, note in (
+        (RuntimeError("no such luck"), "RuntimeError: no such luck"),
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ):
+        monkeypatch.setattr(write, "read_facts", fails(error))
+        told = call(*words, "--json")
+        assert told.exit_code == 0
+        assert json.loads(told.stdout)["experts_per_layer"] == 4
+        assert told.stderr.splitlines()[-1].startswith("note: ")
+        assert note in told.stderr.splitlines()[-1]
+        assert "is no report" not in call(*words, "--no-report").stderr
+        assert call(*words, "--quiet").stderr == ""
