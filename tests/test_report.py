@@ -47,9 +47,9 @@ def test_the_tables_hold_the_numbers_of_the_record(reported: Reported) -> None:
         lowest = min(layer["scores"][expert] for expert in kept)
         gone = [layer["scores"][expert] for expert in range(8) if expert not in kept]
         assert row[:3] == [str(layer["index"]), str(len(kept)), str(8 - len(kept))]
-        assert row[4:6] == [f"{lowest:.4g}", f"{max(gone):.4g}" if gone else "–"]
+        assert row[4:6] == [f"{lowest:#.4g}", f"{max(gone):#.4g}" if gone else "–"]
         assert cells[0] == (str(layer["index"]), False)
-        assert [text for text, _ in cells[1:]] == [f"{score:.4g}" for score in layer["scores"]]
+        assert [text for text, _ in cells[1:]] == [f"{score:#.4g}" for score in layer["scores"]]
         assert [struck for _, struck in cells[1:]] == [expert not in kept for expert in range(8)]
         quarters = np.percentile(layer["counts"], (0, 25, 50, 75, 100))
         assert [float(text.replace(",", "")) for text in told[1:6]] == quarters.tolist()
@@ -99,23 +99,23 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         page.rows("Divergence from the original, nats per token"), [*text["sources"], text["all"]], strict=True
     ):
         low, high = each["kl_interval"]
-        assert row == [each.get("name", "all"), f"{each['kl']:.4g}", f"{low:.4g} to {high:.4g}",
-                       f"{each['kl_p99']:.4g}", "87.5%", "–"]  # fmt: skip
+        assert row == [each.get("name", "all"), f"{each['kl']:#.4g}", f"{low:#.4g} to {high:#.4g}",
+                       f"{each['kl_p99']:#.4g}", "87.5%", "–"]  # fmt: skip
     for row, each in zip(page.rows("Loss on held-out text, nats per token"), text["sources"], strict=False):
-        assert row[1:3] == [f"{each['tokens']:,}", f"{each['loss']:.4g}"]
+        assert row[1:3] == [f"{each['tokens']:,}", f"{each['loss']:#.4g}"]
         assert float(row[4].replace(",", "")) == pytest.approx(each["perplexity"], rel=1e-3)
-        assert row[6:9] == [f"{each[key]:.4g}" for key in ("original_loss", "original_perplexity", "loss_increase")]
+        assert row[6:9] == [f"{each[key]:#.4g}" for key in ("original_loss", "original_perplexity", "loss_increase")]
     depth = page.rows("Relative error of the hidden states after each block")
-    assert [row[1] for row in depth] == [f"{value:.4g}" for value in text["sources"][0]["hidden_error"]]
+    assert [row[1] for row in depth] == [f"{value:#.4g}" for value in text["sources"][0]["hidden_error"]]
     assert page.rows("Continuations") == [
         [name, "16", "25.0%", "75.0%", "50.0%"] for name in ("greedy, thinking on", "greedy, thinking on, the original")
     ]
-    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "0.75", "0.013"]]
+    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "0.7500", "0.013"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()
     card = (copied / "README.md").read_text()
     assert "runs into loops" in card
     assert "enable&#95;thinking=False" in card
-    assert f"| one | 4,000 | {1.25 - 0.0625:.4g} | 1.25 | 0.0625 | 0.03125 to 0.125 | 87.5% |" in card
+    assert f"| one | 4,000 | {1.25 - 0.0625:#.4g} | 1.250 | 0.06250 | 0.03125 to 0.1250 | 87.5% |" in card
     assert {path.stem for path in (copied / "pictures").iterdir()} == ALL_PICTURES
     for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | ALL_PICTURES:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:

@@ -14,6 +14,8 @@ from streamprune.report.memory import GIB
 from streamprune.report.style import BLACK, BLUE, GREEN, LINES, ORANGE, RED, layer_axis, new_figure, shortened
 
 MIB = 1024**2
+#: How far a model and its original stand from the middle of their row.
+_APART = 0.15
 
 
 def draw_losses(text: TextResult) -> Figure:
@@ -23,11 +25,13 @@ def draw_losses(text: TextResult) -> Figure:
     height = 1.1 + 0.36 * len(shown)
     figure, axes = new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
     left = axes[0][0]
-    _points(left, shown, "loss", "s", BLUE, "this model")
-    if any("original_loss" in each.values for each in shown):
-        rows = [row for row, each in enumerate(shown) if "original_loss" in each.values]
-        left.plot([shown[row].values["original_loss"] for row in rows], rows, "o", color=BLACK, markerfacecolor="white",
-                  markersize=6, label="original")  # fmt: skip
+    rows = [row for row, each in enumerate(shown) if "original_loss" in each.values]
+    # One above the other: they are often so close that one would hide the other.
+    _points(left, shown, "loss", "s", BLUE, "this model", -_APART if rows else 0.0)
+    if rows:
+        before = [shown[row].values["original_loss"] for row in rows]
+        left.plot(before, [row + _APART for row in rows], "o", color=BLACK, markerfacecolor="white", markersize=6,
+                  label="original")  # fmt: skip
     left.set_title("Loss, nats per token")
     left.set_yticks(range(len(shown)), names)
     left.set_ylim(-0.6, len(shown) - 0.4)
@@ -41,7 +45,9 @@ def draw_losses(text: TextResult) -> Figure:
     return figure
 
 
-def _points(axes: Axes, shown: Sequence[OfSource], key: str, marker: str, colour: str, label: str) -> None:
+def _points(
+    axes: Axes, shown: Sequence[OfSource], key: str, marker: str, colour: str, label: str, shift: float = 0.0
+) -> None:
     rows = [row for row, each in enumerate(shown) if key in each.values]
     values = [shown[row].values[key] for row in rows]
     ends = [shown[row].intervals.get(key, (value, value)) for row, value in zip(rows, values, strict=True)]
@@ -49,7 +55,7 @@ def _points(axes: Axes, shown: Sequence[OfSource], key: str, marker: str, colour
         [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
         [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
     ]
-    axes.errorbar(values, rows, xerr=errors, fmt=marker, color=colour, markersize=6, capsize=4, linewidth=1.2,
+    axes.errorbar(values, [row + shift for row in rows], xerr=errors, fmt=marker, color=colour, markersize=6, capsize=4, linewidth=1.2,
                   label=f"{label}, 95 % interval")  # fmt: skip
 
 

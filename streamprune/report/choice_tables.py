@@ -116,7 +116,7 @@ def calibration_table(record: Record) -> Table | None:
     rows = [
         (
             each.name,
-            number(each.share),
+            "–" if each.share is None else f"{each.share:g}",
             "–" if each.records is None else f"{each.records:,}",
             f"{each.tokens:,}",
             percent(each.tokens / calibration.tokens if calibration.tokens else None),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 #: What Markdown, or HTML within it, would take for more than a character.
-_SPECIAL = re.compile(r"[\\`*_{}\[\]#!|~$<>&:@]")
+_SPECIAL = re.compile(r"[\\`*_{}\[\]#!|~$<>&@]|:(?=//)")
 
 
 class Struck(str):
@@ -62,7 +62,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """A number for people, with so many significant digits; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if 10**digits <= abs(value) < 10**9 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if 10**digits <= abs(value) < 10**9 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def interval(ends: Sequence[float] | None, digits: int = 4) -> str:
