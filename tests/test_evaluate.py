@@ -12,8 +12,9 @@ import torch
 from streamprune.evaluation.evaluate import evaluate, read_data
 from streamprune.evaluation.settings import EvalSettings
 from streamprune.progress import Progress
-from streamprune.streaming import examining
+from streamprune.streaming import examining, vocabulary
 from tests.helpers import known_family, load_whole, prune
+from tests.peak import Peak
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 #: Of every kind: biases and scales in the head, soft caps, tied weights, keys and values shared between blocks, latent
@@ -78,3 +79,28 @@ def test_streamed_figures_equal_those_of_the_whole_models(
         for name, value in in_memory(after, before, path).items():
             assert source[name] == pytest.approx(value, abs=1e-6, rel=1e-6), (source["name"], name)
     assert result["all"]["kl"] > 0
+
+
+def test_memory_is_that_of_a_block_and_a_slice_of_the_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the vocabulary: but for the embeddings, which are there whole, not a byte of a head's more.
+
+    Logits of all tokens would take 7.5 MiB and 30 MiB for each model, a head 1 MiB and 4 MiB.
+    """
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    monkeypatch.setattr(examining, "_LARGEST_SLICE", 512)
+    monkeypatch.setattr(vocabulary, "_PORTION", 2**16)
+    data = write_token_ids(tmp_path / "ids.jsonl", sequences=20)
+    peaks = []
+    for size in (4096, 16384):
+        config = tiny_config(known_family("qwen3_moe"))
+        config.vocab_size = size
+        model = make_model(tmp_path / f"m{size}", config)
+        prune(model, tmp_path / f"out{size}", keep=5, calibration=(str(data),), samples=4)
+        with Peak() as peak:
+            measured(tmp_path / f"out{size}", model, data, batch_tokens=120, dtype="float32")
+        embeddings = 2 * size * config.hidden_size * 4
+        peaks.append(peak.nbytes - embeddings)
+    assert peaks[1] < peaks[0] + 4096 * config.hidden_size * 4 / 2
+    assert max(peaks) < 4 * 2**20

@@ -9,9 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.cli import main
 from streamprune.errors import ResourceError, SettingsError
@@ -23,6 +21,7 @@ from streamprune.streaming.states import HiddenStates
 from streamprune.streaming.stream import BatchState
 from streamprune.text.calibration import Calibration
 from tests.helpers import CPU, known_family, prepare_whole, prune
+from tests.peak import Peak
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -49,25 +48,6 @@ def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monke
     source = make_model(tmp_path / "model", tiny_config(known_family(name)))
     prune(source, tmp_path / "out", keep=known_family(name).keep)
     assert largest == plans[0].states
-
-
-class Peak(TorchDispatchMode):
-    """Follows the memory of all tensors that are made within, as long as it lasts."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        result = function(*arguments, **(named or {}))
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
-                storage = leaf.untyped_storage()
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-        self._live = {key: each for key, each in self._live.items() if not each[0].expired()}  # type: ignore[no-untyped-call]
-        self.nbytes = max(self.nbytes, sum(size for _, size in self._live.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

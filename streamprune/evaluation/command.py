@@ -22,8 +22,6 @@ def evaluate_text(settings: EvalSettings, output: Path | None, quiet: bool) -> d
     folder = folder_of_results(settings.model, output)
     with Progress(0, quiet) as progress:
         data = read_data(settings)
-        for note in data.notes:
-            progress.say(f"note: {note}")
         result = evaluate(settings, data, progress)
         for line in table(result):
             progress.say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +90,12 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
     """
     device = choose_device(settings.device)
     settings.check_device(device.type)
-    models = _open(settings, progress)
+    models = _open(settings)
     plan = _plan(settings, models, data, device)
+    # Nothing is told before all is known to be in order: a refusal is one message and no more.
     progress.say(_words(settings, models, data, device))
+    for note in _notes(settings, models, data):
+        progress.say(f"note: {note}")
     progress.say(plan.describe())
     busy = Busy()
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
@@ -111,12 +114,12 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
             weights.batches = batches
             weights.load_surroundings()
         blocks = {side: opened.skeleton.block_count for side, opened in models.items()}
-        stream = ExaminedStream(of_checkpoints(sides, blocks), batches, device, len(data.sources))
+        compare = _are_of_one_shape(models)
+        stream = ExaminedStream(of_checkpoints(sides, blocks), batches, device, len(data.sources), compare)
         stream_all(stream, max(blocks.values()), data, device, progress)
         heads = {side: SlicedHead(weights.loader, weights.stream) for side, weights in sides.items()}
         found = Examiner(sides[PRUNED], heads, plan, device).read_off(max(blocks.values()))
-    compared = len(set(blocks.values())) == 1 and len(models) == 2
-    errors = mean_errors(stream.errors, data) if compared else None
+    errors = mean_errors(stream.errors, data) if compare else None
     return {
         **about(public_name(settings.model), settings.against, models[PRUNED], data),
         **summarize(found, data.sources, errors),
@@ -164,7 +167,7 @@ def about(model: str | None, against: str | None, opened: Opened, data: Calibrat
     }
 
 
-def _open(settings: EvalSettings, progress: Progress) -> Mapping[str, Opened]:
+def _open(settings: EvalSettings) -> Mapping[str, Opened]:
     """The models by side, the original first."""
     if settings.against is None:
         return {PRUNED: open_model(settings, settings.model, settings.revision)}
@@ -172,12 +175,25 @@ def _open(settings: EvalSettings, progress: Progress) -> Mapping[str, Opened]:
     original = open_model(settings, settings.against, settings.against_revision)
     model = open_model(settings, settings.model, settings.revision)
     check_comparable(model, original, settings)
-    if not same_tokenizer(model.checkpoint.folder, original.checkpoint.folder):
-        progress.say(
-            f"warning: the tokenizers of {settings.model} and {settings.against} differ; the text is in tokens of the "
-            "first, which may mean other things to the second."
-        )
     return {ORIGINAL: original, PRUNED: model}
+
+
+def _are_of_one_shape(models: Mapping[str, Opened]) -> bool:
+    """Whether the hidden states of two models can be compared block by block."""
+    shapes = {
+        (opened.skeleton.block_count, opened.skeleton.model.config.get_text_config(decoder=True).hidden_size)
+        for opened in models.values()
+    }
+    return len(models) == 2 and len(shapes) == 1
+
+
+def _notes(settings: EvalSettings, models: Mapping[str, Opened], data: Calibration) -> Iterator[str]:
+    yield from data.notes
+    if len(models) == 2 and not same_tokenizer(*(opened.checkpoint.folder for opened in models.values())):
+        yield (
+            f"The tokenizers of {settings.model} and {settings.against} differ; the text is in tokens of the first, "
+            "which may mean other things to the second."
+        )
 
 
 def _plan(settings: EvalSettings, models: Mapping[str, Opened], data: Calibration, device: torch.device) -> MemoryPlan:

@@ -120,7 +120,9 @@ class RunExamination:
             weights.batches = batches
             stack.callback(batches.close)
             weights.load_surroundings()
-            stream = ExaminedStream(of_choice(weights, kept, prepared.pruned_block), batches, device, len(held.sources))
+            stream = ExaminedStream(
+                of_choice(weights, kept, prepared.pruned_block), batches, device, len(held.sources), True
+            )
             head = SlicedHead(weights.loader, weights.stream)
             try:
                 stream_all(stream, self._blocks, held, device, self._progress)

@@ -59,7 +59,7 @@ def check_comparable(model: Opened, original: Opened, settings: EvalSettings) ->
         )
 
 
-def same_tokenizer(model: Path, original: Path) -> bool:
+def same_tokenizer(original: Path, model: Path) -> bool:
     """Whether two models' tokenizers are the same file, as far as both have one."""
     files = [folder / "tokenizer.json" for folder in (model, original)]
     return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()

@@ -24,21 +24,21 @@ Modules = Callable[[int], Iterator[tuple[str, BlockStream, nn.Module]]]
 class ExaminedStream:
     """Sends all micro-batches through block after block of one or two models.
 
-    Peak memory: a block of one of them at a time, and the hidden states of both. `errors` are how far the two are from
-    each other behind every block that both have.
+    Peak memory: a block of one of them at a time, and the hidden states of both. With `compare`, where the two are of
+    one shape, `errors` are how far they are from each other behind every block.
     """
 
-    def __init__(self, modules: Modules, batches: MicroBatches, device: torch.device, sources: int) -> None:
-        self._modules, self._batches, self._device = modules, batches, device
+    def __init__(
+        self, modules: Modules, batches: MicroBatches, device: torch.device, sources: int, compare: bool
+    ) -> None:
+        self._modules, self._batches, self._device, self._compare = modules, batches, device, compare
         self.errors = BlockErrors(sources)
 
     def run_block(self, index: int) -> None:
         """Send everything through block `index`. Raises NonFiniteError where a state is no number any more."""
-        sides = []
         for side, stream, block in self._modules(index):
-            sides.append(side)
-            self._pass(index, side, stream, block, compare=side == PRUNED and ORIGINAL in sides)
-        if len(sides) == 2:
+            self._pass(index, side, stream, block, self._compare and side == PRUNED)
+        if self._compare:
             self.errors.end_block(index, ALONE)
 
     def _pass(self, index: int, side: str, stream: BlockStream, block: nn.Module, compare: bool) -> None:

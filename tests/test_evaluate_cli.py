@@ -1,0 +1,117 @@
+"""`streamprune eval` as its users meet it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from streamprune.cli import main
+from streamprune.result.evaluations import TEXT_NAME, read_result
+from tests.helpers import known_family, load_whole, prune
+from tests.test_evaluate import in_memory
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, `out` made of it, and held-out text."""
+    folder = tmp_path_factory.mktemp("made")
+    model = make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
+    write_token_ids(folder / "ids.jsonl", sequences=4)
+    prune(model, folder / "out", keep=4, calibration=(str(folder / "ids.jsonl"),))
+    write_token_ids(folder / "held.jsonl", sequences=5, seed=9)
+    return folder
+
+
+def called(*words: Any) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, words)])
+
+
+def refused(*words: Any, status: int = 1) -> str:
+    """The one line that is said, and nothing else."""
+    result = called(*words)
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_one_object_with_sources_is_printed_and_left_with_our_own_models(made: Path) -> None:
+    given = [made / "out", "--against", made / "model", "--data", made / "held.jsonl", "--dtype", "float32"]
+    result = called(*given, "--json", "--no-report")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    (source,) = told["sources"]
+    expected = in_memory(load_whole(made / "out"), load_whole(made / "model"), made / "held.jsonl")
+    assert {name: source[name] for name in expected} == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    for name in ("loss", "perplexity", "kl", "top1_agreement"):
+        low, high = source[f"{name}_interval"]
+        assert low <= source[name] <= high
+    assert (source["name"], source["tokens"], source["sequences"]) == ("held.jsonl", 5 * 23, 5)
+    assert read_result(made / "out" / "evaluation", TEXT_NAME) == told
+    assert f"results: {made / 'out' / 'evaluation' / TEXT_NAME}" in result.stderr
+    rows = [line for line in result.stderr.splitlines() if line.startswith("  ")]
+    assert [row.split()[0] for row in rows] == ["source", "held.jsonl"]
+    assert f"{source['kl']:.4f}" in rows[1]
+
+
+def test_any_model_alone_is_measured_and_nothing_is_left(made: Path, tmp_path: Path) -> None:
+    before = sorted(made.rglob("*"))
+    result = called(made / "model", "--data", made / "held.jsonl", "--json", "--quiet", "--dtype", "float32")
+    told = json.loads(result.stdout)
+    assert told["against"] is None
+    assert "kl" not in told["sources"][0]
+    assert result.stderr == ""
+    assert sorted(made.rglob("*")) == before
+    called(made / "model", "--data", made / "held.jsonl", "-o", tmp_path / "here")
+    assert read_result(tmp_path / "here", TEXT_NAME) is not None
+
+
+def test_models_without_experts_are_measured_too(made: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    given = [tmp_path / "dense", "--against", made / "model", "--data", made / "held.jsonl", "--dtype", "float32"]
+    told = json.loads(called(*given, "--json").stdout)
+    expected = in_memory(load_whole(tmp_path / "dense"), load_whole(made / "model"), made / "held.jsonl")
+    assert {name: told["sources"][0][name] for name in expected} == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    assert "hidden_error" not in told["all"], "they have different numbers of blocks"
+
+
+def test_what_cannot_work_is_one_line(made: Path, tmp_path: Path) -> None:
+    data = ["--data", made / "held.jsonl"]
+    assert "Say on what text to measure: --data" in refused(made / "out", status=2)
+    other = tiny_config(known_family("qwen3_moe"))
+    other.vocab_size = 300
+    make_model(tmp_path / "other", other)
+    assert "predicts 256 tokens and" in refused(made / "out", "--against", tmp_path / "other", *data, status=2)
+    assert "--against-revision" in refused(made / "out", "--against-revision", "main", *data, status=2)
+    assert "missing.jsonl" in refused(made / "out", "--data", tmp_path / "missing.jsonl")
+    assert "nothing" in refused(tmp_path / "nothing", *data)
+    (tmp_path / "short.jsonl").write_text('{"input_ids": [1]}\n')
+    assert "has no sequence of two tokens" in refused(made / "out", "--data", tmp_path / "short.jsonl")
+    quantized = shutil.copytree(made / "model", tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "is quantized (fp8)" in refused(made / "out", "--against", quantized, *data)
+
+
+def test_code_of_uneven_models_runs_only_when_it_is_trusted(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "uneven"
+    prune(made / "model", out, keep=5, schedule="linear-decrease", calibration=(str(made / "ids.jsonl"),))
+    words = refused(out, "--data", made / "held.jsonl")
+    assert "add --trust-remote-code" in words
+    result = called(out, "--against", made / "model", "--data", made / "held.jsonl", "--trust-remote-code", "--json")
+    assert json.loads(result.stdout)["all"]["kl"] > 0
