@@ -55,8 +55,10 @@ def _points(
         [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
         [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
     ]
-    axes.errorbar(values, [row + shift for row in rows], xerr=errors, fmt=marker, color=colour, markersize=6, capsize=4, linewidth=1.2,
-                  label=f"{label}, 95 % interval")  # fmt: skip
+    axes.errorbar(
+        values, [row + shift for row in rows], xerr=errors, fmt=marker, color=colour, markersize=6, capsize=4,
+        linewidth=1.2, label=f"{label}, 95 % interval",
+    )  # fmt: skip
 
 
 def _shown(text: TextResult) -> list[OfSource]:
