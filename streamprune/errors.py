@@ -61,6 +61,10 @@ class ResumeError(StreampruneError):
     """An interrupted run cannot be taken up: it is missing or damaged, or something that matters has changed."""
 
 
+class TaskError(StreampruneError):
+    """A task of lm-evaluation-harness cannot be loaded or run."""
+
+
 class VerifyError(StreampruneError):
     """A result is not what its source and its record say."""
 
