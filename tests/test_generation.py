@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from streamprune import loading
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
-from streamprune.generation import GenerationSettings, decoding, generation_health, generation_lines
+from streamprune.generation import decoding
+from streamprune.generation.health import GenerationSettings, generation_health
+from streamprune.generation.lines import generation_lines
 from streamprune.generation.loops import LEAST_TOKENS, LONGEST_PERIOD, loop_period, repeated_grams
 from streamprune.progress import Progress
 from streamprune.text import chat

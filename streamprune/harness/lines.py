@@ -12,8 +12,8 @@ def tasks_lines(result: Mapping[str, Any]) -> list[str]:
     """A line for each task and metric of what `run_tasks` gave: value ± standard error, as the harness names them."""
     rows = [("task", "metric", "value", "examples", "shots"), *_rows(result)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    versions = result["versions"]
-    lines = [f"Tasks of lm-evaluation-harness {versions['lm_eval']}, with transformers {versions['transformers']}"]
+    versions = result["lm_eval_version"], result["transformers_version"]
+    lines = [f"{result['model']}: lm-evaluation-harness {versions[0]}, transformers {versions[1]}"]
     for task, metric, value, examples, shots in rows:
         cells = (task.ljust(widths[0]), metric.ljust(widths[1]), value.rjust(widths[2]))
         lines.append("  " + "  ".join((*cells, examples.rjust(widths[3]), shots.rjust(widths[4]))))

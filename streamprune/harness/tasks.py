@@ -56,8 +56,8 @@ def run_tasks(
     auto on a card and CPU_BATCH on a CPU, or `batch_size`. `tasks` are names or patterns of tasks, groups and tags, or
     YAML files; with `include_path` also those in that folder (its YAML may name Python code, which is then run).
     `limit` takes only so many examples of each task, or that share of them. The result is the harness's own, less
-    samples and facts about the machine; added are `format`, `model`, `tasks` and `versions`. Numbers that are not
-    finite are null.
+    samples and facts about the machine; added are `format`, `model` and `tasks`. Numbers that are not finite are
+    null.
 
     Raises SettingsError without the harness, or for unknown tasks; TaskError for tasks that cannot be loaded or run;
     CheckpointError, CalibrationError and ResourceError for models that cannot be.
@@ -82,8 +82,7 @@ def run_tasks(
     place = loaded.device
     del loaded
     release(place)
-    versions = {"lm_eval": result.pop("lm_eval_version"), "transformers": result.pop("transformers_version")}
-    return {"format": RESULT_FORMAT, "model": model, "tasks": list(tasks), "versions": versions, **result}
+    return {"format": RESULT_FORMAT, "model": model, "tasks": list(tasks), **result}
 
 
 def _check_installed() -> None:

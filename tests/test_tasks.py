@@ -1,0 +1,212 @@
+"""Tasks of lm-evaluation-harness on real models, offline, against accuracies worked out from the logits."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from streamprune import loading
+from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
+from streamprune.harness import tasks
+from streamprune.harness.lines import tasks_lines
+from streamprune.harness.tasks import run_tasks
+from streamprune.progress import Progress
+from tests.helpers import load_whole
+from tests.tiny import FAMILIES, make_model, tiny_config
+from tests.tokenizer import save_tokenizer
+
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-evaluation-harness")
+
+DOCS = [
+    {
+        "question": f"{a} plus {b} is",
+        "choices": [str(a + b), str(a * b + 11), "many of them"],
+        "answer": 0 if a < 4 else 2,
+    }
+    for a in range(2, 7)
+    for b in range(2, 6)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No network, and caches of data that end with the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+            patch.setenv(name, "1")
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("HF_DATASETS_CACHE", str(cache))
+        if importlib.util.find_spec("lm_eval") is not None:
+            import datasets
+            import huggingface_hub.constants
+
+            # Read from the environment when they were imported.
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+            patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = next(family for family in FAMILIES if family.name == "qwen3_moe")
+    folder = make_model(tmp_path_factory.mktemp("model"), tiny_config(family))
+    save_tokenizer(folder, chat=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def included(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a task of one's own, and one that prints and warns while it does so."""
+    folder = tmp_path_factory.mktemp("included")
+    data = folder / "sums.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    task = {
+        "task": "local_sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+        "metadata": {"version": 1.0},
+    }
+    (folder / "local_sums.yaml").write_text(yaml.safe_dump(task))
+    lost = task | {"task": "local_lost", "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}}}
+    (folder / "local_lost.yaml").write_text(yaml.safe_dump(lost))
+    far = {key: value for key, value in task.items() if key != "dataset_kwargs"} | {"task": "local_far"}
+    (folder / "local_far.yaml").write_text(yaml.safe_dump(far | {"dataset_path": "nobody/has-this"}))
+    return folder
+
+
+def accuracies(folder: Path) -> tuple[float, float]:
+    """Accuracy by the sum of the log-probabilities of each choice's tokens, and by that over its characters."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load_whole(folder), AutoTokenizer.from_pretrained(folder)
+    right = [0, 0]
+    for doc in DOCS:
+        start = tokenizer(doc["question"]).input_ids
+        scores = []
+        for choice in doc["choices"]:
+            whole = tokenizer(f"{doc['question']} {choice}").input_ids
+            with torch.inference_mode():
+                logits = model(torch.tensor([whole])).logits[0, :-1].double().log_softmax(-1)
+            chosen = logits.gather(-1, torch.tensor(whole[1:])[:, None])[len(start) - 1 :]
+            scores.append(float(chosen.sum()))
+        by_length = [score / len(choice) for score, choice in zip(scores, doc["choices"], strict=True)]
+        for place, each in enumerate((scores, by_length)):
+            right[place] += each.index(max(each)) == doc["answer"]
+    return right[0] / len(DOCS), right[1] / len(DOCS)
+
+
+@needs_harness
+def test_a_local_task_gives_what_the_logits_say(model: Path, included: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = io.StringIO()
+    result = run_tasks(str(model), ["local_sums"], include_path=included, progress=Progress(0, False, said))
+    expected = accuracies(model)
+    figures = result["results"]["local_sums"]
+    assert (figures["acc,none"], figures["acc_norm,none"]) == expected
+    # A task that every answer were right or wrong in would show little.
+    assert 0 < expected[0] < 1
+    assert expected[0] != expected[1]
+    error = (expected[0] * (1 - expected[0]) / (len(DOCS) - 1)) ** 0.5
+    assert figures["acc_stderr,none"] == pytest.approx(error)
+    assert result["n-shot"] == {"local_sums": 0}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert (result["model"], result["format"], result["config"]["batch_size"]) == (str(model), 1, tasks.CPU_BATCH)
+    assert result["config"]["model_args"]["dtype"] == "auto"
+    assert result["lm_eval_version"] == importlib.metadata.version("lm_eval")
+    assert result["versions"] == {"local_sums": 1.0}
+    assert "samples" not in result
+    assert "pretty_env_info" not in result
+    lines = tasks_lines(result)
+    value = f"{expected[0]:.4f} ± {error:.4f}"
+    assert ["local_sums", "acc", value, "20", "0"] in [
+        [part.strip() for part in line.split("  ") if part] for line in lines
+    ]
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert f"tasks: {model} is loaded on cpu" in said.getvalue().splitlines()
+
+
+@needs_harness
+def test_a_limit_takes_a_part(model: Path, included: Path) -> None:
+    result = run_tasks(str(model), ["local_s*"], include_path=included, limit=5, batch_size=1)
+    assert result["n-samples"]["local_sums"] == {"original": 20, "effective": 5}
+    assert result["config"]["batch_size"] == 1
+    assert tasks_lines(result)[-1].startswith("note: --limit 5: only a part")
+    by_file = run_tasks(str(model), [str(included / "local_sums.yaml")], limit=5, include_path=included)
+    assert by_file["results"]["local_sums"]["acc,none"] == result["results"]["local_sums"]["acc,none"]
+
+
+@needs_harness
+def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
+    model: Path, included: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "load_whole_model", lambda *_: pytest.fail("the model is loaded"))
+    with pytest.raises(SettingsError, match="no task, group or tag named local_nought, other") as caught:
+        run_tasks(str(model), ["local_sums", "local_nought", "other"], include_path=included)
+    assert tasks.LIST_OF_TASKS in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for name, words in (("local_lost", r"none\.jsonl"), ("local_far", "nobody/has-this")):
+        with pytest.raises(TaskError, match=f"The tasks {name} cannot be loaded: .*{words}") as found:
+            run_tasks(str(model), [name], include_path=included)
+        assert "\n" not in str(found.value)
+    with pytest.raises(SettingsError, match="is no folder"):
+        run_tasks(str(model), ["local_sums"], include_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match="--limit 0"):
+        run_tasks(str(model), ["local_sums"], include_path=included, limit=0)
+    with pytest.raises(CheckpointError, match="No folder"):
+        run_tasks("./none", ["local_sums"], include_path=included)
+    # One of the harness's own, whose data lie on the Hub.
+    with pytest.raises(TaskError, match="The tasks arc_easy cannot be loaded"):
+        run_tasks(str(model), ["arc_easy"])
+
+
+@needs_harness
+def test_a_model_that_does_not_fit_is_refused(model: Path, included: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"free are 1000 B in RAM"):
+        run_tasks(str(model), ["local_sums"], include_path=included)
+
+
+def test_without_the_harness_it_says_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
+    with pytest.raises(SettingsError, match=r"pip install 'streamprune\[tasks\]'"):
+        run_tasks(str(model), ["local_sums"])
+
+
+def test_figures_become_json() -> None:
+    class Number:
+        def item(self) -> float:
+            return 0.5
+
+    assert tasks._as_json({"a": Number(), 1: (float("nan"), {2}), "f": builtins.len, "p": Path("x")}) == {
+        "a": 0.5, "1": [None, [2]], "f": "len", "p": "x",
+    }  # fmt: skip
+
+
+def test_nothing_heavy_is_imported_for_lines() -> None:
+    lines = "streamprune.harness.lines, streamprune.generation.lines"
+    code = f"import sys, {lines}; print([name for name in ('torch', 'lm_eval') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.strip() == "[]"
