@@ -75,6 +75,12 @@ def find_whole(model: str, revision: str | None = None, trust_remote_code: bool 
     for a revision of a local folder.
     """
     checkpoint = open_checkpoint(resolve_model(model, revision, trust_remote_code))
+    if not trust_remote_code and read_uneven(checkpoint.config) is not None:
+        # transformers would only tell of mismatched sizes.
+        raise CheckpointError(
+            f"The blocks of {model} keep different numbers of experts, so that it brings code that loads it. "
+            "Allow that with --trust-remote-code."
+        )
     return WholeModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
 
 
@@ -146,7 +152,7 @@ def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
     if lacking:
         told = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())
         count = sum(map(len, lacking.values()))
-        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {told}.{_code_hint(whole)}")
+        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {told}.")
     unused = len(info.get("unexpected_keys", ()))
     note = f"{whole.name}: {unused} tensors of its files have no place in the model that transformers builds."
     return model, (note,) if unused else ()
@@ -154,10 +160,4 @@ def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
 
 def _loading_problem(whole: WholeModel, error: Exception) -> str:
     reason = first_line(str(error)) or type(error).__name__
-    return f"transformers cannot load {whole.name}: {reason}.{_code_hint(whole)}"
-
-
-def _code_hint(whole: WholeModel) -> str:
-    if whole.trust_remote_code or read_uneven(whole.checkpoint.config) is None:
-        return ""
-    return " Its blocks keep different numbers of experts, so that it brings code of its own: add --trust-remote-code."
+    return f"transformers cannot load {whole.name}: {reason}."

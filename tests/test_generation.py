@@ -21,6 +21,7 @@ from streamprune.generation.loops import LEAST_TOKENS, LONGEST_PERIOD, loop_peri
 from streamprune.progress import Progress
 from streamprune.text import chat
 from streamprune.text.calibration import Calibration
+from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 from tests.tokenizer import save_tokenizer
 from tests.walkers import END, LAST, THINKING, make_walker, ring, straight, walk
@@ -293,6 +294,19 @@ def test_models_that_lack_weights_or_give_no_numbers_are_refused(tmp_path: Path)
             make_walker(tmp_path / "small", straight()),
             data=Calibration((torch.tensor([3, 999]),), ("a",), (0,), small.fingerprint),
         )
+
+
+def test_models_with_blocks_of_different_sizes_need_their_code(tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "qwen3_moe")
+    source = make_model(tmp_path / "source", tiny_config(family))
+    save_tokenizer(source, chat=False)
+    prune(source, tmp_path / "pruned", schedule="linear-decrease", ratio=0.4, keep=None)
+    with pytest.raises(CheckpointError, match=r"different numbers of experts.*--trust-remote-code"):
+        health(tmp_path / "pruned")
+    data = text("letters", sequences=2)
+    result, _ = health(tmp_path / "pruned", against=source, data=data, trust_remote_code=True, max_new_tokens=70)
+    assert mode(result, "greedy")["prompts"] == 2
+    assert "original" in mode(result, "greedy")
 
 
 # The detector alone.
