@@ -9,22 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from streamprune import loading
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
 from streamprune.generation import decoding
 from streamprune.generation.health import GenerationSettings, generation_health
 from streamprune.generation.lines import generation_lines
-from streamprune.generation.loops import LEAST_TOKENS, LONGEST_PERIOD, loop_period, repeated_grams
 from streamprune.progress import Progress
 from streamprune.text import chat
 from streamprune.text.calibration import Calibration
 from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 from tests.tokenizer import save_tokenizer
-from tests.walkers import END, LAST, THINKING, make_walker, ring, straight, walk
+from tests.walkers import END, LAST, THINKING, make_walker, ring, straight
 
 RING = 190
 #: What texts begin with: no token of the ring.
@@ -89,8 +86,7 @@ def test_a_model_that_finds_its_end_is_healthy(healthy: Path) -> None:
     last = text("letters").sequences[0][15].item()
     # It walks on from the prompt's last token to the last of all.
     assert mode(result, "greedy")["longest_ended"] >= LAST - 1 - last
-    assert example["ended"]
-    assert not example["looped"]
+    assert (example["ended"], example["looped"]) == (True, False)
     assert "No sign of loops." in generation_lines(result)
 
 
@@ -106,17 +102,14 @@ def test_a_model_made_to_loop_is_reported(looping: Path, healthy: Path) -> None:
     assert result["advice"][0] == "8 of 8 continuations (greedy, text) loop; of the original's 0."
     # Sampling does not help a model that is so sure, and there is nothing to switch off: neither is advised.
     assert not any("Sample" in sentence or "thinking" in sentence for sentence in result["advice"])
-    lines = generation_lines(result)
-    assert any(
-        line.split() == ["greedy,", "text", "8", "0.0%", "100.0%", "0.975", "100.0%", "0.0%", "0.000"] for line in lines
-    )
-    assert "It loops." in lines
+    rows = [" ".join(line.split()) for line in generation_lines(result)]
+    assert "greedy, text 8 0.0% 100.0% 0.975 100.0% 0.0% 0.000" in rows
+    assert "It loops." in rows
 
 
 def test_alone_it_is_reported_as_well(looping: Path) -> None:
     result, _ = health(looping)
-    assert result["verdict"] == "loops"
-    assert result["against"] is None
+    assert (result["verdict"], result["against"]) == ("loops", None)
     assert "original" not in mode(result, "greedy")
     assert any("--against" in sentence for sentence in result["advice"])
 
@@ -200,8 +193,7 @@ def test_a_switch_that_makes_no_difference_is_none(tmp_path: Path) -> None:
     template = "{{ messages[0].content }}{% if enable_thinking is defined %}{% endif %}{% if thinking %}!{% endif %}"
     model = make_walker(tmp_path / "model", straight(), template=template)
     result, _ = health(model, data=text("letters", sequences=2))
-    assert result["settings"]["thinking_switch"] == "thinking"
-    assert len(result["modes"]) == 6
+    assert (result["settings"]["thinking_switch"], len(result["modes"])) == ("thinking", 6)
 
 
 def test_without_a_tokenizer_ids_are_continued(tmp_path: Path) -> None:
@@ -223,8 +215,7 @@ def test_memory_that_runs_out_halves_the_batch(healthy: Path, looping: Path, mon
         return None if len(prompts) > 2 else real(loaded, prompts, *rest)
 
     monkeypatch.setattr(decoding, "_batch", scarce)
-    result, said = health(healthy)
-    assert mode(result, "greedy")["ended"] == 1.0
+    _, said = health(healthy)
     assert sizes[:6] == [8, 4, 2, 2, 2, 2]
     assert "note: memory ran out; 4 continuations at a time from now on." in said
     monkeypatch.setattr(decoding, "_batch", lambda *_: None)
@@ -288,11 +279,10 @@ def test_models_that_lack_weights_or_give_no_numbers_are_refused(tmp_path: Path)
     broken = make_walker(tmp_path / "broken", {3: 4}, sharpness=float("nan"))
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         health(broken)
-    small = text("letters")
     with pytest.raises(CheckpointError, match="token 999, but the model knows only 256"):
         health(
             make_walker(tmp_path / "small", straight()),
-            data=Calibration((torch.tensor([3, 999]),), ("a",), (0,), small.fingerprint),
+            data=Calibration((torch.tensor([3, 999]),), ("a",), (0,), "0" * 64),
         )
 
 
@@ -307,67 +297,3 @@ def test_models_with_blocks_of_different_sizes_need_their_code(tmp_path: Path) -
     result, _ = health(tmp_path / "pruned", against=source, data=data, trust_remote_code=True, max_new_tokens=70)
     assert mode(result, "greedy")["prompts"] == 2
     assert "original" in mode(result, "greedy")
-
-
-# The detector alone.
-
-
-@pytest.mark.parametrize("period", [1, 2, 7, 60, LONGEST_PERIOD])
-def test_loops_are_found_with_their_shortest_period(period: int) -> None:
-    once = list(range(1000, 1000 + period))
-    rounds = -(-LEAST_TOKENS // period) + 3
-    assert loop_period(once * rounds) == period
-    # In whatever place of the round it is cut off, and whatever came before.
-    assert loop_period(list(range(500)) + once * rounds + once[: period // 2]) == period
-    assert loop_period(tuple(once * rounds)) == period
-
-
-def test_tails_that_are_too_short_are_none() -> None:
-    assert loop_period([]) is None
-    assert loop_period([5] * (LEAST_TOKENS - 1)) is None
-    assert loop_period([9] + [5] * (LEAST_TOKENS - 1)) is None
-    assert loop_period([9] + [5] * LEAST_TOKENS) == 1
-    thirty = list(range(30))
-    assert loop_period(thirty * 3) == 30
-    assert loop_period(thirty[1:] + thirty * 2) is None
-    assert loop_period(list(range(LONGEST_PERIOD + 1)) * 9) is None
-
-
-def test_similar_lines_are_no_loop() -> None:
-    newline, item, words = 10, 11, list(range(20, 30))
-    numbered = [token for number in range(60) for token in (newline, 1000 + number, item, *words)]
-    assert loop_period(numbered) is None
-    code = [token for number in range(60) for token in (*words, 2000 + number % 7, newline)]
-    # The seven lines are the loop.
-    assert loop_period(code) == 7 * 12
-    assert loop_period(code[:100]) is None
-    # A loop that was left again is none.
-    assert loop_period([5] * 400 + [6]) is None
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), min_size=1, max_size=70), st.integers(0, 300)
-)
-def test_a_loop_is_what_it_says(before: list[int], once: list[int], length: int) -> None:
-    tokens = before + (once * (length // len(once) + 1))[:length]
-    period = loop_period(tokens)
-    fitting = [
-        p
-        for p in range(1, LONGEST_PERIOD + 1)
-        if len(tokens) >= (tail := max(LEAST_TOKENS, 3 * p))
-        and all(tokens[-i] == tokens[-i - p] for i in range(1, tail - p + 1))
-    ]
-    assert period == (fitting[0] if fitting else None)
-    if length >= max(LEAST_TOKENS, 3 * len(once)):
-        assert period is not None
-
-
-def test_repeated_grams() -> None:
-    assert repeated_grams([1, 2, 3]) is None
-    assert repeated_grams([1, 2, 3, 4]) == 0
-    # 1234, 2341, 3412, 4123, 1234: four of five are different.
-    assert repeated_grams([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
-    assert repeated_grams([7] * 103) == pytest.approx(0.99)
-    assert repeated_grams(range(9)) == 0
-    assert walk([1, 2, 3]) == {1: 2, 2: 3}

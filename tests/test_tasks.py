@@ -144,7 +144,7 @@ def test_a_local_task_gives_what_the_logits_say(model: Path, included: Path, cap
     ]
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
-    assert f"tasks: {model} is loaded on cpu" in said.getvalue().splitlines()
+    assert f"tasks: local_sums; {model} is loaded on cpu" in said.getvalue().splitlines()
 
 
 @needs_harness

@@ -82,14 +82,7 @@ def generation_health(
         progress.say(f"note: {note}")
     progress.say(f"generation: {len(made.prompts)} prompts, greedy and sampled, up to {longest:,} new tokens each")
 
-    loaded = load_whole_model(whole, settings.device)
-    ways = decodings(loaded, tokenizer, longest, settings.batch, settings.seed)
-    if not ends_of(loaded, tokenizer):
-        notes.append("The model names no token that ends a text, so that nothing could end by itself.")
-    mine, device = _continued(loaded, made.prompts, ways, whole, progress.say), loaded.device
-    notes += loaded.notes
-    del loaded
-    release(device)
+    mine, ways, device = _pruned(whole, made.prompts, tokenizer, longest, settings, notes, progress.say)
     theirs = None if original is None else _original(original, made.prompts, ways, settings.device, notes, progress.say)
     modes = modes_of(mine, theirs)
     notes += endless_notes(modes)
@@ -97,7 +90,7 @@ def generation_health(
         "format": RESULT_FORMAT,
         "model": model,
         "against": against,
-        "settings": _told_settings(settings, longest, ways, made, device.type),
+        "settings": _told_settings(settings, longest, ways, made, device),
         "modes": modes,
         "verdict": verdict_of(modes),
         "advice": advice_of(modes, made.switch),
@@ -157,6 +150,27 @@ def _continued(
 ) -> list[Continuation]:
     say(f"generation: {whole.name} is loaded on {loaded.device}")
     return [each for way in ways for each in continuations(loaded, prompts, way, say)]
+
+
+def _pruned(
+    whole: WholeModel,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    longest: int,
+    settings: GenerationSettings,
+    notes: list[str],
+    say: Say,
+) -> tuple[list[Continuation], tuple[Decoding, ...], str]:
+    """What the model itself makes of the prompts, how they were decoded, and on what kind of device."""
+    loaded = load_whole_model(whole, settings.device)
+    ways = decodings(loaded, tokenizer, longest, settings.batch, settings.seed)
+    if not ends_of(loaded, tokenizer):
+        notes.append("The model names no token that ends a text, so that nothing could end by itself.")
+    made, device = _continued(loaded, prompts, ways, whole, say), loaded.device
+    notes += loaded.notes
+    del loaded
+    release(device)
+    return made, ways, device.type
 
 
 def _original(

@@ -71,11 +71,10 @@ def run_tasks(
     with _quiet():
         # Before the model is: what is unknown or out of reach shows in seconds.
         manager, loaded_tasks = _load_tasks(tasks, include_path)
-    say(f"tasks: {', '.join(loaded_tasks['tasks'])}")
     loaded = load_whole_model(whole, device)
     for note in loaded.notes:
         say(f"note: {note}")
-    say(f"tasks: {model} is loaded on {loaded.device}")
+    say(f"tasks: {', '.join(loaded_tasks['tasks'])}; {model} is loaded on {loaded.device}")
     batch: int | str = batch_size or (CPU_BATCH if loaded.device.type == "cpu" else "auto")
     with _quiet():
         result = _evaluate(whole, loaded, tokenizer, manager, loaded_tasks, limit, batch)
