@@ -202,10 +202,10 @@ class _Run:
         self.stop.patient = False
         self.work.states.forget()
         evaluation = examination.result if examination is not None else None
-        result = self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
         if calibration.held is not None:
+            # Before the output has its name: then nothing is left to be gone on with.
             leave_held_out(settings.output, calibration.held, self.progress)
-        return result
+        return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
 
     def _writer(
         self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, counts: Mapping[int, int]
