@@ -171,6 +171,7 @@ def test_what_is_recorded_names_no_folder(model: Path) -> None:
         "name": "mine", "description": "a try", "mode": "packed", "sequence_length": 32, "seed": 5,
         "sources": [{"name": "a", "field": "text", "path": ["a.jsonl"], "share": 1.0, "records": 32, "sequences": 100,
                      "tokens": 3200}],
+        "given": {"calibration": ["recipe.yaml"], "samples": None, "seq_len": None, "seed": None},
     }  # fmt: skip
     plain = load_calibration([str(model.parent / "a.jsonl")], model, samples=2, vocab_size=256, max_positions=8)
     assert plain.recipe["sources"][0] == {

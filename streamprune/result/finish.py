@@ -174,11 +174,11 @@ def complete(
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
     report = run_report(
         decided.provenance, decided.choice, plan, decided.selection, decided.quota, settings.use,
-        settings.max_shard_bytes,
+        settings.max_shard_bytes, [path.as_posix() for path in decided.checkpoint.small_files()],
     )  # fmt: skip
     headers = writer.headers()
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.quota, headers)
-    writer.finish(report, model_card(plan, report, decided.checkpoint, estimate))
+    writer.finish(report, model_card(plan, report, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 

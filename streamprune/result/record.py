@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ def run_report(
     quota: Quota,
     use: Use,
     shard_bytes: int,
+    small_files: Sequence[str],
 ) -> dict[str, Any]:
     """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
 
     It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
     on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made; `use`
-    is what the user planned for, `shard_bytes` the largest size of an output file.
+    is what the user planned for, `shard_bytes` the largest size of an output file, and `small_files` the names of those
+    that lie beside the weights and were not made here.
     """
     # In one order, whether it comes from a run or was read from a file.
     provenance = json.loads(json.dumps(provenance, sort_keys=True))
@@ -54,6 +56,8 @@ def run_report(
         "versions": provenance["versions"],
         "source": {**provenance["source"], "experts": plan.layout.spec.count, "top_k": plan.layout.spec.top_k},
         "calibration": provenance["calibration"],
+        # What else may come to lie in the folder is told from these when it is published.
+        "files": sorted({*small_files, *plan.files}),
         "dropped": list(plan.layout.dropped),
         "protected": {str(block): list(experts) for block, experts in sorted(choice.protected.items())},
         "layers": [

@@ -130,6 +130,7 @@ def load_calibration(
     """
     recipe = chosen_recipe(sources)
     length = _sequence_length(recipe, seq_len, max_positions)
+    given = {"calibration": [_given(text) for text in sources], "samples": samples, "seq_len": seq_len, "seed": seed}
     seed = recipe.seed if seed is None else seed
     recipe, goals, notes = _without_idle(recipe, goals_of(recipe, samples, length))
     # All are asked for and opened before the first is read: what is missing shows at once.
@@ -152,7 +153,7 @@ def load_calibration(
         tuple(source_of),
         fingerprint_of(sequences, source_of),
         tuple(notes + _remarks(recipe, supplies)),
-        _provenance(recipe, supplies, commits, length, seed),
+        {**_provenance(recipe, supplies, commits, length, seed), "given": given},
     )
 
 
@@ -187,6 +188,14 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
         numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
         unique.append(replace(source, name=next(name for name in numbered if name not in names)))
     return Recipe(", ".join(source.name for source in unique), tuple(unique), strict=False)
+
+
+def _given(text: str) -> str:
+    """What the user named, as others may read it: of a local path only the last part."""
+    path, exists = named_path(text)
+    if text.partition(":")[0] == BUILTIN and not exists:
+        return text
+    return path.resolve().name if exists else text
 
 
 def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | None) -> int:

@@ -1,0 +1,288 @@
+"""The model card: what it tells is what the record says, its command makes the same files, and no name breaks it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard, ModelCardData
+
+from streamprune.choice.selection import Selection
+from streamprune.cli import main
+from streamprune.result.markdown import block, code, plain, words
+from streamprune.result.reproduce import THIS_MODEL, reproduce_command
+from streamprune.source.config_facts import ExpertSpec
+from tests.helpers import known_family, tree_bytes
+from tests.recipes import write_lines
+from tests.tiny import make_model, tiny_config
+from tests.tokenizer import save_tokenizer
+
+HEADINGS = ["Experts per block", "Calibration", "Domain retention", "Memory", "Use", "Scores", "What was not tested",
+            "How to reproduce"]  # fmt: skip
+
+
+def invoke(*arguments: Any) -> Result:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a file of text, and scores of both."""
+    home = tmp_path_factory.mktemp("home")
+    make_model(home / "model", tiny_config(known_family("qwen3_moe")))
+    save_tokenizer(home / "model")
+    write_lines(home / "my text.jsonl", *({"text": f"line {number} " * 9} for number in range(40)))
+    (home / "schedule.json").write_text("[3, 5, 5, 6]")
+    invoke("score", home / "model", "-o", home / "s.safetensors", *calibration(home), "--quiet")
+    return home
+
+
+def calibration(home: Path) -> list[Any]:
+    return ["--calibration", home / "my text.jsonl", "--calibration", "builtin:code,prose", "--samples", 7, "--seq-len",
+            24, "--seed", 3]  # fmt: skip
+
+
+def card_of(output: Path) -> str:
+    return (output / "README.md").read_text()
+
+
+def command_in(card: str) -> list[str]:
+    found = re.search(r"## How to reproduce\n.*?```bash\n(.*?)\n```", card, re.DOTALL)
+    assert found is not None
+    return shlex.split(found[1])
+
+
+WAYS: list[tuple[str, list[Any]]] = [
+    ("run", ["--budget-gib", 0.5376, "--context", 4096, "--batch", 2, "--method", "ean", "--max-shard-size", 100_000]),
+    ("run", ["--ratio", 0.4, "--mix", "code=2,prose=1,my_text.jsonl=0.5", "--schedule", "linear-decrease"]),
+    ("prune", ["--keep", 4, "--method", "random", "--seed", 3]),
+    ("prune", ["--keep", 4, "--method", "random", "--seed", 8]),
+    ("prune", ["--schedule", "schedule.json"]),
+    ("prune", ["--budget-gib", 0.57832, "--schedule", "global", "--floor", 3, "--kv-dtype", "fp8"]),
+    ("prune", ["--keep-file", "list.json"]),
+    ("by hand", ["--keep-file", "list.json"]),
+]
+
+
+@pytest.mark.parametrize(("how", "options"), WAYS, ids=range(len(WAYS)))
+def test_its_command_makes_the_same_files(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, options: list[Any]
+) -> None:
+    (home / "list.json").write_text(json.dumps({str(layer): [0, 2, layer + 3] for layer in range(4)}))
+    monkeypatch.chdir(home)
+    scored = calibration(home) if how == "run" else ["--scores", home / "s.safetensors"] if how == "prune" else []
+    command = "run" if how == "run" else "prune"
+    invoke(command, home / "model", "-o", tmp_path / "first", *scored, *options, "--quiet")
+
+    # Somewhere else, where the files have the names that the card gives them, and nothing else is there.
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in ("model", "my text.jsonl", "schedule.json"):
+        (there / name).symlink_to(home / name)
+    card = card_of(tmp_path / "first")
+    told = command_in(card)
+    assert told[0] == "streamprune"
+    if f" {THIS_MODEL}" in shlex.join(told):
+        assert told[1] == "prune"
+        assert "the files of this one" in card
+        (there / THIS_MODEL).symlink_to(tmp_path / "first")
+    assert str(tmp_path) not in card
+    assert str(home) not in card
+    monkeypatch.chdir(there)
+    invoke(*told[1:])
+    assert tree_bytes(there / told[told.index("-o") + 1]) == tree_bytes(tmp_path / "first")
+
+
+def test_which_command_it_is(home: Path, tmp_path: Path) -> None:
+    """Scoring again is what is asked for; only what a run cannot choose needs the scores that were published."""
+    kinds = {}
+    for number, options in enumerate((["--seed", 3], ["--seed", 8])):
+        output = tmp_path / str(number)
+        invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 4, "--method",
+               "random", *options, "--quiet")  # fmt: skip
+        kinds[number] = command_in(card_of(output))[1]
+    assert kinds == {0: "run", 1: "prune"}
+    report = json.loads((tmp_path / "0" / "streamprune.json").read_text())
+    for spoil in (
+        lambda: report["settings"].update(propagate="pruned"),
+        lambda: report["calibration"]["recipe"].update(given={"calibration": [1]}),
+        lambda: report["calibration"]["recipe"].pop("given"),
+        lambda: report["calibration"].update(recipe="a stranger's"),
+    ):
+        spoil()
+        assert reproduce_command(report).startswith("streamprune prune model -o model-pruned --scores this-model ")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["a=1,b=1,c=1", "a=0.7,b=0.3", "a=1,b=1,c=1,d=1,e=1,f=1,g=1", "a=1e-30,b=5", "a=0.123456789,b=3", "a=1,b=0",
+     "x,y=3,z=4", "a=1e-300,b=1"],
+)  # fmt: skip
+def test_a_mix_is_told_so_that_it_comes_back_the_same(stated: str) -> None:
+    from streamprune.result.reproduce import _mix_text
+
+    shares = Selection(mix=stated).shares
+    assert shares is not None
+    assert Selection(mix=_mix_text(shares)).shares == shares
+
+
+def rows_of(card: str, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its head."""
+    part = card.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[1:]]
+
+
+def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--schedule", "global",
+                  "--ratio", 0.4, "--json", "--quiet")  # fmt: skip
+    summary, report, card = (
+        json.loads(done.stdout),
+        json.loads((output / "streamprune.json").read_text()),
+        card_of(output),
+    )
+    assert re.findall(r"^## (.*)$", card, re.MULTILINE) == HEADINGS
+
+    counts = {layer["index"]: len(layer["kept"]) for layer in report["layers"]}
+    told = {}
+    for blocks, count, _ in rows_of(card, "Experts per block"):
+        first, _, last = blocks.partition("–")
+        told |= dict.fromkeys(range(int(first), int(last or first) + 1), int(count))
+    assert told == counts
+    assert len(set(counts.values())) > 1
+
+    made = {each["name"]: each for each in report["calibration"]["recipe"]["sources"]}
+    whole = report["calibration"]["tokens"]
+    assert rows_of(card, "Calibration") == [
+        [each["name"], place, f"{made[each['name']]['records']:,}", str(made[each["name"]]["sequences"]),
+         f"{each['tokens']:,}", f"{each['tokens'] / whole:.1%}"]
+        for each, place in zip(report["calibration"]["sources"], ["my text.jsonl", "builtin `code", "builtin `prose"],
+                               strict=True)
+    ]  # fmt: skip
+    kept = {row[0]: row[1:3] for row in rows_of(card, "Domain retention")}
+    assert kept == {
+        name: [f"{each['kept']:.1%}", f"{each['best']:.1%}"] for name, each in summary["domain_retention"].items()
+    }
+    # What cannot load it is not said to.
+    use = card.partition("## Use")[2].partition("## Scores")[0]
+    assert "trust_remote_code=True" in use
+    assert "vllm serve" not in card
+    assert "convert_hf_to_gguf.py" not in card
+
+
+def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 5, "--quiet")
+    card = card_of(output)
+    assert "Every block keeps 5 of 8 experts." in card
+    assert "arXiv:2510.13999" in card
+    # The model has 256 positions: no engine can be asked for the 32,768 tokens that it was planned for.
+    assert "vllm serve path/to/this/folder --max-model-len 256\n" in card
+    assert "--outtype f32\nllama-server -m model.gguf -c 256\n" in card
+    assert "neither transformers nor vLLM nor llama.cpp has loaded these very files" in card
+    assert "longer than the 24 tokens" in card
+    assert "trust_remote_code" not in card
+
+
+def test_a_model_with_blocks_that_have_no_experts(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tiny_config(known_family("deepseek_v3")))
+    (tmp_path / "list.json").write_text(json.dumps({str(layer): [0, 2, 5, 6] for layer in range(1, 4)}))
+    invoke("prune", model, "-o", tmp_path / "out", "--keep-file", tmp_path / "list.json", "--quiet")
+    card = card_of(tmp_path / "out")
+    assert "Each of the blocks 1–3 keeps 4 of 8 experts. The other 1 blocks have no experts to choose from." in card
+    assert "chosen by hand, without scores" in card
+    assert [heading for heading in HEADINGS if f"## {heading}" not in card] == ["Calibration", "Domain retention"]
+
+
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("license: [mit, 'apache-2.0']\nlanguage: no\n", {"license": ["mit", "apache-2.0"], "language": "no"}),
+    ("license: {a: [1]}\nlanguage: [en, {b: c}, no, 7]\n", {"language": ["en", "no"]}),
+    ('license: "a\\n---\\nbase_model: evil/x"\n', {"license": "a --- base_model: evil/x"}),
+    ('license_name: "x: y # {z}"\nlicense_link: "| >"\n', {"license_name": "x: y # {z}", "license_link": "| >"}),
+    ('license: "\\e[2J\\u202e\\x85*&!%@"\n', {"license": "?[2J? *&!%@"}),
+    ("pipeline_tag: [a]\nbase_model: [org/a, ../../etc, 3]\n", {"base_model": ["org/a"]}),
+    ("base_model: not a hub id\n", {}),
+    ("model-index: 5\nlicense: mit\n", {"license": "mit"}),
+    ("[1, 2]\n", {}),
+    ("a: &a [*a]\n", {}),
+]
+
+
+@pytest.mark.parametrize(("metadata", "expected"), HOSTILE, ids=range(len(HOSTILE)))
+def test_whatever_the_sources_card_says_the_metadata_are_sound(
+    home: Path, tmp_path: Path, metadata: str, expected: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(home / "model", tmp_path / "model"))
+    (model / "README.md").write_text(f"---\n{metadata}---\n# Source\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text(json.dumps({str(layer): [0, 1, 2] for layer in range(4)}))
+    invoke("prune", model, "-o", tmp_path / "out", "--keep-file", tmp_path / "list.json", "--quiet")
+    text = card_of(tmp_path / "out")
+    card = ModelCard(text)
+    found = card.data.to_dict()
+    usual = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert {name: value for name, value in found.items() if name != "tags"} == usual | expected
+    assert found["tags"] == ["mixture-of-experts", "moe", "pruning", "expert-pruning", "streamprune"]
+    # As the Hub reads it, and once around through the library's own class.
+    assert yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")) == found
+    assert yaml.safe_load(ModelCardData(**found).to_yaml()) == found
+    assert card.text.lstrip().startswith("# model, 3 of 8 experts")
+
+
+def test_no_name_is_more_than_a_piece_of_text() -> None:
+    assert plain("a\n## b\x1b[2J\u202e") == "a ## b?[2J?"
+    assert len(plain("x" * 10_000)) == 300
+    assert code("a|b") == "`a\\|b`"
+    assert code("a`b") == "`` a`b ``"
+    assert code("``") == "``` `` ```"
+    assert code("") == "` `"
+    assert words("<b>[x](y) *z*") == "\\<b\\>\\[x\\](y) \\*z\\*"
+    assert [*block("a\n```\nb", "bash")] == ["````bash", "a\n```\nb", "````", ""]
+
+
+def test_a_stranger_names_what_he_likes(home: Path, tmp_path: Path) -> None:
+    """A scores file tells the model's name, its sources and recipe: all of it gets into the card."""
+    from dataclasses import replace
+
+    from streamprune.scores.file import read_scores, write_scores
+
+    scores = read_scores(home / "s.safetensors")
+    assert isinstance(scores.spec, ExpertSpec)
+    names = ("a|b`c", "<script>alert(1)</script>", "x  y")
+    told = json.loads(json.dumps(scores.provenance))
+    told["model"] = "m`; rm -rf /\n```\n# Owned"
+    for source, name in zip(told["calibration"]["sources"], names, strict=True):
+        source["name"] = name
+    sources = [5, {"name": names[0], "dataset": ["d|"], "records": "many"}]
+    told["calibration"]["recipe"] = {
+        "name": "n\n# Owned", "description": "[x](javascript:1)", "mode": ["packed"], "sources": sources
+    }  # fmt: skip
+    told["versions"] |= {"python\n# Owned": {"3": "<b>"}}
+    write_scores(tmp_path / "s.safetensors", replace(scores, sources=names, provenance=told))
+    invoke("prune", home / "model", "-o", tmp_path / "out", "--scores", tmp_path / "s.safetensors", "--keep", 5,
+           "--quiet")  # fmt: skip
+    card = card_of(tmp_path / "out")
+    # Only headings of our own, wherever no block of code is open.
+    fence, found = "", []
+    for line in card.split("\n---\n", 1)[1].splitlines():
+        run = re.match(r"`{3,}", line)
+        if run is not None and fence in ("", line):
+            fence = "" if fence else run[0]
+        elif not fence and line.startswith("#"):
+            found.append(line.lstrip("# "))
+    assert found[1:] == HEADINGS
+    assert "Owned" in found[0]
+    assert "<script>" not in re.sub(r"`+[^`\n]*`+", "", card)
+    assert all(len(row) == 6 for row in rows_of(card, "Calibration"))
+    command = re.search(r"## How to reproduce\n.*?\n(`{4,})bash\n(.*?)\n\1\n", card, re.DOTALL)
+    assert command is not None
+    assert shlex.split(command[2])[2] == told["model"]
