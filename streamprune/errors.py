@@ -73,6 +73,10 @@ class ReportError(StreampruneError):
     """What a report is made of is missing, damaged, or does not go together."""
 
 
+class UploadError(StreampruneError):
+    """The Hub cannot be reached, refuses, or has not taken all that it was sent."""
+
+
 class InterruptedRunError(StreampruneError):
     """The user stopped the run; what is done is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
 

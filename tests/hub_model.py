@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
@@ -21,6 +21,7 @@ from tests.helpers import tree_bytes
 from tests.hub_server import HubServer
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
+AnyHub = TypeVar("AnyHub", bound=HubServer)
 QWEN = next(family for family in FAMILIES if family.name == "qwen3_moe")
 #: Files that belong to a model beside its weights, config and card.
 SMALL = {
@@ -53,12 +54,14 @@ def published_model(folder: Path, **save: Any) -> dict[str, bytes]:
 
 
 @contextmanager
-def hub_for_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub_for_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[AnyHub] = HubServer
+) -> Iterator[AnyHub]:
     """An empty Hub for this process to ask, and no other host.
 
     Patched into the library, which read HF_ENDPOINT and HF_HOME when it was imported.
     """
-    with HubServer() as server:
+    with kind() as server:
         for name, value in {
             "ENDPOINT": server.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",

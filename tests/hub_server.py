@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _API = r"^/api/(models/)?(?P<id>(datasets/)?[^/]+/[^/]+)"
@@ -81,12 +81,16 @@ class HubServer:
         self.before: Callable[[str], None] | None = None
         self.closing = threading.Event()
         self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler_kind(),), {"hub": self})
         #: What went wrong in the stand-in itself; a test may look.
         self.errors: list[BaseException] = []
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.errors = self.errors
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def handler_kind(self) -> type[BaseHTTPRequestHandler]:
+        """What answers; for a Hub that does more than this one."""
+        return _Handler
 
     @property
     def url(self) -> str:
@@ -105,7 +109,7 @@ class HubServer:
     def forget(self) -> None:
         self.requests.clear()
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

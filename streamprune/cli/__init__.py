@@ -13,6 +13,7 @@ from streamprune.cli.evaluating import evaluate
 from streamprune.cli.inspecting import inspect
 from streamprune.cli.keeping import clean, status, verify
 from streamprune.cli.pruning import prune, resume, run, score
+from streamprune.cli.publishing import push
 from streamprune.cli.reporting import report
 from streamprune.cli.sizing import devices, fit
 from streamprune.machine import limit_library_memory
@@ -53,5 +54,7 @@ def demo(output: Path, steps: int, seed: int) -> None:
     run_demo(output, steps=steps, seed=seed, threads=1, echo=click.echo)
 
 
-for command in (run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration, evaluate, report):
+for command in (
+    run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration, evaluate, report, push,
+):  # fmt: skip
     main.add_command(command)

@@ -29,13 +29,11 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     portions of a file, whatever the sizes.
     """
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
-    extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
-    if extra:
-        raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
-    kept = _kept_experts(output)
+    refuse_strays(output, pruned)
+    kept = kept_experts(output)
     config = load_config(source, trust_remote_code)
     skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
-    _agree(output, kept, tuple(skeleton.experts), skeleton.spec.count)
+    check_kept(output, kept, tuple(skeleton.experts), skeleton.spec.count)
     counts = {block: len(experts) for block, experts in kept.items()}
     layout = survey(origin.config, skeleton, origin.tensors)
     # How it is divided into files is the output's own affair.
@@ -50,7 +48,14 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     return proof
 
 
-def _kept_experts(output: Path) -> dict[int, list[int]]:
+def refuse_strays(output: Path, pruned: Checkpoint) -> None:
+    """Raise VerifyError for weights beside those of the index."""
+    extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
+    if extra:
+        raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
+
+
+def kept_experts(output: Path) -> dict[int, list[int]]:
     """The kept experts by block, as streamprune.json names them; VerifyError when it does not."""
     path = output / REPORT_NAME
     try:
@@ -65,7 +70,8 @@ def _kept_experts(output: Path) -> dict[int, list[int]]:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
 
-def _agree(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> None:
+def check_kept(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> None:
+    """Raise VerifyError unless `kept` lists experts of a source that has `count` of them in each of `blocks`."""
     if sorted(kept) != sorted(blocks):
         raise VerifyError(
             f"{output / REPORT_NAME} names experts for blocks {_few(sorted(kept))}, but the source has them in "

@@ -125,6 +125,15 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
     return folder
 
 
+def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Path | None:
+    """The complete copy of a Hub model in the cache; None where there is none. Nothing is asked."""
+    try:
+        with hub_errors_told(repo_id, revision):
+            return _from_cache(repo_id, revision, trust_remote_code, tokenizer_only=False)
+    except CheckpointError:
+        return None
+
+
 def _is_wanted(name: str, weights: list[str], trust_remote_code: bool) -> bool:
     if name.endswith(".py") and not trust_remote_code:
         return False

@@ -1,0 +1,51 @@
+"""The command that publishes an output: `push`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamprune.cli.common import quiet_downloads, quiet_libraries, reports_errors
+from streamprune.machine import limit_library_memory
+
+
+@click.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--repo-id", required=True, metavar="NAME/REPO", help="The model repository; made if it does not exist.")
+@click.option(
+    "--source",
+    help="The model that OUT was made from, to compare with.  [default: what OUT names, if it is in the Hub cache]",
+)
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to upload to.")
+@click.option("--dry-run", is_flag=True, help="Verify, list what would be uploaded, and stop there. Asks nobody.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Upload only what is proved to be whole.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model, to verify it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@reports_errors
+def push(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Upload OUT, a model that streamprune wrote, to the Hugging Face Hub, once it is proved to be whole.
+
+    Needs a token that may write (`hf auth login`, or HF_TOKEN). After an interruption the same command goes on: what
+    has arrived is not sent again.
+    """
+    limit_library_memory()
+    from streamprune.publish.push import PushSettings
+    from streamprune.publish.push import push as publish
+
+    settings = PushSettings(**options)
+    if settings.verify:
+        quiet_libraries(downloads=quiet)
+    elif quiet:
+        quiet_downloads()
+    # What a dry run lists is its result.
+    beside_result = as_json or not settings.dry_run
+    told = publish(settings, lambda line: None if quiet else click.echo(line, err=beside_result))
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    elif not quiet and not settings.dry_run:
+        click.echo(told["url"])

@@ -1,0 +1,131 @@
+"""`streamprune push`: an output, proved to be whole, to a model repository on the Hub."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from streamprune.errors import InterruptedRunError, SettingsError
+from streamprune.machine import format_bytes
+from streamprune.publish.parts import Parts, parts_of
+from streamprune.publish.repository import MAIN, Repository, ending_at_once
+
+NO_PROOF = "not verified: --no-verify was given"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSettings:
+    """The settings of `streamprune push`. Raises SettingsError for names that the Hub does not take.
+
+    `source` is the model that `output` was made from, a folder or Hub id; None for what its record names, if it is
+    here. `revision` is the branch to write to.
+    """
+
+    output: Path
+    repo_id: str
+    source: str | None = None
+    private: bool = False
+    revision: str = MAIN
+    dry_run: bool = False
+    verify: bool = True
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise SettingsError(f"--repo-id {self.repo_id!r} cannot be a repository: {_one_line(error)}.") from None
+        if self.repo_id.count("/") != 1:
+            raise SettingsError(
+                f"--repo-id {self.repo_id!r} does not say whose it is. Write NAME/REPO, with your user name or an "
+                "organization."
+            )
+        bad = not self.revision.strip("/") or any(c.isspace() or not c.isprintable() for c in self.revision)
+        if bad or ".." in self.revision or self.revision.startswith("-"):
+            raise SettingsError(f"--revision {self.revision!r} cannot be a branch. Write for example --revision q4.")
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line that goes on with it."""
+        options = ["--repo-id", self.repo_id, *(["--source", self.source] if self.source else [])]
+        options += ["--revision", self.revision] if self.revision != MAIN else []
+        flags = {"--private": self.private, "--no-verify": not self.verify,
+                 "--trust-remote-code": self.trust_remote_code}  # fmt: skip
+        given = [name for name, is_set in flags.items() if is_set]
+        return tuple(map(shlex.quote, ["streamprune", "push", str(self.output), *options, *given]))
+
+
+def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prove an output and upload what belongs to it; with `dry_run` tell what would be, and ask nobody.
+
+    `say` gets lines for the user. Returns what `--json` prints. Raises a StreampruneError for whatever stands against
+    it; until the output is proved nothing is made on the Hub.
+    """
+    repository = Repository(settings.repo_id, settings.revision)
+    try:
+        parts = parts_of(settings.output)
+        if not settings.dry_run:
+            # Before tens of GiB are compared.
+            say(f"logged in to the Hub as {repository.sign_in()}")
+        proof = _prove(settings, parts)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Interrupted. Nothing was uploaded.") from None
+    _tell(settings, repository, parts, say)
+    say(str(proof["text"]))
+    told = {
+        "repo_id": settings.repo_id,
+        "revision": settings.revision,
+        "url": repository.url,
+        "private": settings.private,
+        "files": [{"path": part.name, "bytes": part.nbytes} for part in parts.files],
+        "bytes": parts.nbytes,
+        "left_out": [{"path": name, "reason": reason} for name, reason in parts.left_out],
+        "verified": {name: value for name, value in proof.items() if name != "text"},
+        "dry_run": settings.dry_run,
+    }
+    if settings.dry_run:
+        say("dry run: nobody was asked, and nothing was uploaded")
+        return told
+    parts.check_unchanged()
+    with ending_at_once(settings.command):
+        repository.prepare(settings.private)
+        commit = repository.upload(parts, f"Upload a model pruned with streamprune ({len(parts.files)} files)")
+        others = repository.confirm(parts, commit)
+    if others:
+        say(
+            f"warning: {repository.url} also holds {len(others)} files of weights that belong to no part of this "
+            f"model, first {others[0]}. Loaders may take them instead: delete them there."
+        )
+    return told | {"commit": commit, "other_weights": others}
+
+
+def _prove(settings: PushSettings, parts: Parts) -> dict[str, Any]:
+    if not settings.verify:
+        return {"kind": "none", "text": NO_PROOF}
+    # Only here: it takes torch and transformers.
+    from streamprune.publish.proof import prove
+
+    shown = prove(parts, settings.source, settings.trust_remote_code, ask_nobody=settings.dry_run)
+    return {"kind": shown.kind, "tensors": shown.tensors, "bytes": shown.nbytes, "text": str(shown)}
+
+
+def _tell(settings: PushSettings, repository: Repository, parts: Parts, say: Callable[[str], None]) -> None:
+    kind = "private" if settings.private else "public unless it is private already"
+    branch = "" if settings.revision == MAIN else f", branch {settings.revision}"
+    say(f"{settings.output} -> {repository.url} ({kind}{branch})")
+    width = max(len(part.name) for part in parts.files)
+    for part in parts.files:
+        say(f"  {part.name:<{width}}  {format_bytes(part.nbytes):>10}")
+    say(f"{len(parts.files)} files, {format_bytes(parts.nbytes)}")
+    for name, reason in parts.left_out:
+        say(f"not sent: {name} ({reason})")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
