@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -236,8 +237,6 @@ def cut(path: Path) -> None:
 def test_nothing_is_made_on_the_hub_for_what_is_not_whole(
     hub: UploadHub, output: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
-    import re
-
     damage(output)
     assert re.search(message, refused(output)), refused(output)
     assert hub.taken == hub.stored == {}
@@ -327,8 +326,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_a_failing_hub_gives_one_clear_line(
     hub: UploadHub, made: Path, monkeypatch: pytest.MonkeyPatch, trouble: dict[str, Any], message: str
 ) -> None:
-    import re
-
     monkeypatch.setattr(repository, "TIMEOUTS", (5.0, 0.3, 5.0, None))
     for name, value in trouble.items():
         setattr(hub, name, value)

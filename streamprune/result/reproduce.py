@@ -116,6 +116,9 @@ def _scoring(report: Mapping[str, Any]) -> Iterator[str]:
     for option in ("samples", "seq_len", "seed"):
         if given[option] is not None:
             yield from (f"--{option.replace('_', '-')}", str(given[option]))
+    if report["calibration"].get("held_back"):
+        # What is measured on is not scored on.
+        yield "--evaluate"
     # The last digits of the scores depend on these; a card or a processor of another kind may round otherwise still.
     if settings.get("dtype") in DTYPES:
         yield from ("--dtype", settings["dtype"])
