@@ -146,8 +146,8 @@ def rows_of(card: str, heading: str) -> list[list[str]]:
 
 def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--schedule", "linear-decrease",
-                  "--ratio", 0.4, "--json", "--quiet")  # fmt: skip
+    done = invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--ratio", 0.4,
+                  "--schedule", "linear-decrease", "--json", "--quiet")  # fmt: skip
     summary, report, card = (
         json.loads(done.stdout),
         json.loads((output / "streamprune.json").read_text()),

@@ -14,15 +14,15 @@ from huggingface_hub import ModelCard
 from streamprune.errors import CheckpointError, ScoresError, SettingsError, VerifyError
 from streamprune.machine import format_bytes
 from streamprune.output.survey import survey
-from streamprune.output.uneven import modeling_source
+from streamprune.output.uneven import LoadingFacts, modeling_source
 from streamprune.output.uneven_facts import find_loading_facts
-from streamprune.output.uneven_input import UnevenConfig, counts_of, read_uneven
+from streamprune.output.uneven_input import counts_of, read_uneven
 from streamprune.output.verify import check_kept, kept_experts, refuse_strays, verify
 from streamprune.output.writer import REPORT_NAME
 from streamprune.publish.parts import CARD_NAME, Parts, damage
 from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, read_scores
 from streamprune.source.architecture import config_from_dict, load_config
-from streamprune.source.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, open_checkpoint, read_json
+from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, TensorEntry, open_checkpoint, read_json
 from streamprune.source.hub import cached_model, resolve_model
 from streamprune.source.integrity import check_fit
 from streamprune.source.skeleton import Skeleton, Target, build_skeleton, map_checkpoint
@@ -153,7 +153,7 @@ def _check_files(parts: Parts, trust_remote_code: bool) -> None:
     check_fit(skeleton, targets, _as_even(skeleton, targets, checkpoint.tensors, counts))
     survey(raw, skeleton, checkpoint.tensors, targets, counts)
     if uneven is not None:
-        _check_code(folder, checkpoint, uneven, skeleton)
+        _check_code(parts, find_loading_facts(raw, config, skeleton))
 
 
 def _as_even(
@@ -198,17 +198,16 @@ def _check_counts(parts: Parts, skeleton: Skeleton, counts: Mapping[int, int]) -
             )
 
 
-def _check_code(folder: Path, checkpoint: Checkpoint, uneven: UnevenConfig, skeleton: Skeleton) -> None:
+def _check_code(parts: Parts, facts: LoadingFacts) -> None:
     """The code that builds the blocks unevenly is run by everybody who loads the model: it has to be ours."""
-    facts = find_loading_facts(uneven.stock, skeleton.model.config, skeleton)
-    path = folder / facts.file_name
+    path = parts.folder / facts.file_name
     if not path.is_file() or path.read_bytes() != modeling_source(facts).encode():
         raise VerifyError(f"{path} is not the code that loads this model. Prune again.")
-    named = checkpoint.config.get("auto_map")
+    named = parts.checkpoint.config.get("auto_map")
     models = {
         str(code).partition(".")[0]
         for auto, code in (named.items() if isinstance(named, dict) else ())
         if str(auto).startswith("AutoModel")
     }
     if models != {path.stem}:
-        raise VerifyError(f"{folder / 'config.json'} does not name {path.name} as its model's code. Prune again.")
+        raise VerifyError(f"{parts.folder / CONFIG_NAME} does not name {path.name} as its model's code. Prune again.")
