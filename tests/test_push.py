@@ -64,9 +64,9 @@ def push(output: Path, *options: Any, repo: str = REPO) -> Result:
     return CliRunner().invoke(main, ["push", str(output), "--repo-id", repo, *map(str, options)])
 
 
-def refused(output: Path, *options: Any, repo: str = REPO, status: int = 1) -> str:
-    """Push what must be refused; the one line that says why."""
-    result = push(output, *options, "--quiet", repo=repo)
+def refused(output: Path, *options: Any, repo: str = REPO, status: int = 1, sending: bool = False) -> str:
+    """Push what must be refused; the one line that says why. Once the Hub takes it, the plan stands before that."""
+    result = push(output, *options, *(["--quiet"] if sending else []), repo=repo)
     assert result.exit_code == status, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.stdout == ""
@@ -118,7 +118,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: UploadHub, made
     assert "exists and is public, but --private" in refused(made / "out", "--no-verify", "--private")
     assert hub.stored == {}
     hub.taken[REPO].private = True
-    assert push(made / "out", "--no-verify").exit_code == 0
+    done = push(made / "out", "--no-verify", "--json")
+    assert json.loads(done.stdout)["private"] is True
+    assert f"out -> {hub.url}/{REPO} (private), as {USER}\n" in done.stderr
 
 
 def test_weights_of_another_model_in_the_repository_are_told(hub: UploadHub, made: Path) -> None:
@@ -132,7 +134,7 @@ def test_weights_of_another_model_in_the_repository_are_told(hub: UploadHub, mad
 
 def test_what_the_hub_leaves_out_is_missed(hub: UploadHub, made: Path) -> None:
     hub.taken[REPO] = Taken(private=False, ignored={"config.json", "LICENSE"})
-    said = refused(made / "out", "--no-verify")
+    said = refused(made / "out", "--no-verify", sending=True)
     assert "lacks 2 of" in said
     assert "first LICENSE (not there). A .gitignore in the repository" in said
 
@@ -329,7 +331,8 @@ def test_a_failing_hub_gives_one_clear_line(
     monkeypatch.setattr(repository, "TIMEOUTS", (5.0, 0.3, 5.0, None))
     for name, value in trouble.items():
         setattr(hub, name, value)
-    said = refused(made / "out", "--no-verify")
+    sending = not {"whoami", "create"} & {*hub.fail, *hub.broken} and not hub.silent
+    said = refused(made / "out", "--no-verify", sending=sending)
     assert re.search(message, said), said
     assert "secret" not in said
 
@@ -337,7 +340,8 @@ def test_a_failing_hub_gives_one_clear_line(
 def test_the_rights_and_kinds_of_repositories(hub: UploadHub, made: Path) -> None:
     assert "may not write to other/small" in refused(made / "out", "--no-verify", repo="other/small")
     hub.taken["other/there"] = Taken(private=False)
-    assert "may not write to other/there" in refused(made / "out", "--no-verify", repo="other/there")
+    said = refused(made / "out", "--no-verify", repo="other/there", sending=True)
+    assert "may not write to other/there" in said
     hub.taken[REPO] = Taken(private=False, kind="dataset")
     assert "Is the name taken by a data set" in refused(made / "out", "--no-verify")
 

@@ -70,14 +70,11 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
     repository = Repository(settings.repo_id, settings.revision)
     try:
         parts = parts_of(settings.output)
-        if not settings.dry_run:
-            # Before tens of GiB are compared.
-            say(f"logged in to the Hub as {repository.sign_in()}")
+        # Before tens of GiB are compared.
+        user = None if settings.dry_run else repository.sign_in()
         proof = _prove(settings, parts)
     except KeyboardInterrupt:
         raise InterruptedRunError("Interrupted. Nothing was uploaded.") from None
-    _tell(settings, repository, parts, say)
-    say(str(proof["text"]))
     told = {
         "repo_id": settings.repo_id,
         "revision": settings.revision,
@@ -90,11 +87,16 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
         "dry_run": settings.dry_run,
     }
     if settings.dry_run:
+        kind = "private" if settings.private else "public if it is new"
+        _tell(f"{settings.output} -> {repository.url} ({kind})", parts, proof, say)
         say("dry run: nobody was asked, and nothing was uploaded")
         return told
     parts.check_unchanged()
     with ending_at_once(settings.command):
-        repository.prepare(settings.private)
+        # Nothing is told before the Hub has agreed to take it: a refusal is one message and no more.
+        private = repository.prepare(settings.private)
+        kind = "private" if private else "public"
+        _tell(f"{settings.output} -> {repository.url} ({kind}), as {user}", parts, proof, say)
         commit = repository.upload(parts, f"Upload a model pruned with streamprune ({len(parts.files)} files)")
         others = repository.confirm(parts, commit)
     if others:
@@ -102,7 +104,7 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
             f"warning: {repository.url} also holds {len(others)} files of weights that belong to no part of this "
             f"model, first {others[0]}. Loaders may take them instead: delete them there."
         )
-    return told | {"commit": commit, "other_weights": others}
+    return told | {"private": private, "commit": commit, "other_weights": others}
 
 
 def _prove(settings: PushSettings, parts: Parts) -> dict[str, Any]:
@@ -115,16 +117,15 @@ def _prove(settings: PushSettings, parts: Parts) -> dict[str, Any]:
     return {"kind": shown.kind, "tensors": shown.tensors, "bytes": shown.nbytes, "text": str(shown)}
 
 
-def _tell(settings: PushSettings, repository: Repository, parts: Parts, say: Callable[[str], None]) -> None:
-    kind = "private" if settings.private else "public unless it is private already"
-    branch = "" if settings.revision == MAIN else f", branch {settings.revision}"
-    say(f"{settings.output} -> {repository.url} ({kind}{branch})")
+def _tell(where: str, parts: Parts, proof: dict[str, Any], say: Callable[[str], None]) -> None:
+    say(where)
     width = max(len(part.name) for part in parts.files)
     for part in parts.files:
         say(f"  {part.name:<{width}}  {format_bytes(part.nbytes):>10}")
     say(f"{len(parts.files)} files, {format_bytes(parts.nbytes)}")
     for name, reason in parts.left_out:
         say(f"not sent: {name} ({reason})")
+    say(str(proof["text"]))
 
 
 def _one_line(error: Exception) -> str:

@@ -56,8 +56,8 @@ class Repository:
         with self._refusals("Logging in"):
             return str(HfApi().whoami()["name"])
 
-    def prepare(self, private: bool) -> None:
-        """Make the repository and its branch where they are missing.
+    def prepare(self, private: bool) -> bool:
+        """Make the repository and its branch where they are missing; returns whether it is private.
 
         Raises UploadError where that is not allowed, and for a public repository where it was to be private.
         """
@@ -74,6 +74,7 @@ class Repository:
         if self.branch != MAIN and not self.branch.startswith("refs/"):
             with self._refusals(f"Creating the branch {self.branch}"):
                 api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        return info.private is True
 
     def upload(self, parts: Parts, message: str) -> str:
         """Send the files, going on where an interrupted call stopped; returns the commit.
