@@ -68,6 +68,7 @@ def command_in(card: str) -> list[str]:
 WAYS: list[tuple[str, list[Any]]] = [
     ("run", ["--budget-gib", 0.5333, "--context", 4096, "--batch", 2, "--method", "ean", "--max-shard-size", 100_000]),
     ("run", ["--ratio", 0.4, "--mix", "code=2,prose=1,my_text.jsonl=0.5", "--schedule", "linear-decrease"]),
+    ("run", ["--keep", 5, "--samples", 12, "--evaluate"]),
     ("prune", ["--keep", 4, "--method", "random", "--seed", 3]),
     ("prune", ["--keep", 4, "--method", "random", "--seed", 8]),
     ("prune", ["--schedule", "schedule.json"]),
