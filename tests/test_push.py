@@ -24,6 +24,7 @@ from huggingface_hub import constants
 from streamprune.cli import main
 from streamprune.publish import repository
 from streamprune.publish.refusals import explain
+from streamprune.report.write import PAGE_NAME, PICTURES_FOLDER
 from tests.helpers import known_family, prune, tree_bytes
 from tests.hub_model import hub_for_this_process
 from tests.hub_upload_server import TOKEN, USER, Taken, UploadHub
@@ -164,7 +165,7 @@ def write(output: Path, *names: str) -> None:
 
 
 def test_only_what_belongs_to_the_model_goes(hub: UploadHub, made: Path, output: Path) -> None:
-    later = ["evaluation/text.json", "evaluation/tasks.json", "report.html", "pictures/heat.png"]
+    later = ["evaluation/text.json", "evaluation/tasks.json", PAGE_NAME, f"{PICTURES_FOLDER}/heat.png"]
     write(output, *later)
     stays = {
         ".cache/": "hidden", ".git/": "hidden", ".env": "hidden", "sub/.secret": "hidden",

@@ -21,9 +21,10 @@ from streamprune.work.pruning_record import has_pruning
 from streamprune.work.run_record import has_run
 
 CARD_NAME = "README.md"
-#: What is made of an output later: such files, and those in such folders with such endings.
+#: What is made of an output later: such files, and those in such folders with such endings. (`report.write` names two
+#: of them, but needs matplotlib.)
 _LATER_FILES = {"report.html"}
-_LATER_FOLDERS = {FOLDER_NAME: ".json", "pictures": ".png", "report": ".png"}
+_LATER_FOLDERS = {FOLDER_NAME: ".json", "pictures": ".png"}
 #: Why a file stays that has such an ending.
 _KINDS = {".partial": "not finished", ".incomplete": "not finished", ".tmp": "not finished", ".log": "a log"}
 _NO_PART = "belongs to no part of the model"

@@ -81,8 +81,9 @@ def reproduce_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"With {', '.join(named)}."
     if again:
         yield (
-            "Local files go by their names without folders. The files are the same to the byte on processors or cards "
-            "of the same kind with as many threads; on others the last digits of the scores may differ."
+            "Local files go by their names without folders. On processors or cards of the same kind, with as many "
+            "threads, the files are the same to the byte, but for `report.html` and what it adds to this card; on "
+            "others the last digits of the scores may differ."
         )
     yield ""
 
