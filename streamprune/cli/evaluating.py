@@ -3,53 +3,122 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
 from streamprune.cli.common import quiet_libraries, reports_errors, sampling_options
+from streamprune.cli.generating import generation_options, task_options
+from streamprune.cli.reporting import report_after, report_option
+from streamprune.errors import SettingsError
 from streamprune.machine import limit_library_memory
 from streamprune.settings import DTYPES, STATES
 
+if TYPE_CHECKING:
+    from streamprune.evaluation.command import Asked
+    from streamprune.evaluation.settings import EvalSettings
+
+P = ParamSpec("P")
+R = TypeVar("R")
 _FOLDER = click.Path(path_type=Path)
+
+
+def _model_options(command: Callable[P, R]) -> Callable[P, R]:
+    options = [
+        click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
+        click.option("--revision", help="Branch, tag or commit of a Hub model."),
+        click.option("--against-revision", help="The same for ORIGINAL."),
+        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
+    options = [
+        click.option(
+            "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute."
+        ),
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+            help="What predictions are computed in.",
+        ),
+        click.option("--batch-tokens", type=int, help="Tokens per micro-batch at most.  [default: as for `run`]"),
+        click.option(
+            "--states", type=click.Choice(STATES), default="auto", show_default=True,
+            help="Where hidden states lie between blocks: on the card, in RAM, or in a file.",
+        ),
+        click.option("--vram-gib", type=float, help="Most that may be taken on the card.  [default: what is free]"),
+        click.option("--ram-gib", type=float, help="Most that may be taken of RAM.  [default: what is available]"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id.")
+@_model_options
 @click.option(
     "--data", multiple=True, metavar="RECIPE|FILE",
     help="Held-out text, as for --calibration. Any number of times.  [default: what `run --evaluate` held back]",
 )  # fmt: skip
 @sampling_options
-@click.option("-o", "--output", type=_FOLDER, help="Folder for the results.  [default: MODEL's own, if we made it]")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--against-revision", help="The same for ORIGINAL.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
-@click.option("--batch-tokens", type=int, help="Tokens per micro-batch at most.  [default: as for `run`]")
-@click.option(
-    "--states", type=click.Choice(STATES), default="auto", show_default=True,
-    help="Where hidden states lie between blocks: on the card, in RAM, or in a file.",
-)  # fmt: skip
-@click.option("--vram-gib", type=float, help="Most that may be taken on the card.  [default: what is free]")
-@click.option("--ram-gib", type=float, help="Most that may be taken of RAM.  [default: what is available]")
-@click.option("--quiet", is_flag=True, help="Print the results and errors only.")
+@generation_options
+@task_options
+@click.option("-o", "--output", type=_FOLDER, help="Folder for the results.  [default: in MODEL, if we made it]")
+@_computing_options
+@report_option
+@click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @reports_errors
-def evaluate(model: str, output: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
+def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL (a local folder or a Hub id) on held-out text, one block at a time.
 
     Tells loss and perplexity of each source, and with --against how far the predictions are from the original's: KL
-    divergence, and how often both think the same token likeliest.
+    divergence, and how often both think the same token likeliest. --generate and --tasks need the model whole in
+    memory; where they are given, --data is measured on only if it is too.
     """
     limit_library_memory(tight=options["ram_gib"] is not None)
-    from streamprune.evaluation.command import evaluate_text
-    from streamprune.evaluation.settings import EvalSettings
+    settings, asked = _asked(model, output, options)
+    from streamprune.evaluation.command import examine
 
     quiet_libraries(downloads=quiet)
-    told = evaluate_text(EvalSettings(model=model, **options), output, quiet)
+    found = examine(settings, asked, quiet)
+    if with_report and found.ours is not None:
+        report_after(found.ours, quiet)
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(found.told, indent=2))
+
+
+def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[EvalSettings, Asked]:
+    """What the options ask for. Raises SettingsError for those that go with another one that is missing."""
+    from streamprune.evaluation.command import Asked
+    from streamprune.evaluation.settings import EvalSettings
+    from streamprune.generation.health import GenerationSettings
+
+    generate, tasks = options.pop("generate"), options.pop("tasks")
+    of_generation = {
+        name: options.pop(name) for name in ("prompts", "prompts_per_source", "prompt_tokens", "max_new_tokens")
+    }
+    of_tasks = {name: options.pop(name) for name in ("include_path", "limit", "batch_size")}
+    for given, needed, others in ((generate, "--generate", of_generation), (tasks, "--tasks", of_tasks)):
+        for name, value in others.items():
+            if value is not None and not given:
+                raise SettingsError(f"--{name.replace('_', '-')} goes with {needed}, which is missing.")
+    settings = EvalSettings(model=model, **options)
+    shared = {name: options[name] for name in ("device", "revision", "trust_remote_code")}
+    prompts = of_generation.pop("prompts")
+    generation = None
+    if generate:
+        chosen = {name: value for name, value in of_generation.items() if value is not None}
+        seed: dict[str, Any] = {"seed": settings.seed} if settings.seed is not None else {}
+        generation = GenerationSettings(**chosen, **shared, **seed, against_revision=settings.against_revision)
+    names = None
+    if tasks is not None:
+        names = {"tasks": [name for name in tasks.split(",") if name], **of_tasks, **shared}
+    on_text = bool(settings.data) or not (generate or tasks)
+    return settings, Asked(on_text, generation, prompts, names, output)

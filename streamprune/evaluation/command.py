@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,80 @@ from streamprune.evaluation.evaluate import evaluate, read_data
 from streamprune.evaluation.held_out import held_out_recipe
 from streamprune.evaluation.settings import EvalSettings
 from streamprune.evaluation.summary import table
+from streamprune.generation.health import GenerationSettings, generation_health
+from streamprune.generation.lines import generation_lines
+from streamprune.harness.lines import tasks_lines
+from streamprune.harness.tasks import run_tasks
 from streamprune.output.writer import REPORT_NAME
 from streamprune.progress import Progress
-from streamprune.result.evaluations import TEXT_NAME, results_folder, write_result
+from streamprune.result.evaluations import (
+    GENERATION_NAME,
+    TASKS_NAME,
+    TEXT_NAME,
+    results_folder,
+    write_result,
+)
+from streamprune.text.calibration import Calibration
 
 
-def evaluate_text(settings: EvalSettings, output: Path | None, quiet: bool) -> dict[str, Any]:
-    """Measure on text; returns what `--json` prints. Raises a StreampruneError for whatever cannot work."""
-    settings = with_data(settings)
-    folder = folder_of_results(settings.model, output)
+@dataclass(frozen=True)
+class Asked:
+    """What is to be found out about a model: predictions on text (`on_text`), continuations, tasks; any of them.
+
+    `tasks` are the arguments of `harness.tasks.run_tasks` beside the model's. `output` is where the results go.
+    """
+
+    on_text: bool
+    generation: GenerationSettings | None = None
+    prompts: Path | None = None
+    tasks: Mapping[str, Any] | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out: `told` is what `--json` prints, `ours` the model's folder if streamprune made it."""
+
+    told: dict[str, Any]
+    ours: Path | None
+
+
+def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
+    """Find out what is asked, one thing after the other; each result is left as soon as it is there.
+
+    Raises a StreampruneError for whatever cannot work; SettingsError if nothing is asked.
+    """
+    told: dict[str, Any] = {}
+    ours = made_by_us(settings.model)
+    folder = asked.output or (results_folder(ours) if ours is not None else None)
     with Progress(0, quiet) as progress:
-        data = read_data(settings)
-        result = evaluate(settings, data, progress)
-        for line in table(result):
-            progress.say(line)
-        if folder is not None:
-            write_result(folder, TEXT_NAME, result)
-            progress.say(f"results: {folder / TEXT_NAME}")
-    return result
+
+        def keep(name: str, result: Mapping[str, Any], lines: Iterable[str]) -> None:
+            for line in lines:
+                progress.say(line)
+            if folder is not None:
+                write_result(folder, name, result)
+                progress.say(f"results: {folder / name}")
+
+        data: Calibration | None = None
+        if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
+            settings = with_data(settings)
+            data = read_data(settings)
+        if asked.on_text and data is not None:
+            result = evaluate(settings, data, progress)
+            keep(TEXT_NAME, result, table(result))
+            told |= result
+        if asked.generation is not None:
+            generation = generation_health(
+                settings.model, settings.against, data, asked.prompts, asked.generation, progress
+            )
+            keep(GENERATION_NAME, generation, generation_lines(generation))
+            told["generation"] = generation
+        if asked.tasks is not None:
+            tasks = run_tasks(settings.model, progress=progress, **asked.tasks)
+            keep(TASKS_NAME, tasks, tasks_lines(tasks))
+            told["tasks"] = tasks
+    return Found(told, ours if asked.output is None else None)
 
 
 def with_data(settings: EvalSettings) -> EvalSettings:
@@ -47,9 +104,7 @@ def with_data(settings: EvalSettings) -> EvalSettings:
     return replace(settings, data=(str(recipe),))
 
 
-def folder_of_results(model: str, output: Path | None) -> Path | None:
-    """Where results go: where the user says, else into a model's own folder, if we made it."""
-    if output is not None:
-        return output
+def made_by_us(model: str) -> Path | None:
+    """The folder of a model that streamprune made; None for any other."""
     folder = Path(model).expanduser()
-    return results_folder(folder) if (folder / REPORT_NAME).is_file() else None
+    return folder if (folder / REPORT_NAME).is_file() else None
