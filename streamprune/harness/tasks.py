@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,15 +179,33 @@ def _as_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness, its metrics and `datasets` off the terminal. Their errors still come as exceptions."""
-    # Progress bars and hints are printed to whatever these are at the time.
+    """Keep the harness, its metrics and `datasets` off the terminal. Their errors still come as exceptions.
+
+    What is running in other processes for it is kept off too: it asks git for the commit of the current folder.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logger = logging.getLogger("lm_eval")
     level, nowhere = logger.level, io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+    # Progress bars and hints are printed to whatever sys.stdout and sys.stderr are at the time.
+    python = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
+    with _nothing_to(1), _nothing_to(2), python[0], python[1], warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _nothing_to(number: int) -> Iterator[None]:
+    """Let what is written to a file descriptor go nowhere."""
+    (sys.stdout if number == 1 else sys.stderr).flush()
+    kept = os.dup(number)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
