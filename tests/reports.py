@@ -55,8 +55,11 @@ def text_result(*names: str) -> dict[str, Any]:
 
 
 def generation_result(verdict: str = "loops") -> dict[str, Any]:
-    went = {"prompts": 16, "ended": 0.25, "looped": 0.75, "repeated_4grams": 0.5}
-    mode = {**went, "decoding": "greedy", "thinking": True, "sources": [{"name": "one", **went}], "original": went}
+    went = {"ended": 0.25, "looped": 0.75, "repeated_4grams": 0.5}
+    mode = {
+        **went, "decoding": "greedy", "form": "chat", "thinking": True, "prompts": 16,
+        "sources": [{"name": "one", "prompts": 16, **went, "repeated_4grams": None}], "original": went,
+    }  # fmt: skip
     advice = ["Turn thinking off with `enable_thinking=False`."]
     return {"format": 1, "model": "out", "against": "m", "settings": {}, "modes": [mode], "verdict": verdict,
             "advice": advice}  # fmt: skip

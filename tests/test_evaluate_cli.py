@@ -64,6 +64,24 @@ def test_one_object_with_sources_is_printed_and_left_with_our_own_models(made: P
     assert f"{source['kl']:.4f}" in rows[1]
 
 
+def test_everything_asked_for_is_in_the_report_and_on_the_card(made: Path, tmp_path: Path) -> None:
+    """The files as the evaluation writes them, read by what makes the report."""
+    out = shutil.copytree(made / "out", tmp_path / "out")
+    given = [out, "--against", made / "model", "--data", made / "held.jsonl", "--generate", "--max-new-tokens", 70]
+    result = called(*given, "--prompts-per-source", 1, "--prompt-tokens", 8, "--report", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert result.stderr.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert f"{told['sources'][0]['kl']:.3g}" in page
+    assert [mode["decoding"] for mode in told["generation"]["modes"]] == ["greedy", "sampled"]
+    assert "greedy, text" in page
+    assert "sampled, text, the original" in card
+    assert "held.jsonl" in card
+    for name in ("text.json", "generation.json"):
+        assert str(made) not in (out / "evaluation" / name).read_text(), "it may be published"
+
+
 def test_any_model_alone_is_measured_and_nothing_is_left(made: Path, tmp_path: Path) -> None:
     before = sorted(made.rglob("*"))
     result = called(made / "model", "--data", made / "held.jsonl", "--json", "--quiet", "--dtype", "float32")

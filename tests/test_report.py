@@ -108,7 +108,8 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
     depth = page.rows("Relative error of the hidden states after each block")
     assert [row[1] for row in depth] == [f"{value:#.4g}" for value in text["sources"][0]["hidden_error"]]
     assert page.rows("Continuations") == [
-        [name, "16", "25.0%", "75.0%", "50.0%"] for name in ("greedy, thinking on", "greedy, thinking on, the original")
+        [name, "16", "25.0%", "75.0%", "50.0%"]
+        for name in ("greedy, chat, thinking on", "greedy, chat, thinking on, the original")
     ]
     assert page.rows("Tasks") == [["arc_easy", "acc", "0", "0.7500", "0.013"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()

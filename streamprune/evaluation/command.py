@@ -23,6 +23,7 @@ from streamprune.result.evaluations import (
     TASKS_NAME,
     TEXT_NAME,
     results_folder,
+    without_folders,
     write_result,
 )
 from streamprune.text.calibration import Calibration
@@ -64,7 +65,7 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
             for line in lines:
                 progress.say(line)
             if folder is not None:
-                write_result(folder, name, result)
+                write_result(folder, name, without_folders(result))
                 progress.say(f"results: {folder / name}")
 
         data: Calibration | None = None

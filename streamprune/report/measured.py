@@ -61,20 +61,27 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Continuations:
-    """How continuations went: shares that ended by themselves and that looped, and of 4-grams that came before."""
+    """How continuations went: shares that ended by themselves and that looped, and of 4-grams that came before.
+
+    The last is None where they were too short to have any.
+    """
 
     name: str
     prompts: int
     ended: float
     looped: float
-    repeated: float
+    repeated: float | None
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to generate, with the original's figures where they were taken, and by source."""
+    """One way to generate, with the original's figures where they were taken, and by source.
+
+    `form` is what the prompts were: "text" that went on, or a "chat".
+    """
 
     decoding: str
+    form: str
     thinking: bool | None
     pruned: Continuations
     original: Continuations | None
@@ -83,7 +90,9 @@ class Mode:
     @property
     def label(self) -> str:
         """The way in words."""
-        return self.decoding + {None: "", True: ", thinking on", False: ", thinking off"}[self.thinking]
+        return (
+            f"{self.decoding}, {self.form}" + {None: "", True: ", thinking on", False: ", thinking off"}[self.thinking]
+        )
 
 
 @dataclass(frozen=True)
@@ -201,20 +210,26 @@ def _source(told: Told, name: str) -> OfSource:
 
 def _mode(told: Told) -> Mode:
     thinking, original, sources = (told.maybe(key) for key in ("thinking", "original", "sources"))
+    prompts = told.at("prompts").whole()
     return Mode(
         told.at("decoding").name(),
+        told.at("form").name(),
         thinking.flag() if thinking else None,
-        _continuations(told, "all"),
-        _continuations(original, "all") if original else None,
-        tuple(_continuations(each, each.at("name").name()) for each in sources.each()) if sources else (),
+        _continuations(told, "all", prompts),
+        # (Of the same prompts.)
+        _continuations(original, "all", prompts) if original else None,
+        tuple(_continuations(each, each.at("name").name(), each.at("prompts").whole()) for each in sources.each())
+        if sources
+        else (),
     )
 
 
-def _continuations(told: Told, name: str) -> Continuations:
+def _continuations(told: Told, name: str, prompts: int) -> Continuations:
+    repeated = told.maybe("repeated_4grams")
     return Continuations(
         name,
-        told.at("prompts").whole(),
+        prompts,
         told.at("ended").number(0, 1),
         told.at("looped").number(0, 1),
-        told.at("repeated_4grams").number(0, 1),
+        repeated.number(0, 1) if repeated else None,
     )

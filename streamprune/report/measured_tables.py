@@ -99,7 +99,8 @@ def generation_source_table(generation: GenerationResult) -> Table:
 
 
 def _went(label: str, each: Continuations) -> tuple[str, ...]:
-    return (label, f"{each.prompts:,}", percent(each.ended), percent(each.looped), percent(each.repeated))
+    repeated = "–" if each.repeated is None else percent(each.repeated)
+    return (label, f"{each.prompts:,}", percent(each.ended), percent(each.looped), repeated)
 
 
 def tasks_table(tasks: Sequence[TaskResult]) -> Table:

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from streamprune.disk.disk_errors import writing
 from streamprune.disk.durable import write_whole
+from streamprune.result.record import public_name
 from streamprune.source.checkpoint import read_json
 
 FOLDER_NAME = "evaluation"
@@ -42,6 +44,19 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     """
     path = folder / name
     return read_json(path) if path.is_file() else None
+
+
+def without_folders(value: Any) -> Any:
+    """A result, which may be published, with paths of this machine shortened to the last part of their names."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each) for each in value]
+    if isinstance(value, str) and "/" in value:
+        # What is no path at all may be too long for one, or hold what none can.
+        with suppress(OSError, ValueError):
+            return public_name(value)
+    return value
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
