@@ -92,7 +92,7 @@ def generation_health(
         "against": against,
         "settings": _told_settings(settings, longest, ways, made, device),
         "modes": modes,
-        "verdict": verdict_of(modes),
+        "verdict": verdict_of(modes, longest),
         "advice": advice_of(modes, made.switch),
         "examples": examples_of(mine, lambda ids: _text_of(ids, tokenizer)),
         "notes": notes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamprune.generation.summary import LOOPS, manner
+from streamprune.generation.summary import HEALTHY, LOOPS, UNKNOWN, manner
 
 
 def generation_lines(result: Mapping[str, Any]) -> list[str]:
@@ -20,7 +20,7 @@ def generation_lines(result: Mapping[str, Any]) -> list[str]:
             rows += [[f"  {source['name']}", *_cells(source)] for source in mode["sources"]]
     longest = result["settings"]["max_new_tokens"]
     title = f"Generation health of {result['model']}, up to {longest:,} new tokens (ended: by itself, before that)"
-    verdict = {True: "It loops.", False: "No sign of loops."}[result["verdict"] == LOOPS]
+    verdict = {LOOPS: "It loops.", HEALTHY: "No sign of loops.", UNKNOWN: "Too short to show loops."}[result["verdict"]]
     notes = [f"note: {note}" for note in result["notes"]]
     return [title, *_table(rows), verdict, *(f"- {sentence}" for sentence in result["advice"]), *notes]
 

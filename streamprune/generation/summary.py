@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import comb
 from typing import TYPE_CHECKING, Any
 
+from streamprune.generation.loops import LEAST_TOKENS
+
 if TYPE_CHECKING:
     from streamprune.generation.decoding import Continuation
 
-HEALTHY, LOOPS = "healthy", "loops"
+HEALTHY, LOOPS, UNKNOWN = "healthy", "loops", "unknown"
 #: A model loops if more than this share of the continuations of some mode do: one in ten spoils any use.
 LOOP_SHARE = 0.1
 #: And at least so many (or all, if there are fewer): one alone may be chance.
@@ -44,9 +46,11 @@ def modes_of(made: Sequence[Continuation], original: Sequence[Continuation] | No
     return modes
 
 
-def verdict_of(modes: Sequence[Mode]) -> str:
-    """`loops` or `healthy`, by `LOOP_SHARE` and `LEAST_LOOPS`."""
-    return LOOPS if any(mode_loops(mode) for mode in modes) else HEALTHY
+def verdict_of(modes: Sequence[Mode], longest: int) -> str:
+    """`loops` or `healthy`, by `LOOP_SHARE` and `LEAST_LOOPS`; `unknown` where `longest` tokens show no loop at all."""
+    if any(mode_loops(mode) for mode in modes):
+        return LOOPS
+    return HEALTHY if longest >= LEAST_TOKENS else UNKNOWN
 
 
 def mode_loops(mode: Mode) -> bool:

@@ -44,13 +44,18 @@ def _generation(facts: Facts) -> Iterator[str]:
     yield from ("## Generation", "")
     if generation.loops:
         yield "**This model runs into loops.** Of the continuations that were tried:"
+    elif generation.verdict == "unknown":
+        yield "Continuations that were tried, too short to show loops:"
     else:
-        yield "Continuations that were tried are healthy:"
+        yield "Continuations that were tried show no sign of loops:"
     yield ""
     yield from table_markdown(generation_table(generation))
     if generation.advice:
         yield from ("", "What helps:" if generation.loops else "Remarks:", "")
         yield from (f"- {markdown(sentence)}" for sentence in generation.advice)
+    if generation.notes:
+        yield ""
+        yield from (markdown(sentence) for sentence in generation.notes)
 
 
 def _pictures(pictures: Sequence[Picture], folder: str) -> Iterator[str]:

@@ -97,12 +97,18 @@ class Mode:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Whether continuations loop, and what helps if they do."""
+    """Whether continuations loop ("loops", "healthy", or "unknown"), what helps if they do, and remarks."""
 
-    loops: bool
+    verdict: str
     against: str | None
     modes: tuple[Mode, ...]
     advice: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def loops(self) -> bool:
+        """Whether they do."""
+        return self.verdict == "loops"
 
 
 @dataclass(frozen=True)
@@ -133,14 +139,16 @@ def read_generation(output: Path) -> GenerationResult | None:
     told = _read(output, GENERATION_NAME, RESULT_FORMAT)
     if told is None:
         return None
-    verdict, against, advice = told.at("verdict"), told.maybe("against"), told.maybe("advice")
-    if verdict.value not in ("healthy", "loops"):
-        raise verdict.wrong("healthy or loops")
+    verdict, against = told.at("verdict"), told.maybe("against")
+    advice, notes = told.maybe("advice"), told.maybe("notes")
+    if verdict.value not in ("healthy", "loops", "unknown"):
+        raise verdict.wrong("healthy, loops or unknown")
     return GenerationResult(
-        verdict.value == "loops",
+        verdict.value,
         against.name() if against else None,
         tuple(map(_mode, told.at("modes").each())),
         tuple(sentence.text() for sentence in advice.each()) if advice else (),
+        tuple(sentence.text() for sentence in notes.each()) if notes else (),
     )
 
 
@@ -155,14 +163,15 @@ def read_tasks(output: Path) -> tuple[TaskResult, ...]:
     for task, metrics in told.at("results").pairs():
         for key, value in metrics.pairs():
             metric, _, variant = key.partition(",")
-            if metric.endswith("_stderr") or type(value.value) not in (int, float):
+            # What has no filter behind it ("acc,none") is no metric, but what the harness tells beside them.
+            if not variant or metric.endswith("_stderr") or type(value.value) not in (int, float):
                 continue
             error = metrics.value.get(f"{metric}_stderr,{variant}")
             shot = numbers.get(task)
             found.append(
                 TaskResult(
                     task,
-                    metric if variant in ("", "none") else f"{metric}, {variant}",
+                    metric if variant == "none" else f"{metric}, {variant}",
                     value.number(),
                     float(error) if type(error) in (int, float) else None,
                     shot if type(shot) is int else None,

@@ -35,6 +35,13 @@ from streamprune.report.tables import Table, percent
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: What the summary says of generation, by the verdict.
+GENERATION_WORDS = {
+    "loops": "runs into loops: see below",
+    "healthy": "no sign of loops",
+    "unknown": "too short to show loops",
+}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -182,13 +189,17 @@ def _generation(facts: Facts) -> Iterator[Part]:
     generation = facts.generation
     if generation is None:
         return
-    verdict = "Its continuations are healthy."
-    if generation.loops:
-        verdict = "Its continuations run into loops." + (" What helps:" if generation.advice else "")
+    words = [{
+        "healthy": "No sign of loops in its continuations.",
+        "loops": "Its continuations run into loops.",
+        "unknown": "Its continuations were too short to show loops.",
+    }[generation.verdict], *generation.notes]  # fmt: skip
+    if generation.advice:
+        words.append("What helps:" if generation.loops else "Remarks:")
     tables = [generation_table(generation)]
     if any(mode.sources for mode in generation.modes):
         tables.append(generation_source_table(generation))
-    yield Part("generation", "Generation health", (verdict,), tuple(tables), open=1, points=generation.advice)
+    yield Part("generation", "Generation health", tuple(words), tuple(tables), open=1, points=generation.advice)
 
 
 def _tasks(facts: Facts) -> Iterator[Part]:
@@ -268,7 +279,7 @@ def summary_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     if whole is not None and "kl" in whole.values:
         yield "damage", f"KL divergence {whole.values['kl']:.4g} nats per token on held-out text"
     if facts.generation is not None:
-        yield "generation", "runs into loops: see below" if facts.generation.loops else "healthy"
+        yield "generation", GENERATION_WORDS[facts.generation.verdict]
     verified = None if isinstance(facts.course, str) else facts.course.verified
     yield (
         "verified",
