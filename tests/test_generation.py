@@ -87,7 +87,7 @@ def test_a_model_that_finds_its_end_is_healthy(healthy: Path) -> None:
     # It walks on from the prompt's last token to the last of all.
     assert mode(result, "greedy")["longest_ended"] >= LAST - 1 - last
     assert (example["ended"], example["looped"]) == (True, False)
-    assert "No sign of loops." in generation_lines(result)
+    assert "Few loops, or none." in generation_lines(result)
 
 
 def test_a_model_made_to_loop_is_reported(looping: Path, healthy: Path) -> None:
@@ -118,6 +118,7 @@ def test_what_the_original_does_as_well_is_not_held_against_it(looping: Path) ->
     result, _ = health(looping, against=looping)
     assert mode(result, "greedy")["original"]["looped"] == mode(result, "greedy")["looped"] == 1.0
     assert (result["verdict"], result["advice"]) == ("healthy", [])
+    assert "It does not loop clearly more than the original." in generation_lines(result)
 
 
 def test_a_few_more_loops_than_the_originals_may_be_chance(tmp_path: Path, healthy: Path) -> None:

@@ -20,7 +20,9 @@ def generation_lines(result: Mapping[str, Any]) -> list[str]:
             rows += [[f"  {source['name']}", *_cells(source)] for source in mode["sources"]]
     longest = result["settings"]["max_new_tokens"]
     title = f"Generation health of {result['model']}, up to {longest:,} new tokens (ended: by itself, before that)"
-    verdict = {LOOPS: "It loops.", HEALTHY: "No sign of loops.", UNKNOWN: "Too short to show loops."}[result["verdict"]]
+    as_before = known and any(mode["looped"] for mode in result["modes"])
+    healthy = "It does not loop clearly more than the original." if as_before else "Few loops, or none."
+    verdict = {LOOPS: "It loops.", HEALTHY: healthy, UNKNOWN: "Too short to show loops."}[result["verdict"]]
     notes = [f"note: {note}" for note in result["notes"]]
     return [title, *_table(rows), verdict, *(f"- {sentence}" for sentence in result["advice"]), *notes]
 

@@ -47,7 +47,7 @@ def _generation(facts: Facts) -> Iterator[str]:
     elif generation.verdict == "unknown":
         yield "Continuations that were tried, too short to show loops:"
     else:
-        yield "Continuations that were tried show no sign of loops:"
+        yield "Continuations that were tried loop seldom or never, or no more than the original's:"
     yield ""
     yield from table_markdown(generation_table(generation))
     if generation.advice:

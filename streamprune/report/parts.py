@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #: What the summary says of generation, by the verdict.
 GENERATION_WORDS = {
     "loops": "runs into loops: see below",
-    "healthy": "no sign of loops",
+    "healthy": "no more loops than may be",
     "unknown": "too short to show loops",
 }
 
@@ -190,7 +190,7 @@ def _generation(facts: Facts) -> Iterator[Part]:
     if generation is None:
         return
     words = [{
-        "healthy": "No sign of loops in its continuations.",
+        "healthy": "Its continuations loop seldom or never, or no more than the original's.",
         "loops": "Its continuations run into loops.",
         "unknown": "Its continuations were too short to show loops.",
     }[generation.verdict], *generation.notes]  # fmt: skip
