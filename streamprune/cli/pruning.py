@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 _FOLDER = click.Path(path_type=Path)
-_STOP_IF_KL = "With --evaluate: stop as soon as the KL divergence from the original is above X nats per token."
+_STOP_IF_KL = "With --evaluate: no result whose KL divergence is above X nats per token; ends early if hopeless."
 _VERIFY = "Compare the result with the source, byte by byte."
 
 
