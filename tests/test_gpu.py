@@ -11,7 +11,9 @@ from measuring.processes import Job, work
 from measuring.shapes import build, config_of, write_tokens
 
 from tests.helpers import prune
-from tests.tiny import FAMILIES, Family, make_model, tiny_config
+from tests.test_evaluate import measured
+from tests.test_evaluate_run import found
+from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
 pytestmark = pytest.mark.gpu
 SOME = [family for family in FAMILIES if family.id in {"qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"}]
@@ -56,3 +58,18 @@ def test_what_the_tools_measure_on_a_card(tmp_path: Path) -> None:
         assert len(found["blocks"]) == config["num_hidden_layers"]
         assert 0 < found["vram_allocated_bytes"] <= found["vram_reserved_bytes"] <= 4 * 2**30
     assert work(replace(job, kind="matrix"))["flop_per_second"] > 1e11
+
+
+@pytest.mark.parametrize("family", SOME, ids=lambda family: family.id)
+def test_what_is_lost_is_the_same_on_the_gpu(family: Family, tmp_path: Path) -> None:
+    """Beside the scoring, and of the files afterwards; the vocabulary in slices."""
+    source, data = make_model(tmp_path / "model", tiny_config(family)), write_token_ids(tmp_path / "ids.jsonl", 20)
+    given = {"keep": family.keep, "dtype": "float32", "calibration": (str(data),), "evaluate": True}
+    for device in ("cpu", "cuda:0"):
+        prune(source, tmp_path / device[:4], device=device, **given)
+    here, there = (found(tmp_path / device)["all"] for device in ("cpu", "cuda"))
+    recipe = tmp_path / "cuda.held-out" / "recipe.json"
+    again = measured(tmp_path / "cuda", source, recipe, dtype="float32", device="cuda:0")["all"]
+    for name in ("loss", "kl", "top1_agreement"):
+        assert there[name] == pytest.approx(here[name], rel=0.05, abs=1e-3), "the kept experts may differ in a tie"
+        assert again[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6)
