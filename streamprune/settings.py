@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +42,6 @@ DEFAULT_CONTEXT = 32768
 MOST_TOKENS = 2**40
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
-
-_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -308,13 +305,3 @@ def beside(output: Path, suffix: str) -> Path:
         # Cut between characters, so that the name stays readable where it was.
         name = name[: LONGEST_NAME - len(suffix) - 17].decode(errors="ignore").encode() + f"-{digest}".encode()
     return output.with_name(os.fsdecode(name) + suffix)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as "5GB" (10⁹) or "4GiB" (2³⁰); a bare number is bytes. SettingsError otherwise."""
-    match = _SIZE.match(text)
-    if match is None:
-        raise SettingsError(f"{text!r} is not a size. Write for example 5GB or 4GiB.")
-    unit = (match.group(2) or "B").upper()
-    base = 1024 if "I" in unit else 1000
-    return int(float(match.group(1)) * base ** "BKMGT".index(unit[0]))

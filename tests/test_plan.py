@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from streamprune.choice.limits import minimum_keep, resolve_keep
+from streamprune.cli.common import parse_size
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.output.cuts import find_cuts, next_token_prediction
 from streamprune.output.plan import plan_shards
 from streamprune.output.surgery import OutputTensor, output_tensors
-from streamprune.settings import RunSettings, parse_size
+from streamprune.settings import RunSettings
 from streamprune.source.checkpoint import TensorEntry
 from streamprune.source.config_facts import ExpertSpec
 from streamprune.source.roles import ExpertRows, SourceRole

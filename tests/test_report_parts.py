@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamprune.report import write
-from streamprune.result.sections import markers, placeholder, with_sections
+from streamprune.result.sections import markers, with_sections
 from streamprune.source.checkpoint import is_small_file
 from tests.helpers import tree_bytes
 from tests.reports import (
@@ -97,7 +97,7 @@ def test_sections_leave_the_rest_of_a_card_alone() -> None:
         assert with_sections(card, {"pictures": "", "evaluation": "\n"}) == card
         moved = once.replace(b"## Evaluation", b"old text") + b"more by hand"
         assert with_sections(moved, {"evaluation": "## Evaluation"}) == once + b"more by hand"
-    empty = f"# Title\n\n{placeholder('evaluation')}\nThe end.\n".encode()
+    empty = f"# Title\n\n{chr(10).join(markers('evaluation'))}\n\nThe end.\n".encode()
     filled = with_sections(empty, {"evaluation": "numbers"})
     assert filled == empty.replace(b"-->\n<!--", b"-->\nnumbers\n<!--")
     assert with_sections(filled, {"evaluation": ""}) == empty

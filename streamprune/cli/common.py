@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from streamprune.choice.selection import DEFAULT_SPREAD
-from streamprune.errors import OtherProcessError, ProcessesError, StreampruneError, ToldElsewhereError
+from streamprune.errors import OtherProcessError, ProcessesError, SettingsError, StreampruneError, ToldElsewhereError
 from streamprune.fit.kv_cache import KV_DTYPES
 from streamprune.settings import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, METHODS, RESUME, SCHEDULES
 from streamprune.together.launcher import is_first
@@ -23,13 +24,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 KEEP_FILE_HELP = (
     'Your own choice, as JSON: lists of experts by layer, {"0": [1, 5], ...}, a list of such lists, or the '
     "streamprune.json of another model."
 )
 
 
-def _with(options: Sequence[Callable[[Callable[P, R]], Callable[P, R]]], command: Callable[P, R]) -> Callable[P, R]:
+def with_options(options: Sequence[Callable[..., Any]], command: Callable[P, R]) -> Callable[P, R]:
     """The command with these options, which its help shows in this order."""
     for option in reversed(options):
         command = option(command)
@@ -130,7 +132,7 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--floor", type=int, metavar="N", help="Fewest experts in any layer.  [default: what it needs]"),
         click.option("--protect-super-experts", is_flag=True, help="Keep experts whose outputs peak far above all."),
     ]  # fmt: skip
-    return _with(options, command)
+    return with_options(options, command)
 
 
 def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -151,7 +153,7 @@ def sampling_options(command: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]"),
     ]  # fmt: skip
-    return _with(options, command)
+    return with_options(options, command)
 
 
 def place_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -169,7 +171,7 @@ def place_options(command: Callable[P, R]) -> Callable[P, R]:
             help="Go on with an earlier run of this command; insist on it; or begin anew.",
         ),
     ]  # fmt: skip
-    return _with(options, command)
+    return with_options(options, command)
 
 
 def goal_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -186,4 +188,14 @@ def goal_options(command: Callable[P, R]) -> Callable[P, R]:
             help="Form of cached keys and values.",
         ),
     ]  # fmt: skip
-    return _with(options, command)
+    return with_options(options, command)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as "5GB" (10⁹) or "4GiB" (2³⁰); a bare number is bytes. SettingsError otherwise."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise SettingsError(f"{text!r} is not a size. Write for example 5GB or 4GiB.")
+    unit = (match.group(2) or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match.group(1)) * base ** "BKMGT".index(unit[0]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from streamprune.cli.common import quiet_libraries, reports_errors, sampling_options
+from streamprune.cli.common import quiet_libraries, reports_errors, sampling_options, with_options
 from streamprune.cli.generating import generation_options, task_options
 from streamprune.cli.reporting import report_after, report_option
 from streamprune.errors import SettingsError
@@ -32,9 +32,7 @@ def _model_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--against-revision", help="The same for ORIGINAL."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(options, command)
 
 
 def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -54,9 +52,7 @@ def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--vram-gib", type=float, help="Most that may be taken on the card.  [default: what is free]"),
         click.option("--ram-gib", type=float, help="Most that may be taken of RAM.  [default: what is available]"),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(options, command)
 
 
 @click.command("eval")

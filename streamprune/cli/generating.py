@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import click
 
+from streamprune.cli.common import with_options
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,9 +26,7 @@ def generation_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--prompt-tokens", type=int, metavar="N", help="Tokens of each of them."),
         click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens that are generated for a prompt."),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(options, command)
 
 
 def task_options(command: Callable[P, R]) -> Callable[P, R]:
@@ -39,6 +39,4 @@ def task_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--limit", type=float, metavar="N", help="Only so many examples of each task, or that share."),
         click.option("--batch-size", type=int, metavar="N", help="Examples at a time.  [default: auto; on a CPU 4]"),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(options, command)

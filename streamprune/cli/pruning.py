@@ -13,11 +13,13 @@ from streamprune.cli.common import (
     KEEP_FILE_HELP,
     calibration_options,
     goal_options,
+    parse_size,
     place_options,
     quiet_downloads,
     quiet_libraries,
     reports_errors,
     selection_options,
+    with_options,
 )
 from streamprune.cli.reporting import report_after, report_option
 from streamprune.errors import SettingsError
@@ -29,7 +31,6 @@ from streamprune.settings import (
     STATES,
     PruneSettings,
     RunSettings,
-    parse_size,
 )
 from streamprune.together.launcher import is_first, launched
 from streamprune.work.pruning_record import has_pruning
@@ -72,12 +73,7 @@ def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R
         click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout."),
     ]  # fmt: skip
 
-    def add(command: Callable[P, R]) -> Callable[P, R]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return lambda command: with_options(options, command)
 
 
 @click.command()

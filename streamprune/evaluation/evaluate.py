@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,6 @@ from streamprune.streaming.pairs import ORIGINAL, PRUNED
 from streamprune.streaming.weights import Weights
 from streamprune.text.calibration import Calibration, load_calibration
 from streamprune.work.resume import versions
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of an evaluation: the result (`result.evaluations` has its form) and the text it was measured on."""
-
-    result: dict[str, Any]
-    data: Calibration
 
 
 def read_data(settings: EvalSettings) -> Calibration:

@@ -28,11 +28,6 @@ def markers(name: str) -> tuple[str, str]:
     )
 
 
-def placeholder(name: str) -> str:
-    """An empty section, for a card that says where it is to be."""
-    return "\n".join(markers(name)) + "\n"
-
-
 def with_sections(card: bytes, bodies: Mapping[str, str]) -> bytes:
     """The card with these bodies (Markdown) in its sections; doing it twice is doing it once.
 
