@@ -109,6 +109,7 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
         compare = _are_of_one_shape(models)
         stream = ExaminedStream(of_checkpoints(sides, blocks), batches, device, len(data.sources), compare)
         stream_all(stream, max(blocks.values()), data, device, progress)
+        progress.say("reading off what they predict ..." if len(sides) == 2 else "reading off what it predicts ...")
         heads = {side: SlicedHead(weights.loader, weights.stream) for side, weights in sides.items()}
         found = Examiner(sides[PRUNED], heads, plan, device).read_off(max(blocks.values()))
     errors = mean_errors(stream.errors, data) if compare else None

@@ -122,6 +122,7 @@ class Sitting:
                 if examination is not None and block >= carried.start and examination.is_due(block):
                     self._read_off(block + 1, examination)
             if examination is not None:
+                self._progress.say("reading off what both predict for the text that was held back ...")
                 self._read_off(self._layout.block_count, examination)
         except Stopped:
             self._behind.wait()
