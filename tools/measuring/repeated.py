@@ -1,4 +1,4 @@
-"""Comparisons that a worker makes itself, round by round: what saving costs, and pruning from scores over copying."""
+"""Comparisons that a worker makes itself, round by round: what saving and evaluating cost, and pruning over copying."""
 
 from __future__ import annotations
 
@@ -21,16 +21,23 @@ SCRIPT = (
 )
 
 
-def saving_seconds(job: Job) -> dict[str, Any]:
-    """Seconds of runs in one process that save states never and after every block, each kind first in turn."""
+#: What two kinds of runs differ in, the usual kind first.
+PAIRS: dict[str, dict[str, dict[str, Any]]] = {
+    "saving": {"never": {"checkpoint_every": 1e9}, "every block": {"checkpoint_every": 0.0}},
+    "evaluating": {"plain": {}, "evaluated": {"evaluate": True}},
+}
+
+
+def paired_seconds(job: Job) -> dict[str, Any]:
+    """Seconds of runs of the two kinds that the job names, in one process, each kind first in turn."""
     from streamprune.run import run
 
-    every = {"never": 1e9, "every block": 0.0}
-    seconds: dict[str, list[float]] = {kind: [] for kind in every}
+    kinds = PAIRS[job.kind]
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(-1, job.rounds):
         for kind in sorted(seconds, reverse=bool(number % 2)):
             begun = time.perf_counter()
-            run(settings_of(job, checkpoint_every=every[kind]), quiet=True)
+            run(settings_of(job, **kinds[kind]), quiet=True)
             # The first round warms the caches of kernels and files.
             if number >= 0:
                 seconds[kind].append(time.perf_counter() - begun)

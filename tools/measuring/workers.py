@@ -9,7 +9,7 @@
 | `device` | tells what device this is, and of which versions the libraries are |
 | `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
 | `matrix` | a large matrix product, again and again |
-| `saving`, `pruning` | several runs that are compared with one another (see `repeated`) |
+| `saving`, `evaluating`, `pruning` | several runs that are compared with one another (see `repeated`) |
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def _matrix(job: Job) -> dict[str, Any]:
     return {"flop_per_second": matrix_rate(job.device)}
 
 
-def _saving(job: Job) -> dict[str, Any]:
-    from measuring.repeated import saving_seconds
+def _paired(job: Job) -> dict[str, Any]:
+    from measuring.repeated import paired_seconds
 
-    return saving_seconds(job)
+    return paired_seconds(job)
 
 
 def _pruning(job: Job) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _pruning(job: Job) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "build": _build, "device": _device, "import": _import, "forward": _forward, "score": _score, "run": _run,
-    "read": _read, "copy": _copy, "matrix": _matrix, "saving": _saving, "pruning": _pruning,
+    "read": _read, "copy": _copy, "matrix": _matrix, "saving": _paired, "evaluating": _paired, "pruning": _pruning,
 }  # fmt: skip
 
 
@@ -181,12 +181,12 @@ class CardPeaks:
 def main() -> None:
     """Do the job. Seconds count from after the imports that all kinds share, so that these dilute no ratio."""
     job = Job.parse(sys.argv[1])
-    if job.kind in ("forward", "score", "run", "saving"):
+    if job.kind in ("forward", "score", "run", "saving", "evaluating"):
         _import_libraries(limited=job.kind != "forward")
         # transformers imports a model's code when it is first asked for.
         import transformers.models.auto.modeling_auto
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-    if job.kind in ("score", "run", "saving"):
+    if job.kind in ("score", "run", "saving", "evaluating"):
         import streamprune.run  # noqa: F401
     card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
