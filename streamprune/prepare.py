@@ -154,14 +154,15 @@ def vocabulary_of(skeleton: Skeleton) -> int:
 
 
 def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
-    """Read the calibration data for a model of which only config and tokenizer need be there.
+    """Read the calibration data for a model; of one on the Hub only the small files, the tokenizer's, are fetched.
 
     Raises SettingsError for a mix of other sources, before tens of GiB are downloaded.
     """
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
     text_config = decision.skeleton.model.config.get_text_config(decoder=True)
     calibration = load_calibration(
         settings.calibration,
-        decision.folder,
+        folder,
         samples=settings.samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
