@@ -43,8 +43,8 @@ class BlockErrors:
 
     def check(self, saved: Any, block: int) -> None:
         """Raise ValueError, KeyError or TypeError unless `saved` gives them for every block before `block`."""
-        rows = [list(row[1:]) for row in saved["blocks"] if row[0] < block]
-        sound = [row[0] for row in saved["blocks"]] == list(range(len(saved["blocks"]))) and len(rows) == block
+        rows = [values for number, *values in saved["blocks"] if number < block]
+        sound = [number for number, *_ in saved["blocks"]] == list(range(len(saved["blocks"]))) and len(rows) == block
         for row in [*rows, saved["partial"]]:
             sound = sound and len(row) == self._sources and all(type(x) is float and 0 <= x < math.inf for x in row)
         if not sound:

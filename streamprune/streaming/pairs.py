@@ -65,4 +65,5 @@ def _hidden(state: BatchState) -> torch.Tensor:
     for leaf in pytree.tree_leaves(state.output):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf
-    raise AssertionError("a block that returns no hidden states")
+    # (Of no model's block; but saved states may have been made by somebody else.)
+    raise ValueError("a state without hidden states")

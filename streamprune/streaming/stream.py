@@ -42,6 +42,11 @@ class BlockStream:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        # What a config may ask the forward for besides: it is about the blocks' insides, which stand-ins do not have.
+        for config in (decoder.model.config, decoder.model.config.get_text_config(decoder=True)):
+            config.return_dict = True
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False
         self._cursor = _Cursor()
         self._stand_ins = nn.ModuleList(
             _StandIn(block, index, self._cursor) for index, block in enumerate(decoder.blocks)

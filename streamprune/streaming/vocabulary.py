@@ -59,8 +59,10 @@ def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.
         for number, values in enumerate(portions):
             own = flat[part, number * _PER_SIDE : (number + 1) * _PER_SIDE]
             largest = torch.maximum(own[:, _LARGEST], values.amax(-1))
-            weights = (values - largest[:, None]).exp()
-            shrunk = (own[:, _LARGEST] - largest).exp()
+            # Where all logits so far are -inf (tokens that a model rules out), any number will do in its place.
+            base = torch.where(largest == -torch.inf, 0.0, largest)
+            weights = (values - base[:, None]).exp()
+            shrunk = (own[:, _LARGEST] - base).exp()
             if number == 1:
                 differences = torch.where(weights > 0, values - portions[0], 0.0)
                 flat[part, _CROSS] = flat[part, _CROSS] * shrunk + (weights * differences).sum(-1)

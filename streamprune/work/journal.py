@@ -61,15 +61,21 @@ def is_evaluation(body: Any) -> bool:
         not isinstance(body, dict)
         or not isinstance(body.get("data"), dict)
         or not isinstance(body.get("sources"), list)
+        or not isinstance(body.get("against"), str)
     ):
         return False
-    told = [*body["sources"], body.get("all")]
-    return all(
-        isinstance(each, dict)
-        and isinstance(each.get("name"), str)
-        and all(type(each.get(name)) is float for name in ("loss", "perplexity", "kl", "top1_agreement"))
-        for each in told
-    )
+    return all(map(_are_figures, [*body["sources"], body.get("all")]))
+
+
+def _are_figures(value: Any) -> bool:
+    """Whether these can be the figures of a source, compared with an original's."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not is_count(value.get("tokens")):
+        return False
+    numbers = [value.get(name) for name in ("loss", "perplexity", "original_loss", "kl", "kl_p99", "top1_agreement")]
+    intervals = [value.get(f"{name}_interval", ()) for name in ("loss", "kl")]
+    for ends in intervals:
+        numbers += ends if isinstance(ends, list) and len(ends) == 2 else [0.0 if ends is None else None]
+    return all(type(number) is float for number in numbers)
 
 
 def is_cursor(body: Any) -> bool:
