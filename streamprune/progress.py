@@ -52,8 +52,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.end()
 
     @property
     def seconds(self) -> float:
@@ -65,20 +64,27 @@ class Progress:
             tqdm.write(text, file=self._stream)
 
     def start_block(self, block: int, sequences: int) -> None:
+        """Begin a block, through which so many sequences go."""
+        self.start(f"block {block + 1}/{self._blocks}", sequences)
+
+    def start(self, label: str, sequences: int) -> None:
+        """Begin what `step` goes on with, on a terminal with a bar, in the place of what was begun before."""
+        self.end()
+        if not self._quiet and self._stream.isatty():
+            self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
+
+    def end(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
-        if not self._quiet and self._stream.isatty():
-            label = f"block {block + 1}/{self._blocks}"
-            self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
+            self._bar = None
 
     def step(self, sequences: int) -> None:
         if self._bar is not None:
             self._bar.update(sequences)
 
     def end_block(self, line: BlockLine) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.end()
         self.log("block", asdict(line))
         done = line.block + 1
         # By the blocks of this sitting: earlier ones may be done already.

@@ -40,6 +40,7 @@ from streamprune.result.finish import (
 from streamprune.scores.file import check_scores_file
 from streamprune.scores.scores import Scores
 from streamprune.settings import RunSettings, beside
+from streamprune.streaming.head import find_head
 from streamprune.streaming.shared import LeadingScorer, call_in, together
 from streamprune.streaming.sitting import Outlet, Sitting
 from streamprune.tell import (
@@ -129,6 +130,8 @@ class _Run:
             whole = calibrate(self.settings, self.decision)
         calibration = hold_back(whole) if self.settings.evaluate else whole
         prepared = prepare(self.settings, self.decision)
+        if self.settings.evaluate:
+            find_head(prepared.skeleton.model)
         facts = facts_of(prepared)
         check_schedule(self.settings, facts, prepared.counts)
         # Nothing is told before all is known to be in order: a refusal is one message and no more.
@@ -140,7 +143,8 @@ class _Run:
             # The same micro-batches, so that the same digits come out.
             settings = replace(settings, batch_tokens=recorded["batch_tokens"])
         streamed = _streamed(settings, calibration)
-        memory = plan_memory(settings, prepared, streamed, self.device, self.work.folder, self.processes)
+        # (With what is held back also where that is measured on only once all is scored.)
+        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder, self.processes)
         memory = call_in(self.processes, settings, prepared, streamed, memory)
         announce_processes(self.progress, self.processes, self.device)
         self.progress.say(memory.describe())
@@ -163,14 +167,15 @@ class _Run:
         self.stop.patient = True
         streamed, examination = _streamed(settings, calibration), None
         if calibration.held is not None:
-            examination = RunExamination(settings, prepared, calibration.held, self.work, self.progress)
+            beside = streamed.held is not None
+            examination = RunExamination(settings, prepared, calibration.held, self.work, self.progress, beside)
         with LeadingScorer(
             settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
             self.processes,
         ) as scorer:  # fmt: skip
             sitting = Sitting(
                 settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop,
-                examination if streamed.held is not None else None,
+                examination,
             )  # fmt: skip
             layers = sitting.stream(self.device)
         scores = Scores(

@@ -244,6 +244,8 @@ class RunSettings(Place, Goal, Computing):
             raise SettingsError(
                 f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
             )
+        if self.evaluate and self.only_score:
+            raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
         if self.stop_if_kl is not None:
             if not self.evaluate:
                 raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")

@@ -13,6 +13,7 @@ from torch import nn
 
 from streamprune.errors import CalibrationError, InterruptedRunError, SettingsError, TooMuchLostError
 from streamprune.evaluation.held_out import hold_back
+from streamprune.memory.plan import MemoryPlan
 from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
 from streamprune.run import resume
 from streamprune.scores.file import read_scores
@@ -56,9 +57,8 @@ def check_close(result: dict[str, Any], expected: dict[str, Any], within: float 
     for each, other in zip([*result["sources"], result["all"]], [*expected["sources"], expected["all"]], strict=True):
         assert each.keys() == other.keys()
         for name, value in each.items():
-            assert value == (
-                other[name] if isinstance(value, str) else pytest.approx(other[name], abs=within, rel=within)
-            )
+            exact = value is None or isinstance(value, str)
+            assert value == (other[name] if exact else pytest.approx(other[name], abs=within, rel=within)), name
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -278,12 +278,60 @@ def test_other_evaluations_than_ours_are_not_believed(made: Case, tmp_path: Path
 
     case = made.at(tmp_path / "out")
     case.interrupt(at=3)
-    for body in ({"data": {}, "sources": []}, {"data": {"fingerprint": "0"}, **found(made.output), "all": 3}, [1]):
+    ours = found(made.output)
+    forged = [
+        {"data": {}, "sources": []},
+        {**ours, "all": 3},
+        {**ours, "against": None},
+        {**ours, "all": {**ours["all"], "kl_p99": None}},
+        {**ours, "all": {**ours["all"], "kl_interval": [1.0]}},
+        {name: value for name, value in ours.items() if name != "against"},
+        [1],
+    ]
+    for body in forged:
         with WorkFolder(case.work) as work:
             work.write_evaluation(body)  # type: ignore[arg-type]
             assert work.read_evaluation() is None
     case.resume()
     case.check()
+
+
+def test_what_was_measured_on_a_choice_counts_no_more_when_blocks_are_scored_again(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is measured behind the scoring: the choice may be another one then."""
+    case = made.at(tmp_path / "out")
+    with pytest.raises(TooMuchLostError):
+        case.run(schedule="global", stop_if_kl=1e-9)
+    calls = breaking_run_block(monkeypatch, 0, Injected())
+    with pytest.raises(TooMuchLostError):
+        case.resume()
+    assert calls == [0], "nothing has changed"
+    with pytest.raises(TooMuchLostError):
+        case.resume(from_layer=3)
+    # The last block again, from the first one on as no states are left; and the text held back, through both models.
+    assert calls[0] > 8 * 2
+
+
+def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for a block beside its pruned self, and for two states of what is held back."""
+    from streamprune.evaluation.of_run import RunExamination
+
+    usual, plans = RunExamination.settle, []
+
+    def settle(self: RunExamination, decided: Any, plan: MemoryPlan, *more: Any) -> None:
+        plans.append(plan)
+        usual(self, decided, plan, *more)
+
+    monkeypatch.setattr(RunExamination, "settle", settle)
+    for place, choice in (("beside", {}), ("behind", {"schedule": "global"})):
+        made.at(tmp_path / place).run(**choice)
+    beside, behind = (plan.needs for plan in plans)
+    assert (behind.sides, behind.states) == (beside.sides, beside.states)
+    # Before it is known how many experts stay of a block, all may.
+    assert behind.block > beside.block
 
 
 @pytest.mark.parametrize(

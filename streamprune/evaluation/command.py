@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from streamprune.result.evaluations import (
     GENERATION_NAME,
     TASKS_NAME,
     TEXT_NAME,
+    check_writable,
     results_folder,
     without_folders,
     write_result,
 )
+from streamprune.source.checkpoint import read_json
 from streamprune.text.calibration import Calibration
 
 
@@ -59,6 +62,9 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
     told: dict[str, Any] = {}
     ours = made_by_us(settings.model)
     folder = asked.output or (results_folder(ours) if ours is not None else None)
+    if folder is not None:
+        # Hours may pass until there is something to write.
+        check_writable(folder)
     with Progress(0, quiet) as progress:
 
         def keep(name: str, result: Mapping[str, Any], lines: Iterable[str]) -> None:
@@ -70,8 +76,7 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
 
         data: Calibration | None = None
         if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
-            settings = with_data(settings)
-            data = read_data(settings)
+            data = read_data(settings) if settings.data else read_held_out(settings)
         if asked.on_text and data is not None:
             result = evaluate(settings, data, progress)
             keep(TEXT_NAME, result, table(result))
@@ -89,23 +94,39 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
     return Found(told, ours if asked.output is None else None)
 
 
-def with_data(settings: EvalSettings) -> EvalSettings:
-    """The settings with the text that a run held back, where none is named and there is such.
+def read_held_out(settings: EvalSettings) -> Calibration:
+    """The text that the run which made the model held back.
 
-    Raises SettingsError if there is none.
+    Raises SettingsError if there is none, or if what lies in its place was held back for another model of that name:
+    this one may have been scored on it.
     """
-    if settings.data:
-        return settings
     recipe = held_out_recipe(Path(settings.model))
     if not recipe.is_file():
         raise SettingsError(
             "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "
             f"(`streamprune run --evaluate` holds some back, and would have left it in {recipe.parent}.)"
         )
-    return replace(settings, data=(str(recipe),))
+    data = read_data(replace(settings, data=(str(recipe),)))
+    is_whole = settings.samples is None and settings.seq_len is None
+    known = _held_back(settings.model)
+    if known is None or (is_whole and data.fingerprint != known):
+        raise SettingsError(
+            f"The text in {recipe.parent} is not what was held back for {settings.model} as it is now, which may have "
+            f"been scored on it. Say on what text to measure: --data FILE or RECIPE (or {recipe}, if you know better)."
+        )
+    return data
+
+
+def _held_back(model: str) -> str | None:
+    """The fingerprint of the text that was held back for a model, by its own record; None if none was."""
+    ours = made_by_us(model)
+    calibration = read_json(ours / REPORT_NAME).get("calibration") if ours is not None else None
+    held = calibration.get("held_back") if isinstance(calibration, dict) else None
+    fingerprint = held.get("fingerprint") if isinstance(held, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def made_by_us(model: str) -> Path | None:
-    """The folder of a model that streamprune made; None for any other."""
-    folder = Path(model).expanduser()
-    return folder if (folder / REPORT_NAME).is_file() else None
+    """The folder of a model that streamprune made; None for any other, also for names that no folder has."""
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111
+    return folder if os.path.isfile(folder / REPORT_NAME) else None  # noqa: PTH113

@@ -31,6 +31,7 @@ from streamprune.progress import Progress
 from streamprune.result.evaluations import RESULT_FORMAT
 from streamprune.result.record import public_name
 from streamprune.source.architecture import load_config
+from streamprune.source.hub import resolve_model
 from streamprune.source.opened import Opened
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.block_errors import BlockErrors
@@ -47,7 +48,8 @@ def read_data(settings: EvalSettings) -> Calibration:
 
     Raises CalibrationError where a source has no sequence of two tokens: nothing could be predicted there.
     """
-    folder = config_folder(settings.model, settings.revision, settings.trust_remote_code)
+    config_folder(settings.model, settings.revision, settings.trust_remote_code)
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
     text_config = load_config(folder, settings.trust_remote_code).get_text_config(decoder=True)
     data = load_calibration(
         settings.data,
@@ -108,10 +110,10 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
         blocks = {side: opened.skeleton.block_count for side, opened in models.items()}
         compare = _are_of_one_shape(models)
         stream = ExaminedStream(of_checkpoints(sides, blocks), batches, device, len(data.sources), compare)
-        stream_all(stream, max(blocks.values()), data, device, progress)
+        stream_all(stream, len(models), max(blocks.values()), data, device, progress)
         progress.say("reading off what they predict ..." if len(sides) == 2 else "reading off what it predicts ...")
         heads = {side: SlicedHead(weights.loader, weights.stream) for side, weights in sides.items()}
-        found = Examiner(sides[PRUNED], heads, plan, device).read_off(max(blocks.values()))
+        found = Examiner(sides[PRUNED], heads, plan, device, progress).read_off(max(blocks.values()))
     errors = mean_errors(stream.errors, data) if compare else None
     return {
         **about(public_name(settings.model), settings.against, models[PRUNED], data),
@@ -120,27 +122,24 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
 
 
 def stream_all(
-    stream: ExaminedStream, blocks: int, data: Calibration, device: torch.device, progress: Progress
+    stream: ExaminedStream, sides: int, blocks: int, data: Calibration, device: torch.device, progress: Progress
 ) -> None:
-    """Run all blocks, with a line for each."""
+    """Run all blocks of one or two models (`sides`), with a line for each."""
     for index in range(blocks):
         started = time.monotonic()
-        progress.start_block(index, len(data.sequences))
+        progress.start(f"block {index + 1}/{blocks}", sides * len(data.sequences))
         stream.run_block(index)
-        error = mean_errors(stream.errors, data)["all"][index:]
+        error = mean_errors(stream.errors, data)[-1][index:]
         far = f"relative error {error[0]:.4f}, " if error else ""
         seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(device))
         progress.say(f"block {index + 1}/{blocks}: {far}{seconds:.1f} s, peak {peak}")
 
 
-def mean_errors(errors: BlockErrors, data: Calibration) -> dict[str, Sequence[float]]:
-    """The mean relative errors behind every block, by source and under "all"."""
+def mean_errors(errors: BlockErrors, data: Calibration) -> list[list[float]]:
+    """The mean relative errors behind every block: those of each source, and behind these those of all together."""
     blocks = [errors.whole[block] for block in sorted(errors.whole)]
-    told: dict[str, Sequence[float]] = {
-        name: [block[source] / tokens for block in blocks]
-        for source, (name, tokens) in enumerate(zip(data.sources, data.tokens_of, strict=True))
-    }
-    return told | {"all": [sum(block) / data.tokens for block in blocks]}
+    told = [[block[source] / tokens for block in blocks] for source, tokens in enumerate(data.tokens_of)]
+    return [*told, [sum(block) / data.tokens for block in blocks]]
 
 
 def about(model: str | None, against: str | None, opened: Opened, data: Calibration) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ def _part(whole: Calibration, numbers: list[int]) -> Calibration:
 
 def held_out_recipe(output: Path) -> Path:
     """Where the recipe of the text lies that was held back for an output."""
-    return beside(output.expanduser(), HELD_OUT_SUFFIX) / _RECIPE_NAME
+    output = Path(os.path.expanduser(output))  # noqa: PTH111
+    if output.name in ("", ".."):
+        # A way to a folder, and not its name.
+        output = Path(os.path.abspath(output))  # noqa: PTH100
+    return beside(output, HELD_OUT_SUFFIX) / _RECIPE_NAME
 
 
 def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:

@@ -38,13 +38,22 @@ _HOPELESS = 4
 class RunExamination:
     """What `run --evaluate` finds out, kept in the work folder. `result` is all of it, once it is known.
 
+    With `is_beside` it is measured while the blocks are scored, else by `settle`, once all is chosen.
+
     With --stop-if-kl the predictions are also read off within the model, as if the blocks so far were all: through the
     final norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112).
     """
 
     def __init__(
-        self, settings: RunSettings, prepared: Prepared, held: Calibration, work: WorkFolder, progress: Progress
+        self,
+        settings: RunSettings,
+        prepared: Prepared,
+        held: Calibration,
+        work: WorkFolder,
+        progress: Progress,
+        is_beside: bool,
     ) -> None:
+        self.is_beside = is_beside
         self._settings, self._prepared, self._held = settings, prepared, held
         self._work, self._progress = work, progress
         self._blocks = prepared.layout.block_count
@@ -129,8 +138,9 @@ class RunExamination:
             )
             head = SlicedHead(weights.loader, weights.stream)
             try:
-                stream_all(stream, self._blocks, held, device, self._progress)
-                found = Examiner(weights, {ORIGINAL: head, PRUNED: head}, plan, device).read_off(self._blocks)
+                stream_all(stream, 2, self._blocks, held, device, self._progress)
+                examiner = Examiner(weights, {ORIGINAL: head, PRUNED: head}, plan, device, self._progress)
+                found = examiner.read_off(self._blocks)
             except Stopped:
                 raise InterruptedRunError(
                     "Stopped as asked; all blocks are scored. What was chosen is measured anew when you go on with: "

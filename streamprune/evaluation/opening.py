@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from streamprune.decision import refuse_quantized
+from streamprune.disk.disk_errors import reading
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.evaluation.settings import EvalSettings
 from streamprune.output.uneven_input import read_uneven
@@ -18,6 +19,7 @@ from streamprune.source.hub import resolve_model
 from streamprune.source.integrity import check_fit
 from streamprune.source.opened import Opened
 from streamprune.source.skeleton import map_checkpoint
+from streamprune.streaming.head import find_head
 
 
 def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -37,13 +39,17 @@ def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def open_model(settings: EvalSettings, model: str, revision: str | None) -> Opened:
-    """Open a model, with or without experts, and make sure that its weights are all there."""
+    """Open a model, with or without experts, and make sure that its weights are all there.
+
+    Raises a StreampruneError where they are not, or where its predictions cannot be computed.
+    """
     checkpoint = open_checkpoint(resolve_model(model, revision, settings.trust_remote_code))
     config = load_config(checkpoint.folder, settings.trust_remote_code)
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else declared_dtype(config)
     if dtype is None:
         dtype = dtype_of_weights(checkpoint)
     decoder = find_decoder(config, dtype, settings.trust_remote_code)
+    find_head(decoder.model)
     targets = map_checkpoint(decoder.model, checkpoint.tensors)
     check_fit(decoder, targets, checkpoint.tensors)
     return Opened(checkpoint, decoder, targets, dtype)
@@ -62,10 +68,11 @@ def check_comparable(model: Opened, original: Opened, settings: EvalSettings) ->
 def same_tokenizer(original: Path, model: Path) -> bool:
     """Whether two models' tokenizers are the same file, as far as both have one."""
     files = [folder / "tokenizer.json" for folder in (model, original)]
-    return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
+    with reading(files[0]):
+        return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
 
 
 def vocabulary_of(opened: Opened) -> int:
     """How many tokens a model predicts."""
-    head = opened.skeleton.model.get_output_embeddings()
-    return int(head.weight.shape[0]) if head is not None else 0
+    head, _ = find_head(opened.skeleton.model)
+    return int(head.weight.shape[0])

@@ -14,52 +14,60 @@ import torch
 
 from streamprune.errors import NonFiniteError
 from streamprune.streaming.examining import SequenceFigures
+from streamprune.streaming.vocabulary import TokenFigures
 
 #: Times that the sequences are drawn anew for an interval, and the share of all draws that lies within it.
 _DRAWS, _WITHIN = 1000, 0.95
 
 
+#: The column of `_Sums` that counts tokens.
+_TOKENS = "tokens"
+
+
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over the tokens of each of N sequences, (N,) float64 each; `kl` are all tokens' (T,)."""
+    """Sums over the tokens of a source, or of several: `columns` by name, and in `drawn` (draws,) of every draw anew.
 
-    tokens: torch.Tensor
+    `kl` are all tokens' (T,). `sequences` is how many there are, `fewest` how many of the source with the fewest.
+    """
+
     columns: Mapping[str, torch.Tensor]
+    drawn: Mapping[str, torch.Tensor]
     kl: torch.Tensor | None
+    sequences: int
+    fewest: int
 
     def mean(self, name: str) -> float:
-        return float(self.columns[name].sum() / self.tokens.sum())
+        return float(self.columns[name] / self.columns[_TOKENS])
 
-    def interval(self, name: str, draw: torch.Tensor) -> tuple[float, float]:
-        means = self.columns[name][draw].sum(1) / self.tokens[draw].sum(1)
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """None where a source has a single sequence: nobody can say how others of it would differ."""
+        if self.fewest < 2:
+            return None
+        means = self.drawn[name] / self.drawn[_TOKENS]
         low, high = torch.quantile(means, torch.tensor([(1 - _WITHIN) / 2, (1 + _WITHIN) / 2], dtype=torch.float64))
         return float(low), float(high)
 
 
 def summarize(
-    found: Sequence[SequenceFigures], sources: Sequence[str], errors: Mapping[str, Sequence[float]] | None = None
+    found: Sequence[SequenceFigures], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
 ) -> dict[str, Any]:
     """`sources` and `all` of an evaluation, as `result.evaluations` describes them.
 
-    `errors` are the mean relative errors behind every block by source, and under "all". Intervals are percentiles of a
-    bootstrap (Efron 1979) that draws whole sequences, since the tokens of one are not independent, each source's among
-    themselves; with a fixed seed, so that the same figures give the same intervals. Raises NonFiniteError where a model
-    predicts no numbers.
+    `errors` are the mean relative errors behind every block by source, and behind those the ones of all together.
+    Intervals are percentiles of a bootstrap (Efron 1979) that draws whole sequences, since the tokens of one are not
+    independent, each source's among themselves; with a fixed seed, so that the same figures give the same intervals.
+    Raises NonFiniteError where a model predicts no numbers.
     """
-    told, draws, parts = [], [], []
-    for source, name in enumerate(sources):
-        sums = _sums([each.figures for each in found if each.source == source], name)
-        draw = _draw(len(sums.tokens), source)
-        told.append({"name": name, **_figures(sums, draw)})
-        draws.append(draw)
-        parts.append(sums)
-    whole = _joined(parts)
-    offsets = [sum(len(part.tokens) for part in parts[:number]) for number in range(len(parts))]
-    together = torch.cat([draw + offset for draw, offset in zip(draws, offsets, strict=True)], dim=1)
-    everything = {"name": "all", **_figures(whole, together)}
-    for each in (*told, everything):
-        if errors is not None:
-            each["hidden_error"] = list(errors[each["name"] if each is not everything else "all"])
+    parts = [
+        _sums([each.figures for each in found if each.source == source], name, seed=source)
+        for source, name in enumerate(sources)
+    ]
+    told = [{"name": name, **_figures(sums)} for name, sums in zip(sources, parts, strict=True)]
+    everything = {"name": "all", **_figures(_joined(parts))}
+    if errors is not None:
+        for each, behind_blocks in zip((*told, everything), errors, strict=True):
+            each["hidden_error"] = list(behind_blocks)
     return {"sources": told, "all": everything}
 
 
@@ -69,11 +77,11 @@ def mean_kl(found: Sequence[SequenceFigures]) -> float:
     return float(values.mean())
 
 
-def _sums(figures: Sequence[Any], name: str) -> _Sums:
+def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> _Sums:
     columns: dict[str, list[torch.Tensor]] = {}
     for each in figures:
-        values = {"loss": each.loss}
-        if each.kl is not None:
+        values = {_TOKENS: torch.ones_like(each.loss), "loss": each.loss}
+        if each.kl is not None and each.original_loss is not None and each.agrees is not None:
             values |= {"original_loss": each.original_loss, "kl": each.kl, "top1_agreement": each.agrees}
             values["loss_increase"] = each.loss - each.original_loss
         for column, of_tokens in values.items():
@@ -86,24 +94,41 @@ def _sums(figures: Sequence[Any], name: str) -> _Sums:
                 f"The {column.replace('_', ' ')} of {bad} of {len(sums)} sequences of {name} is no number: the model "
                 "predicts NaN or infinity there. Try --dtype float32, and check that the model itself works."
             )
-    tokens = torch.tensor([each.loss.numel() for each in figures], dtype=torch.float64)
-    kl = torch.cat([each.kl.flatten() for each in figures]) if "kl" in summed else None
-    return _Sums(tokens, summed, kl)
+    known = [each.kl.flatten() for each in figures if each.kl is not None]
+    return _Sums(
+        {column: sums.sum() for column, sums in summed.items()},
+        _drawn(summed, len(figures), seed),
+        torch.cat(known) if known else None,
+        len(figures),
+        len(figures),
+    )
+
+
+def _drawn(columns: Mapping[str, torch.Tensor], count: int, seed: int) -> dict[str, torch.Tensor]:
+    """The sums (draws,) over sequences drawn with repetition, as many each time as there are (`count`).
+
+    One draw after the other: all of them together may take more memory than the model does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.stack(list(columns.values()))
+    sums = [table[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(_DRAWS)]
+    return dict(zip(columns, torch.stack(sums, dim=1), strict=True))
 
 
 def _joined(parts: Sequence[_Sums]) -> _Sums:
-    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+    """All sources together: a draw of all is one of each."""
     known = [part.kl for part in parts if part.kl is not None]
-    return _Sums(torch.cat([part.tokens for part in parts]), columns, torch.cat(known) if known else None)
+    return _Sums(
+        {name: torch.stack([part.columns[name] for part in parts]).sum() for name in parts[0].columns},
+        {name: torch.stack([part.drawn[name] for part in parts]).sum(0) for name in parts[0].drawn},
+        torch.cat(known) if known else None,
+        sum(part.sequences for part in parts),
+        min(part.fewest for part in parts),
+    )
 
 
-def _draw(count: int, seed: int) -> torch.Tensor:
-    """Numbers of sequences, (draws, count): each row as many as there are, with repetition."""
-    return torch.randint(count, (_DRAWS, count), generator=torch.Generator().manual_seed(seed))
-
-
-def _figures(sums: _Sums, draw: torch.Tensor) -> dict[str, Any]:
-    told: dict[str, Any] = {"sequences": len(sums.tokens), "tokens": int(sums.tokens.sum())}
+def _figures(sums: _Sums) -> dict[str, Any]:
+    told: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
     for name in ("loss", "perplexity", "original_loss", "original_perplexity", "loss_increase", "kl", "top1_agreement"):
         column, change = (name.replace("perplexity", "loss"), _exp) if name.endswith("perplexity") else (name, float)
         if column not in sums.columns:
@@ -111,9 +136,8 @@ def _figures(sums: _Sums, draw: torch.Tensor) -> dict[str, Any]:
         told[name] = change(sums.mean(column))
         if name.startswith("original"):
             continue
-        # Of a single sequence nothing can be said.
-        several = len(sums.tokens) > 1
-        told[f"{name}_interval"] = [change(end) for end in sums.interval(column, draw)] if several else None
+        interval = sums.interval(column)
+        told[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
     if sums.kl is not None:
         # (torch.quantile sorts no more than 2**24 values.)
         rank = max(1, math.ceil(0.99 * len(sums.kl)))

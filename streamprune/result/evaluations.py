@@ -10,12 +10,15 @@
 `sequences`, `tokens` (that were predicted), `loss` and `perplexity`; with `against` also `original_loss`,
 `original_perplexity`, `loss_increase`, `kl`, `kl_p99`, `top1_agreement` and `hidden_error` (a number per block). Losses
 and KL are nats per token. Behind `loss`, `perplexity`, `loss_increase`, `kl` and `top1_agreement` stands
-`NAME_interval`, [low, high] of 95 %, null for fewer than two sequences. `all` is the same over all tokens.
+`NAME_interval`, [low, high] of 95 %, null where a source has fewer than two sequences. `all` is the same over all
+tokens.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 from streamprune.disk.disk_errors import writing
 from streamprune.disk.durable import write_whole
+from streamprune.machine import existing_folder
 from streamprune.result.record import public_name
 from streamprune.source.checkpoint import read_json
 
@@ -57,6 +61,16 @@ def without_folders(value: Any) -> Any:
         with suppress(OSError, ValueError):
             return public_name(value)
     return value
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OutputError, ResourceError unless results can be written into a folder, which need not be there yet."""
+    with writing(f"Writing results to {folder}", folder):
+        there = folder if os.path.lexists(folder) else existing_folder(folder)
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from streamprune.memory.plan import MemoryPlan
+from streamprune.progress import Progress
 from streamprune.streaming.head import SlicedHead
 from streamprune.streaming.pairs import PRUNED, side_of, sums_of, with_sums
 from streamprune.streaming.stream import BatchState
@@ -46,6 +47,7 @@ class Examiner:
     heads: Mapping[str, SlicedHead]
     plan: MemoryPlan
     device: torch.device
+    progress: Progress
     among: Callable[[MicroBatch], bool] = lambda batch: True
 
     def read_off(self, block: int) -> list[SequenceFigures]:
@@ -57,9 +59,14 @@ class Examiner:
         heads = set(self.heads.values())
         vocabulary = self.heads[PRUNED].vocabulary
         size = slice_size(self.plan, vocabulary, sum(head.row_bytes for head in heads), len(self.heads))
-        for begin in range(0, vocabulary, size):
+        begins = range(0, vocabulary, size)
+        # (The last time to gather what came of it.)
+        self.progress.start("predictions", (len(begins) + 1) * self.weights.batches.sequences_among(self.among))
+        for begin in begins:
             self._take_slice(block, begin, min(begin + size, vocabulary))
-        return self._gather(block)
+        found = self._gather(block)
+        self.progress.end()
+        return found
 
     def _take_slice(self, block: int, begin: int, end: int) -> None:
         def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:

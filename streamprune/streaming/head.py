@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
 from streamprune.streaming.blocks import BlockLoader
@@ -24,14 +25,7 @@ class SlicedHead:
 
     def __init__(self, loader: BlockLoader, stream: BlockStream) -> None:
         self._loader, self._stream, self._model = loader, stream, loader.model
-        head = self._model.get_output_embeddings()
-        path = next((name for name, module in self._model.named_modules() if module is head), None)
-        if not isinstance(head, nn.Linear) or path is None:
-            raise UnsupportedModelError(
-                f"{type(self._model).__name__} has no linear output head ({type(head).__name__}), so that its "
-                "predictions cannot be computed slice by slice. Please report this model."
-            )
-        self._head, self._path = head, path
+        self._head, self._path = find_head(self._model)
 
     @property
     def vocabulary(self) -> int:
@@ -59,6 +53,18 @@ class SlicedHead:
     def logits(self, ids: torch.Tensor, state: BatchState) -> torch.Tensor:
         """The logits (B, L, v) of the present slice from token ids (B, L) and the state after a block."""
         return self._stream.logits(ids, state)
+
+
+def find_head(model: PreTrainedModel) -> tuple[nn.Linear, str]:
+    """A model's output head and its dotted path. Raises UnsupportedModelError for one that is no linear layer."""
+    head = model.get_output_embeddings()
+    path = next((name for name, module in model.named_modules() if module is head), None)
+    if not isinstance(head, nn.Linear) or path is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear output head ({type(head).__name__}), so that its predictions cannot "
+            "be computed slice by slice. Please report this model."
+        )
+    return head, path
 
 
 class _Slice(nn.Module):

@@ -156,7 +156,9 @@ class BlockScorer:
         Of all processes, by sequence in the order of one alone. Raises Stopped; then it begins anew.
         """
         self._point = Point(block)
-        examiner = Examiner(self._weights, self._heads, self._plan, self._device, lambda batch: batch.held)
+        examiner = Examiner(
+            self._weights, self._heads, self._plan, self._device, self._progress, lambda batch: batch.held
+        )
         found = [each for part in self._processes.collect(examiner.read_off(block)) for each in part]
         return sorted(found, key=lambda each: each.order)
 

@@ -44,6 +44,9 @@ class Outlet:
 class Examination(Protocol):
     """What is made of the predictions for the text that was held back."""
 
+    is_beside: bool
+    """Whether they are made while blocks are scored, and not later."""
+
     @property
     def is_done(self) -> bool:
         """Whether all of it is known."""
@@ -97,7 +100,7 @@ class Sitting:
         examination = self._examination
         if examination is not None and unscored:
             examination.forget()
-        if examination is not None and examination.is_done:
+        if examination is not None and (examination.is_done or not examination.is_beside):
             examination = None
         blocks = self._layout.block_count
         until = blocks if examination is not None else unscored[-1] if unscored else 0
