@@ -1,4 +1,4 @@
-"""The demo: a small model made and trained on the spot, pruned, reloaded and measured. `run_demo` is its entry."""
+"""The demo: a small model made and trained on the spot, pruned and measured. `run_demo` is its entry."""
 
 from streamprune.demo.demo import run_demo
 from streamprune.demo.result import CODE, MIX, DemoResult, Measured, Variant

@@ -1,26 +1,27 @@
-"""The demo from end to end: make a model, prune it in four ways, reload each result and measure what was lost.
+"""The demo from end to end: make a model, prune it in four ways, and measure what each has lost.
 
 All of it is computed on the CPU: the model is tiny, and the figures are then the same with and without a GPU.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from streamprune.demo import report
 from streamprune.demo.data import CALIBRATION_SEQUENCES
-from streamprune.demo.measure import Yardstick, load_whole, yardstick
+from streamprune.demo.measure import HeldOut, held_out_text
+from streamprune.demo.recipe import write_sequences
 from streamprune.demo.result import CODE, MIX, DemoResult, Measured, Variant
 from streamprune.demo.train import TrainedModel, torch_threads, trained_model
 from streamprune.errors import OutputError
 from streamprune.run import run
 from streamprune.settings import RunSettings
+from streamprune.source.checkpoint import open_checkpoint
 
 #: The share of experts that the result on disk has lost.
 MAIN_RATIO = 0.5
@@ -50,20 +51,20 @@ def run_demo(
 
 def _prune_and_measure(folder: Path, trained: TrainedModel, echo: Callable[[str], None]) -> DemoResult:
     calibrations = _write_calibrations(folder / "calibration", trained.calibration)
-    model = load_whole(trained.folder)
-    held_out = yardstick(model, trained.held_out)
-    before = _measure(model, trained.folder, held_out)
     output = folder / OUTPUT_NAME
+    with tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as name:
+        scratch = Path(name)
+        held_out = held_out_text(trained.folder, trained.held_out, scratch)
 
-    def variant(ratio: float, calibration: str, place: Path, quiet: bool) -> Variant:
-        echo(f"Pruning {ratio:.0%} of the experts, calibrated on {report.CALIBRATION_WORDS[calibration]} ...")
-        run(_settings(trained.folder, place, ratio, calibrations[calibration]), quiet=quiet)
-        return Variant(ratio, calibration, _measure(load_whole(place), place, held_out))
+        def variant(ratio: float, calibration: str, place: Path, quiet: bool) -> Variant:
+            echo(f"Pruning {ratio:.0%} of the experts, calibrated on {report.CALIBRATION_WORDS[calibration]} ...")
+            run(_settings(trained.folder, place, ratio, calibrations[calibration]), quiet=quiet)
+            return Variant(ratio, calibration, _measure(place, held_out))
 
-    variants = [variant(MAIN_RATIO, MIX, output, quiet=False)]
-    with tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as scratch:
+        before = _measure(trained.folder, held_out)
+        variants = [variant(MAIN_RATIO, MIX, output, quiet=False)]
         for number, (ratio, calibration) in enumerate(OTHER_VARIANTS):
-            variants.append(variant(ratio, calibration, Path(scratch) / str(number), quiet=True))
+            variants.append(variant(ratio, calibration, scratch / str(number), quiet=True))
     return DemoResult(
         model=trained.folder,
         output=output,
@@ -100,18 +101,12 @@ def _write_calibrations(folder: Path, sequences: Mapping[str, torch.Tensor]) -> 
     return paths
 
 
-def write_sequences(path: Path, rows: torch.Tensor) -> None:
-    """Write token ids (N, L) as calibration data: a JSONL file with a sequence per line."""
-    text = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist())
-    path.write_text(text, encoding="utf-8")
-
-
-def _measure(model: Any, folder: Path, held_out: Yardstick) -> Measured:
-    found = held_out.measure(model)
+def _measure(model: Path, held_out: HeldOut) -> Measured:
+    found, checkpoint = held_out.measure(model).damage, open_checkpoint(model)
     return Measured(
         losses=found.losses,
         divergences=found.divergences,
-        experts=model.config.num_experts,
-        parameters=model.num_parameters(),
-        weight_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        experts=checkpoint.config["num_experts"],
+        parameters=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
+        weight_bytes=sum(path.stat().st_size for path in model.glob("*.safetensors")),
     )

@@ -1,58 +1,62 @@
-"""Measures what a pruned model lost: on held-out text by domain, against what the unpruned model predicts there."""
+"""Measures what a pruned model lost: by `streamprune eval` on held-out text, with the unpruned model beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from streamprune.demo.recipe import write_recipe
 from streamprune.demo.result import Damage
-from streamprune.errors import CheckpointError
-
-
-def load_whole(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model as any user of transformers loads it. Raises CheckpointError unless every weight finds its place.
-
-    Models with different numbers of experts per block come with the code that loads them: `trust_remote_code`.
-    """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if problems:
-        raise CheckpointError(f"transformers loads {folder} with problems: {problems}. Please report this.")
-    return model.eval()
+from streamprune.evaluation.evaluate import examine, read_data
+from streamprune.evaluation.settings import EvalSettings
+from streamprune.evaluation.summary import Sums
+from streamprune.progress import Progress
+from streamprune.text.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class Yardstick:
-    """Held-out token ids by domain, int64 (N, L), and what the unpruned model predicts at each position that has a
-    next token: log-probabilities (N, L - 1, V)."""
+class Found:
+    """What one model lost, and the sums that it follows from by domain, in the order of `damage`."""
 
-    held_out: Mapping[str, torch.Tensor] = field(repr=False)
-    reference: Mapping[str, torch.Tensor] = field(repr=False)
-
-    @torch.inference_mode()
-    def measure(self, model: Any) -> Damage:
-        """Mean next-token loss and mean KL(unpruned ‖ model) by domain, in nats per token."""
-        losses, divergences = {}, {}
-        for name, ids in self.held_out.items():
-            predicted = _log_probabilities(model, ids)
-            losses[name] = -float(predicted.gather(-1, ids[:, 1:, None]).double().mean())
-            known = self.reference[name]
-            divergences[name] = float((known.exp() * (known - predicted)).sum(-1).double().mean())
-        return Damage(losses, divergences)
+    damage: Damage
+    sums: tuple[Sums, ...] = field(repr=False)
 
 
-@torch.inference_mode()
-def yardstick(model: Any, held_out: Mapping[str, torch.Tensor]) -> Yardstick:
-    """What `model`, which is not pruned, predicts on the held-out text."""
-    return Yardstick(held_out, {name: _log_probabilities(model, ids) for name, ids in held_out.items()})
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out text with a source per domain, and the folder of the unpruned model that others are compared with."""
+
+    original: Path
+    data: Calibration = field(repr=False)
+
+    def measure(self, model: Path, trust_remote_code: bool = False) -> Found:
+        """Mean next-token loss and mean KL(unpruned ‖ model) by domain, in nats per token.
+
+        Models with different numbers of experts per block come with code: `trust_remote_code`. Raises a
+        StreampruneError for a model that cannot be streamed.
+        """
+        settings = _settings(model, self.original, (), trust_remote_code)
+        with Progress(0, quiet=True) as progress:
+            evaluation = examine(settings, self.data, progress)
+        sources = evaluation.result["sources"]
+        losses, divergences = ({each["name"]: each[what] for each in sources} for what in ("loss", "kl"))
+        return Found(Damage(losses, divergences), evaluation.sums)
 
 
-def _log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)  # type: ignore[no-any-return]
+def held_out_text(original: Path, domains: Mapping[str, torch.Tensor], folder: Path) -> HeldOut:
+    """The token ids of each domain, (N, L), read as `streamprune eval` reads them: from a recipe, left in `folder`."""
+    recipe = write_recipe(folder, "held-out", domains)
+    return HeldOut(original, read_data(_settings(original, None, (str(recipe),), False)))
+
+
+def _settings(model: Path, original: Path | None, data: tuple[str, ...], trust_remote_code: bool) -> EvalSettings:
+    return EvalSettings(
+        model=str(model),
+        against=str(original) if original is not None else None,
+        data=data,
+        trust_remote_code=trust_remote_code,
+        device="cpu",
+    )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -13,11 +12,13 @@ import torch
 
 from streamprune.choice.choose import Choice
 from streamprune.choice.retention import retentions
-from streamprune.demo.demo import write_sequences
-from streamprune.demo.measure import Yardstick, load_whole, yardstick
+from streamprune.demo.data import HELD_OUT_SEQUENCES
+from streamprune.demo.measure import HeldOut, held_out_text
+from streamprune.demo.recipe import write_recipe
 from streamprune.demo.result import CODE, Damage
 from streamprune.demo.train import torch_threads, trained_model
-from streamprune.disk.disk_errors import writing
+from streamprune.errors import SettingsError
+from streamprune.evaluation.summary import Sums
 from streamprune.pruning import prune
 from streamprune.run import run
 from streamprune.scores.file import read_scores
@@ -82,13 +83,14 @@ class Cell(Damage):
 @dataclass(frozen=True)
 class Study:
     """All that was measured, the setups in the order they were given. `training_seconds` is None if the model was
-    found ready; `model` is its folder."""
+    found ready; `model` is its folder. `sums` is, for each setup, what its figures follow from, by domain."""
 
     model: Path
     training_seconds: float | None
     calibration_tokens: int
     before: Damage
     cells: tuple[Cell, ...]
+    sums: Mapping[Setup, tuple[Sums, ...]] = field(repr=False)
 
     def cell(self, setup: Setup) -> Cell:
         """The cell of one setup; KeyError if it was not made."""
@@ -104,13 +106,19 @@ def study(
     steps: int = 700,
     seed: int = 0,
     echo: Callable[[str], None] = print,
+    held_out: int = HELD_OUT_SEQUENCES,
 ) -> Study:
     """Train (or find) the demo's model under `folder`, score it once with every domain as a source, and prune it by
-    each of the setups. The pruned models are measured and removed.
+    each of the setups. The pruned models are measured on `held_out` sequences of each domain, and removed.
 
     One thread does all of it, so that the same digits come out every time. Raises StreampruneError: see
     `trained_model`, `run` and `prune`.
     """
+    if not 1 < held_out <= HELD_OUT_SEQUENCES:
+        raise SettingsError(
+            f"{held_out} held-out sequences of each domain: 2 to {HELD_OUT_SEQUENCES} are possible (an interval needs "
+            "two)."
+        )
     wanted = list(dict.fromkeys(setups))
     for setup in wanted:
         # What is impossible is refused before minutes of training.
@@ -120,18 +128,20 @@ def study(
         scratch = Path(name)
         scores_file = _score(trained.folder, trained.calibration, scratch)
         scores = read_scores(scores_file)
-        model = load_whole(trained.folder)
-        held_out = yardstick(model, trained.held_out)
-        before = held_out.measure(model)
-        cells = []
+        # At even distances: from as many documents as there are.
+        text = {
+            domain: rows[torch.arange(held_out) * len(rows) // held_out] for domain, rows in trained.held_out.items()
+        }
+        measured_on = held_out_text(trained.folder, text, scratch)
+        before = measured_on.measure(trained.folder).damage
+        cells, sums = [], {}
         for number, setup in enumerate(wanted, 1):
-            output = scratch / f"pruned-{number}"
-            cells.append(
-                _prune_and_measure(setup, setup.settings(trained.folder, scores_file, output), scores, held_out)
-            )
+            settings = setup.settings(trained.folder, scores_file, scratch / f"pruned-{number}")
+            cell, sums[setup] = _prune_and_measure(setup, settings, scores, measured_on)
+            cells.append(cell)
             if number % 10 == 0 or number == len(wanted):
                 echo(f"  {number} of {len(wanted)} models pruned and measured")
-    return Study(trained.folder, trained.seconds, scores.tokens, before, tuple(cells))
+    return Study(trained.folder, trained.seconds, scores.tokens, before, tuple(cells), sums)
 
 
 def _score(model: Path, calibration: Mapping[str, torch.Tensor], folder: Path) -> Path:
@@ -139,33 +149,29 @@ def _score(model: Path, calibration: Mapping[str, torch.Tensor], folder: Path) -
 
     (The demo's own sequences and not `builtin`, which is drawn from the same text as what is held out.)
     """
-    sources = []
-    recipe = folder / "recipe.json"
-    length = next(iter(calibration.values())).shape[1]
-    with writing("Writing the calibration data", folder):
-        for domain, rows in calibration.items():
-            write_sequences(folder / f"{domain}.jsonl", rows)
-            sources.append({"name": domain, "path": f"{domain}.jsonl", "samples": len(rows)})
-        recipe.write_text(json.dumps({"name": "mixes", "sequence_length": length, "sources": sources}))
+    recipe = write_recipe(folder, "calibration", calibration)
     scores = folder / "scores.safetensors"
     settings = RunSettings(model=str(model), output=scores, only_score=True, calibration=(str(recipe),), device="cpu")
     run(settings, quiet=True)
     return scores
 
 
-def _prune_and_measure(setup: Setup, settings: PruneSettings, scores: Scores, held_out: Yardstick) -> Cell:
+def _prune_and_measure(
+    setup: Setup, settings: PruneSettings, scores: Scores, held_out: HeldOut
+) -> tuple[Cell, tuple[Sums, ...]]:
     layers = prune(settings, quiet=True).layers
     choice = Choice(layers)
     kept = retentions(scores.layers, scores.sources, choice, scores.spec.groups)
     # Standard models need no code of their own, and must not.
-    found = held_out.measure(load_whole(settings.output, trust_remote_code=not choice.is_uniform))
-    return Cell(
-        losses=found.losses,
-        divergences=found.divergences,
+    found = held_out.measure(settings.output, trust_remote_code=not choice.is_uniform)
+    cell = Cell(
+        losses=found.damage.losses,
+        divergences=found.damage.divergences,
         setup=setup,
         counts=choice.counts,
         retention={each.source: each.kept for each in kept},
     )
+    return cell, found.sums
 
 
 def mix_setups(ratios: Sequence[float] = RATIOS) -> list[Setup]:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from streamprune.evaluation.opening import (
 )
 from streamprune.evaluation.settings import EvalSettings
 from streamprune.evaluation.stream import ExaminedStream, of_checkpoints
-from streamprune.evaluation.summary import summarize
+from streamprune.evaluation.summary import Sums, summary_of, sums_by_source
 from streamprune.machine import choose_device, format_bytes, peak_device_bytes
 from streamprune.memory.needs import SUMS_PER_TOKEN, needs_of, plan_for
 from streamprune.memory.plan import MemoryPlan, Needs
@@ -41,6 +41,17 @@ from streamprune.streaming.pairs import ORIGINAL, PRUNED
 from streamprune.streaming.weights import Weights
 from streamprune.text.calibration import Calibration, load_calibration
 from streamprune.work.resume import versions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of an evaluation: the result (`result.evaluations` has its form), and the sums of each source.
+
+    With those of another model on the same text the difference of the two has an interval of its own (`combined`).
+    """
+
+    result: dict[str, Any]
+    sums: tuple[Sums, ...]
 
 
 def read_data(settings: EvalSettings) -> Calibration:
@@ -77,7 +88,12 @@ def long_enough(data: Calibration) -> Calibration:
 
 
 def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> dict[str, Any]:
-    """Stream a model, and with `against` the original beside it, over `data`; returns the result.
+    """Stream a model, and with `against` the original beside it, over `data`; returns the result. See `examine`."""
+    return examine(settings, data, progress).result
+
+
+def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Evaluation:
+    """Stream a model, and with `against` the original beside it, over `data`.
 
     Peak memory: a block of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
     the heads. Raises a StreampruneError for whatever cannot work.
@@ -115,10 +131,9 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
         heads = {side: SlicedHead(weights.loader, weights.stream) for side, weights in sides.items()}
         found = Examiner(sides[PRUNED], heads, plan, device, progress).read_off(max(blocks.values()))
     errors = mean_errors(stream.errors, data) if compare else None
-    return {
-        **about(public_name(settings.model), settings.against, models[PRUNED], data),
-        **summarize(found, data.sources, errors),
-    }
+    sums = sums_by_source(found, data.sources)
+    head = about(public_name(settings.model), settings.against, models[PRUNED], data)
+    return Evaluation({**head, **summary_of(sums, data.sources, errors)}, tuple(sums))
 
 
 def stream_all(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from streamprune.streaming.vocabulary import TokenFigures
 _DRAWS, _WITHIN = 1000, 0.95
 
 
-#: The column of `_Sums` that counts tokens.
+#: The column of `Sums` that counts tokens.
 _TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """Sums over the tokens of a source, or of several: `columns` by name, and in `drawn` (draws,) of every draw anew.
 
     `kl` are all tokens' (T,). `sequences` is how many there are, `fewest` how many of the source with the fewest.
@@ -38,6 +38,7 @@ class _Sums:
     fewest: int
 
     def mean(self, name: str) -> float:
+        """The mean of a column over all tokens."""
         return float(self.columns[name] / self.columns[_TOKENS])
 
     def interval(self, name: str) -> tuple[float, float] | None:
@@ -52,19 +53,32 @@ class _Sums:
 def summarize(
     found: Sequence[SequenceFigures], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
 ) -> dict[str, Any]:
-    """`sources` and `all` of an evaluation, as `result.evaluations` describes them.
+    """`summary_of` what came of every sequence. Raises NonFiniteError where a model predicts no numbers."""
+    return summary_of(sums_by_source(found, sources), sources, errors)
 
-    `errors` are the mean relative errors behind every block by source, and behind those the ones of all together.
-    Intervals are percentiles of a bootstrap (Efron 1979) that draws whole sequences, since the tokens of one are not
-    independent, each source's among themselves; with a fixed seed, so that the same figures give the same intervals.
-    Raises NonFiniteError where a model predicts no numbers.
+
+def sums_by_source(found: Sequence[SequenceFigures], sources: Sequence[str]) -> list[Sums]:
+    """The sums of each source. Raises NonFiniteError where a model predicts no numbers.
+
+    What is drawn are whole sequences, since the tokens of one are not independent, each source's among themselves; with
+    a fixed seed, so that the same figures give the same intervals, and any model's draws are of the same sequences.
     """
-    parts = [
+    return [
         _sums([each.figures for each in found if each.source == source], name, seed=source)
         for source, name in enumerate(sources)
     ]
+
+
+def summary_of(
+    parts: Sequence[Sums], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
+) -> dict[str, Any]:
+    """`sources` and `all` of an evaluation, as `result.evaluations` describes them, from the sums of each source.
+
+    `errors` are the mean relative errors behind every block by source, and behind those the ones of all together.
+    Intervals are percentiles of a bootstrap (Efron 1979).
+    """
     told = [{"name": name, **_figures(sums)} for name, sums in zip(sources, parts, strict=True)]
-    everything = {"name": "all", **_figures(_joined(parts))}
+    everything = {"name": "all", **_figures(joined(parts))}
     if errors is not None:
         for each, behind_blocks in zip((*told, everything), errors, strict=True):
             each["hidden_error"] = list(behind_blocks)
@@ -77,7 +91,7 @@ def mean_kl(found: Sequence[SequenceFigures]) -> float:
     return float(values.mean())
 
 
-def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> _Sums:
+def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
     columns: dict[str, list[torch.Tensor]] = {}
     for each in figures:
         values = {_TOKENS: torch.ones_like(each.loss), "loss": each.loss}
@@ -95,7 +109,7 @@ def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> _Sums:
                 "predicts NaN or infinity there. Try --dtype float32, and check that the model itself works."
             )
     known = [each.kl.flatten() for each in figures if each.kl is not None]
-    return _Sums(
+    return Sums(
         {column: sums.sum() for column, sums in summed.items()},
         _drawn(summed, len(figures), seed),
         torch.cat(known) if known else None,
@@ -115,10 +129,10 @@ def _drawn(columns: Mapping[str, torch.Tensor], count: int, seed: int) -> dict[s
     return dict(zip(columns, torch.stack(sums, dim=1), strict=True))
 
 
-def _joined(parts: Sequence[_Sums]) -> _Sums:
+def joined(parts: Sequence[Sums]) -> Sums:
     """All sources together: a draw of all is one of each."""
     known = [part.kl for part in parts if part.kl is not None]
-    return _Sums(
+    return Sums(
         {name: torch.stack([part.columns[name] for part in parts]).sum() for name in parts[0].columns},
         {name: torch.stack([part.drawn[name] for part in parts]).sum(0) for name in parts[0].drawn},
         torch.cat(known) if known else None,
@@ -127,7 +141,25 @@ def _joined(parts: Sequence[_Sums]) -> _Sums:
     )
 
 
-def _figures(sums: _Sums) -> dict[str, Any]:
+def combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
+    """Figures of several models on the same text, added up with weights; 1 and -1 give the difference of two.
+
+    Since the same sequences are drawn of each, its interval is that of a paired bootstrap.
+    """
+
+    def add(name: str, each: Sequence[torch.Tensor]) -> torch.Tensor:
+        total = sum(weight * values for weight, values in zip(weights, each, strict=True))
+        return each[0] if name == _TOKENS else torch.as_tensor(total)
+
+    return replace(
+        models[0],
+        columns={name: add(name, [model.columns[name] for model in models]) for name in models[0].columns},
+        drawn={name: add(name, [model.drawn[name] for model in models]) for name in models[0].drawn},
+        kl=None,
+    )
+
+
+def _figures(sums: Sums) -> dict[str, Any]:
     told: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
     for name in ("loss", "perplexity", "original_loss", "original_perplexity", "loss_increase", "kl", "top1_agreement"):
         column, change = (name.replace("perplexity", "loss"), _exp) if name.endswith("perplexity") else (name, float)
