@@ -12,11 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.demo import CODE, MIX, DemoResult, data, trained_model
+from streamprune.demo.recipe import write_recipe
 from streamprune.demo.report import table
 from streamprune.errors import SettingsError
+from streamprune.evaluation.held_out import held_out_recipe
+from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
+from streamprune.run import run
+from streamprune.settings import RunSettings
 from streamprune.text import corpus
 from tests.conftest import DEMO_STEPS as STEPS
 from tests.conftest import DemoRun
+from tests.helpers import load_whole
+from tests.test_evaluate import measured
 
 #: The tokenizer, and the sequences by domain.
 Prepared = tuple[Any, dict[str, data.DomainData]]
@@ -71,6 +78,46 @@ def test_code_only_calibration_hurts_the_other_domains_more(result: DemoResult) 
     mix, code = (result.variant(0.5, name).divergences for name in (MIX, CODE))
     assert code["arithmetic"] + code["records"] > 2 * (mix["arithmetic"] + mix["records"])
     assert code["code"] < mix["code"]
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What a whole model in memory predicts behind each token of (N, L) but the last."""
+    return model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def test_figures_are_those_of_the_whole_models_in_memory(folder: Path, result: DemoResult) -> None:
+    held_out = trained_model(folder, steps=STEPS, threads=1, echo=lambda _: None).held_out
+    before, after = load_whole(result.model), load_whole(result.output)
+    for name, ids in held_out.items():
+        known, told = (log_probabilities(model, ids) for model in (before, after))
+        losses = [-float(each.gather(-1, ids[:, 1:, None]).mean()) for each in (known, told)]
+        kl = float((known.exp() * (known - told)).sum(-1).mean())
+        half = result.variant(0.5)
+        assert (result.before.losses[name], half.losses[name]) == pytest.approx(losses, abs=1e-6), name
+        assert half.divergences[name] == pytest.approx(kl, abs=1e-6), name
+
+
+def test_what_a_run_says_on_what_it_held_back_is_what_eval_says_afterwards(
+    result: DemoResult, prepared: Prepared, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, "all", {name: part.calibration[:60] for name, part in prepared[1].items()})
+    output = tmp_path / "out"
+    run(
+        RunSettings(model=str(result.model), output=output, ratio=0.5, calibration=(str(recipe),), evaluate=True),
+        quiet=True,
+    )
+    told = read_result(results_folder(output), TEXT_NAME)
+    assert told is not None
+    again = measured(output, result.model, held_out_recipe(output))
+    assert told["data"]["fingerprint"] == again["data"]["fingerprint"]
+    assert [(each["name"], each["sequences"]) for each in told["sources"]] == [(name, 6) for name in corpus.DOMAINS]
+    for each, other in zip([*told["sources"], told["all"]], [*again["sources"], again["all"]], strict=True):
+        assert each.keys() == other.keys() > {"kl", "kl_interval", "loss", "loss_interval", "hidden_error"}
+        assert each["kl"] > 0.001
+        for name, value in each.items():
+            same = value if name == "name" else pytest.approx(value, abs=1e-6)
+            assert other[name] == same, (each["name"], name)
 
 
 def test_sizes_are_those_on_disk(result: DemoResult) -> None:

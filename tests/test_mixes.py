@@ -13,22 +13,29 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 
 from streamprune.choice.mix import parse_mix
 from streamprune.demo.foretell import correlation, extremes, pairs, spearman
-from streamprune.demo.mixes import BALANCED, GENERAL, MIXES, Cell, Setup, choice_setups, mix_setups, study
+from streamprune.demo.mixes import BALANCED, GENERAL, MIXES, Cell, Setup, Study, choice_setups, mix_setups, study
+from streamprune.demo.outcomes import KL, LOSS, MEAN, REFERENCE, outcome_tables, outcomes
+from streamprune.demo.result import Damage
 from streamprune.errors import SettingsError
+from streamprune.evaluation.summary import Sums
 from streamprune.text.corpus import DOMAINS
 from tests.conftest import DEMO_STEPS, DemoRun
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Held-out sequences of each domain: a quarter of what the tool takes, enough for what is asserted here.
+HELD_OUT = 16
 
 # The trained model is the demo's: one worker makes it once for both.
 pytestmark = pytest.mark.xdist_group("demo")
 
 
 def run_tool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "mixes"), "-o", str(folder), "--steps", str(DEMO_STEPS), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "mixes"), "-o", str(folder), "--steps", str(DEMO_STEPS)]
+    command += ["--held-out", str(HELD_OUT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -38,7 +45,7 @@ def told(demo_run: DemoRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
     """What the tool prints, and its JSON."""
     path = tmp_path_factory.mktemp("mixes") / "mixes.json"
     methods, schedules = ("--methods", "reap", "random"), ("--schedules", "uniform", "global")
-    done = run_tool(demo_run.folder, "--ratios", "0.5", *methods, *schedules, "--json", str(path))
+    done = run_tool(demo_run.folder, "--ratios", "0.5", "0.75", *methods, *schedules, "--json", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(path.read_text())
 
@@ -49,7 +56,7 @@ def by_mix(told: tuple[str, dict[str, Any]]) -> Mapping[str, Any]:
     return {
         cell["setup"]["mix"]: cell
         for cell in cells
-        if (cell["setup"]["method"], cell["setup"]["schedule"]) == ("reap", "uniform")
+        if (cell["setup"]["ratio"], cell["setup"]["method"], cell["setup"]["schedule"]) == (0.5, "reap", "uniform")
     }
 
 
@@ -82,7 +89,7 @@ def test_retention_tells_beforehand_who_loses(by_mix: Mapping[str, Any]) -> None
 
 
 def test_scores_beat_chance_and_global_divides_the_same_total(told: tuple[str, dict[str, Any]]) -> None:
-    cells = [cell for cell in told[1]["cells"] if cell["setup"]["mix"] == BALANCED]
+    cells = [cell for cell in told[1]["cells"] if (cell["setup"]["mix"], cell["setup"]["ratio"]) == (BALANCED, 0.5)]
     damage = {
         (method, schedule): fmean(
             fmean(cell["divergences"].values())
@@ -115,15 +122,72 @@ def test_tables_have_the_figures_of_the_json(told: tuple[str, dict[str, Any]], b
     assert set(figures["versions"]) == {"streamprune", "python", "torch", "transformers", "numpy"}
 
 
+def test_every_choice_is_told_by_domain_with_intervals(told: tuple[str, dict[str, Any]]) -> None:
+    """Share removed × method × schedule: means within their intervals, and equal to the cells' own."""
+    text, figures = told
+    assert figures["held_out_sequences"] == HELD_OUT
+    found = {(each["ratio"], each["method"], each["schedule"]): each for each in figures["outcomes"]}
+    assert list(found) == [
+        (ratio, method, schedule)
+        for ratio in (0.5, 0.75)
+        for method in ("reap", "random")
+        for schedule in ("uniform", "global")
+    ]
+    for (ratio, method, schedule), each in found.items():
+        assert each["seeds"] == ([0, 1, 2] if method == "random" else [0])
+        own = [
+            cell
+            for cell in figures["cells"]
+            if cell["setup"].items()
+            >= {"mix": BALANCED, "ratio": ratio, "method": method, "schedule": schedule}.items()
+        ]
+        for what, of_cells in ((KL, "divergences"), (LOSS, "losses")):
+            assert list(each[what]) == [*DOMAINS, MEAN]
+            for domain, told_of in each[what].items():
+                means = [fmean(cell[of_cells].values()) if domain == MEAN else cell[of_cells][domain] for cell in own]
+                assert told_of["mean"] == pytest.approx(fmean(means), abs=1e-9)
+                assert told_of["low"] < told_of["mean"] < told_of["high"]
+                change = each[f"{what}_difference"][domain]
+                usual = found[ratio, *REFERENCE][what][domain]["mean"]
+                assert change["mean"] == pytest.approx(told_of["mean"] - usual, abs=1e-9)
+                assert change["low"] <= change["mean"] <= change["high"]
+        row = " ".join(
+            f"{each[KL][name]['mean']:.3f} ±{(each[KL][name]['high'] - each[KL][name]['low']) / 2:.3f}"
+            for name in (*DOMAINS, MEAN)
+        )
+        assert f"{method}, {schedule} {row}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_more_removed_is_more_lost(told: tuple[str, dict[str, Any]]) -> None:
+    outcomes = told[1]["outcomes"]
+    half, most = ([each for each in outcomes if each["ratio"] == ratio] for ratio in (0.5, 0.75))
+    for less, more in zip(half, most, strict=True):
+        assert all(0 < less[KL][name]["high"] < more[KL][name]["low"] for name in (*DOMAINS, MEAN)), less["method"]
+        assert less[LOSS][MEAN]["mean"] < more[LOSS][MEAN]["mean"]
+
+
+def test_scores_beat_chance_by_more_than_the_luck_of_the_text(told: tuple[str, dict[str, Any]]) -> None:
+    for each in told[1]["outcomes"]:
+        if each["method"] == "random":
+            assert each["kl_difference"][MEAN]["low"] > 0
+            assert each["loss_difference"][MEAN]["low"] > 0
+    assert told[0].count("More: random with uniform; random with global") == 4
+
+
 def test_second_run_prints_the_same_digits(told: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path) -> None:
     path = tmp_path / "again.json"
     done = run_tool(demo_run.folder, "--ratios", "0.5", "--only-mixes", "--json", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, again = told[1]["cells"], json.loads(path.read_text())["cells"]
     assert again == first[: len(MIXES)]
-    # (Other rows make other columns wider.)
-    lines, before = ({" ".join(line.split()) for line in text.splitlines()} for text in (done.stdout, told[0]))
+    # (Other rows make other columns wider, and the last paragraph longer.)
+    paragraphs = [text.partition("With 50% removed,") for text in (done.stdout, told[0])]
+    lines, before = ({" ".join(line.split()) for line in text.splitlines()} for text, _, _ in paragraphs)
     assert lines < before
+    last, longer = (" ".join(text.split()) for _, _, text in paragraphs)
+    assert last
+    assert longer.startswith(last)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +210,9 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, arguments: tuple[str,
 def test_impossible_setups_train_nothing(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--method 'best' is unknown"):
         study(tmp_path / "demo", [Setup(BALANCED, 0.5, "best")])
+    for number in (1, 65):
+        with pytest.raises(SettingsError, match=f"{number} held-out sequences of each domain: 2 to 64 are possible"):
+            study(tmp_path / "demo", [Setup(BALANCED, 0.5)], held_out=number)
     assert not (tmp_path / "demo").exists()
 
 
@@ -195,3 +262,41 @@ def test_what_foretells_is_counted_as_it_should() -> None:
     assert math.isnan(pairs([good]).share)
     assert extremes(good).agree
     assert extremes(cell(0.5, {"a": 0.2, "b": 0.3}, {"a": 0.1, "b": 0.4})).agree is False
+
+
+def made_study(figures: Mapping[Setup, torch.Tensor]) -> Study:
+    """A study whose held-out sequences, two domains of N with ten tokens each, have these mean losses, (2, N)."""
+    sums = {
+        setup: tuple(Sums(torch.full((len(row),), 10.0).double(), {KL: 5 * row, LOSS: 10 * row}) for row in rows)
+        for setup, rows in figures.items()
+    }
+    return Study(Path(), None, 0, Damage({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}), (), sums)
+
+
+def test_differences_are_paired_and_draws_averaged() -> None:
+    usual = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)).double() + 1
+    wobble = torch.rand(2, 30, generator=torch.Generator().manual_seed(2)).double() - 0.5
+    wobble -= wobble.mean(1, keepdim=True)
+    reference, slight, same = (Setup(BALANCED, 0.5, method) for method in ("reap", "ean", "frequency"))
+    draws = [Setup(BALANCED, 0.5, "random", seed=seed) for seed in (0, 1)]
+    made = made_study(
+        {
+            reference: usual, slight: usual - 0.02, same: usual + wobble,
+            draws[0]: usual + 1, draws[1]: usual + 3,
+        }
+    )  # fmt: skip
+    told = {each.method: each for each in outcomes(made, [reference, slight, same, *draws])}
+    less = told["ean"]
+    # The two overlap widely, yet every sequence loses less.
+    assert less.loss[MEAN].high > told["reap"].loss[MEAN].mean + 0.02
+    change = less.loss_difference[MEAN]
+    assert (change.mean, change.low, change.high) == pytest.approx((-0.02,) * 3)
+    assert less.kl_difference["a"].mean == pytest.approx(-0.01)
+    assert not told["frequency"].loss_difference[MEAN].is_apart_from_zero
+    assert told["random"].seeds == (0, 1)
+    assert told["random"].loss["b"].mean == pytest.approx(float(usual[1].mean()) + 2)
+    text = " ".join(" ".join(outcome_tables(list(told.values()))).split())
+    assert (
+        "Less loss than reap with uniform: ean with uniform. More: random with uniform. Not told apart from it: "
+        "frequency with uniform."
+    ) in text

@@ -21,6 +21,7 @@ from streamprune.demo.train import TrainedModel, torch_threads, trained_model
 from streamprune.errors import OutputError
 from streamprune.run import run
 from streamprune.settings import RunSettings
+from streamprune.source.architecture import load_config
 from streamprune.source.checkpoint import open_checkpoint
 
 #: The share of experts that the result on disk has lost.
@@ -106,7 +107,7 @@ def _measure(model: Path, held_out: HeldOut) -> Measured:
     return Measured(
         losses=found.losses,
         divergences=found.divergences,
-        experts=checkpoint.config["num_experts"],
+        experts=load_config(model).num_experts,
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
         weight_bytes=sum(path.stat().st_size for path in model.glob("*.safetensors")),
     )
