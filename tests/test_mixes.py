@@ -115,7 +115,7 @@ def test_tables_have_the_figures_of_the_json(told: tuple[str, dict[str, Any]], b
             values = [*(cell[what][name] for name in DOMAINS), general(cell, what), fmean(cell[what].values())]
             assert " ".join([f"50% removed, {mix}", *(format(value, form) for value in values)]) in lines
     found = figures["retention_and_damage"]["mixes"]
-    row = f"mixes, 50% removed {found['correlation']:+.2f} {found['within_domains']:+.2f} "
+    row = f"mixes, all removed {found['correlation']:+.2f} {found['within_domains']:+.2f} "
     assert row + f"{found['agreeing']} of {found['total']} " in "\n".join(lines)
     assert figures["seed"] == 0
     assert figures["calibration_tokens"] == 4 * 256 * 128
