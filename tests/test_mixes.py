@@ -172,7 +172,7 @@ def test_scores_beat_chance_by_more_than_the_luck_of_the_text(told: tuple[str, d
         if each["method"] == "random":
             assert each["kl_difference"][MEAN]["low"] > 0
             assert each["loss_difference"][MEAN]["low"] > 0
-    assert told[0].count("More: random with uniform; random with global") == 4
+    assert told[0].count("More: random with every schedule") == 4
 
 
 def test_second_run_prints_the_same_digits(told: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path) -> None:

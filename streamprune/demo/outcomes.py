@@ -129,13 +129,23 @@ def _figure(estimate: Estimate, form: str = ".3f") -> str:
 
 def _verdict(changes: Sequence[tuple[Outcome, Mapping[str, Estimate]]], what: str) -> list[str]:
     """Which choices differ from the reference in the mean by more than the paired interval, and which do not."""
-    others = [
-        (f"{each.method} with {each.schedule}", change[MEAN]) for each, change in changes if not each.is_reference
-    ]
+    others = [(each, change[MEAN]) for each, change in changes if not each.is_reference]
     groups = {
-        f"Less {what} than {_REFERENCE_WORDS}": [name for name, change in others if change.high < 0],
-        "More": [name for name, change in others if change.low > 0],
-        "Not told apart from it": [name for name, change in others if not change.is_apart_from_zero],
+        f"Less {what} than {_REFERENCE_WORDS}": [each for each, change in others if change.high < 0],
+        "More": [each for each, change in others if change.low > 0],
+        "Not told apart from it": [each for each, change in others if not change.is_apart_from_zero],
     }
-    said = ". ".join(f"{words}: {'; '.join(names) or 'none'}" for words, names in groups.items())
+    schedules = len({each.schedule for each, _ in changes})
+    said = ". ".join(f"{words}: {_listed(group, schedules)}" for words, group in groups.items())
     return textwrap.wrap(f"{said}.", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _listed(group: Sequence[Outcome], schedules: int) -> str:
+    by_method: dict[str, list[str]] = {}
+    for each in group:
+        by_method.setdefault(each.method, []).append(each.schedule)
+    told = [
+        f"{method} with {'every schedule' if len(names) == schedules > 1 else ', '.join(names)}"
+        for method, names in by_method.items()
+    ]
+    return "; ".join(told) or "none"
