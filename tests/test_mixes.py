@@ -21,7 +21,9 @@ from streamprune.demo.mixes import BALANCED, GENERAL, MIXES, Cell, Setup, Study,
 from streamprune.demo.outcomes import KL, LOSS, MEAN, REFERENCE, outcome_tables, outcomes
 from streamprune.demo.result import Damage
 from streamprune.errors import SettingsError
-from streamprune.evaluation.summary import Sums
+from streamprune.evaluation.summary import sums_by_source
+from streamprune.streaming.examining import SequenceFigures
+from streamprune.streaming.vocabulary import TokenFigures
 from streamprune.text.corpus import DOMAINS
 from tests.conftest import DEMO_STEPS, DemoRun
 
@@ -265,11 +267,16 @@ def test_what_foretells_is_counted_as_it_should() -> None:
 
 
 def made_study(figures: Mapping[Setup, torch.Tensor]) -> Study:
-    """A study whose held-out sequences, two domains of N with ten tokens each, have these mean losses, (2, N)."""
-    sums = {
-        setup: tuple(Sums(torch.full((len(row),), 10.0).double(), {KL: 5 * row, LOSS: 10 * row}) for row in rows)
-        for setup, rows in figures.items()
-    }
+    """A study of two domains' sequences with ten tokens each, of which the mean losses are (2, N), KL half of them."""
+    sums = {}
+    for setup, rows in figures.items():
+        found = []
+        for domain, row in enumerate(rows):
+            for number, mean in enumerate(row):
+                loss = mean.repeat(1, 10)
+                tokens = TokenFigures(loss, torch.zeros_like(loss), loss / 2, torch.ones_like(loss))
+                found.append(SequenceFigures((0, number, 0), domain, tokens))
+        sums[setup] = tuple(sums_by_source(found, ["a", "b"]))
     return Study(Path(), None, 0, Damage({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}), (), sums)
 
 
