@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from streamprune.result.finish import (
 )
 from streamprune.scores.file import check_scores_file
 from streamprune.scores.scores import Scores
+from streamprune.scores.statistics import LayerStatistics
 from streamprune.settings import RunSettings, beside
 from streamprune.streaming.head import find_head
 from streamprune.streaming.shared import LeadingScorer, call_in, together
@@ -173,19 +174,12 @@ class _Run:
             settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
             self.processes,
         ) as scorer:  # fmt: skip
-            sitting = Sitting(
+            layers = Sitting(
                 settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop,
                 examination,
-            )  # fmt: skip
-            layers = sitting.stream(self.device)
-        scores = Scores(
-            tuple(layers),
-            calibration.sources,
-            calibration.tokens_of,
-            facts.layout.spec,
-            provenance_of(settings, prepared, calibration, self.device, scorer.batch_tokens),
-            facts.as_json(),
-        )
+            ).stream(self.device)  # fmt: skip
+        provenance = provenance_of(settings, prepared, calibration, self.device, scorer.batch_tokens)
+        scores = _scores(layers, calibration, facts, provenance)
         taken = {
             "processes": self.processes.count,
             "calibration_tokens": calibration.tokens,
@@ -204,11 +198,9 @@ class _Run:
         if outlet is None:
             with scorer.busy.at("write"):
                 write_blocks(decided, writer, self.work, self.progress, self.stop)
-        self.stop.patient = False
-        self.work.states.forget()
         evaluation = examination.result if examination is not None else None
         if calibration.held is not None:
-            # Before the output has its name: then nothing is left to be gone on with.
+            # Before the output has its name: nothing is left to be gone on with then.
             leave_held_out(settings.output, calibration.held, self.progress)
         return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
 
@@ -238,6 +230,8 @@ class _Run:
         evaluation: Mapping[str, Any] | None,
     ) -> RunResult:
         """Check what was written, give it its name, and tell the user."""
+        self.stop.patient = False
+        self.work.states.forget()
         estimate = complete(decided, writer, self.work, self.progress, evaluation)
         # The output is complete from here on, whatever happens to the log or the terminal.
         told = estimate_object(estimate) if estimate else None
@@ -261,6 +255,13 @@ class _Run:
 def _streamed(settings: RunSettings, calibration: Calibration) -> Calibration:
     """What goes through the blocks while they are scored: where experts are chosen once all are, not what is held."""
     return replace(calibration, held=None) if selection_of(settings).needs_all_layers else calibration
+
+
+def _scores(
+    layers: Sequence[LayerStatistics], calibration: Calibration, facts: ModelFacts, provenance: Mapping[str, Any]
+) -> Scores:
+    sources, tokens = calibration.sources, calibration.tokens_of
+    return Scores(tuple(layers), sources, tokens, facts.layout.spec, provenance, facts.as_json())
 
 
 def _decided(

@@ -34,6 +34,8 @@ FIELDS = {
 #: Fields that count tokens, and those that are maxima instead of sums.
 COUNTS = frozenset({"tokens", "top_choices"})
 MAXIMA = frozenset({"peaks"})
+#: Where the latter lie along that axis.
+MAXIMA_PLACES = tuple(number for number, name in enumerate(FIELDS) if name in MAXIMA)
 #: Fields that may be negative. (A gate weight is negative in no router that we know of, but nothing forbids it.)
 SIGNED = frozenset({"gates", "gated_norms", "cosines"})
 #: Every whole number up to here is a float64.

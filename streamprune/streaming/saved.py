@@ -8,10 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from streamprune.errors import NonFiniteError
 from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState
 from streamprune.together.processes import Processes
 from streamprune.work.folder import WorkFolder
+from streamprune.work.journal import is_count
 
 
 @dataclass
@@ -28,6 +30,18 @@ class Point:
     #: Number, tokens, and tokens with NaN or infinite states of the micro-batches that nobody has looked at yet.
     unchecked: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
 
+    def check_finite(self, dtype: torch.dtype) -> None:
+        """Look at them now. Raises NonFiniteError, which says that they were computed in `dtype`."""
+        unchecked, self.unchecked = self.unchecked, []
+        for number, tokens, count in unchecked:
+            bad = int(count)
+            if bad:
+                raise NonFiniteError(
+                    f"Block {self.block}, batch {number}: {bad} of {tokens} tokens have NaN or infinite states, so "
+                    f"that no score could be trusted. Computed in {dtype}; try --dtype float32 or bfloat16, and check "
+                    "that the model itself works."
+                )
+
 
 class Saved(Protocol):
     """States that were saved: so many, with what was saved beside them."""
@@ -38,6 +52,16 @@ class Saved(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, number: int) -> BatchState: ...
+
+
+def point_of(saved: Saved) -> Point:
+    """How far saved states say that they are. Raises ValueError, KeyError or TypeError for facts that no run has."""
+    facts = saved.facts
+    point = Point(facts["block"], facts["pass"], facts["done"])
+    numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
+    if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
+        raise ValueError("facts that no run has")
+    return point
 
 
 def save_all(

@@ -14,11 +14,11 @@ from torch import nn
 
 from streamprune.busy import Busy
 from streamprune.choice.chooser import Chooser
-from streamprune.errors import NonFiniteError, UnsupportedModelError
+from streamprune.errors import UnsupportedModelError
 from streamprune.memory.plan import MemoryPlan
 from streamprune.prepare import Prepared
 from streamprune.progress import Progress
-from streamprune.scores.statistics import FIELDS, MAXIMA, LayerStatistics
+from streamprune.scores.statistics import FIELDS, MAXIMA_PLACES, LayerStatistics
 from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Shrink
 from streamprune.streaming.block_errors import BlockErrors
@@ -26,7 +26,7 @@ from streamprune.streaming.examining import Examiner, SequenceFigures
 from streamprune.streaming.head import SlicedHead
 from streamprune.streaming.pairs import ORIGINAL, PRUNED, relative_errors, side_of, with_side
 from streamprune.streaming.saliency import ExpertsTap, tap_experts
-from streamprune.streaming.saved import Point, Saved
+from streamprune.streaming.saved import Point, Saved, point_of
 from streamprune.streaming.states import non_finite_tokens
 from streamprune.streaming.statistics import ExpertStatistics
 from streamprune.streaming.stream import BatchState
@@ -34,11 +34,7 @@ from streamprune.streaming.weights import Weights
 from streamprune.text.calibration import Calibration, MicroBatch
 from streamprune.together.processes import ALONE, Processes
 from streamprune.work.folder import WorkFolder
-from streamprune.work.journal import is_count
 from streamprune.work.stop import StopRequest
-
-#: Where in the statistics those lie that are maxima.
-_MAXIMA = tuple(number for number, name in enumerate(FIELDS) if name in MAXIMA)
 
 
 class BlockScorer:
@@ -86,11 +82,10 @@ class BlockScorer:
             self._heads = {PRUNED: head, ORIGINAL: head}
 
     def __enter__(self) -> BlockScorer:
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._close)
             self._weights.load_surroundings()
-        except BaseException:
-            self._close()
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(
@@ -133,9 +128,8 @@ class BlockScorer:
             layer = self._score(block, tap) if tap is not None else None
             if tap is None and point.passing == 0:
                 self._pass(block)
-            kept: Sequence[int] = ()
-            if layer is not None and self._chooser is not None and self._prunes(index):
-                kept = self._chooser.layer(layer).kept
+            chooser = self._chooser if self._prunes(index) else None
+            kept = chooser.layer(layer).kept if layer is not None and chooser is not None else ()
             self._pruned_pass(stack, index, block, kept)
         self._point = Point(index + 1)
         return layer
@@ -156,9 +150,7 @@ class BlockScorer:
         Of all processes, by sequence in the order of one alone. Raises Stopped; then it begins anew.
         """
         self._point = Point(block)
-        examiner = Examiner(
-            self._weights, self._heads, self._plan, self._device, self._progress, lambda batch: batch.held
-        )
+        examiner = Examiner(self._weights, self._heads, self._plan, self._device, self._progress, _is_held)
         found = [each for part in self._processes.collect(examiner.read_off(block)) for each in part]
         return sorted(found, key=lambda each: each.order)
 
@@ -172,9 +164,9 @@ class BlockScorer:
         Raises NonFiniteError where they are of no use: nobody would look at them again.
         """
         point, total = self._point, copy.deepcopy(self._point.total)
-        self._check_finite(point)
+        point.check_finite(self._prepared.dtype)
         if total is not None and not point.passing:
-            self._processes.add_up(total.values, _MAXIMA)
+            self._processes.add_up(total.values, MAXIMA_PLACES)
         statistics = total.packed() if total is not None else None
         facts: dict[str, Any] = {"block": point.block, "pass": point.passing, "statistics": statistics}
         if self._held is not None:
@@ -200,14 +192,10 @@ class BlockScorer:
 
     def check(self, saved: Saved) -> Point:
         """How far saved states are. Raises ValueError, KeyError or TypeError for facts that are not of this run."""
-        facts = saved.facts
-        point = Point(facts["block"], facts["pass"], facts["done"])
-        numbers = (point.block, point.passing, point.done, facts["batch_tokens"], *facts["sizes"])
-        if not all(map(is_count, numbers)) or point.passing > 1 or not point.done <= len(facts["sizes"]) == len(saved):
-            raise ValueError("facts that no run has")
-        self._batches.check(facts["sizes"])
+        point = point_of(saved)
+        self._batches.check(saved.facts["sizes"])
         if self._held is not None:
-            self.errors.check(facts["errors"], point.block)
+            self.errors.check(saved.facts["errors"], point.block)
         return point
 
     def _start(self, index: int) -> Point:
@@ -245,7 +233,7 @@ class BlockScorer:
         if point.passing == 0:
             with tap.listening(block):
                 self._pass(block, tap)
-            self._processes.add_up(point.total.values, _MAXIMA)
+            self._processes.add_up(point.total.values, MAXIMA_PLACES)
         layer = point.total.of_layer(point.block)
         if not layer.values[list(FIELDS).index("tokens")].any():
             raise UnsupportedModelError(
@@ -286,7 +274,7 @@ class BlockScorer:
             after = self._stream.run_block(point.block, block, ids, before)
             point.unchecked.append((number, ids.numel(), non_finite_tokens(after)))
             if self._device.type == "cpu":
-                self._check_finite(point)
+                point.check_finite(self._prepared.dtype)
             if not batch.held:
                 return None if stays else after
             both = with_side(state, side, after)
@@ -300,22 +288,13 @@ class BlockScorer:
                 self.errors.add(batch.source, errors)
             point.done = done
 
-        takes_part = self._takes_part(point.block, point.passing)
-        if stays and tap is None:
-            # Nobody listens, and nothing of it would be kept.
-            takes_part = lambda batch: batch.held  # noqa: E731
+        # Where nobody listens, and nothing of it would be kept, the others do not.
+        takes_part = _is_held if stays and tap is None else self._takes_part(point.block, point.passing)
         self._batches.run(point.block, compute, commit, point.done, takes_part)
         # Only now, where there is a card: to look at a number is to wait until it is computed.
-        self._check_finite(point)
+        point.check_finite(self._prepared.dtype)
         self.busy.settle()
 
-    def _check_finite(self, point: Point) -> None:
-        unchecked, point.unchecked = point.unchecked, []
-        for number, tokens, count in unchecked:
-            bad = int(count)
-            if bad:
-                raise NonFiniteError(
-                    f"Block {point.block}, batch {number}: {bad} of {tokens} tokens have NaN or infinite states, so "
-                    f"that no score could be trusted. Computed in {self._prepared.dtype}; try --dtype float32 or "
-                    "bfloat16, and check that the model itself works."
-                )
+
+def _is_held(batch: MicroBatch) -> bool:
+    return batch.held
