@@ -133,3 +133,11 @@ def test_code_of_uneven_models_runs_only_when_it_is_trusted(made: Path, tmp_path
     assert "add --trust-remote-code" in words
     result = called(out, "--against", made / "model", "--data", made / "held.jsonl", "--trust-remote-code", "--json")
     assert json.loads(result.stdout)["all"]["kl"] > 0
+
+
+def test_what_compares_with_the_original_is_not_replaced_by_less(made: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(made / "out", tmp_path / "out")
+    compared = called(out, "--against", made / "model", "--data", made / "held.jsonl", "--json", "--quiet")
+    alone = called(out, "--data", made / "held.jsonl")
+    assert "text.json stays as it is, since it compares with the original. Add --against, or -o." in alone.stderr
+    assert read_result(out / "evaluation", TEXT_NAME) == json.loads(compared.stdout)

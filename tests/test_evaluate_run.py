@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamprune.errors import CalibrationError, InterruptedRunError, SettingsError, TooMuchLostError
-from streamprune.evaluation.held_out import hold_back
+from streamprune.errors import CalibrationError, InterruptedRunError, OutputError, SettingsError, TooMuchLostError
+from streamprune.evaluation.held_out import hold_back, write_held_out
 from streamprune.memory.plan import MemoryPlan
 from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
 from streamprune.run import resume
@@ -344,3 +344,22 @@ def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
 def test_stop_if_kl_is_checked(given: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         RunSettings(model="m", output=Path("o"), keep=1, **given)
+
+
+def test_a_folder_of_somebody_else_is_not_written_into(made: Case, tmp_path: Path) -> None:
+    held = calibration_held(made)
+    (tmp_path / "out.held-out").mkdir()
+    (tmp_path / "out.held-out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.held-out is in the way, and not ours"):
+        write_held_out(tmp_path / "out", held)
+    assert [path.name for path in (tmp_path / "out.held-out").iterdir()] == ["mine.txt"]
+    (tmp_path / "out.held-out" / "mine.txt").unlink()
+    assert write_held_out(tmp_path / "out", held).is_file()
+    assert write_held_out(tmp_path / "out", held).is_file(), "our own is replaced"
+
+
+def calibration_held(case: Case) -> Calibration:
+    rows = tuple(torch.tensor(json.loads(line)["input_ids"]) for line in case.tokens.read_text().splitlines())
+    held = hold_back(Calibration(rows, ("one",), (0,) * len(rows), "")).held
+    assert held is not None
+    return held

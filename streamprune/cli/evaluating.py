@@ -47,7 +47,7 @@ def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
         click.option("--batch-tokens", type=int, help="Tokens per micro-batch at most.  [default: as for `run`]"),
         click.option(
             "--states", type=click.Choice(STATES), default="auto", show_default=True,
-            help="Where hidden states lie between blocks: on the card, in RAM, or in a file.",
+            help="Where hidden states lie between blocks: on the card, in RAM, or in a file (in TMPDIR).",
         ),
         click.option("--vram-gib", type=float, help="Most that may be taken on the card.  [default: what is free]"),
         click.option("--ram-gib", type=float, help="Most that may be taken of RAM.  [default: what is available]"),

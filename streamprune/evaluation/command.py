@@ -24,6 +24,7 @@ from streamprune.result.evaluations import (
     TASKS_NAME,
     TEXT_NAME,
     check_writable,
+    read_result,
     results_folder,
     without_folders,
     write_result,
@@ -70,9 +71,15 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
         def keep(name: str, result: Mapping[str, Any], lines: Iterable[str]) -> None:
             for line in lines:
                 progress.say(line)
-            if folder is not None:
-                write_result(folder, name, without_folders(result))
-                progress.say(f"results: {folder / name}")
+            if folder is None:
+                return
+            if asked.output is None and says_less(result, read_result(folder, name)):
+                progress.say(
+                    f"note: {folder / name} stays as it is, since it compares with the original. Add --against, or -o."
+                )
+                return
+            write_result(folder, name, without_folders(result))
+            progress.say(f"results: {folder / name}")
 
         data: Calibration | None = None
         if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
@@ -92,6 +99,11 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
             keep(TASKS_NAME, tasks, tasks_lines(tasks))
             told["tasks"] = tasks
     return Found(told, ours if asked.output is None else None)
+
+
+def says_less(result: Mapping[str, Any], stored: Mapping[str, Any] | None) -> bool:
+    """Whether a result compares with no original, and the one that it would replace does."""
+    return stored is not None and result.get("against") is None and stored.get("against") is not None
 
 
 def read_held_out(settings: EvalSettings) -> Calibration:

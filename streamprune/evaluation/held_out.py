@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.disk.disk_errors import writing
-from streamprune.disk.durable import write_whole
-from streamprune.errors import CalibrationError, StreampruneError
+from streamprune.disk.durable import names_in, write_whole
+from streamprune.errors import CalibrationError, OutputError, StreampruneError
 from streamprune.progress import Progress
 from streamprune.settings import beside
 from streamprune.text.calibration import Calibration, fingerprint_of
@@ -79,6 +79,8 @@ def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:
 def write_held_out(output: Path, held: Calibration) -> Path:
     """Leave the text beside the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
     recipe = held_out_recipe(output)
+    if recipe.parent.exists() and not recipe.is_file() and names_in(recipe.parent):
+        raise OutputError(f"The text that was held back is left nowhere: {recipe.parent} is in the way, and not ours.")
     with writing(f"Leaving the held-out text in {recipe.parent}", recipe.parent):
         recipe.parent.mkdir(exist_ok=True)
         sources: list[dict[str, Any]] = []
