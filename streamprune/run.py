@@ -193,15 +193,15 @@ class _Run:
         writer = writer or self._writer(settings, prepared, facts, choice.counts_by_block)
         decided = _decided(settings, prepared, facts, chooser, choice, writer.plan, scores)
         tell_choice(decided, self.progress)
+        if calibration.held is not None:
+            # Before the output has its name, or is refused one: nothing is left to be gone on with then.
+            leave_held_out(settings.output, calibration.held, self.progress)
         if examination is not None:
             examination.settle(decided, memory, self.device, self.stop)
         if outlet is None:
             with scorer.busy.at("write"):
                 write_blocks(decided, writer, self.work, self.progress, self.stop)
         evaluation = examination.result if examination is not None else None
-        if calibration.held is not None:
-            # Before the output has its name: nothing is left to be gone on with then.
-            leave_held_out(settings.output, calibration.held, self.progress)
         return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
 
     def _writer(

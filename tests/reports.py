@@ -50,7 +50,9 @@ def text_result(*names: str) -> dict[str, Any]:
     sources = [measured(name, number) for number, name in enumerate(names)]
     whole = {key: value for key, value in measured("", 9).items() if key != "name"}
     return {
-        "format": 1, "model": "out", "against": "m", "dtype": "float32", "data": "d", "sources": sources, "all": whole,
+        "format": 1, "model": "out", "against": "m", "dtype": "float32",
+        "data": {"fingerprint": "d", "held_back": True}, "against_source": True,
+        "sources": sources, "all": whole,
     }  # fmt: skip
 
 
@@ -68,6 +70,7 @@ def generation_result(verdict: str = "loops") -> dict[str, Any]:
 TASKS = {
     "results": {"arc_easy": {"alias": "arc", "acc,none": 0.75, "acc_stderr,none": 0.0125}},
     "n-shot": {"arc_easy": 0},
+    "n-samples": {"arc_easy": {"original": 100, "effective": 50}},
 }
 
 

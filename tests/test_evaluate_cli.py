@@ -59,7 +59,10 @@ def test_one_object_with_sources_is_printed_and_left_with_our_own_models(made: P
     assert (source["name"], source["tokens"], source["sequences"]) == ("held.jsonl", 5 * 23, 5)
     assert read_result(made / "out" / "evaluation", TEXT_NAME) == told
     assert f"results: {made / 'out' / 'evaluation' / TEXT_NAME}" in result.stderr
-    rows = [line for line in result.stderr.splitlines() if line.startswith("  ")]
+    assert (told["data"]["held_back"], told["against_source"]) == (False, True)
+    shown = called(*given, "--no-report", "--quiet")
+    assert shown.stderr == ""
+    rows = shown.stdout.splitlines()
     assert [row.split()[0] for row in rows] == ["source", "held.jsonl"]
     assert f"{source['kl']:.4f}" in rows[1]
 
@@ -141,3 +144,18 @@ def test_what_compares_with_the_original_is_not_replaced_by_less(made: Path, tmp
     alone = called(out, "--data", made / "held.jsonl")
     assert "text.json stays as it is, since it compares with the original. Add --against, or -o." in alone.stderr
     assert read_result(out / "evaluation", TEXT_NAME) == json.loads(compared.stdout)
+
+
+def test_another_model_than_the_source_is_told(made: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", tiny_config(known_family("qwen3_moe")), seed=7)
+    out = shutil.copytree(made / "out", tmp_path / "out")
+    result = called(out, "--against", other, "--data", made / "held.jsonl", "--report")
+    assert f"note: {other} is not what {out} was made from, by the fingerprint in its streamprune.json" in result.stderr
+    card = (out / "README.md").read_text()
+    assert "On text that was given to `eval`, against other, which is not what this model was made from; " in card
+    again = called(out, "--against", made / "model", "--data", made / "ids.jsonl")
+    assert "text.json, in the place of those on other text" in again.stderr
+
+
+def test_models_that_are_not_there_are_told_before_the_text(tmp_path: Path) -> None:
+    assert "nothing" in refused(tmp_path / "nothing")

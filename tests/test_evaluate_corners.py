@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from streamprune.errors import SettingsError, UnsupportedModelError
-from streamprune.evaluation.command import made_by_us
+from streamprune.evaluation.made_by_us import record_of
 from streamprune.evaluation.summary import summarize
 from streamprune.progress import Progress
 from streamprune.result.evaluations import TEXT_NAME, read_result
@@ -134,9 +134,9 @@ def test_text_that_was_held_back_is_found_from_within_and_for_this_very_model(
 def test_names_that_nothing_has_are_refused_in_one_line(made: Path) -> None:
     data = ["--data", made / "held.jsonl"]
     for name in ("a" * 300, "~nosuchuser/x", "x\0y", ""):
-        assert made_by_us(name) is None
+        assert record_of(name) is None
         refused(name, *data)
-        refused(name, status=2)
+        refused(name)
 
 
 def test_results_that_could_not_be_left_are_refused_before_anything_is_computed(made: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.machine import format_bytes
 from streamprune.report.facts import read_facts
 from streamprune.report.write import ALL_PICTURES, write_report
-from streamprune.result.sections import placeholder, with_sections
+from streamprune.result.sections import markers, with_sections
 from streamprune.settings import Use
 from tests.helpers import known_family, prune, tree_bytes
 from tests.reports import (
@@ -101,7 +101,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         low, high = each["kl_interval"]
         assert row == [each.get("name", "all"), f"{each['kl']:#.4g}", f"{low:#.4g} to {high:#.4g}",
                        f"{each['kl_p99']:#.4g}", "87.5%", "–"]  # fmt: skip
-    for row, each in zip(page.rows("Loss on held-out text, nats per token"), text["sources"], strict=False):
+    for row, each in zip(page.rows("Loss, nats per token"), text["sources"], strict=False):
         assert row[1:3] == [f"{each['tokens']:,}", f"{each['loss']:#.4g}"]
         assert float(row[4].replace(",", "")) == pytest.approx(each["perplexity"], rel=1e-3)
         assert row[6:9] == [f"{each[key]:#.4g}" for key in ("original_loss", "original_perplexity", "loss_increase")]
@@ -111,12 +111,17 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         [name, "16", "25.0%", "75.0%", "50.0%"]
         for name in ("greedy, chat, thinking on", "greedy, chat, thinking on, the original")
     ]
-    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "0.7500", "0.013"]]
+    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "50", "0.7500", "0.013"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()
     card = (copied / "README.md").read_text()
     assert "runs into loops" in card
     assert "enable&#95;thinking=False" in card
-    assert f"| one | 4,000 | {1.25 - 0.0625:#.4g} | 1.250 | 0.06250 | 0.03125 to 0.1250 | 87.5% |" in card
+    one = text["sources"][0]
+    assert (
+        f"| one | 4,000 | {1.25 - 0.0625:#.4g} | 1.250 | {one['perplexity']:#.4g} | 0.06250 | 0.03125 to 0.1250 | "
+        f"{one['kl_p99']:#.4g} | 87.5% |"
+    ) in card
+    assert "On text that was held back from the calibration, against the original; " in card
     assert {path.stem for path in (copied / "pictures").iterdir()} == ALL_PICTURES
     for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | ALL_PICTURES:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:
@@ -134,7 +139,7 @@ def test_the_same_input_gives_the_same_bytes(reported: Reported, copied: Path) -
     found, first = tree_bytes(copied), tree_bytes(reported.output)
     cards = [each.pop("README.md") for each in (found, first)]
     assert found == first, "what an evaluation added has gone with it"
-    assert cards[0] == with_sections(cards[1], {}) + b"\n" + placeholder("evaluation").encode()
+    assert cards[0] == with_sections(cards[1], {}) + b"\n" + ("\n".join(markers("evaluation")) + "\n").encode()
 
 
 def test_the_page_needs_nothing_else(copied: Path) -> None:
@@ -168,13 +173,13 @@ def test_names_from_strangers_are_only_text(copied: Path) -> None:
     write_report(copied)
     page = (copied / "report.html").read_text()
     assert "<script" not in page
-    assert any(name in row for row in tables(copied).rows("Loss on held-out text, nats per token"))
+    assert any(name in row for row in tables(copied).rows("Loss, nats per token"))
     added = (copied / "README.md").read_bytes()[len(before) - 400 :].decode()
     assert "<script" not in added
     assert "](http" not in added
     rows = [line for line in added.splitlines() if line.startswith("| &#60;script")]
     assert len(rows) == 2
-    assert all(line.count("|") == columns for line, columns in zip(rows, (8, 6), strict=True))
+    assert all(line.count("|") == columns for line, columns in zip(rows, (10, 7), strict=True))
 
 
 def test_what_is_missing_is_said(copied: Path) -> None:

@@ -68,7 +68,7 @@ def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
 @click.option("-o", "--output", type=_FOLDER, help="Folder for the results.  [default: in MODEL, if we made it]")
 @_computing_options
 @report_option
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print the results and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @reports_errors
 def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
@@ -83,7 +83,7 @@ def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as
     from streamprune.evaluation.command import examine
 
     quiet_libraries(downloads=quiet)
-    found = examine(settings, asked, quiet)
+    found = examine(settings, asked, quiet, None if as_json else click.echo)
     if with_report and found.ours is not None:
         report_after(found.ours, quiet)
     if as_json:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 from streamprune.errors import SettingsError
 from streamprune.evaluation.evaluate import evaluate, read_data
 from streamprune.evaluation.held_out import held_out_recipe
+from streamprune.evaluation.made_by_us import record_of
+from streamprune.evaluation.opening import config_folder
 from streamprune.evaluation.settings import EvalSettings
 from streamprune.evaluation.summary import table
 from streamprune.generation.health import GenerationSettings, generation_health
 from streamprune.generation.lines import generation_lines
 from streamprune.harness.lines import tasks_lines
 from streamprune.harness.tasks import run_tasks
-from streamprune.output.writer import REPORT_NAME
 from streamprune.progress import Progress
 from streamprune.result.evaluations import (
     GENERATION_NAME,
@@ -29,7 +29,6 @@ from streamprune.result.evaluations import (
     without_folders,
     write_result,
 )
-from streamprune.source.checkpoint import read_json
 from streamprune.text.calibration import Calibration
 
 
@@ -55,13 +54,15 @@ class Found:
     ours: Path | None
 
 
-def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
+def examine(settings: EvalSettings, asked: Asked, quiet: bool, show: Callable[[str], None] | None) -> Found:
     """Find out what is asked, one thing after the other; each result is left as soon as it is there.
 
-    Raises a StreampruneError for whatever cannot work; SettingsError if nothing is asked.
+    `show` takes the lines of the results; without it they go where the notes go. Raises a StreampruneError for whatever
+    cannot work; SettingsError if nothing is asked.
     """
     told: dict[str, Any] = {}
-    ours = made_by_us(settings.model)
+    record = record_of(settings.model)
+    ours = record.folder if record is not None else None
     folder = asked.output or (results_folder(ours) if ours is not None else None)
     if folder is not None:
         # Hours may pass until there is something to write.
@@ -70,16 +71,16 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
 
         def keep(name: str, result: Mapping[str, Any], lines: Iterable[str]) -> None:
             for line in lines:
-                progress.say(line)
+                (show or progress.say)(line)
             if folder is None:
                 return
-            if asked.output is None and says_less(result, read_result(folder, name)):
-                progress.say(
-                    f"note: {folder / name} stays as it is, since it compares with the original. Add --against, or -o."
-                )
+            stored = read_result(folder, name)
+            better = says_less(result, stored) if asked.output is None else None
+            if better is not None:
+                progress.say(f"note: {folder / name} stays as it is, since {better}.")
                 return
             write_result(folder, name, without_folders(result))
-            progress.say(f"results: {folder / name}")
+            progress.say(f"results: {folder / name}{_replaced(result, stored)}")
 
         data: Calibration | None = None
         if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
@@ -95,15 +96,32 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool) -> Found:
             keep(GENERATION_NAME, generation, generation_lines(generation))
             told["generation"] = generation
         if asked.tasks is not None:
+            if settings.against is not None:
+                progress.say(f"note: tasks are run on {settings.model} alone; --against has no part in them.")
             tasks = run_tasks(settings.model, progress=progress, **asked.tasks)
             keep(TASKS_NAME, tasks, tasks_lines(tasks))
             told["tasks"] = tasks
     return Found(told, ours if asked.output is None else None)
 
 
-def says_less(result: Mapping[str, Any], stored: Mapping[str, Any] | None) -> bool:
-    """Whether a result compares with no original, and the one that it would replace does."""
-    return stored is not None and result.get("against") is None and stored.get("against") is not None
+def says_less(result: Mapping[str, Any], stored: Mapping[str, Any] | None) -> str | None:
+    """Why a result must not take the place of the one that is there; None if it may."""
+    if stored is None:
+        return None
+    if result.get("against") is None and stored.get("against") is not None:
+        return "it compares with the original. Add --against, or -o"
+    limits = [each.get("config", {}).get("limit") if isinstance(each.get("config"), dict) else None
+              for each in (result, stored)]  # fmt: skip
+    if limits[0] is not None and limits[1] is None and result.get("tasks") == stored.get("tasks"):
+        return "it is of all examples. Leave out --limit, or add -o"
+    return None
+
+
+def _replaced(result: Mapping[str, Any], stored: Mapping[str, Any] | None) -> str:
+    """What is said where a result is of other text than the one whose place it takes."""
+    told = [each.get("data") if each is not None else None for each in (result, stored)]
+    texts = [each.get("fingerprint") if isinstance(each, dict) else None for each in told]
+    return ", in the place of those on other text" if texts[1] is not None and texts[0] != texts[1] else ""
 
 
 def read_held_out(settings: EvalSettings) -> Calibration:
@@ -114,31 +132,20 @@ def read_held_out(settings: EvalSettings) -> Calibration:
     """
     recipe = held_out_recipe(Path(settings.model))
     if not recipe.is_file():
+        # What is no model at all is told before.
+        config_folder(settings.model, settings.revision, settings.trust_remote_code)
         raise SettingsError(
             "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "
-            f"(`streamprune run --evaluate` holds some back, and would have left it in {recipe.parent}.)"
+            f"(`streamprune run --evaluate` holds some back, and leaves it beside its output, here in {recipe.parent}; "
+            "if the output was moved, name that folder's recipe.json.)"
         )
     data = read_data(replace(settings, data=(str(recipe),)))
     is_whole = settings.samples is None and settings.seq_len is None
-    known = _held_back(settings.model)
+    record = record_of(settings.model)
+    known = record.held_back if record is not None else None
     if known is None or (is_whole and data.fingerprint != known):
         raise SettingsError(
             f"The text in {recipe.parent} is not what was held back for {settings.model} as it is now, which may have "
             f"been scored on it. Say on what text to measure: --data FILE or RECIPE (or {recipe}, if you know better)."
         )
     return data
-
-
-def _held_back(model: str) -> str | None:
-    """The fingerprint of the text that was held back for a model, by its own record; None if none was."""
-    ours = made_by_us(model)
-    calibration = read_json(ours / REPORT_NAME).get("calibration") if ours is not None else None
-    held = calibration.get("held_back") if isinstance(calibration, dict) else None
-    fingerprint = held.get("fingerprint") if isinstance(held, dict) else None
-    return fingerprint if isinstance(fingerprint, str) else None
-
-
-def made_by_us(model: str) -> Path | None:
-    """The folder of a model that streamprune made; None for any other, also for names that no folder has."""
-    folder = Path(os.path.expanduser(model))  # noqa: PTH111
-    return folder if os.path.isfile(folder / REPORT_NAME) else None  # noqa: PTH113

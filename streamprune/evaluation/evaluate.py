@@ -14,6 +14,7 @@ import torch
 
 from streamprune.busy import Busy
 from streamprune.errors import CalibrationError
+from streamprune.evaluation.made_by_us import MadeByUs, record_of
 from streamprune.evaluation.opening import (
     check_comparable,
     config_folder,
@@ -27,6 +28,7 @@ from streamprune.evaluation.summary import Sums, summary_of, sums_by_source
 from streamprune.machine import choose_device, format_bytes, peak_device_bytes
 from streamprune.memory.needs import SUMS_PER_TOKEN, needs_of, plan_for
 from streamprune.memory.plan import MemoryPlan, Needs
+from streamprune.output.writer import REPORT_NAME
 from streamprune.progress import Progress
 from streamprune.result.evaluations import RESULT_FORMAT
 from streamprune.result.record import public_name
@@ -132,7 +134,10 @@ def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Ev
         found = Examiner(sides[PRUNED], heads, plan, device, progress).read_off(max(blocks.values()))
     errors = mean_errors(stream.errors, data) if compare else None
     sums = sums_by_source(found, data.sources)
-    head = about(public_name(settings.model), settings.against, models[PRUNED], data)
+    record = record_of(settings.model)
+    held_back = record is not None and record.held_back == data.fingerprint
+    known = is_source(record, models)
+    head = about(public_name(settings.model), settings.against, models[PRUNED], data, held_back, known)
     return Evaluation({**head, **summary_of(sums, data.sources, errors)}, tuple(sums))
 
 
@@ -157,15 +162,28 @@ def mean_errors(errors: BlockErrors, data: Calibration) -> list[list[float]]:
     return [*told, [sum(block) / data.tokens for block in blocks]]
 
 
-def about(model: str | None, against: str | None, opened: Opened, data: Calibration) -> dict[str, Any]:
-    """What a result is about: the head of its JSON."""
+def about(
+    model: str | None,
+    against: str | None,
+    opened: Opened,
+    data: Calibration,
+    held_back: bool,
+    against_source: bool | None,
+) -> dict[str, Any]:
+    """What a result is about: the head of its JSON.
+
+    `held_back`: the text is what the run that made the model held back. `against_source`: the original is what the
+    model was made from (None where nobody knows).
+    """
     return {
         "format": RESULT_FORMAT,
         "model": model,
         "against": public_name(against) if against is not None else None,
+        "against_source": against_source,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "data": {
             "fingerprint": data.fingerprint,
+            "held_back": held_back,
             "sequences": len(data.sequences),
             "tokens": data.tokens,
             "recipe": dict(data.recipe),
@@ -194,8 +212,20 @@ def _are_of_one_shape(models: Mapping[str, Opened]) -> bool:
     return len(models) == 2 and len(shapes) == 1
 
 
+def is_source(record: MadeByUs | None, models: Mapping[str, Opened]) -> bool | None:
+    """Whether the original is what the model was made from, by that one's record; None where there is none."""
+    if record is None or record.source is None or ORIGINAL not in models:
+        return None
+    return record.source == models[ORIGINAL].checkpoint.fingerprint()
+
+
 def _notes(settings: EvalSettings, models: Mapping[str, Opened], data: Calibration) -> Iterator[str]:
     yield from data.notes
+    if is_source(record_of(settings.model), models) is False:
+        yield (
+            f"{settings.against} is not what {settings.model} was made from, by the fingerprint in its {REPORT_NAME}: "
+            "the differences are not those that pruning made."
+        )
     if len(models) == 2 and not same_tokenizer(*(opened.checkpoint.folder for opened in models.values())):
         yield (
             f"The tokenizers of {settings.model} and {settings.against} differ; the text is in tokens of the first, "

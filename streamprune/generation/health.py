@@ -139,7 +139,8 @@ def _new_tokens(
     longest = min(room, wanted)
     seen = longest // LEAST_ROUNDS
     if longest < LEAST_TOKENS:
-        notes.append(f"Loops cannot be seen in fewer than {LEAST_TOKENS} new tokens: raise --max-new-tokens.")
+        remedy = "raise --max-new-tokens" if room >= wanted else "use fewer --prompt-tokens"
+        notes.append(f"Loops cannot be seen in fewer than {LEAST_TOKENS} new tokens: {remedy}.")
     elif seen < LONGEST_PERIOD:
         notes.append(f"In {longest:,} new tokens only loops of at most {seen} tokens can be seen.")
     return longest, notes

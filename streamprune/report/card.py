@@ -27,8 +27,9 @@ def _evaluation(facts: Facts) -> Iterator[str]:
         return
     yield from ("## Evaluation", "")
     if facts.text is not None:
-        against = ", against the original" if facts.text.compared else ""
-        yield f"On held-out text{against}; loss and KL divergence in nats per token, with intervals of 95 %:"
+        text, told = facts.text, "; loss and KL divergence in nats per token, with intervals of 95 %:"
+        against = f", against {markdown(text.original_words)}" if text.compared else ""
+        yield f"On {text.text_words}{against}{told}"
         yield ""
         yield from table_markdown(card_table(facts.text))
         yield ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class BlockCourse:
 class Course:
     """The last sitting of a run: its blocks, the whole time in seconds, and the share of it that resources worked.
 
-    `verified` says whether the result was compared with the source; None where the log does not tell.
+    `busy` are the shares of its `seconds` in which each resource was at work. `verified` says whether the result was
+    compared with the source; None where the log does not tell.
     """
 
     blocks: tuple[BlockCourse, ...]
@@ -65,7 +67,9 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
         blocks,
         summary.at("seconds").number(0),
         summary.at("peak_resident_bytes").whole(),
-        {name: busy.at(name).number(0, 1) for name in RESOURCES} if busy else {},
+        {name: busy.at(name).number(0, math.inf if name == "seconds" else 1) for name in (*RESOURCES, "seconds")}
+        if busy
+        else {},
         processes.whole(1) if processes else 1,
         verified.flag() if verified else None,
     )

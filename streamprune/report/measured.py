@@ -42,11 +42,29 @@ class OfSource:
 
 @dataclass(frozen=True)
 class TextResult:
-    """Loss on held-out text by source and of all together; with the original's and the divergence from it if known."""
+    """Losses by source and of all together; with the original's and the divergence from it if known.
+
+    `held_back`: on text that the run itself held back. `against_source`: not compared with another model than the
+    source, as far as is known.
+    """
 
     against: str | None
     sources: tuple[OfSource, ...]
     whole: OfSource | None
+    held_back: bool
+    against_source: bool
+
+    @property
+    def text_words(self) -> str:
+        """What text it is."""
+        return "text that was held back from the calibration" if self.held_back else "text that was given to `eval`"
+
+    @property
+    def original_words(self) -> str:
+        """What it is compared with."""
+        if self.against_source:
+            return "the original"
+        return f"{self.against}, which is not what this model was made from"
 
     @property
     def rows(self) -> tuple[OfSource, ...]:
@@ -120,6 +138,7 @@ class TaskResult:
     value: float
     error: float | None
     shots: int | None
+    examples: int | None
 
 
 def read_text(output: Path) -> TextResult | None:
@@ -131,7 +150,15 @@ def read_text(output: Path) -> TextResult | None:
     sources = tuple(_source(each, each.at("name").name()) for each in told.at("sources").each())
     if not sources:
         raise told.at("sources").wrong("at least one source")
-    return TextResult(against.name() if against else None, sources, _source(whole, "all") if whole else None)
+    data, is_source = told.maybe("data"), told.maybe("against_source")
+    held_back = data.maybe("held_back") if data else None
+    return TextResult(
+        against.name() if against else None,
+        sources,
+        _source(whole, "all") if whole else None,
+        held_back.flag() if held_back else False,
+        is_source.flag() if is_source else True,
+    )
 
 
 def read_generation(output: Path) -> GenerationResult | None:
@@ -175,9 +202,18 @@ def read_tasks(output: Path) -> tuple[TaskResult, ...]:
                     value.number(),
                     float(error) if type(error) in (int, float) else None,
                     shot if type(shot) is int else None,
+                    _examples(told, task),
                 )
             )
     return tuple(found)
+
+
+def _examples(told: Told, task: str) -> int | None:
+    """How many examples of a task were taken; None where the harness does not tell."""
+    samples = told.maybe("n-samples")
+    of_task = samples.maybe(task) if samples else None
+    taken = of_task.maybe("effective") if of_task else None
+    return taken.whole() if taken else None
 
 
 def _read(output: Path, name: str, wanted: int | None) -> Told | None:

@@ -22,7 +22,7 @@ def loss_table(text: TextResult) -> Table:
             row += [number(each.values.get(key)) for key in ("original_loss", "original_perplexity")]
             row += _with_interval(each, "loss_increase")
         rows.append(tuple(row))
-    return Table("Loss on held-out text, nats per token", tuple(columns), tuple(rows))
+    return Table("Loss, nats per token", tuple(columns), tuple(rows))
 
 
 def divergence_table(text: TextResult) -> Table:
@@ -58,12 +58,17 @@ def card_table(text: TextResult) -> Table:
             f"{each.tokens:,}",
             number(each.values.get("original_loss")),
             number(each.values.get("loss")),
+            number(each.values.get("perplexity")),
             *_with_interval(each, "kl"),
+            number(each.values.get("kl_p99")),
             percent(each.values.get("top1_agreement")),
         )
         for each in text.rows
     )
-    columns = ("source", "tokens", "loss before", "loss", "KL", "95 % interval", "top-1 agreement")
+    columns = (
+        "source", "tokens", "loss before", "loss", "perplexity", "KL", "95 % interval", "99th percentile",
+        "top-1 agreement",
+    )  # fmt: skip
     return Table("", columns, compared)
 
 
@@ -106,11 +111,11 @@ def _went(label: str, each: Continuations) -> tuple[str, ...]:
 def tasks_table(tasks: Sequence[TaskResult]) -> Table:
     """What lm-evaluation-harness measured."""
     rows = [
-        (each.task, each.metric, "–" if each.shots is None else str(each.shots), number(each.value),
-         number(each.error, 2))
+        (each.task, each.metric, *("–" if count is None else f"{count:,}" for count in (each.shots, each.examples)),
+         number(each.value), number(each.error, 2))
         for each in tasks
     ]  # fmt: skip
-    return Table("Tasks", ("task", "metric", "shots", "value", "standard error"), tuple(rows))
+    return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), tuple(rows))
 
 
 def course_table(course: Course) -> Table:

@@ -171,10 +171,10 @@ def _evaluation(facts: Facts) -> Iterator[Part]:
     from streamprune.report.charts_measured import draw_depth, draw_losses
 
     tables = (loss_table(text), divergence_table(text)) if text.compared else (loss_table(text),)
-    told = ("Thin lines are intervals of 95 %.",)
+    told = [f"On {text.text_words}. Thin lines are intervals of 95 %."]
     if text.compared:
-        told = ("KL divergence is from the original's predictions to this model's. Thin lines are intervals of 95 %.",)
-    yield Part("loss", "Loss and divergence on held-out text" if text.compared else "Loss on held-out text", told,
+        told.append(f"KL divergence is of this model's predictions from those of {text.original_words}.")
+    yield Part("loss", "Loss and divergence" if text.compared else "Loss", tuple(told),
                tables, partial(draw_losses, text), "Loss of every source, with its interval.")  # fmt: skip
     if any(each.hidden_error for each in text.rows):
         yield Part(
@@ -242,7 +242,7 @@ def _course(facts: Facts) -> Part:
 
     text = [f"{course.seconds:,.1f} s, at most {format_bytes(course.peak_bytes)} resident in RAM."]
     if course.busy:
-        text.append(f"At work: {describe({**course.busy, 'seconds': course.seconds}).removeprefix('busy: ')}.")
+        text.append(f"At work: {describe(dict(course.busy)).removeprefix('busy: ')}.")
     if course.processes > 1:
         text.append(f"{course.processes} processes shared the work; these are the figures of the first.")
     if len(course.blocks) < len(facts.record.counts):
@@ -275,9 +275,9 @@ def summary_rows(facts: Facts) -> Iterator[tuple[str, str]]:
             word = f"{format_bytes(abs(left))} {'left' if left >= 0 else 'missing'}"
             yield "budget", f"{format_bytes(record.budget)}, {word}"
     yield "chosen by", _chosen_by(record)
-    whole = facts.text.whole if facts.text else None
-    if whole is not None and "kl" in whole.values:
-        yield "damage", f"KL divergence {whole.values['kl']:.4g} nats per token on held-out text"
+    text = facts.text
+    if text is not None and text.whole is not None and "kl" in text.whole.values:
+        yield "damage", f"KL divergence {text.whole.values['kl']:.4g} nats per token on {text.text_words}"
     if facts.generation is not None:
         yield "generation", GENERATION_WORDS[facts.generation.verdict]
     verified = None if isinstance(facts.course, str) else facts.course.verified

@@ -125,7 +125,7 @@ def _summary(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes
     kept = f"{most} of {spec.count}" if least == most else f"{sum(counts):,} of {all_of_them:,}"
     yield from (f"# {words(name)}, {kept} experts", "")
     yield (
-        f"Made from {_origin(report)} with [streamprune](https://pypi.org/project/streamprune/) "
+        f"Made from {_origin(report)} with streamprune "
         f"{plain(report['versions']['streamprune'])}: of the experts in its {len(counts)} Mixture-of-Experts blocks, "
         f"{all_of_them - sum(counts):,} were removed{_by_what(report)}. Every tensor that stays is identical to the "
         "source's, byte for byte; nothing was retrained."

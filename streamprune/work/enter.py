@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from streamprune.disk.disk_errors import writing
-from streamprune.errors import InterruptedRunError, OutputError, ResumeError
+from streamprune.errors import InterruptedRunError, OutputError, ResumeError, TooMuchLostError
 from streamprune.settings import Place, RunSettings
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.pruning_record import has_pruning
@@ -36,7 +36,7 @@ def keeping(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
     known = has_run(work.folder) or has_pruning(work.folder)
     try:
         yield
-    except InterruptedRunError:
+    except (InterruptedRunError, TooMuchLostError):
         # It says how to go on, so that there must be something to go on with, were it only the command.
         raise
     except BaseException as error:
