@@ -30,7 +30,7 @@ from streamprune.streaming import reader as reading_module
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.blocks import BlockLoader
 from streamprune.streaming.reader import Reading, ShardReader
-from streamprune.streaming.scoring import BlockScorer
+from streamprune.streaming.saved import Point
 from streamprune.streaming.stream import BatchState, BlockStream
 from tests.helpers import CPU, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
@@ -163,7 +163,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card they are looked at when a block ends. A run stopped before would save what cannot be trusted."""
-    plain_run, plain_check, within = MicroBatches.run, BlockScorer._check_finite, [False]
+    plain_run, plain_check, within = MicroBatches.run, Point.check_finite, [False]
 
     def run(self: MicroBatches, *arguments: Any) -> None:
         within[0] = True
@@ -172,10 +172,10 @@ def test_states_that_nobody_looked_at_are_not_saved(
         finally:
             within[0] = False
 
-    def check(self: BlockScorer, point: Any) -> None:
+    def check(self: Point, dtype: torch.dtype) -> None:
         # As it is on a card.
         if not within[0]:
-            plain_check(self, point)
+            plain_check(self, dtype)
 
     def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
@@ -185,7 +185,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
         return result
 
     monkeypatch.setattr(MicroBatches, "run", run)
-    monkeypatch.setattr(BlockScorer, "_check_finite", check)
+    monkeypatch.setattr(Point, "check_finite", check)
     monkeypatch.setattr(BlockStream, "run_block", run_block)
     ids = write_token_ids(tmp_path / "ids.jsonl", sequences=4, length=16)
     for poison, error in ((1.0, InterruptedRunError), (float("nan"), NonFiniteError)):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamprune.disk.disk_errors import writing
-from streamprune.disk.durable import names_in, write_whole
+from streamprune.disk.durable import PARTIAL, names_in, write_whole
 from streamprune.errors import CalibrationError, OutputError, StreampruneError
 from streamprune.progress import Progress
 from streamprune.settings import beside
@@ -20,6 +21,8 @@ SHARE = 0.1
 #: The folder's name is the output's with this behind it. (Not in the output: that may be published, this need not.)
 HELD_OUT_SUFFIX = ".held-out"
 _RECIPE_NAME = "recipe.json"
+#: What lies in that folder, finished or not.
+_OURS = re.compile(rf"(\d+\.jsonl|{re.escape(_RECIPE_NAME)})({re.escape(PARTIAL)})?")
 
 
 def hold_back(whole: Calibration) -> Calibration:
@@ -79,7 +82,8 @@ def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:
 def write_held_out(output: Path, held: Calibration) -> Path:
     """Leave the text beside the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
     recipe = held_out_recipe(output)
-    if recipe.parent.exists() and not recipe.is_file() and names_in(recipe.parent):
+    # (Ours may lack the recipe, where it was being written when a run was killed.)
+    if any(_OURS.fullmatch(path.name) is None for path in names_in(recipe.parent)):
         raise OutputError(f"The text that was held back is left nowhere: {recipe.parent} is in the way, and not ours.")
     with writing(f"Leaving the held-out text in {recipe.parent}", recipe.parent):
         recipe.parent.mkdir(exist_ok=True)
