@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 #: Options of glibc's mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 #: Bytes from which on a piece of memory has pages of its own below a cap, and gives them back as soon as it is freed.
 #: glibc's own limit climbs to 32 MiB, and what it leaves scattered took a run of 530 MiB to 577 to 660; with 8 MiB to
 #: 502 to 529, in 1.1 times the time (with 1 MiB to 498, in 1.65 times).
 _OWN_PAGES = 8 * 2**20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def format_bytes(count: float) -> str:
