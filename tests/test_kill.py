@@ -18,7 +18,7 @@ def test_killed_runs_end_with_the_same_bytes() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line.partition(",")[0] for line in lines] == [
-        "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "evaluated", "score", "global schedule",
+        "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "score", "global schedule",
         "super experts protected", "prune", "prune",
     ]  # fmt: skip
     assert all(line.endswith("identical") and " kills" in line for line in lines), done.stdout
