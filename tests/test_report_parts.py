@@ -103,24 +103,19 @@ def test_sections_leave_the_rest_of_a_card_alone() -> None:
     assert with_sections(filled, {"evaluation": ""}) == empty
 
 
+def pruning_again(reported: Reported, output: Path) -> list[Any]:
+    """The words of a command that makes another output of the same model and scores."""
+    scores = ["--scores", reported.output, "--keep", 4]
+    return ["prune", reported.model, "-o", output, *scores, "--overwrite"]
+
+
 def test_a_run_says_where_its_report_is_and_works_on_with_it(reported: Reported, tmp_path: Path) -> None:
     assert reported.told.stderr.splitlines()[-1] == f"report: {reported.output / 'report.html'}"
     told = call("verify", reported.output, "--source", reported.model)
     assert told.exit_code == 0, told.output
     assert not is_small_file("report.html"), "what is made from this model has a report of its own"
     shutil.copytree(reported.output, tmp_path / "out")
-    words = [
-        "prune",
-        reported.model,
-        "-o",
-        tmp_path / "out",
-        "--scores",
-        reported.output,
-        "--keep",
-        4,
-        "--overwrite",
-        "--quiet",
-    ]
+    words = [*pruning_again(reported, tmp_path / "out"), "--quiet"]
     told = call(*words)
     assert (told.exit_code, told.output) == (0, "")
     assert not (tmp_path / "out" / "report.html").exists(), "STREAMPRUNE_REPORT=0, as in all tests"
@@ -132,18 +127,7 @@ def test_a_run_says_where_its_report_is_and_works_on_with_it(reported: Reported,
 def test_a_report_that_fails_costs_the_run_a_note(
     reported: Reported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [
-        "prune",
-        reported.model,
-        "-o",
-        tmp_path / "out",
-        "--scores",
-        reported.output,
-        "--keep",
-        4,
-        "--overwrite",
-        "--report",
-    ]
+    words = [*pruning_again(reported, tmp_path / "out"), "--report"]
 
     def fails(error: BaseException) -> Callable[[Path], Any]:
         def read(output: Path) -> Any:

@@ -72,15 +72,8 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool, show: Callable[[s
         def keep(name: str, result: Mapping[str, Any], lines: Iterable[str]) -> None:
             for line in lines:
                 (show or progress.say)(line)
-            if folder is None:
-                return
-            stored = read_result(folder, name)
-            better = says_less(result, stored) if asked.output is None else None
-            if better is not None:
-                progress.say(f"note: {folder / name} stays as it is, since {better}.")
-                return
-            write_result(folder, name, without_folders(result))
-            progress.say(f"results: {folder / name}{_replaced(result, stored)}")
+            if folder is not None:
+                progress.say(_leave(folder, name, result, replace_better=asked.output is not None))
 
         data: Calibration | None = None
         if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
@@ -102,6 +95,16 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool, show: Callable[[s
             keep(TASKS_NAME, tasks, tasks_lines(tasks))
             told["tasks"] = tasks
     return Found(told, ours if asked.output is None else None)
+
+
+def _leave(folder: Path, name: str, result: Mapping[str, Any], replace_better: bool) -> str:
+    """Leave a result in a folder, unless a better one is there; returns what is said of that."""
+    stored = read_result(folder, name)
+    better = None if replace_better else says_less(result, stored)
+    if better is not None:
+        return f"note: {folder / name} stays as it is, since {better}."
+    write_result(folder, name, without_folders(result))
+    return f"results: {folder / name}{_replaced(result, stored)}"
 
 
 def says_less(result: Mapping[str, Any], stored: Mapping[str, Any] | None) -> str | None:

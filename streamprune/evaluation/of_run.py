@@ -151,7 +151,7 @@ class RunExamination:
     def _keep(self, figures: Sequence[SequenceFigures], errors: BlockErrors) -> None:
         self.result = {
             # The model is the one that this lies with, whatever it is called.
-            **about(None, self._settings.model, self._prepared, self._held, True, True),
+            **about(None, self._settings.model, self._prepared, self._held, held_back=True, against_source=True),
             **summarize(figures, self._held.sources, mean_errors(errors, self._held)),
         }
         self._work.write_evaluation(self.result)
