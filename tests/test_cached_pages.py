@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamprune.disk import cached_pages
-from streamprune.disk.cached_pages import cached_flags, left_as_found, not_cached, put_out, put_out_files
+from streamprune.disk.cached_pages import Stretch, cached_flags, left_as_found, not_cached, put_out, put_out_files
 from streamprune.pruning import prune
 from streamprune.run import run
 from streamprune.settings import PruneSettings, RunSettings
@@ -115,20 +115,58 @@ COMMANDS: dict[str, Callable[[Model, Path], None]] = {
 }
 
 
+@pytest.fixture
+def asked_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pages], Pages]:
+    """Call it with what is cached of the model: it returns what the product then asks the system to put out.
+
+    A system that is short of memory (a virtual machine's, above all) takes pages by itself, 32 at a time, so that what
+    is missing afterwards says nothing. What was cached at the beginning is therefore told as cached throughout, and
+    what matters is that nothing of it is ever asked for.
+    """
+    told, tell, put = Pages(), cached_pages.cached_flags, cached_pages.put_out
+    asked: Pages = {}
+
+    def name(file: int) -> str:
+        return os.path.relpath(Path(f"/proc/self/fd/{file}").readlink(), model.folder)
+
+    def cached_flags(file: int, begin: int, size: int) -> bytes | None:
+        flags = tell(file, begin, size)
+        known = told.get(name(file), set())
+        return flags and bytes(flag | (begin // PAGE + number in known) for number, flag in enumerate(flags))
+
+    def put_out(file: int, stretches: Iterable[Stretch]) -> None:
+        stretches = list(stretches)
+        for begin, size in stretches:
+            # Whole pages only, as the system does it.
+            asked.setdefault(name(file), set()).update(range(-(-begin // PAGE), (begin + size) // PAGE))
+        put(file, stretches)
+
+    def watch(cached: Pages) -> Pages:
+        told.update(cached)
+        return asked
+
+    monkeypatch.setattr(cached_pages, "cached_flags", cached_flags)
+    monkeypatch.setattr(cached_pages, "put_out", put_out)
+    return watch
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_was_not_cached_is_not_afterwards_and_what_was_stays(command: str, model: Model, tmp_path: Path) -> None:
+def test_what_was_not_cached_is_not_afterwards_and_what_was_stays(
+    command: str, model: Model, asked_out: Callable[[Pages], Pages], tmp_path: Path
+) -> None:
     model.empty()
     sizes = {path.name: path.stat().st_size // PAGE for path in model.folder.glob("*.safetensors")}
     # A stretch in the middle of every file, and every ninth page behind it.
     for name, size in sizes.items():
         touch(model.folder / name, {*range(size // 3, size // 2), *range(size // 2, size, 9)})
     before = cached_in(model.folder)
+    asked = asked_out(before)
     COMMANDS[command](model, tmp_path / "out")
     after = cached_in(model.folder)
     for name in sizes:
-        # (Virtual machines give memory back all the time, and lose a page in a hundred every few seconds.)
         assert len(before[name]) > 150
-        assert len(before[name] & after[name]) > 0.9 * len(before[name]), "what was cached stays"
+        assert len(asked[name]) > 300, "what is read is put out"
+        assert not before[name] & asked[name], "what was cached stays"
         assert after[name] <= before[name] | model.opened[name], "what was not is put out"
 
 
