@@ -131,6 +131,15 @@ def test_text_that_was_held_back_is_found_from_within_and_for_this_very_model(
     assert "is not what was held back for" in refused(out, status=2)
 
 
+def test_the_folder_of_text_that_was_held_back_may_be_named_itself(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["--against", made / "model", "--json", "--quiet", "--no-report", "-o", made / "results"]
+    expected = json.loads(called(made / "out", *given).stdout)
+    assert expected["data"]["held_back"] is True
+    monkeypatch.chdir(made / "out.held-out")
+    for name in (made / "out.held-out", "."):
+        assert json.loads(called(made / "out", *given, "--data", name).stdout) == expected
+
+
 def test_names_that_nothing_has_are_refused_in_one_line(made: Path) -> None:
     data = ["--data", made / "held.jsonl"]
     for name in ("a" * 300, "~nosuchuser/x", "x\0y", ""):

@@ -21,6 +21,7 @@ from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.stream import BatchState, BlockStream
 from streamprune.text.calibration import Calibration
+from streamprune.work.status import status_of, status_text
 from tests.faults import Case, Injected
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
@@ -251,6 +252,7 @@ def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path:
     assert told.value.exit_code == 4
     assert not case.output.exists()
     assert not (case.work / "blocks" / "00001.json").exists()
+    assert "was begun with --stop-if-kl 1e-05 (nats per token)" in status_text(status_of(case.work))
     case.resume(stop_if_kl=50.0)
     case.check()
 

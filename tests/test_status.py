@@ -48,6 +48,7 @@ def test_in_the_middle(case: Case) -> None:
         "command": "run",
         "model": str(case.model),
         "output": str(case.output),
+        "stop_if_kl": None,
         "complete": False,
         "running": None,
         "blocks": 4,

@@ -140,7 +140,7 @@ def read_held_out(settings: EvalSettings) -> Calibration:
         raise SettingsError(
             "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "
             f"(`streamprune run --evaluate` holds some back, and leaves it beside its output, here in {recipe.parent}; "
-            "if the output was moved, name that folder's recipe.json.)"
+            "if the output was moved, name that folder.)"
         )
     data = read_data(replace(settings, data=(str(recipe),)))
     is_whole = settings.samples is None and settings.seq_len is None

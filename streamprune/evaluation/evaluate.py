@@ -14,6 +14,7 @@ import torch
 
 from streamprune.busy import Busy
 from streamprune.errors import CalibrationError
+from streamprune.evaluation.held_out import recipe_within
 from streamprune.evaluation.made_by_us import MadeByUs, record_of
 from streamprune.evaluation.opening import (
     check_comparable,
@@ -65,7 +66,7 @@ def read_data(settings: EvalSettings) -> Calibration:
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
     text_config = load_config(folder, settings.trust_remote_code).get_text_config(decoder=True)
     data = load_calibration(
-        settings.data,
+        [recipe_within(name) for name in settings.data],
         folder,
         samples=settings.samples,
         seq_len=settings.seq_len,

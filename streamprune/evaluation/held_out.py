@@ -69,6 +69,13 @@ def held_out_recipe(output: Path) -> Path:
     return beside(output, HELD_OUT_SUFFIX) / _RECIPE_NAME
 
 
+def recipe_within(name: str) -> str:
+    """What --data names; where that is the folder of text that was held back, the recipe in it."""
+    recipe = Path(os.path.expanduser(name)) / _RECIPE_NAME  # noqa: PTH111
+    is_ours = recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX) and os.path.isfile(recipe)  # noqa: PTH113
+    return str(recipe) if is_ours else name
+
+
 def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:
     """Leave the text beside the output, and say where; a result is not worth less without it."""
     try:

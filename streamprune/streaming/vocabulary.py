@@ -4,7 +4,7 @@ Per token, with logits x over the vocabulary, P of the original and Q of the pru
 
     log Z  = m + log Σ e^(x-m)                                   (m the largest so far; online as in arXiv:1805.02867)
     loss   = log Z - x[next token]                               in nats, and perplexity = e^loss
-    KL     = Σ p (x_P - x_Q) / 1 - (log Z_P - log Z_Q)           in nats: Kullback and Leibler (1951), p = e^(x_P) / Z_P
+    KL     = Σ p (x_P - x_Q) - (log Z_P - log Z_Q)               in nats: Kullback and Leibler (1951), p = e^(x_P) / Z_P
 
 All sums are float64. Shapes: B sequences, L tokens each, v tokens of the vocabulary, K numbers per token.
 """

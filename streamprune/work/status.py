@@ -42,6 +42,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "command": kind,
         "model": recorded["command"]["model"],
         "output": recorded["command"]["output"],
+        "stop_if_kl": recorded["command"].get("stop_if_kl"),
         "complete": is_complete(folder, Path(recorded["command"]["output"])),
         "running": _holder(folder),
         "blocks": blocks,
@@ -74,6 +75,11 @@ def status_text(status: dict[str, Any]) -> str:
     else:
         if left and status["command"] != "prune":
             lines.append(_states_text(status["states_saved_in_block"]))
+        if type(status["stop_if_kl"]) is float:
+            lines.append(
+                f"It was begun with --stop-if-kl {status['stop_if_kl']:g} (nats per token), and ends where more is "
+                "lost; `resume` takes another limit."
+            )
         lines.append(f"Go on with: {resume_command(Path(status['work_folder']))}")
     return "\n".join(lines)
 
