@@ -140,12 +140,15 @@ def test_the_folder_of_text_that_was_held_back_may_be_named_itself(made: Path, m
         assert json.loads(called(made / "out", *given, "--data", name).stdout) == expected
 
 
-def test_names_that_nothing_has_are_refused_in_one_line(made: Path) -> None:
+def test_names_that_nothing_has_are_refused_in_one_line(made: Path, tmp_path: Path) -> None:
     data = ["--data", made / "held.jsonl"]
     for name in ("a" * 300, "~nosuchuser/x", "x\0y", ""):
         assert record_of(name) is None
         refused(name, *data)
         refused(name)
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("a" * 300, "~nosuchuser/x", "x\0y", "", tmp_path / "loop", tmp_path / "nothing.held-out"):
+        refused(made / "out", "--data", name)
 
 
 def test_results_that_could_not_be_left_are_refused_before_anything_is_computed(made: Path, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def held_out_recipe(output: Path) -> Path:
 def recipe_within(name: str) -> str:
     """What --data names; where that is the folder of text that was held back, the recipe in it."""
     recipe = Path(os.path.expanduser(name)) / _RECIPE_NAME  # noqa: PTH111
-    is_ours = recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX) and os.path.isfile(recipe)  # noqa: PTH113
+    # (In this order: only of what is there can be told where it lies.)
+    is_ours = os.path.isfile(recipe) and recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX)  # noqa: PTH113
     return str(recipe) if is_ours else name
 
 
