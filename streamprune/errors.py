@@ -4,6 +4,8 @@ The engine raises these; only the command line turns them into exit codes. A mes
 the numbers, and what to do next.
 """
 
+from __future__ import annotations
+
 
 class StreampruneError(Exception):
     """Base class. `exit_code` is what the command line returns."""

@@ -17,7 +17,7 @@ import transformers
 from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
-    from streamprune.demo import DemoResult
+    from streamprune.demo.demo import DemoResult
     from tests.reports import Reported
 
 #: The demo's training steps in tests. Enough for what it is there to show; fewer show little.
@@ -51,7 +51,7 @@ class DemoRun:
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """The demo, run once for all tests that need it or its trained model (xdist_group "demo")."""
-    from streamprune.demo import run_demo
+    from streamprune.demo.demo import run_demo
 
     folder, told = tmp_path_factory.mktemp("demo"), list[str]()
     # With one thread, the same model on every machine of a kind.

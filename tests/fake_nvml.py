@@ -15,8 +15,9 @@ import pynvml as real
 import pytest
 from click.testing import CliRunner
 
-from streamprune.cards.nvml import Card, list_cards
 from streamprune.cli import main
+from streamprune.hardware.gpus import Card
+from streamprune.hardware.nvml import list_cards
 
 MIB = 1024**2
 NOBODY = 2**22 + 1  # more than the number of any process on Linux

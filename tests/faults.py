@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from streamprune.run import RunResult, resume, run
-from streamprune.settings import RunSettings
+from streamprune.config import RunSettings
+from streamprune.pipeline.finish import RunResult
+from streamprune.pipeline.run import resume, run
 from tests.helpers import known_family, tree_bytes
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -78,17 +79,17 @@ def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, **settin
 @contextmanager
 def breaking_at(block: int) -> Iterator[None]:
     """Raise Injected when a block is about to be scored."""
-    from streamprune.streaming.scoring import BlockScorer
+    from streamprune.streaming.scoring import LayerScorer
 
-    usual = BlockScorer.score_block
+    usual = LayerScorer.score_block
 
-    def score_block(self: BlockScorer, index: int) -> Any:
+    def score_block(self: LayerScorer, index: int) -> Any:
         if index == block:
             raise Injected
         return usual(self, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BlockScorer, "score_block", score_block)
+        patch.setattr(LayerScorer, "score_block", score_block)
         yield
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from streamprune.choice.comparison import changed_selection
-from streamprune.choice.keep_file import read_keep_file
-from streamprune.choice.mix import mix_weights
-from streamprune.choice.schedule_file import read_schedule_file
-from streamprune.choice.selection import Selection
-from streamprune.scores.file import read_scores, write_scores
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.models.config_json import ExpertSpec
+from streamprune.saliency.scores_file import read_scores, write_scores
+from streamprune.selection.keep_file import read_keep_file
+from streamprune.selection.retention import changed_selection
+from streamprune.selection.schedules import read_schedule_file
+from streamprune.selection.settings import Selection, mix_weights
 from tests.fuzz_targets import Target
 from tests.fuzzing import NUMBERS, STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
 from tests.made_scores import make_scores

@@ -15,19 +15,19 @@ from unittest.mock import patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamprune.disk.durable import read_record
+from streamprune.calibration.sequences import load_calibration
+from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint, read_json
+from streamprune.config import RunSettings
+from streamprune.files.durable import read_record
+from streamprune.models.config import expert_candidates, load_config
+from streamprune.models.config_json import stated_experts, stated_shape, states_experts, text_part
 from streamprune.output.verify import verify
-from streamprune.run import resume
-from streamprune.settings import RunSettings
-from streamprune.source.architecture import expert_candidates, load_config
-from streamprune.source.checkpoint import INDEX_NAME, open_checkpoint, read_json
-from streamprune.source.config_facts import stated_experts, stated_shape, states_experts, text_part
-from streamprune.text.calibration import load_calibration
+from streamprune.pipeline.resume import calibration_of, check_same, settings_of
+from streamprune.pipeline.run import resume
+from streamprune.pipeline.status import status_of, status_text
 from streamprune.work.folder import WorkFolder
-from streamprune.work.resume import calibration_of, check_same, settings_of
-from streamprune.work.run_record import read_run, read_tokens
+from streamprune.work.records import read_run, read_tokens
 from streamprune.work.saved_states import open_states
-from streamprune.work.status import status_of, status_text
 from tests.fuzz_recipes import RECIPE_NAME, parquet_files, recipes, write_records
 from tests.fuzzing import STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
 from tests.helpers import prepare_whole, prune
@@ -99,7 +99,7 @@ class Place:
                 raise Stopped
 
         try:
-            with patch("streamprune.work.generations.reached", stop):
+            with patch("streamprune.work.saved_states.reached", stop):
                 prune(self.model, self.folder / "out", calibration=(str(self.ids),), checkpoint_every=0.0)
         except Stopped:
             return (self.folder / "out.work").rename(self.folder / "half")
@@ -253,7 +253,7 @@ def _read_journal(folder: Path, now: dict[str, Any]) -> None:
     status_text(status_of(folder))
     work = WorkFolder(folder)
     for block in (None, *range(4)):
-        work.read_block(block)
+        work.read_layer(block)
     work.states.whole(), work.states.block()
     recorded = read_run(folder)
     if recorded is not None:

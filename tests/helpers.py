@@ -14,18 +14,20 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from streamprune.decision import decide
-from streamprune.prepare import Prepared, prepare
-from streamprune.run import RunResult, run
-from streamprune.scores.statistics import FIELDS, LayerStatistics
-from streamprune.settings import RunSettings
-from streamprune.source.architecture import load_config
-from streamprune.source.checkpoint import open_checkpoint
-from streamprune.source.skeleton import build_skeleton, map_checkpoint
-from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.saliency import tap_experts
-from streamprune.streaming.statistics import ExpertStatistics
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.config import RunSettings
+from streamprune.models.config import load_config
+from streamprune.models.skeleton import build_skeleton, map_checkpoint
+from streamprune.pipeline.finish import RunResult
+from streamprune.pipeline.run import run
+from streamprune.planning.prepare import Prepared, prepare
+from streamprune.planning.target import decide
+from streamprune.saliency.hooks import tap_experts
+from streamprune.saliency.scores import FIELDS, LayerStatistics
+from streamprune.saliency.statistics import ExpertStatistics
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.work.saved_states import BatchState
 from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
 CPU = torch.device("cpu")
@@ -78,18 +80,18 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     """Logits of a model streamed block by block, with every MoE block scored on the way."""
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder), dtype)
-    loader = BlockLoader(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype, CPU)
+    loader = LayerLoader(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype, CPU)
     taps = tap_experts({index: skeleton.blocks[index].get_submodule(path) for index, path in skeleton.experts.items()})
-    stream = BlockStream(skeleton)
+    stream = LayerForward(skeleton)
     loader.load_surroundings(head=True)
     state = BatchState()
     statistics = {}
-    for index in range(skeleton.block_count):
+    for index in range(skeleton.layer_count):
         with loader.block(index) as block, ExitStack() as stack:
             if index in taps:
                 stack.enter_context(taps[index].listening(block))
                 taps[index].statistics = heard = ExpertStatistics(skeleton.spec.count, CPU)
-            state = stream.run_block(index, block, ids, state)
+            state = stream.run_layer(index, block, ids, state)
             if index in taps:
                 statistics[index] = heard.of_layer(index)
     return stream.logits(ids, state), statistics

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
+from streamprune.checkpoint.index import INDEX_NAME
 from streamprune.cli import main
-from streamprune.source.checkpoint import INDEX_NAME
 from tests.helpers import tree_bytes
 from tests.hub_server import HubServer
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from streamprune import pruning, run
 from streamprune.cli import main
-from streamprune.settings import PruneSettings, RunSettings
+from streamprune.config import PruneSettings, RunSettings
+from streamprune.pipeline import prune as pruning
+from streamprune.pipeline import run
 from streamprune.work.folder import WorkFolder
 from tests.faults import Case, Injected
 from tests.helpers import known_family, tree_bytes
@@ -111,9 +112,9 @@ def make_commands(folder: Path, blocks: int = 4) -> dict[str, Command]:
 @contextmanager
 def breaking_at(record: int) -> Iterator[None]:
     """Raise Injected when the `record`-th record of a block is to be written."""
-    usual, calls = WorkFolder.write_block, 0
+    usual, calls = WorkFolder.write_layer, 0
 
-    def write_block(self: WorkFolder, *arguments: Any) -> None:
+    def write_layer(self: WorkFolder, *arguments: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == record:
@@ -121,7 +122,7 @@ def breaking_at(record: int) -> Iterator[None]:
         usual(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkFolder, "write_block", write_block)
+        patch.setattr(WorkFolder, "write_layer", write_layer)
         yield
 
 
@@ -129,14 +130,14 @@ def breaking_at(record: int) -> Iterator[None]:
 def ending_at(point: str) -> Iterator[None]:
     """End a command when it comes to a critical point, as a kill would: nothing is tidied up."""
     import streamprune.output.writer
-    import streamprune.result.finish
+    import streamprune.pipeline.finish
 
     def reached(name: str) -> None:
         if name == point:
             raise Injected
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (streamprune.result.finish, streamprune.output.writer):
+        for module in (streamprune.pipeline.finish, streamprune.output.writer):
             patch.setattr(module, "reached", reached)
         patch.setattr(WorkFolder, "remove", lambda self: None)
         with pytest.raises(Injected):

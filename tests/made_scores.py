@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from streamprune.scores.scores import Scores
-from streamprune.scores.statistics import FIELDS, LayerStatistics
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.models.config_json import ExpertSpec
+from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
 
 HIDDEN = 5
 

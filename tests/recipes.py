@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from streamprune.text.calibration import Calibration, load_calibration
-from streamprune.text.recipe import Source
+from streamprune.calibration.recipe import Source
+from streamprune.calibration.sequences import Calibration, load_calibration
 from tests.tokenizer import save_tokenizer
 
 #: Messages, tools and variables, as they reach the template.
@@ -102,8 +102,8 @@ def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
             streaming=True,
         )
 
-    monkeypatch.setattr("streamprune.text.hub_data.load_stream", load_stream)
-    monkeypatch.setattr("streamprune.text.hub_data._commit", lambda source: "c0ffee")
+    monkeypatch.setattr("streamprune.calibration.hub_data.load_stream", load_stream)
+    monkeypatch.setattr("streamprune.calibration.hub_data._commit", lambda source: "c0ffee")
 
 
 def tool_model(folder: Path) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from streamprune.errors import CheckpointError
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 
 #: A header of two tensors, and the bytes that belong to it.
 GOOD = {

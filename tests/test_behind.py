@@ -17,9 +17,9 @@ import pytest
 
 from streamprune.errors import InterruptedRunError, OutputError, ResourceError
 from streamprune.output.writer import OutputWriter
-from streamprune.streaming.behind import Behind
-from streamprune.streaming.scoring import BlockScorer
-from streamprune.streaming.stream import BlockStream
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loop import BackgroundWriter
+from streamprune.streaming.scoring import LayerScorer
 from streamprune.work.folder import WorkFolder
 from tests.faults import Case, make_case, trap
 from tests.handshakes import PATIENCE, Points
@@ -48,7 +48,7 @@ def test_work_behind_is_done_in_order_one_piece_at_a_time(points: Points) -> Non
 
         return work
 
-    with Behind() as behind:
+    with BackgroundWriter() as behind:
         for number in range(5):
             behind.hand(piece(number))
             # It goes on meanwhile; the next one is not begun before its end.
@@ -64,7 +64,7 @@ def test_an_error_behind_is_raised_by_the_next_call_and_once() -> None:
     def fail() -> None:
         raise OSError("behind")
 
-    with Behind() as behind:
+    with BackgroundWriter() as behind:
         behind.hand(fail)
         with pytest.raises(OSError, match="behind"):
             behind.hand(lambda: done.append(1))
@@ -87,11 +87,11 @@ def test_leaving_waits_and_raises_unless_the_block_has_an_error_of_its_own() -> 
         ended.append(True)
         raise OSError("behind")
 
-    with pytest.raises(OSError, match="behind"), Behind() as behind:  # noqa: PT012 (leaving raises)
+    with pytest.raises(OSError, match="behind"), BackgroundWriter() as behind:  # noqa: PT012 (leaving raises)
         behind.hand(fail)
         go_on.set()
     go_on.clear()
-    with pytest.raises(KeyError, match="its own"), Behind() as behind:  # noqa: PT012
+    with pytest.raises(KeyError, match="its own"), BackgroundWriter() as behind:  # noqa: PT012
         behind.hand(fail)
         threading.Timer(0.05, go_on.set).start()
         raise KeyError("its own")
@@ -109,7 +109,7 @@ def test_a_write_that_fails_behind_ends_the_run_in_one_error(
     files = list(dict.fromkeys(call for _, call in calls))
     number = next(at for at, call in calls if call == files[1 + block])
     threads: list[str] = []
-    around(OutputWriter, "write_block", lambda *_: threads.append(threading.current_thread().name))
+    around(OutputWriter, "write_layer", lambda *_: threads.append(threading.current_thread().name))
     with trap(case.output.parent, number, code), pytest.raises((OutputError, ResourceError)) as caught:
         case.run()
     assert caught.type is (ResourceError if code == errno.ENOSPC else OutputError)
@@ -128,7 +128,7 @@ def test_a_stop_while_a_block_is_written_waits_for_it(
 ) -> None:
     """SIGTERM comes while block 2 computes and block 1 is under way to the disk."""
 
-    def computes(stream: BlockStream, index: int, *_: Any) -> None:
+    def computes(stream: LayerForward, index: int, *_: Any) -> None:
         if index == 2:
             points.await_("writing", 1)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -139,14 +139,14 @@ def test_a_stop_while_a_block_is_written_waits_for_it(
         if block == 1:
             points.await_("asked to stop")
 
-    around(BlockStream, "run_block", computes)
-    around(OutputWriter, "write_block", writes)
+    around(LayerForward, "run_layer", computes)
+    around(OutputWriter, "write_layer", writes)
     with pytest.raises(InterruptedRunError, match=f"2 of {BLOCKS} blocks are done"):
         case.run()
     monkeypatch.undo()
     assert sorted(path.name for path in (case.work / "blocks").glob("0*.json")) == ["00000.json", "00001.json"]
     computed: list[int] = []
-    around(BlockStream, "run_block", lambda stream, index, *_: computed.append(index))
+    around(LayerForward, "run_layer", lambda stream, index, *_: computed.append(index))
     case.resume()
     assert computed == [2] * (BATCHES - 1) + [3] * BATCHES, "nothing is computed twice"
     monkeypatch.undo()
@@ -158,17 +158,17 @@ def slow_to_write(points: Points, around: Callable[..., None]) -> None:
 
     Such a run waits twice for each block: for the one before as it hands it over, and before it saves.
     """
-    around(Behind, "wait", lambda behind: points.reach("waiting"))
+    around(BackgroundWriter, "wait", lambda behind: points.reach("waiting"))
 
     def record(work: WorkFolder, block: int | None, *_: Any) -> None:
         if block is not None:
             points.await_count(2 * block + 2)
 
-    around(WorkFolder, "write_block", record)
+    around(WorkFolder, "write_layer", record)
 
 
 def recorded(work: WorkFolder) -> set[int]:
-    return {block for block in range(BLOCKS) if work.read_block(block) is not None}
+    return {block for block in range(BLOCKS) if work.read_layer(block) is not None}
 
 
 def test_states_are_never_saved_ahead_of_a_block_without_record(
@@ -176,7 +176,7 @@ def test_states_are_never_saved_ahead_of_a_block_without_record(
 ) -> None:
     at: list[tuple[int, set[int]]] = []
     slow_to_write(points, around)
-    around(BlockScorer, "save", lambda scorer, work: at.append((scorer._point.block, recorded(work))))
+    around(LayerScorer, "save", lambda scorer, work: at.append((scorer._point.block, recorded(work))))
     case.run(checkpoint_every=0.0)
     assert at == [(block, set(range(block))) for block in range(1, BLOCKS)]
     monkeypatch.undo()
@@ -188,7 +188,7 @@ import json, os, signal, sys
 from tests.handshakes import Points, wrapping
 from tests.test_behind import slow_to_write
 from tests.faults import Case
-from streamprune.streaming.scoring import BlockScorer
+from streamprune.streaming.scoring import LayerScorer
 from pathlib import Path
 import pytest
 
@@ -201,7 +201,7 @@ def kill(*_):
 
 around = wrapping(pytest.MonkeyPatch())
 slow_to_write(Points(), around)
-around(BlockScorer, "save", lambda *_: None, kill)
+around(LayerScorer, "save", lambda *_: None, kill)
 model, tokens, output, settings = sys.argv[1:]
 Case(Path(model), Path(tokens), Path(output), {**json.loads(settings), "checkpoint_every": 0.0}, {}).run()
 """
@@ -218,7 +218,7 @@ def test_killed_right_after_a_save_a_run_ends_with_the_same_bytes(
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(path.name for path in (case.work / "blocks").glob("0*.json")) == ["00000.json", "00001.json"]
     computed: list[int] = []
-    around(BlockStream, "run_block", lambda stream, index, *_: computed.append(index))
+    around(LayerForward, "run_layer", lambda stream, index, *_: computed.append(index))
     case.run()
     assert computed == [2] * BATCHES + [3] * BATCHES
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from measuring.comparison import KINDS, MIB, Model, busy, card_figures, compare,
 from measuring.disk import cached_share, copy_and_sync, drop_from_page_cache, read_all
 from measuring.extrapolation import extrapolate
 from measuring.processes import Job, ProcessError, run_process
-from measuring.shapes import Work, block_bytes, build, config_of, is_built, shape_names, weight_files, work_of
+from measuring.shapes import Work, build, config_of, is_built, layer_bytes, shape_names, weight_files, work_of
 from measuring.workers import CardPeaks
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = config_of("tiny")
-MODEL = Model(blocks=4, tokens=100, hidden=128, block_bytes=MIB, weights_bytes=5 * MIB, work=Work(10, 1, 2))
+MODEL = Model(blocks=4, tokens=100, hidden=128, layer_bytes=MIB, weights_bytes=5 * MIB, work=Work(10, 1, 2))
 
 
 def one_round(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_whole_or_built_anew(tmp_path: Path) -> None:
     assert len(weight_files(folder)) == 3
     # The experts of a block in bfloat16, its attention, router and norms, and the header of the file.
     experts, attention = 16 * 3 * 128 * 64, 128 * (2 * 128 + 2 * 64)
-    assert 0 < block_bytes(folder) - 2 * (experts + attention + 16 * 128 + 2 * 128 + 2 * 32) < 16384
+    assert 0 < layer_bytes(folder) - 2 * (experts + attention + 16 * 128 + 2 * 128 + 2 * 32) < 16384
     (folder / "model.safetensors.index.json").unlink()
     assert not is_built(folder, config)
 

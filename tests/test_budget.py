@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from streamprune.choice.schedule import layer_counts
-from streamprune.choice.selection import Selection
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
+from streamprune.config import RunSettings, ServingSpec
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.settings import RunSettings, Use
-from streamprune.source.checkpoint import open_checkpoint
+from streamprune.selection.schedules import layer_counts
+from streamprune.selection.settings import Selection
 from tests.helpers import prune
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
@@ -28,7 +28,7 @@ CHOSEN = [family for family in FAMILIES if family.id in LAYOUTS]
 
 def budget_for(footprint: Footprint, keep: int, spare: int = 0) -> float:
     """A budget in GiB that holds `keep` experts per block and `spare` bytes."""
-    return (Fit(footprint, Use(context=128, keep=keep), 0).total + spare) / GIB
+    return (Fit(footprint, ServingSpec(context=128, keep=keep), 0).total + spare) / GIB
 
 
 @pytest.mark.parametrize("family", CHOSEN, ids=lambda family: family.id)
@@ -88,21 +88,21 @@ def test_every_schedule_fills_the_budget(name: str, schedule: str, tmp_path: Pat
     family = next(family for family in FAMILIES if family.id == name)
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
-    spec, blocks = footprint.spec, footprint.weights.sizes("source").moe_blocks
+    spec, blocks = footprint.spec, footprint.weights.sizes("source").expert_layers
     assert spec is not None
     # With the steep one a block keeps all.
     goal = {"uniform": {}, "linear-decrease": {"spread": 0.1}, "linear-increase": {"spread": 0.45}, "global": {}}[
         schedule
     ]
 
-    def use(total: int) -> Use:
+    def use(total: int) -> ServingSpec:
         if schedule == "uniform":
-            return Use(context=128, keep=total // blocks)
+            return ServingSpec(context=128, keep=total // blocks)
         if schedule == "global":
             # Before the scores are known, the workspace is taken to be that of a block which keeps all its experts.
-            return Use(context=128, total=total)
+            return ServingSpec(context=128, total=total)
         counts = layer_counts(Selection(schedule=schedule, **goal), spec, blocks, total)
-        return Use(context=128, total=total, widest=max(counts))
+        return ServingSpec(context=128, total=total, widest=max(counts))
 
     step = spec.groups * (blocks if schedule == "uniform" else 1)
     wanted = (4 if schedule == "uniform" else 5) * blocks // step * step
@@ -148,7 +148,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(tmp_path: Path, monkeypatch
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run reads no weights")
 
-    monkeypatch.setattr("streamprune.streaming.blocks.BlockLoader.__init__", read)
+    monkeypatch.setattr("streamprune.streaming.layer_loader.LayerLoader.__init__", read)
     before = sorted(tmp_path.rglob("*"))
     gib = budget_for(read_footprint(str(source)), 4)
     arguments = ["run", str(source), "-o", str(tmp_path / "out"), "--context", "128", "--dry-run", "--json"]

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from streamprune import busy, machine
-from streamprune.busy import RESOURCES, Busy, describe
+from streamprune import progress as busy
 from streamprune.cli import main
-from streamprune.machine import limit_library_memory, release_freed_memory
+from streamprune.hardware import host as machine
+from streamprune.hardware.host import limit_library_memory, release_freed_memory
+from streamprune.progress import RESOURCES, Busy, describe
 from tests.faults import Case, make_case
 from tests.helpers import CPU
 

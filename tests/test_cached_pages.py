@@ -11,14 +11,22 @@ from typing import Any
 
 import pytest
 
-from streamprune.disk import cached_pages
-from streamprune.disk.cached_pages import Stretch, cached_flags, left_as_found, not_cached, put_out, put_out_files
-from streamprune.pruning import prune
-from streamprune.run import run
-from streamprune.settings import PruneSettings, RunSettings
-from streamprune.source.checkpoint import open_checkpoint
-from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.config import PruneSettings, RunSettings
+from streamprune.files import page_cache as cached_pages
+from streamprune.files.page_cache import (
+    Stretch,
+    cache_unchanged,
+    cached_flags,
+    drop_files_from_cache,
+    drop_from_cache,
+    uncached_ranges,
+)
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.work.saved_states import BatchState
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -43,7 +51,7 @@ def empty(path: Path) -> None:
     """Put a whole file out of the cache, once it is on the disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
-        put_out(stream.fileno(), [(0, path.stat().st_size)])
+        drop_from_cache(stream.fileno(), [(0, path.stat().st_size)])
 
 
 def touch(path: Path, pages: set[int]) -> None:
@@ -123,7 +131,7 @@ def asked_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pages]
     is missing afterwards says nothing. What was cached at the beginning is therefore told as cached throughout, and
     what matters is that nothing of it is ever asked for.
     """
-    told, tell, put = Pages(), cached_pages.cached_flags, cached_pages.put_out
+    told, tell, put = Pages(), cached_pages.cached_flags, cached_pages.drop_from_cache
     asked: Pages = {}
 
     def name(file: int) -> str:
@@ -134,7 +142,7 @@ def asked_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pages]
         known = told.get(name(file), set())
         return flags and bytes(flag | (begin // PAGE + number in known) for number, flag in enumerate(flags))
 
-    def put_out(file: int, stretches: Iterable[Stretch]) -> None:
+    def drop_from_cache(file: int, stretches: Iterable[Stretch]) -> None:
         stretches = list(stretches)
         for begin, size in stretches:
             # Whole pages only, as the system does it.
@@ -146,7 +154,7 @@ def asked_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pages]
         return asked
 
     monkeypatch.setattr(cached_pages, "cached_flags", cached_flags)
-    monkeypatch.setattr(cached_pages, "put_out", put_out)
+    monkeypatch.setattr(cached_pages, "drop_from_cache", drop_from_cache)
     return watch
 
 
@@ -184,16 +192,16 @@ def test_a_block_that_was_read_ahead_and_is_given_up_does_not_stay(
     model: Model, asked_out: Callable[[Pages], Pages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is so short that the next block must make room: it is read again, and put out again."""
-    usual, drop, failed, seen = BlockStream.run_block, BlockLoader.drop_ahead, list[int](), list[int]()
+    usual, drop, failed, seen = LayerForward.run_layer, LayerLoader.drop_ahead, list[int](), list[int]()
     asked = asked_out({})
 
-    def run_block(self: BlockStream, index: int, *arguments: Any) -> BatchState:
+    def run_layer(self: LayerForward, index: int, *arguments: Any) -> BatchState:
         if index == 1 and not failed:
             failed.append(index)
             raise MemoryError
         return usual(self, index, *arguments)
 
-    def drop_ahead(self: BlockLoader) -> bool:
+    def drop_ahead(self: LayerLoader) -> bool:
         for reading in self._ahead.values():
             reading.wait()
         before = sum(map(len, asked.values()))
@@ -202,8 +210,8 @@ def test_a_block_that_was_read_ahead_and_is_given_up_does_not_stay(
             seen.append(sum(map(len, asked.values())) - before)
         return dropped
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
-    monkeypatch.setattr(BlockLoader, "drop_ahead", drop_ahead)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
+    monkeypatch.setattr(LayerLoader, "drop_ahead", drop_ahead)
     model.empty()
     model.run(tmp_path / "out", keep=5)
     (pages_out,) = seen
@@ -224,27 +232,27 @@ def test_stretches_that_are_not_cached_are_told_in_whole_pages(file: Path) -> No
     touch(file, {3, 4, 10, 20})
     with file.open("rb") as stream:
         number = stream.fileno()
-        assert not_cached(number, 0, 21 * PAGE) == [(0, 3 * PAGE), (5 * PAGE, 5 * PAGE), (11 * PAGE, 9 * PAGE)]
-        assert not_cached(number, PAGE + 7, PAGE) == [(PAGE, 2 * PAGE)]
-        assert not_cached(number, 3 * PAGE, 2 * PAGE) == []
-        assert not_cached(number, 5 * PAGE, 0) == []
+        assert uncached_ranges(number, 0, 21 * PAGE) == [(0, 3 * PAGE), (5 * PAGE, 5 * PAGE), (11 * PAGE, 9 * PAGE)]
+        assert uncached_ranges(number, PAGE + 7, PAGE) == [(PAGE, 2 * PAGE)]
+        assert uncached_ranges(number, 3 * PAGE, 2 * PAGE) == []
+        assert uncached_ranges(number, 5 * PAGE, 0) == []
 
 
 def test_what_is_read_within_is_put_out_also_after_an_error(file: Path, tmp_path: Path) -> None:
     touch(file, {2})
     stretches = {file: [(PAGE, 4 * PAGE), (20 * PAGE, 100)], tmp_path / "missing": [(0, PAGE)]}
-    with pytest.raises(KeyError), left_as_found(stretches):  # noqa: PT012
+    with pytest.raises(KeyError), cache_unchanged(stretches):  # noqa: PT012
         touch(file, {1, 2, 3, 4, 20})
         assert cached(file) == {1, 2, 3, 4, 20}
         raise KeyError
     assert cached(file) == {2}
-    put_out_files({file: [(0, 3 * PAGE)], tmp_path / "missing": [(0, PAGE)]})
+    drop_files_from_cache({file: [(0, 3 * PAGE)], tmp_path / "missing": [(0, PAGE)]})
     assert cached(file) == set()
 
 
 def test_where_the_system_does_not_tell_nothing_is_put_out(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_pages, "cached_flags", lambda *_: None)
-    with left_as_found({file: [(0, 21 * PAGE)]}):
+    with cache_unchanged({file: [(0, 21 * PAGE)]}):
         touch(file, {7})
     monkeypatch.undo()
     assert cached(file) == {7}

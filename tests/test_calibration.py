@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.errors import CalibrationError
-from streamprune.text.calibration import Calibration, load_calibration
 from tests.tokenizer import save_tokenizer
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from streamprune.calibration.sequences import load_calibration
 from streamprune.cli import main
-from streamprune.text.calibration import load_calibration
 from tests.recipes import write_lines, write_recipe, write_texts
 from tests.tiny import FAMILIES, make_model, tiny_config
 from tests.tokenizer import save_tokenizer

@@ -15,12 +15,10 @@ import yaml
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard, ModelCardData
 
-from streamprune.choice.selection import Selection
 from streamprune.cli import main
-from streamprune.result.card import _metadata
-from streamprune.result.markdown import block, code, plain, words
-from streamprune.result.reproduce import THIS_MODEL, _mix_text, reproduce_command
-from streamprune.scores.file import read_scores, write_scores
+from streamprune.reporting.card import THIS_MODEL, _metadata, _mix_text, block, code, plain, reproduce_command, words
+from streamprune.saliency.scores_file import read_scores, write_scores
+from streamprune.selection.settings import Selection
 from tests.helpers import known_family, tree_bytes
 from tests.recipes import write_lines
 from tests.tiny import make_model, tiny_config

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from tests.shards import DATA, GOOD, METADATA, refusal, shard, single, two_shards, write_index
 from tests.tiny import FAMILIES, make_model, tiny_config
 
@@ -57,7 +57,7 @@ def test_tensors_stand_in_file_order(saved: Path) -> None:
 
 def test_opening_imports_no_torch(sharded: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from streamprune.source.checkpoint import open_checkpoint;"
+        "import sys; from pathlib import Path; from streamprune.checkpoint.index import open_checkpoint;"
         "open_checkpoint(Path(sys.argv[1])).fingerprint(); assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     root = Path(__file__).parents[1]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from streamprune.checkpoint.index import INDEX_NAME
 from streamprune.cli import main
 from streamprune.output.writer import OutputWriter
-from streamprune.source.checkpoint import INDEX_NAME
-from streamprune.streaming.blocks import BlockLoader
+from streamprune.streaming.layer_loader import LayerLoader
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -86,7 +86,7 @@ def test_run_refuses_before_any_weight_is_read(
     shutil.copytree(sharded, folder)
     harm(folder)
     started: list[str] = []
-    monkeypatch.setattr(BlockLoader, "__init__", lambda *args: started.append("loading"))
+    monkeypatch.setattr(LayerLoader, "__init__", lambda *args: started.append("loading"))
     monkeypatch.setattr(OutputWriter, "__init__", lambda *args: started.append("writing"))
     assert reason in invoke(folder, tmp_path)
     assert not started
@@ -102,16 +102,16 @@ def test_shard_cut_in_the_middle_of_a_run(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sharded, folder)
-    write_block = OutputWriter.write_block
+    write_layer = OutputWriter.write_layer
 
     def cut(self: OutputWriter, block: int | None, kept: Any) -> Any:
-        shards = write_block(self, block, kept) if when == "after" else None
+        shards = write_layer(self, block, kept) if when == "after" else None
         if block == 1:
             for path in folder.glob("*.safetensors"):
                 os.truncate(path, 100)
-        return write_block(self, block, kept) if when == "before" else shards
+        return write_layer(self, block, kept) if when == "before" else shards
 
-    monkeypatch.setattr(OutputWriter, "write_block", cut)
+    monkeypatch.setattr(OutputWriter, "write_layer", cut)
     message = invoke(folder, tmp_path, keeps_work=True)
     assert reason in message
     assert f"{folder}/model-0000" in message

@@ -12,19 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamprune.choice.allocation import keep_highest
-from streamprune.choice.choose import choose, choose_kept, choose_layer
-from streamprune.choice.keep_file import read_keep_file
-from streamprune.choice.mix import mix_weights
-from streamprune.choice.retention import Retention, retention_warnings, retentions
-from streamprune.choice.selection import Selection
-from streamprune.choice.super_experts import super_experts
+from streamprune.config import METHODS
 from streamprune.errors import SettingsError
-from streamprune.scores.methods import random_scores
-from streamprune.scores.scores import Scores
-from streamprune.scores.statistics import FIELDS, LayerStatistics
-from streamprune.settings import METHODS
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.models.config_json import ExpertSpec
+from streamprune.saliency.methods import random_scores
+from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
+from streamprune.selection.keep_file import read_keep_file
+from streamprune.selection.retention import Retention, retention_warnings, retentions
+from streamprune.selection.schedules import keep_highest
+from streamprune.selection.select import choose, choose_kept, choose_layer, super_experts
+from streamprune.selection.settings import Selection, mix_weights
 from tests.made_scores import make_scores
 
 PLAIN = ExpertSpec((), "n", 8, 2)

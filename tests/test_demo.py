@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streamprune.demo import CODE, MIX, DemoResult, data, trained_model
-from streamprune.demo.recipe import write_recipe
-from streamprune.demo.report import table
+from streamprune.calibration import builtin_text as corpus
+from streamprune.config import RunSettings
+from streamprune.demo import data
+from streamprune.demo.demo import CODE, MIX, DemoResult, table, write_recipe
+from streamprune.demo.train import trained_model
 from streamprune.errors import SettingsError
 from streamprune.evaluation.held_out import held_out_recipe
-from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
-from streamprune.run import run
-from streamprune.settings import RunSettings
-from streamprune.text import corpus
+from streamprune.pipeline.run import run
+from streamprune.reporting.evaluations import TEXT_NAME, read_result, results_folder
 from tests.conftest import DEMO_STEPS as STEPS
 from tests.conftest import DemoRun
 from tests.helpers import load_whole

@@ -13,7 +13,8 @@ import pynvml as real
 import pytest
 import torch
 
-from streamprune.cards.nvml import card_of, list_cards, other_processes
+from streamprune.hardware.gpus import other_processes
+from streamprune.hardware.nvml import card_of, list_cards
 from tests import fake_nvml
 from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed, the_card
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from streamprune.config import EvalSettings
 from streamprune.evaluation.evaluate import evaluate, read_data
-from streamprune.evaluation.settings import EvalSettings
 from streamprune.progress import Progress
-from streamprune.streaming import examining, vocabulary
+from streamprune.streaming import predictions as examining
+from streamprune.streaming import predictions as vocabulary
 from tests.helpers import known_family, load_whole, prune
 from tests.peak import Peak
 from tests.tiny import make_model, tiny_config, write_token_ids

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from streamprune.cli import main
-from streamprune.result.evaluations import TEXT_NAME, read_result
+from streamprune.reporting.evaluations import TEXT_NAME, read_result
 from tests.helpers import known_family, load_whole, prune
 from tests.test_evaluate import in_memory
 from tests.tiny import make_model, tiny_config, write_token_ids

@@ -12,17 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from streamprune.config import RunSettings
 from streamprune.errors import SettingsError, UnsupportedModelError
-from streamprune.evaluation.made_by_us import record_of
-from streamprune.evaluation.summary import summarize
+from streamprune.evaluation.held_out import record_of
+from streamprune.evaluation.metrics import summarize
 from streamprune.progress import Progress
-from streamprune.result.evaluations import TEXT_NAME, read_result
-from streamprune.settings import RunSettings
-from streamprune.streaming.block_errors import BlockErrors
-from streamprune.streaming.examining import SequenceFigures
-from streamprune.streaming.head import find_head
-from streamprune.streaming.pairs import ORIGINAL, PRUNED
-from streamprune.streaming.vocabulary import TokenFigures, add_slice, figures_of, no_sums
+from streamprune.reporting.evaluations import TEXT_NAME, read_result
+from streamprune.streaming.forward import ORIGINAL, PRUNED
+from streamprune.streaming.predictions import SequenceFigures, TokenFigures, add_slice, figures_of, find_head, no_sums
+from streamprune.streaming.scoring import LayerErrors
 from tests.helpers import known_family, load_whole, prune, tree_bytes
 from tests.hub_model import hub_for_this_process, published_model
 from tests.test_evaluate import in_memory, measured
@@ -200,9 +198,9 @@ def test_only_linear_output_heads_are_read_off(made: Path) -> None:
     ids=str,
 )
 def test_errors_that_no_run_saves_are_refused(saved: Any) -> None:
-    BlockErrors(1).check({"blocks": [[0, 1.0]], "partial": [0.0]}, 1)
+    LayerErrors(1).check({"blocks": [[0, 1.0]], "partial": [0.0]}, 1)
     with pytest.raises((ValueError, KeyError, TypeError)):
-        BlockErrors(1).check(saved, 1)
+        LayerErrors(1).check(saved, 1)
 
 
 def test_scoring_alone_has_nothing_to_evaluate() -> None:
@@ -234,7 +232,7 @@ def test_a_bar_tells_of_the_blocks_and_of_the_predictions(made: Path, monkeypatc
 
 def test_a_tokenizer_that_is_gone_is_told_as_the_models(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamprune.errors import CheckpointError
-    from streamprune.evaluation.opening import same_tokenizer
+    from streamprune.evaluation.evaluate import same_tokenizer
 
     def read_bytes(path: Path) -> bytes:
         raise PermissionError(13, os.strerror(13), str(path))

@@ -11,24 +11,25 @@ import pytest
 import torch
 from torch import nn
 
+from streamprune.calibration.sequences import Calibration
+from streamprune.config import RunSettings
 from streamprune.errors import CalibrationError, InterruptedRunError, OutputError, SettingsError, TooMuchLostError
-from streamprune.evaluation.held_out import hold_back, write_held_out
-from streamprune.memory.plan import MemoryPlan
-from streamprune.result.evaluations import TEXT_NAME, read_result, results_folder
-from streamprune.run import resume
-from streamprune.scores.file import read_scores
-from streamprune.settings import RunSettings
+from streamprune.evaluation.held_out import split_held_out, write_held_out
+from streamprune.hardware.memory_plan import MemoryPlan
+from streamprune.pipeline.run import resume
+from streamprune.pipeline.status import status_of, status_text
+from streamprune.reporting.evaluations import TEXT_NAME, read_result, results_folder
+from streamprune.saliency.scores_file import read_scores
 from streamprune.streaming.batches import MicroBatches
-from streamprune.streaming.stream import BatchState, BlockStream
-from streamprune.text.calibration import Calibration
-from streamprune.work.status import status_of, status_text
+from streamprune.streaming.forward import LayerForward
+from streamprune.work.saved_states import BatchState
 from tests.faults import Case, Injected
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
 from tests.test_evaluate import measured
 from tests.tiny import make_model, tiny_config, write_token_ids
 
-PLAIN_RUN_BLOCK = BlockStream.run_block
+PLAIN_RUN_BLOCK = LayerForward.run_layer
 
 
 @pytest.fixture(scope="module")
@@ -114,27 +115,27 @@ def test_what_is_held_back_is_not_scored_on(made: Case, tmp_path: Path) -> None:
 def test_parts_are_spread_and_reproducible() -> None:
     sequences = tuple(torch.full((2,), number) for number in range(100))
     whole = Calibration(sequences, ("a", "b"), (0,) * 60 + (1,) * 40, "")
-    part = hold_back(whole)
+    part = split_held_out(whole)
     assert part.held is not None
     numbers = [int(ids[0]) for ids in part.held.sequences]
     assert numbers == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
-    assert part.held.fingerprint == hold_back(whole).held.fingerprint  # type: ignore[union-attr]
+    assert part.held.fingerprint == split_held_out(whole).held.fingerprint  # type: ignore[union-attr]
     assert sorted([*numbers, *(int(ids[0]) for ids in part.sequences)]) == list(range(100))
     with pytest.raises(CalibrationError, match="b has 1 sequences of two tokens or more; --evaluate needs one to"):
-        hold_back(replace(whole, sequences=sequences[:3], source_of=(0, 0, 1)))
+        split_held_out(replace(whole, sequences=sequences[:3], source_of=(0, 0, 1)))
 
 
 def breaking_run_block(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseException) -> list[int]:
     """Let the `nth` call fail once; returns a list that counts them."""
     calls = [0]
 
-    def run_block(self: BlockStream, index: int, block: nn.Module, ids: Any, state: BatchState) -> BatchState:
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: Any, state: BatchState) -> BatchState:
         calls[0] += 1
         if calls[0] == nth:
             raise error
         return PLAIN_RUN_BLOCK(self, index, block, ids, state)
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     return calls
 
 
@@ -246,7 +247,7 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
 def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     with pytest.raises(
-        TooMuchLostError, match=r"Behind block 1 of 4 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
+        TooMuchLostError, match=r"BackgroundWriter block 1 of 4 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
     ) as told:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4
@@ -260,7 +261,7 @@ def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path:
 def test_a_finished_run_that_lost_too_much_leaves_its_scores(
     made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.evaluation import of_run
+    from streamprune.pipeline import run_evaluation as of_run
 
     monkeypatch.setattr(of_run, "_LOOKS", 1)
     case = made.at(tmp_path / "out")
@@ -319,15 +320,15 @@ def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
     made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for a block beside its pruned self, and for two states of what is held back."""
-    from streamprune.evaluation.of_run import RunExamination
+    from streamprune.pipeline.run_evaluation import RunEvaluation
 
-    usual, plans = RunExamination.settle, []
+    usual, plans = RunEvaluation.settle, []
 
-    def settle(self: RunExamination, decided: Any, plan: MemoryPlan, *more: Any) -> None:
+    def settle(self: RunEvaluation, decided: Any, plan: MemoryPlan, *more: Any) -> None:
         plans.append(plan)
         usual(self, decided, plan, *more)
 
-    monkeypatch.setattr(RunExamination, "settle", settle)
+    monkeypatch.setattr(RunEvaluation, "settle", settle)
     for place, choice in (("beside", {}), ("behind", {"schedule": "global"})):
         made.at(tmp_path / place).run(**choice)
     beside, behind = (plan.needs for plan in plans)
@@ -362,6 +363,6 @@ def test_a_folder_of_somebody_else_is_not_written_into(made: Case, tmp_path: Pat
 
 def calibration_held(case: Case) -> Calibration:
     rows = tuple(torch.tensor(json.loads(line)["input_ids"]) for line in case.tokens.read_text().splitlines())
-    held = hold_back(Calibration(rows, ("one",), (0,) * len(rows), "")).held
+    held = split_held_out(Calibration(rows, ("one",), (0,) * len(rows), "")).held
     assert held is not None
     return held

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from streamprune.choice.limits import minimum_keep
+from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError
+from streamprune.fit.answer import CONTEXTS, RATIOS, nearest, table
+from streamprune.fit.cache import CacheSizes, LayerCache, prefill_workspace_bytes
 from streamprune.fit.estimate import (
     ALLOCATOR_SHARE,
     CUDA_CONTEXT,
@@ -22,13 +24,9 @@ from streamprune.fit.estimate import (
     check_keep,
 )
 from streamprune.fit.footprint import read_footprint
-from streamprune.fit.kv_cache import CacheSizes, LayerCache
-from streamprune.fit.options import CONTEXTS, RATIOS, nearest, table
 from streamprune.fit.weights import WeightFact, Weights
-from streamprune.fit.workspace import prefill_workspace_bytes
-from streamprune.settings import Use
-from streamprune.source.config_facts import ExpertSpec, ModelShape
-from streamprune.source.roles import ExpertRows
+from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
+from streamprune.models.tensor_slices import ExpertRows
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3
@@ -69,7 +67,7 @@ by_model = pytest.mark.parametrize("footprint", MODELS.values(), ids=MODELS.keys
 
 
 def total(footprint: Footprint, **use: Any) -> int:
-    return Fit(footprint, Use(**use), 0).total
+    return Fit(footprint, ServingSpec(**use), 0).total
 
 
 def budgets(footprint: Footprint, **use: Any) -> list[int]:
@@ -90,7 +88,7 @@ def test_most_experts(footprint: Footprint) -> None:
     steps = range(minimum_keep(spec), spec.count + 1, spec.groups)
     before = 0
     for budget in budgets(footprint, context=5000):
-        fit = Fit(footprint, Use(context=5000), budget)
+        fit = Fit(footprint, ServingSpec(context=5000), budget)
         fitting = [keep for keep in steps if total(footprint, context=5000, keep=keep) <= budget]
         # The whole model has its multi-token-prediction layers as well.
         assert fit.max_experts == max(fitting, default=None)
@@ -98,7 +96,7 @@ def test_most_experts(footprint: Footprint) -> None:
         before = fit.max_experts or 0
         if fit.max_experts is not None:
             check_keep(footprint, fit.max_experts)
-            assert Fit(footprint, Use(context=5000, keep=fit.max_experts), budget).fits
+            assert Fit(footprint, ServingSpec(context=5000, keep=fit.max_experts), budget).fits
 
 
 @by_model
@@ -110,7 +108,7 @@ def test_most_experts_of_all_blocks(footprint: Footprint) -> None:
     rest = total(footprint, context=5000) - BLOCKS * spec.count * each - MTP
     least, every = BLOCKS * minimum_keep(spec), BLOCKS * spec.count
     for budget in budgets(footprint, context=5000):
-        fit = Fit(footprint, Use(context=5000), budget)
+        fit = Fit(footprint, ServingSpec(context=5000), budget)
         # Dropping a single expert drops the multi-token prediction as well.
         fitting = [kept for kept in range(least, every) if rest + kept * each <= budget]
         expected = every if total(footprint, context=5000) <= budget else max(fitting, default=0)
@@ -125,7 +123,9 @@ def test_longest_context(footprint: Footprint, batch: int) -> None:
     limit = footprint.max_positions or 2**20
     before = 0
     for share in (0.1, 0.9, 1.0, 1.02, 1.1, 1.3, 2, 100):
-        fit = Fit(footprint, Use(batch=batch, context=4000), int(total(footprint, batch=batch, context=1) * share))
+        fit = Fit(
+            footprint, ServingSpec(batch=batch, context=4000), int(total(footprint, batch=batch, context=1) * share)
+        )
         longest = fit.max_context
         assert before <= longest <= limit
         before = longest
@@ -153,13 +153,13 @@ def test_total_grows_with_everything() -> None:
 def test_nearest_settings_do_fit(footprint: Footprint) -> None:
     seen = set()
     for budget in [*budgets(footprint)[::5], 2 * GIB]:
-        fit = Fit(footprint, Use(), budget)
+        fit = Fit(footprint, ServingSpec(), budget)
         options = nearest(fit)
         assert bool(options) != fit.fits
         for option in options:
             words = option.settings.split()
             named = dict(zip(words[::2], words[1::2], strict=True))
-            use, held = Use(), budget
+            use, held = ServingSpec(), budget
             for name, value in named.items():
                 field = name.removeprefix("--").replace("-", "_")
                 if field == "budget_gib":
@@ -178,7 +178,7 @@ def test_nearest_settings_do_fit(footprint: Footprint) -> None:
 
 def test_table_holds_what_fit_says() -> None:
     for footprint in MODELS.values():
-        fit = Fit(footprint, Use(context=1000, batch=2), 200 * MIB + 900 * MIB)
+        fit = Fit(footprint, ServingSpec(context=1000, batch=2), 200 * MIB + 900 * MIB)
         cells = table(fit)
         spec = footprint.spec
         assert spec is not None
@@ -199,7 +199,7 @@ def test_table_holds_what_fit_says() -> None:
 
 def test_terms_are_what_they_say() -> None:
     footprint = made_up()
-    fit = Fit(footprint, Use(context=10_000, batch=3, keep=16), 8 * GIB)
+    fit = Fit(footprint, ServingSpec(context=10_000, batch=3, keep=16), 8 * GIB)
     terms = {term.name: term for term in fit.terms}
     kv_bytes = 3 * 2 * 1024 * 2 * (10_000 + 4095)
     workspace = prefill_workspace_bytes(replace(footprint.shape, experts=16), PREFILL_CHUNK, 10_000, 3, 2)
@@ -226,7 +226,7 @@ def test_terms_are_what_they_say() -> None:
 def test_model_without_experts() -> None:
     footprint = made_up(count=0)
     for budget in (GIB // 2, 8 * GIB):
-        fit = Fit(footprint, Use(), budget)
+        fit = Fit(footprint, ServingSpec(), budget)
         assert (fit.max_experts, fit.max_total_experts, fit.experts) == (None, None, 0)
         assert fit.fits == (budget > GIB)
         assert {cell.ratio for cell in table(fit)} == {0.0}
@@ -237,7 +237,7 @@ def test_model_without_experts() -> None:
 
 @pytest.mark.parametrize(("batch", "limit"), [(2**22, None), (2**40, 5000), (3, 10**30), (1, 10**30)])
 def test_extreme_uses_have_an_answer(batch: int, limit: int | None) -> None:
-    fit = Fit(made_up(max_positions=limit), Use(context=1, batch=batch), 24 * GIB)
+    fit = Fit(made_up(max_positions=limit), ServingSpec(context=1, batch=batch), 24 * GIB)
     assert fit.max_context >= 0
     assert fit.fits == (fit.max_context > 0)
     assert all(cell.context * batch <= 2**40 for cell in table(fit))
@@ -255,7 +255,7 @@ def test_extreme_uses_have_an_answer(batch: int, limit: int | None) -> None:
 )
 def test_impossible_uses(use: dict[str, int], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Use(**use)  # type: ignore[arg-type]
+        ServingSpec(**use)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -273,12 +273,12 @@ def test_impossible_numbers_of_experts(keep: int, message: str) -> None:
 def test_qwen3_on_24_gib(tmp_path: Path) -> None:
     """The question that the command was made for: a published model from its config, and the card most people have."""
     footprint = read_footprint(str(config_only("qwen3-30b-a3b", tmp_path / "model")))
-    fit = Fit(footprint, Use(), 24 * GIB)
+    fit = Fit(footprint, ServingSpec(), 24 * GIB)
     keep = fit.max_experts
     assert keep is not None
     assert 36 < keep < 44
-    assert Fit(footprint, Use(keep=keep), 24 * GIB).fits
-    assert not Fit(footprint, Use(keep=keep + 1), 24 * GIB).fits
+    assert Fit(footprint, ServingSpec(keep=keep), 24 * GIB).fits
+    assert not Fit(footprint, ServingSpec(keep=keep + 1), 24 * GIB).fits
     assert 48 * keep <= (fit.max_total_experts or 0) < 48 * (keep + 1)
-    assert Fit(footprint, Use(keep=keep), 24 * GIB).max_context >= 32768
+    assert Fit(footprint, ServingSpec(keep=keep), 24 * GIB).max_context >= 32768
     assert fit.max_context == 0

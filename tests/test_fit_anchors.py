@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.fit.estimate import Fit, Footprint, Use
+from streamprune.config import ServingSpec
+from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
 from tests.full_size import config_only, published
 
@@ -49,7 +50,7 @@ by_source = pytest.mark.parametrize("source", ["config", "files"])
 
 
 def estimate(footprint: Footprint, **use: int | str) -> Fit:
-    return Fit(footprint, Use(**use), 24 * GIB)  # type: ignore[arg-type]
+    return Fit(footprint, ServingSpec(**use), 24 * GIB)  # type: ignore[arg-type]
 
 
 @by_name

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import SettingsError, UnsupportedModelError
-from streamprune.fit.cache_trace import trace_cache
-from streamprune.fit.kv_cache import CacheSizes, LayerCache, stated_cache
-from streamprune.source.checkpoint import TensorEntry
-from streamprune.source.skeleton import build_skeleton
+from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
+from streamprune.fit.structure import trace_cache
+from streamprune.models.skeleton import build_skeleton
 from tests.fit_families import CACHED
 from tests.tiny import FAMILIES, VOCAB, Family, tiny_config
 

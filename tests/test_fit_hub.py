@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from streamprune.cli import main
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME
 from tests.helpers import tree_bytes
 from tests.hub_model import CODE, QWEN, SMALL, UNWANTED, hub_for_this_process
 from tests.hub_server import HubServer

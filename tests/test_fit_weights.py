@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError
-from streamprune.fit.estimate import Fit, Use
+from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.structure import weights_of_checkpoint
-from streamprune.fit.weight_facts import weights_by_name
-from streamprune.fit.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights
-from streamprune.source.architecture import load_config
-from streamprune.source.checkpoint import TensorEntry, open_checkpoint
-from streamprune.source.config_facts import ExpertSpec, stated_experts
-from streamprune.source.skeleton import build_skeleton
+from streamprune.fit.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights, weights_by_name
+from streamprune.models.config import load_config
+from streamprune.models.config_json import ExpertSpec, stated_experts
+from streamprune.models.skeleton import build_skeleton
 from tests.fit_families import CACHED
 from tests.full_size import Tensors, write_sparse
 from tests.helpers import prune
@@ -39,7 +40,7 @@ def test_names_and_roles_agree(family: Family, tmp_path: Path) -> None:
     skeleton = build_skeleton(load_config(checkpoint.folder), torch.float32)
     by_role = weights_of_checkpoint(checkpoint.config, skeleton, checkpoint.tensors)
     assert sum(by_role.sizes("source").bytes_by_category(8).values()) == checkpoint.nbytes == by_role.nbytes
-    assert by_role.sizes("source").moe_blocks == len(skeleton.experts)
+    assert by_role.sizes("source").expert_layers == len(skeleton.experts)
 
     by_name = weights_by_name(checkpoint.tensors, checkpoint.config, stated_experts(checkpoint.config))
     assert (by_name is None) == (family.id in BY_ROLE)
@@ -91,12 +92,12 @@ LAYOUTS = [family for family in FAMILIES if family.id in (
 def test_pruned_sizes_are_those_of_the_written_files(family: Family, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(family))
     result = prune(source, tmp_path / "pruned", keep=family.keep)
-    fit = Fit(read_footprint(str(source)), Use(keep=family.keep), GIB)
+    fit = Fit(read_footprint(str(source)), ServingSpec(keep=family.keep), GIB)
     assert fit.weights_bytes == result.summary["output_bytes"] == open_checkpoint(tmp_path / "pruned").nbytes
     predicted = fit.footprint.weights.sizes("source").bytes_by_category(family.keep)
     assert predicted == category_bytes(tmp_path / "pruned")
     # And the pruned model, asked about as a whole, has the same parts.
-    again = Fit(read_footprint(str(tmp_path / "pruned")), Use(), GIB)
+    again = Fit(read_footprint(str(tmp_path / "pruned")), ServingSpec(), GIB)
     assert again.footprint.weights.sizes("source").bytes_by_category(family.keep) == predicted
     assert again.total == fit.total
 
@@ -122,10 +123,10 @@ def test_prediction_layers_count_until_the_model_is_pruned(tmp_path: Path) -> No
     source = with_mtp(make_model(tmp_path / "model", tiny_config(family)))
     footprint = read_footprint(str(source))
     mtp = 2 * 64 * 128 * 4 + 8 * 32 * 64 * 4
-    whole = Fit(footprint, Use(), GIB)
+    whole = Fit(footprint, ServingSpec(), GIB)
     assert {term.name: term.bytes for term in whole.terms}["weights: MTP"] == mtp
     assert whole.weights_bytes == open_checkpoint(source).nbytes
-    pruned = Fit(footprint, Use(keep=5), GIB)
+    pruned = Fit(footprint, ServingSpec(keep=5), GIB)
     assert not [term for term in pruned.terms if term.name == "weights: MTP"]
     assert pruned.weights_bytes == prune(source, tmp_path / "pruned").summary["output_bytes"]
     skeleton = build_skeleton(load_config(source), torch.float32)
@@ -183,7 +184,7 @@ def test_doubtful_names_are_left_to_the_model(changed: dict[str, Any]) -> None:
 
 
 def test_more_blocks_than_the_config_states() -> None:
-    """Behind the last block lies multi-token prediction if it looks like it; else the config may be wrong."""
+    """BackgroundWriter the last block lies multi-token prediction if it looks like it; else the config may be wrong."""
     further = {name.replace("layers.0", "layers.1"): entry for name, entry in block().items()}
     further = {name: replace(entry, name=name) for name, entry in further.items()}
     assert weights_by_name(block() | further, CONFIG, SPEC) is None
@@ -240,14 +241,14 @@ def test_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
     folder = quantized_model(tmp_path / "model", kind)
     checkpoint = open_checkpoint(folder)
     footprint = read_footprint(str(folder))
-    assert Fit(footprint, Use(), GIB).weights_bytes == checkpoint.nbytes
+    assert Fit(footprint, ServingSpec(), GIB).weights_bytes == checkpoint.nbytes
     experts = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if ".mlp.experts." in name)
     gates = sum(
         entry.nbytes
         for name, entry in checkpoint.tensors.items()
         if ".mlp.router." in name or (".mlp.gate." in name and "layers.0" not in name)
     )
-    kept = Fit(footprint, Use(keep=4), GIB)
+    kept = Fit(footprint, ServingSpec(keep=4), GIB)
     assert checkpoint.nbytes - kept.weights_bytes == (experts + gates) // 2
     assert {term.kind for term in kept.terms if term.name.startswith("weights")} == {"exact"}
     assert kept.kv_cache_bytes > 0
@@ -255,8 +256,8 @@ def test_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
         with pytest.raises(
             SettingsError, match=rf"quantized already \(BF16, .*\).*as {dtype} .*--weights-dtype source"
         ):
-            _ = Fit(footprint, Use(weights_dtype=dtype), GIB).total
-    assert Fit(footprint, Use(kv_dtype="bf16"), GIB).kv_cache_bytes == kept.kv_cache_bytes
+            _ = Fit(footprint, ServingSpec(weights_dtype=dtype), GIB).total
+    assert Fit(footprint, ServingSpec(kv_dtype="bf16"), GIB).kv_cache_bytes == kept.kv_cache_bytes
 
 
 def test_bytes_in_other_forms() -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamprune.choice import choose
-from streamprune.disk.durable import read_record, write_record
 from streamprune.errors import (
     InterruptedRunError,
     OutputError,
@@ -23,9 +21,11 @@ from streamprune.errors import (
     StreampruneError,
     VerifyError,
 )
-from streamprune.scores.file import read_scores
-from streamprune.scores.statistics import FIELDS, pack, unpack
-from streamprune.streaming.stream import BlockStream
+from streamprune.files.durable import read_record, write_record
+from streamprune.saliency.scores import FIELDS, pack, unpack
+from streamprune.saliency.scores_file import read_scores
+from streamprune.selection import select as choose
+from streamprune.streaming.forward import LayerForward
 from tests.faults import damage
 from tests.fuzz_targets import write_signed
 from tests.helpers import tree_bytes
@@ -110,9 +110,9 @@ def test_sums_saved_in_mid_block_that_no_tokens_give_are_not_believed(
     made: dict[str, Command], tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = made["score"].at(tmp_path / "out")
-    usual, calls = BlockStream.run_block, 0
+    usual, calls = LayerForward.run_layer, 0
 
-    def run_block(self: BlockStream, *arguments: Any) -> Any:
+    def run_layer(self: LayerForward, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 6:
@@ -120,7 +120,7 @@ def test_sums_saved_in_mid_block_that_no_tokens_give_are_not_believed(
         return usual(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockStream, "run_block", run_block)
+        patch.setattr(LayerForward, "run_layer", run_layer)
         with pytest.raises(InterruptedRunError):
             command.run()
     index = max((command.work / "states").glob("*/index.json"), key=lambda path: int(path.parent.name))

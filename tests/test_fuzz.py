@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamprune.source.checkpoint import SINGLE_NAME
-from streamprune.source.hub_headers import read_hub_headers
+from streamprune.checkpoint.hub import read_hub_headers
+from streamprune.checkpoint.index import SINGLE_NAME
 from tests.fuzz_scores import score_targets
 from tests.fuzz_targets import Target, targets
 from tests.fuzzing import Tally, as_json, judge, mutated_bytes, mutated_json

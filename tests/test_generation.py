@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from streamprune import loading
+from streamprune.calibration import chat
+from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
 from streamprune.generation import decoding
 from streamprune.generation.health import GenerationSettings, generation_health
-from streamprune.generation.lines import generation_lines
+from streamprune.generation.summary import generation_lines
+from streamprune.models import whole_model as loading
 from streamprune.progress import Progress
-from streamprune.text import chat
-from streamprune.text.calibration import Calibration
 from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 from tests.tokenizer import save_tokenizer

@@ -7,9 +7,10 @@ import os
 import pynvml as real
 import pytest
 
-from streamprune.cards.known import GPUS, gpu_of, known_gpu
-from streamprune.cards.nvml import Cards, budget_on_card, card_of, list_cards
 from streamprune.errors import SettingsError
+from streamprune.hardware.gpus import Cards, budget_on_card
+from streamprune.hardware.known_gpus import GPUS, gpu_of, known_gpu
+from streamprune.hardware.nvml import card_of, list_cards
 from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed
 
 OWN = os.getpid()

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from streamprune.scores.statistics import FIELDS
-from streamprune.source.skeleton import dispatches_experts
-from streamprune.streaming.grouped_experts import forward_with_pairs, sort_by_expert, tile_of
-from streamprune.streaming.saliency import ExpertsTap, bare_pairs
-from streamprune.streaming.statistics import ExpertStatistics
+from streamprune.models.skeleton import dispatches_experts
+from streamprune.saliency.grouped import forward_with_pairs, sort_by_expert, tile_of
+from streamprune.saliency.hooks import ExpertsTap, bare_pairs
+from streamprune.saliency.scores import FIELDS
+from streamprune.saliency.statistics import ExpertStatistics
 from tests.helpers import CPU, known_family
 from tests.tiny import tiny_config
 

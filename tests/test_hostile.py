@@ -22,13 +22,12 @@ from click.testing import CliRunner
 
 import streamprune
 from streamprune.cli import main
-from streamprune.disk.durable import read_record
+from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, ResumeError, StreampruneError
-from streamprune.run import resume
-from streamprune.scores.statistics import FIELDS, pack, unpack
-from streamprune.settings import RunSettings
-from streamprune.streaming.stream import BatchState
-from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
+from streamprune.files.durable import read_record
+from streamprune.pipeline.run import resume
+from streamprune.saliency.scores import FIELDS, pack, unpack
+from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 from tests.fuzz_targets import Place, write_signed
 from tests.fuzzing import resident_bytes
 from tests.helpers import prepare_whole, tree_bytes

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration import chat
+from streamprune.calibration.sequences import load_calibration
 from streamprune.errors import CalibrationError
-from streamprune.text import chat
-from streamprune.text.calibration import load_calibration
 from tests.fuzzing import resident_bytes
 from tests.tokenizer import save_tokenizer
 
@@ -143,7 +143,7 @@ def test_an_enormous_record(kind: str, tmp_path: Path) -> None:
     code = (
         "import random, resource, sys, time\n"
         "from pathlib import Path\n"
-        "from streamprune.text.files import read_file\n"
+        "from streamprune.calibration.sources import read_file\n"
         "from streamprune.errors import CalibrationError\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before, started = peak(), time.process_time()\n"

@@ -13,9 +13,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
-from streamprune.source.hub import resolve_model
 from tests.helpers import check_bytes, tree_bytes
 from tests.hub_model import (
     CODE,

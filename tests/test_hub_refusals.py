@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from streamprune.source import hub as hub_module
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
-from streamprune.source.hub import resolve_model
+from streamprune.checkpoint import hub as hub_module
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from tests.hub_model import hub_for_this_process, published_model, refused, weights
 from tests.hub_server import HubServer
 

@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from streamprune.choice.choose import choose
-from streamprune.choice.comparison import changed_selection
-from streamprune.choice.inspect import BARS, inspect_scores
-from streamprune.choice.retention import retentions
-from streamprune.choice.selection import Selection
 from streamprune.cli import main
 from streamprune.errors import SettingsError
-from streamprune.scores.file import write_scores
-from streamprune.scores.scores import Scores
-from streamprune.scores.statistics import FIELDS, LayerStatistics
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.models.config_json import ExpertSpec
+from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
+from streamprune.saliency.scores_file import write_scores
+from streamprune.selection.inspect import BARS, inspect_scores
+from streamprune.selection.retention import changed_selection, retentions
+from streamprune.selection.select import choose
+from streamprune.selection.settings import Selection
 from tests.made_scores import make_scores
 
 

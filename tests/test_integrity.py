@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from streamprune.checkpoint import reader
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.streaming import reader
 from tests.helpers import prune, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 

@@ -13,11 +13,8 @@ from typing import Any
 
 import pytest
 
-from streamprune.errors import (
-    OutputError,
-    ResumeError,
-)
-from streamprune.streaming.stream import BlockStream
+from streamprune.errors import OutputError, ResumeError
+from streamprune.streaming.forward import LayerForward
 from tests.faults import Injected
 from tests.helpers import tree_bytes
 from tests.interruptions import Command, breaking_at, call, ending_at, status
@@ -36,13 +33,13 @@ def test_it_goes_on_with_the_same_command_or_resume(
     command = made[kind].at(tmp_path / "out")
     command.interrupt(at=record)
     kept = Path(shutil.copytree(command.work, tmp_path / "kept"))
-    scored, usual = [], BlockStream.run_block
+    scored, usual = [], LayerForward.run_layer
 
-    def run_block(self: BlockStream, index: int, *more: Any) -> Any:
+    def run_layer(self: LayerForward, index: int, *more: Any) -> Any:
         scored.append(index)
         return usual(self, index, *more)
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     for words in (command.words(), ["resume", command.work, "--quiet"]):
         assert not command.output.exists()
         shutil.rmtree(command.work, ignore_errors=True)

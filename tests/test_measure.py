@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.cli import main
+from streamprune.config import ServingSpec
 from streamprune.fit import measure as measuring
 from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
-from streamprune.settings import Use
 from tests.helpers import CPU
 from tests.tiny import FAMILIES, make_model, tiny_config
 
@@ -66,7 +66,7 @@ class CpuMeter(TorchDispatchMode):
 def test_what_is_measured_is_what_was_counted(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and caches are exact, whatever the attention; the rest is what the meter says."""
     source = make_model(tmp_path / "model", tiny_config(next(item for item in FAMILIES if item.id == family)))
-    estimate = Fit(read_footprint(str(source)), Use(context=40, batch=2), 10**9)
+    estimate = Fit(read_footprint(str(source)), ServingSpec(context=40, batch=2), 10**9)
     load = measuring._load
 
     def load_counted(*arguments: Any) -> Any:
@@ -126,7 +126,7 @@ def test_measured_figures_are_printed_and_in_the_json(tmp_path: Path, monkeypatc
 def test_the_prediction_holds_on_a_real_card(family: str, tmp_path: Path) -> None:
     """Weights and caches to a few KiB; tools/gpu_check takes the figures of large models."""
     source = make_model(tmp_path / "model", tiny_config(next(item for item in FAMILIES if item.id == family)))
-    estimate = Fit(read_footprint(str(source)), Use(context=128), 10**10)
+    estimate = Fit(read_footprint(str(source)), ServingSpec(context=128), 10**10)
     by_name = {item.name: item for item in measuring.measure(str(source), estimate, "cuda:0")}
     assert by_name["cache and states"].error == 0
     assert abs(by_name["weights"].measured - by_name["weights"].predicted) < MIB

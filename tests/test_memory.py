@@ -13,22 +13,23 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.cli import main
+from streamprune.config import RunSettings
 from streamprune.errors import ResourceError
-from streamprune.machine import is_out_of_memory
-from streamprune.memory.plan import Limit, MemoryPlan, Needs, Room
+from streamprune.hardware.host import is_out_of_memory
+from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
+from streamprune.pipeline.finish import RunResult
 from streamprune.progress import Progress
-from streamprune.run import RunResult
-from streamprune.settings import RunSettings
 from streamprune.streaming import batches
 from streamprune.streaming.batches import MicroBatches
-from streamprune.streaming.stream import BatchState, BlockStream
-from streamprune.text.calibration import Calibration, MicroBatch
+from streamprune.streaming.forward import LayerForward
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 QWEN = FAMILIES[0]
-PLAIN_RUN_BLOCK = BlockStream.run_block
+PLAIN_RUN_BLOCK = LayerForward.run_layer
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def same_but_for_rounding(result: RunResult, undisturbed: RunResult) -> None:
 
 
 class OutOfMemoryAt:
-    """Stands in for `BlockStream.run_block`: its n-th call runs out of memory, before or after the real forward.
+    """Stands in for `LayerForward.run_layer`: its n-th call runs out of memory, before or after the real forward.
 
     So do the next ones, `times` in all.
     """
@@ -52,8 +53,8 @@ class OutOfMemoryAt:
     def __init__(self, position: int, late: bool, error: Exception, times: int = 1) -> None:
         self.failing, self.late, self.error, self.calls = range(position, position + times), late, error, 0
 
-    def __get__(self, stream: BlockStream, _: Any = None) -> Any:
-        def run_block(*arguments: Any) -> BatchState:
+    def __get__(self, stream: LayerForward, _: Any = None) -> Any:
+        def run_layer(*arguments: Any) -> BatchState:
             number, self.calls = self.calls, self.calls + 1
             if number in self.failing and not self.late:
                 raise self.error
@@ -62,7 +63,7 @@ class OutOfMemoryAt:
                 raise self.error
             return state
 
-        return run_block
+        return run_layer
 
 
 @pytest.mark.parametrize(("propagate", "late"), [("original", False), ("original", True), ("pruned", True)])
@@ -76,7 +77,7 @@ def test_out_of_memory_at_every_micro_batch_changes_nothing(
     ids = write_token_ids(tmp_path / "ids.jsonl", sequences=5, length=16)
     options = {"calibration": (str(ids),), "batch_tokens": 32, "propagate": propagate}
     count = OutOfMemoryAt(-1, late, MemoryError())
-    monkeypatch.setattr(BlockStream, "run_block", count)
+    monkeypatch.setattr(LayerForward, "run_layer", count)
     undisturbed = prune(model, tmp_path / "undisturbed", **options)
     assert count.calls == 4 * 3 * (2 if propagate == "pruned" else 1)
     assert undisturbed.summary["shrinks"] == []
@@ -85,14 +86,14 @@ def test_out_of_memory_at_every_micro_batch_changes_nothing(
         ahead = position < count.calls - count.calls // 4
         if single:
             failing = OutOfMemoryAt(position, late, torch.OutOfMemoryError("CUDA out of memory."), 2 if ahead else 1)
-            monkeypatch.setattr(BlockStream, "run_block", failing)
+            monkeypatch.setattr(LayerForward, "run_layer", failing)
             with pytest.raises(ResourceError, match="with a single sequence of 16 tokens"):
                 prune(model, out, **options)
             if not ahead:
                 continue
             shutil.rmtree(f"{out}.work", ignore_errors=True)
         failing = OutOfMemoryAt(position, late, torch.OutOfMemoryError("CUDA out of memory."))
-        monkeypatch.setattr(BlockStream, "run_block", failing)
+        monkeypatch.setattr(LayerForward, "run_layer", failing)
         result = prune(model, out, **options)
         same_but_for_rounding(result, undisturbed)
         shrinks = [(shrink["sequences"], shrink["to"]) for shrink in result.summary["shrinks"]]
@@ -102,13 +103,13 @@ def test_out_of_memory_at_every_micro_batch_changes_nothing(
 def limit_sequences(monkeypatch: pytest.MonkeyPatch, most: int, from_block: int = 0, error: Any = None) -> None:
     """Memory for at most so many sequences at a time, from some block on."""
 
-    def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
         if index >= from_block and len(ids) > most:
             raise error or torch.OutOfMemoryError("CUDA out of memory.")
         return result
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
 
 
 @pytest.mark.parametrize("states", ["ram", "disk"])
@@ -164,7 +165,7 @@ def test_what_a_failed_attempt_held_is_freed_before_the_next(
     alive: list[int] = []
     plain = batches.free_after_failure
 
-    def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
         if len(ids) > 1:
             held.append(weakref.ref(result.output))
@@ -176,7 +177,7 @@ def test_what_a_failed_attempt_held_is_freed_before_the_next(
         alive.append(sum(each() is not None for each in held))
         plain(device)
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     monkeypatch.setattr(batches, "free_after_failure", free)
     prune(model, tmp_path / "out")
     assert len(held) == 2
@@ -207,7 +208,7 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
 ) -> None:
     from transformers.core_model_loading import MergeModulelist
 
-    from streamprune.streaming import blocks
+    from streamprune.streaming import layer_loader as blocks
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -216,9 +217,9 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
         # transformers catches what goes wrong here and goes on.
         monkeypatch.setattr(MergeModulelist, "convert", fail)
     else:
-        plain = blocks.BlockLoader._load
+        plain = blocks.LayerLoader._load
         monkeypatch.setattr(
-            blocks.BlockLoader,
+            blocks.LayerLoader,
             "_load",
             lambda self, reading, groups, index: fail() if index == 2 else plain(self, reading, groups, index),
         )

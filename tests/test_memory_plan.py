@@ -11,15 +11,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
+from streamprune.calibration.sequences import Calibration
 from streamprune.cli import main
+from streamprune.config import RunSettings
 from streamprune.errors import ResourceError, SettingsError
-from streamprune.memory import needs as memory_facts
-from streamprune.memory.plan import Limit, Needs, Room, can_read_ahead, choose
-from streamprune.settings import RunSettings
-from streamprune.streaming.blocks import BlockLoader
+from streamprune.hardware.memory_plan import Limit, Needs, Room, can_read_ahead, choose
+from streamprune.planning import memory_needs as memory_facts
+from streamprune.streaming.layer_loader import LayerLoader
 from streamprune.streaming.states import HiddenStates
-from streamprune.streaming.stream import BatchState
-from streamprune.text.calibration import Calibration
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prepare_whole, prune
 from tests.peak import Peak
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
@@ -68,9 +68,9 @@ def test_weights_take_no_more_while_they_are_loaded_than_predicted(
     prepared = prepare_whole(settings)
     ids = torch.zeros(8, dtype=torch.long)
     predicted = memory_facts.find_needs(settings, prepared, Calibration((ids,), ("test",), (0,), ""))
-    loader = BlockLoader(prepared.checkpoint, prepared.skeleton, prepared.targets, prepared.dtype, CPU)
+    loader = LayerLoader(prepared.checkpoint, prepared.skeleton, prepared.targets, prepared.dtype, CPU)
     largest = 0
-    for index in range(prepared.skeleton.block_count):
+    for index in range(prepared.skeleton.layer_count):
         with Peak() as peak, loader.block(index):
             pass
         largest = max(largest, peak.nbytes)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from streamprune.config import METHODS as NAMES
 from streamprune.errors import ScoresError
-from streamprune.scores.methods import METHODS, random_scores, score_experts
-from streamprune.scores.statistics import FIELDS, LayerStatistics
-from streamprune.settings import METHODS as NAMES
+from streamprune.saliency.methods import METHODS, random_scores, score_experts
+from streamprune.saliency.scores import FIELDS, LayerStatistics
 from tests.made_scores import Token, make_tokens, record
 
 EXPERTS, TOP_K, PER_SOURCE = 12, 3, (70, 50, 30)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamprune.choice.mix import mix_weights, parse_mix
 from streamprune.errors import SettingsError
+from streamprune.selection.settings import mix_weights, parse_mix
 
 SHARES = st.floats(0, 1e9, allow_subnormal=False)
 

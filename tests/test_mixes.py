@@ -15,16 +15,33 @@ from typing import Any
 import pytest
 import torch
 
-from streamprune.choice.mix import parse_mix
-from streamprune.demo.foretell import correlation, extremes, pairs, spearman
-from streamprune.demo.mixes import BALANCED, GENERAL, MIXES, Cell, Setup, Study, choice_setups, mix_setups, study
-from streamprune.demo.outcomes import KL, LOSS, MEAN, REFERENCE, outcome_tables, outcomes
-from streamprune.demo.result import Damage
+from streamprune.calibration.builtin_text import DOMAINS
+from streamprune.demo.demo import Damage
+from streamprune.demo.mixes import (
+    BALANCED,
+    GENERAL,
+    KL,
+    LOSS,
+    MEAN,
+    MIXES,
+    REFERENCE,
+    Cell,
+    Setup,
+    Study,
+    choice_setups,
+    correlation,
+    extremes,
+    mix_setups,
+    outcome_tables,
+    outcomes,
+    pairs,
+    spearman,
+    study,
+)
 from streamprune.errors import SettingsError
-from streamprune.evaluation.summary import sums_by_source
-from streamprune.streaming.examining import SequenceFigures
-from streamprune.streaming.vocabulary import TokenFigures
-from streamprune.text.corpus import DOMAINS
+from streamprune.evaluation.metrics import sums_by_source
+from streamprune.selection.settings import parse_mix
+from streamprune.streaming.predictions import SequenceFigures, TokenFigures
 from tests.conftest import DEMO_STEPS, DemoRun
 
 ROOT = Path(__file__).resolve().parent.parent

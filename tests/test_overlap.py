@@ -18,12 +18,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from streamprune.checkpoint.reader import ShardReader
 from streamprune.cli import main
 from streamprune.output.writer import OutputWriter
-from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.reader import ShardReader
-from streamprune.streaming.states_file import StatesFile
-from streamprune.streaming.stream import BlockStream
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.streaming.state_store import StatesFile
 from tests.faults import Case, make_case
 from tests.handshakes import Points, Turn
 
@@ -42,7 +42,7 @@ def case(made: Case, tmp_path: Path) -> Case:
     return made.at(tmp_path / "out")
 
 
-def block_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
     number = re.search(r"layers\.(\d+)\.", name)
     return int(number.group(1)) if number else None
 
@@ -58,21 +58,21 @@ def test_a_block_is_read_another_computes_a_third_is_written(
     def reads(shards: ShardReader, request: Any, *_: Any) -> None:
         begun = {entry.name for entry in shards._checkpoint.tensors.values()
                  if (entry.file, entry.begin) == (request.file, request.begin)}  # fmt: skip
-        index = block_of(begun.pop())
+        index = layer_of(begun.pop())
         points.reach("reading", index)
         if index:
             points.await_("computing", index - 1)
 
-    def started(loader: BlockLoader, index: int) -> None:
+    def started(loader: LayerLoader, index: int) -> None:
         points.reach("read ahead", index)
         loader._ahead[index].wait()
         points.reach("read", index)
 
-    def ahead(loader: BlockLoader, index: int) -> None:
+    def ahead(loader: LayerLoader, index: int) -> None:
         # Waits on a thread of its own, since the one that computes must go on.
         threading.Thread(target=started, args=(loader, index)).start()
 
-    def computes(stream: BlockStream, index: int, *_: Any) -> None:
+    def computes(stream: LayerForward, index: int, *_: Any) -> None:
         if ("computing", index) not in points.seen:
             points.reach("computing", index)
         if index + 1 < BLOCKS:
@@ -85,10 +85,10 @@ def test_a_block_is_read_another_computes_a_third_is_written(
         if block is not None and block + 1 < BLOCKS:
             points.await_("computing", block + 1)
 
-    around(BlockLoader, "read_ahead", lambda *_: None, ahead)
+    around(LayerLoader, "read_ahead", lambda *_: None, ahead)
     around(ShardReader, "_read", reads)
-    around(BlockStream, "run_block", computes, lambda stream, index, *_: points.reach("computed", index))
-    around(OutputWriter, "write_block", writes, lambda writer, block, *_: points.reach("written", block))
+    around(LayerForward, "run_layer", computes, lambda stream, index, *_: points.reach("computed", index))
+    around(OutputWriter, "write_layer", writes, lambda writer, block, *_: points.reach("written", block))
     case.run()
     case.check()
     for block in range(BLOCKS - 1):
@@ -105,9 +105,9 @@ def test_what_is_ahead_is_bounded_even_where_reading_is_quick(
 ) -> None:
     """With nobody waiting: at any time at most the next block has been asked for."""
     held: list[set[int]] = []
-    around(BlockLoader, "_start", lambda loader, index: points.reach("asked", index))
-    around(BlockLoader, "read_ahead", lambda *_: None, lambda loader, index: held.append(set(loader._ahead)))
-    around(BlockStream, "run_block", lambda stream, index, *_: points.reach("computing", index))
+    around(LayerLoader, "_start", lambda loader, index: points.reach("asked", index))
+    around(LayerLoader, "read_ahead", lambda *_: None, lambda loader, index: held.append(set(loader._ahead)))
+    around(LayerForward, "run_layer", lambda stream, index, *_: points.reach("computing", index))
     case.run()
     assert held == [{1}, {2}, {3}]
     assert [index for what, index in points.seen if what == "asked"] == [0, 1, 2, 3]
@@ -140,7 +140,7 @@ def test_states_on_the_disk_come_and_go_while_another_micro_batch_computes(
         if number + 1 < BATCHES:
             points.await_("computing", block, number + 1)
 
-    around(BlockStream, "run_block", computes, lambda *_: points.reach("computed", *computed.next()))
+    around(LayerForward, "run_layer", computes, lambda *_: points.reach("computed", *computed.next()))
     around(StatesFile, "read", fetches, lambda *_: points.reach("fetched", *came.next()))
     around(StatesFile, "write", stores, lambda *_: points.reach("stored", *went.next()))
     case.run(states="disk")
@@ -158,7 +158,7 @@ def test_states_on_the_disk_come_and_go_while_another_micro_batch_computes(
 def test_without_memory_for_reading_ahead_a_run_goes_on_to_the_same_bytes(
     at: int, made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, plain, usual = made.at(tmp_path / "out"), torch.empty, BlockLoader.read_ahead
+    case, plain, usual = made.at(tmp_path / "out"), torch.empty, LayerLoader.read_ahead
     tried: list[tuple[int, bool]] = []
     within: list[int] = []
 
@@ -167,14 +167,14 @@ def test_without_memory_for_reading_ahead_a_run_goes_on_to_the_same_bytes(
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         return plain(*arguments, **named)
 
-    def read_ahead(self: BlockLoader, index: int) -> bool:
+    def read_ahead(self: LayerLoader, index: int) -> bool:
         within.append(index)
         tried.append((index, usual(self, index)))
         within.clear()
         return tried[-1][1]
 
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(BlockLoader, "read_ahead", read_ahead)
+    monkeypatch.setattr(LayerLoader, "read_ahead", read_ahead)
     case.run()
     assert tried == [(index, index != at) for index in range(1, at + 1)], "it is not tried again"
     monkeypatch.undo()

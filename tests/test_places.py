@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, OutputError, SettingsError
-from streamprune.run import resume
+from streamprune.pipeline.run import resume
+from streamprune.pipeline.status import clean_up
 from streamprune.work.folder import WorkFolder
-from streamprune.work.status import clean_up
 from tests.faults import Case, Injected, make_case
 from tests.helpers import tree_bytes
 
@@ -90,7 +90,7 @@ def test_an_end_in_the_middle_of_replacing(
 def test_resume_is_not_taken_in_by_an_old_output(case: Case) -> None:
     case.run(keep=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.work.run_record.reached", raise_injected)
+        patch.setattr("streamprune.work.records.reached", raise_injected)
         patch.setattr(WorkFolder, "remove", lambda self: None)  # as after a kill
         with pytest.raises(Injected):
             case.run(overwrite=True)
@@ -139,8 +139,8 @@ def test_odd_names(made: Case, tmp_path: Path, name: str, monkeypatch: pytest.Mo
 
 
 def test_a_name_of_255_bytes_can_be_resumed(made: Case, tmp_path: Path) -> None:
-    from streamprune.run import run
-    from streamprune.settings import RunSettings
+    from streamprune.config import RunSettings
+    from streamprune.pipeline.run import run
 
     name = "ü" * 127 + "x"
     case = made.at(tmp_path / name)

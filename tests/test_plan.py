@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.choice.limits import minimum_keep, resolve_keep
-from streamprune.cli.common import parse_size
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.cli.options import parse_size
+from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.output.cuts import find_cuts, next_token_prediction
+from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
+from streamprune.models.tensor_slices import (
+    ExpertRows,
+    OutputTensor,
+    SourceRole,
+    find_cuts,
+    next_token_prediction,
+    output_tensors,
+)
 from streamprune.output.plan import plan_shards
-from streamprune.output.surgery import OutputTensor, output_tensors
-from streamprune.settings import RunSettings
-from streamprune.source.checkpoint import TensorEntry
-from streamprune.source.config_facts import ExpertSpec
-from streamprune.source.roles import ExpertRows, SourceRole
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)

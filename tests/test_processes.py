@@ -15,20 +15,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.cli import main
+from streamprune.config import RunSettings
+from streamprune.distributed.joining import joined
+from streamprune.distributed.processes import ALONE, Launched, Processes, launched
 from streamprune.errors import ProcessesError
-from streamprune.memory.plan import Limit, MemoryPlan, Needs, Room
+from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
 from streamprune.progress import Progress
-from streamprune.settings import RunSettings
 from streamprune.streaming.batches import MicroBatches, Stopped
-from streamprune.streaming.orders import agree
-from streamprune.streaming.stream import BatchState
-from streamprune.text.calibration import Calibration, MicroBatch
-from streamprune.together.joining import joined
-from streamprune.together.launcher import Launched, launched
-from streamprune.together.processes import ALONE, Processes
+from streamprune.streaming.shared import agree
+from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
-from streamprune.work.stop import StopRequest
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU
 from tests.launching import ranks_told
 
@@ -135,7 +134,7 @@ def test_what_real_processes_send_each_other(tmp_path: Path) -> None:
     """The connections themselves, in three processes that know nothing else of a run."""
     script = """
 import torch
-from streamprune.together.joining import joined
+from streamprune.distributed.joining import joined
 with joined("cpu") as processes:
     assert (processes.rank, processes.count, processes.local_rank) == (rank, 3, rank)
     assert processes.same(("first", rank)) == ("first", 0)

@@ -16,19 +16,18 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from streamprune.choice.choose import score_layer
-from streamprune.choice.mix import mix_weights
-from streamprune.choice.selection import Selection
 from streamprune.cli import main
+from streamprune.config import METHODS, PruneSettings, RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
-from streamprune.pruning import prune
-from streamprune.run import resume, run
-from streamprune.scores.file import read_scores
-from streamprune.scores.scores import Scores
-from streamprune.settings import METHODS, PruneSettings, RunSettings
-from streamprune.work.stop import StopRequest
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import resume, run
+from streamprune.saliency.scores import Scores
+from streamprune.saliency.scores_file import read_scores
+from streamprune.selection.select import score_layer
+from streamprune.selection.settings import Selection, mix_weights
+from streamprune.work.enter import StopRequest
 from tests.helpers import check_bytes, known_family, read_tensors, token_ids, tree_bytes
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -125,8 +124,8 @@ def test_neither_torch_nor_transformers_is_loaded(qwen: Model, tmp_path: Path) -
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Peak of a whole process, for 2 and for 12 blocks of 6 MiB: the difference is less than half of one block."""
     script = (
-        "import sys; from pathlib import Path; from streamprune.pruning import prune\n"
-        "from streamprune.settings import PruneSettings; from streamprune.machine import peak_resident_bytes\n"
+        "import sys; from pathlib import Path; from streamprune.pipeline.prune import prune\n"
+        "from streamprune.config import PruneSettings; from streamprune.hardware.host import peak_resident_bytes\n"
         "model, scores, out = sys.argv[1:]\n"
         "prune(PruneSettings(model=model, output=Path(out), scores=Path(scores), keep=4), quiet=True)\n"
         "print(peak_resident_bytes())"
@@ -225,16 +224,16 @@ class Injected(Exception):
 
 def test_an_interrupted_pruning_goes_on(qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qwen.prune(tmp_path / "whole", keep=4)
-    usual, written = OutputWriter.write_block, []
+    usual, written = OutputWriter.write_layer, []
 
-    def write_block(self: OutputWriter, block: int | None, kept: Any) -> Any:
+    def write_layer(self: OutputWriter, block: int | None, kept: Any) -> Any:
         if block == 2 and len(written) < 4:
             written.append("stopped")
             raise Injected
         written.append(block)
         return usual(self, block, kept)
 
-    monkeypatch.setattr(OutputWriter, "write_block", write_block)
+    monkeypatch.setattr(OutputWriter, "write_layer", write_layer)
     with pytest.raises(Injected):
         qwen.prune(tmp_path / "out", keep=4)
     assert not (tmp_path / "out").exists()
@@ -260,15 +259,15 @@ def test_a_stop_is_heard_between_blocks(qwen: Model, tmp_path: Path, monkeypatch
 def test_an_unfinished_run_is_not_taken_for_a_pruning(
     qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = OutputWriter.write_block
+    usual = OutputWriter.write_layer
 
-    def write_block(self: OutputWriter, block: int | None, kept: Any) -> Any:
+    def write_layer(self: OutputWriter, block: int | None, kept: Any) -> Any:
         if block == 2:
             raise Injected
         return usual(self, block, kept)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputWriter, "write_block", write_block)
+        patch.setattr(OutputWriter, "write_layer", write_layer)
         with pytest.raises(Injected):
             run(qwen.settings(tmp_path / "out", keep=4), quiet=True)
     with pytest.raises(ResumeError, match="holds an unfinished run"):

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import OutputError, ScoresError, SettingsError, UnsupportedModelError
-from streamprune.pruning import prune
-from streamprune.run import run
-from streamprune.scores.file import read_scores
-from streamprune.settings import PruneSettings, RunSettings
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
+from streamprune.saliency.scores_file import read_scores
 from tests.helpers import tree_bytes
 from tests.hub_model import arguments, hub_for_this_process, published_model
 from tests.test_fit_weights import with_mtp

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from streamprune.source.checkpoint import TensorEntry, open_checkpoint
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from tests.test_prune import Model
 
 

@@ -22,9 +22,9 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 from streamprune.cli import main
-from streamprune.publish import repository
-from streamprune.publish.refusals import explain
-from streamprune.report.write import PAGE_NAME, PICTURES_FOLDER
+from streamprune.publish import push as repository
+from streamprune.publish.push import explain
+from streamprune.reporting.write import PAGE_NAME, PICTURES_FOLDER
 from tests.helpers import known_family, prune, tree_bytes
 from tests.hub_model import hub_for_this_process
 from tests.hub_upload_server import TOKEN, USER, Taken, UploadHub

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from streamprune.busy import Busy
+from streamprune.checkpoint import reader
+from streamprune.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint
+from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.errors import CheckpointError
-from streamprune.source.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
-from streamprune.streaming import reader
-from streamprune.streaming.reader import Reading, ShardReader
+from streamprune.progress import Busy
 from tests.helpers import CPU
 from tests.shards import DATA, shard
 

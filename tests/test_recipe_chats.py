@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration.chat import Chat
+from streamprune.calibration.recipe import ChatForm, Source
+from streamprune.calibration.records import record_of
+from streamprune.calibration.sources import Row
 from streamprune.errors import CalibrationError
-from streamprune.text.chat import Chat
-from streamprune.text.recipe import ChatForm, Source
-from streamprune.text.records import record_of
-from streamprune.text.rows import Row
 from tests.recipes import made_of, tool_model, write_lines, write_table
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import INDEX_NAME
 from streamprune.errors import CalibrationError
-from streamprune.source.checkpoint import INDEX_NAME
-from streamprune.source.hub import resolve_model
 from tests.hub_model import SMALL, hub_for_this_process, published_model
 from tests.hub_server import HubRepo, HubServer
 from tests.recipes import calibrate, same_tokens, shares_of, texts_of

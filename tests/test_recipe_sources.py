@@ -13,14 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from streamprune.calibration.recipe import Source, Template, parse_path
+from streamprune.calibration.records import record_of
+from streamprune.calibration.sequences import load_calibration
+from streamprune.calibration.sources import BATCH_ROWS, Row, files_of, read_file, read_parquet, shuffled
 from streamprune.errors import CalibrationError
-from streamprune.text.calibration import load_calibration
-from streamprune.text.files import files_of, read_file
-from streamprune.text.parquet import BATCH_ROWS, read_parquet
-from streamprune.text.recipe import Source
-from streamprune.text.records import record_of
-from streamprune.text.rows import Row, shuffled
-from streamprune.text.template import Template, parse_path
 from tests.recipes import calibrate, made_of, same_tokens, texts_of, tool_model, write_lines, write_table
 
 
@@ -191,7 +188,7 @@ def test_filters_that_nothing_passes_and_fields_that_are_not_there(model: Path) 
 def test_rows_are_shuffled_within_what_may_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row(str(number), {}, 100) for number in range(1000)]
     for most_rows, most_bytes in ((50, 10**9), (10**9, 5000)):
-        monkeypatch.setattr("streamprune.text.rows.MOST_HELD_BYTES", most_bytes)
+        monkeypatch.setattr("streamprune.calibration.sources.MOST_HELD_BYTES", most_bytes)
         seen = 0
 
         def counted() -> Any:
@@ -219,8 +216,8 @@ def test_only_so_much_of_a_source_is_read_as_its_share_takes(model: Path, monkey
             read += 1
             yield row
 
-    monkeypatch.setattr("streamprune.text.files.read_file", counting)
-    monkeypatch.setattr("streamprune.text.rows.MOST_HELD_BYTES", 10_000)
+    monkeypatch.setattr("streamprune.calibration.sources.read_file", counting)
+    monkeypatch.setattr("streamprune.calibration.sources.MOST_HELD_BYTES", 10_000)
     calibrate(model, {"sequence_length": 100, "samples": 20, "sources": [{"path": "a.jsonl"}]})
     assert 20 < read < 150
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration.pack import BUCKETS, Cutter, Packer, bucket, divided
+from streamprune.calibration.recipe import RECIPE_KEYS, SOURCE_KEYS, read_recipe, shipped_recipes
+from streamprune.calibration.sequences import load_calibration
 from streamprune.errors import CalibrationError
-from streamprune.text.calibration import load_calibration
-from streamprune.text.pack import BUCKETS, Cutter, Packer, bucket
-from streamprune.text.recipe_file import read_recipe, shipped_recipes
-from streamprune.text.recipe_keys import RECIPE_KEYS, SOURCE_KEYS
-from streamprune.text.shares import divided
 from tests.recipes import calibrate, same_tokens, shares_of, texts_of, write_lines, write_recipe, write_texts
 from tests.tokenizer import save_tokenizer
 
@@ -116,7 +114,7 @@ def test_two_processes_make_the_same_tokens(model: Path) -> None:
     path = write_recipe(model.parent / "mix.yaml", mix)
     code = (
         "import sys; from pathlib import Path\n"
-        "from streamprune.text.calibration import load_calibration\n"
+        "from streamprune.calibration.sequences import load_calibration\n"
         "print(load_calibration([sys.argv[1]], Path(sys.argv[2]), samples=40, vocab_size=256, max_positions=256))\n"
     )
     said = {
@@ -261,12 +259,10 @@ def test_a_wheel_holds_the_shipped_recipes(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = (
-        "from streamprune.text.recipe_file import *; print(*(read_recipe(p).name for p in shipped_recipes().values()))"
-    )
+    code = "from streamprune.calibration.recipe import *\nprint(*(read_recipe(p).name for p in shipped_recipes().values()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split() == sorted(path.stem for path in (ROOT / "configs" / "calibration").iterdir())
-    assert read_recipe(tmp_path / "installed" / "streamprune" / "text" / "recipes" / "agentic.yaml").samples == 1000
+    assert read_recipe(tmp_path / "installed" / "streamprune" / "calibration" / "recipes" / "agentic.yaml").samples == 1000

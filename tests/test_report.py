@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Estimate
 from streamprune.fit.footprint import read_footprint
-from streamprune.machine import format_bytes
-from streamprune.report.facts import read_facts
-from streamprune.report.write import ALL_PICTURES, write_report
-from streamprune.result.sections import markers, with_sections
-from streamprune.settings import Use
+from streamprune.hardware.host import format_bytes
+from streamprune.reporting.facts import read_facts
+from streamprune.reporting.write import ALL_PICTURES, markers, with_sections, write_report
 from tests.helpers import known_family, prune, tree_bytes
 from tests.reports import (
     CONTEXT,
@@ -60,7 +59,7 @@ def test_the_tables_hold_the_numbers_of_the_record(reported: Reported) -> None:
 def test_memory_retention_calibration_and_course_are_those_of_the_run(reported: Reported) -> None:
     page, (*blocks, summary) = tables(reported.output), log_of(reported.output)
     memory = {row[0]: row[1:] for row in page.rows("Memory, one card")}
-    before = Estimate(read_footprint(str(reported.model)), Use(context=CONTEXT))
+    before = Estimate(read_footprint(str(reported.model)), ServingSpec(context=CONTEXT))
     assert record_of(reported.output)["use"]["budget_bytes"] == summary["memory"]["budget_bytes"]
     for term in summary["memory"]["terms"]:
         assert memory[term["name"]][1] == format_bytes(term["bytes"])
@@ -232,4 +231,4 @@ def test_the_memory_before_is_the_sources(family: str, settings: dict[str, Any],
     assert not isinstance(memory, str)
     assert [vars(term) for term in memory.after.terms] == result.summary["memory"]["terms"]
     assert memory.before is not None
-    assert memory.before.terms == Estimate(read_footprint(str(model)), Use(context=CONTEXT)).terms
+    assert memory.before.terms == Estimate(read_footprint(str(model)), ServingSpec(context=CONTEXT)).terms

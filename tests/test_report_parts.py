@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from streamprune.report import write
-from streamprune.result.sections import markers, with_sections
-from streamprune.source.checkpoint import is_small_file
+from streamprune.checkpoint.index import is_small_file
+from streamprune.reporting import write
+from streamprune.reporting.write import markers, with_sections
 from tests.helpers import tree_bytes
 from tests.reports import (
     Reported,

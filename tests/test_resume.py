@@ -143,8 +143,8 @@ def test_smaller_micro_batches_change_no_choice(case: Case) -> None:
 
 
 def test_other_versions_are_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.work.resume.transformers.__version__", "4.0.0")
-    monkeypatch.setattr("streamprune.work.resume.platform.python_version", lambda: "3.9.1")
+    monkeypatch.setattr("streamprune.pipeline.resume.transformers.__version__", "4.0.0")
+    monkeypatch.setattr("streamprune.pipeline.resume.platform.python_version", lambda: "3.9.1")
     with pytest.raises(ResumeError, match=r"(?s)python: .* then, 3\.9\.1 now.*transformers: .* then, 4\.0\.0 now"):
         case.resume()
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_all_differences_are_named_at_once(case: Case, monkeypatch: pytest.Monke
     for path in case.model.glob("model-*.safetensors"):
         os.utime(path)
     write_token_ids(case.tokens, seed=9)
-    monkeypatch.setattr("streamprune.work.resume.torch.__version__", "1.0")
+    monkeypatch.setattr("streamprune.pipeline.resume.torch.__version__", "1.0")
     with pytest.raises(ResumeError) as raised:
         case.run(keep=3, propagate="pruned")
     lines = [line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")]
@@ -215,7 +215,7 @@ def test_another_work_folder(made: Case, tmp_path: Path) -> None:
     case.interrupt(at=2, work_dir=tmp_path / "work")
     assert not case.work.exists(), "only the lock was there"
     shutil.move(tmp_path / "work", tmp_path / "moved")
-    from streamprune.run import resume
+    from streamprune.pipeline.run import resume
 
     resume(tmp_path / "moved", quiet=True)
     case.check()

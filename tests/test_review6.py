@@ -18,24 +18,25 @@ from click.testing import CliRunner
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from streamprune import machine
-from streamprune.busy import Busy
+from streamprune.checkpoint import reader as reading_module
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.cli import main
 from streamprune.errors import InterruptedRunError, NonFiniteError
+from streamprune.hardware import host as machine
+from streamprune.models.config import load_config
+from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.output import compare
-from streamprune.source.architecture import load_config
-from streamprune.source.checkpoint import open_checkpoint
-from streamprune.source.skeleton import build_skeleton, map_checkpoint
-from streamprune.streaming import reader as reading_module
+from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
-from streamprune.streaming.blocks import BlockLoader
-from streamprune.streaming.reader import Reading, ShardReader
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loader import LayerLoader
 from streamprune.streaming.saved import Point
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
-PLAIN_RUN_BLOCK = BlockStream.run_block
+PLAIN_RUN_BLOCK = LayerForward.run_layer
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def model(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def loader_of(model: Path) -> Iterator[BlockLoader]:
+def loader_of(model: Path) -> Iterator[LayerLoader]:
     checkpoint, skeleton = open_checkpoint(model), build_skeleton(load_config(model), torch.float32)
-    loader = BlockLoader(
+    loader = LayerLoader(
         checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), torch.float32, CPU, Busy()
     )
     try:
@@ -137,16 +138,16 @@ def test_a_block_whose_loading_failed_is_freed_before_the_next_attempt(
     model: Path, memories: Memories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights that were read, and not only those that were being converted when memory ran out."""
-    plain, calls = BlockLoader._convert, 0
+    plain, calls = LayerLoader._convert, 0
 
-    def convert(self: BlockLoader, tensors: Any) -> None:
+    def convert(self: LayerLoader, tensors: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError("2.00 GiB")
         plain(self, tensors)
 
-    monkeypatch.setattr(BlockLoader, "_convert", convert)
+    monkeypatch.setattr(LayerLoader, "_convert", convert)
     with loader_of(model) as loader:
         try:
             with loader.block(0):
@@ -177,7 +178,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
         if not within[0]:
             plain_check(self, dtype)
 
-    def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
         if index == 1:
             result.output[0, 0, 0] = poison
@@ -186,7 +187,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
 
     monkeypatch.setattr(MicroBatches, "run", run)
     monkeypatch.setattr(Point, "check_finite", check)
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     ids = write_token_ids(tmp_path / "ids.jsonl", sequences=4, length=16)
     for poison, error in ((1.0, InterruptedRunError), (float("nan"), NonFiniteError)):
         out = tmp_path / f"out{poison}"

@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from streamprune.checkpoint import reader
 from streamprune.cli import main
 from streamprune.errors import NonFiniteError, OutputError, ResourceError
 from streamprune.output.writer import OutputWriter
-from streamprune.streaming import reader
 from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
@@ -263,7 +263,7 @@ def test_not_enough_disk_is_refused(
 def test_not_enough_memory_for_the_hidden_states_is_refused(
     model: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamprune.machine.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("streamprune.hardware.host.available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"96 calibration tokens .* need .* only 1000 B are available"):
         prune(model, tmp_path / "out", states="ram")
 
@@ -370,10 +370,10 @@ def test_a_log_that_cannot_be_written_costs_a_note_not_the_result(model: Path, i
 def test_out_of_memory_names_the_place_and_the_remedy(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_block(*_: Any) -> None:
+    def run_layer(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("streamprune.streaming.stream.BlockStream.run_block", run_block)
+    monkeypatch.setattr("streamprune.streaming.forward.LayerForward.run_layer", run_layer)
     with pytest.raises(ResourceError, match=r"block 0, with a single sequence of 24 tokens .* --seq-len"):
         prune(model, tmp_path / "out")
 

@@ -11,12 +11,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from streamprune.choice.limits import minimum_keep
-from streamprune.choice.schedule import layer_counts, least_per_layer
-from streamprune.choice.schedule_file import read_schedule_file
-from streamprune.choice.selection import Selection
 from streamprune.errors import SettingsError
-from streamprune.source.config_facts import ExpertSpec
+from streamprune.models.config_json import ExpertSpec, minimum_keep
+from streamprune.selection.schedules import layer_counts, least_per_layer, read_schedule_file
+from streamprune.selection.settings import Selection
 
 QWEN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 64, 6, groups=8, topk_groups=4)

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from streamprune.scores.statistics import FIELDS
-from streamprune.source.skeleton import dispatches_experts
-from streamprune.streaming.grouped_experts import forward_with_pairs
-from streamprune.streaming.saliency import ExpertsTap, bare_pairs
-from streamprune.streaming.statistics import ExpertStatistics, Pairs
+from streamprune.models.skeleton import dispatches_experts
+from streamprune.saliency.grouped import forward_with_pairs
+from streamprune.saliency.hooks import ExpertsTap, bare_pairs
+from streamprune.saliency.scores import FIELDS
+from streamprune.saliency.statistics import ExpertStatistics, Pairs
 from tests.helpers import CPU, field_of, known_family, load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 

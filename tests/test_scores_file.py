@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from streamprune.errors import OutputError, ScoresError
-from streamprune.scores.file import MOST_BYTES, SCORES_FOLDER, SCORES_NAME, read_scores, write_scores
-from streamprune.scores.scores import Scores
-from streamprune.scores.statistics import COUNTS, FIELDS, LayerStatistics
+from streamprune.saliency.scores import COUNTS, FIELDS, LayerStatistics, Scores
+from streamprune.saliency.scores_file import MOST_BYTES, SCORES_FOLDER, SCORES_NAME, read_scores, write_scores
 from tests.made_scores import make_scores
 
 
@@ -53,7 +52,7 @@ def test_the_same_scores_give_the_same_bytes(tmp_path: Path) -> None:
     # Not by the luck of one process's hashing either.
     script = (
         "from pathlib import Path; from tests.made_scores import make_scores; "
-        f"from streamprune.scores.file import write_scores; write_scores(Path({str(tmp_path / 'd')!r}), make_scores())"
+        f"from streamprune.saliency.scores_file import write_scores; write_scores(Path({str(tmp_path / 'd')!r}), make_scores())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=Path(__file__).parents[1])
@@ -83,8 +82,8 @@ def test_any_safetensors_reader_understands_it(tmp_path: Path) -> None:
 def test_reading_imports_no_torch(tmp_path: Path) -> None:
     write_scores(tmp_path / "s", make_scores())
     script = (
-        "import sys; from pathlib import Path; from streamprune.scores.file import read_scores; "
-        f"import streamprune.choice.choose; read_scores(Path({str(tmp_path / 's')!r})); "
+        "import sys; from pathlib import Path; from streamprune.saliency.scores_file import read_scores; "
+        f"import streamprune.selection.select; read_scores(Path({str(tmp_path / 's')!r})); "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from streamprune.checkpoint.safetensors_file import DTYPE_BITS, read_ranges
 from streamprune.errors import CheckpointError
-from streamprune.source.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, read_ranges
-from streamprune.source.shard import DTYPE_BITS
 from tests.shards import DATA, GOOD, refusal, shard, single, two_shards
 
 

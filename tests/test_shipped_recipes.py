@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration.recipe import read_recipe, shipped_recipes
 from streamprune.errors import CalibrationError
-from streamprune.text.recipe_file import read_recipe, shipped_recipes
 from tests.recipes import TOOL_CHAT, calibrate, redirect, same_tokens, shares_of, stand_in, texts_of
 from tests.tokenizer import save_tokenizer
 

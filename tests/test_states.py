@@ -12,12 +12,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from streamprune.errors import ResourceError
+from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.states import HiddenStates
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prune, tree_bytes
 from tests.tiny import FAMILIES, make_model, tiny_config
 
-PLAIN_RUN_BLOCK = BlockStream.run_block
+PLAIN_RUN_BLOCK = LayerForward.run_layer
 
 
 @pytest.fixture
@@ -51,13 +52,13 @@ def test_the_file_of_states_lies_beside_the_output_and_goes_with_the_run(
 ) -> None:
     seen = []
 
-    def run_block(self: BlockStream, index: int, *arguments: Any) -> BatchState:
+    def run_layer(self: LayerForward, index: int, *arguments: Any) -> BatchState:
         seen.append(len(open_deleted_files(tmp_path / "out.work")))
         if fails and index == 2:
             raise KeyError("anything")
         return PLAIN_RUN_BLOCK(self, index, *arguments)
 
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     if fails:
         with pytest.raises(KeyError):
             prune(model, tmp_path / "out", states="disk")

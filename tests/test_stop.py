@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from streamprune.cli import main
+from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError
-from streamprune.run import run
-from streamprune.settings import RunSettings
+from streamprune.pipeline.run import run
 from tests.faults import Case, make_case
 from tests.helpers import tree_bytes
 from tests.tiny import write_token_ids
@@ -118,10 +118,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize("nth", range(1, 33, 3))
 def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four sequences, four blocks and two passes each: within the scoring pass as within the pruned one."""
-    from streamprune.streaming.stream import BlockStream
+    from streamprune.streaming.forward import LayerForward
 
     case = small.at(tmp_path / "out")
-    signals = Signals(monkeypatch, BlockStream, "run_block", nth)
+    signals = Signals(monkeypatch, LayerForward, "run_layer", nth)
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(InterruptedRunError, match=f"streamprune resume {case.work}"):
         case.run()
@@ -130,7 +130,7 @@ def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monk
     monkeypatch.undo()
     before = tree_bytes(case.work / "states")
     assert before
-    signals = Signals(monkeypatch, BlockStream, "run_block", 0)
+    signals = Signals(monkeypatch, LayerForward, "run_layer", 0)
     case.resume()
     assert signals.calls == 32 - nth, "nothing is computed twice"
     case.check()
@@ -139,7 +139,7 @@ def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monk
 @pytest.mark.parametrize(
     ("owner", "name", "nth"),
     [
-        ("streamprune.work.folder.WorkFolder", "write_block", 5),
+        ("streamprune.work.folder.WorkFolder", "write_layer", 5),
         ("streamprune.work.folder.WorkFolder", "whole", 1),
         ("streamprune.output.compare", "_read", 10),
         ("streamprune.output.writer.OutputWriter", "_write_small_files", 1),
@@ -155,7 +155,7 @@ def test_a_signal_outside_the_blocks(
     case.interrupt(at=3)
     module, _, kind = owner.rpartition(".")
     target = getattr(importlib.import_module(module), kind)
-    Signals(monkeypatch, target, name, nth if name != "write_block" else 1)
+    Signals(monkeypatch, target, name, nth if name != "write_layer" else 1)
     with pytest.raises(InterruptedRunError, match="streamprune resume"):
         case.run()
     assert not case.output.exists()
@@ -170,7 +170,7 @@ def test_a_signal_before_anything_is_done_leaves_nothing(
     from click.testing import CliRunner
 
     case = small.at(tmp_path / "out")
-    Signals(monkeypatch, __import__("streamprune.run", fromlist=["run"]), "calibrate", 1)
+    Signals(monkeypatch, __import__("streamprune.pipeline.run", fromlist=["run"]), "calibrate", 1)
     told = CliRunner().invoke(
         main, ["run", str(case.model), "-o", str(case.output), "--keep", "5", "--calibration", str(case.tokens)]
     )

@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from streamprune.errors import (
-    OutputError,
-    ResourceError,
-)
+from streamprune.errors import OutputError, ResourceError
 from streamprune.output import writer
-from streamprune.result import finish
+from streamprune.pipeline import finish
 from streamprune.work.folder import WorkFolder
 from tests.faults import trap
 from tests.interruptions import Command, call, ending_at
@@ -27,13 +24,13 @@ from tests.interruptions import Command, call, ending_at
 
 
 STOPS = [
-    ("score", WorkFolder, "write_block", 2),
+    ("score", WorkFolder, "write_layer", 2),
     ("score", finish, "check_scores_file", 1),
-    ("global", WorkFolder, "write_block", 3),
-    ("global", WorkFolder, "write_block", 5),
+    ("global", WorkFolder, "write_layer", 3),
+    ("global", WorkFolder, "write_layer", 5),
     ("global", writer.OutputWriter, "_check_sizes", 1),
-    ("prune", WorkFolder, "write_block", 1),
-    ("prune", WorkFolder, "write_block", 3),
+    ("prune", WorkFolder, "write_layer", 1),
+    ("prune", WorkFolder, "write_layer", 3),
     ("prune", writer.OutputWriter, "verify", 1),
 ]
 
@@ -68,7 +65,7 @@ def test_a_signal_is_answered_with_the_command_to_go_on(
 def test_a_signal_before_anything_is_done_leaves_nothing(
     short: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune import pruning
+    from streamprune.pipeline import prune as pruning
 
     def check_place(settings: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.states import HiddenStates, non_finite_tokens
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 
@@ -25,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("propagate", ["original", "pruned"])
 def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    plain = BlockStream.run_block
+    plain = LayerForward.run_layer
 
-    def watch(self: BlockStream, index: int, block: nn.Module, *arguments: Any) -> BatchState:
+    def watch(self: LayerForward, index: int, block: nn.Module, *arguments: Any) -> BatchState:
         loaded = [
             number
             for number, other in enumerate(self._decoder.blocks)
@@ -36,7 +37,7 @@ def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monk
         seen.append((index, loaded))
         return plain(self, index, block, *arguments)
 
-    monkeypatch.setattr(BlockStream, "run_block", watch)
+    monkeypatch.setattr(LayerForward, "run_layer", watch)
     prune(make_model(tmp_path / "model", tiny_config(FAMILIES[0])), tmp_path / "out", propagate=propagate)
     assert {index for index, _ in seen} == {0, 1, 2, 3}
     assert all(loaded == [index] for index, loaded in seen)

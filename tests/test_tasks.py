@@ -17,11 +17,10 @@ import pytest
 import torch
 import yaml
 
-from streamprune import loading
 from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
-from streamprune.harness import tasks
-from streamprune.harness.lines import tasks_lines
-from streamprune.harness.tasks import run_tasks
+from streamprune.evaluation import tasks
+from streamprune.evaluation.tasks import run_tasks, tasks_lines
+from streamprune.models import whole_model as loading
 from streamprune.progress import Progress
 from tests.helpers import load_whole
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -210,7 +209,7 @@ def test_figures_become_json() -> None:
 
 
 def test_nothing_heavy_is_imported_for_lines() -> None:
-    lines = "streamprune.harness.lines, streamprune.generation.lines"
+    lines = "streamprune.evaluation.tasks, streamprune.generation.summary"
     code = f"import sys, {lines}; print([name for name in ('torch', 'lm_eval') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout.strip() == "[]"

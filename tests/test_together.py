@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamprune.run import run
-from streamprune.scores.file import read_scores
-from streamprune.scores.scores import Scores
-from streamprune.settings import RunSettings
+from streamprune.config import RunSettings
+from streamprune.pipeline.run import run
+from streamprune.saliency.scores import Scores
+from streamprune.saliency.scores_file import read_scores
 from tests.faults import Case, make_case
 from tests.helpers import read_tensors
 from tests.launching import launch
@@ -28,14 +28,14 @@ CLOSE = 1e-12
 #: Run first in every process: `before(rank, index, calls, ids)` is called before each micro-batch goes through a block.
 WATCHED = """
 import signal, time, torch
-from streamprune.streaming.stream import BlockStream
-usual, calls = BlockStream.run_block, 0
-def run_block(self, index, block, ids, state):
+from streamprune.streaming.forward import LayerForward
+usual, calls = LayerForward.run_layer, 0
+def run_layer(self, index, block, ids, state):
     global calls
     calls += 1
     before(rank, index, calls, ids)
     return usual(self, index, block, ids, state)
-BlockStream.run_block = run_block
+LayerForward.run_layer = run_layer
 """
 
 

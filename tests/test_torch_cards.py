@@ -10,8 +10,9 @@ import pynvml as real
 import pytest
 import torch
 
-from streamprune.cards.known import known_gpu
-from streamprune.cards.nvml import budget_on_card, card_of, list_cards
+from streamprune.hardware.gpus import budget_on_card
+from streamprune.hardware.known_gpus import known_gpu
+from streamprune.hardware.nvml import card_of, list_cards
 from tests.fake_nvml import MIB, FakeCard, fake_torch, install, printed, the_card
 
 NOT_SUPPORTED = real.NVML_ERROR_NOT_SUPPORTED

@@ -12,9 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamprune.output.uneven import modeling_source
-from streamprune.output.uneven_template import STANDARD_TABLE
-from streamprune.source.architecture import load_config
+from streamprune.models.config import load_config
+from streamprune.models.per_layer_experts import STANDARD_TABLE, modeling_source
 from tests.helpers import known_family, load_whole, read_tensors, token_ids
 from tests.tiny import FAMILIES, Family
 from tests.uneven import Uneven, in_memory, make_uneven, stock_model
@@ -74,7 +73,7 @@ def test_config_may_state_the_number_under_another_name(family: str, alias: str,
 
 
 def test_every_class_loads_clean(made: Uneven) -> None:
-    reference = in_memory(made, load_whole(made.source)).get_submodule(made.skeleton.blocks_path)
+    reference = in_memory(made, load_whole(made.source)).get_submodule(made.skeleton.layers_path)
     assert {each.auto for each in made.facts.classes} >= {"AutoModelForCausalLM", "AutoModel"}
     for each in made.facts.classes:
         model, info = load(made, each.auto, output_loading_info=True)
@@ -133,7 +132,7 @@ def test_new_models_are_initialized_throughout(made: Uneven) -> None:
     config = AutoConfig.from_pretrained(made.output)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    fresh = stock_model(load_config(made.source)).get_submodule(made.skeleton.blocks_path)
+    fresh = stock_model(load_config(made.source)).get_submodule(made.skeleton.layers_path)
     for block, layer in enumerate(model.get_submodule(made.facts.classes[0].layers)):
         expected = dict(fresh[block].named_parameters())
         for name, weight in layer.named_parameters():

@@ -15,17 +15,17 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.output.uneven import (
+from streamprune.models.per_layer_experts import (
     OWN_TABLE,
-    check_uneven,
+    STANDARD_TABLE,
+    check_per_layer_experts,
+    config_of_per_layer_experts,
     engines_note,
     loading_facts_from_json,
     modeling_source,
-    uneven_config,
 )
-from streamprune.output.uneven_facts import find_loading_facts
-from streamprune.output.uneven_template import STANDARD_TABLE
-from streamprune.source.skeleton import build_skeleton
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.skeleton import build_skeleton
 from tests.helpers import known_family
 from tests.tiny import EXPERTS, tiny_config
 from tests.uneven import facts_of
@@ -33,9 +33,9 @@ from tests.uneven import facts_of
 
 def test_equal_counts_leave_the_config_as_it_is() -> None:
     facts, config = facts_of(), tiny_config(known_family("qwen3_moe")).to_dict()
-    assert uneven_config(config, facts, dict.fromkeys(range(4), EXPERTS)) == config
+    assert config_of_per_layer_experts(config, facts, dict.fromkeys(range(4), EXPERTS)) == config
     broken = replace(facts, problem="it is broken.")
-    assert uneven_config(config, broken, dict.fromkeys(range(4), EXPERTS)) == config
+    assert config_of_per_layer_experts(config, broken, dict.fromkeys(range(4), EXPERTS)) == config
 
 
 def test_config_keeps_the_source_s_names_and_other_code() -> None:
@@ -50,7 +50,7 @@ def test_config_keeps_the_source_s_names_and_other_code() -> None:
         "num_experts": 6,
         "hidden_size": 64,
     }
-    config = uneven_config(source, facts_of(), {0: 6, 1: 4, 2: 6, 3: 2})
+    config = config_of_per_layer_experts(source, facts_of(), {0: 6, 1: 4, 2: 6, 3: 2})
     assert config == {
         "architectures": ["UnevenQwen3MoeForCausalLM"],
         "auto_map": {
@@ -64,7 +64,7 @@ def test_config_keeps_the_source_s_names_and_other_code() -> None:
         "allow_global_per_layer_attribute_access": True,
     }
     many = replace(facts_of(), blocks=100)
-    assert list(uneven_config(source, many, {2: 5, 10: 6, 99: 4})[STANDARD_TABLE]) == ["02", "99"]
+    assert list(config_of_per_layer_experts(source, many, {2: 5, 10: 6, 99: 4})[STANDARD_TABLE]) == ["02", "99"]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_what_does_not_go_together_is_refused(
     config: dict[str, Any], counts: dict[int, int], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
-        uneven_config(config, facts_of(), counts)
+        config_of_per_layer_experts(config, facts_of(), counts)
     assert len(str(caught.value)) < 400
 
 
 def test_config_of_another_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no part text_config"):
-        uneven_config({"num_experts": 6, "text_config": [1]}, facts_of("qwen3_vl_moe"), {0: 6, 1: 4})
+        config_of_per_layer_experts({"num_experts": 6, "text_config": [1]}, facts_of("qwen3_vl_moe"), {0: 6, 1: 4})
 
 
 def test_models_that_cannot_be_loaded_so_are_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +102,11 @@ def test_models_that_cannot_be_loaded_so_are_named_before_the_run(monkeypatch: p
         own = find_loading_facts(raw, config, replace(skeleton, model=Own(config)))
     assert "comes with the model" in own.problem
     assert loading_facts_from_json(own.as_json()) == own
-    check_uneven(own, {0: 4, 1: 4})
+    check_per_layer_experts(own, {0: 4, 1: 4})
     with pytest.raises(UnsupportedModelError, match=r"2 to 4.*qwen3_moe: its code.*--schedule uniform"):
-        check_uneven(own, {0: 4, 1: 2})
+        check_per_layer_experts(own, {0: 4, 1: 2})
     with pytest.raises(UnsupportedModelError, match="--schedule uniform"):
-        uneven_config({"num_experts": 4}, own, {0: 4, 1: 2})
+        config_of_per_layer_experts({"num_experts": 4}, own, {0: 4, 1: 2})
     with pytest.raises(UnsupportedModelError, match="comes with the model"):
         modeling_source(own)
 
@@ -153,7 +153,9 @@ def test_module_needs_only_transformers_and_is_small() -> None:
 
 
 def test_facts_and_files_need_no_torch() -> None:
-    code = "import sys, streamprune.output.uneven; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, streamprune.models.per_layer_experts; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

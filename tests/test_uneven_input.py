@@ -16,19 +16,18 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
+from streamprune.config import PruneSettings, RunSettings, ServingSpec
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.fit.estimate import Fit, Footprint, check_keep, uneven_note
+from streamprune.fit.answer import fit_object, nearest, terms_lines
+from streamprune.fit.estimate import Fit, Footprint, check_keep, per_layer_note
 from streamprune.fit.footprint import read_footprint
-from streamprune.fit.options import nearest
-from streamprune.fit.report import fit_object, terms_lines
 from streamprune.fit.weights import WEIGHTS_DTYPES
-from streamprune.machine import format_bytes
-from streamprune.output.uneven_input import read_uneven
-from streamprune.pruning import prune
-from streamprune.run import run
-from streamprune.settings import PruneSettings, RunSettings, Use
-from streamprune.source.checkpoint import open_checkpoint
+from streamprune.hardware.host import format_bytes
+from streamprune.models.per_layer_config import read_per_layer_experts
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
 from tests.fuzzing import Tally, judge, mutated_json
 from tests.helpers import known_family, tree_bytes
 from tests.hub_model import hub_for_this_process
@@ -104,7 +103,7 @@ def test_weights_and_cache_are_exact(made: Uneven, trusted: bool) -> None:
     # What of the source's weights is no expert's stays, and of the experts what was kept.
     for dtype in WEIGHTS_DTYPES:
         sizes = source.weights.sizes(dtype, with_mtp=False)
-        share = sum(made.counts.values()) / sizes.moe_blocks
+        share = sum(made.counts.values()) / sizes.expert_layers
         # The scales of quantized weights stand for blocks of rows, which experts in one matrix share.
         near = {"rel": 1e-3} if dtype in ("fp8", "int4") else {"abs": 1}
         assert total(footprint, dtype) == pytest.approx(sum(sizes.bytes_by_category(share).values()), **near)
@@ -178,7 +177,7 @@ def test_text_and_json_say_how_many_experts_the_blocks_keep(qwen: Path) -> None:
 
 def test_a_budget_that_it_does_not_fit(qwen: Path) -> None:
     footprint = read_footprint(str(qwen / "out"))
-    fit = Fit(footprint, Use(context=128), Fit(footprint, Use(context=128), 0).total - 1)
+    fit = Fit(footprint, ServingSpec(context=128), Fit(footprint, ServingSpec(context=128), 0).total - 1)
     assert (fit.fits, fit.max_experts, fit.max_total_experts, fit.experts) == (False, None, None, None)
     options = [option.settings for option in nearest(fit)]
     assert options, "a shorter context, for one"
@@ -205,7 +204,7 @@ def test_other_numbers_of_experts_are_refused(qwen: Path) -> None:
     message = refusal(2, "fit", qwen / "out", "--keep", "3", "--budget-gib", "80")
     assert "--keep 3 is not possible: the blocks of" in message
     assert "`streamprune prune SOURCE --scores ...`" in message
-    with pytest.raises(SettingsError, match=re.escape(uneven_note(read_footprint(str(qwen / "out"))))):
+    with pytest.raises(SettingsError, match=re.escape(per_layer_note(read_footprint(str(qwen / "out"))))):
         check_keep(read_footprint(str(qwen / "out")), 3)
     message = refusal(2, "fit", qwen / "out", "--measure", "--budget-gib", "80")
     assert "add --trust-remote-code" in message
@@ -335,14 +334,14 @@ def test_tables_about_other_things_are_left_alone() -> None:
         {"num_experts": 8, "per_layer_config": {"0": {"sliding_window": 4}}},
         {"num_experts": 8, "per_layer_config": {"0": {"num_experts": 8}}, "num_hidden_layers": 2},
     ):
-        assert read_uneven(config) is None
+        assert read_per_layer_experts(config) is None
     family = known_family("gemma4_text")
-    assert read_uneven(tiny_config(family).to_dict()) is None
+    assert read_per_layer_experts(tiny_config(family).to_dict()) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
 def test_even_configs_are_not_uneven(family: Family) -> None:
-    assert read_uneven(json.loads(tiny_config(family).to_json_string())) is None
+    assert read_per_layer_experts(json.loads(tiny_config(family).to_json_string())) is None
 
 
 def test_a_block_may_have_more_than_the_others(qwen: Path, tmp_path: Path) -> None:
@@ -355,20 +354,20 @@ def test_a_block_may_have_more_than_the_others(qwen: Path, tmp_path: Path) -> No
 
     footprint = read_footprint(changed(tmp_path / "out", turn))
     assert footprint.weights.counts == {0: 2, 1: 3, 2: 5, 3: 6}
-    assert fit_object(Fit(footprint, Use(), GIB), budget_of_one()) | {"model": ""} == fit_object(
-        Fit(read_footprint(str(qwen / "out")), Use(), GIB), budget_of_one()
+    assert fit_object(Fit(footprint, ServingSpec(), GIB), budget_of_one()) | {"model": ""} == fit_object(
+        Fit(read_footprint(str(qwen / "out")), ServingSpec(), GIB), budget_of_one()
     ) | {"model": "", "notes": notes_of(footprint)}
-    assert "2 to 6 experts per block, 16 in all" in terms_lines(Fit(footprint, Use(), GIB))[0]
+    assert "2 to 6 experts per block, 16 in all" in terms_lines(Fit(footprint, ServingSpec(), GIB))[0]
 
 
 def budget_of_one() -> Any:
-    from streamprune.fit.budget import Budget
+    from streamprune.fit.answer import Budget
 
     return Budget(GIB, "one")
 
 
 def notes_of(footprint: Footprint) -> Any:
-    return fit_object(Fit(footprint, Use(), GIB), budget_of_one())["notes"]
+    return fit_object(Fit(footprint, ServingSpec(), GIB), budget_of_one())["notes"]
 
 
 def test_strange_configs_end_in_one_message(qwen: Path, tmp_path: Path) -> None:
@@ -376,15 +375,15 @@ def test_strange_configs_end_in_one_message(qwen: Path, tmp_path: Path) -> None:
     small = {name: valid[name] for name in ("num_local_experts", "num_hidden_layers", "per_layer_config", "auto_map")}
     inner = {"ffn_config": {"moe_num_experts": 4, "top_k": 2}, "n_layers": 2}
     inner["per_layer_config"] = {"0": {"ffn_config": {"moe_num_experts": 3, "top_k": 2}}}
-    assert read_uneven(small) is not None
-    assert read_uneven(inner) is not None
-    assert read_uneven({"text_config": copy.deepcopy(small)}) is not None
+    assert read_per_layer_experts(small) is not None
+    assert read_per_layer_experts(inner) is not None
+    assert read_per_layer_experts({"text_config": copy.deepcopy(small)}) is not None
     tally = Tally()
 
     @settings(max_examples=400, deadline=None, database=None, derandomize=True)
     @given(mutated_json(small) | mutated_json(inner) | mutated_json({"text_config": small}))
     def read(config: Any) -> None:
-        judge(tally, "config.json", lambda: read_uneven(config) if isinstance(config, dict) else None)
+        judge(tally, "config.json", lambda: read_per_layer_experts(config) if isinstance(config, dict) else None)
 
     read()
     assert tally.inputs >= 360

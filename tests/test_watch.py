@@ -13,20 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from streamprune import machine
-from streamprune.cards.facts import Card, CardProcess
+from streamprune.config import RunSettings
 from streamprune.errors import ResourceError
-from streamprune.memory import needs as memory_facts
-from streamprune.memory import watch
-from streamprune.memory.watch import newcomers
-from streamprune.settings import RunSettings
-from streamprune.streaming.stream import BatchState, BlockStream
+from streamprune.hardware import host as machine
+from streamprune.hardware import memory_watch as watch
+from streamprune.hardware.gpus import Card, CardProcess
+from streamprune.hardware.memory_watch import newcomers
+from streamprune.planning import memory_needs as memory_facts
+from streamprune.streaming.forward import LayerForward
+from streamprune.work.saved_states import BatchState
 from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 MIB = 1024**2
 QWEN = FAMILIES[0]
-PLAIN_RUN_BLOCK = BlockStream.run_block
+PLAIN_RUN_BLOCK = LayerForward.run_layer
 
 
 def test_resident_memory_above_the_cap_shrinks_and_in_the_end_stops(
@@ -36,13 +37,13 @@ def test_resident_memory_above_the_cap_shrinks_and_in_the_end_stops(
     at_a_time = 0
     model = make_model(tmp_path / "model", tiny_config(QWEN))
 
-    def run_block(self: BlockStream, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         nonlocal at_a_time
         at_a_time = len(ids)
         return PLAIN_RUN_BLOCK(self, index, block, ids, state)
 
     undisturbed = prune(model, tmp_path / "undisturbed")
-    monkeypatch.setattr(BlockStream, "run_block", run_block)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     monkeypatch.setattr(machine, "resident_bytes", lambda: at_a_time * 300 * MIB)
     result = prune(model, tmp_path / "out", ram_gib=1.0)
     assert [layer.tokens for layer in result.layers] == [layer.tokens for layer in undisturbed.layers]

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from streamprune.disk.durable import read_record, write_record
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
-from streamprune.scores.statistics import FIELDS, LayerStatistics, pack
-from streamprune.streaming.stream import BatchState
-from streamprune.work.folder import FinishedBlock, FinishedShard, WorkFolder
-from streamprune.work.journal import RUN_FORMAT
-from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, open_states, save_states
+from streamprune.files.durable import read_record, write_record
+from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
+from streamprune.work.folder import FinishedLayer, FinishedShard, WorkFolder
+from streamprune.work.records import RUN_FORMAT
+from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 
 RUN = {
     "format": RUN_FORMAT,
@@ -150,7 +149,7 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
             if point == "states saved":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("streamprune.work.generations.reached", crash)
+        monkeypatch.setattr("streamprune.work.saved_states.reached", crash)
         with pytest.raises(KeyboardInterrupt):
             work.states.save(len(states), states.__getitem__, {"block": 2})
         monkeypatch.undo()
@@ -161,21 +160,21 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
 
 def test_blocks_and_shards(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "work") as work:
-        assert work.read_block(3) is None
+        assert work.read_layer(3) is None
         (work.staging / "a.safetensors").write_bytes(b"12345")
         digest = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
         shard = FinishedShard("a.safetensors", 5, digest)
         layer = LayerStatistics(3, np.full((len(FIELDS), 2, 4), 1 / 3))
-        work.write_block(3, layer, (1, 2), [shard])
-        work.write_block(None, None, (), [])
-        record = work.read_block(3)
-        assert record == FinishedBlock({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])
-        assert work.read_block(None) == FinishedBlock(None, (), [])
+        work.write_layer(3, layer, (1, 2), [shard])
+        work.write_layer(None, None, (), [])
+        record = work.read_layer(3)
+        assert record == FinishedLayer({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])
+        assert work.read_layer(None) == FinishedLayer(None, (), [])
         assert work.whole(shard)
         (work.staging / "a.safetensors").write_bytes(b"12346")
         assert not work.whole(shard)
-        work.forget_block(3)
-        assert work.read_block(3) is None
+        work.forget_layer(3)
+        assert work.read_layer(3) is None
 
 
 def test_the_run_and_its_tokens(tmp_path: Path) -> None:

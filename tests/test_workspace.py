@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from streamprune.fit.workspace import block_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
-from streamprune.source.config_facts import ModelShape, stated_shape
+from streamprune.fit.cache import layer_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
+from streamprune.models.config_json import ModelShape, stated_shape
 from tests.tiny import FAMILIES, tiny_config
 
 SHAPE = ModelShape(
@@ -73,36 +73,36 @@ def test_block_against_the_allocator(name: str, sizes: dict[str, Any], batch: in
     assert shape is not None
     measured = measured_peak(config, batch, length)
     assert measured > 10_000 * batch * length
-    assert 1.0 <= block_workspace_bytes(shape, batch * length, 2) / measured <= 1.3
+    assert 1.0 <= layer_workspace_bytes(shape, batch * length, 2) / measured <= 1.3
 
 
 def test_block_takes_as_much_per_token_and_value() -> None:
-    one = block_workspace_bytes(SHAPE, 1, 2)
-    assert block_workspace_bytes(SHAPE, 5000, 2) == 5000 * one
-    assert one < block_workspace_bytes(SHAPE, 1, 4) < 2 * one
-    assert block_workspace_bytes(replace(SHAPE, wide_routing=True), 1, 2) == one + 8 * 2048 * 4
+    one = layer_workspace_bytes(SHAPE, 1, 2)
+    assert layer_workspace_bytes(SHAPE, 5000, 2) == 5000 * one
+    assert one < layer_workspace_bytes(SHAPE, 1, 4) < 2 * one
+    assert layer_workspace_bytes(replace(SHAPE, wide_routing=True), 1, 2) == one + 8 * 2048 * 4
     for name in ("hidden", "attention", "linear", "expert", "top_k", "experts", "dense"):
         grown = replace(SHAPE, **{name: 20 * getattr(SHAPE, name) + 20_000})
-        assert block_workspace_bytes(grown, 1, 2) > one, name
+        assert layer_workspace_bytes(grown, 1, 2) > one, name
 
 
 def test_attention_and_experts_share_the_workspace() -> None:
-    attention = block_workspace_bytes(replace(SHAPE, expert=0, top_k=0, experts=0, dense=0), 1, 2)
-    experts = block_workspace_bytes(replace(SHAPE, attention=0, dense=0), 1, 2)
-    assert block_workspace_bytes(SHAPE, 1, 2) == max(attention, experts)
+    attention = layer_workspace_bytes(replace(SHAPE, expert=0, top_k=0, experts=0, dense=0), 1, 2)
+    experts = layer_workspace_bytes(replace(SHAPE, attention=0, dense=0), 1, 2)
+    assert layer_workspace_bytes(SHAPE, 1, 2) == max(attention, experts)
 
 
 def test_prefill_is_a_chunk_of_every_sequence() -> None:
-    block = block_workspace_bytes(SHAPE, 2048, 2)
+    block = layer_workspace_bytes(SHAPE, 2048, 2)
     assert prefill_workspace_bytes(SHAPE, 2048, 32768, 1, 2) == block + 2048 * 32768
     assert prefill_workspace_bytes(SHAPE, 2048, 32768, 4, 2) == 4 * (block + 2048 * 32768)
     # A context shorter than the chunk is all there is to compute.
-    assert prefill_workspace_bytes(SHAPE, 2048, 100, 1, 2) == block_workspace_bytes(SHAPE, 100, 2) + 100 * 100
+    assert prefill_workspace_bytes(SHAPE, 2048, 100, 1, 2) == layer_workspace_bytes(SHAPE, 100, 2) + 100 * 100
     # Of a single token, the logits are the most.
     assert prefill_workspace_bytes(SHAPE, 2048, 1, 64, 2) == 64 * 151936 * 6
 
 
 def test_scoring_needs_more_than_a_forward() -> None:
-    forward = block_workspace_bytes(SHAPE, 1024, 2)
+    forward = layer_workspace_bytes(SHAPE, 1024, 2)
     scoring = scoring_workspace_bytes(SHAPE, 1024, 256, 2)
     assert scoring - forward == 1024 * (129 * 18 + 8 * 2048 * 4) + 256**2

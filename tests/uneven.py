@@ -15,11 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from streamprune.output.uneven import LoadingFacts, loading_facts_from_json, modeling_source, uneven_config
-from streamprune.output.uneven_facts import find_loading_facts
-from streamprune.source.architecture import load_config, with_expert_count
-from streamprune.source.rewrite import rewrite_config
-from streamprune.source.skeleton import Skeleton, build_skeleton
+from streamprune.models.config import load_config, with_expert_count
+from streamprune.models.config_json import rewrite_config
+from streamprune.models.per_layer_experts import (
+    LoadingFacts,
+    config_of_per_layer_experts,
+    loading_facts_from_json,
+    modeling_source,
+)
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.skeleton import Skeleton, build_skeleton
 from tests.helpers import known_family, read_tensors
 from tests.tiny import EXPERTS, Family, make_model, tiny_config
 
@@ -81,7 +86,7 @@ def write_code(source: Path, output: Path, facts: LoadingFacts, skeleton: Skelet
     """Config, generation config and module, as the writer will lay them into the output."""
     raw = json.loads((source / "config.json").read_text())
     rewritten = rewrite_config(raw, skeleton.spec, facts.names, max(counts.values()))
-    (output / "config.json").write_text(json.dumps(uneven_config(rewritten, facts, counts), indent=2))
+    (output / "config.json").write_text(json.dumps(config_of_per_layer_experts(rewritten, facts, counts), indent=2))
     (output / facts.file_name).write_text(modeling_source(facts))
     generation = source / "generation_config.json"
     if generation.is_file():
@@ -151,9 +156,9 @@ def in_memory(made: Uneven, whole: nn.Module) -> Any:
     config, spec = load_config(made.source), made.skeleton.spec
     models = {count: stock_model(with_expert_count(config, spec, count)) for count in set(made.counts.values())}
     reference = models[max(models)]
-    layers = reference.get_submodule(made.skeleton.blocks_path)
+    layers = reference.get_submodule(made.skeleton.layers_path)
     for block, count in made.counts.items():
-        layers[block] = models[count].get_submodule(made.skeleton.blocks_path)[block]
+        layers[block] = models[count].get_submodule(made.skeleton.layers_path)[block]
     doubled = stock_model(with_expert_count(config, spec, 2 * EXPERTS)).state_dict()
     reference.load_state_dict(
         {name: _rows(name, tensor, doubled[name].shape, made.kept) for name, tensor in whole.state_dict().items()}

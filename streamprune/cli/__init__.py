@@ -7,17 +7,15 @@ from pathlib import Path
 import click
 
 from streamprune import __version__
-from streamprune.cli.calibration import calibration
-from streamprune.cli.common import OneVoice, quiet_libraries, reports_errors
-from streamprune.cli.evaluating import evaluate
-from streamprune.cli.inspecting import inspect
-from streamprune.cli.keeping import clean, status, verify
-from streamprune.cli.pruning import prune, resume, run, score
-from streamprune.cli.publishing import push
-from streamprune.cli.reporting import report
-from streamprune.cli.sizing import devices, fit
-from streamprune.machine import limit_library_memory
-from streamprune.together.launcher import is_first
+from streamprune.cli.evaluate import evaluate
+from streamprune.cli.fit import calibration, devices, fit
+from streamprune.cli.options import OneVoice, quiet_libraries, reports_errors
+from streamprune.cli.publish import push, report
+from streamprune.cli.run import prune, resume, run, score
+from streamprune.cli.scores import inspect
+from streamprune.cli.work import clean, status, verify
+from streamprune.distributed.processes import is_first
+from streamprune.hardware.host import limit_library_memory
 
 #: The commands that several processes share. All others are the first one's alone.
 _SHARED = {"run", "score", "resume"}
@@ -47,7 +45,7 @@ def demo(output: Path, steps: int, seed: int) -> None:
     """
     click.echo("Loading torch and transformers ...")
     limit_library_memory()
-    from streamprune.demo import run_demo
+    from streamprune.demo.demo import run_demo
 
     quiet_libraries(downloads=False)
     # One thread: the same figures every time, and no stall when something else runs on the machine.

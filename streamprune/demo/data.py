@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from streamprune.calibration import builtin_text as corpus
 from streamprune.errors import CalibrationError
-from streamprune.text import corpus
 
 #: Tokens per sequence; also the most positions that the model knows, since it is trained on no more.
 SEQ_LEN = 128

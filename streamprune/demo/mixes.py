@@ -1,30 +1,37 @@
-"""What the mix of the calibration text does to the demo's model: scored once, then pruned in many ways and measured."""
+"""What the mix of the calibration text does to the demo's model: scored once, then pruned in many ways and measured.
+
+Whether domain retention, which is known before pruning, foretells the damage, which is measured afterwards.
+
+Share removed × method × schedule: what each choice costs every domain, and which of the differences are more than
+the luck of the text.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 
-from streamprune.choice.choose import Choice
-from streamprune.choice.retention import retentions
+from streamprune.calibration.builtin_text import DOMAINS
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.demo.data import HELD_OUT_SEQUENCES
-from streamprune.demo.measure import HeldOut, held_out_text
-from streamprune.demo.recipe import write_recipe
-from streamprune.demo.result import CODE, Damage
+from streamprune.demo.demo import CODE, Damage, HeldOut, held_out_text, table, write_recipe
 from streamprune.demo.train import torch_threads, trained_model
 from streamprune.errors import SettingsError
-from streamprune.evaluation.summary import Sums
-from streamprune.pruning import prune
-from streamprune.run import run
-from streamprune.scores.file import read_scores
-from streamprune.scores.scores import Scores
-from streamprune.settings import PruneSettings, RunSettings
-from streamprune.text.corpus import DOMAINS
+from streamprune.evaluation.metrics import Sums, combined, joined
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
+from streamprune.saliency.scores import Array, Scores
+from streamprune.saliency.scores_file import read_scores
+from streamprune.selection.retention import retentions
+from streamprune.selection.select import Choice
 
 #: Everything but code, the way a user who cares for code speaks of it.
 GENERAL = tuple(name for name in DOMAINS if name != CODE)
@@ -69,7 +76,7 @@ class Setup:
 @dataclass(frozen=True)
 class Cell(Damage):
     """What one setup left of the model: beside the damage the experts kept by layer, and by domain the share of its
-    saliency that they have (`choice.retention`)."""
+    saliency that they have (`selection.retention`)."""
 
     setup: Setup
     counts: tuple[int, ...]
@@ -190,3 +197,223 @@ def choice_setups(
         for schedule in schedules
         for seed in (random_seeds if method == "random" else (0,))
     ]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Of `total` pairs of choices and a domain, the `agreeing` ones: the choice that keeps more of the domain's
+    saliency damages it less."""
+
+    agreeing: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """The share that agrees; a coin would have a half."""
+        return self.agreeing / self.total if self.total else float("nan")
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """One cell: the domain with the largest KL, and the domain that keeps the smallest share of its saliency."""
+
+    cell: Cell
+    most_damaged: str
+    least_retained: str
+
+    @property
+    def agree(self) -> bool:
+        """Whether they are the same domain."""
+        return self.most_damaged == self.least_retained
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where one of the two is constant."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return float("nan")
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    below, up_to = (array[:, None] > array).sum(1), (array[:, None] >= array).sum(1)
+    ranks: Array = (below + up_to - 1) / 2
+    return ranks
+
+
+def correlation(cells: Iterable[Cell], relative: bool = False) -> float:
+    """Spearman's correlation of retention and KL over every cell and domain; -1 if more kept is always less lost.
+
+    With `relative` both are ranked within each domain: that a domain is harmed more easily than others, however much
+    of it is kept, then does not count.
+    """
+    listed = list(cells)
+    kept: list[float] = []
+    lost: list[float] = []
+    for domain in listed[0].divergences if listed else ():
+        for values, wanted in (
+            (kept, [cell.retention[domain] for cell in listed]),
+            (lost, [cell.divergences[domain] for cell in listed]),
+        ):
+            values += _ranks(wanted).tolist() if relative else wanted
+    return spearman(kept, lost)
+
+
+def pairs(cells: Iterable[Cell]) -> Pairs:
+    """Every two choices at the same share removed, by domain. Pairs that keep or lose the same do not count."""
+    agreeing = total = 0
+    for one, other in combinations(list(cells), 2):
+        if one.setup.ratio != other.setup.ratio:
+            continue
+        for domain in one.divergences:
+            kept = one.retention[domain] - other.retention[domain]
+            lost = one.divergences[domain] - other.divergences[domain]
+            total += bool(kept and lost)
+            agreeing += kept * lost < 0
+    return Pairs(agreeing, total)
+
+
+def extremes(cell: Cell) -> Extremes:
+    """The most damaged and the least retained domain of a cell; of equal ones the first."""
+    damage, kept = cell.divergences, cell.retention
+    return Extremes(cell, max(damage, key=damage.__getitem__), min(kept, key=kept.__getitem__))
+
+
+#: The figure over all domains, which count alike.
+MEAN = "mean"
+#: The columns of `Sums` that the table tells of.
+KL, LOSS = "kl", "loss"
+#: What the others are compared with: what `streamprune run` does unless told otherwise.
+REFERENCE = ("reap", "uniform")
+WIDTH = 120
+_REFERENCE_WORDS = " with ".join(REFERENCE)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens, in nats, and its 95 % bootstrap interval: what other text of the kind might have given."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_apart_from_zero(self) -> bool:
+        """Whether the interval is all on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method and schedule at one share removed: by domain and for MEAN the KL divergence and the loss.
+
+    Several `seeds` (of the method `random`) give their mean. The differences are those from REFERENCE at the same
+    share: of each held-out sequence by itself, which is sharper than to compare the intervals of the two.
+    """
+
+    ratio: float
+    method: str
+    schedule: str
+    seeds: tuple[int, ...]
+    kl: Mapping[str, Estimate]
+    loss: Mapping[str, Estimate]
+    kl_difference: Mapping[str, Estimate]
+    loss_difference: Mapping[str, Estimate]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is what the others are compared with."""
+        return (self.method, self.schedule) == REFERENCE
+
+
+def outcomes(study: Study, setups: Iterable[Setup]) -> list[Outcome]:
+    """An outcome per share removed, method and schedule, in the order of the setups, which are all of one mix.
+
+    KeyError unless the study has REFERENCE at every share.
+    """
+    grouped: dict[tuple[float, str, str], list[Setup]] = {}
+    for setup in setups:
+        grouped.setdefault((setup.ratio, setup.method, setup.schedule), []).append(setup)
+    told = []
+    for (ratio, method, schedule), group in grouped.items():
+        models = zip(*(study.sums[setup] for setup in group), strict=True)
+        own = [combined(domain, [1 / len(group)] * len(group)) for domain in models]
+        usual = study.sums[replace(group[0], method=REFERENCE[0], schedule=REFERENCE[1], seed=0)]
+        change = [combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
+        figures = [_estimates(study, sums, column) for sums in (own, change) for column in (KL, LOSS)]
+        told.append(Outcome(ratio, method, schedule, tuple(setup.seed for setup in group), *figures))
+    return told
+
+
+def _estimates(study: Study, sums: Sequence[Sums], column: str) -> dict[str, Estimate]:
+    told = {}
+    for name, part in zip([*study.before.losses, MEAN], [*sums, joined(sums)], strict=True):
+        interval = part.interval(column)
+        assert interval is not None, "a study measures on two sequences or more of each domain"
+        told[name] = Estimate(part.mean(column), *interval)
+    return told
+
+
+def outcome_tables(told: Sequence[Outcome]) -> Iterator[str]:
+    """Lines: for KL divergence and for loss a table per share removed, and below it what the text leaves open."""
+    yield from textwrap.wrap(
+        "What each method and schedule costs each domain, balanced mix. ± is half of the 95 % interval of a bootstrap "
+        "over the held-out sequences. The last column is the difference of the mean from that of "
+        f"{_REFERENCE_WORDS}, taken sequence by sequence, with an interval of its own: sharper than comparing two "
+        "intervals. All of it tells of other text, not of other models, nor of other draws of `random` (of which the "
+        "mean is shown); and where nothing differs, one comparison in twenty would still seem to.",
+        WIDTH,
+        break_on_hyphens=False,
+    )
+    for ratio in dict.fromkeys(each.ratio for each in told):
+        part = [each for each in told if each.ratio == ratio]
+        yield ""
+        yield f"KL divergence from the unpruned model, in nats per token, {ratio:.0%} removed"
+        yield from _table([(each, each.kl, each.kl_difference) for each in part])
+        yield from _verdict([(each, each.kl_difference) for each in part], "damage")
+        yield ""
+        yield f"Held-out loss in nats per token, {ratio:.0%} removed"
+        yield from _table([(each, each.loss, each.loss_difference) for each in part])
+        yield from _verdict([(each, each.loss_difference) for each in part], "loss")
+
+
+def _table(rows: Sequence[tuple[Outcome, Mapping[str, Estimate], Mapping[str, Estimate]]]) -> list[str]:
+    return table(
+        ["method, schedule", *rows[0][1], "difference"],
+        [
+            [
+                f"{each.method}, {each.schedule}",
+                *(_figure(estimate) for estimate in figures.values()),
+                "" if each.is_reference else _figure(change[MEAN], "+.3f"),
+            ]
+            for each, figures, change in rows
+        ],
+    )
+
+
+def _figure(estimate: Estimate, form: str = ".3f") -> str:
+    return f"{estimate.mean:{form}} ±{(estimate.high - estimate.low) / 2:.3f}"
+
+
+def _verdict(changes: Sequence[tuple[Outcome, Mapping[str, Estimate]]], what: str) -> list[str]:
+    """Which choices differ from the reference in the mean by more than the paired interval, and which do not."""
+    others = [(each, change[MEAN]) for each, change in changes if not each.is_reference]
+    groups = {
+        f"Less {what} than {_REFERENCE_WORDS}": [each for each, change in others if change.high < 0],
+        "More": [each for each, change in others if change.low > 0],
+        "Not told apart from it": [each for each, change in others if not change.is_apart_from_zero],
+    }
+    schedules = len({each.schedule for each, _ in changes})
+    said = ". ".join(f"{words}: {_listed(group, schedules)}" for words, group in groups.items())
+    return textwrap.wrap(f"{said}.", WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _listed(group: Sequence[Outcome], schedules: int) -> str:
+    by_method: dict[str, list[str]] = {}
+    for each in group:
+        by_method.setdefault(each.method, []).append(each.schedule)
+    told = [
+        f"{method} with {'every schedule' if len(names) == schedules > 1 else ', '.join(names)}"
+        for method, names in by_method.items()
+    ]
+    return "; ".join(told) or "none"

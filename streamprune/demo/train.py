@@ -23,10 +23,10 @@ from tqdm import tqdm
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from streamprune.calibration import builtin_text as corpus
 from streamprune.demo import data
 from streamprune.errors import OutputError, SettingsError
-from streamprune.machine import check_disk
-from streamprune.text import corpus
+from streamprune.hardware.host import check_disk
 
 SEQUENCES_PER_DOMAIN = 4
 LEARNING_RATE = 4e-3

@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from streamprune.calibration.sequences import Calibration
+from streamprune.config import EvalSettings
 from streamprune.errors import SettingsError
-from streamprune.evaluation.evaluate import evaluate, read_data
-from streamprune.evaluation.held_out import held_out_recipe
-from streamprune.evaluation.made_by_us import record_of
-from streamprune.evaluation.opening import config_folder
-from streamprune.evaluation.settings import EvalSettings
-from streamprune.evaluation.summary import table
+from streamprune.evaluation.evaluate import config_folder, evaluate, read_data
+from streamprune.evaluation.held_out import held_out_recipe, record_of
+from streamprune.evaluation.metrics import table
+from streamprune.evaluation.tasks import run_tasks, tasks_lines
 from streamprune.generation.health import GenerationSettings, generation_health
-from streamprune.generation.lines import generation_lines
-from streamprune.harness.lines import tasks_lines
-from streamprune.harness.tasks import run_tasks
+from streamprune.generation.summary import generation_lines
 from streamprune.progress import Progress
-from streamprune.result.evaluations import (
+from streamprune.reporting.evaluations import (
     GENERATION_NAME,
     TASKS_NAME,
     TEXT_NAME,
@@ -29,7 +27,6 @@ from streamprune.result.evaluations import (
     without_folders,
     write_result,
 )
-from streamprune.text.calibration import Calibration
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
-"""The text that `run --evaluate` holds back: which, and where it is left to be measured on again."""
+"""The text that `run --evaluate` holds back: which, and where it is left to be measured on again.
+
+What a model that streamprune made says of itself, as far as an evaluation has to know it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamprune.disk.disk_errors import writing
-from streamprune.disk.durable import PARTIAL, names_in, write_whole
+from streamprune.calibration.sequences import Calibration, fingerprint_of
+from streamprune.checkpoint.index import read_json
+from streamprune.config import beside
 from streamprune.errors import CalibrationError, OutputError, StreampruneError
+from streamprune.files.durable import PARTIAL, names_in, write_whole, writing
+from streamprune.output.writer import REPORT_NAME
 from streamprune.progress import Progress
-from streamprune.settings import beside
-from streamprune.text.calibration import Calibration, fingerprint_of
 
 #: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.
 SHARE = 0.1
@@ -25,7 +29,7 @@ _RECIPE_NAME = "recipe.json"
 _OURS = re.compile(rf"(\d+\.jsonl|{re.escape(_RECIPE_NAME)})({re.escape(PARTIAL)})?")
 
 
-def hold_back(whole: Calibration) -> Calibration:
+def split_held_out(whole: Calibration) -> Calibration:
     """The calibration without a part of each source's sequences, which become its `held`.
 
     They are spread evenly over the source, the same ones every time. Of text that was packed into sequences, two
@@ -77,7 +81,7 @@ def recipe_within(name: str) -> str:
     return str(recipe) if is_ours else name
 
 
-def leave_held_out(output: Path, held: Calibration, progress: Progress) -> None:
+def save_held_out(output: Path, held: Calibration, progress: Progress) -> None:
     """Leave the text beside the output, and say where; a result is not worth less without it."""
     try:
         recipe = write_held_out(output, held)
@@ -105,3 +109,38 @@ def write_held_out(output: Path, held: Calibration) -> Path:
         stated = {"name": f"held out for {output.name}", "sequence_length": longest, "sources": sources}
         write_whole(recipe, (json.dumps(stated, indent=2) + "\n").encode())
     return recipe
+
+
+@dataclass(frozen=True)
+class PruneRecord:
+    """The folder of a model that we made, with the fingerprints of its source and of the text that was held back.
+
+    Both are None where the record does not tell.
+    """
+
+    folder: Path
+    source: str | None
+    held_back: str | None
+
+
+def record_of(model: str) -> PruneRecord | None:
+    """What the record in a model's folder tells; None for a model that we did not make, or a name that no folder has.
+
+    Raises CheckpointError for a record that is no JSON object.
+    """
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111
+    if not os.path.isfile(folder / REPORT_NAME):  # noqa: PTH113
+        return None
+    record = read_json(folder / REPORT_NAME)
+    return PruneRecord(
+        folder, _fingerprint(record.get("source")), _fingerprint(_entry(record.get("calibration"), "held_back"))
+    )
+
+
+def _entry(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _fingerprint(value: Any) -> str | None:
+    fingerprint = _entry(value, "fingerprint")
+    return fingerprint if isinstance(fingerprint, str) else None

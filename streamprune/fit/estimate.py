@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from streamprune.choice.limits import minimum_keep
+from streamprune.config import MOST_TOKENS, ServingSpec
 from streamprune.errors import SettingsError
-from streamprune.fit.kv_cache import CacheSizes
+from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
 from streamprune.fit.weights import Weights
-from streamprune.fit.workspace import prefill_workspace_bytes
-from streamprune.settings import MOST_TOKENS, Use
-from streamprune.source.config_facts import ExpertSpec, ModelShape
+from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
 
 MIB = 1024**2
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.
@@ -68,7 +66,7 @@ class Estimate:
     """What one footprint takes in one use."""
 
     footprint: Footprint = field(repr=False)
-    use: Use
+    use: ServingSpec
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -108,7 +106,7 @@ class Estimate:
             return sum(weights.counts.values())
         if self.use.total is not None:
             return self.use.total
-        return (self.experts or 0) * weights.sizes(self.use.weights_dtype).moe_blocks
+        return (self.experts or 0) * weights.sizes(self.use.weights_dtype).expert_layers
 
     @property
     def experts(self) -> int | None:
@@ -152,16 +150,16 @@ class Fit(Estimate):
         if spec is None:
             return None
         sizes = self.footprint.weights.sizes(self.use.weights_dtype, with_mtp=False)
-        if not sizes.moe_blocks or self._fits(keep=None):
-            return spec.count * sizes.moe_blocks
+        if not sizes.expert_layers or self._fits(keep=None):
+            return spec.count * sizes.expert_layers
         # In whole units of one expert in one block; blocks are alike in all models that have such experts.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
-        fitting = int((self.budget - rest) * sizes.moe_blocks // sizes.expert_bytes)
+        fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes)
         # The workspace was that of a block which keeps all; where all keep equally few, it may be a little less.
-        fitting = max(fitting, (self.max_experts or 0) * sizes.moe_blocks)
+        fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
         # All of them do not fit, with the multi-token prediction that only the unpruned model has.
-        fitting = min(fitting, spec.count * sizes.moe_blocks - 1)
-        return fitting if fitting >= minimum_keep(spec) * sizes.moe_blocks else None
+        fitting = min(fitting, spec.count * sizes.expert_layers - 1)
+        return fitting if fitting >= minimum_keep(spec) * sizes.expert_layers else None
 
     @cached_property
     def max_context(self) -> int:
@@ -173,7 +171,7 @@ class Fit(Estimate):
         return Fit(self.footprint, replace(self.use, **changes), self.budget).fits  # type: ignore[arg-type]
 
 
-def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterator[Term]:
+def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) -> Iterator[Term]:
     """The terms; `routed` is the number of experts that the routers choose among, if not the number kept."""
     weights = footprint.weights
     kept: float = weights.count if use.keep is None else use.keep
@@ -181,7 +179,7 @@ def _terms(footprint: Footprint, use: Use, routed: int | None = None) -> Iterato
     sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
     if use.total is not None:
         # Blocks are alike, so that the mean tells their bytes. As long as nobody knows, one may keep all its experts.
-        kept, routed = use.total / max(1, sizes.moe_blocks), use.widest or weights.count
+        kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
     exact = weights.measured and use.weights_dtype == "source"
     for name, size in sizes.bytes_by_category(kept).items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
@@ -214,7 +212,7 @@ def _largest(values: range, fits: Callable[[int], bool]) -> int | None:
     return values[low - 1] if low else None
 
 
-def uneven_note(footprint: Footprint) -> str:
+def per_layer_note(footprint: Footprint) -> str:
     """Why a model whose blocks keep different numbers of experts has no other number, and what to do instead."""
     counts = footprint.weights.counts or {}
     return (
@@ -229,7 +227,7 @@ def check_keep(footprint: Footprint, keep: int) -> None:
     """Raise SettingsError for a number of experts that the model cannot have."""
     spec = footprint.spec
     if footprint.weights.counts is not None:
-        raise SettingsError(f"--keep {keep} is not possible: {uneven_note(footprint)}")
+        raise SettingsError(f"--keep {keep} is not possible: {per_layer_note(footprint)}")
     if spec is None:
         raise SettingsError(f"--keep {keep}: {footprint.model} has no experts.")
     least = minimum_keep(spec)

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.hub import read_hub_headers, resolve_model
+from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_json
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError
+from streamprune.fit.cache import stated_cache
 from streamprune.fit.estimate import Footprint
-from streamprune.fit.kv_cache import stated_cache
-from streamprune.fit.weight_facts import weights_by_name
-from streamprune.output.uneven_input import UnevenConfig, read_uneven
-from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TensorEntry, open_checkpoint, read_json
-from streamprune.source.config_facts import first_number, stated_experts, stated_shape, states_experts, text_part
-from streamprune.source.hub import resolve_model
-from streamprune.source.hub_headers import read_hub_headers
+from streamprune.fit.weights import weights_by_name
+from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
+from streamprune.models.per_layer_config import PerLayerExperts, read_per_layer_experts
 
 _LENGTH_NAMES = (
     "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
@@ -34,7 +34,7 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     config = read_json(folder / CONFIG_NAME)
     tensors = read_headers(model, folder)
-    uneven = read_uneven(config)
+    uneven = read_per_layer_experts(config)
     stated = _by_name(model, config, tensors, uneven) if tensors is not None else None
     if stated is not None:
         return stated
@@ -69,7 +69,7 @@ def _complete(folder: Path) -> Mapping[str, TensorEntry] | None:
 
 
 def _by_name(
-    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], uneven: UnevenConfig | None
+    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], uneven: PerLayerExperts | None
 ) -> Footprint | None:
     if uneven is not None:
         config = uneven.stock

@@ -10,10 +10,10 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from streamprune.cards.nvml import card_of
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.fit.estimate import KV_CACHE, PREFILL_CHUNK, STATE, Estimate
-from streamprune.machine import choose_device, format_bytes
+from streamprune.hardware.host import choose_device, format_bytes
+from streamprune.hardware.nvml import card_of
 
 #: The measured counterpart of all weight terms together.
 ALL_WEIGHTS = "weights"

@@ -12,17 +12,26 @@ from typing import Any
 
 from transformers import __version__ as transformers_version
 
+from streamprune.calibration.records import load_tokenizer
+from streamprune.calibration.sequences import Calibration
+from streamprune.config import check_least
 from streamprune.errors import CalibrationError, ResourceError, SettingsError
-from streamprune.generation.decoding import SAMPLED, Continuation, Decoding, continuations, decodings, ends_of
-from streamprune.generation.loops import LEAST_ROUNDS, LEAST_TOKENS, LONGEST_PERIOD
+from streamprune.generation.decoding import (
+    LEAST_ROUNDS,
+    LEAST_TOKENS,
+    LONGEST_PERIOD,
+    SAMPLED,
+    Continuation,
+    Decoding,
+    continuations,
+    decodings,
+    ends_of,
+)
 from streamprune.generation.prompts import Opening, Prompt, Prompts, make_prompts, openings_of, read_openings
 from streamprune.generation.summary import advice_of, endless_notes, examples_of, modes_of, verdict_of
-from streamprune.loading import LoadedModel, WholeModel, find_whole, load_whole_model, release
+from streamprune.models.whole_model import LoadedModel, WholeModel, find_whole, load_whole_model, release
 from streamprune.progress import Progress
-from streamprune.result.evaluations import RESULT_FORMAT
-from streamprune.settings import check_least
-from streamprune.text.calibration import Calibration
-from streamprune.text.tokens import load_tokenizer
+from streamprune.reporting.evaluations import RESULT_FORMAT
 
 #: Enough for three rounds of a loop as long as a paragraph, and to be waited for.
 DEFAULT_NEW_TOKENS = 512

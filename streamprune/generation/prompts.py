@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamprune.calibration.chat import Chat, ChatRenderer
+from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
-from streamprune.source.shard import parse_json, show
-from streamprune.text.calibration import Calibration
-from streamprune.text.chat import Chat, ChatRenderer
+from streamprune.files.json_text import parse_json, show
 
 #: What templates call the switch for thinking.
 THINKING_SWITCHES = ("enable_thinking", "thinking")

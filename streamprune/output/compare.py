@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from streamprune.disk.disk_errors import reading
+from streamprune.checkpoint.index import Checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
 from streamprune.errors import VerifyError
-from streamprune.output.surgery import OutputTensor
-from streamprune.source.checkpoint import Checkpoint, TensorEntry, read_ranges
+from streamprune.files.durable import reading
+from streamprune.models.tensor_slices import OutputTensor
 
 
 @dataclass(frozen=True)

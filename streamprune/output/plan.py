@@ -9,12 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamprune.checkpoint.index import Checkpoint
+from streamprune.checkpoint.safetensors_file import DTYPE_BITS
 from streamprune.errors import CheckpointError
-from streamprune.output.layout import Layout
-from streamprune.output.surgery import OutputTensor
-from streamprune.output.uneven import LoadingFacts, is_uneven, modeling_source, uneven_config
-from streamprune.source.checkpoint import DTYPE_BITS, Checkpoint
-from streamprune.source.rewrite import drop_missing_code, rewrite_config
+from streamprune.models.config_json import drop_missing_code, rewrite_config
+from streamprune.models.expert_layout import Layout
+from streamprune.models.per_layer_experts import (
+    LoadingFacts,
+    config_of_per_layer_experts,
+    has_per_layer_experts,
+    modeling_source,
+)
+from streamprune.models.tensor_slices import OutputTensor
 
 
 @dataclass(frozen=True)
@@ -52,24 +58,24 @@ class PrunePlan:
 def make_plan(
     layout: Layout, loading: LoadingFacts, checkpoint: Checkpoint, counts: Mapping[int, int], max_shard_bytes: int
 ) -> PrunePlan:
-    """Plan the output for the experts that stay in every block. Raises like `uneven.check_uneven`."""
+    """Plan the output for the experts that stay in every block. Raises like `uneven.check_per_layer_experts`."""
     rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, max(counts.values()))
     if rewritten == checkpoint.config and max(counts.values()) < layout.spec.count:
         raise CheckpointError(f"{checkpoint.folder} has a config.json that names no {layout.spec.count} experts.")
-    config = uneven_config(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
-    files = {loading.file_name: modeling_source(loading).encode()} if is_uneven(counts) else {}
+    config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
+    files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
     tensors = layout.output(checkpoint.tensors, counts)
-    return PrunePlan(layout, dict(counts), config, files, plan_shards(tensors, layout.block_count, max_shard_bytes))
+    return PrunePlan(layout, dict(counts), config, files, plan_shards(tensors, layout.layer_count, max_shard_bytes))
 
 
-def plan_shards(tensors: Sequence[OutputTensor], block_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Divide the output among files: every block starts a file of its own, and none exceeds `max_shard_bytes`.
 
     (A single tensor larger than that gets a file to itself.) A block's file is thus complete as soon as the block is
     decided, and is never opened again.
     """
     groups: list[tuple[int | None, list[OutputTensor]]] = []
-    for block in (None, *range(block_count)):
+    for block in (None, *range(layer_count)):
         size = 0
         fresh = True
         for tensor in tensors:

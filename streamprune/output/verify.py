@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
+from streamprune.files.json_text import show
+from streamprune.models.config import load_config
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.skeleton import build_skeleton, survey
 from streamprune.output.compare import Proof, compare_tensors
 from streamprune.output.plan import make_plan
-from streamprune.output.survey import survey
-from streamprune.output.uneven_facts import find_loading_facts
 from streamprune.output.writer import REPORT_NAME
-from streamprune.settings import DEFAULT_SHARD_BYTES
-from streamprune.source.architecture import load_config
-from streamprune.source.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
-from streamprune.source.shard import show
-from streamprune.source.skeleton import build_skeleton
 
 
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamprune.disk.cached_pages import Stretch, left_as_found, put_out_files
-from streamprune.disk.disk_errors import reading, writing
-from streamprune.disk.durable import reached, stream_whole, sync_file, sync_folder, write_whole
+from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry, read_header, read_ranges
+from streamprune.config import Place
 from streamprune.errors import CheckpointError, OutputError, VerifyError
+from streamprune.files.durable import reached, reading, stream_whole, sync_file, sync_folder, write_whole, writing
+from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.output.compare import Proof, compare_tensors
 from streamprune.output.plan import PrunePlan, ShardPlan
-from streamprune.settings import Place
-from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorEntry, read_header, read_ranges
-from streamprune.work.folder import REPLACED_NAME, FinishedBlock, FinishedShard, WorkFolder
+from streamprune.work.folder import REPLACED_NAME, FinishedLayer, FinishedShard, WorkFolder
 
 REPORT_NAME = "streamprune.json"
 
@@ -93,7 +93,7 @@ class OutputWriter:
         """What is written."""
         return self._plan
 
-    def write_block(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
+    def write_layer(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
         """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order.
 
         Where settings ask for it, they are compared with the source: read from the disk, as it has them now. The
@@ -101,14 +101,14 @@ class OutputWriter:
         """
         plans = [shard for shard in self._plan.shards if shard.block == block]
         files = [self._staging / shard.file for shard in plans]
-        with left_as_found(self._sources(plans, kept)):
+        with cache_unchanged(self._sources(plans, kept)):
             with writing(f"Writing to {self._staging}", self._staging):
                 shards = [self._write_shard(shard, kept) for shard in plans]
             whole = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
-            put_out_files(whole)
+            drop_files_from_cache(whole)
             if self._compare:
                 self._proofs[block] = tuple(kept), self._prove(plans, {} if block is None else {block: kept})
-                put_out_files(whole)
+                drop_files_from_cache(whole)
         return shards
 
     def _sources(self, plans: Sequence[ShardPlan], kept: Sequence[int]) -> dict[Path, list[Stretch]]:
@@ -125,7 +125,7 @@ class OutputWriter:
         tensors = [tensor for shard in plans for tensor in shard.tensors]
         return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers(plans))
 
-    def has_written(self, block: int | None, kept: Sequence[int], record: FinishedBlock) -> bool:
+    def has_written(self, block: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
         """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
         sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.block == block}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)

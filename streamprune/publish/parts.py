@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.config import WORK_SUFFIX, beside
 from streamprune.errors import CheckpointError, OutputError
+from streamprune.files.json_text import show
 from streamprune.output.writer import REPORT_NAME
-from streamprune.result.evaluations import FOLDER_NAME
-from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME
-from streamprune.settings import WORK_SUFFIX, beside
-from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint, read_json
-from streamprune.source.shard import show
+from streamprune.reporting.evaluations import FOLDER_NAME
+from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME
 from streamprune.work.folder import resume_command
-from streamprune.work.pruning_record import has_pruning
-from streamprune.work.run_record import has_run
+from streamprune.work.records import has_pruning, has_run
 
 CARD_NAME = "README.md"
-#: What is made of an output later: such files, and those in such folders with such endings. (`report.write` names two
+#: What is made of an output later: such files, and those in such folders with such endings. (`reporting.write` names two
 #: of them, but needs matplotlib.)
 _LATER_FILES = {"report.html"}
 _LATER_FOLDERS = {FOLDER_NAME: ".json", "pictures": ".png"}

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 
+from streamprune.checkpoint.hub import cached_model, resolve_model
+from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, open_checkpoint, read_json
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ScoresError, SettingsError, VerifyError
-from streamprune.machine import format_bytes
-from streamprune.output.survey import survey
-from streamprune.output.uneven import LoadingFacts, modeling_source
-from streamprune.output.uneven_facts import find_loading_facts
-from streamprune.output.uneven_input import counts_of, read_uneven
+from streamprune.hardware.host import format_bytes
+from streamprune.models.config import config_from_dict, load_config
+from streamprune.models.open import check_fit
+from streamprune.models.per_layer_config import counts_of, read_per_layer_experts
+from streamprune.models.per_layer_experts import LoadingFacts, modeling_source
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.skeleton import Skeleton, Target, build_skeleton, map_checkpoint, survey
 from streamprune.output.verify import check_kept, kept_experts, refuse_strays, verify
 from streamprune.output.writer import REPORT_NAME
 from streamprune.publish.parts import CARD_NAME, Parts, damage
-from streamprune.scores.file import SCORES_FOLDER, SCORES_NAME, read_scores
-from streamprune.source.architecture import config_from_dict, load_config
-from streamprune.source.checkpoint import CONFIG_NAME, INDEX_NAME, TensorEntry, open_checkpoint, read_json
-from streamprune.source.hub import cached_model, resolve_model
-from streamprune.source.integrity import check_fit
-from streamprune.source.skeleton import Skeleton, Target, build_skeleton, map_checkpoint
+from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -141,7 +141,7 @@ def _check_files(parts: Parts, trust_remote_code: bool) -> None:
     stated = read_json(folder / INDEX_NAME).get("metadata")
     if not isinstance(stated, dict) or stated.get("total_size") != checkpoint.nbytes:
         raise VerifyError(f"{folder / INDEX_NAME} does not state the {checkpoint.nbytes:,} bytes of all tensors.")
-    uneven = read_uneven(checkpoint.config)
+    uneven = read_per_layer_experts(checkpoint.config)
     config = load_config(folder, trust_remote_code)
     raw: Mapping[str, Any] = checkpoint.config
     if uneven is not None:
@@ -172,7 +172,7 @@ def _as_even(
         if target is None or rows is None:
             continue
         even = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape)
-        block = skeleton.block_of(target.name)
+        block = skeleton.layer_of(target.name)
         assert block is not None  # whatever depends on the number of experts lies in a block
         wanted = list(even)
         wanted[rows.axis] = rows.stride * counts[block] + rows.tail

@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 
-from streamprune.busy import Busy
+from streamprune.calibration.sequences import Calibration, MicroBatch
+from streamprune.config import Computing
+from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
-from streamprune.machine import format_bytes, free_after_failure, is_out_of_memory
-from streamprune.memory.plan import MOST_HANDED_OUT, MemoryPlan
-from streamprune.memory.watch import MemoryWatch
-from streamprune.progress import Progress
-from streamprune.settings import Computing
+from streamprune.hardware.host import format_bytes, free_after_failure, is_out_of_memory
+from streamprune.hardware.memory_plan import MOST_HANDED_OUT, MemoryPlan
+from streamprune.hardware.memory_watch import MemoryWatch
+from streamprune.progress import Busy, Progress
 from streamprune.streaming.saved import Saved, save_all, share_of
 from streamprune.streaming.states import HiddenStates
-from streamprune.streaming.stream import BatchState
-from streamprune.text.calibration import Calibration, MicroBatch
-from streamprune.together.processes import ALONE, Processes
+from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
-from streamprune.work.stop import StopRequest
+from streamprune.work.saved_states import BatchState
 
 _HOST = torch.device("cpu")
 #: What is done with the number, the tokens and the state of a micro-batch: its new state, or None to keep the old one.

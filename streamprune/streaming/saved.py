@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError
-from streamprune.streaming.statistics import ExpertStatistics
-from streamprune.streaming.stream import BatchState
-from streamprune.together.processes import Processes
+from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.work.folder import WorkFolder
-from streamprune.work.journal import is_count
+from streamprune.work.records import is_count
+from streamprune.work.saved_states import BatchState
 
 
 @dataclass

@@ -1,9 +1,13 @@
-"""Carrying the calibration tokens through the blocks, and scoring the blocks that have experts."""
+"""How far the hidden states of a pruned model are from the original's, block by block, and where that is kept.
+
+Carrying the calibration tokens through the blocks, and scoring the blocks that have experts.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,35 +16,77 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.busy import Busy
-from streamprune.choice.chooser import Chooser
+from streamprune.calibration.sequences import Calibration, MicroBatch
+from streamprune.config import RunSettings
+from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import UnsupportedModelError
-from streamprune.memory.plan import MemoryPlan
-from streamprune.prepare import Prepared
-from streamprune.progress import Progress
-from streamprune.scores.statistics import FIELDS, MAXIMA_PLACES, LayerStatistics
-from streamprune.settings import RunSettings
+from streamprune.hardware.memory_plan import MemoryPlan
+from streamprune.planning.prepare import Prepared
+from streamprune.progress import Busy, Progress
+from streamprune.saliency.hooks import ExpertsTap, tap_experts
+from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics
+from streamprune.saliency.statistics import ExpertStatistics
+from streamprune.selection.select import Chooser
 from streamprune.streaming.batches import MicroBatches, Shrink
-from streamprune.streaming.block_errors import BlockErrors
-from streamprune.streaming.examining import Examiner, SequenceFigures
-from streamprune.streaming.head import SlicedHead
-from streamprune.streaming.pairs import ORIGINAL, PRUNED, relative_errors, side_of, with_side
-from streamprune.streaming.saliency import ExpertsTap, tap_experts
+from streamprune.streaming.forward import ORIGINAL, PRUNED, relative_errors, side_of, with_side
+from streamprune.streaming.layer_loader import Weights
+from streamprune.streaming.predictions import PredictionReader, SequenceFigures, SlicedHead
 from streamprune.streaming.saved import Point, Saved, point_of
 from streamprune.streaming.states import non_finite_tokens
-from streamprune.streaming.statistics import ExpertStatistics
-from streamprune.streaming.stream import BatchState
-from streamprune.streaming.weights import Weights
-from streamprune.text.calibration import Calibration, MicroBatch
-from streamprune.together.processes import ALONE, Processes
+from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
-from streamprune.work.stop import StopRequest
+from streamprune.work.saved_states import BatchState
 
 
-class BlockScorer:
+class LayerErrors:
+    """Sums of relative errors over tokens, by block and source; see `pairs.relative_errors`.
+
+    `whole` are those of the blocks that all of it has gone through, of all processes, by block.
+    """
+
+    def __init__(self, sources: int) -> None:
+        self.whole: dict[int, list[float]] = {}
+        self._sources = sources
+        self._partial = torch.zeros(sources, dtype=torch.float64)
+
+    def add(self, source: int, errors: torch.Tensor) -> None:
+        """Add a micro-batch's sum to the block in work."""
+        self._partial[source] += errors.cpu()
+
+    def end_layer(self, block: int, processes: Processes) -> None:
+        """Add up what all processes have of the block in work, which is finished."""
+        processes.add_up(self._partial)
+        self.whole[block] = self._partial.tolist()
+        self._partial.zero_()
+
+    def saved(self, processes: Processes) -> dict[str, Any]:
+        """All of it as JSON, exact to the bit."""
+        partial = self._partial.clone()
+        processes.add_up(partial)
+        return {
+            "blocks": [[block, *values] for block, values in sorted(self.whole.items())],
+            "partial": partial.tolist(),
+        }
+
+    def check(self, saved: Any, block: int) -> None:
+        """Raise ValueError, KeyError or TypeError unless `saved` gives them for every block before `block`."""
+        rows = [values for number, *values in saved["blocks"] if number < block]
+        sound = [number for number, *_ in saved["blocks"]] == list(range(len(saved["blocks"]))) and len(rows) == block
+        for row in [*rows, saved["partial"]]:
+            sound = sound and len(row) == self._sources and all(type(x) is float and 0 <= x < math.inf for x in row)
+        if not sound:
+            raise ValueError("errors that no run has")
+
+    def restore(self, saved: Mapping[str, Any], block: int, first: bool) -> None:
+        """Go on where they were saved, in block `block`. What is still to be added up counts in the `first` process."""
+        self.whole = {row[0]: row[1:] for row in saved["blocks"] if row[0] < block}
+        self._partial = torch.tensor(saved["partial"] if first else [0.0] * self._sources, dtype=torch.float64)
+
+
+class LayerScorer:
     """Scores a prepared model's blocks one after the other, each exactly once, from the first or from saved states.
 
-    Peak memory: a block's weights (see `BlockLoader`), those of the next one where the plan has room for them, the
+    Peak memory: a block's weights (see `LayerLoader`), those of the next one where the plan has room for them, the
     embeddings, one micro-batch's workspace, and the hidden states of all calibration tokens where the plan puts them
     (on disk: in `folder`). Use as a context manager: entering loads the embeddings, leaving frees the hidden states.
     Of several `processes` each has one, with a share of the micro-batches; the statistics of a block are those of all.
@@ -75,13 +121,13 @@ class BlockScorer:
         )
         self._point, self._plan = Point(0), plan
         #: How far the states of what was held back are from the original's, behind each block.
-        self.errors = BlockErrors(self.sources)
+        self.errors = LayerErrors(self.sources)
         self._heads: dict[str, SlicedHead] = {}
         if self._held is not None:
             head = SlicedHead(self._weights.loader, self._stream)
             self._heads = {PRUNED: head, ORIGINAL: head}
 
-    def __enter__(self) -> BlockScorer:
+    def __enter__(self) -> LayerScorer:
         with ExitStack() as stack:
             stack.callback(self._close)
             self._weights.load_surroundings()
@@ -113,9 +159,9 @@ class BlockScorer:
         return self._batches.place
 
     @property
-    def last_block(self) -> int:
+    def last_layer(self) -> int:
         """The last block that anything has to go through."""
-        return self._prepared.layout.moe_blocks[-1] if self._held is None else self._prepared.layout.block_count - 1
+        return self._prepared.layout.expert_layers[-1] if self._held is None else self._prepared.layout.layer_count - 1
 
     def score_block(self, index: int) -> LayerStatistics | None:
         """Run block `index` on all micro-batches; the statistics of its experts, or None if it has none.
@@ -134,7 +180,7 @@ class BlockScorer:
         self._point = Point(index + 1)
         return layer
 
-    def replay_block(self, index: int, kept: Sequence[int]) -> None:
+    def replay_layer(self, index: int, kept: Sequence[int]) -> None:
         """Carry the hidden states through a block whose experts `kept` are known, without scoring it again."""
         point = self._start(index)
         point.total = None
@@ -150,13 +196,13 @@ class BlockScorer:
         Of all processes, by sequence in the order of one alone. Raises Stopped; then it begins anew.
         """
         self._point = Point(block)
-        examiner = Examiner(self._weights, self._heads, self._plan, self._device, self._progress, _is_held)
+        examiner = PredictionReader(self._weights, self._heads, self._plan, self._device, self._progress, _is_held)
         found = [each for part in self._processes.collect(examiner.read_off(block)) for each in part]
         return sorted(found, key=lambda each: each.order)
 
-    def leave_no_pages(self, index: int) -> None:
+    def drop_cached_pages(self, index: int) -> None:
         """Put out of the system's cache what reading block `index` brought into it: nobody needs it any more."""
-        self._weights.loader.leave_no_pages(index)
+        self._weights.loader.drop_cached_pages(index)
 
     def save(self, work: WorkFolder | None) -> None:
         """Save the hidden states, and how far the block in work is.
@@ -202,7 +248,7 @@ class BlockScorer:
         if self._point.block != index:
             self._point = Point(index)
         passes = [self._takes_part(index, passing) for passing in (0, 1)]
-        self._progress.start_block(index, sum(map(self._batches.sequences_among, passes)))
+        self._progress.start_layer(index, sum(map(self._batches.sequences_among, passes)))
         return self._point
 
     def _prunes(self, index: int) -> bool:
@@ -216,13 +262,13 @@ class BlockScorer:
         return lambda batch: batch.held or (self._goes_on_pruned and index in self._taps)
 
     def _loaded(self, index: int) -> AbstractContextManager[tuple[ExitStack, nn.Module]]:
-        return self._weights.block(index, index + 1 if index < self.last_block else None)
+        return self._weights.block(index, index + 1 if index < self.last_layer else None)
 
     def _enter_pruned(self, stack: ExitStack, index: int, block: nn.Module, kept: Sequence[int]) -> nn.Module:
-        twin = self._prepared.pruned_block(index, len(kept))
+        twin = self._prepared.pruned_layer(index, len(kept))
         return self._weights.enter(
             stack,
-            lambda: self._weights.loader.pruned_block(index, block, twin, kept),
+            lambda: self._weights.loader.pruned_layer(index, block, twin, kept),
             f"a copy of block {index} with the experts that stay",
         )
 
@@ -251,7 +297,7 @@ class BlockScorer:
             point.passing, point.done = 1, 0
         self._pass(self._enter_pruned(stack, index, block, kept) if index in self._taps else block)
         if self._held is not None:
-            self.errors.end_block(index, self._processes)
+            self.errors.end_layer(index, self._processes)
 
     def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
         return ExpertStatistics(self._prepared.layout.spec.count, self._device, sources)
@@ -271,7 +317,7 @@ class BlockScorer:
             # (Or the card would have to come to an end of its work first.)
             ids = batch.ids.to(self._device, non_blocking=True)
             before = side_of(state, side) if batch.held else state
-            after = self._stream.run_block(point.block, block, ids, before)
+            after = self._stream.run_layer(point.block, block, ids, before)
             point.unchecked.append((number, ids.numel(), non_finite_tokens(after)))
             if self._device.type == "cpu":
                 point.check_finite(self._prepared.dtype)

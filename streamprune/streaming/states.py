@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from streamprune.busy import Busy
-from streamprune.streaming.shelves import HOST, Fetch, FileShelf, Shelf, memory_shelf, same_place
-from streamprune.streaming.states_file import StatesFile, Written
-from streamprune.streaming.stream import BatchState
+from streamprune.progress import Busy
+from streamprune.streaming.state_store import (
+    HOST,
+    Fetch,
+    FileStateStore,
+    StatesFile,
+    StateStore,
+    Written,
+    memory_state_store,
+    same_place,
+)
+from streamprune.work.saved_states import BatchState
 
 #: What a micro-batch's parts go by: () for the output, (argument, key) for what is carried along.
 _Parts = dict[tuple[Any, ...], Any]
@@ -32,8 +40,10 @@ class HiddenStates:
     ) -> None:  # fmt: skip
         self._states = [BatchState() for _ in range(batches)]
         self._computing, self._busy = computing, busy or Busy()
-        self._shelf: Shelf = (
-            memory_shelf(home, computing, self._busy) if folder is None else FileShelf(StatesFile(folder), self._busy)
+        self._shelf: StateStore = (
+            memory_state_store(home, computing, self._busy)
+            if folder is None
+            else FileStateStore(StatesFile(folder), self._busy)
         )
         #: The state that is on its way: as it was kept when it was expected, where to, and what waits for it.
         self._coming: tuple[BatchState, torch.device, BatchState] | None = None
@@ -105,7 +115,7 @@ class HiddenStates:
         """Move all states into the memory of another device."""
         self.expect_none()
         self.settle()
-        shelf = memory_shelf(home, self._computing, self._busy)
+        shelf = memory_state_store(home, self._computing, self._busy)
         for number, state in enumerate(self._states):
             self._states[number] = _map_state(lambda leaf: shelf.take_over(self._shelf.fetch(leaf, home)()), state)
         self._shelf.close()

@@ -1,20 +1,25 @@
-"""Taking hold of the folders that a run works in, taking up what lies there, and leaving what can be gone on with."""
+"""Taking hold of the folders that a run works in, taking up what lies there, and leaving what can be gone on with.
+
+Stopping in good order: the first SIGINT or SIGTERM is a request, the second ends the process at once.
+"""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
-from streamprune.disk.disk_errors import writing
+from streamprune.config import Place, RunSettings
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError, TooMuchLostError
-from streamprune.settings import Place, RunSettings
+from streamprune.files.durable import writing
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.pruning_record import has_pruning
-from streamprune.work.run_record import RUN_NAMES, has_run
+from streamprune.work.records import RUN_NAMES, has_pruning, has_run
 
 
-def enter_work(stack: ExitStack, settings: Place) -> WorkFolder:
+def open_work_folder(stack: ExitStack, settings: Place) -> WorkFolder:
     """Hold the work folder, and what keeps others off the output if that is somewhere else."""
     with writing(f"Looking for {settings.work_folder}", settings.work_folder):
         home, output = settings.work_folder.resolve(), settings.output.resolve()
@@ -75,3 +80,46 @@ def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
             )
         work.start_afresh()
     return recorded
+
+
+class StopRequest:
+    """Whether the user has asked to stop.
+
+    While `patient`, somebody looks at it soon and stops in good order; otherwise a signal becomes a KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.patient = False
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request, as long as this lasts; a second one ends the process.
+
+    Outside the main thread, where no signals arrive, nothing is changed.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        for other in usual:
+            # Not what Python makes of it: an exception somewhere in the middle is what nobody can prepare for.
+            signal.signal(other, signal.SIG_DFL)
+        if not request.patient:
+            raise KeyboardInterrupt
+
+    for number in usual:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -31,15 +31,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from streamprune.disk.disk_errors import writing
-from streamprune.disk.durable import PARTIAL, checksum_of, names_in, reached, read_record, sync_folder, write_record
 from streamprune.errors import OutputError
-from streamprune.scores.statistics import LayerStatistics, pack
-from streamprune.work.journal import MOST_RECORD_BYTES, is_block, is_evaluation
-from streamprune.work.run_record import RUN_NAMES, read_run, read_tokens, write_run
+from streamprune.files.durable import (
+    PARTIAL,
+    checksum_of,
+    names_in,
+    reached,
+    read_record,
+    sync_folder,
+    write_record,
+    writing,
+)
+from streamprune.saliency.scores import LayerStatistics, pack
+from streamprune.work.records import (
+    MOST_RECORD_BYTES,
+    RUN_NAMES,
+    is_block,
+    is_evaluation,
+    read_run,
+    read_tokens,
+    write_run,
+)
 
 if TYPE_CHECKING:
-    from streamprune.work.generations import Generations
+    from streamprune.work.saved_states import Generations
+
 
 LOCK_NAME = "streamprune.lock"
 _FINISHED = "finished.json"
@@ -59,7 +75,7 @@ class FinishedShard:
 
 
 @dataclass(frozen=True)
-class FinishedBlock:
+class FinishedLayer:
     """The record of a finished block: its statistics (None without experts), the experts that stay, and its shards.
 
     Where nothing is written while blocks are scored, no experts and no shards are on record yet. The statistics are
@@ -143,7 +159,7 @@ class WorkFolder:
         """The recorded calibration sequences. Raises ResumeError if they are damaged."""
         return read_tokens(self.folder)
 
-    def write_block(
+    def write_layer(
         self, block: int | None, layer: LayerStatistics | None, kept: Sequence[int], shards: list[FinishedShard]
     ) -> None:
         """Record a block whose shards are written and flushed. None: what lies outside all blocks."""
@@ -153,7 +169,7 @@ class WorkFolder:
             write_record(self._block_path(block), body)
         reached("block recorded")
 
-    def read_block(self, block: int | None) -> FinishedBlock | None:
+    def read_layer(self, block: int | None) -> FinishedLayer | None:
         """What is on record of a finished block; None if it is not finished, or its record is damaged.
 
         The shards' contents are not looked at: see `whole`.
@@ -162,7 +178,7 @@ class WorkFolder:
         if not is_block(body):
             return None
         shards = [FinishedShard(**shard) for shard in body["shards"]]
-        return FinishedBlock(body["result"], tuple(body["kept"]), shards)
+        return FinishedLayer(body["result"], tuple(body["kept"]), shards)
 
     def whole(self, shard: FinishedShard) -> bool:
         """Whether a shard is there with the bytes that were recorded."""
@@ -183,7 +199,7 @@ class WorkFolder:
             for path in names_in(self.staging, but=tuple(files)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def forget_block(self, block: int | None) -> None:
+    def forget_layer(self, block: int | None) -> None:
         """Let a block count as unfinished."""
         with writing(f"Forgetting a block in {self._blocks}", self.folder):
             self._block_path(block).unlink(missing_ok=True)
@@ -211,7 +227,7 @@ class WorkFolder:
     def states(self) -> Generations:
         """The saved hidden states."""
         # Only here: what only writes from scores has none, and does without torch.
-        from streamprune.work.generations import Generations
+        from streamprune.work.saved_states import Generations
 
         return Generations(self.folder, self._states)
 

@@ -2,22 +2,57 @@
 
 Layout of a generation: `data.bin` holds all tensors one after the other, `index.json` (a record with a checksum) says
 where each lies, what it belongs to, and the checksum of the data.
+
+The hidden states in a work folder: two generations of them, and the cursor that says which counts.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from streamprune.disk.durable import checksum_of, read_record, stream_whole, write_record
 from streamprune.errors import UnsupportedModelError
-from streamprune.streaming.stream import BatchState
-from streamprune.work.journal import MOST_INDEX_BYTES
+from streamprune.files.durable import (
+    checksum_of,
+    names_in,
+    reached,
+    read_record,
+    stream_whole,
+    sync_folder,
+    write_record,
+    writing,
+)
+from streamprune.work.records import MOST_INDEX_BYTES, MOST_RECORD_BYTES, is_cursor
+
+
+@dataclass
+class BatchState:
+    """What one micro-batch carries from block to block.
+
+    `output` is what the last block returned, in the model's own structure: usually hidden states (B, L, H).
+    `carried` is what blocks left behind for later ones in a mapping they share (keys and values, in models whose
+    layers share them), by the name of the argument.
+    """
+
+    output: Any = None
+    carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> BatchState:
+        """A copy on `device`; tensors that are there already are shared."""
+        return BatchState(_to(self.output, device), _to(self.carried, device))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda item: item.to(device) if isinstance(item, torch.Tensor) else item, value)
+
 
 DATA_NAME, INDEX_NAME = "data.bin", "index.json"
 #: How deep a state may be nested, and how many dimensions a tensor may have: far more than any model's.
@@ -196,3 +231,67 @@ def _decode(node: Any, tensors: list[torch.Tensor]) -> Any:
         return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
+
+
+_CURSOR = "cursor.json"
+
+
+class Generations:
+    """The saved states of a work folder, which lie in its subfolder `states`."""
+
+    def __init__(self, folder: Path, states: Path) -> None:
+        self._folder, self._states = folder, states
+
+    def save(self, count: int, load: Callable[[int], BatchState], facts: dict[str, Any]) -> None:
+        """Make `count` hidden states and the facts about them durable, then point the cursor at them.
+
+        The generation before is kept, older ones go.
+        """
+        numbers, before = self._numbers(), self._pointed()
+        number = max(numbers, default=0) + 1
+        kept = [number, *before[:1]]
+        with writing(f"Saving the hidden states in {self._states}", self._folder):
+            save_states(self._states / str(number), count, load, facts)
+            sync_folder(self._states)
+            reached("states saved")
+            write_record(self._folder / _CURSOR, {"generations": kept})
+        reached("cursor moved")
+        for old in numbers:
+            if old not in kept:
+                shutil.rmtree(self._states / str(old), ignore_errors=True)
+
+    def whole(self) -> list[SavedStates]:
+        """The generations that are whole, newest first."""
+        opened = (open_states(self._states / str(number)) for number in self._pointed())
+        return [states for states in opened if states is not None]
+
+    def block(self) -> int | None:
+        """The block in which states were last saved, by their record alone; None if none are."""
+        for number in self._pointed():
+            facts = saved_facts(self._states / str(number))
+            if facts is not None and isinstance(facts.get("block"), int):
+                return int(facts["block"])
+        return None
+
+    def forget_old(self) -> None:
+        """Remove saved hidden states that the cursor does not name, and all but the newest that are whole."""
+        pointed = self._pointed()
+        whole = next((number for number in pointed if open_states(self._states / str(number)) is not None), None)
+        for number in self._numbers():
+            if number != whole:
+                shutil.rmtree(self._states / str(number), ignore_errors=True)
+
+    def forget(self) -> None:
+        """Remove all saved hidden states."""
+        with writing(f"Removing the hidden states from {self._folder}", self._folder):
+            (self._folder / _CURSOR).unlink(missing_ok=True)
+        for number in self._numbers():
+            shutil.rmtree(self._states / str(number), ignore_errors=True)
+
+    def _pointed(self) -> list[int]:
+        """The generations that the cursor names; with a damaged cursor all that there are, newest first."""
+        body = read_record(self._folder / _CURSOR, MOST_RECORD_BYTES)
+        return list(body["generations"]) if is_cursor(body) else sorted(self._numbers(), reverse=True)
+
+    def _numbers(self) -> list[int]:
+        return [int(path.name) for path in names_in(self._states) if path.name.isascii() and path.name.isdecimal()]

@@ -28,7 +28,7 @@ class Model:
     blocks: int
     tokens: int
     hidden: int
-    block_bytes: int
+    layer_bytes: int
     weights_bytes: int
     work: Work
 
@@ -40,7 +40,7 @@ class Model:
     @property
     def memory_bound(self) -> int:
         """Resident bytes that a run may need on the CPU."""
-        return 2 * self.block_bytes + self.states_bytes + BESIDE_BYTES
+        return 2 * self.layer_bytes + self.states_bytes + BESIDE_BYTES
 
     @property
     def flop(self) -> int:
@@ -149,7 +149,7 @@ def _memory(rounds: Sequence[Round], model: Model) -> dict[str, Any]:
     bound = model.memory_bound
     return {
         "peak_mib": {kind: round(peak / MIB) for kind, peak in peaks.items()},
-        "block_mib": round(model.block_bytes / MIB, 1),
+        "block_mib": round(model.layer_bytes / MIB, 1),
         "states_mib": round(model.states_bytes / MIB, 1),
         "memory_bound_mib": round(bound / MIB),
         "peak_over_bound": {kind: round(peaks[kind] / bound, 3) for kind in OURS},

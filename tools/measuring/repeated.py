@@ -16,7 +16,7 @@ from measuring.workers import settings_of
 
 #: Runs a command of streamprune, which ends by printing the most memory it had resident.
 SCRIPT = (
-    "import atexit; from streamprune.cli import main; from streamprune.machine import peak_resident_bytes\n"
+    "import atexit; from streamprune.cli import main; from streamprune.hardware.host import peak_resident_bytes\n"
     "atexit.register(lambda: print(peak_resident_bytes()))\n"
     "main()"
 )
@@ -31,7 +31,7 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
 
 def paired_seconds(job: Job) -> dict[str, Any]:
     """Seconds of runs of the two kinds that the job names, in one process, each kind first in turn."""
-    from streamprune.run import run
+    from streamprune.pipeline.run import run
 
     kinds = PAIRS[job.kind]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def block_bytes(folder: Path) -> int:
+def layer_bytes(folder: Path) -> int:
     """The largest block of a checkpoint of `build`."""
     return max(path.stat().st_size for path in weight_files(folder)[1:])
 

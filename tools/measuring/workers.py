@@ -27,7 +27,7 @@ from measuring.shapes import build, weight_files
 from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
-    from streamprune.settings import RunSettings
+    from streamprune.config import RunSettings
 
 #: What of a run's summary the figures are made from, where it is there.
 TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "busy", "output_bytes")
@@ -36,7 +36,7 @@ TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "busy", "outp
 def _import_libraries(limited: bool) -> None:
     """Import torch and transformers, and with `limited` bound what they take, as streamprune's command line does it."""
     if limited:
-        from streamprune.machine import limit_library_memory
+        from streamprune.hardware.host import limit_library_memory
 
         # Works only before torch is imported.
         limit_library_memory()
@@ -92,7 +92,7 @@ def _forward(job: Job) -> dict[str, Any]:
 
 
 def _score(job: Job) -> dict[str, Any]:
-    from streamprune.run import run
+    from streamprune.pipeline.run import run
 
     scores = job.output.with_name(job.output.name + ".safetensors")
     settings = replace(settings_of(job), output=scores, keep=None, only_score=True, overwrite=True)
@@ -100,7 +100,7 @@ def _score(job: Job) -> dict[str, Any]:
 
 
 def _run(job: Job) -> dict[str, Any]:
-    from streamprune.run import run
+    from streamprune.pipeline.run import run
 
     return _told(run(settings_of(job), quiet=True).summary, log_of(job.output))
 
@@ -113,7 +113,7 @@ def _told(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str,
 
 def settings_of(job: Job, **changes: Any) -> RunSettings:
     """The settings of a run that keeps half of the experts."""
-    from streamprune.settings import RunSettings
+    from streamprune.config import RunSettings
 
     experts = json.loads((job.model / "config.json").read_text())["num_experts"]
     fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(job.tokens),), "samples": 10**9}
@@ -187,7 +187,7 @@ def main() -> None:
         import transformers.models.auto.modeling_auto
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
     if job.kind in ("score", "run", "saving", "evaluating"):
-        import streamprune.run  # noqa: F401
+        import streamprune.pipeline.run  # noqa: F401
     card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
     try:
@@ -195,7 +195,7 @@ def main() -> None:
     except StreampruneError as error:
         sys.exit(f"Error: {error}")
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
-    from streamprune.machine import peak_resident_bytes
+    from streamprune.hardware.host import peak_resident_bytes
 
     measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
     print(json.dumps({**figures, **measured, **(card.told() if card else {})}))

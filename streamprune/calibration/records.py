@@ -1,0 +1,313 @@
+"""From rows to records: what of a row is calibrated on, as text, as a chat, or as token ids.
+
+From records to token ids, with the model's own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamprune.calibration.chat import Chat, ChatRenderer
+from streamprune.calibration.recipe import (
+    ChatForm,
+    Condition,
+    FieldPath,
+    MissingFieldError,
+    Source,
+    Turn,
+    path_text,
+    value_at,
+)
+from streamprune.calibration.sources import Row
+from streamprune.errors import CalibrationError
+from streamprune.files.json_text import parse_json, show
+
+#: What a conversation's keys and roles are called in ShareGPT's format.
+SHAREGPT_COLUMNS = {"role": "from", "content": "value"}
+SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+
+
+@dataclass
+class Record:
+    """A document before tokenization: text, a chat, or ready token ids. `place` is for error messages."""
+
+    place: str
+    text: str | None = None
+    chat: Chat | None = None
+    input_ids: list[Any] | None = None
+
+
+def record_of(row: Row, source: Source) -> Record | None:
+    """What a source makes of a row; None for rows that are filtered out or hold only white space.
+
+    Raises CalibrationError, naming the record and the field, where it has not what the source asks for.
+    """
+    try:
+        if not all(_meets(row.values, condition) for condition in source.conditions):
+            return None
+        values = _labelled(row, source.labels)
+        if source.text is not None:
+            return _text_record(row.place, source.text.fill(values))
+        if source.chat is not None:
+            return Record(row.place, chat=_chat_of(row.place, values, source.chat))
+    except MissingFieldError as error:
+        raise CalibrationError(
+            f"{row.place} has no {error.args[0]!r}, which source {source.name!r} asks for; it has {_keys(row.values)}."
+        ) from None
+    except RecursionError:
+        raise CalibrationError(f"{row.place} is nested too deeply.") from None
+    return _plain_record(row)
+
+
+def _plain_record(row: Row) -> Record | None:
+    """A record by the names that are usual for its fields."""
+    values = row.values
+    if isinstance(values.get("input_ids"), list):
+        return Record(row.place, input_ids=values["input_ids"])
+    for key in ("messages", "conversations"):
+        if isinstance(values.get(key), list):
+            tools = ("tools",) if isinstance(values.get("tools"), list) else None
+            return Record(row.place, chat=_chat_of(row.place, values, ChatForm((key,), tools=tools)))
+    if isinstance(values.get("text"), str):
+        return _text_record(row.place, values["text"])
+    raise CalibrationError(
+        f"{row.place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has "
+        f"{_keys(values)}. A recipe can say what to make of other fields."
+    )
+
+
+def _text_record(place: str, text: str) -> Record | None:
+    return Record(place, text=text) if text.strip() else None
+
+
+def _keys(values: Mapping[str, Any]) -> str:
+    return ", ".join(show(key) for key in list(values)[:10]) or "nothing"
+
+
+def _meets(values: Mapping[str, Any], condition: Condition) -> bool:
+    value = value_at(values, condition.path)
+    if condition.values is not None:
+        # In Python true equals 1, which no one means here.
+        return any(value == wanted and type(value) is type(wanted) for wanted in condition.values) or (
+            _is_number(value) and any(value == wanted for wanted in condition.values if _is_number(wanted))
+        )
+    if not _is_number(value):
+        return False
+    return (condition.least is None or value >= condition.least) and (condition.most is None or value <= condition.most)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _labelled(row: Row, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The row's fields, with numbers that stand for names replaced by them."""
+    if not labels:
+        return row.values
+    values = dict(row.values)
+    for name, names in labels.items():
+        number = value_at(values, (name,))
+        if type(number) is not int or not 0 <= number < len(names):
+            raise CalibrationError(
+                f"{row.place} has {show(number)} for {name!r}, where 'labels' names the numbers 0 to {len(names) - 1}."
+            )
+        values[name] = names[number]
+    return values
+
+
+def _chat_of(place: str, values: Mapping[str, Any], form: ChatForm) -> Chat:
+    tools = None if form.tools is None else _parsed(place, values, form.tools)
+    if tools is not None and not isinstance(tools, list):
+        raise CalibrationError(
+            f"{place} has {show(tools)} for {path_text(form.tools or ())!r}, which is no list of tools."
+        )
+    if form.messages is None:
+        messages = [_turn(place, values, turn) for turn in form.turns]
+    else:
+        messages = _parsed(place, values, form.messages)
+        if not isinstance(messages, list):
+            raise CalibrationError(
+                f"{place} has {show(messages)} for {path_text(form.messages)!r}, which is no list of messages."
+            )
+        messages = [_message(place, message, form) for message in messages]
+    wrapped = [_wrapped(tool) for tool in tools] if tools else None
+    return Chat(place, messages, wrapped, form.variables)
+
+
+def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": "" if turn.content is None else turn.content.fill(values)}
+    if turn.tool_calls is not None:
+        calls = _parsed(place, values, turn.tool_calls)
+        if not isinstance(calls, list):
+            raise CalibrationError(
+                f"{place} has {show(calls)} for {path_text(turn.tool_calls)!r}, which is no list of calls."
+            )
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _parsed(place: str, values: Mapping[str, Any], path: FieldPath) -> Any:
+    """A field that may hold its JSON as text, as in many a parquet file."""
+    value = value_at(values, path)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value.encode())
+    except ValueError as error:
+        raise CalibrationError(
+            f"{place} has text for {path_text(path)!r} that is not valid JSON: {str(error)[:300]}."
+        ) from None
+
+
+def _message(place: str, message: Any, form: ChatForm) -> dict[str, Any]:
+    """A message with the keys that chat templates know. What it says is left for the template to refuse."""
+    if not isinstance(message, dict):
+        # Some versions of transformers would let it through, as a message without role and content.
+        raise CalibrationError(
+            f"{place} has {show(message)} among its messages, where an object with 'role' is wanted."
+        )
+    columns, roles = form.columns, form.roles
+    if not columns and "role" not in message and "from" in message:
+        columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | dict(roles)
+    # Parquet gives every message all the keys that any has, with nothing in them.
+    others = {key: value for key, value in message.items() if key not in columns.values() and value is not None}
+    result = others | {key: message[column] for key, column in columns.items() if column in message}
+    if isinstance(result.get("role"), str):
+        result["role"] = roles.get(result["role"], result["role"])
+    if result.get("content") is None:
+        result["content"] = ""
+    if isinstance(result.get("tool_calls"), list):
+        result["tool_calls"] = [_call(call) for call in result["tool_calls"]]
+    return result
+
+
+def _call(call: Any) -> Any:
+    """A tool call as chat templates want it, its arguments as an object and not as JSON in a string."""
+    call = _wrapped(call)
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    function = {key: value for key, value in call["function"].items() if value is not None}
+    if isinstance(function.get("arguments"), dict):
+        function["arguments"] = {key: value for key, value in function["arguments"].items() if value is not None}
+    elif isinstance(function.get("arguments"), str):
+        try:
+            arguments = parse_json(function["arguments"].encode())
+        except (ValueError, RecursionError):
+            arguments = None
+        # A model may have written what is no JSON: the template gets that as it is.
+        function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    return call | {"function": function}
+
+
+def _wrapped(item: Any) -> Any:
+    """A tool or a call in OpenAI's form; some data sets leave out the outer object."""
+    if isinstance(item, dict):
+        item = {key: value for key, value in item.items() if value is not None}
+        if "function" not in item and "name" in item:
+            return {"type": "function", "function": item}
+    return item
+
+
+class TokenMaker:
+    """The model's tokenizer, loaded by the first record that needs it. Use as a context manager.
+
+    `vocab_size` is how many tokens the model knows, and `max_positions` the longest sequence, if it has a limit.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool, vocab_size: int, max_positions: int | None) -> None:
+        self._folder, self._trust_remote_code = folder, trust_remote_code
+        self._vocab_size, self._max_positions = vocab_size, max_positions
+        self._tokenizer: Any = None
+        self._renderer: ChatRenderer | None = None
+
+    def __enter__(self) -> TokenMaker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._renderer is not None:
+            self._renderer.__exit__()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises CalibrationError where it has none that works."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folder, self._trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def prefix(self) -> list[int]:
+        """The token that the model expects before every text, if its tokenizer adds one."""
+        ids = self.tokenizer("a").input_ids
+        return [self.tokenizer.bos_token_id] if ids and ids[0] == self.tokenizer.bos_token_id is not None else []
+
+    def document(self, record: Record) -> list[int]:
+        """The tokens of a text or chat, with the end-of-text token behind text (a chat template writes its own).
+
+        Raises CalibrationError, naming the record, where the template or the tokenizer fails on it.
+        """
+        text = record.text if record.chat is None else self._rendered(record)
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        except Exception as error:
+            # Tokenizers are programs too, and come with the model.
+            raise CalibrationError(f"{record.place}: the model's tokenizer fails on this text: {error}") from None
+        if record.chat is None and self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        largest = max(ids, default=0)
+        if largest >= self._vocab_size:
+            raise CalibrationError(
+                f"{record.place}: the tokenizer gave token {largest}, but the model knows only {self._vocab_size}. "
+                "Tokenizer and model do not belong together."
+            )
+        return ids
+
+    def ready(self, record: Record) -> list[int]:
+        """The record's own token ids. Raises CalibrationError for what the model could not take."""
+        ids = record.input_ids or []
+        bad = [item for item in ids if type(item) is not int or not 0 <= item < self._vocab_size]
+        if bad or not ids:
+            what = f"{show(bad[0])} in 'input_ids'" if bad else "an empty 'input_ids'"
+            raise CalibrationError(
+                f"{record.place} has {what}; the model's tokens are the numbers 0 to {self._vocab_size - 1}."
+            )
+        if self._max_positions is not None and len(ids) > self._max_positions:
+            raise CalibrationError(
+                f"{record.place} has {len(ids):,} tokens, but the model knows only {self._max_positions:,} positions. "
+                "Sequences of token ids are never cut; shorten it."
+            )
+        return ids
+
+    def _rendered(self, record: Record) -> str:
+        assert record.chat is not None
+        if not self.tokenizer.chat_template:
+            raise CalibrationError(
+                f"{record.place} holds a chat, but this model's tokenizer has no chat template. Give records with "
+                "'text'."
+            )
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer)
+        return self._renderer.render(record.chat)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer in a model's folder. Raises CalibrationError where there is none that works."""
+    from transformers import AutoTokenizer
+
+    advice = "Add the tokenizer's files, or calibrate on JSONL records with 'input_ids'."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        works = bool(tokenizer("The answer is 42.").input_ids)
+    except Exception as error:
+        # Tokenizers of every kind and age fail in their own ways; the user needs one sentence.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CalibrationError(f"The tokenizer in {folder} cannot be loaded: {reason}\n{advice}") from error
+    if not works:
+        # Without its files, transformers makes up a tokenizer with an empty vocabulary for some models.
+        raise CalibrationError(f"{folder} holds no tokenizer. {advice}")
+    return tokenizer

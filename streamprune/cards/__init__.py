@@ -1,1 +1,0 @@
-"""NVIDIA cards: those of this machine, and the known ones."""

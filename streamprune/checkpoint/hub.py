@@ -1,0 +1,259 @@
+"""From what the user calls MODEL to a local folder: a path stays a path, a Hub id is downloaded.
+
+The headers of a model's safetensors files on the Hub, read by range requests: kilobytes instead of the weights.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamprune.checkpoint.index import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    SINGLE_NAME,
+    is_small_file,
+    read_index,
+)
+from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
+from streamprune.errors import CheckpointError, SettingsError
+
+#: How long the Hub may take for its first answer. The Hub library itself would wait for ever.
+ANSWER_SECONDS = 30.0
+
+
+def resolve_model(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    config_only: bool = False,
+    tokenizer_only: bool = False,
+) -> Path:
+    """The local folder for `model`: a folder path, or a Hub id, whose needed files are downloaded to the Hub cache.
+
+    With `config_only` nothing but the config is fetched, so that what it rules out costs no download of weights; with
+    `tokenizer_only` also the small files beside it, the tokenizer's among them. Only safetensors named by the index and
+    the small files beside them are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy
+    in the cache is used and nothing is asked. Raises CheckpointError when the model cannot be found, reached, or has no
+    safetensors weights, and SettingsError for a revision of a local folder.
+    """
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:
+        # No permission, a name too long for the file system, or the home of a user who does not exist.
+        raise CheckpointError(f"{model!r} cannot be opened: {getattr(error, 'strerror', None) or error}.") from None
+    if is_folder:
+        if revision is not None:
+            raise SettingsError(f"--revision {revision} is for models from the Hub, but {model} is a local folder.")
+        return path
+    if is_file:
+        raise CheckpointError(f"{model} is a file. Give the folder that holds config.json and the *.safetensors files.")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise CheckpointError(f"No folder {model!r} here. Give a local model folder or a Hub id such as org/name.")
+
+    # Imported here, since a local folder needs neither the library nor its start-up time.
+    from huggingface_hub import is_offline_mode
+
+    with hub_errors_told(model, revision):
+        if is_offline_mode():
+            return _from_cache(model, revision, trust_remote_code, tokenizer_only)
+        return _download(model, revision, trust_remote_code, config_only, tokenizer_only)
+
+
+def _download(
+    repo_id: str, revision: str | None, trust_remote_code: bool, config_only: bool, tokenizer_only: bool
+) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    info = HfApi().model_info(repo_id, revision=revision, timeout=ANSWER_SECONDS)
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    weights = [SINGLE_NAME]
+    # Where there are both, the single file counts, as in `open_checkpoint`.
+    if SINGLE_NAME not in names:
+        if INDEX_NAME not in names:
+            raise CheckpointError(f"{repo_id} has {_other_weights(names)}. Choose a safetensors version of the model.")
+        weights = sorted(set(read_index(Path(hf_hub_download(repo_id, INDEX_NAME, revision=info.sha))).values()))
+    needed = [CONFIG_NAME, *weights]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{repo_id} is incomplete on the Hub: {len(missing)} of {len(needed)} files are missing, first "
+            f"{missing[0]!r}. Choose another --revision or another copy of the model."
+        )
+    if config_only:
+        wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
+    elif tokenizer_only:
+        wanted = [name for name in names if name not in weights and _is_wanted(name, weights, trust_remote_code)]
+    else:
+        wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
+    # By the name of the branch, so that the cache learns where it points, for offline runs.
+    patterns = [glob.escape(name) for name in wanted]
+    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if folder.name != info.sha:
+        raise CheckpointError(
+            f"{repo_id} changed on the Hub during the download, from commit {info.sha} to {folder.name}. "
+            "Run the same command again."
+        )
+    # The library falls back on an incomplete copy where the Hub fails in between.
+    _check_complete(repo_id, folder, wanted)
+    return folder
+
+
+def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tokenizer_only: bool) -> Path:
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+    try:
+        # The config alone: what else the repository has may never have been wanted, and need not be there.
+        path = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[CONFIG_NAME])
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{repo_id} (revision {revision or 'main'}) is not in the Hub cache, and HF_HUB_OFFLINE=1 forbids to fetch "
+            "it. Unset HF_HUB_OFFLINE, or give a local folder."
+        ) from None
+    folder = Path(path)
+    try:
+        names = [entry.path for entry in get_cached_repo_tree(repo_id, revision=folder.name)]
+    except CachedRepoTreeNotFoundError:
+        # Cached by an older library or another tool; `open_checkpoint` still finds missing weights.
+        return folder
+    sharded = SINGLE_NAME not in names and (folder / INDEX_NAME).is_file()
+    weights = sorted(set(read_index(folder / INDEX_NAME).values())) if sharded else [SINGLE_NAME]
+    wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
+    _check_complete(repo_id, folder, [name for name in wanted if not (tokenizer_only and name in weights)])
+    return folder
+
+
+def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Path | None:
+    """The complete copy of a Hub model in the cache; None where there is none. Nothing is asked."""
+    try:
+        with hub_errors_told(repo_id, revision):
+            return _from_cache(repo_id, revision, trust_remote_code, tokenizer_only=False)
+    except CheckpointError:
+        return None
+
+
+def _is_wanted(name: str, weights: list[str], trust_remote_code: bool) -> bool:
+    if name.endswith(".py") and not trust_remote_code:
+        return False
+    index = [] if weights == [SINGLE_NAME] else [INDEX_NAME]
+    # The README says under which licence the new model's card has to be.
+    return name in (CONFIG_NAME, "README.md", *index, *weights) or is_small_file(name)
+
+
+def _check_complete(repo_id: str, folder: Path, wanted: list[str]) -> None:
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"The copy of {repo_id} in the Hub cache is incomplete: {len(missing)} of {len(wanted)} files are missing, "
+            f"first {missing[0]!r}. Run the same command again, with a connection and without HF_HUB_OFFLINE."
+        )
+
+
+def _other_weights(names: list[str]) -> str:
+    pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickled:
+        return f"only pickled weights ({pickled[0]!r}), which can run code and are never opened"
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    return f"neither {INDEX_NAME} nor {SINGLE_NAME}{f', only {others[0]!r}' if others else ''}"
+
+
+@contextmanager
+def hub_errors_told(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub library raises into a CheckpointError that says what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Its errors come from several libraries, httpx or httpx2 among them, and have no class in common.
+        raise CheckpointError(_explain(repo_id, revision, error)) from error
+
+
+def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub_errors
+
+    hub = HfApi().endpoint
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        # Says only that the cache has no copy either; the cause is why the Hub did not help.
+        error = error.__cause__
+    if isinstance(error, hub_errors.HFValidationError):
+        return f"{repo_id!r} is neither a local folder nor a valid Hub id such as org/name."
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f"{repo_id} is gated. Ask for access at {hub}/{repo_id}, then {login}."
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"{repo_id} has no branch, tag or commit {revision!r} on the Hub. Choose another --revision."
+    status = error.response.status_code if isinstance(error, hub_errors.HfHubHTTPError) else None
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"There is neither a folder {repo_id!r} here nor a public model of that name at {hub}. Check the name; if "
+            f"the model is private, {login}."
+        )
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        said = f" ({first_line(error.server_message)})" if error.server_message else ""
+        return f"{hub} answered with HTTP status {status}{said} when asked for {repo_id}. Try again later."
+    return (
+        f"Fetching {repo_id} from {hub} failed: {first_line(str(error)) or type(error).__name__}. Check the "
+        "connection and the free disk space, then run the same command again: files that have arrived are kept. "
+        "HF_HUB_OFFLINE=1 uses a copy that is in the Hub cache already."
+    )
+
+
+def first_line(text: str) -> str:
+    """The first line of a library's or server's message, as it may stand in ours."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return "".join(char if char.isprintable() else "?" for char in line)[:300].rstrip(".")
+
+
+def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorEntry]:
+    """Every tensor of the repository's safetensors files, by name, through huggingface-hub.
+
+    Raises CheckpointError when there are none, the Hub cannot be reached, or a header is damaged.
+    """
+    import huggingface_hub.utils
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+    with hub_errors_told(repo_id, revision):
+        try:
+            metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
+        except NotASafetensorsRepoError:
+            raise CheckpointError(
+                f"{repo_id} has neither {INDEX_NAME} nor {SINGLE_NAME} on the Hub. Only safetensors weights are read."
+            ) from None
+        except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
+            # The library looks at little of a header before it uses it.
+            raise CheckpointError(
+                f"{repo_id} has a damaged safetensors header on the Hub: {first_line(str(error))}. Choose another "
+                "--revision or another copy of the model."
+            ) from None
+    tensors = {}
+    for file, parsed in metadata.files_metadata.items():
+        header = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": _as_list(info.data_offsets)}
+            for name, info in parsed.tensors.items()
+        }
+        # A stranger's header: its figures have to pass the same checks as those of a file on this disk.
+        for entry in header_entries(Path(repo_id) / file, file, header, 0)[0]:
+            tensors[entry.name, file] = entry
+    for name, file in metadata.weight_map.items():
+        if (name, file) not in tensors:
+            raise CheckpointError(
+                f"{repo_id}: {INDEX_NAME} says that tensor {name!r} is in {file}, but that file does not hold it."
+            )
+    if not tensors:
+        raise CheckpointError(f"{repo_id} holds no tensors. Choose another --revision or another copy of the model.")
+    return {name: tensors[name, file] for name, file in metadata.weight_map.items()}
+
+
+def _as_list(value: object) -> object:
+    """Byte ranges as JSON has them; the library makes tuples of them."""
+    return list(value) if isinstance(value, tuple) else value

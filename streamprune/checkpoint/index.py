@@ -1,0 +1,254 @@
+"""What a safetensors checkpoint holds, read from its headers alone. Imports no torch: opening takes milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from streamprune.checkpoint.safetensors_file import (
+    DTYPE_BITS,
+    MAX_JSON_BYTES,
+    TensorEntry,
+    nothing_around,
+    read_header,
+    read_ranges,
+)
+from streamprune.errors import CheckpointError
+from streamprune.files.json_text import parse_json, show
+
+#: Other modules meet tensors and their bytes through the checkpoint that they belong to.
+__all__ = [
+    "CONFIG_NAME", "DTYPE_BITS", "INDEX_NAME", "PICKLE_SUFFIXES", "SINGLE_NAME", "Checkpoint", "TensorEntry",
+    "is_small_file", "open_checkpoint", "read_header", "read_index", "read_json", "read_ranges",
+]  # fmt: skip
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: What is never copied along as a "small file": weights in any form, and media, which only the old card shows.
+_LEFT_OUT_SUFFIXES = (
+    *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".npz",
+    ".mlmodel", ".tflite", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".wav", ".pdf",
+    ".zip",
+)  # fmt: skip
+#: Written anew for the output, or (Mistral's own params.json) a second config that would still state the old sizes.
+_LEFT_OUT_NAMES = {CONFIG_NAME, "README.md", "streamprune.json", "report.html", "params.json"}
+#: Where transformers keeps the chat templates beside the default one: the only subfolder that belongs to the model.
+#: Others ("original", "onnx", "metal") hold it again in other formats, unpruned.
+_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local model folder: the raw `config.json` and every tensor of its safetensors files, in file order."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({entry.file for entry in self.tensors.values()})
+
+    def small_files(self) -> list[Path]:
+        """Paths, relative to the folder, of the tokenizer, chat templates, licence and other files beside the weights.
+
+        Left out: hidden files, weights and media, what the output gets anew (config, index, README), and subfolders
+        other than `additional_chat_templates`. Links are followed; CheckpointError for one that leads nowhere.
+        """
+        found = []
+        for path in (*self.folder.iterdir(), *self.folder.glob(f"{_TEMPLATES}/*")):
+            relative = path.relative_to(self.folder)
+            if not is_small_file(relative.as_posix()) or (path.exists() and not path.is_file()):
+                continue
+            if not os.access(path, os.R_OK):
+                what = f"a link to {path.readlink()}, which" if path.is_symlink() else "a file that"
+                raise CheckpointError(
+                    f"{path} is {what} cannot be read. Repair or remove it: it would be copied along."
+                )
+            found.append(relative)
+        return sorted(found)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, every header, every file's size, and 16 pages of 4 KiB spread over each file.
+
+        It tells checkpoints apart in a second; it is no proof that every byte is unchanged.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        # The tensors stand in file order.
+        for file, entries in itertools.groupby(self.tensors.values(), key=lambda entry: entry.file):
+            path = self.folder / file
+            size = path.stat().st_size
+            digest.update(f"\n{file} {size}\n".encode())
+            for entry in entries:
+                digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.begin} {entry.end}\n".encode())
+            with path.open("rb") as stream:
+                nothing_around(stream)
+                for page in range(16):
+                    stream.seek(max(0, size - 4096) * page // 15)
+                    digest.update(stream.read(4096))
+        return digest.hexdigest()
+
+
+def is_small_file(name: str) -> bool:
+    """Whether a model's file of this name, relative to its folder, goes with the weights into another folder."""
+    folder, _, base = name.rpartition("/")
+    return not (
+        folder not in ("", _TEMPLATES)
+        or base.startswith(".")
+        or name in _LEFT_OUT_NAMES
+        or base.lower().endswith(_LEFT_OUT_SUFFIXES)
+    )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the config and all safetensors headers of `folder`, and check that every byte range is really there.
+
+    Raises CheckpointError for: no or broken config.json, pickled weights, missing, truncated or malformed shards, an
+    index that names files outside the folder or tensors that no shard has.
+
+    A file may be a link to anywhere: the Hub cache is made of links to `../../blobs`, and people keep shards on other
+    disks. Whoever placed the link chose that very file. A folder that links elsewhere is not followed: behind it the
+    index, which comes from strangers, would be the one to choose.
+    """
+    try:
+        return _open(folder)
+    except OSError as error:
+        path = error.filename or folder
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check it and its permissions."
+        ) from error
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder. Give a folder that holds config.json and *.safetensors files."
+        )
+    config = read_json(folder / CONFIG_NAME)
+    indexed = _indexed_files(folder, config)
+    tensors: dict[str, TensorEntry] = {}
+    for file in sorted(set(indexed.values())) if indexed else [SINGLE_NAME]:
+        for entry in read_header(folder, file):
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"{folder}: tensor {show(entry.name)} is in both {tensors[entry.name].file} and {file}. "
+                    "Download the model again."
+                )
+            tensors[entry.name] = entry
+    for name, file in indexed.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} says that tensor {show(name)} is in {file}, but that file does not hold it. "
+                "The shards and the index do not belong together; download the model again."
+            )
+    if not tensors:
+        raise CheckpointError(f"{folder} holds no tensors. Download the model again.")
+    checkpoint = Checkpoint(folder=folder, config=config, tensors=tensors)
+    checkpoint.small_files()  # One that cannot be read is better told now than at the end of the run.
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError if it is missing, not UTF-8, not JSON or not an object."""
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("it is not a regular file")
+        if facts.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {facts.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+        value = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing. A model folder holds {CONFIG_NAME} and *.safetensors files."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object. Download it again.")
+    return value
+
+
+def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor name -> shard file name from the index; empty for a single-file checkpoint.
+
+    Where there are both, the single file counts: it is what transformers loads.
+    """
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} names its weights itself ('transformers_weights'), which is not supported. Rename "
+            f"the weights to {SINGLE_NAME} or {INDEX_NAME} and remove the entry."
+        )
+    found = {path.name for path in folder.iterdir()}
+    if SINGLE_NAME in found:
+        _check_present(folder, {SINGLE_NAME})
+        return {}
+    if INDEX_NAME in found:
+        indexed = read_index(folder / INDEX_NAME)
+        _check_present(folder, set(indexed.values()))
+        return indexed
+    pickled = sorted(name for name in found if name.endswith(PICKLE_SUFFIXES))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({pickled[0]}{', …' if len(pickled) > 1 else ''}). Pickle files "
+            "can run code and are never opened. Use a safetensors version of the model, or convert it: "
+            "https://huggingface.co/spaces/safetensors/convert"
+        )
+    raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}. Is it a complete model folder?")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file of an index, which may come from a stranger: no name in it leaves the folder.
+
+    Raises CheckpointError for an index that is malformed, empty, or names other files than safetensors inside it.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path} has no valid 'weight_map'. Download it again.")
+    if not weight_map:
+        raise CheckpointError(f"{path} lists no tensors. Download it again.")
+    for name, file in weight_map.items():
+        if not file or file.startswith("/") or ".." in PurePosixPath(file).parts or "\\" in file or "\0" in file:
+            raise CheckpointError(
+                f"{path} puts tensor {show(name)} in {show(file)}, outside the model folder. "
+                "The index is damaged or malicious; do not use this model."
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} puts tensor {show(name)} in {show(file)}, which is not a safetensors file. "
+                "Only safetensors weights are read."
+            )
+    return weight_map
+
+
+def _check_present(folder: Path, files: set[str]) -> None:
+    missing = sorted(file for file in files if not (folder / file).is_file())
+    if missing:
+        path = folder / missing[0]
+        link = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(files)} shards are missing, first {show(missing[0])}{link}. "
+            "Complete the download and try again."
+        )
+    home = folder.resolve()
+    for file in sorted(files):
+        where = (folder / file).parent.resolve()
+        if not where.is_relative_to(home):
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} reaches {show(file)} through a link to the folder {where}, outside the model "
+                "folder. Link the shards themselves instead."
+            )

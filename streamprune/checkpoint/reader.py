@@ -1,0 +1,271 @@
+"""Reading the tensors of a block from the shards, while something else computes.
+
+The exact bytes, in file order, neighbours in one request, several requests in flight. On the CPU a request reads
+straight to where its tensors will lie; for a card it reads into a small page-locked buffer, from which a stream of its
+own carries the bytes on.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.index import Checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry, nothing_around
+from streamprune.errors import CheckpointError
+from streamprune.files.json_text import cut_short
+from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
+from streamprune.hardware.host import page_locked
+from streamprune.hardware.memory_plan import STAGING_BYTES
+from streamprune.progress import Busy
+
+#: Requests in flight: one alone leaves an NVMe disk idle half of the time.
+_READERS = 4
+#: Bytes of a request at most. Larger ones are no faster, and a card's buffers have this size.
+REQUEST_BYTES = 8 * 2**20
+#: Linux takes up to 1,024 places in one system call.
+_MOST_PLACES = 512
+#: Where each tensor begins in the memory for many: any dtype may lie there.
+_ALIGNMENT = 64
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where `size` bytes of a request go: into which group's memory, from which byte on."""
+
+    group: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Neighbouring bytes of one file, from byte `begin` on."""
+
+    file: str
+    begin: int
+    places: tuple[_Place, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(place.size for place in self.places)
+
+
+class Reading:
+    """Groups of tensors that are being read. After `wait` each may be taken, once."""
+
+    def __init__(
+        self, memory: dict[str, torch.Tensor], layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]
+    ) -> None:
+        self._memory, self._layout = memory, layout
+        self.requests: list[Future[None]] = []
+        #: What this brought into the system's cache, by file.
+        self.cached: dict[Path, list[Stretch]] = {}
+
+    def wait(self) -> None:
+        """Wait for all bytes. Raises CheckpointError where some could not be read."""
+        for request in self.requests:
+            request.result()
+
+    def take(self, group: str) -> dict[str, torch.Tensor]:
+        """The tensors of a group by name, which share memory."""
+        memory = self._memory.pop(group)
+        return {
+            name: memory[offset : offset + entry.nbytes].view(_DTYPES[entry.dtype]).view(entry.shape)
+            for name, (entry, offset) in self._layout[group].items()
+        }
+
+    def places(self, request: _Request) -> list[torch.Tensor]:
+        """Where the bytes of a request go."""
+        return [self._memory[place.group][place.offset : place.offset + place.size] for place in request.places]
+
+    def cancel(self) -> None:
+        """Give up what is not read yet, and wait for what is being read."""
+        for request in self.requests:
+            request.cancel()
+        for request in self.requests:
+            if not request.cancelled():
+                request.exception()
+
+    def free(self) -> None:
+        """Free the memory of all that was not taken."""
+        self._memory.clear()
+
+
+class ShardReader:
+    """Reads groups of tensors of a checkpoint into the memory of `device`. Close it to end its threads.
+
+    Peak memory: the groups that were asked for, and for a card `STAGING_BYTES` of page-locked memory: a buffer for each
+    request in flight, and as many whose bytes are on their way.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, busy: Busy) -> None:
+        self._checkpoint, self._device, self._busy = checkpoint, device, busy
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._lock = threading.Lock()
+        self._courier = _Courier(device) if device.type == "cuda" else None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, groups: Mapping[str, Sequence[str]]) -> Reading:
+        """Begin to read groups of tensors. Raises what the device raises where it has no memory for them."""
+        tensors = self._checkpoint.tensors
+        return self.start_entries({group: [tensors[name] for name in names] for group, names in groups.items()})
+
+    def start_entries(self, groups: Mapping[str, Sequence[TensorEntry]]) -> Reading:
+        """The same for tensors that are parts of the checkpoint's own."""
+        layout, memory = {}, {}
+        for group, entries in groups.items():
+            layout[group], size = _lay_out(entries)
+            memory[group] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if self._courier is not None:
+            self._courier.follow()
+        reading = Reading(memory, layout)
+        for request in _requests(layout):
+            # (A cancelled one stays in the pool's queue for a while: it must not hold on to memory.)
+            reading.requests.append(self._pool.submit(self._read, request, reading))
+        return reading
+
+    def give_up(self, reading: Reading) -> None:
+        """Free what is read, and read no more of it. What it has brought into the system's cache is put out."""
+        reading.cancel()
+        # Bytes may be on their way to the card yet: nothing that it does from here on may get that memory before.
+        self.arrived()
+        reading.free()
+        drop_files_from_cache(reading.cached)
+
+    def arrived(self) -> None:
+        """What has been waited for may be used on the card from here on."""
+        if self._courier is not None:
+            self._courier.lead()
+
+    def _read(self, request: _Request, reading: Reading) -> None:
+        path, into = self._checkpoint.folder / request.file, reading.places(request)
+        try:
+            with self._busy.at("read"), path.open("rb", buffering=0) as stream:
+                nothing_around(stream)
+                file = stream.fileno()
+                fresh = uncached_ranges(file, request.begin, request.size)
+                if self._courier is None:
+                    _read_fully(file, request.begin, [_bytes_of(tensor) for tensor in into], path)
+                else:
+                    with self._courier.buffer() as buffer:
+                        staged = buffer[: request.size]
+                        _read_fully(file, request.begin, [_bytes_of(staged)], path)
+                        self._courier.carry(staged, into)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} can no longer be read: {error.strerror or error}. Was it moved or changed during the run, or "
+                "does the disk fail? Check it, then run again."
+            ) from None
+        with self._lock:
+            reading.cached.setdefault(path, []).extend(fresh)
+
+
+class _Courier:
+    """Carries bytes from page-locked buffers to a card, by a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
+        for _ in range(STAGING_BYTES // REQUEST_BYTES):
+            self._free.put((page_locked((REQUEST_BYTES,), torch.uint8), None))
+
+    def follow(self) -> None:
+        """Let nothing arrive before the work that the card has been given so far: it may use that memory."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def lead(self) -> None:
+        """Let the card's work from here on wait for all that is on its way."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    @contextmanager
+    def buffer(self) -> Iterator[torch.Tensor]:
+        """A buffer whose bytes of before have arrived."""
+        buffer, left = self._free.get()
+        if left is not None:
+            left.synchronize()
+        try:
+            yield buffer
+        finally:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+            self._free.put((buffer, event))
+
+    def carry(self, staged: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
+        """Copy bytes to their places on the card, one place after the other."""
+        position = 0
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for place in into:
+                place.copy_(staged[position : position + len(place)], non_blocking=True)
+                position += len(place)
+
+
+def _lay_out(entries: Sequence[TensorEntry]) -> tuple[dict[str, tuple[TensorEntry, int]], int]:
+    """Each tensor with its first byte in memory for all of them, and the bytes of that."""
+    places, end = {}, 0
+    for entry in entries:
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{entry.name} is of dtype {entry.dtype}, which cannot be computed with.")
+        places[entry.name] = entry, end
+        end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> Iterator[_Request]:
+    """Requests for all tensors, in file order; neighbours in one, and large ones in several."""
+    wanted = sorted(
+        ((entry, _Place(group, offset, entry.nbytes)) for group, places in layout.items()
+         for entry, offset in places.values() if entry.nbytes),
+        key=lambda item: (item[0].file, item[0].begin),
+    )  # fmt: skip
+    file, begin, end, places = "", 0, 0, list[_Place]()
+    for entry, place in wanted:
+        done = 0
+        while done < place.size:
+            full = end - begin >= REQUEST_BYTES or len(places) >= _MOST_PLACES
+            if places and (full or (entry.file, entry.begin + done) != (file, end)):
+                yield _Request(file, begin, tuple(places))
+                places = []
+            if not places:
+                file = entry.file
+                begin = end = entry.begin + done
+            size = min(place.size - done, REQUEST_BYTES - (end - begin))
+            places.append(_Place(place.group, place.offset + done, size))
+            done, end = done + size, end + size
+    if places:
+        yield _Request(file, begin, tuple(places))
+
+
+def _read_fully(file: int, position: int, into: list[memoryview], path: Path) -> None:
+    while into:
+        moved = os.preadv(file, into, position)
+        if moved == 0:
+            raise cut_short(path, file, position, position + sum(map(len, into)))
+        position += moved
+        while into and moved >= len(into[0]):
+            moved -= len(into.pop(0))
+        if moved:
+            into[0] = into[0][moved:]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes on the CPU."""
+    array: Any = tensor.numpy()
+    return memoryview(array)

@@ -1,0 +1,162 @@
+"""One safetensors file: its header, checked against its size, and its bytes. Imports no torch.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header that maps each
+tensor name to dtype, shape and byte range, then the tensors' bytes, without gaps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from streamprune.errors import CheckpointError
+from streamprune.files.json_text import _is_size, cut_short, parse_json, show
+
+#: Bits per element of each dtype that the safetensors format knows.
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+#: The safetensors library refuses larger headers too: a claimed length beyond this is an attack or damage. No config or
+#: index comes near it either, so that it bounds the memory for any JSON read here.
+MAX_JSON_BYTES = 100_000_000
+#: Chunks of a range that the system is asked to read before they are needed.
+_AHEAD_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a shard: `begin` and `end` are byte offsets from the start of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(folder: Path, file: str) -> list[TensorEntry]:
+    """The tensors of one safetensors file in byte order, with the whole header checked against the file's size."""
+    path = folder / file
+    with path.open("rb") as stream:
+        nothing_around(stream)
+        return _parse_header(path, file, stream)
+
+
+def _parse_header(path: Path, file: str, stream: BinaryIO) -> list[TensorEntry]:
+    size = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(8)
+    if prefix == b"version ":
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves. Fetch them: `git lfs pull`.")
+    length = int.from_bytes(prefix, "little")
+    if size < 8:
+        raise _damaged(path, f"it has only {size} bytes")
+    if length > min(size - 8, MAX_JSON_BYTES):
+        limit = f" (the format allows {MAX_JSON_BYTES:,})" if length > MAX_JSON_BYTES else ""
+        raise _damaged(path, f"it has {size:,} bytes, but its first eight claim a header of {length:,}{limit}")
+    try:
+        header = parse_json(stream.read(length), unique=True)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    start = 8 + length
+    entries, position = header_entries(path, file, header, start)
+    if position != size:
+        what = "is cut short" if size < position else "has bytes that belong to no tensor"
+        raise _damaged(path, f"it {what}: {size:,} bytes on disk, {position:,} by its header")
+    return entries
+
+
+def header_entries(path: Path, file: str, header: Any, start: int) -> tuple[list[TensorEntry], int]:
+    """The tensors that a header states, in byte order, and the position where their bytes end.
+
+    `start` is where the bytes begin, behind the header. Raises CheckpointError, which calls the file `path`, for
+    tensors whose dtype, shape and byte range do not go together, and for gaps or overlaps between them.
+    """
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    entries = sorted(
+        (_parse_entry(path, file, name, value, start) for name, value in header.items() if name != "__metadata__"),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+    position = start
+    for entry in entries:
+        if entry.begin != position:
+            raise _damaged(path, f"tensor {show(entry.name)} starts at byte {entry.begin:,} instead of {position:,}")
+        position = entry.end
+    return entries, position
+
+
+def _parse_entry(path: Path, file: str, name: str, value: Any, start: int) -> TensorEntry:
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _damaged(path, f"tensor {show(name)} has the unknown dtype {show(dtype)}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise _damaged(path, f"tensor {show(name)} has the impossible shape {show(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _damaged(path, f"tensor {show(name)} has the impossible byte range {show(offsets)}")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        # Capped, since a product of a million large sizes would take hours; beyond 2^63 it is wrong anyway.
+        bits = min(bits * size, 2**63)
+    if (offsets[1] - offsets[0]) * 8 != bits:
+        raise _damaged(path, f"tensor {show(name)} of {dtype} {show(shape)} cannot fill the byte range {offsets}")
+    return TensorEntry(name, file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}. Download this file again.")
+
+
+def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time.
+
+    The system reads these bytes from the disk and nothing around them. Raises CheckpointError when the file has become
+    shorter since its header was read.
+    """
+    nothing_around(stream)
+    for begin, end in ranges:
+        position = begin
+        while position < end:
+            if position + chunk_bytes < end and (position - begin) % (_AHEAD_CHUNKS * chunk_bytes) == 0:
+                # What comes next, while this chunk is worked on: the system's own reading ahead would go on beyond
+                # the end, into experts that nobody wants.
+                _advise(stream, position, min(_AHEAD_CHUNKS * chunk_bytes, end - position), "WILLNEED")
+            try:
+                data = os.pread(stream.fileno(), min(chunk_bytes, end - position), position)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
+                ) from error
+            if not data:
+                raise cut_short(stream.name, stream.fileno(), position, end)
+            position += len(data)
+            yield data
+
+
+def nothing_around(stream: IO[bytes]) -> None:
+    """Let the system read from the disk what of a file is asked for, and nothing around it.
+
+    Whoever opens a file of weights has to: where one reading has made the system read ahead, it goes on with that in
+    the next one, whatever that has asked for (seen with Linux 6.18).
+    """
+    _advise(stream, 0, 0, "RANDOM")
+
+
+def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
+    """Tell the system how bytes of a file will be read (size 0: to its end), where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        # A hint: where the file system does not take it, nothing is lost.
+        with suppress(OSError):
+            os.posix_fadvise(stream.fileno(), begin, size, getattr(os, f"POSIX_FADV_{what}"))

@@ -1,0 +1,134 @@
+"""The commands that answer questions about memory: `fit` and `devices`.
+
+The commands about calibration data: `calibration show`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamprune.cli.options import goal_options, quiet_libraries, reports_errors, sampling_options
+from streamprune.config import ServingSpec, check_least
+from streamprune.errors import DoesNotFitError, SettingsError
+from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
+from streamprune.fit.estimate import Fit, check_keep
+from streamprune.fit.weights import WEIGHTS_DTYPES
+from streamprune.hardware.host import limit_library_memory
+
+
+def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+    limit_library_memory()
+    from streamprune.checkpoint.hub import resolve_model
+    from streamprune.fit.measure import measure
+
+    quiet_libraries(downloads=False)
+    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
+
+
+@click.command()
+@click.argument("model")
+@goal_options
+@click.option(
+    "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
+    help="Form of the weights: as they are, or quantized afterwards.",
+)  # fmt: skip
+@click.option("--keep", type=int, help="Experts kept in every block.  [default: all]")
+@click.option("--measure", is_flag=True, help="Also load the model on the card, run such a prompt, and compare.")
+@click.option("--device", default="cuda:0", show_default=True, help="The card for --measure.")
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@reports_errors
+def fit(
+    model: str,
+    budget_gib: float | None,
+    gpu: str | None,
+    keep: int | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    measure: bool,
+    device: str,
+    as_json: bool,
+    **use: Any,
+) -> None:
+    """Say whether MODEL fits a card, and how many experts could stay.
+
+    MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
+    --budget-gib or --gpu, the card of this machine counts. Exit status 0: it fits; 3: it does not.
+    """
+    # The libraries, if they are needed at all, read these when they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    wanted = ServingSpec(keep=keep, **use)
+    budget = resolve_budget(budget_gib, gpu)
+    from streamprune.fit.footprint import read_footprint
+
+    footprint = read_footprint(model, revision, trust_remote_code)
+    if keep is not None:
+        check_keep(footprint, keep)
+    if measure and footprint.weights.counts is not None and not trust_remote_code:
+        raise SettingsError(
+            f"--measure loads the model, but the blocks of {model} keep different numbers of experts, so that the "
+            "Python code beside its weights is needed. If you trust its author, add --trust-remote-code."
+        )
+    answer = Fit(footprint, wanted, budget.nbytes)
+    found = _measured(answer, device, trust_remote_code) if measure else ()
+    if as_json:
+        extra = {"measured": measured_object(found)} if measure else {}
+        click.echo(json.dumps({**fit_object(answer, budget), **extra}, indent=2))
+    else:
+        click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
+    if not answer.fits:
+        sys.exit(DoesNotFitError.exit_code)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@reports_errors
+def devices(as_json: bool) -> None:
+    """Show this machine's NVIDIA cards, its RAM and the disk of the current folder.
+
+    What cannot be known is marked so, with the reason.
+    """
+    limit_library_memory()
+    from streamprune.hardware.gpus import devices_object, devices_text
+    from streamprune.hardware.nvml import list_cards
+
+    cards = list_cards()
+    click.echo(json.dumps(devices_object(cards, Path()), indent=2) if as_json else devices_text(cards, Path()))
+
+
+@click.group()
+def calibration() -> None:
+    """What models are calibrated on."""
+
+
+@calibration.command()
+@click.argument("recipe", nargs=-1, required=True)
+@click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
+@sampling_options
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@reports_errors
+def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> None:
+    """Make the tokens of RECIPE, and print shares, counts and a sample of each source.
+
+    RECIPE is a recipe file, the name of one that comes with streamprune, or files, folders or builtin.
+    """
+    for name, least in (("samples", 1), ("seq_len", 2)):
+        value = options[name]
+        if value is not None:
+            check_least(f"--{name.replace('_', '-')}", value, least)
+    limit_library_memory()
+    from streamprune.calibration.show import calibration_text, show_calibration
+
+    quiet_libraries(downloads=as_json)
+    described = show_calibration(recipe, model, **options)
+    click.echo(json.dumps(described, indent=2) if as_json else calibration_text(described))

@@ -1,0 +1,336 @@
+"""What the user asked for, checked once when it is made and never changed afterwards.
+
+What the user of `streamprune eval` asked for, checked once when it is made and never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamprune.errors import SettingsError
+
+#: What experts may be ranked by; `saliency.methods` has the formulas.
+METHODS = (
+    "reap", "frequency", "weighted-frequency", "ean", "ean-mean", "weighted-ean", "max-activation", "relative-energy",
+    "composite", "random",
+)  # fmt: skip
+#: How the number of experts that stay is divided among the layers. Any other schedule is the name of a file.
+SCHEDULES = ("uniform", "linear-decrease", "linear-increase", "global")
+PROPAGATE = ("original", "pruned")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+STATES = ("auto", "device", "ram", "disk")
+RESUME = ("auto", "required", "never")
+#: The work folder's name is the output's with this behind it.
+WORK_SUFFIX = ".work"
+#: Bytes of a file's name, on every usual file system.
+LONGEST_NAME = 255
+#: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
+DEFAULT_SAMPLES = 512
+DEFAULT_SEQ_LEN = 2048
+#: Tokens that go through a block at a time, by kind of device, where memory allows. Enough to keep the matrix products
+#: large, and on a GPU to read the weights seldom. Of 1,024, 2,048, 4,096 and 8,192 on a CPU, tools/bench's
+#: `mid` shape is fastest with the last two, of which 4,096 takes 200 MiB less.
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+#: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
+COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: Seconds between two saves of the hidden states. A save writes all of them to the disk; what was computed since the
+#: last one is computed again after a kill.
+DEFAULT_CHECKPOINT_EVERY = 60.0
+#: Tokens per sequence that a model is planned for.
+DEFAULT_CONTEXT = 32768
+#: Tokens of all sequences together that can be planned for: far beyond any card.
+MOST_TOKENS = 2**40
+#: Hugging Face's own default before it grew: every tool reads such shards comfortably.
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class ServingSpec:
+    """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
+
+    `keep` is the number of experts that stay in every block; None for all. Where blocks may differ, `total` is the
+    number of all blocks together instead, and `widest` that of the block that keeps most, where it is known. Raises
+    SettingsError for impossible values.
+    """
+
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
+    weights_dtype: str = "source"
+    keep: int | None = None
+    total: int | None = None
+    widest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("--context", self.context), ("--batch", self.batch)):
+            if value < 1:
+                raise SettingsError(f"{name} {value} is too small: at least 1.")
+        if self.context * self.batch > MOST_TOKENS:
+            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningTarget:
+    """How far to prune, and which experts to keep.
+
+    At most one says how far: `keep` (experts per block), `ratio` (share removed), or a budget (`budget_gib`, or what
+    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives blocks
+    different numbers of experts, these are means: as many experts stay in all as with equal numbers. `mix` weighs the
+    sources of the calibration, `floor` is the fewest experts of a block, `seed` is the random method's.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    keep: int | None = None
+    ratio: float | None = None
+    budget_gib: float | None = None
+    gpu: str | None = None
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
+    method: str = "reap"
+    mix: str | None = None
+    schedule: str = "uniform"
+    spread: float | None = None
+    floor: int | None = None
+    protect_super_experts: bool = False
+    seed: int | None = None
+
+    @property
+    def use(self) -> ServingSpec:
+        """How the pruned model is to be used."""
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise SettingsError(
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
+            )
+        check_choice("--method", self.method, METHODS)
+        # Checks its values where it is made.
+        _ = self.use
+
+    def check_one_goal(self) -> None:
+        """Raise SettingsError unless just one setting says how far to prune; beside a schedule file a budget may."""
+        goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
+        given = sum(goal is not None for goal in goals)
+        if self.schedule not in SCHEDULES:
+            if given > 1 or self.keep is not None or self.ratio is not None:
+                raise SettingsError(
+                    f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that says "
+                    "itself how many experts stay. Leave out --keep and --ratio; a budget is only checked."
+                )
+        elif given != 1:
+            raise SettingsError(
+                "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
+                "card), --keep N (experts to keep per block) or --ratio R (share to remove)."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What model, where the result goes, and where the work is done.
+
+    Raises SettingsError for names that no file system takes.
+    """
+
+    model: str
+    output: Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    work_dir: Path | None = None
+    resume: str = "auto"
+    verify: bool = True
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    @property
+    def work_folder(self) -> Path:
+        """Where the run keeps what it needs to go on after an interruption."""
+        return self.work_dir or self.folder_beside
+
+    @property
+    def folder_beside(self) -> Path:
+        """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
+        return beside(self.output, WORK_SUFFIX)
+
+    def __post_init__(self) -> None:
+        check_choice("--resume", self.resume, RESUME)
+        check_least("--max-shard-size", self.max_shard_bytes, 1)
+        for path in (self.output, self.work_dir or self.output):
+            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """Where and in what is computed, and what memory that may take.
+
+    Raises SettingsError when a value is impossible whatever the machine.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+    states: str = "auto"
+    vram_gib: float | None = None
+    ram_gib: float | None = None
+
+    def most_batch_tokens(self, device_type: str) -> int:
+        """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
+        return self.batch_tokens or DEFAULT_BATCH_TOKENS[device_type]
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """What may be taken on the card; None for what there is."""
+        return None if self.vram_gib is None else int(self.vram_gib * 2**30)
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """What may be resident in RAM; None for what there is."""
+        return None if self.ram_gib is None else int(self.ram_gib * 2**30)
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens is not None:
+            check_least("--batch-tokens", self.batch_tokens, 1)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--states", self.states, STATES)
+        for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
+            if cap is not None and not 0 < cap * 2**30 < float("inf"):
+                raise SettingsError(f"{name} {cap:g} is no amount of memory. Give GiB above 0, for example {name} 16.")
+        if self.device == "cpu":
+            self.check_device("cpu")
+
+    def check_device(self, device_type: str) -> None:
+        """Raise SettingsError where a setting makes no sense on this kind of device ("cpu" or "cuda")."""
+        if self.vram_gib is not None and device_type != "cuda":
+            raise SettingsError(
+                f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
+                "ServingSpec --ram-gib, or a CUDA --device."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Place, PruningTarget, Computing):
+    """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
+
+    With `evaluate` a part of the calibration is held back and measured on; `stop_if_kl` (nats per token) ends a run
+    whose damage there is larger. Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    only_score: bool = False
+    calibration: tuple[str, ...] = ("builtin",)
+    samples: int | None = None
+    seq_len: int | None = None
+    propagate: str = "original"
+    from_layer: int | None = None
+    checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
+    evaluate: bool = False
+    stop_if_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.only_score:
+            self.check_one_goal()
+        PruningTarget.__post_init__(self)
+        Place.__post_init__(self)
+        Computing.__post_init__(self)
+        check_amounts(self.samples, self.seq_len)
+        if self.from_layer is not None:
+            check_least("--from-layer", self.from_layer, 0)
+        check_choice("--propagate", self.propagate, PROPAGATE)
+        if not 0 <= self.checkpoint_every < float("inf"):
+            raise SettingsError(
+                f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
+            )
+        if self.evaluate and self.only_score:
+            raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
+        if self.stop_if_kl is not None:
+            if not self.evaluate:
+                raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")
+            if not 0 < self.stop_if_kl < float("inf"):
+                raise SettingsError(
+                    f"--stop-if-kl {self.stop_if_kl:g} is no KL divergence. Give nats per token above 0."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(Place, PruningTarget):
+    """The settings of `streamprune prune`: from `scores` (a file, or a folder with one), or from the user's own list.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    scores: Path | None = None
+    keep_file: Path | None = None
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scores is None and self.keep_file is None:
+            raise SettingsError(
+                "Say which experts stay: --scores FILE (from `streamprune score` or an earlier run) with --keep, "
+                "--ratio or --budget-gib, or --keep-file FILE."
+            )
+        if self.keep_file is None:
+            self.check_one_goal()
+        elif (self.keep, self.ratio, self.budget_gib, self.gpu) != (None,) * 4:
+            raise SettingsError("--keep-file says itself how many experts stay. Leave out --keep, --ratio and budget.")
+        PruningTarget.__post_init__(self)
+        Place.__post_init__(self)
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless an option has one of its values."""
+    if choice not in choices:
+        raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_amounts(samples: int | None, seq_len: int | None) -> None:
+    """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
+    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
+        if value is not None:
+            check_least(name, value, least)
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise SettingsError for a number that is too small."""
+    if value < least:
+        raise SettingsError(f"{name} {value} is too small: at least {least}.")
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
+    name = os.fsencode(output.name)
+    if len(name) + len(suffix) > LONGEST_NAME:
+        digest = hashlib.sha256(name).hexdigest()[:16]
+        # Cut between characters, so that the name stays readable where it was.
+        name = name[: LONGEST_NAME - len(suffix) - 17].decode(errors="ignore").encode() + f"-{digest}".encode()
+    return output.with_name(os.fsdecode(name) + suffix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Computing):
+    """The settings of `streamprune eval`, as far as it streams: which model, against which, on what text.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    model: str
+    against: str | None = None
+    revision: str | None = None
+    against_revision: str | None = None
+    trust_remote_code: bool = False
+    data: tuple[str, ...] = ()
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        Computing.__post_init__(self)
+        check_amounts(self.samples, self.seq_len)
+        if self.against_revision is not None and self.against is None:
+            raise SettingsError("--against-revision is about the model of --against, which is missing.")

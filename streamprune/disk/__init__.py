@@ -1,1 +1,0 @@
-"""Files that survive a crash, and what the system says when a disk fails, told as our errors."""

@@ -1,0 +1,210 @@
+"""From what came of every token to what is told of every source: means, intervals, and the table for people.
+
+Losses and KL divergence are nats per token; perplexity is e^loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from streamprune.errors import NonFiniteError
+from streamprune.streaming.predictions import SequenceFigures, TokenFigures
+
+#: Times that the sequences are drawn anew for an interval, and the share of all draws that lies within it.
+_DRAWS, _WITHIN = 1000, 0.95
+
+
+#: The column of `Sums` that counts tokens.
+_TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the tokens of a source, or of several: `columns` by name, and in `drawn` (draws,) of every draw anew.
+
+    `kl` are all tokens' (T,). `sequences` is how many there are, `fewest` how many of the source with the fewest.
+    """
+
+    columns: Mapping[str, torch.Tensor]
+    drawn: Mapping[str, torch.Tensor]
+    kl: torch.Tensor | None
+    sequences: int
+    fewest: int
+
+    def mean(self, name: str) -> float:
+        """The mean of a column over all tokens."""
+        return float(self.columns[name] / self.columns[_TOKENS])
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """None where a source has a single sequence: nobody can say how others of it would differ."""
+        if self.fewest < 2:
+            return None
+        means = self.drawn[name] / self.drawn[_TOKENS]
+        low, high = torch.quantile(means, torch.tensor([(1 - _WITHIN) / 2, (1 + _WITHIN) / 2], dtype=torch.float64))
+        return float(low), float(high)
+
+
+def summarize(
+    found: Sequence[SequenceFigures], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
+) -> dict[str, Any]:
+    """`summary_of` what came of every sequence. Raises NonFiniteError where a model predicts no numbers."""
+    return summary_of(sums_by_source(found, sources), sources, errors)
+
+
+def sums_by_source(found: Sequence[SequenceFigures], sources: Sequence[str]) -> list[Sums]:
+    """The sums of each source. Raises NonFiniteError where a model predicts no numbers.
+
+    What is drawn are whole sequences, since the tokens of one are not independent, each source's among themselves; with
+    a fixed seed, so that the same figures give the same intervals, and any model's draws are of the same sequences.
+    """
+    return [
+        _sums([each.figures for each in found if each.source == source], name, seed=source)
+        for source, name in enumerate(sources)
+    ]
+
+
+def summary_of(
+    parts: Sequence[Sums], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
+) -> dict[str, Any]:
+    """`sources` and `all` of an evaluation, as `reporting.evaluations` describes them, from the sums of each source.
+
+    `errors` are the mean relative errors behind every block by source, and behind those the ones of all together.
+    Intervals are percentiles of a bootstrap (Efron 1979).
+    """
+    told = [{"name": name, **_figures(sums)} for name, sums in zip(sources, parts, strict=True)]
+    everything = {"name": "all", **_figures(joined(parts))}
+    if errors is not None:
+        for each, behind_blocks in zip((*told, everything), errors, strict=True):
+            each["hidden_error"] = list(behind_blocks)
+    return {"sources": told, "all": everything}
+
+
+def mean_kl(found: Sequence[SequenceFigures]) -> float:
+    """The mean KL divergence over all tokens, in nats."""
+    values = torch.cat([each.figures.kl.flatten() for each in found if each.figures.kl is not None])
+    return float(values.mean())
+
+
+def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
+    columns: dict[str, list[torch.Tensor]] = {}
+    for each in figures:
+        values = {_TOKENS: torch.ones_like(each.loss), "loss": each.loss}
+        if each.kl is not None and each.original_loss is not None and each.agrees is not None:
+            values |= {"original_loss": each.original_loss, "kl": each.kl, "top1_agreement": each.agrees}
+            values["loss_increase"] = each.loss - each.original_loss
+        for column, of_tokens in values.items():
+            columns.setdefault(column, []).append(of_tokens.sum())
+    summed = {column: torch.stack(values) for column, values in columns.items()}
+    for column, sums in summed.items():
+        bad = int((~torch.isfinite(sums)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"The {column.replace('_', ' ')} of {bad} of {len(sums)} sequences of {name} is no number: the model "
+                "predicts NaN or infinity there. Try --dtype float32, and check that the model itself works."
+            )
+    known = [each.kl.flatten() for each in figures if each.kl is not None]
+    return Sums(
+        {column: sums.sum() for column, sums in summed.items()},
+        _drawn(summed, len(figures), seed),
+        torch.cat(known) if known else None,
+        len(figures),
+        len(figures),
+    )
+
+
+def _drawn(columns: Mapping[str, torch.Tensor], count: int, seed: int) -> dict[str, torch.Tensor]:
+    """The sums (draws,) over sequences drawn with repetition, as many each time as there are (`count`).
+
+    One draw after the other: all of them together may take more memory than the model does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.stack(list(columns.values()))
+    sums = [table[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(_DRAWS)]
+    return dict(zip(columns, torch.stack(sums, dim=1), strict=True))
+
+
+def joined(parts: Sequence[Sums]) -> Sums:
+    """All sources together: a draw of all is one of each."""
+    known = [part.kl for part in parts if part.kl is not None]
+    return Sums(
+        {name: torch.stack([part.columns[name] for part in parts]).sum() for name in parts[0].columns},
+        {name: torch.stack([part.drawn[name] for part in parts]).sum(0) for name in parts[0].drawn},
+        torch.cat(known) if known else None,
+        sum(part.sequences for part in parts),
+        min(part.fewest for part in parts),
+    )
+
+
+def combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
+    """Figures of several models on the same text, added up with weights; 1 and -1 give the difference of two.
+
+    Since the same sequences are drawn of each, its interval is that of a paired bootstrap.
+    """
+
+    def add(name: str, each: Sequence[torch.Tensor]) -> torch.Tensor:
+        total = sum(weight * values for weight, values in zip(weights, each, strict=True))
+        return each[0] if name == _TOKENS else torch.as_tensor(total)
+
+    return replace(
+        models[0],
+        columns={name: add(name, [model.columns[name] for model in models]) for name in models[0].columns},
+        drawn={name: add(name, [model.drawn[name] for model in models]) for name in models[0].drawn},
+        kl=None,
+    )
+
+
+def _figures(sums: Sums) -> dict[str, Any]:
+    told: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
+    for name in ("loss", "perplexity", "original_loss", "original_perplexity", "loss_increase", "kl", "top1_agreement"):
+        column, change = (name.replace("perplexity", "loss"), _exp) if name.endswith("perplexity") else (name, float)
+        if column not in sums.columns:
+            continue
+        told[name] = change(sums.mean(column))
+        if name.startswith("original"):
+            continue
+        interval = sums.interval(column)
+        told[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
+    if sums.kl is not None:
+        # (torch.quantile sorts no more than 2**24 values.)
+        rank = max(1, math.ceil(0.99 * len(sums.kl)))
+        told["kl_p99"] = float(sums.kl.kthvalue(rank).values)
+    return told
+
+
+def _exp(loss: float) -> float:
+    # A loss beyond any model's would overflow.
+    return math.exp(min(loss, 700.0))
+
+
+def table(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for people, aligned: a row for each source, and for all of them if there are several."""
+    pair = result["against"] is not None
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("source", lambda each: str(each["name"])),
+        ("tokens", lambda each: f"{each['tokens']:,}"),
+        ("loss", lambda each: f"{each['loss']:.3f}{_span(each, 'loss')}"),
+        ("perplexity", lambda each: f"{each['perplexity']:,.2f}"),
+    ]
+    if pair:
+        columns += [
+            ("original's", lambda each: f"{each['original_loss']:.3f}"),
+            ("KL", lambda each: f"{each['kl']:.4f}{_span(each, 'kl', 4)}"),
+            ("99 %", lambda each: f"{each['kl_p99']:.3f}"),
+            ("same top token", lambda each: f"{each['top1_agreement']:.1%}"),
+        ]
+    rows = [*result["sources"], *([result["all"]] if len(result["sources"]) > 1 else [])]
+    cells = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        yield "  " + "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+
+
+def _span(each: Mapping[str, Any], name: str, digits: int = 3) -> str:
+    span = each[f"{name}_interval"]
+    return f" ({span[0]:.{digits}f} to {span[1]:.{digits}f})" if span is not None else ""

@@ -1,0 +1,185 @@
+"""Files that survive a crash: written aside, flushed to the disk, and only then given their name.
+
+After a power cut a file written like this is either the old one or the new one, whole (fsync(2), rename(2)).
+
+What the system says when a file cannot be written or read, told as one of our errors: what, where, what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streamprune.errors import CheckpointError, OutputError, ResourceError
+from streamprune.files.json_text import parse_json
+from streamprune.hardware.host import disk_bytes, existing_folder, format_bytes
+
+#: Portions of so many bytes are hashed by a thread of its own, of which so many may wait.
+_LARGE_PORTION, _MOST_PENDING = 1 << 16, 4
+#: What is being written, until it has its name. Left behind only by a crash, and then of no use.
+PARTIAL = ".partial"
+
+
+def reached(point: str) -> None:
+    """Does nothing: tools/kill puts its own function here, to end the process at a named instant."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by a file with these contents, or leave the old one. Raises OSError."""
+    stream_whole(path, [data])
+
+
+def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
+    """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as stream, _Digest() as digest:
+        for portion in portions:
+            stream.write(portion)
+            digest.update(portion)
+        checksum = digest.hexdigest()
+        reached(f"{path.name}: written")
+        stream.flush()
+        os.fsync(stream.fileno())
+    reached(f"{path.name}: flushed")
+    partial.rename(path)
+    reached(f"{path.name}: renamed")
+    sync_folder(path.parent)
+    reached(f"{path.name}: durable")
+    return checksum
+
+
+class _Digest:
+    """SHA-256 of portions that must not change afterwards, taken by a thread of its own while they are written."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def update(self, portion: bytes | memoryview) -> None:
+        if self._pool is None:
+            # A thread would cost small files more than it saves.
+            if len(portion) < _LARGE_PORTION:
+                self._digest.update(portion)
+                return
+            self._pool = ThreadPoolExecutor(1)
+        self._pending.append(self._pool.submit(self._digest.update, portion))
+        while len(self._pending) > _MOST_PENDING:
+            self._pending.popleft().result()
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._digest.hexdigest()
+
+
+def names_in(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
+    """What lies in a folder; nothing if it is not there."""
+    try:
+        return [path for path in folder.iterdir() if path.name not in but]
+    except OSError:
+        return []
+
+
+def write_record(path: Path, body: Any) -> str:
+    """Replace `path` by a JSON file with `body` and its checksum; returns the checksum."""
+    text = json.dumps(body, ensure_ascii=False)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(path, f'{{"sha256": "{checksum}", "body": {text}}}\n'.encode())
+    return checksum
+
+
+def read_record(path: Path, limit: int = 2**30) -> Any:
+    """The body of a file that `write_record` wrote; None if it is missing, damaged or larger than `limit` bytes."""
+    try:
+        facts = path.stat()
+        # To read a pipe would be to wait for ever.
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
+            return None
+        record = parse_json(path.read_bytes())
+        if not isinstance(record, dict) or set(record) != {"sha256", "body"}:
+            return None
+        text = json.dumps(record["body"], ensure_ascii=False)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record["body"] if hashlib.sha256(text.encode()).hexdigest() == record["sha256"] else None
+
+
+def checksum_of(path: Path) -> str | None:
+    """The SHA-256 of a file in hex; None if it cannot be read, or is no regular file."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that something else wrote."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_AGAIN = "Then give the same command again: what is finished is kept."
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Within the block an OSError becomes an OutputError, one of a full disk a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in _FULL:
+            raise ResourceError(
+                f"{what} failed: no room on the disk of {folder}{where}: {reason}{_free(folder)}. Free some. {_AGAIN}"
+            ) from error
+        raise OutputError(f"{what} failed{where}: {reason}. Check the disk and its permissions. {_AGAIN}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the block an OSError becomes a CheckpointError about `path`, a file of the model."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}. Was it moved or changed during the "
+            f"run? Restore it, or check the disk. {_AGAIN}"
+        ) from error
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f", {format_bytes(disk_bytes(existing_folder(folder))[1])} free"
+    except OSError:
+        return ""

@@ -1,0 +1,88 @@
+"""The system's cache of files: which pages are in it, and putting out what reading or writing has brought in.
+
+A model has tens of GiB that are read once. Left in the cache, they drive out what other programs use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+#: First byte and bytes of a stretch of a file.
+Stretch = tuple[int, int]
+
+
+def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
+    """The stretches of an open file's bytes `begin` to `begin + size` that are not in the cache, in whole pages.
+
+    Nothing where the system does not tell.
+    """
+    page = mmap.PAGESIZE
+    first = begin // page * page
+    flags = cached_flags(file, first, begin + size - first)
+    if flags is None:
+        return []
+    found: list[Stretch] = []
+    for number, cached in enumerate(flags):
+        at = first + number * page
+        if cached & 1:
+            continue
+        if found and sum(found[-1]) == at:
+            found[-1] = (found[-1][0], found[-1][1] + page)
+        else:
+            found.append((at, page))
+    return found
+
+
+def cached_flags(file: int, begin: int, size: int) -> bytes | None:
+    """One byte for each page from `begin` (a multiple of the page size): odd if it is cached. None if nobody tells."""
+    if not hasattr(os, "posix_fadvise") or size <= 0:
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    # A mapping that is never touched takes no memory.
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, begin)
+    if address in (None, ctypes.c_void_p(-1).value):
+        return None
+    try:
+        flags = ctypes.create_string_buffer((size + mmap.PAGESIZE - 1) // mmap.PAGESIZE)
+        return flags.raw if libc.mincore(address, size, flags) == 0 else None
+    finally:
+        libc.munmap(address, size)
+
+
+def drop_from_cache(file: int, stretches: Iterable[Stretch]) -> None:
+    """Take stretches of an open file out of the cache, as far as they are on the disk and nobody uses them."""
+    if hasattr(os, "posix_fadvise"):
+        for begin, size in stretches:
+            # A hint: where the file system does not take it, nothing is lost.
+            with suppress(OSError):
+                os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def cache_unchanged(stretches: Mapping[Path, Sequence[Stretch]]) -> Iterator[None]:
+    """Whatever of these stretches of files is read within does not stay in the cache, unless it was there before."""
+    fresh: dict[Path, list[Stretch]] = {}
+    for path, wanted in stretches.items():
+        # A file that is not there is a matter for whoever reads it.
+        with suppress(OSError), path.open("rb") as stream:
+            fresh[path] = [found for begin, size in wanted for found in uncached_ranges(stream.fileno(), begin, size)]
+    try:
+        yield
+    finally:
+        drop_files_from_cache(fresh)
+
+
+def drop_files_from_cache(stretches: Mapping[Path, Sequence[Stretch]]) -> None:
+    """Take stretches of files out of the cache, of those that are still there."""
+    for path, each in stretches.items():
+        with suppress(OSError), path.open("rb") as stream:
+            drop_from_cache(stream.fileno(), each)

@@ -1,0 +1,176 @@
+"""What a model keeps of the tokens it has seen: keys and values, which grow with the context, and fixed states.
+
+Pure, and needs no torch. For plain attention the sizes follow from config and headers (`stated_cache`); for everything
+else `cache_trace` asks the model itself.
+
+What a forward needs beside weights and caches: the intermediate results of one block, and the logits. Pure formulas.
+
+They count the tensors that the library's own code holds at the same time (checked against torch's allocator in
+tests/test_workspace.py); attention is taken to be fused, so that no scores of tokens × tokens are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.errors import SettingsError
+from streamprune.models.config_json import ModelShape, first_number, text_part
+
+#: Bytes per cached value. fp8 and int8 as vLLM and TensorRT-LLM keep them, with one scale for a whole tensor.
+KV_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
+KV_DTYPES = ("auto", *KV_ITEMSIZE)
+
+#: Whoever states one of these has something else than plain attention in some layer, or keeps its cache differently.
+_NOT_PLAIN = re.compile(
+    r"window|sliding|chunk|linear|mamba|ssm|conv_|_conv|shar|index_|compress|hybrid|layer_types|interval|pattern|"
+    r"attn_type|attention_type|block_types|attn_layer|recurrent|lightning|latent_attention|cross_attention|per_layer|"
+    r"full_attn|kda|attn_config|indexer|sparse_attention"
+)
+#: Names that match the above and have nothing to do with it.
+_HARMLESS = re.compile(r"shared_expert|shared_intermediate|linear_bias|share_expert|router|tie_word|max_window_layers")
+
+
+#: Of the dtypes that a model can compute in.
+_FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps per sequence: `values_per_token` values of each of the last `window` tokens (None: of all),
+    and `state_bytes` whatever the number of tokens.
+
+    `index_bytes` come on top for each of those tokens: positions and the like, which no cache dtype makes smaller.
+    """
+
+    values_per_token: int = 0
+    window: int | None = None
+    state_bytes: int = 0
+    index_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """The caches of all layers. `itemsize` is the bytes per value in which the model itself would keep them."""
+
+    layers: tuple[LayerCache, ...]
+    itemsize: int
+
+    def kv_bytes(self, context: int, batch: int, kv_dtype: str = "auto") -> int:
+        """Bytes of all keys and values of `batch` sequences of `context` tokens each."""
+        itemsize = self.item_bytes(kv_dtype)
+        return batch * sum(
+            (layer.values_per_token * itemsize + layer.index_bytes)
+            * (context if layer.window is None else min(context, layer.window))
+            for layer in self.layers
+        )
+
+    def item_bytes(self, kv_dtype: str) -> int:
+        """Bytes per cached value for one of KV_DTYPES."""
+        if kv_dtype not in KV_DTYPES:
+            raise SettingsError(f"--kv-dtype {kv_dtype!r} is unknown. Choose one of: {', '.join(KV_DTYPES)}.")
+        return KV_ITEMSIZE.get(kv_dtype, self.itemsize)
+
+    def state_bytes(self, batch: int) -> int:
+        """Bytes of the recurrent and convolution states of `batch` sequences."""
+        return batch * sum(layer.state_bytes for layer in self.layers)
+
+
+def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> CacheSizes | None:
+    """The caches of a model whose layers all have plain attention; None where config or tensors leave a doubt.
+
+    Plain means: every layer has key and value projections, whose rows are what it keeps of a token (multi-head,
+    grouped-query and multi-query attention), or one joined projection to a latent and a rotary part (multi-head latent
+    attention, DeepSeek-V2, arXiv:2405.04434, section 2.1).
+    """
+    _, text = text_part(config)
+    depth = first_number((text,), ("num_hidden_layers",))
+    if depth is None or _hints_at_more(text):
+        return None
+    rows: dict[int, list[TensorEntry]] = {}
+    pattern = re.compile(r"(^|\.)layers\.(\d+)\.\w*attn\.(k_proj|v_proj|kv_a_proj_with_mqa)\.weight$")
+    for name, entry in tensors.items():
+        match = pattern.search(name)
+        if match and len(entry.shape) == 2 and int(match[2]) < depth:
+            rows.setdefault(int(match[2]), []).append(entry)
+    # All numbers are below `depth`, so that as many layers as that are all of them.
+    if len(rows) != depth or any(_form(entries) is None for entries in rows.values()):
+        return None
+    dtypes = {entry.dtype for entries in rows.values() for entry in entries}
+    # Rows of packed integers are not those of the projection.
+    if any("indexer" in name for name in tensors) or not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
+        return None
+    itemsize = _stated_itemsize(text, config) or _FLOAT_BYTES.get(rows[0][0].dtype)
+    if itemsize is None:
+        return None
+    layers = tuple(LayerCache(sum(entry.shape[0] for entry in rows[layer])) for layer in range(depth))
+    return CacheSizes(layers, itemsize)
+
+
+def _form(entries: Sequence[TensorEntry]) -> tuple[str, ...] | None:
+    names = tuple(sorted(entry.name.split(".")[-2] for entry in entries))
+    return names if names in (("k_proj", "v_proj"), ("kv_a_proj_with_mqa",)) else None
+
+
+def _hints_at_more(text: Mapping[str, Any]) -> bool:
+    unused = {"sliding_window"} if text.get("use_sliding_window") is False else set()
+    return any(
+        value not in (None, False, 0, [], {})
+        and _NOT_PLAIN.search(name)
+        and not _HARMLESS.search(name)
+        and name not in unused
+        for name, value in text.items()
+    )
+
+
+def _stated_itemsize(*parts: Mapping[str, Any]) -> int | None:
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+    for part in parts:
+        for name in ("dtype", "torch_dtype"):
+            if str(part.get(name)) in sizes:
+                return sizes[str(part[name])]
+    return None
+
+
+def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+    """Peak bytes of the intermediate results of one block's forward over `tokens` tokens.
+
+    `itemsize` is the bytes per value in which the model computes. The attention and the experts never need theirs at
+    the same time, so the larger of the two counts, with the residual stream and its normalised copies beside it.
+    """
+    # Residual, its float32 copy inside the norm, the normed result and the block's input.
+    stream = shape.hidden * (3 * itemsize + 4)
+    # Queries, keys and values repeated to all heads, the rotated copies of the first two, and the output.
+    attention = shape.attention * 6 * itemsize
+    # transformers' chunked linear attention works in float32, with about 16 such values per head and dimension.
+    linear = shape.linear * 16 * 4
+    # Per pair of a token and a chosen expert: input, weighted output and output; gate and up, and their product.
+    experts = shape.top_k * (3 * shape.hidden + 3 * shape.expert) * itemsize + shape.experts * 4 * 3
+    if shape.wide_routing:
+        experts += shape.top_k * shape.hidden * 4
+    dense = 3 * shape.dense * itemsize
+    return tokens * (stream + max(attention, linear, experts, dense))
+
+
+def scoring_workspace_bytes(shape: ModelShape, tokens: int, sequence_length: int, itemsize: int) -> int:
+    """Peak bytes of the intermediate results of scoring one block on a micro-batch of `tokens` tokens.
+
+    Beside the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
+    `saliency.ExpertStatistics`), float32 copies for the norms, and the attention mask of one sequence.
+    """
+    statistics = tokens * ((shape.experts + 1) * 9 * 2 + shape.top_k * shape.hidden * 4)
+    return layer_workspace_bytes(shape, tokens, itemsize) + statistics + sequence_length**2
+
+
+def prefill_workspace_bytes(shape: ModelShape, chunk: int, context: int, batch: int, itemsize: int) -> int:
+    """Peak bytes of the intermediate results of a prefill chunk of `chunk` tokens, of `batch` sequences.
+
+    The mask of the chunk against the whole context takes one byte per pair; logits are taken of the last token of each
+    sequence, in the model's dtype and in float32.
+    """
+    chunk = min(chunk, context)
+    logits = batch * shape.vocabulary * (itemsize + 4)
+    return max(layer_workspace_bytes(shape, batch * chunk, itemsize) + batch * chunk * context, logits)

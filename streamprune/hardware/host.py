@@ -1,0 +1,262 @@
+"""Facts about this machine: memory, disk, devices."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from streamprune.errors import ResourceError, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+
+GIB = 1024**3
+#: Options of glibc's mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Bytes from which on a piece of memory has pages of its own below a cap, and gives them back as soon as it is freed.
+#: glibc's own limit climbs to 32 MiB, and what it leaves scattered took a run of 530 MiB to 577 to 660; with 8 MiB to
+#: 502 to 529, in 1.1 times the time (with 1 MiB to 498, in 1.65 times).
+_OWN_PAGES = 8 * 2**20
+
+
+def format_bytes(count: float) -> str:
+    """A size for people, in binary units: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had resident so far."""
+    try:
+        # Linux lets a new process begin with the peak of the one that started it, in getrusage but not in here.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def total_memory_bytes() -> int:
+    """All memory of this machine."""
+    return int(psutil.virtual_memory().total)
+
+
+def core_count() -> int:
+    """The cores of this machine that this process may compute on."""
+    # A core that runs two threads at once does not multiply matrices faster for it.
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
+def disk_bytes(folder: Path) -> tuple[int, int]:
+    """The size of the file system of `folder`, which must exist, and what is free there for this user."""
+    usage = shutil.disk_usage(folder)
+    return usage.total, usage.free
+
+
+def process_name(pid: int) -> str | None:
+    """The name of a running process; None if there is none with this number, or it may not be seen."""
+    try:
+        return str(psutil.Process(pid).name())
+    # Numbers that cannot be a process's are a ValueError or OverflowError, depending on the number.
+    except (psutil.Error, ValueError, OverflowError):
+        return None
+
+
+def resident_bytes() -> int:
+    """The memory that this process has resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def limit_library_memory(tight: bool = False) -> None:
+    """Bound what libraries take beside our own data; works only before torch is imported. The user's settings win.
+
+    `tight` is for runs with a cap: no compiled kernel is kept. (With `mid` a run's peak fell from 826 to 493 MiB, and
+    it was not slower by more than the noise.)
+
+    - oneDNN's compiled CPU kernels: every number of tokens that an expert meets is a kernel of its own, and torch keeps
+      1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
+    - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
+      with four of them was not quicker than with one.
+    - glibc gives every large tensor pages of its own, and takes them back with it: the system's work on those pages was
+      a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back; not with a cap,
+      where large tensors give theirs back at once.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and tight:
+        set_option(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    # Older versions of glibc take no more than 32 MiB. If one refused, it would go by its least threshold from then on.
+    elif set_option is not None and (set_option(_M_MMAP_THRESHOLD, GIB) or set_option(_M_MMAP_THRESHOLD, 32 * 2**20)):
+        set_option(_M_TRIM_THRESHOLD, GIB)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1" if tight else "256")
+    if tight:
+        # torch's own cache of the same kernels.
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system. glibc keeps it otherwise, so that a run would seem to grow."""
+    # musl and macOS have no malloc_trim, and give freed memory back by themselves.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. Outside of its own CUDA allocator torch has no class for that."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether the text of an error of torch, CUDA or one of its libraries is about memory that cannot be had."""
+    text = text.lower()
+    # All that oneDNN says when the code or the buffers of a CPU kernel find no memory (seen under `ulimit -v`). That a
+    # kernel does not exist is a matter of its "primitive descriptor".
+    if "could not create a primitive" in text and "descriptor" not in text:
+        return True
+    return any(
+        words in text
+        for words in ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed", "bad_alloc")
+    )
+
+
+def free_after_failure(device: torch.device) -> None:
+    """Give everything back that a failed computation held. Call it outside of the `except` clause that caught it.
+
+    (Within it, the error's traceback still holds the frames with the tensors.)
+    """
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    release_freed_memory()
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What the driver says is free on a CUDA card now, with this process's own context already taken off."""
+    import torch
+
+    # What torch's allocator holds unused is as good as free to us.
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def reserved_device_bytes(device: torch.device) -> int:
+    """What torch's allocator holds on a CUDA card, used or not."""
+    import torch
+
+    return int(torch.cuda.memory_reserved(device))
+
+
+def limit_device_bytes(device: torch.device, limit: int) -> None:
+    """Let torch's allocator take at most `limit` bytes of a CUDA card; beyond, it runs out of memory."""
+    import torch
+
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit) / total), device)
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """RAM that a card reads and writes by itself, not filled; ordinary RAM where the system does not grant such."""
+    import torch
+
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        # It is carried all the same, only not meanwhile.
+        return torch.empty(tuple(shape), dtype=dtype)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """What is free on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(existing_folder(folder)).free
+
+
+def existing_folder(path: Path) -> Path:
+    """`path` if it exists, else the nearest folder above it that does."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise ResourceError unless the file system of `folder` (which need not exist yet) has `needed` bytes free."""
+    existing = existing_folder(folder)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"The output needs {format_bytes(needed)} on the disk of {existing}, where {format_bytes(free)} are free. "
+            f"Free {format_bytes(needed - free)}, choose another place with -o, or keep fewer experts."
+        )
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for --device: `auto` is the first CUDA card if there is one, else the CPU.
+
+    Of several processes on this machine, number `local_rank` takes the card of that number.
+    """
+    import torch
+
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(f"cuda:{local_rank % torch.cuda.device_count()}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"--device {name!r} is unknown. Use auto, cpu or cuda:0.") from None
+    if device.type not in {"cpu", "cuda"}:
+        raise SettingsError(f"--device {name}: only cpu and cuda are supported.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. Use "
+            "--device cpu, or install a CUDA build of torch and check `nvidia-smi`."
+        )
+    return device
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most memory that tensors have taken on the device since the last call; on the CPU the process's peak."""
+    if device.type != "cuda":
+        return peak_resident_bytes()
+    import torch
+
+    peak = int(torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def describe_host(device: torch.device) -> str:
+    """Host, processor architecture and device, for the log."""
+    if device.type != "cuda":
+        return f"{platform.node()} {platform.machine()} cpu"
+    import torch
+
+    return f"{platform.node()} {platform.machine()} {torch.cuda.get_device_name(device)}"

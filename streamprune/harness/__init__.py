@@ -1,1 +1,0 @@
-"""Tasks of lm-evaluation-harness, run on a whole model."""

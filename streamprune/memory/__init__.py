@@ -1,1 +1,0 @@
-"""What the run itself takes, decided beforehand and watched."""

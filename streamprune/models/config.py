@@ -1,0 +1,163 @@
+"""What a model's config says about its experts, as transformers reads it.
+
+Differences between Hugging Face configs are absorbed here, in `config_facts` and in `rewrite`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import tempfile
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from streamprune import __version__
+from streamprune.checkpoint.index import CONFIG_NAME, read_json
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.models.config_json import (
+    COUNT_NAME,
+    GROUP_NAMES,
+    TOP_K_NAMES,
+    TOPK_GROUP_NAMES,
+    ExpertSpec,
+    absurdity,
+    first_number,
+    single_number,
+)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config as transformers reads it.
+
+    Raises UnsupportedModelError when transformers does not know the model, and CheckpointError for values that no model
+    has.
+    """
+    absurd = absurdity(read_json(folder / CONFIG_NAME))
+    if absurd is not None:
+        raise CheckpointError(f"{folder / CONFIG_NAME} names {absurd}. No model has that: download it again.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # Configs are validated by each model's own code, which may raise anything on bad values.
+        raise config_error(folder, error) from error
+
+
+def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that a config names for its text part, or as a whole; None if it names none."""
+    declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else None
+
+
+def config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
+    """The error to raise when transformers could not make sense of a config."""
+    text = textwrap.shorten(str(error).replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
+    if "trust_remote_code" in str(error):
+        return UnsupportedModelError(
+            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
+            "and have read the code, add --trust-remote-code."
+        )
+    if (isinstance(error, (ValueError, KeyError)) and "model_type" in str(error)) or "does not recognize" in str(error):
+        return UnsupportedModelError(
+            f"transformers {transformers_version} does not know the model in {folder}: {text}\n"
+            "A newer transformers may: `pip install --upgrade transformers`."
+        )
+    return CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}")
+
+
+def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:
+    """Every place of the (text) config that may state the number of routed experts, likeliest first."""
+    text = config.get_text_config(decoder=True)
+    base = () if text is config else (_attribute_of(config, text),)
+    for part, path in ((text, base), *((sub, (*base, name)) for name, sub in _sub_configs(text))):
+        aliases = dict(getattr(part, "attribute_map", {}) or {})
+        names = dict.fromkeys(aliases.get(name, name) for name in (*_plain_attributes(part), *aliases))
+        for name in names:
+            count = single_number(_read(part, name)) if COUNT_NAME.match(name) else None
+            if count is not None and count > 1:
+                top_k = _first_number((part, text), TOP_K_NAMES)
+                if top_k is None:
+                    raise UnsupportedModelError(
+                        f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
+                        f"picks per token (looked for {', '.join(TOP_K_NAMES)})."
+                    )
+                groups = _first_number((part, text), GROUP_NAMES) or 1
+                topk_groups = _first_number((part, text), TOPK_GROUP_NAMES) or 1
+                yield ExpertSpec(path, name, count, top_k, groups, topk_groups)
+
+
+def with_expert_count(config: PreTrainedConfig, spec: ExpertSpec, count: int) -> PreTrainedConfig:
+    """A copy of `config` that states `count` experts."""
+    changed = copy.deepcopy(config)
+    part = changed
+    for name in spec.path:
+        part = getattr(part, name)
+    old = getattr(part, spec.attribute)
+    setattr(part, spec.attribute, [count] * len(old) if isinstance(old, list) else count)
+    return changed
+
+
+def count_names(config: PreTrainedConfig, spec: ExpertSpec) -> tuple[str, ...]:
+    """The keys under which a `config.json` may state the number of experts: the attribute itself and its aliases."""
+    part: Any = config
+    for name in spec.path:
+        # The model may have been built from its text part alone.
+        part = getattr(part, name, part)
+    aliases = (key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute)
+    return (spec.attribute, *sorted(aliases))
+
+
+def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build a config of the same class as `like` from the contents of a `config.json`."""
+    # Through a file, since only that way transformers decodes values that JSON cannot express (infinity).
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(raw), encoding="utf-8")
+        return type(like).from_pretrained(folder)
+
+
+def _plain_attributes(config: PreTrainedConfig) -> list[str]:
+    return [name for name in vars(config) if not name.startswith("_")]
+
+
+def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
+    return [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+
+
+def _attribute_of(config: PreTrainedConfig, part: PreTrainedConfig) -> str:
+    for name, value in _sub_configs(config):
+        if value is part:
+            return name
+    raise UnsupportedModelError(
+        f"{config.model_type}: its text config lies deeper than one level; please report this model."
+    )
+
+
+def _read(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
+        return None
+
+
+def _first_number(parts: tuple[PreTrainedConfig, ...], names: tuple[str, ...]) -> int | None:
+    return first_number([{name: _read(part, name) for name in names} for part in parts], names)
+
+
+def versions() -> dict[str, str]:
+    """The versions of all that may change the digits of a result."""
+    return {
+        "streamprune": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }

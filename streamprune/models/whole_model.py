@@ -1,0 +1,163 @@
+"""A whole model in memory, as any user of transformers has it: for what no stream of blocks can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from streamprune.checkpoint.hub import first_line, resolve_model
+from streamprune.checkpoint.index import Checkpoint, open_checkpoint
+from streamprune.errors import CheckpointError, ResourceError, StreampruneError
+from streamprune.hardware.host import (
+    available_memory_bytes,
+    choose_device,
+    format_bytes,
+    free_after_failure,
+    free_device_bytes,
+    is_out_of_memory,
+)
+from streamprune.models.config import load_config
+from streamprune.models.per_layer_config import read_per_layer_experts
+
+#: Memory for a model and for computing with it, by the bytes of its weights: caches and activations of a few short
+#: sequences are small beside weights, and batches shrink where they are not.
+ROOM = 1.1
+#: transformers' names for weights that a model has, and that come out random where no file holds them.
+_LACKING = ("missing_keys", "mismatched_keys", "error_msgs")
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model on disk that is to be loaded whole: its name as the user gave it, its folder, files and config."""
+
+    name: str
+    checkpoint: Checkpoint = field(repr=False)
+    config: PreTrainedConfig = field(repr=False)
+    trust_remote_code: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory that the model takes, with room to compute."""
+        return int(self.checkpoint.nbytes * ROOM)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model knows, in tokens; None without a limit."""
+        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, ready to compute. `device` is where its inputs go."""
+
+    model: Any = field(repr=False)
+    device: torch.device
+    notes: tuple[str, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def find_whole(model: str, revision: str | None = None, trust_remote_code: bool = False) -> WholeModel:
+    """The model that the user names, a folder or a Hub id. No weight is read yet.
+
+    Raises CheckpointError or UnsupportedModelError for what is no model, or not one of safetensors files; SettingsError
+    for a revision of a local folder.
+    """
+    checkpoint = open_checkpoint(resolve_model(model, revision, trust_remote_code))
+    if not trust_remote_code and read_per_layer_experts(checkpoint.config) is not None:
+        # transformers would only tell of mismatched sizes.
+        raise CheckpointError(
+            f"The blocks of {model} keep different numbers of experts, so that it brings code that loads it. "
+            "Allow that with --trust-remote-code."
+        )
+    return WholeModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
+
+
+def load_whole_model(whole: WholeModel, device: str = "auto") -> LoadedModel:
+    """Load a model as `AutoModelForCausalLM.from_pretrained(…, dtype="auto")` does.
+
+    `device` is `cpu`, a card such as `cuda:0`, or `auto`: all cards together (`device_map="auto"`) if they hold it,
+    else the CPU. Raises ResourceError where there is not enough memory for it, as a rule before anything is read;
+    CheckpointError where a weight does not find its place or transformers cannot load it; SettingsError for an unknown
+    device.
+    """
+    place, device_map = _place(whole, device)
+    try:
+        model, notes = _load(whole, device_map)
+    except StreampruneError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise CheckpointError(_loading_problem(whole, error)) from error
+        problem = first_line(str(error))
+    else:
+        return LoadedModel(model.eval(), place, notes)
+    free_after_failure(place)
+    raise ResourceError(f"Memory ran out while {whole.name} was loaded ({problem}). {_ADVICE}")
+
+
+def release(device: torch.device) -> None:
+    """Give back what a model took on `device`, once the last name for it is gone."""
+    free_after_failure(device)
+
+
+_ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` streams, and needs no whole model.)"
+
+
+def _place(whole: WholeModel, device: str) -> tuple[torch.device, Any]:
+    """The device for inputs, and the `device_map` for transformers (None: the CPU)."""
+    chosen, needed = choose_device(device), whole.needed_bytes
+    free = [("RAM", available_memory_bytes())]
+    if chosen.type == "cuda" and device == "auto":
+        cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        free = [(f"{len(cards)} CUDA devices", sum(free_device_bytes(card) for card in cards)), *free]
+        if free[0][1] >= needed:
+            return chosen, "auto"
+    elif chosen.type == "cuda":
+        free = [(str(chosen), free_device_bytes(chosen))]
+        if free[0][1] >= needed:
+            return chosen, {"": chosen}
+    if free[-1][0] == "RAM" and free[-1][1] >= needed:
+        return torch.device("cpu"), None
+    places = ", ".join(f"{format_bytes(size)} in {name}" for name, size in free)
+    raise ResourceError(
+        f"{whole.name} has weights of {format_bytes(whole.checkpoint.nbytes)}, and needs about {format_bytes(needed)} "
+        f"to be loaded whole and computed with; free are {places}. {_ADVICE}"
+    )
+
+
+def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": whole.trust_remote_code, "use_safetensors": True}
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(whole.folder, output_loading_info=True, **options)
+    except ValueError as error:
+        # Some multimodal models have no class for text alone.
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        model, info = AutoModelForImageTextToText.from_pretrained(whole.folder, output_loading_info=True, **options)
+    lacking = {kind: sorted(map(str, info[kind])) for kind in _LACKING if info.get(kind)}
+    if lacking:
+        told = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())
+        count = sum(map(len, lacking.values()))
+        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {told}.")
+    unused = len(info.get("unexpected_keys", ()))
+    note = f"{whole.name}: {unused} tensors of its files have no place in the model that transformers builds."
+    return model, (note,) if unused else ()
+
+
+def _loading_problem(whole: WholeModel, error: Exception) -> str:
+    reason = first_line(str(error)) or type(error).__name__
+    return f"transformers cannot load {whole.name}: {reason}."

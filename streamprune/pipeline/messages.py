@@ -1,0 +1,179 @@
+"""What the user is told about a run: before it, what it will do and need; after it, what came of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from streamprune.config import RunSettings
+from streamprune.distributed.processes import Processes
+from streamprune.fit.answer import terms_lines
+from streamprune.fit.estimate import Estimate, Fit
+from streamprune.hardware.host import check_disk, core_count, existing_folder, format_bytes
+from streamprune.models.per_layer_experts import engines_note
+from streamprune.planning.quota import Quota, kept_text
+from streamprune.progress import Progress, describe
+from streamprune.saliency.scores import Scores
+
+if TYPE_CHECKING:
+    # They import torch, and `streamprune prune`, which also tells of its result, does without.
+    import torch
+
+    from streamprune.calibration.sequences import Calibration
+    from streamprune.hardware.memory_plan import MemoryPlan
+    from streamprune.planning.prepare import Prepared
+    from streamprune.planning.target import Decision
+    from streamprune.work.folder import WorkFolder
+
+
+NO_ESTIMATE = "note: the memory that the result will take cannot be told: its cache cannot be worked out."
+
+
+def print_work(
+    progress: Progress, settings: RunSettings, prepared: Prepared, memory: MemoryPlan, work: WorkFolder
+) -> None:
+    """Say how large the work folder may become, and refuse if the disk has no room for that."""
+    written, states = prepared.planned_bytes, memory.needs.states
+    # Two generations, and a third while it is written.
+    check_disk(work.folder, written + 3 * states)
+    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
+        # It is copied there in the end.
+        check_disk(settings.output, written)
+    new = f"the new weights {format_bytes(written)}, " if written else ""
+    progress.say(
+        f"work folder: {work.folder}, up to {format_bytes(written + 3 * states)} ({new}saved hidden states up to "
+        f"3 x {format_bytes(states)})"
+    )
+
+
+def print_plan(progress: Progress, settings: RunSettings, decision: Decision) -> None:
+    """Say what model it is, how many experts stay, and what memory the result will take, as far as that is known."""
+    skeleton, quota = decision.skeleton, decision.quota
+    spec = skeleton.spec
+    kept = f"; keeping {kept_text(quota, spec.count, decision.counts)}" if quota else ""
+    progress.say(
+        f"{settings.model}: {skeleton.layer_count} blocks, {len(skeleton.experts)} with {spec.count} experts "
+        f"(top-{spec.top_k}){kept}"
+    )
+    print_budget(progress, quota)
+    if quota and not quota.even:
+        progress.say(f"note: {engines_note(True)}")
+
+
+def print_budget(progress: Progress, quota: Quota | None) -> None:
+    """Say what is to be known of the card that the budget is about."""
+    for note in quota.budget.notes if quota and quota.budget else ():
+        progress.say(f"note: {note}")
+
+
+def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
+    """Say which part of the model is left out, if any is."""
+    if dropped:
+        progress.say(
+            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
+            "Without them, speculative decoding needs a separate draft model."
+        )
+
+
+def print_unseen_experts(progress: Progress, never_routed: Sequence[Mapping[str, int]], tokens: int) -> None:
+    """Warn of experts that none of the calibration's tokens was routed to: how many, in which layers."""
+    if never_routed:
+        where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never_routed)
+        progress.say(
+            f"warning: the {tokens:,} calibration tokens never reached some experts ({where}), so those were removed "
+            "first without being known. Calibrate on more or on other text: --calibration, --samples."
+        )
+
+
+def print_memory(progress: Progress, estimate: Estimate) -> None:
+    """Say what memory the result takes, and whether that is within the budget, if there is one."""
+    for line in terms_lines(estimate):
+        progress.say(line)
+    if isinstance(estimate, Fit):
+        verdict = "fits" if estimate.fits else "does not fit"
+        progress.say(
+            f"  {verdict} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} "
+            f"{'left' if estimate.fits else 'missing'}"
+        )
+
+
+def print_model(progress: Progress, settings: RunSettings, prepared: Prepared) -> None:
+    """Say what is known once the model is opened."""
+    decision = prepared.decision
+    if decision.quota is not None:
+        estimate = decision.estimate(settings)
+        if estimate is None:
+            progress.say(NO_ESTIMATE)
+        else:
+            print_memory(progress, estimate)
+        progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
+        print_dropped(progress, prepared.layout.dropped)
+    if settings.calibration == ("builtin",):
+        progress.say(
+            "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
+            "like what you will ask of it: --calibration FILE."
+        )
+
+
+def print_calibration(progress: Progress, prepared: Prepared, calibration: Calibration, device: torch.device) -> None:
+    """Say what the model is calibrated on."""
+    named = zip(calibration.sources, calibration.tokens_of, strict=True)
+    progress.say(
+        f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
+        f"{', '.join(f'{name} ({tokens:,})' for name, tokens in named)}; "
+        f"{str(prepared.dtype).removeprefix('torch.')} on {device}"
+    )
+    held = calibration.held
+    if held is not None:
+        progress.say(f"held back to measure on: {len(held.sequences)} sequences, {held.tokens:,} tokens")
+    for note in calibration.notes:
+        progress.say(f"note: {note}")
+
+
+def print_processes(progress: Progress, processes: Processes, device: torch.device) -> None:
+    """Say how many processes share the run, if several do, and whether they leave most of this machine idle."""
+    if processes.count == 1:
+        return
+    progress.say(f"{processes.count} processes, each with a share of the micro-batches")
+    if device.type != "cpu":
+        return
+    import torch
+
+    threads, cores = torch.get_num_threads(), core_count()
+    if threads * processes.local_count < cores:
+        progress.say(
+            f"note: {processes.local_count} processes with {threads} threads each leave some of the {cores} cores "
+            f"idle. Launchers set OMP_NUM_THREADS=1 where nothing else is said: try {cores // processes.local_count}."
+        )
+
+
+def print_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+    """Say what came of a run."""
+    _tell_course(progress, settings, summary)
+    print_unseen_experts(progress, summary["never_routed"], summary["calibration_tokens"])
+    progress.say(
+        f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
+        f"(source: {format_bytes(summary['source_bytes'])})"
+    )
+
+
+def print_scores(progress: Progress, settings: RunSettings, scores: Scores, summary: Mapping[str, Any]) -> None:
+    """Say what came of scoring, and what can be done with it."""
+    _tell_course(progress, settings, summary)
+    size = format_bytes(settings.output.stat().st_size)
+    progress.say(
+        f"done in {summary['seconds']:.0f} s: {settings.output}, {size}: {len(scores.layers)} layers, "
+        f"{scores.spec.count} experts each, {len(scores.sources)} sources"
+    )
+    name = shlex.quote(str(settings.output))
+    progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")
+
+
+def _tell_course(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+    progress.say(describe(summary["busy"]))
+    if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
+        progress.say(
+            f"note: resident memory rose to {format_bytes(summary['peak_resident_bytes'])} for a moment, above "
+            f"--ram-gib {settings.ram_gib:g}. A smaller --batch-tokens or a shorter --seq-len lowers it."
+        )

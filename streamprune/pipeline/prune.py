@@ -1,0 +1,290 @@
+"""`streamprune prune`: an output from scores that were taken before, or from the user's own list. No forward pass.
+
+With scores, neither torch nor transformers is needed: they tell where in the checkpoint the experts lie.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.config import PruneSettings
+from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsError
+from streamprune.files.json_text import show
+from streamprune.fit.answer import estimate_object
+from streamprune.fit.estimate import Footprint
+from streamprune.fit.footprint import read_footprint
+from streamprune.hardware.host import check_disk, existing_folder, format_bytes
+from streamprune.models.config_json import stated_experts
+from streamprune.models.per_layer_config import refuse_per_layer_experts
+from streamprune.output.plan import make_plan
+from streamprune.output.writer import OutputWriter, check_output, check_place
+from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_blocks
+from streamprune.pipeline.messages import print_budget, print_dropped, print_memory, print_unseen_experts
+from streamprune.pipeline.status import ended
+from streamprune.planning.model_facts import ModelFacts, facts_from_json
+from streamprune.planning.quota import Quota, find_quota, kept_text
+from streamprune.progress import Progress
+from streamprune.reporting.record import check_provenance, provenance_by_hand
+from streamprune.saliency.scores import Scores
+from streamprune.saliency.scores_file import read_scores
+from streamprune.selection.keep_file import read_keep_file
+from streamprune.selection.select import Choice, Chooser, ChosenLayer, choose_kept, selection_of
+from streamprune.selection.settings import Selection
+from streamprune.work.enter import keeping, listening, open_work_folder
+from streamprune.work.folder import WorkFolder, folder_bytes
+from streamprune.work.records import (
+    file_states,
+    has_pruning,
+    has_run,
+    read_pruning,
+    settings_of_pruning,
+    with_changes,
+    write_pruning,
+)
+
+
+def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
+    """Write the model that the settings choose, going on where an earlier call was interrupted.
+
+    Takes the time of a file copy, and memory for a few MiB of a file at a time, beside the scores. Raises a
+    StreampruneError for whatever cannot work, before anything is written.
+    """
+    decided = _open(settings)
+    plan, checkpoint = decided.plan, decided.checkpoint
+    with Progress(plan.layout.layer_count, quiet) as progress, ExitStack() as stack:
+        _announce(settings, decided, progress)
+        work = open_work_folder(stack, settings)
+        stop = stack.enter_context(listening())
+        with keeping(work, progress.say):
+            check_place(settings)
+            _begin(settings, decided, work)
+            _check_room(settings, decided, work)
+            writer = OutputWriter(plan, checkpoint, settings, work)
+            stop.patient = True
+            write_blocks(decided, writer, work, progress, stop)
+            stop.patient = False
+            estimate = complete(decided, writer, work, progress)
+        # The output is complete: there is nothing left to be stopped.
+        stop.patient = True
+        summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
+        work.remove()
+        shutil.rmtree(settings.folder_beside, ignore_errors=True)
+        if decided.selection is not None and decided.scores is not None:
+            print_unseen_experts(progress, summary["never_routed"], decided.scores.tokens)
+        progress.say(
+            f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(plan.output_bytes)} of weights "
+            f"(source: {format_bytes(checkpoint.nbytes)})"
+        )
+        if estimate is not None:
+            print_memory(progress, estimate)
+    return RunResult(settings.output, decided.choice.layers, summary)
+
+
+def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
+    """Decide and tell what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
+
+    Raises like `prune`, also where the disk is too small for the output.
+    """
+    decided = _open(settings)
+    footprint = decided.facts.footprint
+    estimate = decided.quota.estimate(settings, footprint) if footprint is not None else None
+    with Progress(decided.plan.layout.layer_count, quiet) as progress:
+        _announce(settings, decided, progress)
+        if estimate is not None:
+            print_memory(progress, estimate)
+        progress.say("dry run: nothing was written")
+        check_disk(settings.output, decided.plan.output_bytes)
+        return summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
+
+
+def _open(settings: PruneSettings) -> SelectionResult:
+    """Open the model and decide everything about its output."""
+    _check_listed(settings)
+    scores = read_scores(settings.scores) if settings.scores is not None else None
+    if scores is not None:
+        _check_choice(settings, scores)
+    # Of a model on the Hub the config alone, which may spare the rest.
+    known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    check_output(settings.output, known, settings.overwrite)
+    refuse_per_layer_experts(read_json(known / CONFIG_NAME), settings.model)
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
+    return _decide(settings, checkpoint, scores)
+
+
+def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
+    """Go on with the pruning recorded in a work folder. `changes` are settings that do not change the result.
+
+    Raises ResumeError when there is none, or when what decides the result has changed.
+    """
+    recorded = read_pruning(work_folder)
+    if recorded is None:
+        raise ResumeError(
+            f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
+            "`streamprune prune` command again; nothing but the time of a copy is lost."
+        )
+    settings = with_changes(settings_of_pruning(recorded, work_folder), work_folder, changes)
+    if ended(work_folder, settings.output):
+        return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
+    return prune(settings, quiet)
+
+
+def _check_listed(settings: PruneSettings) -> None:
+    """Refuse what would choose experts beside a list of them."""
+    if settings.keep_file is not None and selection_of(settings) != Selection():
+        raise SettingsError(
+            "--keep-file says itself which experts stay. Leave out --method, --mix, --schedule, --spread, --floor, "
+            "--protect-super-experts and --seed."
+        )
+
+
+def _check_choice(settings: PruneSettings, scores: Scores) -> None:
+    """Refuse a choice that these scores do not allow before tens of GiB are downloaded; a budget needs the model."""
+    check_provenance(scores)
+    if settings.keep_file is not None:
+        read_keep_file(settings.keep_file, scores.spec, scores.blocks)
+    elif settings.budget_gib is None and settings.gpu is None:
+
+        def footprint() -> Footprint:
+            raise AssertionError("nothing but a budget asks for it")
+
+        _choose(settings, scores, footprint)
+
+
+def _choose(settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]) -> tuple[Quota, Choice]:
+    """The choice by scores; a budget asks for the model's `footprint`."""
+    spec, blocks, sources = scores.spec, scores.blocks, scores.sources
+    quota, planned = find_quota(settings, spec, blocks, footprint)
+    selection = selection_of(settings)
+    chooser = Chooser(selection, spec, blocks, quota.total, planned, sources, scores.source_tokens)
+    return quota, chooser.all(scores.layers)
+
+
+def _announce(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
+    plan, scores = decided.plan, decided.scores
+    progress.say(
+        f"{settings.model}: {plan.layout.layer_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
+        f"experts; keeping {kept_text(decided.quota, plan.layout.spec.count, plan.counts)}"
+    )
+    print_budget(progress, decided.quota)
+    if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
+        progress.say(
+            "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
+            "for that run's choice only."
+        )
+    print_selection(decided, progress)
+    progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
+    print_dropped(progress, plan.layout.dropped)
+
+
+def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> SelectionResult:
+    """Everything that is decided before a byte is written."""
+    facts = _facts(settings, checkpoint, scores)
+    layout, selection = facts.layout, selection_of(settings)
+    provenance: Mapping[str, Any] = (
+        scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
+    )
+    if settings.keep_file is not None:
+        choice = _listed(settings, facts, scores)
+        quota = Quota(sum(choice.counts), len(choice.counts), choice.is_uniform)
+    else:
+        assert scores is not None  # PruneSettings has seen to it
+
+        def footprint() -> Footprint:
+            return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
+
+        quota, choice = _choose(settings, scores, footprint)
+    plan = make_plan(layout, facts.loading, checkpoint, choice.counts_by_layer, settings.max_shard_bytes)
+    by = selection if settings.keep_file is None else None
+    return SelectionResult(settings, checkpoint, facts, by, quota, choice, plan, provenance, scores)
+
+
+def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
+    """What has to be known of the model: told by the scores, else found by building it."""
+    if scores is not None:
+        scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
+        if scored != here:
+            raise ScoresError(
+                f"{settings.scores} holds the scores of {show(scores.provenance['model'])} with the fingerprint "
+                f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the very model that was scored, or "
+                "score this one."
+            )
+        stated = stated_experts(checkpoint.config)
+        if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
+            raise ScoresError(
+                f"{settings.scores} holds scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but by its "
+                f"config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
+            )
+        if scores.layout is not None:
+            facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
+            return _agreeing(settings, facts, scores)
+    # Only here: it takes torch and transformers, and seconds.
+    from streamprune.planning.prepare import facts_of_checkpoint
+
+    return _agreeing(settings, facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code), scores)
+
+
+def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> ModelFacts:
+    """The facts, if the scores are of just these experts: the fingerprint is only what their file says of itself."""
+    layout = facts.layout
+    if scores is not None and (scores.spec, scores.blocks) != (layout.spec, layout.expert_layers):
+        raise ScoresError(
+            f"{settings.scores} holds scores of {len(scores.blocks)} blocks with {scores.spec.count} experts "
+            f"(top-{scores.spec.top_k}), but the model's are {len(layout.expert_layers)} with {layout.spec.count} "
+            f"(top-{layout.spec.top_k}), or other blocks. Score the model again."
+        )
+    return facts
+
+
+def _listed(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> Choice:
+    """The user's own choice, with the experts' scores if there are any."""
+    assert settings.keep_file is not None
+    kept = read_keep_file(settings.keep_file, facts.layout.spec, facts.layout.expert_layers)
+    if scores is None:
+        return Choice(tuple(ChosenLayer(block, experts, (), ()) for block, experts in sorted(kept.items())))
+    return choose_kept(scores.layers, scores.sources, scores.source_tokens, selection_of(settings), kept)
+
+
+def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
+    """Take up what an earlier call left in the work folder if it is of the same choice; else begin anew."""
+    folder, anew = work.folder, settings.resume == "never"
+    if has_run(folder) and not anew:
+        raise ResumeError(
+            f"{folder} holds an unfinished run. Go on with it, give it up with `streamprune clean --all`, or add "
+            "--resume never."
+        )
+    if not has_pruning(folder) and work.has_progress() and not anew:
+        raise ResumeError(
+            f"{folder} holds finished blocks, but no record of what they are from. Begin anew with --resume never."
+        )
+    now = {
+        "source": decided.provenance["source"]["fingerprint"],
+        "files": file_states(decided.checkpoint),
+        "kept": {str(layer.block): list(layer.kept) for layer in decided.choice.layers},
+        "max_shard_bytes": settings.max_shard_bytes,
+    }
+    recorded = read_pruning(folder) if not anew else None
+    if recorded is None or recorded["decided"] != now:
+        if settings.resume == "required":
+            raise ResumeError(
+                f"{folder} holds nothing that could be taken up: another choice of experts, another size of shards, or "
+                "the model's files were others. Begin anew with `streamprune prune` and --resume never."
+            )
+        if work.keeps_old_output() and recorded is None:
+            raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")
+        work.start_afresh()
+    write_pruning(folder, settings, decided.plan.layout.layer_count, now)
+
+
+def _check_room(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
+    """Refuse if the disk has no room for what is not written yet."""
+    written = decided.plan.output_bytes
+    check_disk(work.folder, max(0, written - folder_bytes(work.staging)))
+    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
+        # It is copied there in the end.
+        check_disk(settings.output, written)

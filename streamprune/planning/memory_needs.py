@@ -1,0 +1,250 @@
+"""What a run needs of memory and what there is of it: the numbers that `memory` decides by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprune.calibration.sequences import Calibration
+from streamprune.config import COMFORTABLE_BATCH_TOKENS, Computing, RunSettings
+from streamprune.distributed.processes import ALONE, Processes
+from streamprune.fit.cache import scoring_workspace_bytes
+from streamprune.fit.structure import DTYPE_NAMES
+from streamprune.hardware import host as machine
+from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
+from streamprune.hardware.memory_watch import context_bytes
+from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
+from streamprune.models.decoder import Decoder
+from streamprune.models.open import OpenedModel
+from streamprune.planning.prepare import Prepared
+
+#: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
+SUMS_PER_TOKEN = 9 * 8
+#: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
+DEVICE_MARGIN = 256 * 1024**2
+#: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
+#: where hidden states come and go in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
+HOST_MARGIN = 80 * 1024**2
+
+
+def plan_memory(
+    settings: RunSettings,
+    prepared: Prepared,
+    calibration: Calibration,
+    device: torch.device,
+    folder: Path,
+    processes: Processes = ALONE,
+) -> MemoryPlan:
+    """Decide for a prepared run, before a weight is read, with `folder` for states on disk.
+
+    Of several `processes` each decides for itself: it has its share of the hidden states, and of what is free on its
+    machine. Raises ResourceError, with the numbers, when the run cannot be.
+    """
+    return plan_for(
+        settings, find_needs(settings, prepared, calibration), prepared.planned_bytes, device, folder, processes
+    )
+
+
+def plan_for(
+    settings: Computing,
+    needs: Needs,
+    output_bytes: int,
+    device: torch.device,
+    folder: Path,
+    processes: Processes = ALONE,
+) -> MemoryPlan:
+    """The same for needs that are known, where so many bytes will be written to the disk of `folder`."""
+    needs = replace(needs, processes=processes.count)
+    room = measure_room(settings, output_bytes, device, folder, processes)
+    most = settings.most_batch_tokens(device.type)
+    usual = COMFORTABLE_BATCH_TOKENS[device.type]
+    place, batch_tokens = choose(needs, room, settings.states, most, usual)
+    return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
+
+
+def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Needs:
+    """What a prepared run needs, from the model on meta and the calibration."""
+    copies = settings.propagate == "pruned" or calibration.held is not None
+    counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
+    last = prepared.skeleton.layer_count - 1 if calibration.held is not None else prepared.layout.expert_layers[-1]
+    spec = prepared.skeleton.spec
+    shares = {block: (spec.count if count is None else count) / spec.count for block, count in counts.items() if copies}
+    needs = needs_of(prepared, calibration, last + 1, shares, spec)
+    held = calibration.held
+    if held is None:
+        return needs
+    more = needs_of(prepared, held, last + 1)
+    return replace(
+        needs,
+        states=needs.states + 2 * more.states + held.tokens * SUMS_PER_TOKEN,
+        sequences=needs.sequences + more.sequences,
+        longest=max(needs.longest, more.longest),
+        tokens=needs.tokens + more.tokens,
+        sides=2,
+    )
+
+
+def needs_of(
+    opened: OpenedModel,
+    calibration: Calibration,
+    blocks: int,
+    copies: Mapping[int, float] | None = None,
+    spec: ExpertSpec | None = None,
+) -> Needs:
+    """What it takes to stream the first `blocks` blocks of a model.
+
+    `copies` is the share of a block's experts that is there a second time, by block; `spec` tells of the experts what
+    the config may tell under other names.
+    """
+    skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
+    sources = Counter(target.name for target in opened.targets.values() if target is not None)
+    shape, itemsize = _shape_of(text), opened.dtype.itemsize
+    if spec is not None:
+        shape = replace(shape, top_k=spec.top_k, experts=spec.count)
+    longest = max(len(sequence) for sequence in calibration.sequences)
+    read, recast = _bytes_as_read(opened), _recast(opened)
+    block, loading, rows = 0, _surroundings_as_read(skeleton, recast), skeleton.expert_rows
+    for index, module in enumerate(skeleton.blocks[:blocks]):
+        prefix = f"{skeleton.layers_path}.{index}."
+        sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
+        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
+        # has it in another dtype, it is there in both for a while; all but the experts' together.
+        more = [2 * size for name, size in sizes.items() if sources[name] > 1]
+        more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
+        small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
+        twin = sum(size for name, size in sizes.items() if name in rows) * (copies or {}).get(index, 0.0)
+        block = max(block, sum(sizes.values()) + round(twin))
+        loading = max(loading, max(sum(sizes.values()), read[index]) + max(more, default=0), read[index] + small)
+    return Needs(
+        block=block,
+        reading=max(read.values()),
+        loading=loading,
+        staging=STAGING_BYTES,
+        surroundings=_surroundings(skeleton),
+        states=sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in calibration.sequences),
+        workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
+        sequences=len(calibration.sequences),
+        longest=longest,
+        tokens=calibration.tokens,
+        itemsize=itemsize,
+    )
+
+
+def _bytes_as_read(opened: OpenedModel) -> dict[int, int]:
+    """The bytes of each block's weights in the checkpoint's own dtypes."""
+    read = dict.fromkeys(range(len(opened.skeleton.blocks)), 0)
+    for name, target in opened.targets.items():
+        block = opened.skeleton.layer_of(target.name) if target is not None else None
+        if block is not None:
+            read[block] += opened.checkpoint.tensors[name].nbytes
+    return read
+
+
+def _recast(opened: OpenedModel) -> Counter[str]:
+    """The parameters that the checkpoint has in another dtype than they are computed with, and their bytes there."""
+    dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(opened.skeleton.model)}
+    recast = Counter[str]()
+    for name, target in opened.targets.items():
+        entry = opened.checkpoint.tensors[name]
+        if target is not None and entry.dtype != dtypes.get(target.name):
+            recast[target.name] += entry.nbytes
+    return recast
+
+
+def _surroundings_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
+    """Bytes of what is read around the blocks and converted: it is there beside what is made of it."""
+    decoder = skeleton.layers_path.rpartition(".")[0]
+    inside = decoder + "." if decoder else ""
+    return sum(size for name, size in recast.items() if name.startswith(inside) and skeleton.layer_of(name) is None)
+
+
+def states_per_token(text: Any, itemsize: int, length: int) -> int:
+    """Bytes that a token of a sequence of `length` carries from block to block, by what the text config states."""
+
+    def number(name: str) -> int:
+        value = getattr(text, name, None)
+        return value if isinstance(value, int) else 0
+
+    # Models with several residual streams (hyper-connections) hand all of them on.
+    values = number("hidden_size") * max(1, number("hc_count"), number("hc_mult"))
+    if number("num_kv_shared_layers"):
+        # The last keys and values of each kind of layer are there for the layers that have none of their own.
+        heads, width = number("num_key_value_heads"), number("head_dim")
+        values += 2 * heads * width
+        values += 2 * (number("num_global_key_value_heads") or heads) * (number("global_head_dim") or width)
+    # Which tokens an indexer chose, where layers without an indexer of their own take over those of the one before.
+    chosen = min(number("index_topk"), length) if getattr(text, "indexer_types", None) else 0
+    return values * itemsize + chosen * torch.int32.itemsize
+
+
+def _shape_of(text: Any) -> ModelShape:
+    stated = {name: value for name, value in text.to_dict().items() if value is not None}
+    # Models without attention, or with names of their own, lack some of these in the plain dictionary.
+    least = {"hidden_size": int(text.hidden_size), "num_attention_heads": 1, "vocab_size": 1}
+    shape = stated_shape(least | stated)
+    assert shape is not None
+    return shape
+
+
+def _surroundings(skeleton: Decoder) -> int:
+    """Bytes of what `LayerLoader.load_surroundings` loads without the head: the decoder less its blocks."""
+    decoder = skeleton.layers_path.rpartition(".")[0]
+    inside = skeleton.layers_path + "."
+    found = {id(tensor): tensor.nbytes for _, tensor in _tensors(skeleton.model.get_input_embeddings())}
+    for name, tensor in _tensors(skeleton.model):
+        if not name.startswith(inside) and name.startswith(decoder + "." if decoder else ""):
+            found[id(tensor)] = tensor.nbytes
+    return sum(found.values())
+
+
+def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def measure_room(
+    settings: Computing, output_bytes: int, device: torch.device, folder: Path, processes: Processes = ALONE
+) -> Room:
+    """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
+
+    The `processes` on this machine divide its RAM, and those on a card that; the caps are for each of them.
+    """
+    free = max(0, machine.free_disk_bytes(folder) - output_bytes)
+    disk = Limit(
+        free,
+        f"{format_bytes(free)} are free on that of {folder} beside the output",
+        "choose another place with -o, or use fewer --samples",
+    )
+    available, resident = machine.available_memory_bytes() // processes.local_count, machine.resident_bytes()
+    remedy = "close other programs, or use a machine with more memory"
+    ram = Limit(available, f"only {format_bytes(available)} are available", remedy)
+    cap = settings.ram_bytes
+    if cap is not None and cap - resident - HOST_MARGIN < available:
+        left = max(0, cap - resident - HOST_MARGIN)
+        words = f"--ram-gib {settings.ram_gib:g} leaves {format_bytes(left)} (resident now: {format_bytes(resident)})"
+        ram = Limit(left, words, "raise --ram-gib")
+    if device.type != "cuda":
+        return Room(ram, None, disk)
+    # Without a card's number in --device they are dealt out; with one all take that.
+    sharing = -(-processes.local_count // torch.cuda.device_count()) if settings.device == "auto" else 0
+    return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
+
+
+def _card_limit(settings: Computing, device: torch.device, sharing: int) -> Limit:
+    free = max(0, machine.free_device_bytes(device) // sharing - DEVICE_MARGIN)
+    if settings.vram_bytes is not None:
+        context = context_bytes(device)
+        left = max(0, settings.vram_bytes - context - DEVICE_MARGIN)
+        if left < free:
+            words = (
+                f"--vram-gib {settings.vram_gib:g} leaves {format_bytes(left)} (CUDA itself: {format_bytes(context)})"
+            )
+            return Limit(left, words, "raise --vram-gib, or use --device cpu")
+    remedy = "use a card with more memory, or --device cpu"
+    return Limit(free, f"only {format_bytes(free)} can be used on {device}", remedy)

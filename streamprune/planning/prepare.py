@@ -1,0 +1,180 @@
+"""Everything about a run that is settled before a weight is read: the model is opened and understood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import Checkpoint, open_checkpoint
+from streamprune.config import RunSettings
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.fit.structure import footprint_of_skeleton
+from streamprune.models.config import config_from_dict, declared_dtype, load_config
+from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
+from streamprune.models.decoder import build_model
+from streamprune.models.expert_layout import Layout
+from streamprune.models.open import OpenedModel, check_fit, check_pruned
+from streamprune.models.per_layer_experts import check_per_layer_experts
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.skeleton import Skeleton, build_skeleton, map_checkpoint, survey
+from streamprune.planning.model_facts import ModelFacts
+from streamprune.planning.target import Decision, refuse_quantized, with_footprint
+from streamprune.selection.select import Chooser, selection_of
+from streamprune.selection.settings import mix_weights
+
+
+@dataclass(frozen=True)
+class Prepared(OpenedModel):
+    """A Mixture-of-Experts model that is opened to be pruned, or to be scored.
+
+    `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. `counts`
+    are the experts that stay by block; None where that is decided once all are scored, or where nothing is pruned.
+    """
+
+    skeleton: Skeleton
+    layout: Layout
+    decision: Decision
+    counts: Mapping[int, int] | None
+    trust_remote_code: bool
+    _twins: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def planned_bytes(self) -> int:
+        """Bytes of the weights that will be written; blocks are alike, so that it need not be known which keep most."""
+        quota, blocks, spec = self.decision.quota, self.layout.expert_layers, self.layout.spec
+        if quota is None:
+            return 0
+        counts = self.counts
+        if counts is None:
+            steps, more = divmod(quota.total // spec.groups, len(blocks))
+            counts = {block: (steps + (place < more)) * spec.groups for place, block in enumerate(blocks)}
+        return sum(tensor.nbytes for tensor in self.layout.output(self.checkpoint.tensors, counts))
+
+    def pruned_model(self, count: int) -> PreTrainedModel:
+        """The model with `count` experts in every block, on meta, as the rewritten config describes it."""
+        if count not in self._twins:
+            self._twins.clear()
+            layout, decision = self.layout, self.decision
+            rewritten = rewrite_config(decision.raw, layout.spec, layout.count_names, count)
+            config = config_from_dict(decision.config, drop_missing_code(rewritten, self.checkpoint.folder))
+            self._twins[count] = build_model(config, self.dtype, self.trust_remote_code)
+        return self._twins[count]
+
+    def pruned_layer(self, index: int, count: int) -> nn.Module:
+        """Block `index` of the model with `count` experts in every block, on meta."""
+        block: nn.Module = self.pruned_model(count).get_submodule(f"{self.skeleton.layers_path}.{index}")
+        return block
+
+
+def prepare(settings: RunSettings, decision: Decision) -> Prepared:
+    """Open the model for what was decided; raises a StreampruneError for whatever cannot work."""
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
+    if checkpoint.config != decision.raw:
+        raise CheckpointError(
+            f"The config of {settings.model} changed while it was opened. Run the same command again."
+        )
+    dtype, skeleton = decision.dtype, decision.skeleton
+    if dtype is None:
+        dtype = dtype_of_weights(checkpoint)
+        skeleton = build_skeleton(decision.config, dtype, settings.trust_remote_code)
+    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
+    check_fit(skeleton, targets, checkpoint.tensors)
+    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
+    decision = with_footprint(settings, decision, skeleton, checkpoint.tensors)
+    counts = decision.counts
+    prepared = Prepared(checkpoint, skeleton, targets, dtype, layout, decision, counts, settings.trust_remote_code)
+    least = minimum_keep(skeleton.spec)
+    # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
+    for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
+        check_pruned(skeleton, prepared.pruned_model(count), count)
+    return prepared
+
+
+def facts_of(prepared: Prepared) -> ModelFacts:
+    """What has to be known of the model to write an output of it, now or later."""
+    loading = find_loading_facts(prepared.decision.raw, prepared.decision.config, prepared.skeleton)
+    return ModelFacts(prepared.layout, loading, prepared.decision.footprint)
+
+
+def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
+    """What has to be known of a checkpoint to write an output of it, found by building its model."""
+    refuse_quantized(checkpoint.config, checkpoint.folder)
+    config = load_config(checkpoint.folder, trust_remote_code)
+    skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
+    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
+    check_fit(skeleton, targets, checkpoint.tensors)
+    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
+    loading = find_loading_facts(checkpoint.config, config, skeleton)
+    try:
+        footprint = footprint_of_skeleton(model, checkpoint.config, skeleton, checkpoint.tensors)
+    except UnsupportedModelError:
+        return ModelFacts(layout, loading, None)
+    return ModelFacts(layout, loading, footprint)
+
+
+def chooser_of(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Chooser | None:
+    """What chooses the experts of a run; None where scoring is all that is asked for."""
+    quota = prepared.decision.quota
+    if quota is None:
+        return None
+    return Chooser(
+        selection_of(settings),
+        prepared.layout.spec,
+        prepared.layout.expert_layers,
+        quota.total,
+        prepared.counts,
+        calibration.sources,
+        calibration.tokens_of,
+    )
+
+
+def check_schedule(settings: RunSettings, facts: ModelFacts, counts: Mapping[int, int] | None) -> None:
+    """Raise UnsupportedModelError where the blocks may come to differ, and no output could say so."""
+    spec = facts.layout.spec
+    if counts is None and settings.schedule == "global":
+        # Not known before all are scored, but unequal for all that one can expect.
+        counts = {0: minimum_keep(spec), 1: spec.count}
+    if counts is not None:
+        check_per_layer_experts(facts.loading, counts)
+
+
+def vocabulary_of(skeleton: Skeleton) -> int:
+    """How many tokens a model knows."""
+    return int(skeleton.model.get_input_embeddings().weight.shape[0])
+
+
+def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
+    """Read the calibration data for a model; of one on the Hub only the small files, the tokenizer's, are fetched.
+
+    Raises SettingsError for a mix of other sources, before tens of GiB are downloaded.
+    """
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
+    text_config = decision.skeleton.model.config.get_text_config(decoder=True)
+    calibration = load_calibration(
+        settings.calibration,
+        folder,
+        samples=settings.samples,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        vocab_size=vocabulary_of(decision.skeleton),
+        max_positions=getattr(text_config, "max_position_embeddings", None),
+        trust_remote_code=settings.trust_remote_code,
+    )
+    mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
+    return calibration
+
+
+def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most bytes of the weights have."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.nbytes
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]

@@ -1,1 +1,0 @@
-"""What leaves with a pruned model: the choice written out and proved, its record, and its card."""

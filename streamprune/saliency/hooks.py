@@ -1,0 +1,181 @@
+"""The one place for experts that do not take (hidden_states, top_k_index, top_k_weights).
+
+Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
+experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine weight
+is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
+
+Listening to experts: what every one of them contributes, recorded while the model's own forward runs.
+
+Where the experts work in a latent space (Nemotron-H), f_j is their output there, before the projection back.
+
+Shapes: T tokens, K experts chosen per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from streamprune.errors import UnsupportedModelError
+from streamprune.models.skeleton import DENSE_EXPERTS, dispatches_experts
+from streamprune.saliency import grouped as grouped_experts
+from streamprune.saliency import hooks as dense_experts
+from streamprune.saliency.grouped import dots, norms, peaks
+from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines
+
+
+def pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
+    """Every token paired with every expert, (T, E), from a dense experts module's input and output.
+
+    `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
+    """
+    experts = int(module.num_experts)  # type: ignore[arg-type]
+    hidden_TEH, output_TEH = (
+        tensor.view(experts, -1, tensor.shape[-1]).transpose(0, 1) for tensor in (hidden_states, output)
+    )
+    routed_TE = hidden_TEH.any(dim=-1)
+    everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
+    index_TE = torch.where(routed_TE, everyone_TE, experts)
+    norms_TE = torch.where(routed_TE, norms(output_TEH), 0.0)
+    gates_TE = torch.ones_like(norms_TE)
+    sum_TH = output_TEH.sum(dim=1)
+    # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
+    ranks_TE = norms(hidden_TEH)
+    together_TE = cosines(dots(output_TEH, sum_TH), gates_TE, norms_TE, norms(sum_TH))
+    return Pairs(index_TE, gates_TE, ranks_TE, norms_TE, peaks(output_TEH), together_TE)
+
+
+#: The name under which transformers' experts interface knows our forward.
+IMPLEMENTATION = "streamprune"
+
+
+@dataclass
+class ExpertsTap:
+    """Listens to one experts module. `plain` is the forward the module had; `statistics` None means nobody listens.
+
+    `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps `grouped_experts` takes too, so
+    that recording costs little. Otherwise `plain` is run a second time. `residual_T` are the norms of the residual
+    stream that entered the block last.
+    """
+
+    plain: Callable[..., torch.Tensor]
+    grouped: bool
+    statistics: ExpertStatistics | None = None
+    residual_T: torch.Tensor | None = None
+
+    @contextmanager
+    def listening(self, block: nn.Module) -> Iterator[None]:
+        """Hear what enters `block`, the one with these experts, and whatever `statistics` is set to meanwhile."""
+        hook = block.register_forward_pre_hook(self._entering, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.statistics = self.residual_T = None
+
+    def _entering(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        stream = args[0] if args else named["hidden_states"]
+        # (B, L, H); with several residual streams (B, L, N, H), taken together.
+        self.residual_T = norms(stream.reshape(stream.shape[0] * stream.shape[1], -1))
+
+    def record(self, pairs: Pairs) -> None:
+        """Add a micro-batch's pairs to the statistics."""
+        assert self.statistics is not None
+        if self.residual_T is None or len(self.residual_T) != len(pairs.index):
+            raise UnsupportedModelError(
+                f"A block's experts got {len(pairs.index)} tokens, but not so many entered the block, so that the two "
+                "cannot be compared. Please report this model."
+            )
+        self.statistics.add(pairs, self.residual_T)
+
+
+def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
+    """Make experts modules (by block) report to the returned taps. Their outputs stay the same bit for bit.
+
+    Modules that dispatch through transformers' experts interface are switched to our entry in it, which no fused
+    kernel bypasses; the others (older ones, which loop over their experts) get our forward in place of their own.
+    """
+    taps = {block: _make_tap(module) for block, module in modules.items()}
+    for block, module in modules.items():
+        module._streamprune_tap = taps[block]  # type: ignore[assignment]
+        if dispatches_experts(module):
+            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+        else:
+            module.forward = functools.partial(_tapped_forward, module)
+    return taps
+
+
+def _make_tap(module: nn.Module) -> ExpertsTap:
+    earlier = getattr(module, "_streamprune_tap", None)
+    if earlier is not None:
+        # Tapped before: by now the module's own forward is ours.
+        return ExpertsTap(earlier.plain, earlier.grouped)
+    if not dispatches_experts(module):
+        return ExpertsTap(type(module).forward, grouped=False)
+    implementation = module.config._experts_implementation  # type: ignore[union-attr]
+    if implementation in ALL_EXPERTS_FUNCTIONS:
+        plain = ALL_EXPERTS_FUNCTIONS[implementation]
+        return ExpertsTap(plain, grouped=plain is grouped_mm_experts_forward)
+    return ExpertsTap(type(module).forward.__wrapped__, grouped=False)  # type: ignore[attr-defined]
+
+
+def _tapped_forward(
+    module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor
+) -> torch.Tensor:
+    """What an experts module runs once it is tapped: its plain forward, and the statistics if somebody listens."""
+    tap: ExpertsTap = module._streamprune_tap
+    statistics = tap.statistics
+    if statistics is None:
+        return tap.plain(module, hidden_states, *routing, **named)
+    if type(module).__name__ in DENSE_EXPERTS:
+        output = tap.plain(module, hidden_states)
+        tap.record(dense_experts.pairs(module, hidden_states, output))
+        return output
+    index_TK, gates_TK = (*routing, *(named[name] for name in ("top_k_index", "top_k_weights") if name in named))
+    hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if gates_TK.shape != index_TK.shape or len(index_TK) != len(hidden_TH):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got weights {list(gates_TK.shape)} for chosen experts {list(index_TK.shape)} and "
+            f"{len(hidden_TH)} tokens; they should agree. Please report this model."
+        )
+    if tap.grouped and not getattr(module, "_is_expert_parallel", False):
+        output, pairs = grouped_experts.forward_with_pairs(module, hidden_TH, index_TK, gates_TK)
+        tap.record(pairs)
+        return output
+    output = tap.plain(module, hidden_states, *routing, **named)
+    tap.record(bare_pairs(tap, module, hidden_TH, index_TK, gates_TK, output.reshape(len(hidden_TH), -1)))
+    return output
+
+
+def bare_pairs(
+    tap: ExpertsTap,
+    module: nn.Module,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    sum_TH: torch.Tensor,
+) -> Pairs:
+    """What is known of each pair, through the module's own forward; `sum_TH` is what it gave for all of them together.
+
+    Each pair of a token and a chosen expert is given to it as a token of its own with weight one, so that its code
+    gives every expert's output with whatever biases, clamps or norms it applies.
+    """
+    output_TKH = tap.plain(
+        module,
+        hidden_TH.repeat_interleave(index_TK.shape[1], dim=0),
+        index_TK.reshape(-1, 1),
+        torch.ones_like(gates_TK).reshape(-1, 1),
+    ).view(*index_TK.shape, hidden_TH.shape[-1])
+    norms_TK = norms(output_TKH)
+    cosines_TK = cosines(dots(output_TKH, sum_TH) * gates_TK, gates_TK, norms_TK, norms(sum_TH))
+    return Pairs(index_TK, gates_TK, gates_TK, norms_TK, peaks(output_TKH), cosines_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)

@@ -1,0 +1,105 @@
+"""Summing, on the device, what `saliency.scores` records of every expert.
+
+Shapes: T tokens, K experts chosen per token, E experts, F fields of the statistics, S sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics, pack, unpack
+
+_TOP_CHOICES = "top_choices"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of each pair of a token and an expert that it chose, all (T, K).
+
+    `index` are the experts; E or more stands for none (zero-computation experts, padding). `gates` are the weights with
+    which the model combines the experts' outputs, `ranks` what orders a token's choices (usually the gates). Of the
+    expert's output before the gate, `norms` and `peaks` are the 2-norm and the largest absolute value; `cosines` are
+    between the gated output and what all chosen experts give together.
+    """
+
+    index: torch.Tensor
+    gates: torch.Tensor
+    ranks: torch.Tensor
+    norms: torch.Tensor
+    peaks: torch.Tensor
+    cosines: torch.Tensor
+
+
+class ExpertStatistics:
+    """Statistics of the experts of one layer: `values` (F, S, E), float64, on the layer's device."""
+
+    def __init__(self, experts: int, device: torch.device, sources: int = 1) -> None:
+        self.values = torch.zeros((len(FIELDS), sources, experts), dtype=torch.float64, device=device)
+
+    def add(self, pairs: Pairs, residual_T: torch.Tensor, source: int = 0) -> None:
+        """Add T tokens of one source; `residual_T` are the norms of the residual stream that enters the block."""
+        experts = self.values.shape[-1]
+        column_TK = pairs.index.clamp(max=experts)
+        # One row per token, at most one value per cell: the sums are taken in a fixed order, so that they are the same
+        # in every run, which scatter_add on a GPU would not grant. All fields fill the same cells, so that one table
+        # serves them all; its last column takes what belongs to no expert.
+        table = torch.zeros((len(column_TK), experts + 1), dtype=torch.float64, device=column_TK.device)
+        for field, value_TK in _fields(pairs, residual_T):
+            table.scatter_(1, column_TK, value_TK)
+            place = self.values[list(FIELDS).index(field), source]
+            if field in MAXIMA:
+                torch.maximum(place, table.amax(0)[:experts], out=place)
+            else:
+                place += table.sum(0)[:experts]
+
+    def merge(self, other: ExpertStatistics, source: int) -> None:
+        """Add those of one source that were collected apart. Needs no memory, so that it cannot fail half-way."""
+        for number, field in enumerate(FIELDS):
+            place = self.values[number, source]
+            if field in MAXIMA:
+                torch.maximum(place, other.values[number, 0], out=place)
+            else:
+                place += other.values[number, 0]
+
+    def of_layer(self, block: int) -> LayerStatistics:
+        """The statistics as they are recorded of block `block`."""
+        return LayerStatistics(block, self.values.cpu().numpy())
+
+    def packed(self) -> str:
+        """The statistics as text, exact to the bit."""
+        return pack(self.values.cpu().numpy())
+
+    def unpack(self, text: str) -> None:
+        """Take over statistics from `packed`. ValueError or TypeError where they are not such, or of another size."""
+        _, sources, experts = self.values.shape
+        self.values.copy_(torch.from_numpy(unpack(text, sources, experts)))
+
+
+def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every field's values of all pairs, (T, K) float64."""
+    gates, norms = pairs.gates.double(), pairs.norms.double()
+    gated = gates * norms
+    energy_T1 = residual_T.double().square().unsqueeze(1)
+    top_T1 = pairs.ranks.argmax(dim=1, keepdim=True)
+    yield "tokens", torch.ones_like(gated)
+    yield "gates", gates
+    yield "gated_norms", gated
+    yield "norms", norms
+    yield "squared_gated_norms", gated.square()
+    yield "peaks", pairs.peaks.double()
+    # A residual stream of zeros has no energy that could be compared with.
+    yield "relative_energies", torch.where(energy_T1 > 0, gated.square() / energy_T1, 0.0)
+    yield "cosines", pairs.cosines.double()
+    yield _TOP_CHOICES, torch.zeros_like(gated).scatter_(1, top_T1, 1.0)
+
+
+def cosines(dot_TK: torch.Tensor, gates_TK: torch.Tensor, norms_TK: torch.Tensor, sum_T: torch.Tensor) -> torch.Tensor:
+    """cos(g·f, o) of all pairs (T, K), from the dot products of g·f and o, the gates, ‖f‖, and ‖o‖ (T,).
+
+    0 where either of the two is zero. Rounding may carry a cosine over 1, and is cut off.
+    """
+    length_TK = gates_TK.to(norms_TK.dtype).abs() * norms_TK * sum_T.unsqueeze(1)
+    return torch.where(length_TK > 0, dot_TK.to(norms_TK.dtype) / length_TK, 0.0).clamp(-1.0, 1.0)

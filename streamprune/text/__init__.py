@@ -1,1 +1,0 @@
-"""From calibration text to token sequences."""
