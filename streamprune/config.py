@@ -211,7 +211,7 @@ class Computing:
         if self.vram_gib is not None and device_type != "cuda":
             raise SettingsError(
                 f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
-                "ServingSpec --ram-gib, or a CUDA --device."
+                "Use --ram-gib, or a CUDA --device."
             )
 
 

@@ -247,7 +247,7 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
 def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     with pytest.raises(
-        TooMuchLostError, match=r"BackgroundWriter block 1 of 4 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
+        TooMuchLostError, match=r"Behind block 1 of 4 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
     ) as told:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4

@@ -184,7 +184,7 @@ def test_doubtful_names_are_left_to_the_model(changed: dict[str, Any]) -> None:
 
 
 def test_more_blocks_than_the_config_states() -> None:
-    """BackgroundWriter the last block lies multi-token prediction if it looks like it; else the config may be wrong."""
+    """Behind the last block lies multi-token prediction if it looks like it; else the config may be wrong."""
     further = {name.replace("layers.0", "layers.1"): entry for name, entry in block().items()}
     further = {name: replace(entry, name=name) for name, entry in further.items()}
     assert weights_by_name(block() | further, CONFIG, SPEC) is None

@@ -259,10 +259,14 @@ def test_a_wheel_holds_the_shipped_recipes(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = "from streamprune.calibration.recipe import *\nprint(*(read_recipe(p).name for p in shipped_recipes().values()))"
+    code = (
+        "from streamprune.calibration.recipe import *\n"
+        "print(*(read_recipe(p).name for p in shipped_recipes().values()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split() == sorted(path.stem for path in (ROOT / "configs" / "calibration").iterdir())
-    assert read_recipe(tmp_path / "installed" / "streamprune" / "calibration" / "recipes" / "agentic.yaml").samples == 1000
+    recipes = tmp_path / "installed" / "streamprune" / "calibration" / "recipes"
+    assert read_recipe(recipes / "agentic.yaml").samples == 1000

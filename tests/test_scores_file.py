@@ -52,7 +52,8 @@ def test_the_same_scores_give_the_same_bytes(tmp_path: Path) -> None:
     # Not by the luck of one process's hashing either.
     script = (
         "from pathlib import Path; from tests.made_scores import make_scores; "
-        f"from streamprune.saliency.scores_file import write_scores; write_scores(Path({str(tmp_path / 'd')!r}), make_scores())"
+        "from streamprune.saliency.scores_file import write_scores; "
+        f"write_scores(Path({str(tmp_path / 'd')!r}), make_scores())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=Path(__file__).parents[1])

@@ -85,7 +85,7 @@ class RunEvaluation:
         self._progress.say(f"read off behind block {block}/{self._blocks}: KL divergence {kl:.4f} nats per token")
         if most is not None and kl > _HOPELESS * most:
             raise TooMuchLostError(
-                f"BackgroundWriter block {block} of {self._blocks} the predictions of the pruned model are {kl:.3g} nats per "
+                f"Behind block {block} of {self._blocks} the predictions of the pruned model are {kl:.3g} nats per "
                 "token from the original's (KL divergence on the text held back), more than "
                 f"{_HOPELESS} x --stop-if-kl {most:g}. Keep more experts, try another --method or other calibration "
                 "text; or go on all the same with: "

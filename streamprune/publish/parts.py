@@ -20,7 +20,7 @@ from streamprune.work.folder import resume_command
 from streamprune.work.records import has_pruning, has_run
 
 CARD_NAME = "README.md"
-#: What is made of an output later: such files, and those in such folders with such endings. (`reporting.write` names two
+#: What is made of an output later: such files, and those in such folders with such endings. (`reporting` names two
 #: of them, but needs matplotlib.)
 _LATER_FILES = {"report.html"}
 _LATER_FOLDERS = {FOLDER_NAME: ".json", "pictures": ".png"}

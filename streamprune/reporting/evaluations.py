@@ -9,7 +9,7 @@
 `text.json` has `model`, `against` (null without), `dtype`, `data`, and `sources`, a list with for each source `name`,
 `sequences`, `tokens` (that were predicted), `loss` and `perplexity`; with `against` also `original_loss`,
 `original_perplexity`, `loss_increase`, `kl`, `kl_p99`, `top1_agreement` and `hidden_error` (a number per block). Losses
-and KL are nats per token. BackgroundWriter `loss`, `perplexity`, `loss_increase`, `kl` and `top1_agreement` stands
+and KL are nats per token. Behind `loss`, `perplexity`, `loss_increase`, `kl` and `top1_agreement` stands
 `NAME_interval`, [low, high] of 95 %, null where a source has fewer than two sequences. `all` is the same over all
 tokens.
 """

@@ -32,7 +32,7 @@ from streamprune.work.folder import FinishedShard, WorkFolder, resume_command
 
 
 class BackgroundWriter:
-    """A thread that does one piece of work after the other. ServingSpec as a context manager: leaving waits for it.
+    """A thread that does one piece of work after the other. Use as a context manager: leaving waits for it.
 
     At most one piece is under way; what it raises is raised by the next call here. Where the block ends with an error
     of its own, that one counts.
