@@ -9,7 +9,13 @@ import pytest
 import torch
 from measuring.processes import Job, work
 from measuring.shapes import build, config_of, write_tokens
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from streamprune.saliency.grouped import norms
+from streamprune.saliency.hooks import tap_experts
+from streamprune.saliency.scores import FIELDS
+from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines
 from tests.helpers import prune
 from tests.test_evaluate import measured
 from tests.test_evaluate_run import found
@@ -73,3 +79,75 @@ def test_what_is_lost_is_the_same_on_the_gpu(family: Family, tmp_path: Path) -> 
     for name in ("loss", "kl", "top1_agreement"):
         assert there[name] == pytest.approx(here[name], rel=0.05, abs=1e-3), "the kept experts may differ in a tie"
         assert again[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [300, 4096])
+def test_recording_changes_no_output_of_experts_of_a_real_size(tokens: int) -> None:
+    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0")
+    plain = experts(*given)
+    output, _ = recorded(experts, *given)
+    again, _ = recorded(experts, *given)
+    assert torch.equal(output, again)
+    # bfloat16 has eight bits: another order of the sums costs the last one of them.
+    torch.testing.assert_close(output, plain, rtol=2**-7, atol=float(plain.abs().max()) * 2**-8)
+
+
+@pytest.mark.parametrize("tokens", [300, 4096])
+def test_what_is_recorded_of_experts_of_a_real_size(tokens: int) -> None:
+    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0")
+    _, statistics = recorded(experts, *given)
+    check_against_dense(experts, given, statistics)
+
+
+#: The experts of Qwen3-30B-A3B.
+QWEN = {
+    "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 1,
+}  # fmt: skip
+Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def experts_of(config: Qwen3MoeConfig, tokens: int, device: str) -> tuple[Qwen3MoeExperts, Given]:
+    """Random experts in bfloat16, computed in groups; and what they are given: tokens, choices and gates."""
+    config._experts_implementation = "grouped_mm"
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        experts = Qwen3MoeExperts(config).bfloat16().requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * 0.03)
+    hidden_TH = torch.randn(tokens, config.hidden_size, generator=generator, device=device).bfloat16()
+    logits_TE = torch.randn(tokens, config.num_experts, generator=generator, device=device)
+    gates_TK, index_TK = logits_TE.softmax(-1).topk(config.num_experts_per_tok)
+    return experts, (hidden_TH, index_TK, (gates_TK / gates_TK.sum(-1, keepdim=True)).bfloat16())
+
+
+def recorded(
+    experts: Qwen3MoeExperts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> tuple[torch.Tensor, ExpertStatistics]:
+    """The experts' output while somebody listens, and what was heard."""
+    tap = tap_experts({0: experts})[0]
+    tap.statistics, tap.residual_T = ExpertStatistics(experts.num_experts, hidden_TH.device), norms(hidden_TH)
+    return experts(hidden_TH, index_TK, gates_TK), tap.statistics
+
+
+def check_against_dense(experts: Qwen3MoeExperts, given: Given, statistics: ExpertStatistics) -> None:
+    """Hold statistics against those of every chosen expert computed by itself in float32."""
+    hidden_TH, index_TK, gates_TK = given
+    output_TKH = torch.zeros(*index_TK.shape, hidden_TH.shape[1], device=hidden_TH.device)
+    for expert in range(experts.num_experts):
+        token, choice = torch.where(index_TK == expert)
+        gate, up = (hidden_TH[token].float() @ experts.gate_up_proj[expert].float().T).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        output_TKH[token, choice] = inner @ experts.down_proj[expert].float().T
+    gates, lengths = gates_TK.float(), output_TKH.norm(dim=-1)
+    sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
+    dots = (output_TKH * sum_TH.unsqueeze(1)).sum(dim=-1) * gates
+    together = cosines(dots, gates, lengths, sum_TH.norm(dim=-1))
+    expected = ExpertStatistics(experts.num_experts, hidden_TH.device)
+    expected.add(Pairs(index_TK, gates_TK, gates_TK, lengths, output_TKH.abs().amax(-1), together), norms(hidden_TH))
+    for field, ours, dense in zip(FIELDS, statistics.values, expected.values, strict=True):
+        if field in ("tokens", "top_choices", "gates"):
+            torch.testing.assert_close(ours, dense, rtol=1e-9, atol=0, msg=field)
+        else:
+            # Sums of many tokens: roundings to bfloat16 on the way even out.
+            torch.testing.assert_close(ours, dense, rtol=0.02, atol=0.002 * float(dense.abs().max()), msg=field)

@@ -1,4 +1,7 @@
-"""tools/gpu_check on the CPU: its parts, what it saves, and that a part which fails costs no other."""
+"""tools/gpu_check on the CPU: its parts, what it saves, and that a part which fails costs no other.
+
+But for one run as a user starts it, the parts run within this process: importing torch anew takes them longest.
+"""
 
 from __future__ import annotations
 
@@ -7,94 +10,233 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from measuring.parts import PARTS, Check
-from measuring.processes import ProcessError
+from measuring import parts as measured_parts
+from measuring import rate, session, workers
+from measuring.parts import PARTS, Check, Part
+from measuring.processes import Job, ProcessError, run_process
+from measuring.session import MOST_BYTES, after_failure, as_text, measure_all
 from measuring.shapes import build, config_of
+from measuring.summaries import LINES, summary
+from measuring.watching import SYNCHRONIZING, SyncWarnings
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--device", "cpu", "--shape", "tiny", "--samples", "6", "--seq-len", "64", "--bench-samples", "4"]
+SETTINGS: dict[str, Any] = {
+    "shape": "tiny", "layers": 3, "samples": 6, "run_samples": 4, "bench_samples": 4, "ram_samples": 4,
+    "fit_samples": 2, "seq_len": 64, "forward_batch": 1, "device": "cpu", "vram_gib": None, "states": "auto",
+    "budget_gib": None, "context": 128,
+}  # fmt: skip
+HEAD = {"device": "cpu"}
 
 
 def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """tools/gpu_check as a user runs it, with one thread."""
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check"), "--device", "cpu", "--shape", "tiny", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it saves. No rounds of the bench, which has its own test; a whole run is scoring with writing."""
-    path = tmp_path_factory.mktemp("check") / "check.json"
-    parts = ["--parts", "tests", "score", "bench", "fit", "--rounds", "0", "--layers", "3"]
-    done = gpu_check(*SMALL, *parts, "--output", str(path))
+def in_process() -> Iterator[None]:
+    """The jobs of the parts are done in this process, and in little time."""
+
+    def do(job: Job, timeout: float | None = None) -> dict[str, Any]:
+        # By way of JSON, as from another process.
+        return dict(json.loads(json.dumps(workers.do(Job.parse(job.text())))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured_parts, "work", do)
+        patch.setattr(rate, "SECONDS", {"cpu": (0.0, 0.02)})
+        yield
+
+
+def check_in(folder: Path, seconds: float = 1000.0, **changes: Any) -> Check:
+    """A small check, with so many seconds left."""
+    return Check(**{**SETTINGS, **changes}, folder=folder, deadline=time.monotonic() + seconds)
+
+
+@pytest.fixture(scope="module")
+def saved(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is saved of all parts but `fit`, whose commands are processes of their own."""
+    folder = tmp_path_factory.mktemp("check")
+    path = folder / "check.json"
+    names = [name for name in PARTS if name != "fit"]
+    assert measure_all(names, check_in(folder / "work"), HEAD, {}, path) == []
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_a_user_gets_a_line_for_each_part_and_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    path.write_text(json.dumps({"device": "cpu", "parts": {"fit": {"budget_gib": 1}}}))
+    done = gpu_check("--parts", "machine", "smoke", "--output", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
-    figures: dict[str, Any] = json.loads(path.read_text())
-    assert json.loads(done.stdout) == figures
-    return figures
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["machine", "smoke"]
+    assert lines[1] == "smoke: skipped: needs a card"
+    figures = json.loads(path.read_text())
+    assert (figures["device"], figures["torch"]) == ("cpu", torch.__version__)
+    # What was saved before stays.
+    assert set(figures["parts"]) == {"fit", "machine", "smoke"}
+    assert figures["parts"]["machine"]["versions"]["torch"] == torch.__version__
+    assert figures["parts"]["machine"]["free_ram_gib"] > 0
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_where_and_when_is_saved(saved: dict[str, Any]) -> None:
-    assert (saved["device"], saved["torch"]) == ("cpu", torch.__version__)
-    assert list(saved["parts"]) == ["tests", "score", "bench", "fit"]
+def test_when_and_with_what_is_saved(saved: dict[str, Any]) -> None:
+    assert list(saved["parts"]) == [name for name in PARTS if name != "fit"]
     for part in saved["parts"].values():
         assert part["date"].count("-") == 2
         assert part["settings"]["shape"] == "tiny"
-    assert "card" in saved["parts"]["tests"]["skipped"]
+        assert "folder" not in part["settings"]
+    for name in ("smoke", "ram", "tests"):
+        assert saved["parts"][name]["skipped"] == "needs a card"
+    assert saved["checkpoint"]["seconds"] >= 0
 
 
-def test_scoring_is_extrapolated_to_the_whole_model(saved: dict[str, Any]) -> None:
-    score = saved["parts"]["score"]
-    assert score["tokens"] == score["told"]["calibration_tokens"] == 6 * 64
-    assert len(score["seconds_of_blocks"]) == 3
+@pytest.mark.parametrize("kind", ["score", "run"])
+def test_scoring_is_extrapolated_to_the_whole_model(kind: str, saved: dict[str, Any]) -> None:
+    found = saved["parts"][kind]
+    assert (
+        found["tokens"]
+        == found["told"]["calibration_tokens"]
+        == SETTINGS["samples" if kind == "score" else "run_samples"] * 64
+    )
+    assert len(found["seconds_of_blocks"]) == 3
     # The shape has four blocks; of the three that were built the last one counts.
-    assert score["blocks_of_the_model"] == 4
-    assert score["seconds_per_block"] == pytest.approx(score["seconds_of_blocks"][2], abs=0.001)
-    assert score["seconds_for_all_blocks"] == pytest.approx(4 * score["seconds_per_block"], abs=0.01)
-    assert score["seconds_for_the_model"] >= score["seconds_for_all_blocks"]
-    assert 0 < score["achieved_share"] < 1
-    assert score["achieved_share"] == pytest.approx(score["achieved_tflops"] / score["matrix_rate_tflops"], rel=0.2)
-    assert score["read_mib_per_second"] > 0
-    assert score["peak_mib"] > 100
+    assert found["blocks_of_the_model"] == 4
+    assert found["seconds_per_block"] == pytest.approx(found["seconds_of_blocks"][2], abs=0.001)
+    assert found["seconds_for_all_blocks"] == pytest.approx(4 * found["seconds_per_block"], abs=0.01)
+    assert found["seconds_for_the_model"] >= found["seconds_for_all_blocks"]
+    assert 0 < found["achieved_share"] < 1
+    assert found["achieved_share"] == pytest.approx(found["achieved_tflops"] / found["matrix_rate_tflops"], rel=0.2)
+    assert min(found["read_gb_per_second"], found["own_read_gb_per_second"]) > 0
+    assert found["peak_mib"] > 100
+    # One before each layer but the first; those that count are before the layers that count.
+    assert len(found["gaps"]) == 2
+    assert 0 < found["gap_seconds"] == pytest.approx(found["gaps"][1])
+    assert "largest block" in found["plan"]
+    assert found["sync_warnings"]["count"] == 0
 
 
-def test_the_bench_takes_the_options_it_is_given(saved: dict[str, Any]) -> None:
-    bench = saved["parts"]["bench"]
-    assert (bench["shape"], bench["layers"], bench["tokens"], bench["rounds"]) == ("tiny", 3, 4 * 64, 0)
+def test_the_profile_looks_at_what_a_run_computes(saved: dict[str, Any]) -> None:
+    found = saved["parts"]["profile"]
+    assert (found["tokens"], found["layer"]) == (6 * 64, 1)
+    assert [name for name, value in found.items() if isinstance(value, dict) and "error" in value] == []
+    assert found["outputs"]["experts"]["recorded_twice_the_same_to_the_bit"] is True
+    assert found["outputs"]["layer"]["max_difference_over_max"] < 0.01
+    assert found["timing"]["recording_over_plain"] > 0
+    assert len(found["part_sizes"]["ms"]) == 5
+    assert 0 < len(found["kernels"]["top"]) <= 25
+    assert all(len(name) <= 80 for name, _, _ in found["kernels"]["top"])
 
 
-def test_a_result_is_planned_for_a_budget_that_half_of_the_experts_need(saved: dict[str, Any]) -> None:
-    fit = saved["parts"]["fit"]
-    assert fit["experts_per_layer"] == 8
-    assert fit["predicted"]["total_bytes"] <= fit["budget_gib"] * 2**30
-    assert fit["measured"] is None
+def test_the_bench_is_over_a_forward_of_the_same_tokens(saved: dict[str, Any]) -> None:
+    found = saved["parts"]["bench"]
+    assert (found["layers"], found["tokens"]) == (3, 4 * 64)
+    assert found["told"]["calibration_tokens"] == found["tokens"]
+    assert found["score_over_forward"] == pytest.approx(found["score_seconds"] / found["forward_seconds"], rel=0.05)
 
 
-def test_parts_that_fail_are_recorded_and_cost_no_other(tmp_path: Path) -> None:
+def test_a_result_is_planned_for_a_budget_that_half_of_the_experts_need(in_process: None, tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+    answers: list[dict[str, Any]] = [
+        {"total_bytes": 2**30},
+        {"experts_per_layer": 8},
+        {"total_bytes": 2**30, "total_bytes_low": 1, "total_bytes_high": 2, "terms": []},
+    ]
+
+    def answer(check: Check, *arguments: str) -> dict[str, Any]:
+        asked.append(arguments)
+        return answers[len(asked) - 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured_parts, "_streamprune", answer)
+        found = session.measure("fit", check_in(tmp_path))
+    assert [each[0] for each in asked] == ["fit", "run", "fit"]
+    assert asked[0][-2:] == ("--keep", "8")
+    assert asked[1][asked[1].index("--budget-gib") + 1] == "1.0"
+    assert (found["budget_gib"], found["experts_per_layer"], found["measured"]) == (1.0, 8, None)
+    assert "keep 8 experts" in summary("fit", found)
+
+
+def test_parts_that_fail_are_recorded_and_cost_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(check: Check) -> dict[str, Any]:
+        raise ProcessError("x" * 5000 + " and this is why")
+
+    def breaks(check: Check) -> dict[str, Any]:
+        raise KeyError("nobody thought of it")
+
+    answers = {"score": fails, "run": breaks, "bench": lambda check: {"tokens": 1}}
+    for name, answer in answers.items():
+        monkeypatch.setitem(PARTS, name, Part(answer, 0, 100))
+    parts = {"fit": {"budget_gib": 1}, "score": {"error": "older"}}
     path = tmp_path / "check.json"
-    path.write_text(json.dumps({"device": "cpu", "parts": {"fit": {"budget_gib": 1}, "score": {"error": "older"}}}))
-    done = gpu_check(*SMALL, "--parts", "score", "tests", "run", "--part-seconds", "0.5", "--output", str(path))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "Error: score, run failed; the other parts are measured."
-    parts = json.loads(path.read_text())["parts"]
-    assert set(parts) == {"fit", "score", "tests", "run"}
-    assert parts["fit"] == {"budget_gib": 1}
-    for name in ("score", "run"):
-        assert "raise --part-seconds" in parts[name]["error"]
-    assert "error" not in parts["tests"]
+    assert measure_all(["score", "run", "bench"], check_in(tmp_path), HEAD, parts, path) == ["score", "run"]
+    found = json.loads(path.read_text())["parts"]
+    assert set(found) == {"fit", "score", "run", "bench"}
+    assert found["fit"] == {"budget_gib": 1}
+    assert found["score"]["error"].endswith("and this is why")
+    assert "nobody thought of it" in found["run"]["error"]
+    lines = capsys.readouterr().out
+    assert lines.count("FAILED") == 2
+    assert "and this is why" in lines
+    assert len(lines) < 6000
+
+
+def test_all_parts_share_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime))
+    given = []
+
+    def slow(check: Check) -> dict[str, Any]:
+        given.append(check.deadline - clock[0])
+        clock[0] += 60
+        return {}
+
+    for name, least, most in (("score", 30, 90), ("run", 30, 50), ("bench", 30, 90)):
+        monkeypatch.setitem(PARTS, name, Part(slow, least, most))
+    parts: dict[str, Any] = {"bench": {"score_over_forward": 1.1}}
+    check = replace(check_in(tmp_path, device="cuda:0"), deadline=1140.0)
+    assert measure_all(["score", "run", "bench", "fit"], check, HEAD, parts, None) == []
+    # Each has what it may take at most, and no more than is left.
+    assert given == [90, 50]
+    assert "20 s are left" in parts["fit"]["skipped"]
+    # Figures of an earlier command are not given away for that there was no time.
+    assert parts["bench"] == {"score_over_forward": 1.1}
+
+
+def test_where_the_smoke_tests_fail_the_profile_comes_next() -> None:
+    waiting = ["score", "run", "profile", "bench"]
+    assert after_failure("smoke", waiting) == ["profile", "score", "run", "bench"]
+    assert after_failure("score", waiting) == waiting
+    assert after_failure("smoke", ["score"]) == ["score"]
+
+
+def test_what_is_saved_stays_small() -> None:
+    figures = {"parts": {str(number): {"error": "x" * 10**5, "rows": [["y" * 300] * 3] * 200} for number in range(20)}}
+    text = as_text(figures)
+    assert len(text.encode()) < MOST_BYTES
+    assert set(json.loads(text)["parts"]) == set(figures["parts"])
+    few = {"parts": {"a": {"error": "short"}}}
+    assert json.loads(as_text(few)) == few
 
 
 def test_figures_of_another_device_and_other_files_are_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
     for content, words in (('{"device": "NVIDIA A", "parts": {}}', "has figures of NVIDIA A"), ("[1]", "was not made")):
         path.write_text(content)
-        done = gpu_check(*SMALL, "--parts", "tests", "--output", str(path))
+        done = gpu_check("--parts", "tests", "--output", str(path))
         assert done.returncode == 1
         assert done.stderr.count("Error:") == 1
         assert words in done.stderr
@@ -112,14 +254,11 @@ def test_a_card_that_is_not_there_ends_in_one_line() -> None:
 def test_every_part_is_told_in_the_help() -> None:
     text = gpu_check("--help").stdout
     assert all(f"| {name} |" in text for name in PARTS)
+    assert set(LINES) == set(PARTS)
 
 
 def test_what_an_earlier_part_left_is_not_gone_on_with(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "shape": "tiny", "layers": 2, "samples": 2, "seq_len": 8, "bench_samples": 1, "forward_batch": 1, "rounds": 1,
-        "device": "cpu", "vram_gib": None, "states": "auto", "budget_gib": None, "context": 8, "folder": tmp_path,
-    }  # fmt: skip
-    check = Check(**settings, deadline=time.monotonic() + 100)
+    check = check_in(tmp_path, layers=2, samples=2, seq_len=8)
     build(config_of("tiny", 2), tmp_path / "model")
     whole = (tmp_path / "model" / "model.safetensors.index.json").stat()
     (tmp_path / "output.safetensors.work").mkdir()
@@ -129,5 +268,27 @@ def test_what_an_earlier_part_left_is_not_gone_on_with(tmp_path: Path) -> None:
     # The checkpoint was there, and is used again.
     assert (job.model / "model.safetensors.index.json").stat() == whole
     assert [len(json.loads(line)["input_ids"]) for line in job.tokens.read_text().splitlines()] == [8, 8]
-    with pytest.raises(ProcessError, match="time for one part is over"):
+    with pytest.raises(ProcessError, match="the time is over"):
         _ = replace(check, deadline=time.monotonic()).left
+
+
+def test_what_a_process_has_started_ends_with_it() -> None:
+    """Also where it has ended by itself before."""
+    starts = "import subprocess as s; print(s.Popen(['sleep', '1000'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+    pid = int(run_process([sys.executable, "-c", starts]))
+    gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+    assert gone or not psutil.pid_exists(pid)
+
+
+def test_no_process_makes_a_report() -> None:
+    assert run_process(["sh", "-c", "echo $STREAMPRUNE_REPORT"]).strip() == "0"
+
+
+def test_waits_for_the_card_are_counted_by_their_places() -> None:
+    heard = SyncWarnings("cuda:0")
+    for line in (5, 5, 7):
+        heard._hear(f"x {SYNCHRONIZING} (function)", UserWarning, "/somewhere/torch/nn/thing.py", line)
+    heard._hear("of something else", UserWarning, "/somewhere/else.py", 1)
+    told = heard.told()
+    assert told["count"] == 3
+    assert list(told["places"].values()) == [2, 1]

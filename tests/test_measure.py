@@ -49,6 +49,9 @@ class CpuMeter(TorchDispatchMode):
         self._alive = {key: item for key, item in self._alive.items() if not item[0].expired()}
         return sum(size for _, size in self._alive.values())
 
+    def forget_peaks(self) -> None:
+        self._peak = self.allocated()
+
     def peak_allocated(self) -> int:
         return self._peak
 
@@ -87,6 +90,21 @@ def test_what_is_measured_is_what_was_counted(family: str, tmp_path: Path, monke
     assert by_name["CUDA context"].measured == 300 * MIB
     assert by_name["total"].predicted == estimate.total
     assert by_name["total"].measured > 50 * MIB
+
+
+def test_what_loading_takes_for_a_moment_is_no_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+    estimate = Fit(read_footprint(str(source)), ServingSpec(context=8), 10**9)
+    load = measuring._load
+
+    def load_wastefully(*arguments: Any) -> Any:
+        torch.ones(64 * MIB, dtype=torch.uint8)
+        return load(*arguments)
+
+    monkeypatch.setattr(measuring, "_load", load_wastefully)
+    with CpuMeter() as meter:
+        found = measuring.measure_with(meter, str(source), estimate, CPU, None, None, False)
+    assert 0 < {item.name: item for item in found}["prefill workspace"].measured < 32 * MIB
 
 
 def test_errors_are_relative_to_what_was_measured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ class Meter(Protocol):
     """Where the figures come from: torch's allocator, and NVML for all that is held on the card."""
 
     def allocated(self) -> int: ...
+    def forget_peaks(self) -> None: ...
     def peak_allocated(self) -> int: ...
     def peak_reserved(self) -> int: ...
     def reserved(self) -> int: ...
@@ -40,8 +42,15 @@ class CudaMeter:
         torch.cuda.synchronize(self._device)
         return int(torch.cuda.memory_allocated(self._device))
 
+    def forget_peaks(self) -> None:
+        """Count peaks from here on, with nothing in reserve."""
+        gc.collect()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+
     def peak_allocated(self) -> int:
-        """The most that tensors have held."""
+        """The most that tensors have held since `forget_peaks`."""
         return int(torch.cuda.max_memory_allocated(self._device))
 
     def reserved(self) -> int:
@@ -49,7 +58,7 @@ class CudaMeter:
         return int(torch.cuda.memory_reserved(self._device))
 
     def peak_reserved(self) -> int:
-        """The most that torch has held on the card."""
+        """The most that torch has held on the card since `forget_peaks`."""
         return int(torch.cuda.max_memory_reserved(self._device))
 
     def on_card(self) -> int | None:
@@ -112,6 +121,8 @@ def measure_with(
     """`measure` with the figures of any meter. `before` is what was in use on the card before all of it began."""
     base = meter.allocated()
     model = _load(folder, device, trust_remote_code)
+    # What loading took for a moment is neither the prompt's workspace nor the allocator's margin.
+    meter.forget_peaks()
     weights = meter.allocated() - base
     cache = _run_prompt(model, estimate, device)
     cached = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,10 +58,11 @@ class Job:
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """The environment of every process here: this checkout's code, whatever is installed."""
+    """The environment of every process here: this checkout's code, whatever is installed; and no report at the end."""
     before = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *([before] if before else [])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **more}
+    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "STREAMPRUNE_REPORT": "0"}
+    return {**os.environ, "PYTHONPATH": path, **quiet, **more}
 
 
 def work(job: Job, timeout: float | None = None) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def run_process(
     """
     process = subprocess.Popen(
         command, env=environment(more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT,
+        cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     try:
         printed, messages = process.communicate(timeout=timeout)
@@ -116,11 +118,17 @@ def _name(command: Sequence[str]) -> str:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a process that still runs, and what it started, which would go on without it."""
-    if process.poll() is None:
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for each in started:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+    """End a process and all that it started, which would go on without it, also where it is over itself."""
+    started: list[psutil.Process] = []
+    runs = process.poll() is None
+    with suppress(psutil.NoSuchProcess):
+        # What has left its session too.
+        started = psutil.Process(process.pid).children(recursive=True) if runs else []
+    # (It leads a session of its own, so that this is nobody else's group.)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for each in started:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    if runs:
         process.communicate()

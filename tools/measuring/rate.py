@@ -1,40 +1,81 @@
-"""How fast this device multiplies matrices: what the arithmetic of a model is compared with."""
+"""How fast this device multiplies matrices and moves bytes: what the figures of a model are compared with."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
-#: Rows and columns, by kind of device: large enough that a larger one is not quicker.
-SIZES = {"cpu": 2048, "cuda": 8192}
-#: So long products are timed, after some that are not: a card's clock falls when it gets warm.
-SECONDS = 2.0
-WARMING_SECONDS = 0.5
+#: Rows and columns, by kind of device. A card needs large products to be quick; a CPU without units for bfloat16 would
+#: be busy with a large one for half a minute.
+SIZES = {"cpu": 512, "cuda": 8192}
+#: Seconds of products that are not timed, and of those that are: a card's clock falls when it gets warm.
+SECONDS = {"cpu": (0.1, 0.5), "cuda": (0.5, 1.5)}
+#: Products at a time: of a card several, so that starting them and waiting for them costs nothing.
+AT_A_TIME = {"cpu": 1, "cuda": 20}
+#: Bytes that are copied to see how fast a device moves them.
+COPY_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
-def matrix_rate(device: str) -> float:
-    """FLOP/s of a product of two square bfloat16 matrices on the device, 2 n³ each: the median over two seconds."""
+def matrix_rate(device: str) -> dict[str, Any]:
+    """FLOP/s of a product of two square matrices on the device, 2 n³ each: the median of some seconds.
+
+    Returns `flop_per_second`, and of what: `dtype` and `size`. That is bfloat16, but float32 on a CPU that has no units
+    for bfloat16, where the product of it would tell nothing.
+    """
     import torch
 
     kind = torch.device(device).type
     size = SIZES[kind]
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    dtype = torch.bfloat16 if kind == "cuda" or _multiplies_bfloat16() else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(a)
+    seconds = _median_seconds(lambda: torch.matmul(a, b, out=result), device)
+    return {"flop_per_second": 2 * size**3 / seconds, "dtype": str(dtype).removeprefix("torch."), "size": size}
 
-    def seconds_of(count: int) -> float:
-        begun = time.perf_counter()
-        for _ in range(count):
-            torch.matmul(a, b, out=result)
-        if kind == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - begun) / count
 
-    # Of a card several at a time, so that starting them and waiting for them costs nothing.
-    count = 1 if kind == "cpu" else 20
+def copy_rates(device: str) -> dict[str, float]:
+    """Bytes per second that the device reads and writes in a copy of its own; of a card also to it and from it."""
+    import torch
+
+    kind = torch.device(device).type
+    here = torch.ones(COPY_BYTES[kind], dtype=torch.uint8, device=device)
+    there = torch.empty_like(here)
+    # A copy reads each byte and writes it.
+    rates = {"copy_bytes_per_second": 2 * len(here) / _median_seconds(lambda: there.copy_(here), device)}
+    if kind == "cuda":
+        host = torch.empty(len(here) // 4, dtype=torch.uint8, pin_memory=True)
+        part = here[: len(host)]
+        rates["to_card_bytes_per_second"] = len(host) / _median_seconds(lambda: part.copy_(host), device)
+        rates["from_card_bytes_per_second"] = len(host) / _median_seconds(lambda: host.copy_(part), device)
+    return rates
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    import torch
+
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _median_seconds(step: Callable[[], Any], device: str) -> float:
+    """Seconds of one step: the median. The time is looked at after each few steps, and one timing is the least."""
+    import torch
+
+    kind = torch.device(device).type
+    warming, measuring = SECONDS[kind]
     seconds: list[float] = []
     begun = time.perf_counter()
-    while (passed := time.perf_counter() - begun) < WARMING_SECONDS + SECONDS or not seconds:
-        each = seconds_of(count)
-        if passed >= WARMING_SECONDS:
-            seconds.append(each)
-    return 2 * size**3 / statistics.median(seconds)
+    while True:
+        before = time.perf_counter()
+        for _ in range(AT_A_TIME[kind]):
+            step()
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if before - begun >= warming:
+            seconds.append((now - before) / AT_A_TIME[kind])
+        if seconds and now - begun >= warming + measuring:
+            return statistics.median(seconds)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / "configs" / "shapes"
 INDEX = "model.safetensors.index.json"
 #: Of the weights and the hidden states: the shapes are all in bfloat16.
 ITEMSIZE = 2
+#: Files that are written at a time.
+WRITERS = 4
 #: What `Work` counts, and where it is from.
 FLOP_FORMULA = (
     "per token and layer: 2 x the parameters of the matrices that are active (attention, router, top-k experts), plus "
@@ -90,21 +96,31 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator(device).manual_seed(0)
-    index: dict[str, str] = {}
     sizes = [_surroundings(config), *(_block(config, layer) for layer in range(config["num_hidden_layers"]))]
-    for number, file_sizes in enumerate(sizes):
-        tensors = {}
-        for name, size in file_sizes.items():
-            if len(size) == 1:
-                tensors[name] = torch.ones(size, dtype=torch.bfloat16)
-            else:
-                drawn = torch.randn(size, generator=generator, device=device) * 0.03
-                tensors[name] = drawn.bfloat16().cpu()
-        file = f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, file))
+    files = [f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors" for number in range(len(sizes))]
+
+    def write(number: int) -> None:
+        # (Each file has numbers of its own, so that they are the same whichever is drawn first.)
+        generator = torch.Generator(device).manual_seed(number)
+        save_file(_drawn(sizes[number], generator), folder / files[number], metadata={"format": "pt"})
+
+    # Several files at a time keep a disk busy; more would take a block's memory each.
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, range(len(sizes))))
+    index = {name: file for file, names in zip(files, sizes, strict=True) for name in names}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _drawn(sizes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Tensors of these sizes: vectors of ones, all else random."""
+    import torch
+
+    return {
+        name: torch.ones(size, dtype=torch.bfloat16)
+        if len(size) == 1
+        else (torch.randn(size, generator=generator, device=generator.device) * 0.03).bfloat16().cpu()
+        for name, size in sizes.items()
+    }
 
 
 def weight_files(folder: Path) -> list[Path]:

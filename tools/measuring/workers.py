@@ -9,6 +9,8 @@
 | `device` | tells what device this is, and of which versions the libraries are |
 | `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
 | `matrix` | a large matrix product, again and again |
+| `machine` | that, copies on the device, and the versions of the libraries |
+| `profile` | one micro-batch of one layer in detail (see `profiling`) |
 | `saving`, `evaluating`, `pruning` | several runs that are compared with one another (see `repeated`) |
 """
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from streamprune.config import RunSettings
 
 #: What of a run's summary the figures are made from, where it is there.
-TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "busy", "output_bytes")
+TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
 
 def _import_libraries(limited: bool) -> None:
@@ -92,23 +94,45 @@ def _forward(job: Job) -> dict[str, Any]:
 
 
 def _score(job: Job) -> dict[str, Any]:
-    from streamprune.pipeline.run import run
-
     scores = job.output.with_name(job.output.name + ".safetensors")
-    settings = replace(settings_of(job), output=scores, keep=None, only_score=True, overwrite=True)
-    return _told(run(settings, quiet=True).summary, log_of(scores))
+    return _watched(job, replace(settings_of(job), output=scores, keep=None, only_score=True, overwrite=True))
 
 
 def _run(job: Job) -> dict[str, Any]:
+    return _watched(job, settings_of(job))
+
+
+def _watched(job: Job, settings: RunSettings) -> dict[str, Any]:
+    from measuring.watching import Watch
     from streamprune.pipeline.run import run
 
-    return _told(run(settings_of(job), quiet=True).summary, log_of(job.output))
+    with Watch(job.device) as watch:
+        summary = run(settings, quiet=True).summary
+    return {**_told(summary, log_of(settings.output)), "watched": watch.told()}
 
 
 def _told(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:
     """What streamprune says of itself: of the whole, and of every block."""
     blocks = [{name: event[name] for name in ("seconds", "peak_bytes")} for event in log if event["event"] == "block"]
     return {"summary": {name: summary[name] for name in TOLD if name in summary}, "blocks": blocks}
+
+
+def _profile(job: Job) -> dict[str, Any]:
+    from measuring.profiling import profile_layer, settings_for_profile
+
+    return profile_layer(job, settings_for_profile(settings_of(job)))
+
+
+def _machine(job: Job) -> dict[str, Any]:
+    import torch
+
+    from measuring.rate import copy_rates
+
+    found: dict[str, Any] = {"matrix": _matrix(job), **copy_rates(job.device)}
+    if job.device != "cpu":
+        major, minor = torch.cuda.get_device_capability(job.device)
+        found |= {"capability": f"{major}.{minor}", "free_bytes": torch.cuda.mem_get_info(job.device)[0]}
+    return found
 
 
 def settings_of(job: Job, **changes: Any) -> RunSettings:
@@ -132,7 +156,7 @@ def _copy(job: Job) -> dict[str, Any]:
 def _matrix(job: Job) -> dict[str, Any]:
     from measuring.rate import matrix_rate
 
-    return {"flop_per_second": matrix_rate(job.device)}
+    return matrix_rate(job.device)
 
 
 def _paired(job: Job) -> dict[str, Any]:
@@ -150,6 +174,7 @@ def _pruning(job: Job) -> dict[str, Any]:
 KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "build": _build, "device": _device, "import": _import, "forward": _forward, "score": _score, "run": _run,
     "read": _read, "copy": _copy, "matrix": _matrix, "saving": _paired, "evaluating": _paired, "pruning": _pruning,
+    "machine": _machine, "profile": _profile,
 }  # fmt: skip
 
 
@@ -178,9 +203,11 @@ class CardPeaks:
         return {"vram_allocated_bytes": self._allocated, "vram_reserved_bytes": self._reserved}
 
 
-def main() -> None:
-    """Do the job. Seconds count from after the imports that all kinds share, so that these dilute no ratio."""
-    job = Job.parse(sys.argv[1])
+def do(job: Job) -> dict[str, Any]:
+    """Do the job; its figures. Seconds count from after the imports that all kinds share, so that they dilute no ratio.
+
+    Raises StreampruneError for what streamprune refuses.
+    """
     if job.kind in ("forward", "score", "run", "saving", "evaluating"):
         _import_libraries(limited=job.kind != "forward")
         # transformers imports a model's code when it is first asked for.
@@ -190,15 +217,20 @@ def main() -> None:
         import streamprune.pipeline.run  # noqa: F401
     card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
-    try:
-        figures = KINDS[job.kind](job)
-    except StreampruneError as error:
-        sys.exit(f"Error: {error}")
+    figures = KINDS[job.kind](job)
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     from streamprune.hardware.host import peak_resident_bytes
 
     measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
-    print(json.dumps({**figures, **measured, **(card.told() if card else {})}))
+    return {**figures, **measured, **(card.told() if card else {})}
+
+
+def main() -> None:
+    """Do the job of the command line and print its figures. Ends with one line for what streamprune refuses."""
+    try:
+        print(json.dumps(do(Job.parse(sys.argv[1]))))
+    except StreampruneError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,258 @@
+"""One micro-batch of one layer as the scoring pass computes it, under a magnifying glass.
+
+The layer is loaded by the product's own loader and run by its own stream, within the model's own forward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from measuring.processes import Job
+from measuring.watching import SyncWarnings
+from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
+from streamprune.planning.prepare import calibrate, prepare
+from streamprune.planning.target import decide
+from streamprune.saliency import grouped
+from streamprune.saliency.hooks import ExpertsTap, tap_experts
+from streamprune.saliency.statistics import ExpertStatistics
+from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.layer_loader import Weights
+from streamprune.streaming.states import non_finite_tokens
+from streamprune.work.saved_states import BatchState
+
+#: Values that are worked on at a time behind the products: what is tried.
+PART_VALUES = tuple(1 << power for power in (20, 22, 23, 24, 25))
+#: Repetitions of a timing, by kind of device.
+TIMES = {"cpu": 2, "cuda": 9}
+KERNELS, NAME_LENGTH = 25, 80
+#: Operations of the host in which it waits for the card, or may.
+WAITING = ("Synchronize", "cudaMemcpy", "cudaMalloc", "cudaFree", "aten::item", "_local_scalar_dense", "aten::nonzero")
+
+
+@dataclass
+class Layer:
+    """A loaded layer with one micro-batch before it, and all that it takes to run it as the scoring pass does."""
+
+    stream: LayerForward
+    block: nn.Module
+    experts: nn.Module
+    tap: ExpertsTap
+    ids: torch.Tensor
+    before: BatchState
+    index: int
+    total: ExpertStatistics
+    device: torch.device
+
+    def record(self) -> torch.Tensor:
+        """The micro-batch with what is recorded, from its token ids to the sums. Call it within `listening`."""
+        _, _, count = self.total.values.shape
+        self.tap.statistics = ExpertStatistics(count, self.device)
+        ids = self.ids.to(self.device, non_blocking=True)
+        after = self.stream.run_layer(self.index, self.block, ids, self.before)
+        non_finite_tokens(after)
+        self.total.merge(self.tap.statistics, 0)
+        return _hidden(after)
+
+    def plain(self) -> torch.Tensor:
+        """The micro-batch by transformers' own grouped experts, with nothing recorded."""
+        config: Any = self.experts.config
+        before, config._experts_implementation = config._experts_implementation, "grouped_mm"
+        try:
+            ids = self.ids.to(self.device, non_blocking=True)
+            return _hidden(self.stream.run_layer(self.index, self.block, ids, self.before))
+        finally:
+            config._experts_implementation = before
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Record what goes through the layer meanwhile."""
+        with self.tap.listening(self.block):
+            yield
+
+    def recorded(self) -> torch.Tensor:
+        """`record` by itself."""
+        with self.listening():
+            return self.record()
+
+
+def profile_layer(job: Job, settings: RunSettings) -> dict[str, Any]:
+    """All figures of one layer. A step that fails leaves its error in the place of its figures, and costs no other."""
+    device = torch.device(job.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    figures: dict[str, Any] = {}
+    with _loaded(settings, device) as layer:
+        sequences, length = layer.ids.shape
+        figures |= {"tokens": sequences * length, "sequence_length": length, "layer": layer.index}
+        steps: dict[str, Callable[[Layer], Any]] = {
+            "outputs": _outputs, "timing": _timing, "part_sizes": _part_sizes, "sync_warnings": _sync,
+            "kernels": _kernels,
+        }  # fmt: skip
+        for name, step in steps.items():
+            try:
+                figures[name] = step(layer)
+            except Exception as error:
+                figures[name] = {"error": f"{type(error).__name__}: {error}"[-1000:]}
+        if device.type == "cuda":
+            figures["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+    return figures
+
+
+@contextmanager
+def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
+    """The second layer (the only one, where there is one), behind the first, with as many tokens as a run takes."""
+    from streamprune.progress import Busy
+
+    decision = decide(settings)
+    prepared, calibration = prepare(settings, decision), calibrate(settings, decision)
+    skeleton = prepared.skeleton
+    taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
+    weights = Weights(prepared, device, Busy(), ahead=False)
+    ids = calibration.micro_batches(DEFAULT_BATCH_TOKENS[device.type])[0].ids
+    index = min(1, len(skeleton.blocks) - 1)
+    with ExitStack() as stack:
+        stack.callback(weights.close)
+        weights.loader.load_surroundings(head=False)
+        before = BatchState()
+        if index:
+            with weights.loader.block(0) as first:
+                before = weights.stream.run_layer(0, first, ids.to(device), before)
+        block = stack.enter_context(weights.loader.block(index))
+        experts = block.get_submodule(skeleton.experts[index])
+        total = ExpertStatistics(prepared.layout.spec.count, device)
+        yield Layer(weights.stream, block, experts, taps[index], ids, before, index, total, device)
+
+
+def _outputs(layer: Layer) -> dict[str, Any]:
+    """How far what a recording layer gives is from the plain one, of the layer and of its experts alone."""
+    found: list[torch.Tensor] = []
+    hook = layer.experts.register_forward_hook(lambda _, given, output: found.append(output))
+    try:
+        whole = [layer.recorded(), layer.recorded(), layer.plain(), layer.plain()]
+    finally:
+        hook.remove()
+    return {name: _compared(*outputs) for name, outputs in (("layer", whole), ("experts", found))}
+
+
+def _compared(one: torch.Tensor, again: torch.Tensor, plain: torch.Tensor, plain_again: torch.Tensor) -> dict[str, Any]:
+    difference, wide = (one.float() - plain.float()).abs(), plain.float().abs()
+    return {
+        "max_difference_over_max": float(difference.max() / wide.max()),
+        "mean_difference_over_mean": float(difference.mean() / wide.mean()),
+        "same_to_the_bit": torch.equal(one, plain),
+        "recorded_twice_the_same_to_the_bit": torch.equal(one, again),
+        "plain_twice_the_same_to_the_bit": torch.equal(plain, plain_again),
+    }
+
+
+def _timing(layer: Layer) -> dict[str, Any]:
+    plain = milliseconds(layer.plain, layer.device)
+    with layer.listening():
+        recording = milliseconds(layer.record, layer.device)
+        handing_out = _host_milliseconds(layer)
+    return {
+        "handing_out_ms": handing_out,
+        "plain_ms": plain,
+        "recording_ms": recording,
+        "recording_over_plain": round(statistics.median(recording) / statistics.median(plain), 4),
+    }
+
+
+def _host_milliseconds(layer: Layer) -> float:
+    """How long the host takes to hand a recording micro-batch to the card: more than the card takes, and that waits."""
+    on_card = layer.device.type == "cuda"
+    found = []
+    for _ in range(TIMES[layer.device.type]):
+        begun = time.perf_counter()
+        layer.record()
+        found.append((time.perf_counter() - begun) * 1000)
+        if on_card:
+            torch.cuda.synchronize(layer.device)
+    return round(statistics.median(found), 3)
+
+
+def _part_sizes(layer: Layer) -> dict[str, Any]:
+    """Milliseconds of a recording micro-batch for several sizes of the parts behind the products; and the usual one."""
+    kind = layer.device.type
+    usual = grouped._PART_VALUES[kind]
+    answer: dict[str, Any] = {"usual": usual, "ms": {}}
+    try:
+        for values in PART_VALUES:
+            grouped._PART_VALUES[kind] = values
+            with layer.listening():
+                each = milliseconds(layer.record, layer.device, 1 if kind == "cpu" else 5)
+            answer["ms"][str(values)] = statistics.median(each)
+    finally:
+        grouped._PART_VALUES[kind] = usual
+    return answer
+
+
+def milliseconds(step: Callable[[], Any], device: torch.device, times: int | None = None) -> list[float]:
+    """Milliseconds of each of several steps after one that does not count: by events on a card, else by the clock."""
+    step()
+    found = []
+    for _ in range(times or TIMES[device.type]):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end))
+        else:
+            begun = time.perf_counter()
+            step()
+            found.append((time.perf_counter() - begun) * 1000)
+    return [round(each, 3) for each in found]
+
+
+def _sync(layer: Layer) -> dict[str, Any]:
+    with SyncWarnings(str(layer.device)) as heard:
+        layer.recorded()
+    return heard.told()
+
+
+def _kernels(layer: Layer) -> dict[str, Any]:
+    """What one recording micro-batch takes: kernels on a card, operators on a CPU; and where the host waits."""
+    on_card = layer.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_card else [])]) as profiler:
+        layer.recorded()
+        if on_card:
+            torch.cuda.synchronize(layer.device)
+    events = profiler.key_averages()
+    cpu = [event for event in events if event.device_type.name == "CPU"]
+    busy = [event for event in events if event.device_type.name == "CUDA"] if on_card else cpu
+    spent = "self_device_time_total" if on_card else "self_cpu_time_total"
+    rows = sorted(busy, key=lambda event: -float(getattr(event, spent)))
+    waiting = [event for event in cpu if any(word in event.key for word in WAITING)]
+    return {
+        "total_ms": round(sum(float(getattr(event, spent)) for event in rows) / 1000, 3),
+        "calls": sum(event.count for event in rows),
+        "top": [_row(event, spent) for event in rows[:KERNELS]],
+        "waiting": [_row(event, "cpu_time_total") for event in sorted(waiting, key=lambda each: -each.cpu_time_total)],
+    }
+
+
+def _row(event: Any, spent: str) -> list[Any]:
+    """Name, milliseconds in all, calls."""
+    return [event.key[:NAME_LENGTH], round(float(getattr(event, spent)) / 1000, 3), event.count]
+
+
+def _hidden(state: BatchState) -> torch.Tensor:
+    output = state.output
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def settings_for_profile(settings: RunSettings) -> RunSettings:
+    """The settings of a scoring pass, whatever the others are: nothing is pruned, and nothing is written."""
+    return replace(settings, keep=None, only_score=True)

@@ -1,0 +1,126 @@
+"""Looking at a run of streamprune from within its process: its plan, gaps between layers, waits for the card."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+from unittest.mock import patch
+
+from measuring.shapes import ROOT
+
+#: What torch says where the host waits for the card.
+SYNCHRONIZING = "called a synchronizing CUDA operation"
+#: Places that are told of; the count is that of all.
+PLACES = 12
+
+
+class SyncWarnings:
+    """Counts, while entered, where torch lets the host wait for a card. Without a card it counts nothing.
+
+    (torch does not tell of events that are waited for, nor of copies from ordinary memory.)
+    """
+
+    def __init__(self, device: str) -> None:
+        self._on_card, self._places, self._stack = device != "cpu", Counter[str](), ExitStack()
+
+    def __enter__(self) -> SyncWarnings:
+        if self._on_card:
+            import torch
+
+            self._stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("always")
+            warnings.showwarning = self._hear  # type: ignore[assignment]
+            torch.cuda.set_sync_debug_mode("warn")
+            self._stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def told(self) -> dict[str, Any]:
+        """How many there were, and how often at each place: our line, and the library's where it is another one."""
+        return {"count": self._places.total(), "places": dict(self._places.most_common(PLACES))}
+
+    def _hear(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        if SYNCHRONIZING not in str(message):
+            return
+        place, frame, ours = f"{filename}:{lineno}", sys._getframe(1), str(ROOT / "streamprune")
+        while frame.f_back is not None and not frame.f_code.co_filename.startswith(ours):
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(ours):
+            line = f"{frame.f_code.co_filename.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+            place = line if filename.startswith(ours) else f"{line} by {'/'.join(filename.split('/')[-3:])}:{lineno}"
+        self._places[place] += 1
+
+
+class Watch:
+    """While entered, watches the run of streamprune in this process. `told` has what was seen.
+
+    A gap is the time from when all micro-batches of a layer are computed (the run has waited for the card) until the
+    first one of the next layer is begun.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._sync, self._stack = SyncWarnings(device), ExitStack()
+        self._gaps: list[float] = []
+        self._ended: float | None = None
+        self._block: int | None = None
+        self._plan: Any = None
+
+    def __enter__(self) -> Watch:
+        from importlib import import_module
+
+        from streamprune.progress import Busy
+        from streamprune.streaming.batches import MicroBatches
+
+        product: Any = import_module("streamprune.pipeline.run")
+        run, settle, plan_memory = MicroBatches.run, Busy.settle, product.plan_memory
+
+        def run_and_note(batches: Any, block: int, *given: Any, **named: Any) -> None:
+            if self._ended is not None and block != self._block:
+                self._gaps.append(time.perf_counter() - self._ended)
+            self._block = block
+            run(batches, block, *given, **named)
+
+        def settle_and_note(busy: Any) -> None:
+            settle(busy)
+            self._ended = time.perf_counter()
+
+        def plan_and_note(*given: Any, **named: Any) -> Any:
+            self._plan = plan_memory(*given, **named)
+            return self._plan
+
+        for owner, name, instead in (
+            (MicroBatches, "run", run_and_note),
+            (Busy, "settle", settle_and_note),
+            (product, "plan_memory", plan_and_note),
+        ):
+            self._stack.enter_context(patch.object(owner, name, instead))
+        self._stack.enter_context(self._sync)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def told(self) -> dict[str, Any]:
+        """The gaps in seconds, the plan in words, the bytes that it allows on the device, and the sync warnings."""
+        from streamprune.hardware import memory_plan as planning
+
+        told: dict[str, Any] = {"gaps": [round(gap, 4) for gap in self._gaps], "sync_warnings": self._sync.told()}
+        plan = self._plan
+        if plan is not None:
+            # (The plan itself tells this only in words.)
+            told["plan_bytes"] = planning._on_device(
+                plan.needs, plan.room, plan.place, plan.tokens_at_a_time, plan.ahead
+            )
+            told["plan"] = plan.describe()
+        return told
