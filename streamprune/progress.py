@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -166,17 +166,15 @@ class Busy:
     @contextmanager
     def on_card(self, resource: str, device: torch.device) -> Iterator[None]:
         """The same for work that is handed to a card's current stream; elsewhere the host itself does it."""
-        if device.type != "cuda":
+        if device.type == "cpu":
             with self.at(resource):
                 yield
             return
-        import torch
+        from streamprune.hardware import device as devices
 
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        # (Without a stream it would be that of the current card, which need not be this one.)
-        begin.record(torch.cuda.current_stream(device))
+        begin = devices.record_event(devices.current_stream(device), timed=True)
         yield
-        end.record(torch.cuda.current_stream(device))
+        end = devices.record_event(devices.current_stream(device), timed=True)
         self._events.append((resource, begin, end))
 
     def settle(self) -> None:

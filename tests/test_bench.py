@@ -136,11 +136,11 @@ def test_busy_shares_and_peaks_on_the_card_are_told_where_they_are() -> None:
 
 def test_peaks_on_the_card_outlive_a_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
     held = {"allocated": 7, "reserved": 9}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: held["allocated"])
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: held["reserved"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: held.update(allocated=1, reserved=9))
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: held["allocated"])
+    monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda _: held["reserved"])
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda _: held.update(allocated=1, reserved=9))
     peaks = CardPeaks("cuda:0")
-    torch.cuda.reset_peak_memory_stats("cuda:0")
+    torch.accelerator.reset_peak_memory_stats("cuda:0")
     assert held["allocated"] == 1
     held["reserved"] = 12
     assert peaks.told() == {"vram_allocated_bytes": 7, "vram_reserved_bytes": 12}

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from streamprune import progress as busy
 from streamprune.cli import main
-from streamprune.hardware import host as machine
-from streamprune.hardware.host import limit_library_memory, release_freed_memory
+from streamprune.hardware import memory as machine
+from streamprune.hardware.memory import limit_library_memory, release_freed_memory
 from streamprune.progress import RESOURCES, Busy, describe
 from tests.faults import Case, make_case
 from tests.helpers import CPU

@@ -17,7 +17,7 @@ from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.cli import main
 from streamprune.config import RunSettings
 from streamprune.errors import ResourceError
-from streamprune.hardware.host import is_out_of_memory
+from streamprune.hardware.device import is_out_of_memory
 from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
 from streamprune.pipeline.finish import RunResult
 from streamprune.progress import Progress

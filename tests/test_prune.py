@@ -125,7 +125,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Peak of a whole process, for 2 and for 12 blocks of 6 MiB: the difference is less than half of one block."""
     script = (
         "import sys; from pathlib import Path; from streamprune.pipeline.prune import prune\n"
-        "from streamprune.config import PruneSettings; from streamprune.hardware.host import peak_resident_bytes\n"
+        "from streamprune.config import PruneSettings; from streamprune.hardware.memory import peak_resident_bytes\n"
         "model, scores, out = sys.argv[1:]\n"
         "prune(PruneSettings(model=model, output=Path(out), scores=Path(scores), keep=4), quiet=True)\n"
         "print(peak_resident_bytes())"

@@ -15,7 +15,7 @@ from PIL import Image
 from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Estimate
 from streamprune.fit.footprint import read_footprint
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.facts import read_facts
 from streamprune.reporting.write import ALL_PICTURES, markers, with_sections, write_report
 from tests.helpers import known_family, prune, tree_bytes

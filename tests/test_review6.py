@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.cli import main
 from streamprune.errors import InterruptedRunError, NonFiniteError
-from streamprune.hardware import host as machine
+from streamprune.hardware import memory as machine
 from streamprune.models.config import load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.output import compare
@@ -203,7 +204,7 @@ class Event:
 
     recorded: list[Any]
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def record(self, stream: Any = "the current card's") -> None:
@@ -219,12 +220,13 @@ class Event:
 def test_a_card_is_timed_by_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever card is the current one: an event without a stream would be recorded there, and cost memory there."""
     Event.recorded = []
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
+    monkeypatch.setattr(torch, "Event", Event)
+    stream = SimpleNamespace(device="cuda:1")
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: {torch.device("cuda:1"): stream}[device])
     busy = Busy()
     with busy.on_card("compute", torch.device("cuda:1")):
         pass
-    assert Event.recorded == ["that of cuda:1"] * 2
+    assert Event.recorded == [stream] * 2
     busy.settle()
     assert busy._spent["compute"] == 0.5
 

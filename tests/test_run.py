@@ -263,7 +263,7 @@ def test_not_enough_disk_is_refused(
 def test_not_enough_memory_for_the_hidden_states_is_refused(
     model: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamprune.hardware.host.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("streamprune.hardware.memory.available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"96 calibration tokens .* need .* only 1000 B are available"):
         prune(model, tmp_path / "out", states="ram")
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from streamprune.config import RunSettings
 from streamprune.errors import ResourceError
-from streamprune.hardware import host as machine
+from streamprune.hardware import device as devices
+from streamprune.hardware import memory as machine
 from streamprune.hardware import memory_watch as watch
 from streamprune.hardware.gpus import Card, CardProcess
 from streamprune.hardware.memory_watch import newcomers
@@ -74,9 +75,9 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
     limits: list[int] = []
     said: list[str] = []
     monkeypatch.setattr(watch, "_card", lambda device: next(cards))
-    monkeypatch.setattr(machine, "reserved_device_bytes", lambda device: reserved)
-    monkeypatch.setattr(machine, "free_device_bytes", lambda device: 512 * MIB)
-    monkeypatch.setattr(machine, "limit_device_bytes", lambda device, limit: limits.append(limit))
+    monkeypatch.setattr(devices, "reserved_device_bytes", lambda device: reserved)
+    monkeypatch.setattr(devices, "free_device_bytes", lambda device: 512 * MIB)
+    monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit))
     settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
     over = watch.MemoryWatch(settings, torch.device("cuda:0"), said.append)
     for _ in range(3):
@@ -91,7 +92,7 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
 
 def test_the_card_may_be_used_up_to_the_cap_or_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_facts, "context_bytes", lambda device: 300 * MIB)
-    monkeypatch.setattr(machine, "free_device_bytes", lambda device: 4096 * MIB)
+    monkeypatch.setattr(devices, "free_device_bytes", lambda device: 4096 * MIB)
     device = torch.device("cuda:0")
     for cap, left, words in (
         (2.0, 2048 - 300 - 256, "--vram-gib 2 leaves 1.46 GiB (CUDA itself: 300.00 MiB)"),

@@ -29,7 +29,7 @@ from streamprune.calibration.sources import BUILTIN, file_opened, named_path
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _PATH = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[\d{1,9}\])*")

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from streamprune.calibration import builtin_text as corpus
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 
 #: Rows that are held at most to be drawn from in a random order, and bytes of them as they are in their files. (Token
 #: ids and other numbers take about eight times as much in memory.)

@@ -24,7 +24,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry, nothing_around
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import cut_short
 from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
-from streamprune.hardware.host import page_locked
+from streamprune.hardware.device import current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.hardware.memory_plan import STAGING_BYTES
 from streamprune.progress import Busy
 
@@ -118,7 +118,7 @@ class ShardReader:
         self._checkpoint, self._device, self._busy = checkpoint, device, busy
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._lock = threading.Lock()
-        self._courier = _Courier(device) if device.type == "cuda" else None
+        self._courier = _Courier(device) if is_gpu(device) else None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -182,18 +182,18 @@ class _Courier:
     """Carries bytes from page-locked buffers to a card, by a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
+        self._device, self._stream = device, new_stream(device)
+        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.Event | None]] = queue.SimpleQueue()
         for _ in range(STAGING_BYTES // REQUEST_BYTES):
             self._free.put((page_locked((REQUEST_BYTES,), torch.uint8), None))
 
     def follow(self) -> None:
         """Let nothing arrive before the work that the card has been given so far: it may use that memory."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(current_stream(self._device))
 
     def lead(self) -> None:
         """Let the card's work from here on wait for all that is on its way."""
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current_stream(self._device).wait_stream(self._stream)
 
     @contextmanager
     def buffer(self) -> Iterator[torch.Tensor]:
@@ -204,14 +204,12 @@ class _Courier:
         try:
             yield buffer
         finally:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-            self._free.put((buffer, event))
+            self._free.put((buffer, record_event(self._stream)))
 
     def carry(self, staged: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
         """Copy bytes to their places on the card, one place after the other."""
         position = 0
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with self._stream:
             for place in into:
                 place.copy_(staged[position : position + len(place)], non_blocking=True)
                 position += len(place)

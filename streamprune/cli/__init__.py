@@ -15,7 +15,7 @@ from streamprune.cli.run import prune, resume, run, score
 from streamprune.cli.scores import inspect
 from streamprune.cli.work import clean, status, verify
 from streamprune.distributed.processes import is_first
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 
 #: The commands that several processes share. All others are the first one's alone.
 _SHARED = {"run", "score", "resume"}

@@ -16,7 +16,7 @@ from streamprune.cli.options import quiet_libraries, report_option, reports_erro
 from streamprune.cli.publish import report_after
 from streamprune.config import DTYPES, STATES
 from streamprune.errors import SettingsError
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 
 if TYPE_CHECKING:
     from streamprune.config import EvalSettings

@@ -19,7 +19,7 @@ from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
 from streamprune.fit.estimate import Fit, check_keep
 from streamprune.fit.weights import WEIGHTS_DTYPES
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 
 
 def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:

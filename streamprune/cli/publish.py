@@ -15,7 +15,7 @@ import click
 from streamprune.cli.options import quiet_downloads, quiet_libraries, reports_errors
 from streamprune.distributed.processes import is_first
 from streamprune.errors import StreampruneError
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -26,7 +26,7 @@ from streamprune.cli.publish import report_after
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, DTYPES, PROPAGATE, STATES, PruneSettings, RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import SettingsError
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 from streamprune.work.records import has_pruning, has_run
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from streamprune.cli.options import quiet_libraries, reports_errors
-from streamprune.hardware.host import limit_library_memory
+from streamprune.hardware.memory import limit_library_memory
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -31,7 +31,7 @@ def status(workdir: Path, as_json: bool) -> None:
 @reports_errors
 def clean(workdir: Path, everything: bool) -> None:
     """Remove what is no longer needed from WORKDIR: all of it once the run is complete."""
-    from streamprune.hardware.host import format_bytes
+    from streamprune.hardware.memory import format_bytes
     from streamprune.pipeline.status import clean_up
 
     click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
@@ -47,7 +47,7 @@ def verify(output: Path, source: str, revision: str | None, trust_remote_code: b
     """Prove that OUT is what its record says: every kept tensor identical to the source's, byte by byte."""
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
-    from streamprune.hardware.host import format_bytes
+    from streamprune.hardware.memory import format_bytes
     from streamprune.output.verify import verify as prove
 
     quiet_libraries(downloads=False)

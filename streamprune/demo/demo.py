@@ -36,7 +36,7 @@ from streamprune.errors import OutputError
 from streamprune.evaluation.evaluate import examine, read_data
 from streamprune.evaluation.metrics import Sums
 from streamprune.files.durable import writing
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.models.config import load_config
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress

@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from streamprune.calibration import builtin_text as corpus
 from streamprune.demo import data
 from streamprune.errors import OutputError, SettingsError
-from streamprune.hardware.host import check_disk
+from streamprune.hardware.memory import check_disk
 
 SEQUENCES_PER_DOMAIN = 4
 LEARNING_RATE = 4e-3

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from streamprune.distributed.processes import ALONE, Launched, Processes, T, launched
 from streamprune.errors import ProcessesError, ToldElsewhereError
+from streamprune.hardware.device import all_gpus
 
 #: How long a process waits for the others to be there.
 _MEET = timedelta(minutes=30)
@@ -174,7 +175,7 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
     # Nothing goes from card to card, so that it does not matter where accelerate would refuse to try that.
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
         os.environ.setdefault(name, "1")
-    on_cpu, joined_before = device == "cpu" or not torch.cuda.is_available(), dist.is_initialized()
+    on_cpu, joined_before = device == "cpu" or not all_gpus(), dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -27,7 +27,8 @@ from streamprune.errors import CalibrationError, NonFiniteError, SettingsError, 
 from streamprune.evaluation.held_out import PruneRecord, recipe_within, record_of
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
 from streamprune.files.durable import reading
-from streamprune.hardware.host import choose_device, format_bytes, peak_device_bytes
+from streamprune.hardware.device import choose_device, peak_device_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan, Needs
 from streamprune.models.config import declared_dtype, load_config, versions
 from streamprune.models.decoder import find_decoder

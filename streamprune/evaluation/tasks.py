@@ -24,7 +24,7 @@ from typing import Any
 from streamprune.calibration.records import load_tokenizer
 from streamprune.checkpoint.hub import first_line
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
-from streamprune.hardware.host import is_out_of_memory
+from streamprune.hardware.device import is_out_of_memory
 from streamprune.models.whole_model import LoadedModel, WholeModel, find_whole, load_whole_model, release
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT

@@ -21,7 +21,7 @@ from typing import Any
 
 from streamprune.errors import CheckpointError, OutputError, ResourceError
 from streamprune.files.json_text import parse_json
-from streamprune.hardware.host import disk_bytes, existing_folder, format_bytes
+from streamprune.hardware.memory import disk_bytes, existing_folder, format_bytes
 
 #: Portions of so many bytes are hashed by a thread of its own, of which so many may wait.
 _LARGE_PORTION, _MOST_PENDING = 1 << 16, 4

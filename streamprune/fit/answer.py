@@ -17,8 +17,8 @@ from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.hardware.gpus import Cards, budget_on_card
-from streamprune.hardware.host import format_bytes
 from streamprune.hardware.known_gpus import GPUS, known_gpu
+from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import list_cards
 from streamprune.models.config_json import minimum_keep
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.fit.estimate import KV_CACHE, PREFILL_CHUNK, STATE, Estimate
-from streamprune.hardware.host import choose_device, format_bytes
+from streamprune.hardware.device import (
+    allocated_device_bytes,
+    choose_device,
+    is_gpu,
+    most_allocated_device_bytes,
+    most_reserved_device_bytes,
+    reserved_device_bytes,
+    reset_device_peaks,
+)
+from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import card_of
 
 #: The measured counterpart of all weight terms together.
@@ -39,27 +47,23 @@ class CudaMeter:
 
     def allocated(self) -> int:
         """What tensors hold now."""
-        torch.cuda.synchronize(self._device)
-        return int(torch.cuda.memory_allocated(self._device))
+        return allocated_device_bytes(self._device)
 
     def forget_peaks(self) -> None:
         """Count peaks from here on, with nothing in reserve."""
-        gc.collect()
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
+        reset_device_peaks(self._device)
 
     def peak_allocated(self) -> int:
         """The most that tensors have held since `forget_peaks`."""
-        return int(torch.cuda.max_memory_allocated(self._device))
+        return most_allocated_device_bytes(self._device)
 
     def reserved(self) -> int:
         """What torch holds on the card now, for tensors and in reserve."""
-        return int(torch.cuda.memory_reserved(self._device))
+        return reserved_device_bytes(self._device)
 
     def peak_reserved(self) -> int:
         """The most that torch has held on the card since `forget_peaks`."""
-        return int(torch.cuda.max_memory_reserved(self._device))
+        return most_reserved_device_bytes(self._device)
 
     def on_card(self) -> int | None:
         """What is in use on the whole card, by NVML; None where NVML does not answer."""
@@ -90,7 +94,7 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
     if estimate.use.weights_dtype != "source" or estimate.use.kv_dtype != "auto" or estimate.use.keep is not None:
         raise SettingsError("--measure loads the model as it is: leave out --weights-dtype, --kv-dtype and --keep.")
     device = choose_device(device_name)
-    if device.type != "cuda":
+    if not is_gpu(device):
         raise SettingsError("--measure reads a card's memory: give a CUDA --device.")
     meter = CudaMeter(device)
     before = meter.on_card()

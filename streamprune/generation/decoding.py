@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from streamprune.errors import CheckpointError, NonFiniteError, ResourceError
 from streamprune.generation.prompts import Prompt
-from streamprune.hardware.host import free_after_failure, is_out_of_memory
+from streamprune.hardware.device import free_after_failure, is_gpu, is_out_of_memory
 from streamprune.models.whole_model import LoadedModel
 
 #: Tokens that a repetition must last to be called a loop. Text has shorter ones of its own: a rule of dashes, the
@@ -179,10 +179,10 @@ def _check_tokens(loaded: LoadedModel, prompts: Sequence[Prompt]) -> None:
 def _batch(loaded: LoadedModel, prompts: Sequence[Prompt], decoding: Decoding, seed: int) -> list[Continuation] | None:
     """The continuations of prompts of one length; None if memory ran out."""
     ids = torch.tensor([prompt.ids for prompt in prompts], device=loaded.device)
-    cards = [loaded.device] if loaded.device.type == "cuda" else []
+    gpus = [loaded.device] if is_gpu(loaded.device) else []
     try:
         # The draws are of this batch alone, and leave those of others as they were.
-        with torch.random.fork_rng(devices=cards), torch.inference_mode():
+        with torch.random.fork_rng(devices=gpus, device_type=loaded.device.type), torch.inference_mode():
             torch.manual_seed(seed)
             made = loaded.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=decoding.config,

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamprune.hardware.host import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
 from streamprune.hardware.known_gpus import Gpu, gpu_of, is_named
+from streamprune.hardware.memory import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
 
 Source = Literal["NVML v2", "NVML v1", "torch"]
 ASK_BUDGET = "Say with --budget-gib how much memory there is."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamprune.errors import ResourceError
-from streamprune.hardware.host import format_bytes, resident_bytes
+from streamprune.hardware.memory import format_bytes, resident_bytes
 
 #: Micro-batches that the host hands to a card before it waits for an earlier one: the card never runs out of work, and
 #: neither the progress that is shown nor a request to stop is far from what is really done.

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from streamprune.config import Computing
-from streamprune.hardware import host as machine
+from streamprune.hardware import device as devices
+from streamprune.hardware import memory as machine
+from streamprune.hardware.device import gpu_index, is_gpu
 from streamprune.hardware.gpus import Card, CardProcess, other_processes
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 
 #: What CUDA itself is taken to need on a card when NVML does not tell: kernels and the driver's data for this process.
 USUAL_CONTEXT = 512 * 1024**2
@@ -32,7 +34,7 @@ class MemoryWatch:
         cap = self._settings.ram_bytes
         if cap is None or machine.resident_bytes() <= cap:
             return None
-        machine.free_after_failure(self._device)
+        devices.free_after_failure(self._device)
         resident = machine.resident_bytes()
         if resident <= cap:
             return None
@@ -47,7 +49,7 @@ class MemoryWatch:
         for process in newcomers(self._others, now):
             self._say(
                 f"note: {process}, took memory on {self._device} while this run goes on; "
-                f"{format_bytes(machine.free_device_bytes(self._device))} are free there for it."
+                f"{format_bytes(devices.free_device_bytes(self._device))} are free there for it."
             )
         # A process that left is forgotten; one that was told of is told of again only if it grows further.
         self._others = {process.pid: process.used_bytes or 0 for process in now}
@@ -60,9 +62,9 @@ class MemoryWatch:
         return f" Others hold memory there too: {'; '.join(map(str, others))}." if others else ""
 
     def _limit_card(self, card: Card | None) -> None:
-        if self._settings.vram_bytes is not None and self._device.type == "cuda":
-            machine.limit_device_bytes(
-                self._device, self._settings.vram_bytes - _context(card, machine.reserved_device_bytes(self._device))
+        if self._settings.vram_bytes is not None and is_gpu(self._device):
+            devices.limit_device_bytes(
+                self._device, self._settings.vram_bytes - _context(card, devices.reserved_device_bytes(self._device))
             )
 
 
@@ -77,7 +79,7 @@ def newcomers(before: dict[int, int], now: Sequence[CardProcess]) -> list[CardPr
 
 def context_bytes(device: torch.device) -> int:
     """What CUDA itself takes on a card for this process, beside what torch's allocator holds."""
-    return _context(_card(device), machine.reserved_device_bytes(device))
+    return _context(_card(device), devices.reserved_device_bytes(device))
 
 
 def _context(card: Card | None, reserved: int) -> int:
@@ -89,8 +91,8 @@ def _context(card: Card | None, reserved: int) -> int:
 
 def _card(device: torch.device) -> Card | None:
     """The card that the run computes on; None on the CPU, and where it cannot be told."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return None
     from streamprune.hardware.nvml import card_of
 
-    return card_of(torch.cuda.current_device() if device.index is None else device.index)
+    return card_of(gpu_index(device))

@@ -24,7 +24,7 @@ from streamprune.hardware.gpus import (
     other_processes,
     visible_cards,
 )
-from streamprune.hardware.host import format_bytes, process_name
+from streamprune.hardware.memory import format_bytes, process_name
 
 
 def torch_cards(reason: str) -> Cards:

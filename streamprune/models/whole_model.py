@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from streamprune.checkpoint.hub import first_line, resolve_model
 from streamprune.checkpoint.index import Checkpoint, open_checkpoint
 from streamprune.errors import CheckpointError, ResourceError, StreampruneError
-from streamprune.hardware.host import (
-    available_memory_bytes,
+from streamprune.hardware.device import (
+    all_gpus,
     choose_device,
-    format_bytes,
     free_after_failure,
     free_device_bytes,
+    is_gpu,
     is_out_of_memory,
 )
+from streamprune.hardware.memory import available_memory_bytes, format_bytes
 from streamprune.models.config import load_config
 from streamprune.models.per_layer_config import read_per_layer_experts
 
@@ -119,12 +120,12 @@ def _place(whole: WholeModel, device: str) -> tuple[torch.device, Any]:
     """The device for inputs, and the `device_map` for transformers (None: the CPU)."""
     chosen, needed = choose_device(device), whole.needed_bytes
     free = [("RAM", available_memory_bytes())]
-    if chosen.type == "cuda" and device == "auto":
-        cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        free = [(f"{len(cards)} CUDA devices", sum(free_device_bytes(card) for card in cards)), *free]
+    if is_gpu(chosen) and device == "auto":
+        gpus = all_gpus()
+        free = [(f"{len(gpus)} GPUs", sum(map(free_device_bytes, gpus))), *free]
         if free[0][1] >= needed:
             return chosen, "auto"
-    elif chosen.type == "cuda":
+    elif is_gpu(chosen):
         free = [(str(chosen), free_device_bytes(chosen))]
         if free[0][1] >= needed:
             return chosen, {"": chosen}

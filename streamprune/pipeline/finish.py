@@ -13,7 +13,7 @@ from streamprune.config import Place, PruneSettings, RunSettings, beside
 from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
 from streamprune.files.durable import reached, sync_folder, writing
 from streamprune.fit.estimate import Estimate
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter

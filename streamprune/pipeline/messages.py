@@ -10,7 +10,7 @@ from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
 from streamprune.fit.answer import terms_lines
 from streamprune.fit.estimate import Estimate, Fit
-from streamprune.hardware.host import check_disk, core_count, existing_folder, format_bytes
+from streamprune.hardware.memory import check_disk, core_count, existing_folder, format_bytes
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.planning.quota import Quota, kept_text
 from streamprune.progress import Progress, describe

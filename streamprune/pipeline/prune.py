@@ -19,7 +19,7 @@ from streamprune.files.json_text import show
 from streamprune.fit.answer import estimate_object
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.hardware.host import check_disk, existing_folder, format_bytes
+from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.config_json import stated_experts
 from streamprune.models.per_layer_config import refuse_per_layer_experts
 from streamprune.output.plan import make_plan

@@ -20,7 +20,8 @@ from streamprune.distributed.processes import ALONE, Processes
 from streamprune.evaluation.held_out import save_held_out, split_held_out
 from streamprune.fit.answer import estimate_object
 from streamprune.fit.footprint import read_headers
-from streamprune.hardware.host import check_disk, choose_device, describe_host, peak_resident_bytes
+from streamprune.hardware.device import choose_device, describe_host
+from streamprune.hardware.memory import check_disk, peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.output.plan import PrunePlan, make_plan
 from streamprune.output.writer import OutputWriter, check_place

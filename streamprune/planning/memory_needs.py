@@ -16,8 +16,10 @@ from streamprune.config import COMFORTABLE_BATCH_TOKENS, Computing, RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
 from streamprune.fit.structure import DTYPE_NAMES
-from streamprune.hardware import host as machine
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware import device as devices
+from streamprune.hardware import memory as machine
+from streamprune.hardware.device import all_gpus, is_gpu
+from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
 from streamprune.hardware.memory_watch import context_bytes
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
@@ -229,15 +231,15 @@ def measure_room(
         left = max(0, cap - resident - HOST_MARGIN)
         words = f"--ram-gib {settings.ram_gib:g} leaves {format_bytes(left)} (resident now: {format_bytes(resident)})"
         ram = Limit(left, words, "raise --ram-gib")
-    if device.type != "cuda":
+    if not is_gpu(device):
         return Room(ram, None, disk)
     # Without a card's number in --device they are dealt out; with one all take that.
-    sharing = -(-processes.local_count // torch.cuda.device_count()) if settings.device == "auto" else 0
+    sharing = -(-processes.local_count // len(all_gpus())) if settings.device == "auto" else 0
     return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
 
 
 def _card_limit(settings: Computing, device: torch.device, sharing: int) -> Limit:
-    free = max(0, machine.free_device_bytes(device) // sharing - DEVICE_MARGIN)
+    free = max(0, devices.free_device_bytes(device) // sharing - DEVICE_MARGIN)
     if settings.vram_bytes is not None:
         context = context_bytes(device)
         left = max(0, settings.vram_bytes - context - DEVICE_MARGIN)

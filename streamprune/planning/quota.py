@@ -11,7 +11,7 @@ from streamprune.config import PruningTarget
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import Budget, nearest, resolve_budget
 from streamprune.fit.estimate import Estimate, Fit, Footprint
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
 from streamprune.selection.select import planned_counts, selection_of, stated_counts
 

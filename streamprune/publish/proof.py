@@ -15,7 +15,7 @@ from streamprune.checkpoint.hub import cached_model, resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ScoresError, SettingsError, VerifyError
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.models.config import config_from_dict, load_config
 from streamprune.models.open import check_fit
 from streamprune.models.per_layer_config import counts_of, read_per_layer_experts

@@ -32,7 +32,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from streamprune.checkpoint.hub import ANSWER_SECONDS, first_line
 from streamprune.errors import InterruptedRunError, SettingsError, UploadError
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.publish.parts import Parts, parts_of
 
 _TOKENS = "https://huggingface.co/settings/tokens"

@@ -30,7 +30,7 @@ from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import PrunePlan
 from streamprune.selection.retention import Retention

@@ -26,7 +26,7 @@ from typing import Any
 
 from streamprune.checkpoint.index import read_json
 from streamprune.files.durable import write_whole, writing
-from streamprune.hardware.host import existing_folder
+from streamprune.hardware.memory import existing_folder
 from streamprune.reporting.record import public_name
 
 FOLDER_NAME = "evaluation"

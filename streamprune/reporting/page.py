@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.progress import describe
 from streamprune.reporting.facts import Facts, card_lines
 from streamprune.reporting.read_record import Record

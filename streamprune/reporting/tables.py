@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamprune.fit.estimate import Estimate
-from streamprune.hardware.host import format_bytes
+from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.facts import Course, Memory, card_lines
 from streamprune.reporting.measured import Continuations, GenerationResult, OfSource, TaskResult, TextResult
 from streamprune.reporting.read_record import Record

@@ -14,7 +14,8 @@ from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.config import Computing
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
-from streamprune.hardware.host import format_bytes, free_after_failure, is_out_of_memory
+from streamprune.hardware.device import current_stream, free_after_failure, is_gpu, is_out_of_memory, record_event
+from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MOST_HANDED_OUT, MemoryPlan
 from streamprune.hardware.memory_watch import MemoryWatch
 from streamprune.progress import Busy, Progress
@@ -68,7 +69,7 @@ class MicroBatches:
         processes: Processes = ALONE,
     ) -> None:
         self._busy, self._spare = busy or Busy(), spare
-        self._handed_out: deque[torch.cuda.Event] = deque()
+        self._handed_out: deque[torch.Event] = deque()
         self._among: Callable[[MicroBatch], bool] = lambda batch: True
         self._settings, self._plan, self._device, self._progress = settings, plan, device, progress
         # (A request that has not been made is false, so that `or` would take another one.)
@@ -199,7 +200,7 @@ class MicroBatches:
             advice.append("a larger --vram-gib")
         if self._settings.ram_gib is not None:
             advice.append("a larger --ram-gib")
-        if self._device.type == "cuda":
+        if is_gpu(self._device):
             advice.append("--device cpu")
         return ", ".join([*advice, "or a machine with more memory"])
 
@@ -224,10 +225,8 @@ class MicroBatches:
             after = compute(number, self._batches[number], before)
         if after is not None:
             self._states.store(number, after)
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(torch.cuda.current_stream(self._device))
-            self._handed_out.append(done)
+        if is_gpu(self._device):
+            self._handed_out.append(record_event(current_stream(self._device)))
             while len(self._handed_out) > MOST_HANDED_OUT:
                 self._handed_out.popleft().synchronize()
 

@@ -23,7 +23,8 @@ from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
-from streamprune.hardware.host import free_after_failure, is_out_of_memory, release_freed_memory, says_out_of_memory
+from streamprune.hardware.device import free_after_failure, is_out_of_memory
+from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
 from streamprune.models.decoder import Decoder
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Target

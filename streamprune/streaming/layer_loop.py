@@ -18,7 +18,7 @@ import torch
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, TooMuchLostError
 from streamprune.files.json_text import show
-from streamprune.hardware.host import peak_device_bytes
+from streamprune.hardware.device import peak_device_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.writer import OutputWriter
 from streamprune.progress import LayerProgress, Progress

@@ -27,7 +27,7 @@ from streamprune.config import RunSettings
 from streamprune.distributed.joining import joined, name_of
 from streamprune.distributed.processes import Processes
 from streamprune.errors import OtherProcessError, ProcessesError, ResumeError, StreampruneError, ToldElsewhereError
-from streamprune.hardware.host import choose_device
+from streamprune.hardware.device import choose_device
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.config import versions
 from streamprune.planning.memory_needs import plan_memory

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from streamprune.errors import ResourceError
-from streamprune.hardware.host import page_locked
+from streamprune.hardware.device import current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.progress import Busy
 
 #: Linux moves at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
@@ -214,19 +214,18 @@ class OffloadedStateStore(MemoryStateStore):
     def __init__(self, card: torch.device, busy: Busy) -> None:
         super().__init__(HOST)
         self._card, self._busy = card, busy
-        self._inward, self._outward = torch.cuda.Stream(card), torch.cuda.Stream(card)  # type: ignore[no-untyped-call]
+        self._inward, self._outward = new_stream(card), new_stream(card)
 
     def fetch(self, kept: Any, device: torch.device) -> Fetch:
-        if not isinstance(kept, torch.Tensor) or device.type != "cuda":
+        if not isinstance(kept, torch.Tensor) or not is_gpu(device):
             # (Whoever wants to look at it here has waited for it with `settle`.)
             return super().fetch(kept, device)
-        with torch.cuda.stream(self._inward), self._busy.on_card("states", device):
+        with self._inward, self._busy.on_card("states", device):
             moved = kept.to(device, non_blocking=True)
-        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there.record(self._inward)
+        there = record_event(self._inward)
 
         def arrive() -> torch.Tensor:
-            stream = torch.cuda.current_stream(device)
+            stream = current_stream(device)
             stream.wait_event(there)
             # Its memory is the inward stream's, which must not use it again before this one has done with it.
             moved.record_stream(stream)
@@ -241,11 +240,11 @@ class OffloadedStateStore(MemoryStateStore):
         return page_locked(new.shape, new.dtype), new.contiguous()
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        self._outward.wait_stream(torch.cuda.current_stream(self._card))
-        with torch.cuda.stream(self._outward), self._busy.on_card("states", self._card):
+        self._outward.wait_stream(current_stream(self._card))
+        with self._outward, self._busy.on_card("states", self._card):
             for kept, data in jobs:
                 kept.copy_(data, non_blocking=True)
-                if data.device.type == "cuda":
+                if is_gpu(data.device):
                     data.record_stream(self._outward)
 
     def copy(self, kept: Any) -> Any:
@@ -319,7 +318,7 @@ class FileStateStore:
 
 def memory_state_store(home: torch.device, computing: torch.device, busy: Busy) -> MemoryStateStore:
     """The shelf for states in the memory of `home` while `computing` computes."""
-    if home.type == "cpu" and computing.type == "cuda":
+    if home.type == "cpu" and is_gpu(computing):
         return OffloadedStateStore(computing, busy)
     return MemoryStateStore(home)
 

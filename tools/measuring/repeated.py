@@ -16,7 +16,7 @@ from measuring.workers import settings_of
 
 #: Runs a command of streamprune, which ends by printing the most memory it had resident.
 SCRIPT = (
-    "import atexit; from streamprune.cli import main; from streamprune.hardware.host import peak_resident_bytes\n"
+    "import atexit; from streamprune.cli import main; from streamprune.hardware.memory import peak_resident_bytes\n"
     "atexit.register(lambda: print(peak_resident_bytes()))\n"
     "main()"
 )

@@ -38,7 +38,7 @@ TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "b
 def _import_libraries(limited: bool) -> None:
     """Import torch and transformers, and with `limited` bound what they take, as streamprune's command line does it."""
     if limited:
-        from streamprune.hardware.host import limit_library_memory
+        from streamprune.hardware.memory import limit_library_memory
 
         # Works only before torch is imported.
         limit_library_memory()
@@ -185,9 +185,9 @@ class CardPeaks:
         import torch
 
         self._device, self._allocated, self._reserved = device, 0, 0
-        self._torch = torch.cuda
-        self._reset = torch.cuda.reset_peak_memory_stats
-        torch.cuda.reset_peak_memory_stats = self._note_and_reset
+        self._torch = torch.accelerator
+        self._reset = torch.accelerator.reset_peak_memory_stats
+        torch.accelerator.reset_peak_memory_stats = self._note_and_reset
 
     def _note_and_reset(self, *given: Any, **named: Any) -> None:
         self._note()
@@ -219,7 +219,7 @@ def do(job: Job) -> dict[str, Any]:
     begun, begun_cpu = time.perf_counter(), time.process_time()
     figures = KINDS[job.kind](job)
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
-    from streamprune.hardware.host import peak_resident_bytes
+    from streamprune.hardware.memory import peak_resident_bytes
 
     measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
     return {**figures, **measured, **(card.told() if card else {})}

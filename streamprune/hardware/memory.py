@@ -1,25 +1,17 @@
-"""Facts about this machine: memory, disk, devices."""
+"""This machine's memory, cores and disk: what there is, what this process takes, sizes as text. Needs no torch."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
-import platform
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
-from streamprune.errors import ResourceError, SettingsError
-
-if TYPE_CHECKING:
-    import torch
-
+from streamprune.errors import ResourceError
 
 GIB = 1024**3
 #: Options of glibc's mallopt(3).
@@ -123,15 +115,6 @@ def release_freed_memory() -> None:
         trim(0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. Outside of its own CUDA allocator torch has no class for that."""
-    import torch
-
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
-
-
 def says_out_of_memory(text: str) -> bool:
     """Whether the text of an error of torch, CUDA or one of its libraries is about memory that cannot be had."""
     text = text.lower()
@@ -143,54 +126,6 @@ def says_out_of_memory(text: str) -> bool:
         words in text
         for words in ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed", "bad_alloc")
     )
-
-
-def free_after_failure(device: torch.device) -> None:
-    """Give everything back that a failed computation held. Call it outside of the `except` clause that caught it.
-
-    (Within it, the error's traceback still holds the frames with the tensors.)
-    """
-    gc.collect()
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-    release_freed_memory()
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """What the driver says is free on a CUDA card now, with this process's own context already taken off."""
-    import torch
-
-    # What torch's allocator holds unused is as good as free to us.
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
-
-
-def reserved_device_bytes(device: torch.device) -> int:
-    """What torch's allocator holds on a CUDA card, used or not."""
-    import torch
-
-    return int(torch.cuda.memory_reserved(device))
-
-
-def limit_device_bytes(device: torch.device, limit: int) -> None:
-    """Let torch's allocator take at most `limit` bytes of a CUDA card; beyond, it runs out of memory."""
-    import torch
-
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit) / total), device)
-
-
-def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """RAM that a card reads and writes by itself, not filled; ordinary RAM where the system does not grant such."""
-    import torch
-
-    try:
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-    except RuntimeError:
-        # It is carried all the same, only not meanwhile.
-        return torch.empty(tuple(shape), dtype=dtype)
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -215,48 +150,3 @@ def check_disk(folder: Path, needed: int) -> None:
             f"The output needs {format_bytes(needed)} on the disk of {existing}, where {format_bytes(free)} are free. "
             f"Free {format_bytes(needed - free)}, choose another place with -o, or keep fewer experts."
         )
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for --device: `auto` is the first CUDA card if there is one, else the CPU.
-
-    Of several processes on this machine, number `local_rank` takes the card of that number.
-    """
-    import torch
-
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device(f"cuda:{local_rank % torch.cuda.device_count()}")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingsError(f"--device {name!r} is unknown. Use auto, cpu or cuda:0.") from None
-    if device.type not in {"cpu", "cuda"}:
-        raise SettingsError(f"--device {name}: only cpu and cuda are supported.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here. Use "
-            "--device cpu, or install a CUDA build of torch and check `nvidia-smi`."
-        )
-    return device
-
-
-def peak_device_bytes(device: torch.device) -> int:
-    """The most memory that tensors have taken on the device since the last call; on the CPU the process's peak."""
-    if device.type != "cuda":
-        return peak_resident_bytes()
-    import torch
-
-    peak = int(torch.cuda.max_memory_allocated(device))
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def describe_host(device: torch.device) -> str:
-    """Host, processor architecture and device, for the log."""
-    if device.type != "cuda":
-        return f"{platform.node()} {platform.machine()} cpu"
-    import torch
-
-    return f"{platform.node()} {platform.machine()} {torch.cuda.get_device_name(device)}"
