@@ -24,12 +24,13 @@ RECORD = {
 RECIPE: dict[str, Any] = {
     "name": "mix", "description": "of all", "sequence_length": 8, "samples": 12, "mode": "packed", "seed": 3,
     "sources": [
-        {"name": "a", "path": ["recipe.jsonl"], "share": 0.5, "text": "{q} {choices[0]} {meta.lang}{{}}", "samples": 30,
+        {"name": "a", "path": ["recipe.jsonl"], "share": 0.5,
+         "text": "{{ q }} {{ choices[0] }} {{ meta.lang }}{}", "samples": 30,
          "labels": {"n": ["no", "yes"]}, "filter": {"meta.lang": ["de", "en"], "n": {"min": 0, "max": 9.5}}},
         {"name": "b", "path": "recipe.jsonl", "share": 1, "messages": "chat", "tools": "tools", "thinking": True,
          "columns": {"role": "from", "content": "value"}, "roles": {"human": "user"}, "template_options": {"x": "y"}},
         {"name": "c", "path": "recipe.jsonl", "share": 1, "seed": 5, "tools": "tools",
-         "messages": [{"role": "user", "content": "{q}"}, {"role": "bot", "tool_calls": "tools"}]},
+         "messages": [{"role": "user", "content": "{{ q }}"}, {"role": "bot", "tool_calls": "tools"}]},
         {"name": "d", "path": "recipe.jsonl", "share": 1, "messages": "messages"},
         {"name": "e", "path": "recipe.jsonl", "share": 1, "field": "meta.lang"},
     ],
@@ -43,7 +44,7 @@ sources:
     path: [recipe.jsonl]
     share: 2
     text: >-
-      {q}
+      {{ q }}
       and more
 """
 

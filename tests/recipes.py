@@ -96,8 +96,8 @@ def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
         return datasets.load_dataset(
             str(places[source.dataset]),
             source.subset,
-            split=source.split,
-            data_files=list(source.data_files) or None,
+            split=source.split or "train",
+            data_files=source.data_file_list or None,
             data_dir=source.data_dir,
             streaming=True,
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamprune.calibration.chat import Chat
-from streamprune.calibration.recipe import ChatForm, Source
+from streamprune.calibration.recipe import Source
 from streamprune.calibration.records import record_of
 from streamprune.calibration.sources import Row
 from streamprune.errors import CalibrationError
@@ -37,10 +37,11 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
             {"messages": "turns", "columns": {"role": "who", "content": "what"}, "roles": {"Q": "user", "A": "bot"}},
             "<user>hi<bot>",
         ),
-        ({"q": "hi", "a": "yo"}, {"messages": [{"role": "user", "content": "{q}!"}, {"role": "bot", "content": "{a}"}]},
+        ({"q": "hi", "a": "yo"},
+         {"messages": [{"role": "user", "content": "{{ q }}!"}, {"role": "bot", "content": "{{ a }}"}]},
          "<user>hi!<bot>yo"),
         ({"q": "hi", "c": '[{"name": "f", "arguments": "{\\"x\\": 1}"}]'},
-         {"messages": [{"role": "user", "content": "{q}"}, {"role": "bot", "tool_calls": "c"}]},
+         {"messages": [{"role": "user", "content": "{{ q }}"}, {"role": "bot", "tool_calls": "c"}]},
          '<user>hi<bot>[f {"x": 1}]'),
         # Arguments as an object, though the model wrote them as text; what is no JSON stays as it was written.
         ({"messages": [{"role": "bot", "content": None, "name": None, "tool_calls": [
@@ -73,14 +74,18 @@ def test_chats(record: dict[str, Any], form: dict[str, Any], text: str, model: P
     ("record", "form", "words"),
     [
         ({"m": "hello"}, {}, "'m' that is not valid JSON"),
-        ({"m": "5"}, {}, "has 5 for 'm', which is no list of messages"),
-        ({"m": None}, {}, "has None for 'm', which is no list of messages"),
+        ({"m": "5"}, {}, "has 5 for 'm', which is not a list of messages"),
+        ({"m": None}, {}, "has None for 'm', which is not a list of messages"),
         ({"n": []}, {}, "has no 'm'"),
-        ({"m": ["hi"]}, {}, "has 'hi' among its messages, where an object with 'role' is wanted"),
-        ({"m": [], "t": "{}"}, {"tools": "t"}, "has {} for 't', which is no list of tools"),
-        ({"m": [], "t": 7}, {"tools": "t"}, "has 7 for 't', which is no list of tools"),
+        ({"m": ["hi"]}, {}, "has 'hi' among its messages, where an object with 'role' is needed"),
+        ({"m": [], "t": "{}"}, {"tools": "t"}, "has {} for 't', which is not a list of tools"),
+        ({"m": [], "t": 7}, {"tools": "t"}, "has 7 for 't', which is not a list of tools"),
         ({"m": "[" * 5000}, {}, "a.jsonl line 1"),
-        ({"c": "{}"}, {"messages": [{"role": "bot", "tool_calls": "c"}]}, "has {} for 'c', which is no list of calls"),
+        (
+            {"c": "{}"},
+            {"messages": [{"role": "bot", "tool_calls": "c"}]},
+            "has {} for 'c', which is not a list of calls",
+        ),
     ],
 )
 def test_chats_that_are_none(record: dict[str, Any], form: dict[str, Any], words: str, model: Path) -> None:
@@ -92,8 +97,8 @@ def test_chats_that_are_none(record: dict[str, Any], form: dict[str, Any], words
 
 
 def test_thinking_by_the_names_that_templates_have_for_it() -> None:
-    form = ChatForm(("m",), thinking=False, options={"effort": "low"})
-    assert form.variables == {"enable_thinking": False, "thinking": False, "effort": "low"}
-    made = record_of(Row("here", {"m": []}, 1), Source("a", chat=form))
+    source = Source(path="a", messages="m", thinking=False, template_options={"effort": "low"})
+    assert source.chat_variables == {"enable_thinking": False, "thinking": False, "effort": "low"}
+    made = record_of(Row("here", {"m": []}, 1), source)
     assert made is not None
-    assert made.chat == Chat("here", [], None, form.variables)
+    assert made.chat == Chat("here", [], None, source.chat_variables)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from streamprune.calibration.recipe import Source, Template, parse_path
+from streamprune.calibration.recipe import Source
 from streamprune.calibration.records import record_of
 from streamprune.calibration.sequences import load_calibration
 from streamprune.calibration.sources import BATCH_ROWS, Row, files_of, read_file, read_parquet, shuffled
+from streamprune.calibration.templates import MissingFieldError, Template, parse_path
 from streamprune.errors import CalibrationError
 from tests.recipes import calibrate, made_of, same_tokens, texts_of, tool_model, write_lines, write_table
 
@@ -53,7 +54,7 @@ def test_parquet_rows_of_every_type_and_their_places(tmp_path: Path) -> None:
         f"row {row} of row group {group}" for row in range(1, 21) for group in (1, 2)
     }
     assert rows[0].values == record
-    source = Source("a", paths=(path,), text=Template.parse("{day} {bytes} {list[0].a}{none}{list[0].b}"))
+    source = Source(path=str(path), text="{{ day }} {{ bytes }} {{ list[0].a }}{{ none }}{{ list[0].b }}")
     made = record_of(rows[0], source)
     assert made is not None
     assert made.text == '"2024-01-02" "b\'\\\\xff\'" 1'
@@ -128,7 +129,10 @@ def test_several_paths_are_one_source(model: Path) -> None:
 def test_templates(model: Path) -> None:
     record = {"q": "why?", "choices": ["a", "b"], "meta": {"lang": "de", "n": 3}, "nothing": None, "with space": True}
     write_lines(model.parent / "a.jsonl", record)
-    text = "{{{q}}} {choices[1]} {choices} {meta.lang}{meta.n}{nothing}{nothing.more} {with space}"
+    text = (
+        "{{ '{' }}{{ q }}} {{ choices[1] }} {{ choices }} {{ meta.lang }}{{ meta.n }}{{ nothing }}{{ nothing.more }} "
+        "{{ record['with space'] }}"
+    )
     (made,) = made_of(model, {"path": "a.jsonl", "text": text})
     assert made == '{why?} b ["a", "b"] de3 true</s>'
     (made,) = made_of(model, {"path": "a.jsonl", "field": "meta.lang"})
@@ -136,9 +140,9 @@ def test_templates(model: Path) -> None:
     with pytest.raises(
         CalibrationError, match=r"a\.jsonl line 1 has no 'answer', which source 'a.jsonl' asks for; it has"
     ):
-        made_of(model, {"path": "a.jsonl", "text": "{q} {answer}"})
-    with pytest.raises(CalibrationError, match=r"has no 'choices\[2\]'"):
-        made_of(model, {"path": "a.jsonl", "text": "{choices[2]}"})
+        made_of(model, {"path": "a.jsonl", "text": "{{ q }} {{ answer }}"})
+    with pytest.raises(CalibrationError, match="has no '2'"):
+        made_of(model, {"path": "a.jsonl", "text": "{{ choices[2] }}"})
 
 
 def test_labels_name_numbers(model: Path) -> None:
@@ -232,13 +236,52 @@ def test_builtin_sources(model: Path) -> None:
     assert same_tokens(calibration, again)
 
 
-@pytest.mark.parametrize("text", ["{a", "a}", "{}", "{a.}", "{[0]}", "{a[x]}", "{a[99999999999]}"])
-def test_texts_that_are_no_templates(text: str) -> None:
-    with pytest.raises(ValueError, match=r"a single|names no field"):
-        Template.parse(text)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{{ a", "not a template"),
+        ("{{ }}", "not a template"),
+        ("{a}", "{a} in single braces, which is plain text: write {{a}} for the field"),
+        ("{{ b }} {meta.lang} {c[0]}", "{meta.lang} in single braces"),
+        ("{{ a.upper() }}", "a template with a call: only fields can be read"),
+        ("{% for a in b %}{% endfor %}", "a template with a for"),
+        ("{% set a = 1 %}", "a template with a assign"),
+        ("{% include 'x' %}", "a template with a include"),
+        ("{{ 9 ** 9 ** 9 }}", "a template with a pow"),
+        ("{{ 'x' * 10 ** 12 }}", "a template with a mul"),
+        ("{{ a|xmlattr }}", "No filter named 'xmlattr'"),
+    ],
+)
+def test_texts_that_are_no_templates(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Template(text)
+
+
+def test_what_a_template_can_do() -> None:
+    values = {"q": "Why", "list": ["a", "b"], "n": None, "items": 3, "range": "r", "o": {"keys": "k"}}
+    for text, filled in {
+        '{"a": 1} {{ q }}\n': '{"a": 1} Why\n',
+        "{% if n %}x{% else %}{{ q|lower }}{% endif %}": "why",
+        "{{ list|join(', ') }} {{ list|tojson }} {{ none_such|default('d') }}": 'a, b ["a", "b"] d',
+        "{{ items }} {{ range }} {{ o.keys }}": "3 r k",
+    }.items():
+        assert Template(text).fill(values) == filled
+    for text in (
+        "{{ q.__class__ }}",
+        "{{ ''.__class__ }}",
+        "{{ dict }}",
+        "{{ o.items }}",
+        "{% if none_such %}{% endif %}",
+    ):
+        with pytest.raises(MissingFieldError):
+            Template(text).fill(values)
+
+
+@pytest.mark.parametrize("text", ["a.", "[0]", "a[x]", "a[99999999999]", "", "{a}", "x" * 201])
+def test_texts_that_are_no_paths(text: str) -> None:
+    with pytest.raises(ValueError, match="names no field"):
+        parse_path(text)
 
 
 def test_paths_of_fields() -> None:
     assert parse_path("a.b[0].c d[12]") == ("a", "b", 0, "c d", 12)
-    assert Template.parse("{{}} {a.b}").fields == (("a", "b"),)
-    assert json.dumps(Template.parse("x{{y}}z").fill({})) == '"x{y}z"'

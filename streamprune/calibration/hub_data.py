@@ -11,6 +11,8 @@ from streamprune.calibration.sources import Row
 from streamprune.checkpoint.hub import ANSWER_SECONDS, first_line
 from streamprune.errors import CalibrationError
 
+DEFAULT_SPLIT = "train"
+
 
 def check_library(source: Source) -> None:
     """Raise CalibrationError unless the library for Hub data sets is installed."""
@@ -45,7 +47,7 @@ def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]
     try:
         stream = load_stream(source, commit)
         if not isinstance(stream, datasets.IterableDataset):
-            raise ValueError(f"{source.split!r} is not a single split")
+            raise ValueError(f"{source.split or DEFAULT_SPLIT!r} is not a single split")
         # Pictures and sound stay undecoded: only text is asked for.
         stream = stream.decode(False)
         if stream.num_shards > 1:
@@ -63,9 +65,9 @@ def load_stream(source: Source, commit: str | None) -> Any:
     return datasets.load_dataset(
         source.dataset,
         source.subset,
-        split=source.split,
+        split=source.split or DEFAULT_SPLIT,
         revision=commit,
-        data_files=list(source.data_files) or None,
+        data_files=source.data_file_list or None,
         data_dir=source.data_dir,
         streaming=True,
     )
@@ -122,9 +124,8 @@ def _told(source: Source, error: Exception) -> CalibrationError:
             f"{what} does not exist, or is private. Check the name; if it is private, log in with `hf auth login` or "
             "set HF_TOKEN."
         )
-    chosen = ", ".join(
-        f"{key} {value!r}" for key, value in (("subset", source.subset), ("split", source.split)) if value is not None
-    )
+    wanted = {"subset": source.subset, "split": source.split or DEFAULT_SPLIT}
+    chosen = ", ".join(f"{key} {value!r}" for key, value in wanted.items() if value is not None)
     reason = first_line(str(error)) or type(error).__name__
     advice = f"Check the recipe against {page}, and the connection."
     if "scripts are no longer supported" in reason:

@@ -1,8 +1,7 @@
-"""From documents to sequences. Nothing is ever padded, so that no padding is ever counted.
+"""From documents to sequences of tokens: how much of each source is wanted, and how documents are packed or cut.
 
-How much of each source: what its share asks for, and what is taken where it has less.
-
-The sequences of one source, made as they are asked for: of a long source only a part is ever read.
+Sequences are made as they are needed, so that of a long source only a part is read. Nothing is padded, so that no
+padding is counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""From rows to records: what of a row is calibrated on, as text, as a chat, or as token ids.
-
-From records to token ids, with the model's own tokenizer and chat template.
-"""
+"""From a source's rows to token ids: what of a row is calibrated on, and the model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -11,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.chat import Chat, ChatRenderer
-from streamprune.calibration.recipe import (
-    ChatForm,
-    Condition,
-    FieldPath,
-    MissingFieldError,
-    Source,
-    Turn,
-    path_text,
-    value_at,
-)
+from streamprune.calibration.recipe import Range, Source, Turn
 from streamprune.calibration.sources import Row
+from streamprune.calibration.templates import FieldPath, MissingFieldError, path_text, value_at
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 
@@ -49,13 +38,13 @@ def record_of(row: Row, source: Source) -> Record | None:
     Raises CalibrationError, naming the record and the field, where it has not what the source asks for.
     """
     try:
-        if not all(_meets(row.values, condition) for condition in source.conditions):
+        if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.conditions):
             return None
         values = _labelled(row, source.labels)
-        if source.text is not None:
-            return _text_record(row.place, source.text.fill(values))
-        if source.chat is not None:
-            return Record(row.place, chat=_chat_of(row.place, values, source.chat))
+        if source.template is not None:
+            return _text_record(row.place, source.template.fill(values))
+        if source.messages is not None:
+            return Record(row.place, chat=_chat_of(row.place, values, source))
     except MissingFieldError as error:
         raise CalibrationError(
             f"{row.place} has no {error.args[0]!r}, which source {source.name!r} asks for; it has {_keys(row.values)}."
@@ -72,8 +61,9 @@ def _plain_record(row: Row) -> Record | None:
         return Record(row.place, input_ids=values["input_ids"])
     for key in ("messages", "conversations"):
         if isinstance(values.get(key), list):
-            tools = ("tools",) if isinstance(values.get("tools"), list) else None
-            return Record(row.place, chat=_chat_of(row.place, values, ChatForm((key,), tools=tools)))
+            tools = "tools" if isinstance(values.get("tools"), list) else None
+            usual = Source(path=row.place, messages=key, tools=tools)
+            return Record(row.place, chat=_chat_of(row.place, values, usual))
     if isinstance(values.get("text"), str):
         return _text_record(row.place, values["text"])
     raise CalibrationError(
@@ -90,23 +80,23 @@ def _keys(values: Mapping[str, Any]) -> str:
     return ", ".join(show(key) for key in list(values)[:10]) or "nothing"
 
 
-def _meets(values: Mapping[str, Any], condition: Condition) -> bool:
-    value = value_at(values, condition.path)
-    if condition.values is not None:
-        # In Python true equals 1, which no one means here.
-        return any(value == wanted and type(value) is type(wanted) for wanted in condition.values) or (
-            _is_number(value) and any(value == wanted for wanted in condition.values if _is_number(wanted))
+def _meets(value: Any, wanted: list[Any] | Range) -> bool:
+    """Whether a field's value is one of some values, or a number within a range."""
+    if not isinstance(wanted, Range):
+        # In Python true equals 1, which nobody means here.
+        return any(
+            value == each and (type(value) is type(each) or (_is_number(value) and _is_number(each))) for each in wanted
         )
     if not _is_number(value):
         return False
-    return (condition.least is None or value >= condition.least) and (condition.most is None or value <= condition.most)
+    return (wanted.min is None or value >= wanted.min) and (wanted.max is None or value <= wanted.max)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _labelled(row: Row, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _labelled(row: Row, labels: Mapping[str, list[str]]) -> dict[str, Any]:
     """The row's fields, with numbers that stand for names replaced by them."""
     if not labels:
         return row.values
@@ -121,58 +111,56 @@ def _labelled(row: Row, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Any]
     return values
 
 
-def _chat_of(place: str, values: Mapping[str, Any], form: ChatForm) -> Chat:
-    tools = None if form.tools is None else _parsed(place, values, form.tools)
-    if tools is not None and not isinstance(tools, list):
-        raise CalibrationError(
-            f"{place} has {show(tools)} for {path_text(form.tools or ())!r}, which is no list of tools."
-        )
-    if form.messages is None:
-        messages = [_turn(place, values, turn) for turn in form.turns]
+def _chat_of(place: str, values: Mapping[str, Any], source: Source) -> Chat:
+    tools = None if source.tools_path is None else _parsed(place, values, source.tools_path, "tools")
+    if isinstance(source.messages, list):
+        messages = [_turn(place, values, turn) for turn in source.messages]
     else:
-        messages = _parsed(place, values, form.messages)
-        if not isinstance(messages, list):
-            raise CalibrationError(
-                f"{place} has {show(messages)} for {path_text(form.messages)!r}, which is no list of messages."
-            )
-        messages = [_message(place, message, form) for message in messages]
+        assert source.message_path is not None
+        found = _parsed(place, values, source.message_path, "messages")
+        messages = [_message(place, message, source) for message in found]
     wrapped = [_wrapped(tool) for tool in tools] if tools else None
-    return Chat(place, messages, wrapped, form.variables)
+    return Chat(place, messages, wrapped, source.chat_variables)
 
 
 def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": turn.role, "content": "" if turn.content is None else turn.content.fill(values)}
-    if turn.tool_calls is not None:
-        calls = _parsed(place, values, turn.tool_calls)
-        if not isinstance(calls, list):
-            raise CalibrationError(
-                f"{place} has {show(calls)} for {path_text(turn.tool_calls)!r}, which is no list of calls."
-            )
-        message["tool_calls"] = [_call(call) for call in calls]
+    message: dict[str, Any] = {
+        "role": turn.role,
+        "content": "" if turn.template is None else turn.template.fill(values),
+    }
+    if turn.calls is not None:
+        message["tool_calls"] = [_call(call) for call in _parsed(place, values, turn.calls, "calls")]
     return message
 
 
-def _parsed(place: str, values: Mapping[str, Any], path: FieldPath) -> Any:
-    """A field that may hold its JSON as text, as in many a parquet file."""
+def _parsed(place: str, values: Mapping[str, Any], path: FieldPath, what: str) -> list[Any]:
+    """The list in a field, which may hold it as JSON text, as in many a parquet file; none for a missing list of tools.
+
+    Raises CalibrationError, naming the record, where it holds no list of `what`.
+    """
     value = value_at(values, path)
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value.encode())
-    except ValueError as error:
-        raise CalibrationError(
-            f"{place} has text for {path_text(path)!r} that is not valid JSON: {str(error)[:300]}."
-        ) from None
+    if isinstance(value, str):
+        try:
+            value = parse_json(value.encode())
+        except ValueError as error:
+            raise CalibrationError(
+                f"{place} has text for {path_text(path)!r} that is not valid JSON: {str(error)[:300]}."
+            ) from None
+    if value is None and what == "tools":
+        return []
+    if not isinstance(value, list):
+        raise CalibrationError(f"{place} has {show(value)} for {path_text(path)!r}, which is not a list of {what}.")
+    return value
 
 
-def _message(place: str, message: Any, form: ChatForm) -> dict[str, Any]:
+def _message(place: str, message: Any, source: Source) -> dict[str, Any]:
     """A message with the keys that chat templates know. What it says is left for the template to refuse."""
     if not isinstance(message, dict):
         # Some versions of transformers would let it through, as a message without role and content.
         raise CalibrationError(
-            f"{place} has {show(message)} among its messages, where an object with 'role' is wanted."
+            f"{place} has {show(message)} among its messages, where an object with 'role' is needed."
         )
-    columns, roles = form.columns, form.roles
+    columns, roles = source.columns.mapping(), source.roles
     if not columns and "role" not in message and "from" in message:
         columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | dict(roles)
     # Parquet gives every message all the keys that any has, with nothing in them.

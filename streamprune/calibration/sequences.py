@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from streamprune.calibration.hub_data import check_library, commit_of
 from streamprune.calibration.pack import TOLERANCE, SourceTarget, Supply, fill_up, goals_of, open_source
-from streamprune.calibration.recipe import Recipe, Source, find_recipe, read_recipe
+from streamprune.calibration.recipe import NamedSources, Recipe, Source, find_recipe, read_recipe
 from streamprune.calibration.records import TokenMaker
 from streamprune.calibration.sources import BUILTIN, builtin_domains, named_path
 from streamprune.config import DEFAULT_SEQ_LEN
@@ -164,28 +165,28 @@ def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) 
 
 
 def chosen_recipe(sources: Sequence[str]) -> Recipe:
-    """The recipe that the user names, or one of equal parts of the files, folders and domains that he names."""
+    """The recipe that the user names, or one of equal parts of the files, folders and domains that are named."""
     found = [find_recipe(source) for source in sources]
     paths = [path for path in found if path is not None]
     if paths and len(sources) > 1:
         raise CalibrationError(f"{paths[0]} is a recipe: give it alone, and list what else there is as its sources.")
     if paths:
         return read_recipe(paths[0])
-    named: list[Source] = []
+    named: list[tuple[str, Source]] = []
     for text in sources:
         path, exists = named_path(text)
         if text.partition(":")[0] == BUILTIN and not exists:
-            named += [Source(domain, builtin=domain) for domain in builtin_domains(text)]
+            named += [(domain, Source(builtin=domain)) for domain in builtin_domains(text)]
         else:
-            named.append(Source(path.name or path.resolve().name or text, paths=(path,)))
+            named.append((path.name or path.resolve().name or text, Source(path=str(path))))
     unique: list[Source] = []
-    for source in named:
+    for name, source in named:
         # Names are written as in `--mix code=0.5,prose=0.5`.
-        base = re.sub(r"[=,:\s]+", "_", source.name)
+        base = re.sub(r"[=,:\s]+", "_", name)
         names = [each.name for each in unique]
         numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
-        unique.append(replace(source, name=next(name for name in numbered if name not in names)))
-    return Recipe(", ".join(source.name for source in unique), tuple(unique), strict=False)
+        unique.append(msgspec.structs.replace(source, name=next(each for each in numbered if each not in names)))
+    return NamedSources(name=", ".join(source.name for source in unique), sources=unique)
 
 
 def _given(text: str) -> str:
@@ -223,7 +224,7 @@ def _without_idle(recipe: Recipe, goals: list[SourceTarget]) -> tuple[Recipe, li
     used = [index for index, goal in enumerate(goals) if goal.sequences != 0]
     if len(used) == len(goals):
         return recipe, goals, []
-    recipe = replace(recipe, sources=tuple(recipe.sources[index] for index in used))
+    recipe = msgspec.structs.replace(recipe, sources=[recipe.sources[index] for index in used])
     note = f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}."
     return recipe, [goals[index] for index in used], [note]
 

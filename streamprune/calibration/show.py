@@ -1,4 +1,4 @@
-"""What `streamprune calibration show` tells of a calibration."""
+"""What `streamprune calibration show` prints: shares, counts and a sample of each source."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.errors import CalibrationError
 from streamprune.models.config import load_config
+from streamprune.tables import Table
 
 #: Characters of a sample.
 SAMPLE_CHARACTERS = 400
@@ -25,7 +26,7 @@ def show_calibration(
     revision: str | None,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Make the calibration that a run of this model would have, without its weights; what to tell of it, as JSON."""
+    """Make the calibration that a run of this model would have, without its weights; described as JSON."""
     folder = resolve_model(model, revision, trust_remote_code, tokenizer_only=True)
     config = load_config(folder, trust_remote_code).get_text_config(decoder=True)
     calibration = load_calibration(
@@ -68,14 +69,16 @@ def calibration_text(described: dict[str, Any]) -> str:
         f"{described['sequences']:,} sequences, {described['tokens']:,} tokens; {described['mode']}, at most "
         f"{described['sequence_length']:,} tokens each; seed {described['seed']}"
     )
-    width = max(len("source"), *(len(source["name"]) for source in described["sources"]))
-    lines.append(f"  {'source':<{width}}   asked     got       tokens  sequences    records")
-    for source in described["sources"]:
-        asked = "-" if source["share"] is None else f"{source['share']:.1%}"
-        lines.append(
-            f"  {source['name']:<{width}}  {asked:>6}  {source['share_of_tokens']:>6.1%}  {source['tokens']:>11,}  "
-            f"{source['sequences']:>9,}  {source['records']:>9,}"
+    rows = [
+        (
+            source["name"],
+            "-" if source["share"] is None else f"{source['share']:.1%}",
+            f"{source['share_of_tokens']:.1%}",
+            *(f"{source[key]:,}" for key in ("tokens", "sequences", "records")),
         )
+        for source in described["sources"]
+    ]
+    lines += Table("", ("source", "asked", "got", "tokens", "sequences", "records"), rows).text()
     lines.append(f"fingerprint {described['fingerprint']}")
     lines += [f"note: {note}" for note in described["notes"]]
     for source in described["sources"]:

@@ -1,10 +1,6 @@
-"""Rows: records as they are in their files, before anything is made of them.
+"""From files, folders and built-in text to rows: records as they are in their files. Nothing in them is trusted.
 
-Rows of parquet files, a few at a time.
-
-From files, folders and built-in text to rows, with nothing in them trusted.
-
-A file is read line by line or portion by portion, and only as far as rows are asked for.
+A file is read line by line, or a few rows at a time, and only as far as rows are asked for.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""Templates over the fields of a record, in Jinja's language: `{{ instruction }}`, `{{ meta.language }}`.
+
+A recipe may come from a stranger, so a template can read fields and choose between them, and do nothing else: no
+loops, no calls, no attributes of Python objects, and only the filters of `FILTERS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.filters import FILTERS as JINJA_FILTERS
+
+#: Steps to a field: names, and numbers for items of a list.
+FieldPath = tuple[str | int, ...]
+
+#: Characters of a path, which is shown where it leads nowhere.
+MOST_PATH = 200
+#: The filters that a template may use.
+FILTERS = ("default", "first", "join", "last", "length", "lower", "replace", "tojson", "trim", "upper")
+
+_PATH = re.compile(r"[^.\[\]{}]+(?:\.[^.\[\]{}]+|\[\d{1,9}\])*")
+_STEP = re.compile(r"\[(\d+)\]|\.?([^.\[\]]+)")
+#: A field as str.format writes it, which Jinja takes for plain text.
+_SINGLE_BRACES = re.compile(r"(?<!\{)\{\w[\w .\[\]]{0,99}\}(?!\})")
+_ALLOWED = (
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Getattr, nodes.Getitem, nodes.Const,
+    nodes.Filter, nodes.If, nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.Not, nodes.And, nodes.Or, nodes.Test,
+    nodes.Keyword,
+)  # fmt: skip
+
+
+class MissingFieldError(LookupError):
+    """A record has no such field; the argument is the field's name or path."""
+
+
+class _MissingField(jinja2.StrictUndefined):
+    def _fail_with_undefined_error(self, *args: Any, **kwargs: Any) -> Any:
+        raise MissingFieldError(str(self._undefined_name))
+
+    __str__ = __iter__ = __len__ = __bool__ = __eq__ = __hash__ = _fail_with_undefined_error
+
+
+class _Environment(jinja2.Environment):
+    """Fields of records only: a dot or a bracket never reaches an attribute of a Python object."""
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item of an object or a list. Of a missing value (null) every item is missing too."""
+        if obj is None or isinstance(obj, jinja2.Undefined):
+            return obj
+        if isinstance(obj, Mapping) and argument in obj:
+            return obj[argument]
+        if isinstance(obj, list) and isinstance(argument, int) and -len(obj) <= argument < len(obj):
+            return obj[argument]
+        return self.undefined(obj=obj, name=argument)
+
+    getattr = getitem  # type: ignore[assignment]
+
+
+def text_of(value: Any) -> str:
+    """A field as text: strings as they are, nothing for null, and JSON for all else."""
+    if value is None:
+        return ""
+    if isinstance(value, jinja2.Undefined):
+        return str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _environment() -> jinja2.Environment:
+    environment = _Environment(undefined=_MissingField, finalize=text_of, keep_trailing_newline=True, autoescape=False)
+    environment.globals.clear()
+    environment.filters = {name: JINJA_FILTERS[name] for name in FILTERS} | {"tojson": text_of_json}
+    return environment
+
+
+def text_of_json(value: Any) -> str:
+    """A value as JSON, not escaped for HTML as Jinja's own filter does it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+ENVIRONMENT = _environment()
+
+
+class Template:
+    """A compiled template. Raises ValueError, saying what is wrong, for text that is none."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            tree = ENVIRONMENT.parse(text)
+            for node in tree.find_all(nodes.Node):
+                if not isinstance(node, _ALLOWED):
+                    raise ValueError(f"a template with a {type(node).__name__.lower()}: only fields can be read")
+            self._template = ENVIRONMENT.from_string(text)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ValueError(f"not a template: {str(error)[:300]}") from None
+        for data in tree.find_all(nodes.TemplateData):
+            if single := _SINGLE_BRACES.search(data.data):
+                field = single.group()
+                raise ValueError(f"{field} in single braces, which is plain text: write {{{field}}} for the field")
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        """The text with the record's fields in it. Raises MissingFieldError for one that it does not have."""
+        return self._template.render({"record": values, **{key: values[key] for key in values}})
+
+
+def parse_path(text: str) -> FieldPath:
+    """The steps to a field, from `meta.language` or `choices[0]`. Raises ValueError if it is no such path."""
+    if len(text) > MOST_PATH or not _PATH.fullmatch(text):
+        what = text if len(text) <= MOST_PATH else f"{text[:MOST_PATH]}…"
+        raise ValueError(f"{what!r} names no field: write for example question, meta.language, choices[0]")
+    return tuple(int(number) if number else name for number, name in _STEP.findall(text))
+
+
+def path_text(path: FieldPath) -> str:
+    """A path as it is written in a recipe."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+
+
+def value_at(values: Mapping[str, Any], path: FieldPath) -> Any:
+    """The field of a record that a path leads to; a missing value on the way (null) is one itself.
+
+    Raises MissingFieldError for a field that the record does not have.
+    """
+    value: Any = values
+    for step in path:
+        value = ENVIRONMENT.getitem(value, step)
+        if isinstance(value, jinja2.Undefined):
+            raise MissingFieldError(path_text(path))
+    return value
