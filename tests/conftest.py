@@ -1,4 +1,4 @@
-"""Quiet libraries, the GPU marker, and the demo, which several test files look at."""
+"""Quiet libraries, which tests run (`--all`, `gpu`), and fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -31,12 +31,47 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: How many tests were left out, sent by each worker of pytest-xdist to the process that prints the result.
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true",
+        help="run the tests marked `thorough` as well: every crossing of families and features, fuzzing in depth, the "
+        "long kill matrix",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Whoever names a single test wants it.
+    if not config.getoption("--all") and not any("::" in argument for argument in config.args):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.stash[LEFT_OUT] = len(left_out)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Called where the result is printed, when a worker of pytest-xdist ends: all of them leave out the same tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} thorough tests were left out; `./tools/test --all` runs them too.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.selection.schedules import layer_counts
 from streamprune.selection.settings import Selection
-from tests.helpers import prune
+from tests.helpers import known_family, prune
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
 GIB = 1024**3
@@ -186,7 +186,7 @@ def test_a_model_without_a_known_cache_is_pruned_by_number_only(
         raise UnsupportedModelError("its cache cannot be worked out")
 
     monkeypatch.setattr("streamprune.fit.structure.trace_cache", trace)
-    source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+    source = make_model(tmp_path / "model", tiny_config(known_family("gpt_oss")))
     result = prune(source, tmp_path / "out", keep=4)
     assert result.summary["memory"] is None
     assert "## Memory" not in (result.output / "README.md").read_text()

@@ -38,6 +38,8 @@ SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "sliding_window": 16,
     "num_experts": EXPERTS,
     "num_local_experts": EXPERTS,

@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -222,7 +223,9 @@ def _difference(layer: nn.Module, wanted: nn.Module) -> str:
     return f"{min(differing)} has another shape" if differing else ""
 
 
+@cache
 def _source(kind: type) -> str:
+    # Finding it takes 20 ms: Python parses all of transformers' file.
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):
