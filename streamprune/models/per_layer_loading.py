@@ -196,7 +196,8 @@ def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Modul
         if difference:
             return f"layer {block} of its {kind.stock} cannot be built from its own config alone ({difference})."
     looked_up = re.compile(rf"self\.config\.({'|'.join(names)})\b")
-    for module in {type(module) for layer in layers for module in layer.modules()}:
+    kinds: set[Any] = {type(module) for layer in layers for module in layer.modules()}
+    for module in kinds:
         if looked_up.search(_source(module)):
             return f"its {module.__name__} looks up one number of experts for all layers while it computes."
     if get_checkpoint_conversion_mapping(kind.stock) is not None:
