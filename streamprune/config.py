@@ -1,24 +1,16 @@
-"""What the user asked for, checked once when it is made and never changed afterwards.
-
-What the user of `streamprune eval` asked for, checked once when it is made and never changed afterwards.
-"""
+"""What the user asked for, by command: checked once when it is made and never changed afterwards."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from streamprune.errors import SettingsError
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.settings import SelectionSettings
 
-#: What experts may be ranked by; `saliency.methods` has the formulas.
-METHODS = (
-    "reap", "frequency", "weighted-frequency", "ean", "ean-mean", "weighted-ean", "max-activation", "relative-energy",
-    "composite", "random",
-)  # fmt: skip
-#: How the number of experts that stay is divided among the layers. Any other schedule is the name of a file.
-SCHEDULES = ("uniform", "linear-decrease", "linear-increase", "global")
 PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STATES = ("auto", "device", "ram", "disk")
@@ -30,7 +22,7 @@ LONGEST_NAME = 255
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
-#: Tokens that go through a block at a time, by kind of device, where memory allows. Enough to keep the matrix products
+#: Tokens that go through a layer at a time, by kind of device, where memory allows. Enough to keep the matrix products
 #: large, and on a GPU to read the weights seldom. Of 1,024, 2,048, 4,096 and 8,192 on a CPU, tools/bench's
 #: `mid` shape is fastest with the last two, of which 4,096 takes 200 MiB less.
 DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -47,12 +39,41 @@ MOST_TOKENS = 2**40
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless an option has one of its values."""
+    if choice not in choices:
+        raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_amounts(samples: int | None, seq_len: int | None) -> None:
+    """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
+    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
+        if value is not None:
+            check_least(name, value, least)
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise SettingsError for a number that is too small."""
+    if value < least:
+        raise SettingsError(f"{name} {value} is too small: at least {least}.")
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
+    name = os.fsencode(output.name)
+    if len(name) + len(suffix) > LONGEST_NAME:
+        digest = hashlib.sha256(name).hexdigest()[:16]
+        # Cut between characters, so that the name stays readable where it was.
+        name = name[: LONGEST_NAME - len(suffix) - 17].decode(errors="ignore").encode() + f"-{digest}".encode()
+    return output.with_name(os.fsdecode(name) + suffix)
+
+
 @dataclass(frozen=True)
 class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
-    `keep` is the number of experts that stay in every block; None for all. Where blocks may differ, `total` is the
-    number of all blocks together instead, and `widest` that of the block that keeps most, where it is known. Raises
+    `keep` is the number of experts that stay in every layer; None for all. Where layers may differ, `total` is the
+    number of all layers together instead, and `widest` that of the layer that keeps most, where it is known. Raises
     SettingsError for impossible values.
     """
 
@@ -66,20 +87,18 @@ class ServingSpec:
 
     def __post_init__(self) -> None:
         for name, value in (("--context", self.context), ("--batch", self.batch)):
-            if value < 1:
-                raise SettingsError(f"{name} {value} is too small: at least 1.")
+            check_least(name, value, 1)
         if self.context * self.batch > MOST_TOKENS:
-            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any card could hold.")
+            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any GPU could hold.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningTarget:
-    """How far to prune, and which experts to keep.
+class PruningTarget(SelectionSettings):
+    """How far to prune, for what use, and which experts to keep.
 
-    At most one says how far: `keep` (experts per block), `ratio` (share removed), or a budget (`budget_gib`, or what
-    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives blocks
-    different numbers of experts, these are means: as many experts stay in all as with equal numbers. `mix` weighs the
-    sources of the calibration, `floor` is the fewest experts of a block, `seed` is the random method's.
+    At most one says how far: `keep` (experts per layer), `ratio` (share removed), or a budget (`budget_gib`, or what
+    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives layers
+    different numbers of experts, these are means: as many experts stay in all as with equal numbers.
 
     Raises SettingsError when a value is impossible whatever the model.
     """
@@ -91,35 +110,37 @@ class PruningTarget:
     context: int = DEFAULT_CONTEXT
     batch: int = 1
     kv_dtype: str = "auto"
-    method: str = "reap"
-    mix: str | None = None
-    schedule: str = "uniform"
-    spread: float | None = None
-    floor: int | None = None
-    protect_super_experts: bool = False
-    seed: int | None = None
-
-    @property
-    def use(self) -> ServingSpec:
-        """How the pruned model is to be used."""
-        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
 
     def __post_init__(self) -> None:
+        SelectionSettings.__post_init__(self)
         if self.keep is not None and self.keep < 1:
-            raise SettingsError(f"--keep {self.keep}: at least one expert per block must stay.")
+            raise SettingsError(f"--keep {self.keep}: at least one expert per layer must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise SettingsError(
                 f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
             )
-        check_choice("--method", self.method, METHODS)
-        # Checks its values where it is made.
-        _ = self.use
+        # Checks its values when it is made.
+        _ = self.serving
 
-    def check_one_goal(self) -> None:
+    @property
+    def serving(self) -> ServingSpec:
+        """How the pruned model is to be used."""
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """How the experts that stay are selected."""
+        return SelectionSettings(**{each.name: getattr(self, each.name) for each in fields(SelectionSettings)})
+
+    @property
+    def targets_given(self) -> int:
+        """How many of the settings say how far to prune."""
+        return sum(value is not None for value in (self.keep, self.ratio, self.budget_gib, self.gpu))
+
+    def check_one_target(self) -> None:
         """Raise SettingsError unless just one setting says how far to prune; beside a schedule file a budget may."""
-        goals = (self.keep, self.ratio, self.budget_gib, self.gpu)
-        given = sum(goal is not None for goal in goals)
-        if self.schedule not in SCHEDULES:
+        given = self.targets_given
+        if self.has_schedule_file:
             if given > 1 or self.keep is not None or self.ratio is not None:
                 raise SettingsError(
                     f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that says "
@@ -128,12 +149,12 @@ class PruningTarget:
         elif given != 1:
             raise SettingsError(
                 "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
-                "card), --keep N (experts to keep per block) or --ratio R (share to remove)."
+                "GPU), --keep N (experts to keep per layer) or --ratio R (share to remove)."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class OutputSettings:
     """What model, where the result goes, and where the work is done.
 
     Raises SettingsError for names that no file system takes.
@@ -168,7 +189,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Computing:
+class ComputeSettings:
     """Where and in what is computed, and what memory that may take.
 
     Raises SettingsError when a value is impossible whatever the machine.
@@ -216,7 +237,7 @@ class Computing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(Place, PruningTarget, Computing):
+class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
 
     With `evaluate` a part of the calibration is held back and measured on; `stop_if_kl` (nats per token) ends a run
@@ -235,17 +256,17 @@ class RunSettings(Place, PruningTarget, Computing):
 
     def __post_init__(self) -> None:
         if not self.only_score:
-            self.check_one_goal()
+            self.check_one_target()
         PruningTarget.__post_init__(self)
-        Place.__post_init__(self)
-        Computing.__post_init__(self)
+        OutputSettings.__post_init__(self)
+        ComputeSettings.__post_init__(self)
         check_amounts(self.samples, self.seq_len)
         if self.from_layer is not None:
             check_least("--from-layer", self.from_layer, 0)
         check_choice("--propagate", self.propagate, PROPAGATE)
         if not 0 <= self.checkpoint_every < float("inf"):
             raise SettingsError(
-                f"--checkpoint-every {self.checkpoint_every:g} is no number of seconds. 0: every block."
+                f"--checkpoint-every {self.checkpoint_every:g} is not a number of seconds. 0: after every layer."
             )
         if self.evaluate and self.only_score:
             raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
@@ -259,7 +280,7 @@ class RunSettings(Place, PruningTarget, Computing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(Place, PruningTarget):
+class PruneSettings(OutputSettings, PruningTarget):
     """The settings of `streamprune prune`: from `scores` (a file, or a folder with one), or from the user's own list.
 
     Raises SettingsError when a value is impossible whatever the model.
@@ -276,44 +297,15 @@ class PruneSettings(Place, PruningTarget):
                 "--ratio or --budget-gib, or --keep-file FILE."
             )
         if self.keep_file is None:
-            self.check_one_goal()
-        elif (self.keep, self.ratio, self.budget_gib, self.gpu) != (None,) * 4:
+            self.check_one_target()
+        elif self.targets_given:
             raise SettingsError("--keep-file says itself how many experts stay. Leave out --keep, --ratio and budget.")
         PruningTarget.__post_init__(self)
-        Place.__post_init__(self)
-
-
-def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
-    """Raise SettingsError unless an option has one of its values."""
-    if choice not in choices:
-        raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
-
-
-def check_amounts(samples: int | None, seq_len: int | None) -> None:
-    """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
-    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
-        if value is not None:
-            check_least(name, value, least)
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise SettingsError for a number that is too small."""
-    if value < least:
-        raise SettingsError(f"{name} {value} is too small: at least {least}.")
-
-
-def beside(output: Path, suffix: str) -> Path:
-    """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
-    name = os.fsencode(output.name)
-    if len(name) + len(suffix) > LONGEST_NAME:
-        digest = hashlib.sha256(name).hexdigest()[:16]
-        # Cut between characters, so that the name stays readable where it was.
-        name = name[: LONGEST_NAME - len(suffix) - 17].decode(errors="ignore").encode() + f"-{digest}".encode()
-    return output.with_name(os.fsdecode(name) + suffix)
+        OutputSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(Computing):
+class EvalSettings(ComputeSettings):
     """The settings of `streamprune eval`, as far as it streams: which model, against which, on what text.
 
     Raises SettingsError when a value is impossible whatever the model.
@@ -330,7 +322,7 @@ class EvalSettings(Computing):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        Computing.__post_init__(self)
+        ComputeSettings.__post_init__(self)
         check_amounts(self.samples, self.seq_len)
         if self.against_revision is not None and self.against is None:
             raise SettingsError("--against-revision is about the model of --against, which is missing.")

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.scores_file import read_scores, write_scores
-from streamprune.selection.keep_file import read_keep_file
-from streamprune.selection.retention import changed_selection
-from streamprune.selection.schedules import read_schedule_file
-from streamprune.selection.settings import Selection, mix_weights
+from streamprune.selection.retention import changed_settings
+from streamprune.selection.settings import SelectionSettings, mix_weights
+from streamprune.selection.user_files import read_keep_file, read_schedule_file
 from tests.fuzz_targets import Target
 from tests.fuzzing import NUMBERS, STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
 from tests.made_scores import make_scores
@@ -89,7 +88,7 @@ def _lists(folder: Path) -> list[Target]:
     def schedule(tally: Tally, content: bytes) -> None:
         path.write_bytes(content)
         for spec in (SPEC, GROUPED):
-            judge(tally, "list.json", lambda spec=spec: read_schedule_file(Selection(schedule=str(path)), spec, 2))  # type: ignore[misc]
+            judge(tally, "list.json", lambda spec=spec: read_schedule_file(path, spec, 2))  # type: ignore[misc]
 
     by_layer = {name: KEPT[name] for name in ("0", "3")}
     kept = st.one_of(*(mutated_json(body) for body in (KEPT, by_layer, list(by_layer.values()))), STRANGE)
@@ -109,7 +108,7 @@ def _texts() -> list[Target]:
         judge(tally, "--mix", lambda: mix_weights(content, ("source0", "source1"), (9, 2**50)))
 
     def compare(tally: Tally, content: str) -> None:
-        judge(tally, None, lambda: changed_selection(Selection(), content))
+        judge(tally, None, lambda: changed_settings(SelectionSettings(), content))
 
     return [_target("mix", text, mix), _target("comparison", text | near.map("mix={}".format), compare)]
 

@@ -20,8 +20,8 @@ from streamprune.models.config import load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.run import run
-from streamprune.planning.prepare import Prepared, prepare
-from streamprune.planning.target import decide
+from streamprune.planning.prepare import PreparedModel, prepare
+from streamprune.planning.pruning_plan import plan_pruning
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics
 from streamprune.saliency.statistics import ExpertStatistics
@@ -103,9 +103,9 @@ def field_of(layer: LayerStatistics, name: str) -> list[float]:
     return list(values.max(axis=0) if name == "peaks" else values.sum(axis=0))
 
 
-def prepare_whole(settings: RunSettings) -> Prepared:
+def prepare_whole(settings: RunSettings) -> PreparedModel:
     """Decide and open, as a run does before it reads a weight."""
-    return prepare(settings, decide(settings))
+    return prepare(settings, plan_pruning(settings))
 
 
 def prune_in_memory(source: Path, output: Path, kept: dict[int, list[int]]) -> Any:

@@ -43,7 +43,7 @@ def make_tokens(seed: int, experts: int, top_k: int, per_source: Sequence[int], 
     return tokens
 
 
-def record(block: int, tokens: Sequence[Token], sources: int, experts: int) -> LayerStatistics:
+def record(index: int, tokens: Sequence[Token], sources: int, experts: int) -> LayerStatistics:
     """The statistics of these tokens, by a plain loop."""
     values = np.zeros((len(FIELDS), sources, experts))
     by_name = dict(zip(FIELDS, values, strict=True))
@@ -61,11 +61,11 @@ def record(block: int, tokens: Sequence[Token], sources: int, experts: int) -> L
             by_name["relative_energies"][at] += (g * norm) ** 2 / float(token.x @ token.x)
             by_name["cosines"][at] += float(g * f @ output) / (g * norm * np.linalg.norm(output))
             by_name["top_choices"][at] += expert == top
-    return LayerStatistics(block, values)
+    return LayerStatistics(index, values)
 
 
 def make_scores(
-    blocks: Sequence[int] = (1, 2, 3, 4),
+    layers: Sequence[int] = (1, 2, 3, 4),
     experts: int = 12,
     top_k: int = 2,
     per_source: Sequence[int] = (40, 60),
@@ -73,11 +73,11 @@ def make_scores(
     **spec: Any,
 ) -> Scores:
     """Scores of so many tokens of sources named `source0`, `source1`, …"""
-    layers = tuple(
-        record(block, make_tokens(seed * 1000 + block, experts, top_k, per_source), len(per_source), experts)
-        for block in blocks
+    recorded = tuple(
+        record(index, make_tokens(seed * 1000 + index, experts, top_k, per_source), len(per_source), experts)
+        for index in layers
     )
     names = tuple(f"source{number}" for number in range(len(per_source)))
     provenance = {"model": "org/model", "calibration": {"fingerprint": "abc", "recipe": "Größe"}}
     described = ExpertSpec((), "num_experts", experts, top_k, **spec)
-    return Scores(layers, names, tuple(per_source), described, provenance, {"fused": True})
+    return Scores(recorded, names, tuple(per_source), described, provenance, {"fused": True})

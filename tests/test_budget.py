@@ -15,8 +15,8 @@ from streamprune.config import RunSettings, ServingSpec
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.selection.schedules import layer_counts
-from streamprune.selection.settings import Selection
+from streamprune.selection.select import layer_counts
+from streamprune.selection.settings import SelectionSettings
 from tests.helpers import known_family, prune
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
@@ -101,7 +101,7 @@ def test_every_schedule_fills_the_budget(name: str, schedule: str, tmp_path: Pat
         if schedule == "global":
             # Before the scores are known, the workspace is taken to be that of a block which keeps all its experts.
             return ServingSpec(context=128, total=total)
-        counts = layer_counts(Selection(schedule=schedule, **goal), spec, blocks, total)
+        counts = layer_counts(SelectionSettings(schedule=schedule, **goal), spec, blocks, total)
         return ServingSpec(context=128, total=total, widest=max(counts))
 
     step = spec.groups * (blocks if schedule == "uniform" else 1)

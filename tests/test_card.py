@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from streamprune.cli import main
 from streamprune.reporting.card import THIS_MODEL, _metadata, _mix_text, block, code, plain, reproduce_command, words
 from streamprune.saliency.scores_file import read_scores, write_scores
-from streamprune.selection.settings import Selection
+from streamprune.selection.settings import SelectionSettings
 from tests.helpers import known_family, tree_bytes
 from tests.recipes import write_lines
 from tests.tiny import make_model, tiny_config
@@ -131,9 +131,9 @@ def test_which_command_it_is(home: Path, tmp_path: Path) -> None:
      "x,y=3,z=4", "a=1e-300,b=1"],
 )  # fmt: skip
 def test_a_mix_is_told_so_that_it_comes_back_the_same(stated: str) -> None:
-    shares = Selection(mix=stated).shares
+    shares = SelectionSettings(mix=stated).shares
     assert shares is not None
-    assert Selection(mix=_mix_text(shares)).shares == shares
+    assert SelectionSettings(mix=_mix_text(shares)).shares == shares
 
 
 def rows_of(card: str, heading: str) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,24 +13,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamprune.config import METHODS
 from streamprune.errors import SettingsError
 from streamprune.models.config_json import ExpertSpec
-from streamprune.saliency.methods import random_scores
+from streamprune.saliency.methods import METHODS, MixedStatistics, random_scores
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
-from streamprune.selection.keep_file import read_keep_file
 from streamprune.selection.retention import Retention, retention_warnings, retentions
-from streamprune.selection.schedules import keep_highest
-from streamprune.selection.select import choose, choose_kept, choose_layer, super_experts
-from streamprune.selection.settings import Selection, mix_weights
+from streamprune.selection.select import (
+    SelectionSettings,
+    Selector,
+    keep_highest,
+    listed_selection,
+    stated_counts,
+    super_experts,
+)
+from streamprune.selection.settings import SelectionSettings
+from streamprune.selection.user_files import read_keep_file
 from tests.made_scores import make_scores
 
 PLAIN = ExpertSpec((), "n", 8, 2)
 GROUPED = ExpertSpec((), "n", 16, 4, groups=4, topk_groups=2)
 
 
-def chosen(scores: Scores, selection: Selection, **goal: object):  # type: ignore[no-untyped-def]
-    return choose(scores.layers, scores.sources, scores.source_tokens, selection, scores.spec, **goal)  # type: ignore[arg-type]
+def selected(
+    scores: Scores, settings: SelectionSettings, total: int = 0, per_layer: dict[int, int] | None = None
+) -> SelectionSettings:
+    selector = Selector(settings, scores.spec, scores.sources, scores.source_tokens, total, per_layer)
+    return selector.all(scores.layers)
+
+
+def highest(scores: Sequence[float], keep: int, groups: int = 1, protected: Sequence[int] = ()) -> tuple[int, ...]:
+    return keep_highest(scores, keep, ExpertSpec((), "n", len(scores), 1, groups=groups), protected)
 
 
 def field(layer: LayerStatistics, name: str) -> np.ndarray:
@@ -37,12 +50,12 @@ def field(layer: LayerStatistics, name: str) -> np.ndarray:
 
 
 def test_the_highest_stay_and_of_equal_ones_the_first() -> None:
-    assert keep_highest([0.5, 3.0, 0.5, 2.0], 3) == (0, 1, 3)
-    assert keep_highest([1.0] * 4, 2) == (0, 1)
-    assert keep_highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2) == (0, 1, 6, 7)
-    assert keep_highest([1.0, 2.0, 3.0, 4.0], 2, protected=(0,)) == (0, 3)
-    assert keep_highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2, protected=(3, 4)) == (0, 3, 4, 7)
-    assert keep_highest([-1.0, -2.0, 0.0], 2) == (0, 2)
+    assert highest([0.5, 3.0, 0.5, 2.0], 3) == (0, 1, 3)
+    assert highest([1.0] * 4, 2) == (0, 1)
+    assert highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2) == (0, 1, 6, 7)
+    assert highest([1.0, 2.0, 3.0, 4.0], 2, protected=(0,)) == (0, 3)
+    assert highest([9, 8, 7, 6, 1, 2, 3, 4], 4, groups=2, protected=(3, 4)) == (0, 3, 4, 7)
+    assert highest([-1.0, -2.0, 0.0], 2) == (0, 2)
 
 
 @given(st.integers(1, 4).flatmap(lambda groups: st.tuples(st.just(groups), st.integers(1, 6), st.data())))
@@ -54,9 +67,9 @@ def test_no_removed_expert_beats_a_kept_one(case: tuple[int, int, st.DataObject]
     crowd = max((sum(expert // size == group for expert in protected) for group in range(groups)), default=0)
     if crowd > per_group:
         with pytest.raises(SettingsError, match=f"Keep at least {crowd * groups}"):
-            keep_highest(scores, per_group * groups, groups, tuple(protected))
+            highest(scores, per_group * groups, groups, tuple(protected))
         return
-    kept = keep_highest(scores, per_group * groups, groups, tuple(protected))
+    kept = highest(scores, per_group * groups, groups, tuple(protected))
     assert list(kept) == sorted(set(kept))
     assert protected <= set(kept)
     for group in range(groups):
@@ -70,20 +83,22 @@ def test_no_removed_expert_beats_a_kept_one(case: tuple[int, int, st.DataObject]
 @pytest.mark.parametrize("mix", [None, "source0=1,source1=3"])
 def test_all_layers_at_once_equal_one_after_the_other(method: str, mix: str | None) -> None:
     scores = make_scores()
-    selection = Selection(method=method, mix=mix, schedule="linear-decrease", seed=3)
-    choice = chosen(scores, selection, total=22)
-    weights = mix_weights(mix, scores.sources, scores.source_tokens)
-    assert sum(choice.counts) == 22
-    assert not choice.is_uniform
-    for layer, each in zip(scores.layers, choice.layers, strict=True):
-        assert choose_layer(layer, selection, weights, scores.spec, len(each.kept)) == each
+    settings = SelectionSettings(method=method, mix=mix, schedule="linear-decrease", seed=3)
+    selection = selected(scores, settings, total=22)
+    assert sum(selection.counts) == 22
+    assert not selection.is_uniform
+    assert selection.settings == settings
+    sources, tokens, counts = scores.sources, scores.source_tokens, selection.counts_by_layer
+    one_by_one = Selector(settings, scores.spec, sources, tokens, 22, counts)
+    for layer, each in zip(scores.layers, selection.layers, strict=True):
+        assert one_by_one.layer(layer) == each
         assert each.tokens == tuple(field(layer, "tokens").sum(axis=0).astype(int))
 
 
 def test_a_mix_changes_the_choice_and_its_scores_are_those_of_its_statistics() -> None:
     scores = make_scores()
-    both = chosen(scores, Selection(method="frequency"), total=20)
-    first = chosen(scores, Selection(method="frequency", mix="source0=1"), total=20)
+    both = selected(scores, SelectionSettings(method="frequency"), total=20)
+    first = selected(scores, SelectionSettings(method="frequency", mix="source0=1"), total=20)
     assert [layer.kept for layer in both.layers] != [layer.kept for layer in first.layers]
     # 100 tokens in all, 40 of them of source 0: each counts 2.5 times.
     assert first.layers[0].scores == tuple(2.5 * field(scores.layers[0], "tokens")[0])
@@ -92,13 +107,13 @@ def test_a_mix_changes_the_choice_and_its_scores_are_those_of_its_statistics() -
 def test_counts_and_a_schedule_in_a_file(tmp_path: Path) -> None:
     scores = make_scores()
     (tmp_path / "s.json").write_text("[3, 4, 5, 6]")
-    by_file = chosen(scores, Selection(schedule=str(tmp_path / "s.json")))
-    assert by_file == chosen(scores, Selection(), counts=(3, 4, 5, 6))
-    assert by_file.counts == (3, 4, 5, 6)
-    with pytest.raises(SettingsError, match="keeps 18 experts in all, but 20 were asked for"):
-        chosen(scores, Selection(schedule=str(tmp_path / "s.json")), total=20)
-    with pytest.raises(SettingsError, match="3 numbers of experts were given for 4 layers"):
-        chosen(scores, Selection(), counts=(3, 4, 5))
+    by_file = SelectionSettings(schedule=str(tmp_path / "s.json"))
+    counts = stated_counts(by_file, scores.spec, scores.layer_indices)
+    assert counts == {1: 3, 2: 4, 3: 5, 4: 6}
+    assert stated_counts(SelectionSettings(), scores.spec, scores.layer_indices) is None
+    selection = selected(scores, by_file, per_layer=counts)
+    assert selection.layers == selected(scores, SelectionSettings(), per_layer=counts).layers
+    assert selection.counts == (3, 4, 5, 6)
 
 
 def with_peaks(scores: Scores, peaks: dict[tuple[int, int], float]) -> Scores:
@@ -109,14 +124,14 @@ def with_peaks(scores: Scores, peaks: dict[tuple[int, int], float]) -> Scores:
         for (which, expert), peak in peaks.items():
             if which == number:
                 values[list(FIELDS).index("peaks"), 1, expert] = peak
-        layers.append(LayerStatistics(layer.block, values))
+        layers.append(LayerStatistics(layer.index, values))
     return replace(scores, layers=tuple(layers))
 
 
 def test_super_experts_are_found_and_kept() -> None:
     # The one that chance would remove first.
-    low = int(random_scores(50, block=1, seed=1).argmin())
-    made = make_scores(blocks=range(8), experts=50, top_k=2)
+    low = int(random_scores(MixedStatistics(1, {"tokens": np.zeros(50)}, seed=1)).argmin())
+    made = make_scores(layers=range(8), experts=50, top_k=2)
     peaks = {(1, low): 100.0, (2, 7): 9.0, (7, 3): 90.0}
     scores = with_peaks(made, peaks)
     everything = np.concatenate([field(layer, "peaks").max(axis=0) for layer in scores.layers])
@@ -126,22 +141,22 @@ def test_super_experts_are_found_and_kept() -> None:
     assert super_experts(with_peaks(made, peaks | {(5, 1): 95.0}).layers, (1, 1)) == {1: (low,), 5: (1,)}
     # Only source 1 had that peak.
     assert (low,) not in super_experts(scores.layers, (1, 0)).values()
-    worst = Selection(method="random", protect_super_experts=True, seed=1)
+    worst = SelectionSettings(method="random", protect_super_experts=True, seed=1)
     for schedule in ("uniform", "global", "linear-increase"):
-        choice = chosen(scores, replace(worst, schedule=schedule), total=40)
+        choice = selected(scores, replace(worst, schedule=schedule), total=40)
         assert choice.protected == {1: (low,)}
         assert low in choice.layers[1].kept
         assert sum(choice.counts) == 40
-    alone = chosen(scores, Selection(method="random", seed=1), total=40)
+    alone = selected(scores, SelectionSettings(method="random", seed=1), total=40)
     assert alone.protected == {}
     assert low not in alone.layers[1].kept
 
 
 def test_no_room_for_super_experts_names_the_layer() -> None:
-    scores = make_scores()
-    weights = (1.0, 1.0)
-    with pytest.raises(SettingsError, match=r"Layer 1: 3 super experts .*\[2, 5, 7\].* keeps 2 of 12.*at least 3"):
-        choose_layer(scores.layers[0], Selection(), weights, scores.spec, 2, (5, 2, 7))
+    scores = with_peaks(make_scores(layers=range(8), experts=50), {(1, 2): 9.0, (1, 5): 9.5, (1, 7): 9.8})
+    settings = SelectionSettings(protect_super_experts=True)
+    with pytest.raises(SettingsError, match=r"Layer 1: 2 super experts .*\[5, 7\].* keeps 1 of 50.*at least 2"):
+        selected(scores, settings, per_layer=dict.fromkeys(range(8), 1))
 
 
 KEPT = {"0": [1, 5, 2], "3": [0, 7, 6]}
@@ -221,8 +236,8 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
 
 def test_retention_is_the_share_of_a_sources_own_saliency() -> None:
     scores = make_scores()
-    choice = chosen(scores, Selection(mix="source0=1"), total=20)
-    found = retentions(scores.layers, scores.sources, choice)
+    choice = selected(scores, SelectionSettings(mix="source0=1"), total=20)
+    found = retentions(scores, choice)
     for source, each in enumerate(found):
         shares, best, every, stays = [], [], [], []
         for layer, picked in zip(scores.layers, choice.layers, strict=True):
@@ -235,13 +250,16 @@ def test_retention_is_the_share_of_a_sources_own_saliency() -> None:
         assert each.layers == pytest.approx(shares)
         assert each.kept == pytest.approx(math.fsum(stays) / math.fsum(every))
         assert each.best == pytest.approx(math.fsum(best) / math.fsum(every))
-        assert (each.worst, each.worst_block) == (pytest.approx(min(shares)), scores.blocks[int(np.argmin(shares))])
+        assert (each.worst, each.worst_layer) == (
+            pytest.approx(min(shares)),
+            scores.layer_indices[int(np.argmin(shares))],
+        )
         assert each.kept < each.best < 1
     # All experts together keep everything of every source.
-    whole = choose_kept(
-        scores.layers, scores.sources, scores.source_tokens, Selection(), {b: range(12) for b in scores.blocks}
-    )
-    assert [each.kept for each in retentions(scores.layers, scores.sources, whole)] == pytest.approx([1, 1])
+    everything = {index: tuple(range(12)) for index in scores.layer_indices}
+    whole = listed_selection(everything, scores, SelectionSettings())
+    assert whole.settings is None
+    assert [each.kept for each in retentions(scores, whole)] == pytest.approx([1, 1])
 
 
 def test_a_source_without_tokens_in_a_layer_loses_nothing_there() -> None:
@@ -249,8 +267,9 @@ def test_a_source_without_tokens_in_a_layer_loses_nothing_there() -> None:
     empty = scores.layers[0].values.copy()
     empty[:, 1] = 0
     layers = (LayerStatistics(1, empty), *scores.layers[1:])
-    choice = choose(layers, scores.sources, scores.source_tokens, Selection(), scores.spec, total=20)
-    second = retentions(layers, scores.sources, choice)[1]
+    scores = replace(scores, layers=layers)
+    choice = selected(scores, SelectionSettings(), total=20)
+    second = retentions(scores, choice)[1]
     assert second.layers[0] is None
     rest = [field(layer, "gated_norms")[1] for layer in layers[1:]]
     kept = math.fsum(own[list(layer.kept)].sum() for own, layer in zip(rest, choice.layers[1:], strict=True))
@@ -281,11 +300,11 @@ def test_a_category_that_the_mix_leaves_out_is_warned_of() -> None:
         values = layer.values.copy()
         values[:, 0, 6:] = 0
         values[:, 1, :6] = 0
-        layers.append(LayerStatistics(layer.block, values))
+        layers.append(LayerStatistics(layer.index, values))
     scores = replace(scores, layers=tuple(layers))
-    found = retentions(scores.layers, scores.sources, chosen(scores, Selection(mix="source0=1"), total=24))
+    found = retentions(scores, selected(scores, SelectionSettings(mix="source0=1"), total=24))
     assert found[0].kept == pytest.approx(1)
     assert found[1].kept == 0
     assert "source1 loses most of its own: it keeps 0.0%" in next(iter(retention_warnings(found)))
-    balanced = retentions(scores.layers, scores.sources, chosen(scores, Selection(method="frequency"), total=32))
+    balanced = retentions(scores, selected(scores, SelectionSettings(method="frequency"), total=32))
     assert min(each.kept for each in balanced) > 0.4

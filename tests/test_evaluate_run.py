@@ -268,7 +268,7 @@ def test_a_finished_run_that_lost_too_much_leaves_its_scores(
     with pytest.raises(TooMuchLostError, match="Choose otherwise with `streamprune prune` and --scores"):
         case.run(stop_if_kl=1e-5)
     assert not case.output.exists()
-    assert read_scores(tmp_path / "out.scores.safetensors").blocks == (0, 1, 2, 3)
+    assert read_scores(tmp_path / "out.scores.safetensors").layer_indices == (0, 1, 2, 3)
     calls = breaking_run_block(monkeypatch, 0, Injected())
     resume(case.work, quiet=True, stop_if_kl=50.0)
     assert calls == [0]

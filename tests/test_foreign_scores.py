@@ -98,7 +98,7 @@ def test_scores_of_other_blocks_are_refused(
     (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2]] * 4))
     if "keep_file" in settings:
         settings = {"keep_file": tmp_path / "list.json"}
-    shifted = tuple(replace(layer, block=layer.block + 3) for layer in scores.layers)
+    shifted = tuple(replace(layer, index=layer.index + 3) for layer in scores.layers)
     for layers in (scores.layers[:3], scores.layers[1:], shifted):
         forged = replace(scores, layers=layers, layout=scores.layout if with_layout else None)
         write_scores(tmp_path / "forged.safetensors", forged)

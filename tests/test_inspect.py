@@ -19,9 +19,9 @@ from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
 from streamprune.saliency.scores_file import write_scores
 from streamprune.selection.inspect import BARS, inspect_scores
-from streamprune.selection.retention import changed_selection, retentions
-from streamprune.selection.select import choose
-from streamprune.selection.settings import Selection
+from streamprune.selection.retention import changed_settings, retentions
+from streamprune.selection.select import Selector
+from streamprune.selection.settings import SelectionSettings
 from tests.made_scores import make_scores
 
 
@@ -45,8 +45,8 @@ def as_json(result: Result) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def chosen(scores: Scores, selection: Selection, total: int) -> Any:
-    return choose(scores.layers, scores.sources, scores.source_tokens, selection, scores.spec, total=total)
+def chosen(scores: Scores, selection: SelectionSettings, total: int) -> Any:
+    return Selector(selection, scores.spec, scores.sources, scores.source_tokens, total).all(scores.layers)
 
 
 def refused(result: Result) -> str:
@@ -80,7 +80,7 @@ def test_scores_alone_are_shown(inspect: Any, scores: Scores) -> None:
 def test_a_choice_is_shown_with_its_boundary_and_what_it_keeps(inspect: Any, scores: Scores) -> None:
     arguments = ["--keep", "5", "--method", "ean", "--mix", "source1=1", "--schedule", "global", "--floor", "3"]
     body = as_json(inspect(*arguments, "--json"))
-    choice = chosen(scores, Selection("ean", "source1=1", "global", floor=3), 20)
+    choice = chosen(scores, SelectionSettings("ean", "source1=1", "global", floor=3), 20)
     assert body["kept"] == 20
     assert [told["kept"] for told in body["layers"]] == [list(layer.kept) for layer in choice.layers]
     for told in body["layers"]:
@@ -90,7 +90,7 @@ def test_a_choice_is_shown_with_its_boundary_and_what_it_keeps(inspect: Any, sco
         out = [value for expert, value in enumerate(values) if expert not in stays]
         assert line["first_removed_score"] == max(out) == values[line["first_removed"]]
         assert line["margin"] == pytest.approx(1 - max(out) / line["last_kept_score"])
-    expected = retentions(scores.layers, scores.sources, choice)
+    expected = retentions(scores, choice)
     assert [(told["source"], told["kept"], told["best"]) for told in body["retention"]] == [
         (each.source, each.kept, each.best) for each in expected
     ]
@@ -102,7 +102,7 @@ def test_a_choice_is_shown_with_its_boundary_and_what_it_keeps(inspect: Any, sco
     )
     assert f"source0   {expected[0].kept:.1%}" in text
     assert [line.split()[:2] for line in text.splitlines() if line[:5].strip().isdigit()] == [
-        [str(layer.block), str(len(layer.kept))] for layer in choice.layers
+        [str(layer.index), str(len(layer.kept))] for layer in choice.layers
     ]
 
 
@@ -119,8 +119,8 @@ def test_ways_to_say_how_many(inspect: Any, tmp_path: Path) -> None:
 def test_a_comparison_says_which_experts_differ_and_what_sources_gain(inspect: Any, scores: Scores) -> None:
     text = "mix=source1=1;method=weighted-ean"
     (told,) = as_json(inspect("--keep", "4", "--compare", text, "--json"))["comparisons"]
-    one = chosen(scores, Selection(), 16)
-    two = chosen(scores, Selection("weighted-ean", "source1=1"), 16)
+    one = chosen(scores, SelectionSettings(), 16)
+    two = chosen(scores, SelectionSettings("weighted-ean", "source1=1"), 16)
     for layer, first, second in zip(told["layers"], one.layers, two.layers, strict=True):
         ours, theirs = set(first.kept), set(second.kept)
         assert layer["first_only"] == sorted(ours - theirs)
@@ -128,7 +128,7 @@ def test_a_comparison_says_which_experts_differ_and_what_sources_gain(inspect: A
         assert layer["jaccard"] == len(ours & theirs) / len(ours | theirs)
     assert told["jaccard"] == pytest.approx(np.mean([layer["jaccard"] for layer in told["layers"]]))
     assert 0 < told["changed"] == sum(len(layer["second_only"]) for layer in told["layers"])
-    before, after = (retentions(scores.layers, scores.sources, choice) for choice in (one, two))
+    before, after = (retentions(scores, choice) for choice in (one, two))
     assert [each["gain"] for each in told["retention"]] == pytest.approx(
         [new.kept - old.kept for old, new in zip(before, after, strict=True)]
     )
@@ -142,7 +142,7 @@ def test_one_layer_shows_every_expert(inspect: Any, scores: Scores) -> None:
     text = inspect("--keep", "4", "--layer", "3", "--compare", "mix=source1=1").stdout
     start = text.index("Experts of layer 3")
     rows = [line.split() for line in text[start:].splitlines()[2:14]]
-    view = inspect_scores(scores, Selection(), chosen(scores, Selection(), 16)).layers[2]
+    view = inspect_scores(scores, SelectionSettings(), chosen(scores, SelectionSettings(), 16)).layers[2]
     order = sorted(range(12), key=lambda expert: (-view.scores[expert], expert))
     assert [int(row[1]) for row in rows] == order
     assert [row[4] for row in rows] == ["kept"] * 4 + ["removed"] * 8
@@ -156,12 +156,12 @@ def test_warnings_of_super_experts_and_of_experts_never_seen(inspect: Any, tmp_p
     layers = []
     for layer in scores.layers:
         values = layer.values.copy()
-        if layer.block == 1:
+        if layer.index == 1:
             seen = np.flatnonzero(values[0].sum(axis=0))
             worst = seen[np.argmin(values[list(FIELDS).index("norms")].sum(axis=0)[seen])]
             source = int(values[0, :, worst].argmax())
             values[list(FIELDS).index("peaks"), source, worst] = 1e6
-        layers.append(LayerStatistics(layer.block, values))
+        layers.append(LayerStatistics(layer.index, values))
     write_scores(
         tmp_path / "s.safetensors",
         Scores(tuple(layers), scores.sources, scores.source_tokens, scores.spec, scores.provenance),
@@ -180,9 +180,16 @@ def test_warnings_of_super_experts_and_of_experts_never_seen(inspect: Any, tmp_p
     assert sum("would stay that no token was routed to" in warning for warning in many) == 1
 
 
+def test_a_total_beside_a_schedule_file_has_to_agree(inspect: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("[3, 4, 5, 6]")
+    given = ("--schedule", str(tmp_path / "s.json"))
+    assert inspect("--total", "18", *given, "--json").exit_code == 0
+    assert "keeps 18 experts in all, but 20 were asked for" in refused(inspect("--total", "20", *given))
+
+
 def test_groups_draw_a_line_each() -> None:
     scores = make_scores(experts=12, groups=3, topk_groups=2, per_source=(200, 200))
-    for view in inspect_scores(scores, Selection(), chosen(scores, Selection(), 24)).layers:
+    for view in inspect_scores(scores, SelectionSettings(), chosen(scores, SelectionSettings(), 24)).layers:
         assert view.boundary is not None
         assert view.boundary.margin >= 0
         assert view.boundary.last_kept // 4 == view.boundary.first_removed // 4
@@ -203,7 +210,7 @@ def test_groups_draw_a_line_each() -> None:
         (["--keep", "4", "--schedule", "globl"], "cannot be read"),
         (["--keep", "4", "--mix", "code=1"], "no source 'code'. The scores have: source0 (40 tokens)"),
         (["--keep", "4", "--spread", "0.1"], "--spread"),
-        (["--compare", "mix=source1=1"], "--compare holds two choices side by side"),
+        (["--compare", "mix=source1=1"], "--compare shows two selections side by side"),
         (["--keep", "4", "--compare", "source1=1"], "is no change of the choice"),
         (["--keep", "4", "--compare", "method=wanda"], "--method 'wanda' is unknown"),
         (["--keep", "4", "--compare", "floor=x"], "'x' is no value of floor"),
@@ -223,16 +230,16 @@ def test_a_bad_file_is_one_message(tmp_path: Path) -> None:
 
 
 def test_what_a_comparison_may_change() -> None:
-    base = Selection("ean", "a=1", "linear-decrease", 0.2)
-    assert changed_selection(base, "mix=") == Selection("ean", None, "linear-decrease", 0.2)
-    assert changed_selection(base, "schedule=global") == Selection("ean", "a=1", "global")
-    assert changed_selection(base, "schedule=linear-increase") == Selection("ean", "a=1", "linear-increase", 0.2)
-    assert changed_selection(base, "mix=a=1,b=2; method=reap;floor=3;seed=4;protect-super-experts=yes") == Selection(
-        "reap", "a=1,b=2", "linear-decrease", 0.2, 3, True, 4
-    )
+    base = SelectionSettings("ean", "a=1", "linear-decrease", 0.2)
+    assert changed_settings(base, "mix=") == SelectionSettings("ean", None, "linear-decrease", 0.2)
+    assert changed_settings(base, "schedule=global") == SelectionSettings("ean", "a=1", "global")
+    assert changed_settings(base, "schedule=linear-increase") == SelectionSettings("ean", "a=1", "linear-increase", 0.2)
+    assert changed_settings(
+        base, "mix=a=1,b=2; method=reap;floor=3;seed=4;protect-super-experts=yes"
+    ) == SelectionSettings("reap", "a=1,b=2", "linear-decrease", 0.2, 3, True, 4)
     for text in ("", "=", "mix", "x=1", "method=reap;method=ean", "seed=" + "9" * 5000, "protect-super-experts=maybe"):
         with pytest.raises(SettingsError, match="--compare"):
-            changed_selection(base, text)
+            changed_settings(base, text)
 
 
 def test_a_large_file_stays_readable_and_quick_and_imports_no_torch(tmp_path: Path) -> None:

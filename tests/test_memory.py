@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 def same_but_for_rounding(result: RunResult, undisturbed: RunResult) -> None:
     assert len(result.layers) == len(undisturbed.layers) > 0
     for got, wanted in zip(result.layers, undisturbed.layers, strict=True):
-        assert (got.block, got.kept, got.tokens) == (wanted.block, wanted.kept, wanted.tokens)
+        assert (got.index, got.kept, got.tokens) == (wanted.index, wanted.kept, wanted.tokens)
         assert got.scores == pytest.approx(wanted.scores, rel=1e-6)
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from streamprune.config import METHODS as NAMES
 from streamprune.errors import ScoresError
-from streamprune.saliency.methods import METHODS, random_scores, score_experts
+from streamprune.saliency.methods import METHODS, MixedStatistics, random_scores, score_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics
 from tests.made_scores import Token, make_tokens, record
 
@@ -45,7 +44,7 @@ REFERENCE: dict[str, Callable[[list[tuple[float, Token, float, np.ndarray]]], fl
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.0, 2.5, 0.4), (3.0, 0.0, 0.0)])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(REFERENCE))
 def test_a_method_equals_a_loop_over_tokens(method: str, weights: tuple[float, ...]) -> None:
     tokens = make_tokens(7, EXPERTS, TOP_K, PER_SOURCE)
     layer = record(0, tokens, len(PER_SOURCE), EXPERTS)
@@ -54,7 +53,7 @@ def test_a_method_equals_a_loop_over_tokens(method: str, weights: tuple[float, .
         REFERENCE[method]([(w, t, *t.chosen[expert]) for w, t in counted if expert in t.chosen])
         for expert in range(EXPERTS)
     ]
-    scores = score_experts(method, layer.mixed(weights), 0)
+    scores = score_experts(method, MixedStatistics(0, layer.mixed(weights)))
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, expected, rtol=1e-12, atol=1e-12)
     # Expert 11 is never chosen.
@@ -62,13 +61,13 @@ def test_a_method_equals_a_loop_over_tokens(method: str, weights: tuple[float, .
     assert len(set(scores.tolist())) > EXPERTS // 2
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_weights_equal_having_seen_the_tokens_so_often(method: str) -> None:
     tokens = make_tokens(3, EXPERTS, TOP_K, PER_SOURCE)
     often = (2, 0, 5)
     repeated = [token for token in tokens for _ in range(often[token.source])]
-    mixed = score_experts(method, record(0, tokens, 3, EXPERTS).mixed(often), 4)
-    real = score_experts(method, record(0, repeated, 3, EXPERTS).mixed((1, 1, 1)), 4)
+    mixed = score_experts(method, MixedStatistics(4, record(0, tokens, 3, EXPERTS).mixed(often)))
+    real = score_experts(method, MixedStatistics(4, record(0, repeated, 3, EXPERTS).mixed((1, 1, 1))))
     np.testing.assert_allclose(mixed, real, rtol=1e-9)
 
 
@@ -88,28 +87,32 @@ def test_sources_are_mixed_to_the_same_bit_on_any_machine() -> None:
             assert value == total
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_experts_that_met_no_token_have_a_number(method: str) -> None:
     nothing = LayerStatistics(0, np.zeros((len(FIELDS), 2, 4)))
     with np.errstate(all="raise"):
-        scores = score_experts(method, nothing.mixed((1, 1)), 0)
+        scores = score_experts(method, MixedStatistics(0, nothing.mixed((1, 1))))
     assert np.isfinite(scores).all()
     assert method == "random" or not scores.any()
 
 
-def test_every_name_has_a_function() -> None:
-    assert {*METHODS, "random"} == set(NAMES)
+def test_every_method_but_chance_has_a_reference() -> None:
+    assert {name for name, method in METHODS.items() if not method.is_random} == REFERENCE.keys()
+
+
+def drawn(count: int, index: int, seed: int) -> np.ndarray:
+    return random_scores(MixedStatistics(index, {"tokens": np.zeros(count)}, seed))
 
 
 def test_random_is_the_same_everywhere_and_for_any_number_of_layers() -> None:
-    scores = random_scores(64, block=3, seed=5)
+    scores = drawn(64, 3, 5)
     first = int.from_bytes(hashlib.sha256(b"5:3:0").digest()[:8], "big") >> 11
     assert scores[0] == first / 2**53
-    assert scores[:4].tolist() == random_scores(4, block=3, seed=5).tolist()
-    assert len({scores.tobytes(), random_scores(64, 4, 5).tobytes(), random_scores(64, 3, 6).tobytes()}) == 3
+    assert scores[:4].tolist() == drawn(4, 3, 5).tolist()
+    assert len({scores.tobytes(), drawn(64, 4, 5).tobytes(), drawn(64, 3, 6).tobytes()}) == 3
     assert (scores >= 0).all()
     assert (scores < 1).all()
-    assert 0.4 < random_scores(2000, 0, 0).mean() < 0.6
+    assert 0.4 < drawn(2000, 0, 0).mean() < 0.6
 
 
 def test_statistics_too_large_to_rank_are_refused() -> None:
@@ -118,4 +121,4 @@ def test_statistics_too_large_to_rank_are_refused() -> None:
     values[list(FIELDS).index("gates"), 0, 2] = 1e300
     values[list(FIELDS).index("cosines"), 0, 2] = 1e300
     with pytest.raises(ScoresError, match="Layer 9, expert 2: composite gives inf"):
-        score_experts("composite", LayerStatistics(9, values).mixed((1,)), 9)
+        score_experts("composite", MixedStatistics(9, LayerStatistics(9, values).mixed((1,))))

@@ -17,16 +17,17 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from streamprune.cli import main
-from streamprune.config import METHODS, PruneSettings, RunSettings
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import resume, run
+from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.select import score_layer
-from streamprune.selection.settings import Selection, mix_weights
+from streamprune.selection.settings import SelectionSettings, mix_weights
 from streamprune.work.enter import StopRequest
 from tests.helpers import check_bytes, known_family, read_tensors, token_ids, tree_bytes
 from tests.tiny import make_model, tiny_config, write_token_ids
@@ -89,7 +90,7 @@ def test_every_layout_is_pruned_from_scores_alone(tmp_path: Path, family: str) -
         run(model.settings(one, **goal), quiet=True)
         result = model.prune(other, **goal)
         assert tree_bytes(one) == tree_bytes(other)
-        kept = {layer.block: list(layer.kept) for layer in result.layers}
+        kept = {layer.index: list(layer.kept) for layer in result.layers}
         check_bytes(model.folder, other, kept)
         assert verify(other, model.folder).tensors == len(read_tensors(other))
 
@@ -143,7 +144,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 3 * 2**20, peaks
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
+@pytest.mark.parametrize("method", [method for method in METHODS if not METHODS[method].is_random])
 def test_remixed_scores_equal_those_of_a_run_on_that_mix(qwen: Model, tmp_path: Path, method: str) -> None:
     """Two parts code and one part prose, once by weights and once by giving the code twice; and one source alone."""
     lines = (qwen.place / "code.jsonl").read_text()
@@ -156,8 +157,8 @@ def test_remixed_scores_equal_those_of_a_run_on_that_mix(qwen: Model, tmp_path: 
         really = qwen.score(tmp_path / "really.safetensors", *sources, batch_tokens=24, overwrite=True)
         weights = mix_weights(mix, mixed.sources, mixed.source_tokens)
         for one, other in zip(mixed.layers, really.layers, strict=True):
-            by_weights = np.array(score_layer(one, Selection(method=method), weights))
-            by_tokens = np.array(score_layer(other, Selection(method=method), (1.0,) * len(really.sources)))
+            by_weights = np.array(score_layer(one, SelectionSettings(method=method), weights))
+            by_tokens = np.array(score_layer(other, SelectionSettings(method=method), (1.0,) * len(really.sources)))
             if method not in ("reap", "ean-mean", "max-activation"):
                 # Sums over tokens: the mix counts as many tokens as were scored, whatever their shares.
                 by_weights = by_weights * (really.tokens / mixed.tokens)
@@ -196,7 +197,7 @@ def test_a_keep_file_needs_no_scores(qwen: Model, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(lists))
     result = qwen.prune(tmp_path / "listed", scores=None, keep_file=tmp_path / "list.json")
     assert [layer.kept for layer in result.layers] == [(0, 1, 2), (0, 1, 3), (0, 7), (0, 1, 5)]
-    check_bytes(qwen.folder, tmp_path / "listed", {layer.block: list(layer.kept) for layer in result.layers})
+    check_bytes(qwen.folder, tmp_path / "listed", {layer.index: list(layer.kept) for layer in result.layers})
 
 
 def test_a_schedule_file_says_how_many(qwen: Model, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_no_byte_of_a_dropped_expert_is_read(family: str, tmp_path: Path, monkey
     monkeypatch.setattr(Path, "open", noted_open)
     result = model.prune(tmp_path / "out", keep=model.kind.keep, verify=True)
     monkeypatch.undo()
-    kept = {layer.block: set(layer.kept) for layer in result.layers}
+    kept = {layer.index: set(layer.kept) for layer in result.layers}
     entries = open_checkpoint(model.folder).tensors.values()
     dropped = [stretch for entry in entries for stretch in dropped_stretches(entry, kept)]
     assert sum(end - begin for _, begin, end in dropped) > 0.2 * sum(entry.nbytes for entry in entries)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from streamprune.errors import SettingsError
 from streamprune.models.config_json import ExpertSpec, minimum_keep
-from streamprune.selection.schedules import layer_counts, least_per_layer, read_schedule_file
-from streamprune.selection.settings import Selection
+from streamprune.selection.select import layer_counts
+from streamprune.selection.settings import SelectionSettings
+from streamprune.selection.user_files import least_per_layer, read_schedule_file
 
 QWEN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 64, 6, groups=8, topk_groups=4)
@@ -44,7 +45,9 @@ def test_totals_are_exact_and_limits_kept(
     problem: tuple[ExpertSpec, int, int, int | None], schedule: str, spread: float, data: st.DataObject
 ) -> None:
     spec, layers, total, floor = problem
-    selection = Selection(schedule=schedule, floor=floor, spread=spread if schedule.startswith("linear") else None)
+    selection = SelectionSettings(
+        schedule=schedule, floor=floor, spread=spread if schedule.startswith("linear") else None
+    )
     value = st.floats(-10, 10) | st.just(0.0)
     rows = st.lists(st.lists(value, min_size=spec.count, max_size=spec.count), min_size=layers, max_size=layers)
     scores = data.draw(rows) if schedule == "global" else None
@@ -64,7 +67,7 @@ def test_totals_are_exact_and_limits_kept(
 def test_the_published_example() -> None:
     """78 % removed, with a spread of 0.15 in 48 layers: 93 % at layer 0, 78 % midway, 63 % at layer 47."""
     total = 48 * 128 - round(0.78 * 48 * 128)
-    counts = layer_counts(Selection(schedule="linear-decrease", spread=0.15), QWEN, 48, total)
+    counts = layer_counts(SelectionSettings(schedule="linear-decrease", spread=0.15), QWEN, 48, total)
     removed = [1 - count / 128 for count in counts]
     assert sum(counts) == total
     assert removed[0] == pytest.approx(0.93, abs=0.5 / 128)
@@ -73,14 +76,14 @@ def test_the_published_example() -> None:
     # Every layer is within one expert of the straight line.
     line = [0.93 - 0.3 * layer / 47 for layer in range(48)]
     assert max(abs(share - want) for share, want in zip(removed, line, strict=True)) < 1 / 128
-    increasing = layer_counts(Selection(schedule="linear-increase", spread=0.15), QWEN, 48, total)
+    increasing = layer_counts(SelectionSettings(schedule="linear-increase", spread=0.15), QWEN, 48, total)
     assert sorted(increasing, reverse=True) == list(increasing)
     assert increasing[0] == counts[47]
 
 
 def test_what_the_limits_cut_off_is_spread_over_the_others() -> None:
     total = 48 * 128 - round(0.78 * 48 * 128)
-    counts = layer_counts(Selection(schedule="linear-decrease", spread=0.3), QWEN, 48, total)
+    counts = layer_counts(SelectionSettings(schedule="linear-decrease", spread=0.3), QWEN, 48, total)
     assert sum(counts) == total
     assert counts[0] == 8  # 1.08 cannot be removed: the router needs 8.
     steps = [right - left for left, right in pairwise(counts) if left > 8]
@@ -88,17 +91,17 @@ def test_what_the_limits_cut_off_is_spread_over_the_others() -> None:
 
 
 def test_equal_numbers_where_they_divide() -> None:
-    assert layer_counts(Selection(), QWEN, 48, 48 * 20) == (20,) * 48
-    assert layer_counts(Selection(), QWEN, 3, 62) == (21, 21, 20)
-    assert layer_counts(Selection(schedule="linear-decrease"), QWEN, 1, 20) == (20,)
-    assert layer_counts(Selection(schedule="linear-decrease", spread=0), QWEN, 4, 80) == (20,) * 4
+    assert layer_counts(SelectionSettings(), QWEN, 48, 48 * 20) == (20,) * 48
+    assert layer_counts(SelectionSettings(), QWEN, 3, 62) == (21, 21, 20)
+    assert layer_counts(SelectionSettings(schedule="linear-decrease"), QWEN, 1, 20) == (20,)
+    assert layer_counts(SelectionSettings(schedule="linear-decrease", spread=0), QWEN, 4, 80) == (20,) * 4
 
 
 def test_global_ranks_the_experts_of_all_layers_together() -> None:
     draw = np.random.default_rng(0)
     spec = ExpertSpec((), "n", 10, 2)
     scores = (draw.lognormal(size=(6, 10)) * draw.lognormal(size=(6, 1)) * 3).tolist()
-    counts = layer_counts(Selection(schedule="global"), spec, 6, 30, scores)
+    counts = layer_counts(SelectionSettings(schedule="global"), spec, 6, 30, scores)
     # Each layer's two best, then the best of the rest, one after the other.
     chosen = {
         (layer, expert) for layer in range(6) for expert in sorted(range(10), key=lambda e: -scores[layer][e])[:2]
@@ -108,7 +111,7 @@ def test_global_ranks_the_experts_of_all_layers_together() -> None:
             chosen.add((layer, expert))
     assert counts == tuple(sum(layer == which for which, _ in chosen) for layer in range(6))
     assert len(set(counts)) > 2
-    floored = layer_counts(Selection(schedule="global", floor=4), spec, 6, 30, scores)
+    floored = layer_counts(SelectionSettings(schedule="global", floor=4), spec, 6, 30, scores)
     assert min(floored) == 4 > min(counts)
     assert sum(floored) == 30
 
@@ -116,17 +119,17 @@ def test_global_ranks_the_experts_of_all_layers_together() -> None:
 def test_global_makes_room_for_protected_experts_and_breaks_ties_by_order() -> None:
     spec = ExpertSpec((), "n", 4, 1)
     flat = [[1.0] * 4] * 3
-    assert layer_counts(Selection(schedule="global"), spec, 3, 6, flat) == (4, 1, 1)
-    assert layer_counts(Selection(schedule="global"), spec, 3, 6, flat, [(), (), (0, 3, 2)]) == (2, 1, 3)
-    linear = Selection(schedule="linear-increase", spread=0.5)
+    assert layer_counts(SelectionSettings(schedule="global"), spec, 3, 6, flat) == (4, 1, 1)
+    assert layer_counts(SelectionSettings(schedule="global"), spec, 3, 6, flat, [(), (), (0, 3, 2)]) == (2, 1, 3)
+    linear = SelectionSettings(schedule="linear-increase", spread=0.5)
     # 4, 2 and 0 are wanted; the last needs 1, which leaves 3.5 and 1.5, of which the first is rounded up.
     assert layer_counts(linear, spec, 3, 6) == (4, 1, 1)
-    assert layer_counts(linear, spec, 3, 6, None, [(), (), (0, 3, 2)]) == (2, 1, 3)
+    assert layer_counts(linear, spec, 3, 6, (), [(), (), (0, 3, 2)]) == (2, 1, 3)
 
 
 def test_groups_stay_equal_under_global() -> None:
     draw = np.random.default_rng(1)
-    counts = layer_counts(Selection(schedule="global"), GROUPED, 4, 120, draw.lognormal(size=(4, 64)).tolist())
+    counts = layer_counts(SelectionSettings(schedule="global"), GROUPED, 4, 120, draw.lognormal(size=(4, 64)).tolist())
     assert sum(counts) == 120
     assert all(count % 8 == 0 and count >= minimum_keep(GROUPED) for count in counts)
 
@@ -149,12 +152,12 @@ def test_groups_stay_equal_under_global() -> None:
 def test_what_cannot_be_divided_is_refused(spec: ExpertSpec, total: int, floor: int | None, message: str) -> None:
     for schedule in ("uniform", "linear-decrease", "global"):
         with pytest.raises(SettingsError, match=message):
-            layer_counts(Selection(schedule=schedule, floor=floor), spec, 4, total, [[0.0] * spec.count] * 4)
+            layer_counts(SelectionSettings(schedule=schedule, floor=floor), spec, 4, total, [[0.0] * spec.count] * 4)
 
 
-def written(path: Path, body: object) -> Selection:
+def written(path: Path, body: object) -> Path:
     path.write_text(body if isinstance(body, str) else json.dumps(body))
-    return Selection(schedule=str(path))
+    return path
 
 
 def test_a_schedule_in_a_file(tmp_path: Path) -> None:
@@ -199,11 +202,11 @@ def test_a_schedule_that_is_neither_name_nor_file(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError, match=r"'gobal' cannot be read: .*uniform, linear-decrease, linear-increase, global"
     ):
-        read_schedule_file(Selection(schedule="gobal"), QWEN, 3)
+        read_schedule_file(Path("gobal"), QWEN, 3)
     with pytest.raises(SettingsError, match="no regular file"):
-        read_schedule_file(Selection(schedule=str(tmp_path)), QWEN, 3)
+        read_schedule_file(tmp_path, QWEN, 3)
     with pytest.raises(SettingsError, match=r"cannot be read|not valid"):
-        read_schedule_file(Selection(schedule="a\0b"), QWEN, 3)
+        read_schedule_file(Path("a\0b"), QWEN, 3)
 
 
 @pytest.mark.parametrize(
@@ -221,10 +224,10 @@ def test_a_schedule_that_is_neither_name_nor_file(tmp_path: Path) -> None:
 )
 def test_impossible_selections_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Selection(**settings)  # type: ignore[arg-type]
+        SelectionSettings(**settings)  # type: ignore[arg-type]
 
 
 def test_what_needs_all_layers() -> None:
-    assert not Selection(schedule="linear-decrease", mix="a=1").needs_all_layers
-    assert Selection(schedule="global").needs_all_layers
-    assert Selection(protect_super_experts=True).needs_all_layers
+    assert not SelectionSettings(schedule="linear-decrease", mix="a=1").needs_all_layers
+    assert SelectionSettings(schedule="global").needs_all_layers
+    assert SelectionSettings(protect_super_experts=True).needs_all_layers

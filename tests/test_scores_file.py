@@ -25,7 +25,7 @@ from tests.made_scores import make_scores
 
 def same(one: Scores, other: Scores) -> bool:
     return replace(one, layers=()) == replace(other, layers=()) and all(
-        left.block == right.block and left.values.tobytes() == right.values.tobytes()
+        left.index == right.index and left.values.tobytes() == right.values.tobytes()
         for left, right in zip(one.layers, other.layers, strict=True)
     )
 
@@ -67,7 +67,7 @@ def test_any_safetensors_reader_understands_it(tmp_path: Path) -> None:
     assert len(tensors) == len(scores.layers) * len(FIELDS)
     for layer in scores.layers:
         for name, values in zip(FIELDS, layer.values, strict=True):
-            tensor = tensors[f"layers.{layer.block}.{name}"]
+            tensor = tensors[f"layers.{layer.index}.{name}"]
             assert tensor.dtype == (np.int64 if name in COUNTS else np.float64)
             np.testing.assert_array_equal(tensor, values)
     with safe_open(tmp_path / "s", "np") as opened:

@@ -72,7 +72,7 @@ def check_same(case: Case, undisturbed: Case) -> None:
 
 def check_close(scores: Scores, expected: Scores) -> None:
     assert scores.sources == expected.sources
-    assert scores.blocks == expected.blocks
+    assert scores.layer_indices == expected.layer_indices
     for layer, other in zip(scores.layers, expected.layers, strict=True):
         np.testing.assert_allclose(layer.values, other.values, rtol=CLOSE, atol=0)
     assert scores.provenance == expected.provenance

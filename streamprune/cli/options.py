@@ -14,11 +14,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, METHODS, RESUME, SCHEDULES
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, RESUME
 from streamprune.distributed.processes import is_first
 from streamprune.errors import OtherProcessError, ProcessesError, SettingsError, StreampruneError, ToldElsewhereError
 from streamprune.fit.cache import KV_DTYPES
-from streamprune.selection.settings import DEFAULT_SPREAD
+from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
+from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,14 +116,15 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
     """The options that say how experts are ranked and divided among the layers, in the order of the help text."""
     options = [
         click.option(
-            "--method", type=click.Choice(METHODS), default="reap", show_default=True, help="How experts are scored."
+            "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
+            help="How experts are scored.",
         ),
         click.option(
             "--mix", metavar="SOURCE=SHARE,…",
             help="Shares of the calibration's sources, e.g. code=0.5,general=0.5.  [default: as they are]",
         ),
         click.option(
-            "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default="uniform", show_default=True,
+            "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default=DEFAULT_SCHEDULE, show_default=True,
             help="How experts are divided among the layers; a JSON file lists a number for each.",
         ),
         click.option(

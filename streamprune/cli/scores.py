@@ -25,16 +25,20 @@ from streamprune.selection.inspect import (
     inspection_object,
     layer_lines,
 )
-from streamprune.selection.keep_file import read_keep_file
 from streamprune.selection.retention import (
     Comparison,
-    changed_selection,
-    compare_choices,
+    changed_settings,
+    compare_selections,
     comparison_object,
     retentions,
 )
-from streamprune.selection.select import Choice, choose, choose_kept
-from streamprune.selection.settings import Selection
+from streamprune.selection.schedules import DEFAULT_SCHEDULE
+from streamprune.selection.select import Selection, Selector, listed_selection, stated_counts
+from streamprune.selection.settings import SelectionSettings
+from streamprune.selection.user_files import read_keep_file
+
+#: --keep, --ratio and --total.
+Targets = tuple[int | None, float | None, int | None]
 
 
 @click.command()
@@ -70,14 +74,14 @@ def inspect(
     # Names in the file may have characters that the terminal lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    selection = Selection(**options)
+    settings = SelectionSettings(**options)
     found = read_scores(scores)
-    choice = _choice(found, selection, (keep, ratio, total), keep_file)
-    inspection = inspect_scores(found, selection, choice)
+    selection = _selection(found, settings, (keep, ratio, total), keep_file)
+    inspection = inspect_scores(found, settings, selection)
     comparisons = [_compared(inspection, text, (keep, ratio, total)) for text in compare]
-    if layer is not None and layer not in found.blocks:
+    if layer is not None and layer not in found.layer_indices:
         raise SettingsError(
-            f"--layer {layer} has no experts. Layers with experts: {', '.join(map(str, found.blocks))}."
+            f"--layer {layer} has no experts. Layers with experts: {', '.join(map(str, found.layer_indices))}."
         )
     if as_json:
         body = {"scores": str(scores), **inspection_object(inspection)}
@@ -88,27 +92,26 @@ def inspect(
         click.echo("\n".join(_lines(inspection, comparisons, _title(found, scores), layer)))
 
 
-def _choice(
-    scores: Scores, selection: Selection, goals: tuple[int | None, float | None, int | None], keep_file: Path | None
-) -> Choice | None:
-    given = sum(goal is not None for goal in (*goals, keep_file))
+def _selection(
+    scores: Scores, settings: SelectionSettings, targets: Targets, keep_file: Path | None
+) -> Selection | None:
+    given = sum(target is not None for target in (*targets, keep_file))
     if given > 1:
         raise SettingsError("Say in one way how many experts stay: --keep, --ratio, --total or --keep-file.")
     if keep_file is not None:
-        kept = read_keep_file(keep_file, scores.spec, scores.blocks)
-        return choose_kept(scores.layers, scores.sources, scores.source_tokens, selection, kept)
-    if not given and not selection.has_schedule_file:
-        if selection.schedule != "uniform" or selection.floor is not None or selection.protect_super_experts:
+        return listed_selection(read_keep_file(keep_file, scores.spec, scores.layer_indices), scores, settings)
+    if not given and not settings.has_schedule_file:
+        if settings.schedule != DEFAULT_SCHEDULE or settings.floor is not None or settings.protect_super_experts:
             raise SettingsError(
                 "--schedule, --floor and --protect-super-experts divide and keep experts: say with --keep, --ratio or "
                 "--total how many stay."
             )
         return None
-    return _chosen(scores, selection, goals)
+    return _selected(scores, settings, targets)
 
 
-def _chosen(scores: Scores, selection: Selection, goals: tuple[int | None, float | None, int | None]) -> Choice:
-    keep, ratio, total = goals
+def _selected(scores: Scores, settings: SelectionSettings, targets: Targets) -> Selection:
+    keep, ratio, total = targets
     if keep is not None or ratio is not None:
         if ratio is not None and not 0 < ratio < 1:
             raise SettingsError(f"--ratio {ratio:g} is not between 0 and 1. It is the share of experts to remove.")
@@ -116,24 +119,35 @@ def _chosen(scores: Scores, selection: Selection, goals: tuple[int | None, float
     every = scores.spec.count * len(scores.layers)
     if total is not None and total >= every:
         raise SettingsError(f"--total {total:,}: there are {every:,} experts in all, so nothing would be removed.")
-    return choose(scores.layers, scores.sources, scores.source_tokens, selection, scores.spec, total=total)
+    stated = stated_counts(settings, scores.spec, scores.layer_indices)
+    if stated is not None:
+        in_file = sum(stated.values())
+        if total is not None and in_file != total:
+            raise SettingsError(
+                f"--schedule {settings.schedule} keeps {in_file:,} experts in all, but {total:,} were asked for. "
+                "Give the file alone, or choose a schedule by its name."
+            )
+        total = in_file
+    assert total is not None
+    sources, tokens = scores.sources, scores.source_tokens
+    return Selector(settings, scores.spec, sources, tokens, total, stated).all(scores.layers)
 
 
-def _compared(inspection: Inspection, text: str, goals: tuple[int | None, float | None, int | None]) -> Comparison:
-    if inspection.choice is None:
+def _compared(inspection: Inspection, text: str, targets: Targets) -> Comparison:
+    if inspection.selection is None:
         raise SettingsError(
-            "--compare holds two choices side by side: say with --keep, --ratio or --total how many stay."
+            "--compare shows two selections side by side: say with --keep, --ratio or --total how many stay."
         )
-    scores, choice = inspection.scores, inspection.choice
-    selection = changed_selection(inspection.selection, text)
-    if selection.has_schedule_file:
-        other = _chosen(scores, selection, (None, None, None))
-    else:
+    scores, first = inspection.scores, inspection.selection
+    settings = changed_settings(inspection.settings, text)
+    if settings.has_schedule_file:
+        targets = (None, None, None)
+    elif all(target is None for target in targets):
         # Where a file said it, as many in all as that.
-        stated = all(goal is None for goal in goals)
-        other = _chosen(scores, selection, (None, None, sum(choice.counts)) if stated else goals)
-    after = retentions(scores.layers, scores.sources, other, scores.spec.groups)
-    return compare_choices(text, selection, (choice, other), inspection.retention, after)
+        targets = (None, None, sum(first.counts))
+    second = _selected(scores, settings, targets)
+    after = retentions(scores, second)
+    return compare_selections(text, settings, (first, second), inspection.retention, after)
 
 
 def _title(scores: Scores, path: Path) -> str:
@@ -145,7 +159,7 @@ def _lines(inspection: Inspection, comparisons: Sequence[Comparison], title: str
     if layer is None:
         yield from inspection_lines(inspection, title)
     else:
-        view = next(view for view in inspection.layers if view.block == layer)
+        view = next(view for view in inspection.layers if view.index == layer)
         yield from layer_lines(inspection, title, view)
     for comparison in comparisons:
         yield from comparison_lines(comparison, layer)

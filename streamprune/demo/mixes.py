@@ -31,7 +31,7 @@ from streamprune.pipeline.run import run
 from streamprune.saliency.scores import Array, Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.retention import retentions
-from streamprune.selection.select import Choice
+from streamprune.selection.select import Selection
 
 #: Everything but code, the way a user who cares for code speaks of it.
 GENERAL = tuple(name for name in DOMAINS if name != CODE)
@@ -167,8 +167,8 @@ def _prune_and_measure(
     setup: Setup, settings: PruneSettings, scores: Scores, held_out: HeldOut
 ) -> tuple[Cell, tuple[Sums, ...]]:
     layers = prune(settings, quiet=True).layers
-    choice = Choice(layers)
-    kept = retentions(scores.layers, scores.sources, choice, scores.spec.groups)
+    choice = Selection(layers)
+    kept = retentions(scores, choice)
     # Standard models need no code of their own, and must not.
     found = held_out.measure(settings.output, trust_remote_code=not choice.is_uniform)
     cell = Cell(

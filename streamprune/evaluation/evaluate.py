@@ -38,7 +38,7 @@ from streamprune.models.skeleton import map_checkpoint
 from streamprune.output.writer import REPORT_NAME
 from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_for
 from streamprune.planning.prepare import dtype_of_weights
-from streamprune.planning.target import refuse_quantized
+from streamprune.planning.pruning_plan import refuse_quantized
 from streamprune.progress import Busy, Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name

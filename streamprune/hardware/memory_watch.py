@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from streamprune.config import Computing
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware.device import gpu_index, is_gpu
@@ -20,10 +20,23 @@ USUAL_CONTEXT = 512 * 1024**2
 NOTABLE_GROWTH = 64 * 1024**2
 
 
+class MemoryCaps(Protocol):
+    """What a run may take, as the user says it; None for what there is."""
+
+    @property
+    def vram_gib(self) -> float | None: ...
+    @property
+    def ram_gib(self) -> float | None: ...
+    @property
+    def vram_bytes(self) -> int | None: ...
+    @property
+    def ram_bytes(self) -> int | None: ...
+
+
 class MemoryWatch:
     """Keeps a run within --vram-gib and --ram-gib, and names the processes that take memory on its card meanwhile."""
 
-    def __init__(self, settings: Computing, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: MemoryCaps, device: torch.device, say: Callable[[str], None]) -> None:
         self._settings, self._device, self._say = settings, device, say
         card = _card(device)
         self._others = {process.pid: process.used_bytes or 0 for process in other_processes(card)} if card else {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_header, read_ranges
-from streamprune.config import Place
+from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import reached, reading, stream_whole, sync_file, sync_folder, write_whole, writing
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
@@ -52,7 +52,7 @@ def put_back(beside: Path, output: Path) -> None:
             (beside / REPLACED_NAME).rename(output)
 
 
-def check_place(settings: Place) -> None:
+def check_place(settings: OutputSettings) -> None:
     """Put back what a killed run moved aside; raise OutputError where the output could not get its name."""
     output, beside = settings.output, settings.folder_beside
     with writing(f"Looking at {output}", output):
@@ -71,7 +71,7 @@ class OutputWriter:
     Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
     """
 
-    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: Place, work: WorkFolder) -> None:
+    def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: OutputSettings, work: WorkFolder) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
         self._output = settings.output

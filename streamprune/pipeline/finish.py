@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import Place, PruneSettings, RunSettings, beside
+from streamprune.config import OutputSettings, PruneSettings, RunSettings, beside
 from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
 from streamprune.files.durable import reached, sync_folder, writing
 from streamprune.fit.estimate import Estimate
@@ -17,8 +17,8 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter
+from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.planning.model_facts import ModelFacts
-from streamprune.planning.quota import Quota
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
@@ -26,8 +26,8 @@ from streamprune.reporting.record import run_report
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.retention import Retention, retention_warnings, retentions
-from streamprune.selection.select import Choice, Chooser, ChosenLayer
-from streamprune.selection.settings import Selection, token_shares
+from streamprune.selection.select import LayerSelection, Selection, Selector
+from streamprune.selection.settings import token_shares
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 
@@ -40,23 +40,19 @@ class RunResult:
     """A finished command. `layers` are empty where it only scored; `summary` is what `--json` prints."""
 
     output: Path
-    layers: tuple[ChosenLayer, ...]
+    layers: tuple[LayerSelection, ...]
     summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SelectionResult:
-    """Everything that is decided about an output.
-
-    `selection` is None for a choice that the user made, and `scores` if that was without any.
-    """
+    """Everything that is decided about an output. `scores` is None for the user's own selection without any."""
 
     settings: RunSettings | PruneSettings
     checkpoint: Checkpoint
     facts: ModelFacts
-    selection: Selection | None
-    quota: Quota
-    choice: Choice
+    counts: ExpertCounts
+    selection: Selection
     plan: PrunePlan
     provenance: Mapping[str, Any]
     scores: Scores | None
@@ -66,17 +62,17 @@ class SelectionResult:
         """What the choice keeps of each source of the calibration; empty without scores."""
         if self.scores is None:
             return ()
-        return retentions(self.scores.layers, self.scores.sources, self.choice, self.scores.spec.groups)
+        return retentions(self.scores, self.selection)
 
 
-def choose_all(chooser: Chooser, scores: Scores, settings: RunSettings, work: WorkFolder) -> Choice:
+def select_all(selector: Selector, scores: Scores, settings: RunSettings, work: WorkFolder) -> Selection:
     """The choice of a run whose blocks are all scored.
 
     Raises SettingsError where there is none. Then the scores are left beside the output, for a choice of another kind:
     they are right, and took all the time. The work folder is emptied, since no resume could end otherwise.
     """
     try:
-        return chooser.all(scores.layers)
+        return selector.all(scores.layers)
     except SettingsError as error:
         kept = save_scores(settings, scores)
         work.start_afresh()
@@ -85,7 +81,7 @@ def choose_all(chooser: Chooser, scores: Scores, settings: RunSettings, work: Wo
         ) from None
 
 
-def save_scores(settings: Place, scores: Scores | None) -> Path:
+def save_scores(settings: OutputSettings, scores: Scores | None) -> Path:
     """Leave the scores of a run beside its output, for a choice of another kind; returns the file."""
     kept = beside(settings.output, SCORES_SUFFIX)
     assert scores is not None
@@ -103,8 +99,8 @@ def print_selection(decided: SelectionResult, progress: Progress) -> None:
     kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
     progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
     shares = None
-    if decided.selection is not None:
-        shares = token_shares(decided.selection.mix, decided.scores.sources, decided.scores.source_tokens)
+    if decided.selection.settings is not None:
+        shares = token_shares(decided.selection.settings.mix, decided.scores.sources, decided.scores.source_tokens)
     for warning in retention_warnings(decided.retained, shares):
         progress.say(f"warning: {warning}")
 
@@ -116,10 +112,10 @@ def write_blocks(
 
     Raises InterruptedRunError when the user asks to stop; what is written is kept.
     """
-    kept = {layer.block: layer.kept for layer in decided.choice.layers}
+    kept = decided.selection.kept
     layers: Mapping[int, LayerStatistics] = {}
     if decided.scores is not None:
-        layers = {layer.block: layer for layer in decided.scores.layers}
+        layers = {layer.index: layer for layer in decided.scores.layers}
     count, blocks = decided.facts.layout.spec.count, decided.facts.layout.layer_count
     for block in (None, *range(blocks)):
         _heed(stop, work)
@@ -169,17 +165,17 @@ def complete(
     if evaluation is not None:
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
     report = run_report(
-        decided.provenance, decided.choice, plan, decided.selection, decided.quota, settings.use,
+        decided.provenance, decided.selection, plan, decided.counts, settings.serving,
         settings.max_shard_bytes, [path.as_posix() for path in decided.checkpoint.small_files()],
     )  # fmt: skip
     headers = writer.headers()
-    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.quota, headers)
+    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, headers)
     writer.finish(report, model_card(plan, report, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 
 def _verify(decided: SelectionResult, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
-    kept = {layer.block: layer.kept for layer in decided.choice.layers}
+    kept = decided.selection.kept
     if not writer.has_proven(kept):
         # What earlier sittings wrote. Of a large model this takes minutes.
         progress.say("comparing what was written with the source ...")
@@ -187,14 +183,14 @@ def _verify(decided: SelectionResult, writer: OutputWriter, work: WorkFolder, pr
         proof = writer.verify(kept)
     except VerifyError:
         # The records of what was written cannot be believed; what is known of the experts has nothing to do with it.
-        layers = {layer.block: layer for layer in decided.scores.layers} if decided.scores is not None else {}
+        layers = {layer.index: layer for layer in decided.scores.layers} if decided.scores is not None else {}
         for block in (None, *range(decided.facts.layout.layer_count)):
             work.write_layer(block, layers.get(block) if block is not None else None, (), [])
         raise
     progress.say(f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes")
 
 
-def complete_scores(settings: Place, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
+def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
     """Write the scores and give them their name, whole or not at all. Raises ScoresError, OutputError, ResourceError.
 
     Nothing but the finished file ever lies beside the output: what is being written lies in the folder there.
@@ -213,7 +209,7 @@ def complete_scores(settings: Place, checkpoint: Checkpoint, scores: Scores, wor
 
 def summary_of(decided: SelectionResult, estimate: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
     """The result for people and for `--json`, as far as it does not depend on how the scores were taken."""
-    plan, layers = decided.plan, decided.choice.layers
+    plan, layers = decided.plan, decided.selection.layers
     counts = list(plan.counts.values())
     return {
         "output": str(decided.settings.output),
@@ -225,7 +221,7 @@ def summary_of(decided: SelectionResult, estimate: Mapping[str, Any] | None, sec
         "source_bytes": decided.checkpoint.nbytes,
         "output_bytes": plan.output_bytes,
         "never_routed": [
-            {"layer": layer.block, "experts": layer.tokens.count(0)} for layer in layers if 0 in layer.tokens
+            {"layer": layer.index, "experts": layer.tokens.count(0)} for layer in layers if 0 in layer.tokens
         ],
         "domain_retention": {
             each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in decided.retained

@@ -12,7 +12,7 @@ from streamprune.fit.answer import terms_lines
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.hardware.memory import check_disk, core_count, existing_folder, format_bytes
 from streamprune.models.per_layer_experts import engines_note
-from streamprune.planning.quota import Quota, kept_text
+from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from streamprune.calibration.sequences import Calibration
     from streamprune.hardware.memory_plan import MemoryPlan
-    from streamprune.planning.prepare import Prepared
-    from streamprune.planning.target import Decision
+    from streamprune.planning.prepare import PreparedModel
+    from streamprune.planning.pruning_plan import PruningPlan
     from streamprune.work.folder import WorkFolder
 
 
@@ -31,7 +31,7 @@ NO_ESTIMATE = "note: the memory that the result will take cannot be told: its ca
 
 
 def print_work(
-    progress: Progress, settings: RunSettings, prepared: Prepared, memory: MemoryPlan, work: WorkFolder
+    progress: Progress, settings: RunSettings, prepared: PreparedModel, memory: MemoryPlan, work: WorkFolder
 ) -> None:
     """Say how large the work folder may become, and refuse if the disk has no room for that."""
     written, states = prepared.planned_bytes, memory.needs.states
@@ -47,23 +47,23 @@ def print_work(
     )
 
 
-def print_plan(progress: Progress, settings: RunSettings, decision: Decision) -> None:
+def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> None:
     """Say what model it is, how many experts stay, and what memory the result will take, as far as that is known."""
-    skeleton, quota = decision.skeleton, decision.quota
+    skeleton, counts = plan.skeleton, plan.counts
     spec = skeleton.spec
-    kept = f"; keeping {kept_text(quota, spec.count, decision.counts)}" if quota else ""
+    kept = f"; keeping {counts.text(spec.count)}" if counts else ""
     progress.say(
         f"{settings.model}: {skeleton.layer_count} blocks, {len(skeleton.experts)} with {spec.count} experts "
         f"(top-{spec.top_k}){kept}"
     )
-    print_budget(progress, quota)
-    if quota and not quota.even:
+    print_budget(progress, counts)
+    if counts and not counts.uniform:
         progress.say(f"note: {engines_note(True)}")
 
 
-def print_budget(progress: Progress, quota: Quota | None) -> None:
+def print_budget(progress: Progress, counts: ExpertCounts | None) -> None:
     """Say what is to be known of the card that the budget is about."""
-    for note in quota.budget.notes if quota and quota.budget else ():
+    for note in counts.budget.notes if counts and counts.budget else ():
         progress.say(f"note: {note}")
 
 
@@ -98,11 +98,10 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
         )
 
 
-def print_model(progress: Progress, settings: RunSettings, prepared: Prepared) -> None:
+def print_model(progress: Progress, settings: RunSettings, prepared: PreparedModel) -> None:
     """Say what is known once the model is opened."""
-    decision = prepared.decision
-    if decision.quota is not None:
-        estimate = decision.estimate(settings)
+    if prepared.plan.counts is not None:
+        estimate = prepared.plan.estimate(settings)
         if estimate is None:
             progress.say(NO_ESTIMATE)
         else:
@@ -116,7 +115,9 @@ def print_model(progress: Progress, settings: RunSettings, prepared: Prepared) -
         )
 
 
-def print_calibration(progress: Progress, prepared: Prepared, calibration: Calibration, device: torch.device) -> None:
+def print_calibration(
+    progress: Progress, prepared: PreparedModel, calibration: Calibration, device: torch.device
+) -> None:
     """Say what the model is calibrated on."""
     named = zip(calibration.sources, calibration.tokens_of, strict=True)
     progress.say(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_blocks
 from streamprune.pipeline.messages import print_budget, print_dropped, print_memory, print_unseen_experts
 from streamprune.pipeline.status import ended
+from streamprune.planning.expert_counts import ExpertCounts, plan_counts
 from streamprune.planning.model_facts import ModelFacts, facts_from_json
-from streamprune.planning.quota import Quota, find_quota, kept_text
 from streamprune.progress import Progress
 from streamprune.reporting.record import check_provenance, provenance_by_hand
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
-from streamprune.selection.keep_file import read_keep_file
-from streamprune.selection.select import Choice, Chooser, ChosenLayer, choose_kept, selection_of
-from streamprune.selection.settings import Selection
+from streamprune.selection.select import Selection, Selector, listed_selection
+from streamprune.selection.settings import SelectionSettings
+from streamprune.selection.user_files import read_keep_file
 from streamprune.work.enter import keeping, listening, open_work_folder
 from streamprune.work.folder import WorkFolder, folder_bytes
 from streamprune.work.records import (
@@ -75,7 +76,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
         work.remove()
         shutil.rmtree(settings.folder_beside, ignore_errors=True)
-        if decided.selection is not None and decided.scores is not None:
+        if decided.selection.settings is not None and decided.scores is not None:
             print_unseen_experts(progress, summary["never_routed"], decided.scores.tokens)
         progress.say(
             f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(plan.output_bytes)} of weights "
@@ -83,7 +84,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         )
         if estimate is not None:
             print_memory(progress, estimate)
-    return RunResult(settings.output, decided.choice.layers, summary)
+    return RunResult(settings.output, decided.selection.layers, summary)
 
 
 def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
     """
     decided = _open(settings)
     footprint = decided.facts.footprint
-    estimate = decided.quota.estimate(settings, footprint) if footprint is not None else None
+    estimate = decided.counts.estimate(settings, footprint) if footprint is not None else None
     with Progress(decided.plan.layout.layer_count, quiet) as progress:
         _announce(settings, decided, progress)
         if estimate is not None:
@@ -136,7 +137,10 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
 def _check_listed(settings: PruneSettings) -> None:
     """Refuse what would choose experts beside a list of them."""
-    if settings.keep_file is not None and selection_of(settings) != Selection():
+    if (
+        settings.keep_file is not None
+        and replace(settings.selection, seed=settings.seed or None) != SelectionSettings()
+    ):
         raise SettingsError(
             "--keep-file says itself which experts stay. Leave out --method, --mix, --schedule, --spread, --floor, "
             "--protect-super-experts and --seed."
@@ -147,7 +151,7 @@ def _check_choice(settings: PruneSettings, scores: Scores) -> None:
     """Refuse a choice that these scores do not allow before tens of GiB are downloaded; a budget needs the model."""
     check_provenance(scores)
     if settings.keep_file is not None:
-        read_keep_file(settings.keep_file, scores.spec, scores.blocks)
+        read_keep_file(settings.keep_file, scores.spec, scores.layer_indices)
     elif settings.budget_gib is None and settings.gpu is None:
 
         def footprint() -> Footprint:
@@ -156,22 +160,22 @@ def _check_choice(settings: PruneSettings, scores: Scores) -> None:
         _choose(settings, scores, footprint)
 
 
-def _choose(settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]) -> tuple[Quota, Choice]:
-    """The choice by scores; a budget asks for the model's `footprint`."""
-    spec, blocks, sources = scores.spec, scores.blocks, scores.sources
-    quota, planned = find_quota(settings, spec, blocks, footprint)
-    selection = selection_of(settings)
-    chooser = Chooser(selection, spec, blocks, quota.total, planned, sources, scores.source_tokens)
-    return quota, chooser.all(scores.layers)
+def _choose(
+    settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]
+) -> tuple[ExpertCounts, Selection]:
+    """The selection by scores; a budget asks for the model's `footprint`."""
+    counts = plan_counts(settings, scores.spec, scores.layer_indices, footprint)
+    by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
+    return counts, Selector(by, scores.spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
 
 
 def _announce(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
     plan, scores = decided.plan, decided.scores
     progress.say(
         f"{settings.model}: {plan.layout.layer_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
-        f"experts; keeping {kept_text(decided.quota, plan.layout.spec.count, plan.counts)}"
+        f"experts; keeping {decided.counts.text(plan.layout.spec.count, plan.counts)}"
     )
-    print_budget(progress, decided.quota)
+    print_budget(progress, decided.counts)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
@@ -185,23 +189,23 @@ def _announce(settings: PruneSettings, decided: SelectionResult, progress: Progr
 def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> SelectionResult:
     """Everything that is decided before a byte is written."""
     facts = _facts(settings, checkpoint, scores)
-    layout, selection = facts.layout, selection_of(settings)
+    layout = facts.layout
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
     )
     if settings.keep_file is not None:
-        choice = _listed(settings, facts, scores)
-        quota = Quota(sum(choice.counts), len(choice.counts), choice.is_uniform)
+        kept = read_keep_file(settings.keep_file, layout.spec, layout.expert_layers)
+        selection = listed_selection(kept, scores, settings.selection)
+        counts = ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform)
     else:
         assert scores is not None  # PruneSettings has seen to it
 
         def footprint() -> Footprint:
             return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
-        quota, choice = _choose(settings, scores, footprint)
-    plan = make_plan(layout, facts.loading, checkpoint, choice.counts_by_layer, settings.max_shard_bytes)
-    by = selection if settings.keep_file is None else None
-    return SelectionResult(settings, checkpoint, facts, by, quota, choice, plan, provenance, scores)
+        counts, selection = _choose(settings, scores, footprint)
+    plan = make_plan(layout, facts.loading, checkpoint, selection.counts_by_layer, settings.max_shard_bytes)
+    return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
@@ -232,22 +236,13 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
 def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> ModelFacts:
     """The facts, if the scores are of just these experts: the fingerprint is only what their file says of itself."""
     layout = facts.layout
-    if scores is not None and (scores.spec, scores.blocks) != (layout.spec, layout.expert_layers):
+    if scores is not None and (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
         raise ScoresError(
-            f"{settings.scores} holds scores of {len(scores.blocks)} blocks with {scores.spec.count} experts "
+            f"{settings.scores} holds scores of {len(scores.layer_indices)} blocks with {scores.spec.count} experts "
             f"(top-{scores.spec.top_k}), but the model's are {len(layout.expert_layers)} with {layout.spec.count} "
             f"(top-{layout.spec.top_k}), or other blocks. Score the model again."
         )
     return facts
-
-
-def _listed(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> Choice:
-    """The user's own choice, with the experts' scores if there are any."""
-    assert settings.keep_file is not None
-    kept = read_keep_file(settings.keep_file, facts.layout.spec, facts.layout.expert_layers)
-    if scores is None:
-        return Choice(tuple(ChosenLayer(block, experts, (), ()) for block, experts in sorted(kept.items())))
-    return choose_kept(scores.layers, scores.sources, scores.source_tokens, selection_of(settings), kept)
 
 
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
@@ -265,7 +260,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     now = {
         "source": decided.provenance["source"]["fingerprint"],
         "files": file_states(decided.checkpoint),
-        "kept": {str(layer.block): list(layer.kept) for layer in decided.choice.layers},
+        "kept": {str(layer.index): list(layer.kept) for layer in decided.selection.layers},
         "max_shard_bytes": settings.max_shard_bytes,
     }
     recorded = read_pruning(folder) if not anew else None

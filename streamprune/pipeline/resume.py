@@ -17,7 +17,7 @@ from streamprune.errors import ResumeError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
 from streamprune.models.config import versions
-from streamprune.planning.prepare import Prepared
+from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
 from streamprune.work.folder import resume_command
 from streamprune.work.records import RUN_FORMAT, command_of, file_states, has_pruning, read_run, settings_from
@@ -31,9 +31,9 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> dict[str, Any]:
+def describe_run(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> dict[str, Any]:
     """All that decides the result of a run, as JSON, and the command that began it."""
-    quota = prepared.decision.quota
+    counts = prepared.plan.counts
     with reading(prepared.checkpoint.folder):
         source = prepared.checkpoint.fingerprint()
     return {
@@ -54,18 +54,19 @@ def describe_run(settings: RunSettings, prepared: Prepared, calibration: Calibra
         },
         "versions": versions(),
         "blocks": prepared.layout.layer_count,
-        "budget_bytes": quota.budget.nbytes if quota and quota.budget else None,
+        "budget_bytes": counts.budget.nbytes if counts and counts.budget else None,
     }
 
 
-def _kept(prepared: Prepared) -> str:
+def _kept(prepared: PreparedModel) -> str:
     """How many experts stay, as it is compared and told."""
-    quota, counts = prepared.decision.quota, prepared.counts
-    if quota is None:
+    counts = prepared.plan.counts
+    if counts is None:
         return "none removed"
-    if quota.keep is not None:
-        return f"{quota.keep} per block"
-    return f"{quota.total} in all" + (f": {', '.join(map(str, counts.values()))}" if counts else "")
+    if counts.keep is not None:
+        return f"{counts.keep} per layer"
+    listed = f": {', '.join(map(str, counts.per_layer.values()))}" if counts.per_layer else ""
+    return f"{counts.total} in all{listed}"
 
 
 def run_to_resume(work: Path) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _held_back(held: Calibration | None) -> dict[str, Any]:
 
 
 def provenance_of(
-    settings: RunSettings, prepared: Prepared, calibration: Calibration, device: torch.device, batch_tokens: int
+    settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device, batch_tokens: int
 ) -> dict[str, Any]:
     """What decided the scores of a run, as JSON. Nothing in it is about which experts stay."""
     return {

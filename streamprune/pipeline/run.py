@@ -28,10 +28,10 @@ from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline.finish import (
     RunResult,
     SelectionResult,
-    choose_all,
     complete,
     complete_scores,
     print_selection,
+    select_all,
     summary_of,
     summary_of_scores,
     write_blocks,
@@ -60,19 +60,19 @@ from streamprune.pipeline.status import ended
 from streamprune.planning.memory_needs import plan_memory
 from streamprune.planning.model_facts import ModelFacts
 from streamprune.planning.prepare import (
-    Prepared,
+    PreparedModel,
     calibrate,
     check_schedule,
-    chooser_of,
     facts_of,
     prepare,
+    selector_of,
     vocabulary_of,
 )
-from streamprune.planning.target import Decision, decide, with_footprint
+from streamprune.planning.pruning_plan import PruningPlan, plan_pruning, with_footprint
 from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file
-from streamprune.selection.select import Choice, Chooser, selection_of
+from streamprune.selection.select import Selection
 from streamprune.streaming.layer_loop import LayerLoop, OutputTarget
 from streamprune.streaming.predictions import find_head
 from streamprune.streaming.shared import LeadingScorer, call_in, together
@@ -87,14 +87,13 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     Returns what `--dry-run --json` prints. Raises like `run`, also where the disk is too small for the output.
     """
     settings.check_device(choose_device(settings.device).type)
-    decision = decide(settings)
-    if decision.footprint is None:
-        headers = read_headers(settings.model, decision.folder)
-        decision = with_footprint(settings, decision, decision.skeleton, headers)
-    quota, estimate = decision.quota, decision.estimate(settings)
-    assert quota is not None
-    with Progress(decision.skeleton.layer_count, quiet) as progress:
-        print_plan(progress, settings, decision)
+    plan = plan_pruning(settings)
+    if plan.footprint is None:
+        plan = with_footprint(plan, settings.model, plan.skeleton, read_headers(settings.model, plan.folder))
+    planned, estimate = plan.counts, plan.estimate(settings)
+    assert planned is not None
+    with Progress(plan.skeleton.layer_count, quiet) as progress:
+        print_plan(progress, settings, plan)
         if estimate is not None:
             print_memory(progress, estimate)
         else:
@@ -102,13 +101,13 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
         progress.say("dry run: nothing was scored or written")
     if estimate is not None:
         check_disk(settings.output, estimate.weights_bytes)
-    counts = list(decision.counts.values()) if decision.counts else None
+    counts = list(planned.per_layer.values()) if planned.per_layer else None
     return {
         "model": settings.model,
         "output": str(settings.output),
-        "experts_per_layer": quota.keep if quota.even else counts,
-        "experts_in_all_layers": quota.total,
-        "source_experts_per_layer": decision.skeleton.spec.count,
+        "experts_per_layer": planned.keep if planned.uniform else counts,
+        "experts_in_all_layers": planned.total,
+        "source_experts_per_layer": plan.skeleton.spec.count,
         "memory": estimate_object(estimate) if estimate else None,
     }
 
@@ -140,12 +139,12 @@ def _resume(work_folder: Path, quiet: bool, changes: Mapping[str, Any], processe
 
 def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None, processes: Processes) -> RunResult:
     device = device_of(settings, processes)
-    decision = decide(settings)
-    with Progress(decision.skeleton.layer_count, quiet) as progress, ExitStack() as stack:
+    plan = plan_pruning(settings)
+    with Progress(plan.skeleton.layer_count, quiet) as progress, ExitStack() as stack:
         work = open_work_folder(stack, settings)
         stop = stack.enter_context(listening())
         with keeping(work, progress.say):
-            run = _Run(settings, decision, device, progress, work, stop, processes)
+            run = _Run(settings, plan, device, progress, work, stop, processes)
             result = run.go(tokens_recorded=recorded is not None)
         # The output is complete: there is nothing left to be stopped.
         stop.patient = True
@@ -159,7 +158,7 @@ class _Run:
     """A run, led by the first or only process."""
 
     settings: RunSettings
-    decision: Decision
+    plan: PruningPlan
     device: torch.device
     progress: Progress
     work: WorkFolder
@@ -170,22 +169,22 @@ class _Run:
         check_place(self.settings)
         if self.settings.only_score:
             # Again: an old output may just have been put back.
-            check_scores_file(self.settings.output, self.decision.folder, self.settings.overwrite)
+            check_scores_file(self.settings.output, self.plan.folder, self.settings.overwrite)
         recorded = begin(self.settings, self.work)
         # Before tens of GiB are downloaded: text that is of no use should cost no time.
         if recorded is not None and tokens_recorded:
-            vocabulary = vocabulary_of(self.decision.skeleton)
+            vocabulary = vocabulary_of(self.plan.skeleton)
             whole = calibration_of(recorded, self.work.read_tokens(), self.work.folder, vocabulary)
         else:
-            whole = calibrate(self.settings, self.decision)
+            whole = calibrate(self.settings, self.plan)
         calibration = split_held_out(whole) if self.settings.evaluate else whole
-        prepared = prepare(self.settings, self.decision)
+        prepared = prepare(self.settings, self.plan)
         if self.settings.evaluate:
             find_head(prepared.skeleton.model)
         facts = facts_of(prepared)
         check_schedule(self.settings, facts, prepared.counts)
         # Nothing is told before all is known to be in order: a refusal is one message and no more.
-        print_plan(self.progress, self.settings, self.decision)
+        print_plan(self.progress, self.settings, self.plan)
         print_model(self.progress, self.settings, prepared)
         print_calibration(self.progress, prepared, calibration, self.device)
         settings = self.settings
@@ -207,20 +206,25 @@ class _Run:
         return self._stream(settings, prepared, facts, calibration, memory)
 
     def _stream(
-        self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, calibration: Calibration, memory: MemoryPlan
+        self,
+        settings: RunSettings,
+        prepared: PreparedModel,
+        facts: ModelFacts,
+        calibration: Calibration,
+        memory: MemoryPlan,
     ) -> RunResult:
-        chooser = chooser_of(settings, prepared, calibration)
+        selector = selector_of(settings, prepared, calibration)
         writer = outlet = None
-        if chooser is not None and prepared.counts is not None and not chooser.selection.needs_all_layers:
+        if selector is not None and prepared.counts is not None and not selector.settings.needs_all_layers:
             writer = self._writer(settings, prepared, facts, prepared.counts)
-            outlet = OutputTarget(writer, chooser)
+            outlet = OutputTarget(writer, selector)
         self.stop.patient = True
         streamed, examination = _streamed(settings, calibration), None
         if calibration.held is not None:
             beside = streamed.held is not None
             examination = RunEvaluation(settings, prepared, calibration.held, self.work, self.progress, beside)
         with LeadingScorer(
-            settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, chooser, self.stop,
+            settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, selector, self.stop,
             self.processes,
         ) as scorer:  # fmt: skip
             layers = LayerLoop(
@@ -236,11 +240,11 @@ class _Run:
             "states": scorer.states_place,
             "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
         }
-        if chooser is None:
+        if selector is None:
             return self._leave_scores(prepared, scores, {**taken, "busy": scorer.busy.shares()})
-        choice = choose_all(chooser, scores, settings, self.work)
-        writer = writer or self._writer(settings, prepared, facts, choice.counts_by_layer)
-        decided = _decided(settings, prepared, facts, chooser, choice, writer.plan, scores)
+        selection = select_all(selector, scores, settings, self.work)
+        writer = writer or self._writer(settings, prepared, facts, selection.counts_by_layer)
+        decided = _decided(settings, prepared, facts, selection, writer.plan, scores)
         print_selection(decided, self.progress)
         if calibration.held is not None:
             # Before the output has its name, or is refused one: nothing is left to be gone on with then.
@@ -254,12 +258,12 @@ class _Run:
         return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
 
     def _writer(
-        self, settings: RunSettings, prepared: Prepared, facts: ModelFacts, counts: Mapping[int, int]
+        self, settings: RunSettings, prepared: PreparedModel, facts: ModelFacts, counts: Mapping[int, int]
     ) -> OutputWriter:
         plan = make_plan(facts.layout, facts.loading, prepared.checkpoint, counts, settings.max_shard_bytes)
         return OutputWriter(plan, prepared.checkpoint, settings, self.work)
 
-    def _leave_scores(self, prepared: Prepared, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
+    def _leave_scores(self, prepared: PreparedModel, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
         self.stop.patient = False
         complete_scores(self.settings, prepared.checkpoint, scores, self.work)
         summary = {
@@ -294,7 +298,7 @@ class _Run:
         print_result(self.progress, self.settings, summary)
         if estimate is not None:
             print_memory(self.progress, estimate)
-        return RunResult(self.settings.output, decided.choice.layers, summary)
+        return RunResult(self.settings.output, decided.selection.layers, summary)
 
     def _log(self, summary: Mapping[str, Any]) -> None:
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
@@ -303,7 +307,7 @@ class _Run:
 
 def _streamed(settings: RunSettings, calibration: Calibration) -> Calibration:
     """What goes through the blocks while they are scored: where experts are chosen once all are, not what is held."""
-    return replace(calibration, held=None) if selection_of(settings).needs_all_layers else calibration
+    return replace(calibration, held=None) if settings.needs_all_layers else calibration
 
 
 def _scores(
@@ -315,17 +319,15 @@ def _scores(
 
 def _decided(
     settings: RunSettings,
-    prepared: Prepared,
+    prepared: PreparedModel,
     facts: ModelFacts,
-    chooser: Chooser,
-    choice: Choice,
+    selection: Selection,
     plan: PrunePlan,
     scores: Scores,
 ) -> SelectionResult:
-    quota = prepared.decision.quota
-    assert quota is not None  # only where nothing is pruned
-    by, told = chooser.selection, scores.provenance
-    return SelectionResult(settings, prepared.checkpoint, facts, by, quota, choice, plan, told, scores)
+    counts, provenance = prepared.plan.counts, scores.provenance
+    assert counts is not None  # only where nothing is pruned
+    return SelectionResult(settings, prepared.checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
 def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.device:

@@ -15,7 +15,7 @@ from streamprune.evaluation.evaluate import EvaluationForward, about, mean_error
 from streamprune.evaluation.metrics import mean_kl, summarize, table
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.finish import SelectionResult, save_scores
-from streamprune.planning.prepare import Prepared
+from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import Busy, Progress
 from streamprune.streaming.batches import MicroBatches, Stopped
 from streamprune.streaming.forward import ORIGINAL, PRUNED
@@ -44,7 +44,7 @@ class RunEvaluation:
     def __init__(
         self,
         settings: RunSettings,
-        prepared: Prepared,
+        prepared: PreparedModel,
         held: Calibration,
         work: WorkFolder,
         progress: Progress,
@@ -120,7 +120,7 @@ class RunEvaluation:
     ) -> None:
         """Measure what was chosen once all was scored: one more pass over the model, by this process alone."""
         prepared, held = self._prepared, self._held
-        kept = {layer.block: layer.kept for layer in decided.choice.layers}
+        kept = decided.selection.kept
         self._progress.say("measuring what was chosen on the text that was held back ...")
         with ExitStack() as stack:
             busy = Busy()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from streamprune.config import Place
+from streamprune.config import OutputSettings
 from streamprune.errors import ResumeError
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.writer import REPORT_NAME, put_back
@@ -110,7 +110,7 @@ def clean_up(folder: Path, everything: bool) -> int:
     return before - (folder_bytes(folder) if folder.exists() else 0)
 
 
-def _settings(folder: Path) -> Place | None:
+def _settings(folder: Path) -> OutputSettings | None:
     """What the run or pruning in a work folder was begun with; None where nothing whole says it."""
     run = read_run(folder)
     if run is not None:

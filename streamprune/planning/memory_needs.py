@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from streamprune.calibration.sequences import Calibration
-from streamprune.config import COMFORTABLE_BATCH_TOKENS, Computing, RunSettings
+from streamprune.config import COMFORTABLE_BATCH_TOKENS, ComputeSettings, RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
 from streamprune.fit.structure import DTYPE_NAMES
@@ -25,7 +25,7 @@ from streamprune.hardware.memory_watch import context_bytes
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
 from streamprune.models.decoder import Decoder
 from streamprune.models.open import OpenedModel
-from streamprune.planning.prepare import Prepared
+from streamprune.planning.prepare import PreparedModel
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
 SUMS_PER_TOKEN = 9 * 8
@@ -38,7 +38,7 @@ HOST_MARGIN = 80 * 1024**2
 
 def plan_memory(
     settings: RunSettings,
-    prepared: Prepared,
+    prepared: PreparedModel,
     calibration: Calibration,
     device: torch.device,
     folder: Path,
@@ -55,7 +55,7 @@ def plan_memory(
 
 
 def plan_for(
-    settings: Computing,
+    settings: ComputeSettings,
     needs: Needs,
     output_bytes: int,
     device: torch.device,
@@ -71,7 +71,7 @@ def plan_for(
     return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
 
 
-def find_needs(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Needs:
+def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
     """What a prepared run needs, from the model on meta and the calibration."""
     copies = settings.propagate == "pruned" or calibration.held is not None
     counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
@@ -211,7 +211,7 @@ def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
 
 
 def measure_room(
-    settings: Computing, output_bytes: int, device: torch.device, folder: Path, processes: Processes = ALONE
+    settings: ComputeSettings, output_bytes: int, device: torch.device, folder: Path, processes: Processes = ALONE
 ) -> Room:
     """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
 
@@ -238,7 +238,7 @@ def measure_room(
     return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
 
 
-def _card_limit(settings: Computing, device: torch.device, sharing: int) -> Limit:
+def _card_limit(settings: ComputeSettings, device: torch.device, sharing: int) -> Limit:
     free = max(0, devices.free_device_bytes(device) // sharing - DEVICE_MARGIN)
     if settings.vram_bytes is not None:
         context = context_bytes(device)

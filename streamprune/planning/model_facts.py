@@ -19,7 +19,7 @@ from streamprune.models.config_json import ExpertSpec, ModelShape
 from streamprune.models.expert_layout import Layout, layout_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
 from streamprune.output.plan import PrunePlan
-from streamprune.planning.quota import Quota
+from streamprune.planning.expert_counts import ExpertCounts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class ModelFacts:
         return {"tensors": tensors, "loading": self.loading.as_json(), "memory": memory}
 
     def estimate(
-        self, output: str, plan: PrunePlan, goal: PruningTarget, quota: Quota, written: Mapping[str, TensorEntry]
+        self,
+        output: str,
+        plan: PrunePlan,
+        target: PruningTarget,
+        counts: ExpertCounts,
+        written: Mapping[str, TensorEntry],
     ) -> Estimate | None:
         """What the finished model will take, its weights counted in the files that were written."""
         if self.footprint is None:
@@ -58,7 +63,7 @@ class ModelFacts:
         weights = weights_by_layout(written, self.layout, plan.counts)
         spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
         footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
-        return quota.held_against(Estimate(footprint, goal.use))
+        return counts.against_budget(Estimate(footprint, target.serving))
 
 
 def facts_from_json(

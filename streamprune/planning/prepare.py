@@ -1,4 +1,4 @@
-"""Everything about a run that is settled before a weight is read: the model is opened and understood."""
+"""A model opened for a run: checked, laid out, and ready to be streamed. No weight is read yet."""
 
 from __future__ import annotations
 
@@ -25,71 +25,75 @@ from streamprune.models.per_layer_experts import check_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_skeleton, map_checkpoint, survey
 from streamprune.planning.model_facts import ModelFacts
-from streamprune.planning.target import Decision, refuse_quantized, with_footprint
-from streamprune.selection.select import Chooser, selection_of
+from streamprune.planning.pruning_plan import PruningPlan, refuse_quantized, with_footprint
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.select import Selector
 from streamprune.selection.settings import mix_weights
 
 
 @dataclass(frozen=True)
-class Prepared(OpenedModel):
+class PreparedModel(OpenedModel):
     """A Mixture-of-Experts model that is opened to be pruned, or to be scored.
 
-    `decision` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. `counts`
-    are the experts that stay by block; None where that is decided once all are scored, or where nothing is pruned.
+    `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
     """
 
     skeleton: Skeleton
     layout: Layout
-    decision: Decision
-    counts: Mapping[int, int] | None
+    plan: PruningPlan
     trust_remote_code: bool
-    _twins: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pruned: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def counts(self) -> Mapping[int, int] | None:
+        """Experts that stay by layer; None where that is decided once all are scored, or where nothing is pruned."""
+        return self.plan.counts.per_layer if self.plan.counts is not None else None
 
     @cached_property
     def planned_bytes(self) -> int:
-        """Bytes of the weights that will be written; blocks are alike, so that it need not be known which keep most."""
-        quota, blocks, spec = self.decision.quota, self.layout.expert_layers, self.layout.spec
-        if quota is None:
+        """Bytes of the weights that will be written; layers are alike, so that it need not be known which keep most."""
+        planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
+        if planned is None:
             return 0
-        counts = self.counts
+        counts = planned.per_layer
         if counts is None:
-            steps, more = divmod(quota.total // spec.groups, len(blocks))
-            counts = {block: (steps + (place < more)) * spec.groups for place, block in enumerate(blocks)}
+            steps, more = divmod(planned.total // spec.groups, len(layers))
+            counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
         return sum(tensor.nbytes for tensor in self.layout.output(self.checkpoint.tensors, counts))
 
     def pruned_model(self, count: int) -> PreTrainedModel:
-        """The model with `count` experts in every block, on meta, as the rewritten config describes it."""
-        if count not in self._twins:
-            self._twins.clear()
-            layout, decision = self.layout, self.decision
-            rewritten = rewrite_config(decision.raw, layout.spec, layout.count_names, count)
-            config = config_from_dict(decision.config, drop_missing_code(rewritten, self.checkpoint.folder))
-            self._twins[count] = build_model(config, self.dtype, self.trust_remote_code)
-        return self._twins[count]
+        """The model with `count` experts in every layer, on meta, as the rewritten config describes it."""
+        if count not in self._pruned:
+            self._pruned.clear()
+            layout, plan = self.layout, self.plan
+            rewritten = rewrite_config(plan.raw, layout.spec, layout.count_names, count)
+            config = config_from_dict(plan.config, drop_missing_code(rewritten, self.checkpoint.folder))
+            self._pruned[count] = build_model(config, self.dtype, self.trust_remote_code)
+        return self._pruned[count]
 
     def pruned_layer(self, index: int, count: int) -> nn.Module:
-        """Block `index` of the model with `count` experts in every block, on meta."""
-        block: nn.Module = self.pruned_model(count).get_submodule(f"{self.skeleton.layers_path}.{index}")
-        return block
+        """Layer `index` of the model with `count` experts in every layer, on meta."""
+        layer: nn.Module = self.pruned_model(count).get_submodule(f"{self.skeleton.layers_path}.{index}")
+        return layer
 
 
-def prepare(settings: RunSettings, decision: Decision) -> Prepared:
+def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     """Open the model for what was decided; raises a StreampruneError for whatever cannot work."""
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    if checkpoint.config != decision.raw:
+    if checkpoint.config != plan.raw:
         raise CheckpointError(
             f"The config of {settings.model} changed while it was opened. Run the same command again."
         )
-    dtype, skeleton = decision.dtype, decision.skeleton
+    dtype, skeleton = plan.dtype, plan.skeleton
     if dtype is None:
         dtype = dtype_of_weights(checkpoint)
-        skeleton = build_skeleton(decision.config, dtype, settings.trust_remote_code)
+        skeleton = build_skeleton(plan.config, dtype, settings.trust_remote_code)
     targets = map_checkpoint(skeleton.model, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors)
     layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
-    decision = with_footprint(settings, decision, skeleton, checkpoint.tensors)
-    counts = decision.counts
-    prepared = Prepared(checkpoint, skeleton, targets, dtype, layout, decision, counts, settings.trust_remote_code)
+    plan = with_footprint(plan, settings.model, skeleton, checkpoint.tensors)
+    prepared = PreparedModel(checkpoint, skeleton, targets, dtype, layout, plan, settings.trust_remote_code)
+    counts = prepared.counts
     least = minimum_keep(skeleton.spec)
     # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
     for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
@@ -97,10 +101,10 @@ def prepare(settings: RunSettings, decision: Decision) -> Prepared:
     return prepared
 
 
-def facts_of(prepared: Prepared) -> ModelFacts:
+def facts_of(prepared: PreparedModel) -> ModelFacts:
     """What has to be known of the model to write an output of it, now or later."""
-    loading = find_loading_facts(prepared.decision.raw, prepared.decision.config, prepared.skeleton)
-    return ModelFacts(prepared.layout, loading, prepared.decision.footprint)
+    loading = find_loading_facts(prepared.plan.raw, prepared.plan.config, prepared.skeleton)
+    return ModelFacts(prepared.layout, loading, prepared.plan.footprint)
 
 
 def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
@@ -119,26 +123,19 @@ def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: b
     return ModelFacts(layout, loading, footprint)
 
 
-def chooser_of(settings: RunSettings, prepared: Prepared, calibration: Calibration) -> Chooser | None:
-    """What chooses the experts of a run; None where scoring is all that is asked for."""
-    quota = prepared.decision.quota
-    if quota is None:
+def selector_of(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Selector | None:
+    """What selects the experts of a run; None where scoring is all that is asked for."""
+    counts = prepared.plan.counts
+    if counts is None:
         return None
-    return Chooser(
-        selection_of(settings),
-        prepared.layout.spec,
-        prepared.layout.expert_layers,
-        quota.total,
-        prepared.counts,
-        calibration.sources,
-        calibration.tokens_of,
-    )
+    sources, tokens = calibration.sources, calibration.tokens_of
+    return Selector(settings.selection, prepared.layout.spec, sources, tokens, counts.total, counts.per_layer)
 
 
 def check_schedule(settings: RunSettings, facts: ModelFacts, counts: Mapping[int, int] | None) -> None:
-    """Raise UnsupportedModelError where the blocks may come to differ, and no output could say so."""
+    """Raise UnsupportedModelError where the layers may come to differ, and no output could say so."""
     spec = facts.layout.spec
-    if counts is None and settings.schedule == "global":
+    if counts is None and not settings.has_schedule_file and SCHEDULES[settings.schedule].needs_scores:
         # Not known before all are scored, but unequal for all that one can expect.
         counts = {0: minimum_keep(spec), 1: spec.count}
     if counts is not None:
@@ -150,20 +147,20 @@ def vocabulary_of(skeleton: Skeleton) -> int:
     return int(skeleton.model.get_input_embeddings().weight.shape[0])
 
 
-def calibrate(settings: RunSettings, decision: Decision) -> Calibration:
+def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
     """Read the calibration data for a model; of one on the Hub only the small files, the tokenizer's, are fetched.
 
     Raises SettingsError for a mix of other sources, before tens of GiB are downloaded.
     """
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
-    text_config = decision.skeleton.model.config.get_text_config(decoder=True)
+    text_config = plan.skeleton.model.config.get_text_config(decoder=True)
     calibration = load_calibration(
         settings.calibration,
         folder,
         samples=settings.samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
-        vocab_size=vocabulary_of(decision.skeleton),
+        vocab_size=vocabulary_of(plan.skeleton),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )

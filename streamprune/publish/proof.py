@@ -127,9 +127,9 @@ def _check_scores(parts: Parts) -> None:
     except ScoresError as error:
         raise VerifyError(f"{damage(error)}. Prune again, or restore it.") from None
     blocks, count = sorted(kept_experts(parts.folder)), parts.report["source"].get("experts")
-    if (sorted(scores.blocks), scores.spec.count) != (blocks, count):
+    if (sorted(scores.layer_indices), scores.spec.count) != (blocks, count):
         raise VerifyError(
-            f"{parts.folder / SCORES_FOLDER / SCORES_NAME} holds scores of {len(scores.blocks)} blocks with "
+            f"{parts.folder / SCORES_FOLDER / SCORES_NAME} holds scores of {len(scores.layer_indices)} blocks with "
             f"{scores.spec.count} experts, but by {REPORT_NAME} the source has {len(blocks)} with {count}. Prune again."
         )
 

@@ -26,15 +26,17 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, SCHEDULES
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import PrunePlan
+from streamprune.saliency.methods import METHODS
 from streamprune.selection.retention import Retention
-from streamprune.selection.settings import Selection
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.settings import SelectionSettings
 
 #: No real name is longer.
 _LONGEST = 300
@@ -147,7 +149,7 @@ def retention_lines(retained: Sequence[Retention]) -> Iterator[str]:
     )
     yield ""
     rows = [
-        (code(each.source), f"{each.kept:.1%}", f"{each.best:.1%}", f"{each.worst:.1%} (block {each.worst_block})")
+        (code(each.source), f"{each.kept:.1%}", f"{each.best:.1%}", f"{each.worst:.1%} (block {each.worst_layer})")
         for each in retained
     ]
     yield from table(("source", "kept", "at best", "least in a block"), rows)
@@ -295,7 +297,7 @@ def _mix_text(shares: Mapping[str, float]) -> str:
 
 def _shares(mix: str) -> dict[str, float] | None:
     try:
-        return Selection(mix=mix).shares
+        return SelectionSettings(mix=mix).shares
     except SettingsError:
         # All shares too small for such a denominator.
         return None
@@ -433,26 +435,6 @@ def _longest(report: Mapping[str, Any]) -> int | None:
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_REAP = "[arXiv:2510.13999](https://arxiv.org/abs/2510.13999)"
-_OUTPUT_NORMS = "[arXiv:2504.05586](https://arxiv.org/abs/2504.05586)"
-#: What a method's score of an expert is, and where it was published; `saliency.methods` has the formulas.
-_METHODS = {
-    "reap": "the mean, over the tokens routed to it, of its router weight times the norm of its output "
-    f"(REAP, {_REAP})",
-    "frequency": "the number of tokens routed to it",
-    "weighted-frequency": "the sum of its router weights over the tokens routed to it",
-    "ean": f"the sum of the norms of its outputs ({_OUTPUT_NORMS})",
-    "ean-mean": "the mean norm of its outputs",
-    "weighted-ean": "the sum, over the tokens routed to it, of its router weight times the norm of its output (the sum "
-    f"of which REAP, {_REAP}, takes the mean)",
-    "max-activation": "the largest value in any of its outputs "
-    "(as in [arXiv:2507.23279](https://arxiv.org/abs/2507.23279))",
-    "relative-energy": "the energy that its weighted output adds, relative to that of the residual stream "
-    "(unpublished)",
-    "composite": "how often it is used, times its mean router weight, times the mean cosine of its output with the "
-    "layer's (unpublished)",
-    "random": "a number drawn at random: the control that every method has to beat",
-}
 
 
 def model_card(
@@ -528,6 +510,13 @@ def _texts(value: Any, pattern: re.Pattern[str] | None = None) -> Any:
     return found if isinstance(value, list) else found[0]
 
 
+def _score_meaning(method: str) -> str:
+    """What a method's score of an expert is, and where it was published."""
+    entry = METHODS[method]
+    linked = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", entry.publication)
+    return f"{entry.meaning} ({linked})" if linked else entry.meaning
+
+
 def _summary(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes: int) -> Iterator[str]:
     spec, counts = plan.layout.spec, list(plan.counts.values())
     least, most, all_of_them = min(counts), max(counts), spec.count * len(counts)
@@ -542,7 +531,7 @@ def _summary(name: str, plan: PrunePlan, report: Mapping[str, Any], source_bytes
     )
     yield ""
     if report["settings"]["method"] is not None:
-        yield from (f"An expert's score is {_METHODS[report['settings']['method']]}.", "")
+        yield from (f"An expert's score is {_score_meaning(report['settings']['method'])}.", "")
     rows = [
         ("experts per block", str(spec.count), per_block),
         ("experts in all", f"{all_of_them:,}", f"{sum(counts):,}"),

@@ -35,7 +35,7 @@ from streamprune.reporting.facts import GIB, Course, Line, Memory
 from streamprune.reporting.measured import OfSource, TextResult
 from streamprune.reporting.read_record import Record
 from streamprune.selection.retention import Retention
-from streamprune.selection.select import ChosenLayer
+from streamprune.selection.select import LayerSelection
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
@@ -430,7 +430,7 @@ def draw_map(record: Record) -> Figure:
         panel.set_xlim(start - 0.5, start + min(_ACROSS, record.experts) - 0.5)
         panel.grid(False)
         panel.set_ylabel("layer")
-        _label_rows(panel, [layer.block for layer in layers])
+        _label_rows(panel, [layer.index for layer in layers])
     panels[-1].set_xlabel("expert (its number in the source)")
     if values is not None:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), _COLOURS)
@@ -449,7 +449,7 @@ def _label_rows(panel: matplotlib.axes.Axes, blocks: Sequence[int]) -> None:
 
 
 def _pixels(
-    layers: Sequence[ChosenLayer], values: NDArray[np.float64] | None, start: int, stop: int, low: float, high: float
+    layers: Sequence[LayerSelection], values: NDArray[np.float64] | None, start: int, stop: int, low: float, high: float
 ) -> NDArray[np.uint8]:
     kept = np.zeros((len(layers), stop - start), dtype=bool)
     for row, layer in enumerate(layers):

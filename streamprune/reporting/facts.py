@@ -240,7 +240,7 @@ def read_facts(output: Path) -> Facts:
         output.name,
         record,
         checkpoint.nbytes,
-        retentions(scores.layers, scores.sources, record.choice, scores.spec.groups) if scores else (),
+        retentions(scores, record.choice) if scores else (),
         read_memory(output, record, scores, checkpoint.tensors),
         read_course(output, record, checkpoint.nbytes),
         read_text(output),
@@ -254,10 +254,10 @@ def _scores(output: Path, record: Record) -> Scores | None:
     if not path.is_file():
         return None
     scores = read_scores(path)
-    blocks = tuple(layer.block for layer in record.choice.layers)
-    if scores.blocks != blocks or scores.spec.count != record.experts:
+    blocks = tuple(layer.index for layer in record.choice.layers)
+    if scores.layer_indices != blocks or scores.spec.count != record.experts:
         raise ReportError(
-            f"{path} holds scores of {len(scores.blocks)} layers with {scores.spec.count} experts, but the model was "
+            f"{path} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
             f"made from {len(blocks)} layers with {record.experts}. They belong to another model: remove them, or "
             "prune again."
         )

@@ -32,6 +32,7 @@ from streamprune.reporting.tables import (
     tasks_table,
     tokens_table,
 )
+from streamprune.selection.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,12 +88,8 @@ def schedule_text(record: Record) -> str:
     schedule = record.settings.get("schedule")
     if schedule is None:
         return "Which experts stay was chosen by hand."
-    meaning = {
-        "uniform": "every layer keeps equally many",
-        "global": "the experts of all layers are ranked together",
-    }.get(str(schedule), "a file says how many each layer keeps")
-    if str(schedule).startswith("linear"):
-        meaning = "the share that is removed rises or falls evenly from the first layer to the last"
+    known = SCHEDULES.get(str(schedule))
+    meaning = known.meaning if known else "a file says how many each layer keeps"
     extra = [f"{name} {record.settings[name]:g}" for name in ("spread", "floor") if name in record.settings]
     return f"Schedule {schedule}: {meaning}{', ' if extra else ''}{', '.join(extra)}."
 

@@ -19,7 +19,7 @@ from streamprune.fit.cache import KV_DTYPES
 from streamprune.models.config_json import MOST_BLOCKS, MOST_EXPERTS
 from streamprune.output.writer import REPORT_NAME
 from streamprune.reporting.record import REPORT_FORMAT
-from streamprune.selection.select import Choice, ChosenLayer
+from streamprune.selection.select import LayerSelection, Selection
 
 #: Names of sources and tasks, and texts that are shown as they are.
 LONGEST_NAME, LONGEST_TEXT = 1000, 10_000
@@ -149,7 +149,7 @@ class Record:
     source_bytes: int
     calibration: Calibrated | None
     dropped: int
-    choice: Choice = field(repr=False)
+    choice: Selection = field(repr=False)
     versions: Mapping[str, str]
 
     @property
@@ -260,9 +260,9 @@ def _source(told: Told, stated: Told | None) -> CalibrationSource:
     )
 
 
-def _choice(told: Told, experts: int) -> Choice:
+def _choice(told: Told, experts: int) -> Selection:
     layers = tuple(_layer(each, experts) for each in told.at("layers").each())
-    blocks = [layer.block for layer in layers]
+    blocks = [layer.index for layer in layers]
     if not blocks or blocks != sorted(set(blocks)):
         raise told.at("layers").wrong("a list of layers in ascending order")
     protected = {}
@@ -270,10 +270,10 @@ def _choice(told: Told, experts: int) -> Choice:
         if block not in map(str, blocks):
             raise numbers.wrong("of a layer with experts")
         protected[int(block)] = tuple(number.whole(0, experts - 1) for number in numbers.each())
-    return Choice(layers, protected)
+    return Selection(layers, protected=protected)
 
 
-def _layer(told: Told, experts: int) -> ChosenLayer:
+def _layer(told: Told, experts: int) -> LayerSelection:
     kept = tuple(number.whole(0, experts - 1) for number in told.at("kept").each())
     if not kept or list(kept) != sorted(set(kept)):
         raise told.at("kept").wrong("ascending numbers of experts")
@@ -282,4 +282,4 @@ def _layer(told: Told, experts: int) -> ChosenLayer:
     for name, values in (("scores", scores), ("counts", counts)):
         if len(values) not in (0, experts):
             raise told.at(name).wrong(f"{experts} numbers, one for each expert")
-    return ChosenLayer(told.at("index").whole(0, MOST_BLOCKS), kept, scores, counts)
+    return LayerSelection(told.at("index").whole(0, MOST_BLOCKS), kept, scores, counts)

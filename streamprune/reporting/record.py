@@ -12,10 +12,11 @@ from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import ServingSpec
 from streamprune.errors import ScoresError
 from streamprune.output.plan import PrunePlan
-from streamprune.planning.quota import Quota
+from streamprune.planning.expert_counts import ExpertCounts
+from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.selection.select import Choice
-from streamprune.selection.settings import Selection
+from streamprune.selection.select import Selection
+from streamprune.selection.settings import SelectionSettings
 
 #: The format of streamprune.json.
 REPORT_FORMAT = 2
@@ -23,10 +24,9 @@ REPORT_FORMAT = 2
 
 def run_report(
     provenance: Mapping[str, Any],
-    choice: Choice,
+    selection: Selection,
     plan: PrunePlan,
-    selection: Selection | None,
-    quota: Quota,
+    counts: ExpertCounts,
     use: ServingSpec,
     shard_bytes: int,
     small_files: Sequence[str],
@@ -34,7 +34,7 @@ def run_report(
     """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
 
     It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
-    on the number of threads, as every matrix product does.) `selection` is None for a choice that the user made; `use`
+    on the number of threads, as every matrix product does.) `use`
     is what the user planned for, `shard_bytes` the largest size of an output file, and `small_files` the names of those
     that lie beside the weights and were not made here.
     """
@@ -43,56 +43,56 @@ def run_report(
     settings = {
         "model": provenance["model"],
         "revision": provenance["revision"],
-        "keep": quota.keep,
-        "total": quota.total,
-        **_selection(selection),
+        "keep": counts.keep,
+        "total": counts.total,
+        **_selection(selection.settings),
         "max_shard_bytes": shard_bytes,
     }
     return {
         "format": REPORT_FORMAT,
         # How the scores were taken, which cannot change how experts were chosen: a stranger's file may name that too.
         "settings": settings | {name: value for name, value in provenance["settings"].items() if name not in settings},
-        "use": _use(use, quota),
+        "use": _use(use, counts),
         "versions": provenance["versions"],
         "source": {**provenance["source"], "experts": plan.layout.spec.count, "top_k": plan.layout.spec.top_k},
         "calibration": provenance["calibration"],
         # What else may come to lie in the folder is told from these when it is published.
         "files": sorted({*small_files, *plan.files}),
         "dropped": list(plan.layout.dropped),
-        "protected": {str(block): list(experts) for block, experts in sorted(choice.protected.items())},
+        "protected": {str(block): list(experts) for block, experts in sorted(selection.protected.items())},
         "layers": [
             {
-                "index": layer.block,
+                "index": layer.index,
                 "kept": list(layer.kept),
                 "scores": list(layer.scores),
                 "counts": list(layer.tokens),
             }
-            for layer in choice.layers
+            for layer in selection.layers
         ],
     }
 
 
-def _use(use: ServingSpec, quota: Quota) -> dict[str, Any]:
+def _use(use: ServingSpec, counts: ExpertCounts) -> dict[str, Any]:
     return {
         "context": use.context,
         "batch": use.batch,
         "kv_dtype": use.kv_dtype,
-        "budget_bytes": quota.budget.nbytes if quota.budget else None,
+        "budget_bytes": counts.budget.nbytes if counts.budget else None,
     }
 
 
-def _selection(selection: Selection | None) -> dict[str, Any]:
-    if selection is None:
+def _selection(settings: SelectionSettings | None) -> dict[str, Any]:
+    if settings is None:
         return dict.fromkeys(("method", "seed", "mix", "schedule", "spread", "floor", "protect_super_experts"))
     return {
-        "method": selection.method,
+        "method": settings.method,
         # Which seed another method was called with does not matter.
-        "seed": selection.seed if selection.method == "random" else None,
-        "mix": selection.shares,
-        "schedule": public_name(selection.schedule) if selection.has_schedule_file else selection.schedule,
-        "spread": selection.spread_used,
-        "floor": selection.floor,
-        "protect_super_experts": selection.protect_super_experts,
+        "seed": (settings.seed or 0) if METHODS[settings.method].is_random else None,
+        "mix": settings.shares,
+        "schedule": public_name(settings.schedule) if settings.has_schedule_file else settings.schedule,
+        "spread": settings.spread_used,
+        "floor": settings.floor,
+        "protect_super_experts": settings.protect_super_experts,
     }
 
 

@@ -98,13 +98,13 @@ def layers_table(record: Record) -> Table:
         gone = [score for expert, score in enumerate(layer.scores) if expert not in stay]
         rows.append(
             (
-                str(layer.block),
+                str(layer.index),
                 str(len(layer.kept)),
                 str(record.experts - len(layer.kept)),
                 percent(1 - len(layer.kept) / record.experts),
                 number(min(kept, default=None)),
                 number(max(gone, default=None)),
-                str(len(record.choice.protected.get(layer.block, ()))),
+                str(len(record.choice.protected.get(layer.index, ()))),
             )
         )
     return Table(
@@ -121,7 +121,7 @@ def scores_table(record: Record) -> Table:
         stay = set(layer.kept)
         texts = [number(score) for score in layer.scores] or ["·"] * record.experts
         cells = (text if expert in stay else Struck(text) for expert, text in enumerate(texts))
-        rows.append((str(layer.block), *cells))
+        rows.append((str(layer.index), *cells))
     columns = ("layer", *(str(expert) for expert in range(record.experts)))
     return Table("Scores by layer and expert; struck out: removed", columns, tuple(rows))
 
@@ -132,7 +132,7 @@ def tokens_table(record: Record) -> Table:
     for layer in record.choice.layers:
         ends = [f"{value:,.10g}" for value in np.percentile(layer.tokens, (0, 25, 50, 75, 100))]
         fewest = min(layer.tokens[expert] for expert in layer.kept)
-        rows.append((str(layer.block), *ends, f"{fewest:,}", str(layer.tokens.count(0))))
+        rows.append((str(layer.index), *ends, f"{fewest:,}", str(layer.tokens.count(0))))
     return Table(
         "Tokens per expert by layer",
         ("layer", "least", "first quarter", "median", "third quarter", "most", "fewest of a kept one", "never routed"),
@@ -142,7 +142,7 @@ def tokens_table(record: Record) -> Table:
 
 def retention_table(retained: Sequence[Retention]) -> Table:
     """What is kept of each source's saliency."""
-    rows = [(each.source, percent(each.kept), percent(each.best), str(each.worst_block), percent(each.worst))
+    rows = [(each.source, percent(each.kept), percent(each.best), str(each.worst_layer), percent(each.worst))
             for each in retained]  # fmt: skip
     return Table("Saliency kept by source", ("source", "kept", "at best", "worst layer", "kept there"), tuple(rows))
 

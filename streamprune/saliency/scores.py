@@ -2,7 +2,7 @@
 
 All fields but one are sums over tokens, so that sources can be weighed afterwards exactly; the peak is a maximum. For a
 token routed to expert j, g is the gate weight with which the model combines j's output f (before the gate), o the
-layer's routed output Σ g·f of all experts that the token chose, and x the residual stream that enters the block.
+layer's routed output Σ g·f of all experts that the token chose, and x the residual stream that enters the layer.
 
 Shapes: F fields, S sources, E experts.
 
@@ -54,9 +54,9 @@ MOST_COUNT = 2.0**53
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The statistics of the experts of one block: `values` (F, S, E), float64, in the order of FIELDS."""
+    """The statistics of the experts of layer `index`: `values` (F, S, E), float64, in the order of FIELDS."""
 
-    block: int
+    index: int
     values: Array = field(repr=False)
 
     def mixed(self, weights: Sequence[float]) -> Mapping[str, Array]:
@@ -108,7 +108,7 @@ def check_values(values: Array) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """The statistics of every layer with experts, in ascending order of blocks, and their provenance.
+    """The statistics of every layer with experts, in ascending order, and their provenance.
 
     `sources` names the parts of the calibration text, `source_tokens` says how many tokens each of them had. Provenance
     and layout are JSON; `layout`, which says where the checkpoint holds its experts, is None where nobody recorded it.
@@ -122,9 +122,9 @@ class Scores:
     layout: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """The numbers of the blocks that have experts."""
-        return tuple(layer.block for layer in self.layers)
+    def layer_indices(self) -> tuple[int, ...]:
+        """The indices of the layers that have experts."""
+        return tuple(layer.index for layer in self.layers)
 
     @property
     def tokens(self) -> int:
@@ -176,20 +176,20 @@ def check_spec(spec: ExpertSpec | Mapping[str, Any]) -> ExpertSpec:
     return ExpertSpec(tuple(path), attribute, count, top_k, groups, topk_groups)
 
 
-def check_layers(blocks: Sequence[Any]) -> tuple[int, ...]:
-    """Numbers of blocks, ascending; at least one."""
-    if not blocks or not all(_whole(block, 0, MOST_BLOCKS) for block in blocks):
-        raise ScoresError(f"these are no numbers of layers: {show(list(blocks))}. {_AGAIN}")
-    if any(left >= right for left, right in pairwise(blocks)):
-        raise ScoresError(f"its layers are not in ascending order: {show(list(blocks))}. {_AGAIN}")
-    return tuple(blocks)
+def check_layers(indices: Sequence[Any]) -> tuple[int, ...]:
+    """Indices of layers, ascending; at least one."""
+    if not indices or not all(_whole(index, 0, MOST_BLOCKS) for index in indices):
+        raise ScoresError(f"these are no numbers of layers: {show(list(indices))}. {_AGAIN}")
+    if any(left >= right for left, right in pairwise(indices)):
+        raise ScoresError(f"its layers are not in ascending order: {show(list(indices))}. {_AGAIN}")
+    return tuple(indices)
 
 
 def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: int) -> None:
     """The statistics of one layer: of the right shape, finite, and such as sums over these tokens can be."""
     shape = (len(FIELDS), len(source_tokens), experts)
     if layer.values.shape != shape:
-        raise ScoresError(f"layer {layer.block} has statistics {layer.values.shape} instead of {shape}. {_AGAIN}")
+        raise ScoresError(f"layer {layer.index} has statistics {layer.values.shape} instead of {shape}. {_AGAIN}")
     fields = dict(zip(FIELDS, layer.values, strict=True))
     tokens = fields["tokens"]
     limits = np.asarray(source_tokens, dtype=np.float64)[:, None]
@@ -205,7 +205,7 @@ def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: i
         if wrong.any():
             source, expert = (int(index) for index in np.argwhere(wrong)[0])
             raise ScoresError(
-                f"layer {layer.block}, expert {expert}, source {source}: {name} is {values[source, expert]:g} with "
+                f"layer {layer.index}, expert {expert}, source {source}: {name} is {values[source, expert]:g} with "
                 f"{tokens[source, expert]:g} tokens of {limits[source, 0]:g}, which cannot be. {_AGAIN}"
             )
 

@@ -93,7 +93,7 @@ def write_scores(path: Path, scores: Scores) -> None:
 def _check(scores: Scores) -> None:
     check_sources(scores.sources, scores.source_tokens)
     check_spec(scores.spec)
-    check_layers(scores.blocks)
+    check_layers(scores.layer_indices)
     for layer in scores.layers:
         check_layer(layer, scores.source_tokens, scores.spec.count)
 
@@ -103,7 +103,7 @@ def _header(scores: Scores) -> bytes:
         _MARK: str(FORMAT),
         "about": _ABOUT,
         "fields": _json(FIELDS),
-        "blocks": _json(scores.blocks),
+        "blocks": _json(scores.layer_indices),
         "sources": _json([{"name": n, "tokens": t} for n, t in zip(scores.sources, scores.source_tokens, strict=True)]),
         "experts": _json(asdict(scores.spec)),
         "provenance": _json(scores.provenance),
@@ -113,9 +113,9 @@ def _header(scores: Scores) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     shape = [len(scores.sources), scores.spec.count]
     position, size = 0, 8 * shape[0] * shape[1]
-    for block in scores.blocks:
+    for index in scores.layer_indices:
         for name in FIELDS:
-            header[_tensor_name(block, name)] = {
+            header[_tensor_name(index, name)] = {
                 "dtype": _DTYPES[name in COUNTS][0], "shape": shape, "data_offsets": [position, position + size],
             }  # fmt: skip
             position += size
@@ -129,8 +129,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
-def _tensor_name(block: int, name: str) -> str:
-    return f"layers.{block}.{name}"
+def _tensor_name(index: int, name: str) -> str:
+    return f"layers.{index}.{name}"
 
 
 def _bytes_of(scores: Scores) -> Iterator[bytes]:
@@ -204,16 +204,16 @@ def _parse(path: Path, data: bytes) -> Scores:
 def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], data: bytes) -> Scores:
     names, tokens = check_sources(*_sources(_value(metadata, "sources", list)))
     spec = check_spec(_value(metadata, "experts", dict))
-    blocks = check_layers(_value(metadata, "blocks", list))
-    expected = {_tensor_name(block, name) for block in blocks for name in FIELDS}
+    indices = check_layers(_value(metadata, "blocks", list))
+    expected = {_tensor_name(index, name) for index in indices for name in FIELDS}
     if expected != entries.keys():
         missing, more = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
         what = f"lacks {len(missing)} tensors, first {missing[0]}" if missing else f"has the unknown {show(more[0])}"
-        raise _damaged(f"for {len(blocks)} layers with {len(FIELDS)} fields each it {what}")
+        raise _damaged(f"for {len(indices)} layers with {len(FIELDS)} fields each it {what}")
     layers = []
-    for block in blocks:
-        tensors = [_tensor(entries[_tensor_name(block, name)], name, (len(names), spec.count), data) for name in FIELDS]
-        layer = LayerStatistics(block, np.stack(tensors))
+    for index in indices:
+        tensors = [_tensor(entries[_tensor_name(index, name)], name, (len(names), spec.count), data) for name in FIELDS]
+        layer = LayerStatistics(index, np.stack(tensors))
         check_layer(layer, tokens, spec.count)
         layers.append(layer)
     layout = _value(metadata, "layout", dict) if "layout" in metadata else None

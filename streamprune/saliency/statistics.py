@@ -40,7 +40,7 @@ class ExpertStatistics:
         self.values = torch.zeros((len(FIELDS), sources, experts), dtype=torch.float64, device=device)
 
     def add(self, pairs: Pairs, residual_T: torch.Tensor, source: int = 0) -> None:
-        """Add T tokens of one source; `residual_T` are the norms of the residual stream that enters the block."""
+        """Add T tokens of one source; `residual_T` are the norms of the residual stream that enters the layer."""
         experts = self.values.shape[-1]
         column_TK = pairs.index.clamp(max=experts)
         # One row per token, at most one value per cell: the sums are taken in a fixed order, so that they are the same
@@ -64,9 +64,9 @@ class ExpertStatistics:
             else:
                 place += other.values[number, 0]
 
-    def of_layer(self, block: int) -> LayerStatistics:
-        """The statistics as they are recorded of block `block`."""
-        return LayerStatistics(block, self.values.cpu().numpy())
+    def of_layer(self, index: int) -> LayerStatistics:
+        """The statistics as they are recorded of layer `index`."""
+        return LayerStatistics(index, self.values.cpu().numpy())
 
     def packed(self) -> str:
         """The statistics as text, exact to the bit."""

@@ -1,4 +1,4 @@
-"""What scores show: how they are spread in each layer, where a choice draws the line, and what it would lose.
+"""What scores show: how they are spread in each layer, where a selection draws the line, and what it would lose.
 
 What `streamprune inspect` prints for people: one line per layer, so that 48 layers of 128 experts stay readable.
 """
@@ -13,8 +13,8 @@ import numpy as np
 
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
 from streamprune.selection.retention import Comparison, LayerDifference, Retention, retention_warnings, retentions
-from streamprune.selection.select import Choice, routed_tokens, score_layer, super_experts
-from streamprune.selection.settings import Selection, mix_weights, token_shares
+from streamprune.selection.select import Selection, routed_tokens, score_layer, super_experts
+from streamprune.selection.settings import SelectionSettings, mix_weights, token_shares
 
 #: Bars of a layer's histogram, from its lowest to its highest score.
 BARS = 10
@@ -43,9 +43,9 @@ class Boundary:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer: scores (E,), their five quartiles and histogram (BARS,), experts never seen, and the choice if any."""
+    """One layer: scores (E,), their five quartiles and histogram (BARS,), experts never seen, the selection if any."""
 
-    block: int
+    index: int
     scores: tuple[float, ...] = field(repr=False)
     quartiles: tuple[float, ...]
     histogram: tuple[int, ...]
@@ -56,34 +56,34 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `streamprune inspect` tells of scores; without a choice there is nothing to retain.
+    """Everything that `streamprune inspect` tells of scores; without a selection there is nothing to retain.
 
     `shares` are the sources' shares of the tokens in the mix.
     """
 
     scores: Scores = field(repr=False)
-    selection: Selection
+    settings: SelectionSettings
     shares: tuple[float, ...]
     layers: tuple[LayerView, ...]
     super_experts: Mapping[int, tuple[int, ...]]
-    choice: Choice | None = field(default=None, repr=False)
+    selection: Selection | None = field(default=None, repr=False)
     retention: tuple[Retention, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-def inspect_scores(scores: Scores, selection: Selection, choice: Choice | None = None) -> Inspection:
-    """Look at `scores` as `selection` ranks them and, if there is a choice, at what it keeps and loses."""
-    weights = mix_weights(selection.mix, scores.sources, scores.source_tokens)
-    shares = token_shares(selection.mix, scores.sources, scores.source_tokens)
+def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selection | None = None) -> Inspection:
+    """Look at `scores` as `settings` ranks them and, if there is a selection, at what it keeps and loses."""
+    weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
+    shares = token_shares(settings.mix, scores.sources, scores.source_tokens)
     outliers = super_experts(scores.layers, weights)
     views = []
     for number, layer in enumerate(scores.layers):
-        kept = choice.layers[number].kept if choice else None
-        shielded = choice.protected.get(layer.block, ()) if choice else ()
-        views.append(_view(layer, score_layer(layer, selection, weights), kept, shielded, scores.spec.groups))
-    found = retentions(scores.layers, scores.sources, choice, scores.spec.groups) if choice else ()
-    warnings = (*retention_warnings(found, shares), *_choice_warnings(views, outliers)) if choice else ()
-    return Inspection(scores, selection, tuple(shares.values()), tuple(views), outliers, choice, found, warnings)
+        kept = selection.layers[number].kept if selection else None
+        shielded = selection.protected.get(layer.index, ()) if selection else ()
+        views.append(_view(layer, score_layer(layer, settings, weights), kept, shielded, scores.spec.groups))
+    found = retentions(scores, selection) if selection else ()
+    warnings = (*retention_warnings(found, shares), *_choice_warnings(views, outliers)) if selection else ()
+    return Inspection(scores, settings, tuple(shares.values()), tuple(views), outliers, selection, found, warnings)
 
 
 def _view(
@@ -100,7 +100,7 @@ def _view(
     for score in scores:
         bars[min(BARS - 1, int((score - low) / width * BARS)) if width > 0 else 0] += 1
     line = _boundary(scores, kept, protected, groups) if kept is not None else None
-    return LayerView(layer.block, scores, quartiles, tuple(bars), unseen, kept, line)
+    return LayerView(layer.index, scores, quartiles, tuple(bars), unseen, kept, line)
 
 
 def _boundary(scores: Sequence[float], kept: Sequence[int], protected: Sequence[int], groups: int) -> Boundary | None:
@@ -119,12 +119,12 @@ def _boundary(scores: Sequence[float], kept: Sequence[int], protected: Sequence[
 
 def _choice_warnings(views: Sequence[LayerView], outliers: Mapping[int, tuple[int, ...]]) -> Iterator[str]:
     lost = {
-        view.block: tuple(expert for expert in outliers.get(view.block, ()) if expert not in (view.kept or ()))
+        view.index: tuple(expert for expert in outliers.get(view.index, ()) if expert not in (view.kept or ()))
         for view in views
     }
     if any(lost.values()):
         yield f"super experts would be removed ({by_layer(lost)}): --protect-super-experts keeps them."
-    unseen = {view.block: tuple(set(view.unseen) & set(view.kept or ())) for view in views}
+    unseen = {view.index: tuple(set(view.unseen) & set(view.kept or ())) for view in views}
     if any(unseen.values()):
         number, layers = sum(map(len, unseen.values())), sum(map(bool, unseen.values()))
         yield (
@@ -135,27 +135,27 @@ def _choice_warnings(views: Sequence[LayerView], outliers: Mapping[int, tuple[in
 
 def by_layer(experts: Mapping[int, Sequence[int]]) -> str:
     """Numbers of experts by layer, in words; of many only the first."""
-    parts = [f"layer {block}: {', '.join(map(str, numbers[:10]))}" for block, numbers in experts.items() if numbers]
+    parts = [f"layer {index}: {', '.join(map(str, numbers[:10]))}" for index, numbers in experts.items() if numbers]
     number = sum(map(len, experts.values()))
     return "; ".join(parts[:5]) + (f"; …, {number} in {len(parts)} layers" if len(parts) > 5 else "")
 
 
 def inspection_object(inspection: Inspection) -> dict[str, Any]:
     """What `--json` prints."""
-    scores, selection, choice = inspection.scores, inspection.selection, inspection.choice
+    scores, settings, selection = inspection.scores, inspection.settings, inspection.selection
     return {
         "model": scores.provenance.get("model"),
         "moe_layers": len(scores.layers),
         "experts_per_layer": scores.spec.count,
         "top_k": scores.spec.top_k,
-        "selection": asdict(selection),
+        "selection": asdict(settings),
         "sources": [
             {"name": name, "tokens": tokens, "share": share}
             for name, tokens, share in zip(scores.sources, scores.source_tokens, inspection.shares, strict=True)
         ],
-        "kept": sum(choice.counts) if choice else None,
+        "kept": sum(selection.counts) if selection else None,
         "layers": [_layer_object(view) for view in inspection.layers],
-        "super_experts": {str(block): list(experts) for block, experts in inspection.super_experts.items()},
+        "super_experts": {str(index): list(experts) for index, experts in inspection.super_experts.items()},
         "retention": [retention_object(each) for each in inspection.retention],
         "warnings": list(inspection.warnings),
     }
@@ -163,13 +163,15 @@ def inspection_object(inspection: Inspection) -> dict[str, Any]:
 
 def retention_object(retention: Retention) -> dict[str, Any]:
     """The retention of one source as JSON."""
-    return {**asdict(retention), "layers": list(retention.layers)}
+    body = asdict(retention)
+    body["worst_block"] = body.pop("worst_layer")
+    return {**body, "layers": list(retention.layers)}
 
 
 def _layer_object(view: LayerView) -> dict[str, Any]:
     line = view.boundary
     return {
-        "index": view.block,
+        "index": view.index,
         "keep": None if view.kept is None else len(view.kept),
         "kept": None if view.kept is None else list(view.kept),
         "scores": list(view.scores),
@@ -201,16 +203,16 @@ def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator
     yield from _layer_table((view,))
     yield ""
     scores = inspection.scores
-    layer = next(layer for layer in scores.layers if layer.block == view.block)
+    layer = next(layer for layer in scores.layers if layer.index == view.index)
     statistics = dict(zip(FIELDS, layer.values, strict=True))
     saliency = statistics["gated_norms"]
     wholes = saliency.sum(axis=1)
     names = [name[:16] for name in scores.sources]
-    yield f"Experts of layer {view.block}, best first; by source, the share of its saliency that the expert has here"
+    yield f"Experts of layer {view.index}, best first; by source, the share of its saliency that the expert has here"
     yield f"{'rank':>6}  {'expert':>6}  {'score':>10}  {'tokens':>11}  {'':<9}" + "".join(
         f"  {name:>9}" for name in names
     )
-    shielded = inspection.choice.protected.get(view.block, ()) if inspection.choice else ()
+    shielded = inspection.selection.protected.get(view.index, ()) if inspection.selection else ()
     order = sorted(range(len(view.scores)), key=lambda expert: (-view.scores[expert], expert))
     for rank, expert in enumerate(order, start=1):
         state = ""
@@ -224,11 +226,11 @@ def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator
             f"{rank:>6}  {expert:>6}  {_number(view.scores[expert]):>10}  {tokens:>11,}  {state:<9}"
             + "".join(f"  {share:>{max(9, len(name))}}" for share, name in zip(shares, names, strict=True))
         ).rstrip()
-    yield from _retention_table(inspection, view.block)
+    yield from _retention_table(inspection, view.index)
     yield from _notes(inspection)
 
 
-def comparison_lines(comparison: Comparison, block: int | None = None) -> Iterator[str]:
+def comparison_lines(comparison: Comparison, index: int | None = None) -> Iterator[str]:
     """A comparison: what each source gains or loses, and by layer which experts differ; of one layer, all of them."""
     yield ""
     far = f"{comparison.changed:,} experts differ, mean Jaccard {comparison.jaccard:.3f}"
@@ -237,24 +239,24 @@ def comparison_lines(comparison: Comparison, block: int | None = None) -> Iterat
     yield f"  {'source':<{width}}  {'this':>7}  {'other':>7}  {'change':>8}"
     for before, after in zip(comparison.before, comparison.after, strict=True):
         yield f"  {before.source:<{width}}  {before.kept:>7.1%}  {after.kept:>7.1%}  {after.kept - before.kept:>+8.1%}"
-    differing = [each for each in comparison.layers if each.jaccard < 1 and block in (None, each.block)]
+    differing = [each for each in comparison.layers if each.jaccard < 1 and index in (None, each.index)]
     if not differing:
-        where = "every layer" if block is None else f"layer {block}"
+        where = "every layer" if index is None else f"layer {index}"
         yield f"  Both keep the same experts in {where}."
         return
-    named = _NAMED if block is None else None
+    named = _NAMED if index is None else None
     columns = [_numbers(each.first_only, named) for each in differing]
     width = max(len("only this"), *map(len, columns))
     yield f"  layer  jaccard  {'only this':<{width}}  only {comparison.label}"
     for each, column in zip(differing, columns, strict=True):
         yield _difference(each, column, width, named)
     same = len(comparison.layers) - len(differing)
-    if same and block is None:
+    if same and index is None:
         yield f"  ({same} layers have no difference)"
 
 
 def _difference(each: LayerDifference, column: str, width: int, named: int | None) -> str:
-    return f"  {each.block:>5}  {each.jaccard:>7.3f}  {column:<{width}}  {_numbers(each.second_only, named)}".rstrip()
+    return f"  {each.index:>5}  {each.jaccard:>7.3f}  {column:<{width}}  {_numbers(each.second_only, named)}".rstrip()
 
 
 def _numbers(experts: Sequence[int], named: int | None) -> str:
@@ -264,19 +266,21 @@ def _numbers(experts: Sequence[int], named: int | None) -> str:
 
 
 def _head(inspection: Inspection, title: str) -> Iterator[str]:
-    scores, selection, choice = inspection.scores, inspection.selection, inspection.choice
+    scores, settings, selection = inspection.scores, inspection.settings, inspection.selection
     layers, count = len(scores.layers), scores.spec.count
     yield f"{title}: {layers} layers of {count} experts (top-{scores.spec.top_k}); {scores.tokens:,} calibration tokens"
     width = max(map(len, scores.sources))
     for name, tokens, share in zip(scores.sources, scores.source_tokens, inspection.shares, strict=True):
         yield f"  {name:<{width}}  {tokens:>13,} tokens, {share:>6.1%} of the mix"
-    if choice is None:
-        yield f"method {selection.method}; say --keep, --ratio or --total to see a choice"
+    if selection is None:
+        yield f"method {settings.method}; say --keep, --ratio or --total to see a selection"
     else:
-        total, least, most = sum(choice.counts), min(choice.counts), max(choice.counts)
-        each = f"{least} of {count} in every layer" if choice.is_uniform else f"{least} to {most} of {count} by layer"
+        total, least, most = sum(selection.counts), min(selection.counts), max(selection.counts)
+        each = (
+            f"{least} of {count} in every layer" if selection.is_uniform else f"{least} to {most} of {count} by layer"
+        )
         yield (
-            f"method {selection.method}, schedule {selection.schedule}: keeps {total:,} of {count * layers:,} experts, "
+            f"method {settings.method}, schedule {settings.schedule}: keeps {total:,} of {count * layers:,} experts, "
             f"{each}; {1 - total / (count * layers):.1%} removed"
         )
     never = sum(len(view.unseen) for view in inspection.layers)
@@ -292,7 +296,7 @@ def _layer_table(views: Sequence[LayerView]) -> Iterator[str]:
     ).rstrip()  # fmt: skip
     for view in views:
         keep = str(len(view.kept)) if view.kept is not None else ""
-        line = f"{view.block:>5} {keep:>5} {len(view.unseen):>6}"
+        line = f"{view.index:>5} {keep:>5} {len(view.unseen):>6}"
         line += "".join(f" {_number(value):>8}" for value in view.quartiles) + f"  {_histogram(view.histogram)}"
         edge = view.boundary
         if edge is not None:
@@ -302,25 +306,25 @@ def _layer_table(views: Sequence[LayerView]) -> Iterator[str]:
         yield line.rstrip()
 
 
-def _retention_table(inspection: Inspection, block: int | None = None) -> Iterator[str]:
+def _retention_table(inspection: Inspection, index: int | None = None) -> Iterator[str]:
     if not inspection.retention:
         return
     yield ""
     yield "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays"
     width = max(6, *(len(each.source) for each in inspection.retention))
     yield f"  {'source':<{width}}  {'kept':>6}  {'at best':>7}  {'worst layer':>15}" + (
-        "" if block is None else f"  {f'layer {block}':>10}"
+        "" if index is None else f"  {f'layer {index}':>10}"
     )
     for each in inspection.retention:
-        worst = f"{each.worst:.1%} ({each.worst_block})"
+        worst = f"{each.worst:.1%} ({each.worst_layer})"
         yield f"  {each.source:<{width}}  {each.kept:>6.1%}  {each.best:>7.1%}  {worst:>15}" + (
-            "" if block is None else f"  {_here(inspection, each, block):>10}"
+            "" if index is None else f"  {_here(inspection, each, index):>10}"
         )
     yield "  (at best: as many experts per layer, chosen for this source alone by that sum)"
 
 
-def _here(inspection: Inspection, retention: Retention, block: int) -> str:
-    share = retention.layers[inspection.scores.blocks.index(block)]
+def _here(inspection: Inspection, retention: Retention, index: int) -> str:
+    share = retention.layers[inspection.scores.layer_indices.index(index)]
     return "-" if share is None else f"{share:.1%}"
 
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
-from streamprune.saliency.scores import FIELDS, LayerStatistics
-from streamprune.selection.schedules import keep_highest
-from streamprune.selection.select import Choice
-from streamprune.selection.settings import LINEAR, Selection
+from streamprune.saliency.scores import FIELDS, Scores
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.select import Selection, keep_highest
+from streamprune.selection.settings import SelectionSettings
 
 #: A source that keeps less of its saliency than this is warned of: it loses most of its own.
 LEAST_RETENTION = 0.5
@@ -42,45 +42,44 @@ class Retention:
     source: str
     kept: float
     best: float
-    worst_block: int
+    worst_layer: int
     worst: float
     layers: tuple[float | None, ...] = field(repr=False)
 
 
-def retentions(
-    layers: Sequence[LayerStatistics], sources: Sequence[str], choice: Choice, groups: int = 1
-) -> tuple[Retention, ...]:
-    """The retention of every source, in their order; `groups` are those of the router."""
-    whole, kept, best = (np.zeros((len(layers), len(sources))) for _ in range(3))
-    for row, (layer, chosen) in enumerate(zip(layers, choice.layers, strict=True)):
+def retentions(scores: Scores, selection: Selection) -> tuple[Retention, ...]:
+    """The retention of every source of the scores, in their order."""
+    every, kept, best = (np.zeros((len(scores.layers), len(scores.sources))) for _ in range(3))
+    for row, (layer, selected) in enumerate(zip(scores.layers, selection.layers, strict=True)):
         saliency = np.abs(layer.values[list(FIELDS).index("gated_norms")])
         for column, values in enumerate(saliency):
-            ideal = keep_highest(values.tolist(), len(chosen.kept), groups)
-            whole[row, column] = values.sum()
-            kept[row, column] = values[list(chosen.kept)].sum()
+            ideal = keep_highest(values.tolist(), len(selected.kept), scores.spec)
+            every[row, column] = values.sum()
+            kept[row, column] = values[list(selected.kept)].sum()
             best[row, column] = values[list(ideal)].sum()
     return tuple(
-        _retention(source, whole[:, column], kept[:, column], best[:, column], layers)
-        for column, source in enumerate(sources)
+        _retention(source, every[:, column], kept[:, column], best[:, column], scores.layer_indices)
+        for column, source in enumerate(scores.sources)
     )
 
 
 def _retention(
-    source: str, whole: np.ndarray, kept: np.ndarray, best: np.ndarray, layers: Sequence[LayerStatistics]
+    source: str, every: np.ndarray, kept: np.ndarray, best: np.ndarray, layer_indices: Sequence[int]
 ) -> Retention:
-    met = np.flatnonzero(whole > 0)
+    """The retention of a source from its saliency by layer: of all experts, those that stay, and at best."""
+    met = np.flatnonzero(every > 0)
     if not len(met):
         # Nothing of nothing is lost.
-        return Retention(source, 1.0, 1.0, layers[0].block, 1.0, (None,) * len(layers))
-    shares = [float(kept[row] / whole[row]) if whole[row] > 0 else None for row in range(len(layers))]
-    worst = met[np.argmin(kept[met] / whole[met])]
+        return Retention(source, 1.0, 1.0, layer_indices[0], 1.0, (None,) * len(layer_indices))
+    shares = tuple(float(part / total) if total > 0 else None for part, total in zip(kept, every, strict=True))
+    worst = met[np.argmin(kept[met] / every[met])]
     return Retention(
         source,
-        float(kept.sum() / whole.sum()),
-        float(best.sum() / whole.sum()),
-        layers[worst].block,
-        float(kept[worst] / whole[worst]),
-        tuple(shares),
+        float(kept.sum() / every.sum()),
+        float(best.sum() / every.sum()),
+        layer_indices[worst],
+        float(kept[worst] / every[worst]),
+        shares,
     )
 
 
@@ -130,7 +129,7 @@ class LayerDifference:
     (That is the number of experts that both keep, divided by that of experts which either keeps.)
     """
 
-    block: int
+    index: int
     first_only: tuple[int, ...]
     second_only: tuple[int, ...]
     jaccard: float
@@ -141,7 +140,7 @@ class Comparison:
     """A second choice, called `label`, held against the first: by layer, and by source what each of the two keeps."""
 
     label: str
-    selection: Selection
+    selection: SelectionSettings
     layers: tuple[LayerDifference, ...]
     before: tuple[Retention, ...]
     after: tuple[Retention, ...]
@@ -157,7 +156,7 @@ class Comparison:
         return sum(len(layer.second_only) for layer in self.layers)
 
 
-def changed_selection(base: Selection, text: str) -> Selection:
+def changed_settings(base: SelectionSettings, text: str) -> SelectionSettings:
     """`base` with the changes that `--compare` states: `mix=code=1`, `method=frequency`, or several with `;` between.
 
     Raises SettingsError for anything else, and for impossible values.
@@ -178,15 +177,16 @@ def changed_selection(base: Selection, text: str) -> Selection:
     if changes.get("mix") == "":
         # No mix: every token counts once.
         changes["mix"] = None
-    if changes.get("schedule", base.schedule) not in LINEAR:
+    schedule = SCHEDULES.get(changes.get("schedule", base.schedule))
+    if schedule is None or not schedule.has_spread:
         changes.setdefault("spread", None)
     return replace(base, **changes)
 
 
-def compare_choices(
+def compare_selections(
     label: str,
-    selection: Selection,
-    choices: tuple[Choice, Choice],
+    selection: SelectionSettings,
+    choices: tuple[Selection, Selection],
     before: Sequence[Retention],
     after: Sequence[Retention],
 ) -> Comparison:
@@ -196,7 +196,7 @@ def compare_choices(
         first, second = set(one.kept), set(other.kept)
         differences.append(
             LayerDifference(
-                one.block,
+                one.index,
                 tuple(sorted(first - second)),
                 tuple(sorted(second - first)),
                 len(first & second) / len(first | second),
@@ -214,7 +214,7 @@ def comparison_object(comparison: Comparison) -> dict[str, Any]:
         "changed": comparison.changed,
         "layers": [
             {
-                "index": each.block,
+                "index": each.index,
                 "jaccard": each.jaccard,
                 "first_only": each.first_only,
                 "second_only": each.second_only,

@@ -1,70 +1,58 @@
-"""Super experts: the few whose outputs peak so far above all others that the model breaks down without them.
-
-The choice of experts: from statistics and settings to the numbers of those that stay, for one layer and for all.
-
-The choice as a run makes it: layer by layer while it streams where that is possible, else once all are scored.
-"""
+"""The selection of experts: from statistics and settings to the numbers of those that stay."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from streamprune.config import PruningTarget
-from streamprune.errors import SettingsError, StreampruneError
+from streamprune.errors import SettingsError
 from streamprune.models.config_json import ExpertSpec
-from streamprune.saliency.methods import score_experts
-from streamprune.saliency.scores import FIELDS, LayerStatistics
-from streamprune.selection.schedules import check_room, keep_highest, layer_counts, read_schedule_file
-from streamprune.selection.settings import Selection, mix_weights
+from streamprune.saliency.methods import MixedStatistics, score_experts
+from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
+from streamprune.selection.schedules import DEFAULT_SPREAD, SCHEDULES, Division, ranked, room_for
+from streamprune.selection.settings import SelectionSettings, mix_weights
+from streamprune.selection.user_files import least_per_layer, read_schedule_file
 
+#: Super experts: their peaks are above this percentile of all peaks, and above this share of the largest peak.
 PERCENTILE = 99.5
-#: Share of the largest peak of all.
 LEAST_SHARE = 0.1
 #: Later layers have large peaks of another kind, next to the model's output.
 FIRST_LAYERS = 0.75
 
 
-def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -> dict[int, tuple[int, ...]]:
-    """The super experts by block, ascending; blocks without any are left out. `weights` (S,) are those of the sources.
-
-    An expert is one if its peak is above the 99.5th percentile of the peaks of all experts and above a tenth of the
-    largest, and it is in the first three quarters of the layers that have experts (Su et al., 2025, arXiv:2507.23279).
-    The percentile is interpolated linearly. Sources with weight 0 count for nothing here too.
-    """
-    peaks = [layer.mixed(weights)["peaks"] for layer in layers]
-    everywhere = np.concatenate(peaks)
-    threshold = max(float(np.percentile(everywhere, PERCENTILE)), LEAST_SHARE * float(everywhere.max()))
-    found = {}
-    for layer, values in list(zip(layers, peaks, strict=True))[: int(FIRST_LAYERS * len(layers))]:
-        experts = tuple(int(expert) for expert in np.flatnonzero(values > threshold))
-        if experts:
-            found[layer.block] = experts
-    return found
-
-
 @dataclass(frozen=True)
-class ChosenLayer:
-    """One block: the experts that stay (ascending), and the score and tokens of every expert.
+class LayerSelection:
+    """Layer `index`: the experts that stay (ascending), and every expert's score and tokens (empty if unknown).
 
     `tokens` are those really routed, of all sources, whatever the mix.
     """
 
-    block: int
+    index: int
     kept: tuple[int, ...]
-    scores: tuple[float, ...] = field(repr=False)
-    tokens: tuple[int, ...] = field(repr=False)
+    scores: tuple[float, ...] = field(default=(), repr=False)
+    tokens: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """All layers in ascending order of blocks, and the super experts by block that were protected, if any."""
+class Selection:
+    """The experts that stay in all layers, in ascending order of layers.
 
-    layers: tuple[ChosenLayer, ...]
+    `settings` are what they were selected by, None for the user's own list. `protected` are the super experts that
+    were kept whatever their score, by layer.
+    """
+
+    layers: tuple[LayerSelection, ...]
+    settings: SelectionSettings | None = None
     protected: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[int, tuple[int, ...]]:
+        """The experts that stay, by layer."""
+        return {layer.index: layer.kept for layer in self.layers}
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -73,8 +61,8 @@ class Choice:
 
     @property
     def counts_by_layer(self) -> dict[int, int]:
-        """How many experts stay, by block."""
-        return {layer.block: len(layer.kept) for layer in self.layers}
+        """How many experts stay, by layer."""
+        return {layer.index: len(layer.kept) for layer in self.layers}
 
     @property
     def is_uniform(self) -> bool:
@@ -82,110 +70,20 @@ class Choice:
         return len(set(self.counts)) == 1
 
 
-def choose(
-    layers: Sequence[LayerStatistics],
-    sources: Sequence[str],
-    source_tokens: Sequence[int],
-    selection: Selection,
-    spec: ExpertSpec,
-    *,
-    total: int | None = None,
-    counts: Sequence[int] | None = None,
-) -> Choice:
-    """Choose the experts that stay in all layers, by `total` of them or by `counts` per layer.
-
-    `selection.schedule` divides a total; a schedule file states it, so that none need be given; for counts the schedule
-    does not matter. Raises SettingsError where it cannot be done, with the layer and the numbers.
-    """
-    weights = mix_weights(selection.mix, sources, source_tokens)
-    protected = super_experts(layers, weights) if selection.protect_super_experts else {}
-    if counts is None and selection.has_schedule_file:
-        counts = read_schedule_file(selection, spec, len(layers))
-        if total is not None and sum(counts) != total:
-            raise SettingsError(
-                f"--schedule {selection.schedule} keeps {sum(counts):,} experts in all, but {total:,} were asked for. "
-                "Give the file alone, or choose a schedule by its name."
-            )
-    if counts is None:
-        assert total is not None
-        scores = [score_layer(layer, selection, weights) for layer in layers]
-        shielded = [protected.get(layer.block, ()) for layer in layers]
-        counts = layer_counts(selection, spec, len(layers), total, scores, shielded)
-    if len(counts) != len(layers):
-        raise SettingsError(f"{len(counts)} numbers of experts were given for {len(layers)} layers with experts.")
-    chosen = (
-        choose_layer(layer, selection, weights, spec, keep, protected.get(layer.block, ()))
-        for layer, keep in zip(layers, counts, strict=True)
-    )
-    return Choice(tuple(chosen), protected)
-
-
-def choose_layer(
-    layer: LayerStatistics,
-    selection: Selection,
-    weights: Sequence[float],
-    spec: ExpertSpec,
-    keep: int,
-    protected: Sequence[int] = (),
-) -> ChosenLayer:
-    """Choose the `keep` experts of one layer that stay; `weights` (S,) are those of `mix_weights`.
-
-    A streaming run may call it as soon as the layer is scored, unless `selection.needs_all_layers`; the result is that
-    of `choose`, to the bit.
-    """
-    try:
-        check_room(protected, keep, spec.count, spec.groups)
-    except StreampruneError as error:
-        raise SettingsError(f"Layer {layer.block}: {error}") from None
-    scores = score_layer(layer, selection, weights)
-    return ChosenLayer(layer.block, keep_highest(scores, keep, spec.groups, protected), scores, routed_tokens(layer))
-
-
-def choose_kept(
-    layers: Sequence[LayerStatistics],
-    sources: Sequence[str],
-    source_tokens: Sequence[int],
-    selection: Selection,
-    kept: Mapping[int, Sequence[int]],
-) -> Choice:
-    """The choice that the user made alone (`keep_file`), with the scores that the experts have by `selection`."""
-    weights = mix_weights(selection.mix, sources, source_tokens)
-    return Choice(
-        tuple(
-            ChosenLayer(
-                layer.block, tuple(kept[layer.block]), score_layer(layer, selection, weights), routed_tokens(layer)
-            )
-            for layer in layers
-        )
-    )
-
-
-def score_layer(layer: LayerStatistics, selection: Selection, weights: Sequence[float]) -> tuple[float, ...]:
-    """The scores (E,) of the experts of one layer, with the sources weighed by `weights` (S,)."""
-    scores = score_experts(selection.method, layer.mixed(weights), layer.block, selection.seed)
-    return tuple(float(score) for score in scores)
-
-
-def routed_tokens(layer: LayerStatistics) -> tuple[int, ...]:
-    """Tokens of all sources that were routed to each expert (E,)."""
-    return tuple(int(count) for count in layer.values[list(FIELDS).index("tokens")].sum(axis=0))
-
-
 @dataclass(frozen=True)
-class Chooser:
-    """Chooses the experts of a model: `total` of them in all `blocks` that have some.
+class Selector:
+    """Selects the experts of a model that stay: `total` of them in all layers.
 
-    `counts` says how many stay in each block, None where only all the scores together decide that. `sources` are the
+    `per_layer` says how many stay in each layer, None where only all the scores together decide that. `sources` are the
     calibration's, with the tokens of each. Raises SettingsError for a mix that does not go with them.
     """
 
-    selection: Selection
+    settings: SelectionSettings
     spec: ExpertSpec
-    blocks: tuple[int, ...]
-    total: int
-    counts: Mapping[int, int] | None
     sources: tuple[str, ...]
     source_tokens: tuple[int, ...]
+    total: int
+    per_layer: Mapping[int, int] | None = None
 
     def __post_init__(self) -> None:
         # Now, and not after hours of scoring.
@@ -194,53 +92,161 @@ class Chooser:
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """How often each token of each source counts."""
-        return mix_weights(self.selection.mix, self.sources, self.source_tokens)
+        return mix_weights(self.settings.mix, self.sources, self.source_tokens)
 
-    def layer(self, statistics: LayerStatistics) -> ChosenLayer:
-        """The choice in one layer. Only where `counts` are known."""
-        assert self.counts is not None
-        return choose_layer(statistics, self.selection, self.weights, self.spec, self.counts[statistics.block])
+    def layer(self, statistics: LayerStatistics) -> LayerSelection:
+        """The selection in one layer, as `all` makes it. Only where `per_layer` is known, and nothing is protected."""
+        assert self.per_layer is not None
+        return self._layer(statistics, self.per_layer[statistics.index])
 
-    def all(self, layers: Sequence[LayerStatistics]) -> Choice:
-        """The choice in all layers, the same as one layer after the other where that is possible."""
-        if self.counts is None:
-            return choose(layers, self.sources, self.source_tokens, self.selection, self.spec, total=self.total)
-        counts = [self.counts[layer.block] for layer in layers]
-        return choose(layers, self.sources, self.source_tokens, self.selection, self.spec, counts=counts)
+    def all(self, layers: Sequence[LayerStatistics]) -> Selection:
+        """The selection in all layers. Raises SettingsError where there is none, with the layer and the numbers."""
+        protected = super_experts(layers, self.weights) if self.settings.protect_super_experts else {}
+        counts = self.per_layer
+        if counts is None:
+            scores = [score_layer(layer, self.settings, self.weights) for layer in layers]
+            shielded = [protected.get(layer.index, ()) for layer in layers]
+            divided = layer_counts(self.settings, self.spec, len(layers), self.total, scores, shielded)
+            counts = {layer.index: count for layer, count in zip(layers, divided, strict=True)}
+        selected = (self._layer(layer, counts[layer.index], protected.get(layer.index, ())) for layer in layers)
+        return Selection(tuple(selected), self.settings, protected)
+
+    def _layer(self, statistics: LayerStatistics, keep: int, protected: Sequence[int] = ()) -> LayerSelection:
+        scores = score_layer(statistics, self.settings, self.weights)
+        try:
+            kept = keep_highest(scores, keep, self.spec, protected)
+        except SettingsError as error:
+            raise SettingsError(f"Layer {statistics.index}: {error}") from None
+        return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics))
 
 
-def selection_of(goal: PruningTarget) -> Selection:
-    """How a run's settings say that experts are chosen. Raises SettingsError for impossible values."""
+def listed_selection(
+    kept: Mapping[int, tuple[int, ...]], scores: Scores | None, settings: SelectionSettings
+) -> Selection:
+    """The user's own selection, with the scores (by `settings`) that the experts have, if there are any."""
+    if scores is None:
+        return Selection(tuple(LayerSelection(index, experts) for index, experts in sorted(kept.items())))
+    weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
     return Selection(
-        method=goal.method,
-        mix=goal.mix,
-        schedule=goal.schedule,
-        spread=goal.spread,
-        floor=goal.floor,
-        protect_super_experts=goal.protect_super_experts,
-        seed=goal.seed or 0,
+        tuple(
+            LayerSelection(
+                layer.index, tuple(kept[layer.index]), score_layer(layer, settings, weights), routed_tokens(layer)
+            )
+            for layer in scores.layers
+        )
     )
 
 
-def stated_counts(selection: Selection, spec: ExpertSpec, blocks: Sequence[int]) -> dict[int, int] | None:
-    """How many experts stay by block where the schedule is a file that lists them; None for the others."""
-    if not selection.has_schedule_file:
-        return None
-    return dict(zip(blocks, read_schedule_file(selection, spec, len(blocks)), strict=True))
+def score_layer(layer: LayerStatistics, settings: SelectionSettings, weights: Sequence[float]) -> tuple[float, ...]:
+    """The scores (E,) of the experts of one layer, with the sources weighted by `weights` (S,)."""
+    statistics = MixedStatistics(layer.index, layer.mixed(weights), settings.seed or 0)
+    return tuple(float(score) for score in score_experts(settings.method, statistics))
 
 
-def planned_counts(selection: Selection, spec: ExpertSpec, blocks: Sequence[int], total: int) -> dict[int, int] | None:
-    """How many experts stay by block, of `total` in all; None where only all the scores together decide that.
+def routed_tokens(layer: LayerStatistics) -> tuple[int, ...]:
+    """Tokens of all sources that were routed to each expert (E,)."""
+    return tuple(int(count) for count in layer.values[list(FIELDS).index("tokens")].sum(axis=0))
 
-    Raises SettingsError where the schedule cannot be met.
+
+def keep_highest(
+    scores: Sequence[float], keep: int, spec: ExpertSpec, protected: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The numbers of the `keep` experts with the highest scores (E,), ascending; equally many in each of the groups.
+
+    Groups are runs of consecutive experts, as routers define them. The `protected` stay whatever their score. Of equal
+    scores the lower number stays. Raises SettingsError where there is no room for the protected.
     """
-    stated = stated_counts(selection, spec, blocks)
-    if selection.needs_all_layers:
-        if stated is None:
-            # What is certain to fail fails now: as if no score were known and nothing protected.
-            nothing = [[0.0] * spec.count] * len(blocks)
-            layer_counts(selection, spec, len(blocks), total, nothing)
+    needed = room_for(protected, spec)
+    if needed > keep:
+        raise SettingsError(
+            f"{len(protected)} super experts of one layer are to stay, {sorted(protected)}, but it keeps {keep} of "
+            f"{spec.count} experts{f' in {spec.groups} equal groups' if spec.groups > 1 else ''}. Keep at least "
+            f"{needed}, or leave --protect-super-experts out."
+        )
+    size = spec.count // spec.groups
+    kept: list[int] = []
+    for group in range(spec.groups):
+        members = ranked(scores, range(group * size, (group + 1) * size), protected)
+        kept.extend(sorted(members[: keep // spec.groups]))
+    return tuple(kept)
+
+
+def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -> dict[int, tuple[int, ...]]:
+    """The super experts by layer, ascending; layers without any are left out. `weights` (S,) are those of the sources.
+
+    They are the few whose outputs peak so far above all others that the model breaks down without them: the peak is
+    above the 99.5th percentile of the peaks of all experts and above a tenth of the largest, and the expert is in the
+    first three quarters of the layers that have experts (Su et al., 2025, arXiv:2507.23279). The percentile is
+    interpolated linearly. Sources with weight 0 count for nothing here too.
+    """
+    peaks = [layer.mixed(weights)["peaks"] for layer in layers]
+    everywhere = np.concatenate(peaks)
+    threshold = max(float(np.percentile(everywhere, PERCENTILE)), LEAST_SHARE * float(everywhere.max()))
+    found = {}
+    for layer, values in list(zip(layers, peaks, strict=True))[: int(FIRST_LAYERS * len(layers))]:
+        experts = tuple(int(expert) for expert in np.flatnonzero(values > threshold))
+        if experts:
+            found[layer.index] = experts
+    return found
+
+
+def layer_counts(
+    settings: SelectionSettings,
+    spec: ExpertSpec,
+    layers: int,
+    total: int,
+    scores: Sequence[Sequence[float]] = (),
+    protected: Sequence[Sequence[int]] = (),
+) -> tuple[int, ...]:
+    """How many experts each of `layers` layers keeps by a schedule that has a name; their sum is `total`.
+
+    `scores` (layers, E) are for schedules that need them. `protected` are experts per layer that must have room; a
+    uniform schedule makes none for them, since it promises equal counts. Raises SettingsError with the numbers where
+    it cannot be done.
+    """
+    schedule = SCHEDULES[settings.schedule]
+    shared = least_per_layer(spec, settings.floor)
+    protected = protected or [()] * layers
+    least = [shared if schedule.is_uniform else max(shared, room_for(experts, spec)) for experts in protected]
+    _check_total(spec, total, least, settings.floor)
+    spread = DEFAULT_SPREAD if settings.spread is None else settings.spread
+    return tuple(schedule.divide(Division(spec, total, least, spread, scores, protected)))
+
+
+def _check_total(spec: ExpertSpec, total: int, least: Sequence[int], floor: int | None) -> None:
+    """Raise SettingsError unless `total` experts can be divided among layers that keep `least` each."""
+    layers, fewest, every = len(least), sum(least), spec.count * len(least)
+    if not fewest <= total <= every:
+        why = f"the router picks {spec.top_k} per token" if not floor else f"--floor is {floor}"
+        raise SettingsError(
+            f"{total:,} experts cannot be divided among {layers} layers of {spec.count} experts: {fewest:,} must stay "
+            f"({why}), and there are {every:,}. Keep between {fewest:,} and {every:,} in all."
+        )
+    if total % spec.groups:
+        below = total // spec.groups * spec.groups
+        raise SettingsError(
+            f"{total:,} experts cannot be divided among {layers} layers: the router chooses among {spec.groups} groups "
+            f"of experts, which must stay equal in size. Keep {below:,} or {below + spec.groups:,} in all."
+        )
+
+
+def stated_counts(settings: SelectionSettings, spec: ExpertSpec, layers: Sequence[int]) -> dict[int, int] | None:
+    """How many experts stay by layer where the schedule is a file that lists them; None for the others."""
+    if not settings.has_schedule_file:
         return None
-    if stated is not None:
-        return stated
-    return dict(zip(blocks, layer_counts(selection, spec, len(blocks), total), strict=True))
+    counts = read_schedule_file(Path(settings.schedule), spec, len(layers), settings.floor)
+    return dict(zip(layers, counts, strict=True))
+
+
+def planned_counts(
+    settings: SelectionSettings, spec: ExpertSpec, layers: Iterable[int], total: int
+) -> dict[int, int] | None:
+    """How many experts stay by layer, of `total` in all; None where only all the scores together decide that.
+
+    Raises SettingsError where the schedule, which has a name, cannot be met.
+    """
+    layers = list(layers)
+    # Where scores decide, what is certain to fail fails now: as if all scores were equal and nothing protected.
+    equal_scores = [[0.0] * spec.count] * len(layers) if settings.needs_all_layers else ()
+    counts = layer_counts(settings, spec, len(layers), total, equal_scores)
+    return None if settings.needs_all_layers else dict(zip(layers, counts, strict=True))

@@ -1,7 +1,4 @@
-"""Mixes: how much each source of the calibration text counts, decided after scoring.
-
-How the experts that stay are chosen: the settings of it, checked when they are made. How many stay is said apart.
-"""
+"""How the experts that stay are selected: method, schedule, and the mix of the calibration's sources."""
 
 from __future__ import annotations
 
@@ -10,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamprune.config import METHODS, SCHEDULES
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
+from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
+from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
 
 #: `name=share`, with commas between. A name may hold commas and equals signs, a share cannot.
 _ENTRY = re.compile(r"(?P<name>[^=]*.*?)=(?P<share>[^=,]*)(?:,|$)", re.DOTALL)
@@ -20,10 +18,77 @@ _LONGEST = 100_000
 _EXAMPLE = "Write for example --mix code=0.5,general=0.5."
 
 
+@dataclass(frozen=True)
+class SelectionSettings:
+    """What ranks the experts, and how their number is divided among the layers.
+
+    - `method`: one of METHODS; `seed` is for `random` (None: 0).
+    - `mix`: shares of the sources, such as `code=0.5,general=0.5`; None counts every token once.
+    - `schedule`: one of SCHEDULES, or a JSON file with a list; `spread` (None: DEFAULT_SPREAD) is for the linear ones.
+    - `floor`: the fewest experts that any layer keeps, if that is more than the router needs.
+    - `protect_super_experts`: keep those that `super_experts` finds, whatever their score.
+
+    Raises SettingsError when a value is impossible whatever the model.
+    """
+
+    method: str = DEFAULT_METHOD
+    mix: str | None = None
+    schedule: str = DEFAULT_SCHEDULE
+    spread: float | None = None
+    floor: int | None = None
+    protect_super_experts: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SettingsError(f"--method {self.method!r} is unknown. Choose one of: {', '.join(METHODS)}.")
+        if self.mix is not None:
+            parse_mix(self.mix)
+        if not self.schedule:
+            raise SettingsError(f"--schedule is empty. Choose one of: {', '.join(SCHEDULES)}, or a JSON file.")
+        if self.spread is not None:
+            if self.has_schedule_file or not SCHEDULES[self.schedule].has_spread:
+                takers = " and ".join(name for name, schedule in SCHEDULES.items() if schedule.has_spread)
+                raise SettingsError(f"--spread {self.spread:g} is for --schedule {takers} only.")
+            if not (math.isfinite(self.spread) and 0 <= self.spread < 1):
+                raise SettingsError(
+                    f"--spread {self.spread:g} is not between 0 and 1. It is added to the share of experts removed at "
+                    f"one end and taken off at the other, for example {DEFAULT_SPREAD}."
+                )
+        if self.floor is not None and self.floor < 1:
+            raise SettingsError(f"--floor {self.floor}: at least one expert per layer must stay.")
+
+    @property
+    def has_schedule_file(self) -> bool:
+        """Whether the schedule is a file with a list instead of a name."""
+        return self.schedule not in SCHEDULES
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """The share of tokens that the mix gives each source it names, with the sum 1; None without a mix."""
+        if self.mix is None:
+            return None
+        stated = parse_mix(self.mix)
+        return {name: share / sum(stated.values()) for name, share in stated.items()}
+
+    @property
+    def spread_used(self) -> float | None:
+        """The spread of a linear schedule; None for the others."""
+        if self.has_schedule_file or not SCHEDULES[self.schedule].has_spread:
+            return None
+        return DEFAULT_SPREAD if self.spread is None else self.spread
+
+    @property
+    def needs_all_layers(self) -> bool:
+        """Whether no layer can be decided before all of them are scored."""
+        # The threshold of super experts is taken over all layers.
+        return self.protect_super_experts or (not self.has_schedule_file and SCHEDULES[self.schedule].needs_scores)
+
+
 def parse_mix(text: str) -> dict[str, float]:
     """The shares of tokens that `code=0.7,general=0.3` gives to the sources, as they stand: their sum may be any.
 
-    Raises SettingsError for what is no mix, for shares that are negative or no numbers, and where all are 0.
+    Raises SettingsError for what is not a mix, for shares that are negative or not numbers, and where all are 0.
     """
     shares: dict[str, float] = {}
     position = 0
@@ -54,7 +119,7 @@ def _share(text: str) -> float | None:
 
 
 def token_shares(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> dict[str, float]:
-    """The share that each source has of all tokens, as they are weighed. Raises like `mix_weights`."""
+    """The share that each source has of all tokens, as they are weighted. Raises like `mix_weights`."""
     counted = [weight * count for weight, count in zip(mix_weights(mix, sources, tokens), tokens, strict=True)]
     return {name: part / sum(counted) for name, part in zip(sources, counted, strict=True)}
 
@@ -64,7 +129,7 @@ def mix_weights(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) 
 
     The weight of source s is share_s · T / T_s, with T_s its tokens and T those of all sources: a mix that equals the
     sources' real shares has weights 1, as has no mix at all. Sources that the mix does not name get 0. Raises
-    SettingsError for names that are no sources.
+    SettingsError for names that are not sources.
     """
     if mix is None:
         return (1.0,) * len(sources)
@@ -74,81 +139,11 @@ def mix_weights(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) 
     for name in shares:
         if name not in sources:
             raise SettingsError(f"--mix: there is no source {show(name)}. The scores have: {known}.")
-    total, whole = sum(shares.values()), sum(tokens)
+    total, all_tokens = sum(shares.values()), sum(tokens)
     weights = []
     for name, count in zip(sources, tokens, strict=True):
         share = shares.get(name, 0.0)
         if share and not count:
             raise SettingsError(f"--mix: source {name} has no tokens to count. The scores have: {known}.")
-        weights.append(share / total * (whole / count) if share else 0.0)
+        weights.append(share / total * (all_tokens / count) if share else 0.0)
     return tuple(weights)
-
-
-LINEAR = ("linear-decrease", "linear-increase")
-DEFAULT_SPREAD = 0.15
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What ranks the experts, and how their number is divided among the layers.
-
-    - `method`: one of `settings.METHODS`; `seed` is for `random`.
-    - `mix`: shares of the sources, such as `code=0.5,general=0.5`; None counts every token once.
-    - `schedule`: one of SCHEDULES, or a JSON file with a list. `spread` (None: DEFAULT_SPREAD) is for the linear ones.
-    - `floor`: the fewest experts that any layer keeps, if that is more than the router needs.
-    - `protect_super_experts`: keep those that `super_experts` finds, whatever their score.
-
-    Raises SettingsError when a value is impossible whatever the model.
-    """
-
-    method: str = "reap"
-    mix: str | None = None
-    schedule: str = "uniform"
-    spread: float | None = None
-    floor: int | None = None
-    protect_super_experts: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SettingsError(f"--method {self.method!r} is unknown. Choose one of: {', '.join(METHODS)}.")
-        if self.mix is not None:
-            parse_mix(self.mix)
-        if not self.schedule:
-            raise SettingsError(f"--schedule is empty. Choose one of: {', '.join(SCHEDULES)}, or a JSON file.")
-        if self.spread is not None:
-            if self.schedule not in LINEAR:
-                raise SettingsError(f"--spread {self.spread:g} is for --schedule {' and '.join(LINEAR)} only.")
-            if not (math.isfinite(self.spread) and 0 <= self.spread < 1):
-                raise SettingsError(
-                    f"--spread {self.spread:g} is not between 0 and 1. It is added to the share of experts removed at "
-                    f"one end and taken off at the other, for example {DEFAULT_SPREAD}."
-                )
-        if self.floor is not None and self.floor < 1:
-            raise SettingsError(f"--floor {self.floor}: at least one expert per layer must stay.")
-
-    @property
-    def has_schedule_file(self) -> bool:
-        """Whether the schedule is a file with a list instead of a name."""
-        return self.schedule not in SCHEDULES
-
-    @property
-    def shares(self) -> dict[str, float] | None:
-        """The share of tokens that the mix gives each source it names, with the sum 1; None without a mix."""
-        if self.mix is None:
-            return None
-        stated = parse_mix(self.mix)
-        return {name: share / sum(stated.values()) for name, share in stated.items()}
-
-    @property
-    def spread_used(self) -> float | None:
-        """The spread of a linear schedule; None for the others."""
-        if self.schedule not in LINEAR:
-            return None
-        return DEFAULT_SPREAD if self.spread is None else self.spread
-
-    @property
-    def needs_all_layers(self) -> bool:
-        """Whether no layer can be decided before all of them are scored."""
-        # The thresholds of super experts are taken over all layers, as is the ranking of `global`.
-        return self.schedule == "global" or self.protect_super_experts

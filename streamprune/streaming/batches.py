@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from streamprune.calibration.sequences import Calibration, MicroBatch
-from streamprune.config import Computing
+from streamprune.config import ComputeSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import current_stream, free_after_failure, is_gpu, is_out_of_memory, record_event
@@ -57,7 +57,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        settings: Computing,
+        settings: ComputeSettings,
         calibration: Calibration,
         plan: MemoryPlan,
         device: torch.device,

@@ -23,7 +23,7 @@ from streamprune.models.expert_layout import Layout
 from streamprune.output.writer import OutputWriter
 from streamprune.progress import LayerProgress, Progress
 from streamprune.saliency.scores import LayerStatistics, check_layer, unpack
-from streamprune.selection.select import Chooser, routed_tokens
+from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Stopped
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.scoring import LayerErrors, LayerScorer
@@ -74,11 +74,11 @@ class OutputTarget:
     """Where finished blocks go when they are written while others are still scored."""
 
     writer: OutputWriter
-    chooser: Chooser
+    selector: Selector
 
     def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
         """The experts of a block that stay."""
-        return self.chooser.layer(layer).kept if layer is not None else ()
+        return self.selector.layer(layer).kept if layer is not None else ()
 
 
 class Examination(Protocol):

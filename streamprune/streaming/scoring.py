@@ -21,12 +21,12 @@ from streamprune.config import RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import UnsupportedModelError
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.planning.prepare import Prepared
+from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import Busy, Progress
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics
 from streamprune.saliency.statistics import ExpertStatistics
-from streamprune.selection.select import Chooser
+from streamprune.selection.select import Selector
 from streamprune.streaming.batches import MicroBatches, Shrink
 from streamprune.streaming.forward import ORIGINAL, PRUNED, relative_errors, side_of, with_side
 from streamprune.streaming.layer_loader import Weights
@@ -95,21 +95,21 @@ class LayerScorer:
     def __init__(
         self,
         settings: RunSettings,
-        prepared: Prepared,
+        prepared: PreparedModel,
         calibration: Calibration,
         plan: MemoryPlan,
         device: torch.device,
         progress: Progress,
         folder: Path,
-        chooser: Chooser | None = None,
+        selector: Selector | None = None,
         stop: StopRequest | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self._prepared, self._device, self._progress = prepared, device, progress
         self.sources = len(calibration.sources)
-        self._chooser = chooser
+        self._selector = selector
         # Whether what goes on to the next block is the output of the pruned one.
-        self._goes_on_pruned = chooser is not None and settings.propagate == "pruned"
+        self._goes_on_pruned = selector is not None and settings.propagate == "pruned"
         self._held = calibration.held
         skeleton = prepared.skeleton
         self.busy = Busy()
@@ -174,8 +174,8 @@ class LayerScorer:
             layer = self._score(block, tap) if tap is not None else None
             if tap is None and point.passing == 0:
                 self._pass(block)
-            chooser = self._chooser if self._prunes(index) else None
-            kept = chooser.layer(layer).kept if layer is not None and chooser is not None else ()
+            selector = self._selector if self._prunes(index) else None
+            kept = selector.layer(layer).kept if layer is not None and selector is not None else ()
             self._pruned_pass(stack, index, block, kept)
         self._point = Point(index + 1)
         return layer

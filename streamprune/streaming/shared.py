@@ -30,13 +30,13 @@ from streamprune.errors import OtherProcessError, ProcessesError, ResumeError, S
 from streamprune.hardware.device import choose_device
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.config import versions
+from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.planning.memory_needs import plan_memory
-from streamprune.planning.prepare import Prepared, chooser_of, prepare
-from streamprune.planning.quota import Quota
-from streamprune.planning.target import decide_as
+from streamprune.planning.prepare import PreparedModel, prepare, selector_of
+from streamprune.planning.pruning_plan import plan_with_counts
 from streamprune.progress import Progress
 from streamprune.saliency.scores import LayerStatistics
-from streamprune.selection.select import Chooser
+from streamprune.selection.select import Selector
 from streamprune.streaming.batches import Shrink, Stopped
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.saved import Saved
@@ -52,8 +52,7 @@ class Job:
 
     settings: RunSettings
     calibration: Calibration
-    quota: Quota | None
-    counts: Mapping[int, int] | None
+    counts: ExpertCounts | None
     fingerprint: str
     versions: Mapping[str, str]
 
@@ -136,17 +135,17 @@ def _help(processes: Processes, job: Job, stop: StopRequest) -> End:
     settings, calibration = job.settings, job.calibration
     device = choose_device(settings.device, processes.local_rank)
     settings.check_device(device.type)
-    prepared = prepare(settings, decide_as(settings, job.quota, job.counts))
+    prepared = prepare(settings, plan_with_counts(settings, job.counts))
     _check_alike(job, prepared)
     # On another machine the work folder need not be there, and nothing that has a name is written anyway.
     folder = settings.work_folder if settings.work_folder.is_dir() else Path(gettempdir())
     plan = plan_memory(settings, prepared, calibration, device, folder, processes)
     plan = agree(processes, calibration, plan)
-    chooser = chooser_of(settings, prepared, calibration)
+    selector = selector_of(settings, prepared, calibration)
     with (
         Progress(prepared.layout.layer_count, quiet=True) as progress,
         LayerScorer(
-            settings, prepared, calibration, plan, device, progress, folder, chooser, stop, processes
+            settings, prepared, calibration, plan, device, progress, folder, selector, stop, processes
         ) as scorer,
     ):
         last = _obey(processes, scorer, stop)
@@ -195,7 +194,7 @@ def _take_step(scorer: LayerScorer, order: Order) -> None:
             scorer.restore(saved)
 
 
-def _check_alike(job: Job, prepared: Prepared) -> None:
+def _check_alike(job: Job, prepared: PreparedModel) -> None:
     """Refuse to help with another model or other libraries than the first process has, on another machine."""
     if prepared.checkpoint.fingerprint() != job.fingerprint:
         raise ProcessesError(
@@ -231,14 +230,13 @@ def together(device: str, lead: Callable[[Processes], R]) -> R:
 
 
 def call_in(
-    processes: Processes, settings: RunSettings, prepared: Prepared, calibration: Calibration, plan: MemoryPlan
+    processes: Processes, settings: RunSettings, prepared: PreparedModel, calibration: Calibration, plan: MemoryPlan
 ) -> MemoryPlan:
     """Have the other processes prepare for a run as this one is; returns the plan of memory that all can keep to."""
     if processes.count == 1:
         return plan
-    quota, counts = prepared.decision.quota, prepared.counts
     processes.at_work = True
-    processes.same(Job(settings, calibration, quota, counts, prepared.checkpoint.fingerprint(), versions()))
+    processes.same(Job(settings, calibration, prepared.plan.counts, prepared.checkpoint.fingerprint(), versions()))
     plan = agree(processes, calibration, plan)
     processes.at_work = False
     return plan
@@ -260,17 +258,17 @@ class LeadingScorer(LayerScorer):
     def __init__(
         self,
         settings: RunSettings,
-        prepared: Prepared,
+        prepared: PreparedModel,
         calibration: Calibration,
         plan: MemoryPlan,
         device: torch.device,
         progress: Progress,
         folder: Path,
-        chooser: Chooser | None,
+        selector: Selector | None,
         stop: StopRequest,
         processes: Processes,
     ) -> None:
-        super().__init__(settings, prepared, calibration, plan, device, progress, folder, chooser, stop, processes)
+        super().__init__(settings, prepared, calibration, plan, device, progress, folder, selector, stop, processes)
         self._stop = stop
         self._least = plan.batch_tokens
         self._others: list[Shrink] = []

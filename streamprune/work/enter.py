@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-from streamprune.config import Place, RunSettings
+from streamprune.config import OutputSettings, RunSettings
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError, TooMuchLostError
 from streamprune.files.durable import writing
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import RUN_NAMES, has_pruning, has_run
 
 
-def open_work_folder(stack: ExitStack, settings: Place) -> WorkFolder:
+def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
     """Hold the work folder, and what keeps others off the output if that is somewhere else."""
     with writing(f"Looking for {settings.work_folder}", settings.work_folder):
         home, output = settings.work_folder.resolve(), settings.output.resolve()

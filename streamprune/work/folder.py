@@ -163,7 +163,7 @@ class WorkFolder:
         self, block: int | None, layer: LayerStatistics | None, kept: Sequence[int], shards: list[FinishedShard]
     ) -> None:
         """Record a block whose shards are written and flushed. None: what lies outside all blocks."""
-        result = {"block": layer.block, "statistics": pack(layer.values)} if layer is not None else None
+        result = {"block": layer.index, "statistics": pack(layer.values)} if layer is not None else None
         body = {"result": result, "kept": list(kept), "shards": [vars(shard) for shard in shards]}
         with writing(f"Recording a block in {self._blocks}", self.folder):
             write_record(self._block_path(block), body)

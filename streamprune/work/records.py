@@ -20,7 +20,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
-from streamprune.config import SCHEDULES, Place, PruneSettings, PruningTarget
+from streamprune.config import OutputSettings, PruneSettings, PruningTarget
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import reached, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
@@ -165,10 +165,10 @@ _RUN_PARTS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-P = TypeVar("P", bound=Place)
+P = TypeVar("P", bound=OutputSettings)
 
 
-def command_of(settings: Place) -> dict[str, Any]:
+def command_of(settings: OutputSettings) -> dict[str, Any]:
     """The settings as JSON, with paths that mean the same from any folder."""
     command = {
         name: str(value.absolute()) if isinstance(value, Path) else value
@@ -177,7 +177,7 @@ def command_of(settings: Place) -> dict[str, Any]:
     model = Path(settings.model).expanduser()
     if model.is_dir():
         command["model"] = str(model.absolute())
-    if isinstance(settings, PruningTarget) and settings.schedule not in SCHEDULES:
+    if isinstance(settings, PruningTarget) and settings.has_schedule_file:
         command["schedule"] = str(Path(settings.schedule).absolute())
     if "calibration" in command:
         files = [(source, Path(source).expanduser()) for source in command["calibration"]]

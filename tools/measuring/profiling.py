@@ -19,7 +19,7 @@ from measuring.processes import Job
 from measuring.watching import SyncWarnings
 from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
 from streamprune.planning.prepare import calibrate, prepare
-from streamprune.planning.target import decide
+from streamprune.planning.pruning_plan import plan_pruning
 from streamprune.saliency import grouped
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics

@@ -1,0 +1,141 @@
+"""How many experts stay: from a number, a share, or the memory that the result must fit. Needs no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from streamprune.config import PruningTarget
+from streamprune.errors import DoesNotFitError, SettingsError
+from streamprune.fit.answer import Budget, nearest, resolve_budget
+from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.hardware.memory import format_bytes
+from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.select import planned_counts, stated_counts
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """So many experts stay: `total` in `layers` layers together; `uniform` if each keeps the same number.
+
+    `per_layer` are the numbers by layer, None where only all the scores together decide them. `budget` is None where
+    none was given.
+    """
+
+    total: int
+    layers: int
+    uniform: bool
+    per_layer: Mapping[int, int] | None = None
+    budget: Budget | None = None
+
+    @property
+    def keep(self) -> int | None:
+        """Experts that stay in every layer; None where the layers may differ."""
+        return self.total // self.layers if self.uniform else None
+
+    def text(self, experts: int, selected: Mapping[int, int] | None = None) -> str:
+        """How many stay of the `experts` of each layer, in words; `selected` by layer, once that is known."""
+        if self.keep is not None:
+            return f"{self.keep} of {experts}"
+        text = f"{self.total:,} of {experts * self.layers:,} in all"
+        numbers = (selected or self.per_layer or {}).values()
+        return f"{text}, {min(numbers)} to {max(numbers)} per layer" if numbers else text
+
+    def estimate(self, target: PruningTarget, unpruned: Footprint) -> Estimate:
+        """What the pruned model will take, compared with the budget if there is one."""
+        serving = replace(target.serving, keep=self.keep)
+        if not self.uniform:
+            widest = max(self.per_layer.values()) if self.per_layer else None
+            serving = replace(serving, total=self.total, widest=widest)
+        return self.against_budget(Estimate(unpruned, serving))
+
+    def against_budget(self, estimate: Estimate) -> Estimate:
+        """The estimate, as a Fit if there is a budget."""
+        return Fit(estimate.footprint, estimate.use, self.budget.nbytes) if self.budget else estimate
+
+
+def plan_counts(
+    target: PruningTarget, spec: ExpertSpec, layers: tuple[int, ...], read_footprint: Callable[[], Footprint]
+) -> ExpertCounts:
+    """How many experts stay of a model whose `layers` have experts like `spec`.
+
+    `read_footprint` is called for a budget only. Raises DoesNotFitError for a budget that not even the fewest experts
+    meet, and SettingsError where the router could not work with so few, where nothing would be removed, or where the
+    schedule cannot be met.
+    """
+    stated = stated_counts(target, spec, layers)
+    if stated is not None:
+        return _stated(target, stated, read_footprint)
+    read_once = cache(read_footprint)
+    uniform = SCHEDULES[target.schedule].is_uniform
+    if target.keep is not None or target.ratio is not None:
+        total = resolve_keep(spec, target.keep, target.ratio) * len(layers)
+        return ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total))
+    budget = resolve_budget(target.budget_gib, target.gpu)
+    fit = Fit(read_once(), target.serving, budget.nbytes)
+    keep = _keep_that_fits(fit, budget)
+    # Layers are alike, so that it does not matter to the memory which of them has the experts beyond equal numbers.
+    most = fit.max_total_experts or 0
+    total = keep * len(layers) if uniform else most // spec.groups * spec.groups
+    counts = ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total), budget)
+    return counts if uniform or counts.per_layer is None else _filled(target, counts, spec, read_once())
+
+
+def _filled(target: PruningTarget, counts: ExpertCounts, spec: ExpertSpec, unpruned: Footprint) -> ExpertCounts:
+    """Counts with the experts that fit as well: `counts` were found as if a layer kept all, which takes more memory."""
+    assert counts.per_layer is not None
+    layers = tuple(counts.per_layer)
+
+    def with_total(total: int) -> ExpertCounts:
+        return replace(counts, total=total, per_layer=planned_counts(target, spec, layers, total))
+
+    def exceeds(total: int) -> bool:
+        fit = with_total(total).estimate(target, unpruned)
+        return not isinstance(fit, Fit) or not fit.fits
+
+    # The first is known to fit.
+    steps = range(counts.total, spec.count * len(layers), spec.groups)
+    return with_total(steps[bisect_left(steps, True, lo=1, key=exceeds) - 1])
+
+
+def _stated(
+    target: PruningTarget, per_layer: Mapping[int, int], read_footprint: Callable[[], Footprint]
+) -> ExpertCounts:
+    """The counts of a schedule file, compared with the budget if there is one."""
+    total = sum(per_layer.values())
+    counts = ExpertCounts(total, len(per_layer), len(set(per_layer.values())) == 1, per_layer)
+    if target.budget_gib is None and target.gpu is None:
+        return counts
+    counts = replace(counts, budget=resolve_budget(target.budget_gib, target.gpu))
+    fit = counts.estimate(target, read_footprint())
+    assert isinstance(fit, Fit)
+    if not fit.fits:
+        raise DoesNotFitError(
+            f"With the {total:,} experts of {target.schedule} the model takes {format_bytes(fit.total)}, "
+            f"{format_bytes(-fit.left)} more than {format_bytes(fit.budget)}. At most "
+            f"{fit.max_total_experts or 0:,} experts fit."
+        )
+    return counts
+
+
+def _keep_that_fits(fit: Fit, budget: Budget) -> int:
+    spec = fit.footprint.spec
+    assert spec is not None  # only models with experts get here
+    if fit.max_experts is None:
+        least = minimum_keep(spec)
+        smallest = Fit(fit.footprint, replace(fit.use, keep=least), fit.budget)
+        options = "; ".join(f"{option.settings} ({option.meaning})" for option in nearest(smallest))
+        raise DoesNotFitError(
+            f"Even with the fewest experts with which the router works, {least} of {spec.count}, the model takes "
+            f"{format_bytes(smallest.total)}, {format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} "
+            f"({budget.label}). Nearest settings that fit: {options}. `streamprune fit` shows every part."
+        )
+    if fit.max_experts == spec.count:
+        raise SettingsError(
+            f"The whole model takes {format_bytes(fit.total)} and fits {format_bytes(fit.budget)} ({budget.label}) as "
+            "it is, so nothing would be removed. Plan for a longer --context or larger --batch, or choose with --keep."
+        )
+    return fit.max_experts
