@@ -19,7 +19,7 @@ from streamprune.saliency.methods import METHODS, MixedStatistics, random_scores
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
 from streamprune.selection.retention import Retention, retention_warnings, retentions
 from streamprune.selection.select import (
-    SelectionSettings,
+    Selection,
     Selector,
     keep_highest,
     listed_selection,
@@ -36,7 +36,7 @@ GROUPED = ExpertSpec((), "n", 16, 4, groups=4, topk_groups=2)
 
 def selected(
     scores: Scores, settings: SelectionSettings, total: int = 0, per_layer: dict[int, int] | None = None
-) -> SelectionSettings:
+) -> Selection:
     selector = Selector(settings, scores.spec, scores.sources, scores.source_tokens, total, per_layer)
     return selector.all(scores.layers)
 

@@ -111,8 +111,8 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
     """The second layer (the only one, where there is one), behind the first, with as many tokens as a run takes."""
     from streamprune.progress import Busy
 
-    decision = decide(settings)
-    prepared, calibration = prepare(settings, decision), calibrate(settings, decision)
+    plan = plan_pruning(settings)
+    prepared, calibration = prepare(settings, plan), calibrate(settings, plan)
     skeleton = prepared.skeleton
     taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
     weights = Weights(prepared, device, Busy(), ahead=False)
