@@ -74,6 +74,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{left_out} thorough tests were left out; `./tools/test --all` runs them too.")
 
 
+@pytest.fixture(scope="session")
+def thoroughly(pytestconfig: pytest.Config) -> bool:
+    """Whether `--all` was given: for tests that go through many cases of their own."""
+    return bool(pytestconfig.getoption("--all"))
+
+
 @dataclass(frozen=True)
 class DemoRun:
     """The demo as it was run in `folder`, and what it printed."""

@@ -27,6 +27,7 @@ from tests.faults import Case, Injected
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
 from tests.test_evaluate import measured
+from tests.thorough import mostly_thorough, thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 PLAIN_RUN_BLOCK = LayerForward.run_layer
@@ -72,7 +73,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", mostly_thorough(CHOICES, CHOICES[1:3]), ids=str)
 def test_what_a_run_says_is_what_eval_says_afterwards(choice: dict[str, Any], made: Case, tmp_path: Path) -> None:
     """From the files that were written, also where blocks keep different numbers of experts."""
     case = made.at(tmp_path / "out")
@@ -141,14 +142,14 @@ def breaking_run_block(monkeypatch: pytest.MonkeyPatch, nth: int, error: BaseExc
 
 @pytest.mark.parametrize("choice", [{}, {"propagate": "pruned"}, {"schedule": "global"}], ids=str)
 def test_broken_off_anywhere_it_goes_on_to_the_same(
-    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroughly: bool
 ) -> None:
     whole = made.at(tmp_path / "whole")
     calls = breaking_run_block(monkeypatch, 0, Injected())
     whole.run(**choice)
     expected = tree_bytes(whole.output)
     # Some in every block and pass; their number has no divisor in common with that of a block's.
-    for nth in range(2, calls[0] + 1, 13):
+    for nth in range(2, calls[0] + 1, 13 if thoroughly else 37):
         case = made.at(tmp_path / f"out{nth}")
         breaking_run_block(monkeypatch, nth, Injected())
         with pytest.raises(Injected):
@@ -172,9 +173,9 @@ def stopping(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     monkeypatch.setattr(MicroBatches, "_advance", advance)
 
 
-@pytest.mark.parametrize("choice", [{}, {"propagate": "pruned"}], ids=str)
+@pytest.mark.parametrize("choice", [pytest.param({}, marks=thorough), {"propagate": "pruned"}], ids=str)
 def test_stopped_anywhere_it_goes_on_from_there(
-    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: dict[str, Any], made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroughly: bool
 ) -> None:
     """Also while the output head is read off, and with a second stop while it goes on."""
     whole = made.at(tmp_path / "whole")
@@ -183,7 +184,7 @@ def test_stopped_anywhere_it_goes_on_from_there(
     monkeypatch.undo()
     expected, all_calls = tree_bytes(whole.output), calls[0]
     stops = 0
-    for nth in range(1, 100, 14):
+    for nth in range(1, 100, 14 if thoroughly else 29):
         case = made.at(tmp_path / f"out{nth}")
         with monkeypatch.context() as patch:
             stopping(patch, nth)
@@ -200,7 +201,7 @@ def test_stopped_anywhere_it_goes_on_from_there(
                 case.resume(checkpoint_every=1e6)
             assert calls[0] <= all_calls - nth // 2, "what was done before is not done again"
         assert tree_bytes(case.output) == expected
-    assert stops > 2
+    assert stops > (2 if thoroughly else 1)
 
 
 def test_killed_behind_the_evaluation_it_is_not_done_again(
@@ -219,12 +220,14 @@ def test_killed_behind_the_evaluation_it_is_not_done_again(
     case.check()
 
 
-def test_out_of_memory_changes_nothing(made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_changes_nothing(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thoroughly: bool
+) -> None:
     sources = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=30)),)
     whole = made.at(tmp_path / "whole")
     calls = breaking_run_block(monkeypatch, 0, Injected())
     whole.run(calibration=sources)
-    for nth in range(1, calls[0] + 1, 7):
+    for nth in range(1, calls[0] + 1, 7 if thoroughly else 17):
         case = made.at(tmp_path / f"out{nth}")
         breaking_run_block(monkeypatch, nth, torch.OutOfMemoryError("CUDA out of memory."))
         case.run(calibration=sources)

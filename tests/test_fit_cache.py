@@ -18,11 +18,11 @@ from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
 from streamprune.fit.structure import trace_cache
 from streamprune.models.skeleton import build_skeleton
 from tests.fit_families import CACHED
+from tests.thorough import DISTINCT, by_family, mostly_thorough, thorough
 from tests.tiny import FAMILIES, VOCAB, Family, tiny_config
 
 #: Below, at, and above the windows of 16 tokens that the sliding families have, and the chunks below.
 LENGTHS = (1, 5, 15, 16, 17, 40)
-by_family = pytest.mark.parametrize("family", CACHED, ids=lambda family: family.id)
 
 
 def traced(config: PreTrainedConfig, dtype: torch.dtype) -> CacheSizes:
@@ -74,8 +74,10 @@ def check(config: PreTrainedConfig, dtype: torch.dtype, lengths: tuple[int, ...]
     return sizes
 
 
-@by_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@by_family({*DISTINCT, "deepseek_v32", "jamba", "kimi_linear", "minimax"}, CACHED)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=thorough)], ids=["float32", "bfloat16"]
+)
 def test_cache_is_as_predicted(family: Family, dtype: torch.dtype) -> None:
     check(tiny_config(family), dtype, LENGTHS if dtype is torch.float32 else (5, 40))
 
@@ -113,7 +115,7 @@ def test_linear_attention_keeps_a_state_whatever_the_context() -> None:
     assert sizes.state_bytes(3) == 3 * sizes.state_bytes(1) == 9 * state.state_bytes
 
 
-@pytest.mark.parametrize("window", [2, 3, 4, 5, 7, 8, 9, 33])
+@pytest.mark.parametrize("window", mostly_thorough([2, 3, 4, 5, 7, 8, 9, 33], (2, 5, 8)))
 def test_window_of_any_width(window: int) -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     sizes = check(family("gpt_oss", sliding_window=window, layer_types=kinds), torch.float32, (1, 2, 6, 8, 9, 34, 40))
@@ -121,7 +123,7 @@ def test_window_of_any_width(window: int) -> None:
     assert {layer.values_per_token for layer in sizes.layers} == {64}
 
 
-@pytest.mark.parametrize("chunk", [4, 6, 16, 32])
+@pytest.mark.parametrize("chunk", mostly_thorough([4, 6, 16, 32], (6,)))
 def test_chunked_attention(chunk: int) -> None:
     kinds = ["chunked_attention", "full_attention"] * 2
     config = family("llama4_text", attention_chunk_size=chunk, layer_types=kinds)

@@ -16,6 +16,7 @@ from streamprune.calibration import chat
 from streamprune.calibration.sequences import load_calibration
 from streamprune.errors import CalibrationError
 from tests.fuzzing import resident_bytes
+from tests.thorough import mostly_thorough
 from tests.tokenizer import save_tokenizer
 
 
@@ -128,7 +129,7 @@ def children() -> list[int]:
     return [int(pid) for pid in listed.split()]
 
 
-@pytest.mark.parametrize("kind", ["text", "ids", "broken", "no JSON"])
+@pytest.mark.parametrize("kind", mostly_thorough(["text", "ids", "broken", "no JSON"], ("text",)))
 def test_an_enormous_record(kind: str, tmp_path: Path) -> None:
     """A line of 200 MB: time in proportion, and memory for a few copies of it. In a process of its own, to measure."""
     size = 200_000_000

@@ -1,4 +1,4 @@
-"""The harness that kills runs, in its short mode: critical points and random instants, and the same bytes after all."""
+"""The harness that kills runs, in short: critical points and random instants, and the same bytes after all."""
 
 from __future__ import annotations
 
@@ -7,18 +7,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.thorough import thorough
+
 ROOT = Path(__file__).resolve().parent.parent
+EVERY_CASE = [
+    "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "score", "global schedule", "super experts protected", "prune",
+    "prune",
+]  # fmt: skip
 
 
-def test_killed_runs_end_with_the_same_bytes() -> None:
+@pytest.mark.parametrize(
+    ("cases", "options"),
+    [
+        (["gemma4", "global schedule", "prune, gpt_oss"], ["--points", "3", "--kills", "1"]),
+        pytest.param(EVERY_CASE, ["--kills", "2"], marks=thorough),
+    ],
+    ids=["a few", "every case"],
+)
+def test_killed_runs_end_with_the_same_bytes(cases: list[str], options: list[str]) -> None:
+    chosen = [word for case in dict.fromkeys(cases) for word in ("--case", case)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "kill"), "--kills", "2"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, str(ROOT / "tools" / "kill"), *chosen, *options],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert [line.partition(",")[0] for line in lines] == [
-        "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "score", "global schedule",
-        "super experts protected", "prune", "prune",
-    ]  # fmt: skip
+    assert len(lines) == len(cases)
+    assert all(line.startswith(case) for line, case in zip(lines, cases, strict=True)), done.stdout
     assert all(line.endswith("identical") and " kills" in line for line in lines), done.stdout

@@ -22,6 +22,7 @@ from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prepare_whole, prune
 from tests.peak import Peak
+from tests.thorough import crossed, mostly_thorough
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -30,7 +31,12 @@ def model(tmp_path: Path) -> Path:
     return make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4_text", "glm_moe_dsa", "qwen4_exp_text", "dbrx"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough(
+        ["qwen3_moe", "gemma4_text", "glm_moe_dsa", "qwen4_exp_text", "dbrx"], ("qwen3_moe", "gemma4_text")
+    ),
+)
 def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     plain = HiddenStates.store
@@ -50,9 +56,14 @@ def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monke
     assert largest == plans[0].states
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize(
+    ("name", "stored", "dtype"),
+    crossed(
+        ["qwen3_moe", "gpt_oss", "llama4_text"], [torch.bfloat16, torch.float32], ["bfloat16", "float32"],
+        usual=[("qwen3_moe", torch.bfloat16, "float32"), ("gpt_oss", torch.float32, "bfloat16"),
+               ("llama4_text", torch.float32, "float32")],
+    ),
+)  # fmt: skip
 def test_weights_take_no_more_while_they_are_loaded_than_predicted(
     name: str, stored: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from streamprune.reporting.write import PAGE_NAME, PICTURES_FOLDER
 from tests.helpers import known_family, prune, tree_bytes
 from tests.hub_model import hub_for_this_process
 from tests.hub_upload_server import TOKEN, USER, Taken, UploadHub
+from tests.thorough import mostly_thorough
 from tests.tiny import make_model, tiny_config
 from tests.tokenizer import save_tokenizer
 
@@ -404,7 +405,7 @@ def begin(hub: UploadHub, output: Path, *options: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("way", mostly_thorough([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], (signal.SIGKILL,)))
 def test_an_interrupted_upload_goes_on_where_it_was(output: Path, way: signal.Signals) -> None:
     with UploadHub() as first:
         first.hold = 2

@@ -13,6 +13,7 @@ import pytest
 from streamprune.errors import ResumeError, SettingsError
 from tests.faults import Case, make_case
 from tests.helpers import tree_bytes
+from tests.thorough import crossed, mostly_thorough, thorough
 from tests.tiny import write_token_ids
 
 
@@ -31,8 +32,9 @@ def case(made: Case, tmp_path: Path) -> Case:
     return case
 
 
-@pytest.mark.parametrize("block", range(4))
-@pytest.mark.parametrize("again", ["run", "resume"])
+@pytest.mark.parametrize(
+    ("again", "block"), crossed(["run", "resume"], range(4), usual=[("run", 1), ("resume", 0), ("resume", 3)])
+)
 def test_a_run_that_ended_in_any_block_goes_on(made: Case, tmp_path: Path, block: int, again: str) -> None:
     case = made.at(tmp_path / "out")
     case.interrupt(at=block)
@@ -48,11 +50,11 @@ def test_a_run_that_ended_in_any_block_goes_on(made: Case, tmp_path: Path, block
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("gemma4_text", {"checkpoint_every": 1e6}),
+        pytest.param("gemma4_text", {"checkpoint_every": 1e6}, marks=thorough),
         ("gemma4_text", {"states": "disk"}),
         ("deepseek_v2", {"checkpoint_every": 1e6, "propagate": "pruned", "keep": 4}),
-        ("glm4_moe", {"checkpoint_every": 1e6}),
-        ("gpt_oss", {"propagate": "pruned"}),
+        pytest.param("glm4_moe", {"checkpoint_every": 1e6}, marks=thorough),
+        pytest.param("gpt_oss", {"propagate": "pruned"}, marks=thorough),
     ],
 )
 def test_what_is_carried_from_block_to_block_is_carried_on(
@@ -74,7 +76,7 @@ def test_several_interruptions(made: Case, tmp_path: Path) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("first", mostly_thorough(range(4), (0, 2)))
 def test_from_layer_goes_back(case: Case, first: int) -> None:
     case.interrupt(at=3)
     (case.work / "blocks" / f"{first:05d}.json").unlink(missing_ok=True)

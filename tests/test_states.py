@@ -16,6 +16,7 @@ from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prune, tree_bytes
+from tests.thorough import thorough
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 PLAIN_RUN_BLOCK = LayerForward.run_layer
@@ -27,7 +28,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("qwen3_moe", "bfloat16"), ("gemma4_text", "float32"), ("glm_moe_dsa", "float32")]
+    ("name", "dtype"),
+    [
+        pytest.param("qwen3_moe", "bfloat16", marks=thorough),
+        ("gemma4_text", "float32"),
+        pytest.param("glm_moe_dsa", "float32", marks=thorough),
+    ],
 )
 def test_scores_are_the_same_to_the_bit_wherever_states_lie(name: str, dtype: str, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(known_family(name)))

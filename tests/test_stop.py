@@ -22,6 +22,7 @@ from streamprune.errors import InterruptedRunError
 from streamprune.pipeline.run import run
 from tests.faults import Case, make_case
 from tests.helpers import tree_bytes
+from tests.thorough import mostly_thorough
 from tests.tiny import write_token_ids
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -115,7 +116,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("small"), propagate="pruned", checkpoint_every=1e6)
 
 
-@pytest.mark.parametrize("nth", range(1, 33, 3))
+@pytest.mark.parametrize("nth", mostly_thorough(range(1, 33, 3), (1, 13, 28)))
 def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four sequences, four blocks and two passes each: within the scoring pass as within the pruned one."""
     from streamprune.streaming.forward import LayerForward

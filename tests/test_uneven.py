@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamprune.models.config import load_config
 from streamprune.models.per_layer_experts import STANDARD_TABLE, modeling_source
 from tests.helpers import known_family, load_whole, read_tensors, token_ids
-from tests.tiny import FAMILIES, Family
+from tests.thorough import DISTINCT, by_family
+from tests.tiny import Family
 from tests.uneven import Uneven, in_memory, make_uneven, stock_model
 
 #: One of each kind: per-expert tensors, groups and dense layers, packed experts, a part of the config, per_layer_config
@@ -45,7 +46,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
+@by_family({*DISTINCT, "dbrx", "llama4"})
 def test_logits_equal_a_model_cut_by_hand(family: Family, tmp_path: Path) -> None:
     made = make_uneven(family, tmp_path)
     assert len(set(made.counts.values())) > 1

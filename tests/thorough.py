@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,9 +20,16 @@ DISTINCT = ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma4_text")
 def mostly_thorough(cases: Iterable[Any], usual: Collection[Any]) -> list[Any]:
     """Parameters of a test: those in `usual` (or whose `id` is) run every time, the others only with `--all`."""
     return [
-        case if case in usual or getattr(case, "id", None) in usual else pytest.param(case, marks=thorough)
+        case
+        if getattr(case, "id", case) in usual
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=thorough)
         for case in cases
     ]
+
+
+def crossed(*values: Iterable[Any], usual: Collection[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test of several arguments: every combination of their values, of which `usual` run every time."""
+    return mostly_thorough(product(*values), usual)
 
 
 def by_family(usual: Collection[str] = DISTINCT, families: Iterable[Any] = FAMILIES) -> pytest.MarkDecorator:
