@@ -1,7 +1,4 @@
-"""What the user sees while it runs: a line per block, a bar on a terminal, nothing with --quiet; and the log file.
-
-How long each resource of a run was at work: reading, computing, writing, moving hidden states.
-"""
+"""Progress of a run: a line for each layer, a bar on a terminal, nothing with --quiet; the log file; utilisation."""
 
 from __future__ import annotations
 
@@ -24,19 +21,19 @@ if TYPE_CHECKING:
     import torch
 
 
-#: The log's name is the output's with this behind it. (OUT.log may well be where the user sends our messages.)
+#: The log is named like the output, with this suffix. (OUT.log may be where the user redirects stderr.)
 LOG_SUFFIX = ".streamprune.log"
 
 
 @dataclass(frozen=True)
 class LayerProgress:
-    """What is told about one finished block. `experts` is 0 and `fewest_tokens` None for a block without experts.
+    """A finished layer (`layer` counts from 0). Without experts `experts` is 0 and `fewest_tokens` None.
 
-    `kept` is None where blocks are only scored.
+    `kept` is None where layers are only scored. `peak_bytes` is the peak of the device's memory in this layer.
     """
 
-    block: int
-    blocks: int
+    layer: int
+    layers: int
     kept: int | None
     experts: int
     fewest_tokens: int | None
@@ -45,10 +42,10 @@ class LayerProgress:
 
 
 class Progress:
-    """Writes to stderr, so that stdout stays free for results. Times and peaks also go to a log, one JSON per line."""
+    """Prints to stderr, so that stdout stays free for results. Times and peaks also go to a log of JSON lines."""
 
-    def __init__(self, blocks: int, quiet: bool, stream: TextIO | None = None) -> None:
-        self._blocks = blocks
+    def __init__(self, layers: int, quiet: bool, stream: TextIO | None = None) -> None:
+        self._layers = layers
         self._quiet = quiet
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
@@ -69,22 +66,26 @@ class Progress:
         return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
-        """A line for the user, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         if not self._quiet:
             tqdm.write(text, file=self._stream)
 
-    def start_layer(self, block: int, sequences: int) -> None:
-        """Begin a block, through which so many sequences go."""
-        self.start(f"block {block + 1}/{self._blocks}", sequences)
+    def start_layer(self, layer: int, sequences: int) -> None:
+        """Begin a layer (counted from 0), through which so many sequences go."""
+        self.start(self.name_of(layer), sequences)
+
+    def name_of(self, layer: int) -> str:
+        """A layer and the last one, both counted from 0 as in `model.layers.N`: "layer 3/47"."""
+        return f"layer {layer}/{self._layers - 1}"
 
     def start(self, label: str, sequences: int) -> None:
-        """Begin what `step` goes on with, on a terminal with a bar, in the place of what was begun before."""
+        """Begin something of so many sequences, which `step` counts; on a terminal with a bar."""
         self.end()
         if not self._quiet and self._stream.isatty():
             self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -95,30 +96,31 @@ class Progress:
 
     def end_layer(self, line: LayerProgress) -> None:
         self.end()
-        self.log("block", asdict(line))
-        done = line.block + 1
-        # By the blocks of this sitting: earlier ones may be done already.
+        # The log keeps these names, so that reports can be made of earlier outputs.
+        values = asdict(line)
+        self.log("block", {"block": values.pop("layer"), "blocks": values.pop("layers"), **values})
+        # Earlier layers may have been done by a run that was interrupted.
         self._ended += 1
-        left = self.seconds / self._ended * (self._blocks - done)
+        left = self.seconds / self._ended * (self._layers - line.layer - 1)
         if line.experts:
             done_with = f"scored {line.experts}" if line.kept is None else f"kept {line.kept}/{line.experts}"
             what = f"{done_with}, fewest tokens {line.fewest_tokens}"
         else:
             what = "no experts" if line.kept is None else "no experts, copied"
         self.say(
-            f"block {done}/{self._blocks}: {what}, {line.seconds:.1f} s, peak {format_bytes(line.peak_bytes)}, "
+            f"{self.name_of(line.layer)}: {what}, {line.seconds:.1f} s, peak {format_bytes(line.peak_bytes)}, "
             f"{_duration(left)} left"
         )
 
     def log(self, event: str, values: dict[str, Any]) -> None:
-        """Record what varies from run to run; `write_log` puts it beside the output."""
+        """Record an event that `write_log` writes to the log, with the seconds since the beginning."""
         self._events.append({"event": event, "at_seconds": round(self.seconds, 3), **values})
 
     def write_log(self, path: Path) -> None:
         try:
             path.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
         except OSError as error:
-            # A result is not worth less without its log.
+            # The result is complete without its log.
             self.say(f"note: the log {path} could not be written: {error.strerror}.")
 
 
@@ -130,14 +132,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-#: What a run waits for, as it is told.
+#: What a run spends its time on.
 RESOURCES = ("read", "compute", "write", "states")
 
 
 class Busy:
     """A clock for each of `RESOURCES`. Several threads that use one at a time count once.
 
-    On a card, where the host only hands out work, `on_card` measures by events; `settle` adds what has come to its end.
+    Work that is queued on a GPU is measured by events, which `settle` adds up.
     """
 
     def __init__(self) -> None:
@@ -150,7 +152,7 @@ class Busy:
 
     @contextmanager
     def at(self, resource: str) -> Iterator[None]:
-        """Count the time within as time in which `resource` is at work."""
+        """Count the time within this block for `resource`."""
         with self._lock:
             if self._users[resource] == 0:
                 self._since[resource] = time.perf_counter()
@@ -165,7 +167,7 @@ class Busy:
 
     @contextmanager
     def on_card(self, resource: str, device: torch.device) -> Iterator[None]:
-        """The same for work that is handed to a card's current stream; elsewhere the host itself does it."""
+        """The same for work that is queued on a GPU's current stream. On the CPU the host itself does it."""
         if device.type == "cpu":
             with self.at(resource):
                 yield
@@ -178,7 +180,7 @@ class Busy:
         self._events.append((resource, begin, end))
 
     def settle(self) -> None:
-        """Add what was measured by events. Waits for the card; call it where the run has waited anyway."""
+        """Add up what was measured by events. Waits for the GPU; call it where the run has waited anyway."""
         events, self._events = self._events, []
         for resource, begin, end in events:
             end.synchronize()
@@ -193,7 +195,7 @@ class Busy:
 
 
 def describe(shares: dict[str, float]) -> str:
-    """A line for people: "busy: computing 96%, reading 9%, writing 12%, moving hidden states 0% of 13.4 s"."""
+    """One line: "busy: computing 96%, reading 9%, writing 12%, moving hidden states 0% of 13.4 s"."""
     words = {"compute": "computing", "read": "reading", "write": "writing", "states": "moving hidden states"}
     parts = ", ".join(f"{word} {shares[name]:.0%}" for name, word in words.items())
     return f"busy: {parts} of {shares['seconds']:.1f} s"

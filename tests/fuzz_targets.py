@@ -65,7 +65,7 @@ class Place:
         self.records = {
             str(path.relative_to(self.work)): read_record(path) for path in sorted(self.work.rglob("*.json"))
         }
-        assert {"run.json", "tokens.json", "cursor.json", "blocks/00001.json"} <= self.records.keys()
+        assert {"run.json", "tokens.json", "cursor.json", "layers/00001.json"} <= self.records.keys()
 
     def fresh(self, name: str) -> Path:
         """An empty folder."""

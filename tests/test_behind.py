@@ -117,7 +117,7 @@ def test_a_write_that_fails_behind_ends_the_run_in_one_error(
     assert threads[-1].startswith("write")
     assert not case.output.exists()
     monkeypatch.undo()
-    done = {int(path.stem) for path in (case.work / "blocks").glob("0*.json")} if case.work.exists() else set()
+    done = {int(path.stem) for path in (case.work / "layers").glob("0*.json")} if case.work.exists() else set()
     assert done == set(range(block))
     case.run()
     case.check()
@@ -144,7 +144,7 @@ def test_a_stop_while_a_block_is_written_waits_for_it(
     with pytest.raises(InterruptedRunError, match=f"2 of {BLOCKS} blocks are done"):
         case.run()
     monkeypatch.undo()
-    assert sorted(path.name for path in (case.work / "blocks").glob("0*.json")) == ["00000.json", "00001.json"]
+    assert sorted(path.name for path in (case.work / "layers").glob("0*.json")) == ["00000.json", "00001.json"]
     computed: list[int] = []
     around(LayerForward, "run_layer", lambda stream, index, *_: computed.append(index))
     case.resume()
@@ -216,7 +216,7 @@ def test_killed_right_after_a_save_a_run_ends_with_the_same_bytes(
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(path.name for path in (case.work / "blocks").glob("0*.json")) == ["00000.json", "00001.json"]
+    assert sorted(path.name for path in (case.work / "layers").glob("0*.json")) == ["00000.json", "00001.json"]
     computed: list[int] = []
     around(LayerForward, "run_layer", lambda stream, index, *_: computed.append(index))
     case.run()

@@ -136,7 +136,7 @@ def test_the_card_and_the_terminal_show_the_terms(tmp_path: Path, capfd: pytest.
     result = CliRunner().invoke(main, [*arguments, "--budget-gib", str(gib), "--json"])
     assert result.exit_code == 0, result.output
     told = capfd.readouterr().err + result.stderr
-    plan, _, rest = told.partition("block 1/4")
+    plan, _, rest = told.partition("layer 0/3")
     assert "keeping 5 of 8" in plan, "the plan comes first"
     assert "fits the budget" in plan
     assert "KV cache" in plan

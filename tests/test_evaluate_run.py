@@ -255,8 +255,8 @@ def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4
     assert not case.output.exists()
-    assert not (case.work / "blocks" / "00001.json").exists()
-    assert "was begun with --stop-if-kl 1e-05 (nats per token)" in status_text(status_of(case.work))
+    assert not (case.work / "layers" / "00001.json").exists()
+    assert "exceeds 1e-05 nats per token (--stop-if-kl)" in status_text(status_of(case.work))
     case.resume(stop_if_kl=50.0)
     case.check()
 

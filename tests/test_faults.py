@@ -112,7 +112,7 @@ def test_any_file_of_the_work_folder_may_be_damaged(made: Case, tmp_path: Path, 
     keep = tmp_path / "kept"
     shutil.copytree(first.work, keep)
     names = files_of(keep)
-    assert {name.partition("/")[0] for name in names} >= {"run.json", "tokens.json", "blocks", "states", "model"}
+    assert {name.partition("/")[0] for name in names} >= {"run.json", "tokens.json", "layers", "states", "model"}
     if not thoroughly:
         # Of several that are alike one is enough.
         names = list({re.sub(r"[0-9]+", "0", name): name for name in names}.values())
@@ -168,7 +168,7 @@ def test_the_command_line_tells_a_full_disk_in_one_message(short: Case, tmp_path
 
 def test_everything_but_the_record_of_the_run_may_be_lost(case: Case) -> None:
     case.interrupt(at=3)
-    for name in ("states", "blocks", "model"):
+    for name in ("states", "layers", "model"):
         shutil.rmtree(case.work / name)
     case.resume()
     case.check()

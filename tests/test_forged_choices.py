@@ -63,7 +63,7 @@ def test_any_file_of_the_work_folder_may_be_damaged(short: dict[str, Command], t
 
 def forge(command: Command, block: int, change: Any) -> None:
     """Put another record in the place of a block's, with a checksum that is right."""
-    path = command.work / "blocks" / f"{block:05d}.json"
+    path = command.work / "layers" / f"{block:05d}.json"
     body = read_record(path)
     change(body)
     write_record(path, body)
@@ -148,7 +148,7 @@ def test_shards_of_another_choice_are_found_out_and_written_again(
     import hashlib
 
     for block in ("outside", "00000", "00001"):
-        path = command.work / "blocks" / f"{block}.json"
+        path = command.work / "layers" / f"{block}.json"
         body = read_record(path)
         for each in body["shards"]:
             if each["file"] == shard.name:
@@ -184,7 +184,7 @@ def test_a_staging_folder_that_leads_elsewhere_is_refused(made: dict[str, Comman
     (command.work / "model").rename(mine)
     (mine / "thesis.txt").write_text("mine")
     (command.work / "model").symlink_to(mine)
-    with pytest.raises(OutputError, match="is a link, which nothing here makes"):
+    with pytest.raises(OutputError, match="is a link, which streamprune did not make"):
         command.run()
     assert (mine / "thesis.txt").read_text() == "mine"
     command.run(resume="never")

@@ -186,14 +186,14 @@ def test_states_of_another_model_are_told(place: Place) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_block_that_no_scoring_gave_is_done_again(change: dict[str, Any], place: Place) -> None:
-    record = json.loads(json.dumps(place.records["blocks/00001.json"]))
+    record = json.loads(json.dumps(place.records["layers/00001.json"]))
     ((name, value),) = change.items()
     if name in FIELDS:
         values = unpack(record["result"]["statistics"], 1, 8)
         values[list(FIELDS).index(name), 0, 3] = value
         name, value = "statistics", pack(values)
     (record if name in record else record["result"])[name] = value
-    work = place.work_with("blocks/00001.json", record)
+    work = place.work_with("layers/00001.json", record)
     shutil.rmtree(place.folder / "out", ignore_errors=True)
     resume(work, quiet=True)
     report = place.report
@@ -219,7 +219,7 @@ def test_a_file_alone_does_not_make_code_run(place: Place) -> None:
 
 def test_pipes_in_a_work_folder_are_not_waited_for(place: Place) -> None:
     work = place.work_with("run.json", place.records["run.json"])
-    for name in ("run.json", "cursor.json", "blocks/00000.json"):
+    for name in ("run.json", "cursor.json", "layers/00000.json"):
         (work / name).unlink()
         os.mkfifo(work / name)
     result = CliRunner().invoke(main, ["status", str(work), "--json"])

@@ -109,11 +109,11 @@ def test_status_tells_each_kind_apart(made: dict[str, Command], tmp_path: Path) 
     for (kind, record), told, done, written in zip(
         MOMENTS,
         (
-            "2 of 4 blocks are scored, 2 are left; ",
-            "2 of 4 blocks are scored, 2 are left, and 0 of 4 are written; ",
-            "4 of 4 blocks are scored, 0 are left, and 1 of 4 are written; ",
-            "4 of 4 blocks are scored, 0 are left, and 0 of 4 are written; ",
-            "1 of 4 blocks are written, 3 are left; ",
+            "layers: 2 of 4 scored, 2 left; ",
+            "layers: 2 of 4 scored, 0 of 4 written; ",
+            "layers: 4 of 4 scored, 1 of 4 written; ",
+            "layers: 4 of 4 scored, 0 of 4 written; ",
+            "layers: 1 of 4 written, 3 left; ",
         ),
         (2, 2, 4, 4, 1),
         (0, 0, 1, 0, 1),
@@ -128,7 +128,7 @@ def test_status_tells_each_kind_apart(made: dict[str, Command], tmp_path: Path) 
         text = call("status", command.work).stdout
         assert told in text
         assert text.endswith(f"Go on with: streamprune resume {command.work}\n")
-        assert ("Hidden states were last saved in block 3." in text) == (done == 2)
+        assert ("Hidden states were last saved in layer 2/3." in text) == (done == 2)
 
 
 @pytest.mark.parametrize("kind", ["score", "prune"])
@@ -197,7 +197,7 @@ def test_one_kind_does_not_take_another_ones_work(made: dict[str, Command], tmp_
         assert tree_bytes(tmp_path / "out.work") == before, "nothing is touched"
 
     made["prune"].at(tmp_path / "out").interrupt(at=4)
-    refused("global", "holds what `streamprune prune` began. Go on with it .streamprune resume .* --resume never")
+    refused("global", "holds an unfinished `streamprune prune`. Go on with it .streamprune resume .* --resume never")
     refused("score", "holds what `streamprune prune` began")
     with pytest.raises(ResumeError, match=f"Go on with: streamprune resume {tmp_path}/out.work"):
         made["global"].at(tmp_path / "out").resume()

@@ -79,7 +79,7 @@ def test_several_interruptions(made: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", mostly_thorough(range(4), (0, 2)))
 def test_from_layer_goes_back(case: Case, first: int) -> None:
     case.interrupt(at=3)
-    (case.work / "blocks" / f"{first:05d}.json").unlink(missing_ok=True)
+    (case.work / "layers" / f"{first:05d}.json").unlink(missing_ok=True)
     case.resume(from_layer=first)
     case.check()
 
@@ -92,7 +92,7 @@ def test_from_layer_behind_the_last_block_is_refused(case: Case) -> None:
 
 
 def test_required_and_never(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match=r"holds no run that could be resumed\. Leave out --resume required"):
+    with pytest.raises(ResumeError, match=r"holds no run to resume\. Leave out --resume required"):
         case.at(tmp_path / "other").run(resume="required")
     assert not (tmp_path / "other.work").exists()
     # Another calibration: what is left of the first run would not go with it.
@@ -145,8 +145,8 @@ def test_smaller_micro_batches_change_no_choice(case: Case) -> None:
 
 
 def test_other_versions_are_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.pipeline.resume.transformers.__version__", "4.0.0")
-    monkeypatch.setattr("streamprune.pipeline.resume.platform.python_version", lambda: "3.9.1")
+    monkeypatch.setattr("streamprune.models.config.transformers.__version__", "4.0.0")
+    monkeypatch.setattr("streamprune.models.config.platform.python_version", lambda: "3.9.1")
     with pytest.raises(ResumeError, match=r"(?s)python: .* then, 3\.9\.1 now.*transformers: .* then, 4\.0\.0 now"):
         case.resume()
     monkeypatch.undo()

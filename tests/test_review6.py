@@ -196,7 +196,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
             prune(model, out, calibration=(str(ids),), batch_tokens=16)
         work = Path(f"{out}.work")
         assert bool(list((work / "states").iterdir())) is (error is InterruptedRunError)
-        assert [path.name for path in sorted((work / "blocks").glob("0*"))] == ["00000.json"]
+        assert [path.name for path in sorted((work / "layers").glob("0*"))] == ["00000.json"]
 
 
 class Event:

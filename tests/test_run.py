@@ -71,7 +71,7 @@ def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: P
     result = invoke("run", model, "-o", output, "--keep", 5, "--calibration", ids)
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("block ")]
-    assert [line.split(":")[0] for line in lines] == [f"block {number}/4" for number in (1, 2, 3, 4)]
+    assert [line.split(":")[0] for line in lines] == [f"layer {number}/3" for number in range(4)]
     assert all(word in lines[0] for word in ("kept 5/8", "fewest tokens", " s, ", "peak", "left"))
     assert result.stdout == ""
 

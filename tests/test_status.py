@@ -59,8 +59,8 @@ def test_in_the_middle(case: Case) -> None:
         "bytes": sum(map(len, tree_bytes(case.work).values())),
     }
     told = call("status", case.work).stdout
-    assert "2 of 4 blocks are done, 2 are left" in told
-    assert "Hidden states were last saved in block 3." in told
+    assert "layers: 2 of 4 done, 2 left; " in told
+    assert "Hidden states were last saved in layer 2/3." in told
     assert told.endswith(f"Go on with: streamprune resume {case.work}\n")
 
 
@@ -75,7 +75,7 @@ def test_while_a_run_works(case: Case) -> None:
     assert holder.stdout.readline() == "held\n"
     before = tree_bytes(case.work)
     assert status(case)["running"] == str(holder.pid)
-    assert f"It is being worked on by process {holder.pid}." in call("status", case.work).stdout
+    assert f"Process {holder.pid} is working on it." in call("status", case.work).stdout
     refused = call("clean", case.work, "--all")
     assert (refused.exit_code, f"pid {holder.pid}" in refused.stderr) == (1, True)
     assert tree_bytes(case.work) == before
@@ -134,5 +134,5 @@ def test_the_command_line_resumes(case: Case) -> None:
     done = call("resume", case.work, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(case.output)
-    assert "resuming: 2 of 4 blocks are done" in done.stderr
+    assert "resuming: 2 of 4 layers are done" in done.stderr
     case.check()

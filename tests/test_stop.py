@@ -53,7 +53,7 @@ def start(case: Case) -> subprocess.Popen[str]:
 
 def wait_for_block(case: Case, process: subprocess.Popen[str], block: int) -> None:
     deadline = time.monotonic() + 120
-    while not (case.work / "blocks" / f"{block:05d}.json").exists():
+    while not (case.work / "layers" / f"{block:05d}.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)

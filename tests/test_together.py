@@ -94,7 +94,7 @@ def test_torchrun_gives_the_scores_of_one_process(made: Case, tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["processes"] == 3
-    assert done.stderr.count("block 1/4: scored 8") == 1
+    assert done.stderr.count("layer 0/3: scored 8") == 1
     check_close(read_scores(tmp_path / "shared"), read_scores(tmp_path / "alone"))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f"{name}{suffix}" for name in ("alone", "shared") for suffix in ("", ".streamprune.log")}
@@ -104,7 +104,7 @@ def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: P
     case = made.at(tmp_path / "out")
     slow = "before = lambda *arguments: time.sleep(0.02)" + WATCHED
     started = launch(words(case), [tmp_path] * 2, slow)
-    started.wait_for(case.work / "blocks" / "00001.json")
+    started.wait_for(case.work / "layers" / "00001.json")
     started.processes[1].kill()
     (status, _, told), (killed, *silent) = started.end()
     assert status == 1

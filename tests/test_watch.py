@@ -148,5 +148,5 @@ def test_states_larger_than_the_cap_go_to_disk_and_the_run_stays_within_it(tmp_p
     assert "hidden states of 22,528 calibration tokens (704.00 MiB)" in told
     assert "--ram-gib 0.625 leaves" in told
     assert "Use --states disk" in told
-    assert "block 1/2" not in told
+    assert "layer 0/1" not in told
     assert not (tmp_path / "ram").exists()

@@ -16,8 +16,8 @@ import torch
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.files.durable import read_record, write_record
 from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
-from streamprune.work.folder import FinishedLayer, FinishedShard, WorkFolder
-from streamprune.work.records import RUN_FORMAT
+from streamprune.work.folder import WorkFolder
+from streamprune.work.records import RUN_FORMAT, FinishedLayer, FinishedShard
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 
 RUN = {
@@ -36,7 +36,7 @@ RUN = {
         "recipe": {},
     },
     "versions": {},
-    "blocks": 4,
+    "layers": 4,
     "budget_bytes": None,
     "batch_tokens": 1024,
 }
@@ -170,9 +170,9 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
         record = work.read_layer(3)
         assert record == FinishedLayer({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])
         assert work.read_layer(None) == FinishedLayer(None, (), [])
-        assert work.whole(shard)
+        assert work.is_intact(shard)
         (work.staging / "a.safetensors").write_bytes(b"12346")
-        assert not work.whole(shard)
+        assert not work.is_intact(shard)
         work.forget_layer(3)
         assert work.read_layer(3) is None
 

@@ -19,7 +19,8 @@ from streamprune.files.durable import reached, reading, stream_whole, sync_file,
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.output.compare import Proof, compare_tensors
 from streamprune.output.plan import PrunePlan, ShardPlan
-from streamprune.work.folder import REPLACED_NAME, FinishedLayer, FinishedShard, WorkFolder
+from streamprune.work.folder import REPLACED_NAME, WorkFolder
+from streamprune.work.records import FinishedLayer, FinishedShard
 
 REPORT_NAME = "streamprune.json"
 
@@ -129,7 +130,7 @@ class OutputWriter:
         """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
         sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.block == block}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
-        return same and all(map(self._work.whole, record.shards))
+        return same and all(map(self._work.is_intact, record.shards))
 
     def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
         header = _encode_header(shard)
@@ -190,7 +191,7 @@ class OutputWriter:
             # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
             whole = self._on_the_outputs_disk()
-            self._work.will_be_output(whole)
+            self._work.record_complete(whole)
             if self._output.is_dir() and any(self._output.iterdir()):
                 # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
                 shutil.rmtree(self._replaced, ignore_errors=True)

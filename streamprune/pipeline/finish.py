@@ -141,7 +141,7 @@ def _heed(stop: StopRequest, work: WorkFolder) -> None:
 
 
 def _name(block: int | None, blocks: int) -> str:
-    return "what lies outside the blocks" if block is None else f"block {block + 1}/{blocks}"
+    return "weights outside the layers" if block is None else f"layer {block}/{blocks - 1}"
 
 
 def complete(
@@ -157,7 +157,7 @@ def complete(
     """
     settings, plan = decided.settings, decided.plan
     # All that lies there becomes the output.
-    work.leave_only(shard.file for shard in plan.shards)
+    work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
         _verify(decided, writer, work, progress)
     if decided.scores is not None:
@@ -200,7 +200,7 @@ def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Sc
     with writing(f"Completing {settings.output}", settings.output):
         # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
         check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
-        work.will_be_output(whole)
+        work.record_complete(whole)
         reached("scores written")
         whole.rename(settings.output)
         reached("output named")

@@ -37,7 +37,7 @@ from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.select import Selection, Selector, listed_selection
 from streamprune.selection.settings import SelectionSettings
 from streamprune.selection.user_files import read_keep_file
-from streamprune.work.enter import keeping, listening, open_work_folder
+from streamprune.work.enter import listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder, folder_bytes
 from streamprune.work.records import (
     file_states,
@@ -62,7 +62,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         _announce(settings, decided, progress)
         work = open_work_folder(stack, settings)
         stop = stack.enter_context(listening())
-        with keeping(work, progress.say):
+        with on_exit(work, progress.say):
             check_place(settings)
             _begin(settings, decided, work)
             _check_room(settings, decided, work)

@@ -53,7 +53,7 @@ def describe_run(settings: RunSettings, prepared: PreparedModel, calibration: Ca
             "recipe": dict(calibration.recipe),
         },
         "versions": versions(),
-        "blocks": prepared.layout.layer_count,
+        "layers": prepared.layout.layer_count,
         "budget_bytes": counts.budget.nbytes if counts and counts.budget else None,
     }
 

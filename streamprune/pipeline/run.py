@@ -76,7 +76,7 @@ from streamprune.selection.select import Selection
 from streamprune.streaming.layer_loop import LayerLoop, OutputTarget
 from streamprune.streaming.predictions import find_head
 from streamprune.streaming.shared import LeadingScorer, call_in, together
-from streamprune.work.enter import StopRequest, begin, keeping, listening, open_work_folder
+from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import with_changes
 
@@ -143,7 +143,7 @@ def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None,
     with Progress(plan.skeleton.layer_count, quiet) as progress, ExitStack() as stack:
         work = open_work_folder(stack, settings)
         stop = stack.enter_context(listening())
-        with keeping(work, progress.say):
+        with on_exit(work, progress.say):
             run = _Run(settings, plan, device, progress, work, stop, processes)
             result = run.go(tokens_recorded=recorded is not None)
         # The output is complete: there is nothing left to be stopped.

@@ -1,4 +1,4 @@
-"""What lies in a work folder, told without running anything; and removing what is no longer needed."""
+"""`status`: what a work folder holds, without running anything. `clean`: removing what is no longer needed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from streamprune.work.records import has_pruning, has_run, read_pruning, read_ru
 
 
 def status_of(folder: Path) -> dict[str, Any]:
-    """What is done and what is left of the run or pruning in a work folder, as JSON. ResumeError if there is none.
+    """What is finished of the run or pruning in a work folder, as JSON. Raises ResumeError if there is none.
 
-    `done` are the blocks that are scored, or of a pruning written; `written` those whose shards are on record. That is
-    less where the choice needs the scores of all layers, and nothing where scoring is all that is asked for.
+    `done` are the layers that are scored, or by `prune` written; `written` are those whose shards are recorded: fewer
+    where experts are selected once all layers are scored, none for `score`. Layers count from 0.
     """
     recorded = _recorded(folder)
     work = WorkFolder(folder)
-    blocks = int(recorded["blocks"])
-    found = {block: record for block in range(blocks) if (record := work.read_layer(block)) is not None}
+    layers = int(recorded["layers"])
+    found = {index: record for index in range(layers) if (record := work.read_layer(index)) is not None}
     pruning = not has_run(folder)
-    done = [block for block, record in found.items() if record.shards or not pruning]
+    done = [index for index, record in found.items() if record.shards or not pruning]
     kind = "prune" if pruning else "score" if recorded["command"].get("only_score") is True else "run"
     return {
         "work_folder": str(folder),
@@ -37,11 +37,11 @@ def status_of(folder: Path) -> dict[str, Any]:
         "stop_if_kl": recorded["command"].get("stop_if_kl"),
         "complete": is_complete(folder, Path(recorded["command"]["output"])),
         "running": _holder(folder),
-        "blocks": blocks,
+        "blocks": layers,
         "done": done,
-        "left": [block for block in range(blocks) if block not in done],
-        "written": [block for block, record in found.items() if record.shards],
-        # (What has no states does without torch.)
+        "left": [index for index in range(layers) if index not in done],
+        "written": [index for index, record in found.items() if record.shards],
+        # (Reading states needs torch, and a pruning has none.)
         "states_saved_in_block": None if pruning else work.states.block(),
         "bytes": folder_bytes(folder),
     }
@@ -50,58 +50,57 @@ def status_of(folder: Path) -> dict[str, Any]:
 def status_text(status: dict[str, Any]) -> str:
     """The same for a terminal."""
     done, left, written = (len(status[name]) for name in ("done", "left", "written"))
-    what = {"run": "done", "score": "scored", "prune": "written"}[status["command"]]
-    more = ""
-    if status["command"] == "run" and written < done:
-        what, more = "scored", f", and {written} of {status['blocks']} are written"
-    of = {"run": "", "score": " (scores)", "prune": " (`streamprune prune`)"}[status["command"]]
+    count, command = status["blocks"], status["command"]
+    what = {"run": "done", "score": "scored", "prune": "written"}[command]
+    finished = f"{done} of {count} {what}, {left} left"
+    if command == "run" and written < done:
+        finished = f"{done} of {count} scored, {written} of {count} written"
+    of = {"run": "", "score": " (scores)", "prune": " (`streamprune prune`)"}[command]
     lines = [
         f"{status['work_folder']}: {status['model']} -> {status['output']}{of}",
-        f"{done} of {status['blocks']} blocks are {what}, {left} are left{more}; "
-        f"{format_bytes(status['bytes'])} on disk",
+        f"layers: {finished}; {format_bytes(status['bytes'])} on disk",
     ]
     if status["complete"]:
         lines.append("The output is complete; `streamprune clean` removes this folder.")
     elif status["running"] is not None:
-        lines.append(f"It is being worked on by process {status['running']}.")
+        lines.append(f"Process {status['running']} is working on it.")
     else:
-        if left and status["command"] != "prune":
-            lines.append(_states_text(status["states_saved_in_block"]))
+        if left and command != "prune":
+            saved = status["states_saved_in_block"]
+            lines.append(
+                "No hidden states are saved: resuming computes them from the first layer."
+                if saved is None
+                else f"Hidden states were last saved in layer {saved}/{count - 1}."
+            )
         if type(status["stop_if_kl"]) is float:
             lines.append(
-                f"It was begun with --stop-if-kl {status['stop_if_kl']:g} (nats per token), and ends where more is "
-                "lost; `resume` takes another limit."
+                f"It stops if the KL divergence exceeds {status['stop_if_kl']:g} nats per token (--stop-if-kl); "
+                "`resume` accepts another limit."
             )
         lines.append(f"Go on with: {resume_command(Path(status['work_folder']))}")
     return "\n".join(lines)
 
 
-def _states_text(block: int | None) -> str:
-    if block is None:
-        return "Hidden states: none saved, so that a resume computes them from the beginning."
-    return f"Hidden states were last saved in block {block + 1}."
-
-
 def clean_up(folder: Path, everything: bool) -> int:
     """Remove what the run in a work folder no longer needs, or with `everything` all of it. Returns the bytes removed.
 
-    Raises ResumeError for a folder that is none, OutputError while a run works in it.
+    Raises ResumeError if streamprune did not make the folder, OutputError while a run works in it.
     """
     if not (folder / LOCK_NAME).is_file():
-        raise ResumeError(f"{folder} is no work folder of streamprune, so nothing in it is touched.")
+        raise ResumeError(f"{folder} is not a work folder of streamprune. Nothing was removed.")
     before = folder_bytes(folder)
-    # Entering removes what was half written; saving has already removed old generations, unless it was cut short.
+    # Entering removes partial files. Old generations of states are left only after an interruption.
     with WorkFolder(folder) as work:
         settings = _settings(folder)
         complete = settings is not None and is_complete(folder, settings.output)
         if settings is not None:
             put_back(settings.folder_beside, settings.output)
             if complete or (everything and not _holds_anything(settings.folder_beside)):
-                # What stood beside the output, where the work folder is somewhere else.
+                # The folder beside the output, where the work folder is somewhere else.
                 shutil.rmtree(settings.folder_beside, ignore_errors=True)
         elif work.keeps_old_output():
             raise ResumeError(
-                f"{folder / REPLACED_NAME} is what --overwrite was to replace. Move it where you want it, then clean."
+                f"{folder / REPLACED_NAME} is the old output that --overwrite replaces. Move it elsewhere, then clean."
             )
         if everything or complete or settings is None:
             work.remove()
@@ -111,10 +110,10 @@ def clean_up(folder: Path, everything: bool) -> int:
 
 
 def _settings(folder: Path) -> OutputSettings | None:
-    """What the run or pruning in a work folder was begun with; None where nothing whole says it."""
+    """The settings of the run or pruning in a work folder; None if no intact record has them."""
     run = read_run(folder)
     if run is not None:
-        # Only here: it takes torch.
+        # Imported only here, because it needs torch.
         from streamprune.pipeline.resume import settings_of
 
         return settings_of(run, folder)
@@ -123,14 +122,14 @@ def _settings(folder: Path) -> OutputSettings | None:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether a folder beside an output is more than what keeps others off while the work is done elsewhere."""
+    """Whether a folder beside an output does more than reserve the output's name for work that is done elsewhere."""
     work = WorkFolder(folder)
     ours = (folder / LOCK_NAME).is_file()
     return not ours or work.has_progress() or has_run(folder) or has_pruning(folder) or _holder(folder) is not None
 
 
 def ended(folder: Path, output: Path) -> bool:
-    """Whether the command in a work folder had ended but for the folder's removal, which is made up for."""
+    """Whether the command in a work folder had finished except for removing the folder. If so, remove it."""
     if not is_complete(folder, output):
         return False
     clean_up(folder, everything=True)
@@ -153,16 +152,16 @@ def _recorded(folder: Path) -> dict[str, Any]:
         recorded = read_pruning(folder)
         if recorded is None and has_pruning(folder):
             raise ResumeError(
-                f"{folder} holds what `streamprune prune` began, but its record is damaged. Give the same command "
-                "again; nothing but the time of a copy is lost."
+                f"{folder} holds an unfinished `streamprune prune`, but its record is damaged. Give the same command "
+                "again; only the time of a copy is lost."
             )
     if recorded is None:
-        raise ResumeError(f"{folder} holds no run of streamprune. A run that has been started keeps one in OUT.work.")
+        raise ResumeError(f"{folder} holds no run of streamprune. The work folder of an unfinished run is OUT.work.")
     return recorded
 
 
 def _holder(folder: Path) -> str | None:
-    """The pid of the process that works in the folder; None if none does."""
+    """The pid of the process that works in the folder, or None."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY)
     except OSError:

@@ -28,7 +28,8 @@ from streamprune.streaming.batches import Stopped
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.scoring import LayerErrors, LayerScorer
 from streamprune.work.enter import StopRequest
-from streamprune.work.folder import FinishedShard, WorkFolder, resume_command
+from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.records import FinishedShard
 
 
 class BackgroundWriter:
@@ -189,8 +190,8 @@ class LayerLoop:
         self._finished[block] = layer
         self._progress.end_layer(
             LayerProgress(
-                block=block,
-                blocks=self._layout.layer_count,
+                layer=block,
+                layers=self._layout.layer_count,
                 kept=len(kept) if self._outlet else None,
                 experts=self._layout.spec.count if layer else 0,
                 fewest_tokens=min(routed_tokens(layer)) if layer else None,
@@ -205,7 +206,7 @@ class LayerLoop:
         layer = self._finished[block]
         self._scorer.replay_layer(block, self._outlet.kept(layer) if self._outlet else ())
         self._scorer.drop_cached_pages(block)
-        self._progress.say(f"block {block + 1}/{self._layout.layer_count}: done before; its tokens are carried on")
+        self._progress.say(f"layer {block}/{self._layout.layer_count - 1}: done before; its tokens are carried on")
         self._save_if_due()
 
     def _read_off(self, block: int, examination: Examination) -> None:
@@ -240,7 +241,7 @@ class LayerLoop:
                 self._leave()
             self._take_up_block(block)
         if self._finished:
-            self._progress.say(f"resuming: {len(self._finished)} of {self._layout.layer_count} blocks are done")
+            self._progress.say(f"resuming: {len(self._finished)} of {self._layout.layer_count} layers are done")
 
     def _take_up_block(self, block: int | None) -> None:
         record = self._work.read_layer(block)
@@ -325,4 +326,4 @@ class LayerLoop:
 
 
 def _name(block: int | None) -> str:
-    return "what lies outside the blocks" if block is None else f"block {block + 1}"
+    return "weights outside the layers" if block is None else f"layer {block}"

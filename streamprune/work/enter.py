@@ -1,6 +1,6 @@
-"""Taking hold of the folders that a run works in, taking up what lies there, and leaving what can be gone on with.
+"""Opening the work folder, resuming what it holds, and keeping finished work on any exit.
 
-Stopping in good order: the first SIGINT or SIGTERM is a request, the second ends the process at once.
+The first SIGINT or SIGTERM asks a run to stop and save; the second ends the process at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from streamprune.work.records import RUN_NAMES, has_pruning, has_run
 
 
 def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
-    """Hold the work folder, and what keeps others off the output if that is somewhere else."""
+    """Lock the work folder, and if it is not beside the output, a second one there that reserves the output's name.
+
+    Raises OutputError if the work folder and the output contain one another, or another run holds them.
+    """
     with writing(f"Looking for {settings.work_folder}", settings.work_folder):
         home, output = settings.work_folder.resolve(), settings.output.resolve()
         elsewhere = home != settings.folder_beside.resolve()
@@ -33,16 +36,16 @@ def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
 
 
 @contextmanager
-def keeping(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
-    """Whatever ends the block, what is done is kept, and the user is told how to go on; what holds nothing is removed.
+def on_exit(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
+    """On any error, keep finished work and print the resume command; remove a work folder that holds none.
 
-    An interruption from the keyboard becomes an InterruptedRunError where something is kept.
+    A KeyboardInterrupt becomes an InterruptedRunError if there is finished work.
     """
     known = has_run(work.folder) or has_pruning(work.folder)
     try:
         yield
     except (InterruptedRunError, TooMuchLostError):
-        # It says how to go on, so that there must be something to go on with, were it only the command.
+        # Its message has the resume command, so that the folder must stay, even without finished work.
         raise
     except BaseException as error:
         if not work.has_progress():
@@ -50,34 +53,35 @@ def keeping(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
                 work.remove()
         elif isinstance(error, KeyboardInterrupt):
             raise InterruptedRunError(
-                f"Stopped as asked; all that is done is saved. Go on with: {resume_command(work.folder)}"
+                f"Stopped on request. All finished work is saved. Go on with: {resume_command(work.folder)}"
             ) from None
         else:
-            say(f"note: what is done is kept; go on with: {resume_command(work.folder)}")
+            say(f"note: finished work is saved; go on with: {resume_command(work.folder)}")
         raise
 
 
 def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
-    """What is recorded of an earlier run that is to be taken up; None to begin anew, with nothing of it left."""
+    """The record of an earlier run that is to be resumed; None to begin anew, with the work folder emptied.
+
+    Raises ResumeError if there is work that cannot be resumed, or none where --resume required asks for it.
+    """
     recorded = work.read_run() if settings.resume != "never" else None
     if recorded is not None and settings.resume == "auto" and not work.has_progress():
-        # Nothing is lost, so that nothing has to agree with it.
+        # It has no finished work: nothing is lost by beginning anew.
         recorded = None
     elif recorded is None and settings.resume != "never" and work.has_progress():
         if has_pruning(work.folder) and not has_run(work.folder):
             raise ResumeError(
-                f"{work.folder} holds what `streamprune prune` began. Go on with it ({resume_command(work.folder)}), "
-                "give it up with `streamprune clean --all`, or add --resume never."
+                f"{work.folder} holds an unfinished `streamprune prune`. Go on with it "
+                f"({resume_command(work.folder)}), discard it with `streamprune clean --all`, or add --resume never."
             )
         raise ResumeError(
-            f"{work.folder / RUN_NAMES[0]} is missing or damaged, and so is its copy, so that nobody knows which run "
-            "the finished blocks beside it are from. Begin anew with --resume never."
+            f"{work.folder / RUN_NAMES[0]} and its copy are missing or damaged, so that it is unknown which run the "
+            "finished layers beside it are from. Begin anew with --resume never."
         )
     if recorded is None:
         if settings.resume == "required":
-            raise ResumeError(
-                f"{work.folder} holds no run that could be resumed. Leave out --resume required to begin one."
-            )
+            raise ResumeError(f"{work.folder} holds no run to resume. Leave out --resume required to begin one.")
         work.start_afresh()
     return recorded
 
@@ -85,7 +89,8 @@ def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
 class StopRequest:
     """Whether the user has asked to stop.
 
-    While `patient`, somebody looks at it soon and stops in good order; otherwise a signal becomes a KeyboardInterrupt.
+    While `patient` is true, the run checks this soon and stops after saving; otherwise a signal raises
+    KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -98,9 +103,9 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, as long as this lasts; a second one ends the process.
+    """Within this block the first SIGINT or SIGTERM becomes a request to stop; a second one ends the process.
 
-    Outside the main thread, where no signals arrive, nothing is changed.
+    Does nothing outside the main thread, where no signals arrive.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -111,7 +116,7 @@ def listening() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = number
         for other in usual:
-            # Not what Python makes of it: an exception somewhere in the middle is what nobody can prepare for.
+            # Not Python's handler: it would raise an exception at any point of the code.
             signal.signal(other, signal.SIG_DFL)
         if not request.patient:
             raise KeyboardInterrupt

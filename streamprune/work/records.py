@@ -1,23 +1,17 @@
-"""What may stand in the records of a work folder. A whole record need not be ours: a checksum is no signature.
+"""What a work folder's JSON files may hold: the run with its settings and tokens, finished layers, evaluation, pruning.
 
-The settings of a command as a work folder records them, so that it can be gone on with; checked when read back.
-
-What a work folder records of its run, each file twice: no other file could stand in for a damaged one.
-
-What `streamprune prune` records in its work folder: the command, and which experts it was keeping of which model.
-
-Nothing is lost with it but the time of a file copy, so that one that is damaged counts as none.
-
-The state of a model's files, by which it is seen whether they changed between two sittings.
+Each is checked when it is read. (The checksum in a file shows damage, but not who wrote it.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, PruningTarget
@@ -26,31 +20,119 @@ from streamprune.files.durable import reached, read_record, reading, write_recor
 from streamprune.files.json_text import show
 from streamprune.models.config_json import MOST_BLOCKS
 
-#: The format in which runs are recorded.
-RUN_FORMAT = 2
-#: Bytes that a record may have at most: of tokens, of saved states, and of anything else.
+#: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2.
+RUN_FORMAT = 3
+#: Bytes that a file may have at most: of tokens, of saved states, and of anything else.
 MOST_TOKENS_BYTES, MOST_INDEX_BYTES, MOST_RECORD_BYTES = 2**30, 2**27, 2**24
+#: Files that are written twice, because nothing else could replace a damaged one.
+RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens.copy.json")
+PRUNING_NAME = "pruning.json"
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+LayerCount = Annotated[int, msgspec.Meta(ge=1, le=MOST_BLOCKS)]
+#: Text that can be part of a path.
+Name = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*\Z")]
+P = TypeVar("P", bound=OutputSettings)
 
 
-def checked_run(path: Path, body: Any) -> dict[str, Any]:
-    """The record of a run that was read from `path`.
+class RecordedCommand(msgspec.Struct):
+    """What the settings of every command have."""
 
-    Raises ResumeError for one that this version did not write: whatever others read from it is of the right kind.
+    model: Name
+    output: Name
+
+
+class RecordedCalibration(msgspec.Struct):
+    """The calibration of a run, without its tokens."""
+
+    fingerprint: str
+    sequences: Count
+    tokens: Count
+    sources: list[str]
+    source_of: list[Count]
+    recipe: dict[str, Any]
+    notes: list[str]
+
+
+class RecordedRun(msgspec.Struct):
+    """run.json: the command, and everything that decides its result. `files` gives size and change time (ns)."""
+
+    command: RecordedCommand
+    settings: dict[str, Any]
+    source: str
+    files: dict[str, tuple[Count, Count]]
+    calibration: RecordedCalibration
+    versions: dict[str, Any]
+    layers: LayerCount
+    batch_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    budget_bytes: Count | None = None
+
+
+class RecordedPruning(msgspec.Struct):
+    """pruning.json: the command of `streamprune prune`, and what was decided."""
+
+    command: RecordedCommand
+    layers: LayerCount
+    decided: dict[str, Any]
+
+
+class FinishedShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A shard in the work folder: its name, size and SHA-256."""
+
+    file: str
+    nbytes: Count
+    sha256: str
+
+
+class FinishedLayer(msgspec.Struct, frozen=True):
+    """The record of a finished layer: its statistics (None without experts), the experts it keeps, and its shards.
+
+    Where nothing is written while layers are scored, no experts and no shards are on record yet. The statistics are
+    as they were read: they may not be valid.
     """
-    stated = body.get("format") if isinstance(body, dict) else None
-    if type(stated) is not int or stated != RUN_FORMAT:
-        raise ResumeError(
-            f"{path} was recorded in format {show(stated)}; this version of streamprune reads {RUN_FORMAT}. Use the "
-            "version that began the run, or begin anew with --resume never."
-        )
-    wrong = next((name for name, is_right in _RUN_PARTS.items() if not is_right(body.get(name))), None)
-    if wrong is not None:
-        raise ResumeError(
-            f"{path} was made or changed by something else: its {wrong!r} is {show(body.get(wrong))}. Begin anew with "
-            "--resume never."
-        )
-    known: dict[str, Any] = body
-    return known
+
+    result: dict[str, Any] | None
+    kept: tuple[Count, ...]
+    shards: list[FinishedShard]
+
+
+class RecordedFigures(msgspec.Struct):
+    """What was measured on one source of held-out text."""
+
+    name: str
+    tokens: Count
+    loss: float
+    perplexity: float
+    original_loss: float
+    kl: float
+    kl_p99: float
+    top1_agreement: float
+    loss_interval: tuple[float, float] | None
+    kl_interval: tuple[float, float] | None
+
+
+class RecordedEvaluation(msgspec.Struct):
+    """evaluation.json: what `--evaluate` measured."""
+
+    data: dict[str, Any]
+    sources: list[RecordedFigures]
+    against: str
+    all: RecordedFigures
+
+
+class RecordedCursor(msgspec.Struct):
+    """cursor.json: the newest generation of saved states, and perhaps the one before."""
+
+    generations: Annotated[list[Count], msgspec.Meta(max_length=2)]
+
+
+def is_valid(body: Any, kind: type[msgspec.Struct]) -> bool:
+    """Whether JSON that was read from a file is of this kind."""
+    try:
+        msgspec.convert(body, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def is_count(value: Any) -> bool:
@@ -58,114 +140,35 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_block(body: Any) -> bool:
-    """Whether this can be the record of a finished block: its result (None without experts) and its shards."""
-    return (
-        isinstance(body, dict)
-        and "result" in body
-        and (body["result"] is None or isinstance(body["result"], dict))
-        and isinstance(body.get("kept"), list)
-        and all(map(is_count, body["kept"]))
-        and isinstance(body.get("shards"), list)
-        and all(map(_is_shard, body["shards"]))
-    )
-
-
-def is_evaluation(body: Any) -> bool:
-    """Whether this can be the record of an evaluation: sources with numbers, and all of them together."""
-    if (
-        not isinstance(body, dict)
-        or not isinstance(body.get("data"), dict)
-        or not isinstance(body.get("sources"), list)
-        or not isinstance(body.get("against"), str)
-    ):
-        return False
-    return all(map(_are_figures, [*body["sources"], body.get("all")]))
-
-
-def _are_figures(value: Any) -> bool:
-    """Whether these can be the figures of a source, compared with an original's."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not is_count(value.get("tokens")):
-        return False
-    numbers = [value.get(name) for name in ("loss", "perplexity", "original_loss", "kl", "kl_p99", "top1_agreement")]
-    intervals = [value.get(f"{name}_interval", ()) for name in ("loss", "kl")]
-    for ends in intervals:
-        numbers += ends if isinstance(ends, list) and len(ends) == 2 else [0.0 if ends is None else None]
-    return all(type(number) is float for number in numbers)
-
-
 def is_cursor(body: Any) -> bool:
-    """Whether this can be the cursor: it names the newest generation of states and perhaps the one before."""
-    numbers = body.get("generations") if isinstance(body, dict) else None
-    return isinstance(numbers, list) and len(numbers) <= 2 and all(map(is_count, numbers))
+    """Whether this can be the cursor over the saved states."""
+    return is_valid(body, RecordedCursor)
 
 
-def is_pruning(body: Any) -> bool:
-    """Whether this can be the record of a pruning: its command, the model's blocks, and what was decided."""
-    return (
-        isinstance(body, dict)
-        and _is_command(body.get("command"))
-        and is_count(body.get("blocks"))
-        and 1 <= body["blocks"] <= MOST_BLOCKS
-        and isinstance(body.get("decided"), dict)
+def check_format(path: Path, body: Any) -> None:
+    """Raise ResumeError for a file of another version's work folder, or of something else."""
+    stated = body.get("format") if isinstance(body, dict) else None
+    if type(stated) is int and stated == RUN_FORMAT:
+        return
+    # A pruning of 0.1.0 states no format.
+    old = (type(stated) is int and stated in (1, 2)) or (stated is None and path.name == PRUNING_NAME)
+    maker = "streamprune 0.1.0" if old else f"another version of streamprune, in format {show(stated)}"
+    raise ResumeError(
+        f"{path} was made by {maker}. This version cannot resume it: remove {path.parent}, or begin anew with "
+        "--resume never."
     )
 
 
-def _is_shard(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"file", "nbytes", "sha256"}
-        and isinstance(value["file"], str)
-        and is_count(value["nbytes"])
-        and isinstance(value["sha256"], str)
-    )
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_command(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), str) and "\0" not in value[name] for name in ("model", "output")
-    )
-
-
-def _are_files(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(facts, list) and len(facts) == 2 and all(map(is_count, facts)) for facts in value.values()
-    )
-
-
-def _is_calibration(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("fingerprint"), str)
-        and is_count(value.get("sequences"))
-        and is_count(value.get("tokens"))
-        and _are_texts(value.get("sources"))
-        and isinstance(value.get("source_of"), list)
-        and all(map(is_count, value["source_of"]))
-        and isinstance(value.get("recipe"), dict)
-        and _are_texts(value.get("notes"))
-    )
-
-
-#: What a record of a run consists of, and how each part has to look.
-_RUN_PARTS: dict[str, Callable[[Any], bool]] = {
-    "command": _is_command,
-    "settings": lambda value: isinstance(value, dict),
-    "source": lambda value: isinstance(value, str),
-    "files": _are_files,
-    "calibration": _is_calibration,
-    "versions": lambda value: isinstance(value, dict),
-    "blocks": lambda value: is_count(value) and 1 <= value <= MOST_BLOCKS,
-    "budget_bytes": lambda value: value is None or is_count(value),
-    "batch_tokens": lambda value: is_count(value) and value >= 1,
-}
-
-
-P = TypeVar("P", bound=OutputSettings)
+def _checked(path: Path, body: Any, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    check_format(path, body)
+    try:
+        msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        raise ResumeError(
+            f"{path} was made or changed by something else: {show(str(error))}. Begin anew with --resume never."
+        ) from None
+    known: dict[str, Any] = body
+    return known
 
 
 def command_of(settings: OutputSettings) -> dict[str, Any]:
@@ -188,25 +191,28 @@ def command_of(settings: OutputSettings) -> dict[str, Any]:
 def settings_from(kind: type[P], recorded: Mapping[str, Any], work: Path, **changes: Any) -> P:
     """The settings of type `kind` that a command was recorded with in `work`, to go on with it.
 
-    `changes` count instead of what is recorded. Raises ResumeError if the settings make no sense.
+    `changes` replace what is recorded. Raises ResumeError if the settings make no sense.
     """
+    command: dict[str, Any] = {**recorded, **changes}
     try:
-        command: dict[str, Any] = {**recorded, **changes}
-        hints = get_type_hints(kind)
-        for name, hint in hints.items():
-            if _is_of(Path(), hint) and isinstance(command.get(name), str):
-                command[name] = Path(command[name])
-            elif get_origin(hint) is tuple and name in command:
-                command[name] = tuple(command[name])
-            # Settings do not look themselves whether they are of the type that they declare.
-            if name in command and not _is_of(command[name], hint):
-                raise TypeError(f"{name} is {show(command[name])}")
-        return kind(**command)
-    except (ArithmeticError, KeyError, TypeError, ValueError, SettingsError) as error:
+        unknown = command.keys() - {field.name for field in dataclasses.fields(kind)}
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
+        values = (value if isinstance(value, (list, tuple)) else (value,) for value in command.values())
+        if any("\0" in str(each) for each in itertools.chain.from_iterable(values)):
+            raise ValueError("a setting has a zero byte")
+        return msgspec.convert(command, kind, dec_hook=_path)
+    except (ArithmeticError, TypeError, ValueError, SettingsError) as error:
         raise ResumeError(
-            f"{work} was recorded by another version of streamprune, or was changed ({show(str(error))}). Begin anew "
-            "with --resume never."
+            f"{work} was made by another version of streamprune, or was changed ({show(str(error))}). Begin anew with "
+            "--resume never."
         ) from None
+
+
+def _path(kind: type[Any], value: Any) -> Path:
+    if kind is not Path or not isinstance(value, (str, Path)):
+        raise TypeError(f"{show(value)} is no path")
+    return Path(value)
 
 
 def with_changes(settings: P, work: Path, changes: Mapping[str, Any]) -> P:
@@ -217,21 +223,6 @@ def with_changes(settings: P, work: Path, changes: Mapping[str, Any]) -> P:
             "code. If you began it, and trust the author still, add --trust-remote-code."
         )
     return dataclasses.replace(settings, work_dir=work.absolute(), **changes)
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is UnionType:
-        return any(_is_of(value, each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
-    if hint is Path:
-        return isinstance(value, Path) and "\0" not in str(value)
-    if hint is str:
-        return isinstance(value, str) and "\0" not in value
-    return type(value) is hint or (hint is float and type(value) is int)
-
-
-RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens.copy.json")
 
 
 def write_run(folder: Path, run: dict[str, Any], tokens: list[list[int]]) -> None:
@@ -245,19 +236,19 @@ def write_run(folder: Path, run: dict[str, Any], tokens: list[list[int]]) -> Non
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What is recorded of the run in a work folder; None if there is nothing whole.
+    """What is recorded of the run in a work folder; None if nothing of it is intact.
 
     Raises ResumeError for a record that this version did not write.
     """
     for name in RUN_NAMES:
         body = read_record(folder / name, MOST_RECORD_BYTES)
         if body is not None:
-            return checked_run(folder / name, body)
+            return _checked(folder / name, body, RecordedRun)
     return None
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run was recorded in a work folder, whole or not."""
+    """Whether a run was recorded in a work folder, intact or not."""
     return any((folder / name).exists() for name in RUN_NAMES)
 
 
@@ -273,26 +264,31 @@ def read_tokens(folder: Path) -> list[list[int]]:
     )
 
 
-PRUNING_NAME = "pruning.json"
-
-
-def write_pruning(folder: Path, settings: PruneSettings, blocks: int, decided: dict[str, Any]) -> None:
-    """Record what is pruned: a model of so many blocks, and `decided` (JSON), which decides every byte of the result.
+def write_pruning(folder: Path, settings: PruneSettings, layers: int, decided: dict[str, Any]) -> None:
+    """Record what is pruned: a model of so many layers, and `decided` (JSON), which decides every byte of the result.
 
     From here on the pruning can be resumed. Raises OutputError or ResourceError if the disk fails.
     """
     with writing(f"Recording the pruning in {folder}", folder):
-        write_record(folder / PRUNING_NAME, {"command": command_of(settings), "blocks": blocks, "decided": decided})
+        record = {"format": RUN_FORMAT, "command": command_of(settings), "layers": layers, "decided": decided}
+        write_record(folder / PRUNING_NAME, record)
 
 
 def read_pruning(folder: Path) -> dict[str, Any] | None:
-    """What is recorded of the pruning in a work folder; None if there is nothing whole of this version's."""
+    """What is recorded of the pruning in a work folder; None if it is missing or damaged.
+
+    Raises ResumeError for a record of another version.
+    """
     body = read_record(folder / PRUNING_NAME, MOST_RECORD_BYTES)
-    return body if is_pruning(body) else None
+    if body is None:
+        return None
+    check_format(folder / PRUNING_NAME, body)
+    # Only the time of a file copy is lost with it, so that what makes no sense counts as missing.
+    return body if is_valid(body, RecordedPruning) else None
 
 
 def has_pruning(folder: Path) -> bool:
-    """Whether a pruning was recorded in a work folder, whole or not."""
+    """Whether a pruning was recorded in a work folder, intact or not."""
     return (folder / PRUNING_NAME).exists()
 
 
