@@ -60,7 +60,7 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("words", "message"),
     [
         (("--mix", "poetry=1"), "there is no source 'poetry'. The scores have: calibration.jsonl (96 tokens)."),
-        (("--from-layer", "4"), "--from-layer 4: the model's blocks are 0 to 3."),
+        (("--from-layer", "4"), "--from-layer 4: the model's layers are 0 to 3."),
     ],
 )
 def test_mistakes_are_told_before_weights_are_fetched(

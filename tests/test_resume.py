@@ -85,7 +85,7 @@ def test_from_layer_goes_back(case: Case, first: int) -> None:
 
 
 def test_from_layer_behind_the_last_block_is_refused(case: Case) -> None:
-    with pytest.raises(SettingsError, match=r"--from-layer 4: the model's blocks are 0 to 3\."):
+    with pytest.raises(SettingsError, match=r"--from-layer 4: the model's layers are 0 to 3\."):
         case.resume(from_layer=4)
     case.resume()
     case.check()
