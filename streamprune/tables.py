@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 #: What Markdown, or HTML within it, would take for more than a character.
 _SPECIAL = re.compile(r"[\\`*_{}\[\]#!|~$<>&@]|:(?=//)")
+#: Of these, what HTML or a table would take for more even behind a backslash.
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;"}
 #: Names from strangers are cut at this length in Markdown code; no real name is longer.
 _LONGEST_NAME = 300
 
@@ -95,8 +97,7 @@ class Table:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    # (A backslash before them would do in most places, but not before a bar in every table.)
-    return _SPECIAL.sub(lambda match: f"&#{ord(match[0])};", plain(text, None))
+    return _SPECIAL.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), plain(text, None))
 
 
 def plain(text: object, longest: int | None = _LONGEST_NAME) -> str:

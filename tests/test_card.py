@@ -14,9 +14,12 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard, ModelCardData
+from msgspec import convert
 
 from streamprune.cli import main
-from streamprune.reporting.card import THIS_MODEL, _metadata, _mix_text, block, code, plain, reproduce_command, words
+from streamprune.reporting.card import metadata as card_metadata
+from streamprune.reporting.record import Record
+from streamprune.reporting.reproduce import THIS_MODEL, mix_text, reproduce_command
 from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.settings import SelectionSettings
 from tests.helpers import known_family, tree_bytes
@@ -24,7 +27,7 @@ from tests.recipes import write_lines
 from tests.tiny import make_model, tiny_config
 from tests.tokenizer import save_tokenizer
 
-HEADINGS = ["Experts per block", "Calibration", "Domain retention", "Memory", "Use", "Scores", "What was not tested",
+HEADINGS = ["Experts per layer", "Calibration", "Domain retention", "Memory", "Use", "Scores", "What was not tested",
             "How to reproduce"]  # fmt: skip
 
 
@@ -122,7 +125,9 @@ def test_which_command_it_is(home: Path, tmp_path: Path) -> None:
         lambda: report["calibration"].update(recipe="a stranger's"),
     ):
         spoil()
-        assert reproduce_command(report).startswith("streamprune prune model -o model-pruned --scores this-model ")
+        assert reproduce_command(convert(report, Record)).startswith(
+            "streamprune prune model -o model-pruned --scores this-model "
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ def test_which_command_it_is(home: Path, tmp_path: Path) -> None:
 def test_a_mix_is_told_so_that_it_comes_back_the_same(stated: str) -> None:
     shares = SelectionSettings(mix=stated).shares
     assert shares is not None
-    assert SelectionSettings(mix=_mix_text(shares)).shares == shares
+    assert SelectionSettings(mix=mix_text(shares)).shares == shares
 
 
 def rows_of(card: str, heading: str) -> list[list[str]]:
@@ -156,8 +161,8 @@ def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None
 
     counts = {layer["index"]: len(layer["kept"]) for layer in report["layers"]}
     told = {}
-    for blocks, count, _ in rows_of(card, "Experts per block"):
-        first, _, last = blocks.partition("–")
+    for layers, count, _ in rows_of(card, "Experts per layer"):
+        first, _, last = layers.partition("–")
         told |= dict.fromkeys(range(int(first), int(last or first) + 1), int(count))
     assert told == counts
     assert len(set(counts.values())) > 1
@@ -167,7 +172,7 @@ def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None
     assert rows_of(card, "Calibration") == [
         [each["name"], place, f"{made[each['name']]['records']:,}", str(made[each["name"]]["sequences"]),
          f"{each['tokens']:,}", f"{each['tokens'] / whole:.1%}"]
-        for each, place in zip(report["calibration"]["sources"], ["my text.jsonl", "builtin `code", "builtin `prose"],
+        for each, place in zip(report["calibration"]["sources"], ["my text.jsonl", "builtin code", "builtin prose"],
                                strict=True)
     ]  # fmt: skip
     kept = {row[0]: row[1:3] for row in rows_of(card, "Domain retention")}
@@ -185,7 +190,7 @@ def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_pa
     output = tmp_path / "out"
     invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 5, "--quiet")
     card = card_of(output)
-    assert "Every block keeps 5 of 8 experts." in card
+    assert "Every layer keeps 5 of 8 experts." in card
     assert "arXiv:2510.13999" in card
     # The model has 256 positions: no engine can be asked for the 32,768 tokens that it was planned for.
     assert "vllm serve path/to/this/folder --max-model-len 256\n" in card
@@ -195,12 +200,12 @@ def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_pa
     assert "trust_remote_code" not in card
 
 
-def test_a_model_with_blocks_that_have_no_experts(tmp_path: Path) -> None:
+def test_a_model_with_layers_that_have_no_experts(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", tiny_config(known_family("deepseek_v3")))
     (tmp_path / "list.json").write_text(json.dumps({str(layer): [0, 2, 5, 6] for layer in range(1, 4)}))
     invoke("prune", model, "-o", tmp_path / "out", "--keep-file", tmp_path / "list.json", "--quiet")
     card = card_of(tmp_path / "out")
-    assert "Each of the blocks 1–3 keeps 4 of 8 experts. The other 1 blocks have no experts to choose from." in card
+    assert "Each of the layers 1–3 keeps 4 of 8 experts. 1 other layer has no experts to choose from." in card
     assert "chosen by hand, without scores" in card
     assert [heading for heading in HEADINGS if f"## {heading}" not in card] == ["Calibration", "Domain retention"]
 
@@ -224,7 +229,7 @@ def test_whatever_the_sources_card_says_the_metadata_are_sound(
     tmp_path: Path, metadata: str, expected: dict[str, Any]
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}---\n# Source\n", encoding="utf-8")
-    text = f"---\n{_metadata('model', {'settings': {'method': None}}, tmp_path).to_yaml()}\n---\n\n# Ours\n"
+    text = f"---\n{card_metadata('model', None, tmp_path).to_yaml()}\n---\n\n# Ours\n"
     card = ModelCard(text)
     found = card.data.to_dict()
     usual = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -245,17 +250,6 @@ def test_a_hostile_card_of_the_source_and_the_whole_way(home: Path, tmp_path: Pa
     assert card.data.license == "a --- base_model: evil/x"
     assert card.data.base_model is None
     assert card.text.lstrip().startswith("# model, 3 of 8 experts")
-
-
-def test_no_name_is_more_than_a_piece_of_text() -> None:
-    assert plain("a\n## b\x1b[2J\u202e") == "a ## b?[2J?"
-    assert len(plain("x" * 10_000)) == 300
-    assert code("a|b") == "`a\\|b`"
-    assert code("a`b") == "`` a`b ``"
-    assert code("``") == "``` `` ```"
-    assert code("") == "` `"
-    assert words("<b>[x](y) *z*") == "\\<b\\>\\[x\\](y) \\*z\\*"
-    assert [*block("a\n```\nb", "bash")] == ["````bash", "a\n```\nb", "````", ""]
 
 
 def test_a_stranger_names_what_he_likes(home: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 from streamprune.cli import main
-from streamprune.publish import push as repository
-from streamprune.publish.push import explain
+from streamprune.publish import repository
+from streamprune.publish.repository import explain
 from streamprune.reporting.write import PAGE_NAME, PICTURES_FOLDER
 from tests.helpers import known_family, prune, tree_bytes
 from tests.hub_model import hub_for_this_process
@@ -130,7 +130,7 @@ def test_weights_of_another_model_in_the_repository_are_told(hub: UploadHub, mad
     repo.branches["main"] = {"model.safetensors": (b"old", None), "logo.png": (b"p", None)}
     done = push(made / "out", "--no-verify")
     assert done.exit_code == 0
-    assert "also holds 1 files of weights that belong to no part of this model, first model.safetensors" in done.stderr
+    assert "also has 1 files of weights that are no part of this model, first model.safetensors" in done.stderr
     assert repo.files() == {**tree_bytes(made / "out"), "model.safetensors": b"old", "logo.png": b"p"}
 
 
@@ -217,7 +217,7 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda out: (out / "model-x.safetensors").write_bytes(b""), "is in no index"),
     (lambda out: edit(out / "config.json", fewer), "is not what it should be|lists 5 experts"),
     (lambda out: edit(out / "streamprune.json", lambda it: it["layers"][1]["kept"].pop()), "lists 4 experts"),
-    (lambda out: edit(out / "streamprune.json", lambda it: it["layers"].pop()), "holds scores of 2 blocks"),
+    (lambda out: edit(out / "streamprune.json", lambda it: it["layers"].pop()), "holds scores of 2 layers"),
     (lambda out: edit(out / "model.safetensors.index.json", lambda it: it.pop("metadata")), "does not state the"),
     (lambda out: cut(out / "scores" / "scores.safetensors"), "scores.safetensors.*damaged"),
 ]

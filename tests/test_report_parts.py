@@ -42,29 +42,52 @@ def without(value: dict[str, Any], key: str) -> dict[str, Any]:
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no record": (lambda output: (output / "streamprune.json").unlink(), "has no streamprune.json"),
     "record no JSON": (lambda output: (output / "streamprune.json").write_text("{"), "cannot be read as JSON"),
-    "no layers": (changed("streamprune.json", lambda told: {**told, "layers": []}), "layers is []"),
+    "no layers": (changed("streamprune.json", lambda told: {**told, "layers": []}), "length >= 1 - at `$.layers`"),
     "other format": (changed("streamprune.json", lambda told: {**told, "format": 7}), "format 7"),
     "unknown expert": (
         changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "kept": [9]}]}),
-        "layers[0].kept[0] is 9",
+        "`$.layers[0].kept[0]` is 9, but there are 8 experts",
     ),
     "scores that are no numbers": (
         changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "scores": [math.nan] * 8}]}),
-        "scores[0] is nan",
+        "`$.layers[0].scores[0]`",
     ),
-    "use": (changed("streamprune.json", lambda told: {**told, "use": {**told["use"], "context": 0}}), "context is 0"),
+    "use": (
+        changed("streamprune.json", lambda told: {**told, "use": {**told["use"], "context": 0}}),
+        ">= 1 - at `$.use.context`",
+    ),
+    "experts that are not ascending": (
+        changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "kept": [2, 1]}]}),
+        "ascending order - at `$.layers[0]`",
+    ),
+    "protected layer": (
+        changed("streamprune.json", lambda told: {**told, "protected": {"77": [1]}}), "'77' is no layer"
+    ),
     "text without loss": (
-        result("text.json", {"sources": [{"name": "x", "tokens": 3}]}), "sources[0] has no 'loss' where"
+        result("text.json", {"sources": [{"name": "x", "tokens": 3}]}),
+        "missing required field `loss` - at `$.sources[0]`",
     ),
     "text of a list": (result("text.json", [1]), "not an object"),
+    "text of another format": (
+        result("text.json", {"format": 2, "sources": []}), "invalid enum value 2 - at `$.format`"
+    ),
     "interval": (
         result("text.json", {"sources": [{"name": "x", "tokens": 3, "loss": 1, "loss_interval": [2, 1]}]}),
-        "loss_interval is [2, 1]",
+        "`loss_interval` is [2.0, 1.0], not [low, high] - at `$.sources[0]`",
     ),
-    "name with a line break": (result("text.json", {"sources": [{"name": "a\nb"}]}), "name is 'a\\nb'"),
-    "verdict": (result("generation.json", generation_result("fine")), "verdict is 'fine'"),
-    "mode": (result("generation.json", {"verdict": "loops", "modes": [{"decoding": "greedy"}]}), "no 'prompts'"),
-    "tasks": (result("tasks.json", {"results": [1]}), "results is [1]"),
+    "name with a line break": (
+        result("text.json", {"sources": [{"name": "a\nb", "tokens": 3, "loss": 1}]}),
+        "`name` is 'a\\nb', not a name that can be printed - at `$.sources[0]`",
+    ),
+    "verdict": (
+        result("generation.json", generation_result("fine")),
+        "invalid enum value 'fine' - at `$.verdict`",
+    ),
+    "mode": (
+        result("generation.json", {"verdict": "loops", "modes": [{"decoding": "a", "form": "b"}]}),
+        "missing required field `prompts` - at `$.modes[0]`",
+    ),
+    "tasks": (result("tasks.json", {"results": [1]}), "expected `object`, got `array` - at `$.results`"),
     "scores": (lambda output: (output / "scores" / "scores.safetensors").write_bytes(b"x" * 90), "scores"),
     "log": (lambda output: Path(f"{output}.streamprune.log").write_text("no log"), "is no log of a run"),
     "weights": (lambda output: (output / "model.safetensors.index.json").unlink(), "is it a complete model folder"),

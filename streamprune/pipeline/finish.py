@@ -22,7 +22,7 @@ from streamprune.planning.model_facts import ModelFacts
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
-from streamprune.reporting.record import run_report
+from streamprune.reporting.record import make_record
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.retention import Retention, retention_warnings, retentions
@@ -164,13 +164,11 @@ def complete(
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
-    report = run_report(
-        decided.provenance, decided.selection, plan, decided.counts, settings.serving,
-        settings.max_shard_bytes, [path.as_posix() for path in decided.checkpoint.small_files()],
-    )  # fmt: skip
+    small_files = [path.as_posix() for path in decided.checkpoint.small_files()]
+    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
     headers = writer.headers()
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, headers)
-    writer.finish(report, model_card(plan, report, decided.checkpoint, estimate, decided.retained))
+    writer.finish(record.as_json(), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 

@@ -1,4 +1,4 @@
-"""What evaluations leave with a model: files of JSON in a folder of it, one for each kind. No torch.
+"""What evaluations leave with a model: JSON files in its folder `evaluation/`. No torch.
 
 | file | who writes it | what it holds |
 |---|---|---|
@@ -6,12 +6,8 @@
 | `generation.json` | `eval --generate` | how continuations end: by themselves, in loops, not at all |
 | `tasks.json` | `eval --tasks` | what lm-evaluation-harness gave, as it gave it |
 
-`text.json` has `model`, `against` (null without), `dtype`, `data`, and `sources`, a list with for each source `name`,
-`sequences`, `tokens` (that were predicted), `loss` and `perplexity`; with `against` also `original_loss`,
-`original_perplexity`, `loss_increase`, `kl`, `kl_p99`, `top1_agreement` and `hidden_error` (a number per block). Losses
-and KL are nats per token. Behind `loss`, `perplexity`, `loss_increase`, `kl` and `top1_agreement` stands
-`NAME_interval`, [low, high] of 95 %, null where a source has fewer than two sequences. `all` is the same over all
-tokens.
+The classes say which fields the report reads; the files may hold more. Losses and KL are nats per token. An interval is
+[low, high] of 95 %, null where a source has fewer than two sequences.
 """
 
 from __future__ import annotations
@@ -19,34 +15,250 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
 
 from streamprune.checkpoint.index import read_json
 from streamprune.files.durable import write_whole, writing
 from streamprune.hardware.memory import existing_folder
-from streamprune.reporting.record import public_name
+from streamprune.reporting.record import (
+    MOST_LISTED,
+    Count,
+    Kind,
+    Name,
+    Number,
+    Share,
+    checked,
+    public_name,
+    read_object,
+)
 
 FOLDER_NAME = "evaluation"
 TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"
 #: The format of text.json and generation.json.
 RESULT_FORMAT = 1
+_ADVICE = "Evaluate again with `streamprune eval`, or remove the file."
+
+Interval = tuple[Number, Number]
+
+
+class _Checked(Struct, frozen=True, kw_only=True):
+    """A part of a result whose names can be printed, and whose intervals have their ends in order."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"`{name}` is {value[:80]!r}, not a name that can be printed")
+            if name.endswith("_interval") and value is not None and value[0] > value[1]:
+                raise ValueError(f"`{name}` is {list(value)}, not [low, high]")
+
+
+class Losses(_Checked, frozen=True, kw_only=True):
+    """What was measured on the text of one source, or of all.
+
+    The `original_` fields and those from `loss_increase` on are there where the original was measured too.
+    `hidden_error` is the relative error of the hidden states after each layer.
+    """
+
+    name: Name = "all"
+    sequences: Count | None = None
+    tokens: Count
+    loss: Number
+    loss_interval: Interval | None = None
+    perplexity: Number | None = None
+    perplexity_interval: Interval | None = None
+    original_loss: Number | None = None
+    original_perplexity: Number | None = None
+    loss_increase: Number | None = None
+    loss_increase_interval: Interval | None = None
+    kl: Number | None = None
+    kl_interval: Interval | None = None
+    kl_p99: Number | None = None
+    top1_agreement: Number | None = None
+    top1_agreement_interval: Interval | None = None
+    hidden_error: Annotated[list[Annotated[float, Meta(ge=0, le=1.7e308)]], Meta(max_length=MOST_LISTED)] | None = None
+
+
+class EvaluatedText(Struct, frozen=True):
+    """The text that was measured on; `held_back` is true for what the run itself held back from its calibration."""
+
+    held_back: bool | None = None
+
+
+class TextResult(_Checked, frozen=True, kw_only=True):
+    """text.json. `against_source` is false where the original is known not to be what the model was made from."""
+
+    format: Literal[1] = 1
+    against: Name | None = None
+    against_source: bool | None = None
+    data: EvaluatedText | None = None
+    sources: Annotated[list[Losses], Meta(min_length=1, max_length=MOST_LISTED)]
+    all: Losses | None = None
+
+    @property
+    def text_words(self) -> str:
+        """Which text it is."""
+        held_back = self.data is not None and self.data.held_back
+        return "text that was held back from the calibration" if held_back else "text that was given to `eval`"
+
+    @property
+    def original_words(self) -> str:
+        """What it is compared with."""
+        if self.against_source is False:
+            return f"{self.against}, which is not what this model was made from"
+        return "the original"
+
+    @property
+    def rows(self) -> list[Losses]:
+        """Every source, and all together."""
+        return self.sources + ([self.all] if self.all else [])
+
+    @property
+    def compared(self) -> bool:
+        """Whether the original was measured too."""
+        return any(each.kl is not None for each in self.rows)
+
+
+class Continuations(_Checked, frozen=True, kw_only=True):
+    """How continuations went: shares that ended by themselves and that looped, and of 4-grams that came before.
+
+    The last is None where they were too short to have any; `prompts` is None where they are those of the whole mode.
+    """
+
+    name: Name = "all"
+    prompts: Count | None = None
+    ended: Share
+    looped: Share
+    repeated_4grams: Share | None = None
+
+
+class GenerationMode(Continuations, frozen=True, kw_only=True):
+    """One way to generate, with the original's figures where they were taken, and by source.
+
+    `form` says what the prompts were: "text" to be continued, or a "chat".
+    """
+
+    prompts: Count
+    decoding: Name
+    form: Name
+    thinking: bool | None = None
+    original: Continuations | None = None
+    sources: Annotated[list[Continuations], Meta(max_length=MOST_LISTED)] = []
+
+    @property
+    def label(self) -> str:
+        """The way in words."""
+        thinking = {None: "", True: ", thinking on", False: ", thinking off"}[self.thinking]
+        return f"{self.decoding}, {self.form}{thinking}"
+
+
+Remark = Annotated[str, Meta(max_length=10_000)]
+
+
+class GenerationResult(_Checked, frozen=True, kw_only=True):
+    """generation.json: whether continuations loop, what helps if they do (`advice`), and remarks."""
+
+    format: Literal[1] = 1
+    verdict: Literal["loops", "healthy", "unknown"]
+    against: Name | None = None
+    modes: Annotated[list[GenerationMode], Meta(max_length=MOST_LISTED)]
+    advice: Annotated[list[Remark], Meta(max_length=MOST_LISTED)] = []
+    notes: Annotated[list[Remark], Meta(max_length=MOST_LISTED)] = []
+
+    @property
+    def loops(self) -> bool:
+        """Whether they do."""
+        return self.verdict == "loops"
+
+
+class TaskSamples(Struct, frozen=True):
+    """How many examples of a task were taken."""
+
+    effective: Count | None = None
+
+
+class TasksResult(_Checked, frozen=True, kw_only=True):
+    """tasks.json, as lm-evaluation-harness lays it out: `results` by task, then by "metric,filter"."""
+
+    results: Annotated[dict[Name, dict[str, Any]], Meta(max_length=MOST_LISTED)]
+    shots: dict[str, Any] = field(name="n-shot", default_factory=dict)
+    samples: dict[str, TaskSamples] = field(name="n-samples", default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """A metric of a task, its standard error where there is one, and how many shots and examples it took."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    shots: int | None
+    examples: int | None
 
 
 def results_folder(model: Path) -> Path:
-    """Where the results about a model lie that lies in `model`."""
+    """The folder with the results about the model in the folder `model`."""
     return model / FOLDER_NAME
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:
-    """The result of that name in a folder of results; None if there is none.
+    """The result of that name in a folder of results, as JSON; None if there is none.
 
     Raises CheckpointError for a file that is no JSON object.
     """
     path = folder / name
     return read_json(path) if path.is_file() else None
+
+
+def read_text(output: Path) -> TextResult | None:
+    """The losses of text.json; None without the file. Raises ReportError for a file that is not as documented."""
+    return _read(output, TEXT_NAME, TextResult)
+
+
+def read_generation(output: Path) -> GenerationResult | None:
+    """How continuations end, from generation.json; None without the file. Raises ReportError as `read_text`."""
+    return _read(output, GENERATION_NAME, GenerationResult)
+
+
+def read_tasks(output: Path) -> tuple[TaskFigure, ...]:
+    """The figures of tasks.json; none without the file. Raises ReportError as `read_text`."""
+    result = _read(output, TASKS_NAME, TasksResult)
+    return tuple(_figures(result)) if result else ()
+
+
+def _read(output: Path, name: str, kind: type[Kind]) -> Kind | None:
+    path = results_folder(output) / name
+    return checked(read_object(path, _ADVICE), kind, path, _ADVICE) if path.is_file() else None
+
+
+def _figures(result: TasksResult) -> Iterator[TaskFigure]:
+    for task, metrics in result.results.items():
+        samples, shots = result.samples.get(task), result.shots.get(task)
+        for key, value in metrics.items():
+            metric, _, variant = key.partition(",")
+            # A key without a filter ("alias") is no metric: the metrics are "acc,none" and the like.
+            if not variant or metric.endswith("_stderr") or not _is_finite(value):
+                continue
+            error = metrics.get(f"{metric}_stderr,{variant}")
+            yield TaskFigure(
+                task,
+                metric if variant == "none" else f"{metric}, {variant}",
+                float(value),
+                float(error) if error is not None and _is_finite(error) else None,
+                shots if type(shots) is int else None,
+                samples.effective if samples else None,
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e300
 
 
 def without_folders(value: Any) -> Any:
@@ -56,7 +268,7 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
     if isinstance(value, str) and "/" in value:
-        # What is no path at all may be too long for one, or hold what none can.
+        # Other texts may be too long for a path, or hold what none can.
         with suppress(OSError, ValueError):
             return public_name(value)
     return value
@@ -73,7 +285,8 @@ def check_writable(folder: Path) -> None:
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Write a result whole or not at all, in the place of an earlier one. Raises OutputError, ResourceError."""
+    """Replace a result, or leave the earlier one. Raises OutputError, ResourceError where it cannot be written."""
+    contents = json.dumps(result, indent=2) + "\n"
     with writing(f"Writing {folder / name}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, (json.dumps(result, indent=2) + "\n").encode())
+        write_whole(folder / name, contents.encode())

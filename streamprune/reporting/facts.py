@@ -1,22 +1,21 @@
-"""The course of a run, from the log beside its output: what each block took, and the memory.
+"""All that the report is made of: read from an output and the log beside it, and checked against one another. No torch.
 
-The memory that the model takes, and that its source took, as `fit` tells it. The source itself is not needed.
-
-All that the report is made of, read from an output, from the log beside it, and checked against one another.
+Neither the source model nor the calibration text is needed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry
-from streamprune.config import beside
+from streamprune.config import ServingSpec, beside
 from streamprune.errors import ReportError, UnsupportedModelError
 from streamprune.files.json_text import parse_json
 from streamprune.fit.estimate import Estimate, Footprint
@@ -24,47 +23,62 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights
 from streamprune.hardware.known_gpus import known_gpu
 from streamprune.planning.model_facts import facts_from_json
-from streamprune.progress import LOG_SUFFIX, RESOURCES
-from streamprune.reporting.measured import (
+from streamprune.progress import LOG_SUFFIX
+from streamprune.reporting.evaluations import (
     GenerationResult,
-    TaskResult,
+    TaskFigure,
     TextResult,
     read_generation,
     read_tasks,
     read_text,
 )
-from streamprune.reporting.read_record import Record, Told, read_record
+from streamprune.reporting.record import Count, Positive, Record, checked, read_record
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
 from streamprune.selection.retention import Retention, retentions
 
 _ADVICE = "Remove the log: the report does without it."
+GIB = 1024**3
+
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class LayerTiming:
-    """One block: its number, when it was done (seconds from the start), what it took, and the peak memory by then."""
+class LayerTiming(Struct, frozen=True):
+    """A line of the log about one layer: when it was done (from the start), what it took, the peak memory by then."""
 
-    block: int
-    at: float
-    seconds: float
-    peak_bytes: int
+    block: Count
+    at_seconds: Seconds
+    seconds: Seconds
+    peak_bytes: Count
+
+
+class BusyShares(Struct, frozen=True):
+    """For how many `seconds` a run was watched, and the share of them in which each resource was at work."""
+
+    compute: _Share
+    read: _Share
+    write: _Share
+    states: _Share
+    seconds: Seconds
+
+
+class RunSummary(Struct, frozen=True):
+    """The last line of the log, as far as the report needs it. `verified` is None where the log does not say."""
+
+    seconds: Seconds
+    peak_resident_bytes: Count
+    busy: BusyShares | None = None
+    processes: Positive | None = None
+    verified: bool | None = None
 
 
 @dataclass(frozen=True)
 class Course:
-    """The last sitting of a run: its blocks, the whole time in seconds, and the share of it that resources worked.
+    """The last invocation of a run: the layers that it did, and its summary."""
 
-    `busy` are the shares of its `seconds` in which each resource was at work. `verified` says whether the result was
-    compared with the source; None where the log does not tell.
-    """
-
-    blocks: tuple[LayerTiming, ...]
-    seconds: float
-    peak_bytes: int
-    busy: Mapping[str, float]
-    processes: int
-    verified: bool | None
+    layers: tuple[LayerTiming, ...]
+    summary: RunSummary
 
 
 def read_course(output: Path, record: Record, output_bytes: int) -> Course | str:
@@ -74,39 +88,34 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
     """
     path = beside(output, LOG_SUFFIX)
     if not path.is_file():
-        return f"There is no log ({path.name}) beside the model: `streamprune prune` leaves none."
+        return f"There is no log ({path.name}) beside the model: `streamprune prune` writes none."
     events = _events(path)
-    summary = next((event for event in reversed(events) if event.value.get("event") == "summary"), None)
-    if summary is None or "output_bytes" not in summary.value:
-        return f"The log beside the model ({path.name}) is not of a run that made a model."
-    if _differs(summary.value, record, output_bytes):
-        return f"The log beside the model ({path.name}) is of another run: its numbers are not this model's."
-    blocks = tuple(_block(event) for event in events if event.value.get("event") == "block")
-    busy, verified = summary.maybe("busy"), summary.maybe("verified")
-    processes = summary.maybe("processes")
-    return Course(
-        blocks,
-        summary.at("seconds").number(0),
-        summary.at("peak_resident_bytes").whole(),
-        {name: busy.at(name).number(0, math.inf if name == "seconds" else 1) for name in (*RESOURCES, "seconds")}
-        if busy
-        else {},
-        processes.whole(1) if processes else 1,
-        verified.flag() if verified else None,
+    number, summary = next(
+        ((number, event) for number, event in reversed(events) if event.get("event") == "summary"), (0, {})
     )
+    if "output_bytes" not in summary:
+        return f"The log beside the model ({path.name}) is not of a run that made a model."
+    if _differs(summary, record, output_bytes):
+        return f"The log beside the model ({path.name}) is of another run: its numbers are not this model's."
+    layers = (
+        checked(event, LayerTiming, f"{path}, line {line}", _ADVICE)
+        for line, event in events
+        if event.get("event") == "block"
+    )
+    return Course(tuple(layers), checked(summary, RunSummary, f"{path}, line {number}", _ADVICE))
 
 
-def _events(path: Path) -> list[Told]:
+def _events(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a log that hold something, with their numbers."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError("it is too large")
-        values = [parse_json(line) for line in path.read_bytes().splitlines() if line.strip()]
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        events = [(number, parse_json(line)) for number, line in lines if line.strip()]
+        if not all(isinstance(event, dict) for _, event in events):
+            raise ValueError("a line is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path} is no log of a run: {error}. {_ADVICE}") from None
-    events = [Told(value, path, _ADVICE, f"line {number}") for number, value in enumerate(values, 1)]
-    for event in events:
-        if not isinstance(event.value, dict):
-            raise event.wrong("an object")
     return events
 
 
@@ -114,35 +123,23 @@ def _differs(summary: Mapping[str, Any], record: Record, output_bytes: int) -> b
     """Whether the log is of another run: an earlier output of this name, which `prune` replaced, had its own."""
     counts = list(record.counts.values())
     experts = counts[0] if len(set(counts)) == 1 else counts
-    here = {"output_bytes": output_bytes, "source_bytes": record.source_bytes, "experts_per_layer": experts}
+    here = {"output_bytes": output_bytes, "source_bytes": record.source.bytes, "experts_per_layer": experts}
     return json.dumps({name: summary.get(name) for name in here}) != json.dumps(here)
 
 
-def _block(told: Told) -> LayerTiming:
-    return LayerTiming(
-        told.at("block").whole(),
-        told.at("at_seconds").number(0),
-        told.at("seconds").number(0),
-        told.at("peak_bytes").whole(),
-    )
-
-
-GIB = 1024**3
-
-
 @dataclass(frozen=True)
-class Line:
-    """A card's memory in bytes, and what CUDA can use of it."""
+class GpuSize:
+    """The memory of a common GPU in bytes, and what CUDA can use of it."""
 
     label: str
     nbytes: int
     usable: int
 
 
-def card_lines() -> tuple[Line, ...]:
-    """The sizes of cards that models are pruned for: 24 and 32 GiB."""
+def gpu_sizes() -> tuple[GpuSize, ...]:
+    """The GPUs that models are pruned for: of 24 and 32 GiB."""
     known = ((24, known_gpu("rtx-3090")), (32, known_gpu("rtx-5090")))
-    return tuple(Line(f"{size} GiB card", size * GIB, card.usable_bytes) for size, card in known)
+    return tuple(GpuSize(f"{size} GiB GPU", size * GIB, gpu.usable_bytes) for size, gpu in known)
 
 
 @dataclass(frozen=True)
@@ -163,11 +160,12 @@ def read_memory(
     footprint = _footprint(output, record, scores, tensors)
     if isinstance(footprint, str):
         return footprint
-    after = Estimate(footprint, record.use)
+    use = record.use.spec if record.use else ServingSpec()
+    after = Estimate(footprint, use)
     weights = source_weights(footprint.weights, record)
     if weights is None:
         return Memory(after, None)
-    return Memory(after, Estimate(replace(footprint, model=record.model, weights=weights), record.use))
+    return Memory(after, Estimate(replace(footprint, model=record.settings.model, weights=weights), use))
 
 
 def _footprint(
@@ -175,23 +173,24 @@ def _footprint(
 ) -> Footprint | str:
     if scores is not None and scores.layout is not None:
         facts = facts_from_json(scores.layout, scores.spec, str(output), tensors, record.counts)
-        return facts.footprint or "The memory that the model takes cannot be told: its cache cannot be worked out."
+        return facts.footprint or "What memory the model takes is not known: its cache cannot be worked out."
     try:
         # By the tensors' names, or, where they leave doubts, by building the model on the meta device.
         return read_footprint(str(output))
     except UnsupportedModelError as error:
-        return f"The memory that the model takes cannot be told: {error}"
+        return f"What memory the model takes is not known: {error}"
 
 
 def source_weights(weights: Weights, record: Record) -> Weights | None:
     """The weights of the source of an output with these weights; None where they do not come to its bytes on record.
 
-    All experts of a block are alike, so that those that stay tell the sizes of those that went. Multi-token prediction,
-    which is left out of every output, is what is missing then.
+    All experts of a layer have the same size, so that those that stay give the sizes of those that were removed. Bytes
+    that are still missing are those of multi-token prediction, which every output leaves out.
     """
     facts: list[WeightFact] = []
+    counts = record.counts
     for fact in weights.facts:
-        kept = record.counts.get(fact.block) if fact.block is not None else None
+        kept = counts.get(fact.block) if fact.block is not None else None
         if kept is not None and fact.rows is not None:
             extent = fact.shape[fact.rows.axis]
             wanted = fact.rows.stride * record.experts + fact.rows.tail
@@ -202,7 +201,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
                 facts.extend(replace(fact, expert=number) for number in range(record.experts))
         else:
             facts.append(fact)
-    left_out = record.source_bytes - sum(fact.nbytes for fact in facts)
+    left_out = record.source.bytes - sum(fact.nbytes for fact in facts)
     if left_out and not (record.dropped and left_out > 0):
         return None
     if left_out:
@@ -212,7 +211,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """An output as the report shows it. What is a text instead is a sentence why it is not known."""
+    """An output as the report shows it; a text instead of a fact is a sentence why it is not known."""
 
     name: str
     record: Record
@@ -222,7 +221,7 @@ class Facts:
     course: Course | str
     text: TextResult | None
     generation: GenerationResult | None
-    tasks: tuple[TaskResult, ...]
+    tasks: tuple[TaskFigure, ...]
 
 
 def read_facts(output: Path) -> Facts:
@@ -240,7 +239,7 @@ def read_facts(output: Path) -> Facts:
         output.name,
         record,
         checkpoint.nbytes,
-        retentions(scores, record.choice) if scores else (),
+        retentions(scores, record.selection) if scores else (),
         read_memory(output, record, scores, checkpoint.tensors),
         read_course(output, record, checkpoint.nbytes),
         read_text(output),
@@ -254,11 +253,11 @@ def _scores(output: Path, record: Record) -> Scores | None:
     if not path.is_file():
         return None
     scores = read_scores(path)
-    blocks = tuple(layer.index for layer in record.choice.layers)
-    if scores.layer_indices != blocks or scores.spec.count != record.experts:
+    layers = tuple(layer.index for layer in record.layers)
+    if scores.layer_indices != layers or scores.spec.count != record.experts:
         raise ReportError(
             f"{path} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
-            f"made from {len(blocks)} layers with {record.experts}. They belong to another model: remove them, or "
+            f"made from {len(layers)} layers with {record.experts}. They belong to another model: remove them, or "
             "prune again."
         )
     return scores

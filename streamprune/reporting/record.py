@@ -1,92 +1,333 @@
-"""What a run leaves on record: where its scores come from, and `streamprune.json` with the model."""
+"""`streamprune.json`, the record of how an output was made: the same classes write it, check it and read it. No torch.
+
+An output or a scores file may come from a stranger: nothing in a record is believed unchecked.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from streamprune import __version__
-from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import ServingSpec
-from streamprune.errors import ScoresError
+from streamprune.checkpoint.index import Checkpoint, read_json
+from streamprune.config import PruneSettings, RunSettings, ServingSpec
+from streamprune.errors import CheckpointError, ReportError, ScoresError, SettingsError
+from streamprune.fit.cache import KV_DTYPES
+from streamprune.models.config_json import MOST_BLOCKS, MOST_EXPERTS
 from streamprune.output.plan import PrunePlan
+from streamprune.output.writer import REPORT_NAME
 from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.selection.select import Selection
+from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import SelectionSettings
 
 #: The format of streamprune.json.
-REPORT_FORMAT = 2
+RECORD_FORMAT = 2
+
+#: A whole number that is exact in every language's JSON, a finite number, a share, and lists that can be shown.
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[int, Meta(ge=1, le=2**53)]
+Number = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+MOST_LISTED = 100_000
+Kind = TypeVar("Kind")
 
 
-def run_report(
+class SourceModel(Struct, frozen=True, kw_only=True):
+    """The checkpoint that was pruned; without the experts in the provenance of scores."""
+
+    fingerprint: str | None = None
+    bytes: Count
+    experts: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)] | UnsetType = UNSET
+    top_k: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)] | UnsetType = UNSET
+
+
+class ScoringSettings(Struct, frozen=True, kw_only=True):
+    """How the scores were taken; missing where there are none."""
+
+    batch_tokens: Positive | UnsetType = UNSET
+    device: Name | UnsetType = UNSET
+    dtype: Name | UnsetType = UNSET
+    propagate: Name | UnsetType = UNSET
+
+
+class Settings(ScoringSettings, frozen=True, kw_only=True):
+    """What was asked for: the model, how many experts stay, and how they were chosen (all None for a user's list)."""
+
+    model: Name
+    revision: Name | None = None
+    keep: Positive | None = None
+    total: Positive | None = None
+    method: Name | None = None
+    seed: int | None = None
+    mix: Annotated[dict[Name, Share], Meta(max_length=MOST_LISTED)] | None = None
+    schedule: Name | None = None
+    spread: Number | None = None
+    floor: Count | None = None
+    protect_super_experts: bool | None = None
+    max_shard_bytes: Positive | None = None
+
+
+class Use(Struct, frozen=True, kw_only=True):
+    """What the memory was planned for; `budget_bytes` is None where no budget was given."""
+
+    context: Positive
+    batch: Positive
+    kv_dtype: str
+    budget_bytes: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype is {self.kv_dtype!r}, not one of {', '.join(KV_DTYPES)}")
+        try:
+            _ = self.spec
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def spec(self) -> ServingSpec:
+        """The same as the estimate of memory takes it."""
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+
+
+class SourceTokens(Struct, frozen=True):
+    """A source of the calibration text, and how many tokens it has."""
+
+    name: Name
+    tokens: Count
+
+
+class HeldBack(Struct, frozen=True):
+    """The text that was held back from the calibration to be measured on."""
+
+    sequences: Count
+    tokens: Count
+    fingerprint: str
+
+
+class RecipeSource(Struct, frozen=True):
+    """What a recipe says of a source: where it is from, and its share (of tokens or records, as the recipe has it)."""
+
+    name: str
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    commit: str | None = None
+    data_files: str | list[str] | None = None
+    data_dir: str | None = None
+    path: str | list[str] | None = None
+    builtin: str | list[str] | None = None
+    share: Annotated[float, Meta(ge=0, le=1.7e308)] | None = None
+    records: Count | None = None
+    sequences: Count | None = None
+
+
+class GivenCalibration(Struct, frozen=True):
+    """The options of the command line that say what text the experts are scored on."""
+
+    calibration: Annotated[list[str], Meta(min_length=1)]
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+
+
+class Recipe(Struct, frozen=True):
+    """How the calibration text was made."""
+
+    name: str | None = None
+    description: str | None = None
+    mode: str | None = None
+    sequence_length: Positive | None = None
+    sources: Annotated[list[RecipeSource], Meta(max_length=MOST_LISTED)] = []
+    given: GivenCalibration | None = None
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """The text that the experts were scored on. `recipe` is kept as it is: `stated` is what can be used of it."""
+
+    sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
+    sequences: Count
+    tokens: Count
+    fingerprint: str | None = None
+    recipe: Any = None
+    held_back: HeldBack | UnsetType | None = UNSET
+
+    @property
+    def stated(self) -> Recipe:
+        """What the recipe says; empty for one that is not as documented."""
+        try:
+            return msgspec.convert(self.recipe, Recipe)
+        except msgspec.ValidationError:
+            return Recipe()
+
+
+class Provenance(Struct, frozen=True, kw_only=True):
+    """Where scores come from, as a scores file states it. `versions` are of the software, by name."""
+
+    model: Name
+    revision: Name | None
+    source: SourceModel
+    settings: ScoringSettings
+    calibration: Calibration | None
+    versions: dict[str, Any]
+
+
+class RecordedLayer(Struct, frozen=True, kw_only=True):
+    """A layer with experts: its number in the checkpoint, and its experts by their numbers in the source.
+
+    `scores` and `counts` (of routed tokens) are those of every expert, or empty without scores.
+    """
+
+    index: Annotated[int, Meta(ge=0, le=MOST_BLOCKS)]
+    kept: Annotated[list[Count], Meta(min_length=1, max_length=MOST_EXPERTS)]
+    scores: Annotated[list[Number], Meta(max_length=MOST_EXPERTS)]
+    counts: Annotated[list[Count], Meta(max_length=MOST_EXPERTS)]
+
+    def __post_init__(self) -> None:
+        if self.kept != sorted(set(self.kept)):
+            raise ValueError("kept does not list experts in ascending order")
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """All of streamprune.json. `files` are those that belong to the model beside its weights."""
+
+    format: int = RECORD_FORMAT
+    settings: Settings
+    use: Use | None = None
+    versions: dict[str, Any]
+    source: SourceModel
+    calibration: Calibration | None = None
+    files: list[str] | None = None
+    dropped: Annotated[list[Any], Meta(max_length=MOST_LISTED)]
+    protected: dict[str, list[Count]]
+    layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
+
+    def __post_init__(self) -> None:
+        experts, top_k = self.source.experts, self.source.top_k
+        if experts is UNSET or top_k is UNSET or top_k > experts:
+            raise ValueError("source does not state `experts`, and `top_k` up to as many")
+        indices = [layer.index for layer in self.layers]
+        if indices != sorted(set(indices)):
+            raise ValueError("layers are not in ascending order of their `index`")
+        for number, layer in enumerate(self.layers):
+            for place, last in enumerate(layer.kept):
+                if last >= experts:
+                    raise ValueError(f"`$.layers[{number}].kept[{place}]` is {last}, but there are {experts} experts")
+            for name, values in (("scores", layer.scores), ("counts", layer.counts)):
+                if len(values) not in (0, experts):
+                    raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
+        for index, numbers in self.protected.items():
+            if index not in map(str, indices) or any(number >= experts for number in numbers):
+                raise ValueError(f"protected: {index!r} is no layer with experts, or lists experts that it has not")
+
+    @property
+    def experts(self) -> int:
+        """Experts of each layer of the source."""
+        assert self.source.experts is not UNSET
+        return self.source.experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that are used for each token."""
+        assert self.source.top_k is not UNSET
+        return self.source.top_k
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Experts that stay, by layer."""
+        return {layer.index: len(layer.kept) for layer in self.layers}
+
+    @property
+    def all_experts(self) -> int:
+        """Experts of the source in all layers together."""
+        return self.experts * len(self.layers)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether every expert has a score on record."""
+        return all(layer.scores for layer in self.layers)
+
+    @property
+    def protected_layers(self) -> dict[int, list[int]]:
+        """The super experts that were protected, by layer."""
+        return {int(index): experts for index, experts in self.protected.items() if experts}
+
+    @property
+    def selection(self) -> Selection:
+        """The experts that stay, as they were selected."""
+        layers = (
+            LayerSelection(layer.index, tuple(layer.kept), tuple(layer.scores), tuple(layer.counts))
+            for layer in self.layers
+        )
+        protected = {index: tuple(experts) for index, experts in self.protected_layers.items()}
+        return Selection(tuple(layers), protected=protected)
+
+    def as_json(self) -> dict[str, Any]:
+        """What streamprune.json holds."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+def make_record(
     provenance: Mapping[str, Any],
     selection: Selection,
     plan: PrunePlan,
     counts: ExpertCounts,
-    use: ServingSpec,
-    shard_bytes: int,
+    settings: RunSettings | PruneSettings,
     small_files: Sequence[str],
-) -> dict[str, Any]:
-    """The contents of `streamprune.json`: nothing in it varies between runs of the same input and settings.
+) -> Record:
+    """The record of an output; nothing in it varies between runs of the same input and settings.
 
     It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
-    on the number of threads, as every matrix product does.) `use`
-    is what the user planned for, `shard_bytes` the largest size of an output file, and `small_files` the names of those
-    that lie beside the weights and were not made here.
+    on the number of threads, as every matrix product does.) `small_files` are the names of the files beside the weights
+    that were copied.
     """
     # In one order, whether it comes from a run or was read from a file.
-    provenance = json.loads(json.dumps(provenance, sort_keys=True))
-    settings = {
-        "model": provenance["model"],
-        "revision": provenance["revision"],
-        "keep": counts.keep,
-        "total": counts.total,
-        **_selection(selection.settings),
-        "max_shard_bytes": shard_bytes,
-    }
-    return {
-        "format": REPORT_FORMAT,
-        # How the scores were taken, which cannot change how experts were chosen: a stranger's file may name that too.
-        "settings": settings | {name: value for name, value in provenance["settings"].items() if name not in settings},
-        "use": _use(use, counts),
-        "versions": provenance["versions"],
-        "source": {**provenance["source"], "experts": plan.layout.spec.count, "top_k": plan.layout.spec.top_k},
-        "calibration": provenance["calibration"],
-        # What else may come to lie in the folder is told from these when it is published.
-        "files": sorted({*small_files, *plan.files}),
-        "dropped": list(plan.layout.dropped),
-        "protected": {str(block): list(experts) for block, experts in sorted(selection.protected.items())},
-        "layers": [
-            {
-                "index": layer.index,
-                "kept": list(layer.kept),
-                "scores": list(layer.scores),
-                "counts": list(layer.tokens),
-            }
+    origin = msgspec.convert(json.loads(json.dumps(provenance, sort_keys=True)), Provenance)
+    spec, use = plan.layout.spec, settings.serving
+    return Record(
+        settings=Settings(
+            model=origin.model,
+            revision=origin.revision,
+            keep=counts.keep,
+            total=counts.total,
+            **(_selection_settings(selection.settings) if selection.settings else {}),
+            max_shard_bytes=settings.max_shard_bytes,
+            **msgspec.structs.asdict(origin.settings),
+        ),
+        use=Use(
+            context=use.context,
+            batch=use.batch,
+            kv_dtype=use.kv_dtype,
+            budget_bytes=counts.budget.nbytes if counts.budget else None,
+        ),
+        versions=origin.versions,
+        source=msgspec.structs.replace(origin.source, experts=spec.count, top_k=spec.top_k),
+        calibration=origin.calibration,
+        # When the output is published, files that are not listed stay where they are.
+        files=sorted({*small_files, *plan.files}),
+        dropped=list(plan.layout.dropped),
+        protected={str(layer): list(experts) for layer, experts in sorted(selection.protected.items())},
+        layers=[
+            RecordedLayer(
+                index=layer.index, kept=list(layer.kept), scores=list(layer.scores), counts=list(layer.tokens)
+            )
             for layer in selection.layers
         ],
-    }
+    )
 
 
-def _use(use: ServingSpec, counts: ExpertCounts) -> dict[str, Any]:
-    return {
-        "context": use.context,
-        "batch": use.batch,
-        "kv_dtype": use.kv_dtype,
-        "budget_bytes": counts.budget.nbytes if counts.budget else None,
-    }
-
-
-def _selection(settings: SelectionSettings | None) -> dict[str, Any]:
-    if settings is None:
-        return dict.fromkeys(("method", "seed", "mix", "schedule", "spread", "floor", "protect_super_experts"))
+def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
     return {
         "method": settings.method,
-        # Which seed another method was called with does not matter.
+        # The seed changes nothing for other methods.
         "seed": (settings.seed or 0) if METHODS[settings.method].is_random else None,
         "mix": settings.shares,
         "schedule": public_name(settings.schedule) if settings.has_schedule_file else settings.schedule,
@@ -109,35 +350,74 @@ def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint)
 
 
 def check_provenance(scores: Scores) -> None:
-    """Raise ScoresError unless the provenance of scores, which may come from a stranger, holds what the record and card
-    tell.
-    """
-    provenance = scores.provenance
+    """Raise ScoresError unless the provenance of scores holds what the record and the card need of it."""
+    fault = ""
     try:
-        source, calibration = provenance["source"], provenance["calibration"]
-        texts = (provenance["model"], source["fingerprint"], provenance["versions"]["streamprune"])
-        numbers = (source["bytes"], calibration["sequences"], calibration["tokens"])
-        named = [(each["name"], each["tokens"]) for each in calibration["sources"]]
-        revision = provenance["revision"]
-        sound = (
-            all(isinstance(text, str) for text in texts)
-            and all(type(number) is int for number in numbers)
-            and named == list(zip(scores.sources, scores.source_tokens, strict=True))
-            and (revision is None or isinstance(revision, str))
-            and isinstance(provenance["settings"].get("propagate"), str)
-        )
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
+        found = msgspec.convert(scores.provenance, Provenance)
+    except msgspec.ValidationError as error:
+        fault = str(error)
+    else:
+        sources = found.calibration.sources if found.calibration else []
+        stated = [(source.name, source.tokens) for source in sources]
+        if stated != list(zip(scores.sources, scores.source_tokens, strict=True)):
+            fault = "its sources are not those of the scores"
+        elif not isinstance(found.versions.get("streamprune"), str) or not isinstance(found.source.fingerprint, str):
+            fault = "no version of streamprune, or no fingerprint of the source"
+        elif found.settings.propagate is UNSET:
+            fault = "no `propagate` in its settings"
+    if fault:
         raise ScoresError(
-            "The scores do not tell where they come from. Score the model again with `streamprune score`."
+            f"The scores do not say where they come from (provenance: {fault}). Score the model again with "
+            "`streamprune score`."
         )
 
 
 def public_name(name: str) -> str:
     """A Hub id or recipe as it is; of a local path only the last part.
 
-    Names go without folders: the file is published with the model, and is the same wherever it is made.
+    Records are published with the model, and are the same wherever they are made: folders are left out.
     """
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
+
+
+_ADVICE = "Was it changed? Prune again, or restore it."
+
+
+def read_record(output: Path) -> Record:
+    """Read the record of the model in `output`. Raises ReportError where there is none, or where it is damaged."""
+    path = output / REPORT_NAME
+    if not path.is_file():
+        raise ReportError(
+            f"{output} has no {REPORT_NAME}, so that nothing is known of how it was made. Give a model's folder that "
+            "`streamprune run` or `streamprune prune` wrote."
+        )
+    value = read_object(path, _ADVICE)
+    if value.get("format") != RECORD_FORMAT:
+        raise ReportError(
+            f"{path} has format {value.get('format')!r:.20}, but this version of streamprune reads {RECORD_FORMAT}. "
+            "Prune again from the same scores, which takes the time of a copy."
+        )
+    return checked(value, Record, path, _ADVICE)
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ReportError, with `advice`, where there is none."""
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise ReportError(f"{damage(error)}. {advice}") from None
+
+
+def checked(value: Any, kind: type[Kind], where: Path | str, advice: str) -> Kind:
+    """JSON as an object of the class `kind`. Raises ReportError, with the place of the fault and `advice`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ReportError(f"{where}: {error}. {advice}") from None
+
+
+def damage(error: Exception) -> str:
+    """What is wrong by an error about a checkpoint, without its advice, which is for models that were downloaded."""
+    said, _, advice = str(error).rpartition(". ")
+    return said or advice.rstrip(".")

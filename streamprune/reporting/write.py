@@ -1,32 +1,34 @@
-"""Sections that are put into a model card after it was written, between markers. All else in the card stays as it is.
+"""`streamprune report`: an output's report.html, its pictures, and the report's sections in the model card.
 
-A section begins and ends with a line of its own that no reader sees:
+A section of the card begins and ends with a line of its own that no reader sees:
 
     <!-- streamprune evaluation: made by `streamprune report`, replaced with it -->
     ...
     <!-- streamprune evaluation end -->
 
-The card may be edited in between, moved markers included: what stands between them is replaced, whatever is outside
-stays byte for byte. A card without the markers of a section gets it at its end.
-
-What the report adds to the model card: what was measured, what helps if the model loops, and the pictures.
-
-`streamprune report`: an output's report.html, its pictures, and their sections in the model card.
+Everything outside these markers stays as it is, byte for byte, and a section may be moved with its markers. A card
+without a section's markers gets the section at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_whole, writing
 from streamprune.reporting.charts import Picture, picture
 from streamprune.reporting.facts import Facts, read_facts
-from streamprune.reporting.page import page, parts_of_report, summary_rows
-from streamprune.reporting.tables import card_table, generation_table, markdown, table_markdown, tasks_table
+from streamprune.reporting.page import page, sections_of
+from streamprune.reporting.tables import generation_table, short_table, tasks_table
+from streamprune.reporting.templates import render
 
-#: The sections that are known, in the order in which they come where a card has none of them.
+CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
+#: Every picture that a report may have.
+ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
+#: Pictures whose figures differ from run to run: they are of no use to readers of the model card.
+_NOT_ON_THE_CARD = {"course"}
+#: The sections of the card that the report writes, in the order in which they are added to a card without them.
 SECTIONS = ("evaluation", "generation", "pictures")
 
 
@@ -69,81 +71,32 @@ def _with_section(card: bytes, name: str, body: str) -> bytes:
     return before + begin + inner + end + after
 
 
-#: Its figures differ from run to run, and are of no use to whoever loads the model.
-_NOT_ON_THE_CARD = ("course",)
-
-
-def card_sections(facts: Facts, pictures: Sequence[Picture], folder: str) -> dict[str, str]:
-    """The bodies of the card's sections in Markdown; `folder` is where the pictures lie, seen from the card."""
-    return {
-        "evaluation": "\n".join(_evaluation(facts)),
-        "generation": "\n".join(_generation(facts)),
-        "pictures": "\n".join(_pictures(pictures, folder)),
+def card_sections(facts: Facts, pictures: Sequence[Picture]) -> dict[str, str]:
+    """The bodies of the card's sections, in Markdown."""
+    values = {
+        "text": facts.text,
+        "text_table": short_table(facts.text) if facts.text else None,
+        "tasks_table": tasks_table(facts.tasks) if facts.tasks else None,
+        "generation": facts.generation,
+        "generation_table": generation_table(facts.generation) if facts.generation else None,
+        "pictures": [each for each in pictures if each.name not in _NOT_ON_THE_CARD],
+        "folder": PICTURES_FOLDER,
     }
-
-
-def _evaluation(facts: Facts) -> Iterator[str]:
-    if facts.text is None and not facts.tasks:
-        return
-    yield from ("## Evaluation", "")
-    if facts.text is not None:
-        text, told = facts.text, "; loss and KL divergence in nats per token, with intervals of 95 %:"
-        against = f", against {markdown(text.original_words)}" if text.compared else ""
-        yield f"On {text.text_words}{against}{told}"
-        yield ""
-        yield from table_markdown(card_table(facts.text))
-        yield ""
-    if facts.tasks:
-        yield from ("Tasks, measured by lm-evaluation-harness:", "")
-        yield from table_markdown(tasks_table(facts.tasks))
-
-
-def _generation(facts: Facts) -> Iterator[str]:
-    generation = facts.generation
-    if generation is None:
-        return
-    yield from ("## Generation", "")
-    if generation.loops:
-        yield "**This model runs into loops.** Of the continuations that were tried:"
-    elif generation.verdict == "unknown":
-        yield "Continuations that were tried, too short to show loops:"
-    else:
-        yield "Continuations that were tried loop seldom or never, or no more than the original's:"
-    yield ""
-    yield from table_markdown(generation_table(generation))
-    if generation.advice:
-        yield from ("", "What helps:" if generation.loops else "Remarks:", "")
-        yield from (f"- {markdown(sentence)}" for sentence in generation.advice)
-    if generation.notes:
-        yield ""
-        yield from (markdown(sentence) for sentence in generation.notes)
-
-
-def _pictures(pictures: Sequence[Picture], folder: str) -> Iterator[str]:
-    shown = [each for each in pictures if each.name not in _NOT_ON_THE_CARD]
-    if not shown:
-        return
-    yield from ("## Pictures", "", "`report.html` has them with all their numbers.", "")
-    for each in shown:
-        yield from (f"![{markdown(each.alt)}]({folder}/{each.name}.png)", "")
-
-
-PAGE_NAME, PICTURES_FOLDER, CARD_NAME = "report.html", "pictures", "README.md"
+    return {name: render("card_sections.md.j2", section=name, **values) for name in SECTIONS}
 
 
 def write_report(output: Path) -> Path:
-    """Make the report of the model in `output`, in the place of an earlier one; returns where it lies.
+    """Make the report of the model in `output`, in the place of an earlier one; returns its path.
 
-    It is a function of what lies in the folder, and of the log beside it. Nothing is written before all of it is made,
-    and every file whole or not at all; of the card only the report's own sections change. Raises ReportError,
-    ScoresError or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
+    It is a function of what is in the folder, and of the log beside it. Nothing is written before all of it is made,
+    and no file is ever incomplete; of the card only the report's own sections change. Raises ReportError, ScoresError
+    or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
     """
     facts = read_facts(output)
-    parts = list(parts_of_report(facts))
-    pictures = [picture(part.name, part.alt, part.draw) for part in parts if part.draw is not None]
-    loops = facts.generation is not None and facts.generation.loops
-    text = page(facts.name, list(summary_rows(facts)), parts, {each.name: each for each in pictures}, loops)
-    card = _card(output / CARD_NAME, card_sections(facts, pictures, PICTURES_FOLDER))
+    sections = list(sections_of(facts))
+    pictures = [picture(each.name, each.alt, each.draw) for each in sections if each.draw is not None]
+    text = page(facts, sections, {each.name: each for each in pictures})
+    card = _card(output / CARD_NAME, card_sections(facts, pictures))
     with writing(f"Writing the report to {output}", output):
         _write_pictures(output / PICTURES_FOLDER, pictures)
         write_whole(output / PAGE_NAME, text.encode())
@@ -152,7 +105,7 @@ def write_report(output: Path) -> Path:
     return output / PAGE_NAME
 
 
-def _card(path: Path, sections: dict[str, str]) -> bytes | None:
+def _card(path: Path, sections: Mapping[str, str]) -> bytes | None:
     """The card with the sections; None where there is none, or nothing would change in it."""
     if not path.is_file():
         return None
@@ -162,14 +115,10 @@ def _card(path: Path, sections: dict[str, str]) -> bytes | None:
     return new if new != old else None
 
 
-def _write_pictures(folder: Path, pictures: list[Picture]) -> None:
+def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     folder.mkdir(exist_ok=True)
     for each in pictures:
         write_whole(folder / f"{each.name}.png", each.png)
-    # Those of an earlier report which this one has no more.
+    # Those of an earlier report which this one does not have.
     for name in ALL_PICTURES - {each.name for each in pictures}:
         (folder / f"{name}.png").unlink(missing_ok=True)
-
-
-#: Every picture that a report may have.
-ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
