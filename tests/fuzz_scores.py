@@ -38,7 +38,7 @@ def score_targets(folder: Path) -> list[Target]:
 
 def _files(folder: Path) -> list[Target]:
     path = folder / "scores.safetensors"
-    write_scores(path, make_scores(blocks=(0, 3), experts=6, per_source=(9, 9)))
+    write_scores(path, make_scores(layers=(0, 3), experts=6, per_source=(9, 9)))
     valid = path.read_bytes()
     length = int.from_bytes(valid[:8], "little")
     header, rest = json.loads(valid[8 : 8 + length]), valid[8 + length :]

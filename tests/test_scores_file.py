@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,9 +19,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from streamprune.errors import OutputError, ScoresError
+from streamprune.reporting.record import check_provenance
 from streamprune.saliency.scores import COUNTS, FIELDS, LayerStatistics, Scores
 from streamprune.saliency.scores_file import MOST_BYTES, SCORES_FOLDER, SCORES_NAME, read_scores, write_scores
 from tests.made_scores import make_scores
+
+FORMAT_1 = Path(__file__).parent / "scores_format_1.safetensors"
+#: The values of all its layers.
+DIGEST = "8e7b84c2006d58f2c5d776d7a7ad6b4f884781ddaa236de9dc0c26e67ee73546"
 
 
 def same(one: Scores, other: Scores) -> bool:
@@ -28,6 +34,25 @@ def same(one: Scores, other: Scores) -> bool:
         left.index == right.index and left.values.tobytes() == right.values.tobytes()
         for left, right in zip(one.layers, other.layers, strict=True)
     )
+
+
+def test_a_file_of_format_1_is_read_and_written_as_the_present_one(tmp_path: Path) -> None:
+    """The file was written by `streamprune score` of version 0.1.0."""
+    scores = read_scores(FORMAT_1)
+    assert scores.layer_indices == (0, 1, 2, 3)
+    assert dict(zip(scores.sources, scores.source_tokens, strict=True)) == {"code.jsonl": 96, "prose.jsonl": 96}
+    assert (scores.spec.count, scores.spec.top_k) == (8, 2)
+    check_provenance(scores)
+    assert scores.layout is not None
+    values = np.stack([layer.values for layer in scores.layers])
+    # Every token chooses two experts, one of them first.
+    np.testing.assert_array_equal(values[:, 0].sum(axis=2), np.full((4, 2), 192))
+    np.testing.assert_array_equal(values[:, 8].sum(axis=2), np.full((4, 2), 96))
+    assert hashlib.sha256(values.tobytes()).hexdigest() == DIGEST
+    write_scores(tmp_path / "s", scores)
+    assert same(read_scores(tmp_path / "s"), scores)
+    old, new = FORMAT_1.read_bytes(), (tmp_path / "s").read_bytes()
+    assert new == old.replace(b'"streamprune_scores":"1"', b'"streamprune_scores":"2"')
 
 
 @pytest.mark.parametrize("layout", [None, {"fused": {"3": ["gate_up_proj", 0]}}])
@@ -72,7 +97,7 @@ def test_any_safetensors_reader_understands_it(tmp_path: Path) -> None:
             np.testing.assert_array_equal(tensor, values)
     with safe_open(tmp_path / "s", "np") as opened:
         metadata = opened.metadata()
-    assert metadata["streamprune_scores"] == "1"
+    assert metadata["streamprune_scores"] == "2"
     assert json.loads(metadata["fields"]) == FIELDS
     assert json.loads(metadata["sources"])[1] == {"name": "source1", "tokens": 60}
     assert json.loads(metadata["provenance"])["calibration"]["recipe"] == "Größe"
@@ -110,12 +135,13 @@ WRONG: list[tuple[Callable[[Scores], Scores], str]] = [
     (lambda s: replace(s, sources=("a",)), "1 sources with 2 token counts"),
     (lambda s: replace(s, sources=("a", "a")), "same name"),
     (lambda s: replace(s, sources=("a", "b\n")), "cannot be named"),
-    (lambda s: replace(s, sources=("a", "")), "cannot be named"),
-    (lambda s: replace(s, source_tokens=(40, 0)), "source source1 has 0 tokens"),
+    (lambda s: replace(s, sources=("a", "")), "length >= 1"),
+    (lambda s: replace(s, sources=("a", " ")), "cannot be named"),
+    (lambda s: replace(s, source_tokens=(40, 0)), r"`int` >= 1 - at `\$.sources\[1\].tokens`"),
     (lambda s: replace(s, spec=replace(s.spec, count=13)), r"statistics \(9, 2, 12\) instead of \(9, 2, 13\)"),
-    (lambda s: replace(s, spec=replace(s.spec, top_k=13)), "no router picks experts like this"),
-    (lambda s: replace(s, spec=replace(s.spec, groups=5)), "no router picks experts like this"),
-    (lambda s: replace(s, layers=()), "no numbers of layers"),
+    (lambda s: replace(s, spec=replace(s.spec, top_k=13)), "no router picks 13 of 12 experts"),
+    (lambda s: replace(s, spec=replace(s.spec, groups=5)), "no router picks 2 of 12 experts, in 1 of 5 groups"),
+    (lambda s: replace(s, layers=()), r"length >= 1 - at `\$.blocks`"),
     (lambda s: replace(s, layers=s.layers[::-1]), "not in ascending order"),
 ]  # fmt: skip
 
@@ -165,33 +191,37 @@ SPEC = {"path": [], "attribute": "n", "count": 12, "top_k": 2, "groups": 1, "top
 @pytest.mark.parametrize(
     ("change", "cut", "message"),
     [
-        (meta("streamprune_scores", "2"), 0, "format '2', but this version of streamprune reads 1"),
+        (meta("streamprune_scores", "3"), 0, "format '3', but this version of streamprune reads 1 and 2"),
         (meta("streamprune_scores", 1), 0, "format 1, but this version"),
         (lambda header: header.pop("__metadata__") and None, 0, "holds no scores"),
         (lambda header: header["__metadata__"].pop("streamprune_scores") and None, 0, "holds no scores"),
-        (lambda header: header["__metadata__"].pop("blocks") and None, 0, "metadata 'blocks' are None"),
+        (lambda header: header["__metadata__"].pop("blocks") and None, 0, "missing required field `blocks`"),
         (meta("blocks", "[1, 2, 3, 4, 5]"), 0, "for 5 layers with 9 fields each it lacks 9 tensors"),
         (meta("blocks", "[1, 2, 3]"), 0, "has the unknown 'layers.4"),
-        (meta("blocks", "[]"), 0, "no numbers of layers"),
-        (meta("blocks", "[1, 2, 3, 1e9]"), 0, "no numbers of layers"),
+        (meta("blocks", "[]"), 0, r"length >= 1 - at `\$.blocks`"),
+        (meta("blocks", "[1, 2, 3, 1e9]"), 0, r"Expected `int`, got `float` - at `\$.blocks\[3\]`"),
         (meta("blocks", "[1, 3, 2, 4]"), 0, "ascending"),
-        (meta("sources", "[]"), 0, "0 sources"),
-        (meta("sources", '[{"name": "a"}, {"name": "b"}]'), 0, "metadata 'sources'"),
+        (meta("sources", "[]"), 0, r"length >= 1 - at `\$.sources`"),
+        (meta("sources", '[{"name": "a"}, {"name": "b"}]'), 0, "missing required field `tokens`"),
         (meta("sources", '[{"name": "a", "tokens": 40}]'), 0, r"F64 \(2, 12\) instead|I64 \(2, 12\) instead"),
-        (meta("sources", '[{"name": 1, "tokens": 40}, {"name": "b", "tokens": 60}]'), 0, "cannot be named"),
-        (meta("sources", '[{"name": "a", "tokens": true}, {"name": "b", "tokens": 60}]'), 0, "has True tokens"),
+        (meta("sources", '[{"name": 1, "tokens": 40}, {"name": "b", "tokens": 60}]'), 0, "Expected `str`, got `int`"),
+        (
+            meta("sources", '[{"name": "a", "tokens": true}, {"name": "b", "tokens": 60}]'),
+            0,
+            "Expected `int`, got `bool`",
+        ),
         (meta("sources", '[{"name": "\\ud800", "tokens": 40}, {"name": "b", "tokens": 60}]'), 0, "'sources'"),
-        (meta("experts", json.dumps(SPEC | {"count": 10**9})), 0, "no router picks"),
-        (meta("experts", json.dumps(SPEC | {"top_k": 0})), 0, "no router picks"),
-        (meta("experts", json.dumps(SPEC | {"path": "text_config"})), 0, "no router picks"),
-        (meta("experts", json.dumps(SPEC | {"more": 1})), 0, "described by"),
-        (meta("experts", "[]"), 0, "metadata 'experts'"),
+        (meta("experts", json.dumps(SPEC | {"count": 10**9})), 0, r"`int` <= .* - at `\$.experts.count`"),
+        (meta("experts", json.dumps(SPEC | {"top_k": 0})), 0, r"`int` >= 1 - at `\$.experts.top_k`"),
+        (meta("experts", json.dumps(SPEC | {"path": "text_config"})), 0, "Expected `array`, got `str`"),
+        (meta("experts", json.dumps(SPEC | {"more": 1})), 0, "unknown field `more`"),
+        (meta("experts", "[]"), 0, r"got `array` - at `\$.experts`"),
         (meta("provenance", '{"a": NaN}'), 0, "metadata 'provenance'"),
         (meta("provenance", '{"a": 1e999}'), 0, "metadata 'provenance'"),
         (meta("provenance", '{"a": ' + "[" * 100_000), 0, "metadata 'provenance'"),
         (meta("provenance", '{"a": 1, "a": 2}'), 0, "metadata 'provenance'"),
         (meta("provenance", 3), 0, "metadata 'provenance'"),
-        (meta("layout", "[]"), 0, "metadata 'layout'"),
+        (meta("layout", "[]"), 0, r"got `array` - at `\$.layout`"),
         (last_tensor(dtype="F64"), 0, r"layers.4.top_choices is F64"),
         (last_tensor(dtype="XYZ"), 0, "unknown dtype 'XYZ'"),
         (last_tensor(shape=[12, 2]), 0, r"\(12, 2\) instead of I64 \(2, 12\)"),

@@ -1,11 +1,11 @@
 """The file of scores: one small safetensors file, made to be shared. Imports no torch.
 
-It holds a tensor per layer and field of `statistics.FIELDS`, for example `layers.3.gated_norms`: a row per source of
-the calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. Its metadata are
+It holds a tensor per layer and field of `scores.FIELDS`, for example `layers.3.gated_norms`: a row per source of the
+calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. Its metadata are
 
-- `streamprune_scores`: the number of the format, 1;
+- `streamprune_scores`: the number of the format;
 - `about`, `fields`: what this is, and what each field is, for whoever opens the file;
-- `blocks`: the numbers of the layers; `sources`: name and tokens of each source, in the order of the rows;
+- `blocks`: the indices of the layers; `sources`: name and tokens of each source, in the order of the rows;
 - `experts`: how the model's config states its experts; `provenance`: model, calibration, versions;
 - `layout` (optional): which tensors of the checkpoint hold the experts.
 
@@ -19,31 +19,28 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_whole, writing
 from streamprune.files.json_text import parse_json, show
-from streamprune.saliency.scores import (
-    COUNTS,
-    FIELDS,
-    LayerStatistics,
-    Scores,
-    check_layer,
-    check_layers,
-    check_sources,
-    check_spec,
-)
+from streamprune.models.config_json import MOST_BLOCKS, MOST_EXPERTS, ExpertSpec
+from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
 
 SCORES_NAME = "scores.safetensors"
 #: Where they lie in a pruned model's folder: not beside the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
-FORMAT = 1
+#: The format that is written. Format 1, of streamprune 0.1.0, differs in nothing but this number.
+FORMAT = 2
+READABLE_FORMATS = ("1", "2")
 #: 94 layers with 512 experts each and 30 sources take 100 MB; a real file has a few.
 MOST_BYTES = 2**29
 MOST_HEADER_BYTES = 2**26
@@ -53,6 +50,52 @@ _ABOUT = (
     "Tensors layers.N.FIELD have a row per source and a column per expert."
 )
 _DTYPES: dict[bool, tuple[str, str]] = {True: ("I64", "<i8"), False: ("F64", "<f8")}
+
+_Index = Annotated[int, Meta(ge=0, le=MOST_BLOCKS)]
+_Count = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
+
+
+class _Source(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    tokens: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable() or not self.name.strip():
+            raise ValueError(f"a source cannot be named {show(self.name)}")
+
+
+class _Experts(msgspec.Struct, forbid_unknown_fields=True):
+    """`ExpertSpec` in the file."""
+
+    path: list[str]
+    attribute: str
+    count: _Count
+    top_k: _Count
+    groups: _Count
+    topk_groups: _Count
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.count or self.count % self.groups or self.topk_groups > self.groups:
+            raise ValueError(
+                f"no router picks {self.top_k} of {self.count} experts, in {self.topk_groups} of {self.groups} groups"
+            )
+
+
+class _Metadata(msgspec.Struct):
+    """What the metadata say, whoever wrote them: checked before scores are written, and when they are read."""
+
+    blocks: Annotated[list[_Index], Meta(min_length=1)]
+    sources: Annotated[list[_Source], Meta(min_length=1, max_length=1000)]
+    experts: _Experts
+    provenance: dict[str, Any]
+    layout: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if any(left >= right for left, right in pairwise(self.blocks)):
+            raise ValueError(f"the layers are not in ascending order: {show(self.blocks)}")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources have the same name: {show(sorted(names))}")
 
 
 def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
@@ -80,37 +123,51 @@ def _may_be_scores(path: Path) -> bool:
 
 
 def write_scores(path: Path, scores: Scores) -> None:
-    """Write `scores` to `path`, whole or not at all.
+    """Write `scores` to `path`, complete or not at all.
 
     Raises ScoresError if they are not what `read_scores` would accept, OutputError or ResourceError if the disk fails.
     """
-    _check(scores)
-    with writing("Writing the scores", path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream_whole(path, [_header(scores), *_bytes_of(scores)])
-
-
-def _check(scores: Scores) -> None:
-    check_sources(scores.sources, scores.source_tokens)
-    check_spec(scores.spec)
-    check_layers(scores.layer_indices)
+    metadata = _metadata_of(scores)
+    # As whoever reads them will.
+    _checked_metadata(metadata)
     for layer in scores.layers:
         check_layer(layer, scores.source_tokens, scores.spec.count)
+    with writing("Writing the scores", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream_whole(path, [_header(scores, metadata), *_bytes_of(scores)])
 
 
-def _header(scores: Scores) -> bytes:
+def _metadata_of(scores: Scores) -> dict[str, str]:
+    if len(scores.sources) != len(scores.source_tokens):
+        raise ScoresError(
+            f"{len(scores.sources)} sources with {len(scores.source_tokens)} token counts are no calibration. Score "
+            "the model again."
+        )
+    named = zip(scores.sources, scores.source_tokens, strict=True)
     metadata = {
-        _MARK: str(FORMAT),
-        "about": _ABOUT,
-        "fields": _json(FIELDS),
-        "blocks": _json(scores.layer_indices),
-        "sources": _json([{"name": n, "tokens": t} for n, t in zip(scores.sources, scores.source_tokens, strict=True)]),
-        "experts": _json(asdict(scores.spec)),
-        "provenance": _json(scores.provenance),
+        "blocks": scores.layer_indices,
+        "sources": [{"name": name, "tokens": tokens} for name, tokens in named],
+        "experts": asdict(scores.spec),
+        "provenance": scores.provenance,
+        **({"layout": scores.layout} if scores.layout is not None else {}),
     }
-    if scores.layout is not None:
-        metadata["layout"] = _json(scores.layout)
-    header: dict[str, Any] = {"__metadata__": metadata}
+    return {name: _json(value) for name, value in metadata.items()}
+
+
+def _checked_metadata(metadata: Mapping[str, Any]) -> _Metadata:
+    """What the metadata say. Raises ScoresError for what the metadata of scores cannot be."""
+    values = {name: _value(metadata, name) for name in _Metadata.__struct_fields__ if name in metadata}
+    try:
+        return msgspec.convert(values, _Metadata)
+    except msgspec.ValidationError as error:
+        raise ScoresError(f"its metadata cannot be those of scores: {error}. Score the model again.") from None
+
+
+def _header(scores: Scores, metadata: Mapping[str, str]) -> bytes:
+    """The file's beginning: the length of the header, and the header, filled up to a multiple of eight bytes."""
+    header: dict[str, Any] = {
+        "__metadata__": {_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(FIELDS), **metadata}
+    }
     shape = [len(scores.sources), scores.spec.count]
     position, size = 0, 8 * shape[0] * shape[1]
     for index in scores.layer_indices:
@@ -193,50 +250,47 @@ def _parse(path: Path, data: bytes) -> Scores:
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or _MARK not in metadata:
         raise ScoresError("this safetensors file holds no scores. Give the file that `streamprune score` wrote.")
-    if metadata[_MARK] != str(FORMAT):
+    if metadata[_MARK] not in READABLE_FORMATS:
         raise ScoresError(
-            f"the scores have format {show(metadata[_MARK])}, but this version of streamprune reads {FORMAT}. Update "
-            "streamprune, or score the model again."
+            f"the scores have format {show(metadata[_MARK])}, but this version of streamprune reads "
+            f"{' and '.join(READABLE_FORMATS)}. Update streamprune, or score the model again."
         )
     return _scores_of(metadata, {entry.name: entry for entry in entries}, data)
 
 
 def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], data: bytes) -> Scores:
-    names, tokens = check_sources(*_sources(_value(metadata, "sources", list)))
-    spec = check_spec(_value(metadata, "experts", dict))
-    indices = check_layers(_value(metadata, "blocks", list))
-    expected = {_tensor_name(index, name) for index in indices for name in FIELDS}
+    facts = _checked_metadata(metadata)
+    spec = ExpertSpec(**msgspec.structs.asdict(facts.experts) | {"path": tuple(facts.experts.path)})
+    sources = tuple(source.name for source in facts.sources)
+    tokens = tuple(source.tokens for source in facts.sources)
+    expected = {_tensor_name(index, name) for index in facts.blocks for name in FIELDS}
     if expected != entries.keys():
         missing, more = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
         what = f"lacks {len(missing)} tensors, first {missing[0]}" if missing else f"has the unknown {show(more[0])}"
-        raise _damaged(f"for {len(indices)} layers with {len(FIELDS)} fields each it {what}")
+        raise _damaged(f"for {len(facts.blocks)} layers with {len(FIELDS)} fields each it {what}")
     layers = []
-    for index in indices:
-        tensors = [_tensor(entries[_tensor_name(index, name)], name, (len(names), spec.count), data) for name in FIELDS]
+    for index in facts.blocks:
+        shape = (len(sources), spec.count)
+        tensors = [_tensor(entries[_tensor_name(index, name)], name, shape, data) for name in FIELDS]
         layer = LayerStatistics(index, np.stack(tensors))
         check_layer(layer, tokens, spec.count)
         layers.append(layer)
-    layout = _value(metadata, "layout", dict) if "layout" in metadata else None
-    return Scores(tuple(layers), names, tokens, spec, _value(metadata, "provenance", dict), layout)
+    layout = None if facts.layout is msgspec.UNSET else facts.layout
+    return Scores(tuple(layers), sources, tokens, spec, facts.provenance, layout)
 
 
-def _value(metadata: Mapping[str, Any], name: str, kind: type) -> Any:
-    text = metadata.get(name)
+def _value(metadata: Mapping[str, Any], name: str) -> Any:
+    """The JSON that the metadata hold under a name."""
+    text = metadata[name]
     try:
-        value = parse_json(text.encode(), unique=True) if isinstance(text, str) else None
-        # Infinity and NaN, which Python reads, are no JSON, and 1e999 would be written as such again.
+        if not isinstance(text, str):
+            raise ValueError("no text")
+        value = parse_json(text.encode(), unique=True)
+        # Infinity and NaN, which Python reads, are not JSON, and 1e999 would be written as such again.
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise _damaged(f"its metadata {name!r} are {show(text)}")
+        raise _damaged(f"its metadata {name!r} are {show(text)}") from None
     return value
-
-
-def _sources(listed: list[Any]) -> tuple[list[Any], list[Any]]:
-    if not all(isinstance(source, dict) and source.keys() == {"name", "tokens"} for source in listed):
-        raise _damaged(f"its metadata 'sources' are {show(listed)}")
-    return [source["name"] for source in listed], [source["tokens"] for source in listed]
 
 
 def _tensor(entry: TensorEntry, name: str, shape: tuple[int, int], data: bytes) -> NDArray[np.float64]:
