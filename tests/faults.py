@@ -78,18 +78,19 @@ def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, **settin
 
 @contextmanager
 def breaking_at(block: int) -> Iterator[None]:
-    """Raise Injected when a block is about to be scored."""
-    from streamprune.streaming.scoring import LayerScorer
+    """Raise Injected when a layer is about to be scored."""
+    from streamprune.streaming.layer_loop import LayerLoop
+    from streamprune.streaming.stages import LayerTask
 
-    usual = LayerScorer.score_block
+    usual = LayerLoop.run_layer
 
-    def score_block(self: LayerScorer, index: int) -> Any:
-        if index == block:
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        if task.index == block and not task.replayed:
             raise Injected
-        return usual(self, index)
+        usual(self, task, following)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerScorer, "score_block", score_block)
+        patch.setattr(LayerLoop, "run_layer", run_layer)
         yield
 
 

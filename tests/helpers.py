@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import RunSettings
 from streamprune.models.config import load_config
+from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.run import run
@@ -25,8 +26,7 @@ from streamprune.planning.pruning_plan import plan_pruning
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics
 from streamprune.saliency.statistics import ExpertStatistics
-from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
@@ -77,24 +77,24 @@ def load_as_declared(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[int, LayerStatistics]]:
-    """Logits of a model streamed block by block, with every MoE block scored on the way."""
+    """Logits of a model streamed layer by layer, with every MoE layer scored on the way."""
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder), dtype)
-    loader = LayerLoader(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype, CPU)
+    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype)
+    weights = LayerWeights(opened, CPU)
     taps = tap_experts({index: skeleton.blocks[index].get_submodule(path) for index, path in skeleton.experts.items()})
-    stream = LayerForward(skeleton)
-    loader.load_surroundings(head=True)
+    weights.load_non_layer_weights(head=True)
     state = BatchState()
     statistics = {}
     for index in range(skeleton.layer_count):
-        with loader.block(index) as block, ExitStack() as stack:
+        with weights.layer(index) as layer, ExitStack() as stack:
             if index in taps:
-                stack.enter_context(taps[index].listening(block))
+                stack.enter_context(taps[index].listening(layer))
                 taps[index].statistics = heard = ExpertStatistics(skeleton.spec.count, CPU)
-            state = stream.run_layer(index, block, ids, state)
+            state = weights.forward.run_layer(index, layer, ids, state)
             if index in taps:
                 statistics[index] = heard.of_layer(index)
-    return stream.logits(ids, state), statistics
+    return weights.forward.logits(ids, state), statistics
 
 
 def field_of(layer: LayerStatistics, name: str) -> list[float]:

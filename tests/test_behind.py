@@ -17,9 +17,9 @@ import pytest
 
 from streamprune.errors import InterruptedRunError, OutputError, ResourceError
 from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.run_layers import BackgroundWriter
 from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.layer_loop import BackgroundWriter
-from streamprune.streaming.scoring import LayerScorer
+from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.work.folder import WorkFolder
 from tests.faults import Case, make_case, trap
 from tests.handshakes import PATIENCE, Points
@@ -48,9 +48,9 @@ def test_work_behind_is_done_in_order_one_piece_at_a_time(points: Points) -> Non
 
         return work
 
-    with BackgroundWriter() as behind:
+    with BackgroundWriter() as writer:
         for number in range(5):
-            behind.hand(piece(number))
+            writer.submit(piece(number))
             # It goes on meanwhile; the next one is not begun before its end.
             points.reach("handed", number)
     assert [point for point in points.seen if point[0] != "handed"] == [
@@ -64,17 +64,17 @@ def test_an_error_behind_is_raised_by_the_next_call_and_once() -> None:
     def fail() -> None:
         raise OSError("behind")
 
-    with BackgroundWriter() as behind:
-        behind.hand(fail)
+    with BackgroundWriter() as writer:
+        writer.submit(fail)
         with pytest.raises(OSError, match="behind"):
-            behind.hand(lambda: done.append(1))
-        behind.wait()
+            writer.submit(lambda: done.append(1))
+        writer.wait()
         assert done == [], "what comes after a failure is not begun"
-        behind.hand(lambda: done.append(2))
-        behind.wait()
-        behind.hand(fail)
+        writer.submit(lambda: done.append(2))
+        writer.wait()
+        writer.submit(fail)
         with pytest.raises(OSError, match="behind"):
-            behind.wait()
+            writer.wait()
     assert done == [2]
 
 
@@ -87,12 +87,12 @@ def test_leaving_waits_and_raises_unless_the_block_has_an_error_of_its_own() -> 
         ended.append(True)
         raise OSError("behind")
 
-    with pytest.raises(OSError, match="behind"), BackgroundWriter() as behind:  # noqa: PT012 (leaving raises)
-        behind.hand(fail)
+    with pytest.raises(OSError, match="behind"), BackgroundWriter() as writer:  # noqa: PT012 (leaving raises)
+        writer.submit(fail)
         go_on.set()
     go_on.clear()
-    with pytest.raises(KeyError, match="its own"), BackgroundWriter() as behind:  # noqa: PT012
-        behind.hand(fail)
+    with pytest.raises(KeyError, match="its own"), BackgroundWriter() as writer:  # noqa: PT012
+        writer.submit(fail)
         threading.Timer(0.05, go_on.set).start()
         raise KeyError("its own")
     assert ended == [True, True], "no piece is left under way"
@@ -141,7 +141,7 @@ def test_a_stop_while_a_block_is_written_waits_for_it(
 
     around(LayerForward, "run_layer", computes)
     around(OutputWriter, "write_layer", writes)
-    with pytest.raises(InterruptedRunError, match=f"2 of {BLOCKS} blocks are done"):
+    with pytest.raises(InterruptedRunError, match=f"2 of {BLOCKS} layers are done"):
         case.run()
     monkeypatch.undo()
     assert sorted(path.name for path in (case.work / "layers").glob("0*.json")) == ["00000.json", "00001.json"]
@@ -176,7 +176,7 @@ def test_states_are_never_saved_ahead_of_a_block_without_record(
 ) -> None:
     at: list[tuple[int, set[int]]] = []
     slow_to_write(points, around)
-    around(LayerScorer, "save", lambda scorer, work: at.append((scorer._point.block, recorded(work))))
+    around(LayerLoop, "save", lambda loop, work: at.append((loop.point.layer, recorded(work))))
     case.run(checkpoint_every=0.0)
     assert at == [(block, set(range(block))) for block in range(1, BLOCKS)]
     monkeypatch.undo()
@@ -188,7 +188,7 @@ import json, os, signal, sys
 from tests.handshakes import Points, wrapping
 from tests.test_behind import slow_to_write
 from tests.faults import Case
-from streamprune.streaming.scoring import LayerScorer
+from streamprune.streaming.layer_loop import LayerLoop
 from pathlib import Path
 import pytest
 
@@ -201,7 +201,7 @@ def kill(*_):
 
 around = wrapping(pytest.MonkeyPatch())
 slow_to_write(Points(), around)
-around(LayerScorer, "save", lambda *_: None, kill)
+around(LayerLoop, "save", lambda *_: None, kill)
 model, tokens, output, settings = sys.argv[1:]
 Case(Path(model), Path(tokens), Path(output), {**json.loads(settings), "checkpoint_every": 0.0}, {}).run()
 """

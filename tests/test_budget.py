@@ -155,7 +155,7 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(tmp_path: Path, monkeypatch
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run reads no weights")
 
-    monkeypatch.setattr("streamprune.streaming.layer_loader.LayerLoader.__init__", read)
+    monkeypatch.setattr("streamprune.streaming.layer_weights.LayerWeights.__init__", read)
     before = sorted(tmp_path.rglob("*"))
     gib = budget_for(read_footprint(str(source)), 4)
     arguments = ["run", str(source), "-o", str(tmp_path / "out"), "--context", "128", "--dry-run", "--json"]

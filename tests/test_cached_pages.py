@@ -25,7 +25,7 @@ from streamprune.files.page_cache import (
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config, write_token_ids
@@ -192,7 +192,7 @@ def test_a_block_that_was_read_ahead_and_is_given_up_does_not_stay(
     model: Model, asked_out: Callable[[Pages], Pages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is so short that the next block must make room: it is read again, and put out again."""
-    usual, drop, failed, seen = LayerForward.run_layer, LayerLoader.drop_ahead, list[int](), list[int]()
+    usual, drop, failed, seen = LayerForward.run_layer, LayerWeights.free_prefetched, list[int](), list[int]()
     asked = asked_out({})
 
     def run_layer(self: LayerForward, index: int, *arguments: Any) -> BatchState:
@@ -201,8 +201,8 @@ def test_a_block_that_was_read_ahead_and_is_given_up_does_not_stay(
             raise MemoryError
         return usual(self, index, *arguments)
 
-    def drop_ahead(self: LayerLoader) -> bool:
-        for reading in self._ahead.values():
+    def free_prefetched(self: LayerWeights) -> bool:
+        for reading in self._prefetched.values():
             reading.wait()
         before = sum(map(len, asked.values()))
         dropped = drop(self)
@@ -211,7 +211,7 @@ def test_a_block_that_was_read_ahead_and_is_given_up_does_not_stay(
         return dropped
 
     monkeypatch.setattr(LayerForward, "run_layer", run_layer)
-    monkeypatch.setattr(LayerLoader, "drop_ahead", drop_ahead)
+    monkeypatch.setattr(LayerWeights, "free_prefetched", free_prefetched)
     model.empty()
     model.run(tmp_path / "out", keep=5)
     (pages_out,) = seen

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from streamprune.checkpoint.index import INDEX_NAME
 from streamprune.cli import main
 from streamprune.output.writer import OutputWriter
-from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.streaming.layer_weights import LayerWeights
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -86,7 +86,7 @@ def test_run_refuses_before_any_weight_is_read(
     shutil.copytree(sharded, folder)
     harm(folder)
     started: list[str] = []
-    monkeypatch.setattr(LayerLoader, "__init__", lambda *args: started.append("loading"))
+    monkeypatch.setattr(LayerWeights, "__init__", lambda *args: started.append("loading"))
     monkeypatch.setattr(OutputWriter, "__init__", lambda *args: started.append("writing"))
     assert reason in invoke(folder, tmp_path)
     assert not started

@@ -20,7 +20,7 @@ from streamprune.progress import Progress
 from streamprune.reporting.evaluations import TEXT_NAME, read_result
 from streamprune.streaming.forward import ORIGINAL, PRUNED
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures, add_slice, figures_of, find_head, no_sums
-from streamprune.streaming.scoring import LayerErrors
+from streamprune.streaming.stages import LayerErrors
 from tests.helpers import known_family, load_whole, prune, tree_bytes
 from tests.hub_model import hub_for_this_process, published_model
 from tests.test_evaluate import in_memory, measured
@@ -187,18 +187,18 @@ def test_only_linear_output_heads_are_read_off(made: Path) -> None:
 @pytest.mark.parametrize(
     "saved",
     [
-        {"blocks": [[]], "partial": [0.0]},
-        {"blocks": [[0, 1.0], 7], "partial": [0.0]},
-        {"blocks": [[1, 1.0]], "partial": [0.0]},
-        {"blocks": [[0, -1.0]], "partial": [0.0]},
-        {"blocks": [[0, 1.0]], "partial": [0.0, 0.0]},
+        {"layers": [[]], "partial": [0.0]},
+        {"layers": [[0, 1.0], 7], "partial": [0.0]},
+        {"layers": [[1, 1.0]], "partial": [0.0]},
+        {"layers": [[0, -1.0]], "partial": [0.0]},
+        {"layers": [[0, 1.0]], "partial": [0.0, 0.0]},
         {"partial": [0.0]},
         None,
     ],
     ids=str,
 )
 def test_errors_that_no_run_saves_are_refused(saved: Any) -> None:
-    LayerErrors(1).check({"blocks": [[0, 1.0]], "partial": [0.0]}, 1)
+    LayerErrors(1).check({"layers": [[0, 1.0]], "partial": [0.0]}, 1)
     with pytest.raises((ValueError, KeyError, TypeError)):
         LayerErrors(1).check(saved, 1)
 
@@ -226,7 +226,7 @@ def test_a_bar_tells_of_the_blocks_and_of_the_predictions(made: Path, monkeypatc
     monkeypatch.setattr(Progress, "start", start)
     monkeypatch.setattr(Progress, "step", step)
     measured(made / "out", made / "model", made / "held.jsonl")
-    assert labels == [*(f"block {number}/4" for number in (1, 2, 3, 4)), "predictions"]
+    assert labels == [*(f"layer {number}/3" for number in range(4)), "predictions"]
     assert left == [0] * 5
 
 

@@ -15,7 +15,6 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
 from streamprune.errors import CalibrationError, InterruptedRunError, OutputError, SettingsError, TooMuchLostError
 from streamprune.evaluation.held_out import split_held_out, write_held_out
-from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.run import resume
 from streamprune.pipeline.status import status_of, status_text
 from streamprune.reporting.evaluations import TEXT_NAME, read_result, results_folder
@@ -250,7 +249,7 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
 def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     with pytest.raises(
-        TooMuchLostError, match=r"Behind block 1 of 4 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
+        TooMuchLostError, match=r"Behind layer 0/3 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
     ) as told:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4
@@ -325,19 +324,19 @@ def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
     """Room for a block beside its pruned self, and for two states of what is held back."""
     from streamprune.pipeline.run_evaluation import RunEvaluation
 
-    usual, plans = RunEvaluation.settle, []
+    usual, plans = RunEvaluation.complete, []
 
-    def settle(self: RunEvaluation, decided: Any, plan: MemoryPlan, *more: Any) -> None:
-        plans.append(plan)
-        usual(self, decided, plan, *more)
+    def complete(self: RunEvaluation, choice: Any) -> None:
+        plans.append(self._runtime.plan)
+        usual(self, choice)
 
-    monkeypatch.setattr(RunEvaluation, "settle", settle)
-    for place, choice in (("beside", {}), ("behind", {"schedule": "global"})):
+    monkeypatch.setattr(RunEvaluation, "complete", complete)
+    for place, choice in (("during", {}), ("after", {"schedule": "global"})):
         made.at(tmp_path / place).run(**choice)
-    beside, behind = (plan.needs for plan in plans)
-    assert (behind.sides, behind.states) == (beside.sides, beside.states)
+    during, after = (plan.needs for plan in plans)
+    assert (after.sides, after.states) == (during.sides, during.states)
     # Before it is known how many experts stay of a block, all may.
-    assert behind.block > beside.block
+    assert after.block > during.block
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
 from streamprune.pipeline.finish import RunResult
 from streamprune.progress import Progress
 from streamprune.streaming import batches
-from streamprune.streaming.batches import MicroBatches
+from streamprune.streaming.batches import MicroBatches, Runtime
 from streamprune.streaming.forward import LayerForward
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prune
@@ -154,8 +154,8 @@ def test_shrinking_is_told_once_recorded_and_kept_for_the_run(
     assert result.exit_code == 0, result.output
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: out of memory")]
     assert notes == [
-        "note: out of memory in block 0 with 4 sequences at a time; going on with 2.",
-        "note: out of memory in block 0 with 2 sequences at a time; going on with 1.",
+        "note: out of memory in layer 0 with 4 sequences at a time; going on with 2.",
+        "note: out of memory in layer 0 with 2 sequences at a time; going on with 1.",
     ]
     summary = json.loads(result.stdout)
     assert [shrink["to"] for shrink in summary["shrinks"]] == [2, 1]
@@ -220,7 +220,7 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
 ) -> None:
     from transformers.core_model_loading import MergeModulelist
 
-    from streamprune.streaming import layer_loader as blocks
+    from streamprune.streaming import layer_weights
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -229,13 +229,13 @@ def test_out_of_memory_while_weights_are_loaded_names_the_block(
         # transformers catches what goes wrong here and goes on.
         monkeypatch.setattr(MergeModulelist, "convert", fail)
     else:
-        plain = blocks.LayerLoader._load
+        plain = layer_weights.LayerWeights._load
         monkeypatch.setattr(
-            blocks.LayerLoader,
+            layer_weights.LayerWeights,
             "_load",
             lambda self, reading, groups, index: fail() if index == 2 else plain(self, reading, groups, index),
         )
-    words = rf"Out of memory on cpu while loading the weights of block {0 if inside else 2} \(.*2.00 GiB"
+    words = rf"Out of memory on cpu while loading the weights of layer {0 if inside else 2} \(.*2.00 GiB"
     with pytest.raises(ResourceError, match=words):
         prune(model, tmp_path / "out")
     assert (tmp_path / "out.work").exists() is not inside, "finished blocks are kept"
@@ -250,7 +250,8 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
     def carry(states: str) -> tuple[MicroBatches, list[int], str]:
         shown, committed = io.StringIO(), []
         settings = RunSettings(model="m", output=tmp_path, keep=4, states=states)
-        micro = MicroBatches(settings, calibration, plan, CPU, Progress(1, quiet=False, stream=shown), tmp_path)
+        runtime = Runtime(settings, plan, CPU, Progress(1, quiet=False, stream=shown), tmp_path)
+        micro = MicroBatches(runtime, calibration)
 
         def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
             if micro.place == "device" and number == 2:
@@ -265,7 +266,7 @@ def test_states_leave_the_card_before_the_run_gives_up(tmp_path: Path) -> None:
     micro, committed, shown = carry("auto")
     assert micro.place == "ram"
     assert len(committed) == 8
-    assert shown == ("note: out of memory in block 0 with a single sequence; the hidden states move from cpu to RAM.\n")
+    assert shown == ("note: out of memory in layer 0 with a single sequence; the hidden states move from cpu to RAM.\n")
     assert [float(micro._states.load(number, CPU).output.mean()) for number in range(4)] == [0, 2, 4, 6]
     with pytest.raises(ResourceError, match=r"with a single sequence of 8 tokens .* --states ram"):
         carry("device")

@@ -17,7 +17,7 @@ from streamprune.config import RunSettings
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.hardware.memory_plan import Limit, Needs, Room, can_read_ahead, choose
 from streamprune.planning import memory_needs as memory_facts
-from streamprune.streaming.layer_loader import LayerLoader
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prepare_whole, prune
@@ -79,17 +79,17 @@ def test_weights_take_no_more_while_they_are_loaded_than_predicted(
     prepared = prepare_whole(settings)
     ids = torch.zeros(8, dtype=torch.long)
     predicted = memory_facts.find_needs(settings, prepared, Calibration((ids,), ("test",), (0,), ""))
-    loader = LayerLoader(prepared.checkpoint, prepared.skeleton, prepared.targets, prepared.dtype, CPU)
+    weights = LayerWeights(prepared, CPU)
     largest = 0
     for index in range(prepared.skeleton.layer_count):
-        with Peak() as peak, loader.block(index):
+        with Peak() as peak, weights.layer(index):
             pass
         largest = max(largest, peak.nbytes)
     # (Between tensors that lie in one memory there are gaps of up to 63 bytes.)
     assert 0.7 * predicted.loading < largest < predicted.loading + 4096
     with Peak() as peak:
-        loader.load_surroundings(head=False)
-    loader.close()
+        weights.load_non_layer_weights()
+    weights.close()
     assert peak.nbytes <= predicted.surroundings + predicted.loading
 
 

@@ -22,9 +22,9 @@ from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Launched, Processes, launched
 from streamprune.errors import ProcessesError
 from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
+from streamprune.planning.memory_needs import agree
 from streamprune.progress import Progress
-from streamprune.streaming.batches import MicroBatches, Stopped
-from streamprune.streaming.shared import agree
+from streamprune.streaming.batches import MicroBatches, Runtime, Stopped
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
 from streamprune.work.saved_states import BatchState
@@ -69,15 +69,15 @@ def test_one_process_is_a_case_of_several() -> None:
     values = torch.ones(3, dtype=torch.float64)
     ALONE.add_up(values, [1])
     assert values.tolist() == [1.0, 1.0, 1.0]
-    assert ALONE.same("value") == "value"
+    assert ALONE.broadcast("value") == "value"
     assert ALONE.collect(4) == [4]
     assert ALONE.mine(range(3)) == [0, 1, 2]
     assert [ALONE.asked(False), ALONE.asked(True)] == [False, True]
-    assert list(ALONE.hand_out(3, lambda number: 10 * number)) == [0, 10, 20]
+    assert list(ALONE.scatter(3, lambda number: 10 * number)) == [0, 10, 20]
     taken: list[int] = []
     pieces = ALONE.in_order([(0, 2), (1, 1), (1, 1)])
     assert [(piece.process, piece.number, piece.size) for piece in pieces] == [(0, 0, 2), (0, 1, 1), (0, 2, 1)]
-    ALONE.bring(pieces, lambda number: 10 * number, lambda piece: taken.extend(map(piece, range(3))))
+    ALONE.gather(pieces, lambda number: 10 * number, lambda piece: taken.extend(map(piece, range(3))))
     assert taken == [0, 10, 20]
 
 
@@ -137,21 +137,21 @@ import torch
 from streamprune.distributed.joining import joined
 with joined("cpu") as processes:
     assert (processes.rank, processes.count, processes.local_rank) == (rank, 3, rank)
-    assert processes.same(("first", rank)) == ("first", 0)
+    assert processes.broadcast(("first", rank)) == ("first", 0)
     assert processes.collect(rank * rank) == [0, 1, 4]
     # Sums that depend on their order: all have the same ones, and those are in the order of the ranks.
     values = torch.tensor([[1e16, 1.0, -1e16], [0.1, 0.7, 0.3]], dtype=torch.float64)[:, rank].clone()
     processes.add_up(values, maxima=[1])
     assert values.tolist() == [((1e16 + 1.0) - 1e16), 0.7], values
     sent = lambda place: ([torch.full((2, 3), place, dtype=torch.bfloat16)], {"keys": {7: (torch.arange(place), None)}})
-    got = list(processes.hand_out(7, lambda place: (rank == 0) and sent(place)))
+    got = list(processes.scatter(7, lambda place: (rank == 0) and sent(place)))
     assert len(got) == len(processes.mine(range(7)))
     for place, (rows, carried) in zip(processes.mine(range(7)), got):
         assert torch.equal(rows[0], sent(place)[0][0]) and rows[0].dtype == torch.bfloat16
         assert torch.equal(carried["keys"][7][0], torch.arange(place)) and carried["keys"][7][1] is None
     pieces = processes.in_order((place, 1) for place in processes.mine(range(7)))
     brought = []
-    processes.bring(pieces, lambda number: got[number], lambda piece: brought.extend(map(piece, range(7))))
+    processes.gather(pieces, lambda number: got[number], lambda piece: brought.extend(map(piece, range(7))))
     assert [int(rows[0][0, 0]) for rows, _ in brought] == ([] if rank else list(range(7)))
     assert not processes.asked(False)
     processes.collect(None)
@@ -183,7 +183,7 @@ def micro_batches(
 ) -> MicroBatches:
     settings = RunSettings(model="m", output=folder / "out", only_score=True)
     progress = Progress(1, quiet=True)
-    return MicroBatches(settings, text, plan(tokens), CPU, progress, folder, stop, processes=processes)
+    return MicroBatches(Runtime(settings, plan(tokens), CPU, progress, folder, stop, processes=processes), text)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -204,9 +204,9 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
         batches.run(0, compute, lambda done, batch: None)
         if processes.is_first:
             with WorkFolder(tmp_path / "work") as work:
-                batches.save(work, 0, {"block": 1})
+                batches.save(work, 0, {"layer": 1})
         else:
-            batches.save(None, 0, {"block": 1})
+            batches.save(None, 0, {"layer": 1})
         return seen
 
     seen = in_threads(count, first)
@@ -221,7 +221,7 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
 
     def second(processes: Processes) -> dict[int, Any]:
         batches = micro_batches(processes, text, 8, tmp_path, StopRequest())
-        batches.restore(saved)
+        batches.restore(saved.facts, saved if processes.is_first else None)
         found = {}
 
         def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:

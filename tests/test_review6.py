@@ -26,13 +26,14 @@ from streamprune.cli import main
 from streamprune.errors import InterruptedRunError, NonFiniteError
 from streamprune.hardware import memory as machine
 from streamprune.models.config import load_config
+from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.output import compare
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.layer_loader import LayerLoader
-from streamprune.streaming.saved import Point
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.stages import ForwardStage
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
@@ -46,11 +47,10 @@ def model(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def loader_of(model: Path) -> Iterator[LayerLoader]:
+def loader_of(model: Path) -> Iterator[LayerWeights]:
     checkpoint, skeleton = open_checkpoint(model), build_skeleton(load_config(model), torch.float32)
-    loader = LayerLoader(
-        checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), torch.float32, CPU, Busy()
-    )
+    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), torch.float32)
+    loader = LayerWeights(opened, CPU, Busy())
     try:
         yield loader
     finally:
@@ -102,11 +102,11 @@ def test_requests_that_are_given_up_hold_no_memory(
     monkeypatch.setattr(reading_module, "REQUEST_BYTES", 1000)
     monkeypatch.setattr(reading_module, "_read_fully", slow)
     with loader_of(model) as loader:
-        assert loader.read_ahead(1)
-        reading = loader._ahead[1]
+        assert loader.prefetch(1)
+        reading = loader._prefetched[1]
         assert len(reading.requests) > 20
         threading.Timer(0.1, go_on.set).start()
-        assert loader.drop_ahead()
+        assert loader.free_prefetched()
         assert sum(request.cancelled() for request in reading.requests) >= len(reading.requests) - 4
         assert len(memories) > 1
         assert memories.freed == len(memories)
@@ -127,10 +127,10 @@ def test_memory_is_not_freed_before_the_card_waits_for_what_is_on_its_way(model:
             seen.append((done, memories.freed > 0))
 
     with loader_of(model) as loader:
-        loader.read_ahead(1)
-        loader._ahead[1].wait()
-        loader._reader._courier = Courier(loader._ahead[1])  # type: ignore[assignment]
-        loader.drop_ahead()
+        loader.prefetch(1)
+        loader._prefetched[1].wait()
+        loader._reader._courier = Courier(loader._prefetched[1])  # type: ignore[assignment]
+        loader.free_prefetched()
         assert seen == [(True, False)]
         assert memories.freed == len(memories)
 
@@ -139,25 +139,25 @@ def test_a_block_whose_loading_failed_is_freed_before_the_next_attempt(
     model: Path, memories: Memories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights that were read, and not only those that were being converted when memory ran out."""
-    plain, calls = LayerLoader._convert, 0
+    plain, calls = LayerWeights._convert, 0
 
-    def convert(self: LayerLoader, tensors: Any) -> None:
+    def convert(self: LayerWeights, tensors: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError("2.00 GiB")
         plain(self, tensors)
 
-    monkeypatch.setattr(LayerLoader, "_convert", convert)
+    monkeypatch.setattr(LayerWeights, "_convert", convert)
     with loader_of(model) as loader:
         try:
-            with loader.block(0):
+            with loader.layer(0):
                 pytest.fail("it was loaded")
         except MemoryError:
             pass
         assert len(memories) > 2
         assert memories.freed == len(memories)
-        with loader.block(0) as block:
+        with loader.layer(0) as block:
             assert not any(parameter.is_meta for parameter in block.parameters())
 
 
@@ -165,7 +165,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card they are looked at when a block ends. A run stopped before would save what cannot be trusted."""
-    plain_run, plain_check, within = MicroBatches.run, Point.check_finite, [False]
+    plain_run, plain_check, within = MicroBatches.run, ForwardStage.check_finite, [False]
 
     def run(self: MicroBatches, *arguments: Any) -> None:
         within[0] = True
@@ -174,10 +174,10 @@ def test_states_that_nobody_looked_at_are_not_saved(
         finally:
             within[0] = False
 
-    def check(self: Point, dtype: torch.dtype) -> None:
+    def check(self: ForwardStage) -> None:
         # As it is on a card.
         if not within[0]:
-            plain_check(self, dtype)
+            plain_check(self)
 
     def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
         result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
@@ -187,7 +187,7 @@ def test_states_that_nobody_looked_at_are_not_saved(
         return result
 
     monkeypatch.setattr(MicroBatches, "run", run)
-    monkeypatch.setattr(Point, "check_finite", check)
+    monkeypatch.setattr(ForwardStage, "check_finite", check)
     monkeypatch.setattr(LayerForward, "run_layer", run_layer)
     ids = write_token_ids(tmp_path / "ids.jsonl", sequences=4, length=16)
     for poison, error in ((1.0, InterruptedRunError), (float("nan"), NonFiniteError)):

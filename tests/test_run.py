@@ -223,10 +223,10 @@ def test_non_finite_activations_stop_the_run_naming_the_place(tmp_path: Path) ->
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = float("inf")
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"Block 2, batch 0: 96 of 96 tokens"):
+    with pytest.raises(NonFiniteError, match=r"Layer 2 of the original model, micro-batch 0: 96 of 96 tokens"):
         prune(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.work").exists(), "two blocks are done, and kept"
+    assert (tmp_path / "out.work").exists(), "two layers are finished, and kept"
 
 
 def test_dense_models_are_refused(ids: Path, tmp_path: Path, no_weights: None) -> None:

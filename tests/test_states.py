@@ -158,18 +158,18 @@ def test_split_states_are_the_rows_of_their_sequences(on_disk: bool, tmp_path: P
 
 def test_the_file_of_states_does_not_grow_while_sizes_stay(tmp_path: Path) -> None:
     states = HiddenStates(3, folder=tmp_path)
-    file = states._shelf._file  # type: ignore[attr-defined]
+    file = states._store._file  # type: ignore[attr-defined]
     sizes = []
     for seed in range(3):
         for number in range(3):
             states.store(number, BatchState((torch.full((4, 5, 8), float(seed)), torch.zeros(4, 5))))
-        states.settle()
+        states.synchronize()
         sizes.append(os.fstat(file._file.fileno()).st_size)
     assert sizes == [3 * 4 * 5 * 9 * 4] * 3
     # Another structure finds another place, since the old state must stay until the new one is there; what it gave back
     # is used by the next.
     states.store(0, BatchState(torch.zeros(4, 5, 8)))
-    states.settle()
+    states.synchronize()
     grown = os.fstat(file._file.fileno()).st_size
     assert grown == sizes[0] + 4 * 5 * 8 * 4
     states.store(1, BatchState((torch.zeros(4, 5, 8), torch.zeros(2, 5), torch.zeros(2, 5))))
@@ -226,7 +226,7 @@ def test_what_fails_behind_is_raised_where_it_is_waited_for(tmp_path: Path, monk
     monkeypatch.setattr(os, "pwrite", pwrite)
     states.store(0, BatchState(torch.zeros(2, 3)))
     with pytest.raises(ResourceError, match="could not be written: Input/output error"):
-        states.settle()
+        states.synchronize()
     states.store(0, BatchState(torch.zeros(2, 3)))
     with pytest.raises(ResourceError, match="could not be written: Input/output error"):
         states.store(1, BatchState(torch.zeros(2, 3)))

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.states import HiddenStates, non_finite_tokens
+from streamprune.streaming.forward import LayerForward, non_finite_tokens
+from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, prune
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -85,7 +85,7 @@ def test_a_forward_that_changes_states_between_blocks_is_refused(
 
     monkeypatch.setattr(modeling.Qwen3MoeModel, "forward", forward)
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
-    with pytest.raises(UnsupportedModelError, match="in place between its blocks"):
+    with pytest.raises(UnsupportedModelError, match="in place between its layers"):
         prune(source, tmp_path / "out")
 
 

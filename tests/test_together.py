@@ -138,8 +138,8 @@ def before(rank, index, calls, ids):
     newest = json.loads((case.work / "cursor.json").read_text())
     facts = json.loads((case.work / "states" / str(newest["body"]["generations"][0]) / "index.json").read_text())
     facts = facts["body"]["facts"]
-    assert facts["block"] == 1
-    assert facts["pass"] == asked
+    assert facts["layer"] == 1
+    assert facts["stage"] == ("score", "pruned")[asked]
     assert 0 < facts["done"] < len(facts["sizes"]), "the processes did not go on to the end of the block"
     if asked:
         case.resume()
@@ -196,7 +196,6 @@ def test_what_only_another_process_can_know_is_told_with_its_name(made: Case, tm
     assert texts[0] == ""
     assert texts[1].startswith("Error: process 1 of 0 to 1, on ")
     assert texts[1].endswith(
-        "model is another model here than where the first process runs: its files differ. Copy them, or name a "
-        "--revision.\n"
+        "model is another model here than where rank 0 runs: its files differ. Copy them, or name a --revision.\n"
     )
     assert [path.name for folder in folders for path in folder.iterdir()] == ["model", "model"]

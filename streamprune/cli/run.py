@@ -211,10 +211,11 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **chang
 def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
     if launched().count == 1:
         return _go_on_pruning(workdir, quiet, given)
-    # The other processes wait to be told what it is, and that it is done.
-    from streamprune.streaming.shared import together
+    # The other processes wait for rank 0, which has nothing for them to do.
+    from streamprune.distributed.joining import joined
 
-    return together("cpu", lambda processes: _go_on_pruning(workdir, quiet, given))
+    with joined("cpu") as processes:
+        return processes.on_first(lambda: _go_on_pruning(workdir, quiet, given))
 
 
 def _go_on_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:

@@ -1,4 +1,4 @@
-"""Joining the other processes that were launched with this one, by torch.distributed and accelerate."""
+"""Connecting the processes of a run through torch.distributed and accelerate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from streamprune.distributed.processes import ALONE, Launched, Processes, T, launched
-from streamprune.errors import ProcessesError, ToldElsewhereError
+from streamprune.errors import (
+    InterruptedRunError,
+    OtherProcessError,
+    ProcessesError,
+    StreampruneError,
+    ToldElsewhereError,
+    TooMuchLostError,
+)
 from streamprune.hardware.device import all_gpus
 
 #: How long a process waits for the others to be there.
 _MEET = timedelta(minutes=30)
-#: How long it waits for a word of theirs: while the first downloads or checks a model, the others have nothing to do.
-#: (One that ends is noticed at once, since its connections end with it.)
+#: How long it waits for an answer: while rank 0 downloads or checks a model, the others have nothing to do.
+#: (A process that ends is noticed at once, since its connections end with it.)
 _ANSWER = timedelta(days=1)
 _HOST = torch.device("cpu")
 _FAILED, _STOP = "failed", "stop"
@@ -47,15 +54,15 @@ class DistributedProcesses(Processes):
         self.rank, self.count = facts.rank, facts.count
         self.local_count, self.local_rank = facts.local_count, facts.local_rank
         self._asked, self._asked_at = False, time.monotonic()
-        # A group of our own, whatever backend and patience the processes were joined with.
+        # A group of our own, whatever backend and timeout the processes were joined with.
         group = dist.new_group(backend="gloo", timeout=_ANSWER)
         assert group is not None
         self._group = group
         store = dist.distributed_c10d._get_default_store()
-        #: For what is told while the others compute, and do not listen. The first process keeps it, or the launcher.
+        #: For flags that are set while the others compute. Rank 0 or the launcher holds the store.
         self._store = dist.PrefixStore(group.group_name, store)  # type: ignore[attr-defined]
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         box = [value if self.is_first else None]
         self._talk(lambda: dist.broadcast_object_list(box, src=0, group=self._group, device=_HOST))
         return box[0]  # type: ignore[return-value]
@@ -126,11 +133,11 @@ class DistributedProcesses(Processes):
         try:
             self._store.set(_FAILED, "")
         except RuntimeError:
-            # The first process keeps the store, and is gone itself.
+            # Rank 0 holds the store, and is gone itself.
             return
 
     def leave(self) -> None:
-        """End the connections that `__init__` made."""
+        """Close the connections that `__init__` made."""
         dist.destroy_process_group(self._group)
 
     def _talk(self, act: Callable[[], object]) -> None:
@@ -140,7 +147,7 @@ class DistributedProcesses(Processes):
             raise self._lost(error) from None
 
     def _lost(self, error: RuntimeError) -> Exception:
-        # Only the first process speaks, and only it is certain to reach the store.
+        # Only rank 0 speaks, and only it is certain to reach the store.
         if not self.is_first or self._store.check([_FAILED]):
             return ToldElsewhereError(1)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -153,9 +160,10 @@ class DistributedProcesses(Processes):
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Processes]:
-    """The processes that were launched together, for as long as this lasts; nothing is done for one alone.
+    """The processes that were launched together, connected for as long as this lasts; ALONE if there is one.
 
-    `device` is what --device says. Raises ProcessesError when they cannot be reached.
+    `device` is what --device says. Raises ProcessesError when they cannot be reached. One process speaks for all: what
+    ends every rank becomes a ToldElsewhereError in all but rank 0, what ends another rank alone an OtherProcessError.
     """
     facts = launched()
     if facts.count == 1:
@@ -164,6 +172,18 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     processes = _join(facts, device)
     try:
         yield processes
+    except (InterruptedRunError, TooMuchLostError) as error:
+        # Stops and losses are decided together, so that rank 0 raises the same.
+        if processes.is_first:
+            raise
+        raise ToldElsewhereError(error.exit_code) from None
+    except ToldElsewhereError:
+        raise
+    except StreampruneError as error:
+        if processes.is_first:
+            raise
+        processes.fail()
+        raise OtherProcessError(f"{name_of(processes)}: {error}", error.exit_code) from error
     finally:
         processes.leave()
 
@@ -171,8 +191,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
 def _join(facts: Launched, device: str) -> DistributedProcesses:
     from accelerate import PartialState
 
-    facts.hand_on()
-    # Nothing goes from card to card, so that it does not matter where accelerate would refuse to try that.
+    facts.export()
+    # Nothing goes from GPU to GPU; accelerate refuses some GPUs unless these are set.
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
         os.environ.setdefault(name, "1")
     on_cpu, joined_before = device == "cpu" or not all_gpus(), dist.is_initialized()
@@ -199,5 +219,5 @@ def _part() -> None:
 
 
 def name_of(processes: Processes) -> str:
-    """What the user knows a process by."""
+    """How messages name a process."""
     return f"process {processes.rank} of 0 to {processes.count - 1}, on {platform.node()}"

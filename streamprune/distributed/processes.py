@@ -1,22 +1,22 @@
-"""What the launcher of a process has told it: how many there are, and which one it is. No torch.
+"""The processes that share a run, seen from one of them: which one it is, and what they exchange. Needs no torch.
 
-Several processes that share one run, seen from one of them: what they agree on and what they send each other.
-
-The first one (rank 0) leads: it alone reads what the user gave, writes, and talks. All that goes to and fro is small
-but hidden states that are saved or restored, so that it goes through the host's memory.
+All of them run the same code, each on its share of the micro-batches. Rank 0 alone reads what the user gave, writes
+files and prints. What they exchange is small, apart from hidden states that are saved or restored, so that it goes
+through the host's memory.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streamprune.errors import ProcessesError
+from streamprune.errors import ProcessesError, StreampruneError, ToldElsewhereError
 
 if TYPE_CHECKING:
-    # Commands that compute nothing do without it.
+    # Commands that compute nothing run without it.
     import torch
 
 
@@ -39,17 +39,17 @@ class Launched:
     local_count: int = 1
     local_rank: int = 0
 
-    def hand_on(self) -> None:
-        """Put this into the environment under torchrun's names, which torch and accelerate read."""
+    def export(self) -> None:
+        """Set the environment variables of torchrun, which torch and accelerate read."""
         values = (self.count, self.rank, self.local_count, self.local_rank)
         for names, value in zip((_COUNT, _RANK, _LOCAL_COUNT, _LOCAL_RANK), values, strict=True):
             os.environ[names[0]] = str(value)
 
 
 def launched() -> Launched:
-    """How this process was launched, by its environment; alone where that says nothing of others.
+    """How this process was launched, by the launcher's environment variables; without any, alone.
 
-    Raises ProcessesError where it says that there are several, but not which of them this is.
+    Raises ProcessesError where they say that there are several processes, but not which of them this is.
     """
     count = _number(_COUNT)
     if count is None or count < 2:
@@ -58,16 +58,17 @@ def launched() -> Launched:
     if rank is None or rank >= count:
         said = "is not set" if rank is None else f"is {rank}"
         raise ProcessesError(
-            f"The environment says that {count} processes were launched (WORLD_SIZE), but RANK {said}, so that this "
-            f"one does not know which it is. Launch them with torchrun or `accelerate launch`, or unset WORLD_SIZE."
+            f"The environment says that {count} processes were launched (WORLD_SIZE), but RANK {said}, so this "
+            f"process does not know which one it is. Launch them with torchrun or `accelerate launch`, or unset "
+            f"WORLD_SIZE."
         )
-    # Without word of machines, all are taken to be on this one.
+    # Without a local count, all are taken to be on this machine.
     local_count = count if local_count is None else max(1, local_count)
     return Launched(count, rank, local_count, rank % local_count if local_rank is None else local_rank)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that talks to the user: alone, or the first of several."""
+    """Whether this process talks to the user: it runs alone, or is rank 0."""
     return launched().rank == 0
 
 
@@ -85,7 +86,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Piece:
-    """An item of one process: whose it is, its number there, and its size."""
+    """An item of one process: the rank that has it, its number there, and its size."""
 
     process: int
     number: int
@@ -93,10 +94,10 @@ class Piece:
 
 
 class Processes:
-    """All processes of a run. As it stands here, one process alone: it agrees with itself, and nothing is sent.
+    """All processes of a run. This base class is one process alone: it agrees with itself, and nothing is sent.
 
-    All methods but `mine`, `owner` and `asked` have to be called by all processes in the same order. Those that talk
-    raise ProcessesError when another process is lost, and ToldElsewhereError when that one has said why.
+    All methods but `mine`, `owner`, `asked` and `fail` are collective: every rank has to call them in the same order.
+    They raise ProcessesError when another process is lost, and ToldElsewhereError when that one says why itself.
     """
 
     #: Which process this is, of how many; of those, how many are on this machine, and which of them this is.
@@ -104,12 +105,10 @@ class Processes:
     count: int = 1
     local_count: int = 1
     local_rank: int = 0
-    #: Whether the others are at work by now, and do not wait for a word of the first one. (Kept by that one.)
-    at_work: bool = False
 
     @property
     def is_first(self) -> bool:
-        """Whether this process leads."""
+        """Whether this is rank 0, which reads, writes and prints."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> list[T]:
@@ -117,37 +116,70 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def owner(self, number: int) -> int:
-        """The process in whose share the item of this number is."""
+        """The rank in whose share the item of this number is."""
         return number % self.count
 
-    def same(self, value: T) -> T:
-        """The first process's value, in all of them."""
+    def on_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in rank 0, which alone calls it, in all ranks. An error of rank 0 ends all of them."""
+        if self.count == 1:
+            return make()
+        if not self.is_first:
+            status, value = self.broadcast((0, None))
+            if status:
+                raise ToldElsewhereError(status)
+            return value  # type: ignore[return-value]
+        try:
+            result = make()
+        except BaseException as error:
+            # (The others may be gone already.)
+            with suppress(StreampruneError):
+                self.broadcast((_exit_code(error), None))
+            raise
+        return self.broadcast((0, result))[1]
+
+    def on_each(self, make: Callable[[], T]) -> T:
+        """What `make` returns, which every rank calls. An error of one rank ends all; that one alone says why."""
+        problem: StreampruneError | None = None
+        try:
+            value = make()
+        except StreampruneError as error:
+            problem = error
+        statuses = self.collect(problem.exit_code if problem is not None else 0)
+        # Of several that failed rank 0 speaks: it has most likely the same reason.
+        if problem is not None and (self.is_first or not statuses[0]):
+            raise problem
+        if any(statuses):
+            raise ToldElsewhereError(max(statuses))
         return value
 
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, in all ranks."""
+        return self.collect(value)[0]
+
     def collect(self, value: T) -> list[T]:
-        """The values of all processes, by their ranks."""
+        """The values of all ranks, in order, in all of them."""
         return [value]
 
     def add_up(self, values: torch.Tensor, maxima: Collection[int] = ()) -> None:
-        """Replace `values` by their sums over all processes, to the bit the same in each; rows `maxima` by maxima."""
+        """Replace `values` by their sums over all ranks, to the bit the same in each; rows `maxima` by maxima."""
 
     def asked(self, stop: bool) -> bool:
         """Whether any process was asked to `stop`, as far as this one knows by now."""
         return stop
 
     def send(self, value: Any, process: int) -> None:
-        """Send a nest of lists, tuples and dicts with tensors in it to another process, which has to `receive` it."""
+        """Send a nest of lists, tuples and dicts with tensors in it to another rank, which has to `receive` it."""
         raise AssertionError("there is no other process")
 
     def receive(self, process: int) -> Any:
-        """What another process sends, its tensors in the host's memory."""
+        """What another rank sends, its tensors in the host's memory."""
         raise AssertionError("there is no other process")
 
     def fail(self) -> None:
-        """Let the others know that this process has told the user itself why it ends."""
+        """Let the others know that this process tells the user itself why it ends."""
 
     def in_order(self, own: Iterable[tuple[int, int]]) -> list[Piece]:
-        """The items of all processes, given this one's as (place in the common order, size)."""
+        """The items of all ranks, given this one's as (place in the order of one process, size)."""
         found = [
             (place, process, number, size)
             for process, items in enumerate(self.collect(list(own)))
@@ -155,28 +187,27 @@ class Processes:
         ]
         return [Piece(process, number, size) for _, process, number, size in sorted(found)]
 
-    def bring(
+    def gather(
         self, pieces: Sequence[Piece], load: Callable[[int], Any], take: Callable[[Callable[[int], Any]], None]
     ) -> None:
-        """In the first process, call `take` with what gives the n-th of all pieces; it must ask for each, in order.
+        """In rank 0, call `take` with a function that gives the n-th of all pieces; it must ask for each, in order.
 
-        `load` gives this process's own, by their number here. One piece is on its way at a time.
+        `load` gives this rank's own, by their number here. One piece is on its way at a time.
         """
-        if self.is_first:
-            take(
-                lambda place: (
-                    load(pieces[place].number)
-                    if pieces[place].process == self.rank
-                    else self.receive(pieces[place].process)
-                )
-            )
+        if not self.is_first:
+            for piece in pieces:
+                if piece.process == self.rank:
+                    self.send(load(piece.number), 0)
             return
-        for piece in pieces:
-            if piece.process == self.rank:
-                self.send(load(piece.number), 0)
 
-    def hand_out(self, count: int, load: Callable[[int], Any]) -> Iterator[Any]:
-        """This process's share of `count` items, in order, of which only the first process can `load` any."""
+        def piece_at(place: int) -> Any:
+            piece = pieces[place]
+            return load(piece.number) if piece.process == self.rank else self.receive(piece.process)
+
+        take(piece_at)
+
+    def scatter(self, count: int, load: Callable[[int], Any]) -> Iterator[Any]:
+        """This rank's share of `count` items, in order, which only rank 0 can `load`."""
         for number in range(count):
             owner = self.owner(number)
             if not self.is_first:
@@ -188,6 +219,13 @@ class Processes:
                 yield item
             else:
                 self.send(item, owner)
+
+
+def _exit_code(error: BaseException) -> int:
+    """The exit code with which an error ends a process."""
+    if isinstance(error, StreampruneError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 #: One process, as nearly always.

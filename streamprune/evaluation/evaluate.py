@@ -1,29 +1,21 @@
-"""Opening the models of an evaluation: what has to be known of them before anything is computed.
-
-One model, or an original and its pruned one side by side, streamed over text that is only measured on.
-
-`streamprune eval`: what a model predicts on held-out text, and how that differs from the original's.
-"""
+"""`streamprune eval`: what a model predicts on held-out text, and how that differs from the original's."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from streamprune.calibration.sequences import Calibration, MicroBatch, load_calibration
+from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, open_checkpoint, read_json
 from streamprune.config import EvalSettings
-from streamprune.distributed.processes import ALONE
-from streamprune.errors import CalibrationError, NonFiniteError, SettingsError, UnsupportedModelError
+from streamprune.errors import CalibrationError, SettingsError, UnsupportedModelError
 from streamprune.evaluation.held_out import PruneRecord, recipe_within, record_of
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
 from streamprune.files.durable import reading
@@ -39,16 +31,15 @@ from streamprune.output.writer import REPORT_NAME
 from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_for
 from streamprune.planning.prepare import dtype_of_weights
 from streamprune.planning.pruning_plan import refuse_quantized
-from streamprune.progress import Busy, Progress
+from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name
-from streamprune.streaming.batches import MicroBatches
-from streamprune.streaming.forward import ORIGINAL, PRUNED, LayerForward, relative_errors, side_of, with_side
-from streamprune.streaming.layer_loader import Weights
-from streamprune.streaming.predictions import PredictionReader, SlicedHead, find_head
-from streamprune.streaming.scoring import LayerErrors
-from streamprune.streaming.states import non_finite_tokens
-from streamprune.work.saved_states import BatchState
+from streamprune.streaming.batches import Runtime
+from streamprune.streaming.forward import ORIGINAL, PRUNED
+from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.predictions import SequenceFigures, find_head
+from streamprune.streaming.stages import ForwardStage, LayerErrors, LayerTask
 
 
 def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -61,8 +52,8 @@ def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> 
     refuse_quantized(raw, folder)
     if read_per_layer_experts(raw) is not None and not trust_remote_code:
         raise UnsupportedModelError(
-            f"The blocks of {model} keep different numbers of experts, for which it brings its own code. If you trust "
-            "who made it, add --trust-remote-code."
+            f"The layers of {model} keep different numbers of experts, for which it brings its own code. If you trust "
+            "its author, add --trust-remote-code."
         )
     return folder
 
@@ -107,96 +98,9 @@ def vocabulary_of(opened: OpenedModel) -> int:
     return int(head.weight.shape[0])
 
 
-#: Gives, for the index of a block, the sides that have such a block: what runs it, and the loaded block.
-Modules = Callable[[int], Iterator[tuple[str, LayerForward, nn.Module]]]
-
-
-class EvaluationForward:
-    """Sends all micro-batches through block after block of one or two models.
-
-    Peak memory: a block of one of them at a time, and the hidden states of both. With `compare`, where the two are of
-    one shape, `errors` are how far they are from each other behind every block.
-    """
-
-    def __init__(
-        self, modules: Modules, batches: MicroBatches, device: torch.device, sources: int, compare: bool
-    ) -> None:
-        self._modules, self._batches, self._device, self._compare = modules, batches, device, compare
-        self.errors = LayerErrors(sources)
-
-    def run_layer(self, index: int) -> None:
-        """Send everything through block `index`. Raises NonFiniteError where a state is no number any more."""
-        for side, stream, block in self._modules(index):
-            self._pass(index, side, stream, block, self._compare and side == PRUNED)
-        if self._compare:
-            self.errors.end_layer(index, ALONE)
-
-    def _pass(self, index: int, side: str, stream: LayerForward, block: nn.Module, compare: bool) -> None:
-        unchecked: list[tuple[int, int, torch.Tensor]] = []
-        sums: list[torch.Tensor] = []
-
-        def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
-            ids = batch.ids.to(self._device, non_blocking=True)
-            after = stream.run_layer(index, block, ids, side_of(state, side))
-            both = with_side(state, side, after)
-            unchecked.append((number, ids.numel(), non_finite_tokens(after)))
-            sums[:] = [relative_errors(both, ids.numel()).sum()] if compare else []
-            return both
-
-        def commit(done: int, batch: MicroBatch) -> None:
-            for each in sums:
-                self.errors.add(batch.source, each)
-
-        self._batches.run(index, compute, commit)
-        for number, tokens, count in unchecked:
-            if int(count):
-                raise NonFiniteError(
-                    f"Block {index} of the {side} model, batch {number}: {int(count)} of {tokens} tokens have NaN or "
-                    "infinite states. Try --dtype float32 or bfloat16, and check that the model itself works."
-                )
-
-
-def of_checkpoints(sides: Mapping[str, Weights], blocks: Mapping[str, int]) -> Modules:
-    """The blocks of models in checkpoints of their own, loaded one at a time; the following one is read meanwhile."""
-    order = [(index, side) for index in range(max(blocks.values())) for side in sides if index < blocks[side]]
-
-    def modules(index: int) -> Iterator[tuple[str, LayerForward, nn.Module]]:
-        for place, (block, side) in enumerate(order):
-            if block != index:
-                continue
-            with sides[side].block(index, None) as (_, module):
-                for following, other in order[place + 1 : place + 2]:
-                    sides[other].read_ahead(following)
-                yield side, sides[side].stream, module
-            sides[side].loader.drop_cached_pages(index)
-
-    return modules
-
-
-def of_choice(weights: Weights, kept: Mapping[int, Sequence[int]], twin: Callable[[int, int], nn.Module]) -> Modules:
-    """The blocks of a checkpoint as they are, and with only the experts `kept`; `twin` gives such a block on meta."""
-    count = len(weights.loader.decoder.blocks)
-
-    def modules(index: int) -> Iterator[tuple[str, LayerForward, nn.Module]]:
-        with weights.block(index, index + 1 if index + 1 < count else None) as (stack, block):
-            yield ORIGINAL, weights.stream, block
-            experts = kept.get(index)
-            if experts is not None:
-                meta, whole = twin(index, len(experts)), block
-                block = weights.enter(
-                    stack,
-                    lambda: weights.loader.pruned_layer(index, whole, meta, experts),
-                    f"a copy of block {index} with the experts that stay",
-                )
-            yield PRUNED, weights.stream, block
-        weights.loader.drop_cached_pages(index)
-
-    return modules
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of an evaluation: the result (`reporting.evaluations` has its form), and the sums of each source.
+    """The result of an evaluation (`reporting.evaluations` has its form), and the sums of each source.
 
     With those of another model on the same text the difference of the two has an interval of its own (`combined`).
     """
@@ -246,69 +150,70 @@ def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> d
 def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Evaluation:
     """Stream a model, and with `against` the original beside it, over `data`.
 
-    Peak memory: a block of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
+    Peak memory: a layer of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
     the heads. Raises a StreampruneError for whatever cannot work.
     """
     device = choose_device(settings.device)
     settings.check_device(device.type)
     models = _open(settings)
     plan = _plan(settings, models, data, device)
-    # Nothing is told before all is known to be in order: a refusal is one message and no more.
-    progress.say(_words(settings, models, data, device))
+    # Nothing is printed before all is known to be in order: a refusal is one message and no more.
+    progress.say(_summary(settings, models, data, device))
     for note in _notes(settings, models, data):
         progress.say(f"note: {note}")
     progress.say(plan.describe())
-    busy = Busy()
-    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
-        sides = {}
-        for side, opened in models.items():
-            sides[side] = Weights(opened, device, busy, plan.ahead)
-            stack.callback(sides[side].close)
-
-        def spare() -> bool:
-            freed = [weights.spare() for weights in sides.values()]
-            return any(freed)
-
-        batches = MicroBatches(settings, data, plan, device, progress, Path(folder), busy=busy, spare=spare)
-        stack.callback(batches.close)
-        for weights in sides.values():
-            weights.batches = batches
-            weights.load_surroundings()
-        blocks = {side: opened.skeleton.layer_count for side, opened in models.items()}
-        compare = _are_of_one_shape(models)
-        stream = EvaluationForward(of_checkpoints(sides, blocks), batches, device, len(data.sources), compare)
-        stream_all(stream, len(models), max(blocks.values()), data, device, progress)
-        progress.say("reading off what they predict ..." if len(sides) == 2 else "reading off what it predicts ...")
-        heads = {side: SlicedHead(weights.loader, weights.stream) for side, weights in sides.items()}
-        found = PredictionReader(sides[PRUNED], heads, plan, device, progress).read_off(max(blocks.values()))
-    errors = mean_errors(stream.errors, data) if compare else None
-    sums = sums_by_source(found, data.sources)
+    errors = LayerErrors(len(data.sources)) if _have_one_shape(models) else None
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        runtime = Runtime(settings, plan, device, progress, Path(folder))
+        stages = [
+            ForwardStage(
+                LayerWeights(opened, device, runtime.busy, plan.ahead), side, errors=errors if side == PRUNED else None
+            )
+            for side, opened in models.items()
+        ]
+        figures = measure(runtime, stages, data, errors)
+    sums = sums_by_source(figures, data.sources)
     record = record_of(settings.model)
     held_back = record is not None and record.held_back == data.fingerprint
-    known = is_source(record, models)
-    head = about(public_name(settings.model), settings.against, models[PRUNED], data, held_back, known)
-    return Evaluation({**head, **summary_of(sums, data.sources, errors)}, tuple(sums))
+    head = about(
+        public_name(settings.model), settings.against, models[PRUNED], data, held_back, is_source(record, models)
+    )
+    means = mean_errors(errors, data) if errors is not None else None
+    return Evaluation({**head, **summary_of(sums, data.sources, means)}, tuple(sums))
 
 
-def stream_all(
-    stream: EvaluationForward, sides: int, blocks: int, data: Calibration, device: torch.device, progress: Progress
-) -> None:
-    """Run all blocks of one or two models (`sides`), with a line for each."""
-    for index in range(blocks):
-        started = time.monotonic()
-        progress.start(f"block {index + 1}/{blocks}", sides * len(data.sequences))
-        stream.run_layer(index)
-        error = mean_errors(stream.errors, data)[-1][index:]
-        far = f"relative error {error[0]:.4f}, " if error else ""
-        seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(device))
-        progress.say(f"block {index + 1}/{blocks}: {far}{seconds:.1f} s, peak {peak}")
+def measure(
+    runtime: Runtime,
+    stages: Sequence[ForwardStage],
+    data: Calibration,
+    errors: LayerErrors | None,
+    kept: Mapping[int, Sequence[int]] | None = None,
+) -> list[SequenceFigures]:
+    """Run all layers of one or two models on `data`, with a line for each, and read what they predict.
+
+    `kept` are the experts that stay, by layer, for a stage that prunes. Raises Stopped when the user asks to stop.
+    """
+    progress = runtime.progress
+    with LayerLoop(runtime, stages, data) as loop:
+        last = loop.layer_count - 1
+        for index in range(loop.layer_count):
+            started = time.monotonic()
+            task = LayerTask(index, replayed=True, kept=tuple((kept or {}).get(index, ())))
+            loop.run_layer(task, index + 1 if index < last else None)
+            loop.drop_cached_pages(index)
+            error = mean_errors(errors, data)[-1][index:] if errors is not None else []
+            shown = f"relative error {error[0]:.4f}, " if error else ""
+            seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(runtime.device))
+            progress.say(f"layer {index}/{last}: {shown}{seconds:.1f} s, peak {peak}")
+        progress.say(f"reading off what {'both models predict' if len(stages) == 2 else 'the model predicts'} ...")
+        return loop.read_predictions(loop.layer_count)
 
 
 def mean_errors(errors: LayerErrors, data: Calibration) -> list[list[float]]:
-    """The mean relative errors behind every block: those of each source, and behind these those of all together."""
-    blocks = [errors.whole[block] for block in sorted(errors.whole)]
-    told = [[block[source] / tokens for block in blocks] for source, tokens in enumerate(data.tokens_of)]
-    return [*told, [sum(block) / data.tokens for block in blocks]]
+    """The mean relative errors behind every layer: a list for each source, and a last one for all together."""
+    layers = [errors.by_layer[layer] for layer in sorted(errors.by_layer)]
+    by_source = [[layer[source] / tokens for layer in layers] for source, tokens in enumerate(data.tokens_of)]
+    return [*by_source, [sum(layer) / data.tokens for layer in layers]]
 
 
 def about(
@@ -352,8 +257,8 @@ def _open(settings: EvalSettings) -> Mapping[str, OpenedModel]:
     return {ORIGINAL: original, PRUNED: model}
 
 
-def _are_of_one_shape(models: Mapping[str, OpenedModel]) -> bool:
-    """Whether the hidden states of two models can be compared block by block."""
+def _have_one_shape(models: Mapping[str, OpenedModel]) -> bool:
+    """Whether there are two models, whose hidden states can be compared layer by layer."""
     shapes = {
         (opened.skeleton.layer_count, opened.skeleton.model.config.get_text_config(decoder=True).hidden_size)
         for opened in models.values()
@@ -386,11 +291,11 @@ def _plan(
     settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration, device: torch.device
 ) -> MemoryPlan:
     needs = [needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()]
-    return plan_for(settings, _together(needs), 0, device, Path(tempfile.gettempdir()))
+    return plan_for(settings, _combined(needs), 0, device, Path(tempfile.gettempdir()))
 
 
-def _together(needs: Sequence[Needs]) -> Needs:
-    """What models need that are streamed side by side: one block at a time, and everything else of all."""
+def _combined(needs: Sequence[Needs]) -> Needs:
+    """What models need that are streamed together: one layer at a time, and everything else of all."""
     largest = max(needs, key=lambda each: each.block)
     return replace(
         largest,
@@ -404,12 +309,12 @@ def _together(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _words(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration, device: torch.device) -> str:
+def _summary(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration, device: torch.device) -> str:
     named = ", ".join(f"{name} ({tokens:,})" for name, tokens in zip(data.sources, data.tokens_of, strict=True))
     against = f" against {settings.against}" if settings.against is not None else ""
     opened = models[PRUNED]
     return (
-        f"{settings.model}{against}: {opened.skeleton.layer_count} blocks, {vocabulary_of(opened):,} tokens in the "
+        f"{settings.model}{against}: {opened.skeleton.layer_count} layers, {vocabulary_of(opened):,} tokens in the "
         f"vocabulary; {len(data.sequences)} sequences, {data.tokens:,} tokens from {named}; "
         f"{str(opened.dtype).removeprefix('torch.')} on {device}"
     )

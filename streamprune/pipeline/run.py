@@ -1,6 +1,6 @@
-"""What a run would do, told from config and headers alone.
+"""`run` and `score`: plan, stream the layers, choose, write the output, print what came of it.
 
-The run: plan it, stream the blocks, write the output, tell the user. `streamprune score` does the first half.
+Every process goes through the same course; rank 0 alone reads what the user gave, writes files and prints.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, beside
+from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
+from streamprune.errors import ProcessesError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
 from streamprune.fit.answer import estimate_object
 from streamprune.fit.footprint import read_headers
 from streamprune.hardware.device import choose_device, describe_host
 from streamprune.hardware.memory import check_disk, peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.models.config import versions
+from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline.finish import (
     RunResult,
@@ -56,8 +60,10 @@ from streamprune.pipeline.resume import (
     settings_of,
 )
 from streamprune.pipeline.run_evaluation import RunEvaluation
+from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.pipeline.status import ended
-from streamprune.planning.memory_needs import plan_memory
+from streamprune.planning.expert_counts import ExpertCounts
+from streamprune.planning.memory_needs import agree, plan_memory
 from streamprune.planning.model_facts import ModelFacts
 from streamprune.planning.prepare import (
     PreparedModel,
@@ -68,23 +74,27 @@ from streamprune.planning.prepare import (
     selector_of,
     vocabulary_of,
 )
-from streamprune.planning.pruning_plan import PruningPlan, plan_pruning, with_footprint
+from streamprune.planning.pruning_plan import plan_pruning, plan_with_counts, with_footprint
 from streamprune.progress import LOG_SUFFIX, Progress
+from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file
-from streamprune.selection.select import Selection
-from streamprune.streaming.layer_loop import LayerLoop, OutputTarget
+from streamprune.selection.select import Selection, Selector
+from streamprune.streaming.batches import Runtime
+from streamprune.streaming.forward import ORIGINAL
+from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import find_head
-from streamprune.streaming.shared import LeadingScorer, call_in, together
+from streamprune.streaming.stages import ForwardStage, LayerErrors, PrunedForwardStage, ScoreStage, Scoring
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import with_changes
 
 
 def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
-    """Decide and tell what `run` would do, from config and headers alone. Downloads and writes nothing large.
+    """Decide and print what `run` would do, from config and headers alone. Downloads and writes nothing large.
 
-    Returns what `--dry-run --json` prints. Raises like `run`, also where the disk is too small for the output.
+    Returns the result of `--dry-run --json`. Raises like `run`, also where the disk is too small for the output.
     """
     settings.check_device(choose_device(settings.device).type)
     plan = plan_pruning(settings)
@@ -113,12 +123,13 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
-    """Prune a model, or only score it: one block after the other, going on where an earlier run stopped.
+    """Prune a model, or only score it: one layer after the other, going on where an earlier run stopped.
 
-    Once a block is finished, the work folder stays whatever this raises, so that nothing done is lost.
-    Where several processes were launched together, each has to call this, and all get the result (`streaming.shared`).
+    Once a layer is finished, the work folder stays whatever this raises, so that nothing finished is lost. Where
+    several processes were launched together, each has to call this, and all get the result.
     """
-    return together(settings.device, lambda processes: _run(settings, quiet, None, processes))
+    with joined(settings.device) as processes:
+        return _run(settings, quiet, processes)
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
@@ -126,208 +137,284 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
     Raises ResumeError when there is none, or when what decides the result has changed. Several processes as for `run`.
     """
-    return together(changes.get("device", "auto"), lambda processes: _resume(work_folder, quiet, changes, processes))
+    with joined(changes.get("device", "auto")) as processes:
+        found = processes.on_first(lambda: _settings_to_resume(work_folder, changes))
+        return found if isinstance(found, RunResult) else _run(found, quiet, processes, resuming=True)
 
 
-def _resume(work_folder: Path, quiet: bool, changes: Mapping[str, Any], processes: Processes) -> RunResult:
-    recorded = run_to_resume(work_folder)
-    settings = with_changes(settings_of(recorded, work_folder), work_folder, changes)
+def _settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSettings | RunResult:
+    """The settings of a recorded run, or its result if the output is complete already."""
+    settings = with_changes(settings_of(run_to_resume(work_folder), work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
-    return _run(settings, quiet, recorded, processes)
+    return settings
 
 
-def _run(settings: RunSettings, quiet: bool, recorded: Mapping[str, Any] | None, processes: Processes) -> RunResult:
-    device = device_of(settings, processes)
-    plan = plan_pruning(settings)
-    with Progress(plan.skeleton.layer_count, quiet) as progress, ExitStack() as stack:
-        work = open_work_folder(stack, settings)
-        stop = stack.enter_context(listening())
-        with on_exit(work, progress.say):
-            run = _Run(settings, plan, device, progress, work, stop, processes)
-            result = run.go(tokens_recorded=recorded is not None)
-        # The output is complete: there is nothing left to be stopped.
-        stop.patient = True
-        work.remove()
-        shutil.rmtree(settings.folder_beside, ignore_errors=True)
-    return result
+def _run(settings: RunSettings, quiet: bool, processes: Processes, resuming: bool = False) -> RunResult:
+    device = processes.on_each(lambda: device_of(settings, processes))
+    with ExitStack() as stack:
+        course = _Run(processes, device, stack)
+        job = processes.on_first(lambda: course.begin(settings, quiet, resuming))
+        return course.go(job)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A run, led by the first or only process."""
+class _Job:
+    """What rank 0 reads and decides for all ranks."""
 
     settings: RunSettings
-    plan: PruningPlan
-    device: torch.device
-    progress: Progress
-    work: WorkFolder
-    stop: StopRequest
-    processes: Processes
+    calibration: Calibration
+    counts: ExpertCounts | None
+    fingerprint: str
+    versions: Mapping[str, str]
 
-    def go(self, tokens_recorded: bool) -> RunResult:
-        check_place(self.settings)
-        if self.settings.only_score:
+
+class _Run:
+    """The course of a run in one process. `work`, `facts`, `whole` and `recorded` are rank 0's alone.
+
+    What it opens is closed with `stack`; on any exit, what is finished is kept.
+    """
+
+    work: WorkFolder | None = None
+    facts: ModelFacts
+    whole: Calibration
+    recorded: dict[str, Any] | None
+
+    def __init__(self, processes: Processes, device: torch.device, stack: ExitStack) -> None:
+        self.processes, self.device, self.stack = processes, device, stack
+        self.prepared: PreparedModel | None = None
+        self.progress = Progress(0, quiet=True)
+        if not processes.is_first:
+            # A request to stop is rank 0's to answer: it is passed on once layers are streamed.
+            self.stop: StopRequest = stack.enter_context(listening())
+            self.stop.patient = True
+
+    def begin(self, settings: RunSettings, quiet: bool, resuming: bool) -> _Job:
+        """Decide, take hold of the work folder, read the calibration, open the model. Rank 0."""
+        plan = plan_pruning(settings)
+        self.progress = self.stack.enter_context(Progress(plan.skeleton.layer_count, quiet))
+        self.work = work = open_work_folder(self.stack, settings)
+        self.stop = self.stack.enter_context(listening())
+        self.stack.push(lambda kind, *_: self._remove_work(settings) if kind is None else None)
+        self.stack.enter_context(on_exit(work, self.progress.say))
+        check_place(settings)
+        if settings.only_score:
             # Again: an old output may just have been put back.
-            check_scores_file(self.settings.output, self.plan.folder, self.settings.overwrite)
-        recorded = begin(self.settings, self.work)
-        # Before tens of GiB are downloaded: text that is of no use should cost no time.
-        if recorded is not None and tokens_recorded:
-            vocabulary = vocabulary_of(self.plan.skeleton)
-            whole = calibration_of(recorded, self.work.read_tokens(), self.work.folder, vocabulary)
+            check_scores_file(settings.output, plan.folder, settings.overwrite)
+        self.recorded = recorded = begin(settings, work)
+        # Before tens of GiB are downloaded: text that cannot be used should cost no time.
+        if recorded is not None and resuming:
+            self.whole = calibration_of(recorded, work.read_tokens(), work.folder, vocabulary_of(plan.skeleton))
         else:
-            whole = calibrate(self.settings, self.plan)
-        calibration = split_held_out(whole) if self.settings.evaluate else whole
-        prepared = prepare(self.settings, self.plan)
-        if self.settings.evaluate:
+            self.whole = calibrate(settings, plan)
+        calibration = split_held_out(self.whole) if settings.evaluate else self.whole
+        self.prepared = prepared = prepare(settings, plan)
+        if settings.evaluate:
             find_head(prepared.skeleton.model)
-        facts = facts_of(prepared)
-        check_schedule(self.settings, facts, prepared.counts)
-        # Nothing is told before all is known to be in order: a refusal is one message and no more.
-        print_plan(self.progress, self.settings, self.plan)
-        print_model(self.progress, self.settings, prepared)
+        self.facts = facts_of(prepared)
+        check_schedule(settings, self.facts, prepared.counts)
+        # Nothing is printed before all is known to be in order: a refusal is one message and no more.
+        print_plan(self.progress, settings, plan)
+        print_model(self.progress, settings, prepared)
         print_calibration(self.progress, prepared, calibration, self.device)
-        settings = self.settings
         if recorded is not None and settings.batch_tokens is None:
             # The same micro-batches, so that the same digits come out.
             settings = replace(settings, batch_tokens=recorded["batch_tokens"])
-        streamed = _streamed(settings, calibration)
-        # (With what is held back also where that is measured on only once all is scored.)
-        memory = plan_memory(settings, prepared, calibration, self.device, self.work.folder, self.processes)
-        memory = call_in(self.processes, settings, prepared, streamed, memory)
-        print_processes(self.progress, self.processes, self.device)
-        self.progress.say(memory.describe())
-        now = describe_run(settings, prepared, whole) | {"batch_tokens": memory.batch_tokens}
-        if recorded is not None:
-            check_same(recorded, now, self.work.folder)
+        fingerprint = prepared.checkpoint.fingerprint() if self.processes.count > 1 else ""
+        return _Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
+
+    def go(self, job: _Job) -> RunResult:
+        """Stream the layers, and complete the output. All ranks."""
+        settings, processes, calibration = job.settings, self.processes, job.calibration
+        prepared = processes.on_each(lambda: self.prepared or _prepare_alike(job))
+        # What goes through the layers while they are scored: not the held-out text where all are scored first.
+        streamed = replace(calibration, held=None) if settings.needs_all_layers else calibration
+        if self.work is not None:
+            folder = self.work.folder
         else:
-            print_work(self.progress, settings, prepared, memory, self.work)
-            self.work.write_run(now, [sequence.tolist() for sequence in whole.sequences])
-        return self._stream(settings, prepared, facts, calibration, memory)
+            # On another machine the work folder need not be there, and nothing that has a name is written anyway.
+            folder = settings.work_folder if settings.work_folder.is_dir() else Path(gettempdir())
+        # (With the held-out text also where that is measured only once all layers are scored.)
+        plan = processes.on_each(lambda: plan_memory(settings, prepared, calibration, self.device, folder, processes))
+        plan = agree(processes, streamed, plan)
+        processes.on_first(lambda: self._record(settings, prepared, plan))
+        self.stop.patient = True
+        runtime = Runtime(settings, plan, self.device, self.progress, folder, self.stop, processes=processes)
+        return self._stream(runtime, prepared, calibration, streamed)
+
+    def _record(self, settings: RunSettings, prepared: PreparedModel, plan: MemoryPlan) -> None:
+        """Print the plan of memory, and record the run, or make sure that it is the recorded one. Rank 0."""
+        assert self.work is not None
+        print_processes(self.progress, self.processes, self.device)
+        self.progress.say(plan.describe())
+        now = describe_run(settings, prepared, self.whole) | {"batch_tokens": plan.batch_tokens}
+        if self.recorded is not None:
+            check_same(self.recorded, now, self.work.folder)
+        else:
+            print_work(self.progress, settings, prepared, plan, self.work)
+            self.work.write_run(now, [sequence.tolist() for sequence in self.whole.sequences])
 
     def _stream(
-        self,
-        settings: RunSettings,
-        prepared: PreparedModel,
-        facts: ModelFacts,
-        calibration: Calibration,
-        memory: MemoryPlan,
+        self, runtime: Runtime, prepared: PreparedModel, calibration: Calibration, streamed: Calibration
     ) -> RunResult:
+        settings = runtime.settings
+        assert isinstance(settings, RunSettings)
         selector = selector_of(settings, prepared, calibration)
-        writer = outlet = None
+        target = evaluation = None
         if selector is not None and prepared.counts is not None and not selector.settings.needs_all_layers:
-            writer = self._writer(settings, prepared, facts, prepared.counts)
-            outlet = OutputTarget(writer, selector)
-        self.stop.patient = True
-        streamed, examination = _streamed(settings, calibration), None
+            writer = self._writer(settings, prepared, prepared.counts) if self.work is not None else None
+            target = OutputTarget(writer, selector)
         if calibration.held is not None:
-            beside = streamed.held is not None
-            examination = RunEvaluation(settings, prepared, calibration.held, self.work, self.progress, beside)
-        with LeadingScorer(
-            settings, prepared, streamed, memory, self.device, self.progress, self.work.folder, selector, self.stop,
-            self.processes,
-        ) as scorer:  # fmt: skip
-            layers = LayerLoop(
-                settings, facts.layout, scorer, calibration.tokens_of, outlet, self.work, self.progress, self.stop,
-                examination,
-            ).stream(self.device)  # fmt: skip
-        provenance = provenance_of(settings, prepared, calibration, self.device, scorer.batch_tokens)
-        scores = _scores(layers, calibration, facts, provenance)
-        taken = {
-            "processes": self.processes.count,
-            "calibration_tokens": calibration.tokens,
-            "batch_tokens": scorer.batch_tokens,
-            "states": scorer.states_place,
-            "shrinks": [asdict(shrink) for shrink in scorer.shrinks],
-        }
+            evaluation = RunEvaluation(
+                runtime, prepared, calibration.held, self.work, during_run=streamed.held is not None
+            )
+        errors = evaluation.errors if evaluation is not None and evaluation.during_run else None
+        with LayerLoop(runtime, stages_of(runtime, prepared, streamed, target, errors), streamed) as loop:
+            layers = RunLayers(runtime, prepared.layout, loop, target, self.work, evaluation)
+            found = layers.stream(calibration.tokens_of)
+            batches = loop.batches
+            taken = {
+                "processes": self.processes.count,
+                "calibration_tokens": calibration.tokens,
+                "batch_tokens": batches.batch_tokens,
+                "states": batches.place,
+                "shrinks": [asdict(shrink) for shrink in batches.all_shrinks()],
+            }
+        finish = _Finish(self, runtime, prepared, calibration, taken)
         if selector is None:
-            return self._leave_scores(prepared, scores, {**taken, "busy": scorer.busy.shares()})
-        selection = select_all(selector, scores, settings, self.work)
-        writer = writer or self._writer(settings, prepared, facts, selection.counts_by_layer)
-        decided = _decided(settings, prepared, facts, selection, writer.plan, scores)
-        print_selection(decided, self.progress)
-        if calibration.held is not None:
-            # Before the output has its name, or is refused one: nothing is left to be gone on with then.
-            save_held_out(settings.output, calibration.held, self.progress)
-        if examination is not None:
-            examination.settle(decided, memory, self.device, self.stop)
-        if outlet is None:
-            with scorer.busy.at("write"):
-                write_blocks(decided, writer, self.work, self.progress, self.stop)
-        evaluation = examination.result if examination is not None else None
-        return self._leave_model(decided, writer, {**taken, "busy": scorer.busy.shares()}, evaluation)
+            return self.processes.on_first(lambda: finish.write_scores(found))
+        selection = self.processes.on_first(lambda: finish.select(found, selector, target))
+        if evaluation is not None:
+            evaluation.complete(selection)
+        return self.processes.on_first(lambda: finish.write_model(evaluation))
 
-    def _writer(
-        self, settings: RunSettings, prepared: PreparedModel, facts: ModelFacts, counts: Mapping[int, int]
-    ) -> OutputWriter:
-        plan = make_plan(facts.layout, facts.loading, prepared.checkpoint, counts, settings.max_shard_bytes)
+    def _writer(self, settings: RunSettings, prepared: PreparedModel, counts: Mapping[int, int]) -> OutputWriter:
+        assert self.work is not None
+        plan = make_plan(self.facts.layout, self.facts.loading, prepared.checkpoint, counts, settings.max_shard_bytes)
         return OutputWriter(plan, prepared.checkpoint, settings, self.work)
 
-    def _leave_scores(self, prepared: PreparedModel, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
-        self.stop.patient = False
-        complete_scores(self.settings, prepared.checkpoint, scores, self.work)
-        summary = {
-            **summary_of_scores(self.settings, scores, self.progress.seconds),
-            **taken,
-            "peak_resident_bytes": peak_resident_bytes(),
-        }
-        self._log(summary)
-        print_scores(self.progress, self.settings, scores, summary)
-        return RunResult(self.settings.output, (), summary)
+    def _remove_work(self, settings: RunSettings) -> None:
+        """The output is complete: there is nothing left to be stopped or resumed."""
+        assert self.work is not None
+        self.stop.patient = True
+        self.work.remove()
+        shutil.rmtree(settings.folder_beside, ignore_errors=True)
 
-    def _leave_model(
-        self,
-        decided: SelectionResult,
-        writer: OutputWriter,
-        taken: Mapping[str, Any],
-        evaluation: Mapping[str, Any] | None,
-    ) -> RunResult:
-        """Check what was written, give it its name, and tell the user."""
-        self.stop.patient = False
-        self.work.states.forget()
-        estimate = complete(decided, writer, self.work, self.progress, evaluation)
+
+@dataclass
+class _Finish:
+    """From the statistics of all layers to the output. Rank 0; `taken` is how the scores were taken."""
+
+    course: _Run
+    runtime: Runtime
+    prepared: PreparedModel
+    calibration: Calibration
+    taken: dict[str, Any]
+    decided: SelectionResult | None = None
+    writer: OutputWriter | None = None
+    written: bool = False
+
+    def select(self, layers: Sequence[LayerStatistics], selector: Selector, target: OutputTarget | None) -> Selection:
+        """Select the experts of all layers, print what that keeps, and save the held-out text beside the output."""
+        course, settings, counts = self.course, self._settings, self.prepared.plan.counts
+        assert course.work is not None
+        assert counts is not None  # only where nothing is pruned
+        scores = self._scores(layers)
+        selection = select_all(selector, scores, settings, course.work)
+        self.written = target is not None
+        self.writer = target.writer if target is not None else None
+        self.writer = self.writer or course._writer(settings, self.prepared, selection.counts_by_layer)
+        self.decided = SelectionResult(
+            settings, self.prepared.checkpoint, course.facts, counts, selection, self.writer.plan, scores.provenance,
+            scores,
+        )  # fmt: skip
+        print_selection(self.decided, course.progress)
+        if self.calibration.held is not None:
+            # Before the output has its name, or is refused one: nothing is left to go on with then.
+            save_held_out(settings.output, self.calibration.held, course.progress)
+        return selection
+
+    def write_model(self, evaluation: RunEvaluation | None) -> RunResult:
+        """Write what is not written yet, check all of it, give it its name, and print the result."""
+        course, decided, writer, work = self.course, self.decided, self.writer, self.course.work
+        assert decided is not None
+        assert writer is not None
+        assert work is not None
+        if evaluation is not None:
+            evaluation.judge(decided)
+        if not self.written:
+            with self.runtime.busy.at("write"):
+                write_blocks(decided, writer, work, course.progress, course.stop)
+        course.stop.patient = False
+        work.states.forget()
+        result = evaluation.result if evaluation is not None else None
+        estimate = complete(decided, writer, work, course.progress, result)
         # The output is complete from here on, whatever happens to the log or the terminal.
-        told = estimate_object(estimate) if estimate else None
+        memory = estimate_object(estimate) if estimate else None
         summary = {
-            **summary_of(decided, told, self.progress.seconds),
-            **({"evaluation": evaluation} if evaluation is not None else {}),
-            **taken,
-            "peak_resident_bytes": peak_resident_bytes(),
+            **summary_of(decided, memory, course.progress.seconds),
+            **({"evaluation": result} if result is not None else {}),
+            **self._taken(),
         }
         self._log(summary)
-        print_result(self.progress, self.settings, summary)
+        print_result(course.progress, self._settings, summary)
         if estimate is not None:
-            print_memory(self.progress, estimate)
-        return RunResult(self.settings.output, decided.selection.layers, summary)
+            print_memory(course.progress, estimate)
+        return RunResult(self._settings.output, decided.selection.layers, summary)
+
+    def write_scores(self, layers: Sequence[LayerStatistics]) -> RunResult:
+        """Write the scores, where nothing is pruned."""
+        course, settings, scores = self.course, self._settings, self._scores(layers)
+        assert course.work is not None
+        course.stop.patient = False
+        complete_scores(settings, self.prepared.checkpoint, scores, course.work)
+        summary = {**summary_of_scores(settings, scores, course.progress.seconds), **self._taken()}
+        self._log(summary)
+        print_scores(course.progress, settings, scores, summary)
+        return RunResult(settings.output, (), summary)
+
+    @property
+    def _settings(self) -> RunSettings:
+        assert isinstance(self.runtime.settings, RunSettings)
+        return self.runtime.settings
+
+    def _scores(self, layers: Sequence[LayerStatistics]) -> Scores:
+        text, facts = self.calibration, self.course.facts
+        provenance = provenance_of(self._settings, self.prepared, text, self.runtime.device, self.taken["batch_tokens"])
+        return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
+
+    def _taken(self) -> dict[str, Any]:
+        return {**self.taken, "busy": self.runtime.busy.shares(), "peak_resident_bytes": peak_resident_bytes()}
 
     def _log(self, summary: Mapping[str, Any]) -> None:
-        self.progress.log("summary", {**summary, "host": describe_host(self.device)})
-        self.progress.write_log(beside(self.settings.output, LOG_SUFFIX))
+        progress = self.course.progress
+        progress.log("summary", {**summary, "host": describe_host(self.runtime.device)})
+        progress.write_log(beside(self._settings.output, LOG_SUFFIX))
 
 
-def _streamed(settings: RunSettings, calibration: Calibration) -> Calibration:
-    """What goes through the blocks while they are scored: where experts are chosen once all are, not what is held."""
-    return replace(calibration, held=None) if settings.needs_all_layers else calibration
-
-
-def _scores(
-    layers: Sequence[LayerStatistics], calibration: Calibration, facts: ModelFacts, provenance: Mapping[str, Any]
-) -> Scores:
-    sources, tokens = calibration.sources, calibration.tokens_of
-    return Scores(tuple(layers), sources, tokens, facts.layout.spec, provenance, facts.as_json())
-
-
-def _decided(
-    settings: RunSettings,
+def stages_of(
+    runtime: Runtime,
     prepared: PreparedModel,
-    facts: ModelFacts,
-    selection: Selection,
-    plan: PrunePlan,
-    scores: Scores,
-) -> SelectionResult:
-    counts, provenance = prepared.plan.counts, scores.provenance
-    assert counts is not None  # only where nothing is pruned
-    return SelectionResult(settings, prepared.checkpoint, facts, counts, selection, plan, provenance, scores)
+    streamed: Calibration,
+    target: OutputTarget | None,
+    errors: LayerErrors | None,
+) -> list[ForwardStage]:
+    """The stages of a run: score each layer, and where anything sees the pruned model, run the pruned layer too.
+
+    `errors` collects how far held-out text in the pruned model is off, where some is streamed.
+    """
+    settings, skeleton = runtime.settings, prepared.skeleton
+    assert isinstance(settings, RunSettings)
+    weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
+    taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
+    choose = target.kept if target is not None else None
+    scoring = Scoring(taps, prepared.layout.spec.count, streamed.tokens_of, choose)
+    pruned_stream = target is not None and settings.propagate == "pruned"
+    stages: list[ForwardStage] = [ScoreStage(weights, ORIGINAL, scoring, pruned_stream)]
+    if pruned_stream or errors is not None:
+        experts = skeleton.experts
+        stages.append(PrunedForwardStage(weights, experts, prepared.pruned_layer, pruned_stream, errors=errors))
+    return stages
 
 
 def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
@@ -335,3 +422,18 @@ def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.devi
     device = choose_device(settings.device, processes.local_rank)
     settings.check_device(device.type)
     return device
+
+
+def _prepare_alike(job: _Job) -> PreparedModel:
+    """The model as rank 0 opened it. Raises ProcessesError for another model or other libraries on this machine."""
+    prepared = prepare(job.settings, plan_with_counts(job.settings, job.counts))
+    if prepared.checkpoint.fingerprint() != job.fingerprint:
+        raise ProcessesError(
+            f"{job.settings.model} is another model here than where rank 0 runs: its files differ. Copy them, or name "
+            "a --revision."
+        )
+    here = versions()
+    for name, there in job.versions.items():
+        if here[name] != there:
+            raise ProcessesError(f"{name} is {here[name]} here and {there} where rank 0 runs. Install the same.")
+    return prepared

@@ -42,7 +42,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "left": [index for index in range(layers) if index not in done],
         "written": [index for index, record in found.items() if record.shards],
         # (Reading states needs torch, and a pruning has none.)
-        "states_saved_in_block": None if pruning else work.states.block(),
+        "states_saved_in_block": None if pruning else work.states.layer(),
         "bytes": folder_bytes(folder),
     }
 

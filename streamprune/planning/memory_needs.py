@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -69,6 +70,18 @@ def plan_for(
     usual = COMFORTABLE_BATCH_TOKENS[device.type]
     place, batch_tokens = choose(needs, room, settings.states, most, usual)
     return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
+
+
+def agree(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> MemoryPlan:
+    """The plan with as many tokens per micro-batch as suit all ranks: so few that each has a share, if possible."""
+    tokens = min(processes.collect(plan.batch_tokens))
+    while processes.count > 1:
+        batches = calibration.micro_batches(tokens)
+        largest = max((batch.ids.shape for batch in batches if len(batch.ids) > 1), key=math.prod, default=None)
+        if len(batches) >= processes.count or largest is None:
+            break
+        tokens = math.prod(largest) - largest[1]
+    return replace(plan, batch_tokens=tokens)
 
 
 def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:

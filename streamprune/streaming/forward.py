@@ -1,12 +1,11 @@
-"""The model's own forward, one block at a time.
+"""The model's own forward, one layer at a time, and hidden states of two models (original and pruned) in one state.
 
-For block i the forward is entered anew: the blocks before i are stand-ins that return the stored output of block i-1,
-the stand-in for block i runs the real one and leaves the forward. So masks, positions, per-layer extras and the head
-are the model's own, and nothing but the blocks' outputs is kept between blocks.
+To run layer i the model's forward is entered anew: the layers before i are stand-ins that return the stored output of
+layer i-1, the stand-in for layer i runs the real one and leaves the forward. So masks, positions, per-layer extras and
+the head are the model's own, and nothing but the layers' outputs is kept between layers.
 
-The states of two models side by side, as one state: what keeps, moves, splits and saves states need not know of it.
-
-The model that is looked at is called `PRUNED`, also where it is all there is; `ORIGINAL` is what it is compared with.
+In an evaluation a micro-batch has the states of both models ("sides"). The model that is measured is `PRUNED`, also
+where it is the only one; `ORIGINAL` is what it is compared with.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import masking_utils
 
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.decoder import Decoder
@@ -26,46 +26,48 @@ from streamprune.work.saved_states import BatchState
 
 
 class LayerForward:
-    """Runs one block of a model on one micro-batch within the model's own forward."""
+    """Runs one layer of a model on one micro-batch, within the model's own forward."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        # What a config may ask the forward for besides: it is about the blocks' insides, which stand-ins do not have.
+        # Options that make the forward return what comes from inside the layers, which stand-ins do not have.
         for config in (decoder.model.config, decoder.model.config.get_text_config(decoder=True)):
             config.return_dict = True
             if getattr(config, "output_router_logits", False):
                 config.output_router_logits = False
         self._cursor = _Cursor()
         self._stand_ins = nn.ModuleList(
-            _StandIn(block, index, self._cursor) for index, block in enumerate(decoder.blocks)
+            _StandIn(layer, index, self._cursor) for index, layer in enumerate(decoder.blocks)
         )
+        self._unpacked: set[tuple[Any, ...]] = set()
 
     @torch.no_grad()
-    def run_layer(self, index: int, block: nn.Module, input_ids: torch.Tensor, state: BatchState) -> BatchState:
-        """The state after block `index`, from token ids (B, L) and the state after the block before it.
+    def run_layer(self, index: int, layer: nn.Module, input_ids: torch.Tensor, state: BatchState) -> BatchState:
+        """The state after layer `index`, from token ids (B, L) and the state after the layer before it.
 
-        `block` is the loaded module to run in that place. `state` itself is not changed.
+        `layer` is the loaded module to run in that place. `state` itself is not changed. Raises UnsupportedModelError
+        for a model whose forward cannot be entered layer by layer.
         """
         cursor = self._cursor
-        cursor.index, cursor.block, cursor.state, cursor.result = index, block, state, None
+        cursor.index, cursor.layer, cursor.state, cursor.result = index, layer, state, None
         cursor.versions = _versions(state)
         try:
-            with self._in_place():
+            with self._with_stand_ins():
                 self._decoder.model(input_ids=input_ids, use_cache=False)
         except _Reached:
             assert cursor.result is not None
             return cursor.result
         finally:
-            cursor.block = cursor.state = cursor.result = None
-        raise UnsupportedModelError(f"{type(self._decoder.model).__name__}: its forward never reached block {index}.")
+            cursor.layer = cursor.state = cursor.result = None
+        raise UnsupportedModelError(f"{type(self._decoder.model).__name__}: its forward never reached layer {index}.")
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, state: BatchState) -> torch.Tensor:
-        """The logits (B, L, V) from the state after the last block; needs the head's weights."""
+        """The logits (B, L, V) from the state after a layer, by the final norm and the head, whose weights it needs."""
         cursor = self._cursor
         cursor.index, cursor.state, cursor.versions = len(self._stand_ins), state, _versions(state)
         try:
-            with self._in_place():
+            with self._with_stand_ins():
                 output = self._decoder.model(input_ids=input_ids, use_cache=False)
         finally:
             cursor.state = None
@@ -73,36 +75,60 @@ class LayerForward:
         return logits
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _with_stand_ins(self) -> Iterator[None]:
         path, _, attribute = self._decoder.layers_path.rpartition(".")
-        owner, blocks = self._decoder.model.get_submodule(path), self._decoder.blocks
+        owner, layers = self._decoder.model.get_submodule(path), self._decoder.blocks
+        find_packed = getattr(masking_utils, "find_packed_sequence_indices", None)
         setattr(owner, attribute, self._stand_ins)
+        if find_packed is not None:
+            masking_utils.find_packed_sequence_indices = self._remembering(find_packed)
         try:
             yield
         finally:
-            setattr(owner, attribute, blocks)
+            setattr(owner, attribute, layers)
+            if find_packed is not None:
+                masking_utils.find_packed_sequence_indices = find_packed
+
+    def _remembering(self, find_packed: Any) -> Any:
+        """`find_packed_sequence_indices`, asked once for each shape: it waits for the device in every forward.
+
+        Without attention mask and cache, positions follow from the shape of the token ids alone.
+        """
+
+        def find(position_ids: torch.Tensor) -> torch.Tensor | None:
+            key = (*position_ids.shape, position_ids.device)
+            if key in self._unpacked:
+                return None
+            found: torch.Tensor | None = find_packed(position_ids)
+            if found is None:
+                self._unpacked.add(key)
+            return found
+
+        return find
 
 
 class _Reached(Exception):
-    """Leaves the model's forward once the block that was asked for has run."""
+    """Leaves the model's forward once the layer that was asked for has run."""
 
 
 @dataclass
 class _Cursor:
+    """What the stand-ins of a model share: which layer is to run, on what state, and what came of it."""
+
     index: int = 0
-    block: nn.Module | None = None
+    layer: nn.Module | None = None
     state: BatchState | None = None
     result: BatchState | None = None
     versions: list[int] = field(default_factory=list)
 
 
 class _StandIn(nn.Module):
-    """Takes a block's place; whatever the forward reads from it (layer types, flags) comes from the real one."""
+    """Takes a layer's place; whatever the forward reads from it (layer types, flags) comes from the real one."""
 
-    def __init__(self, block: nn.Module, index: int, cursor: _Cursor) -> None:
+    def __init__(self, layer: nn.Module, index: int, cursor: _Cursor) -> None:
         super().__init__()
-        # Past nn.Module's registration: the block must not become our child, nor be found twice.
-        object.__setattr__(self, "_block", block)
+        # Past nn.Module's registration: the layer must not become our child, nor be found twice.
+        object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_index", index)
         object.__setattr__(self, "_cursor", cursor)
 
@@ -110,7 +136,7 @@ class _StandIn(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_block"], name)
+            return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cursor: _Cursor = self.__dict__["_cursor"]
@@ -119,18 +145,18 @@ class _StandIn(nn.Module):
         assert state is not None
         if index < cursor.index:
             return state.output
-        assert cursor.block is not None
+        assert cursor.layer is not None
         if _versions(state) != cursor.versions:
             raise UnsupportedModelError(
-                f"The model changes hidden states in place between its blocks (before block {index}), so that its "
-                "forward cannot be entered block by block. Please report this model."
+                f"The model changes hidden states in place between its layers (before layer {index}), so that its "
+                "forward cannot be entered layer by layer. Please report this model."
             )
         shared = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         before = {}
         for name, mapping in shared.items():
             mapping.update(state.carried.get(name, {}))
             before[name] = dict(mapping)
-        output = cursor.block(*args, **kwargs)
+        output = cursor.layer(*args, **kwargs)
         carried = {name: dict(values) for name, values in state.carried.items()}
         for name, mapping in shared.items():
             for key, value in mapping.items():
@@ -149,12 +175,12 @@ ORIGINAL, PRUNED = "original", "pruned"
 _SUMS = "sums"
 #: Between the name of a side and that of what it carries along.
 _MARK = "/"
-#: Tokens at a time whose copies in float32 are looked at: of all they might take more than the block itself does.
+#: Tokens at a time that are copied to float32: a copy of all of them may take more memory than the layer itself.
 _PORTION = 1024
 
 
 def side_of(state: BatchState, side: str) -> BatchState:
-    """One side of a state of both, as that model's blocks take it."""
+    """One side of a state of both, as that model's layers take it."""
     carried = {
         name.removeprefix(side + _MARK): values
         for name, values in state.carried.items()
@@ -182,23 +208,39 @@ def with_sums(state: BatchState, sums: torch.Tensor) -> BatchState:
 
 
 def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
-    """For each of a micro-batch's tokens ‖pruned − original‖ / ‖original‖ of its hidden states, (tokens,) float64.
+    """For each of a micro-batch's tokens ‖pruned - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
 
     Several residual streams of a token are taken together. 0 where both are zero.
     """
     original, pruned = (_hidden(side_of(state, side)).reshape(tokens, -1) for side in (ORIGINAL, PRUNED))
     errors = []
     for start in range(0, tokens, _PORTION):
-        before, after = (whole[start : start + _PORTION].float() for whole in (original, pruned))
+        before, after = (states[start : start + _PORTION].float() for states in (original, pruned))
         difference, length = (after - before).norm(dim=-1), before.norm(dim=-1)
         errors.append(torch.where(difference > 0, difference / length, 0.0).double())
     return torch.cat(errors)
 
 
+def non_finite_tokens(state: BatchState) -> torch.Tensor:
+    """How many tokens of a micro-batch have NaN or infinity in their hidden states: one number, on their device.
+
+    Does not wait for a GPU.
+    """
+    counts = [torch.zeros((), dtype=torch.int64)]
+    for tensor in pytree.tree_leaves(state.output):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            continue
+        # On the host, a finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
+        if tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()):
+            counts.append((~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum())
+    device = counts[-1].device
+    return torch.stack([count.to(device) for count in counts]).max() if len(counts) > 2 else counts[-1]
+
+
 def _hidden(state: BatchState) -> torch.Tensor:
-    """The hidden states in what a block returned: the first tensor of numbers, as in every model."""
+    """The hidden states in what a layer returned: the first floating-point tensor, as in every model."""
     for leaf in pytree.tree_leaves(state.output):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf
-    # (Of no model's block; but saved states may have been made by somebody else.)
+    # (No model's layer returns that; but saved states may have been made by somebody else.)
     raise ValueError("a state without hidden states")

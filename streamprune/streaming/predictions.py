@@ -1,23 +1,18 @@
-"""A model's output head, of which only a slice of the vocabulary is there at a time.
+"""Reading next-token predictions off hidden states, a slice of the vocabulary at a time, for one or two models.
 
-Next-token distributions without ever having all logits: what is asked of them is summed up slice by slice.
-
-Per token, with logits x over the vocabulary, P of the original and Q of the pruned model:
+All logits are never there at once: what is asked of them is summed up slice by slice. Per token, with logits x over the
+vocabulary, P of the original and Q of the pruned model:
 
     log Z  = m + log Σ e^(x-m)                                   (m the largest so far; online as in arXiv:1805.02867)
     loss   = log Z - x[next token]                               in nats, and perplexity = e^loss
     KL     = Σ p (x_P - x_Q) - (log Z_P - log Z_Q)               in nats: Kullback and Leibler (1951), p = e^(x_P) / Z_P
 
 All sums are float64. Shapes: B sequences, L tokens each, v tokens of the vocabulary, K numbers per token.
-
-Measuring on text that nothing was scored on: the predictions of one model, or of two side by side.
-
-States are those of `streaming.forward`, with the sums of `streaming.predictions` in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,22 +24,22 @@ from transformers import PreTrainedModel
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.errors import UnsupportedModelError
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.progress import Progress
-from streamprune.streaming.forward import ORIGINAL, PRUNED, LayerForward, side_of, sums_of, with_sums
-from streamprune.streaming.layer_loader import LayerLoader, Weights
+from streamprune.streaming.batches import Among, MicroBatches, Runtime
+from streamprune.streaming.forward import ORIGINAL, PRUNED, side_of, sums_of, with_sums
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 
 
 class SlicedHead:
-    """The head of the model that `loader` loads and `stream` runs. Peak memory: the weights of a slice.
+    """The output head of a model, of which only a slice of the vocabulary is there at a time.
 
-    What the model's forward does with logits behind the head (scaling, soft-capping) it does with those of a slice,
-    which is the same for whatever treats each logit by itself. Raises UnsupportedModelError for a head that is no
-    linear layer.
+    Peak memory: the weights of a slice. What the model's forward does with logits behind the head (scaling,
+    soft-capping) it does with those of a slice, which is the same for whatever treats each logit by itself. Raises
+    UnsupportedModelError for a head that is no linear layer.
     """
 
-    def __init__(self, loader: LayerLoader, stream: LayerForward) -> None:
-        self._loader, self._stream, self._model = loader, stream, loader.model
+    def __init__(self, weights: LayerWeights) -> None:
+        self._weights, self._model = weights, weights.model
         self._head, self._path = find_head(self._model)
 
     @property
@@ -61,7 +56,7 @@ class SlicedHead:
     def rows(self, begin: int, end: int) -> Iterator[None]:
         """Within, `logits` gives those of the tokens from `begin` to `end` of the vocabulary."""
         names = [name for name in ("weight", "bias") if getattr(self._head, name) is not None]
-        weights = self._loader.rows([f"{self._path}.{name}" for name in names], begin, end)
+        weights = self._weights.rows([f"{self._path}.{name}" for name in names], begin, end)
         owner = self._model.get_submodule(self._path.rpartition(".")[0])
         attribute = self._path.rpartition(".")[2]
         setattr(owner, attribute, _Slice(*weights))
@@ -72,7 +67,7 @@ class SlicedHead:
 
     def logits(self, ids: torch.Tensor, state: BatchState) -> torch.Tensor:
         """The logits (B, L, v) of the present slice from token ids (B, L) and the state after a block."""
-        return self._stream.logits(ids, state)
+        return self._weights.forward.logits(ids, state)
 
 
 def find_head(model: PreTrainedModel) -> tuple[nn.Linear, str]:
@@ -112,7 +107,7 @@ _PORTION = 2**19
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What came of every token that has a next one, each (B, L-1) float64; the last three None without an original."""
+    """Figures of every token that has a next one, each (B, L-1) float64; the last three None without an original."""
 
     loss: torch.Tensor
     original_loss: torch.Tensor | None = None
@@ -196,9 +191,9 @@ _LEAST_SLICE, _LARGEST_SLICE = 64, 16384
 
 @dataclass(frozen=True)
 class SequenceFigures:
-    """What came of one sequence: the index of its source, and its tokens' figures, each (1, L-1).
+    """Figures of one sequence: the index of its source, and those of its tokens, each (1, L-1).
 
-    `order` is where it stands among all sequences, whoever measured it.
+    `order` is where it stands among all sequences, whichever rank measured it.
     """
 
     order: tuple[int, int, int]
@@ -206,62 +201,65 @@ class SequenceFigures:
     figures: TokenFigures
 
 
-@dataclass(frozen=True)
 class PredictionReader:
-    """Reads the predictions off the states of all micro-batches that are `among` those to be measured on.
+    """Reads predictions off the states of all micro-batches that are `among` those to be measured on.
 
-    Peak memory: a slice of each of the `heads` (by side), and its logits for a micro-batch.
+    `weights` are the models' by side. Peak memory: a slice of each head, and its logits for a micro-batch.
     """
 
-    weights: Weights
-    heads: Mapping[str, SlicedHead]
-    plan: MemoryPlan
-    device: torch.device
-    progress: Progress
-    among: Callable[[MicroBatch], bool] = lambda batch: True
-
-    def read_off(self, block: int) -> list[SequenceFigures]:
-        """What is predicted from the states before block `block` (behind the last one: by the model), by sequence.
-
-        Raises Stopped between two micro-batches; it begins anew then.
-        """
+    def __init__(
+        self,
+        runtime: Runtime,
+        weights: Mapping[str, LayerWeights],
+        batches: MicroBatches,
+        among: Among = lambda batch: True,
+    ) -> None:
+        self._runtime, self._batches, self._among = runtime, batches, among
         # (Two sides may share one.)
-        heads = set(self.heads.values())
-        vocabulary = self.heads[PRUNED].vocabulary
-        size = slice_size(self.plan, vocabulary, sum(head.row_bytes for head in heads), len(self.heads))
+        shared = {id(each): SlicedHead(each) for each in weights.values()}
+        self._heads = {side: shared[id(each)] for side, each in weights.items()}
+        self._distinct = list(shared.values())
+        self._weights = weights[PRUNED]
+
+    def read(self, layer: int) -> list[SequenceFigures]:
+        """What is predicted from the states before layer `layer` (behind the last one: by the model), by sequence.
+
+        Of all ranks, in the order of one process. Raises Stopped between two micro-batches; it begins anew then.
+        """
+        vocabulary = self._heads[PRUNED].vocabulary
+        row_bytes = sum(head.row_bytes for head in self._distinct)
+        size = slice_size(self._runtime.plan, vocabulary, row_bytes, len(self._heads))
         begins = range(0, vocabulary, size)
-        # (The last time to gather what came of it.)
-        self.progress.start("predictions", (len(begins) + 1) * self.weights.batches.sequences_among(self.among))
+        # (Once more in the end, to gather what came of it.)
+        progress = self._runtime.progress
+        progress.start("predictions", (len(begins) + 1) * self._batches.sequences_among(self._among))
         for begin in begins:
-            self._take_slice(block, begin, min(begin + size, vocabulary))
-        found = self._gather(block)
-        self.progress.end()
-        return found
+            self._sum_slice(layer, begin, min(begin + size, vocabulary))
+        found = self._gather(layer)
+        progress.end()
+        found = [each for part in self._runtime.processes.collect(found) for each in part]
+        return sorted(found, key=lambda each: each.order)
 
-    def _take_slice(self, block: int, begin: int, end: int) -> None:
+    def _sum_slice(self, layer: int, begin: int, end: int) -> None:
         def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
-            return self._add(batch, state, begin)
+            # What may be there from an earlier layer, or an attempt that was stopped, does not count.
+            sums = sums_of(state) if begin else None
+            if sums is None:
+                sums = no_sums(batch.ids, len(self._heads))
+            logits = {side: head.logits(batch.ids, side_of(state, side)) for side, head in self._heads.items()}
+            return with_sums(state, add_slice(sums, batch.ids, logits, begin))
 
         with ExitStack() as stack:
-            self.weights.enter(stack, lambda: self._open(begin, end), "a slice of the output head")
-            self.weights.batches.run(block, compute, lambda done, batch: None, among=self.among)
+            self._weights.enter(stack, lambda: self._slice(begin, end), "a slice of the output head")
+            self._batches.run(layer, compute, lambda done, batch: None, among=self._among)
 
-    def _open(self, begin: int, end: int) -> ExitStack:
+    def _slice(self, begin: int, end: int) -> ExitStack:
         with ExitStack() as stack:
-            for head in set(self.heads.values()):
+            for head in self._distinct:
                 stack.enter_context(head.rows(begin, end))
             return stack.pop_all()
 
-    def _add(self, batch: MicroBatch, state: BatchState, begin: int) -> BatchState:
-        ids = batch.ids.to(self.device, non_blocking=True)
-        # What may be there from an earlier block, or an attempt that was stopped, is of no use.
-        sums = sums_of(state) if begin else None
-        if sums is None:
-            sums = no_sums(ids, len(self.heads))
-        logits = {side: head.logits(ids, side_of(state, side)) for side, head in self.heads.items()}
-        return with_sums(state, add_slice(sums, ids, logits, begin))
-
-    def _gather(self, block: int) -> list[SequenceFigures]:
+    def _gather(self, layer: int) -> list[SequenceFigures]:
         found: list[SequenceFigures] = []
         sums: list[torch.Tensor] = []
 
@@ -273,17 +271,17 @@ class PredictionReader:
         def keep(done: int, batch: MicroBatch) -> None:
             number = done - 1
             for row in range(len(batch.ids)):
-                order = (self.weights.batches.place_of(number), number, row)
+                order = (self._batches.place_of(number), number, row)
                 found.append(SequenceFigures(order, batch.source, figures_of(sums[0][row : row + 1])))
 
-        self.weights.batches.run(block, look, keep, among=self.among)
+        self._batches.run(layer, look, keep, among=self._among)
         return found
 
 
 def slice_size(plan: MemoryPlan, vocabulary: int, row_bytes: int, sides: int) -> int:
     """Tokens of the vocabulary at a time, of which the heads' weights take `row_bytes` each.
 
-    No block is in memory then: a slice may have its room, and the logits that of its intermediate results.
+    No layer is in memory then: a slice may have its room, and the logits that of its intermediate results.
     """
     # Logits as they are computed, and as the model's own scaling leaves them.
     logits = 2 * sides * plan.tokens_at_a_time * plan.needs.itemsize

@@ -1,9 +1,4 @@
-"""Tensors in one file without a name, read and written with plain system calls.
-
-Not mapped: the pages of a mapping count as this process's resident memory, which is what the file is to spare.
-
-Where hidden states are kept: in the memory that computes, in RAM beside a card, or in a file.
-"""
+"""Where hidden states are stored: in the memory of the device that computes, in RAM beside a GPU, or in a file."""
 
 from __future__ import annotations
 
@@ -20,11 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from streamprune.errors import ResourceError
-from streamprune.hardware.device import current_stream, is_gpu, new_stream, page_locked, record_event
+from streamprune.hardware.device import CPU, current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.progress import Busy
 
 #: Linux moves at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
 _PORTION = 1 << 26
+#: Micro-batches that wait to be written to a file, each in memory of its own.
+_MOST_WAITING = 1
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,10 @@ class Written:
 
 
 class StatesFile:
-    """A file in `folder` that no name leads to, so that it is gone when it is closed, however the process ends.
+    """Tensors in a file in `folder` without a name, so that it is gone when it is closed, however the process ends.
 
-    Raises ResourceError, with the system's reason, when it cannot be made, written or read.
+    Read and written with system calls, not mapped: mapped pages would count as this process's resident memory. Raises
+    ResourceError, with the system's reason, when it cannot be made, written or read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -125,14 +123,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-HOST = torch.device("cpu")
-#: Micro-batches that wait to be written to a file, each in memory of its own.
-_MOST_WAITING = 1
-
-
 @dataclass(frozen=True)
 class Fetch:
-    """Something on its way; calling waits for it. (A class of its own, so that it is told apart from what is kept.)"""
+    """A leaf on its way; calling waits for it. (A class of its own, so that it is told apart from a stored leaf.)"""
 
     arrive: Callable[[], Any]
 
@@ -141,9 +134,9 @@ class Fetch:
 
 
 class StateStore(Protocol):
-    """Where leaves are kept: as a tensor or a `Written`. Leaves that are no tensors are kept as they are."""
+    """Stores leaves, each as a tensor or a `Written`. Leaves that are no tensors are stored as they are."""
 
-    def fetch(self, kept: Any, device: torch.device) -> Fetch:
+    def fetch(self, stored: Any, device: torch.device) -> Fetch:
         """Begin to bring a leaf to a device."""
 
     def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
@@ -152,15 +145,20 @@ class StateStore(Protocol):
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
         """Fill in the data of a micro-batch's leaves."""
 
-    def rows(self, kept: Any, start: int, count: int) -> Any: ...
+    def rows(self, stored: Any, start: int, count: int) -> Any:
+        """Some rows of a leaf, in the place where they lie."""
 
-    def copy(self, kept: Any) -> Any: ...
+    def copy(self, stored: Any) -> Any:
+        """The same leaf in a place of its own."""
 
-    def drop(self, leaves: Sequence[Any]) -> None: ...
+    def drop(self, leaves: Sequence[Any]) -> None:
+        """Free the places of leaves."""
 
-    def settle(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait until all that was filled in has arrived. Raises what went wrong on the way."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free everything."""
 
 
 class MemoryStateStore:
@@ -169,8 +167,8 @@ class MemoryStateStore:
     def __init__(self, home: torch.device) -> None:
         self._home = home
 
-    def fetch(self, kept: Any, device: torch.device) -> Fetch:
-        return Fetch(lambda: kept.to(device) if isinstance(kept, torch.Tensor) else kept)
+    def fetch(self, stored: Any, device: torch.device) -> Fetch:
+        return Fetch(lambda: stored.to(device) if isinstance(stored, torch.Tensor) else stored)
 
     def take_over(self, leaf: Any) -> Any:
         """A leaf from elsewhere, in this memory."""
@@ -189,39 +187,39 @@ class MemoryStateStore:
         return new.to(self._home, copy=True).contiguous(), None
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        for kept, data in jobs:
-            kept.copy_(data)
+        for stored, data in jobs:
+            stored.copy_(data)
 
-    def rows(self, kept: Any, start: int, count: int) -> Any:
-        return kept.narrow(0, start, count)
+    def rows(self, stored: Any, start: int, count: int) -> Any:
+        return stored.narrow(0, start, count)
 
-    def copy(self, kept: Any) -> Any:
-        return kept.clone() if isinstance(kept, torch.Tensor) else kept
+    def copy(self, stored: Any) -> Any:
+        return stored.clone() if isinstance(stored, torch.Tensor) else stored
 
     def drop(self, leaves: Sequence[Any]) -> None:
         """Nothing to do: the memory goes with the last reference."""
 
-    def settle(self) -> None:
-        """Nothing to do: all is there at once."""
+    def synchronize(self) -> None:
+        """Nothing to do: copies are in the device's own order."""
 
     def close(self) -> None:
         """Nothing to do."""
 
 
 class OffloadedStateStore(MemoryStateStore):
-    """RAM beside a card, page-locked, from and to which streams of their own carry states while the card computes."""
+    """Page-locked RAM beside a GPU. Two streams of its own carry states in and out while the GPU computes."""
 
-    def __init__(self, card: torch.device, busy: Busy) -> None:
-        super().__init__(HOST)
-        self._card, self._busy = card, busy
-        self._inward, self._outward = new_stream(card), new_stream(card)
+    def __init__(self, gpu: torch.device, busy: Busy) -> None:
+        super().__init__(CPU)
+        self._gpu, self._busy = gpu, busy
+        self._inward, self._outward = new_stream(gpu), new_stream(gpu)
 
-    def fetch(self, kept: Any, device: torch.device) -> Fetch:
-        if not isinstance(kept, torch.Tensor) or not is_gpu(device):
-            # (Whoever wants to look at it here has waited for it with `settle`.)
-            return super().fetch(kept, device)
+    def fetch(self, stored: Any, device: torch.device) -> Fetch:
+        if not isinstance(stored, torch.Tensor) or not is_gpu(device):
+            # (Whoever wants to look at it here has called `synchronize`.)
+            return super().fetch(stored, device)
         with self._inward, self._busy.on_card("states", device):
-            moved = kept.to(device, non_blocking=True)
+            moved = stored.to(device, non_blocking=True)
         there = record_event(self._inward)
 
         def arrive() -> torch.Tensor:
@@ -240,18 +238,18 @@ class OffloadedStateStore(MemoryStateStore):
         return page_locked(new.shape, new.dtype), new.contiguous()
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        self._outward.wait_stream(current_stream(self._card))
-        with self._outward, self._busy.on_card("states", self._card):
-            for kept, data in jobs:
-                kept.copy_(data, non_blocking=True)
+        self._outward.wait_stream(current_stream(self._gpu))
+        with self._outward, self._busy.on_card("states", self._gpu):
+            for stored, data in jobs:
+                stored.copy_(data, non_blocking=True)
                 if is_gpu(data.device):
                     data.record_stream(self._outward)
 
-    def copy(self, kept: Any) -> Any:
-        self.settle()
-        return self.take_over(kept)
+    def copy(self, stored: Any) -> Any:
+        self.synchronize()
+        return self.take_over(stored)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._outward.synchronize()
 
 
@@ -263,34 +261,34 @@ class FileStateStore:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
         self._waiting: deque[Future[Any]] = deque()
 
-    def fetch(self, kept: Any, device: torch.device) -> Fetch:
-        if not isinstance(kept, Written):
-            return Fetch(lambda: kept)
-        coming = self._begin(self._file.read, kept)
+    def fetch(self, stored: Any, device: torch.device) -> Fetch:
+        if not isinstance(stored, Written):
+            return Fetch(lambda: stored)
+        coming = self._begin(self._file.read, stored)
         return Fetch(lambda: coming.result().to(device))
 
     def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        data = new.to(HOST).contiguous()
+        data = new.to(CPU).contiguous()
         if isinstance(old, Written) and old.nbytes == data.nbytes:
             return Written(old.offset, tuple(data.shape), data.dtype), data
         return self._file.reserve(data), data
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
         def write() -> None:
-            for kept, data in jobs:
-                self._file.write(kept, data)
+            for stored, data in jobs:
+                self._file.write(stored, data)
 
         self._waiting.append(self._begin(write))
         while len(self._waiting) > _MOST_WAITING:
             self._waiting.popleft().result()
 
-    def rows(self, kept: Any, start: int, count: int) -> Any:
-        return kept.rows(start, count)
+    def rows(self, stored: Any, start: int, count: int) -> Any:
+        return stored.rows(start, count)
 
-    def copy(self, kept: Any) -> Any:
-        if not isinstance(kept, Written):
-            return kept
-        data = self._begin(self._file.read, kept).result()
+    def copy(self, stored: Any) -> Any:
+        if not isinstance(stored, Written):
+            return stored
+        data = self._begin(self._file.read, stored).result()
         place = self._file.reserve(data)
         self.fill([(place, data)])
         return place
@@ -300,7 +298,7 @@ class FileStateStore:
             if isinstance(leaf, Written):
                 self._file.release(leaf)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -317,14 +315,14 @@ class FileStateStore:
 
 
 def memory_state_store(home: torch.device, computing: torch.device, busy: Busy) -> MemoryStateStore:
-    """The shelf for states in the memory of `home` while `computing` computes."""
-    if home.type == "cpu" and is_gpu(computing):
+    """The store for states in the memory of `home` while `computing` computes."""
+    if not is_gpu(home) and is_gpu(computing):
         return OffloadedStateStore(computing, busy)
     return MemoryStateStore(home)
 
 
 def same_place(a: Any, b: Any) -> bool:
-    """Whether two leaves are kept in the same place."""
+    """Whether two leaves are stored in the same place."""
     if isinstance(a, Written) and isinstance(b, Written):
         return a.offset == b.offset and a.nbytes == b.nbytes
     return a is b

@@ -1,4 +1,4 @@
-"""The hidden states of all micro-batches, kept between blocks and updated in place: in memory, or in a file."""
+"""The hidden states of all micro-batches, stored between layers and updated in place: in memory, or in a file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from streamprune.hardware.device import CPU
 from streamprune.progress import Busy
 from streamprune.streaming.state_store import (
-    HOST,
     Fetch,
     FileStateStore,
     StatesFile,
@@ -30,53 +30,54 @@ class HiddenStates:
     """One `BatchState` per micro-batch. Holds tokens × hidden size × bytes per value, and no more.
 
     They lie in the memory of `home` (by default the host's), or with `folder` in a nameless file in that folder, which
-    is gone when this is closed. The values are the same to the bit wherever they lie. From a slower place than the one
-    that computes, one that is `expect`ed comes while another is in work, and one that is stored goes; `settle` waits.
+    is gone when this is closed. The values are the same to the bit wherever they lie. Between the store and the
+    `computing` device states move while another micro-batch computes: `prefetch` brings one, `store` sends one away,
+    and `synchronize` waits for all that were sent.
     """
 
     def __init__(
-        self, batches: int, home: torch.device = HOST, folder: Path | None = None, *,
-        computing: torch.device = HOST, busy: Busy | None = None,
+        self, batches: int, home: torch.device = CPU, folder: Path | None = None, *,
+        computing: torch.device = CPU, busy: Busy | None = None,
     ) -> None:  # fmt: skip
         self._states = [BatchState() for _ in range(batches)]
         self._computing, self._busy = computing, busy or Busy()
-        self._shelf: StateStore = (
+        self._store: StateStore = (
             memory_state_store(home, computing, self._busy)
             if folder is None
             else FileStateStore(StatesFile(folder), self._busy)
         )
-        #: The state that is on its way: as it was kept when it was expected, where to, and what waits for it.
+        #: The state that is on its way: as it was stored when it was asked for, where to, and what waits for it.
         self._coming: tuple[BatchState, torch.device, BatchState] | None = None
 
     def close(self) -> None:
         """Free what the states take, also on the disk."""
-        self.expect_none()
+        self.drop_prefetch()
         self._states.clear()
-        self._shelf.close()
+        self._store.close()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all that was stored has arrived. Raises what went wrong on the way."""
-        self._shelf.settle()
+        self._store.synchronize()
 
     def resize(self, batches: int) -> None:
         """Forget all states, and make room for those of so many micro-batches."""
-        self._shelf.drop([leaf for state in self._states for part in _parts(state).values() for leaf in _leaves(part)])
+        self._store.drop([leaf for state in self._states for part in _parts(state).values() for leaf in _leaves(part)])
         self._states = [BatchState() for _ in range(batches)]
 
-    def expect(self, batch: int, device: torch.device) -> None:
+    def prefetch(self, batch: int, device: torch.device) -> None:
         """Begin to fetch the state of a micro-batch that `load` will ask for next."""
-        kept = self._states[batch]
-        self._coming = kept, device, _map_state(lambda leaf: self._shelf.fetch(leaf, device), kept)
+        stored = self._states[batch]
+        self._coming = stored, device, _map_state(lambda leaf: self._store.fetch(leaf, device), stored)
 
-    def expect_none(self) -> None:
-        """Let go of what was expected."""
+    def drop_prefetch(self) -> None:
+        """Free the state that was prefetched."""
         self._coming = None
 
     def load(self, batch: int, device: torch.device) -> BatchState:
         """The state of a micro-batch on `device` (a view of the stored one where it lies there)."""
-        kept = self._states[batch]
-        if self._coming is None or self._coming[0] is not kept or self._coming[1] != device:
-            self.expect(batch, device)
+        stored = self._states[batch]
+        if self._coming is None or self._coming[0] is not stored or self._coming[1] != device:
+            self.prefetch(batch, device)
         assert self._coming is not None
         fetches, self._coming = self._coming[2], None
         return _map_state(lambda fetch: fetch() if isinstance(fetch, Fetch) else fetch, fetches)
@@ -92,41 +93,41 @@ class HiddenStates:
         made: list[Any] = []
 
         def prepare(old_leaf: Any, new_leaf: Any) -> Any:
-            kept, data = self._shelf.prepare(old_leaf, new_leaf) if _is_tensor(new_leaf) else (new_leaf, None)
-            if not same_place(kept, old_leaf):
+            stored, data = self._store.prepare(old_leaf, new_leaf) if _is_tensor(new_leaf) else (new_leaf, None)
+            if not same_place(stored, old_leaf):
                 gone.append(old_leaf)
-                made.append(kept)
+                made.append(stored)
             if data is not None:
-                jobs.append((kept, data))
-            return kept
+                jobs.append((stored, data))
+            return stored
 
         try:
             ready = {key: _match(prepare, old.get(key), value, gone) for key, value in new.items()}
         except BaseException:
-            self._shelf.drop(made)
+            self._store.drop(made)
             raise
         if jobs:
-            self._shelf.fill(jobs)
+            self._store.fill(jobs)
         gone += [leaf for key in old.keys() - new.keys() for leaf in pytree.tree_leaves(old[key])]
-        self._shelf.drop(gone)
+        self._store.drop(gone)
         self._states[batch] = _whole(ready)
 
     def move(self, home: torch.device) -> None:
         """Move all states into the memory of another device."""
-        self.expect_none()
-        self.settle()
-        shelf = memory_state_store(home, self._computing, self._busy)
+        self.drop_prefetch()
+        self.synchronize()
+        store = memory_state_store(home, self._computing, self._busy)
         for number, state in enumerate(self._states):
-            self._states[number] = _map_state(lambda leaf: shelf.take_over(self._shelf.fetch(leaf, home)()), state)
-        self._shelf.close()
-        self._shelf = shelf
+            self._states[number] = _map_state(lambda leaf: store.take_over(self._store.fetch(leaf, home)()), state)
+        self._store.close()
+        self._store = store
 
     def split(self, batch: int, shape: Sequence[int], sizes: Sequence[int]) -> None:
         """Make several micro-batches of one of token ids of `shape` (B, L): of `sizes` sequences, summing to B.
 
         Those behind it move up. The parts lie where the whole did.
         """
-        self.expect_none()
+        self.drop_prefetch()
         start, pieces = 0, []
         for size in sizes:
             first, count = start, size
@@ -135,28 +136,12 @@ class HiddenStates:
                 rows = _rows_per_sequence(leaf, shape)
                 if rows is None:
                     # What all sequences share: a copy each, since each will write its own into it.
-                    return leaf if first == 0 else self._shelf.copy(leaf)
-                return self._shelf.rows(leaf, first * rows, count * rows)
+                    return leaf if first == 0 else self._store.copy(leaf)
+                return self._store.rows(leaf, first * rows, count * rows)
 
             pieces.append(_map_state(piece, self._states[batch]))
             start += size
         self._states[batch : batch + 1] = pieces
-
-
-def non_finite_tokens(state: BatchState) -> torch.Tensor:
-    """How many tokens of a micro-batch have a NaN or infinity in their hidden states: one number, where they lie.
-
-    Nothing here waits for a card.
-    """
-    counts = [torch.zeros((), dtype=torch.int64)]
-    for tensor in pytree.tree_leaves(state.output):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            continue
-        # On the host, a finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
-        if tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()):
-            counts.append((~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum())
-    device = counts[-1].device
-    return torch.stack([count.to(device) for count in counts]).max() if len(counts) > 2 else counts[-1]
 
 
 def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:

@@ -265,12 +265,12 @@ class Generations:
         opened = (open_states(self._states / str(number)) for number in self._pointed())
         return [states for states in opened if states is not None]
 
-    def block(self) -> int | None:
-        """The block in which states were last saved, by their record alone; None if none are."""
+    def layer(self) -> int | None:
+        """The layer in which states were last saved, by their record alone; None if none are."""
         for number in self._pointed():
             facts = saved_facts(self._states / str(number))
-            if facts is not None and isinstance(facts.get("block"), int):
-                return int(facts["block"])
+            if facts is not None and isinstance(facts.get("layer"), int):
+                return int(facts["layer"])
         return None
 
     def forget_old(self) -> None:

@@ -23,9 +23,8 @@ from streamprune.planning.pruning_plan import plan_pruning
 from streamprune.saliency import grouped
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics
-from streamprune.streaming.forward import LayerForward
-from streamprune.streaming.layer_loader import Weights
-from streamprune.streaming.states import non_finite_tokens
+from streamprune.streaming.forward import LayerForward, non_finite_tokens
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 
 #: Values that are worked on at a time behind the products: what is tried.
@@ -115,20 +114,20 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
     prepared, calibration = prepare(settings, plan), calibrate(settings, plan)
     skeleton = prepared.skeleton
     taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
-    weights = Weights(prepared, device, Busy(), ahead=False)
+    weights = LayerWeights(prepared, device, Busy(), prefetch=False)
     ids = calibration.micro_batches(DEFAULT_BATCH_TOKENS[device.type])[0].ids
     index = min(1, len(skeleton.blocks) - 1)
     with ExitStack() as stack:
         stack.callback(weights.close)
-        weights.loader.load_surroundings(head=False)
+        weights.load_non_layer_weights()
         before = BatchState()
         if index:
-            with weights.loader.block(0) as first:
-                before = weights.stream.run_layer(0, first, ids.to(device), before)
-        block = stack.enter_context(weights.loader.block(index))
+            with weights.layer(0) as first:
+                before = weights.forward.run_layer(0, first, ids.to(device), before)
+        block = stack.enter_context(weights.layer(index))
         experts = block.get_submodule(skeleton.experts[index])
         total = ExpertStatistics(prepared.layout.spec.count, device)
-        yield Layer(weights.stream, block, experts, taps[index], ids, before, index, total, device)
+        yield Layer(weights.forward, block, experts, taps[index], ids, before, index, total, device)
 
 
 def _outputs(layer: Layer) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A block's weights on the device, and freed again: the only place that turns checkpoint tensors into parameters.
+"""A layer's weights on the device: loaded, prefetched, pruned, and freed again.
 
-A model's weights while it is streamed: what is there at a time, and what makes way where memory runs out.
+This is the only place that turns checkpoint tensors into parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
@@ -27,161 +26,164 @@ from streamprune.hardware.device import free_after_failure, is_out_of_memory
 from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
 from streamprune.models.decoder import Decoder
 from streamprune.models.open import OpenedModel
-from streamprune.models.skeleton import Target
 from streamprune.models.tensor_slices import ExpertRows
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward
 
-#: The group in which the tensors are read that are each a parameter of their own, and not of the experts.
+#: The group in which the small tensors are read, which are each a parameter of their own.
 _SINGLES = ""
 
+T = TypeVar("T")
 
-class LayerLoader:
-    """Loads blocks of a checkpoint into the model's own modules, through transformers' weight conversion.
 
-    Peak memory of a load: the block's weights, as the checkpoint has them or as they are computed with, plus those of
+class LayerWeights:
+    """The layers of an opened model, loaded into its own modules one at a time, through transformers' conversion.
+
+    Peak memory of a load: the layer's weights, as the checkpoint has them or as they are computed with, plus those of
     its largest converted parameter: twice while its tensors are joined (one per expert into one for all), once while it
-    becomes another dtype. A block that is read ahead takes its weights' memory meanwhile. Close it to end the threads
-    that read.
+    becomes another dtype. A prefetched layer takes its weights' memory meanwhile. Set `batches` to the micro-batches
+    whose hidden states may make room for weights. Close it to end the threads that read.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        decoder: Decoder,
-        targets: Mapping[str, Target | None],
-        dtype: torch.dtype,
-        device: torch.device,
-        busy: Busy | None = None,
+        self, opened: OpenedModel, device: torch.device, busy: Busy | None = None, prefetch: bool = True
     ) -> None:
-        self._checkpoint = checkpoint
-        self.decoder = decoder
-        self._reader = ShardReader(checkpoint, device, busy or Busy())
-        self._ahead: dict[int, Reading] = {}
+        self.decoder: Decoder = opened.skeleton
+        self.model = self.decoder.model
+        self.device, self.dtype = device, opened.dtype
+        self.batches: MicroBatches | None = None
+        self.forward = LayerForward(self.decoder)
+        self._may_prefetch = prefetch
+        self._checkpoint = opened.checkpoint
+        self._reader = ShardReader(opened.checkpoint, device, busy or Busy())
+        self._prefetched: dict[int, Reading] = {}
         self._read: dict[int | None, Reading] = {}
-        self.model = decoder.model
-        self.device = device
         self._config = LoadStateDictConfig(
             weight_mapping=get_model_conversion_mapping(self.model),
-            dtype=dtype,
+            dtype=opened.dtype,
             # Some parameters (router biases) must stay in float32 whatever the dtype.
-            dtype_plan=self.model._get_dtype_plan(dtype),
+            dtype_plan=self.model._get_dtype_plan(opened.dtype),
             device_map={"": device},
         )
-        # Checkpoint tensors by block and by the parameter they feed, so that each parameter is converted on its own.
+        # Checkpoint tensors by layer and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name, target in targets.items():
+        for name, target in opened.targets.items():
             if target is not None:
-                self._groups[decoder.layer_of(target.name)][target.name].append(name)
+                self._groups[self.decoder.layer_of(target.name)][target.name].append(name)
 
     def close(self) -> None:
         """End the threads that read, and free what they have read."""
-        self.drop_ahead()
+        self.free_prefetched()
         for index in list(self._read):
             self.drop_cached_pages(index)
         self._reader.close()
 
-    def read_ahead(self, index: int) -> bool:
-        """Begin to read block `index`, whose weights lie beside those of the present one from now on.
+    def prefetch(self, index: int) -> bool:
+        """Begin to read layer `index` while another one is in use. False if there is no memory for that.
 
-        False if there is no memory for that; `block` reads it then when it is asked for.
+        Once there was none, nothing is prefetched any more: `layer` reads it when it is asked for.
         """
-        if index in self._ahead:
-            return True
+        if not self._may_prefetch or index in self._prefetched:
+            return self._may_prefetch
         try:
-            self._ahead[index] = self._start(index)
+            self._prefetched[index] = self._start(index)
             return True
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         free_after_failure(self.device)
+        self._may_prefetch = False
         return False
 
-    def drop_ahead(self) -> bool:
-        """Free what was read ahead; False if there was nothing."""
-        readings = list(self._ahead.values())
-        self._ahead.clear()
+    def drop_prefetch(self) -> bool:
+        """Free what was prefetched, and prefetch no more; False if there was nothing."""
+        self._may_prefetch = False
+        return self.free_prefetched()
+
+    def free_prefetched(self) -> bool:
+        """Free what was prefetched; False if there was nothing."""
+        readings = list(self._prefetched.values())
+        self._prefetched.clear()
         for reading in readings:
             self._reader.give_up(reading)
         return bool(readings)
 
     def drop_cached_pages(self, index: int | None) -> None:
-        """Put out of the system's cache what reading a block (None: the surroundings) has brought into it."""
+        """Drop from the system's page cache what reading a layer (None: the non-layer weights) brought into it."""
         reading = self._read.pop(index, None)
         if reading is not None:
             drop_files_from_cache(reading.cached)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights on the device; they are freed on exit."""
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer `index` with its weights on the device, freed on exit.
+
+        Raises CheckpointError for missing or misfitting tensors, and what torch raises when memory runs out.
+        """
         module = self.decoder.blocks[index]
         try:
-            reading = self._ahead.pop(index) if index in self._ahead else self._start(index)
+            reading = self._prefetched.pop(index) if index in self._prefetched else self._start(index)
             self._load(reading, self._groups[index], index)
             self._materialize_buffers(module, f"{self.decoder.layers_path}.{index}")
             missing = [name for name, tensor in _tensors(module) if tensor.is_meta]
             if missing:
                 raise CheckpointError(
-                    f"Block {index} lacks {len(missing)} of its tensors, first {missing[0]}. Complete the download."
+                    f"Layer {index} lacks {len(missing)} of its tensors, first {missing[0]}. Complete the download."
                 )
             yield module
         finally:
             module.to("meta")
 
     @contextmanager
-    def pruned_layer(self, index: int, block: nn.Module, twin: nn.Module, kept: Sequence[int]) -> Iterator[nn.Module]:
-        """The loaded block `index` with only the experts `kept`, as `twin`: that block of the pruned model on meta.
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """`layer`, with hidden states offloaded where memory is short, and freed memory given back around it."""
+        with ExitStack() as stack:
+            module = self.enter(stack, lambda: self.layer(index), f"the weights of layer {index}")
+            # What was read and joined on the way is free now, and too scattered to be of use for what comes.
+            release_freed_memory()
+            yield module
+        release_freed_memory()
+        if self.batches is not None:
+            self.batches.watch.between_blocks()
 
-        Unsliced weights are shared with `block`; the sliced ones take keep/count of the experts' memory on top.
+    @contextmanager
+    def pruned_layer(self, index: int, layer: nn.Module, pruned: nn.Module, kept: Sequence[int]) -> Iterator[nn.Module]:
+        """The loaded layer `index` with only the experts `kept`, in `pruned`: that layer of the pruned model, on meta.
+
+        Unsliced weights are shared with `layer`; the sliced ones take keep/count of the experts' memory on top.
         """
         prefix = f"{self.decoder.layers_path}.{index}."
         try:
-            for name, tensor in _tensors(block):
+            for name, tensor in _tensors(layer):
                 rows = self.decoder.expert_rows.get(prefix + name)
                 if rows is not None:
                     tensor = tensor.index_select(
                         rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device)
                     )
-                owner = twin.get_submodule(name.rpartition(".")[0])
+                owner = pruned.get_submodule(name.rpartition(".")[0])
                 leaf = name.rpartition(".")[2]
                 if leaf in owner._parameters:
                     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
                 else:
                     owner._buffers[leaf] = tensor
-            yield twin
+            yield pruned
         finally:
-            twin.to("meta")
+            pruned.to("meta")
 
-    def load_surroundings(self, head: bool) -> None:
-        """Load what lies around the blocks: embeddings and norms of the decoder, and the output head if asked for.
+    def load_non_layer_weights(self, head: bool = False) -> None:
+        """Load the decoder's embeddings and norms, and the output head if asked for.
 
         Vision towers and other parts that text alone does not reach stay without weights.
         """
-        decoder = self.decoder.layers_path.rpartition(".")[0] + "."
-        inputs = {id(tensor) for _, tensor in _tensors(self.model.get_input_embeddings())}
-        outputs = self.model.get_output_embeddings()
-        head_ids = {id(tensor) for _, tensor in _tensors(outputs)} if outputs is not None else set()
-        parameters = dict(_tensors(self.model))
-        wanted = {}
-        for parameter, names in self._groups[None].items():
-            tensor_id = id(parameters.get(parameter))
-            if tensor_id in head_ids and tensor_id not in inputs and not head:
-                continue
-            if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
-                wanted[parameter] = names
-        self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
-        # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
-        missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        with _without_blocks(self.decoder):
-            self._materialize_buffers(self.model, "")
+        with ExitStack() as stack:
+            self.enter(stack, lambda: self._non_layer_weights(head), "the embeddings")
 
     def rows(self, parameters: Sequence[str], begin: int, end: int) -> list[torch.Tensor]:
-        """The rows from `begin` to `end` of parameters outside the blocks: of those in memory, or read for the moment.
+        """The rows from `begin` to `end` of parameters outside the layers: of those in memory, or read for the moment.
 
-        Peak memory: those rows, twice where the checkpoint has them in another dtype. One that the checkpoint holds in
-        several pieces, or in another layout, is loaded whole and stays.
+        Peak memory: those rows, twice where the checkpoint has them in another dtype. A parameter that the checkpoint
+        holds in several pieces, or in another layout, is loaded whole and stays.
         """
         known = dict(_tensors(self.model))
         entries: dict[str, list[TensorEntry]] = {}
@@ -201,6 +203,47 @@ class LayerLoader:
         read = {name: next(iter(reading.take(name).values())).to(known[name].dtype) for name in entries}
         known = dict(_tensors(self.model))
         return [read[name] if name in read else known[name][begin:end] for name in parameters]
+
+    def enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[T]], what: str) -> T:
+        """Load weights for as long as `stack` lasts, offloading hidden states where they do not fit otherwise.
+
+        Raises ResourceError, with what the user can do, where even that does not help.
+        """
+        while True:
+            try:
+                return stack.enter_context(load())
+            except Exception as error:
+                if self.batches is None or not is_out_of_memory(error):
+                    raise
+                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            free_after_failure(self.device)
+            if not self.batches.offload_states(f"out of memory while loading {what}"):
+                raise ResourceError(
+                    f"Out of memory on {self.device} while loading {what} ({problem}). Use {self.batches.advice()}."
+                    f"{self.batches.watch.holders()}"
+                )
+
+    def _non_layer_weights(self, head: bool) -> AbstractContextManager[None]:
+        decoder = self.decoder.layers_path.rpartition(".")[0] + "."
+        inputs = {id(tensor) for _, tensor in _tensors(self.model.get_input_embeddings())}
+        outputs = self.model.get_output_embeddings()
+        head_ids = {id(tensor) for _, tensor in _tensors(outputs)} if outputs is not None else set()
+        parameters = dict(_tensors(self.model))
+        wanted = {}
+        for parameter, names in self._groups[None].items():
+            tensor_id = id(parameters.get(parameter))
+            if tensor_id in head_ids and tensor_id not in inputs and not head:
+                continue
+            if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
+                wanted[parameter] = names
+        self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
+        # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
+        missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        with _without_layers(self.decoder):
+            self._materialize_buffers(self.model, "")
+        self.drop_cached_pages(None)
+        return nullcontext()
 
     def _start(self, index: int) -> Reading:
         return self._reader.start(self._reading_groups(self._groups[index]))
@@ -284,80 +327,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def _without_blocks(decoder: Decoder) -> Iterator[None]:
+def _without_layers(decoder: Decoder) -> Iterator[None]:
     owner_path, _, attribute = decoder.layers_path.rpartition(".")
-    owner, blocks = decoder.model.get_submodule(owner_path), decoder.blocks
+    owner, layers = decoder.model.get_submodule(owner_path), decoder.blocks
     setattr(owner, attribute, nn.ModuleList())
     try:
         yield
     finally:
-        setattr(owner, attribute, blocks)
-
-
-T = TypeVar("T")
-
-
-class Weights:
-    """The blocks of an opened model, one at a time, on `device`; with `ahead` the next one is read meanwhile.
-
-    `batches`, once they are there, have hidden states that may make way for weights. Peak memory: see `LayerLoader`.
-    """
-
-    batches: MicroBatches
-
-    def __init__(self, opened: OpenedModel, device: torch.device, busy: Busy, ahead: bool) -> None:
-        self._device, self._ahead = device, ahead
-        self.loader = LayerLoader(opened.checkpoint, opened.skeleton, opened.targets, opened.dtype, device, busy)
-        self.stream = LayerForward(opened.skeleton)
-
-    def close(self) -> None:
-        """Free what was read, and end the threads that read."""
-        self.loader.close()
-
-    def load_surroundings(self) -> None:
-        """Load what lies around the blocks, but no output head of its own."""
-        with ExitStack() as stack:
-            self.enter(stack, self._surroundings, "the embeddings")
-
-    def spare(self) -> bool:
-        """Free what was read ahead, and read ahead no more; False if there was nothing."""
-        self._ahead = False
-        return self.loader.drop_ahead()
-
-    @contextmanager
-    def block(self, index: int, following: int | None) -> Iterator[tuple[ExitStack, nn.Module]]:
-        """Block `index`, and a stack for what is entered beside it; `following` is the one to be read meanwhile."""
-        with ExitStack() as stack:
-            block = self.enter(stack, lambda: self.loader.block(index), f"the weights of block {index}")
-            # What was read and joined on the way is free now, and too scattered to be of use for what comes.
-            release_freed_memory()
-            if following is not None:
-                self.read_ahead(following)
-            yield stack, block
-        release_freed_memory()
-        self.batches.watch.between_blocks()
-
-    def read_ahead(self, index: int) -> None:
-        """Begin to read a block, where there was room for that so far."""
-        self._ahead = self._ahead and self.loader.read_ahead(index)
-
-    def enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[T]], what: str) -> T:
-        """Load weights for as long as `stack` lasts, also where hidden states must first make room for them."""
-        while True:
-            try:
-                return stack.enter_context(load())
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            free_after_failure(self._device)
-            if not self.batches.retreat(f"out of memory while loading {what}"):
-                raise ResourceError(
-                    f"Out of memory on {self._device} while loading {what} ({problem}). Use {self.batches.advice()}."
-                    f"{self.batches.watch.holders()}"
-                )
-
-    def _surroundings(self) -> AbstractContextManager[None]:
-        self.loader.load_surroundings(head=False)
-        self.loader.drop_cached_pages(None)
-        return nullcontext()
+        setattr(owner, attribute, layers)

@@ -1,0 +1,345 @@
+"""The layers of a run: take up what is finished, score and write what is left, save on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, NoReturn
+
+from streamprune.config import RunSettings
+from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
+from streamprune.files.json_text import show
+from streamprune.hardware.device import peak_device_bytes
+from streamprune.models.expert_layout import Layout
+from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.run_evaluation import RunEvaluation
+from streamprune.progress import LayerProgress
+from streamprune.saliency.scores import LayerStatistics
+from streamprune.selection.select import Selector, routed_tokens
+from streamprune.streaming.batches import Runtime, Stopped
+from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.streaming.stages import LayerTask, is_held_out, read_statistics
+from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.records import FinishedShard
+from streamprune.work.saved_states import SavedStates
+
+
+class BackgroundWriter:
+    """A thread that does one piece of work after the other. Use as a context manager: leaving waits for it.
+
+    At most one piece is under way; what it raises is raised by the next call here. Where the `with` block ends with an
+    error of its own, that one counts.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+            else:
+                with suppress(Exception):
+                    self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Wait for the piece before, and begin this one."""
+        self.wait()
+        self._under_way = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Wait until all that was submitted is done."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+
+@dataclass(frozen=True)
+class OutputTarget:
+    """Where finished layers go when they are written while others are still scored; only rank 0 has a `writer`."""
+
+    writer: OutputWriter | None
+    selector: Selector
+
+    def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
+        """The experts of a layer that stay."""
+        return self.selector.layer(layer).kept if layer is not None else ()
+
+
+class RunLayers:
+    """Finishes all layers of a run; `stream` returns the statistics of all that have experts.
+
+    A layer is finished when its shards (with a `target`) and its record are durable, which they become while the next
+    one is scored. Hidden states are saved every so often, when all layers before are finished: those that were finished
+    since then are replayed, without being scored or written. Every rank runs this; only rank 0 has `work` and writes.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        layout: Layout,
+        loop: LayerLoop,
+        target: OutputTarget | None,
+        work: WorkFolder | None,
+        evaluation: RunEvaluation | None,
+    ) -> None:
+        assert isinstance(runtime.settings, RunSettings)
+        self._settings, self._runtime, self._processes = runtime.settings, runtime, runtime.processes
+        self._layout, self._loop, self._target, self._evaluation = layout, loop, target, evaluation
+        self._progress, self._stop = runtime.progress, runtime.stop
+        self._work = work
+        self._tokens: tuple[int, ...] = ()
+        self._finished: dict[int, LayerStatistics | None] = {}
+        self._saved_at = time.monotonic()
+        self._restored = False
+        self._writer = BackgroundWriter()
+
+    def stream(self, source_tokens: tuple[int, ...]) -> list[LayerStatistics]:
+        """Finish all layers, scored on so many tokens of each source.
+
+        Raises InterruptedRunError, with everything saved, when the user asks to stop.
+        """
+        self._tokens = source_tokens
+        self._finished = self._processes.on_first(self._take_up)
+        count, evaluation = self._layout.layer_count, self._evaluation
+        # Behind the last layer with experts nothing is computed, unless predictions are to be read.
+        measures = evaluation is not None and evaluation.during_run
+        last = count - 1 if measures else self._layout.expert_layers[-1]
+        unscored = [layer for layer in range(last + 1) if layer not in self._finished]
+        if evaluation is not None and unscored:
+            evaluation.forget()
+        if evaluation is not None and (evaluation.is_done or not evaluation.during_run):
+            evaluation = None
+        until = count if evaluation is not None else unscored[-1] if unscored else 0
+        start = self._restore(unscored[0] if unscored else until) if until else 0
+        # What goes through the stages: what is to be scored, and what is between it and the restored states.
+        run = sorted({*range(start, until), *unscored})
+        with self._writer:
+            self._go_through(run, start, evaluation)
+            self._writer.wait()
+        if self._anybody(bool(self._stop)):
+            self._leave()
+        return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
+
+    def _go_through(self, run: list[int], start: int, evaluation: RunEvaluation | None) -> None:
+        """Finish the layers that are not, and carry the states through those to `run` that are."""
+        count = self._layout.layer_count
+        following = dict(pairwise(run))
+        try:
+            for layer in range(count):
+                if layer not in self._finished:
+                    self._finish(layer, layer in run, following.get(layer))
+                elif layer in run:
+                    self._replay(layer, following.get(layer))
+                # A layer has taken the restored states: an error from here on has another cause.
+                self._restored = self._restored and layer < start
+                if evaluation is not None and layer >= start and evaluation.is_due(layer):
+                    self._read_predictions(layer + 1, evaluation)
+            if evaluation is not None:
+                self._progress.say("reading off what both models predict for the held-out text ...")
+                self._read_predictions(count, evaluation)
+        except Stopped:
+            self._writer.wait()
+            self._progress.say("stopping: saving the hidden states ...")
+            self._loop.save(self._work)
+            self._leave()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if not self._restored:
+                raise
+            # Intact, but of shapes that this model's layers do not take: somebody else made them.
+            where = f" in {self._work.folder}" if self._work is not None else ""
+            raise ResumeError(
+                f"The hidden states saved{where} do not go with this model: {show(str(error))}. Compute them anew: add "
+                "--from-layer 0, or begin anew with --resume never."
+            ) from error
+
+    def _finish(self, index: int, runs: bool, following: int | None) -> None:
+        started = time.monotonic()
+        task = LayerTask(index)
+        if runs:
+            self._loop.run_layer(task, following)
+        if self._work is not None:
+            self._writer.submit(lambda: self._write(index, task.statistics, task.kept))
+        elif self._processes.local_rank == 0:
+            # On a machine without rank 0, which does so once the layer is written.
+            self._loop.drop_cached_pages(index)
+        self._finished[index] = task.statistics
+        self._progress.end_layer(
+            LayerProgress(
+                layer=index,
+                layers=self._layout.layer_count,
+                kept=len(task.kept) if self._target else None,
+                experts=self._layout.spec.count if task.statistics else 0,
+                fewest_tokens=min(routed_tokens(task.statistics)) if task.statistics else None,
+                seconds=time.monotonic() - started,
+                peak_bytes=peak_device_bytes(self._runtime.device),
+            )
+        )
+        if runs and following is not None:
+            self._save_if_due()
+
+    def _replay(self, index: int, following: int | None) -> None:
+        layer = self._finished[index]
+        kept = self._processes.broadcast(self._target.kept(layer)) if self._target else ()
+        self._loop.run_layer(LayerTask(index, replayed=True, statistics=layer, kept=kept), following)
+        if self._processes.local_rank == 0:
+            self._loop.drop_cached_pages(index)
+        last = self._layout.layer_count - 1
+        self._progress.say(f"layer {index}/{last}: done before; its tokens are carried on")
+        self._save_if_due()
+
+    def _read_predictions(self, layer: int, evaluation: RunEvaluation) -> None:
+        try:
+            evaluation.on_predictions(layer, self._loop.read_predictions(layer, is_held_out))
+        except TooMuchLostError:
+            # Whoever goes on all the same need not compute it again.
+            self._writer.wait()
+            self._loop.save(self._work)
+            raise
+
+    def _write(self, layer: int | None, statistics: LayerStatistics | None, kept: tuple[int, ...]) -> None:
+        """Write and record a finished layer (None: the non-layer weights) with the experts that stay."""
+        assert self._work is not None
+        shards: list[FinishedShard] = []
+        if self._target is not None and self._target.writer is not None:
+            with self._runtime.busy.at("write"):
+                shards = self._target.writer.write_layer(layer, kept)
+        if layer is not None:
+            self._loop.drop_cached_pages(layer)
+        self._work.write_layer(layer, statistics, kept, shards)
+
+    def _take_up(self) -> dict[int, LayerStatistics | None]:
+        """The statistics of the layers that are finished, by rank 0; damaged shards of theirs are written again."""
+        assert self._work is not None
+        first, count = self._settings.from_layer, self._layout.layer_count
+        if self._work.has_progress():
+            self._progress.say("resuming: checking what is done ...")
+        found: dict[int, LayerStatistics | None] = {}
+        for layer in (None, *range(count)):
+            if first is not None and layer is not None and layer >= first:
+                self._work.forget_layer(layer)
+            if self._stop:
+                # Checking tens of GiB takes a while. There is nothing new to save.
+                self._finished = found
+                self._leave()
+            self._take_up_layer(layer, found)
+        if found:
+            self._progress.say(f"resuming: {len(found)} of {count} layers are done")
+        return found
+
+    def _take_up_layer(self, index: int | None, found: dict[int, LayerStatistics | None]) -> None:
+        assert self._work is not None
+        record = self._work.read_layer(index)
+        try:
+            layer = self._recorded(index, record.result) if record is not None else None
+        except (KeyError, TypeError, ValueError):
+            self._progress.say(f"note: the record of {_name(index)} is not valid; it is done again.")
+            self._work.forget_layer(index)
+            record = layer = None
+        if index is None and self._target is None:
+            return
+        if record is None:
+            if index is None:
+                self._write(None, None, ())
+            return
+        if self._target is not None and self._target.writer is not None:
+            kept = self._target.kept(layer)
+            if not self._target.writer.has_written(index, kept, record):
+                self._progress.say(f"note: shards of {_name(index)} are damaged or missing; they are written again.")
+                self._write(index, layer, kept)
+        if index is not None:
+            found[index] = layer
+
+    def _recorded(self, index: int | None, result: dict[str, Any] | None) -> LayerStatistics | None:
+        """The recorded statistics of a layer. ValueError, KeyError or TypeError for what no scoring here can give."""
+        if (result is None) == (index in self._layout.expert_layers):
+            raise ValueError("a result where there are no experts, or none where there are some")
+        if result is None or index is None:
+            return None
+        if result["block"] != index:
+            raise ValueError("the result of another layer")
+        return read_statistics(result["statistics"], index, self._tokens, self._layout.spec.count)
+
+    def _restore(self, first: int) -> int:
+        """Restore the newest states from which layer `first` can be reached; returns the layer to go on with."""
+        candidates = self._candidates(first) if self._work is not None else iter(())
+        while True:
+            saved: SavedStates | None = None
+
+            def find() -> dict[str, Any] | None:
+                nonlocal saved
+                saved = next(candidates, None)
+                return saved.facts if saved is not None else None
+
+            facts = self._processes.on_first(find)
+            if facts is None:
+                return 0
+            try:
+                self._loop.restore(facts, saved)
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                if self._processes.count > 1:
+                    # The others have begun to take them over: there is no way back to older ones.
+                    raise ResumeError(
+                        f"The saved hidden states can no longer be read: {error}. Check the disk, then run again."
+                    ) from error
+                self._refuse(error)
+                continue
+            self._restored = True
+            self._progress.say(f"resuming: hidden states saved in {_name(facts['layer'])}")
+            return int(facts["layer"])
+
+    def _candidates(self, first: int) -> Iterator[SavedStates]:
+        """The saved states, newest first, from which layer `first` can be reached."""
+        assert self._work is not None
+        for saved in self._work.states.whole():
+            try:
+                self._loop.check(saved)
+                facts = saved.facts
+                # Within a layer that is to be scored the sums up to there are needed too.
+                complete = self._loop.begins_layer(facts) or facts["statistics"] is not None
+                complete = complete or first not in self._layout.expert_layers
+                if facts["layer"] < first or (facts["layer"] == first and complete):
+                    yield saved
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        self._progress.say(f"note: saved hidden states cannot be used ({error}); older ones are taken.")
+
+    def _save_if_due(self) -> None:
+        # By rank 0's clock, which never jumps.
+        due = time.monotonic() - self._saved_at >= self._settings.checkpoint_every
+        if self._processes.broadcast(due):
+            # Saved states are of use only from the first layer on that is not finished.
+            self._writer.wait()
+            self._loop.save(self._work)
+            self._saved_at = time.monotonic()
+        if self._anybody(bool(self._stop)):
+            raise Stopped
+
+    def _anybody(self, stop: bool) -> bool:
+        return any(self._processes.collect(stop))
+
+    def _leave(self) -> NoReturn:
+        where = self._work.folder if self._work is not None else self._settings.work_folder
+        raise InterruptedRunError(
+            f"Stopped as asked; {len(self._finished)} of {self._layout.layer_count} layers are done, and all of it "
+            f"is saved. Go on with: {resume_command(where)}"
+        )
+
+
+def _name(layer: int | None) -> str:
+    return "the non-layer weights" if layer is None else f"layer {layer}"

@@ -1,0 +1,357 @@
+"""What happens to a layer, as a list of stages: each is one pass of micro-batches through it.
+
+| stage | what goes through the layer | what comes of it |
+|---|---|---|
+| `ForwardStage` | micro-batches, through the layer of a checkpoint | states; with `errors`, how far they are off |
+| `ScoreStage` | the same, with hooks on the layer's experts | statistics, and which experts stay |
+| `PrunedForwardStage` | what sees the pruned model, through the layer as written | states of the pruned model |
+
+A stage that computes weights (a refit, an encoding) goes between the last two: it puts its tensors into the
+`LayerTask`, from where the pruned forward and the writer take them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprune.calibration.sequences import MicroBatch
+from streamprune.distributed.processes import Processes
+from streamprune.errors import NonFiniteError, ScoresError, UnsupportedModelError
+from streamprune.saliency.hooks import ExpertsTap
+from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, check_layer, unpack
+from streamprune.saliency.statistics import ExpertStatistics
+from streamprune.streaming.forward import PRUNED, non_finite_tokens, relative_errors, side_of, with_side
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.work.saved_states import BatchState
+
+
+def is_held_out(batch: MicroBatch) -> bool:
+    """Whether a micro-batch of a run is only measured on."""
+    return batch.held
+
+
+@dataclass
+class LayerTask:
+    """A layer on its way through the stages: what is known of it by now, and what is to be written of it.
+
+    `replayed`: it was finished before, and only carries the states on. `statistics` are None without experts, and
+    before it is scored; `kept` are the experts that stay, empty where none are chosen.
+    """
+
+    index: int
+    replayed: bool = False
+    statistics: LayerStatistics | None = None
+    kept: tuple[int, ...] = ()
+
+
+class LayerErrors:
+    """Sums over tokens of the pruned states' relative errors (`forward.relative_errors`), by layer and source.
+
+    `by_layer` are those of finished layers, of all ranks.
+    """
+
+    def __init__(self, sources: int) -> None:
+        self.by_layer: dict[int, list[float]] = {}
+        self._sources = sources
+        self._partial = torch.zeros(sources, dtype=torch.float64)
+
+    def add(self, source: int, errors: torch.Tensor) -> None:
+        """Add a micro-batch's sum to the layer in work."""
+        self._partial[source] += errors.cpu()
+
+    def end_layer(self, layer: int, processes: Processes) -> None:
+        """Add up what all ranks have of the layer in work, which is finished."""
+        processes.add_up(self._partial)
+        self.by_layer[layer] = self._partial.tolist()
+        self._partial.zero_()
+
+    def saved(self, processes: Processes) -> dict[str, Any]:
+        """All of it as JSON, exact to the bit."""
+        partial = self._partial.clone()
+        processes.add_up(partial)
+        return {
+            "layers": [[layer, *values] for layer, values in sorted(self.by_layer.items())],
+            "partial": partial.tolist(),
+        }
+
+    def check(self, saved: Any, layer: int) -> None:
+        """Raise ValueError, KeyError or TypeError unless `saved` has errors for every layer before `layer`."""
+        rows = [values for number, *values in saved["layers"] if number < layer]
+        sound = [number for number, *_ in saved["layers"]] == list(range(len(saved["layers"]))) and len(rows) == layer
+        for row in [*rows, saved["partial"]]:
+            sound = sound and len(row) == self._sources and all(type(x) is float and 0 <= x < math.inf for x in row)
+        if not sound:
+            raise ValueError("errors that no run has")
+
+    def restore(self, saved: Mapping[str, Any], layer: int, first: bool) -> None:
+        """Go on where they were saved, in layer `layer`. What is still to be added up counts in rank 0 (`first`)."""
+        self.by_layer = {row[0]: row[1:] for row in saved["layers"] if row[0] < layer}
+        self._partial = torch.tensor(saved["partial"] if first else [0.0] * self._sources, dtype=torch.float64)
+
+
+class ForwardStage:
+    """Sends micro-batches through the layers of one model (`side`), as they are in its checkpoint.
+
+    Of those that are `measured` both sides have a state; the others have a single one. `errors` collects how far this
+    side's states are from the original's.
+    """
+
+    name = "forward"
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        side: str,
+        measured: Callable[[MicroBatch], bool] = lambda batch: True,
+        errors: LayerErrors | None = None,
+    ) -> None:
+        self.weights, self.side, self.errors = weights, side, errors
+        self._measured = measured
+        self._sum: torch.Tensor | None = None
+        #: Layer, number, tokens, and tokens with NaN or infinity of the micro-batches that nobody has looked at yet.
+        self._unchecked: list[tuple[int, int, int, torch.Tensor]] = []
+
+    def applies(self, task: LayerTask) -> bool:
+        """Whether anything goes through this layer."""
+        return task.index < self.weights.decoder.layer_count
+
+    def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
+        """Whether a micro-batch goes through this layer."""
+        return True
+
+    @contextmanager
+    def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
+        """What runs in the layer's place, given the loaded layer; whatever is needed for that ends with it."""
+        yield layer
+
+    def compute(
+        self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
+    ) -> BatchState | None:
+        """The new state of micro-batch `number` (None: it stays as it is). May fail, and be computed again in parts."""
+        measured = self._measured(batch)
+        before = side_of(state, self.side) if measured else state
+        after = self.weights.forward.run_layer(task.index, layer, batch.ids, before)
+        self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
+        if not measured:
+            return after
+        both = with_side(state, self.side, after)
+        self._sum = relative_errors(both, batch.ids.numel()).sum() if self.errors is not None else None
+        return both
+
+    def commit(self, batch: MicroBatch) -> None:
+        """Count the micro-batch that was computed last."""
+        if self.errors is not None and self._sum is not None and self._measured(batch):
+            self.errors.add(batch.source, self._sum)
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if a state that was computed since the last call has NaN or infinity. Waits for it."""
+        unchecked, self._unchecked = self._unchecked, []
+        for layer, number, tokens, count in unchecked:
+            bad = int(count)
+            if bad:
+                raise NonFiniteError(
+                    f"Layer {layer} of the {self.side} model, micro-batch {number}: {bad} of {tokens} tokens have NaN "
+                    f"or infinite hidden states, so no result can be trusted. Computed in {self.weights.dtype}; try "
+                    "--dtype float32 or bfloat16, and check that the model itself works."
+                )
+
+    def reduce(self, task: LayerTask, processes: Processes) -> None:
+        """Add up what all ranks found in this layer."""
+        if self.errors is not None:
+            self.errors.end_layer(task.index, processes)
+
+    def conclude(self, task: LayerTask, processes: Processes) -> None:
+        """Put what was found into the task; also called for a pass that ended before the run was interrupted."""
+
+    def reset(self) -> None:
+        """Forget what belongs to a layer alone: another one follows."""
+
+    def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
+        """What this stage has to go on with later, as JSON, of all ranks. `in_work`: its pass is not reduced yet."""
+        return {"errors": self.errors.saved(processes)} if self.errors is not None else {}
+
+    def check(self, facts: Mapping[str, Any], layer: int) -> None:
+        """Raise ValueError, KeyError or TypeError unless `saved` can have given this in layer `layer`."""
+        if self.errors is not None:
+            self.errors.check(facts["errors"], layer)
+
+    def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
+        """Go on with what was saved in layer `layer`."""
+        if self.errors is not None:
+            self.errors.restore(facts["errors"], layer, processes.is_first)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored: `count` experts in each tapped layer, on so many tokens of each source.
+
+    `choose` gives the experts of a layer that stay, once its statistics are known; None where they are chosen later.
+    """
+
+    taps: Mapping[int, ExpertsTap]
+    count: int
+    source_tokens: Sequence[int]
+    choose: Callable[[LayerStatistics], tuple[int, ...]] | None
+
+
+class ScoreStage(ForwardStage):
+    """Sends micro-batches through the original layers, and records what each expert contributes.
+
+    With `pruned_stream` the states of the calibration stay as they are in layers with experts: the pruned forward takes
+    them from there. A replayed layer is not scored again.
+    """
+
+    name = "score"
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        side: str,
+        scoring: Scoring,
+        pruned_stream: bool,
+        measured: Callable[[MicroBatch], bool] = is_held_out,
+    ) -> None:
+        super().__init__(weights, side, measured)
+        self._scoring, self._pruned_stream = scoring, pruned_stream
+        #: The sums over the micro-batches that are done, while a layer is scored; and those of the last micro-batch.
+        self._total: ExpertStatistics | None = None
+        self._heard: ExpertStatistics | None = None
+
+    def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
+        return self._measured(batch) or not self._stays(task) or self._tap(task) is not None
+
+    @contextmanager
+    def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
+        tap = self._tap(task)
+        if tap is None:
+            self._total = None
+            yield layer
+            return
+        self._total = self._total or self._no_statistics(len(self._scoring.source_tokens))
+        with tap.listening(layer):
+            yield layer
+
+    def compute(
+        self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
+    ) -> BatchState | None:
+        tap, self._heard = self._tap(task), None
+        if tap is not None:
+            # Collected apart for every attempt: one that runs out of memory later must not be counted.
+            tap.statistics = self._heard = None if self._measured(batch) else self._no_statistics()
+        after = super().compute(task, layer, number, batch, state)
+        return None if self._stays(task) and not self._measured(batch) else after
+
+    def commit(self, batch: MicroBatch) -> None:
+        if self._heard is not None and self._total is not None:
+            self._total.merge(self._heard, batch.source)
+
+    def reduce(self, task: LayerTask, processes: Processes) -> None:
+        if self._total is not None:
+            processes.add_up(self._total.values, MAXIMA_PLACES)
+
+    def conclude(self, task: LayerTask, processes: Processes) -> None:
+        """Set the task's statistics and experts. Raises UnsupportedModelError where no token reached the hooks."""
+        if self._total is None or self._tap(task) is None:
+            return
+        layer = self._total.of_layer(task.index)
+        if not layer.values[list(FIELDS).index("tokens")].any():
+            raise UnsupportedModelError(
+                f"Layer {task.index} has experts, but its forward bypassed them, so they cannot be scored. "
+                "Please report this model."
+            )
+        task.statistics = layer
+        if self._scoring.choose is not None:
+            # Rank 0's choice: on another kind of processor the last digit of a score may differ.
+            task.kept = processes.broadcast(self._scoring.choose(layer))
+
+    def reset(self) -> None:
+        self._total = None
+
+    def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
+        total = copy.deepcopy(self._total)
+        if total is not None and in_work:
+            processes.add_up(total.values, MAXIMA_PLACES)
+        return {"statistics": total.packed() if total is not None else None}
+
+    def check(self, facts: Mapping[str, Any], layer: int) -> None:
+        if facts["statistics"] is not None:
+            read_statistics(facts["statistics"], layer, self._scoring.source_tokens, self._scoring.count)
+
+    def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
+        self._total = None
+        if facts["statistics"] is not None:
+            self._total = self._no_statistics(len(self._scoring.source_tokens))
+            # Sums that are still to be added up count in one rank; once they are complete, in each.
+            if processes.is_first or not in_work:
+                self._total.unpack(facts["statistics"])
+
+    def _tap(self, task: LayerTask) -> ExpertsTap | None:
+        """The hooks on a layer's experts, where it is to be scored."""
+        return None if task.replayed else self._scoring.taps.get(task.index)
+
+    def _stays(self, task: LayerTask) -> bool:
+        """Whether the calibration's states are left for the pruned forward."""
+        return self._pruned_stream and task.index in self._scoring.taps
+
+    def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
+        return ExpertStatistics(self._scoring.count, self.weights.device, sources)
+
+
+class PrunedForwardStage(ForwardStage):
+    """Sends what sees the pruned model through the layers as they are written: with the experts that stay.
+
+    That is what is measured, and with `pruned_stream` the calibration, in layers with `experts`. `make_pruned` gives a
+    layer of the pruned model on meta, for its index and number of experts.
+    """
+
+    name = "pruned"
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        experts: Collection[int],
+        make_pruned: Callable[[int, int], nn.Module],
+        pruned_stream: bool,
+        measured: Callable[[MicroBatch], bool] = is_held_out,
+        errors: LayerErrors | None = None,
+    ) -> None:
+        super().__init__(weights, PRUNED, measured, errors)
+        self._experts, self._make_pruned, self._pruned_stream = experts, make_pruned, pruned_stream
+
+    def applies(self, task: LayerTask) -> bool:
+        return self.errors is not None or (self._pruned_stream and task.index in self._experts)
+
+    def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
+        return self._measured(batch) or (self._pruned_stream and task.index in self._experts)
+
+    @contextmanager
+    def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
+        if task.index not in self._experts:
+            yield layer
+            return
+        pruned = self._make_pruned(task.index, len(task.kept))
+        with ExitStack() as stack:
+            yield self.weights.enter(
+                stack,
+                lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
+                f"a copy of layer {task.index} with the experts that stay",
+            )
+
+
+def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:
+    """Recorded statistics, or sums on the way to such. ValueError or TypeError for what no scoring can give."""
+    statistics = LayerStatistics(layer, unpack(text, len(source_tokens), experts))
+    try:
+        # Now, and not after hours, when they are written with all others.
+        check_layer(statistics, source_tokens, experts)
+    except ScoresError as error:
+        raise ValueError(str(error)) from None
+    return statistics
