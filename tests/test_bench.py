@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from tests.thorough import thorough
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = config_of("tiny")
 MODEL = Model(blocks=4, tokens=100, hidden=128, layer_bytes=MIB, weights_bytes=5 * MIB, work=Work(10, 1, 2))
@@ -211,7 +213,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """tools/bench as a user runs it, with one thread."""
     command = [sys.executable, str(ROOT / "tools" / "bench"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000, check=False)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,21 @@ def test_numbers_without_sense_are_refused(arguments: list[str], words: str) -> 
     assert words in done.stderr.splitlines()[-1]
 
 
+def test_the_bench_measures_the_memory_of_a_depth(tmp_path: Path) -> None:
+    """Alone: the comparison with a plain forward takes ten processes, each of which imports torch."""
+    done = bench(
+        "--shape", "tiny", "--samples", "2", "--seq-len", "64", "--rounds", "0", "--depths", "2", "--dtype", "float32",
+        "--output", str(tmp_path / "figures.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert json.loads(done.stdout) == figures
+    assert (figures["shape"], figures["dtype"], figures["tokens"]) == ("tiny", "float32", 128)
+    (peak,) = figures["peak_mib_by_layers"].values()
+    assert 100 < figures["import_peak_mib"] < peak
+
+
+@thorough
 def test_the_bench_measures_everything_in_one_run(tmp_path: Path) -> None:
     saved = tmp_path / "figures.json"
     done = bench(

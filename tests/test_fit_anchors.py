@@ -12,6 +12,7 @@ from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
 from tests.full_size import config_only, published
+from tests.thorough import mostly_thorough
 
 GIB = 1024**3
 WEIGHTS = {
@@ -32,20 +33,25 @@ CACHES = {
 #: last four inputs, in bf16, of a convolution over 2 × 2,048 + 4,096 channels.
 QWEN36_STATE = 30 * (32 * 128 * 128 * 4 + 4 * (2 * 2048 + 4096) * 2)
 
-Footprints = dict[tuple[str, str], Footprint]
+
+class Footprints(dict[tuple[str, str], Footprint]):
+    """By model and source; each is read when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, key: tuple[str, str]) -> Footprint:
+        make = {"config": config_only, "files": published}[key[1]]
+        self[key] = read_footprint(str(make(key[0], self._folder / "-".join(key))))
+        return self[key]
 
 
 @pytest.fixture(scope="module")
 def footprints(tmp_path_factory: pytest.TempPathFactory) -> Footprints:
-    folder = tmp_path_factory.mktemp("full-size")
-    made = {}
-    for name in WEIGHTS:
-        made[name, "config"] = read_footprint(str(config_only(name, folder / f"{name}-config")))
-        made[name, "files"] = read_footprint(str(published(name, folder / name)))
-    return made
+    return Footprints(tmp_path_factory.mktemp("full-size"))
 
 
-by_name = pytest.mark.parametrize("name", WEIGHTS)
+by_name = pytest.mark.parametrize("name", mostly_thorough(WEIGHTS, ("qwen3-30b-a3b", "qwen3.6-35b-a3b-text")))
 by_source = pytest.mark.parametrize("source", ["config", "files"])
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
+from streamprune.fit.footprint import read_footprint
 from tests.full_size import config_only, write_header
 from tests.thorough import crossed
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -103,8 +105,10 @@ def test_text_that_fits(model: str) -> None:
     assert "Nearest" not in result.stdout
 
 
-def test_text_that_does_not_fit(tmp_path: Path) -> None:
+def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
+    # The same model three times, whose tracing takes seconds.
+    monkeypatch.setattr("streamprune.fit.footprint.read_footprint", cache(read_footprint))
     result = fit(folder, "--gpu", "rtx-3090")
     assert result.exit_code == 3
     assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from measuring.shapes import FLOP_FORMULA, ITEMSIZE, Work
+from measuring.shapes import FLOP_FORMULA, Work
 
 MIB = 1024**2
 GIB = 1024**3
@@ -23,7 +23,7 @@ Round = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """What the figures have to know of the model: blocks, calibration tokens, hidden size, bytes, work per token."""
+    """What the figures have to know of the model: blocks, tokens, hidden size, bytes, work per token, bytes a value."""
 
     blocks: int
     tokens: int
@@ -31,11 +31,12 @@ class Model:
     layer_bytes: int
     weights_bytes: int
     work: Work
+    itemsize: int = 2
 
     @property
     def states_bytes(self) -> int:
         """Bytes of the hidden states of all tokens, once."""
-        return self.tokens * self.hidden * ITEMSIZE
+        return self.tokens * self.hidden * self.itemsize
 
     @property
     def memory_bound(self) -> int:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / "configs" / "shapes"
 INDEX = "model.safetensors.index.json"
-#: Of the weights and the hidden states: the shapes are all in bfloat16.
-ITEMSIZE = 2
+#: Bytes of a value of the weights and the hidden states, by the config's dtype.
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
 #: Files that are written at a time.
 WRITERS = 4
 #: What `Work` counts, and where it is from.
@@ -33,11 +33,13 @@ def shape_names() -> list[str]:
     return sorted(path.stem for path in SHAPES.glob("*.json"))
 
 
-def config_of(shape: str, layers: int | None = None) -> dict[str, Any]:
-    """The config.json of a named shape, with so many decoder blocks instead of its own number."""
+def config_of(shape: str, layers: int | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """The config.json of a named shape, with so many decoder blocks, and in the dtype, instead of its own."""
     config: dict[str, Any] = json.loads((SHAPES / f"{shape}.json").read_text())
     if layers is not None:
         config["num_hidden_layers"] = layers
+    if dtype is not None:
+        config["dtype"] = dtype
     return config
 
 
@@ -102,7 +104,7 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
     def write(number: int) -> None:
         # (Each file has numbers of its own, so that they are the same whichever is drawn first.)
         generator = torch.Generator(device).manual_seed(number)
-        save_file(_drawn(sizes[number], generator), folder / files[number], metadata={"format": "pt"})
+        save_file(_drawn(sizes[number], config["dtype"], generator), folder / files[number], metadata={"format": "pt"})
 
     # Several files at a time keep a disk busy; more would take a block's memory each.
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -111,14 +113,15 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def _drawn(sizes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _drawn(sizes: Mapping[str, tuple[int, ...]], dtype: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Tensors of these sizes: vectors of ones, all else random."""
     import torch
 
+    kind = getattr(torch, dtype)
     return {
-        name: torch.ones(size, dtype=torch.bfloat16)
+        name: torch.ones(size, dtype=kind)
         if len(size) == 1
-        else (torch.randn(size, generator=generator, device=generator.device) * 0.03).bfloat16().cpu()
+        else (torch.randn(size, generator=generator, device=generator.device) * 0.03).to(kind).cpu()
         for name, size in sizes.items()
     }
 
