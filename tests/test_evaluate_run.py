@@ -116,10 +116,10 @@ def test_parts_are_spread_and_reproducible() -> None:
     sequences = tuple(torch.full((2,), number) for number in range(100))
     whole = Calibration(sequences, ("a", "b"), (0,) * 60 + (1,) * 40, "")
     part = split_held_out(whole)
-    assert part.held is not None
-    numbers = [int(ids[0]) for ids in part.held.sequences]
+    assert part.held_out is not None
+    numbers = [int(ids[0]) for ids in part.held_out.sequences]
     assert numbers == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
-    assert part.held.fingerprint == split_held_out(whole).held.fingerprint  # type: ignore[union-attr]
+    assert part.held_out.fingerprint == split_held_out(whole).held_out.fingerprint  # type: ignore[union-attr]
     assert sorted([*numbers, *(int(ids[0]) for ids in part.sequences)]) == list(range(100))
     with pytest.raises(CalibrationError, match="b has 1 sequences of two tokens or more; --evaluate needs one to"):
         split_held_out(replace(whole, sequences=sequences[:3], source_of=(0, 0, 1)))

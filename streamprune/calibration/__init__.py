@@ -1,1 +1,1 @@
-"""calibration"""
+"""From calibration text to token sequences: recipes, sources, chats, packing."""

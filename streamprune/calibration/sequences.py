@@ -1,4 +1,4 @@
-"""The calibration of a run: token sequences by source, and the micro-batches that they go through the model in."""
+"""The token sequences of a calibration, by source, and the micro-batches in which they go through the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from streamprune.errors import CalibrationError
 class MicroBatch:
     """Sequences that go through a block together: token ids (B, L), int64, all of one source (its index).
 
-    `held` ones are only measured on.
+    `held_out` ones are only measured on.
     """
 
     ids: torch.Tensor = field(repr=False)
     source: int
-    held: bool = False
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Calibration:
 
     `sources` are the unique names of the sources, and `source_of` each sequence's index into them. `fingerprint` is a
     SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` says as JSON how the tokens
-    were made, with no local folder in it. `held` is what was held back of the same sources, to be measured on; nothing
-    else here counts it.
+    were made, with no local folder in it. `held_out` is the text to be measured on, of the same sources;
+    nothing else here counts it.
     """
 
     sequences: tuple[torch.Tensor, ...] = field(repr=False)
@@ -50,7 +50,7 @@ class Calibration:
     fingerprint: str
     notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    held: Calibration | None = field(default=None, repr=False)
+    held_out: Calibration | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -70,7 +70,8 @@ class Calibration:
 
         They come by length, and for one length by source; those of what was held back come behind all others.
         """
-        return self.micro_batches_of(self._sizes(max_tokens) + (self.held._sizes(max_tokens) if self.held else []))
+        held_out = self.held_out._sizes(max_tokens) if self.held_out else []
+        return self.micro_batches_of(self._sizes(max_tokens) + held_out)
 
     def _sizes(self, max_tokens: int) -> list[int]:
         sizes: list[int] = []
@@ -84,12 +85,12 @@ class Calibration:
 
         Raises ValueError unless they are sizes into which that order can be divided.
         """
-        if self.held is not None:
+        if self.held_out is not None:
             reached = list(itertools.accumulate(sizes))
             first = reached.index(len(self.sequences)) + 1
-            held = self.held.micro_batches_of(sizes[first:])
-            own = replace(self, held=None).micro_batches_of(sizes[:first])
-            return own + [replace(batch, held=True) for batch in held]
+            held = self.held_out.micro_batches_of(sizes[first:])
+            own = replace(self, held_out=None).micro_batches_of(sizes[:first])
+            return own + [replace(batch, held_out=True) for batch in held]
         ordered = self._ordered()
         if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
             raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")

@@ -1,1 +1,1 @@
-"""distributed"""
+"""Several processes that share one run."""

@@ -1,1 +1,1 @@
-"""files"""
+"""Files that survive a crash, the page cache, and JSON."""

@@ -1,1 +1,1 @@
-"""hardware"""
+"""The machine: devices, memory, and GPUs as NVML and torch see them."""

@@ -1,1 +1,1 @@
-"""The pruned model: what goes into it, how it is written, and the proof of it."""
+"""The pruned checkpoint: what goes into it, how it is written, and the proof of it."""

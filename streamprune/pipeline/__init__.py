@@ -1,1 +1,1 @@
-"""pipeline"""
+"""The course of each command: run, score, prune, resume, status."""

@@ -125,7 +125,7 @@ def print_calibration(
         f"{', '.join(f'{name} ({tokens:,})' for name, tokens in named)}; "
         f"{str(prepared.dtype).removeprefix('torch.')} on {device}"
     )
-    held = calibration.held
+    held = calibration.held_out
     if held is not None:
         progress.say(f"held back to measure on: {len(held.sequences)} sequences, {held.tokens:,} tokens")
     for note in calibration.notes:

@@ -179,7 +179,7 @@ def provenance_of(
             "tokens": calibration.tokens,
             "fingerprint": calibration.fingerprint,
             "recipe": dict(calibration.recipe),
-            **_held_back(calibration.held),
+            **_held_back(calibration.held_out),
         },
         "versions": versions(),
     }

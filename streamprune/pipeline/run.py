@@ -228,7 +228,7 @@ class _Run:
         settings, processes, calibration = job.settings, self.processes, job.calibration
         prepared = processes.on_each(lambda: self.prepared or _prepare_alike(job))
         # What goes through the layers while they are scored: not the held-out text where all are scored first.
-        streamed = replace(calibration, held=None) if settings.needs_all_layers else calibration
+        streamed = replace(calibration, held_out=None) if settings.needs_all_layers else calibration
         if self.work is not None:
             folder = self.work.folder
         else:
@@ -264,9 +264,9 @@ class _Run:
         if selector is not None and prepared.counts is not None and not selector.settings.needs_all_layers:
             writer = self._writer(settings, prepared, prepared.counts) if self.work is not None else None
             target = OutputTarget(writer, selector)
-        if calibration.held is not None:
+        if calibration.held_out is not None:
             evaluation = RunEvaluation(
-                runtime, prepared, calibration.held, self.work, during_run=streamed.held is not None
+                runtime, prepared, calibration.held_out, self.work, during_run=streamed.held_out is not None
             )
         errors = evaluation.errors if evaluation is not None and evaluation.during_run else None
         with LayerLoop(runtime, stages_of(runtime, prepared, streamed, target, errors), streamed) as loop:
@@ -329,9 +329,9 @@ class _Finish:
             scores,
         )  # fmt: skip
         print_selection(self.decided, course.progress)
-        if self.calibration.held is not None:
+        if self.calibration.held_out is not None:
             # Before the output has its name, or is refused one: nothing is left to go on with then.
-            save_held_out(settings.output, self.calibration.held, course.progress)
+            save_held_out(settings.output, self.calibration.held_out, course.progress)
         return selection
 
     def write_model(self, evaluation: RunEvaluation | None) -> RunResult:

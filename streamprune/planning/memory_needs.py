@@ -86,13 +86,13 @@ def agree(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> M
 
 def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
     """What a prepared run needs, from the model on meta and the calibration."""
-    copies = settings.propagate == "pruned" or calibration.held is not None
+    copies = settings.propagate == "pruned" or calibration.held_out is not None
     counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
-    last = prepared.skeleton.layer_count - 1 if calibration.held is not None else prepared.layout.expert_layers[-1]
+    last = prepared.skeleton.layer_count - 1 if calibration.held_out is not None else prepared.layout.expert_layers[-1]
     spec = prepared.skeleton.spec
     shares = {block: (spec.count if count is None else count) / spec.count for block, count in counts.items() if copies}
     needs = needs_of(prepared, calibration, last + 1, shares, spec)
-    held = calibration.held
+    held = calibration.held_out
     if held is None:
         return needs
     more = needs_of(prepared, held, last + 1)

@@ -1,1 +1,1 @@
-"""saliency"""
+"""What every expert contributes: recording, statistics, scoring methods, the scores file."""

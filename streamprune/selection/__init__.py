@@ -1,1 +1,1 @@
-"""selection"""
+"""From scores to the experts that stay. Needs no torch."""

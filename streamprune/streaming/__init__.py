@@ -1,1 +1,1 @@
-"""Carrying the calibration tokens through the blocks, and scoring their experts."""
+"""The layer loop: weights, hidden states and micro-batches of one layer at a time."""

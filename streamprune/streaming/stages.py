@@ -35,7 +35,7 @@ from streamprune.work.saved_states import BatchState
 
 def is_held_out(batch: MicroBatch) -> bool:
     """Whether a micro-batch of a run is only measured on."""
-    return batch.held
+    return batch.held_out
 
 
 @dataclass
