@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from streamprune.cli import main
-from streamprune.hardware.gpus import Card
-from streamprune.hardware.nvml import list_cards
+from streamprune.hardware.gpus import Gpu
+from streamprune.hardware.nvml import list_gpus
 
 MIB = 1024**2
 NOBODY = 2**22 + 1  # more than the number of any process on Linux
@@ -26,7 +26,7 @@ Processes = list[tuple[int, int | None]]  # pid, and MiB or None
 
 @dataclass
 class FakeCard:
-    """What NVML would say of one card, in MiB. `refuse`: functions of the C library, and the error each returns."""
+    """What NVML would say of one GPU, in MiB. `refuse`: functions of the C library, and the error each returns."""
 
     name: str | bytes = "NVIDIA GeForce RTX 3090"
     total: int = 24576
@@ -46,22 +46,22 @@ class FakeCard:
             raise real.NVMLError(self.refuse[function])
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *cards: FakeCard, refuse: dict[str, int] | None = None) -> Any:
-    """Make `import pynvml` find the stand-in, with these cards; `refuse` is for questions that are about no card."""
-    module = _Module(list(cards), refuse or {})
+def install(monkeypatch: pytest.MonkeyPatch, *gpus: FakeCard, refuse: dict[str, int] | None = None) -> Any:
+    """Make `import pynvml` find the stand-in, with these GPUs; `refuse` is for questions that are about no GPU."""
+    module = _Module(list(gpus), refuse or {})
     monkeypatch.setitem(sys.modules, "pynvml", module)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return module
 
 
-def fake_torch(monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, str, int, int]) -> None:
-    """torch with these CUDA cards: name, UUID, free and total MiB."""
+def fake_torch(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, str, int, int]) -> None:
+    """torch with these CUDA GPUs: name, UUID, free and total MiB."""
     cuda = SimpleNamespace(
-        is_available=lambda: bool(cards),
-        device_count=lambda: len(cards),
-        get_device_name=lambda index: cards[index][0],
-        get_device_properties=lambda index: SimpleNamespace(uuid=cards[index][1]),
-        mem_get_info=lambda index: (cards[index][2] * MIB, cards[index][3] * MIB),
+        is_available=lambda: bool(gpus),
+        device_count=lambda: len(gpus),
+        get_device_name=lambda index: gpus[index][0],
+        get_device_properties=lambda index: SimpleNamespace(uuid=gpus[index][1]),
+        mem_get_info=lambda index: (gpus[index][2] * MIB, gpus[index][3] * MIB),
     )
     module = ModuleType("torch")
     module.cuda, module.__version__ = cuda, "2.13.0"  # type: ignore[attr-defined]
@@ -82,10 +82,10 @@ def printed(*options: str) -> str:
     return result.stdout
 
 
-def the_card() -> Card:
-    """The only card."""
-    (card,) = list_cards().cards
-    return card
+def the_gpu() -> Gpu:
+    """The only GPU."""
+    (gpu,) = list_gpus().gpus
+    return gpu
 
 
 def _entries(processes: Processes) -> list[SimpleNamespace]:
@@ -98,9 +98,9 @@ class _Module(ModuleType):
     nvmlMemory_v2 = real.nvmlMemory_v2
     NVMLError = real.NVMLError
 
-    def __init__(self, cards: list[FakeCard], refuse: dict[str, int]) -> None:
+    def __init__(self, gpus: list[FakeCard], refuse: dict[str, int]) -> None:
         super().__init__("pynvml")
-        self.cards, self.refuse, self.open = cards, refuse, 0
+        self.gpus, self.refuse, self.open = gpus, refuse, 0
 
     def _library(self, function: str) -> None:
         if function in self.refuse:
@@ -122,12 +122,12 @@ class _Module(ModuleType):
 
     def nvmlDeviceGetCount(self) -> int:
         self._library("nvmlDeviceGetCount")
-        return len(self.cards)
+        return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeCard:
         self._library("nvmlDeviceGetHandleByIndex")
-        self.cards[index].ask("nvmlDeviceGetHandleByIndex")
-        return self.cards[index]
+        self.gpus[index].ask("nvmlDeviceGetHandleByIndex")
+        return self.gpus[index]
 
     def nvmlDeviceGetName(self, handle: FakeCard) -> str | bytes:
         handle.ask("nvmlDeviceGetName")

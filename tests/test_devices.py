@@ -1,4 +1,4 @@
-"""What this machine's cards are, with NVML played by a stand-in for everything that can fail, and the real NVML."""
+"""What this machine's GPUs are, with NVML played by a stand-in for everything that can fail, and the real NVML."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from streamprune.hardware.gpus import other_processes
-from streamprune.hardware.nvml import card_of, list_cards
+from streamprune.hardware.nvml import gpu_of_device, list_gpus
 from tests import fake_nvml
-from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed, the_card
+from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed, the_gpu
 
 NOT_SUPPORTED, NO_PERMISSION = real.NVML_ERROR_NOT_SUPPORTED, real.NVML_ERROR_NO_PERMISSION
 OWN, PARENT = os.getpid(), os.getppid()
@@ -32,13 +32,13 @@ def test_the_stand_in_takes_what_the_real_functions_take() -> None:
 
 def test_a_card_with_everything_known(monkeypatch: pytest.MonkeyPatch) -> None:
     # The program of this test computes and draws: it is in both lists and counts once.
-    card = FakeCard(used=1500, compute=[(OWN, 900)], graphics=[(OWN, 900), (NOBODY, 300)], active=1)
-    module = install(monkeypatch, card)
-    found = the_card()
+    gpu = FakeCard(used=1500, compute=[(OWN, 900)], graphics=[(OWN, 900), (NOBODY, 300)], active=1)
+    module = install(monkeypatch, gpu)
+    found = the_gpu()
     assert (found.name, found.driver, found.source) == ("NVIDIA GeForce RTX 3090", "580.95.05", "NVML v2")
     assert (found.total_bytes, found.reserved_bytes) == (24576 * MIB, 318 * MIB)
     assert (found.used_bytes, found.free_bytes) == (1500 * MIB, 22758 * MIB)
-    # CUDA loses 451 MiB of this card, of which the driver's 318 are gone already.
+    # CUDA loses 451 MiB of this GPU, of which the driver's 318 are gone already.
     assert found.usable_bytes == (22758 - (451 - 318)) * MIB
     assert (found.display, found.mig, found.notes) == (True, False, ())
     assert found.processes is not None
@@ -50,11 +50,11 @@ def test_a_card_with_everything_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.open == 0
     text = printed()
     for line in (
-        "card 0: NVIDIA GeForce RTX 3090\n",
+        "GPU 0: NVIDIA GeForce RTX 3090\n",
         "  total     24.00 GiB\n",
         "  reserved  318.00 MiB\n",
         "  free      22.22 GiB\n",
-        "  usable    22.09 GiB (133.00 MiB less than free: CUDA cannot use all of this card)\n",
+        "  usable    22.09 GiB (133.00 MiB less than free: CUDA cannot use all of it)\n",
         f"  processes {psutil.Process().name()} (pid {OWN}), 900.00 MiB\n",
         f"            name unknown (pid {NOBODY}), 300.00 MiB\n",
         "  driver    580.95.05\n",
@@ -69,19 +69,19 @@ def test_json_is_one_object_with_cards_notes_ram_and_disk(monkeypatch: pytest.Mo
     install(monkeypatch, FakeCard(used=40, compute=[(OWN, 40)]))
     told = json.loads(printed("--json"))
     assert set(told) == {"cards", "notes", "ram", "disk"}
-    (card,) = told["cards"]
-    assert card["total_bytes"] == 24576 * MIB
-    assert card["usable_bytes"] == (24125 - 40) * MIB
-    assert card["processes"] == [{"pid": OWN, "name": psutil.Process().name(), "used_bytes": 40 * MIB}]
+    (gpu,) = told["cards"]
+    assert gpu["total_bytes"] == 24576 * MIB
+    assert gpu["usable_bytes"] == (24125 - 40) * MIB
+    assert gpu["processes"] == [{"pid": OWN, "name": psutil.Process().name(), "used_bytes": 40 * MIB}]
     assert told["ram"]["total_bytes"] == psutil.virtual_memory().total > told["ram"]["available_bytes"] > 0
     assert told["disk"]["total_bytes"] > told["disk"]["free_bytes"] > 0
 
 
 def test_memory_by_the_first_query_where_the_second_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(refuse={"nvmlDeviceGetMemoryInfo_v2": real.NVML_ERROR_FUNCTION_NOT_FOUND}))
-    card = the_card()
-    assert (card.source, card.reserved_bytes, card.used_bytes) == ("NVML v1", None, 318 * MIB)
-    assert card.usable_bytes == 24125 * MIB
+    gpu = the_gpu()
+    assert (gpu.source, gpu.reserved_bytes, gpu.used_bytes) == ("NVML v1", None, 318 * MIB)
+    assert gpu.usable_bytes == 24125 * MIB
     assert (
         "  note      What the driver reserves is not known and is counted as used: the driver is too old for the "
         "question.\n"
@@ -109,25 +109,25 @@ def test_memory_in_use_by_processes_that_cannot_be_seen(monkeypatch: pytest.Monk
 def test_processes_that_may_not_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse = {"nvmlDeviceGetGraphicsRunningProcesses": NO_PERMISSION}
     install(monkeypatch, FakeCard(compute=[(OWN, 5)], refuse=refuse))
-    card = the_card()
-    assert card.processes is not None
-    assert [process.pid for process in card.processes] == [OWN]
-    assert card.notes == (
+    gpu = the_gpu()
+    assert gpu.processes is not None
+    assert [process.pid for process in gpu.processes] == [OWN]
+    assert gpu.notes == (
         "Graphics processes cannot be seen, so that what they hold has no name: this user is not permitted to ask.",
     )
     refuse["nvmlDeviceGetComputeRunningProcesses"] = NO_PERMISSION
-    assert the_card().processes is None
-    assert other_processes(the_card()) == ()
+    assert the_gpu().processes is None
+    assert other_processes(the_gpu()) == ()
     text = printed()
     assert "  processes unknown\n" in text
     assert "so none can be named: this user is not permitted to ask.\n" in text
 
 
 def test_an_older_driver_lists_processes_in_the_older_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = FakeCard(compute=[(OWN, 5)], refuse={"nvmlDeviceGetComputeRunningProcesses_v3": NOT_SUPPORTED})
-    install(monkeypatch, card)
-    assert the_card().notes == ()
-    assert [process.pid for process in the_card().processes or ()] == [OWN]
+    gpu = FakeCard(compute=[(OWN, 5)], refuse={"nvmlDeviceGetComputeRunningProcesses_v3": NOT_SUPPORTED})
+    install(monkeypatch, gpu)
+    assert the_gpu().notes == ()
+    assert [process.pid for process in the_gpu().processes or ()] == [OWN]
 
 
 def test_unsupported_fields_are_unknown_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,25 +136,25 @@ def test_unsupported_fields_are_unknown_and_said_to_be(monkeypatch: pytest.Monke
     install(monkeypatch, FakeCard(refuse=refuse), refuse={"nvmlSystemGetDriverVersion": NOT_SUPPORTED})
     text = printed()
     for line in (
-        "card 0: unknown NVIDIA card\n",
+        "GPU 0: unknown NVIDIA GPU\n",
         "  driver    unknown\n",
         "  display   unknown\n",
-        "  note      Whether a display is attached, which takes memory when it is used, is not known: the card or its "
+        "  note      Whether a display is attached, which takes memory when it is used, is not known: the GPU or its "
         "driver does not support the question.\n",
-        "  note      The card's name is not known, so that its memory cannot be compared with known cards: Unknown "
+        "  note      The GPU's name is not known, so that its memory cannot be compared with known GPUs: Unknown "
         "Error.\n",
     ):
         assert line in text
     assert text.endswith(
-        "note: The driver's version is not known, and will be missing from records: the card or its driver does not "
+        "note: The driver's version is not known, and will be missing from records: the GPU or its driver does not "
         "support the question.\n"
     )
 
 
 def test_names_come_as_bytes_from_older_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(name=b"GeForce RTX 3090"))
-    assert the_card().name == "GeForce RTX 3090"
-    assert the_card().usable_bytes == 24125 * MIB
+    assert the_gpu().name == "GeForce RTX 3090"
+    assert the_gpu().usable_bytes == 24125 * MIB
 
 
 def test_bindings_without_the_functions_are_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,22 +166,22 @@ def test_bindings_without_the_functions_are_no_reason_to_fail(monkeypatch: pytes
 def test_a_card_that_is_lost_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = FakeCard(refuse={"nvmlDeviceGetHandleByIndex": real.NVML_ERROR_GPU_IS_LOST})
     install(monkeypatch, lost, FakeCard())
-    assert [card.index for card in list_cards().cards] == [1]
-    assert "note: Card 0 is left out, because NVML gives no access to it: the card has stopped answering;" in printed()
+    assert [gpu.index for gpu in list_gpus().gpus] == [1]
+    assert "note: GPU 0 is left out, because NVML gives no access to it: the GPU has stopped answering;" in printed()
 
 
 def test_nvml_without_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     text = printed()
-    assert text.startswith("No NVIDIA card is to be seen.\n  NVML works, but shows no card (a container may have been")
+    assert text.startswith("No NVIDIA GPU is visible.\n  NVML works, but shows no GPU (a container may have been")
     assert "Say with --budget-gib" in text
 
 
 def test_of_a_card_that_mig_divides_one_part_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, a100())
-    card = the_card()
-    assert [part.index for part in card.instances or ()] == [0, 2]
-    assert card.usable_bytes == (20096 - 12 - 4) * MIB
+    gpu = the_gpu()
+    assert [part.index for part in gpu.instances or ()] == [0, 2]
+    assert gpu.usable_bytes == (20096 - 12 - 4) * MIB
     text = printed()
     assert "  MIG       on\n  MIG 0     19.62 GiB total, 4.96 GiB free\n  MIG 2     19.62 GiB total" in text
     assert "  usable    19.61 GiB (a process can use one MIG part only)\n" in text
@@ -190,36 +190,36 @@ def test_of_a_card_that_mig_divides_one_part_is_usable(monkeypatch: pytest.Monke
 def test_mig_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = dict.fromkeys(("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"), NO_PERMISSION)
     install(monkeypatch, a100(refuse=memory))
-    card = the_card()
-    assert card.total_bytes == 2 * 20096 * MIB
-    assert "the figures are sums over its MIG parts." in card.notes[0]
+    gpu = the_gpu()
+    assert gpu.total_bytes == 2 * 20096 * MIB
+    assert "the figures are sums over its MIG parts." in gpu.notes[0]
 
     install(monkeypatch, a100(refuse={"nvmlDeviceGetMigDeviceHandleByIndex": NO_PERMISSION}))
-    assert the_card().instances is None
+    assert the_gpu().instances is None
     text = printed()
     assert "  usable    unknown\n" in text
     assert (
-        "  note      The card is divided with MIG, but not all its parts can be seen: this user is not permitted to "
+        "  note      The GPU is divided with MIG, but not all its parts can be seen: this user is not permitted to "
         "ask. A process can use one part only. Say with --budget-gib how much memory there is.\n"
     ) in text
 
     install(monkeypatch, FakeCard(refuse={"nvmlDeviceGetMigMode": NO_PERMISSION}))
-    assert the_card().mig is None
-    assert "Whether the card is divided with MIG is not known: this user is not permitted to ask." in printed()
+    assert the_gpu().mig is None
+    assert "Whether the GPU is divided with MIG is not known: this user is not permitted to ask." in printed()
 
 
 @pytest.mark.gpu
 def test_the_real_card() -> None:
     held = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda:0")
-    card = card_of(0)
-    assert card is not None
-    assert card.source in {"NVML v2", "NVML v1"}
-    assert card.name == torch.cuda.get_device_name(0)
-    assert card.driver
+    gpu = gpu_of_device(0)
+    assert gpu is not None
+    assert gpu.source in {"NVML v2", "NVML v1"}
+    assert gpu.name == torch.cuda.get_device_name(0)
+    assert gpu.driver
     free, total = torch.cuda.mem_get_info(0)
-    assert total <= card.total_bytes <= 1.05 * total
+    assert total <= gpu.total_bytes <= 1.05 * total
     # Nothing that NVML calls usable may be more than CUDA gives, but for what other programs do in the meantime.
-    assert abs(card.usable_bytes - free) <= 0.02 * total
-    assert card.used_bytes >= held.nbytes
-    mine = [process for process in card.processes or () if process.pid == OWN]
+    assert abs(gpu.usable_bytes - free) <= 0.02 * total
+    assert gpu.used_bytes >= held.nbytes
+    mine = [process for process in gpu.processes or () if process.pid == OWN]
     assert all(process.used_bytes is None or process.used_bytes >= held.nbytes for process in mine)

@@ -1,4 +1,4 @@
-"""The caps on what a run takes of a card and of RAM, and the watch over them."""
+"""The caps on what a run takes of a GPU and of RAM, and the watch over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamprune.errors import ResourceError
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware import memory_watch as watch
-from streamprune.hardware.gpus import Card, CardProcess
+from streamprune.hardware.gpus import Gpu, GpuProcess
 from streamprune.hardware.memory_watch import newcomers
 from streamprune.planning import memory_needs as memory_facts
 from streamprune.streaming.forward import LayerForward
@@ -58,23 +58,23 @@ def test_resident_memory_above_the_cap_shrinks_and_in_the_end_stops(
 
 
 def test_who_takes_memory_on_the_card_meanwhile_is_named() -> None:
-    now = [CardProcess(7, "old", 500 * MIB), CardProcess(8, "grown", 600 * MIB), CardProcess(9, "new", 10 * MIB)]
+    now = [GpuProcess(7, "old", 500 * MIB), GpuProcess(8, "grown", 600 * MIB), GpuProcess(9, "new", 10 * MIB)]
     assert [process.pid for process in newcomers({7: 490 * MIB, 8: 100 * MIB}, now)] == [8, 9]
 
 
-def card(*processes: CardProcess) -> Card:
-    return Card(0, "NVIDIA H100", 8 << 30, 0, 4 << 30, 4 << 30, processes, "1", False, False, "NVML v2", ())
+def gpu(*processes: GpuProcess) -> Gpu:
+    return Gpu(0, "NVIDIA H100", 8 << 30, 0, 4 << 30, 4 << 30, processes, "1", False, False, "NVML v2", ())
 
 
 def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML and torch's allocator are played: what follows from their numbers is what counts here."""
     reserved, context = 1024 * MIB, 300 * MIB
-    own = CardProcess(os.getpid(), "python", reserved + context)
-    early, late = CardProcess(41, "Xorg", 200 * MIB), CardProcess(42, "train.py", 3 << 30)
-    cards = iter([card(own, early), card(own, early, late), card(early, late), None])
+    own = GpuProcess(os.getpid(), "python", reserved + context)
+    early, late = GpuProcess(41, "Xorg", 200 * MIB), GpuProcess(42, "train.py", 3 << 30)
+    gpus = iter([gpu(own, early), gpu(own, early, late), gpu(early, late), None])
     limits: list[int] = []
     said: list[str] = []
-    monkeypatch.setattr(watch, "_card", lambda device: next(cards))
+    monkeypatch.setattr(watch, "_gpu", lambda device: next(gpus))
     monkeypatch.setattr(devices, "reserved_device_bytes", lambda device: reserved)
     monkeypatch.setattr(devices, "free_device_bytes", lambda device: 512 * MIB)
     monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit))

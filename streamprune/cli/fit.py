@@ -92,15 +92,15 @@ def fit(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @reports_errors
 def devices(as_json: bool) -> None:
-    """Show this machine's NVIDIA cards, its RAM and the disk of the current folder.
+    """Show this machine's NVIDIA GPUs, its RAM and the disk of the current folder.
 
     What cannot be known is marked so, with the reason.
     """
     limit_library_memory()
     from streamprune.hardware.gpus import devices_object, devices_text
-    from streamprune.hardware.nvml import list_cards
+    from streamprune.hardware.nvml import list_gpus
 
-    cards = list_cards()
+    cards = list_gpus()
     click.echo(json.dumps(devices_object(cards, Path()), indent=2) if as_json else devices_text(cards, Path()))
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
-from streamprune.hardware.gpus import Cards, budget_on_card
+from streamprune.hardware.gpus import Gpus, budget_on_gpu
 from streamprune.hardware.known_gpus import GPUS, known_gpu
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.nvml import list_cards
+from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
         if not 0 < budget_gib < 2**20:
             raise SettingsError(f"--budget-gib {budget_gib:g} is not a size of memory. Write for example 24.")
         nbytes = int(budget_gib * GIB)
-        return Budget(nbytes, f"--budget-gib {budget_gib:g}", _less_here(nbytes, list_cards(ask_torch=False)))
+        return Budget(nbytes, f"--budget-gib {budget_gib:g}", _less_here(nbytes, list_gpus(ask_torch=False)))
     if gpu is not None:
         known = known_gpu(gpu)
-        nbytes, notes = budget_on_card(known, list_cards(ask_torch=False))
+        nbytes, notes = budget_on_gpu(known, list_gpus(ask_torch=False))
         return Budget(nbytes, f"--gpu {known.key}, what CUDA can use", tuple(notes))
-    cards = list_cards()
-    best = max(cards.cards, key=lambda card: card.usable_bytes or 0, default=None)
+    cards = list_gpus()
+    best = max(cards.gpus, key=lambda card: card.usable_bytes or 0, default=None)
     if best is None or not best.usable_bytes:
         raise SettingsError(
             "No budget is given, and no card can be asked for one: name a card, such as --gpu rtx-3090, or give "
@@ -65,9 +65,9 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
     return Budget(best.usable_bytes, f"card {best.index}, {best.name}: usable now", tuple(best.notes))
 
 
-def _less_here(nbytes: int, cards: Cards) -> tuple[str, ...]:
+def _less_here(nbytes: int, cards: Gpus) -> tuple[str, ...]:
     """A sentence where cards are here and none of them has as much to give as the budget names."""
-    usable = max((card.usable_bytes or 0 for card in cards.cards), default=nbytes)
+    usable = max((card.usable_bytes or 0 for card in cards.gpus), default=nbytes)
     if usable >= nbytes:
         return ()
     return (

@@ -22,7 +22,7 @@ from streamprune.hardware.device import (
     reset_device_peaks,
 )
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.nvml import card_of
+from streamprune.hardware.nvml import gpu_of_device
 
 #: The measured counterpart of all weight terms together.
 ALL_WEIGHTS = "weights"
@@ -67,7 +67,7 @@ class CudaMeter:
 
     def on_card(self) -> int | None:
         """What is in use on the whole card, by NVML; None where NVML does not answer."""
-        card = card_of(self._device.index or 0)
+        card = gpu_of_device(self._device.index or 0)
         return card.used_bytes if card is not None and card.source != "torch" else None
 
 

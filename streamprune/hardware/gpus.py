@@ -1,6 +1,6 @@
-"""What is known about cards, as data, and what follows from it: what can be used, who holds memory, a card's budget.
+"""What is known about GPUs, as data, and what follows from it: what can be used, who holds memory, a GPU's budget.
 
-What `streamprune devices` prints: the cards, the machine's RAM, and the disk of a folder.
+What `streamprune devices` prints: the GPUs, the machine's RAM, and the disk of a folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from streamprune.hardware.known_gpus import Gpu, gpu_of, is_named
+from streamprune.hardware.known_gpus import KnownGpu, find_known_gpu, is_named
 from streamprune.hardware.memory import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
 
 Source = Literal["NVML v2", "NVML v1", "torch"]
@@ -20,7 +20,7 @@ ASK_BUDGET = "Say with --budget-gib how much memory there is."
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """One answer on a card's memory, in bytes. Without `reserved`, what the driver reserves is part of `used`."""
+    """One answer on a GPU's memory, in bytes. Without `reserved`, what the driver reserves is part of `used`."""
 
     total: int
     reserved: int | None
@@ -30,8 +30,8 @@ class MemoryFigures:
 
 
 @dataclass(frozen=True)
-class CardProcess:
-    """A process that holds memory on a card. None: not known (another user's process; no figures under WSL)."""
+class GpuProcess:
+    """A process that holds memory on a GPU. None: not known (another user's process; no figures under WSL)."""
 
     pid: int
     name: str | None
@@ -44,7 +44,7 @@ class CardProcess:
 
 @dataclass(frozen=True)
 class MigInstance:
-    """A part of a card that is divided with MIG. A process can use the memory of one part only."""
+    """A part of a GPU that is divided with MIG. A process can use the memory of one part only."""
 
     index: int
     uuid: str | None
@@ -54,11 +54,11 @@ class MigInstance:
 
 
 @dataclass(frozen=True)
-class Card:
-    """One card. None means that it could not be known, and `notes` say why and what follows.
+class Gpu:
+    """One GPU. None means that it could not be known, and `notes` say why and what follows.
 
     What the driver reserves is part of `used_bytes` only if `reserved_bytes` is None. `instances` are the parts of a
-    card that MIG divides; None where they may not be seen.
+    GPU that MIG divides; None where they may not be seen.
     """
 
     index: int
@@ -67,7 +67,7 @@ class Card:
     reserved_bytes: int | None
     free_bytes: int
     used_bytes: int
-    processes: tuple[CardProcess, ...] | None
+    processes: tuple[GpuProcess, ...] | None
     driver: str | None
     display: bool | None
     mig: bool | None
@@ -81,44 +81,44 @@ class Card:
         """What a new process can have now: never more than is free, and with MIG the part with most free memory."""
         if self.mig:
             return max((instance.free_bytes for instance in self.instances or ()), default=0)
-        gpu = gpu_of(self.name, self.total_bytes)
+        known = find_known_gpu(self.name, self.total_bytes)
         # torch's figures are CUDA's own. Estimates stay out of it: they take off more than CUDA really keeps back.
-        if gpu is None or gpu.estimated or self.source == "torch":
+        if known is None or known.estimated or self.source == "torch":
             return self.free_bytes
         if self.reserved_bytes is None:
-            return min(self.free_bytes, gpu.usable_bytes)
-        return max(0, self.free_bytes - max(0, gpu.gap_bytes - self.reserved_bytes))
+            return min(self.free_bytes, known.usable_bytes)
+        return max(0, self.free_bytes - max(0, known.gap_bytes - self.reserved_bytes))
 
     def answers_to(self, uuid: str) -> bool:
-        """Whether the card, or one of its MIG parts, has this UUID, or one that begins like it."""
+        """Whether the GPU, or one of its MIG parts, has this UUID, or one that begins like it."""
         # NVML says what it is the UUID of (GPU-, MIG-), torch does not.
         uuids = [self.uuid, *(instance.uuid for instance in self.instances or ())]
         return any(own is not None and _bare(own).startswith(_bare(uuid)) for own in uuids)
 
 
 @dataclass(frozen=True)
-class Cards:
-    """The cards of this machine, and what is to be said about all of them."""
+class Gpus:
+    """The GPUs of this machine, and what is to be said about all of them."""
 
-    cards: tuple[Card, ...]
+    gpus: tuple[Gpu, ...]
     notes: tuple[str, ...]
 
 
-def visible_cards(cards: tuple[Card, ...], setting: str | None) -> Iterator[Card]:
-    """The cards that `setting` (CUDA_VISIBLE_DEVICES) leaves, in its order; all if it is not set (None).
+def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> Iterator[Gpu]:
+    """The GPUs that `setting` (CUDA_VISIBLE_DEVICES) leaves, in its order; all if it is not set (None).
 
-    Like CUDA this stops at the first entry that is no card, or more than one.
+    Like CUDA this stops at the first entry that is no GPU, or more than one.
     """
     if setting is None:
-        yield from cards
+        yield from gpus
         return
     for entry in (part.strip() for part in setting.split(",")):
         if entry.isdigit():
-            found = [card for card in cards if card.index == int(entry)]
+            found = [gpu for gpu in gpus if gpu.index == int(entry)]
         else:
             # GPU-<uuid>, the start of one, MIG-<uuid>, or the older MIG-GPU-<uuid>/<instance>/<instance>.
             wanted = entry.removeprefix("MIG-").split("/")[0] if entry.startswith("MIG-GPU-") else entry
-            found = [card for card in cards if wanted.startswith(("GPU-", "MIG-")) and card.answers_to(wanted)]
+            found = [gpu for gpu in gpus if wanted.startswith(("GPU-", "MIG-")) and gpu.answers_to(wanted)]
         if len(found) != 1:
             return
         yield found[0]
@@ -128,154 +128,156 @@ def _bare(uuid: str) -> str:
     return uuid.removeprefix("GPU-").removeprefix("MIG-")
 
 
-def other_processes(card: Card, own_pid: int | None = None) -> tuple[CardProcess, ...]:
-    """Who holds memory on the card beside this process (`own_pid`), the largest first; unknown sizes come last."""
+def other_processes(gpu: Gpu, own_pid: int | None = None) -> tuple[GpuProcess, ...]:
+    """Who holds memory on the GPU beside this process (`own_pid`), the largest first; unknown sizes come last."""
     own_pid = os.getpid() if own_pid is None else own_pid
-    others = [process for process in card.processes or () if process.pid != own_pid]
+    others = [process for process in gpu.processes or () if process.pid != own_pid]
     return tuple(sorted(others, key=lambda process: -(process.used_bytes or 0)))
 
 
-def budget_on_card(gpu: Gpu, cards: Cards) -> tuple[int, list[str]]:
+def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
     """What --gpu means here, in bytes, and sentences that say how it came about.
 
-    It is what CUDA can use of such a card. If one is present, what the display and other processes hold of it now is
+    It is what CUDA can use of such a GPU. If one is present, what the display and other processes hold of it now is
     taken off; of several the one that has most left counts.
     """
-    notes = [f"{gpu.key}: CUDA can use {format_bytes(gpu.usable_bytes)} of {format_bytes(gpu.total_bytes)}."]
-    if gpu.estimated:
-        notes[0] = f"{notes[0][:-1]} (estimated: no measurement of this card is known)."
-    present = [card for card in cards.cards if gpu_of(card.name, card.total_bytes) == gpu or _is_cuda_view(gpu, card)]
+    notes = [f"{known.key}: CUDA can use {format_bytes(known.usable_bytes)} of {format_bytes(known.total_bytes)}."]
+    if known.estimated:
+        notes[0] = f"{notes[0][:-1]} (estimated: no measurement of this GPU is known)."
+    present = [
+        gpu for gpu in gpus.gpus if find_known_gpu(gpu.name, gpu.total_bytes) == known or _is_torch_view(known, gpu)
+    ]
     if not present:
-        return gpu.usable_bytes, [*notes, _absent(gpu, cards)]
-    card = max(present, key=lambda card: _left(gpu, card))
-    if card.mig:
+        return known.usable_bytes, [*notes, _absent(known, gpus)]
+    gpu = max(present, key=lambda gpu: _left(known, gpu))
+    if gpu.mig:
         notes.append(
-            f"Card {card.index} here is such a card, but divided with MIG, so that no process can use all of it. "
+            f"GPU {gpu.index} here is such a GPU, but divided with MIG, so that no process can use all of it. "
             "For one part give its memory with --budget-gib."
         )
-        return gpu.usable_bytes, notes
-    capacity, held = _capacity(gpu, card), _held_by_others(gpu, card)
-    which = f"Card {card.index} here is such a card"
+        return known.usable_bytes, notes
+    capacity, held = _capacity(known, gpu), _held_by_others(known, gpu)
+    which = f"GPU {gpu.index} here is such a GPU"
     if len(present) > 1:
-        which = f"{len(present)} such cards are here, of which card {card.index} has most left"
+        which = f"{len(present)} such GPUs are here, of which GPU {gpu.index} has most left"
     if held == 0:
         notes.append(f"{which}, and nothing else holds memory on it.")
     else:
-        notes.append(f"{which}: {format_bytes(held)} are in use there now{_holders(card)}, and taken off.")
+        notes.append(f"{which}: {format_bytes(held)} are in use there now{_holders(gpu)}, and taken off.")
     return max(0, capacity - held), notes
 
 
-def _is_cuda_view(gpu: Gpu, card: Card) -> bool:
-    """torch reports the card's memory without what CUDA cannot use, so that the table's total does not match."""
-    gap = gpu.total_bytes - card.total_bytes
-    return card.source == "torch" and is_named(gpu, card.name) and 0 <= gap <= 0.05 * gpu.total_bytes
+def _is_torch_view(known: KnownGpu, gpu: Gpu) -> bool:
+    """torch reports the GPU's memory without what CUDA cannot use, so that the table's total does not match."""
+    gap = known.total_bytes - gpu.total_bytes
+    return gpu.source == "torch" and is_named(known, gpu.name) and 0 <= gap <= 0.05 * known.total_bytes
 
 
-def _capacity(gpu: Gpu, card: Card) -> int:
-    """What CUDA can use of this very card when nothing runs: less than the table says if the driver reserves more."""
-    return min(gpu.usable_bytes, card.total_bytes - (card.reserved_bytes or 0))
+def _capacity(known: KnownGpu, gpu: Gpu) -> int:
+    """What CUDA can use of this very GPU when nothing runs: less than the table says if the driver reserves more."""
+    return min(known.usable_bytes, gpu.total_bytes - (gpu.reserved_bytes or 0))
 
 
-def _held_by_others(gpu: Gpu, card: Card) -> int:
+def _held_by_others(known: KnownGpu, gpu: Gpu) -> int:
     """What the display and other processes hold now: all that is in use, less this process's own part."""
-    held = card.used_bytes
-    if card.source == "NVML v1":
+    held = gpu.used_bytes
+    if gpu.source == "NVML v1":
         # Here the driver's own part counts as used; it is about what CUDA cannot use, and is not to be taken off twice.
-        held -= gpu.gap_bytes
-    own = (process.used_bytes or 0 for process in card.processes or () if process.pid == os.getpid())
+        held -= known.gap_bytes
+    own = (process.used_bytes or 0 for process in gpu.processes or () if process.pid == os.getpid())
     return max(0, held - sum(own))
 
 
-def _left(gpu: Gpu, card: Card) -> int:
-    return _capacity(gpu, card) - _held_by_others(gpu, card)
+def _left(known: KnownGpu, gpu: Gpu) -> int:
+    return _capacity(known, gpu) - _held_by_others(known, gpu)
 
 
-def _holders(card: Card) -> str:
+def _holders(gpu: Gpu) -> str:
     """By whom, for a sentence: at most three processes by name, and the display."""
-    holders = [str(process) for process in other_processes(card)[:3]]
-    if len(other_processes(card)) > 3:
-        holders.append(f"{len(other_processes(card)) - 3} more")
-    if card.display:
+    holders = [str(process) for process in other_processes(gpu)[:3]]
+    if len(other_processes(gpu)) > 3:
+        holders.append(f"{len(other_processes(gpu)) - 3} more")
+    if gpu.display:
         holders.append("a display is attached")
     return f" ({'; '.join(holders)})" if holders else ""
 
 
-def _absent(gpu: Gpu, cards: Cards) -> str:
-    """Why nothing is taken off: no such card here, or one of another size."""
-    for card in cards.cards:
-        if is_named(gpu, card.name):
+def _absent(known: KnownGpu, gpus: Gpus) -> str:
+    """Why nothing is taken off: no such GPU here, or one of another size."""
+    for gpu in gpus.gpus:
+        if is_named(known, gpu.name):
             return (
-                f"Card {card.index} here has that name but {format_bytes(card.total_bytes)}: nothing was taken off for "
-                "what runs on it. For that card give --budget-gib."
+                f"GPU {gpu.index} here has that name but {format_bytes(gpu.total_bytes)}: nothing was taken off for "
+                "what runs on it. For that GPU give --budget-gib."
             )
-    return "No such card is to be seen here, so nothing is taken off for a display or other programs on it."
+    return "No such GPU is visible here, so nothing is taken off for a display or other programs on it."
 
 
-def devices_object(cards: Cards, folder: Path) -> dict[str, Any]:
+def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
     """Everything as one object for --json, in bytes; null where something is not known."""
     total, free = disk_bytes(folder)
     return {
-        "cards": [{**asdict(card), "usable_bytes": card.usable_bytes} for card in cards.cards],
-        "notes": list(cards.notes),
+        "cards": [{**asdict(gpu), "usable_bytes": gpu.usable_bytes} for gpu in gpus.gpus],
+        "notes": list(gpus.notes),
         "ram": {"total_bytes": total_memory_bytes(), "available_bytes": available_memory_bytes()},
         "disk": {"folder": str(folder.absolute()), "total_bytes": total, "free_bytes": free},
     }
 
 
-def devices_text(cards: Cards, folder: Path) -> str:
-    """The same for people: a paragraph per card, then RAM and disk, and what could not be known."""
+def devices_text(gpus: Gpus, folder: Path) -> str:
+    """The same for people: a paragraph per GPU, then RAM and disk, and what could not be known."""
     lines = []
-    for card in cards.cards:
-        lines += [*_card_lines(card), ""]
-    if not cards.cards:
-        lines += ["No NVIDIA card is to be seen.", *(f"  {note}" for note in cards.notes), ""]
+    for gpu in gpus.gpus:
+        lines += [*_gpu_lines(gpu), ""]
+    if not gpus.gpus:
+        lines += ["No NVIDIA GPU is visible.", *(f"  {note}" for note in gpus.notes), ""]
     total, free = disk_bytes(folder)
     lines += [
         f"RAM: {format_bytes(total_memory_bytes())} total, {format_bytes(available_memory_bytes())} available",
         f"disk of {folder.absolute()}: {format_bytes(total)} total, {format_bytes(free)} free",
     ]
-    if cards.cards:
-        lines += [f"note: {note}" for note in cards.notes]
+    if gpus.gpus:
+        lines += [f"note: {note}" for note in gpus.notes]
     return "\n".join(lines)
 
 
-def _card_lines(card: Card) -> list[str]:
+def _gpu_lines(gpu: Gpu) -> list[str]:
     rows = [
-        ("total", format_bytes(card.total_bytes)),
-        ("reserved", _known(card.reserved_bytes)),
-        ("used", format_bytes(card.used_bytes)),
-        ("free", format_bytes(card.free_bytes)),
-        ("usable", _usable(card)),
-        *_process_rows(card),
-        ("driver", card.driver or "unknown"),
-        ("display", _known(card.display, "attached", "none")),
-        ("MIG", _known(card.mig, "on", "off")),
+        ("total", format_bytes(gpu.total_bytes)),
+        ("reserved", _known(gpu.reserved_bytes)),
+        ("used", format_bytes(gpu.used_bytes)),
+        ("free", format_bytes(gpu.free_bytes)),
+        ("usable", _usable(gpu)),
+        *_process_rows(gpu),
+        ("driver", gpu.driver or "unknown"),
+        ("display", _known(gpu.display, "attached", "none")),
+        ("MIG", _known(gpu.mig, "on", "off")),
         *(
             (f"MIG {part.index}", f"{format_bytes(part.total_bytes)} total, {format_bytes(part.free_bytes)} free")
-            for part in card.instances or ()
+            for part in gpu.instances or ()
         ),
-        ("source", card.source),
-        *(("note", note) for note in card.notes),
+        ("source", gpu.source),
+        *(("note", note) for note in gpu.notes),
     ]
-    return [f"card {card.index}: {card.name}", *(f"  {label:<10}{value}" for label, value in rows)]
+    return [f"GPU {gpu.index}: {gpu.name}", *(f"  {label:<10}{value}" for label, value in rows)]
 
 
-def _usable(card: Card) -> str:
+def _usable(gpu: Gpu) -> str:
     """What a new process can have, and where this differs from what is free."""
-    usable = format_bytes(card.usable_bytes)
-    if card.mig:
-        return f"{usable} (a process can use one MIG part only)" if card.usable_bytes else "unknown"
-    kept = card.free_bytes - card.usable_bytes
-    return f"{usable} ({format_bytes(kept)} less than free: CUDA cannot use all of this card)" if kept else usable
+    usable = format_bytes(gpu.usable_bytes)
+    if gpu.mig:
+        return f"{usable} (a process can use one MIG part only)" if gpu.usable_bytes else "unknown"
+    kept = gpu.free_bytes - gpu.usable_bytes
+    return f"{usable} ({format_bytes(kept)} less than free: CUDA cannot use all of it)" if kept else usable
 
 
-def _process_rows(card: Card) -> list[tuple[str, str]]:
+def _process_rows(gpu: Gpu) -> list[tuple[str, str]]:
     """A row per process that holds memory, labelled once."""
-    if card.processes is None:
+    if gpu.processes is None:
         return [("processes", "unknown")]
-    if not card.processes:
+    if not gpu.processes:
         return [("processes", "none")]
-    return [("" if row else "processes", str(process)) for row, process in enumerate(card.processes)]
+    return [("" if row else "processes", str(process)) for row, process in enumerate(gpu.processes)]
 
 
 def _known(value: int | bool | None, yes: str = "", no: str = "") -> str:

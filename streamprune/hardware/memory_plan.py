@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from streamprune.errors import ResourceError
 from streamprune.hardware.memory import format_bytes, resident_bytes
 
-#: Micro-batches that the host hands to a card before it waits for an earlier one: the card never runs out of work, and
+#: Micro-batches that the host hands to a GPU before it waits for an earlier one: the GPU never runs out of work, and
 #: neither the progress that is shown nor a request to stop is far from what is really done.
 MOST_HANDED_OUT = 2
-#: Page-locked memory through which weights are read to a card.
+#: Page-locked memory through which weights are read to a GPU.
 STAGING_BYTES = 64 * 2**20
 
 
@@ -21,7 +21,7 @@ class Needs:
 
     `block` is the largest block's weights (with the copy that --propagate pruned makes), `reading` those of the largest
     as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
-    way to a card, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
+    way to a GPU, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
     are those of all of them, which so many `processes` share. `itemsize` is the bytes of a computed value; with `sides`
     2, some micro-batches have the states of two models.
@@ -160,14 +160,14 @@ def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = 
     if place == "device" or (place == "ram" and room.host is None):
         states = needs.states_here(tokens)
     else:
-        # On a card, those of the micro-batches that were handed out are there too, before and after them.
+        # On a GPU, those of the micro-batches that were handed out are there too, before and after them.
         states = _moving(needs, tokens) * (1 if room.host is None else 1 + MOST_HANDED_OUT)
     working = needs.block + needs.workspace(tokens) + (needs.reading if ahead else 0)
     return needs.surroundings + states + max(needs.loading, working)
 
 
 def _on_host(needs: Needs, place: str, tokens: int) -> int:
-    """RAM beside a card: the states if they are there, and what passes through on the way to it."""
+    """RAM beside a GPU: the states if they are there, and what passes through on the way to it."""
     if place == "ram":
         one = _moving(needs, tokens) // 2
         # torch takes page-locked memory in powers of two.

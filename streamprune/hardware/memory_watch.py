@@ -11,10 +11,10 @@ import torch
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware.device import gpu_index, is_gpu
-from streamprune.hardware.gpus import Card, CardProcess, other_processes
+from streamprune.hardware.gpus import Gpu, GpuProcess, other_processes
 from streamprune.hardware.memory import format_bytes
 
-#: What CUDA itself is taken to need on a card when NVML does not tell: kernels and the driver's data for this process.
+#: What CUDA itself is taken to need on a GPU when NVML does not tell: kernels and the driver's data for this process.
 USUAL_CONTEXT = 512 * 1024**2
 #: Processes come and go with less than this without doing harm.
 NOTABLE_GROWTH = 64 * 1024**2
@@ -34,13 +34,13 @@ class MemoryCaps(Protocol):
 
 
 class MemoryWatch:
-    """Keeps a run within --vram-gib and --ram-gib, and names the processes that take memory on its card meanwhile."""
+    """Keeps a run within --vram-gib and --ram-gib, and names the processes that take memory on its GPU meanwhile."""
 
     def __init__(self, settings: MemoryCaps, device: torch.device, say: Callable[[str], None]) -> None:
         self._settings, self._device, self._say = settings, device, say
-        card = _card(device)
-        self._others = {process.pid: process.used_bytes or 0 for process in other_processes(card)} if card else {}
-        self._limit_card(card)
+        gpu = _gpu(device)
+        self._others = {process.pid: process.used_bytes or 0 for process in other_processes(gpu)} if gpu else {}
+        self._limit_gpu(gpu)
 
     def excess(self) -> str | None:
         """Says by how much resident memory is above --ram-gib, with freed memory given back; None if it is not."""
@@ -54,11 +54,11 @@ class MemoryWatch:
         return f"{format_bytes(resident)} are resident, with --ram-gib {self._settings.ram_gib:g} ({format_bytes(cap)})"
 
     def between_blocks(self) -> None:
-        """Look who else takes memory on the card, say so, and keep what CUDA itself takes within --vram-gib."""
-        card = _card(self._device)
-        if card is None:
+        """Look who else takes memory on the GPU, say so, and keep what CUDA itself takes within --vram-gib."""
+        gpu = _gpu(self._device)
+        if gpu is None:
             return
-        now = other_processes(card)
+        now = other_processes(gpu)
         for process in newcomers(self._others, now):
             self._say(
                 f"note: {process}, took memory on {self._device} while this run goes on; "
@@ -66,23 +66,23 @@ class MemoryWatch:
             )
         # A process that left is forgotten; one that was told of is told of again only if it grows further.
         self._others = {process.pid: process.used_bytes or 0 for process in now}
-        self._limit_card(card)
+        self._limit_gpu(gpu)
 
     def holders(self) -> str:
-        """A sentence on who else holds memory on the card, for messages; empty if nobody is known to."""
-        card = _card(self._device)
-        others = other_processes(card)[:3] if card else ()
+        """A sentence on who else holds memory on the GPU, for messages; empty if nobody is known to."""
+        gpu = _gpu(self._device)
+        others = other_processes(gpu)[:3] if gpu else ()
         return f" Others hold memory there too: {'; '.join(map(str, others))}." if others else ""
 
-    def _limit_card(self, card: Card | None) -> None:
+    def _limit_gpu(self, gpu: Gpu | None) -> None:
         if self._settings.vram_bytes is not None and is_gpu(self._device):
             devices.limit_device_bytes(
-                self._device, self._settings.vram_bytes - _context(card, devices.reserved_device_bytes(self._device))
+                self._device, self._settings.vram_bytes - _context(gpu, devices.reserved_device_bytes(self._device))
             )
 
 
-def newcomers(before: dict[int, int], now: Sequence[CardProcess]) -> list[CardProcess]:
-    """The processes that are new on a card or hold notably more than `before` (bytes by pid) says."""
+def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProcess]:
+    """The processes that are new on a GPU or hold notably more than `before` (bytes by pid) says."""
     return [
         process
         for process in now
@@ -91,21 +91,21 @@ def newcomers(before: dict[int, int], now: Sequence[CardProcess]) -> list[CardPr
 
 
 def context_bytes(device: torch.device) -> int:
-    """What CUDA itself takes on a card for this process, beside what torch's allocator holds."""
-    return _context(_card(device), devices.reserved_device_bytes(device))
+    """What CUDA itself takes on a GPU for this process, beside what torch's allocator holds."""
+    return _context(_gpu(device), devices.reserved_device_bytes(device))
 
 
-def _context(card: Card | None, reserved: int) -> int:
-    own = [process.used_bytes for process in card.processes or () if process.pid == os.getpid()] if card else []
+def _context(gpu: Gpu | None, reserved: int) -> int:
+    own = [process.used_bytes for process in gpu.processes or () if process.pid == os.getpid()] if gpu else []
     if not own or own[0] is None or own[0] <= reserved:
         return USUAL_CONTEXT
     return own[0] - reserved
 
 
-def _card(device: torch.device) -> Card | None:
-    """The card that the run computes on; None on the CPU, and where it cannot be told."""
+def _gpu(device: torch.device) -> Gpu | None:
+    """The GPU that the run computes on; None on the CPU, and where it cannot be told."""
     if not is_gpu(device):
         return None
-    from streamprune.hardware.nvml import card_of
+    from streamprune.hardware.nvml import gpu_of_device
 
-    return card_of(gpu_index(device))
+    return gpu_of_device(gpu_index(device))

@@ -1,8 +1,6 @@
-"""Cards as torch sees them, for where NVML does not answer. torch is imported only when something is asked of it.
+"""This machine's NVIDIA GPUs. They are asked for through NVML (nvidia-ml-py), or through torch if NVML fails.
 
-This machine's cards: the only user of NVML (package nvidia-ml-py), which is imported when it is first asked.
-
-Nothing here raises: what cannot be known is None, and a sentence says why and what follows.
+Both are imported when they are first needed. Nothing here raises: what cannot be known is None, and a note says why.
 """
 
 from __future__ import annotations
@@ -15,38 +13,36 @@ from typing import Any
 
 from streamprune.hardware.gpus import (
     ASK_BUDGET,
-    Card,
-    CardProcess,
-    Cards,
+    Gpu,
+    GpuProcess,
+    Gpus,
     MemoryFigures,
     MigInstance,
-    budget_on_card,
-    other_processes,
-    visible_cards,
+    visible_gpus,
 )
 from streamprune.hardware.memory import format_bytes, process_name
 
 
-def torch_cards(reason: str) -> Cards:
-    """The cards that torch sees, with a note that NVML failed for `reason`; none if torch sees none either."""
+def torch_gpus(reason: str) -> Gpus:
+    """The GPUs that torch sees, with a note that NVML failed for `reason`; none if torch sees none either."""
     notes = [f"NVML cannot be used: {reason}."]
-    torch, refusal = _torch_cuda()
+    torch, refusal = _torch_with_gpus()
     if torch is None:
-        return Cards((), (notes[0], f"{refusal}. {ASK_BUDGET}"))
+        return Gpus((), (notes[0], f"{refusal}. {ASK_BUDGET}"))
     notes.append(
         "The figures are torch's, of what CUDA can see: what the driver reserves, its version, which processes hold "
         "memory, whether a display is attached and whether MIG is on are not known."
     )
-    cards = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
         try:
             memory = _figures(torch, index)
             name = str(torch.cuda.get_device_name(index))
         except Exception as error:
-            notes.append(f"Card {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
+            notes.append(f"GPU {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
             continue
-        cards.append(
-            Card(
+        gpus.append(
+            Gpu(
                 index=index,
                 name=name,
                 total_bytes=memory.total,
@@ -62,12 +58,12 @@ def torch_cards(reason: str) -> Cards:
                 uuid=torch_uuid(index),
             )
         )
-    return Cards(tuple(cards), tuple(notes))
+    return Gpus(tuple(gpus), tuple(notes))
 
 
 def torch_memory(uuid: str | None) -> MemoryFigures | None:
-    """CUDA's figures for the card with this UUID, or None if torch does not see it."""
-    torch, _ = _torch_cuda()
+    """CUDA's figures for the GPU with this UUID, or None if torch does not see it."""
+    torch, _ = _torch_with_gpus()
     if torch is None or uuid is None:
         return None
     try:
@@ -82,14 +78,14 @@ def torch_memory(uuid: str | None) -> MemoryFigures | None:
 def torch_uuid(index: int) -> str | None:
     """The UUID of what torch calls cuda:`index`, without the GPU- that NVML puts before it.
 
-    None unless torch is loaded and sees the card.
+    None unless torch is loaded and sees the GPU.
     """
     torch: Any = sys.modules.get("torch")
     try:
         if torch is None or not torch.cuda.is_available():
             return None
         return str(torch.cuda.get_device_properties(index).uuid)
-    # torch built for other cards has no UUIDs, and CUDA can fail in many ways; without it there is still the index.
+    # torch built for other GPUs has no UUIDs, and CUDA can fail in many ways; without it there is still the index.
     except Exception:
         return None
 
@@ -99,7 +95,7 @@ def _figures(torch: Any, index: int) -> MemoryFigures:
     return MemoryFigures(total, None, free, total - free, "torch")
 
 
-def _torch_cuda() -> tuple[Any, str | None]:
+def _torch_with_gpus() -> tuple[Any, str | None]:
     """torch and None, or None and why it cannot help."""
     try:
         import torch
@@ -109,16 +105,14 @@ def _torch_cuda() -> tuple[Any, str | None]:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return torch, None
-    # torch warns here when it finds a card that it cannot use, say because the driver is too old.
+    # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
     said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
-    return None, f"torch {torch.__version__} sees no CUDA card either{said}"
+    return None, f"torch {torch.__version__} sees no CUDA GPU either{said}"
 
-
-__all__ = ["Card", "CardProcess", "Cards", "MigInstance", "budget_on_card", "card_of", "list_cards", "other_processes"]
 
 # By the name of the error's class: the same in every version of nvidia-ml-py.
 _REASONS = {
-    "NVMLError_NotSupported": "the card or its driver does not support the question",
+    "NVMLError_NotSupported": "the GPU or its driver does not support the question",
     "NVMLError_NoPermission": "this user is not permitted to ask",
     "NVMLError_NotFound": "there is none",
     "NVMLError_FunctionNotFound": "the driver is too old for the question",
@@ -126,7 +120,7 @@ _REASONS = {
     "NVMLError_LibraryNotFound": "there is no NVIDIA driver (libnvidia-ml.so.1 is not found)",
     "NVMLError_DriverNotLoaded": "the NVIDIA driver is installed but not loaded; see what `nvidia-smi` says",
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated but the old one is loaded; restart the machine",
-    "NVMLError_GpuIsLost": "the card has stopped answering; see `dmesg`, and restart the machine",
+    "NVMLError_GpuIsLost": "the GPU has stopped answering; see `dmesg`, and restart the machine",
 }
 _FIGURES = ("total", "free", "used")
 # Less than this in use beyond what processes hold is the driver's own, and no unseen process.
@@ -134,8 +128,8 @@ _UNEXPLAINED_BYTES = 512 * 1024**2
 _UNEXPLAINED_SHARE = 0.02
 
 
-def list_cards(ask_torch: bool = True) -> Cards:
-    """All cards of this machine, asked through NVML; through torch, which is imported only then, if NVML fails.
+def list_gpus(ask_torch: bool = True) -> Gpus:
+    """All GPUs of this machine, asked through NVML; through torch, which is imported only then, if NVML fails.
 
     Without `ask_torch` there are then none: for those who can do without, importing torch would take seconds.
     """
@@ -147,38 +141,38 @@ def list_cards(ask_torch: bool = True) -> Cards:
     if refusal:
         return _without_nvml(refusal, ask_torch)
     try:
-        return _nvml_cards(nvml)
+        return _nvml_gpus(nvml)
     finally:
         _ask(nvml, "nvmlShutdown")
 
 
-def _without_nvml(reason: str, ask_torch: bool) -> Cards:
-    return torch_cards(reason) if ask_torch else Cards((), (f"NVML cannot be used: {reason}.",))
+def _without_nvml(reason: str, ask_torch: bool) -> Gpus:
+    return torch_gpus(reason) if ask_torch else Gpus((), (f"NVML cannot be used: {reason}.",))
 
 
-def card_of(torch_index: int) -> Card | None:
-    """The card that torch calls cuda:`torch_index`, or None if it cannot be told.
+def gpu_of_device(torch_index: int) -> Gpu | None:
+    """The GPU that torch calls cuda:`torch_index`, or None if it cannot be told.
 
-    NVML counts all cards by their place on the bus. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
-    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded it knows the card's UUID, which settles it.
+    NVML counts all GPUs by their place on the bus. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
+    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded it knows the GPU's UUID, which settles it.
     """
-    cards = list_cards().cards
+    gpus = list_gpus().gpus
     uuid = torch_uuid(torch_index)
     if uuid:
-        return next((card for card in cards if card.answers_to(uuid)), None)
-    if cards and all(card.source == "torch" for card in cards):
-        return next((card for card in cards if card.index == torch_index), None)
-    visible = list(visible_cards(cards, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        return next((gpu for gpu in gpus if gpu.answers_to(uuid)), None)
+    if gpus and all(gpu.source == "torch" for gpu in gpus):
+        return next((gpu for gpu in gpus if gpu.index == torch_index), None)
+    visible = list(visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
     if not 0 <= torch_index < len(visible):
         return None
-    card = visible[torch_index]
-    if len({each.name for each in cards}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+    gpu = visible[torch_index]
+    if len({each.name for each in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         note = (
-            f"cuda:{torch_index} was taken for this card by its place on the bus, but the cards differ and CUDA counts "
+            f"cuda:{torch_index} was taken for this GPU by its place on the bus, but the GPUs differ and CUDA counts "
             "the fastest first. Set CUDA_DEVICE_ORDER=PCI_BUS_ID to be sure."
         )
-        return replace(card, notes=(*card.notes, note))
-    return card
+        return replace(gpu, notes=(*gpu.notes, note))
+    return gpu
 
 
 def _ask(nvml: Any, question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
@@ -192,40 +186,38 @@ def _ask(nvml: Any, question: str, *args: Any, **options: Any) -> tuple[Any, str
         return None, _REASONS.get(type(error).__name__) or str(error) or type(error).__name__
 
 
-def _nvml_cards(nvml: Any) -> Cards:
+def _nvml_gpus(nvml: Any) -> Gpus:
     count, refusal = _ask(nvml, "nvmlDeviceGetCount")
     if refusal:
-        return torch_cards(f"it cannot count the cards: {refusal}")
+        return torch_gpus(f"it cannot count the GPUs: {refusal}")
     driver, refusal = _ask(nvml, "nvmlSystemGetDriverVersion")
     notes = [f"The driver's version is not known, and will be missing from records: {refusal}."] if refusal else []
-    cards = []
+    gpus = []
     for index in range(count):
         handle, refusal = _ask(nvml, "nvmlDeviceGetHandleByIndex", index)
         if refusal:
-            notes.append(f"Card {index} is left out, because NVML gives no access to it: {refusal}.")
+            notes.append(f"GPU {index} is left out, because NVML gives no access to it: {refusal}.")
             continue
-        card, refusal = _nvml_card(nvml, handle, index, _text(driver))
-        if card is None:
-            notes.append(f"Card {index} is left out, because its memory cannot be known: {refusal}. {ASK_BUDGET}")
+        gpu, refusal = _nvml_gpu(nvml, handle, index, _text(driver))
+        if gpu is None:
+            notes.append(f"GPU {index} is left out, because its memory cannot be known: {refusal}. {ASK_BUDGET}")
         else:
-            cards.append(card)
+            gpus.append(gpu)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if count == 0:
-        notes.append(f"NVML works, but shows no card (a container may have been given none). {ASK_BUDGET}")
+        notes.append(f"NVML works, but shows no GPU (a container may have been given none). {ASK_BUDGET}")
     elif visible is not None:
-        names = ", ".join(str(card.index) for card in visible_cards(tuple(cards), visible)) or "none"
-        notes.append(f"CUDA_VISIBLE_DEVICES={visible}: a run started here would see only these cards: {names}.")
-    return Cards(tuple(cards), tuple(notes))
+        names = ", ".join(str(gpu.index) for gpu in visible_gpus(tuple(gpus), visible)) or "none"
+        notes.append(f"CUDA_VISIBLE_DEVICES={visible}: a run started here would see only these GPUs: {names}.")
+    return Gpus(tuple(gpus), tuple(notes))
 
 
-def _nvml_card(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[Card | None, str | None]:
-    """The card, or why there is none."""
+def _nvml_gpu(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, str | None]:
+    """The GPU, or why there is none."""
     notes: list[str] = []
     name, refusal = _ask(nvml, "nvmlDeviceGetName", handle)
     if refusal:
-        notes.append(
-            f"The card's name is not known, so that its memory cannot be compared with known cards: {refusal}."
-        )
+        notes.append(f"The GPU's name is not known, so that its memory cannot be compared with known GPUs: {refusal}.")
     uuid = _text(_ask(nvml, "nvmlDeviceGetUUID", handle)[0])
     mig = _mig(nvml, handle, notes)
     instances = _instances(nvml, handle, notes) if mig else ()
@@ -233,9 +225,9 @@ def _nvml_card(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[
     if memory is None:
         return None, refusal
     processes = _processes(nvml, handle, memory, notes)
-    card = Card(
+    gpu = Gpu(
         index=index,
-        name=_text(name) or "unknown NVIDIA card",
+        name=_text(name) or "unknown NVIDIA GPU",
         total_bytes=memory.total,
         reserved_bytes=memory.reserved,
         free_bytes=memory.free,
@@ -249,7 +241,7 @@ def _nvml_card(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[
         uuid=uuid,
         instances=instances,
     )
-    return card, None
+    return gpu, None
 
 
 def _memory(
@@ -262,14 +254,14 @@ def _memory(
             notes.append(f"What the driver reserves is not known and is counted as used: {refusal_of_second}.")
         return memory, None
     if instances:
-        notes.append(f"The memory of the whole card is not known ({refusal}): the figures are sums over its MIG parts.")
+        notes.append(f"The memory of the whole GPU is not known ({refusal}): the figures are sums over its MIG parts.")
         total, free, used = (sum(getattr(part, f"{what}_bytes") for part in instances) for what in _FIGURES)
         return MemoryFigures(total, None, free, used, "NVML v1"), None
     memory = torch_memory(uuid)
     if memory is not None:
         notes.append(f"NVML does not tell the memory ({refusal}): the figures are torch's, of what CUDA can see.")
         return memory, None
-    return None, f"{refusal}, and torch does not see the card"
+    return None, f"{refusal}, and torch does not see the GPU"
 
 
 def _nvml_memory(nvml: Any, handle: Any) -> tuple[MemoryFigures | None, str | None, str | None]:
@@ -286,20 +278,20 @@ def _nvml_memory(nvml: Any, handle: Any) -> tuple[MemoryFigures | None, str | No
 
 
 def _mig(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
-    """Whether the card is divided with MIG."""
+    """Whether the GPU is divided with MIG."""
     modes, refusal = _ask(nvml, "nvmlDeviceGetMigMode", handle)
     if refusal is None:
         return bool(modes[0])
     if refusal == _REASONS["NVMLError_NotSupported"]:
-        return False  # this kind of card cannot be divided, as NVML says by that
+        return False  # this kind of GPU cannot be divided, as NVML says by that
     notes.append(
-        f"Whether the card is divided with MIG is not known: {refusal}. If it is, less can be used than is free."
+        f"Whether the GPU is divided with MIG is not known: {refusal}. If it is, less can be used than is free."
     )
     return None
 
 
 def _instances(nvml: Any, handle: Any, notes: list[str]) -> tuple[MigInstance, ...] | None:
-    """The card's MIG parts; None if they may not be seen."""
+    """The GPU's MIG parts; None if they may not be seen."""
     count, refusal = _ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle)
     instances = []
     for index in range(count or 0):
@@ -316,16 +308,16 @@ def _instances(nvml: Any, handle: Any, notes: list[str]) -> tuple[MigInstance, .
         instances.append(MigInstance(index, uuid, memory.total, memory.free, memory.used))
     if refusal:
         notes.append(
-            f"The card is divided with MIG, but not all its parts can be seen: {refusal}. A process can use one part "
+            f"The GPU is divided with MIG, but not all its parts can be seen: {refusal}. A process can use one part "
             f"only. {ASK_BUDGET}"
         )
     elif not instances:
-        notes.append("The card is divided with MIG, but has no parts yet, so that nothing can run on it.")
+        notes.append("The GPU is divided with MIG, but has no parts yet, so that nothing can run on it.")
     return tuple(instances) if instances or not refusal else None
 
 
 def _display(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
-    """Whether a display is driven by the card or plugged into it."""
+    """Whether a display is driven by the GPU or plugged into it."""
     active, refusal = _ask(nvml, "nvmlDeviceGetDisplayActive", handle)
     plugged, refusal_of_mode = _ask(nvml, "nvmlDeviceGetDisplayMode", handle)
     if refusal and refusal_of_mode:
@@ -334,7 +326,7 @@ def _display(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
     return bool(active or plugged)
 
 
-def _processes(nvml: Any, handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[CardProcess, ...] | None:
+def _processes(nvml: Any, handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[GpuProcess, ...] | None:
     """Who holds memory, over compute, graphics and MPS processes; None if it may not be known at all."""
     held: dict[tuple[int, Any, Any], int | None] = {}
     refusals = {}
@@ -356,7 +348,7 @@ def _processes(nvml: Any, handle: Any, memory: MemoryFigures, notes: list[str]) 
     for (pid, *_), used in held.items():
         by_pid.setdefault(pid, []).append(used)
     processes = tuple(
-        CardProcess(pid, process_name(pid), None if None in parts else sum(part or 0 for part in parts))
+        GpuProcess(pid, process_name(pid), None if None in parts else sum(part or 0 for part in parts))
         for pid, parts in sorted(by_pid.items())
     )
     _note_unexplained(processes, memory, notes)
@@ -373,7 +365,7 @@ def _running(nvml: Any, handle: Any, kind: str) -> tuple[list[Any], str | None]:
     return entries or [], refusal
 
 
-def _note_unexplained(processes: tuple[CardProcess, ...], memory: MemoryFigures, notes: list[str]) -> None:
+def _note_unexplained(processes: tuple[GpuProcess, ...], memory: MemoryFigures, notes: list[str]) -> None:
     """Say so where memory is in use and nobody can be named for it."""
     unknown = sum(process.used_bytes is None for process in processes)
     unexplained = memory.used - sum(process.used_bytes or 0 for process in processes)

@@ -10,10 +10,10 @@ import pynvml as real
 import pytest
 import torch
 
-from streamprune.hardware.gpus import budget_on_card
+from streamprune.hardware.gpus import budget_on_gpu
 from streamprune.hardware.known_gpus import known_gpu
-from streamprune.hardware.nvml import card_of, list_cards
-from tests.fake_nvml import MIB, FakeCard, fake_torch, install, printed, the_card
+from streamprune.hardware.nvml import gpu_of_device, list_gpus
+from tests.fake_nvml import MIB, FakeCard, fake_torch, install, printed, the_gpu
 
 NOT_SUPPORTED = real.NVML_ERROR_NOT_SUPPORTED
 
@@ -31,8 +31,8 @@ def test_no_nvml_and_no_card_for_torch_either(monkeypatch: pytest.MonkeyPatch, e
     install(monkeypatch, refuse={"nvmlInit": getattr(real, f"NVML_ERROR_{error}")})
     fake_torch(monkeypatch)
     text = printed()
-    assert text.startswith(f"No NVIDIA card is to be seen.\n  NVML cannot be used: {said}\n")
-    assert "torch 2.13.0 sees no CUDA card either. Say with --budget-gib how much memory there is.\n" in text
+    assert text.startswith(f"No NVIDIA GPU is visible.\n  NVML cannot be used: {said}\n")
+    assert "torch 2.13.0 sees no CUDA GPU either. Say with --budget-gib how much memory there is.\n" in text
     assert "\nRAM: " in text
     assert "\ndisk of " in text
 
@@ -49,15 +49,15 @@ def test_neither_nvml_bindings_nor_torch_are_installed(monkeypatch: pytest.Monke
 def test_without_nvml_the_figures_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, refuse={"nvmlInit": real.NVML_ERROR_LIBRARY_NOT_FOUND})
     fake_torch(monkeypatch, ("NVIDIA GeForce RTX 4090", "aa-bb", 20000, 24082))
-    card = the_card()
-    assert (card.source, card.total_bytes, card.free_bytes) == ("torch", 24082 * MIB, 20000 * MIB)
-    assert card.usable_bytes == card.free_bytes
-    assert card_of(0) == card
+    gpu = the_gpu()
+    assert (gpu.source, gpu.total_bytes, gpu.free_bytes) == ("torch", 24082 * MIB, 20000 * MIB)
+    assert gpu.usable_bytes == gpu.free_bytes
+    assert gpu_of_device(0) == gpu
     text = printed()
     assert "  processes unknown\n" in text
     assert "  reserved  unknown\n" in text
     assert "note: The figures are torch's, of what CUDA can see: what the driver reserves," in text
-    assert budget_on_card(known_gpu("rtx-4090"), list_cards())[0] == 20000 * MIB
+    assert budget_on_gpu(known_gpu("rtx-4090"), list_gpus())[0] == 20000 * MIB
 
 
 def test_a_card_that_torch_cannot_ask_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,27 +68,27 @@ def test_a_card_that_torch_cannot_ask_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("CUDA error: device is busy")
 
     sys.modules["torch"].cuda.mem_get_info = fail
-    cards = list_cards()
-    assert cards.cards == ()
-    assert "Card 0 is left out, because its memory cannot be known: CUDA error: device is busy." in cards.notes[-1]
+    gpus = list_gpus()
+    assert gpus.gpus == ()
+    assert "GPU 0 is left out, because its memory cannot be known: CUDA error: device is busy." in gpus.notes[-1]
 
 
 def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse = {"nvmlDeviceGetMemoryInfo_v2": NOT_SUPPORTED, "nvmlDeviceGetMemoryInfo": NOT_SUPPORTED}
-    cards = [FakeCard(), FakeCard(name="NVIDIA GB10", uuid="GPU-cc-dd", refuse=refuse)]
-    install(monkeypatch, *cards)
-    # torch counts the cards the other way round; UUIDs tell which is which.
-    fake_torch(monkeypatch, ("NVIDIA GB10", "cc-dd", 90000, 122000), ("a", cards[0].uuid.removeprefix("GPU-"), 1, 1))
-    first, second = list_cards().cards
+    gpus = [FakeCard(), FakeCard(name="NVIDIA GB10", uuid="GPU-cc-dd", refuse=refuse)]
+    install(monkeypatch, *gpus)
+    # torch counts the GPUs the other way round; UUIDs tell which is which.
+    fake_torch(monkeypatch, ("NVIDIA GB10", "cc-dd", 90000, 122000), ("a", gpus[0].uuid.removeprefix("GPU-"), 1, 1))
+    first, second = list_gpus().gpus
     assert (first.source, second.source) == ("NVML v2", "torch")
     assert (second.free_bytes, second.total_bytes) == (90000 * MIB, 122000 * MIB)
-    assert "does not tell the memory (the card or its driver does not support the question)" in second.notes[0]
-    assert card_of(0) == second
-    assert card_of(1) == first
+    assert "does not tell the memory (the GPU or its driver does not support the question)" in second.notes[0]
+    assert gpu_of_device(0) == second
+    assert gpu_of_device(1) == first
     fake_torch(monkeypatch)
-    (only,) = list_cards().cards
+    (only,) = list_gpus().gpus
     assert only == first
-    assert "Card 1 is left out, because its memory cannot be known: " in printed()
+    assert "GPU 1 is left out, because its memory cannot be known: " in printed()
 
 
 def test_torch_is_not_imported_where_nvml_answers() -> None:
@@ -102,12 +102,12 @@ def test_torch_is_not_imported_where_nvml_answers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "card 0: NVIDIA GeForce RTX 3090" in done.stdout
+    assert "GPU 0: NVIDIA GeForce RTX 3090" in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_real_libraries_on_a_machine_without_a_card() -> None:
     done = subprocess.run([sys.executable, "-m", "streamprune", "devices"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("No NVIDIA card is to be seen.\n  NVML cannot be used: ")
-    assert f"torch {torch.__version__} sees no CUDA card either" in done.stdout
+    assert done.stdout.startswith("No NVIDIA GPU is visible.\n  NVML cannot be used: ")
+    assert f"torch {torch.__version__} sees no CUDA GPU either" in done.stdout
