@@ -80,6 +80,14 @@ def thoroughly(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--all"))
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny random model of the plainest family. (Other fixtures of this name stand in the files that use them.)"""
+    from tests.tiny import FAMILIES, make_model, tiny_config
+
+    return make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+
+
 @dataclass(frozen=True)
 class DemoRun:
     """The demo as it was run in `folder`, and what it printed."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from streamprune import progress as busy
@@ -17,7 +21,8 @@ from streamprune.hardware import memory as machine
 from streamprune.hardware.memory import limit_library_memory, release_freed_memory
 from streamprune.progress import RESOURCES, Busy, describe
 from tests.faults import Case, make_case
-from tests.helpers import CPU
+from tests.helpers import CPU, prune
+from tests.tiny import write_token_ids
 
 
 class Clock:
@@ -115,3 +120,54 @@ def test_freed_memory_is_kept_as_far_as_the_library_lets_us(
     monkeypatch.setattr(os, "environ", {})
     limit_library_memory()
     assert options == expected
+
+
+class Event:
+    """Stands in for a card's event: remembers where it was recorded."""
+
+    recorded: list[Any]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Any = "the current card's") -> None:
+        Event.recorded.append(stream)
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, _: Event) -> float:
+        return 500.0
+
+
+def test_a_card_is_timed_by_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever card is the current one: an event without a stream would be recorded there, and cost memory there."""
+    Event.recorded = []
+    monkeypatch.setattr(torch, "Event", Event)
+    stream = SimpleNamespace(device="cuda:1")
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: {torch.device("cuda:1"): stream}[device])
+    busy = Busy()
+    with busy.on_card("compute", torch.device("cuda:1")):
+        pass
+    assert Event.recorded == [stream] * 2
+    busy.settle()
+    assert busy._spent["compute"] == 0.5
+
+
+def test_what_is_measured_on_a_card_is_added_up_block_by_block(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events that were kept until the end of a run would be a hundred thousand."""
+    most = [0]
+
+    @contextmanager
+    def on_card(self: Busy, resource: str, device: torch.device) -> Iterator[None]:
+        yield
+        self._events.append((resource, Event(), Event()))
+        most[0] = max(most[0], len(self._events))
+
+    monkeypatch.setattr(Busy, "on_card", on_card)
+    ids = write_token_ids(tmp_path / "ids.jsonl", sequences=5, length=16)
+    result = prune(model, tmp_path / "out", calibration=(str(ids),), batch_tokens=16)
+    assert most == [5]
+    assert result.summary["busy"]["compute"] > 0

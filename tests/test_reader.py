@@ -21,7 +21,8 @@ from streamprune.checkpoint.index import INDEX_NAME, Checkpoint, open_checkpoint
 from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.errors import CheckpointError
 from streamprune.progress import Busy
-from tests.helpers import CPU
+from tests.faults import invalid_argument
+from tests.helpers import CPU, streamed, token_ids
 from tests.shards import DATA, shard
 
 PLAIN_PREADV = os.preadv
@@ -250,3 +251,10 @@ def test_what_is_given_up_is_freed_at_once(tmp_path: Path, open_reader: Any, mon
     assert held.expired()
     with pytest.raises(KeyError):
         reading.take("")
+
+
+def test_a_file_system_that_takes_no_hints_is_read_all_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = streamed(model, token_ids(), torch.float32)
+    monkeypatch.setattr(os, "posix_fadvise", invalid_argument, raising=False)
+    logits, _ = streamed(model, token_ids(), torch.float32)
+    assert torch.equal(logits, expected)

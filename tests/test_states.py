@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from streamprune.errors import ResourceError
+from streamprune.errors import InterruptedRunError, NonFiniteError, ResourceError
+from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.stages import ForwardStage
 from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
 from tests.helpers import CPU, known_family, prune, tree_bytes
 from tests.thorough import thorough
-from tests.tiny import FAMILIES, make_model, tiny_config
+from tests.tiny import make_model, tiny_config, write_token_ids
 
 PLAIN_RUN_BLOCK = LayerForward.run_layer
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
 
 
 @pytest.mark.parametrize(
@@ -231,3 +230,41 @@ def test_what_fails_behind_is_raised_where_it_is_waited_for(tmp_path: Path, monk
     with pytest.raises(ResourceError, match="could not be written: Input/output error"):
         states.store(1, BatchState(torch.zeros(2, 3)))
     states.close()
+
+
+def test_states_that_nobody_looked_at_are_not_saved(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card they are looked at when a block ends. A run stopped before would save what cannot be trusted."""
+    plain_run, plain_check, within = MicroBatches.run, ForwardStage.check_finite, [False]
+
+    def run(self: MicroBatches, *arguments: Any) -> None:
+        within[0] = True
+        try:
+            plain_run(self, *arguments)
+        finally:
+            within[0] = False
+
+    def check(self: ForwardStage) -> None:
+        # As it is on a card.
+        if not within[0]:
+            plain_check(self)
+
+    def run_layer(self: LayerForward, index: int, block: nn.Module, ids: torch.Tensor, state: BatchState) -> BatchState:
+        result = PLAIN_RUN_BLOCK(self, index, block, ids, state)
+        if index == 1:
+            result.output[0, 0, 0] = poison
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(MicroBatches, "run", run)
+    monkeypatch.setattr(ForwardStage, "check_finite", check)
+    monkeypatch.setattr(LayerForward, "run_layer", run_layer)
+    ids = write_token_ids(tmp_path / "ids.jsonl", sequences=4, length=16)
+    for poison, error in ((1.0, InterruptedRunError), (float("nan"), NonFiniteError)):
+        out = tmp_path / f"out{poison}"
+        with pytest.raises(error):
+            prune(model, out, calibration=(str(ids),), batch_tokens=16)
+        work = Path(f"{out}.work")
+        assert bool(list((work / "states").iterdir())) is (error is InterruptedRunError)
+        assert [path.name for path in sorted((work / "layers").glob("0*"))] == ["00000.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run import resume
 from streamprune.work.records import FinishedShard
-from tests.faults import Case, make_case
+from tests.faults import Case, invalid_argument, make_case
 from tests.helpers import known_family, prune
 from tests.thorough import mostly_thorough
 from tests.tiny import make_model, tiny_config
@@ -232,3 +233,17 @@ def test_it_reads_in_portions(made: Case, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(compare.read_ranges, "__defaults__", (1000,))
     verify(made.output, made.model)
     assert 0 < most <= 1000
+
+
+@pytest.mark.parametrize(("owner", "name"), [(compare, "_read"), (os, "pread")])
+def test_a_disk_that_fails_while_it_is_compared_is_told_in_one_message(
+    owner: Any, name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(model, tmp_path / "out")
+    monkeypatch.setattr(owner, name, invalid_argument)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--source", str(model)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Invalid argument" in result.stderr
