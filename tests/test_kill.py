@@ -21,7 +21,7 @@ EVERY_CASE = [
 @pytest.mark.parametrize(
     ("cases", "options"),
     [
-        (["gemma4", "global schedule", "prune, gpt_oss"], ["--points", "3", "--kills", "1"]),
+        (["gemma4", "global schedule", "prune, gpt_oss"], ["--points", "2", "--kills", "1"]),
         pytest.param(EVERY_CASE, ["--kills", "2"], marks=thorough),
     ],
     ids=["a few", "every case"],
