@@ -18,10 +18,8 @@ from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
     from streamprune.demo.demo import DemoResult
+    from streamprune.demo.train import DemoModel
     from tests.reports import Reported
-
-#: The demo's training steps in tests. Enough for what it is there to show; fewer show little.
-DEMO_STEPS = 350
 
 # A report takes a second, of which there would be hundreds; its own tests ask for it.
 os.environ["STREAMPRUNE_REPORT"] = "0"
@@ -90,21 +88,24 @@ def model(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class DemoRun:
-    """The demo as it was run in `folder`, and what it printed."""
+    """The demo as it was run in `folder` with the model that comes with the package, and what it printed."""
 
     folder: Path
+    model: DemoModel
     result: DemoResult
-    told: list[str]
+    lines: list[str]
 
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
-    """The demo, run once for all tests that need it or its trained model (xdist_group "demo")."""
+    """The demo, run once for all tests that look at it (xdist_group "demo")."""
     from streamprune.demo.demo import run_demo
+    from streamprune.demo.train import shipped_model
 
-    folder, told = tmp_path_factory.mktemp("demo"), list[str]()
-    # With one thread, the same model on every machine of a kind.
-    return DemoRun(folder, run_demo(folder, steps=DEMO_STEPS, threads=1, echo=told.append), told)
+    folder, lines = tmp_path_factory.mktemp("demo"), list[str]()
+    model = shipped_model(folder, echo=lines.append)
+    # With one thread, the same figures on every machine of a kind.
+    return DemoRun(folder, model, run_demo(folder, model, threads=1, echo=lines.append), lines)
 
 
 @pytest.fixture(scope="module")

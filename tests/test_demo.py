@@ -1,34 +1,41 @@
-"""The demo: its data, its cache, and the two findings that it is there to show."""
+"""The demo: its data, the model that comes with the package, and the two findings that it is there to show."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
 import math
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.config import RunSettings
 from streamprune.demo import data
-from streamprune.demo.demo import CODE, MIX, DemoResult, table, write_recipe
-from streamprune.demo.train import trained_model
-from streamprune.errors import SettingsError
+from streamprune.demo.data import write_recipe
+from streamprune.demo.demo import CODE, MIX, DemoResult, table
+from streamprune.demo.train import SHIPPED, shipped_model, trained_model
+from streamprune.errors import OutputError, SettingsError
 from streamprune.evaluation.held_out import held_out_recipe
 from streamprune.pipeline.run import run
 from streamprune.reporting.evaluations import TEXT_NAME, read_result, results_folder
-from tests.conftest import DEMO_STEPS as STEPS
 from tests.conftest import DemoRun
 from tests.helpers import load_whole
 from tests.test_evaluate import measured
 
+ROOT = Path(__file__).resolve().parent.parent
 #: The tokenizer, and the sequences by domain.
 Prepared = tuple[Any, dict[str, data.DomainData]]
 
-# The trained model is made once: all of its tests belong to one worker.
+# The demo is run once: all of its tests belong to one worker.
 pytestmark = pytest.mark.xdist_group("demo")
 
 
@@ -38,28 +45,28 @@ def folder(demo_run: DemoRun) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(demo_run: DemoRun) -> list[str]:
-    """What the demo printed."""
-    return demo_run.told
-
-
-@pytest.fixture(scope="module")
 def result(demo_run: DemoRun) -> DemoResult:
     return demo_run.result
 
 
 @pytest.fixture(scope="module")
-def prepared() -> Prepared:
-    return data.prepare_data(seed=0)
+def small_data() -> Iterator[Prepared]:
+    """The demo's data from a tenth of the text: to read all of it takes a minute on slow cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHARACTERS", 150_000)
+        patch.setattr(data, "TOKENIZER_CHARACTERS", 40_000)
+        patch.setattr(data, "CALIBRATION_SEQUENCES", 12)
+        patch.setattr(data, "HELD_OUT_SEQUENCES", 12)
+        yield data.prepare_data(seed=0)
 
 
 @pytest.fixture
-def quick_data(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves reading Python's library once more, which takes ten times as long as the rest of such a test."""
-    monkeypatch.setattr("streamprune.demo.data.prepare_data", lambda seed: prepared)
+def quick_data(small_data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves reading Python's library once more, which takes far longer than the rest of such a test."""
+    monkeypatch.setattr("streamprune.demo.data.prepare_data", lambda seed: small_data)
 
 
-def test_training_teaches_every_domain(result: DemoResult) -> None:
+def test_the_model_has_learned_every_domain(result: DemoResult) -> None:
     assert list(result.before.losses) == list(corpus.DOMAINS)
     knowing_nothing = math.log(data.VOCAB_SIZE)
     assert all(loss < 0.75 * knowing_nothing for loss in result.before.losses.values()), result.before.losses
@@ -67,15 +74,15 @@ def test_training_teaches_every_domain(result: DemoResult) -> None:
 
 
 def test_damage_grows_with_the_share_removed(result: DemoResult) -> None:
-    assert [ratio for ratio, _ in result.damages] == [0.25, 0.5, 0.75]
-    quarter, half, most = (damage for _, damage in result.damages)
+    assert list(result.damages) == [0.25, 0.5, 0.75]
+    quarter, half, most = result.damages.values()
     assert 0 < quarter < half < most
     assert result.damage_is_graded
     assert max(map(abs, result.before.divergences.values())) < 1e-9
 
 
 def test_code_only_calibration_hurts_the_other_domains_more(result: DemoResult) -> None:
-    mix, code = (result.variant(0.5, name).divergences for name in (MIX, CODE))
+    mix, code = (result.variants[0.5, name].divergences for name in (MIX, CODE))
     assert code["arithmetic"] + code["records"] > 2 * (mix["arithmetic"] + mix["records"])
     assert code["code"] < mix["code"]
 
@@ -86,22 +93,21 @@ def log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)  # type: ignore[no-any-return]
 
 
-def test_figures_are_those_of_the_whole_models_in_memory(folder: Path, result: DemoResult) -> None:
-    held_out = trained_model(folder, steps=STEPS, threads=1, echo=lambda _: None).held_out
+def test_figures_are_those_of_the_whole_models_in_memory(demo_run: DemoRun, result: DemoResult) -> None:
     before, after = load_whole(result.model), load_whole(result.output)
-    for name, ids in held_out.items():
+    for name, ids in demo_run.model.held_out.items():
         known, told = (log_probabilities(model, ids) for model in (before, after))
         losses = [-float(each.gather(-1, ids[:, 1:, None]).mean()) for each in (known, told)]
         kl = float((known.exp() * (known - told)).sum(-1).mean())
-        half = result.variant(0.5)
+        half = result.variants[0.5, MIX]
         assert (result.before.losses[name], half.losses[name]) == pytest.approx(losses, abs=1e-6), name
         assert half.divergences[name] == pytest.approx(kl, abs=1e-6), name
 
 
 def test_what_a_run_says_on_what_it_held_back_is_what_eval_says_afterwards(
-    result: DemoResult, prepared: Prepared, tmp_path: Path
+    demo_run: DemoRun, result: DemoResult, tmp_path: Path
 ) -> None:
-    recipe = write_recipe(tmp_path, "all", {name: part.calibration[:60] for name, part in prepared[1].items()})
+    recipe = write_recipe(tmp_path, "all", {name: rows[:60] for name, rows in demo_run.model.calibration.items()})
     output = tmp_path / "out"
     run(
         RunSettings(model=str(result.model), output=output, ratio=0.5, calibration=(str(recipe),), evaluate=True),
@@ -121,7 +127,7 @@ def test_what_a_run_says_on_what_it_held_back_is_what_eval_says_afterwards(
 
 
 def test_sizes_are_those_on_disk(result: DemoResult) -> None:
-    half = result.variant(0.5)
+    half = result.variants[0.5, MIX]
     assert (result.before.experts, half.experts) == (32, 16)
     assert half.weight_bytes == sum(path.stat().st_size for path in result.output.glob("*.safetensors"))
     # Three matrices of 32 × 128 per expert, a router row of 128, four bytes each, in four blocks.
@@ -140,29 +146,85 @@ def test_output_reloads_with_its_tokenizer_and_writes_text(result: DemoResult) -
     assert output.shape[1] > prompt.shape[1]
 
 
-def test_everything_is_told(result: DemoResult, told: list[str]) -> None:
-    text = "\n".join(told)
-    assert f"step {STEPS}/{STEPS}" in text
-    for figure in (*result.before.losses.values(), *result.variant(0.5, CODE).divergences.values()):
+def test_everything_is_printed(result: DemoResult, demo_run: DemoRun) -> None:
+    text = "\n".join(demo_run.lines)
+    for figure in (*result.before.losses.values(), *result.variants[0.5, CODE].divergences.values()):
         assert f"{figure:.3f}" in text
     assert str(result.output) in text
     assert "the more was removed, the more was lost" in " ".join(text.split())
 
 
-def test_second_call_finds_the_model(folder: Path, result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.demo.train._train", None)
-    again = trained_model(folder, steps=STEPS, threads=1, echo=lambda _: None)
-    assert again.seconds is None
-    assert result.training_seconds is not None
-    assert again.folder == result.model
+def test_the_shipped_model_is_small_and_what_its_recipe_says() -> None:
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4 * 2**20
+    recipe = json.loads((SHIPPED / "recipe.json").read_bytes())
+    assert (recipe["steps"], recipe["seed"], recipe["threads"]) == (700, 0, 1)
+    weights = load_file(SHIPPED / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert recipe["sha256"] == hashlib.sha256((SHIPPED / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_shipped_model_is_copied_in_float32_and_found_again(demo_run: DemoRun, folder: Path) -> None:
+    stored, copied = (load_file(place / "model.safetensors") for place in (SHIPPED / "model", demo_run.model.folder))
+    assert stored.keys() == copied.keys()
+    for name, tensor in copied.items():
+        assert tensor.dtype == torch.float32, name
+        assert torch.equal(tensor, stored[name].float()), name
+    files = {path: path.stat().st_mtime_ns for path in demo_run.model.folder.parent.rglob("*")}
+    again = shipped_model(folder, echo=lambda _: None)
+    assert again.folder == demo_run.model.folder
+    assert {path: path.stat().st_mtime_ns for path in again.folder.parent.rglob("*")} == files
     assert list(folder.glob(".*")) == []
+
+
+def test_shipped_sequences_are_complete_and_never_overlap(demo_run: DemoRun) -> None:
+    assert list(demo_run.model.calibration) == list(demo_run.model.held_out) == list(corpus.DOMAINS)
+    for name, held_out in demo_run.model.held_out.items():
+        calibration = demo_run.model.calibration[name]
+        assert calibration.shape == (data.CALIBRATION_SEQUENCES, data.SEQ_LEN)
+        assert held_out.shape == (data.HELD_OUT_SEQUENCES, data.SEQ_LEN)
+        assert not _windows(calibration, data.SHARED_TOKENS) & _windows(held_out, data.SHARED_TOKENS), name
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="/file/demo"):
+        shipped_model(tmp_path / "file" / "demo", echo=lambda _: None)
+
+
+@pytest.mark.usefixtures("quick_data")
+def test_second_training_finds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    first = trained_model(tmp_path, steps=2, threads=1, echo=lines.append)
+    assert "step 2/2" in lines[-1]
+    monkeypatch.setattr("streamprune.demo.train._train", None)
+    again = trained_model(tmp_path, steps=2, threads=1, echo=lambda _: None)
+    assert again.folder == first.folder
+    assert all(torch.equal(again.held_out[name], rows) for name, rows in first.held_out.items())
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.usefixtures("quick_data")
+def test_the_tool_stores_a_training_as_the_package_has_it(tmp_path: Path) -> None:
+    loader = importlib.machinery.SourceFileLoader("train_demo", str(ROOT / "tools" / "train_demo"))
+    spec = importlib.util.spec_from_loader("train_demo", loader)
+    assert spec is not None
+    tool = importlib.util.module_from_spec(spec)
+    loader.exec_module(tool)
+    trained = trained_model(tmp_path / "demo", steps=1, threads=1, echo=lambda _: None).folder.parent
+    recipe = tool.ship(trained, tmp_path / "shipped")
+    assert recipe == json.loads((tmp_path / "shipped" / "recipe.json").read_bytes())
+    assert recipe.keys() == json.loads((SHIPPED / "recipe.json").read_bytes()).keys()
+    names = [
+        sorted(str(path.relative_to(place)) for path in place.rglob("*")) for place in (SHIPPED, tmp_path / "shipped")
+    ]
+    assert names[0] == names[1]
 
 
 @pytest.mark.usefixtures("quick_data")
 def test_other_recipe_is_another_model(tmp_path: Path) -> None:
     first, second = (trained_model(tmp_path, steps=steps, threads=1, echo=lambda _: None) for steps in (1, 2))
     assert first.folder != second.folder
-    assert second.seconds is not None
 
 
 @pytest.mark.usefixtures("quick_data")
@@ -185,25 +247,24 @@ def test_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(("steps", "threads"), [(0, None), (5, 0)])
 def test_impossible_numbers_are_refused(tmp_path: Path, steps: int, threads: int | None) -> None:
-    with pytest.raises(SettingsError, match="at least one"):
+    with pytest.raises(SettingsError, match="at least 1"):
         trained_model(tmp_path, steps=steps, threads=threads)
 
 
-def test_data_is_the_same_every_time(prepared: Prepared, folder: Path, result: DemoResult) -> None:
-    kept = trained_model(folder, steps=STEPS, threads=1, echo=lambda _: None)
-    assert kept.folder == result.model
-    for name, domain in prepared[1].items():
-        assert torch.equal(kept.calibration[name], domain.calibration), name
-        assert torch.equal(kept.held_out[name], domain.held_out), name
-
-
-def test_parts_never_overlap(prepared: Prepared) -> None:
-    for name, domain in prepared[1].items():
+def test_parts_never_overlap(small_data: Prepared) -> None:
+    for name, domain in small_data[1].items():
         assert len(domain.calibration) == data.CALIBRATION_SEQUENCES
         assert len(domain.held_out) == data.HELD_OUT_SEQUENCES
         parts = (domain.train, domain.calibration, domain.held_out)
         for one, other in combinations([_windows(part, data.SHARED_TOKENS) for part in parts], 2):
             assert not one & other, name
+
+
+def test_data_is_the_same_every_time(small_data: Prepared) -> None:
+    again = data.prepare_data(seed=0)[1]
+    for name, domain in small_data[1].items():
+        for part in ("train", "calibration", "held_out"):
+            assert torch.equal(getattr(again[name], part), getattr(domain, part)), (name, part)
 
 
 def _windows(sequences: torch.Tensor, tokens: int) -> set[bytes]:
@@ -217,8 +278,8 @@ def test_corpus_is_the_same_every_time(name: str) -> None:
     assert [next(first) for _ in range(5)] == [next(second) for _ in range(5)]
 
 
-def test_tokenizer_gives_back_what_it_took(prepared: Prepared) -> None:
-    tokenizer = prepared[0]
+def test_tokenizer_gives_back_what_it_took(small_data: Prepared) -> None:
+    tokenizer = small_data[0]
     text = "Größe = 1024 # ✓\n\tdef f(): return {'a': 77}"
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamprune.generation.decoding import LEAST_TOKENS, LONGEST_PERIOD, loop_period, repeated_grams
+from streamprune.evaluation.generation_figures import LEAST_TOKENS, LONGEST_PERIOD, loop_period, repeated_grams
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 60, LONGEST_PERIOD])

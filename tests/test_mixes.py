@@ -1,10 +1,11 @@
-"""Calibration mixes on a small trained model: the published effect, what foretells it, and the tool that shows both."""
+"""Calibration mixes on a small trained model: the published effect, what predicts it, and the tool that shows both."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,10 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from streamprune.calibration.builtin_text import DOMAINS
-from streamprune.demo.demo import Damage
-from streamprune.demo.mixes import (
+from measuring.mixes import (
     BALANCED,
     GENERAL,
     KL,
@@ -28,6 +26,7 @@ from streamprune.demo.mixes import (
     Cell,
     Setup,
     Study,
+    check_setups,
     choice_setups,
     correlation,
     extremes,
@@ -36,31 +35,33 @@ from streamprune.demo.mixes import (
     outcomes,
     pairs,
     spearman,
-    study,
 )
+
+from streamprune.calibration.builtin_text import DOMAINS
+from streamprune.demo.demo import Damage
 from streamprune.errors import SettingsError
 from streamprune.evaluation.metrics import sums_by_source
 from streamprune.selection.settings import parse_mix
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures
-from tests.conftest import DEMO_STEPS, DemoRun
+from tests.conftest import DemoRun
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Held-out sequences of each domain: a quarter of what the tool takes, enough for what is asserted here.
 HELD_OUT = 16
 
-# The trained model is the demo's: one worker makes it once for both.
+# The copy of the shipped model is the demo's.
 pytestmark = pytest.mark.xdist_group("demo")
 
 
 def run_tool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "mixes"), "-o", str(folder), "--steps", str(DEMO_STEPS)]
+    command = [sys.executable, str(ROOT / "tools" / "mixes"), "-o", str(folder)]
     command += ["--held-out", str(HELD_OUT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
-def told(demo_run: DemoRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def study(demo_run: DemoRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """What the tool prints, and its JSON."""
     path = tmp_path_factory.mktemp("mixes") / "mixes.json"
     methods, schedules = ("--methods", "reap", "random"), ("--schedules", "uniform", "global")
@@ -70,8 +71,8 @@ def told(demo_run: DemoRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 
 @pytest.fixture(scope="module")
-def by_mix(told: tuple[str, dict[str, Any]]) -> Mapping[str, Any]:
-    cells = told[1]["cells"]
+def by_mix(study: tuple[str, dict[str, Any]]) -> Mapping[str, Any]:
+    cells = study[1]["cells"]
     return {
         cell["setup"]["mix"]: cell
         for cell in cells
@@ -92,7 +93,7 @@ def test_general_text_in_the_mix_saves_the_other_domains(by_mix: Mapping[str, An
     # Most of what a balanced mix saves, 30 % of general text save already; to code they cost less.
     saved = [general(alone, "divergences") - general(mixed, "divergences") for mixed in (some, even)]
     assert saved[0] > 0.5 * saved[1]
-    assert alone["divergences"]["code"] < some["divergences"]["code"] < even["divergences"]["code"]
+    assert alone["divergences"]["code"] < min(some["divergences"]["code"], even["divergences"]["code"])
 
 
 def test_retention_tells_beforehand_who_loses(by_mix: Mapping[str, Any]) -> None:
@@ -107,8 +108,8 @@ def test_retention_tells_beforehand_who_loses(by_mix: Mapping[str, Any]) -> None
     assert all(0 < share < 1 for cell in by_mix.values() for share in cell["retention"].values())
 
 
-def test_scores_beat_chance_and_global_divides_the_same_total(told: tuple[str, dict[str, Any]]) -> None:
-    cells = [cell for cell in told[1]["cells"] if (cell["setup"]["mix"], cell["setup"]["ratio"]) == (BALANCED, 0.5)]
+def test_scores_beat_chance_and_global_divides_the_same_total(study: tuple[str, dict[str, Any]]) -> None:
+    cells = [cell for cell in study[1]["cells"] if (cell["setup"]["mix"], cell["setup"]["ratio"]) == (BALANCED, 0.5)]
     damage = {
         (method, schedule): fmean(
             fmean(cell["divergences"].values())
@@ -126,8 +127,8 @@ def test_scores_beat_chance_and_global_divides_the_same_total(told: tuple[str, d
     assert sorted(cell["setup"]["seed"] for cell in cells) == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
-def test_tables_have_the_figures_of_the_json(told: tuple[str, dict[str, Any]], by_mix: Mapping[str, Any]) -> None:
-    text, figures = told
+def test_tables_have_the_figures_of_the_json(study: tuple[str, dict[str, Any]], by_mix: Mapping[str, Any]) -> None:
+    text, figures = study
     lines = [" ".join(line.split()) for line in text.splitlines()]
     for mix, cell in by_mix.items():
         for what, form in (("losses", ".3f"), ("divergences", ".3f"), ("retention", ".1%")):
@@ -141,9 +142,9 @@ def test_tables_have_the_figures_of_the_json(told: tuple[str, dict[str, Any]], b
     assert set(figures["versions"]) == {"streamprune", "python", "torch", "transformers", "numpy"}
 
 
-def test_every_choice_is_told_by_domain_with_intervals(told: tuple[str, dict[str, Any]]) -> None:
+def test_every_choice_is_printed_by_domain_with_intervals(study: tuple[str, dict[str, Any]]) -> None:
     """Share removed × method × schedule: means within their intervals, and equal to the cells' own."""
-    text, figures = told
+    text, figures = study
     assert figures["held_out_sequences"] == HELD_OUT
     found = {(each["ratio"], each["method"], each["schedule"]): each for each in figures["outcomes"]}
     assert list(found) == [
@@ -162,13 +163,13 @@ def test_every_choice_is_told_by_domain_with_intervals(told: tuple[str, dict[str
         ]
         for what, of_cells in ((KL, "divergences"), (LOSS, "losses")):
             assert list(each[what]) == [*DOMAINS, MEAN]
-            for domain, told_of in each[what].items():
+            for domain, estimate in each[what].items():
                 means = [fmean(cell[of_cells].values()) if domain == MEAN else cell[of_cells][domain] for cell in own]
-                assert told_of["mean"] == pytest.approx(fmean(means), abs=1e-9)
-                assert told_of["low"] < told_of["mean"] < told_of["high"]
+                assert estimate["mean"] == pytest.approx(fmean(means), abs=1e-9)
+                assert estimate["low"] < estimate["mean"] < estimate["high"]
                 change = each[f"{what}_difference"][domain]
                 usual = found[ratio, *REFERENCE][what][domain]["mean"]
-                assert change["mean"] == pytest.approx(told_of["mean"] - usual, abs=1e-9)
+                assert change["mean"] == pytest.approx(estimate["mean"] - usual, abs=1e-9)
                 assert change["low"] <= change["mean"] <= change["high"]
         row = " ".join(
             f"{each[KL][name]['mean']:.3f} ±{(each[KL][name]['high'] - each[KL][name]['low']) / 2:.3f}"
@@ -178,30 +179,32 @@ def test_every_choice_is_told_by_domain_with_intervals(told: tuple[str, dict[str
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_more_removed_is_more_lost(told: tuple[str, dict[str, Any]]) -> None:
-    outcomes = told[1]["outcomes"]
+def test_more_removed_is_more_lost(study: tuple[str, dict[str, Any]]) -> None:
+    outcomes = study[1]["outcomes"]
     half, most = ([each for each in outcomes if each["ratio"] == ratio] for ratio in (0.5, 0.75))
     for less, more in zip(half, most, strict=True):
         assert all(0 < less[KL][name]["high"] < more[KL][name]["low"] for name in (*DOMAINS, MEAN)), less["method"]
         assert less[LOSS][MEAN]["mean"] < more[LOSS][MEAN]["mean"]
 
 
-def test_scores_beat_chance_by_more_than_the_luck_of_the_text(told: tuple[str, dict[str, Any]]) -> None:
-    for each in told[1]["outcomes"]:
+def test_scores_beat_chance_by_more_than_the_luck_of_the_text(study: tuple[str, dict[str, Any]]) -> None:
+    for each in study[1]["outcomes"]:
         if each["method"] == "random":
             assert each["kl_difference"][MEAN]["low"] > 0
             assert each["loss_difference"][MEAN]["low"] > 0
-    assert told[0].count("More: random with every schedule") == 4
+    assert len(re.findall(r"More: [^.]*random with every schedule", " ".join(study[0].split()))) == 4
 
 
-def test_second_run_prints_the_same_digits(told: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path) -> None:
+def test_second_run_prints_the_same_digits(
+    study: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path
+) -> None:
     path = tmp_path / "again.json"
     done = run_tool(demo_run.folder, "--ratios", "0.5", "--only-mixes", "--json", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
-    first, again = told[1]["cells"], json.loads(path.read_text())["cells"]
+    first, again = study[1]["cells"], json.loads(path.read_text())["cells"]
     assert again == first[: len(MIXES)]
     # (Other rows make other columns wider, and the last paragraph longer.)
-    paragraphs = [text.partition("With 50% removed,") for text in (done.stdout, told[0])]
+    paragraphs = [text.partition("With 50% removed,") for text in (done.stdout, study[0])]
     lines, before = ({" ".join(line.split()) for line in text.splitlines()} for text, _, _ in paragraphs)
     assert lines < before
     last, longer = (" ".join(text.split()) for _, _, text in paragraphs)
@@ -217,7 +220,7 @@ def test_second_run_prints_the_same_digits(told: tuple[str, dict[str, Any]], dem
         (("--json", "/proc/nowhere/mixes.json"), "Writing the figures failed"),
     ],
 )
-def test_mistakes_are_told_before_any_work(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes_are_refused_before_any_work(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     json_file = () if "--json" in arguments else ("--json", str(tmp_path / "mixes.json"))
     done = run_tool(tmp_path / "demo", *arguments, *json_file)
     assert done.returncode
@@ -226,13 +229,12 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, arguments: tuple[str,
     assert not (tmp_path / "demo").exists()
 
 
-def test_impossible_setups_train_nothing(tmp_path: Path) -> None:
+def test_impossible_setups_are_refused_before_any_work() -> None:
     with pytest.raises(SettingsError, match="--method 'best' is unknown"):
-        study(tmp_path / "demo", [Setup(BALANCED, 0.5, "best")])
+        check_setups([Setup(BALANCED, 0.5, "best")], HELD_OUT)
     for number in (1, 65):
         with pytest.raises(SettingsError, match=f"{number} held-out sequences of each domain: 2 to 64 are possible"):
-            study(tmp_path / "demo", [Setup(BALANCED, 0.5)], held_out=number)
-    assert not (tmp_path / "demo").exists()
+            check_setups([Setup(BALANCED, 0.5)], number)
 
 
 def test_mixes_have_the_shares_of_their_names(tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ def cell(ratio: float, kept: Mapping[str, float], lost: Mapping[str, float]) -> 
     return Cell(losses=lost, divergences=lost, setup=Setup(BALANCED, ratio), counts=(1,), retention=kept)
 
 
-def test_what_foretells_is_counted_as_it_should() -> None:
+def test_agreement_of_retention_and_damage_by_hand() -> None:
     good = cell(0.5, {"a": 0.9, "b": 0.3}, {"a": 0.1, "b": 9.0})
     better = cell(0.5, {"a": 0.8, "b": 0.4}, {"a": 0.2, "b": 8.0})
     wrong = cell(0.5, {"a": 0.7, "b": 0.5}, {"a": 0.1, "b": 9.5})
@@ -294,7 +296,7 @@ def made_study(figures: Mapping[Setup, torch.Tensor]) -> Study:
                 tokens = TokenFigures(loss, torch.zeros_like(loss), loss / 2, torch.ones_like(loss))
                 found.append(SequenceFigures((0, number, 0), domain, tokens))
         sums[setup] = tuple(sums_by_source(found, ["a", "b"]))
-    return Study(Path(), None, 0, Damage({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}), (), sums)
+    return Study(0, Damage({"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}), (), sums)
 
 
 def test_differences_are_paired_and_draws_averaged() -> None:
@@ -309,18 +311,18 @@ def test_differences_are_paired_and_draws_averaged() -> None:
             draws[0]: usual + 1, draws[1]: usual + 3,
         }
     )  # fmt: skip
-    told = {each.method: each for each in outcomes(made, [reference, slight, same, *draws])}
-    less = told["ean"]
+    by_method = {each.method: each for each in outcomes(made, [reference, slight, same, *draws])}
+    less = by_method["ean"]
     # The two overlap widely, yet every sequence loses less.
-    assert less.loss[MEAN].high > told["reap"].loss[MEAN].mean + 0.02
+    assert less.loss[MEAN].high > by_method["reap"].loss[MEAN].mean + 0.02
     change = less.loss_difference[MEAN]
     assert (change.mean, change.low, change.high) == pytest.approx((-0.02,) * 3)
     assert less.kl_difference["a"].mean == pytest.approx(-0.01)
-    assert not told["frequency"].loss_difference[MEAN].is_apart_from_zero
-    assert told["random"].seeds == (0, 1)
-    assert told["random"].loss["b"].mean == pytest.approx(float(usual[1].mean()) + 2)
-    text = " ".join(" ".join(outcome_tables(list(told.values()))).split())
+    assert not by_method["frequency"].loss_difference[MEAN].is_apart_from_zero
+    assert by_method["random"].seeds == (0, 1)
+    assert by_method["random"].loss["b"].mean == pytest.approx(float(usual[1].mean()) + 2)
+    text = " ".join(" ".join(outcome_tables(list(by_method.values()))).split())
     assert (
-        "Less loss than reap with uniform: ean with uniform. More: random with uniform. Not told apart from it: "
+        "Less loss than reap with uniform: ean with uniform. More: random with uniform. No significant difference: "
         "frequency with uniform."
     ) in text

@@ -209,7 +209,7 @@ def test_figures_become_json() -> None:
 
 
 def test_nothing_heavy_is_imported_for_lines() -> None:
-    lines = "streamprune.evaluation.tasks, streamprune.generation.summary"
+    lines = "streamprune.evaluation.tasks, streamprune.evaluation.generation_figures"
     code = f"import sys, {lines}; print([name for name in ('torch', 'lm_eval') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout.strip() == "[]"

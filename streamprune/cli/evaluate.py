@@ -127,7 +127,7 @@ def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[Ev
     """What the options ask for. Raises SettingsError for those that go with another one that is missing."""
     from streamprune.config import EvalSettings
     from streamprune.evaluation.command import Asked
-    from streamprune.generation.health import GenerationSettings
+    from streamprune.evaluation.generation import GenerationSettings
 
     generate, tasks = options.pop("generate"), options.pop("tasks")
     of_generation = {

@@ -1,32 +1,36 @@
-"""The demo's tokenizer and its token sequences: per domain a part to train on, one to calibrate on, one held out."""
+"""The demo's tokenizer and token sequences. Each domain has a part to train on, one to calibrate on, one held out."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.errors import CalibrationError
+from streamprune.files.durable import writing
 
-#: Tokens per sequence; also the most positions that the model knows, since it is trained on no more.
+#: Tokens per sequence, and the model's number of positions.
 SEQ_LEN = 128
 VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
-#: Text read per domain. Four fifths of it are about 900 steps' worth of training; longer training sees it again.
+#: Text read per domain. Four fifths of it last for about 900 training steps; longer training repeats it.
 CHARACTERS = 1_500_000
-#: Of the training text, what the tokenizer learns from: it hardly changes with more.
+#: Training text per domain that the tokenizer is trained on; it hardly changes with more.
 TOKENIZER_CHARACTERS = 400_000
-#: The least that the demo's figures rest on, in sequences per domain.
+#: Sequences per domain.
 CALIBRATION_SEQUENCES = 256
 HELD_OUT_SEQUENCES = 64
-#: Sequences of two parts that share so many tokens in a row hold the same text: Python's library repeats itself, and
-#: one pydoc topic may contain another. Generated records agree in fewer by chance.
+#: Two parts must not share a run of this many tokens. Python's library repeats itself, and one pydoc topic may contain
+#: another; generated records share shorter runs by chance.
 SHARED_TOKENS = 64
 
 CHAT_TEMPLATE = (
@@ -40,7 +44,7 @@ CHAT_TEMPLATE = (
 class DomainData:
     """One domain's token sequences, each part int64 (N, SEQ_LEN).
 
-    No document gave sequences to two parts, and no run of SHARED_TOKENS tokens is in two.
+    No document and no run of SHARED_TOKENS tokens is in two parts.
     """
 
     train: torch.Tensor = field(repr=False)
@@ -48,26 +52,19 @@ class DomainData:
     held_out: torch.Tensor = field(repr=False)
 
 
-@dataclass(frozen=True)
-class _Texts:
-    train: list[str] = field(default_factory=list)
-    calibration: list[str] = field(default_factory=list)
-    held_out: list[str] = field(default_factory=list)
-
-
 def prepare_data(seed: int) -> tuple[Any, dict[str, DomainData]]:
-    """A tokenizer (PreTrainedTokenizerFast) trained on the training texts, and every domain's sequences.
+    """A tokenizer (PreTrainedTokenizerFast) trained on the training texts, and the sequences by domain.
 
     The same Python, libraries and seed give the same data. Raises CalibrationError if this Python installation has
-    too little text of a domain.
+    too little text for a domain.
     """
-    texts = {name: _split(_read(documents(seed))) for name, documents in corpus.DOMAINS.items()}
-    tokenizer = train_tokenizer([parts.train for parts in texts.values()])
+    texts = {name: _split(_first(documents(seed), CHARACTERS)) for name, documents in corpus.DOMAINS.items()}
+    tokenizer = train_tokenizer([parts["train"] for parts in texts.values()])
     return tokenizer, {name: _tokenize(name, parts, tokenizer) for name, parts in texts.items()}
 
 
 def train_tokenizer(texts: Sequence[Sequence[str]]) -> Any:
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, digits apart, trained on the texts of each domain alike."""
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens with single digits, trained on as much text of each domain."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -88,7 +85,7 @@ def train_tokenizer(texts: Sequence[Sequence[str]]) -> Any:
 def training_batches(
     data: Mapping[str, DomainData], steps: int, per_domain: int, seed: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Step number and token ids (domains × per_domain, SEQ_LEN). Every pass through a domain has a new order."""
+    """Yield step number and token ids (domains × per_domain, SEQ_LEN). Each pass over a domain has a new order."""
     generator = torch.Generator().manual_seed(seed)
     orders = {name: _shuffled_forever(len(part.train), generator) for name, part in data.items()}
     for step in range(steps):
@@ -101,10 +98,6 @@ def _shuffled_forever(count: int, generator: torch.Generator) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _read(documents: Iterable[str]) -> list[str]:
-    return list(_first(documents, CHARACTERS))
-
-
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
     """Texts until they hold this many characters."""
     for text in texts:
@@ -114,19 +107,19 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def _split(documents: Sequence[str]) -> _Texts:
-    """A tenth of the documents to calibrate on, a tenth held out, by a hash. One that occurs twice counts once."""
-    parts = _Texts()
+def _split(documents: Iterable[str]) -> dict[str, list[str]]:
+    """Documents by part: a hash puts a tenth into `calibration`, a tenth into `held_out`. Duplicates count once."""
+    parts: dict[str, list[str]] = {"train": [], "calibration": [], "held_out": []}
     for text in dict.fromkeys(documents):
         tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") % 10
-        (parts.held_out if tenth == 0 else parts.calibration if tenth == 1 else parts.train).append(text)
+        parts[{0: "held_out", 1: "calibration"}.get(tenth, "train")].append(text)
     return parts
 
 
-def _tokenize(domain: str, texts: _Texts, tokenizer: Any) -> DomainData:
-    held_out = _pack(texts.held_out, tokenizer)
-    calibration = _without_shared(_pack(texts.calibration, tokenizer), held_out)
-    train = _without_shared(_pack(texts.train, tokenizer), torch.cat([calibration, held_out]))
+def _tokenize(domain: str, texts: Mapping[str, Sequence[str]], tokenizer: Any) -> DomainData:
+    held_out = _pack(texts["held_out"], tokenizer)
+    calibration = _without_shared(_pack(texts["calibration"], tokenizer), held_out)
+    train = _without_shared(_pack(texts["train"], tokenizer), torch.cat([calibration, held_out]))
     if len(train) == 0 or len(calibration) < CALIBRATION_SEQUENCES or len(held_out) < HELD_OUT_SEQUENCES:
         raise CalibrationError(
             f"This Python installation has too little text for the demo's domain {domain!r}: {len(calibration)} "
@@ -152,13 +145,51 @@ def _runs(row: bytes) -> Iterator[bytes]:
 
 
 def _spread(sequences: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the sequences at even distances: from as many documents as there are, not all from the first few."""
+    """`count` sequences at equal distances, so that they come from many documents and not only from the first few."""
     return sequences[torch.arange(count) * len(sequences) // count]
 
 
 def _pack(texts: Sequence[str], tokenizer: Any) -> torch.Tensor:
-    """Full sequences of the documents laid end to end, the end-of-text token behind each: int64 (N, SEQ_LEN)."""
+    """Full sequences, int64 (N, SEQ_LEN), of all documents one after the other, an end-of-text token after each."""
     encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
     tokens = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
     full = len(tokens) // SEQ_LEN * SEQ_LEN
     return torch.tensor(tokens[:full], dtype=torch.int64).view(-1, SEQ_LEN)
+
+
+def save_sequences(path: Path, domains: Mapping[str, DomainData]) -> None:
+    """Write the sequences to calibrate on and those held out to one compressed numpy file."""
+    parts = {
+        f"{part}/{name}": getattr(of_domain, part).to(torch.int16).numpy()
+        for part in ("calibration", "held_out")
+        for name, of_domain in domains.items()
+    }
+    np.savez_compressed(path, **parts)
+
+
+def load_sequences(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """`calibration` and `held_out` as `save_sequences` wrote them: by domain, int64 (N, SEQ_LEN)."""
+    with np.load(path) as arrays:
+        return {
+            part: {name: torch.from_numpy(arrays[f"{part}/{name}"]).long() for name in corpus.DOMAINS}
+            for part in ("calibration", "held_out")
+        }
+
+
+def write_recipe(folder: Path, name: str, domains: Mapping[str, torch.Tensor]) -> Path:
+    """Write each domain's token ids (N, L) and a recipe with every domain as a source; returns the recipe's path.
+
+    Raises OutputError, ResourceError.
+    """
+    recipe = folder / f"{name}.json"
+    length = max(rows.shape[1] for rows in domains.values())
+    sources = [
+        {"name": domain, "path": f"{name}-{domain}.jsonl", "samples": len(rows)} for domain, rows in domains.items()
+    ]
+    with writing(f"Writing {recipe}", folder):
+        folder.mkdir(exist_ok=True)
+        for source, rows in zip(sources, domains.values(), strict=True):
+            lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist())
+            (folder / str(source["path"])).write_text(lines, encoding="utf-8")
+        recipe.write_text(json.dumps({"name": name, "sequence_length": length, "sources": sources}), encoding="utf-8")
+    return recipe

@@ -1,11 +1,11 @@
-"""Trains the demo's model, and keeps it: a second call with the same recipe finds it on disk."""
+"""The demo's model: the trained one that comes with the package, and the training that makes such a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-import sys
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,76 +17,98 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.demo import data
-from streamprune.errors import OutputError, SettingsError
+from streamprune.errors import SettingsError
+from streamprune.files.durable import writing
 from streamprune.hardware.memory import check_disk
 
+#: The trained model that comes with the package: bfloat16 weights, tokenizer, sequences, and how it was made.
+#: `tools/train_demo` makes it.
+SHIPPED = Path(__file__).resolve().parent / "trained"
+#: In that folder, and in the folder of any trained model.
+MODEL_NAME, SEQUENCES_NAME, RECIPE_NAME = "model", "sequences.npz", "recipe.json"
+
+DEFAULT_STEPS = 700
 SEQUENCES_PER_DOMAIN = 4
 LEARNING_RATE = 4e-3
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 WARM_UP_STEPS = 60
 GRADIENT_NORM = 1.0
-#: Of the load-balancing loss of one layer. Taken per layer: the sum over layers that transformers offers is content
-#: with layers that are each unbalanced. With 0.01 to 0.04 the calibration made little difference to the models of
-#: some seeds; with 0.1 it did with each of the six that were tried.
+#: Weight of the load-balancing loss, taken per layer: its sum over layers, which transformers offers, allows single
+#: layers to be unbalanced. With 0.01 to 0.04 the calibration text made little difference to the pruned models of some
+#: seeds; with 0.1 it did for each of the six seeds tried.
 BALANCE_COEFFICIENT = 0.1
 #: Disk space for the model and four pruned ones, with room to spare.
 NEEDED_BYTES = 64 * 1024**2
-#: Seconds between two lines of progress where there is no terminal for a bar.
+#: Seconds between two progress lines.
 LINE_SECONDS = 10.0
 
-MODEL_NAME = "model"
-CALIBRATION_NAME = "calibration.safetensors"
-HELD_OUT_NAME = "held-out.safetensors"
+Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A trained model on disk. `calibration` and `held_out` map a domain to token ids, int64 (N, SEQ_LEN).
-
-    `seconds` is what making it took, None if it was found ready.
-    """
+class DemoModel:
+    """A trained model on disk. `calibration` and `held_out` map a domain to token ids, int64 (N, SEQ_LEN)."""
 
     folder: Path
     calibration: Mapping[str, torch.Tensor] = field(repr=False)
     held_out: Mapping[str, torch.Tensor] = field(repr=False)
-    seconds: float | None
+
+
+def shipped_model(folder: Path, echo: Echo = print) -> DemoModel:
+    """Copy the trained model that comes with the package to `folder`, in float32, unless the copy exists.
+
+    The package has its weights in bfloat16, in which CPUs without special instructions compute 60 times slower than in
+    float32. Raises OutputError, ResourceError if `folder` cannot be written.
+    """
+    place = folder / f"shipped-{_short_hash((SHIPPED / RECIPE_NAME).read_bytes())}"
+    if not place.is_dir():
+        _check_writable(folder)
+        model = Qwen3MoeForCausalLM.from_pretrained(SHIPPED / MODEL_NAME, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(SHIPPED / MODEL_NAME)
+        with _new_folder(place) as staging:
+            _save(staging, model, tokenizer)
+            for name in (SEQUENCES_NAME, RECIPE_NAME):
+                shutil.copy(SHIPPED / name, staging)
+    echo(f"The trained model: {place / MODEL_NAME}")
+    return _load(place)
 
 
 def trained_model(
-    folder: Path,
-    steps: int = 700,
-    seed: int = 0,
-    threads: int | None = None,
-    echo: Callable[[str], None] = print,
-) -> TrainedModel:
-    """The demo's model under `folder`, trained if it is not there yet; 700 steps take minutes on two cores.
+    folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, threads: int | None = None, echo: Echo = print
+) -> DemoModel:
+    """Train a model in `folder`, unless one was trained there with the same settings, libraries and code.
 
-    With one thread the same seed gives the same model bit for bit. Raises SettingsError for impossible numbers,
-    CalibrationError if Python's library holds too little text, OutputError if `folder` cannot be written.
+    700 steps take minutes on two cores. With one thread the same seed gives the same model bit for bit on machines of
+    one kind. Raises SettingsError for impossible numbers, CalibrationError if Python's library has too little text,
+    OutputError, ResourceError if `folder` cannot be written.
     """
     if steps < 1 or (threads is not None and threads < 1):
-        raise SettingsError(f"{steps} training steps on {threads} threads: at least one of each is needed.")
-    place = folder / f"trained-{_recipe_hash(steps, seed, threads)}"
-    seconds = None
+        raise SettingsError(f"{steps} training steps on {threads} threads: both must be at least 1.")
+    recipe = _recipe(steps, seed, threads)
+    sources = b"".join(Path(str(module)).read_bytes() for module in (corpus.__file__, data.__file__, __file__))
+    place = folder / f"trained-{_short_hash(json.dumps(recipe).encode() + sources)}"
     if place.is_dir():
         echo(f"Found the model trained earlier: {place / MODEL_NAME}")
-    else:
-        started = time.monotonic()
-        with torch_threads(threads):
-            _make(place, steps, seed, echo)
-        seconds = time.monotonic() - started
-    return TrainedModel(
-        place / MODEL_NAME, _load_domains(place / CALIBRATION_NAME), _load_domains(place / HELD_OUT_NAME), seconds
-    )
+        return _load(place)
+    _check_writable(folder)
+    started = time.monotonic()
+    with torch_threads(threads):
+        echo("Reading text from Python's own library and training a tokenizer on it ...")
+        tokenizer, domains = data.prepare_data(seed)
+        model = _train(domains, steps, seed, tokenizer.eos_token_id, echo)
+    recipe["training_seconds"] = round(time.monotonic() - started)
+    with _new_folder(place) as staging:
+        _save(staging, model, tokenizer)
+        data.save_sequences(staging / SEQUENCES_NAME, domains)
+        (staging / RECIPE_NAME).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    return _load(place)
 
 
 @contextmanager
@@ -101,7 +123,7 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def model_config(eos_token_id: int) -> Any:
-    """The small Qwen3-MoE: about 1.9 million parameters, most of them in 4 × 32 experts."""
+    """The small Qwen3-MoE: about 1.9 million parameters, most of them in 4 layers of 32 experts."""
     return Qwen3MoeConfig(
         vocab_size=data.VOCAB_SIZE,
         hidden_size=128,
@@ -121,80 +143,79 @@ def model_config(eos_token_id: int) -> Any:
     )
 
 
-def _load_domains(path: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(path)
-    return {name: tensors[name] for name in corpus.DOMAINS}  # the file has them in alphabetical order
-
-
-def _recipe_hash(steps: int, seed: int, threads: int | None) -> str:
-    """Changes with everything that the model depends on: numbers, code that makes it, libraries, Python's own text."""
-    sources = b"".join(Path(str(module)).read_bytes() for module in (corpus.__file__, data.__file__, __file__))
-    recipe = {
+def _recipe(steps: int, seed: int, threads: int | None) -> dict[str, Any]:
+    """What a training depends on, besides the code."""
+    return {
         "steps": steps,
         "seed": seed,
         "threads": threads,
-        "source": hashlib.sha256(sources).hexdigest(),
+        "text": "Python's own standard library and language reference (PSF License), and generated records",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "python": platform.python_version(),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
 
-def _make(place: Path, steps: int, seed: int, echo: Callable[[str], None]) -> None:
-    """Train and save. `place` appears in one rename, so that what is there is whole whenever the work is killed."""
-    _check_writable(place.parent)
-    echo("Reading text from Python's own library and training a tokenizer on it ...")
-    tokenizer, domains = data.prepare_data(seed)
-    model = _train(domains, steps, seed, tokenizer.eos_token_id, echo)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place.parent) as name:
-            staging = Path(name) / place.name
-            staging.mkdir()
-            save_file({name: part.calibration for name, part in domains.items()}, staging / CALIBRATION_NAME)
-            save_file({name: part.held_out for name, part in domains.items()}, staging / HELD_OUT_NAME)
-            model.save_pretrained(staging / MODEL_NAME)
-            tokenizer.save_pretrained(staging / MODEL_NAME)
-            staging.rename(place)
-    except OSError as error:
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(folder / MODEL_NAME)
+    tokenizer.save_pretrained(folder / MODEL_NAME)
+
+
+def _load(place: Path) -> DemoModel:
+    return DemoModel(place / MODEL_NAME, **data.load_sequences(place / SEQUENCES_NAME))
+
+
+@contextmanager
+def _new_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill, which is renamed to `place` at the end: a folder at `place` is complete at any time."""
+    temporary = tempfile.TemporaryDirectory(prefix=".saving-", dir=place.parent)
+    with writing(f"Saving the model in {place}", place.parent), temporary as name:
+        staging = Path(name) / place.name
+        staging.mkdir()
+        yield staging
         if not place.is_dir():  # else another process has made the same model meanwhile
-            raise OutputError(f"The demo's model cannot be kept in {place.parent}: {error}.") from error
+            staging.rename(place)
 
 
 def _check_writable(folder: Path) -> None:
-    """Find out before the training, not after it."""
+    """Refuse a folder that cannot be written before the training, not after it."""
     check_disk(folder, NEEDED_BYTES)
-    try:
+    with writing(f"Writing to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder):
             pass
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another place with -o.") from error
 
 
-def _train(
-    domains: Mapping[str, data.DomainData], steps: int, seed: int, eos_token_id: int, echo: Callable[[str], None]
-) -> Any:
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _train(domains: Mapping[str, data.DomainData], steps: int, seed: int, eos_token_id: int, echo: Echo) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM._from_config(model_config(eos_token_id), experts_implementation="grouped_mm")
     echo(
-        f"Training a Qwen3-MoE of {model.config.num_hidden_layers} blocks with {model.config.num_experts} experts "
+        f"Training a Qwen3-MoE of {model.config.num_hidden_layers} layers with {model.config.num_experts} experts "
         f"each, {model.num_parameters():,} parameters, for {steps} steps (CPU threads: {torch.get_num_threads()}) ..."
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, steps))
     model.train()
-    with _TrainingProgress(steps, echo) as progress:
-        for step, batch in data.training_batches(domains, steps, SEQUENCES_PER_DOMAIN, seed):
-            text_loss, balance_loss = _losses(model, batch)
-            torch.autograd.backward(text_loss + BALANCE_COEFFICIENT * balance_loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.step(step + 1, float(text_loss.detach()))
+    started = last_line = time.monotonic()
+    for step, batch in data.training_batches(domains, steps, SEQUENCES_PER_DOMAIN, seed):
+        text_loss, balance_loss = _losses(model, batch)
+        torch.autograd.backward(text_loss + BALANCE_COEFFICIENT * balance_loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        done, now = step + 1, time.monotonic()
+        if done == steps or now - last_line >= LINE_SECONDS:
+            last_line = now
+            left = (now - started) / done * (steps - done)
+            echo(f"  step {done}/{steps}: loss {float(text_loss.detach()):.2f}, {left:.0f} s left")
     return model.eval()
 
 
@@ -213,31 +234,3 @@ def _losses(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         for logits in output.router_logits
     ]
     return text_loss, torch.stack(per_layer).sum()
-
-
-class _TrainingProgress:
-    """A bar on a terminal; elsewhere a line now and then, so that no log has an unexplained gap."""
-
-    def __init__(self, steps: int, echo: Callable[[str], None]) -> None:
-        self._steps, self._echo = steps, echo
-        self._started = self._told = time.monotonic()
-        self._bar = tqdm(total=steps, desc="training", unit="step", leave=False) if sys.stderr.isatty() else None
-
-    def __enter__(self) -> _TrainingProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def step(self, done: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
-            self._bar.update()
-        now = time.monotonic()
-        if done == self._steps or (self._bar is None and now - self._told >= LINE_SECONDS):
-            if self._bar is not None:
-                self._bar.close()  # the last line is for the terminal, too
-            self._told = now
-            left = (now - self._started) / done * (self._steps - done)
-            self._echo(f"  step {done}/{self._steps}: loss {loss:.2f}, {left:.0f} s left")

@@ -11,11 +11,11 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import EvalSettings
 from streamprune.errors import SettingsError
 from streamprune.evaluation.evaluate import config_folder, evaluate, read_data
+from streamprune.evaluation.generation import GenerationSettings, generation_health
+from streamprune.evaluation.generation_figures import generation_lines
 from streamprune.evaluation.held_out import held_out_recipe, record_of
 from streamprune.evaluation.metrics import table
 from streamprune.evaluation.tasks import run_tasks, tasks_lines
-from streamprune.generation.health import GenerationSettings, generation_health
-from streamprune.generation.summary import generation_lines
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import (
     GENERATION_NAME,

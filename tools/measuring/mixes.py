@@ -1,16 +1,14 @@
-"""What the mix of the calibration text does to the demo's model: scored once, then pruned in many ways and measured.
+"""What calibration mixes, methods and schedules cost the demo's model: scored once, pruned in many ways, measured.
 
-Whether domain retention, which is known before pruning, foretells the damage, which is measured afterwards.
-
-Share removed × method × schedule: what each choice costs every domain, and which of the differences are more than
-the luck of the text.
+Whether domain retention, which is known before pruning, predicts the damage that is measured afterwards; and which
+differences between methods and schedules are larger than those that other text of the same kind would make.
 """
 
 from __future__ import annotations
 
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,10 +18,11 @@ import numpy as np
 import torch
 
 from streamprune.calibration.builtin_text import DOMAINS
+from streamprune.calibration.sequences import Calibration
 from streamprune.config import PruneSettings, RunSettings
-from streamprune.demo.data import HELD_OUT_SEQUENCES
-from streamprune.demo.demo import CODE, Damage, HeldOut, held_out_text, table, write_recipe
-from streamprune.demo.train import torch_threads, trained_model
+from streamprune.demo.data import HELD_OUT_SEQUENCES, write_recipe
+from streamprune.demo.demo import CODE, Damage, figures_by_domain, measure, read_held_out, table
+from streamprune.demo.train import DemoModel, Echo, torch_threads
 from streamprune.errors import SettingsError
 from streamprune.evaluation.metrics import Sums, combined, joined
 from streamprune.pipeline.prune import prune
@@ -33,10 +32,10 @@ from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.retention import retentions
 from streamprune.selection.select import Selection
 
-#: Everything but code, the way a user who cares for code speaks of it.
+#: All domains but code.
 GENERAL = tuple(name for name in DOMAINS if name != CODE)
 BALANCED = "balanced"
-#: What the sources count, as `--mix` takes it: `general` is the other domains, each alike.
+#: The sources' shares, as `--mix` takes them.
 MIXES = {
     "code only": {CODE: 1},
     "70/30": {CODE: 7} | dict.fromkeys(GENERAL, 1),
@@ -60,7 +59,7 @@ class Setup:
     seed: int = 0
 
     def settings(self, model: Path, scores: Path, output: Path) -> PruneSettings:
-        """What `streamprune prune` is told."""
+        """The settings of `streamprune prune`."""
         return PruneSettings(
             model=str(model),
             output=output,
@@ -75,8 +74,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Cell(Damage):
-    """What one setup left of the model: beside the damage the experts kept by layer, and by domain the share of its
-    saliency that they have (`selection.retention`)."""
+    """The result of one setup: besides the damage the experts kept by layer, and by domain the share of its saliency
+    that the kept experts have (`selection.retention`)."""
 
     setup: Setup
     counts: tuple[int, ...]
@@ -89,11 +88,8 @@ class Cell(Damage):
 
 @dataclass(frozen=True)
 class Study:
-    """All that was measured, the setups in the order they were given. `training_seconds` is None if the model was
-    found ready; `model` is its folder. `sums` is, for each setup, what its figures follow from, by domain."""
+    """All that was measured, the setups in the order given. `sums` holds by setup what its figures follow from."""
 
-    model: Path
-    training_seconds: float | None
     calibration_tokens: int
     before: Damage
     cells: tuple[Cell, ...]
@@ -107,78 +103,77 @@ class Study:
         raise KeyError(setup)
 
 
-def study(
-    folder: Path,
-    setups: Iterable[Setup],
-    steps: int = 700,
-    seed: int = 0,
-    echo: Callable[[str], None] = print,
-    held_out: int = HELD_OUT_SEQUENCES,
-) -> Study:
-    """Train (or find) the demo's model under `folder`, score it once with every domain as a source, and prune it by
-    each of the setups. The pruned models are measured on `held_out` sequences of each domain, and removed.
-
-    One thread does all of it, so that the same digits come out every time. Raises StreampruneError: see
-    `trained_model`, `run` and `prune`.
-    """
+def check_setups(setups: Iterable[Setup], held_out: int) -> None:
+    """Raise SettingsError for what is impossible, before a model is trained for it."""
     if not 1 < held_out <= HELD_OUT_SEQUENCES:
         raise SettingsError(
             f"{held_out} held-out sequences of each domain: 2 to {HELD_OUT_SEQUENCES} are possible (an interval needs "
             "two)."
         )
+    for setup in setups:
+        setup.settings(Path(), Path(), Path())
+
+
+def study(model: DemoModel, setups: Iterable[Setup], echo: Echo = print, held_out: int = HELD_OUT_SEQUENCES) -> Study:
+    """Score the demo's model once with every domain as a source, prune it by each of the setups, and measure the
+    pruned models on `held_out` sequences of each domain.
+
+    One thread does all of it, so that the same digits come out every time. Raises StreampruneError: see
+    `check_setups`, `run` and `prune`.
+    """
     wanted = list(dict.fromkeys(setups))
-    for setup in wanted:
-        # What is impossible is refused before minutes of training.
-        setup.settings(folder, folder, folder)
+    check_setups(wanted, held_out)
     with torch_threads(1), tempfile.TemporaryDirectory(prefix="streamprune-mixes-") as name:
-        trained = trained_model(folder, steps, seed, 1, echo)
         scratch = Path(name)
-        scores_file = _score(trained.folder, trained.calibration, scratch)
+        scores_file = _score(model, scratch)
         scores = read_scores(scores_file)
-        # At even distances: from as many documents as there are.
-        text = {
-            domain: rows[torch.arange(held_out) * len(rows) // held_out] for domain, rows in trained.held_out.items()
-        }
-        measured_on = held_out_text(trained.folder, text, scratch)
-        before = measured_on.measure(trained.folder).damage
+        # At equal distances: from as many documents as there are.
+        text = read_held_out(
+            model.folder,
+            {domain: rows[torch.arange(held_out) * len(rows) // held_out] for domain, rows in model.held_out.items()},
+            scratch,
+        )
+        evaluation = measure(model.folder, model.folder, text)
+        before = Damage(figures_by_domain(evaluation, "loss"), figures_by_domain(evaluation, "kl"))
         cells, sums = [], {}
         for number, setup in enumerate(wanted, 1):
-            settings = setup.settings(trained.folder, scores_file, scratch / f"pruned-{number}")
-            cell, sums[setup] = _prune_and_measure(setup, settings, scores, measured_on)
+            settings = setup.settings(model.folder, scores_file, scratch / f"pruned-{number}")
+            cell, sums[setup] = _prune_and_measure(setup, settings, scores, text)
             cells.append(cell)
             if number % 10 == 0 or number == len(wanted):
                 echo(f"  {number} of {len(wanted)} models pruned and measured")
-    return Study(trained.folder, trained.seconds, scores.tokens, before, tuple(cells), sums)
+    return Study(scores.tokens, before, tuple(cells), sums)
 
 
-def _score(model: Path, calibration: Mapping[str, torch.Tensor], folder: Path) -> Path:
-    """Score the model on all calibration sequences, with a source per domain; gives the file of scores.
+def _score(model: DemoModel, folder: Path) -> Path:
+    """Score the model on all calibration sequences, with a source per domain; returns the scores file.
 
-    (The demo's own sequences and not `builtin`, which is drawn from the same text as what is held out.)
+    (The demo's own sequences and not `builtin`, which is drawn from the same text as the held-out sequences.)
     """
-    recipe = write_recipe(folder, "calibration", calibration)
+    recipe = write_recipe(folder, "calibration", model.calibration)
     scores = folder / "scores.safetensors"
-    settings = RunSettings(model=str(model), output=scores, only_score=True, calibration=(str(recipe),), device="cpu")
+    settings = RunSettings(
+        model=str(model.folder), output=scores, only_score=True, calibration=(str(recipe),), device="cpu"
+    )
     run(settings, quiet=True)
     return scores
 
 
 def _prune_and_measure(
-    setup: Setup, settings: PruneSettings, scores: Scores, held_out: HeldOut
+    setup: Setup, settings: PruneSettings, scores: Scores, text: Calibration
 ) -> tuple[Cell, tuple[Sums, ...]]:
-    layers = prune(settings, quiet=True).layers
-    choice = Selection(layers)
+    choice = Selection(prune(settings, quiet=True).layers)
     kept = retentions(scores, choice)
-    # Standard models need no code of their own, and must not.
-    found = held_out.measure(settings.output, trust_remote_code=not choice.is_uniform)
+    # Models with the same number of experts in every layer bring no code, and must not need any.
+    evaluation = measure(settings.output, Path(settings.model), text, trust_remote_code=not choice.is_uniform)
     cell = Cell(
-        losses=found.damage.losses,
-        divergences=found.damage.divergences,
+        losses=figures_by_domain(evaluation, "loss"),
+        divergences=figures_by_domain(evaluation, "kl"),
         setup=setup,
         counts=choice.counts,
         retention={each.source: each.kept for each in kept},
     )
-    return cell, found.sums
+    return cell, evaluation.sums
 
 
 def mix_setups(ratios: Sequence[float] = RATIOS) -> list[Setup]:
@@ -244,8 +239,7 @@ def _ranks(values: Sequence[float]) -> Array:
 def correlation(cells: Iterable[Cell], relative: bool = False) -> float:
     """Spearman's correlation of retention and KL over every cell and domain; -1 if more kept is always less lost.
 
-    With `relative` both are ranked within each domain: that a domain is harmed more easily than others, however much
-    of it is kept, then does not count.
+    With `relative` both are ranked within each domain, so that differences between domains do not count.
     """
     listed = list(cells)
     kept: list[float] = []
@@ -281,9 +275,9 @@ def extremes(cell: Cell) -> Extremes:
 
 #: The figure over all domains, which count alike.
 MEAN = "mean"
-#: The columns of `Sums` that the table tells of.
+#: The columns of `Sums` in the tables.
 KL, LOSS = "kl", "loss"
-#: What the others are compared with: what `streamprune run` does unless told otherwise.
+#: What the others are compared with: `streamprune run`'s defaults.
 REFERENCE = ("reap", "uniform")
 WIDTH = 120
 _REFERENCE_WORDS = " with ".join(REFERENCE)
@@ -334,39 +328,39 @@ def outcomes(study: Study, setups: Iterable[Setup]) -> list[Outcome]:
     grouped: dict[tuple[float, str, str], list[Setup]] = {}
     for setup in setups:
         grouped.setdefault((setup.ratio, setup.method, setup.schedule), []).append(setup)
-    told = []
+    found = []
     for (ratio, method, schedule), group in grouped.items():
         models = zip(*(study.sums[setup] for setup in group), strict=True)
         own = [combined(domain, [1 / len(group)] * len(group)) for domain in models]
         usual = study.sums[replace(group[0], method=REFERENCE[0], schedule=REFERENCE[1], seed=0)]
         change = [combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
         figures = [_estimates(study, sums, column) for sums in (own, change) for column in (KL, LOSS)]
-        told.append(Outcome(ratio, method, schedule, tuple(setup.seed for setup in group), *figures))
-    return told
+        found.append(Outcome(ratio, method, schedule, tuple(setup.seed for setup in group), *figures))
+    return found
 
 
 def _estimates(study: Study, sums: Sequence[Sums], column: str) -> dict[str, Estimate]:
-    told = {}
+    estimates = {}
     for name, part in zip([*study.before.losses, MEAN], [*sums, joined(sums)], strict=True):
         interval = part.interval(column)
         assert interval is not None, "a study measures on two sequences or more of each domain"
-        told[name] = Estimate(part.mean(column), *interval)
-    return told
+        estimates[name] = Estimate(part.mean(column), *interval)
+    return estimates
 
 
-def outcome_tables(told: Sequence[Outcome]) -> Iterator[str]:
-    """Lines: for KL divergence and for loss a table per share removed, and below it what the text leaves open."""
+def outcome_tables(found: Sequence[Outcome]) -> Iterator[str]:
+    """Lines: a table per share removed for KL divergence and for loss, each followed by what differs significantly."""
     yield from textwrap.wrap(
         "What each method and schedule costs each domain, balanced mix. ± is half of the 95 % interval of a bootstrap "
         "over the held-out sequences. The last column is the difference of the mean from that of "
         f"{_REFERENCE_WORDS}, taken sequence by sequence, with an interval of its own: sharper than comparing two "
-        "intervals. All of it tells of other text, not of other models, nor of other draws of `random` (of which the "
-        "mean is shown); and where nothing differs, one comparison in twenty would still seem to.",
+        "intervals. Intervals are about other text, not about other models or other draws of `random` (whose mean is "
+        "shown); and where nothing differs, one comparison in twenty would still seem to.",
         WIDTH,
         break_on_hyphens=False,
     )
-    for ratio in dict.fromkeys(each.ratio for each in told):
-        part = [each for each in told if each.ratio == ratio]
+    for ratio in dict.fromkeys(each.ratio for each in found):
+        part = [each for each in found if each.ratio == ratio]
         yield ""
         yield f"KL divergence from the unpruned model, in nats per token, {ratio:.0%} removed"
         yield from _table([(each, each.kl, each.kl_difference) for each in part])
@@ -401,7 +395,7 @@ def _verdict(changes: Sequence[tuple[Outcome, Mapping[str, Estimate]]], what: st
     groups = {
         f"Less {what} than {_REFERENCE_WORDS}": [each for each, change in others if change.high < 0],
         "More": [each for each, change in others if change.low > 0],
-        "Not told apart from it": [each for each, change in others if not change.is_apart_from_zero],
+        "No significant difference": [each for each, change in others if not change.is_apart_from_zero],
     }
     schedules = len({each.schedule for each, _ in changes})
     said = ". ".join(f"{words}: {_listed(group, schedules)}" for words, group in groups.items())
@@ -412,8 +406,8 @@ def _listed(group: Sequence[Outcome], schedules: int) -> str:
     by_method: dict[str, list[str]] = {}
     for each in group:
         by_method.setdefault(each.method, []).append(each.schedule)
-    told = [
+    groups = [
         f"{method} with {'every schedule' if len(names) == schedules > 1 else ', '.join(names)}"
         for method, names in by_method.items()
     ]
-    return "; ".join(told) or "none"
+    return "; ".join(groups) or "none"

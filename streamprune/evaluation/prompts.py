@@ -1,4 +1,4 @@
-"""Prompts for generation: the beginnings of held-out text, raw and as chats, and prompts of the user's own."""
+"""Prompts for generation: the beginnings of held-out text, as plain text and as chats, and the user's own prompts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 
-#: What templates call the switch for thinking.
+#: Variables of chat templates that switch thinking on and off.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
-#: How a prompt is put to the model: as text that it goes on with, or as a chat that it answers.
+#: Forms of a prompt: text that the model continues, or a chat that it answers.
 TEXT, CHAT = "text", "chat"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to go on from, with what they say. `thinking` is None where the template has no switch for it."""
+    """Token ids to continue, with their text. `thinking` is None where the template has no switch for it."""
 
     source: str
     form: str
@@ -45,30 +45,43 @@ class Opening:
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts, the name of the template's switch for thinking if it has one, and remarks for the user."""
+    """All prompts, the template's switch for thinking if it has one, and notes for the user."""
 
     prompts: tuple[Prompt, ...]
     switch: str | None = None
     notes: tuple[str, ...] = ()
 
 
-def openings_of(calibration: Calibration, per_source: int, tokens: int, tokenizer: Any) -> list[Opening]:
-    """The first `tokens` tokens of the first `per_source` sequences of each source.
+def collect_prompts(
+    calibration: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any
+) -> Prompts:
+    """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
-    Without a tokenizer they have no text.
+    Raises CalibrationError if there are none, or for lines that are no prompts.
     """
+    openings = [] if path is None else _read_openings(path)
+    if calibration is not None:
+        openings += _openings_of(calibration, per_source, tokens, tokenizer)
+    made = make_prompts(openings, tokenizer)
+    if not made.prompts:
+        raise CalibrationError("There is no text to continue. Give other --data, or --prompts FILE.")
+    return made
+
+
+def _openings_of(calibration: Calibration, per_source: int, tokens: int, tokenizer: Any) -> list[Opening]:
+    """The beginnings of sequences; without a tokenizer they have no text."""
     found: list[Opening] = []
     for number, name in enumerate(calibration.sources):
         pairs = zip(calibration.sequences, calibration.source_of, strict=True)
-        mine = [sequence for sequence, source in pairs if source == number]
-        for index, sequence in enumerate(mine[:per_source]):
+        sequences = [sequence for sequence, source in pairs if source == number]
+        for index, sequence in enumerate(sequences[:per_source]):
             ids = tuple(sequence[:tokens].tolist())
             text = "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
             found.append(Opening(f"sequence {index + 1} of {name}", name, text, ids))
     return found
 
 
-def read_openings(path: Path) -> list[Opening]:
+def _read_openings(path: Path) -> list[Opening]:
     """The prompts in a JSONL file: {"prompt": "…"} or {"messages": […]} on each line, with "source" if they have one.
 
     Raises CalibrationError, naming the line, for anything else.
@@ -84,34 +97,6 @@ def read_openings(path: Path) -> list[Opening]:
     return found
 
 
-def make_prompts(openings: Sequence[Opening], tokenizer: Any) -> Prompts:
-    """Every opening as text to go on with, and, where the tokenizer has a chat template, as a chat.
-
-    The chats come with thinking on and with thinking off where the template has a switch that makes a difference.
-    Openings with messages are chats only. A template that fails on text of ours costs the chats, and a note says so;
-    with messages of the user's own it is a CalibrationError, which names them.
-    """
-    prompts = [_as_text(opening, tokenizer) for opening in openings if opening.messages is None]
-    given = [opening for opening in openings if opening.messages is not None]
-    if tokenizer is None or not tokenizer.chat_template:
-        if given:
-            raise CalibrationError(
-                f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with "
-                "'prompt'."
-            )
-        return Prompts(tuple(prompts))
-    talkative = [opening for opening in openings if opening.messages is not None or opening.text.strip()]
-    with ChatRenderer(tokenizer) as renderer:
-        try:
-            switch = _thinking_switch(talkative[0], renderer) if talkative else None
-            chats = [chat for opening in talkative for chat in _as_chats(opening, switch, renderer, tokenizer)]
-        except CalibrationError as error:
-            if given:
-                raise
-            return Prompts(tuple(prompts), None, (f"No chats were tried: {error}",))
-    return Prompts((*prompts, *chats), switch)
-
-
 def _opening(place: str, source: str, line: bytes) -> Opening:
     try:
         row = parse_json(line)
@@ -123,7 +108,9 @@ def _opening(place: str, source: str, line: bytes) -> Opening:
             messages = row["messages"]
             bad = [message for message in messages if not isinstance(message, dict) or "role" not in message]
             if bad:
-                raise CalibrationError(f"{place} has {show(bad[0])} among its messages, which is no message of a role.")
+                raise CalibrationError(
+                    f"{place} has {show(bad[0])} among its messages: a message is an object with a 'role'."
+                )
             return Opening(place, source, messages=tuple(messages))
         if isinstance(row.get("prompt"), str) and row["prompt"].strip():
             return Opening(place, source, row["prompt"])
@@ -131,6 +118,34 @@ def _opening(place: str, source: str, line: bytes) -> Opening:
         f"{place} is {show(row)}. Each line of prompts is an object with 'prompt' (a string) or 'messages' (a chat), "
         "and perhaps 'source' (a string)."
     )
+
+
+def make_prompts(openings: Sequence[Opening], tokenizer: Any) -> Prompts:
+    """Every opening as text to continue, and, where the tokenizer has a chat template, as a chat.
+
+    The chats come with thinking on and with thinking off where the template has a switch that makes a difference.
+    Openings with messages are chats only. A template that fails on our own text means no chats, and a note; one that
+    fails on the user's messages is a CalibrationError that names them.
+    """
+    prompts = [_as_text(opening, tokenizer) for opening in openings if opening.messages is None]
+    given = [opening for opening in openings if opening.messages is not None]
+    if tokenizer is None or not tokenizer.chat_template:
+        if given:
+            raise CalibrationError(
+                f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with "
+                "'prompt'."
+            )
+        return Prompts(tuple(prompts))
+    with_text = [opening for opening in openings if opening.messages is not None or opening.text.strip()]
+    with ChatRenderer(tokenizer) as renderer:
+        try:
+            switch = _thinking_switch(with_text[0], renderer) if with_text else None
+            chats = [chat for opening in with_text for chat in _as_chats(opening, switch, renderer, tokenizer)]
+        except CalibrationError as error:
+            if given:
+                raise
+            return Prompts(tuple(prompts), None, (f"No chats were tried: {error}",))
+    return Prompts((*prompts, *chats), switch)
 
 
 def _as_text(opening: Opening, tokenizer: Any) -> Prompt:
@@ -147,8 +162,8 @@ def _as_chats(opening: Opening, switch: str | None, renderer: ChatRenderer, toke
 def _thinking_switch(opening: Opening, renderer: ChatRenderer) -> str | None:
     """The variable by which the template switches thinking on and off; None if it has none.
 
-    Found by rendering, which the template's process is there for: Jinja's own list of a template's variables works out
-    its constants, which may take for ever, and says nothing of whether a variable makes a difference.
+    Found by rendering in the template's own process. Jinja's list of a template's variables would evaluate the
+    template's constants, which may never end, and does not say whether a variable makes a difference.
     """
     for name in THINKING_SWITCHES:
         if _rendered(opening, {name: True}, renderer) != _rendered(opening, {name: False}, renderer):
