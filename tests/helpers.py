@@ -82,7 +82,7 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     skeleton = build_skeleton(load_config(folder), dtype)
     opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype)
     weights = LayerWeights(opened, CPU)
-    taps = tap_experts({index: skeleton.blocks[index].get_submodule(path) for index, path in skeleton.experts.items()})
+    taps = tap_experts({index: skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()})
     weights.load_non_layer_weights(head=True)
     state = BatchState()
     statistics = {}

@@ -25,8 +25,8 @@ from streamprune.fit.estimate import (
 )
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights
+from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
-from streamprune.models.tensor_slices import ExpertRows
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3

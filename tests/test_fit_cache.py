@@ -27,7 +27,7 @@ LENGTHS = (1, 5, 15, 16, 17, 40)
 
 def traced(config: PreTrainedConfig, dtype: torch.dtype) -> CacheSizes:
     skeleton = build_skeleton(config, dtype)
-    return trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
+    return trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
 
 
 def real_cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, lengths: tuple[int, ...]) -> dict[Any, int]:
@@ -150,7 +150,7 @@ def test_stated_cache_equals_the_traced_one() -> None:
         if stated is None:
             continue
         stated_for.add(each.id)
-        sizes = trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
+        sizes = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
         assert (stated.layers, stated.itemsize) == (sizes.layers, sizes.itemsize), each.id
     # Those for which `fit` does without torch: most plain ones. None of these has anything but plain attention.
     assert stated_for >= {"qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe", "minimax_m2"}
@@ -237,5 +237,5 @@ def test_model_that_cannot_be_run_is_named(name: str) -> None:
 def test_model_itself_is_left_as_it_was(tmp_path: Path) -> None:
     skeleton = build_skeleton(family("qwen3_moe"), torch.float32)
     before = {name: dict(module.__dict__) for name, module in skeleton.model.named_modules()}
-    trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
+    trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
     assert {name: dict(module.__dict__) for name, module in skeleton.model.named_modules()} == before

@@ -90,7 +90,7 @@ def test_quantization_under_its_older_name(model: Path, tmp_path: Path, no_weigh
 
 def test_a_layer_too_many_is_not_taken_for_mtp(model: Path, tmp_path: Path, no_weights: None) -> None:
     change(model, num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match="describes only 3 blocks"):
+    with pytest.raises(CheckpointError, match="describes only 3 layers"):
         prune(model, tmp_path / "out")
 
 

@@ -10,16 +10,11 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.cli.options import parse_size
 from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
+from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
-from streamprune.models.tensor_slices import (
-    ExpertRows,
-    OutputTensor,
-    SourceRole,
-    find_cuts,
-    next_token_prediction,
-    output_tensors,
-)
+from streamprune.models.expert_layout import Layout, SourceRole, find_cuts, find_mtp_tensors
 from streamprune.output.plan import plan_shards
+from streamprune.output.tensors import OutputTensor, output_tensors
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)
@@ -111,7 +106,7 @@ def whole(name: str, block: int | None, elements: int, dtype: str = "BF16") -> O
 def test_every_block_gets_files_of_its_own_within_the_limit() -> None:
     tensors = [whole("embed", None, 10)] + [whole(f"b{block}.{i}", block, 100) for block in (0, 1) for i in range(3)]
     shards = plan_shards(tensors, 2, max_shard_bytes=450)
-    assert [(shard.file, shard.block, [t.name for t in shard.tensors]) for shard in shards] == [
+    assert [(shard.file, shard.layer, [t.name for t in shard.tensors]) for shard in shards] == [
         ("model-00001-of-00005.safetensors", None, ["embed"]),
         ("model-00002-of-00005.safetensors", 0, ["b0.0", "b0.1"]),
         ("model-00003-of-00005.safetensors", 0, ["b0.2"]),
@@ -129,23 +124,24 @@ def test_ranges_of_a_sliced_tensor() -> None:
     """Four experts of two rows, then one row that is no expert's; rows of 3 values, along axis 1 of (2, 9, 3)."""
     source = entry("w", (2, 9, 3), begin=1000)
     tensor = OutputTensor("w", "BF16", (2, 5, 3), 0, (source,), rows=ExpertRows(axis=1, stride=2, tail=1))
-    file, ranges = tensor.ranges((1, 3))
-    assert file == "model.safetensors"
+    origin = tensor.slice_of((1, 3))
+    assert (origin.file, origin.experts) == ("model.safetensors", (1, 3))
     # Expert 3's rows 6-7 and the tail row 8 are neighbours, hence one range.
-    assert ranges == [(1012, 1024), (1036, 1054), (1066, 1078), (1090, 1108)]
-    assert sum(end - begin for begin, end in ranges) == tensor.nbytes
+    assert origin.ranges == ((1012, 1024), (1036, 1054), (1066, 1078), (1090, 1108))
+    assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes
 
 
 def per_expert(count: int) -> tuple[dict[str, TensorEntry], dict[str, SourceRole]]:
     names = [f"model.layers.0.mlp.experts.{expert}.up.weight" for expert in range(count)]
     tensors = {name: entry(name, (4, 2)) for name in names}
-    role = SourceRole(0, "model.layers.0.mlp.experts.up", "pattern", (4, 4, 2), ExpertRows(0, 1, 0))
+    role = SourceRole(0, "model.layers.0.mlp.experts.up", "pattern", ExpertRows(0, 1, 0))
     return tensors, dict.fromkeys(names, role)
 
 
 def test_experts_are_renumbered_not_reordered() -> None:
     tensors, roles = per_expert(4)
-    outputs = output_tensors(tensors, find_cuts(tensors, roles, (), {0: 4}), {0: 2})
+    layout = Layout(ExpertSpec((), "num_experts", 4, 2), 1, (0,), (), (), find_cuts(tensors, roles, (), {0: 4}))
+    outputs = output_tensors(layout, tensors, {0: 2})
     assert [tensor.name for tensor in outputs] == list(tensors)[:2]
     assert outputs[1].slot == 1
     assert outputs[1].sources[3].name == list(tensors)[3]
@@ -160,7 +156,7 @@ def test_missing_experts_are_named() -> None:
 
 
 def test_a_tensor_without_an_expert_axis_is_refused() -> None:
-    role = SourceRole(0, "p", None, (4, 2), ExpertRows(0, 1, 0))
+    role = SourceRole(0, "p", None, ExpertRows(0, 1, 0))
     with pytest.raises(UnsupportedModelError, match="no single axis of 4 rows"):
         find_cuts({"w": entry("w", (3, 5))}, {"w": role}, (), {0: 4})
 
@@ -175,12 +171,12 @@ def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:
         "mtp.layers.0.w": SourceRole(None, None),
         "visual.layers.7.w": SourceRole(None, None),
     }
-    assert next_token_prediction(roles, 2, mtp_layers=0) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
+    assert find_mtp_tensors(roles, 2, mtp_layers=0) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
 
 
 def test_a_block_behind_the_last_is_mtp_only_if_the_config_or_its_tensors_say_so() -> None:
     roles = {f"model.layers.{layer}.w": SourceRole(layer, f"model.layers.{layer}.w") for layer in (0, 1)}
     roles["model.layers.2.w"] = SourceRole(None, None)
-    assert next_token_prediction(roles, 2, mtp_layers=1) == ["model.layers.2.w"]
-    with pytest.raises(CheckpointError, match=r"has model\.layers\.2\.w, but config.json describes only 2 blocks"):
-        next_token_prediction(roles, 2, mtp_layers=0)
+    assert find_mtp_tensors(roles, 2, mtp_layers=1) == ["model.layers.2.w"]
+    with pytest.raises(CheckpointError, match=r"has model\.layers\.2\.w, but config.json describes only 2 layers"):
+        find_mtp_tensors(roles, 2, mtp_layers=0)

@@ -42,20 +42,20 @@ def test_no_byte_of_a_dropped_expert_is_read(family: str, tmp_path: Path, monkey
     model = Model(tmp_path, family)
     ranges: dict[str, list[tuple[int, int]]] = {path.name: [] for path in model.folder.glob("*.safetensors")}
     streams: dict[str, list[tuple[int, int]]] = {name: [] for name in ranges}
-    pread, open_ = os.pread, Path.open
+    preadv, open_ = os.preadv, Path.open
 
-    def noted_pread(file: int, size: int, position: int) -> bytes:
-        data = pread(file, size, position)
+    def noted_preadv(file: int, buffers: list[memoryview], position: int) -> int:
+        size = preadv(file, buffers, position)
         path = Path(f"/proc/self/fd/{file}").readlink()
         if path.parent == model.folder and path.name in ranges:
-            ranges[path.name].append((position, position + len(data)))
-        return data
+            ranges[path.name].append((position, position + size))
+        return size
 
     def noted_open(path: Path, *arguments: Any, **named: Any) -> Any:
         stream = open_(path, *arguments, **named)
         return Recorded(stream, streams[path.name]) if path.parent == model.folder and path.name in streams else stream
 
-    monkeypatch.setattr(os, "pread", noted_pread)
+    monkeypatch.setattr(os, "preadv", noted_preadv)
     monkeypatch.setattr(Path, "open", noted_open)
     result = model.prune(tmp_path / "out", keep=model.kind.keep, verify=True)
     monkeypatch.undo()

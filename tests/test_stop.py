@@ -142,7 +142,7 @@ def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monk
     [
         ("streamprune.work.folder.WorkFolder", "write_layer", 5),
         ("streamprune.work.folder.WorkFolder", "whole", 1),
-        ("streamprune.output.compare", "_read", 10),
+        ("streamprune.output.verify", "_read", 10),
         ("streamprune.output.writer.OutputWriter", "_write_small_files", 1),
         ("streamprune.output.writer.OutputWriter", "_check_sizes", 1),
     ],

@@ -31,7 +31,7 @@ def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monk
     def watch(self: LayerForward, index: int, block: nn.Module, *arguments: Any) -> BatchState:
         loaded = [
             number
-            for number, other in enumerate(self._decoder.blocks)
+            for number, other in enumerate(self._decoder.layers)
             if any(not parameter.is_meta for parameter in other.parameters())
         ]
         seen.append((index, loaded))

@@ -9,22 +9,16 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.models.per_layer_experts import (
-    OWN_TABLE,
-    STANDARD_TABLE,
-    check_per_layer_experts,
-    config_of_per_layer_experts,
-    engines_note,
-    loading_facts_from_json,
-    modeling_source,
-)
+from streamprune.models.per_layer_experts import check_per_layer_experts, config_of_per_layer_experts, engines_note
 from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.per_layer_module import OWN_TABLE, STANDARD_TABLE, loading_facts_from_json, modeling_source
 from streamprune.models.skeleton import build_skeleton
 from tests.helpers import known_family
 from tests.tiny import EXPERTS, tiny_config
@@ -34,7 +28,7 @@ from tests.uneven import facts_of
 def test_equal_counts_leave_the_config_as_it_is() -> None:
     facts, config = facts_of(), tiny_config(known_family("qwen3_moe")).to_dict()
     assert config_of_per_layer_experts(config, facts, dict.fromkeys(range(4), EXPERTS)) == config
-    broken = replace(facts, problem="it is broken.")
+    broken = msgspec.structs.replace(facts, problem="it is broken.")
     assert config_of_per_layer_experts(config, broken, dict.fromkeys(range(4), EXPERTS)) == config
 
 
@@ -63,7 +57,7 @@ def test_config_keeps_the_source_s_names_and_other_code() -> None:
         "per_layer_config": {"1": {"num_experts": 4}, "3": {"num_experts": 2}},
         "allow_global_per_layer_attribute_access": True,
     }
-    many = replace(facts_of(), blocks=100)
+    many = msgspec.structs.replace(facts_of(), layer_count=100)
     assert list(config_of_per_layer_experts(source, many, {2: 5, 10: 6, 99: 4})[STANDARD_TABLE]) == ["02", "99"]
 
 
@@ -73,7 +67,7 @@ def test_config_keeps_the_source_s_names_and_other_code() -> None:
         ({"num_experts": 8}, {0: 6, 1: 4}, SettingsError, "num_experts = 8, but its widest layer keeps 6"),
         ({"num_experts": "x" * 9000}, {0: 6, 1: 4}, SettingsError, "widest layer keeps 6"),
         ({"num_experts": 10**300}, {0: 6, 1: 4}, SettingsError, "widest layer keeps 6"),
-        ({"num_experts": 6}, {0: 6, 7: 4}, SettingsError, "block 7, but the model has 4 blocks"),
+        ({"num_experts": 6}, {0: 6, 7: 4}, SettingsError, "layer 7, but the model has 4 layers"),
         ({"num_experts": 6}, {0: 6, 1: 0}, SettingsError, "0 experts cannot be kept"),
         ({"num_experts": 6, "per_layer_config": {"0": {"a": 1}}}, {0: 6, 1: 4}, UnsupportedModelError, "of its own"),
     ],

@@ -25,7 +25,7 @@ from streamprune.fit.estimate import Fit, Footprint, check_keep, per_layer_note
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WEIGHTS_DTYPES
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.per_layer_config import read_per_layer_experts
+from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from tests.fuzzing import Tally, judge, mutated_json

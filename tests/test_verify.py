@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from streamprune.cli import main
 from streamprune.errors import StreampruneError, VerifyError
-from streamprune.output import compare
+from streamprune.output import verify as verifying
 from streamprune.output.plan import ShardPlan
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
@@ -146,7 +146,7 @@ def other_expert(report: Any) -> None:
             lambda report: report["layers"][0]["kept"].pop(),
             "by the source it has to be",
         ),
-        (lambda report: report["layers"].pop(), "names experts for blocks 0, 1, 2, but the source has them in 0, 1, 2"),
+        (lambda report: report["layers"].pop(), "names experts for layers 0, 1, 2, but the source has them in 0, 1, 2"),
         (lambda report: report["layers"][0].pop("kept"), "does not list the kept experts"),
         (lambda report: report["layers"][0]["kept"].__setitem__(4, 99), "no ascending numbers"),
         (lambda report: report.pop("layers"), "does not list the kept experts"),
@@ -200,9 +200,9 @@ def test_every_run_ends_with_it(made: Case, tmp_path: Path, monkeypatch: pytest.
     case = made.at(tmp_path / "out")
     usual = OutputWriter._write_shard
 
-    def write_shard(self: OutputWriter, shard: ShardPlan, kept: Any) -> FinishedShard:
-        written = usual(self, shard, kept)
-        if shard.block == 1:
+    def write_shard(self: OutputWriter, shard: ShardPlan, kept: Any, computed: Any) -> FinishedShard:
+        written = usual(self, shard, kept, computed)
+        if shard.layer == 1:
             path = self._staging / shard.file
             data = bytearray(path.read_bytes())
             data[-9] ^= 1
@@ -222,20 +222,20 @@ def test_every_run_ends_with_it(made: Case, tmp_path: Path, monkeypatch: pytest.
 
 def test_it_reads_in_portions(made: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 0
-    usual = compare._read
+    usual = verifying._read
 
     def read(stream: Any, position: int, size: int) -> bytes:
         nonlocal most
         most = max(most, size)
         return usual(stream, position, size)
 
-    monkeypatch.setattr(compare, "_read", read)
-    monkeypatch.setattr(compare.read_ranges, "__defaults__", (1000,))
+    monkeypatch.setattr(verifying, "_read", read)
+    monkeypatch.setattr(verifying.read_ranges, "__defaults__", (1000,))
     verify(made.output, made.model)
     assert 0 < most <= 1000
 
 
-@pytest.mark.parametrize(("owner", "name"), [(compare, "_read"), (os, "pread")])
+@pytest.mark.parametrize(("owner", "name"), [(verifying, "_read"), (os, "preadv")])
 def test_a_disk_that_fails_while_it_is_compared_is_told_in_one_message(
     owner: Any, name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,13 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from streamprune.models.config import load_config, with_expert_count
 from streamprune.models.config_json import rewrite_config
-from streamprune.models.per_layer_experts import (
-    LoadingFacts,
-    config_of_per_layer_experts,
-    loading_facts_from_json,
-    modeling_source,
-)
+from streamprune.models.per_layer_experts import config_of_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.models.per_layer_module import LoadingFacts, loading_facts_from_json, modeling_source
 from streamprune.models.skeleton import Skeleton, build_skeleton
 from tests.helpers import known_family, read_tensors
 from tests.tiny import EXPERTS, Family, make_model, tiny_config

@@ -12,22 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamprune.checkpoint.safetensors_file import (
-    DTYPE_BITS,
-    MAX_JSON_BYTES,
-    TensorEntry,
-    nothing_around,
-    read_header,
-    read_ranges,
-)
+from streamprune.checkpoint.ranges import nothing_around
+from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry, read_header
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import parse_json, show
-
-#: Other modules meet tensors and their bytes through the checkpoint that they belong to.
-__all__ = [
-    "CONFIG_NAME", "DTYPE_BITS", "INDEX_NAME", "PICKLE_SUFFIXES", "SINGLE_NAME", "Checkpoint", "TensorEntry",
-    "is_small_file", "open_checkpoint", "read_header", "read_index", "read_json", "read_ranges",
-]  # fmt: skip
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

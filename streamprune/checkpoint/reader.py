@@ -7,7 +7,6 @@ own carries the bytes on.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.checkpoint.safetensors_file import TensorEntry, nothing_around
+from streamprune.checkpoint.ranges import cut_short, nothing_around, read_into
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError
-from streamprune.files.json_text import cut_short
 from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
 from streamprune.hardware.device import current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.hardware.memory_plan import STAGING_BYTES
@@ -252,15 +251,10 @@ def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> It
 
 
 def _read_fully(file: int, position: int, into: list[memoryview], path: Path) -> None:
-    while into:
-        moved = os.preadv(file, into, position)
-        if moved == 0:
-            raise cut_short(path, file, position, position + sum(map(len, into)))
-        position += moved
-        while into and moved >= len(into[0]):
-            moved -= len(into.pop(0))
-        if moved:
-            into[0] = into[0][moved:]
+    size = sum(map(len, into))
+    read = read_into(file, position, into)
+    if read < size:
+        raise cut_short(path, file, position + read, position + size)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

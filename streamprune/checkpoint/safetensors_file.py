@@ -1,4 +1,4 @@
-"""One safetensors file: its header, checked against its size, and its bytes. Imports no torch.
+"""The header of one safetensors file, checked against the file's size. Imports no torch.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header that maps each
 tensor name to dtype, shape and byte range, then the tensors' bytes, without gaps.
@@ -7,14 +7,13 @@ tensor name to dtype, shape and byte range, then the tensors' bytes, without gap
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
+from streamprune.checkpoint.ranges import nothing_around
 from streamprune.errors import CheckpointError
-from streamprune.files.json_text import _is_size, cut_short, parse_json, show
+from streamprune.files.json_text import _is_size, parse_json, show
 
 #: Bits per element of each dtype that the safetensors format knows.
 DTYPE_BITS = {
@@ -26,8 +25,6 @@ DTYPE_BITS = {
 #: The safetensors library refuses larger headers too: a claimed length beyond this is an attack or damage. No config or
 #: index comes near it either, so that it bounds the memory for any JSON read here.
 MAX_JSON_BYTES = 100_000_000
-#: Chunks of a range that the system is asked to read before they are needed.
-_AHEAD_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -117,46 +114,3 @@ def _parse_entry(path: Path, file: str, name: str, value: Any, start: int) -> Te
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {what}. Download this file again.")
-
-
-def read_ranges(stream: BinaryIO, ranges: list[tuple[int, int]], chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
-    """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time.
-
-    The system reads these bytes from the disk and nothing around them. Raises CheckpointError when the file has become
-    shorter since its header was read.
-    """
-    nothing_around(stream)
-    for begin, end in ranges:
-        position = begin
-        while position < end:
-            if position + chunk_bytes < end and (position - begin) % (_AHEAD_CHUNKS * chunk_bytes) == 0:
-                # What comes next, while this chunk is worked on: the system's own reading ahead would go on beyond
-                # the end, into experts that nobody wants.
-                _advise(stream, position, min(_AHEAD_CHUNKS * chunk_bytes, end - position), "WILLNEED")
-            try:
-                data = os.pread(stream.fileno(), min(chunk_bytes, end - position), position)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
-                ) from error
-            if not data:
-                raise cut_short(stream.name, stream.fileno(), position, end)
-            position += len(data)
-            yield data
-
-
-def nothing_around(stream: IO[bytes]) -> None:
-    """Let the system read from the disk what of a file is asked for, and nothing around it.
-
-    Whoever opens a file of weights has to: where one reading has made the system read ahead, it goes on with that in
-    the next one, whatever that has asked for (seen with Linux 6.18).
-    """
-    _advise(stream, 0, 0, "RANDOM")
-
-
-def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
-    """Tell the system how bytes of a file will be read (size 0: to its end), where it can be told."""
-    if hasattr(os, "posix_fadvise"):
-        # A hint: where the file system does not take it, nothing is lost.
-        with suppress(OSError):
-            os.posix_fadvise(stream.fileno(), begin, size, getattr(os, f"POSIX_FADV_{what}"))

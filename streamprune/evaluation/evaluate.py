@@ -19,18 +19,16 @@ from streamprune.errors import CalibrationError, SettingsError, UnsupportedModel
 from streamprune.evaluation.held_out import PruneRecord, recipe_within, record_of
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
 from streamprune.files.durable import reading
+from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device, peak_device_bytes
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan, Needs
-from streamprune.models.config import declared_dtype, load_config, versions
-from streamprune.models.decoder import find_decoder
-from streamprune.models.open import OpenedModel, check_fit
-from streamprune.models.per_layer_config import read_per_layer_experts
-from streamprune.models.skeleton import map_checkpoint
-from streamprune.output.writer import REPORT_NAME
+from streamprune.models import open as models
+from streamprune.models.config import load_config, versions
+from streamprune.models.open import OpenedModel
+from streamprune.models.per_layer_experts import read_per_layer_experts
+from streamprune.output.plan import REPORT_NAME
 from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_for
-from streamprune.planning.prepare import dtype_of_weights
-from streamprune.planning.pruning_plan import refuse_quantized
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name
@@ -64,15 +62,9 @@ def open_model(settings: EvalSettings, model: str, revision: str | None) -> Open
     Raises a StreampruneError where they are not, or where its predictions cannot be computed.
     """
     checkpoint = open_checkpoint(resolve_model(model, revision, settings.trust_remote_code))
-    config = load_config(checkpoint.folder, settings.trust_remote_code)
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else declared_dtype(config)
-    if dtype is None:
-        dtype = dtype_of_weights(checkpoint)
-    decoder = find_decoder(config, dtype, settings.trust_remote_code)
-    find_head(decoder.model)
-    targets = map_checkpoint(decoder.model, checkpoint.tensors)
-    check_fit(decoder, targets, checkpoint.tensors)
-    return OpenedModel(checkpoint, decoder, targets, dtype)
+    opened = models.open_model(checkpoint, settings.trust_remote_code, settings.dtype)
+    find_head(opened.skeleton.model)
+    return opened
 
 
 def check_comparable(model: OpenedModel, original: OpenedModel, settings: EvalSettings) -> None:

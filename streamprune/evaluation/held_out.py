@@ -17,7 +17,7 @@ from streamprune.checkpoint.index import read_json
 from streamprune.config import beside
 from streamprune.errors import CalibrationError, OutputError, StreampruneError
 from streamprune.files.durable import PARTIAL, names_in, write_whole, writing
-from streamprune.output.writer import REPORT_NAME
+from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
 
 #: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.

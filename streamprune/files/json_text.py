@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from streamprune.errors import CheckpointError, SettingsError
+from streamprune.errors import SettingsError
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -29,14 +28,6 @@ def show(value: Any) -> str:
     except RecursionError:
         return f"a {type(value).__name__} nested without end"
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def cut_short(name: object, file: int, begin: int, end: int) -> CheckpointError:
-    """What to raise where an open file has become shorter since its header was read, so that bytes are missing."""
-    return CheckpointError(
-        f"{name} ends at byte {os.fstat(file).st_size:,}, but bytes {begin:,} to {end:,} were to be read. The file was "
-        "changed or cut short during the run: restore it and run again."
-    )
 
 
 def parse_json(data: bytes, unique: bool = False) -> Any:

@@ -17,7 +17,7 @@ from streamprune.fit.cache import stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.weights import weights_by_name
 from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
-from streamprune.models.per_layer_config import PerLayerExperts, read_per_layer_experts
+from streamprune.models.per_layer_experts import PerLayerExperts, read_per_layer_experts
 
 _LENGTH_NAMES = (
     "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",

@@ -25,11 +25,12 @@ from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_by_name, weights_with
-from streamprune.models.config import config_from_dict, declared_dtype, load_config
+from streamprune.formats.pick import quantization_method
+from streamprune.models.config import declared_dtype, load_config
 from streamprune.models.config_json import ExpertSpec, stated_experts, stated_shape, states_experts, text_part
-from streamprune.models.decoder import build_model
-from streamprune.models.per_layer_config import PerLayerExperts, counts_of
-from streamprune.models.skeleton import Skeleton, build_skeleton, survey
+from streamprune.models.open import describe_model
+from streamprune.models.per_layer_experts import PerLayerExperts, counts_of
+from streamprune.models.skeleton import Skeleton, build_model, survey
 
 #: Tokens of the forwards. The first two give what grows and what stays; the third shows that it grows evenly.
 _LENGTHS = (2, 4, 7)
@@ -162,13 +163,13 @@ def footprint_of_model(
     `uneven` is what its config says of blocks with different numbers of experts, if it does.
     """
     config = load_config(folder, trust_remote_code)
-    if uneven is not None:
+    if uneven is not None or states_experts(config.to_dict()):
         # Built with the same number everywhere: its caches are the same, and names and axes of its tensors too.
-        raw, config = uneven.stock, config_from_dict(config, uneven.stock)
-    if states_experts(config.to_dict()):
-        skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-        footprint = footprint_of_skeleton(model, raw, skeleton, tensors, trust_names=True, uneven=uneven)
-        return footprint if tensors is not None else _as_published(footprint, config, raw)
+        built_moe = describe_model(folder, raw, trust_remote_code)
+        footprint = footprint_of_skeleton(
+            model, built_moe.raw, built_moe.skeleton, tensors, trust_names=True, uneven=uneven
+        )
+        return footprint if tensors is not None else _as_published(footprint, built_moe.config, built_moe.raw)
     built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
     weights = weights_by_name(tensors, raw, None) if tensors is not None else _weights_of(built, None)
     if weights is None:
@@ -187,9 +188,8 @@ def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[s
     if not any(fact.category == "vision" for fact in weights.facts):
         # Pruning keeps the other towers of a multimodal model, of which the text class knows nothing.
         weights = replace(weights, facts=(*weights.facts, *_vision_of(config)))
-    quantization = raw.get("quantization_config") or text_part(raw)[1].get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = quantization_method(raw) or quantization_method(text_part(raw)[1])
+    if method is not None:
         notes = (*notes, f"The published weights are quantized ({method}), but the sizes are of plain ones, as the "
                  "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
     return replace(footprint, weights=weights, notes=notes)
@@ -242,7 +242,7 @@ def footprint_of_skeleton(
         # Plain attention: its projections say the same as a trace, which takes half a second.
         cache = replace(stated, itemsize=skeleton.model.dtype.itemsize)
     else:
-        cache = trace_cache(skeleton.model, skeleton.experts, skeleton.blocks)
+        cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
     return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import SettingsError
+from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
-from streamprune.models.expert_layout import Layout
-from streamprune.models.tensor_slices import MTP_ONLY, ExpertRows
+from streamprune.models.expert_layout import MTP_ONLY, Layout
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order in which they are told.
@@ -299,7 +299,7 @@ def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts
     for name, entry in tensors.items():
         cut = layout.cuts.get(name)
         indexed = cut is not None and (cut.rows is not None or cut.expert is not None)
-        block, expert, rows = (cut.block, cut.expert, cut.rows) if cut is not None else (None, None, None)
+        block, expert, rows = (cut.layer, cut.expert, cut.rows) if cut is not None else (None, None, None)
         category = category_of(name, indexed, block) if cut is not None else "MTP"
         facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, expert, rows))
     return weights_with(facts, counts)

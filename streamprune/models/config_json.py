@@ -35,7 +35,7 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Levels of parts within parts that are looked through; real configs have two at most.
 _DEEPEST = 8
 #: Blocks or heads that a model may have, experts (Doge has 16,384) and labels: building takes time and memory for each.
-MOST_BLOCKS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
+MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
 _DEEPEST_CONFIG = 50
 #: What is counted, and what may be listed one by one.
 _COUNTED = re.compile(r"^(\w+_)?(n|num)_(\w+_)?(layers?|blocks?|experts|heads?|groups?|labels|stages)(_|$)|^depths?$")
@@ -96,7 +96,7 @@ def absurdity(raw: Mapping[str, Any]) -> str | None:
             continue
         for name, value in part.items():
             counted = len(value) if isinstance(value, (list, str)) and _LISTED.search(name) else value
-            most = MOST_LABELS if "label" in name else MOST_EXPERTS if "expert" in name else MOST_BLOCKS
+            most = MOST_LABELS if "label" in name else MOST_EXPERTS if "expert" in name else MOST_LAYERS
             if isinstance(counted, (int, float)) and counted > most and (_COUNTED.search(name) or counted is not value):
                 what = "" if counted is value else " entries"
                 return f"{name}: {show(counted)}{what}, where {most:,} are the most"

@@ -1,22 +1,49 @@
-"""A checkpoint and the model that it is of, on meta: opened and understood, nothing of its weights read yet.
+"""Opening a model: config, structure on the meta device, checkpoint, and whether they belong together.
 
-Do this checkpoint and this model belong together? Asked before a weight is read.
+Every command that needs a model's structure opens it here, before a weight is read.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.models.decoder import Decoder
-from streamprune.models.skeleton import Skeleton, Target
+from streamprune.formats.pick import pick_formats, refuse_unread
+from streamprune.models.config import config_from_dict, declared_dtype, load_config
+from streamprune.models.expert_layout import Layout
+from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
+from streamprune.models.skeleton import (
+    Decoder,
+    Skeleton,
+    Target,
+    build_skeleton,
+    find_decoder,
+    map_checkpoint,
+    survey,
+)
+
+
+@dataclass(frozen=True)
+class DescribedModel:
+    """A Mixture-of-Experts model as its config alone describes it.
+
+    `raw` and `config` give all layers with experts the same number of them. `counts` are the experts of every such
+    layer: other numbers where config.json has a table of them. `dtype` is None where neither user nor config names one.
+    """
+
+    raw: Mapping[str, Any] = field(repr=False)
+    config: PreTrainedConfig = field(repr=False)
+    dtype: torch.dtype | None
+    skeleton: Skeleton = field(repr=False)
+    counts: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -29,17 +56,95 @@ class OpenedModel:
     dtype: torch.dtype
 
 
-_FLOATS = {"BF16", "F16", "F32", "F64"}
-_QUANTIZATION_NAME = re.compile(
-    r"(scales?|scale_inv|scale_2|zero_points?|qweight|qzeros|g_idx|packed|blocks|absmax|quant_map|quant_state[\w.]*)$"
-)
+@dataclass(frozen=True)
+class OpenedMoE(OpenedModel):
+    """A Mixture-of-Experts model that is opened, with where its experts lie."""
+
+    skeleton: Skeleton
+    config: PreTrainedConfig = field(repr=False)
+    layout: Layout
 
 
-def check_fit(decoder: Decoder, targets: Mapping[str, Target | None], tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise unless the checkpoint's tensors feed the whole decoder, plainly.
+def describe_model(
+    folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = False, dtype: str = "auto"
+) -> DescribedModel:
+    """Build the model of `folder`'s config.json (`raw`) on the meta device, as far as the config alone describes it.
 
+    `dtype` is what the user chose to compute in, or `auto`. Raises CheckpointError for a config that cannot be used,
+    UnsupportedModelError for a model that cannot be streamed or has no experts.
+    """
+    config = load_config(folder, trust_remote_code)
+    per_layer = read_per_layer_experts(raw)
+    if per_layer is not None:
+        raw, config = per_layer.stock, config_from_dict(config, per_layer.stock)
+    chosen = _chosen_dtype(dtype, config)
+    skeleton = build_skeleton(config, chosen or torch.bfloat16, trust_remote_code)
+    usual = dict.fromkeys(skeleton.experts, skeleton.spec.count)
+    return DescribedModel(raw, config, chosen, skeleton, counts_of(per_layer, usual) if per_layer else usual)
+
+
+def open_moe(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: str = "auto", model: DescribedModel | None = None
+) -> OpenedMoE:
+    """Open a Mixture-of-Experts model; `model` is what its config describes, if that is known already.
+
+    Raises CheckpointError or UnsupportedModelError where checkpoint and config do not belong together, or the
+    checkpoint cannot be sliced.
+    """
+    if model is None:
+        model = describe_model(checkpoint.folder, checkpoint.config, trust_remote_code, dtype)
+    chosen, skeleton = model.dtype, model.skeleton
+    if chosen is None:
+        chosen = dtype_of_weights(checkpoint)
+        skeleton = build_skeleton(model.config, chosen, trust_remote_code)
+    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
+    check_fit(skeleton, targets, checkpoint.tensors, model.counts)
+    layout = survey(model.raw, skeleton, checkpoint.tensors, targets, model.counts)
+    return OpenedMoE(checkpoint, skeleton, targets, chosen, model.config, layout)
+
+
+def open_model(checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: str = "auto") -> OpenedModel:
+    """Open any decoder-only model, with or without experts, whose layers may have different numbers of them.
+
+    Raises like `open_moe`.
+    """
+    config = load_config(checkpoint.folder, trust_remote_code)
+    chosen = _chosen_dtype(dtype, config) or dtype_of_weights(checkpoint)
+    decoder = find_decoder(config, chosen, trust_remote_code)
+    targets = map_checkpoint(decoder.model, checkpoint.tensors)
+    check_fit(decoder, targets, checkpoint.tensors)
+    return OpenedModel(checkpoint, decoder, targets, chosen)
+
+
+def _chosen_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype to compute in: what the user chose, else the config's; None if neither names one."""
+    if name == "auto":
+        return declared_dtype(config)
+    chosen = getattr(torch, name)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most bytes of the weights have."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.nbytes
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
+
+
+def check_fit(
+    decoder: Decoder,
+    targets: Mapping[str, Target | None],
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+) -> None:
+    """Raise unless the checkpoint's tensors feed the whole decoder, in a format that is read.
+
+    `counts` are the experts by layer of the checkpoint; None where they are the decoder's own.
     CheckpointError: tensors are missing or have shapes that the config does not describe (those that are converted on
-    the way are checked by the conversion itself). UnsupportedModelError: weights are quantized, or a block's routing
+    the way are checked by the conversion itself). UnsupportedModelError: weights are quantized, or a layer's routing
     rests on expert numbers that are stored as data.
     """
     missing = _unfed(decoder, targets)
@@ -51,27 +156,21 @@ def check_fit(decoder: Decoder, targets: Mapping[str, Target | None], tensors: M
     if isinstance(decoder, Skeleton):
         _check_stored_numbers(decoder)
     parameters = decoder.model.state_dict()
+    stored = pick_formats(tensors)
     for name, target in targets.items():
-        entry = tensors[name]
-        if target is None:
-            if _QUANTIZATION_NAME.search(name):
-                raise _quantized(name, "belongs to quantized weights")
+        parameter = parameters[target.name] if target is not None else None
+        refuse_unread(tensors[name], stored[name], parameter.is_floating_point() if parameter is not None else None)
+        if target is None or parameter is None or target.pattern is not None or stored[name].part:
             continue
-        parameter = parameters[target.name]
-        if parameter.is_floating_point() and entry.dtype not in _FLOATS:
-            raise _quantized(name, f"has the dtype {entry.dtype}")
-        if target.pattern is None and tuple(parameter.shape) != entry.shape:
+        shape, layer = tuple(parameter.shape), decoder.layer_of(target.name)
+        rows = decoder.expert_rows.get(target.name)
+        if rows is not None and counts is not None and layer is not None:
+            shape = (*shape[: rows.axis], rows.size(counts[layer]), *shape[rows.axis + 1 :])
+        if tensors[name].shape != shape:
             raise CheckpointError(
-                f"The checkpoint's {name} is {list(entry.shape)}, but config.json describes {target.name} as "
-                f"{list(parameter.shape)}. Config and shards do not belong together; download both again."
+                f"The checkpoint's {name} is {list(tensors[name].shape)}, but config.json describes {target.name} as "
+                f"{list(shape)}. Config and shards do not belong together; download both again."
             )
-
-
-def _quantized(name: str, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The checkpoint is quantized: {name} {what}. Quantized weights cannot be streamed yet: prune the bfloat16 or "
-        "float16 original and quantize the result."
-    )
 
 
 def _unfed(decoder: Decoder, targets: Mapping[str, Target | None]) -> list[str]:
@@ -97,13 +196,13 @@ def _names_of_head(model: PreTrainedModel) -> set[str]:
 def _check_stored_numbers(skeleton: Skeleton) -> None:
     """Refuse tables of expert numbers beside the experts: renumbered experts would leave them pointing at others."""
     places = tuple(
-        f"{skeleton.layers_path}.{block}.{path.removesuffix(path.rpartition('.')[2])}"
-        for block, path in skeleton.experts.items()
+        f"{skeleton.layers_path}.{layer}.{path.removesuffix(path.rpartition('.')[2])}"
+        for layer, path in skeleton.experts.items()
     )
     for name, tensor in skeleton.model.state_dict().items():
         if not tensor.is_floating_point() and name.startswith(places):
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__}: {name} holds whole numbers in a block with experts, as routers do "
+                f"{type(skeleton.model).__name__}: {name} holds whole numbers in a layer with experts, as routers do "
                 "that look their choice up in a table of expert numbers. Those cannot be pruned."
             )
 
@@ -112,9 +211,8 @@ def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None
     """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     for name, rows in skeleton.expert_rows.items():
-        shape = list(expected[name])
-        shape[rows.axis] = rows.stride * keep + rows.tail
-        expected[name] = tuple(shape)
+        shape = expected[name]
+        expected[name] = (*shape[: rows.axis], rows.size(keep), *shape[rows.axis + 1 :])
     actual = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     differing = [name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)]
     if differing:

@@ -1,225 +1,175 @@
-"""The text of the module that loads an output with different numbers of experts per layer.
+"""Different numbers of experts per layer: what a config.json says of them, and how it is written.
 
-Outputs whose layers keep different numbers of experts: their config.json, and the code that loads them.
-
-transformers has a key for it, `per_layer_config`, but its model classes still give every layer the same number. So the
-output gets a small module, named by `auto_map`, whose classes build the stock model and replace the layers that differ.
-Plain JSON and text: neither torch nor transformers is needed. What must be known of the model is found by
-`uneven_facts`, once, and kept with the scores.
+Plain JSON: neither torch nor transformers is needed, nor the code that loads such a model. A model that has them
+already can be measured by `fit`; it cannot be scored or pruned again.
 """
 
 from __future__ import annotations
 
-import keyword
-import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.files.json_text import show
-from streamprune.models.config_json import MOST_BLOCKS, single_number
+from streamprune.models.config_json import (
+    COUNT_NAME,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    first_number,
+    single_number,
+    text_part,
+)
+from streamprune.models.per_layer_module import OLDEST_TRANSFORMERS, OWN_TABLE, STANDARD_TABLE, LoadingFacts
 
-#: transformers' own entry of config.json for what differs by layer.
-STANDARD_TABLE = "per_layer_config"
-_PREFIX = "Uneven"
-
-_MODULE = '''\
-"""This model with a different number of experts in some of its layers.
-
-config.json states the largest number, and in `{table}` the layers that have fewer. The classes of
-transformers do not build from that yet: the ones below build the stock model, then replace those layers. Load with
-
-    {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)
-
-Needs nothing but transformers {oldest} or later. Training with output_router_logits=True fails, since the loss that
-balances the experts' load expects as many of them in every layer. Written by streamprune.
-"""
-
-{imports}
-
-
-def replace_layers(model, layers):
-    """Build those layers anew that have fewer experts than config.json states for the rest."""
-    config = model.config.get_text_config(decoder=True)
-    if not hasattr(config, "is_heterogeneous"):
-        raise ImportError("This model needs transformers {oldest} or later: pip install --upgrade transformers")
-    for key{values} in config.to_dict().get("{table}", {{}}){items}:
-        index, stock = int(key), layers[int(key)]
-{own}        layers[index] = type(stock)(layer_config, index)
-        # Settings changed later, such as the attention implementation, are made in the model's own config.
-        for new, old in zip(layers[index].modules(), stock.modules()):
-            if getattr(old, "config", None) is config:
-                new.config = config
-    model.post_init()
-{classes}'''
-
-_STANDARD = """\
-        layer_config = config.per_layer_config[index]
-"""
-
-_APART = """\
-        layer_config = copy.copy(config.per_layer_config[index])
-        for name, value in values.items():
-            setattr(layer_config, name, value)
-"""
-
-_INNER = """\
-        layer_config.{inner} = type(config.{inner}).from_dict(values["{inner}"])
-"""
-
-_CLASS = """
-
-class {name}({stock}):
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        replace_layers(self, self.{layers})
-
-    @classmethod
-    def is_custom_code(cls):
-        # The tensors are named as for the stock class, so that its conversion of published names must be applied.
-        return False
-"""
-
-_TEXT_PART = """
-
-class {entry}({name}):
-    # The text part of the model without its other parts. Once built it is an ordinary text model, also when saved.
-    config_class = {whole}
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config.get_text_config(decoder=True), *args, **kwargs)
-        self.__class__ = {name}
-
-
-{name}.register_for_auto_class("{auto}")
-"""
+#: Goes with transformers' own table, and means nothing without it.
+_ACCESS = "allow_global_per_layer_attribute_access"
 
 
 @dataclass(frozen=True)
-class LoadingClass:
-    """A class that transformers takes for this model: the `auto` class it is found by, its name, the module that it is
-    imported from, and the dotted path of the list of decoder layers in it.
+class PerLayerExperts:
+    """A config.json taken apart: `stock` describes the same model with `usual` experts in every layer that has some,
+    and `differing` says how many there are in the layers that have another number."""
 
-    `whole` is None, or the name of the config class of a model of which this class takes the text part only.
-    """
-
-    auto: str
-    stock: str
-    module: str
-    layers: str
-    whole: str | None = None
+    stock: Mapping[str, Any]
+    usual: int
+    differing: Mapping[int, int]
 
     @property
-    def name(self) -> str:
-        """The name of the class that derives from it in the output's module."""
-        return _PREFIX + self.stock
-
-    @property
-    def entry(self) -> str:
-        """The name of the class that `auto_map` names: for a text part one that takes the whole model's config."""
-        return f"{self.name}OfTextPart" if self.whole else self.name
+    def range_text(self) -> str:
+        """The least and the most experts of a layer, in words."""
+        counts = (self.usual, *self.differing.values())
+        return f"{min(counts)} to {max(counts)}"
 
 
-def module_text(classes: Sequence[LoadingClass], table: str, inner: str | None, oldest: str) -> str:
-    """The module's code.
+def read_per_layer_experts(config: Mapping[str, Any]) -> PerLayerExperts | None:
+    """What a config says of layers with different numbers of experts; None where it gives all the same number.
 
-    `table` is the entry of the config with the layers that differ, `inner` the part of the config that has the number
-    of experts, if it is in one; `oldest` the first transformers that will do.
+    Raises CheckpointError for numbers that no model has, and UnsupportedModelError where layers differ in more.
     """
-    imports = defaultdict(set)
-    definitions = {}
-    for each in classes:
-        imports[each.module].add(each.stock)
-        definitions[each.name] = _CLASS.format(name=each.name, stock=each.stock, layers=each.layers)
-        if each.whole:
-            imports["transformers"].add(each.whole)
-            definitions[each.entry] = _TEXT_PART.format(
-                entry=each.entry, name=each.name, whole=each.whole, auto=each.auto
-            )
-    standard = table == STANDARD_TABLE
-    needs_values = bool(inner) or not standard
-    return _MODULE.format(
-        auto=classes[0].auto,
-        oldest=oldest,
-        table=table,
-        values=", values" if needs_values else "",
-        items=".items()" if needs_values else "",
-        own=(_STANDARD if standard else _APART) + (_INNER.format(inner=inner) if inner else ""),
-        imports=("" if standard else "import copy\n\n")
-        + "\n".join(f"from {name} import {', '.join(sorted(imports[name]))}" for name in sorted(imports)),
-        classes="".join(definitions.values()),
+    path, text = text_part(config)
+    for table in (OWN_TABLE, STANDARD_TABLE):
+        entries = text.get(table)
+        # transformers' own table may also be about something else, such as attention windows.
+        if table == OWN_TABLE and entries is not None and not isinstance(entries, Mapping):
+            raise _bad(f"{table} is {show(entries)}, no table of layers")
+        if not isinstance(entries, Mapping) or not any(_counts_in(entry) for entry in entries.values()):
+            continue
+        return _read_table(config, path, text, table, entries)
+    return None
+
+
+def refuse_per_layer_experts(config: Mapping[str, Any], model: str) -> None:
+    """Raise UnsupportedModelError for a model whose config gives its layers different numbers of experts."""
+    per_layer = read_per_layer_experts(config)
+    if per_layer is None:
+        return
+    raise UnsupportedModelError(
+        f"The layers of {model} keep different numbers of experts already ({per_layer.range_text}). Such a model can "
+        "be neither scored nor pruned again. Prune the model that it was made from once more, from the scores that a "
+        f"run writes into its output: `streamprune prune SOURCE --scores {model} -o OUT`, with --keep, --ratio or "
+        "--budget-gib."
     )
 
 
-#: The first transformers whose configs know `per_layer_config`.
-OLDEST_TRANSFORMERS = "5.14"
-#: Where the layers are told for models whose own code cannot bear expert counts in transformers' entry.
-OWN_TABLE = "per_layer_experts"
-_MODULE_uneven = re.compile(r"transformers(\.\w+)*")
-_AUTO = re.compile(r"AutoModel(For\w+)?")
-#: Names go into code that somebody will run; no real one is longer.
-_LONGEST_NAME = 200
+def counts_of(per_layer: PerLayerExperts, layers: Collection[int]) -> dict[int, int]:
+    """The number of experts of each of the `layers` that have some.
 
-
-@dataclass(frozen=True)
-class LoadingFacts:
-    """What has to be known of a model to write an output of it that has different numbers of experts per layer.
-
-    `path` leads from config.json to the part that describes the decoder, `inner` further to a part of that which states
-    the number of experts (DBRX's `ffn_config`), or is None; `names` are the keys that state it there, the config
-    class's own first. `table` is the entry that tells what differs by layer: transformers' own `per_layer_config` where
-    the model's code lets it. `problem` is why no such output can be loaded, in a sentence; empty where it can.
+    Raises CheckpointError for a config that gives some to another layer.
     """
-
-    model_type: str
-    path: tuple[str, ...]
-    inner: str | None
-    names: tuple[str, ...]
-    blocks: int
-    classes: tuple[LoadingClass, ...]
-    table: str = STANDARD_TABLE
-    problem: str = ""
-
-    @property
-    def file_name(self) -> str:
-        """The name of the output's module."""
-        return f"modeling_{re.sub(r'[^a-zA-Z0-9_]', '_', self.model_type)}_uneven.py"
-
-    def as_json(self) -> dict[str, Any]:
-        """The facts as JSON; `loading_facts_from_json` reads them."""
-        return asdict(self)
-
-
-def loading_facts_from_json(told: Any) -> LoadingFacts:
-    """The facts that `LoadingFacts.as_json` told.
-
-    Raises CheckpointError for anything else. They may come from a stranger and become code, so that every name must be
-    a plain name, and only classes of transformers itself are let through.
-    """
-    try:
-        classes = tuple(_loading_class(each) for each in _listed(told["classes"], 16))
-        path = tuple(_name(each) for each in _listed(told["path"], 8))
-        names = tuple(_name(each) for each in _listed(told["names"], 64))
-        inner = None if told["inner"] is None else _name(told["inner"])
-        model_type, problem, blocks = told["model_type"], told["problem"], told["blocks"]
-        if not isinstance(model_type, str) or not re.fullmatch(r"[\w.-]{1,200}", model_type, re.ASCII):
-            raise ValueError("model_type is no name")
-        if not isinstance(problem, str) or len(problem) > 2000 or not problem.isprintable():
-            raise ValueError("problem is no sentence")
-        if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
-            raise ValueError("blocks is no number of blocks")
-        if told["table"] not in (STANDARD_TABLE, OWN_TABLE):
-            raise ValueError("table is none of the known ones")
-        if not problem and not (classes and names):
-            raise ValueError("no class or no key is named")
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    strangers = sorted(per_layer.differing.keys() - set(layers))
+    if strangers:
         raise CheckpointError(
-            f"What the scores tell of how the model is loaded cannot be used ({why[:300]}). Score the model again."
-        ) from None
-    return LoadingFacts(model_type, path, inner, names, blocks, classes, told["table"], problem)
+            f"{CONFIG_NAME} gives layer {strangers[0]} {per_layer.differing[strangers[0]]} experts, but that layer has "
+            "none. Config and weights do not belong together; download both again."
+        )
+    return {layer: per_layer.differing.get(layer, per_layer.usual) for layer in sorted(layers)}
+
+
+def _read_table(
+    config: Mapping[str, Any], path: tuple[str, ...], text: Mapping[str, Any], table: str, entries: Mapping[str, Any]
+) -> PerLayerExperts | None:
+    depth = first_number((text,), ("num_hidden_layers", "n_layer", "n_layers")) or MOST_LAYERS
+    usual: set[int] = set()
+    counts: dict[int, int] = {}
+    for key, entry in entries.items():
+        layer = int(key) if key.isascii() and key.isdigit() and len(key) <= 9 else -1
+        if not 0 <= layer < depth or layer in counts or not isinstance(entry, Mapping):
+            raise _bad(f"{table} has an entry for {show(key)}, which is none of the {depth:,} layers, or there twice")
+        count = _count_of(entry, text, table, key)
+        counts[layer] = _number(count[0], f"{table}, layer {layer}")
+        usual.add(_number(count[1], "the number of experts of the other layers"))
+    if len(usual) > 1:
+        raise _bad(f"it states different numbers of experts for the other layers ({sorted(usual)[:4]})")
+    number = usual.pop()
+    differing = {layer: count for layer, count in counts.items() if count != number}
+    if not differing:
+        return None
+    return PerLayerExperts(_stock(config, path, table), number, differing)
+
+
+def _count_of(entry: Mapping[str, Any], text: Mapping[str, Any], table: str, key: str) -> tuple[Any, Any]:
+    """What an entry states as the layer's number of experts, and what the config states for the others."""
+    found = []
+    for name, value in entry.items():
+        general = text.get(name)
+        if COUNT_NAME.match(name):
+            found.append((value, general))
+        elif isinstance(value, Mapping) and isinstance(general, Mapping) and _plain_counts(value):
+            # Of a part of the config that holds the number (DBRX's ffn_config) the entry repeats the rest.
+            found += [(value[each], general.get(each)) for each in _plain_counts(value)]
+            value, general = _less_counts(value), _less_counts(general)
+        if not COUNT_NAME.match(name) and value != general:
+            raise UnsupportedModelError(
+                f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(name)} of its own, beside its number of "
+                "experts. Only models whose layers differ in the number of experts alone are understood."
+            )
+    numbers = {(single_number(own), single_number(general)) for own, general in found}
+    if len(numbers) != 1:
+        raise _bad(f"{table} states {len(numbers)} numbers of experts for layer {show(key)}")
+    return numbers.pop()
+
+
+def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict[str, Any]:
+    """The config without the table, and without what goes with it."""
+
+    def without(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        if path:
+            return {**node, path[0]: without(node[path[0]], path[1:])}
+        gone = {table, _ACCESS} if table == STANDARD_TABLE else {table}
+        return {name: value for name, value in node.items() if name not in gone}
+
+    stock = without(config, path)
+    code = stock.get("auto_map")
+    if isinstance(code, Mapping) and "AutoConfig" not in code:
+        # The classes that build the layers unevenly derive from the stock ones, which the rest describes.
+        stock["auto_map"] = {auto: name for auto, name in code.items() if not auto.startswith("AutoModel")}
+    return stock
+
+
+def _counts_in(entry: Any) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    return any(_plain_counts(part) for part in (entry, *(each for each in entry.values() if isinstance(each, Mapping))))
+
+
+def _plain_counts(part: Mapping[str, Any]) -> list[str]:
+    return [name for name in part if COUNT_NAME.match(name)]
+
+
+def _less_counts(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if not COUNT_NAME.match(name)}
+
+
+def _number(value: Any, where: str) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_EXPERTS:
+        raise _bad(f"{where}: {show(value)} is no number of experts")
+    return value
+
+
+def _bad(what: str) -> CheckpointError:
+    return CheckpointError(f"{CONFIG_NAME} cannot be understood: {what}. Download it again.")
 
 
 def has_per_layer_experts(counts: Mapping[int, int]) -> bool:
@@ -239,7 +189,7 @@ def check_per_layer_experts(facts: LoadingFacts, counts: Mapping[int, int]) -> N
 def config_of_per_layer_experts(
     config: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]
 ) -> dict[str, Any]:
-    """`config.json` for `counts` experts, by the index of every block that has some.
+    """`config.json` for `counts` experts, by the index of every layer that has some.
 
     `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
     fewer are told in `per_layer_config`, and `auto_map` names the module's classes.
@@ -248,26 +198,19 @@ def config_of_per_layer_experts(
     check_per_layer_experts(facts, counts)
     if not has_per_layer_experts(counts):
         return dict(config)
-    beyond = [block for block in counts if not 0 <= block < facts.blocks]
+    beyond = [layer for layer in counts if not 0 <= layer < facts.layer_count]
     if beyond or min(counts.values()) < 1:
         raise SettingsError(
-            f"Numbers of experts are given for block {beyond[0]}, but the model has {facts.blocks} blocks."
+            f"Numbers of experts are given for layer {beyond[0]}, but the model has {facts.layer_count} layers."
             if beyond
-            else f"{min(counts.values())} experts cannot be kept in a block: at least 1 must stay."
+            else f"{min(counts.values())} experts cannot be kept in a layer: at least 1 must stay."
         )
     return _with_classes(_at(config, facts.path, lambda part: _with_layers(part, facts, counts)), facts)
 
 
-def modeling_source(facts: LoadingFacts) -> str:
-    """The Python code of the output's module, to be saved as `facts.file_name`. Raises UnsupportedModelError."""
-    if facts.problem:
-        raise UnsupportedModelError(f"No code can load {facts.model_type} unevenly: {facts.problem}")
-    return module_text(facts.classes, facts.table, facts.inner, OLDEST_TRANSFORMERS)
-
-
-def engines_note(uneven: bool) -> str:
+def engines_note(differing: bool) -> str:
     """Which engines can read the output, for the user and the model card."""
-    if not uneven:
+    if not differing:
         return "All layers keep the same number of experts: every engine that reads the source reads the result."
     return (
         f"The layers keep different numbers of experts. transformers {OLDEST_TRANSFORMERS} or later loads the result "
@@ -292,13 +235,13 @@ def _with_layers(part: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[i
             "number (--schedule uniform)."
         )
     layers = {}
-    for block, count in sorted(counts.items()):
+    for layer, count in sorted(counts.items()):
         if count == widest:
             continue
         own = {name: [count] * len(old) if isinstance(old := holder.get(name), list) else count for name in stating}
-        layers[block] = own if facts.inner is None else {facts.inner: {**holder, **own}}
+        layers[layer] = own if facts.inner is None else {facts.inner: {**holder, **own}}
     digits = len(str(max(layers)))
-    table = {str(block).zfill(digits): values for block, values in layers.items()}
+    table = {str(layer).zfill(digits): values for layer, values in layers.items()}
     # Else the config raises even when the stock classes ask it whether it has a number of experts.
     access = {"allow_global_per_layer_attribute_access": True} if facts.table == STANDARD_TABLE else {}
     return {**part, facts.table: table, **access}
@@ -325,7 +268,9 @@ def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, A
     }
 
 
-def _at(node: Mapping[str, Any], path: tuple[str, ...], change: Any) -> dict[str, Any]:
+def _at(
+    node: Mapping[str, Any], path: tuple[str, ...], change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> dict[str, Any]:
     if not path:
         return dict(change(node))
     return {**node, path[0]: _at(_part(node, path[0]), path[1:], change)}
@@ -339,31 +284,3 @@ def _part(node: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             "model that was scored."
         )
     return part
-
-
-def _listed(value: Any, most: int) -> list[Any]:
-    if not isinstance(value, (list, tuple)) or len(value) > most:
-        raise ValueError(f"not a list of at most {most}")
-    return list(value)
-
-
-def _name(value: Any, pattern: re.Pattern[str] | None = None) -> str:
-    if not isinstance(value, str) or len(value) > _LONGEST_NAME or not value.isascii():
-        raise ValueError("a name is no text, or too long")
-    parts = value.split(".") if pattern is _MODULE_uneven else [value]
-    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
-        raise ValueError(f"{value!r} is no plain name")
-    if pattern is not None and not pattern.fullmatch(value):
-        raise ValueError(f"{value!r} is none of transformers' names")
-    return value
-
-
-def _loading_class(told: Any) -> LoadingClass:
-    layers = told["layers"]
-    if not isinstance(layers, str) or len(layers) > _LONGEST_NAME:
-        raise ValueError("layers is no path")
-    for part in layers.split("."):
-        _name(part)
-    whole = None if told["whole"] is None else _name(told["whole"])
-    auto, stock, module = _name(told["auto"], _AUTO), _name(told["stock"]), _name(told["module"], _MODULE_uneven)
-    return LoadingClass(auto, stock, module, layers, whole)

@@ -13,12 +13,12 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 from torch import nn
@@ -28,16 +28,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from streamprune.errors import StreampruneError
 from streamprune.models.config import config_from_dict, count_names, with_expert_count
 from streamprune.models.config_json import minimum_keep
-from streamprune.models.decoder import build_model
-from streamprune.models.per_layer_experts import (
-    OWN_TABLE,
-    STANDARD_TABLE,
-    LoadingClass,
-    LoadingFacts,
-    config_of_per_layer_experts,
-    modeling_source,
-)
-from streamprune.models.skeleton import Skeleton
+from streamprune.models.per_layer_experts import config_of_per_layer_experts
+from streamprune.models.per_layer_module import OWN_TABLE, STANDARD_TABLE, LoadingClass, LoadingFacts, modeling_source
+from streamprune.models.skeleton import Skeleton, build_model
 
 #: How users load models that generate text, and what is within these. Older transformers lack some.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
@@ -57,11 +50,11 @@ def find_loading_facts(raw: Mapping[str, Any], config: PreTrainedConfig, skeleto
     # itself where config.json lacks it (Gemma 4 does both).
     taken = config.get_text_config(decoder=True).is_heterogeneous
     for table in (OWN_TABLE,) if taken else (STANDARD_TABLE, OWN_TABLE):
-        tried = replace(facts, table=table)
+        tried = msgspec.structs.replace(facts, table=table)
         problems.append(_problem(raw, config, skeleton, tried))
         if not problems[-1]:
             return tried
-    return replace(facts, problem=problems[0])
+    return msgspec.structs.replace(facts, problem=problems[0])
 
 
 def _problem(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
@@ -96,8 +89,9 @@ def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
         path=path,
         inner=inner[0] if inner else None,
         names=names,
-        blocks=skeleton.layer_count,
+        layer_count=skeleton.layer_count,
         classes=classes,
+        table=STANDARD_TABLE,
         problem=problem,
     )
 
@@ -131,7 +125,7 @@ def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleto
     """The path of the decoder's list of layers in another class of the same model; None if it has no such list."""
     if stock is type(skeleton.model):
         return skeleton.layers_path
-    kinds = [type(block) for block in skeleton.blocks]
+    kinds = [type(layer) for layer in skeleton.layers]
     try:
         with torch.device("meta"):
             model = stock._from_config(config)
@@ -141,33 +135,34 @@ def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleto
     paths = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and [type(block) for block in module] == kinds
+        if isinstance(module, nn.ModuleList) and [type(layer) for layer in module] == kinds
     ]
     return paths[0] if len(paths) == 1 else None
 
 
 def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
-    """Build every class unevenly, and say what is wrong with it."""
+    """Build every class with different numbers of experts, and say what is wrong with it; empty if nothing is."""
     spec = skeleton.spec
     expert_layers, least = sorted(skeleton.experts), minimum_keep(spec)
     if least >= spec.count or len(expert_layers) == 1:
         return ""  # there is no way to keep different numbers
     # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
-    counts = {block: (least, spec.count)[place.bit_count() % 2] for place, block in enumerate(expert_layers)}
+    counts = {layer: (least, spec.count)[place.bit_count() % 2] for place, layer in enumerate(expert_layers)}
     changed = config_of_per_layer_experts(raw, facts, counts)
     module = _imported(facts)
     smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
-    small_blocks = smaller.get_submodule(skeleton.layers_path)
-    assert isinstance(small_blocks, nn.ModuleList)
+    small_layers = smaller.get_submodule(skeleton.layers_path)
+    assert isinstance(small_layers, nn.ModuleList)
     expected = [
-        small_blocks[block] if counts.get(block) == least else skeleton.blocks[block] for block in range(facts.blocks)
+        small_layers[layer] if counts.get(layer) == least else skeleton.layers[layer]
+        for layer in range(facts.layer_count)
     ]
     for each in facts.classes:
-        uneven = config_from_dict(config, changed)
-        if config_from_dict(config, json.loads(uneven.to_json_string())).to_dict() != uneven.to_dict():
+        described = config_from_dict(config, changed)
+        if config_from_dict(config, json.loads(described.to_json_string())).to_dict() != described.to_dict():
             return "its config does not stay the same when it is saved and loaded again."
         with torch.device("meta"):
-            model = getattr(module, each.entry)._from_config(uneven, dtype=skeleton.model.dtype)
+            model = getattr(module, each.entry)._from_config(described, dtype=skeleton.model.dtype)
         problem = _compare(model.eval(), each, expected, facts.names)
         if problem:
             return problem
@@ -191,10 +186,10 @@ def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Modul
     """What is wrong with the layers of a model that the output's module has built."""
     layers = model.get_submodule(kind.layers)
     assert isinstance(layers, nn.ModuleList)
-    for block, (layer, wanted) in enumerate(zip(layers, expected, strict=True)):
+    for index, (layer, wanted) in enumerate(zip(layers, expected, strict=True)):
         difference = _difference(layer, wanted)
         if difference:
-            return f"layer {block} of its {kind.stock} cannot be built from its own config alone ({difference})."
+            return f"layer {index} of its {kind.stock} cannot be built from its own config alone ({difference})."
     looked_up = re.compile(rf"self\.config\.({'|'.join(names)})\b")
     kinds: set[Any] = {type(module) for layer in layers for module in layer.modules()}
     for module in kinds:

@@ -1,15 +1,15 @@
-"""The model's structure on the meta device, and which checkpoint tensor feeds which part of it.
+"""A model on the meta device: where its decoder layers and experts are, and which checkpoint tensor feeds what.
 
 No table of models: the model is built twice with two expert counts, and the parameters whose shape differs are the
 expert-indexed ones; transformers' own weight conversion says which checkpoint tensor feeds which parameter.
-
-The layout of a checkpoint, found by bringing its tensors together with the model's structure.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.errors import UnsupportedModelError
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats.base import ExpertRows, StoredTensor
+from streamprune.formats.pick import pick_formats
 from streamprune.models.config import count_names, expert_candidates, with_expert_count
 from streamprune.models.config_json import ExpertSpec, mtp_layers
-from streamprune.models.decoder import Decoder, build_model
-from streamprune.models.expert_layout import Layout
-from streamprune.models.tensor_slices import ExpertRows, SourceRole, find_cuts, next_token_prediction
+from streamprune.models.expert_layout import Layout, SourceRole, find_cuts, find_mtp_tensors
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -40,43 +41,124 @@ UNSUPPORTED_EXPERTS = {
 
 
 @dataclass(frozen=True)
-class Target:
-    """The parameter or buffer that a checkpoint tensor feeds, and the conversion pattern that matched, if any.
+class Decoder:
+    """A model on the meta device.
 
-    `also` names the further parameters that one tensor feeds when the conversion splits it.
+    `layers_path` is the dotted path of the list of decoder layers; `expert_rows` maps expert-indexed parameters to
+    where in them the experts lie (empty where nobody has looked for them).
     """
 
-    name: str
-    pattern: str | None
-    also: tuple[str, ...] = ()
+    model: PreTrainedModel
+    layers_path: str
+    expert_rows: Mapping[str, ExpertRows]
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.model.get_submodule(self.layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def layer_of(self, name: str) -> int | None:
+        """The index of the layer that a parameter belongs to; None outside the layers."""
+        match = re.match(re.escape(self.layers_path) + r"\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True)
 class Skeleton(Decoder):
     """A Mixture-of-Experts model on the meta device and what was found out about it.
 
-    `experts` maps a block's index to the path, relative to the block, of its experts module.
+    `experts` maps a layer's index to the path, relative to the layer, of its experts module.
     """
 
     spec: ExpertSpec
     experts: Mapping[int, str]
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
-    """Build the model on meta and find its blocks and expert-indexed parameters.
+@dataclass(frozen=True)
+class Target:
+    """The parameter or buffer that a checkpoint tensor feeds, and the conversion pattern that matched, if any.
 
-    Raises UnsupportedModelError when there is no MoE block, or its experts have a form that cannot be scored.
+    `also` names the further parameters that one tensor feeds when the conversion splits it; `stored` says which part of
+    a stored parameter the tensor is.
+    """
+
+    name: str
+    pattern: str | None
+    stored: StoredTensor
+    also: tuple[str, ...] = ()
+
+
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model class that transformers gives for text generation, on the meta device, without any weight.
+
+    A multimodal model for which transformers has no text-only class is built whole; its vision tower then simply never
+    gets weights, since text alone does not reach it. Raises UnsupportedModelError, and CheckpointError where the
+    model's own constructor fails on the config.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type} is an encoder-decoder; only decoders can be streamed.")
+    problem: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+            return model.eval()
+        except ValueError as error:
+            problem = problem or error
+        except Exception as error:
+            # The model's own constructor fails on values that its config class let pass.
+            where = f"{config.name_or_path}/{CONFIG_NAME}" if config.name_or_path else f"this {CONFIG_NAME}"
+            raise CheckpointError(
+                f"A {config.model_type} model cannot be built from {where}: {type(error).__name__}: "
+                f"{textwrap.shorten(str(error), 500)}"
+            ) from error
+    raise UnsupportedModelError(
+        f"transformers cannot build a {config.model_type} model for text: {problem}"
+    ) from problem
+
+
+def find_decoder(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Decoder:
+    """Build any decoder-only model on meta, with or without experts, and find its layers.
+
+    Raises UnsupportedModelError where they are not one list of as many as the config says.
+    """
+    model = build_model(config, dtype, trust_remote_code)
+    decoder = model.get_decoder()
+    prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), None)
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [
+        name
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and not re.search(r"\.\d+\.", f".{name}.")
+    ]
+    if prefix is None or len(lists) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(lists)} lists of {count} layers were found in its decoder; exactly one can "
+            "be streamed."
+        )
+    return Decoder(model, prefix + lists[0], {})
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model on meta and find its layers and expert-indexed parameters.
+
+    Raises UnsupportedModelError when no layer has experts, or its experts have a form that cannot be scored.
     """
     model = build_model(config, dtype, trust_remote_code)
     for spec in expert_candidates(config):
         # Twice as many: still divisible into the router's groups, and never below its top-k.
         other = build_model(with_expert_count(config, spec, 2 * spec.count), dtype, trust_remote_code)
-        axes = _expert_rows(model, other, spec)
-        if axes:
-            layers_path = _find_blocks(model, axes)
-            return Skeleton(model, layers_path, axes, spec, _find_experts(model, layers_path, axes))
+        rows = _expert_rows(model, other, spec)
+        if rows:
+            layers_path = _find_layers(model, rows)
+            return Skeleton(model, layers_path, rows, spec, _find_experts(model, layers_path, rows))
     raise UnsupportedModelError(
-        f"{config.model_type} has no Mixture-of-Experts block: no parameter depends on a number of experts in its "
+        f"{config.model_type} has no Mixture-of-Experts layer: no parameter depends on a number of experts in its "
         "config. There is nothing to prune."
     )
 
@@ -89,7 +171,7 @@ def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[s
             f"{type(model).__name__} keeps every expert in a module of its own instead of 3-D parameters, as models "
             "with custom code do. It cannot be scored here."
         )
-    axes = {}
+    found = {}
     for name, shape in shapes.items():
         differing = [axis for axis, size in enumerate(shape) if size != others[name][axis]]
         if not differing:
@@ -102,35 +184,35 @@ def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[s
                 f"{type(model).__name__}: {name} {list(shape)} does not hold its {spec.count} experts one after the "
                 f"other (with {2 * spec.count} experts it is {list(others[name])}), so none can be cut out."
             )
-        axes[name] = ExpertRows(axis, stride, tail)
-    return axes
+        found[name] = ExpertRows(axis, stride, tail)
+    return found
 
 
-def _find_blocks(model: nn.Module, names: Iterable[str]) -> str:
+def _find_layers(model: nn.Module, names: Iterable[str]) -> str:
     """The path of the one ModuleList in whose elements all expert-indexed parameters lie."""
     paths: dict[str, str] = {}
     for name in names:
         head = re.match(r"(.*?)\.\d+\.", name)
         if head is None or not isinstance(model.get_submodule(head.group(1)), nn.ModuleList):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {name} depends on the number of experts, outside blocks."
+                f"{type(model).__name__}: {name} depends on the number of experts, but lies outside the decoder layers."
             )
         paths.setdefault(head.group(1), name)
     if len(paths) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has experts in several lists of blocks ({', '.join(sorted(paths))}); "
+            f"{type(model).__name__} has experts in several lists of layers ({', '.join(sorted(paths))}); "
             "only one decoder can be streamed."
         )
     return next(iter(paths))
 
 
-def _find_experts(model: nn.Module, layers_path: str, axes: Mapping[str, ExpertRows]) -> dict[int, str]:
+def _find_experts(model: nn.Module, layers_path: str, rows: Mapping[str, ExpertRows]) -> dict[int, str]:
     experts: dict[int, set[str]] = defaultdict(set)
-    for name in axes:
+    for name in rows:
         head = re.match(re.escape(layers_path) + r"\.(\d+)\.", name)
-        assert head is not None  # _find_blocks has seen it
-        block = int(head.group(1))
-        experts[block] |= set()
+        assert head is not None  # _find_layers has seen it
+        layer = int(head.group(1))
+        experts[layer] |= set()
         path = name.rpartition(".")[0]
         while len(path) > len(head.group(0)) - 1:
             module = model.get_submodule(path)
@@ -138,18 +220,18 @@ def _find_experts(model: nn.Module, layers_path: str, axes: Mapping[str, ExpertR
             if reason is not None:
                 raise UnsupportedModelError(f"{type(model).__name__} cannot be scored: {reason}.")
             if _is_experts_module(module):
-                experts[block].add(path.removeprefix(head.group(0)))
+                experts[layer].add(path.removeprefix(head.group(0)))
                 break
             path = path.rpartition(".")[0]
-    for block, found in experts.items():
+    for layer, found in experts.items():
         if len(found) != 1:
-            kind = type(model.get_submodule(f"{layers_path}.{block}")).__name__
+            kind = type(model.get_submodule(f"{layers_path}.{layer}")).__name__
             raise UnsupportedModelError(
-                f"{type(model).__name__}: block {block} ({kind}) has {len(found)} modules that take tokens, chosen "
+                f"{type(model).__name__}: layer {layer} ({kind}) has {len(found)} modules that take tokens, chosen "
                 "experts and their weights; exactly one can be scored. Its experts work in another way than routing "
                 "tokens to feed-forward networks."
             )
-    return {block: found.pop() for block, found in sorted(experts.items())}
+    return {layer: found.pop() for layer, found in sorted(experts.items())}
 
 
 def _is_experts_module(module: nn.Module) -> bool:
@@ -163,8 +245,11 @@ def dispatches_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 
 
-def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Target | None]:
-    """For each checkpoint tensor the parameter or buffer that transformers feeds with it; None where it ignores it."""
+def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> dict[str, Target | None]:
+    """For each checkpoint tensor the parameter or buffer that transformers feeds with it; None where it ignores it.
+
+    All parts of a stored parameter feed what a plain tensor of that parameter's name would feed.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
@@ -172,27 +257,18 @@ def map_checkpoint(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ta
     prefix = model.base_model_prefix
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     targets: dict[str, Target | None] = {}
-    for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
-        if target not in meta and name in meta:
+    for name, stored in pick_formats(tensors).items():
+        target, pattern = rename_source_key(stored.parameter, renamings, converters, prefix, meta)
+        if target not in meta and stored.parameter in meta:
             # The loader falls back the same way for names that should not have been renamed.
-            target, pattern = rename_source_key(name, [], [], prefix, meta)
+            target, pattern = rename_source_key(stored.parameter, [], [], prefix, meta)
         if target not in meta:
             targets[name] = None
             continue
         outputs = by_pattern[pattern].target_patterns if pattern is not None else [""]
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
-        targets[name] = Target(target, pattern, also)
+        targets[name] = Target(target, pattern, stored, also)
     return targets
-
-
-def source_role(target: Target | None, skeleton: Skeleton) -> SourceRole:
-    """What a checkpoint tensor is fed into, as surgery needs to know it."""
-    if target is None:
-        return SourceRole(None, None)
-    rows: ExpertRows | None = skeleton.expert_rows.get(target.name)
-    shape = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape) if rows else ()
-    return SourceRole(skeleton.layer_of(target.name), target.name, target.pattern, shape, rows)
 
 
 def survey(
@@ -204,13 +280,19 @@ def survey(
 ) -> Layout:
     """Find out about the tensors of a checkpoint with this raw config; `targets` if they have been mapped already.
 
-    `counts` are the experts by block; None where each has as many as the skeleton.
-
+    `counts` are the experts by layer; None where each has as many as the skeleton.
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
     targets = map_checkpoint(skeleton.model, tensors) if targets is None else targets
-    roles = {name: source_role(target, skeleton) for name, target in targets.items()}
-    dropped = tuple(next_token_prediction(roles, skeleton.layer_count, mtp_layers(config)))
+    roles = {name: _role(target, skeleton) for name, target in targets.items()}
+    dropped = tuple(find_mtp_tensors(roles, skeleton.layer_count, mtp_layers(config)))
     cuts = find_cuts(tensors, roles, dropped, counts or dict.fromkeys(skeleton.experts, skeleton.spec.count))
     names = count_names(skeleton.model.config, skeleton.spec)
     return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts)
+
+
+def _role(target: Target | None, skeleton: Skeleton) -> SourceRole:
+    if target is None:
+        return SourceRole(None, None)
+    rows = skeleton.expert_rows.get(target.name)
+    return SourceRole(skeleton.layer_of(target.name), target.name, target.pattern, rows, target.stored)

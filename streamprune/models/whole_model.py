@@ -22,7 +22,7 @@ from streamprune.hardware.device import (
 )
 from streamprune.hardware.memory import available_memory_bytes, format_bytes
 from streamprune.models.config import load_config
-from streamprune.models.per_layer_config import read_per_layer_experts
+from streamprune.models.per_layer_experts import read_per_layer_experts
 
 #: Memory for a model and for computing with it, by the bytes of its weights: caches and activations of a few short
 #: sequences are small beside weights, and batches shrink where they are not.

@@ -1,50 +1,167 @@
-"""Proof of a result: every byte of it compared with the source's, from the files as they lie on the disk."""
+"""Proof of a result, from the files as they lie on the disk: every tensor by its origin. Streaming, in bounded memory.
+
+A tensor that is a slice of the source is compared with the source's bytes; one that a stage has computed is proved by
+the SHA-256 on record.
+"""
 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.checkpoint.ranges import read_ranges
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
+from streamprune.files.durable import reading
 from streamprune.files.json_text import show
-from streamprune.models.config import load_config
-from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.skeleton import build_skeleton, survey
-from streamprune.output.compare import Proof, compare_tensors
-from streamprune.output.plan import make_plan
-from streamprune.output.writer import REPORT_NAME
+from streamprune.output.plan import REPORT_NAME, make_plan
+from streamprune.output.tensors import Computed, Origin, OutputTensor, SourceSlice
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved: so many tensors, and bytes of them; `computed` of these tensors by their hash on record."""
+
+    tensors: int
+    nbytes: int
+    computed: int = 0
+
+    def __add__(self, other: Proof) -> Proof:
+        return Proof(self.tensors + other.tensors, self.nbytes + other.nbytes, self.computed + other.computed)
 
 
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
-    """Compare a pruned model with the checkpoint that it was made from. Raises VerifyError at the first difference.
+    """Prove a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
 
-    What has to be in it follows from the source and from the experts that its streamprune.json names. Memory: two
-    portions of a file, whatever the sizes.
+    What has to be in it follows from the source and from its streamprune.json: the experts that were kept, and the
+    tensors that were computed. Memory: two portions of a file, whatever the sizes.
     """
+    # Only here: proving the files of a run needs neither torch nor transformers.
+    from streamprune.models.open import open_moe
+    from streamprune.models.per_layer_loading import find_loading_facts
+
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_strays(output, pruned)
     kept = kept_experts(output)
-    config = load_config(source, trust_remote_code)
-    skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
-    check_kept(output, kept, tuple(skeleton.experts), skeleton.spec.count)
-    counts = {block: len(experts) for block, experts in kept.items()}
-    layout = survey(origin.config, skeleton, origin.tensors)
+    opened = open_moe(origin, trust_remote_code)
+    check_kept(output, kept, opened.layout.expert_layers, opened.layout.spec.count)
+    counts = {layer: len(experts) for layer, experts in kept.items()}
+    loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # How it is divided into files is the output's own affair.
-    plan = make_plan(layout, find_loading_facts(origin.config, config, skeleton), origin, counts, DEFAULT_SHARD_BYTES)
-    _compare_configs(output, pruned.config, plan.config)
-    expected = [tensor for shard in plan.shards for tensor in shard.tensors]
-    proof = compare_tensors(expected, kept, origin, output, pruned.tensors)
+    plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES)
+    _compare_configs(output, pruned.config, plan.config_for(kept))
+    origins = origins_of(plan.tensors, kept, computed_tensors(output))
+    proof = prove_tensors(plan.tensors, origins, source, output, pruned.tensors)
     _compare_small_files(output, origin)
     for name, contents in plan.files.items():
         if not (output / name).is_file() or (output / name).read_bytes() != contents:
             raise VerifyError(f"{output / name} is not the code that loads this model. Prune again.")
     return proof
+
+
+def origins_of(
+    tensors: Sequence[OutputTensor], kept: Mapping[int, Sequence[int]], computed: Mapping[str, Computed]
+) -> dict[str, Origin]:
+    """Where the bytes of each tensor come from, by name, with the experts `kept` by layer."""
+    return {
+        tensor.name: computed.get(tensor.name)
+        or tensor.slice_of(kept.get(tensor.layer, ()) if tensor.layer is not None else ())
+        for tensor in tensors
+    }
+
+
+def prove_tensors(
+    tensors: Sequence[OutputTensor],
+    origins: Mapping[str, Origin],
+    source: Path,
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+) -> Proof:
+    """Prove that the tensors `entries` in `folder` are the expected ones, each by its origin (in the folder `source`).
+
+    Raises VerifyError for a tensor that is missing, unexpected, of another shape or dtype, or that differs in a byte.
+    """
+    names = {tensor.name for tensor in tensors}
+    for what, odd in (
+        ("lacks", names - entries.keys()),
+        ("has, beyond what the source gives,", entries.keys() - names),
+    ):
+        if odd:
+            raise VerifyError(f"{folder} {what} {len(odd)} tensors, first {min(odd)}.")
+    proof = Proof(0, 0)
+    for tensor in tensors:
+        entry, origin = entries[tensor.name], origins[tensor.name]
+        if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+            raise VerifyError(
+                f"{folder / entry.file}: {entry.name} is {entry.dtype} {list(entry.shape)}, but has to be "
+                f"{tensor.dtype} {list(tensor.shape)}."
+            )
+        if isinstance(origin, SourceSlice):
+            _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
+        else:
+            _check_hash(folder / entry.file, entry, origin)
+        proof += Proof(1, entry.nbytes, isinstance(origin, Computed))
+    return proof
+
+
+def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: SourceSlice) -> None:
+    position = entry.begin
+    with _reading_back(path):
+        written = path.open("rb")
+    with written as ours, reading(original), original.open("rb") as theirs:
+        for begin, end in origin.ranges:
+            for wanted in read_ranges(theirs, [(begin, end)]):
+                with _reading_back(path):
+                    found = _read(ours, position, len(wanted))
+                if found != wanted:
+                    differing = (at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
+                    at = next(differing, len(found))
+                    raise VerifyError(
+                        f"{path}: {entry.name} differs from the source at byte {position + at:,} of the file "
+                        f"({position + at - entry.begin:,} of the tensor), which stands for byte {begin + at:,} of "
+                        f"{original}. If it was made from that very model, prune again, and if that happens again, "
+                        "check the disk."
+                    )
+                position += len(wanted)
+                begin += len(wanted)
+    if position != entry.end:
+        raise VerifyError(f"{path}: {entry.name} has {entry.end - position:,} bytes more than the source gives.")
+
+
+def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
+    digest = hashlib.sha256()
+    with _reading_back(path), path.open("rb") as stream:
+        for portion in read_ranges(stream, [(entry.begin, entry.end)]):
+            digest.update(portion)
+    if digest.hexdigest() != origin.sha256:
+        raise VerifyError(
+            f"{path}: {entry.name}, computed by {origin.stage}, has the SHA-256 {digest.hexdigest()[:12]}…, but "
+            f"{origin.sha256[:12]}… is on record. Prune again, and if that happens again, check the disk."
+        )
+
+
+@contextmanager
+def _reading_back(path: Path) -> Iterator[None]:
+    """Within the block an OSError becomes a VerifyError about `path`, a file of the result."""
+    try:
+        yield
+    except OSError as error:
+        raise VerifyError(f"{path} cannot be read back: {error.strerror or error}. Check the disk.") from error
+
+
+def _read(stream: Any, position: int, size: int) -> bytes:
+    stream.seek(position)
+    data: bytes = stream.read(size)
+    return data
 
 
 def refuse_strays(output: Path, pruned: Checkpoint) -> None:
@@ -54,31 +171,53 @@ def refuse_strays(output: Path, pruned: Checkpoint) -> None:
         raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
 
 
-def kept_experts(output: Path) -> dict[int, list[int]]:
-    """The kept experts by block, as streamprune.json names them; VerifyError when it does not."""
+class _KeptLayer(msgspec.Struct):
+    index: int
+    kept: list[int]
+
+
+class _ComputedTensor(msgspec.Struct):
+    stage: str
+    sha256: str
+
+
+class _Report(msgspec.Struct):
+    """What a proof takes from streamprune.json."""
+
+    layers: list[_KeptLayer]
+    computed: dict[str, _ComputedTensor] = {}
+
+
+def _report_of(output: Path) -> _Report:
     path = output / REPORT_NAME
     try:
-        layers: Any = read_json(path)["layers"]
-        kept = {layer["index"]: list(layer["kept"]) for layer in layers}
-        if not all(type(number) is int for block, experts in kept.items() for number in (block, *experts)):
-            raise ValueError("something else than numbers")
-        return kept
+        return msgspec.convert(read_json(path), _Report)
     except CheckpointError as error:
         raise VerifyError(f"{error} Without it nobody knows which experts were kept.") from None
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
 
-def check_kept(output: Path, kept: Mapping[int, list[int]], blocks: Sequence[int], count: int) -> None:
-    """Raise VerifyError unless `kept` lists experts of a source that has `count` of them in each of `blocks`."""
-    if sorted(kept) != sorted(blocks):
+def kept_experts(output: Path) -> dict[int, list[int]]:
+    """The kept experts by layer, as streamprune.json names them; VerifyError when it does not."""
+    return {layer.index: layer.kept for layer in _report_of(output).layers}
+
+
+def computed_tensors(output: Path) -> dict[str, Computed]:
+    """The tensors that streamprune.json names as computed; VerifyError when it is damaged."""
+    return {name: Computed(each.stage, each.sha256) for name, each in _report_of(output).computed.items()}
+
+
+def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int], count: int) -> None:
+    """Raise VerifyError unless `kept` lists experts of a source that has `count` of them in each of `layers`."""
+    if sorted(kept) != sorted(layers):
         raise VerifyError(
-            f"{output / REPORT_NAME} names experts for blocks {_few(sorted(kept))}, but the source has them in "
-            f"{_few(sorted(blocks))}. Is it another model's?"
+            f"{output / REPORT_NAME} names experts for layers {_few(sorted(kept))}, but the source has them in "
+            f"{_few(sorted(layers))}. Is it another model's?"
         )
-    for block, experts in kept.items():
+    for layer, experts in kept.items():
         if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
-            raise VerifyError(f"{output / REPORT_NAME}: the experts kept in block {block} are no ascending numbers.")
+            raise VerifyError(f"{output / REPORT_NAME}: the experts kept in layer {layer} are no ascending numbers.")
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from streamprune.checkpoint.safetensors_file import TensorEntry, read_header, read_ranges
+from streamprune.checkpoint.ranges import read_ranges
+from streamprune.checkpoint.safetensors_file import TensorEntry, read_header
 from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import reached, reading, stream_whole, sync_file, sync_folder, write_whole, writing
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
-from streamprune.output.compare import Proof, compare_tensors
-from streamprune.output.plan import PrunePlan, ShardPlan
+from streamprune.formats.base import ByteRange
+from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan
+from streamprune.output.tensors import Computed
+from streamprune.output.verify import Proof, origins_of, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import FinishedLayer, FinishedShard
 
-REPORT_NAME = "streamprune.json"
+#: Under this key a shard's metadata has the origins of its computed tensors.
+_COMPUTED = "streamprune.computed"
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -66,6 +74,18 @@ def check_place(settings: OutputSettings) -> None:
             )
 
 
+@dataclass(frozen=True)
+class StageTensor:
+    """A tensor that a stage of the run has computed: the stage's name, and the tensor's bytes as they are written."""
+
+    stage: str
+    data: bytes | memoryview
+
+    @property
+    def origin(self) -> Computed:
+        return Computed(self.stage, hashlib.sha256(self.data).hexdigest())
+
+
 class OutputWriter:
     """Writes a pruned checkpoint into the work folder, and in `finish` gives it its name.
 
@@ -83,7 +103,7 @@ class OutputWriter:
         self._beside = settings.folder_beside
         self._replaced = self._beside / REPLACED_NAME
         self._compare = settings.verify
-        #: By block: the experts with which it was compared with the source, and what that proves.
+        #: By layer: the experts with which it was proved, and the proof.
         self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
         check_place(settings)
         # Only now: a run that was killed may have left an output that it moved aside.
@@ -94,52 +114,60 @@ class OutputWriter:
         """What is written."""
         return self._plan
 
-    def write_layer(self, block: int | None, kept: Sequence[int]) -> list[FinishedShard]:
-        """Write the shards of a block (None: of everything outside the blocks), keeping the experts `kept` in order.
+    def write_layer(
+        self, layer: int | None, kept: Sequence[int], computed: Mapping[str, StageTensor] | None = None
+    ) -> list[FinishedShard]:
+        """Write the shards of a layer (None: of everything outside the layers), keeping the experts `kept` in order.
 
-        Where settings ask for it, they are compared with the source: read from the disk, as it has them now. The
-        system's cache is left as it was.
+        `computed` are the tensors that the plan says a stage computes, by name; all others are copied from the source.
+        If the settings ask for it, what was written is proved: read from the disk, as it has it now. The system's page
+        cache is left as it was.
         """
-        plans = [shard for shard in self._plan.shards if shard.block == block]
+        computed = computed or {}
+        plans = [shard for shard in self._plan.shards if shard.layer == layer]
         files = [self._staging / shard.file for shard in plans]
         with cache_unchanged(self._sources(plans, kept)):
             with writing(f"Writing to {self._staging}", self._staging):
-                shards = [self._write_shard(shard, kept) for shard in plans]
-            whole = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
-            drop_files_from_cache(whole)
+                shards = [self._write_shard(shard, kept, computed) for shard in plans]
+            complete = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
+            drop_files_from_cache(complete)
             if self._compare:
-                self._proofs[block] = tuple(kept), self._prove(plans, {} if block is None else {block: kept})
-                drop_files_from_cache(whole)
+                self._proofs[layer] = tuple(kept), self._prove(plans, {} if layer is None else {layer: kept})
+                drop_files_from_cache(complete)
         return shards
 
     def _sources(self, plans: Sequence[ShardPlan], kept: Sequence[int]) -> dict[Path, list[Stretch]]:
         """What is read of the source for these shards."""
         stretches: dict[Path, list[Stretch]] = {}
-        for tensor in (tensor for shard in plans for tensor in shard.tensors):
-            file, ranges = tensor.ranges(kept)
-            stretches.setdefault(self._checkpoint.folder / file, []).extend(
-                (begin, end - begin) for begin, end in ranges
+        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
+            origin = tensor.slice_of(kept)
+            stretches.setdefault(self._checkpoint.folder / origin.file, []).extend(
+                (begin, end - begin) for begin, end in origin.ranges
             )
         return stretches
 
     def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, Sequence[int]]) -> Proof:
         tensors = [tensor for shard in plans for tensor in shard.tensors]
-        return compare_tensors(tensors, kept, self._checkpoint, self._staging, self.headers(plans))
+        origins = origins_of(tensors, kept, self._computed(plans))
+        return prove_tensors(tensors, origins, self._checkpoint.folder, self._staging, self.headers(plans))
 
-    def has_written(self, block: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
-        """Whether the shards on record are those of a block with the experts `kept`, and all their bytes are there."""
-        sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.block == block}
+    def has_written(self, layer: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
+        """Whether the shards on record are those of a layer with the experts `kept`, and all their bytes are there."""
+        sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.layer == layer}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
         return same and all(map(self._work.is_intact, record.shards))
 
-    def _write_shard(self, shard: ShardPlan, kept: Sequence[int]) -> FinishedShard:
-        header = _encode_header(shard)
+    def _write_shard(self, shard: ShardPlan, kept: Sequence[int], computed: Mapping[str, StageTensor]) -> FinishedShard:
+        header = _encode_header(shard, {name: tensor.origin for name, tensor in computed.items()})
 
-        def portions() -> Iterator[bytes]:
+        def portions() -> Iterator[bytes | memoryview]:
             yield header
             for tensor in shard.tensors:
-                file, ranges = tensor.ranges(kept)
-                for data in _read_source(self._checkpoint.folder / file, ranges):
+                if tensor.stage is not None:
+                    yield computed[tensor.name].data
+                    continue
+                origin = tensor.slice_of(kept)
+                for data in _read_source(self._checkpoint.folder / origin.file, origin.ranges):
                     reached("portion of a shard")
                     yield data
 
@@ -159,29 +187,41 @@ class OutputWriter:
                 "resume` writes again what is damaged."
             ) from error
 
-    def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
-        """Compare what was written, byte by byte, with what the source gives for the experts `kept` of each block.
+    def _computed(self, plans: Sequence[ShardPlan]) -> dict[str, Computed]:
+        """The origins of the computed tensors of these shards, as the shards' own headers have them."""
+        found = {}
+        for shard in plans:
+            if any(tensor.stage is not None for tensor in shard.tensors):
+                with safe_open(self._staging / shard.file, framework="np") as reader:
+                    origins = json.loads(reader.metadata()[_COMPUTED])
+                found.update({name: Computed(**origin) for name, origin in origins.items()})
+        return found
 
-        What has been compared since this was made is not compared again.
+    def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
+        """Prove what was written, byte by byte, with the experts `kept` of each layer.
+
+        What has been proved since this writer was made is not read again.
         """
         proven = self._proven(kept)
-        rest = self._prove([shard for shard in self._plan.shards if shard.block not in proven], kept)
-        proofs = [rest, *proven.values()]
-        return Proof(sum(proof.tensors for proof in proofs), sum(proof.nbytes for proof in proofs))
+        rest = self._prove([shard for shard in self._plan.shards if shard.layer not in proven], kept)
+        return sum(proven.values(), rest)
 
     def has_proven(self, kept: Mapping[int, Sequence[int]]) -> bool:
-        """Whether `verify` has nothing left to compare."""
-        return {shard.block for shard in self._plan.shards} <= self._proven(kept).keys()
+        """Whether `verify` has nothing left to read."""
+        return {shard.layer for shard in self._plan.shards} <= self._proven(kept).keys()
 
     def _proven(self, kept: Mapping[int, Sequence[int]]) -> dict[int | None, Proof]:
         return {
-            block: proof
-            for block, (experts, proof) in self._proofs.items()
-            if experts == (tuple(kept.get(block, ())) if block is not None else ())
+            layer: proof
+            for layer, (experts, proof) in self._proofs.items()
+            if experts == (tuple(kept.get(layer, ())) if layer is not None else ())
         }
 
     def finish(self, report: dict[str, Any], card: str) -> None:
-        """Write index, config, report, card and the source's small files, then give the output its name."""
+        """Write index, config, report, card and the source's small files, then give the output its name.
+
+        The report lists the kept experts of every layer; the origins of computed tensors are added to it.
+        """
         with writing(f"Completing {self._output}", self._output):
             self._write_small_files(report, card)
             self._check_sizes()
@@ -225,10 +265,12 @@ class OutputWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_whole(target, _read_source(self._checkpoint.folder / relative))
         write_whole(self._staging / INDEX_NAME, _to_json(index))
-        write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config)))
+        kept = {layer["index"]: layer["kept"] for layer in report["layers"]}
+        write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config_for(kept))))
         for name, contents in self._plan.files.items():
             write_whole(self._staging / name, contents)
-        write_whole(self._staging / REPORT_NAME, _to_json(report))
+        computed = {name: asdict(origin) for name, origin in self._computed(self._plan.shards).items()}
+        write_whole(self._staging / REPORT_NAME, _to_json({**report, "computed": computed} if computed else report))
         write_whole(self._staging / "README.md", card.encode())
 
     def _check_sizes(self) -> None:
@@ -242,7 +284,7 @@ class OutputWriter:
                 )
 
 
-def _read_source(path: Path, ranges: list[tuple[int, int]] | None = None) -> Iterator[bytes]:
+def _read_source(path: Path, ranges: Sequence[ByteRange] | None = None) -> Iterator[memoryview]:
     """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError, whatever is written by it."""
     with reading(path), path.open("rb") as source:
         yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)] if ranges is None else ranges)
@@ -264,9 +306,16 @@ def _can_rename(source: Path, target: Path) -> bool:
     return True
 
 
-def _encode_header(shard: ShardPlan) -> bytes:
-    """The safetensors header of a shard whose tensors follow one another; padded to 8 bytes as the format asks."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _encode_header(shard: ShardPlan, computed: Mapping[str, Computed]) -> bytes:
+    """The safetensors header of a shard whose tensors follow one another; padded to 8 bytes as the format asks.
+
+    Its metadata has the origins of the tensors that stages compute.
+    """
+    metadata = {"format": "pt"}
+    origins = {tensor.name: asdict(computed[tensor.name]) for tensor in shard.tensors if tensor.stage is not None}
+    if origins:
+        metadata[_COMPUTED] = json.dumps(origins)
+    header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for tensor in shard.tensors:
         end = position + tensor.nbytes
@@ -278,7 +327,9 @@ def _encode_header(shard: ShardPlan) -> bytes:
 
 
 def _file_bytes(shard: ShardPlan) -> int:
-    return len(_encode_header(shard)) + shard.nbytes
+    # Every hash has the same length.
+    stages = {tensor.name: Computed(tensor.stage, "0" * 64) for tensor in shard.tensors if tensor.stage is not None}
+    return len(_encode_header(shard, stages)) + shard.nbytes
 
 
 def _to_json(value: Any) -> bytes:

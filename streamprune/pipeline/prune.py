@@ -22,7 +22,7 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.config_json import stated_experts
-from streamprune.models.per_layer_config import refuse_per_layer_experts
+from streamprune.models.per_layer_experts import refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_blocks

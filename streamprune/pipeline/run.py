@@ -406,7 +406,7 @@ def stages_of(
     settings, skeleton = runtime.settings, prepared.skeleton
     assert isinstance(settings, RunSettings)
     weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
-    taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
+    taps = tap_experts({i: skeleton.layers[i].get_submodule(path) for i, path in skeleton.experts.items()})
     choose = target.kept if target is not None else None
     scoring = Scoring(taps, prepared.layout.spec.count, streamed.tokens_of, choose)
     pruned_stream = target is not None and settings.propagate == "pruned"

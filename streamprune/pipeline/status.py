@@ -11,7 +11,8 @@ from typing import Any
 from streamprune.config import OutputSettings
 from streamprune.errors import ResumeError
 from streamprune.hardware.memory import format_bytes
-from streamprune.output.writer import REPORT_NAME, put_back
+from streamprune.output.plan import REPORT_NAME
+from streamprune.output.writer import put_back
 from streamprune.work.folder import LOCK_NAME, REPLACED_NAME, WorkFolder, finished_inode, folder_bytes, resume_command
 from streamprune.work.records import has_pruning, has_run, read_pruning, read_run, settings_of_pruning
 

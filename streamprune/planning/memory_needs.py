@@ -24,8 +24,8 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
 from streamprune.hardware.memory_watch import context_bytes
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
-from streamprune.models.decoder import Decoder
 from streamprune.models.open import OpenedModel
+from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
@@ -126,7 +126,7 @@ def needs_of(
     longest = max(len(sequence) for sequence in calibration.sequences)
     read, recast = _bytes_as_read(opened), _recast(opened)
     block, loading, rows = 0, _surroundings_as_read(skeleton, recast), skeleton.expert_rows
-    for index, module in enumerate(skeleton.blocks[:blocks]):
+    for index, module in enumerate(skeleton.layers[:blocks]):
         prefix = f"{skeleton.layers_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
         # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
@@ -154,7 +154,7 @@ def needs_of(
 
 def _bytes_as_read(opened: OpenedModel) -> dict[int, int]:
     """The bytes of each block's weights in the checkpoint's own dtypes."""
-    read = dict.fromkeys(range(len(opened.skeleton.blocks)), 0)
+    read = dict.fromkeys(range(len(opened.skeleton.layers)), 0)
     for name, target in opened.targets.items():
         block = opened.skeleton.layer_of(target.name) if target is not None else None
         if block is not None:

@@ -17,7 +17,7 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.weights import weights_by_layout
 from streamprune.models.config_json import ExpertSpec, ModelShape
 from streamprune.models.expert_layout import Layout, layout_from_json
-from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
+from streamprune.models.per_layer_module import LoadingFacts, loading_facts_from_json
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.expert_counts import ExpertCounts
 

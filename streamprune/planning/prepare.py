@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,30 +15,28 @@ from streamprune.checkpoint.index import Checkpoint, open_checkpoint
 from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.structure import footprint_of_skeleton
-from streamprune.models.config import config_from_dict, declared_dtype, load_config
+from streamprune.formats.pick import refuse_quantized
+from streamprune.models.config import config_from_dict
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
-from streamprune.models.decoder import build_model
-from streamprune.models.expert_layout import Layout
-from streamprune.models.open import OpenedModel, check_fit, check_pruned
+from streamprune.models.open import OpenedMoE, check_pruned, open_moe
 from streamprune.models.per_layer_experts import check_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.skeleton import Skeleton, build_skeleton, map_checkpoint, survey
+from streamprune.models.skeleton import Skeleton, build_model
+from streamprune.output.tensors import output_tensors
 from streamprune.planning.model_facts import ModelFacts
-from streamprune.planning.pruning_plan import PruningPlan, refuse_quantized, with_footprint
+from streamprune.planning.pruning_plan import PruningPlan, with_footprint
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import Selector
 from streamprune.selection.settings import mix_weights
 
 
 @dataclass(frozen=True)
-class PreparedModel(OpenedModel):
+class PreparedModel(OpenedMoE):
     """A Mixture-of-Experts model that is opened to be pruned, or to be scored.
 
     `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
     """
 
-    skeleton: Skeleton
-    layout: Layout
     plan: PruningPlan
     trust_remote_code: bool
     _pruned: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -59,15 +56,14 @@ class PreparedModel(OpenedModel):
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
             counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
-        return sum(tensor.nbytes for tensor in self.layout.output(self.checkpoint.tensors, counts))
+        return sum(tensor.nbytes for tensor in output_tensors(self.layout, self.checkpoint.tensors, counts))
 
     def pruned_model(self, count: int) -> PreTrainedModel:
         """The model with `count` experts in every layer, on meta, as the rewritten config describes it."""
         if count not in self._pruned:
             self._pruned.clear()
-            layout, plan = self.layout, self.plan
-            rewritten = rewrite_config(plan.raw, layout.spec, layout.count_names, count)
-            config = config_from_dict(plan.config, drop_missing_code(rewritten, self.checkpoint.folder))
+            rewritten = rewrite_config(self.checkpoint.config, self.layout.spec, self.layout.count_names, count)
+            config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
             self._pruned[count] = build_model(config, self.dtype, self.trust_remote_code)
         return self._pruned[count]
 
@@ -80,47 +76,39 @@ class PreparedModel(OpenedModel):
 def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     """Open the model for what was decided; raises a StreampruneError for whatever cannot work."""
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    if checkpoint.config != plan.raw:
+    if checkpoint.config != plan.model.raw:
         raise CheckpointError(
             f"The config of {settings.model} changed while it was opened. Run the same command again."
         )
-    dtype, skeleton = plan.dtype, plan.skeleton
-    if dtype is None:
-        dtype = dtype_of_weights(checkpoint)
-        skeleton = build_skeleton(plan.config, dtype, settings.trust_remote_code)
-    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
-    check_fit(skeleton, targets, checkpoint.tensors)
-    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
-    plan = with_footprint(plan, settings.model, skeleton, checkpoint.tensors)
-    prepared = PreparedModel(checkpoint, skeleton, targets, dtype, layout, plan, settings.trust_remote_code)
-    counts = prepared.counts
-    least = minimum_keep(skeleton.spec)
+    opened = open_moe(checkpoint, settings.trust_remote_code, model=plan.model)
+    plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
+    prepared = PreparedModel(
+        checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,
+        settings.trust_remote_code,
+    )  # fmt: skip
+    counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
     # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
     for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
-        check_pruned(skeleton, prepared.pruned_model(count), count)
+        check_pruned(opened.skeleton, prepared.pruned_model(count), count)
     return prepared
 
 
 def facts_of(prepared: PreparedModel) -> ModelFacts:
     """What has to be known of the model to write an output of it, now or later."""
-    loading = find_loading_facts(prepared.plan.raw, prepared.plan.config, prepared.skeleton)
+    loading = find_loading_facts(prepared.checkpoint.config, prepared.config, prepared.skeleton)
     return ModelFacts(prepared.layout, loading, prepared.plan.footprint)
 
 
 def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
     """What has to be known of a checkpoint to write an output of it, found by building its model."""
     refuse_quantized(checkpoint.config, checkpoint.folder)
-    config = load_config(checkpoint.folder, trust_remote_code)
-    skeleton = build_skeleton(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
-    check_fit(skeleton, targets, checkpoint.tensors)
-    layout = survey(checkpoint.config, skeleton, checkpoint.tensors, targets)
-    loading = find_loading_facts(checkpoint.config, config, skeleton)
+    opened = open_moe(checkpoint, trust_remote_code)
+    loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
     try:
-        footprint = footprint_of_skeleton(model, checkpoint.config, skeleton, checkpoint.tensors)
+        footprint = footprint_of_skeleton(model, checkpoint.config, opened.skeleton, checkpoint.tensors)
     except UnsupportedModelError:
-        return ModelFacts(layout, loading, None)
-    return ModelFacts(layout, loading, footprint)
+        return ModelFacts(opened.layout, loading, None)
+    return ModelFacts(opened.layout, loading, footprint)
 
 
 def selector_of(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Selector | None:
@@ -166,12 +154,3 @@ def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
     )
     mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
     return calibration
-
-
-def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most bytes of the weights have."""
-    sizes = {"BF16": 0, "F16": 0, "F32": 0}
-    for entry in checkpoint.tensors.values():
-        if entry.dtype in sizes:
-            sizes[entry.dtype] += entry.nbytes
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]

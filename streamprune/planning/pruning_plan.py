@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedConfig
 
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, read_json
@@ -18,9 +14,10 @@ from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
-from streamprune.models.config import declared_dtype, load_config
-from streamprune.models.per_layer_config import refuse_per_layer_experts
-from streamprune.models.skeleton import Skeleton, build_skeleton
+from streamprune.formats.pick import refuse_quantized
+from streamprune.models.open import DescribedModel, describe_model
+from streamprune.models.per_layer_experts import refuse_per_layer_experts
+from streamprune.models.skeleton import Skeleton
 from streamprune.output.writer import check_output
 from streamprune.planning.expert_counts import ExpertCounts, plan_counts
 from streamprune.saliency.scores_file import check_scores_file
@@ -30,18 +27,19 @@ from streamprune.saliency.scores_file import check_scores_file
 class PruningPlan:
     """What is decided before a weight is read: a model understood from its config, and how many experts stay.
 
-    `folder` holds the config, and may hold no more. `dtype` is None where neither user nor config names one. `counts`
-    is None where scoring is all that is asked for. `footprint`, the whole model's, is None where it is not known yet,
-    or where the model's cache cannot be worked out.
+    `folder` holds the config, and may hold no more. `counts` is None where scoring is all that is asked for.
+    `footprint`, the whole model's, is None where it is not known yet, or where the model's cache cannot be worked out.
     """
 
     folder: Path
-    raw: Mapping[str, Any] = field(repr=False)
-    config: PreTrainedConfig = field(repr=False)
-    dtype: torch.dtype | None
-    skeleton: Skeleton = field(repr=False)
+    model: DescribedModel = field(repr=False)
     counts: ExpertCounts | None = None
     footprint: Footprint | None = None
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model on the meta device."""
+        return self.model.skeleton
 
     def estimate(self, settings: RunSettings) -> Estimate | None:
         """What the pruned model will take, compared with the budget if there is one; None where it is not known."""
@@ -66,7 +64,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
     def read_footprint() -> Footprint:
         headers = read_headers(settings.model, plan.folder)
-        footprints.append(footprint_of_skeleton(settings.model, plan.raw, skeleton, headers))
+        footprints.append(footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers))
         return footprints[0]
 
     counts = plan_counts(settings, skeleton.spec, tuple(skeleton.experts), read_footprint)
@@ -91,10 +89,7 @@ def _read_config(settings: RunSettings, check_output_too: bool = False) -> Pruni
     raw = read_json(folder / CONFIG_NAME)
     refuse_per_layer_experts(raw, settings.model)
     refuse_quantized(raw, folder)
-    config = load_config(folder, settings.trust_remote_code)
-    dtype = _chosen_dtype(settings.dtype, config)
-    skeleton = build_skeleton(config, dtype or torch.bfloat16, settings.trust_remote_code)
-    return PruningPlan(folder, raw, config, dtype, skeleton)
+    return PruningPlan(folder, describe_model(folder, raw, settings.trust_remote_code, settings.dtype))
 
 
 def with_footprint(
@@ -102,37 +97,15 @@ def with_footprint(
 ) -> PruningPlan:
     """The plan with the footprint of `model`, whose tensors are known (None: as its config describes them)."""
     known = plan.footprint
-    if known is not None and tensors is not None and plan.dtype is not None:
+    if known is not None and tensors is not None and plan.model.dtype is not None:
         # Only the weights may differ from what was known before; tracing the cache again would take a second.
-        weights = weights_of_checkpoint(plan.raw, skeleton, tensors)
-        return replace(plan, skeleton=skeleton, footprint=replace(known, weights=weights))
+        weights = weights_of_checkpoint(plan.model.raw, skeleton, tensors)
+        return replace(plan, footprint=replace(known, weights=weights))
     try:
-        footprint = footprint_of_skeleton(model, plan.raw, skeleton, tensors)
+        footprint = footprint_of_skeleton(model, plan.model.raw, skeleton, tensors)
     except UnsupportedModelError:
         # Only a budget needs it: without one, a model that can be pruned is pruned, and no estimate is printed.
         if plan.counts is not None and plan.counts.budget is not None:
             raise
-        return replace(plan, skeleton=skeleton)
-    return replace(plan, skeleton=skeleton, footprint=footprint)
-
-
-def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose config says that its weights are quantized."""
-    for part in (config, config.get("text_config")):
-        stated = part if isinstance(part, Mapping) else {}
-        quantization = stated.get("quantization_config") or stated.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-            raise UnsupportedModelError(
-                f"The model in {folder} is quantized ({method}). Quantized weights cannot be streamed yet: prune the "
-                "bfloat16 or float16 original and quantize the result."
-            )
-
-
-def _chosen_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype to compute in: what the user chose, else the config's; None if neither names one."""
-    if name != "auto":
-        chosen = getattr(torch, name)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    return declared_dtype(config)
+        return plan
+    return replace(plan, footprint=footprint)

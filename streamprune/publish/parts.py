@@ -12,7 +12,7 @@ from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, op
 from streamprune.config import WORK_SUFFIX, beside
 from streamprune.errors import CheckpointError, OutputError, ReportError
 from streamprune.files.json_text import show
-from streamprune.output.writer import REPORT_NAME
+from streamprune.output.plan import REPORT_NAME
 from streamprune.reporting.evaluations import FOLDER_NAME
 from streamprune.reporting.record import Record, damage, read_record
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 
 from streamprune.checkpoint.hub import cached_model, resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, open_checkpoint, read_json
-from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ScoresError, SettingsError, VerifyError
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.config import config_from_dict, load_config
-from streamprune.models.open import check_fit
-from streamprune.models.per_layer_config import counts_of, read_per_layer_experts
-from streamprune.models.per_layer_experts import LoadingFacts, modeling_source
+from streamprune.models.open import describe_model, open_moe
+from streamprune.models.per_layer_experts import has_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.skeleton import Skeleton, Target, build_skeleton, map_checkpoint, survey
+from streamprune.models.per_layer_module import LoadingFacts, modeling_source
+from streamprune.output.plan import REPORT_NAME
 from streamprune.output.verify import check_kept, refuse_strays, verify
-from streamprune.output.writer import REPORT_NAME
 from streamprune.publish.parts import CARD_NAME, Parts
 from streamprune.reporting.record import damage
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
@@ -145,55 +140,16 @@ def _check_files(parts: Parts, trust_remote_code: bool) -> None:
     stated = read_json(folder / INDEX_NAME).get("metadata")
     if not isinstance(stated, dict) or stated.get("total_size") != checkpoint.nbytes:
         raise VerifyError(f"{folder / INDEX_NAME} does not state the {checkpoint.nbytes:,} bytes of all tensors.")
-    per_layer = read_per_layer_experts(checkpoint.config)
-    config = load_config(folder, trust_remote_code)
-    raw: Mapping[str, Any] = checkpoint.config
-    if per_layer is not None:
-        raw, config = per_layer.stock, config_from_dict(config, per_layer.stock)
-    skeleton = build_skeleton(config, torch.bfloat16, trust_remote_code)
-    counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
-    if per_layer is not None:
-        counts = dict(counts_of(per_layer, skeleton.experts))
-    _check_counts(parts, skeleton, counts)
-    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
-    check_fit(skeleton, targets, _uniform_shapes(skeleton, targets, checkpoint.tensors, counts))
-    survey(raw, skeleton, checkpoint.tensors, targets, counts)
-    if per_layer is not None:
-        _check_code(parts, find_loading_facts(raw, config, skeleton))
+    model = describe_model(folder, checkpoint.config, trust_remote_code)
+    _check_counts(parts, model.counts)
+    opened = open_moe(checkpoint, trust_remote_code, model=model)
+    if has_per_layer_experts(model.counts):
+        _check_code(parts, find_loading_facts(model.raw, model.config, opened.skeleton))
 
 
-def _uniform_shapes(
-    skeleton: Skeleton,
-    targets: Mapping[str, Target | None],
-    tensors: Mapping[str, TensorEntry],
-    counts: Mapping[int, int],
-) -> dict[str, TensorEntry]:
-    """The tensors with the shapes that they have in a model with the skeleton's experts in every layer.
-
-    Raises CheckpointError for one whose own shape is not that of `counts` experts in its layer.
-    """
-    found = dict(tensors)
-    for name, target in targets.items():
-        rows = skeleton.expert_rows.get(target.name) if target is not None and target.pattern is None else None
-        if target is None or rows is None:
-            continue
-        uniform = tuple(skeleton.model.get_parameter_or_buffer(target.name).shape)
-        layer = skeleton.layer_of(target.name)
-        assert layer is not None  # tensors whose size depends on the number of experts are in a layer
-        wanted = list(uniform)
-        wanted[rows.axis] = rows.stride * counts[layer] + rows.tail
-        if list(tensors[name].shape) != wanted:
-            raise CheckpointError(
-                f"{name} is {list(tensors[name].shape)}, but with {counts[layer]} experts it has to be {wanted}. Prune "
-                "again."
-            )
-        found[name] = replace(tensors[name], shape=uniform)
-    return found
-
-
-def _check_counts(parts: Parts, skeleton: Skeleton, counts: Mapping[int, int]) -> None:
+def _check_counts(parts: Parts, counts: Mapping[int, int]) -> None:
     kept = {layer.index: layer.kept for layer in parts.record.layers}
-    check_kept(parts.folder, kept, tuple(skeleton.experts), parts.record.experts)
+    check_kept(parts.folder, kept, tuple(counts), parts.record.experts)
     for layer, experts in kept.items():
         if len(experts) != counts[layer]:
             raise VerifyError(

@@ -18,9 +18,8 @@ from streamprune.checkpoint.index import Checkpoint, read_json
 from streamprune.config import PruneSettings, RunSettings, ServingSpec
 from streamprune.errors import CheckpointError, ReportError, ScoresError, SettingsError
 from streamprune.fit.cache import KV_DTYPES
-from streamprune.models.config_json import MOST_BLOCKS, MOST_EXPERTS
-from streamprune.output.plan import PrunePlan
-from streamprune.output.writer import REPORT_NAME
+from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
+from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
@@ -185,7 +184,7 @@ class RecordedLayer(Struct, frozen=True, kw_only=True):
     `scores` and `counts` (of routed tokens) are those of every expert, or empty without scores.
     """
 
-    index: Annotated[int, Meta(ge=0, le=MOST_BLOCKS)]
+    index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
     kept: Annotated[list[Count], Meta(min_length=1, max_length=MOST_EXPERTS)]
     scores: Annotated[list[Number], Meta(max_length=MOST_EXPERTS)]
     counts: Annotated[list[Count], Meta(max_length=MOST_EXPERTS)]

@@ -32,7 +32,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_whole, writing
 from streamprune.files.json_text import parse_json, show
-from streamprune.models.config_json import MOST_BLOCKS, MOST_EXPERTS, ExpertSpec
+from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
 
 SCORES_NAME = "scores.safetensors"
@@ -51,7 +51,7 @@ _ABOUT = (
 )
 _DTYPES: dict[bool, tuple[str, str]] = {True: ("I64", "<i8"), False: ("F64", "<f8")}
 
-_Index = Annotated[int, Meta(ge=0, le=MOST_BLOCKS)]
+_Index = Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
 _Count = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
 
 

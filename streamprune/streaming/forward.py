@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from transformers import masking_utils
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.models.decoder import Decoder
+from streamprune.models.skeleton import Decoder
 from streamprune.work.saved_states import BatchState
 
 
@@ -37,7 +37,7 @@ class LayerForward:
                 config.output_router_logits = False
         self._cursor = _Cursor()
         self._stand_ins = nn.ModuleList(
-            _StandIn(layer, index, self._cursor) for index, layer in enumerate(decoder.blocks)
+            _StandIn(layer, index, self._cursor) for index, layer in enumerate(decoder.layers)
         )
         self._unpacked: set[tuple[Any, ...]] = set()
 
@@ -77,7 +77,7 @@ class LayerForward:
     @contextmanager
     def _with_stand_ins(self) -> Iterator[None]:
         path, _, attribute = self._decoder.layers_path.rpartition(".")
-        owner, layers = self._decoder.model.get_submodule(path), self._decoder.blocks
+        owner, layers = self._decoder.model.get_submodule(path), self._decoder.layers
         find_packed = getattr(masking_utils, "find_packed_sequence_indices", None)
         setattr(owner, attribute, self._stand_ins)
         if find_packed is not None:

@@ -22,11 +22,11 @@ from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
+from streamprune.formats.base import ExpertRows, decode_tensors
 from streamprune.hardware.device import free_after_failure, is_out_of_memory
 from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
-from streamprune.models.decoder import Decoder
 from streamprune.models.open import OpenedModel
-from streamprune.models.tensor_slices import ExpertRows
+from streamprune.models.skeleton import Decoder
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward
@@ -68,6 +68,8 @@ class LayerWeights:
         )
         # Checkpoint tensors by layer and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        #: How each tensor is stored: all parts of a parameter are read together, and decoded before the conversion.
+        self._stored = {name: target.stored for name, target in opened.targets.items() if target is not None}
         for name, target in opened.targets.items():
             if target is not None:
                 self._groups[self.decoder.layer_of(target.name)][target.name].append(name)
@@ -121,7 +123,7 @@ class LayerWeights:
 
         Raises CheckpointError for missing or misfitting tensors, and what torch raises when memory runs out.
         """
-        module = self.decoder.blocks[index]
+        module = self.decoder.layers[index]
         try:
             reading = self._prefetched.pop(index) if index in self._prefetched else self._start(index)
             self._load(reading, self._groups[index], index)
@@ -264,7 +266,7 @@ class LayerWeights:
             self._reader.arrived()
             for group in self._reading_groups(groups):
                 # One after the other, so that what was read of each is freed before the next is converted.
-                self._convert(reading.take(group))
+                self._convert(decode_tensors(reading.take(group), self._stored))
         except BaseException:
             # Where memory ran out, this is the first that has to go.
             self._reader.give_up(reading)
@@ -329,7 +331,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 @contextmanager
 def _without_layers(decoder: Decoder) -> Iterator[None]:
     owner_path, _, attribute = decoder.layers_path.rpartition(".")
-    owner, layers = decoder.model.get_submodule(owner_path), decoder.blocks
+    owner, layers = decoder.model.get_submodule(owner_path), decoder.layers
     setattr(owner, attribute, nn.ModuleList())
     try:
         yield

@@ -18,7 +18,7 @@ from streamprune.config import OutputSettings, PruneSettings, PruningTarget
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import reached, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
-from streamprune.models.config_json import MOST_BLOCKS
+from streamprune.models.config_json import MOST_LAYERS
 
 #: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2.
 RUN_FORMAT = 3
@@ -29,7 +29,7 @@ RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens
 PRUNING_NAME = "pruning.json"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-LayerCount = Annotated[int, msgspec.Meta(ge=1, le=MOST_BLOCKS)]
+LayerCount = Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
 #: Text that can be part of a path.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*\Z")]
 P = TypeVar("P", bound=OutputSettings)

@@ -113,10 +113,10 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
     plan = plan_pruning(settings)
     prepared, calibration = prepare(settings, plan), calibrate(settings, plan)
     skeleton = prepared.skeleton
-    taps = tap_experts({i: skeleton.blocks[i].get_submodule(path) for i, path in skeleton.experts.items()})
+    taps = tap_experts({i: skeleton.layers[i].get_submodule(path) for i, path in skeleton.experts.items()})
     weights = LayerWeights(prepared, device, Busy(), prefetch=False)
     ids = calibration.micro_batches(DEFAULT_BATCH_TOKENS[device.type])[0].ids
-    index = min(1, len(skeleton.blocks) - 1)
+    index = min(1, len(skeleton.layers) - 1)
     with ExitStack() as stack:
         stack.callback(weights.close)
         weights.load_non_layer_weights()
