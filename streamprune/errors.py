@@ -44,23 +44,23 @@ class OutputError(StreampruneError):
 
 
 class NonFiniteError(StreampruneError):
-    """The model produced NaN or infinity, so that no score could be trusted."""
+    """The model produced NaN or infinity, so that scores are meaningless."""
 
 
 class DoesNotFitError(StreampruneError):
-    """The model cannot be pruned so far that it fits the budget."""
+    """The model does not fit the budget, however many experts are removed."""
 
     exit_code = 3
 
 
 class TooMuchLostError(StreampruneError):
-    """The pruned model's predictions are farther from the original's than the user wants."""
+    """The pruned model's predictions differ more from the original's than --stop-if-kl allows."""
 
     exit_code = 4
 
 
 class ResumeError(StreampruneError):
-    """An interrupted run cannot be taken up: it is missing or damaged, or something that matters has changed."""
+    """An interrupted run cannot be resumed: it is missing or damaged, or what decides its result has changed."""
 
 
 class TaskError(StreampruneError):
@@ -68,38 +68,38 @@ class TaskError(StreampruneError):
 
 
 class VerifyError(StreampruneError):
-    """A result is not what its source and its record say."""
+    """A result differs from its source or its record."""
 
 
 class ReportError(StreampruneError):
-    """What a report is made of is missing, damaged, or does not go together."""
+    """The files that a report is made from are missing, damaged or inconsistent."""
 
 
 class UploadError(StreampruneError):
-    """The Hub cannot be reached, refuses, or has not taken all that it was sent."""
+    """The Hub cannot be reached, refuses the upload, or did not store all of it."""
 
 
 class InterruptedRunError(StreampruneError):
-    """The user stopped the run; what is done is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
+    """The user stopped the run; finished work is saved. (75 is EX_TEMPFAIL of sysexits.h: try again.)"""
 
     exit_code = 75
 
 
 class ProcessesError(StreampruneError):
-    """The processes that share a run cannot find one another, or one of them was lost."""
+    """The processes of a run cannot connect, or one of them was lost."""
 
 
 class OtherProcessError(StreampruneError):
-    """What went wrong in a process that only helps, with its name: the one that talks to the user cannot know it."""
+    """An error of another process than the first, with its name. That process prints it itself."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class ToldElsewhereError(StreampruneError):
-    """This process has to end; another one tells the user why, so that this one says nothing."""
+class ReportedElsewhereError(StreampruneError):
+    """This process must end, and prints nothing: another process reports the reason."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("Another process of this run says why it ended.")
+        super().__init__("Another process of this run reports the reason.")
         self.exit_code = exit_code

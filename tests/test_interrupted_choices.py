@@ -177,7 +177,7 @@ def test_options_that_make_no_sense_for_a_pruning_are_refused(made: dict[str, Co
     refused = call("resume", command.work, "--from-layer", 1, "--device", "cpu")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        f"Error: {command.work} holds what `streamprune prune` began, which computes nothing: leave out --device, "
+        f"Error: {command.work} holds an unfinished `streamprune prune`, which computes nothing. Leave out --device, "
         "--from-layer.\n"
     )
     assert call("resume", command.work, "--verify", "--quiet").exit_code == 0
@@ -198,7 +198,7 @@ def test_one_kind_does_not_take_another_ones_work(made: dict[str, Command], tmp_
 
     made["prune"].at(tmp_path / "out").interrupt(at=4)
     refused("global", "holds an unfinished `streamprune prune`. Go on with it .streamprune resume .* --resume never")
-    refused("score", "holds what `streamprune prune` began")
+    refused("score", "holds an unfinished `streamprune prune`")
     with pytest.raises(ResumeError, match=f"Go on with: streamprune resume {tmp_path}/out.work"):
         made["global"].at(tmp_path / "out").resume()
     made["score"].at(tmp_path / "out").run(resume="never")

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Heavy libraries are imported by the commands that need them."""
+"""The command line: parse, call, print. Commands import heavy libraries only when they need them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from streamprune import __version__
 from streamprune.cli.evaluate import evaluate
 from streamprune.cli.fit import calibration, devices, fit
-from streamprune.cli.options import OneVoice, quiet_libraries, reports_errors
+from streamprune.cli.options import FirstProcessPrints, quiet_libraries, reports_errors
 from streamprune.cli.publish import push, report
 from streamprune.cli.run import prune, resume, run, score
 from streamprune.cli.scores import inspect
@@ -18,15 +18,15 @@ from streamprune.distributed.processes import is_first
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
 
-#: The commands that several processes share. All others are the first one's alone.
+#: The commands that several processes share. Only the first process runs the others.
 _SHARED = {"run", "score", "resume"}
 
 
-@click.group(cls=OneVoice, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=FirstProcessPrints, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamprune")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Prune Mixture-of-Experts models one decoder block at a time."""
+    """Prune Mixture-of-Experts models one layer at a time."""
     if context.invoked_subcommand not in _SHARED and not is_first():
         context.exit()
 

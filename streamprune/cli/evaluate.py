@@ -1,7 +1,4 @@
-"""Options of `eval` for what needs a model whole: generation health, and tasks of lm-evaluation-harness.
-
-The command that measures what a model lost: `eval`.
-"""
+"""The command that measures what a model lost: `eval`."""
 
 from __future__ import annotations
 
@@ -12,9 +9,19 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from streamprune.cli.options import quiet_libraries, report_option, reports_errors, sampling_options, with_options
+from streamprune.cli.options import (
+    DTYPE,
+    FOLDER,
+    JSON_OBJECT,
+    REPORT,
+    REVISION,
+    compute_options,
+    quiet_libraries,
+    reports_errors,
+    sampling_options,
+    with_options,
+)
 from streamprune.cli.publish import report_after
-from streamprune.config import DTYPES, STATES
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
 
@@ -28,63 +35,45 @@ R = TypeVar("R")
 
 
 def generation_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options of generation health, in the order of the help text. None: the default of `GenerationSettings`."""
+    """The options about generation. None: the default of `GenerationSettings`."""
     options = [
-        click.option("--generate", is_flag=True, help="Let the model continue prompts, and say whether it loops."),
+        click.option("--generate", is_flag=True, help="Let the model continue prompts, and report whether it loops."),
         click.option(
-            "--prompts", type=click.Path(path_type=Path), metavar="FILE",
-            help='Prompts of your own, JSON lines: {"prompt": "…"} or {"messages": […]}, perhaps with "source".',
+            "--prompts", type=FOLDER, metavar="FILE",
+            help='Your own prompts, as JSON lines: {"prompt": "…"} or {"messages": […]}, optionally with "source".',
         ),
-        click.option("--prompts-per-source", type=int, metavar="N", help="Prompts of each source of --data."),
-        click.option("--prompt-tokens", type=int, metavar="N", help="Tokens of each of them."),
-        click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens that are generated for a prompt."),
+        click.option("--prompts-per-source", type=int, metavar="N", help="Prompts from each source of --data."),
+        click.option("--prompt-tokens", type=int, metavar="N", help="Tokens per prompt."),
+        click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens to generate for a prompt."),
     ]  # fmt: skip
     return with_options(options, command)
 
 
 def task_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options of lm-evaluation-harness, in the order of the help text."""
+    """The options about tasks of lm-evaluation-harness."""
     options = [
         click.option("--tasks", metavar="NAME,…", help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."),
         click.option(
-            "--include-path", type=click.Path(path_type=Path), metavar="FOLDER", help="Where tasks of your own are.",
+            "--include-path", type=FOLDER, metavar="FOLDER", help="Folder with your own tasks.",
         ),
-        click.option("--limit", type=float, metavar="N", help="Only so many examples of each task, or that share."),
-        click.option("--batch-size", type=int, metavar="N", help="Examples at a time.  [default: auto; on a CPU 4]"),
+        click.option("--limit", type=float, metavar="N", help="Examples per task: a number, or a share below 1."),
+        click.option("--batch-size", type=int, metavar="N", help="Examples per batch.  [default: auto; CPU: 4]"),
     ]  # fmt: skip
     return with_options(options, command)
 
 
-_FOLDER = click.Path(path_type=Path)
+def _with_compute_options(command: Callable[P, R]) -> Callable[P, R]:
+    device, *others = compute_options()
+    return with_options([device, DTYPE, *others], command)
 
 
 def _model_options(command: Callable[P, R]) -> Callable[P, R]:
     options = [
         click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
-        click.option("--revision", help="Branch, tag or commit of a Hub model."),
+        REVISION,
         click.option("--against-revision", help="The same for ORIGINAL."),
         click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
     ]
-    return with_options(options, command)
-
-
-def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
-    options = [
-        click.option(
-            "--device", default="auto", show_default=True, metavar="auto|cpu|cuda:0", help="Where to compute."
-        ),
-        click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-            help="What predictions are computed in.",
-        ),
-        click.option("--batch-tokens", type=int, help="Tokens per micro-batch at most.  [default: as for `run`]"),
-        click.option(
-            "--states", type=click.Choice(STATES), default="auto", show_default=True,
-            help="Where hidden states lie between blocks: on the card, in RAM, or in a file (in TMPDIR).",
-        ),
-        click.option("--vram-gib", type=float, help="Most that may be taken on the card.  [default: what is free]"),
-        click.option("--ram-gib", type=float, help="Most that may be taken of RAM.  [default: what is available]"),
-    ]  # fmt: skip
     return with_options(options, command)
 
 
@@ -93,23 +82,23 @@ def _computing_options(command: Callable[P, R]) -> Callable[P, R]:
 @_model_options
 @click.option(
     "--data", multiple=True, metavar="RECIPE|FILE",
-    help="Held-out text, as for --calibration. Any number of times.  [default: what `run --evaluate` held back]",
+    help="Held-out text, as for --calibration. May be repeated.  [default: what `run --evaluate` held out]",
 )  # fmt: skip
 @sampling_options
 @generation_options
 @task_options
-@click.option("-o", "--output", type=_FOLDER, help="Folder for the results.  [default: in MODEL, if we made it]")
-@_computing_options
-@report_option
+@click.option("-o", "--output", type=FOLDER, help="Folder for the results.  [default: MODEL, if streamprune made it]")
+@_with_compute_options
+@REPORT
 @click.option("--quiet", is_flag=True, help="Print the results and errors only.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@JSON_OBJECT
 @reports_errors
 def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Measure MODEL (a local folder or a Hub id) on held-out text, one block at a time.
+    """Measure MODEL (a local folder or a Hub id) on held-out text, one layer at a time.
 
-    Tells loss and perplexity of each source, and with --against how far the predictions are from the original's: KL
-    divergence, and how often both think the same token likeliest. --generate and --tasks need the model whole in
-    memory; where they are given, --data is measured on only if it is too.
+    Prints loss and perplexity for each source. With --against it also prints how far the predictions are from the
+    original's: the KL divergence, and how often both have the same most likely token. --generate and --tasks load the
+    complete model; with them, text is measured on only if --data is given.
     """
     limit_library_memory(tight=options["ram_gib"] is not None)
     settings, asked = _asked(model, output, options)
@@ -124,7 +113,7 @@ def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as
 
 
 def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[EvalSettings, Asked]:
-    """What the options ask for. Raises SettingsError for those that go with another one that is missing."""
+    """The settings that the options give. Raises SettingsError for an option without the one that it needs."""
     from streamprune.config import EvalSettings
     from streamprune.evaluation.command import Asked
     from streamprune.evaluation.generation import GenerationSettings
@@ -137,7 +126,7 @@ def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[Ev
     for given, needed, others in ((generate, "--generate", of_generation), (tasks, "--tasks", of_tasks)):
         for name, value in others.items():
             if value is not None and not given:
-                raise SettingsError(f"--{name.replace('_', '-')} goes with {needed}, which is missing.")
+                raise SettingsError(f"--{name.replace('_', '-')} needs {needed}.")
     settings = EvalSettings(model=model, **options)
     shared = {name: options[name] for name in ("device", "revision", "trust_remote_code")}
     prompts = of_generation.pop("prompts")

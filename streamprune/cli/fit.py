@@ -13,7 +13,15 @@ from typing import Any
 
 import click
 
-from streamprune.cli.options import goal_options, quiet_libraries, reports_errors, sampling_options
+from streamprune.cli.options import (
+    JSON_OBJECT,
+    REVISION,
+    TRUST_REMOTE_CODE,
+    budget_options,
+    quiet_libraries,
+    reports_errors,
+    sampling_options,
+)
 from streamprune.config import ServingSpec, check_least
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
@@ -33,17 +41,17 @@ def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, .
 
 @click.command()
 @click.argument("model")
-@goal_options
+@budget_options
 @click.option(
     "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
-    help="Form of the weights: as they are, or quantized afterwards.",
+    help="Data type of the weights: as they are, or quantized afterwards.",
 )  # fmt: skip
-@click.option("--keep", type=int, help="Experts kept in every block.  [default: all]")
-@click.option("--measure", is_flag=True, help="Also load the model on the card, run such a prompt, and compare.")
-@click.option("--device", default="cuda:0", show_default=True, help="The card for --measure.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
+@click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
+@click.option("--device", default="cuda:0", show_default=True, help="The GPU for --measure.")
+@REVISION
+@TRUST_REMOTE_CODE
+@JSON_OBJECT
 @reports_errors
 def fit(
     model: str,
@@ -57,10 +65,10 @@ def fit(
     as_json: bool,
     **use: Any,
 ) -> None:
-    """Say whether MODEL fits a card, and how many experts could stay.
+    """Say whether MODEL fits a GPU, and how many experts could stay.
 
     MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
-    --budget-gib or --gpu, the card of this machine counts. Exit status 0: it fits; 3: it does not.
+    --budget-gib or --gpu, the GPU of this machine is used. Exit status: 0 if it fits, 3 if it does not.
     """
     # The libraries, if they are needed at all, read these when they are imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -89,12 +97,12 @@ def fit(
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@JSON_OBJECT
 @reports_errors
 def devices(as_json: bool) -> None:
     """Show this machine's NVIDIA GPUs, its RAM and the disk of the current folder.
 
-    What cannot be known is marked so, with the reason.
+    Values that cannot be read are shown as unknown, with the reason.
     """
     limit_library_memory()
     from streamprune.hardware.gpus import devices_object, devices_text
@@ -106,16 +114,16 @@ def devices(as_json: bool) -> None:
 
 @click.group()
 def calibration() -> None:
-    """What models are calibrated on."""
+    """Look at calibration data."""
 
 
 @calibration.command()
 @click.argument("recipe", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
 @sampling_options
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@REVISION
+@TRUST_REMOTE_CODE
+@JSON_OBJECT
 @reports_errors
 def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> None:
     """Make the tokens of RECIPE, and print shares, counts and a sample of each source.

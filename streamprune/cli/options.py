@@ -1,4 +1,4 @@
-"""What the commands share: how errors are told, what libraries may say, and options of more than one command."""
+"""What the commands share: printing errors, silencing libraries, and options of more than one command."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, RESUME
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
 from streamprune.distributed.processes import is_first
-from streamprune.errors import OtherProcessError, ProcessesError, SettingsError, StreampruneError, ToldElsewhereError
+from streamprune.errors import (
+    OtherProcessError,
+    ProcessesError,
+    ReportedElsewhereError,
+    SettingsError,
+    StreampruneError,
+)
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
@@ -26,30 +32,84 @@ R = TypeVar("R")
 
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
-KEEP_FILE_HELP = (
-    'Your own choice, as JSON: lists of experts by layer, {"0": [1, 5], ...}, a list of such lists, or the '
-    "streamprune.json of another model."
+FOLDER = click.Path(path_type=Path)
+Option = Callable[[Callable[P, R]], Callable[P, R]]
+
+# Options of several commands.
+MODEL_OUTPUT = click.option("-o", "--output", required=True, type=FOLDER, help="Folder for the pruned model.")
+KEEP = click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget.")
+RATIO = click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget.")
+KEEP_FILE = click.option(
+    "--keep-file", type=FOLDER,
+    help='The experts to keep, as JSON: lists by layer, {"0": [1, 5], ...}, a list of such lists, or the '
+    "streamprune.json of another model.",
+)  # fmt: skip
+DTYPE = click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
+SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")
+STOP_IF_KL = click.option(
+    "--stop-if-kl", type=float, metavar="X",
+    help="With --evaluate: fail if the KL divergence exceeds X nats per token. Stops early if it will.",
+)  # fmt: skip
+REVISION = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+TRUST_REMOTE_CODE = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
+JSON_OBJECT = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+JSON_SUMMARY = click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
+REPORT = click.option(
+    "--report/--no-report", "with_report", default=True, show_default=True, envvar="STREAMPRUNE_REPORT",
+    show_envvar=True, help="Make OUT/report.html at the end.",
+)  # fmt: skip
 
 
-def with_options(options: Sequence[Callable[..., Any]], command: Callable[P, R]) -> Callable[P, R]:
+def verify_option(default: bool | None) -> Option[..., Any]:
+    """--verify; None where an earlier setting stays."""
+    return click.option(
+        "--verify/--no-verify", default=default, show_default=default is not None,
+        help="Compare the result with the source, byte by byte.",
+    )  # fmt: skip
+
+
+def with_options(options: Sequence[Option[P, R]], command: Callable[P, R]) -> Callable[P, R]:
     """The command with these options, which its help shows in this order."""
     for option in reversed(options):
         command = option(command)
     return command
 
 
+def compute_options(resuming: bool = False) -> list[Option[..., Any]]:
+    """The options about where and how to compute. When `resuming`, those that are not given stay as they were."""
+
+    def default(value: str) -> dict[str, Any]:
+        return {"default": None} if resuming else {"default": value, "show_default": True}
+
+    return [
+        click.option("--device", metavar="auto|cpu|cuda:0", help="The device to compute on.", **default("auto")),
+        click.option(
+            "--batch-tokens", type=int,
+            help="Largest micro-batch, in tokens.  [default: 4096 on a CPU, 32768 on a GPU; less if memory is short]",
+        ),
+        click.option(
+            "--states", type=click.Choice(STATES),
+            help="Where hidden states are kept between layers: on the device, in RAM, or in a file.", **default("auto"),
+        ),
+        click.option("--vram-gib", type=float, help="Most GPU memory that may be used.  [default: what is free]"),
+        click.option("--ram-gib", type=float, help="Most RAM that may be used.  [default: what is available]"),
+    ]  # fmt: skip
+
+
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors into one message on stderr and their exit status."""
+    """Print a StreampruneError as one message on stderr, and exit with its status."""
 
     @wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except ToldElsewhereError as error:
+        except ReportedElsewhereError as error:
             sys.exit(error.exit_code)
         except OtherProcessError as error:
-            # Past the silence of all processes but the first: nobody else knows of it.
+            # Printed although this process is silenced: no other process knows of it.
             print(f"Error: {error}", file=sys.__stderr__, flush=True)
             sys.exit(error.exit_code)
         except StreampruneError as error:
@@ -62,14 +122,14 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-class OneVoice(click.Group):
-    """A command line with which several processes may be launched at once: only the first of them is heard.
+class FirstProcessPrints(click.Group):
+    """A command line that several processes may run at once: only the first of them prints.
 
-    Of the others, what the first one cannot know still comes out: an OtherProcessError, and errors nobody foresaw.
+    The others still print what the first cannot know: an OtherProcessError, and unexpected errors.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Parse and run a command, silently in all processes but the first."""
+        """Parse and run a command. All processes but the first are silenced."""
         try:
             first = is_first()
         except ProcessesError as error:
@@ -77,7 +137,7 @@ class OneVoice(click.Group):
             sys.exit(error.exit_code)
         if first:
             return super().main(*args, **extra)
-        # torch's own complaints, once the first process is gone, are no news.
+        # torch would complain once the first process has ended.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             try:
@@ -95,10 +155,7 @@ def quiet_downloads() -> None:
 
 
 def quiet_libraries(downloads: bool) -> None:
-    """Keep other libraries' hints off the terminal, and with `downloads` the Hub's progress bars as well.
-
-    Their errors still come as exceptions.
-    """
+    """Keep other libraries' warnings off the terminal, and with `downloads` also the Hub's progress bars."""
     import logging
     import warnings
 
@@ -113,7 +170,7 @@ def quiet_libraries(downloads: bool) -> None:
 
 
 def selection_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options that say how experts are ranked and divided among the layers, in the order of the help text."""
+    """The options about how experts are scored and divided among the layers, in the order of the help text."""
     options = [
         click.option(
             "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
@@ -121,73 +178,73 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
         ),
         click.option(
             "--mix", metavar="SOURCE=SHARE,…",
-            help="Shares of the calibration's sources, e.g. code=0.5,general=0.5.  [default: as they are]",
+            help="Weights of the calibration's sources, e.g. code=0.5,general=0.5.  [default: by their tokens]",
         ),
         click.option(
             "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default=DEFAULT_SCHEDULE, show_default=True,
-            help="How experts are divided among the layers; a JSON file lists a number for each.",
+            help="How experts are divided among the layers. A JSON file lists a number for each layer.",
         ),
         click.option(
             "--spread", type=float,
-            help=f"For the linear schedules: how much the share removed rises and falls.  [default: {DEFAULT_SPREAD}]",
+            help=f"For the linear schedules: how much the removed share varies.  [default: {DEFAULT_SPREAD}]",
         ),
-        click.option("--floor", type=int, metavar="N", help="Fewest experts in any layer.  [default: what it needs]"),
-        click.option("--protect-super-experts", is_flag=True, help="Keep experts whose outputs peak far above all."),
+        click.option("--floor", type=int, metavar="N", help="Fewest experts in a layer.  [default: as needed]"),
+        click.option("--protect-super-experts", is_flag=True, help="Keep experts with extremely large outputs."),
     ]  # fmt: skip
     return with_options(options, command)
 
 
 def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options that say what text a model is scored on."""
+    """The options about the text that a model is scored on."""
     return click.option(
         "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
-        help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… Any number of times.",
+        help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… May be repeated.",
     )(sampling_options(command))  # fmt: skip
 
 
 def sampling_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options that say how much of a calibration is taken, instead of what its recipe says."""
+    """The options about how much text is used. They override the recipe."""
     options = [
-        click.option("--samples", type=int, help=f"Sequences.  [default: the recipe's own, or {DEFAULT_SAMPLES}]"),
+        click.option("--samples", type=int, help=f"Sequences to use.  [default: the recipe's, or {DEFAULT_SAMPLES}]"),
         click.option(
             "--seq-len", type=int,
-            help=f"Tokens per sequence.  [default: the recipe's own, or {DEFAULT_SEQ_LEN}, or the model's limit]",
+            help=f"Tokens per sequence.  [default: the recipe's, or {DEFAULT_SEQ_LEN}, or the model's limit]",
         ),
-        click.option("--seed", type=int, help="Chooses which text is used.  [default: the recipe's own, or 0]"),
+        click.option("--seed", type=int, help="Random seed for choosing the text.  [default: the recipe's, or 0]"),
     ]  # fmt: skip
     return with_options(options, command)
 
 
 def place_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about where the model comes from, and where the result and the work on it go."""
+    """The options about the model's origin, the output and the work folder."""
     options = [
-        click.option("--revision", help="Branch, tag or commit of a Hub model."),
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
-        click.option("--overwrite", is_flag=True, help="Replace what is there under the output's name."),
+        REVISION,
+        TRUST_REMOTE_CODE,
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option(
             "--work-dir", type=click.Path(path_type=Path),
-            help="Folder for what is needed to go on.  [default: OUT.work]",
+            help="Folder for everything that resuming needs.  [default: OUT.work]",
         ),
         click.option(
             "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
-            help="Go on with an earlier run of this command; insist on it; or begin anew.",
+            help="Resume an earlier run if there is one (auto), fail without one (required), or begin anew (never).",
         ),
     ]  # fmt: skip
     return with_options(options, command)
 
 
-def goal_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options that say what the model has to fit, in the order of the help text."""
+def budget_options(command: Callable[P, R]) -> Callable[P, R]:
+    """The options about the memory that the model has to fit, in the order of the help text."""
     options = [
-        click.option("--budget-gib", type=float, metavar="G", help="Memory that all of it may take, in GiB."),
-        click.option("--gpu", metavar="NAME", help="A card instead, such as rtx-3090: what CUDA can use of it."),
+        click.option("--budget-gib", type=float, metavar="G", help="Memory that the model may use, in GiB."),
+        click.option("--gpu", metavar="NAME", help="A GPU instead of a budget, such as rtx-3090."),
         click.option(
             "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
         ),
         click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time to plan for."),
         click.option(
             "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True,
-            help="Form of cached keys and values.",
+            help="Data type of the KV cache.",
         ),
     ]  # fmt: skip
     return with_options(options, command)
@@ -201,11 +258,3 @@ def parse_size(text: str) -> int:
     unit = (match.group(2) or "B").upper()
     base = 1024 if "I" in unit else 1000
     return int(float(match.group(1)) * base ** "BKMGT".index(unit[0]))
-
-
-def report_option(command: Callable[P, R]) -> Callable[P, R]:
-    """The option of commands that make a report at their end."""
-    return click.option(
-        "--report/--no-report", "with_report", default=True, show_default=True, envvar="STREAMPRUNE_REPORT",
-        show_envvar=True, help="Make OUT/report.html at the end.",
-    )(command)  # fmt: skip

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
 from streamprune.cli.options import (
-    KEEP_FILE_HELP,
+    DTYPE,
+    FOLDER,
+    JSON_SUMMARY,
+    KEEP,
+    KEEP_FILE,
+    MODEL_OUTPUT,
+    QUIET,
+    RATIO,
+    REPORT,
+    SHARD_SIZE,
+    STOP_IF_KL,
+    Option,
+    budget_options,
     calibration_options,
-    goal_options,
+    compute_options,
     parse_size,
     place_options,
     quiet_downloads,
     quiet_libraries,
-    report_option,
     reports_errors,
     selection_options,
+    verify_option,
     with_options,
 )
 from streamprune.cli.publish import report_after
-from streamprune.config import DEFAULT_CHECKPOINT_EVERY, DTYPES, PROPAGATE, STATES, PruneSettings, RunSettings
+from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSettings, RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
@@ -35,69 +46,52 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_FOLDER = click.Path(path_type=Path)
-_STOP_IF_KL = "With --evaluate: no result whose KL divergence is above X nats per token; ends early if hopeless."
-_VERIFY = "Compare the result with the source, byte by byte."
 
 
-def _sitting_options(resuming: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Options that may differ between the sittings of one run. Those that are not given again stay as they were."""
-
-    def default(value: Any) -> dict[str, Any]:
-        return {"default": None} if resuming else {"default": value, "show_default": True}
-
+def _run_options(resuming: bool) -> Option[..., Any]:
+    """The options that `resume` may change. When `resuming`, those that are not given stay as they were."""
     options = [
-        click.option("--device", metavar="auto|cpu|cuda:0", help="Where to compute.", **default("auto")),
-        click.option(
-            "--batch-tokens", type=int,
-            help="Tokens per micro-batch at most.  [default: 4096 on a CPU, 32768 on a GPU; less if memory demands it]",
-        ),
-        click.option(
-            "--states", type=click.Choice(STATES),
-            help="Where hidden states lie between blocks: on the card, in RAM, or in a file.", **default("auto"),
-        ),
-        click.option("--vram-gib", type=float, help="Most that the run may take on the card.  [default: what is free]"),
-        click.option("--ram-gib", type=float, help="Most that the run may take of RAM.  [default: what is available]"),
+        *compute_options(resuming),
         click.option(
             "--checkpoint-every", type=float, metavar="SECONDS",
-            help="Save the hidden states so often at most; 0: after every block.", **default(DEFAULT_CHECKPOINT_EVERY),
+            default=None if resuming else DEFAULT_CHECKPOINT_EVERY, show_default=not resuming,
+            help="Seconds between saves of the hidden states. 0: after every layer.",
         ),
-        click.option("--from-layer", type=int, metavar="K", help="Do block K (from 0) and all behind it again."),
-        click.option("--quiet", is_flag=True, help="Print errors only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout."),
+        click.option("--from-layer", type=int, metavar="K", help="Redo layer K (counted from 0) and all later ones."),
+        QUIET,
+        JSON_SUMMARY,
     ]  # fmt: skip
-
     return lambda command: with_options(options, command)
 
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=_FOLDER, help="Folder for the pruned model.")
-@goal_options
-@click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
-@click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
-@click.option("--dry-run", is_flag=True, help="Tell what would be done, and stop there.")
+@MODEL_OUTPUT
+@budget_options
+@KEEP
+@RATIO
+@click.option("--dry-run", is_flag=True, help="Print what would be done, without doing it.")
 @calibration_options
 @selection_options
 @click.option(
     "--propagate", type=click.Choice(PROPAGATE), default="original", show_default=True,
-    help="Whose output the next block is scored on: the original block's or the pruned one's.",
+    help="Score each layer on the outputs of the original or of the pruned layers before it.",
 )  # fmt: skip
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@DTYPE
+@SHARD_SIZE
 @place_options
-@_sitting_options(resuming=False)
-@click.option("--evaluate", is_flag=True, help="Hold back a tenth of the calibration, and measure what is lost on it.")
-@click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
-@click.option("--verify/--no-verify", default=True, show_default=True, help=_VERIFY)
-@report_option
+@_run_options(resuming=False)
+@click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
+@STOP_IF_KL
+@verify_option(True)
+@REPORT
 @reports_errors
 def run(
     output: Path, max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
-    MODEL is read one decoder block at a time; memory does not grow with its size.
+    MODEL is read one layer at a time, so that memory does not grow with its size.
     """
     settings = RunSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
     if dry_run and not is_first():
@@ -116,17 +110,17 @@ def run(
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=_FOLDER, help="File for the scores, such as scores.safetensors.")
+@click.option("-o", "--output", required=True, type=FOLDER, help="File for the scores, such as scores.safetensors.")
 @calibration_options
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="What to compute in.")
+@DTYPE
 @place_options
-@_sitting_options(resuming=False)
+@_run_options(resuming=False)
 @reports_errors
 def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Score the experts of MODEL, and write one small file from which any number of pruned models can be made.
+    """Score the experts of MODEL and write one small file, from which any number of pruned models can be made.
 
-    Statistics are kept for each source of the calibration, so that mixes, methods and sizes are chosen afterwards:
-    look at them with `inspect`, use them with `prune`.
+    The file has statistics for each source of the calibration, so that the mix, the method and the size can be chosen
+    later. Look at it with `inspect`, and use it with `prune`.
     """
     settings = RunSettings(output=output, only_score=True, **options)
     limit_library_memory(tight=settings.ram_gib is not None)
@@ -140,34 +134,34 @@ def score(output: Path, quiet: bool, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=_FOLDER, help="Folder for the pruned model.")
-@click.option("--scores", type=_FOLDER, help="File of `score`, or the folder of a model that was pruned before.")
-@goal_options
-@click.option("--keep", type=int, help="Instead of a budget: experts to keep in every block.")
-@click.option("--ratio", type=float, help="Instead of a budget: share of experts to remove, e.g. 0.5 for half.")
-@click.option("--dry-run", is_flag=True, help="Tell what would be done, and what would be lost, and stop there.")
+@MODEL_OUTPUT
+@click.option("--scores", type=FOLDER, help="A scores file, or the folder of a model that was pruned before.")
+@budget_options
+@KEEP
+@RATIO
+@click.option("--dry-run", is_flag=True, help="Print what would be done and lost, without doing it.")
 @selection_options
 @click.option("--seed", type=int, help="For --method random.  [default: 0]")
-@click.option("--keep-file", type=_FOLDER, help=KEEP_FILE_HELP)
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file.")
+@KEEP_FILE
+@SHARD_SIZE
 @place_options
-@click.option("--verify/--no-verify", default=False, show_default=True, help=_VERIFY)
-@report_option
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
+@verify_option(False)
+@REPORT
+@QUIET
+@JSON_SUMMARY
 @reports_errors
 def prune(
     output: Path, max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Prune MODEL by scores that were taken before: no forward pass, no GPU, the time of a file copy.
+    """Prune MODEL by scores from an earlier command. This needs no forward pass and no GPU, only a file copy.
 
-    The result is the same to the byte as that of `run` with the same calibration and settings.
+    The result is identical to the byte to that of `run` with the same calibration and settings.
     """
     settings = PruneSettings(output=output, max_shard_bytes=parse_size(max_shard_size), **options)
     from streamprune.pipeline import prune as engine
 
     if settings.scores is None:
-        # Then the model is built, and transformers has its say.
+        # Then transformers builds the model.
         quiet_libraries(downloads=quiet)
     elif quiet:
         quiet_downloads()
@@ -179,17 +173,18 @@ def prune(
 
 
 @click.command()
-@click.argument("workdir", type=_FOLDER)
-@_sitting_options(resuming=True)
-@click.option("--stop-if-kl", type=float, metavar="X", help=_STOP_IF_KL)
-@click.option("--verify/--no-verify", default=None, help=_VERIFY)
+@click.argument("workdir", type=FOLDER)
+@_run_options(resuming=True)
+@STOP_IF_KL
+@verify_option(None)
+# (None, so that a setting that is not given again can be told from one that is.)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
-@report_option
+@REPORT
 @reports_errors
 def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **changes: Any) -> None:
-    """Go on with the run, scoring or pruning in WORKDIR (usually OUT.work) where it stopped.
+    """Resume the `run`, `score` or `prune` in WORKDIR (usually OUT.work) where it stopped.
 
-    Everything that decides the result is as it was when the run began; what is given here may differ.
+    Settings that decide the result stay as they were. The options below may be changed.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     # The folder may be on the first process's machine only.
@@ -201,7 +196,7 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **chang
 
         quiet_libraries(downloads=quiet)
         result = engine.resume(workdir, quiet, **given)
-    # (Scores are a file.)
+    # (The result of `score` is a file, which has no report.)
     if with_report and result.output.is_dir():
         report_after(result.output, quiet)
     if as_json:
@@ -210,22 +205,22 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **chang
 
 def _resume_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
     if launched().count == 1:
-        return _go_on_pruning(workdir, quiet, given)
+        return _prune_on(workdir, quiet, given)
     # The other processes wait for rank 0, which has nothing for them to do.
     from streamprune.distributed.joining import joined
 
     with joined("cpu") as processes:
-        return processes.on_first(lambda: _go_on_pruning(workdir, quiet, given))
+        return processes.on_first(lambda: _prune_on(workdir, quiet, given))
 
 
-def _go_on_pruning(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
+def _prune_on(workdir: Path, quiet: bool, given: dict[str, Any]) -> RunResult:
     from streamprune.pipeline import prune as engine
 
-    odd = sorted(given.keys() - {"verify", "trust_remote_code"})
-    if odd:
+    unused = sorted(given.keys() - {"verify", "trust_remote_code"})
+    if unused:
         raise SettingsError(
-            f"{workdir} holds what `streamprune prune` began, which computes nothing: leave out "
-            f"{', '.join('--' + name.replace('_', '-') for name in odd)}."
+            f"{workdir} holds an unfinished `streamprune prune`, which computes nothing. Leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in unused)}."
         )
     if quiet:
         quiet_downloads()

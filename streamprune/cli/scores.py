@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from streamprune.cli.options import KEEP_FILE_HELP, reports_errors, selection_options
+from streamprune.cli.options import JSON_OBJECT, KEEP_FILE, reports_errors, selection_options
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
 from streamprune.models.config_json import resolve_keep
@@ -46,7 +46,7 @@ Targets = tuple[int | None, float | None, int | None]
 @click.option("--keep", type=int, help="Experts to keep per layer; with a schedule, the mean.")
 @click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
 @click.option("--total", type=int, help="Experts to keep in all layers together.")
-@click.option("--keep-file", type=click.Path(path_type=Path), help=KEEP_FILE_HELP)
+@KEEP_FILE
 @selection_options
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
 @click.option(
@@ -54,7 +54,7 @@ Targets = tuple[int | None, float | None, int | None]
     help="Compare with another choice: mix=code=1, method=frequency, … May be given several times.",
 )  # fmt: skip
 @click.option("--layer", type=int, metavar="K", help="Show every expert of layer K.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@JSON_OBJECT
 @reports_errors
 def inspect(
     scores: Path,

@@ -1,4 +1,4 @@
-"""The commands for what a run leaves: `status`, `clean` and `verify`."""
+"""The commands about work folders and results: `status`, `clean` and `verify`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from pathlib import Path
 
 import click
 
-from streamprune.cli.options import quiet_libraries, reports_errors
+from streamprune.cli.options import FOLDER, JSON_OBJECT, REVISION, TRUST_REMOTE_CODE, quiet_libraries, reports_errors
 from streamprune.hardware.memory import limit_library_memory
-
-_FOLDER = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("workdir", type=_FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.argument("workdir", type=FOLDER)
+@JSON_OBJECT
 @reports_errors
 def status(workdir: Path, as_json: bool) -> None:
-    """Tell what is done of the run, scoring or pruning in WORKDIR, what is left, and how large the folder is."""
+    """Show what is done and what is left of the `run`, `score` or `prune` in WORKDIR."""
     from streamprune.pipeline.status import status_of, status_text
 
     found = status_of(workdir)
@@ -26,11 +24,11 @@ def status(workdir: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("workdir", type=_FOLDER)
-@click.option("--all", "everything", is_flag=True, help="Also what an unfinished run needs to go on: give it up.")
+@click.argument("workdir", type=FOLDER)
+@click.option("--all", "everything", is_flag=True, help="Remove everything, also what resuming needs.")
 @reports_errors
 def clean(workdir: Path, everything: bool) -> None:
-    """Remove what is no longer needed from WORKDIR: all of it once the run is complete."""
+    """Remove what is no longer needed from WORKDIR. Once the run is complete, that is all of it."""
     from streamprune.hardware.memory import format_bytes
     from streamprune.pipeline.status import clean_up
 
@@ -38,13 +36,13 @@ def clean(workdir: Path, everything: bool) -> None:
 
 
 @click.command()
-@click.argument("output", metavar="OUT", type=_FOLDER)
+@click.argument("output", metavar="OUT", type=FOLDER)
 @click.option("--source", required=True, help="The model that OUT was made from: a folder or a Hub id.")
-@click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@REVISION
+@TRUST_REMOTE_CODE
 @reports_errors
 def verify(output: Path, source: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Prove that OUT is what its record says: every kept tensor identical to the source's, byte by byte."""
+    """Verify that every tensor of OUT is identical to the source's, byte by byte, as its record says."""
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
     from streamprune.hardware.memory import format_bytes

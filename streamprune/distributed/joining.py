@@ -22,8 +22,8 @@ from streamprune.errors import (
     InterruptedRunError,
     OtherProcessError,
     ProcessesError,
+    ReportedElsewhereError,
     StreampruneError,
-    ToldElsewhereError,
     TooMuchLostError,
 )
 from streamprune.hardware.device import all_gpus
@@ -149,7 +149,7 @@ class DistributedProcesses(Processes):
     def _lost(self, error: RuntimeError) -> Exception:
         # Only rank 0 speaks, and only it is certain to reach the store.
         if not self.is_first or self._store.check([_FAILED]):
-            return ToldElsewhereError(1)
+            return ReportedElsewhereError(1)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return ProcessesError(
             f"One of the other {self.count - 1} processes of this run ended without a word, or cannot be reached any "
@@ -163,7 +163,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     """The processes that were launched together, connected for as long as this lasts; ALONE if there is one.
 
     `device` is what --device says. Raises ProcessesError when they cannot be reached. One process speaks for all: what
-    ends every rank becomes a ToldElsewhereError in all but rank 0, what ends another rank alone an OtherProcessError.
+    ends every rank becomes a ReportedElsewhereError in all but rank 0, and what ends another rank alone an
+    OtherProcessError.
     """
     facts = launched()
     if facts.count == 1:
@@ -176,8 +177,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         # Stops and losses are decided together, so that rank 0 raises the same.
         if processes.is_first:
             raise
-        raise ToldElsewhereError(error.exit_code) from None
-    except ToldElsewhereError:
+        raise ReportedElsewhereError(error.exit_code) from None
+    except ReportedElsewhereError:
         raise
     except StreampruneError as error:
         if processes.is_first:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streamprune.errors import ProcessesError, StreampruneError, ToldElsewhereError
+from streamprune.errors import ProcessesError, ReportedElsewhereError, StreampruneError
 
 if TYPE_CHECKING:
     # Commands that compute nothing run without it.
@@ -97,7 +97,7 @@ class Processes:
     """All processes of a run. This base class is one process alone: it agrees with itself, and nothing is sent.
 
     All methods but `mine`, `owner`, `asked` and `fail` are collective: every rank has to call them in the same order.
-    They raise ProcessesError when another process is lost, and ToldElsewhereError when that one says why itself.
+    They raise ProcessesError when another process is lost, and ReportedElsewhereError when that one says why itself.
     """
 
     #: Which process this is, of how many; of those, how many are on this machine, and which of them this is.
@@ -126,7 +126,7 @@ class Processes:
         if not self.is_first:
             status, value = self.broadcast((0, None))
             if status:
-                raise ToldElsewhereError(status)
+                raise ReportedElsewhereError(status)
             return value  # type: ignore[return-value]
         try:
             result = make()
@@ -149,7 +149,7 @@ class Processes:
         if problem is not None and (self.is_first or not statuses[0]):
             raise problem
         if any(statuses):
-            raise ToldElsewhereError(max(statuses))
+            raise ReportedElsewhereError(max(statuses))
         return value
 
     def broadcast(self, value: T) -> T:

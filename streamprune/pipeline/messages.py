@@ -1,4 +1,4 @@
-"""What the user is told about a run: before it, what it will do and need; after it, what came of it."""
+"""Messages about a run: before it, what it will do and need; after it, the result."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from streamprune.work.folder import WorkFolder
 
 
-NO_ESTIMATE = "note: the memory that the result will take cannot be told: its cache cannot be worked out."
+NO_ESTIMATE = "note: the memory of the result cannot be estimated, because the size of its cache is unknown."
 
 
 def print_work(
     progress: Progress, settings: RunSettings, prepared: PreparedModel, memory: MemoryPlan, work: WorkFolder
 ) -> None:
-    """Say how large the work folder may become, and refuse if the disk has no room for that."""
+    """Print how large the work folder may become. Raises ResourceError if the disk has no room for it."""
     written, states = prepared.planned_bytes, memory.needs.states
-    # Two generations, and a third while it is written.
+    # Two generations of states are kept, and a third exists while it is written.
     check_disk(work.folder, written + 3 * states)
     if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
-        # It is copied there in the end.
+        # The output is copied there in the end.
         check_disk(settings.output, written)
     new = f"the new weights {format_bytes(written)}, " if written else ""
     progress.say(
@@ -48,12 +48,12 @@ def print_work(
 
 
 def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> None:
-    """Say what model it is, how many experts stay, and what memory the result will take, as far as that is known."""
+    """Print the model, how many experts are kept, and notes on the budget."""
     skeleton, counts = plan.skeleton, plan.counts
     spec = skeleton.spec
     kept = f"; keeping {counts.text(spec.count)}" if counts else ""
     progress.say(
-        f"{settings.model}: {skeleton.layer_count} blocks, {len(skeleton.experts)} with {spec.count} experts "
+        f"{settings.model}: {skeleton.layer_count} layers, {len(skeleton.experts)} with {spec.count} experts "
         f"(top-{spec.top_k}){kept}"
     )
     print_budget(progress, counts)
@@ -62,13 +62,13 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
 
 
 def print_budget(progress: Progress, counts: ExpertCounts | None) -> None:
-    """Say what is to be known of the card that the budget is about."""
+    """Print the notes on the GPU that the budget is for."""
     for note in counts.budget.notes if counts and counts.budget else ():
         progress.say(f"note: {note}")
 
 
 def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
-    """Say which part of the model is left out, if any is."""
+    """Print which tensors the output leaves out, if any."""
     if dropped:
         progress.say(
             f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
@@ -77,17 +77,17 @@ def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
 
 
 def print_unseen_experts(progress: Progress, never_routed: Sequence[Mapping[str, int]], tokens: int) -> None:
-    """Warn of experts that none of the calibration's tokens was routed to: how many, in which layers."""
+    """Warn of experts that no calibration token was routed to: how many, in which layers."""
     if never_routed:
         where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in never_routed)
         progress.say(
-            f"warning: the {tokens:,} calibration tokens never reached some experts ({where}), so those were removed "
-            "first without being known. Calibrate on more or on other text: --calibration, --samples."
+            f"warning: the {tokens:,} calibration tokens never reached some experts ({where}), so these were removed "
+            "first, although nothing is known of them. Calibrate on more or on other text: --calibration, --samples."
         )
 
 
 def print_memory(progress: Progress, estimate: Estimate) -> None:
-    """Say what memory the result takes, and whether that is within the budget, if there is one."""
+    """Print the memory of the result, and whether it fits the budget, if there is one."""
     for line in terms_lines(estimate):
         progress.say(line)
     if isinstance(estimate, Fit):
@@ -99,7 +99,7 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
 
 
 def print_model(progress: Progress, settings: RunSettings, prepared: PreparedModel) -> None:
-    """Say what is known once the model is opened."""
+    """Print the estimated memory and the sizes of the weights, before and after."""
     if prepared.plan.counts is not None:
         estimate = prepared.plan.estimate(settings)
         if estimate is None:
@@ -110,15 +110,15 @@ def print_model(progress: Progress, settings: RunSettings, prepared: PreparedMod
         print_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):
         progress.say(
-            "note: the built-in calibration text is good for a first try. For a model that you will use, give text "
-            "like what you will ask of it: --calibration FILE."
+            "note: the built-in calibration text is meant for a first try. For a model that you will use, give text "
+            "like that of your use: --calibration FILE."
         )
 
 
 def print_calibration(
     progress: Progress, prepared: PreparedModel, calibration: Calibration, device: torch.device
 ) -> None:
-    """Say what the model is calibrated on."""
+    """Print what the model is calibrated on."""
     named = zip(calibration.sources, calibration.tokens_of, strict=True)
     progress.say(
         f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
@@ -127,13 +127,13 @@ def print_calibration(
     )
     held = calibration.held_out
     if held is not None:
-        progress.say(f"held back to measure on: {len(held.sequences)} sequences, {held.tokens:,} tokens")
+        progress.say(f"held out for measuring: {len(held.sequences)} sequences, {held.tokens:,} tokens")
     for note in calibration.notes:
         progress.say(f"note: {note}")
 
 
 def print_processes(progress: Progress, processes: Processes, device: torch.device) -> None:
-    """Say how many processes share the run, if several do, and whether they leave most of this machine idle."""
+    """Print how many processes share the run, if several do, and whether they leave cores idle."""
     if processes.count == 1:
         return
     progress.say(f"{processes.count} processes, each with a share of the micro-batches")
@@ -145,13 +145,13 @@ def print_processes(progress: Progress, processes: Processes, device: torch.devi
     if threads * processes.local_count < cores:
         progress.say(
             f"note: {processes.local_count} processes with {threads} threads each leave some of the {cores} cores "
-            f"idle. Launchers set OMP_NUM_THREADS=1 where nothing else is said: try {cores // processes.local_count}."
+            f"idle. Launchers set OMP_NUM_THREADS=1 by default: try {cores // processes.local_count}."
         )
 
 
 def print_result(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
-    """Say what came of a run."""
-    _tell_course(progress, settings, summary)
+    """Print the result of a run."""
+    _print_utilisation(progress, settings, summary)
     print_unseen_experts(progress, summary["never_routed"], summary["calibration_tokens"])
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
@@ -160,8 +160,8 @@ def print_result(progress: Progress, settings: RunSettings, summary: Mapping[str
 
 
 def print_scores(progress: Progress, settings: RunSettings, scores: Scores, summary: Mapping[str, Any]) -> None:
-    """Say what came of scoring, and what can be done with it."""
-    _tell_course(progress, settings, summary)
+    """Print the result of scoring, and the commands that use it."""
+    _print_utilisation(progress, settings, summary)
     size = format_bytes(settings.output.stat().st_size)
     progress.say(
         f"done in {summary['seconds']:.0f} s: {settings.output}, {size}: {len(scores.layers)} layers, "
@@ -171,7 +171,7 @@ def print_scores(progress: Progress, settings: RunSettings, scores: Scores, summ
     progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")
 
 
-def _tell_course(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
+def _print_utilisation(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
     progress.say(describe(summary["busy"]))
     if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
         progress.say(
