@@ -144,7 +144,7 @@ def _summary_table(record: Record, source_bytes: int, output_bytes: int) -> Tabl
     rows = [
         ("experts per layer", str(record.experts), str(most) if least == most else f"{least} to {most}"),
         ("experts in all", count(record.all_experts), count(sum(counts))),
-        ("experts used per token", str(record.top_k), str(record.top_k)),
+        ("experts used per token", str(record.source.top_k), str(record.source.top_k)),
         ("weights", format_bytes(source_bytes), format_bytes(output_bytes)),
     ]
     return Table("", ("", "source", "this model"), rows)

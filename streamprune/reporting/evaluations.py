@@ -17,7 +17,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -190,17 +189,17 @@ class TasksResult(_Checked, frozen=True, kw_only=True):
     shots: dict[str, Any] = field(name="n-shot", default_factory=dict)
     samples: dict[str, TaskSamples] = field(name="n-samples", default_factory=dict)
 
-
-@dataclass(frozen=True)
-class TaskFigure:
-    """A metric of a task, its standard error where there is one, and how many shots and examples it took."""
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    shots: int | None
-    examples: int | None
+    def figures(self) -> Iterator[tuple[str, str, float, float | None]]:
+        """Task, metric, value, and standard error where there is one, of everything that was measured."""
+        for task, metrics in self.results.items():
+            for key, value in metrics.items():
+                metric, _, variant = key.partition(",")
+                # A key without a filter ("alias") is no metric: the metrics are "acc,none" and the like.
+                if not variant or metric.endswith("_stderr") or not _is_finite(value):
+                    continue
+                error = metrics.get(f"{metric}_stderr,{variant}")
+                name = metric if variant == "none" else f"{metric}, {variant}"
+                yield task, name, float(value), float(error) if error is not None and _is_finite(error) else None
 
 
 def results_folder(model: Path) -> Path:
@@ -227,34 +226,14 @@ def read_generation(output: Path) -> GenerationResult | None:
     return _read(output, GENERATION_NAME, GenerationResult)
 
 
-def read_tasks(output: Path) -> tuple[TaskFigure, ...]:
-    """The figures of tasks.json; none without the file. Raises ReportError as `read_text`."""
-    result = _read(output, TASKS_NAME, TasksResult)
-    return tuple(_figures(result)) if result else ()
+def read_tasks(output: Path) -> TasksResult | None:
+    """What tasks.json holds; None without the file. Raises ReportError as `read_text`."""
+    return _read(output, TASKS_NAME, TasksResult)
 
 
 def _read(output: Path, name: str, kind: type[Kind]) -> Kind | None:
     path = results_folder(output) / name
     return checked(read_object(path, _ADVICE), kind, path, _ADVICE) if path.is_file() else None
-
-
-def _figures(result: TasksResult) -> Iterator[TaskFigure]:
-    for task, metrics in result.results.items():
-        samples, shots = result.samples.get(task), result.shots.get(task)
-        for key, value in metrics.items():
-            metric, _, variant = key.partition(",")
-            # A key without a filter ("alias") is no metric: the metrics are "acc,none" and the like.
-            if not variant or metric.endswith("_stderr") or not _is_finite(value):
-                continue
-            error = metrics.get(f"{metric}_stderr,{variant}")
-            yield TaskFigure(
-                task,
-                metric if variant == "none" else f"{metric}, {variant}",
-                float(value),
-                float(error) if error is not None and _is_finite(error) else None,
-                shots if type(shots) is int else None,
-                samples.effective if samples else None,
-            )
 
 
 def _is_finite(value: Any) -> bool:

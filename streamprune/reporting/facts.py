@@ -26,7 +26,7 @@ from streamprune.planning.model_facts import facts_from_json
 from streamprune.progress import LOG_SUFFIX
 from streamprune.reporting.evaluations import (
     GenerationResult,
-    TaskFigure,
+    TasksResult,
     TextResult,
     read_generation,
     read_tasks,
@@ -221,7 +221,7 @@ class Facts:
     course: Course | str
     text: TextResult | None
     generation: GenerationResult | None
-    tasks: tuple[TaskFigure, ...]
+    tasks: TasksResult | None
 
 
 def read_facts(output: Path) -> Facts:

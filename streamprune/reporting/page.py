@@ -243,7 +243,7 @@ def summary_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield (
         "experts",
         f"{per_layer} of {record.experts} in each of {len(counts)} layers, {sum(counts):,} of {record.all_experts:,} "
-        f"in all ({removed} removed); {record.top_k} are used per token",
+        f"in all ({removed} removed); {record.source.top_k} are used per token",
     )
     yield "weights", f"{format_bytes(record.source.bytes)} → {format_bytes(facts.output_bytes)}"
     if not isinstance(facts.memory, str):

@@ -39,13 +39,18 @@ MOST_LISTED = 100_000
 Kind = TypeVar("Kind")
 
 
-class SourceModel(Struct, frozen=True, kw_only=True):
-    """The checkpoint that was pruned; without the experts in the provenance of scores."""
+class SourceFiles(Struct, frozen=True, kw_only=True):
+    """The checkpoint that was pruned: its fingerprint, and the bytes of its tensors."""
 
     fingerprint: str | None = None
     bytes: Count
-    experts: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)] | UnsetType = UNSET
-    top_k: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)] | UnsetType = UNSET
+
+
+class SourceModel(SourceFiles, frozen=True, kw_only=True):
+    """The same with the experts of each layer, and how many of them are used for each token."""
+
+    experts: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
+    top_k: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
@@ -172,7 +177,7 @@ class Provenance(Struct, frozen=True, kw_only=True):
 
     model: Name
     revision: Name | None
-    source: SourceModel
+    source: SourceFiles
     settings: ScoringSettings
     calibration: Calibration | None
     versions: dict[str, Any]
@@ -209,9 +214,9 @@ class Record(Struct, frozen=True, kw_only=True):
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
 
     def __post_init__(self) -> None:
-        experts, top_k = self.source.experts, self.source.top_k
-        if experts is UNSET or top_k is UNSET or top_k > experts:
-            raise ValueError("source does not state `experts`, and `top_k` up to as many")
+        experts = self.source.experts
+        if self.source.top_k > experts:
+            raise ValueError(f"`$.source.top_k` is {self.source.top_k}, but there are {experts} experts")
         indices = [layer.index for layer in self.layers]
         if indices != sorted(set(indices)):
             raise ValueError("layers are not in ascending order of their `index`")
@@ -229,14 +234,7 @@ class Record(Struct, frozen=True, kw_only=True):
     @property
     def experts(self) -> int:
         """Experts of each layer of the source."""
-        assert self.source.experts is not UNSET
         return self.source.experts
-
-    @property
-    def top_k(self) -> int:
-        """Experts that are used for each token."""
-        assert self.source.top_k is not UNSET
-        return self.source.top_k
 
     @property
     def counts(self) -> dict[int, int]:
@@ -308,7 +306,7 @@ def make_record(
             budget_bytes=counts.budget.nbytes if counts.budget else None,
         ),
         versions=origin.versions,
-        source=msgspec.structs.replace(origin.source, experts=spec.count, top_k=spec.top_k),
+        source=SourceModel(**msgspec.structs.asdict(origin.source), experts=spec.count, top_k=spec.top_k),
         calibration=origin.calibration,
         # When the output is published, files that are not listed stay where they are.
         files=sorted({*small_files, *plan.files}),

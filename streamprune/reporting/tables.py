@@ -8,7 +8,7 @@ import numpy as np
 
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
-from streamprune.reporting.evaluations import Continuations, GenerationResult, Losses, TaskFigure, TextResult
+from streamprune.reporting.evaluations import Continuations, GenerationResult, Losses, TasksResult, TextResult
 from streamprune.reporting.facts import Course, Memory, gpu_sizes
 from streamprune.reporting.record import Record
 from streamprune.selection.retention import Retention
@@ -208,12 +208,13 @@ def _continuations(label: str, each: Continuations, prompts: int | None) -> tupl
     return (label, count(prompts), *map(percent, (each.ended, each.looped, each.repeated_4grams)))
 
 
-def tasks_table(tasks: Sequence[TaskFigure]) -> Table:
+def tasks_table(tasks: TasksResult) -> Table:
     """What lm-evaluation-harness measured."""
-    rows = [
-        (each.task, each.metric, count(each.shots), count(each.examples), number(each.value), number(each.error, 2))
-        for each in tasks
-    ]
+    rows = []
+    for task, metric, value, error in tasks.figures():
+        shots, samples = tasks.shots.get(task), tasks.samples.get(task)
+        counts = (shots if type(shots) is int else None, samples.effective if samples else None)
+        rows.append((task, metric, *map(count, counts), number(value), number(error, 2)))
     return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), rows)
 
 
