@@ -16,8 +16,8 @@ from streamprune.config import ServingSpec
 from streamprune.hardware.memory import format_bytes
 from streamprune.progress import describe
 from streamprune.reporting import charts, tables
-from streamprune.reporting.charts import Picture
 from streamprune.reporting.facts import Facts, gpu_sizes
+from streamprune.reporting.pictures import Picture
 from streamprune.reporting.record import Record
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES

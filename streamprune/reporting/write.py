@@ -17,9 +17,9 @@ from pathlib import Path
 
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_whole, writing
-from streamprune.reporting.charts import Picture, picture
 from streamprune.reporting.facts import Facts, read_facts
 from streamprune.reporting.page import page, sections_of
+from streamprune.reporting.pictures import Picture, picture
 from streamprune.reporting.tables import generation_table, short_table, tasks_table
 from streamprune.reporting.templates import render
 
