@@ -25,9 +25,9 @@ DEFAULT_SEQ_LEN = 2048
 #: Tokens that go through a layer at a time, by kind of device, where memory allows. Enough to keep the matrix products
 #: large, and on a GPU to read the weights seldom. Of 1,024, 2,048, 4,096 and 8,192 on a CPU, tools/bench's
 #: `mid` shape is fastest with the last two, of which 4,096 takes 200 MiB less.
-DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
 #: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
-COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
 #: Seconds between two saves of the hidden states. A save writes all of them to the disk; what was computed since the
 #: last one is computed again after a kill.
 DEFAULT_CHECKPOINT_EVERY = 60.0
@@ -203,8 +203,8 @@ class ComputeSettings:
     ram_gib: float | None = None
 
     def most_batch_tokens(self, device_type: str) -> int:
-        """Tokens per micro-batch on this kind of device ("cpu" or "cuda") where memory does not ask for less."""
-        return self.batch_tokens or DEFAULT_BATCH_TOKENS[device_type]
+        """Most tokens per micro-batch on a device of this type ("cpu", or torch's name for GPUs), if memory allows."""
+        return self.batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if device_type == "cpu" else "gpu"]
 
     @property
     def vram_bytes(self) -> int | None:
@@ -228,8 +228,8 @@ class ComputeSettings:
             self.check_device("cpu")
 
     def check_device(self, device_type: str) -> None:
-        """Raise SettingsError where a setting makes no sense on this kind of device ("cpu" or "cuda")."""
-        if self.vram_gib is not None and device_type != "cuda":
+        """Raise SettingsError where a setting makes no sense on a device of this type, as torch calls it."""
+        if self.vram_gib is not None and device_type == "cpu":
             raise SettingsError(
                 f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
                 "Use --ram-gib, or a CUDA --device."

@@ -139,7 +139,7 @@ RESOURCES = ("read", "compute", "write", "states")
 class Busy:
     """A clock for each of `RESOURCES`. Several threads that use one at a time count once.
 
-    Work that is queued on a GPU is measured by events, which `settle` adds up.
+    Work that is queued on a GPU is measured by events, which `synchronize` adds up.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class Busy:
                     self._spent[resource] += time.perf_counter() - self._since[resource]
 
     @contextmanager
-    def on_card(self, resource: str, device: torch.device) -> Iterator[None]:
+    def on_device(self, resource: str, device: torch.device) -> Iterator[None]:
         """The same for work that is queued on a GPU's current stream. On the CPU the host itself does it."""
         if device.type == "cpu":
             with self.at(resource):
@@ -179,16 +179,16 @@ class Busy:
         end = devices.record_event(devices.current_stream(device), timed=True)
         self._events.append((resource, begin, end))
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Add up what was measured by events. Waits for the GPU; call it where the run has waited anyway."""
         events, self._events = self._events, []
         for resource, begin, end in events:
             end.synchronize()
             self._spent[resource] += begin.elapsed_time(end) / 1000
 
-    def shares(self) -> dict[str, float]:
+    def utilisation(self) -> dict[str, float]:
         """The share of the time since the beginning in which each resource was at work, and that time in seconds."""
-        self.settle()
+        self.synchronize()
         seconds = time.perf_counter() - self._began
         return {**{name: round(min(1.0, spent / seconds), 4) for name, spent in self._spent.items()},
                 "seconds": round(seconds, 3)}  # fmt: skip

@@ -45,11 +45,13 @@ def test_shares_are_of_the_time_since_the_beginning(clock: Clock) -> None:
     one = Busy()
     with one.at("read"):
         clock.now += 1
-    with one.on_card("compute", CPU):
+    with one.on_device("compute", CPU):
         clock.now += 2
     clock.now += 1
-    assert one.shares() == {"read": 0.25, "compute": 0.5, "write": 0.0, "states": 0.0, "seconds": 4.0}
-    assert describe(one.shares()) == ("busy: computing 50%, reading 25%, writing 0%, moving hidden states 0% of 4.0 s")
+    assert one.utilisation() == {"read": 0.25, "compute": 0.5, "write": 0.0, "states": 0.0, "seconds": 4.0}
+    assert describe(one.utilisation()) == (
+        "busy: computing 50%, reading 25%, writing 0%, moving hidden states 0% of 4.0 s"
+    )
 
 
 def test_several_at_a_time_count_once_and_errors_count_too(clock: Clock) -> None:
@@ -63,7 +65,7 @@ def test_several_at_a_time_count_once_and_errors_count_too(clock: Clock) -> None
     clock.now += 1
     with one.at("read"):
         clock.now += 1
-    assert one.shares() == {"read": 0.8, "compute": 0.0, "write": 0.2, "states": 0.0, "seconds": 5.0}
+    assert one.utilisation() == {"read": 0.8, "compute": 0.0, "write": 0.2, "states": 0.0, "seconds": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +149,10 @@ def test_a_card_is_timed_by_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> N
     stream = SimpleNamespace(device="cuda:1")
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: {torch.device("cuda:1"): stream}[device])
     busy = Busy()
-    with busy.on_card("compute", torch.device("cuda:1")):
+    with busy.on_device("compute", torch.device("cuda:1")):
         pass
     assert Event.recorded == [stream] * 2
-    busy.settle()
+    busy.synchronize()
     assert busy._spent["compute"] == 0.5
 
 
@@ -161,12 +163,12 @@ def test_what_is_measured_on_a_card_is_added_up_block_by_block(
     most = [0]
 
     @contextmanager
-    def on_card(self: Busy, resource: str, device: torch.device) -> Iterator[None]:
+    def on_device(self: Busy, resource: str, device: torch.device) -> Iterator[None]:
         yield
         self._events.append((resource, Event(), Event()))
         most[0] = max(most[0], len(self._events))
 
-    monkeypatch.setattr(Busy, "on_card", on_card)
+    monkeypatch.setattr(Busy, "on_device", on_device)
     ids = write_token_ids(tmp_path / "ids.jsonl", sequences=5, length=16)
     result = prune(model, tmp_path / "out", calibration=(str(ids),), batch_tokens=16)
     assert most == [5]

@@ -123,7 +123,7 @@ def test_scoring_is_extrapolated_to_the_whole_model(kind: str, saved: dict[str, 
     # One before each layer but the first; those that count are before the layers that count.
     assert len(found["gaps"]) == 2
     assert 0 < found["gap_seconds"] == pytest.approx(found["gaps"][1])
-    assert "largest block" in found["plan"]
+    assert "largest layer" in found["plan"]
     assert found["sync_warnings"]["count"] == 0
 
 

@@ -90,11 +90,11 @@ def test_weights_take_no_more_while_they_are_loaded_than_predicted(
     with Peak() as peak:
         weights.load_non_layer_weights()
     weights.close()
-    assert peak.nbytes <= predicted.surroundings + predicted.loading
+    assert peak.nbytes <= predicted.non_layer + predicted.loading
 
 
 def needs(**changes: int) -> Needs:
-    values = {"block": 100, "reading": 90, "loading": 110, "staging": 30, "surroundings": 20, "states": 200} | changes
+    values = {"layer": 100, "reading": 90, "loading": 110, "staging": 30, "non_layer": 20, "states": 200} | changes
     return Needs(**values, workspace=lambda tokens: tokens, sequences=100, longest=8, tokens=800, itemsize=4)
 
 
@@ -130,12 +130,12 @@ def test_states_and_micro_batches_go_where_they_fit(space: Room, expected: tuple
 @pytest.mark.parametrize(
     ("space", "states", "words"),
     [
-        (room(129), "disk", "The largest block .* 129 are free. Even without .* You can do this"),
+        (room(129), "disk", "The largest layer .* 129 are free. Even without .* You can do this"),
         (room(327), "ram", r"hidden states of 800 calibration tokens \(200 B\) need 330 B .* Use --states disk"),
         (room(327, 10**4), "device", "need 330 B .* Use --states ram or disk"),
         (room(10**4, 229), "ram", "need 230 B of memory, but 229 are free. Use --states disk"),
         (room(10**4, 33), "disk", r"Loading .* on their way to the disk \(4 B\) need 34 B of memory, but 33 are free"),
-        (room(10**4, 29), "device", "Loading a block .* need 30 B of memory, but 29 are free. You can do this"),
+        (room(10**4, 29), "device", "Loading a layer .* need 30 B of memory, but 29 are free. You can do this"),
         (room(10**4, None, 199), "disk", "do not fit on the disk: 199 are free. You can free 1 B, do this"),
         (room(127 + 48, None), "auto", None),
     ],
@@ -183,5 +183,5 @@ def test_the_run_says_beforehand_what_it_will_need(model: Path, tmp_path: Path) 
     # 4 · 24 tokens of 64 values in float32; a block's parameters are those of the tiny config.
     assert "hidden states 24.00 KiB on disk" in line
     assert "for 48 tokens at a time" in line
-    assert "largest block 242.62 KiB (498.62 KiB while it is loaded), the next one read ahead 242.62 KiB" in line
+    assert "largest layer 242.62 KiB (498.62 KiB while it is loaded), the next one read ahead 242.62 KiB" in line
     assert "embeddings 64.31 KiB" in line

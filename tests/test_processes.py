@@ -171,7 +171,7 @@ def calibration(*lengths: int) -> Calibration:
 
 def plan(batch_tokens: int) -> MemoryPlan:
     needs = Needs(
-        block=1, reading=1, loading=1, staging=1, surroundings=1, states=1, workspace=lambda tokens: tokens,
+        layer=1, reading=1, loading=1, staging=1, non_layer=1, states=1, workspace=lambda tokens: tokens,
         sequences=9, longest=4, tokens=36, itemsize=4,
     )  # fmt: skip
     free = Limit(1 << 30, "1 GiB is free", "wait")

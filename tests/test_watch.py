@@ -81,7 +81,7 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
     settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
     over = watch.MemoryWatch(settings, torch.device("cuda:0"), said.append)
     for _ in range(3):
-        over.between_blocks()
+        over.between_layers()
     assert said == [
         "note: train.py (pid 42), 3.00 GiB, took memory on cuda:0 while this run goes on; "
         "512.00 MiB are free there for it."

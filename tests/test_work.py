@@ -17,7 +17,7 @@ from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.files.durable import read_record, write_record
 from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import RUN_FORMAT, FinishedLayer, FinishedShard
+from streamprune.work.records import RUN_FORMAT, FinishedLayer, FinishedShard, read_pruning, read_run
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 
 RUN = {
@@ -225,3 +225,25 @@ def test_half_written_files_go(tmp_path: Path) -> None:
         left.write_bytes(b"half")
     with WorkFolder(tmp_path / "work"):
         assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "maker"),
+    [
+        ("run.json", {**RUN, "format": 2}, "streamprune 0.1.0"),
+        ("run.json", {**RUN, "format": RUN_FORMAT + 1}, f"another version of streamprune, in format {RUN_FORMAT + 1}"),
+        ("run.json", {}, "another version of streamprune, in format None"),
+        ("pruning.json", {"command": RUN["command"], "blocks": 4, "decided": {}}, "streamprune 0.1.0"),
+    ],
+    ids=["a run of 0.1.0", "a later version", "no format", "a pruning of 0.1.0"],
+)
+def test_work_of_another_version_is_refused_in_one_line(
+    name: str, body: dict[str, Any], maker: str, tmp_path: Path
+) -> None:
+    write_record(tmp_path / name, body)
+    with pytest.raises(ResumeError) as refused:
+        read_run(tmp_path) if name == "run.json" else read_pruning(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / name} was made by {maker}. This version cannot resume it: remove {tmp_path}, or begin anew with "
+        "--resume never."
+    )

@@ -288,12 +288,12 @@ def _plan(
 
 def _combined(needs: Sequence[Needs]) -> Needs:
     """What models need that are streamed together: one layer at a time, and everything else of all."""
-    largest = max(needs, key=lambda each: each.block)
+    largest = max(needs, key=lambda each: each.layer)
     return replace(
         largest,
         reading=max(each.reading for each in needs),
         loading=max(each.loading for each in needs),
-        surroundings=sum(each.surroundings for each in needs),
+        non_layer=sum(each.non_layer for each in needs),
         states=sum(each.states for each in needs) + largest.tokens * SUMS_PER_TOKEN,
         workspace=lambda tokens: max(each.workspace(tokens) for each in needs),
         itemsize=max(each.itemsize for each in needs),

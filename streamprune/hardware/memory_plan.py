@@ -1,4 +1,4 @@
-"""Where a run's hidden states go and how much is computed at a time, so that it fits. Pure decisions, from numbers."""
+"""Where hidden states are kept and how much is computed at a time, so that a run fits. Pure decisions from numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from streamprune.errors import ResourceError
 from streamprune.hardware.memory import format_bytes, resident_bytes
 
-#: Micro-batches that the host hands to a GPU before it waits for an earlier one: the GPU never runs out of work, and
-#: neither the progress that is shown nor a request to stop is far from what is really done.
-MOST_HANDED_OUT = 2
+#: Micro-batches that the host submits to a GPU before it waits for an earlier one: enough to keep the GPU busy, and few
+#: enough that progress lines and a request to stop are close to what is finished.
+MOST_SUBMITTED = 2
 #: Page-locked memory through which weights are read to a GPU.
 STAGING_BYTES = 64 * 2**20
 
@@ -19,19 +19,19 @@ STAGING_BYTES = 64 * 2**20
 class Needs:
     """What a run needs, in bytes.
 
-    `block` is the largest block's weights (with the copy that --propagate pruned makes), `reading` those of the largest
+    `layer` is the largest layer's weights (with the copy that --propagate pruned makes), `reading` those of the largest
     as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
-    way to a GPU, `surroundings` the embeddings and norms around the blocks. `workspace` gives the intermediate
+    way to a GPU, `non_layer` the embeddings and norms outside the layers. `workspace` gives the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
-    are those of all of them, which so many `processes` share. `itemsize` is the bytes of a computed value; with `sides`
-    2, some micro-batches have the states of two models.
+    are those of all of them, divided among `processes`. `itemsize` is the bytes of a computed value; with `sides` 2,
+    some micro-batches have the states of two models.
     """
 
-    block: int
+    layer: int
     reading: int
     loading: int
     staging: int
-    surroundings: int
+    non_layer: int
     states: int
     workspace: Callable[[int], int]
     sequences: int
@@ -71,7 +71,7 @@ class Room:
 class MemoryPlan:
     """What was decided: where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most.
 
-    `ahead`: there is room to read a block while the one before it is in work.
+    `ahead`: there is room to read a layer while the one before it is computed.
     """
 
     place: str
@@ -106,8 +106,8 @@ class MemoryPlan:
         ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
         each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
-            f"memory for the run: largest block {format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is "
-            f"loaded){ahead}, embeddings {format_bytes(needs.surroundings)}, "
+            f"memory for the run: largest layer {format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is "
+            f"loaded){ahead}, embeddings {format_bytes(needs.non_layer)}, "
             f"hidden states {format_bytes(needs.states_here(tokens))} {place}, "
             f"workspace {format_bytes(self.workspace)} for {tokens:,} tokens at a time; "
             f"{each}at most {' and '.join(totals)}, beside Python and the libraries with their caches "
@@ -133,7 +133,7 @@ def choose(needs: Needs, room: Room, states: str, most_tokens: int, usual_tokens
 
 
 def can_read_ahead(needs: Needs, room: Room, place: str, batch_tokens: int) -> bool:
-    """Whether the next block's weights fit beside all else that was chosen."""
+    """Whether the next layer's weights also fit."""
     return _on_device(needs, room, place, _tokens_at_a_time(needs, batch_tokens), ahead=True) <= room.device.nbytes
 
 
@@ -160,10 +160,10 @@ def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = 
     if place == "device" or (place == "ram" and room.host is None):
         states = needs.states_here(tokens)
     else:
-        # On a GPU, those of the micro-batches that were handed out are there too, before and after them.
-        states = _moving(needs, tokens) * (1 if room.host is None else 1 + MOST_HANDED_OUT)
-    working = needs.block + needs.workspace(tokens) + (needs.reading if ahead else 0)
-    return needs.surroundings + states + max(needs.loading, working)
+        # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
+        states = _moving(needs, tokens) * (1 if room.host is None else 1 + MOST_SUBMITTED)
+    working = needs.layer + needs.workspace(tokens) + (needs.reading if ahead else 0)
+    return needs.non_layer + states + max(needs.loading, working)
 
 
 def _on_host(needs: Needs, place: str, tokens: int) -> int:
@@ -192,7 +192,7 @@ def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
             f"{format_bytes(needs.states - room.disk.nbytes)}, {room.disk.remedy}."
         )
     if room.host is not None and _on_host(needs, place, tokens) > room.host.nbytes:
-        what = f"Loading a block ({format_bytes(needs.staging)})"
+        what = f"Loading a layer ({format_bytes(needs.staging)})"
         if place == "ram":
             what, remedy = f"{what} and {of_tokens}", "Use --states disk, fewer --samples, or a shorter --seq-len."
         elif place == "disk":
@@ -206,8 +206,8 @@ def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
     if total <= room.device.nbytes:
         return None
     parts = [
-        f"The largest block ({format_bytes(needs.block)}, and up to {format_bytes(needs.loading)} while it is loaded)",
-        f"what lies around the blocks ({format_bytes(needs.surroundings)})",
+        f"The largest layer ({format_bytes(needs.layer)}, and up to {format_bytes(needs.loading)} while it is loaded)",
+        f"the embeddings and norms ({format_bytes(needs.non_layer)})",
         f"a workspace for {tokens:,} tokens at a time ({format_bytes(needs.workspace(tokens))})",
     ]
     in_the_way = place == "device" or (place == "ram" and room.host is None)
@@ -219,7 +219,7 @@ def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
 
 
 def _remedy(needs: Needs, room: Room, states_in_the_way: bool) -> str:
-    least = needs.surroundings + max(needs.loading, needs.block)
+    least = needs.non_layer + max(needs.loading, needs.layer)
     if least > room.device.nbytes:
         return f"Even without hidden states and workspace it would not fit. You can {room.device.remedy}."
     if states_in_the_way:

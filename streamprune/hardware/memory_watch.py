@@ -53,7 +53,7 @@ class MemoryWatch:
             return None
         return f"{format_bytes(resident)} are resident, with --ram-gib {self._settings.ram_gib:g} ({format_bytes(cap)})"
 
-    def between_blocks(self) -> None:
+    def between_layers(self) -> None:
         """Look who else takes memory on the GPU, say so, and keep what CUDA itself takes within --vram-gib."""
         gpu = _gpu(self._device)
         if gpu is None:

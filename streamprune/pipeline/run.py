@@ -384,7 +384,7 @@ class _Finish:
         return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
 
     def _taken(self) -> dict[str, Any]:
-        return {**self.taken, "busy": self.runtime.busy.shares(), "peak_resident_bytes": peak_resident_bytes()}
+        return {**self.taken, "busy": self.runtime.busy.utilisation(), "peak_resident_bytes": peak_resident_bytes()}
 
     def _log(self, summary: Mapping[str, Any]) -> None:
         progress = self.course.progress

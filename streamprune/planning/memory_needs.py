@@ -67,7 +67,7 @@ def plan_for(
     needs = replace(needs, processes=processes.count)
     room = measure_room(settings, output_bytes, device, folder, processes)
     most = settings.most_batch_tokens(device.type)
-    usual = COMFORTABLE_BATCH_TOKENS[device.type]
+    usual = COMFORTABLE_BATCH_TOKENS["gpu" if is_gpu(device) else "cpu"]
     place, batch_tokens = choose(needs, room, settings.states, most, usual)
     return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
 
@@ -125,7 +125,7 @@ def needs_of(
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
     longest = max(len(sequence) for sequence in calibration.sequences)
     read, recast = _bytes_as_read(opened), _recast(opened)
-    block, loading, rows = 0, _surroundings_as_read(skeleton, recast), skeleton.expert_rows
+    block, loading, rows = 0, _non_layer_bytes_as_read(skeleton, recast), skeleton.expert_rows
     for index, module in enumerate(skeleton.layers[:blocks]):
         prefix = f"{skeleton.layers_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
@@ -138,11 +138,11 @@ def needs_of(
         block = max(block, sum(sizes.values()) + round(twin))
         loading = max(loading, max(sum(sizes.values()), read[index]) + max(more, default=0), read[index] + small)
     return Needs(
-        block=block,
+        layer=block,
         reading=max(read.values()),
         loading=loading,
         staging=STAGING_BYTES,
-        surroundings=_surroundings(skeleton),
+        non_layer=_non_layer_bytes(skeleton),
         states=sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in calibration.sequences),
         workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
         sequences=len(calibration.sequences),
@@ -173,7 +173,7 @@ def _recast(opened: OpenedModel) -> Counter[str]:
     return recast
 
 
-def _surroundings_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
+def _non_layer_bytes_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
     """Bytes of what is read around the blocks and converted: it is there beside what is made of it."""
     decoder = skeleton.layers_path.rpartition(".")[0]
     inside = decoder + "." if decoder else ""
@@ -208,7 +208,7 @@ def _shape_of(text: Any) -> ModelShape:
     return shape
 
 
-def _surroundings(skeleton: Decoder) -> int:
+def _non_layer_bytes(skeleton: Decoder) -> int:
     """Bytes of what `LayerLoader.load_surroundings` loads without the head: the decoder less its blocks."""
     decoder = skeleton.layers_path.rpartition(".")[0]
     inside = skeleton.layers_path + "."

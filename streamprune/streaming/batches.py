@@ -16,7 +16,7 @@ from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import CPU, current_stream, free_after_failure, is_gpu, is_out_of_memory, record_event
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.memory_plan import MOST_HANDED_OUT, MemoryPlan
+from streamprune.hardware.memory_plan import MOST_SUBMITTED, MemoryPlan
 from streamprune.hardware.memory_watch import MemoryWatch
 from streamprune.progress import Busy, Progress
 from streamprune.streaming.states import HiddenStates
@@ -247,13 +247,13 @@ class MicroBatches:
     def _compute(self, number: int, compute: Compute) -> None:
         before = self._states.load(number, self._device)
         self._prefetch(number + 1)
-        with self._runtime.busy.on_card("compute", self._device):
+        with self._runtime.busy.on_device("compute", self._device):
             after = compute(number, self._batches[number], before)
         if after is not None:
             self._states.store(number, after)
         if is_gpu(self._device):
             self._submitted.append(record_event(current_stream(self._device)))
-            while len(self._submitted) > MOST_HANDED_OUT:
+            while len(self._submitted) > MOST_SUBMITTED:
                 self._submitted.popleft().synchronize()
 
     def _prefetch(self, number: int) -> None:
@@ -310,7 +310,7 @@ class MicroBatches:
         needs = self._plan.needs
         raise ResourceError(
             f"{excess}, in layer {layer} with a single sequence of {length:,} tokens at a time. The largest layer has "
-            f"{format_bytes(needs.block)} ({format_bytes(needs.loading)} while it is loaded), the hidden states have "
+            f"{format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is loaded), the hidden states have "
             f"{format_bytes(needs.states_here(self.batch_tokens))} ({self.place}). "
             f"Use a shorter --seq-len, {self.advice()}."
         )

@@ -169,7 +169,7 @@ class LayerLoop:
 
             self.batches.run(task.index, compute, commit, self.point.done, _taken(stage, task))
         stage.check_finite()
-        self._runtime.busy.settle()
+        self._runtime.busy.synchronize()
         stage.reduce(task, processes)
         stage.conclude(task, processes)
 

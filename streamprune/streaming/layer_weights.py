@@ -147,7 +147,7 @@ class LayerWeights:
             yield module
         release_freed_memory()
         if self.batches is not None:
-            self.batches.watch.between_blocks()
+            self.batches.watch.between_layers()
 
     @contextmanager
     def pruned_layer(self, index: int, layer: nn.Module, pruned: nn.Module, kept: Sequence[int]) -> Iterator[nn.Module]:

@@ -285,5 +285,5 @@ def slice_size(plan: MemoryPlan, vocabulary: int, row_bytes: int, sides: int) ->
     """
     # Logits as they are computed, and as the model's own scaling leaves them.
     logits = 2 * sides * plan.tokens_at_a_time * plan.needs.itemsize
-    size = min(plan.needs.block // max(1, row_bytes), plan.workspace // max(1, logits))
+    size = min(plan.needs.layer // max(1, row_bytes), plan.workspace // max(1, logits))
     return max(1, min(max(size, _LEAST_SLICE), _LARGEST_SLICE, vocabulary))

@@ -218,7 +218,7 @@ class OffloadedStateStore(MemoryStateStore):
         if not isinstance(stored, torch.Tensor) or not is_gpu(device):
             # (Whoever wants to look at it here has called `synchronize`.)
             return super().fetch(stored, device)
-        with self._inward, self._busy.on_card("states", device):
+        with self._inward, self._busy.on_device("states", device):
             moved = stored.to(device, non_blocking=True)
         there = record_event(self._inward)
 
@@ -239,7 +239,7 @@ class OffloadedStateStore(MemoryStateStore):
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
         self._outward.wait_stream(current_stream(self._gpu))
-        with self._outward, self._busy.on_card("states", self._gpu):
+        with self._outward, self._busy.on_device("states", self._gpu):
             for stored, data in jobs:
                 stored.copy_(data, non_blocking=True)
                 if is_gpu(data.device):

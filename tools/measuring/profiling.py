@@ -115,7 +115,7 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
     skeleton = prepared.skeleton
     taps = tap_experts({i: skeleton.layers[i].get_submodule(path) for i, path in skeleton.experts.items()})
     weights = LayerWeights(prepared, device, Busy(), prefetch=False)
-    ids = calibration.micro_batches(DEFAULT_BATCH_TOKENS[device.type])[0].ids
+    ids = calibration.micro_batches(DEFAULT_BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"])[0].ids
     index = min(1, len(skeleton.layers) - 1)
     with ExitStack() as stack:
         stack.callback(weights.close)

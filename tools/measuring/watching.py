@@ -81,7 +81,7 @@ class Watch:
         from streamprune.streaming.batches import MicroBatches
 
         product: Any = import_module("streamprune.pipeline.run")
-        run, settle, plan_memory = MicroBatches.run, Busy.settle, product.plan_memory
+        run, synchronize, plan_memory = MicroBatches.run, Busy.synchronize, product.plan_memory
 
         def run_and_note(batches: Any, block: int, *given: Any, **named: Any) -> None:
             if self._ended is not None and block != self._block:
@@ -89,8 +89,8 @@ class Watch:
             self._block = block
             run(batches, block, *given, **named)
 
-        def settle_and_note(busy: Any) -> None:
-            settle(busy)
+        def synchronize_and_note(busy: Any) -> None:
+            synchronize(busy)
             self._ended = time.perf_counter()
 
         def plan_and_note(*given: Any, **named: Any) -> Any:
@@ -99,7 +99,7 @@ class Watch:
 
         for owner, name, instead in (
             (MicroBatches, "run", run_and_note),
-            (Busy, "settle", settle_and_note),
+            (Busy, "synchronize", synchronize_and_note),
             (product, "plan_memory", plan_and_note),
         ):
             self._stack.enter_context(patch.object(owner, name, instead))
