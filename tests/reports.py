@@ -42,7 +42,7 @@ def measured(name: str, number: int) -> dict[str, Any]:
         "loss_increase": kl, "loss_increase_interval": [kl / 2, kl * 2],
         "kl": kl, "kl_interval": [kl / 2, kl * 2], "kl_p99": kl * 9,
         "top1_agreement": 0.875, "top1_agreement_interval": None,
-        "hidden_error": [kl * block for block in range(4)],
+        "hidden_error": [kl * layer for layer in range(4)],
     }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def put(output: Path, name: str, value: Any) -> None:
 
 
 def make_reported(folder: Path) -> Reported:
-    """Prune a tiny model to a budget, with two sources and blocks that keep different numbers, and a report."""
+    """Prune a tiny model to a budget, with two sources and layers that keep different numbers, and a report."""
     model = make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
     sources = [write_token_ids(folder / f"{name}.jsonl", seed=seed) for seed, name in enumerate(("one", "two"))]
     words = [word for source in sources for word in ("--calibration", source)]

@@ -196,9 +196,9 @@ def test_what_is_missing_is_said(copied: Path) -> None:
 
 
 def test_the_log_of_another_run_is_not_taken(copied: Path) -> None:
-    *blocks, summary = log_of(copied)
+    *layers, summary = log_of(copied)
     summary["experts_per_layer"] = 7
-    Path(f"{copied}.streamprune.log").write_text("".join(json.dumps(event) + "\n" for event in (*blocks, summary)))
+    Path(f"{copied}.streamprune.log").write_text("".join(json.dumps(event) + "\n" for event in (*layers, summary)))
     write_report(copied)
     assert "is of another run" in (copied / "report.html").read_text()
     assert "The run by layer" not in tables(copied).found
@@ -224,7 +224,7 @@ def test_a_choice_by_hand_has_a_report_without_scores(reported: Reported, tmp_pa
     [("granitemoe", {}), ("gpt_oss", {"schedule": "linear-increase", "spread": 0.3}), ("deepseek_v3", {"keep": 6})],
 )
 def test_the_memory_before_is_the_sources(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """Where experts lie in one tensor or in many, and blocks keep equal numbers or not."""
+    """Where experts lie in one tensor or in many, and layers keep equal numbers or not."""
     model = make_model(tmp_path / "model", tiny_config(known_family(family)))
     result = prune(model, tmp_path / "out", context=CONTEXT, **settings)
     memory = read_facts(tmp_path / "out").memory

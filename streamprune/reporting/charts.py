@@ -274,7 +274,7 @@ def draw_depth(text: TextResult) -> Figure:
 
 def draw_course(course: Course) -> Figure:
     """What every layer of a run took, in seconds and in memory."""
-    layers = [each.block for each in course.layers]
+    layers = [each.layer for each in course.layers]
     figure, (above, below) = new_figure(3.6, nrows=2, sharex=True)
     above.bar(layers, [each.seconds for each in course.layers], 0.8, color=GREEN)
     above.set_ylabel("seconds")

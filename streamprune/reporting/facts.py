@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import open_checkpoint
@@ -44,10 +45,10 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class LayerTiming(Struct, frozen=True):
+class LayerTiming(Struct, frozen=True, kw_only=True):
     """A line of the log about one layer: when it was done (from the start), what it took, the peak memory by then."""
 
-    block: Count
+    layer: Count = msgspec.field(name="block")
     at_seconds: Seconds
     seconds: Seconds
     peak_bytes: Count

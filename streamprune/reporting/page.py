@@ -229,7 +229,7 @@ def _course(facts: Facts) -> Section:
     longest = max(course.layers, key=lambda each: each.seconds)
     return Section(
         "course", title, tuple(text), (tables.course_table(course),), partial(charts.draw_course, course),
-        f"Time and peak memory by layer; layer {longest.block} took longest, {longest.seconds:.1f} s.",
+        f"Time and peak memory by layer; layer {longest.layer} took longest, {longest.seconds:.1f} s.",
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class Picture:
 
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """Within the block figures are drawn in our style, whatever the user's own settings of matplotlib are."""
+    """In this context figures are drawn in our style, whatever the user's own settings of matplotlib are."""
     # It writes about its caches.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with matplotlib.rc_context(), warnings.catch_warnings():

@@ -221,7 +221,7 @@ def tasks_table(tasks: TasksResult) -> Table:
 def course_table(course: Course) -> Table:
     """What every layer of the run took."""
     rows = [
-        (str(each.block), f"{each.at_seconds:.1f}", f"{each.seconds:.2f}", format_bytes(each.peak_bytes))
+        (str(each.layer), f"{each.at_seconds:.1f}", f"{each.seconds:.2f}", format_bytes(each.peak_bytes))
         for each in course.layers
     ]
     return Table("The run by layer", ("layer", "done after (s)", "seconds", "peak memory by then"), rows)
