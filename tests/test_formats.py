@@ -1,0 +1,188 @@
+"""Storage formats and origins: a format that is not plain goes through every room; computed tensors are proved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.config import PruneSettings
+from streamprune.errors import VerifyError
+from streamprune.formats import pick
+from streamprune.formats.base import ByteRange, ExpertRows, Format, decode_tensors
+from streamprune.formats.plain import PLAIN
+from streamprune.models.open import open_moe
+from streamprune.models.per_layer_loading import find_loading_facts
+from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.output.tensors import Computed, OutputTensor, output_tensors
+from streamprune.output.verify import origins_of, prove_tensors
+from streamprune.output.writer import OutputWriter, StageTensor
+from streamprune.work.folder import WorkFolder
+from tests.helpers import known_family
+from tests.tiny import make_model, tiny_config
+
+
+class HalvedFormat(Format):
+    """For these tests: a weight is stored as whole numbers beside a `weight_step` to multiply them with."""
+
+    name = "halved"
+
+    def parts_of(self, module: Mapping[str, TensorEntry]) -> Mapping[str, tuple[str, str]] | None:
+        if not any(name.endswith("weight_step") for name in module):
+            return None
+        return {name: (name.removesuffix("_step"), "step" if name.endswith("_step") else "") for name in module}
+
+    def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows | None:
+        return PLAIN.expert_rows(entry, part, of, experts) if not part else None
+
+    def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
+        return PLAIN.slice_experts(entry, rows, kept)
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return parts[""].float() * parts["step"]
+
+    def encode(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        step = tensor.abs().max().reshape(1) / 127
+        return {parameter: (tensor / step).round().to(torch.int8), f"{parameter}_step": step}
+
+    def pruned_config(self, config: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
+        return {**config, "halved": {str(layer): list(experts) for layer, experts in kept.items()}}
+
+
+HALVED = HalvedFormat()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")), max_shard_size="1GB")
+
+
+def halve_experts(model: Path) -> dict[str, torch.Tensor]:
+    """Store the experts in the other format; returns the tensors as they were, as far as they can be told again."""
+    path = model / "model.safetensors"
+    plain, stored = load_file(path), {}
+    for name, tensor in list(plain.items()):
+        parts = HALVED.encode(name, tensor) if ".experts." in name else {name: tensor}
+        stored.update(parts)
+        if len(parts) == 2:
+            plain[name] = HALVED.decode({"": parts[name], "step": parts[f"{name}_step"]})
+    save_file(stored, path, {"format": "pt"})
+    return plain
+
+
+def planned(model: Path, kept: int = 5) -> tuple[PrunePlan, Any]:
+    checkpoint = open_checkpoint(model)
+    opened = open_moe(checkpoint)
+    loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
+    counts = dict.fromkeys(opened.layout.expert_layers, kept)
+    return make_plan(opened.layout, loading, checkpoint, counts, 10**9), opened
+
+
+def test_a_module_s_companions_are_one_parameter(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the module's own tensors: the experts are in the other format, everything else is plain."""
+    monkeypatch.setattr(pick, "FORMATS", (HALVED, PLAIN))
+    expected = halve_experts(model)
+    checkpoint = open_checkpoint(model)
+    stored = pick.pick_formats(checkpoint.tensors)
+    assert {each.format.name for name, each in stored.items() if ".experts." in name} == {"halved"}
+    assert {each.format.name for name, each in stored.items() if ".experts." not in name} == {"plain"}
+    raw = load_file(model / "model.safetensors")
+    decoded = decode_tensors(raw, stored)
+    assert not raw, "decoded tensors are taken out, so that their memory is free"
+    assert decoded.keys() == expected.keys()
+    assert all(torch.equal(decoded[name], tensor) for name, tensor in expected.items())
+
+
+def test_companions_are_cut_and_renumbered_with_their_experts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pick, "FORMATS", (HALVED, PLAIN))
+    halve_experts(model)
+    plan, opened = planned(model)
+    names = {tensor.name: tensor for tensor in plan.tensors}
+    name = "model.layers.1.mlp.experts.{}.up_proj.weight_step"
+    assert name.format(4) in names
+    assert name.format(5) not in names
+    kept = (0, 2, 3, 5, 7)
+    origin, source = names[name.format(3)].slice_of(kept), opened.checkpoint.tensors[name.format(5)]
+    assert origin.experts == (5,)
+    assert origin.ranges == ((source.begin, source.end),)
+    assert plan.config_for({1: kept})["halved"] == {"1": list(kept)}
+
+
+def test_a_format_that_nobody_knows_is_refused_by_its_tensors(model: Path) -> None:
+    halve_experts(model)
+    with pytest.raises(Exception, match=r"quantized: .*experts.* has the dtype I8"):
+        open_moe(open_checkpoint(model))
+
+
+def test_a_tensor_that_cannot_be_sliced_has_to_be_encoded() -> None:
+    class Whole(HalvedFormat):
+        def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> None:
+            return None
+
+    entry = TensorEntry("w", "f", "F32", (8, 2), 0, 64)
+
+    tensor = OutputTensor("w", "F32", (5, 2), 0, (entry,), rows=ExpertRows(0, 1, 0), format=Whole())
+    with pytest.raises(Exception, match=r"w cannot be sliced as it is stored \(halved\); it has to be encoded anew"):
+        tensor.slice_of((0, 1))
+
+
+def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_path: Path) -> None:
+    """A stage hands a tensor to the writer: its hash is proved, a changed byte is found, the record names its origin."""
+    plan, opened = planned(model)
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    shards = [
+        replace(
+            shard,
+            tensors=tuple(replace(each, stage="refit") if each.name == name else each for each in shard.tensors),
+        )
+        for shard in plan.shards
+    ]
+    plan = replace(plan, shards=tuple(shards))
+    tensor = next(each for each in plan.tensors if each.name == name)
+    made = StageTensor("refit", torch.rand(tensor.shape).numpy().tobytes())
+    kept = dict.fromkeys(plan.counts, (0, 2, 3, 5, 7))
+    settings = PruneSettings(model=str(model), output=tmp_path / "out", keep_file=tmp_path / "keep.json", verify=True)
+    with WorkFolder(settings.work_folder) as work:
+        writer = OutputWriter(plan, opened.checkpoint, settings, work)
+        for layer in (None, *range(plan.layout.layer_count)):
+            written = writer.write_layer(layer, kept.get(layer, ()) if layer is not None else (), {name: made})
+            assert [shard.nbytes for shard in written] == [
+                (work.staging / shard.file).stat().st_size for shard in written
+            ]
+        # Proved again by another process, which knows what the shards themselves say.
+        again = OutputWriter(plan, opened.checkpoint, settings, work)
+        proof = again.verify(kept)
+        assert (proof.tensors, proof.nbytes, proof.computed) == (len(plan.tensors), plan.output_bytes, 1)
+        again.finish({"layers": [{"index": layer, "kept": list(each)} for layer, each in kept.items()]}, "card")
+    output = settings.output
+    entries = open_checkpoint(output).tensors
+    recorded = json.loads((output / "streamprune.json").read_text())["computed"]
+    assert recorded == {name: {"stage": "refit", "sha256": made.origin.sha256}}
+    origins = origins_of(plan.tensors, kept, {each: Computed(**origin) for each, origin in recorded.items()})
+    assert prove_tensors(plan.tensors, origins, model, output, entries).computed == 1
+    path = output / entries[name].file
+    data = bytearray(path.read_bytes())
+    data[entries[name].begin + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VerifyError, match=rf"{name}, computed by refit, has the SHA-256"):
+        prove_tensors(plan.tensors, origins, model, output, entries)
+
+
+def test_plain_tensors_have_slices_of_the_source_as_origins(model: Path) -> None:
+    plan, opened = planned(model)
+    assert {tensor.stage for tensor in plan.tensors} == {None}
+    outputs = output_tensors(opened.layout, opened.checkpoint.tensors, plan.counts)
+    kept = dict.fromkeys(plan.counts, (0, 2, 3, 5, 7))
+    origins = origins_of(outputs, kept, {})
+    for tensor in outputs:
+        origin = origins[tensor.name]
+        assert not isinstance(origin, Computed)
+        assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes
