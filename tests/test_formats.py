@@ -135,7 +135,7 @@ def test_a_tensor_that_cannot_be_sliced_has_to_be_encoded() -> None:
 
 
 def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_path: Path) -> None:
-    """A stage hands a tensor to the writer: its hash is proved, a changed byte is found, the record names its origin."""
+    """A stage hands a tensor to the writer: its hash is proved, a changed byte found, its origin on record."""
     plan, opened = planned(model)
     name = "model.layers.1.mlp.experts.0.down_proj.weight"
     shards = [

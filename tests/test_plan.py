@@ -45,7 +45,7 @@ def test_a_ratio_keeps_groups_equal() -> None:
     ("spec", "keep", "words"),
     [
         (PLAIN, 6, r"--keep 6, but the router picks 8 experts per token\. Keep at least 8 of 128"),
-        (PLAIN, 128, r"has 128 experts per block, so nothing would be removed\. Keep between 8 and 127"),
+        (PLAIN, 128, r"has 128 experts per layer, so nothing would be removed\. Keep between 8 and 127"),
         (PLAIN, 500, "nothing would be removed"),
         (GROUPED, 100, r"8 groups .* 100 is not a multiple of 8\. Use --keep 96 or 104"),
         (GROUPED, 8, r"leaves 1 experts in each of 8 groups, of which the router opens 4 .* at least 16"),

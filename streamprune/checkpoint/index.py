@@ -74,7 +74,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the config, every header, every file's size, and 16 pages of 4 KiB spread over each file.
 
-        It tells checkpoints apart in a second; it is no proof that every byte is unchanged.
+        It distinguishes checkpoints in a second; it is no proof that every byte is unchanged.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         # The tensors stand in file order.
@@ -147,7 +147,7 @@ def _open(folder: Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{folder} holds no tensors. Download the model again.")
     checkpoint = Checkpoint(folder=folder, config=config, tensors=tensors)
-    checkpoint.small_files()  # One that cannot be read is better told now than at the end of the run.
+    checkpoint.small_files()  # Report one that cannot be read now, not at the end of the run.
     return checkpoint
 
 

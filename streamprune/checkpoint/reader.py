@@ -1,4 +1,4 @@
-"""Reading the tensors of a block from the shards, while something else computes.
+"""Reading the tensors of a layer from the shards, while something else computes.
 
 The exact bytes, in file order, neighbours in one request, several requests in flight. On the CPU a request reads
 straight to where its tensors will lie; for a card it reads into a small page-locked buffer, from which a stream of its

@@ -1,7 +1,4 @@
-"""What a model's config says about its experts, as transformers reads it.
-
-Differences between Hugging Face configs are absorbed here, in `config_facts` and in `rewrite`, and nowhere else.
-"""
+"""What a model's config says about its experts and its dtype, as transformers reads it."""
 
 from __future__ import annotations
 

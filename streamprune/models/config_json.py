@@ -1,11 +1,8 @@
-"""What a `config.json` says, read as plain JSON, and how configs name their quantities. Needs no torch.
+"""What a `config.json` says, read as plain JSON, and how it is rewritten for fewer experts. Needs no torch.
 
-`architecture` reads the same names off transformers' own config objects, which also know every model's defaults; here a
-number that is not stated is None.
-
-The source's config.json, rewritten for fewer experts. Plain JSON; needs no torch.
-
-How few experts a router works with, and how many a number or a share leaves. Pure.
+Differences between the configs of model families are absorbed here, and nowhere else. `models.config` reads the same
+names off transformers' own config objects, which also know every model's defaults; here a number that is not stated is
+None.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ _ROUTER_SCALE = re.compile(r"^route[rd]_scaling_factor$")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Levels of parts within parts that are looked through; real configs have two at most.
 _DEEPEST = 8
-#: Blocks or heads that a model may have, experts (Doge has 16,384) and labels: building takes time and memory for each.
+#: Layers or heads that a model may have, experts (Doge has 16,384) and labels: building takes time and memory for each.
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
 _DEEPEST_CONFIG = 50
 #: What is counted, and what may be listed one by one.
@@ -259,7 +256,7 @@ def drop_missing_code(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None) -> int:
-    """How many experts stay per block. Raises SettingsError when the router could not work with so few.
+    """How many experts stay per layer. Raises SettingsError when the router could not work with so few.
 
     With a ratio, floor(ratio × count) are removed, or as many fewer as the router's equal groups require.
     """
@@ -279,7 +276,7 @@ def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None) -> int
         )
     if keep >= spec.count:
         raise SettingsError(
-            f"{asked}: the model has {spec.count} experts per block, so nothing would be removed. "
+            f"{asked}: the model has {spec.count} experts per layer, so nothing would be removed. "
             f"Keep between {least} and {spec.count - spec.groups}."
         )
     if keep % spec.groups:
@@ -298,7 +295,7 @@ def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None) -> int
 
 
 def minimum_keep(spec: ExpertSpec) -> int:
-    """The fewest experts per block with which the router still works.
+    """The fewest experts per layer with which the router still works.
 
     A group-limited router rates a group by its two best experts (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and the
     groups it opens must together hold top_k experts.

@@ -122,7 +122,7 @@ def _count_of(entry: Mapping[str, Any], text: Mapping[str, Any], table: str, key
             value, general = _less_counts(value), _less_counts(general)
         if not COUNT_NAME.match(name) and value != general:
             raise UnsupportedModelError(
-                f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(name)} of its own, beside its number of "
+                f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(name)} of its own, besides its number of "
                 "experts. Only models whose layers differ in the number of experts alone are understood."
             )
     numbers = {(single_number(own), single_number(general)) for own, general in found}
@@ -143,7 +143,7 @@ def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict
     stock = without(config, path)
     code = stock.get("auto_map")
     if isinstance(code, Mapping) and "AutoConfig" not in code:
-        # The classes that build the layers unevenly derive from the stock ones, which the rest describes.
+        # The classes that give layers other numbers of experts derive from the stock ones, which the rest describes.
         stock["auto_map"] = {auto: name for auto, name in code.items() if not auto.startswith("AutoModel")}
     return stock
 
@@ -192,7 +192,7 @@ def config_of_per_layer_experts(
     """`config.json` for `counts` experts, by the index of every layer that has some.
 
     `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
-    fewer are told in `per_layer_config`, and `auto_map` names the module's classes.
+    fewer are listed in `per_layer_config`, and `auto_map` names the module's classes.
     Raises like `check_per_layer_experts`, and SettingsError for counts or a config that do not go with the model.
     """
     check_per_layer_experts(facts, counts)

@@ -1,4 +1,4 @@
-"""A whole model in memory, as any user of transformers has it: for what no stream of blocks can do."""
+"""A whole model in memory, as any user of transformers has it: for what cannot be done layer by layer."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def find_whole(model: str, revision: str | None = None, trust_remote_code: bool 
     """
     checkpoint = open_checkpoint(resolve_model(model, revision, trust_remote_code))
     if not trust_remote_code and read_per_layer_experts(checkpoint.config) is not None:
-        # transformers would only tell of mismatched sizes.
+        # transformers would only report mismatched sizes.
         raise CheckpointError(
-            f"The blocks of {model} keep different numbers of experts, so that it brings code that loads it. "
+            f"The layers of {model} keep different numbers of experts, so that it brings code that loads it. "
             "Allow that with --trust-remote-code."
         )
     return WholeModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
@@ -151,9 +151,9 @@ def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
         model, info = AutoModelForImageTextToText.from_pretrained(whole.folder, output_loading_info=True, **options)
     lacking = {kind: sorted(map(str, info[kind])) for kind in _LACKING if info.get(kind)}
     if lacking:
-        told = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())
+        problems = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())
         count = sum(map(len, lacking.values()))
-        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {told}.")
+        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {problems}.")
     unused = len(info.get("unexpected_keys", ()))
     note = f"{whole.name}: {unused} tensors of its files have no place in the model that transformers builds."
     return model, (note,) if unused else ()

@@ -54,11 +54,11 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         )
 
 
-def put_back(beside: Path, output: Path) -> None:
-    """Give an old output its name back that was moved into `beside`, if its successor never got the name."""
-    if (beside / REPLACED_NAME).exists() and not output.exists():
-        with writing(f"Moving {beside / REPLACED_NAME} back to {output}", output.parent):
-            (beside / REPLACED_NAME).rename(output)
+def put_back(folder: Path, output: Path) -> None:
+    """Give an old output that was moved into `folder` its name back, if its successor never got the name."""
+    if (folder / REPLACED_NAME).exists() and not output.exists():
+        with writing(f"Moving {folder / REPLACED_NAME} back to {output}", output.parent):
+            (folder / REPLACED_NAME).rename(output)
 
 
 def check_place(settings: OutputSettings) -> None:
@@ -228,7 +228,7 @@ class OutputWriter:
             for folder in {path.parent for path in self._staging.rglob("*")}:
                 sync_folder(folder)
             reached("all written")
-            # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
+            # Hours may have passed: an output that somebody else has put there meanwhile must not be replaced.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
             whole = self._on_the_outputs_disk()
             self._work.record_complete(whole)
@@ -285,7 +285,7 @@ class OutputWriter:
 
 
 def _read_source(path: Path, ranges: Sequence[ByteRange] | None = None) -> Iterator[memoryview]:
-    """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError, whatever is written by it."""
+    """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError."""
     with reading(path), path.open("rb") as source:
         yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)] if ranges is None else ranges)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from streamprune.checkpoint.ranges import read_into
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import CPU, current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.progress import Busy
@@ -86,7 +87,9 @@ class StatesFile:
         """Write a contiguous CPU tensor to its place."""
         view = _bytes_of(tensor)
         try:
-            self._move(lambda start, end: os.pwrite(self._file.fileno(), view[start:end], place.offset + start), view)
+            done = 0
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
         except OSError as error:
             raise self._failed("be written", error) from None
 
@@ -95,18 +98,12 @@ class StatesFile:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         view = _bytes_of(tensor)
         try:
-            self._move(lambda start, end: os.preadv(self._file.fileno(), [view[start:end]], place.offset + start), view)
+            read = read_into(self._file.fileno(), place.offset, [view])
+            if read < len(view):
+                raise OSError(f"it ends after {read:,} of {len(view):,} bytes")
         except OSError as error:
             raise self._failed("be read", error) from None
         return tensor
-
-    def _move(self, transfer: Callable[[int, int], int], view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            moved = transfer(done, min(done + _PORTION, len(view)))
-            if moved == 0:
-                raise OSError(f"it ends after {done:,} of {len(view):,} bytes")
-            done += moved
 
     def _failed(self, what: str, error: OSError) -> ResourceError:
         return ResourceError(

@@ -9,7 +9,6 @@ The hidden states in a work folder: two generations of them, and the cursor that
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from streamprune.checkpoint.ranges import read_into
 from streamprune.errors import UnsupportedModelError
 from streamprune.files.durable import (
     checksum_of,
@@ -192,15 +192,12 @@ def _is_node(node: Any, tensors: int, depth: int, key: bool = False) -> bool:
 
 def _read_tensor(file: int, offset: int, dtype: str, shape: list[int]) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-    size, done = math.prod(shape) * tensor.itemsize, 0
+    size = math.prod(shape) * tensor.itemsize
     if size:
         array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        view = memoryview(array)
-        while done < size:
-            moved = os.preadv(file, [view[done:]], offset + done)
-            if moved == 0:
-                raise OSError(f"{DATA_NAME} ends after {offset + done:,} bytes")
-            done += moved
+        read = read_into(file, offset, [memoryview(array)])
+        if read < size:
+            raise OSError(f"{DATA_NAME} ends after {offset + read:,} bytes")
     return tensor
 
 
