@@ -30,7 +30,7 @@ def set_all(patterns: dict[str, Any], value: Any) -> None:
     "change",
     [
         lambda layout: layout["tensors"].__setitem__("blocks", 3),
-        lambda layout: layout["tensors"]["expert_layers"].pop(),
+        lambda layout: layout["tensors"]["moe_blocks"].pop(),
         lambda layout: set_all(layout["tensors"]["patterns"], None) or layout["tensors"]["patterns"].pop(EXPERTS),
         lambda layout: set_all(layout["tensors"]["patterns"], [0, 2, 0]),
         lambda layout: set_all(layout["tensors"]["patterns"], [9, 1, 0]),
@@ -41,8 +41,8 @@ def set_all(patterns: dict[str, Any], value: Any) -> None:
         lambda layout: layout["memory"]["shape"].__setitem__("hidden", 10**30),
         lambda layout: layout["tensors"].__setitem__("blocks", 10**12),
         lambda layout: layout["tensors"].__setitem__("blocks", 4.0),
-        lambda layout: layout["tensors"]["expert_layers"].append(3),
-        lambda layout: layout["tensors"]["expert_layers"].reverse(),
+        lambda layout: layout["tensors"]["moe_blocks"].append(3),
+        lambda layout: layout["tensors"]["moe_blocks"].reverse(),
         # A model without its last norm would load, with a new one.
         lambda layout: layout["tensors"]["dropped"].append("model.norm.weight"),
         lambda layout: layout["tensors"]["patterns"].update({"{block}.{block}.x": None}),

@@ -20,6 +20,7 @@ def read_into(file: int, position: int, into: list[memoryview]) -> int:
     OSError.
     """
     start = position
+    into[:] = filter(len, into)
     while into:
         moved = os.preadv(file, into, position)
         if moved == 0:

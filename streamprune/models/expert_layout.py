@@ -72,7 +72,7 @@ class Layout:
                 return None
         found = {
             "blocks": self.layer_count,
-            "expert_layers": list(self.expert_layers),
+            "moe_blocks": list(self.expert_layers),
             "count_names": list(self.count_names),
             "dropped": list(self.dropped),
             "outside": _doubtful(self.cuts, patterns),
@@ -86,8 +86,8 @@ _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _LayoutJson(msgspec.Struct):
-    blocks: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
-    expert_layers: Annotated[list[_Size], msgspec.Meta(min_length=1)]
+    layer_count: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)] = msgspec.field(name="blocks")
+    expert_layers: Annotated[list[_Size], msgspec.Meta(min_length=1)] = msgspec.field(name="moe_blocks")
     count_names: list[str]
     dropped: list[str]
     outside: list[str]
@@ -105,14 +105,14 @@ def layout_from_json(
     try:
         found = msgspec.convert(value, _LayoutJson)
         last = found.expert_layers[-1]
-        if found.expert_layers != sorted(set(found.expert_layers)) or last >= found.blocks:
+        if found.expert_layers != sorted(set(found.expert_layers)) or last >= found.layer_count:
             raise ValueError("its layers with experts are not ascending, or beyond the last layer")
-        wrong = next((name for name in found.dropped if not may_be_mtp(name, found.blocks)), None)
+        wrong = next((name for name in found.dropped if not may_be_mtp(name, found.layer_count)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is of no multi-token-prediction layer")
         cuts = _cuts(found.patterns, tensors, found.dropped)
         layout = Layout(
-            spec, found.blocks, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts
+            spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts
         )
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
         unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in found.outside]
