@@ -174,7 +174,7 @@ def test_nvml_without_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     text = printed()
     assert text.startswith("No NVIDIA GPU is visible.\n  NVML works, but shows no GPU (a container may have been")
-    assert "Say with --budget-gib" in text
+    assert "Give the memory with --budget-gib." in text
 
 
 def test_of_a_card_that_mig_divides_one_part_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_mig_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  usable    unknown\n" in text
     assert (
         "  note      The GPU is divided with MIG, but not all its parts can be seen: this user is not permitted to "
-        "ask. A process can use one part only. Say with --budget-gib how much memory there is.\n"
+        "ask. A process can use one part only. Give the memory with --budget-gib.\n"
     ) in text
 
     install(monkeypatch, FakeCard(refuse={"nvmlDeviceGetMigMode": NO_PERMISSION}))

@@ -32,7 +32,7 @@ def test_no_nvml_and_no_card_for_torch_either(monkeypatch: pytest.MonkeyPatch, e
     fake_torch(monkeypatch)
     text = printed()
     assert text.startswith(f"No NVIDIA GPU is visible.\n  NVML cannot be used: {said}\n")
-    assert "torch 2.13.0 sees no CUDA GPU either. Say with --budget-gib how much memory there is.\n" in text
+    assert "torch 2.13.0 sees no CUDA GPU either. Give the memory with --budget-gib.\n" in text
     assert "\nRAM: " in text
     assert "\ndisk of " in text
 
@@ -43,7 +43,7 @@ def test_neither_nvml_bindings_nor_torch_are_installed(monkeypatch: pytest.Monke
     text = printed()
     assert "NVML cannot be used: the Python package nvidia-ml-py cannot be imported (" in text
     assert "torch cannot be imported (" in text
-    assert "Say with --budget-gib" in text
+    assert "Give the memory with --budget-gib." in text
 
 
 def test_without_nvml_the_figures_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

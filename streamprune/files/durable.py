@@ -1,8 +1,6 @@
-"""Files that survive a crash: written aside, flushed to the disk, and only then given their name.
+"""Files that survive a crash: written under another name, flushed to the disk, then renamed. And errors of the disk.
 
-After a power cut a file written like this is either the old one or the new one, whole (fsync(2), rename(2)).
-
-What the system says when a file cannot be written or read, told as one of our errors: what, where, what to do.
+After a power cut such a file is either the old one or the new one, complete (fsync(2), rename(2)).
 """
 
 from __future__ import annotations
@@ -23,14 +21,14 @@ from streamprune.errors import CheckpointError, OutputError, ResourceError
 from streamprune.files.json_text import parse_json
 from streamprune.hardware.memory import disk_bytes, existing_folder, format_bytes
 
-#: Portions of so many bytes are hashed by a thread of its own, of which so many may wait.
+#: From so many bytes on, portions are hashed in a thread; at most so many wait for it.
 _LARGE_PORTION, _MOST_PENDING = 1 << 16, 4
-#: What is being written, until it has its name. Left behind only by a crash, and then of no use.
+#: The suffix of a file while it is written. Only a crash leaves such files, which are then useless.
 PARTIAL = ".partial"
 
 
 def reached(point: str) -> None:
-    """Does nothing: tools/kill puts its own function here, to end the process at a named instant."""
+    """Does nothing. tools/kill replaces it, to end the process at a named point."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -58,7 +56,7 @@ def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
 
 
 class _Digest:
-    """SHA-256 of portions that must not change afterwards, taken by a thread of its own while they are written."""
+    """SHA-256 of portions, computed in a thread while they are written. They must not change afterwards."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -74,7 +72,7 @@ class _Digest:
 
     def update(self, portion: bytes | memoryview) -> None:
         if self._pool is None:
-            # A thread would cost small files more than it saves.
+            # For small files a thread costs more than it saves.
             if len(portion) < _LARGE_PORTION:
                 self._digest.update(portion)
                 return
@@ -90,7 +88,7 @@ class _Digest:
 
 
 def names_in(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
-    """What lies in a folder; nothing if it is not there."""
+    """The entries of a folder; empty if it does not exist."""
     try:
         return [path for path in folder.iterdir() if path.name not in but]
     except OSError:
@@ -109,7 +107,7 @@ def read_record(path: Path, limit: int = 2**30) -> Any:
     """The body of a file that `write_record` wrote; None if it is missing, damaged or larger than `limit` bytes."""
     try:
         facts = path.stat()
-        # To read a pipe would be to wait for ever.
+        # Reading a pipe would block.
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
             return None
         record = parse_json(path.read_bytes())
@@ -133,7 +131,7 @@ def checksum_of(path: Path) -> str | None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file that something else wrote."""
+    """Flush a file that other code wrote."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -153,7 +151,7 @@ _AGAIN = "Then give the same command again: what is finished is kept."
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Within the block an OSError becomes an OutputError, one of a full disk a ResourceError."""
+    """Turn an OSError into an OutputError, or for a full disk into a ResourceError, that begins with `what`."""
     try:
         yield
     except OSError as error:
@@ -168,7 +166,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Within the block an OSError becomes a CheckpointError about `path`, a file of the model."""
+    """Turn an OSError into a CheckpointError about `path`, a file of the model."""
     try:
         yield
     except OSError as error:

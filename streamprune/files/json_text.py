@@ -1,4 +1,4 @@
-"""A JSON file that the user names in an option: read with limits, and told about in one message if it cannot be."""
+"""Reading JSON with limits, and showing values from files in messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _is_size(number: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """A value from a file as it may stand in a message: without control characters, and not too long."""
+    """A value from a file for a message: without control characters, and at most 200 characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -44,10 +44,10 @@ MOST_BYTES = 2**26
 
 
 def read_json_file(path: Path, option: str, means: str) -> Any:
-    """The value in the file that `option` names, and `means` to be such. Raises SettingsError if there is none."""
+    """The value in the JSON file of `option`; `means` says in errors what the option does. Raises SettingsError."""
     try:
         facts = path.stat()
-        # To read a pipe would be to wait for ever.
+        # Reading a pipe would block.
         if not stat.S_ISREG(facts.st_mode):
             raise SettingsError(f"{option} {path} is no regular file. The option {means}.")
         if facts.st_size > MOST_BYTES:

@@ -1,6 +1,6 @@
-"""The system's cache of files: which pages are in it, and putting out what reading or writing has brought in.
+"""The page cache: which pages of a file are in it, and removing pages that only this process brought in.
 
-A model has tens of GiB that are read once. Left in the cache, they drive out what other programs use.
+A model has tens of GiB that are read once. If they stay in the cache, they displace what other programs use.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: First byte and bytes of a stretch of a file.
+#: The first byte and the number of bytes of a part of a file.
 Stretch = tuple[int, int]
 
 
 def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
     """The stretches of an open file's bytes `begin` to `begin + size` that are not in the cache, in whole pages.
 
-    Nothing where the system does not tell.
+    Empty where the system cannot say.
     """
     page = mmap.PAGESIZE
     first = begin // page * page
@@ -39,7 +39,7 @@ def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
 
 
 def cached_flags(file: int, begin: int, size: int) -> bytes | None:
-    """One byte for each page from `begin` (a multiple of the page size): odd if it is cached. None if nobody tells."""
+    """One byte for each page from `begin` (a multiple of the page size): odd if it is cached. None if unknown."""
     if not hasattr(os, "posix_fadvise") or size <= 0:
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -59,20 +59,20 @@ def cached_flags(file: int, begin: int, size: int) -> bytes | None:
 
 
 def drop_from_cache(file: int, stretches: Iterable[Stretch]) -> None:
-    """Take stretches of an open file out of the cache, as far as they are on the disk and nobody uses them."""
+    """Remove parts of an open file from the cache, unless they are not on the disk yet or in use."""
     if hasattr(os, "posix_fadvise"):
         for begin, size in stretches:
-            # A hint: where the file system does not take it, nothing is lost.
+            # Only a hint, which some file systems ignore.
             with suppress(OSError):
                 os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
 def cache_unchanged(stretches: Mapping[Path, Sequence[Stretch]]) -> Iterator[None]:
-    """Whatever of these stretches of files is read within does not stay in the cache, unless it was there before."""
+    """Remove from the cache what is read of these parts of files, except pages that were cached before."""
     fresh: dict[Path, list[Stretch]] = {}
     for path, wanted in stretches.items():
-        # A file that is not there is a matter for whoever reads it.
+        # The code that reads a missing file reports it.
         with suppress(OSError), path.open("rb") as stream:
             fresh[path] = [found for begin, size in wanted for found in uncached_ranges(stream.fileno(), begin, size)]
     try:
@@ -82,7 +82,7 @@ def cache_unchanged(stretches: Mapping[Path, Sequence[Stretch]]) -> Iterator[Non
 
 
 def drop_files_from_cache(stretches: Mapping[Path, Sequence[Stretch]]) -> None:
-    """Take stretches of files out of the cache, of those that are still there."""
+    """Remove parts of files from the cache. Missing files are ignored."""
     for path, each in stretches.items():
         with suppress(OSError), path.open("rb") as stream:
             drop_from_cache(stream.fileno(), each)

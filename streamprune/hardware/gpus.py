@@ -1,7 +1,4 @@
-"""What is known about GPUs, as data, and what follows from it: what can be used, who holds memory, a GPU's budget.
-
-What `streamprune devices` prints: the GPUs, the machine's RAM, and the disk of a folder.
-"""
+"""GPUs as data: usable memory, processes that hold it, budgets, and what `streamprune devices` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from streamprune.hardware.known_gpus import KnownGpu, find_known_gpu, is_named
 from streamprune.hardware.memory import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
 
 Source = Literal["NVML v2", "NVML v1", "torch"]
-ASK_BUDGET = "Say with --budget-gib how much memory there is."
+ASK_BUDGET = "Give the memory with --budget-gib."
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs of this machine, and what is to be said about all of them."""
+    """The GPUs of this machine, and notes on all of them."""
 
     gpus: tuple[Gpu, ...]
     notes: tuple[str, ...]

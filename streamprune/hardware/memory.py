@@ -32,9 +32,9 @@ def format_bytes(count: float) -> str:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had resident so far."""
+    """The peak of this process's resident memory."""
     try:
-        # Linux lets a new process begin with the peak of the one that started it, in getrusage but not in here.
+        # In getrusage, Linux starts a new process at the peak of its parent; not here.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
@@ -44,7 +44,7 @@ def peak_resident_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping."""
+    """Memory that is available without swapping."""
     return int(psutil.virtual_memory().available)
 
 
@@ -55,19 +55,19 @@ def total_memory_bytes() -> int:
 
 def core_count() -> int:
     """The cores of this machine that this process may compute on."""
-    # A core that runs two threads at once does not multiply matrices faster for it.
+    # Hyper-threads do not multiply matrices faster.
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def disk_bytes(folder: Path) -> tuple[int, int]:
-    """The size of the file system of `folder`, which must exist, and what is free there for this user."""
+    """The size and the free space (for this user) of the file system of `folder`, which must exist."""
     usage = shutil.disk_usage(folder)
     return usage.total, usage.free
 
 
 def process_name(pid: int) -> str | None:
-    """The name of a running process; None if there is none with this number, or it may not be seen."""
+    """The name of a running process; None if it does not exist or is not visible."""
     try:
         return str(psutil.Process(pid).name())
     # Numbers that cannot be a process's are a ValueError or OverflowError, depending on the number.
@@ -81,13 +81,13 @@ def resident_bytes() -> int:
 
 
 def limit_library_memory(tight: bool = False) -> None:
-    """Bound what libraries take beside our own data; works only before torch is imported. The user's settings win.
+    """Limit the memory of libraries. Works only before torch is imported. Environment variables of the user win.
 
-    `tight` is for runs with a cap: no compiled kernel is kept. (With `mid` a run's peak fell from 826 to 493 MiB, and
-    it was not slower by more than the noise.)
+    `tight` is for runs with --ram-gib: no compiled kernel is kept. (With `mid` a run's peak fell from 826 to 493 MiB,
+    and it was not measurably slower.)
 
     - oneDNN's compiled CPU kernels: every number of tokens that an expert meets is a kernel of its own, and torch keeps
-      1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a block has 50 MiB.
+      1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a layer has 50 MiB.
     - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
       with four of them was not quicker than with one.
     - glibc gives every large tensor pages of its own, and takes them back with it: the system's work on those pages was
@@ -108,18 +108,18 @@ def limit_library_memory(tight: bool = False) -> None:
 
 
 def release_freed_memory() -> None:
-    """Give memory that was freed back to the system. glibc keeps it otherwise, so that a run would seem to grow."""
-    # musl and macOS have no malloc_trim, and give freed memory back by themselves.
+    """Return freed memory to the system. Otherwise glibc keeps it, so that a run seems to grow."""
+    # musl and macOS have no malloc_trim; they return freed memory anyway.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether the text of an error of torch, CUDA or one of its libraries is about memory that cannot be had."""
+    """Whether the text of an error of torch or its libraries says that memory ran out."""
     text = text.lower()
-    # All that oneDNN says when the code or the buffers of a CPU kernel find no memory (seen under `ulimit -v`). That a
-    # kernel does not exist is a matter of its "primitive descriptor".
+    # oneDNN says only this when a CPU kernel gets no memory (seen under `ulimit -v`). If a kernel does not exist, it
+    # names the "primitive descriptor".
     if "could not create a primitive" in text and "descriptor" not in text:
         return True
     return any(
@@ -134,7 +134,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def existing_folder(path: Path) -> Path:
-    """`path` if it exists, else the nearest folder above it that does."""
+    """`path` if it exists, else its nearest parent that does."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

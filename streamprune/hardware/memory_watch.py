@@ -1,4 +1,4 @@
-"""The watch over memory while a run goes on: what the run itself takes against its caps, and what others take."""
+"""Watching memory during a run: the run's own against its caps, and what other processes take of its GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from streamprune.hardware.memory import format_bytes
 
 #: What CUDA itself is taken to need on a GPU when NVML does not tell: kernels and the driver's data for this process.
 USUAL_CONTEXT = 512 * 1024**2
-#: Processes come and go with less than this without doing harm.
+#: Growth of other processes below this is not reported.
 NOTABLE_GROWTH = 64 * 1024**2
 
 
 class MemoryCaps(Protocol):
-    """What a run may take, as the user says it; None for what there is."""
+    """The user's caps on memory; None for no cap."""
 
     @property
     def vram_gib(self) -> float | None: ...
@@ -34,7 +34,7 @@ class MemoryCaps(Protocol):
 
 
 class MemoryWatch:
-    """Keeps a run within --vram-gib and --ram-gib, and names the processes that take memory on its GPU meanwhile."""
+    """Keeps a run within --vram-gib and --ram-gib, and reports processes that take memory on its GPU meanwhile."""
 
     def __init__(self, settings: MemoryCaps, device: torch.device, say: Callable[[str], None]) -> None:
         self._settings, self._device, self._say = settings, device, say
@@ -43,7 +43,7 @@ class MemoryWatch:
         self._limit_gpu(gpu)
 
     def excess(self) -> str | None:
-        """Says by how much resident memory is above --ram-gib, with freed memory given back; None if it is not."""
+        """A text on how far resident memory is above --ram-gib, after freeing what can be freed; None if it is not."""
         cap = self._settings.ram_bytes
         if cap is None or machine.resident_bytes() <= cap:
             return None
@@ -54,7 +54,7 @@ class MemoryWatch:
         return f"{format_bytes(resident)} are resident, with --ram-gib {self._settings.ram_gib:g} ({format_bytes(cap)})"
 
     def between_layers(self) -> None:
-        """Look who else takes memory on the GPU, say so, and keep what CUDA itself takes within --vram-gib."""
+        """Report processes that took memory on the GPU, and adjust the allocator's limit to --vram-gib."""
         gpu = _gpu(self._device)
         if gpu is None:
             return
@@ -64,12 +64,12 @@ class MemoryWatch:
                 f"note: {process}, took memory on {self._device} while this run goes on; "
                 f"{format_bytes(devices.free_device_bytes(self._device))} are free there for it."
             )
-        # A process that left is forgotten; one that was told of is told of again only if it grows further.
+        # A process is reported again only if it grows further.
         self._others = {process.pid: process.used_bytes or 0 for process in now}
         self._limit_gpu(gpu)
 
     def holders(self) -> str:
-        """A sentence on who else holds memory on the GPU, for messages; empty if nobody is known to."""
+        """A sentence on other processes with memory on the GPU, for messages; empty if none is known."""
         gpu = _gpu(self._device)
         others = other_processes(gpu)[:3] if gpu else ()
         return f" Others hold memory there too: {'; '.join(map(str, others))}." if others else ""
@@ -103,7 +103,7 @@ def _context(gpu: Gpu | None, reserved: int) -> int:
 
 
 def _gpu(device: torch.device) -> Gpu | None:
-    """The GPU that the run computes on; None on the CPU, and where it cannot be told."""
+    """The GPU that the run computes on; None on the CPU, or if it is unknown."""
     if not is_gpu(device):
         return None
     from streamprune.hardware.nvml import gpu_of_device
