@@ -196,8 +196,8 @@ def test_a_staging_folder_that_leads_elsewhere_is_refused(made: dict[str, Comman
     "change",
     [
         lambda body: body.clear(),
-        lambda body: body.update(blocks=-1),
-        lambda body: body.update(blocks=10**12),
+        lambda body: body.update(layers=-1),
+        lambda body: body.update(layers=10**12),
         lambda body: body.update(command=7),
         lambda body: body.update(decided=None),
         lambda body: body["command"].update(model="a\0b"),
@@ -265,7 +265,7 @@ def test_scores_are_left_where_no_choice_can_be_made(
     command = made["protected"].at(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(choose, "super_experts", lambda layers, weights: {1: (0, 1, 2)})
-        with pytest.raises(SettingsError, match=rf"Layer 1: .* All blocks are scored; .* --scores {tmp_path}/out\."):
+        with pytest.raises(SettingsError, match=rf"Layer 1: .* All layers are scored; .* --scores {tmp_path}/out\."):
             command.run(keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out.scores.safetensors"]
     left, scored = read_scores(tmp_path / "out.scores.safetensors"), read_scores(command.scores)
@@ -278,7 +278,7 @@ def test_scores_are_left_where_no_choice_can_be_made(
 def test_pruned_states_need_a_choice_that_is_made_on_the_way(made: dict[str, Command], tmp_path: Path) -> None:
     (tmp_path / "schedule.json").write_text("[3, 8, 2, 5]")
     for kind, changes in (("global", {}), ("protected", {"schedule": str(tmp_path / "schedule.json"), "keep": None})):
-        with pytest.raises(SettingsError, match="--propagate pruned needs every block's experts chosen"):
+        with pytest.raises(SettingsError, match="--propagate pruned needs every layer's experts selected"):
             made[kind].at(tmp_path / "out").run(propagate="pruned", **changes)
 
 

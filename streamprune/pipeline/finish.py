@@ -1,8 +1,11 @@
-"""From a choice to an output: write what is not written yet, prove it, record it, and give it its name. No torch."""
+"""From a selection to an output: write what is not written yet, compare it with the source, record it, and name it.
+
+`run` and `prune` end alike; `score` ends with its scores. No torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +33,9 @@ from streamprune.selection.select import LayerSelection, Selection, Selector
 from streamprune.selection.settings import token_shares
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.records import FinishedShard
 
-#: Where the scores go of a run whose choice could not be made: the output's name with this behind it.
+#: Suffix of the file with the scores of a run whose selection could not be made, next to the output.
 SCORES_SUFFIX = ".scores.safetensors"
 
 
@@ -46,7 +50,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class SelectionResult:
-    """Everything that is decided about an output. `scores` is None for the user's own selection without any."""
+    """Everything that is decided about an output: which experts stay of which model, and the files that this gives.
+
+    `scores` is None for the user's own selection without any.
+    """
 
     settings: RunSettings | PruneSettings
     checkpoint: Checkpoint
@@ -59,17 +66,26 @@ class SelectionResult:
 
     @cached_property
     def retained(self) -> tuple[Retention, ...]:
-        """What the choice keeps of each source of the calibration; empty without scores."""
-        if self.scores is None:
-            return ()
-        return retentions(self.scores, self.selection)
+        """What the selection keeps of each source of the calibration; empty without scores."""
+        return retentions(self.scores, self.selection) if self.scores is not None else ()
+
+    @cached_property
+    def statistics(self) -> Mapping[int, LayerStatistics]:
+        """What is recorded of the experts, by layer; empty without scores."""
+        return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
+
+    @property
+    def layers(self) -> Iterator[int | None]:
+        """None for the weights outside the layers, then every layer's index, in the order in which they are written."""
+        yield None
+        yield from range(self.facts.layout.layer_count)
 
 
 def select_all(selector: Selector, scores: Scores, settings: RunSettings, work: WorkFolder) -> Selection:
-    """The choice of a run whose blocks are all scored.
+    """The selection of a run whose layers are all scored.
 
-    Raises SettingsError where there is none. Then the scores are left beside the output, for a choice of another kind:
-    they are right, and took all the time. The work folder is emptied, since no resume could end otherwise.
+    Raises SettingsError where there is none. Then the scores, which took all the time, are saved next to the output, to
+    select from them in another way; the work folder is emptied, since no resume could end otherwise.
     """
     try:
         return selector.all(scores.layers)
@@ -77,12 +93,12 @@ def select_all(selector: Selector, scores: Scores, settings: RunSettings, work: 
         kept = save_scores(settings, scores)
         work.start_afresh()
         raise SettingsError(
-            f"{error} All blocks are scored; choose otherwise with `streamprune prune` and --scores {kept}."
+            f"{error} All layers are scored; select in another way with `streamprune prune` and --scores {kept}."
         ) from None
 
 
 def save_scores(settings: OutputSettings, scores: Scores | None) -> Path:
-    """Leave the scores of a run beside its output, for a choice of another kind; returns the file."""
+    """Save the scores of a run next to its output, to select from them in another way; returns the file."""
     kept = beside(settings.output, SCORES_SUFFIX)
     assert scores is not None
     write_scores(kept, scores)
@@ -90,9 +106,9 @@ def save_scores(settings: OutputSettings, scores: Scores | None) -> Path:
 
 
 def print_selection(decided: SelectionResult, progress: Progress) -> None:
-    """Say what the choice keeps of each source, what to beware of, and who can load the result."""
+    """Print what the selection keeps of each source, what to beware of, and who can load the result."""
     if has_per_layer_experts(decided.plan.counts) and isinstance(decided.settings, PruneSettings):
-        # (A run has said so before it began.)
+        # (A run has printed it before it began.)
         progress.say(f"note: {engines_note(True)}")
     if not decided.retained or decided.scores is None:
         return
@@ -105,43 +121,46 @@ def print_selection(decided: SelectionResult, progress: Progress) -> None:
         progress.say(f"warning: {warning}")
 
 
-def write_blocks(
+def write_layers(
     decided: SelectionResult, writer: OutputWriter, work: WorkFolder, progress: Progress, stop: StopRequest
 ) -> None:
-    """Write and record every block whose experts are chosen, unless it has been written before.
+    """Write and record the weights outside the layers and every layer, unless they have been written before.
 
     Raises InterruptedRunError when the user asks to stop; what is written is kept.
     """
-    kept = decided.selection.kept
-    layers: Mapping[int, LayerStatistics] = {}
-    if decided.scores is not None:
-        layers = {layer.index: layer for layer in decided.scores.layers}
-    count, blocks = decided.facts.layout.spec.count, decided.facts.layout.layer_count
-    for block in (None, *range(blocks)):
-        _heed(stop, work)
-        experts = kept.get(block, ()) if block is not None else ()
-        record = work.read_layer(block)
+    for index in decided.layers:
+        _check_stop(stop, work)
+        experts = decided.selection.kept.get(index, ()) if index is not None else ()
+        name = "weights outside the layers" if index is None else progress.name_of(index)
+        record = work.read_layer(index)
         if record is not None and record.shards:
-            # Of tens of GiB this takes a while, and is silent otherwise.
-            progress.say(f"resuming: checking what was written of {_name(block, blocks)} ...")
-            if writer.has_written(block, experts, record):
+            # Of tens of GiB this takes a while, and prints nothing else.
+            progress.say(f"resuming: checking what was written of {name} ...")
+            if writer.has_written(index, experts, record):
                 continue
-        shards = writer.write_layer(block, experts)
-        work.write_layer(block, layers.get(block) if block is not None else None, experts, shards)
+        shards = writer.write_layer(index, experts)
+        _record(decided, work, index, experts, shards)
         if experts:
-            progress.say(f"{_name(block, blocks)}: written with {len(experts)}/{count} experts")
-    _heed(stop, work)
+            progress.say(f"{name}: written with {len(experts)}/{decided.facts.layout.spec.count} experts")
+    _check_stop(stop, work)
 
 
-def _heed(stop: StopRequest, work: WorkFolder) -> None:
+def _record(
+    decided: SelectionResult,
+    work: WorkFolder,
+    index: int | None,
+    experts: Sequence[int],
+    shards: list[FinishedShard],
+) -> None:
+    """Record in the work folder what is known and written of a layer (None: of the weights outside the layers)."""
+    work.write_layer(index, decided.statistics.get(index) if index is not None else None, experts, shards)
+
+
+def _check_stop(stop: StopRequest, work: WorkFolder) -> None:
     if stop:
         raise InterruptedRunError(
             f"Stopped as asked; what is written is kept. Go on with: {resume_command(work.folder)}"
         )
-
-
-def _name(block: int | None, blocks: int) -> str:
-    return "weights outside the layers" if block is None else f"layer {block}/{blocks - 1}"
 
 
 def complete(
@@ -151,9 +170,9 @@ def complete(
     progress: Progress,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Estimate | None:
-    """Check what was written and give it its name, with what is known of the damage.
+    """Compare what was written with the source, add record and model card, and give the output its name.
 
-    Returns what the finished model will take, if that can be told.
+    `evaluation` is what was measured of the pruned model. Returns the memory that it takes, None where it is not known.
     """
     settings, plan = decided.settings, decided.plan
     # All that lies there becomes the output.
@@ -175,32 +194,31 @@ def complete(
 def _verify(decided: SelectionResult, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
     kept = decided.selection.kept
     if not writer.has_proven(kept):
-        # What earlier sittings wrote. Of a large model this takes minutes.
+        # What was written before an interruption. Of a large model this takes minutes.
         progress.say("comparing what was written with the source ...")
     try:
         proof = writer.verify(kept)
     except VerifyError:
-        # The records of what was written cannot be believed; what is known of the experts has nothing to do with it.
-        layers = {layer.index: layer for layer in decided.scores.layers} if decided.scores is not None else {}
-        for block in (None, *range(decided.facts.layout.layer_count)):
-            work.write_layer(block, layers.get(block) if block is not None else None, (), [])
+        # The records of what was written cannot be believed; the statistics of the experts are not affected.
+        for index in decided.layers:
+            _record(decided, work, index, (), [])
         raise
     progress.say(f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes")
 
 
 def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
-    """Write the scores and give them their name, whole or not at all. Raises ScoresError, OutputError, ResourceError.
+    """Write the scores and give them their name, complete or not at all.
 
-    Nothing but the finished file ever lies beside the output: what is being written lies in the folder there.
+    What is being written lies in a folder next to the output. Raises ScoresError, OutputError and ResourceError.
     """
-    whole = settings.folder_beside / SCORES_NAME
-    write_scores(whole, scores)
+    complete_file = settings.folder_beside / SCORES_NAME
+    write_scores(complete_file, scores)
     with writing(f"Completing {settings.output}", settings.output):
         # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
         check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
-        work.record_complete(whole)
+        work.record_complete(complete_file)
         reached("scores written")
-        whole.rename(settings.output)
+        complete_file.rename(settings.output)
         reached("output named")
         sync_folder(settings.output.absolute().parent)
 

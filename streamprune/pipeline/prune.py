@@ -1,6 +1,6 @@
 """`streamprune prune`: an output from scores that were taken before, or from the user's own list. No forward pass.
 
-With scores, neither torch nor transformers is needed: they tell where in the checkpoint the experts lie.
+With scores, neither torch nor transformers is needed: they say where in the checkpoint the experts lie.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.config_json import stated_experts
+from streamprune.models.expert_layout import Layout
 from streamprune.models.per_layer_experts import refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
-from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_blocks
+from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_layers
 from streamprune.pipeline.messages import print_budget, print_dropped, print_memory, print_unseen_experts
 from streamprune.pipeline.status import ended
 from streamprune.planning.expert_counts import ExpertCounts, plan_counts
@@ -51,24 +52,23 @@ from streamprune.work.records import (
 
 
 def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
-    """Write the model that the settings choose, going on where an earlier call was interrupted.
+    """Write the model that the settings select, going on where an earlier call was interrupted.
 
-    Takes the time of a file copy, and memory for a few MiB of a file at a time, beside the scores. Raises a
+    Takes the time of a file copy, and memory for a few MiB of a file at a time besides the scores. Raises a
     StreampruneError for whatever cannot work, before anything is written.
     """
-    decided = _open(settings)
-    plan, checkpoint = decided.plan, decided.checkpoint
-    with Progress(plan.layout.layer_count, quiet) as progress, ExitStack() as stack:
-        _announce(settings, decided, progress)
+    decided = _decide(settings)
+    with Progress(decided.plan.layout.layer_count, quiet) as progress, ExitStack() as stack:
+        _print_plan(settings, decided, progress)
         work = open_work_folder(stack, settings)
         stop = stack.enter_context(listening())
         with on_exit(work, progress.say):
             check_place(settings)
             _begin(settings, decided, work)
             _check_room(settings, decided, work)
-            writer = OutputWriter(plan, checkpoint, settings, work)
+            writer = OutputWriter(decided.plan, decided.checkpoint, settings, work)
             stop.patient = True
-            write_blocks(decided, writer, work, progress, stop)
+            write_layers(decided, writer, work, progress, stop)
             stop.patient = False
             estimate = complete(decided, writer, work, progress)
         # The output is complete: there is nothing left to be stopped.
@@ -79,8 +79,8 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         if decided.selection.settings is not None and decided.scores is not None:
             print_unseen_experts(progress, summary["never_routed"], decided.scores.tokens)
         progress.say(
-            f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(plan.output_bytes)} of weights "
-            f"(source: {format_bytes(checkpoint.nbytes)})"
+            f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(decided.plan.output_bytes)} of "
+            f"weights (source: {format_bytes(decided.checkpoint.nbytes)})"
         )
         if estimate is not None:
             print_memory(progress, estimate)
@@ -88,34 +88,20 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
 
 
 def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
-    """Decide and tell what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
+    """Decide and print what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
 
     Raises like `prune`, also where the disk is too small for the output.
     """
-    decided = _open(settings)
+    decided = _decide(settings)
     footprint = decided.facts.footprint
     estimate = decided.counts.estimate(settings, footprint) if footprint is not None else None
     with Progress(decided.plan.layout.layer_count, quiet) as progress:
-        _announce(settings, decided, progress)
+        _print_plan(settings, decided, progress)
         if estimate is not None:
             print_memory(progress, estimate)
         progress.say("dry run: nothing was written")
         check_disk(settings.output, decided.plan.output_bytes)
         return summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
-
-
-def _open(settings: PruneSettings) -> SelectionResult:
-    """Open the model and decide everything about its output."""
-    _check_listed(settings)
-    scores = read_scores(settings.scores) if settings.scores is not None else None
-    if scores is not None:
-        _check_choice(settings, scores)
-    # Of a model on the Hub the config alone, which may spare the rest.
-    known = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
-    check_output(settings.output, known, settings.overwrite)
-    refuse_per_layer_experts(read_json(known / CONFIG_NAME), settings.model)
-    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    return _decide(settings, checkpoint, scores)
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
@@ -135,20 +121,38 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     return prune(settings, quiet)
 
 
-def _check_listed(settings: PruneSettings) -> None:
-    """Refuse what would choose experts beside a list of them."""
-    if (
-        settings.keep_file is not None
-        and replace(settings.selection, seed=settings.seed or None) != SelectionSettings()
-    ):
+def _decide(settings: PruneSettings) -> SelectionResult:
+    """Open the model and decide everything about its output, before a byte is written."""
+    scores = _read_scores(settings)
+    # Of a model on the Hub the config alone at first: a refusal then costs no download.
+    config_folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    check_output(settings.output, config_folder, settings.overwrite)
+    refuse_per_layer_experts(read_json(config_folder / CONFIG_NAME), settings.model)
+    checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
+    facts = _facts(settings, checkpoint, scores)
+    provenance: Mapping[str, Any] = (
+        scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
+    )
+
+    def footprint() -> Footprint:
+        return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
+
+    counts, selection = _select(settings, scores, facts.layout, footprint)
+    plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, settings.max_shard_bytes)
+    return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
+
+
+def _read_scores(settings: PruneSettings) -> Scores | None:
+    """The scores, if there are any. Refuses what they do not allow before tens of GiB are downloaded."""
+    by = replace(settings.selection, seed=settings.seed or None)
+    if settings.keep_file is not None and by != SelectionSettings():
         raise SettingsError(
             "--keep-file says itself which experts stay. Leave out --method, --mix, --schedule, --spread, --floor, "
             "--protect-super-experts and --seed."
         )
-
-
-def _check_choice(settings: PruneSettings, scores: Scores) -> None:
-    """Refuse a choice that these scores do not allow before tens of GiB are downloaded; a budget needs the model."""
+    if settings.scores is None:
+        return None
+    scores = read_scores(settings.scores)
     check_provenance(scores)
     if settings.keep_file is not None:
         read_keep_file(settings.keep_file, scores.spec, scores.layer_indices)
@@ -157,55 +161,46 @@ def _check_choice(settings: PruneSettings, scores: Scores) -> None:
         def footprint() -> Footprint:
             raise AssertionError("nothing but a budget asks for it")
 
-        _choose(settings, scores, footprint)
+        _select_by_scores(settings, scores, footprint)
+    return scores
 
 
-def _choose(
+def _select(
+    settings: PruneSettings, scores: Scores | None, layout: Layout, footprint: Callable[[], Footprint]
+) -> tuple[ExpertCounts, Selection]:
+    """How many experts stay, and which: by the user's own list or by scores; a budget asks for the `footprint`."""
+    if settings.keep_file is None:
+        assert scores is not None  # PruneSettings has seen to it
+        return _select_by_scores(settings, scores, footprint)
+    kept = read_keep_file(settings.keep_file, layout.spec, layout.expert_layers)
+    selection = listed_selection(kept, scores, settings.selection)
+    return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
+
+
+def _select_by_scores(
     settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]
 ) -> tuple[ExpertCounts, Selection]:
-    """The selection by scores; a budget asks for the model's `footprint`."""
     counts = plan_counts(settings, scores.spec, scores.layer_indices, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
     return counts, Selector(by, scores.spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
 
 
-def _announce(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
+def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
     plan, scores = decided.plan, decided.scores
+    experts = plan.layout.spec.count
     progress.say(
-        f"{settings.model}: {plan.layout.layer_count} blocks, {len(plan.counts)} with {plan.layout.spec.count} "
-        f"experts; keeping {decided.counts.text(plan.layout.spec.count, plan.counts)}"
+        f"{settings.model}: {plan.layout.layer_count} layers, {len(plan.counts)} with {experts} experts; keeping "
+        f"{decided.counts.text(experts, plan.counts)}"
     )
     print_budget(progress, decided.counts)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
-            "note: these scores were taken with --propagate pruned: after the first block with experts they hold "
-            "for that run's choice only."
+            "note: these scores were taken with --propagate pruned: after the first layer with experts they hold "
+            "for that run's selection only."
         )
     print_selection(decided, progress)
     progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
     print_dropped(progress, plan.layout.dropped)
-
-
-def _decide(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> SelectionResult:
-    """Everything that is decided before a byte is written."""
-    facts = _facts(settings, checkpoint, scores)
-    layout = facts.layout
-    provenance: Mapping[str, Any] = (
-        scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
-    )
-    if settings.keep_file is not None:
-        kept = read_keep_file(settings.keep_file, layout.spec, layout.expert_layers)
-        selection = listed_selection(kept, scores, settings.selection)
-        counts = ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform)
-    else:
-        assert scores is not None  # PruneSettings has seen to it
-
-        def footprint() -> Footprint:
-            return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
-
-        counts, selection = _choose(settings, scores, footprint)
-    plan = make_plan(layout, facts.loading, checkpoint, selection.counts_by_layer, settings.max_shard_bytes)
-    return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
@@ -238,15 +233,15 @@ def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None)
     layout = facts.layout
     if scores is not None and (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
         raise ScoresError(
-            f"{settings.scores} holds scores of {len(scores.layer_indices)} blocks with {scores.spec.count} experts "
+            f"{settings.scores} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts "
             f"(top-{scores.spec.top_k}), but the model's are {len(layout.expert_layers)} with {layout.spec.count} "
-            f"(top-{layout.spec.top_k}), or other blocks. Score the model again."
+            f"(top-{layout.spec.top_k}), or other layers. Score the model again."
         )
     return facts
 
 
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
-    """Take up what an earlier call left in the work folder if it is of the same choice; else begin anew."""
+    """Go on with what an earlier call wrote in the work folder if its selection was the same; else begin anew."""
     folder, anew = work.folder, settings.resume == "never"
     if has_run(folder) and not anew:
         raise ResumeError(
@@ -255,7 +250,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         )
     if not has_pruning(folder) and work.has_progress() and not anew:
         raise ResumeError(
-            f"{folder} holds finished blocks, but no record of what they are from. Begin anew with --resume never."
+            f"{folder} holds finished layers, but no record of what they are from. Begin anew with --resume never."
         )
     now = {
         "source": decided.provenance["source"]["fingerprint"],
@@ -267,7 +262,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     if recorded is None or recorded["decided"] != now:
         if settings.resume == "required":
             raise ResumeError(
-                f"{folder} holds nothing that could be taken up: another choice of experts, another size of shards, or "
+                f"{folder} holds nothing to go on with: another selection of experts, another size of shards, or "
                 "the model's files were others. Begin anew with `streamprune prune` and --resume never."
             )
         if work.keeps_old_output() and recorded is None:

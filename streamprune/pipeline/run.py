@@ -38,7 +38,7 @@ from streamprune.pipeline.finish import (
     select_all,
     summary_of,
     summary_of_scores,
-    write_blocks,
+    write_layers,
 )
 from streamprune.pipeline.messages import (
     NO_ESTIMATE,
@@ -344,7 +344,7 @@ class _Finish:
             evaluation.judge(decided)
         if not self.written:
             with self.runtime.busy.at("write"):
-                write_blocks(decided, writer, work, course.progress, course.stop)
+                write_layers(decided, writer, work, course.progress, course.stop)
         course.stop.patient = False
         work.states.forget()
         result = evaluation.result if evaluation is not None else None
