@@ -254,7 +254,7 @@ def _read_journal(folder: Path, now: dict[str, Any]) -> None:
     work = WorkFolder(folder)
     for block in (None, *range(4)):
         work.read_layer(block)
-    work.states.whole(), work.states.layer()
+    work.states.intact(), work.states.layer()
     recorded = read_run(folder)
     if recorded is not None:
         settings_of(recorded, folder)

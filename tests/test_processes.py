@@ -212,7 +212,7 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
     seen = in_threads(count, first)
     assert sorted(chain.from_iterable(seen)) == list(range(9)), "each sequence goes through the block once"
     with WorkFolder(tmp_path / "work") as work:
-        (saved,) = work.states.whole()
+        (saved,) = work.states.intact()
     assert sum(saved.facts["sizes"]) == 9
     assert saved.facts["batch_tokens"] == 4
     assert saved.facts["done"] == 0

@@ -128,14 +128,14 @@ def test_two_generations_are_kept_and_the_older_one_stands_in(tmp_path: Path) ->
     with WorkFolder(tmp_path / "work") as work:
         for block in range(4):
             work.states.save(len(states), states.__getitem__, {"block": block})
-        assert [saved.facts["block"] for saved in work.states.whole()] == [3, 2]
+        assert [saved.facts["block"] for saved in work.states.intact()] == [3, 2]
         assert len(list((work.folder / "states").iterdir())) == 2
         damage(work.folder / "states" / "4" / DATA_NAME, "flip")
-        assert [saved.facts["block"] for saved in work.states.whole()] == [2]
+        assert [saved.facts["block"] for saved in work.states.intact()] == [2]
         damage(work.folder / "cursor.json", "flip")
-        assert [saved.facts["block"] for saved in work.states.whole()] == [2], "without a cursor, what is whole counts"
+        assert [saved.facts["block"] for saved in work.states.intact()] == [2], "without a cursor, what is whole counts"
         work.states.save(len(states), states.__getitem__, {"block": 9})
-        assert next(saved.facts["block"] for saved in work.states.whole()) == 9
+        assert next(saved.facts["block"] for saved in work.states.intact()) == 9
 
 
 def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
@@ -153,9 +153,9 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
         with pytest.raises(KeyboardInterrupt):
             work.states.save(len(states), states.__getitem__, {"block": 2})
         monkeypatch.undo()
-        assert [saved.facts["block"] for saved in work.states.whole()] == [1]
+        assert [saved.facts["block"] for saved in work.states.intact()] == [1]
         work.states.save(len(states), states.__getitem__, {"block": 3})
-        assert [saved.facts["block"] for saved in work.states.whole()] == [3, 1]
+        assert [saved.facts["block"] for saved in work.states.intact()] == [3, 1]
 
 
 def test_blocks_and_shards(tmp_path: Path) -> None:

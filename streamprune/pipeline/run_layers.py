@@ -304,7 +304,7 @@ class RunLayers:
     def _candidates(self, first: int) -> Iterator[SavedStates]:
         """The saved states, newest first, from which layer `first` can be reached."""
         assert self._work is not None
-        for saved in self._work.states.whole():
+        for saved in self._work.states.intact():
             try:
                 self._loop.check(saved)
                 facts = saved.facts

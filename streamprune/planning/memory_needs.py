@@ -1,4 +1,4 @@
-"""What a run needs of memory and what there is of it: the numbers that `memory` decides by."""
+"""What a run needs of memory, and what the machine has: the numbers by which `hardware.memory_plan` decides."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
     last = prepared.skeleton.layer_count - 1 if calibration.held_out is not None else prepared.layout.expert_layers[-1]
     spec = prepared.skeleton.spec
-    shares = {block: (spec.count if count is None else count) / spec.count for block, count in counts.items() if copies}
+    shares = {layer: (spec.count if count is None else count) / spec.count for layer, count in counts.items() if copies}
     needs = needs_of(prepared, calibration, last + 1, shares, spec)
     held = calibration.held_out
     if held is None:
@@ -109,14 +109,14 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
 def needs_of(
     opened: OpenedModel,
     calibration: Calibration,
-    blocks: int,
+    layers: int,
     copies: Mapping[int, float] | None = None,
     spec: ExpertSpec | None = None,
 ) -> Needs:
-    """What it takes to stream the first `blocks` blocks of a model.
+    """What it takes to stream the first `layers` layers of a model.
 
-    `copies` is the share of a block's experts that is there a second time, by block; `spec` tells of the experts what
-    the config may tell under other names.
+    `copies` is the share of a layer's experts that is in memory twice, by layer: in the pruned copy. `spec` describes
+    the experts where the config does so under unusual names.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
     sources = Counter(target.name for target in opened.targets.values() if target is not None)
@@ -125,8 +125,8 @@ def needs_of(
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
     longest = max(len(sequence) for sequence in calibration.sequences)
     read, recast = _bytes_as_read(opened), _recast(opened)
-    block, loading, rows = 0, _non_layer_bytes_as_read(skeleton, recast), skeleton.expert_rows
-    for index, module in enumerate(skeleton.layers[:blocks]):
+    largest, loading, rows = 0, _non_layer_bytes_as_read(skeleton, recast), skeleton.expert_rows
+    for index, module in enumerate(skeleton.layers[:layers]):
         prefix = f"{skeleton.layers_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
         # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
@@ -134,11 +134,11 @@ def needs_of(
         more = [2 * size for name, size in sizes.items() if sources[name] > 1]
         more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
         small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
-        twin = sum(size for name, size in sizes.items() if name in rows) * (copies or {}).get(index, 0.0)
-        block = max(block, sum(sizes.values()) + round(twin))
+        pruned = sum(size for name, size in sizes.items() if name in rows) * (copies or {}).get(index, 0.0)
+        largest = max(largest, sum(sizes.values()) + round(pruned))
         loading = max(loading, max(sum(sizes.values()), read[index]) + max(more, default=0), read[index] + small)
     return Needs(
-        layer=block,
+        layer=largest,
         reading=max(read.values()),
         loading=loading,
         staging=STAGING_BYTES,
@@ -153,12 +153,12 @@ def needs_of(
 
 
 def _bytes_as_read(opened: OpenedModel) -> dict[int, int]:
-    """The bytes of each block's weights in the checkpoint's own dtypes."""
+    """The bytes of each layer's weights in the checkpoint's own dtypes."""
     read = dict.fromkeys(range(len(opened.skeleton.layers)), 0)
     for name, target in opened.targets.items():
-        block = opened.skeleton.layer_of(target.name) if target is not None else None
-        if block is not None:
-            read[block] += opened.checkpoint.tensors[name].nbytes
+        layer = opened.skeleton.layer_of(target.name) if target is not None else None
+        if layer is not None:
+            read[layer] += opened.checkpoint.tensors[name].nbytes
     return read
 
 
@@ -174,14 +174,14 @@ def _recast(opened: OpenedModel) -> Counter[str]:
 
 
 def _non_layer_bytes_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
-    """Bytes of what is read around the blocks and converted: it is there beside what is made of it."""
+    """Bytes of the non-layer weights that are converted: as read, they are in memory beside the converted ones."""
     decoder = skeleton.layers_path.rpartition(".")[0]
     inside = decoder + "." if decoder else ""
     return sum(size for name, size in recast.items() if name.startswith(inside) and skeleton.layer_of(name) is None)
 
 
 def states_per_token(text: Any, itemsize: int, length: int) -> int:
-    """Bytes that a token of a sequence of `length` carries from block to block, by what the text config states."""
+    """Bytes that a token of a sequence of `length` carries from layer to layer, by what the text config states."""
 
     def number(name: str) -> int:
         value = getattr(text, name, None)
@@ -209,7 +209,7 @@ def _shape_of(text: Any) -> ModelShape:
 
 
 def _non_layer_bytes(skeleton: Decoder) -> int:
-    """Bytes of what `LayerLoader.load_surroundings` loads without the head: the decoder less its blocks."""
+    """Bytes of what `LayerWeights.load_non_layer_weights` loads without the head: the decoder without its layers."""
     decoder = skeleton.layers_path.rpartition(".")[0]
     inside = skeleton.layers_path + "."
     found = {id(tensor): tensor.nbytes for _, tensor in _tensors(skeleton.model.get_input_embeddings())}
@@ -233,7 +233,7 @@ def measure_room(
     free = max(0, machine.free_disk_bytes(folder) - output_bytes)
     disk = Limit(
         free,
-        f"{format_bytes(free)} are free on that of {folder} beside the output",
+        f"{format_bytes(free)} are free on that of {folder} besides the output",
         "choose another place with -o, or use fewer --samples",
     )
     available, resident = machine.available_memory_bytes() // processes.local_count, machine.resident_bytes()
@@ -246,7 +246,7 @@ def measure_room(
         ram = Limit(left, words, "raise --ram-gib")
     if not is_gpu(device):
         return Room(ram, None, disk)
-    # Without a card's number in --device they are dealt out; with one all take that.
+    # Without a GPU's number in --device, processes take them in turn; with one, all take that.
     sharing = -(-processes.local_count // len(all_gpus())) if settings.device == "auto" else 0
     return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
 

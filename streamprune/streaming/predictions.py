@@ -66,7 +66,7 @@ class SlicedHead:
             setattr(owner, attribute, self._head)
 
     def logits(self, ids: torch.Tensor, state: BatchState) -> torch.Tensor:
-        """The logits (B, L, v) of the present slice from token ids (B, L) and the state after a block."""
+        """The logits (B, L, v) of the present slice from token ids (B, L) and the state after a layer."""
         return self._weights.forward.logits(ids, state)
 
 

@@ -19,7 +19,7 @@ from streamprune.errors import ResourceError
 from streamprune.hardware.device import CPU, current_stream, is_gpu, new_stream, page_locked, record_event
 from streamprune.progress import Busy
 
-#: Linux moves at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
+#: Linux writes at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
 _PORTION = 1 << 26
 #: Micro-batches that wait to be written to a file, each in memory of its own.
 _MOST_WAITING = 1
@@ -85,9 +85,8 @@ class StatesFile:
 
     def write(self, place: Written, tensor: torch.Tensor) -> None:
         """Write a contiguous CPU tensor to its place."""
-        view = _bytes_of(tensor)
+        view, done = _bytes_of(tensor), 0
         try:
-            done = 0
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
         except OSError as error:
@@ -96,11 +95,10 @@ class StatesFile:
     def read(self, place: Written) -> torch.Tensor:
         """The tensor at a place, in memory of its own."""
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        view = _bytes_of(tensor)
         try:
-            read = read_into(self._file.fileno(), place.offset, [view])
-            if read < len(view):
-                raise OSError(f"it ends after {read:,} of {len(view):,} bytes")
+            moved = read_into(self._file.fileno(), place.offset, [_bytes_of(tensor)] if place.nbytes else [])
+            if moved < place.nbytes:
+                raise OSError(f"it ends after {moved:,} of {place.nbytes:,} bytes")
         except OSError as error:
             raise self._failed("be read", error) from None
         return tensor
@@ -180,7 +178,7 @@ class MemoryStateStore:
         return self._place(new)
 
     def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # A copy of its own: the block's output may be a view of something larger that must not stay in memory.
+        # A copy of its own: the layer's output may be a view of something larger that must not stay in memory.
         return new.to(self._home, copy=True).contiguous(), None
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:

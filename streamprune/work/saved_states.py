@@ -1,14 +1,11 @@
-"""Hidden states in a file: tensors as raw bytes, and how they hang together as JSON. Never pickled.
+"""The saved hidden states of a work folder: two generations of them, and the cursor that says which is valid.
 
-Layout of a generation: `data.bin` holds all tensors one after the other, `index.json` (a record with a checksum) says
-where each lies, what it belongs to, and the checksum of the data.
-
-The hidden states in a work folder: two generations of them, and the cursor that says which counts.
+A generation is a folder: `data.bin` holds all tensors one after the other as raw bytes, `index.json` (a record with a
+checksum) says where each lies, what it belongs to, and the checksum of the data. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,10 +32,10 @@ from streamprune.work.records import MOST_INDEX_BYTES, MOST_RECORD_BYTES, is_cur
 
 @dataclass
 class BatchState:
-    """What one micro-batch carries from block to block.
+    """What one micro-batch carries from layer to layer.
 
-    `output` is what the last block returned, in the model's own structure: usually hidden states (B, L, H).
-    `carried` is what blocks left behind for later ones in a mapping they share (keys and values, in models whose
+    `output` is what the last layer returned, in the model's own structure: usually hidden states (B, L, H).
+    `carried` is what layers pass on to later ones in a mapping they share (keys and values, in models whose
     layers share them), by the name of the argument.
     """
 
@@ -192,12 +189,11 @@ def _is_node(node: Any, tensors: int, depth: int, key: bool = False) -> bool:
 
 def _read_tensor(file: int, offset: int, dtype: str, shape: list[int]) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=_DTYPES[dtype])
-    size = math.prod(shape) * tensor.itemsize
-    if size:
+    if tensor.nbytes:
         array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        read = read_into(file, offset, [memoryview(array)])
-        if read < size:
-            raise OSError(f"{DATA_NAME} ends after {offset + read:,} bytes")
+        moved = read_into(file, offset, [memoryview(array)])
+        if moved < tensor.nbytes:
+            raise OSError(f"{DATA_NAME} ends after {offset + moved:,} bytes")
     return tensor
 
 
@@ -214,7 +210,7 @@ def _encode(value: Any, tensors: list[torch.Tensor]) -> Any:
     if type(value) is dict:
         return {"dict": [[_encode(key, tensors), _encode(item, tensors)] for key, item in value.items()]}
     raise UnsupportedModelError(
-        f"The model passes a {type(value).__name__} from block to block, which cannot be saved for a later resume."
+        f"The model passes a {type(value).__name__} from layer to layer, which cannot be saved for a later resume."
     )
 
 
@@ -257,8 +253,8 @@ class Generations:
             if old not in kept:
                 shutil.rmtree(self._states / str(old), ignore_errors=True)
 
-    def whole(self) -> list[SavedStates]:
-        """The generations that are whole, newest first."""
+    def intact(self) -> list[SavedStates]:
+        """The generations that are complete and undamaged, newest first."""
         opened = (open_states(self._states / str(number)) for number in self._pointed())
         return [states for states in opened if states is not None]
 
@@ -271,11 +267,11 @@ class Generations:
         return None
 
     def forget_old(self) -> None:
-        """Remove saved hidden states that the cursor does not name, and all but the newest that are whole."""
+        """Remove saved hidden states that the cursor does not name, and all but the newest intact one."""
         pointed = self._pointed()
-        whole = next((number for number in pointed if open_states(self._states / str(number)) is not None), None)
+        newest = next((number for number in pointed if open_states(self._states / str(number)) is not None), None)
         for number in self._numbers():
-            if number != whole:
+            if number != newest:
                 shutil.rmtree(self._states / str(number), ignore_errors=True)
 
     def forget(self) -> None:
