@@ -1,17 +1,10 @@
-"""Lengths of many vectors and the angles between them, part by part.
-
-Widened to float32, the outputs of a micro-batch would be copied to memory that is new each time, which takes a CPU
-longer than the arithmetic (15 of 33 ms for 1,024 tokens of tools/bench's `mid` shape), and a card a GiB. So the vectors
-are taken in parts that stay in the caches.
-
-Shapes: T tokens, K vectors per token, H values per vector.
-
-Experts computed as transformers' grouped_mm implementation does, with what is recorded of every pair on the way.
+"""Experts computed as transformers' grouped_mm implementation does, with what is recorded of every pair on the way.
 
 The arithmetic of `transformers.integrations.moe.grouped_mm_experts_forward`, value by value, so that the result is the
-same bit for bit; what follows the matrix products is done in parts of the tokens that stay in the caches, and measured
-there. `saliency` keeps a slower path that needs to know nothing of these steps; tests hold the two against each other,
-and both against the whole model.
+same bit for bit. What follows the matrix products is done in parts of the tokens that stay in the caches: widened to
+float32 at once, the outputs of a micro-batch would be copied to memory that is new each time, which takes a CPU longer
+than the arithmetic (15 of 33 ms for 1,024 tokens of tools/bench's `mid` shape), and a GPU a GiB. `hooks` has a slower
+path that needs to know nothing of these steps; tests compare the two, and both with the whole model.
 
 Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs, and what fills up), H hidden size, E
 experts.

@@ -1,14 +1,8 @@
-"""The one place for experts that do not take (hidden_states, top_k_index, top_k_weights).
-
-Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
-experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine weight
-is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
-
-Listening to experts: what every one of them contributes, recorded while the model's own forward runs.
+"""Recording what every expert contributes while the model's own forward runs.
 
 Where the experts work in a latent space (Nemotron-H), f_j is their output there, before the projection back.
 
-Shapes: T tokens, K experts chosen per token, H hidden size.
+Shapes: T tokens, K experts chosen per token, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,14 +20,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import DENSE_EXPERTS, dispatches_experts
 from streamprune.saliency import grouped as grouped_experts
-from streamprune.saliency import hooks as dense_experts
 from streamprune.saliency.grouped import dots, norms, peaks
 from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines
 
 
-def pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
+def dense_pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
     """Every token paired with every expert, (T, E), from a dense experts module's input and output.
 
+    Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
+    experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine
+    weight is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
     `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
     """
     experts = int(module.num_experts)  # type: ignore[arg-type]
@@ -58,11 +54,11 @@ IMPLEMENTATION = "streamprune"
 
 @dataclass
 class ExpertsTap:
-    """Listens to one experts module. `plain` is the forward the module had; `statistics` None means nobody listens.
+    """Records one experts module. `plain` is the forward the module had; with `statistics` None nothing is recorded.
 
     `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps `grouped_experts` takes too, so
     that recording costs little. Otherwise `plain` is run a second time. `residual_T` are the norms of the residual
-    stream that entered the block last.
+    stream that entered the layer last.
     """
 
     plain: Callable[..., torch.Tensor]
@@ -71,16 +67,16 @@ class ExpertsTap:
     residual_T: torch.Tensor | None = None
 
     @contextmanager
-    def listening(self, block: nn.Module) -> Iterator[None]:
-        """Hear what enters `block`, the one with these experts, and whatever `statistics` is set to meanwhile."""
-        hook = block.register_forward_pre_hook(self._entering, with_kwargs=True)
+    def listening(self, layer: nn.Module) -> Iterator[None]:
+        """Record into whatever `statistics` is set to meanwhile; `layer` is the one with these experts."""
+        hook = layer.register_forward_pre_hook(self._entering, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
             self.statistics = self.residual_T = None
 
-    def _entering(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _entering(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         stream = args[0] if args else named["hidden_states"]
         # (B, L, H); with several residual streams (B, L, N, H), taken together.
         self.residual_T = norms(stream.reshape(stream.shape[0] * stream.shape[1], -1))
@@ -90,21 +86,21 @@ class ExpertsTap:
         assert self.statistics is not None
         if self.residual_T is None or len(self.residual_T) != len(pairs.index):
             raise UnsupportedModelError(
-                f"A block's experts got {len(pairs.index)} tokens, but not so many entered the block, so that the two "
+                f"A layer's experts got {len(pairs.index)} tokens, but another number entered the layer; the two "
                 "cannot be compared. Please report this model."
             )
         self.statistics.add(pairs, self.residual_T)
 
 
 def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
-    """Make experts modules (by block) report to the returned taps. Their outputs stay the same bit for bit.
+    """Make experts modules (by layer) report to the returned taps. Their outputs stay the same bit for bit.
 
     Modules that dispatch through transformers' experts interface are switched to our entry in it, which no fused
     kernel bypasses; the others (older ones, which loop over their experts) get our forward in place of their own.
     """
-    taps = {block: _make_tap(module) for block, module in modules.items()}
-    for block, module in modules.items():
-        module._streamprune_tap = taps[block]  # type: ignore[assignment]
+    taps = {index: _make_tap(module) for index, module in modules.items()}
+    for index, module in modules.items():
+        module._streamprune_tap = taps[index]  # type: ignore[assignment]
         if dispatches_experts(module):
             module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         else:
@@ -129,14 +125,14 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
 def _tapped_forward(
     module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor
 ) -> torch.Tensor:
-    """What an experts module runs once it is tapped: its plain forward, and the statistics if somebody listens."""
+    """What an experts module runs once it is tapped: its plain forward, and the statistics if they are asked for."""
     tap: ExpertsTap = module._streamprune_tap
     statistics = tap.statistics
     if statistics is None:
         return tap.plain(module, hidden_states, *routing, **named)
     if type(module).__name__ in DENSE_EXPERTS:
         output = tap.plain(module, hidden_states)
-        tap.record(dense_experts.pairs(module, hidden_states, output))
+        tap.record(dense_pairs(module, hidden_states, output))
         return output
     index_TK, gates_TK = (*routing, *(named[name] for name in ("top_k_index", "top_k_weights") if name in named))
     hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
