@@ -250,7 +250,7 @@ def test_extreme_uses_have_an_answer(batch: int, limit: int | None) -> None:
         ({"context": 0}, "--context 0 is too small: at least 1"),
         ({"context": -5}, "--context -5 is too small"),
         ({"batch": 0}, "--batch 0 is too small: at least 1"),
-        ({"context": 2**40, "batch": 2}, "more than any card could hold"),
+        ({"context": 2**40, "batch": 2}, "more than any GPU could hold"),
     ],
 )
 def test_impossible_uses(use: dict[str, int], message: str) -> None:

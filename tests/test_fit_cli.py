@@ -97,8 +97,8 @@ def test_text_that_fits(model: str) -> None:
     result = fit(model, "--budget-gib", "24", "--context", "100")
     assert result.exit_code == 0
     for words in (
-        "8 of 8 experts per block; weights source, 100 tokens", "KV cache", "exact", "modelled", "CUDA context",
-        "It fits 24.00 GiB (--budget-gib 24), with", "All 8 experts per block fit.",
+        "8 of 8 experts per layer; weights source, 100 tokens", "KV cache", "exact", "modelled", "CUDA context",
+        "It fits 24.00 GiB (--budget-gib 24), with", "All 8 experts per layer fit.",
         "Longest context that fits: 256 tokens (the model's limit).", "* fits the budget:",
     ):  # fmt: skip
         assert words in result.stdout, words
@@ -112,8 +112,8 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = fit(folder, "--gpu", "rtx-3090")
     assert result.exit_code == 3
     assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout
-    assert "of 128 in every block; " in result.stdout
-    assert "of 6,144 in all 48 blocks together" in result.stdout
+    assert "of 128 in every layer; " in result.stdout
+    assert "of 6,144 in all 48 layers together" in result.stdout
     options = result.stdout.partition("Nearest settings that fit:\n")[2].splitlines()
     keep = next(line.split() for line in options if line.startswith("  --keep "))[1]
     assert fit(folder, "--gpu", "rtx-3090", "--keep", keep).exit_code == 0
@@ -270,7 +270,7 @@ def test_deeply_nested_config(tmp_path: Path) -> None:
 def test_damaged_weights(model: str, tmp_path: Path) -> None:
     folder = Path(config_in(tmp_path / "model", **json.loads((Path(model) / "config.json").read_text())))
     write_header(folder / "model.safetensors", {"model.embed_tokens.weight": ("F32", (256, 64))})
-    assert "has experts in 0 blocks, but by its config there should be some in 4" in refusal(
+    assert "has experts in 0 layers, but by its config there should be some in 4" in refusal(
         1, str(folder), "--budget-gib", "24"
     )
     (folder / "model.safetensors").write_bytes(b"\x10" * 100)

@@ -48,7 +48,7 @@ def test_names_and_roles_agree(family: Family, tmp_path: Path) -> None:
         return
     for one, other in zip(by_name.facts, by_role.facts, strict=True):
         if one.category in ("vision", "MTP"):
-            one, other = replace(one, block=None), replace(other, block=None)
+            one, other = replace(one, layer=None), replace(other, layer=None)
         assert one == other
 
 

@@ -61,7 +61,7 @@ class CpuMeter(TorchDispatchMode):
     def peak_reserved(self) -> int:
         return self._peak + 2 * MIB
 
-    def on_card(self) -> int | None:
+    def on_gpu(self) -> int | None:
         return self.allocated() + 100 * MIB
 
 
@@ -132,7 +132,7 @@ def test_measured_figures_are_printed_and_in_the_json(tmp_path: Path, monkeypatc
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
     arguments = ["fit", str(source), "--budget-gib", "8", "--context", "64", "--measure"]
     text = CliRunner().invoke(main, arguments).output
-    assert "Measured on the card" in text
+    assert "Measured on the GPU" in text
     assert "-10.0%" in text
     assert "+3.0%" in text
     answer = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)

@@ -155,8 +155,8 @@ def test_the_end_of_a_pruning_and_of_a_run_tells_the_truth(qwen: Path, tmp_path:
     at_once = invoke("run", qwen / "model", "-o", tmp_path / "b", "--calibration", qwen / "ids.jsonl", *goal)
     for name, result in (("a", by_scores), ("b", at_once)):
         assert result.exit_code == 0, result.output
-        assert f"{tmp_path / name}, 2 to 6 experts per block, 16 in all; weights source" in result.stderr
-        assert "of 6 experts per block" not in result.stderr
+        assert f"{tmp_path / name}, 2 to 6 experts per layer, 16 in all; weights source" in result.stderr
+        assert "of 6 experts per layer" not in result.stderr
     # Before it is known which block keeps how many, and after.
     assert f"{qwen / 'model'}, 16 of 32 experts in all; weights source" in at_once.stderr
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
@@ -164,7 +164,7 @@ def test_the_end_of_a_pruning_and_of_a_run_tells_the_truth(qwen: Path, tmp_path:
 
 def test_text_and_json_say_how_many_experts_the_blocks_keep(qwen: Path) -> None:
     text = invoke("fit", qwen / "out", "--budget-gib", "80").stdout
-    assert "out, 2 to 6 experts per block, 16 in all; weights source" in text
+    assert "out, 2 to 6 experts per layer, 16 in all; weights source" in text
     assert "Most experts that fit" not in text
     assert "All 6 experts" not in text
     assert "keep different numbers of experts already (2 to 6), and it cannot be pruned again" in text
@@ -197,12 +197,12 @@ def test_neither_torch_nor_transformers_is_loaded(qwen: Path) -> None:
     command = [sys.executable, "-c", script, "fit", str(qwen / "out"), "--budget-gib", "80"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert "2 to 6 experts per block, 16 in all" in done.stdout
+    assert "2 to 6 experts per layer, 16 in all" in done.stdout
 
 
 def test_other_numbers_of_experts_are_refused(qwen: Path) -> None:
     message = refusal(2, "fit", qwen / "out", "--keep", "3", "--budget-gib", "80")
-    assert "--keep 3 is not possible: the blocks of" in message
+    assert "--keep 3 is not possible: the layers of" in message
     assert "`streamprune prune SOURCE --scores ...`" in message
     with pytest.raises(SettingsError, match=re.escape(per_layer_note(read_footprint(str(qwen / "out"))))):
         check_keep(read_footprint(str(qwen / "out")), 3)
@@ -219,7 +219,7 @@ def test_it_is_neither_scored_nor_pruned_again(
     (tmp_path / "list.json").write_text(json.dumps([[0, 1]] * 4))
     before = sorted(tmp_path.rglob("*"))
     message = refusal(1, command.split()[0], "out", *REFUSED[command])
-    assert "The blocks of out keep different numbers of experts already (2 to 6)" in message
+    assert "The layers of out keep different numbers of experts already (2 to 6)" in message
     assert "`streamprune prune SOURCE --scores out -o OUT`" in message
     assert "download" not in message
     assert sorted(tmp_path.rglob("*")) == before
@@ -236,7 +236,7 @@ def test_nothing_of_it_is_downloaded(qwen: Path, tmp_path: Path, monkeypatch: py
         by_hand = ["--keep-file", tmp_path / "list.json"]
         for command, goal in (("run", ["--keep", "3"]), ("score", []), ("prune", by_hand)):
             message = refusal(1, command, "org/uneven", "-o", tmp_path / "new", *goal)
-            assert "The blocks of org/uneven keep different numbers of experts already" in message
+            assert "The layers of org/uneven keep different numbers of experts already" in message
         assert not [name for name in server.fetched() if name.endswith(".safetensors")]
         assert fit_object_of(Path("org/uneven"))["experts_per_layer"] == [2, 3, 5, 6]
 
@@ -357,7 +357,7 @@ def test_a_block_may_have_more_than_the_others(qwen: Path, tmp_path: Path) -> No
     assert fit_object(Fit(footprint, ServingSpec(), GIB), budget_of_one()) | {"model": ""} == fit_object(
         Fit(read_footprint(str(qwen / "out")), ServingSpec(), GIB), budget_of_one()
     ) | {"model": "", "notes": notes_of(footprint)}
-    assert "2 to 6 experts per block, 16 in all" in terms_lines(Fit(footprint, ServingSpec(), GIB))[0]
+    assert "2 to 6 experts per layer, 16 in all" in terms_lines(Fit(footprint, ServingSpec(), GIB))[0]
 
 
 def budget_of_one() -> Any:

@@ -1,8 +1,6 @@
-"""How much memory a model may take: from --budget-gib, a card's name, or the card in this machine.
+"""The answer of `fit`: the budget, the estimate against it, the nearest settings that fit, and a table of others.
 
-What else would fit: the nearest settings when the answer is no; a table over ratio, weights and context. Pure.
-
-The answer of `fit` for people and for programs.
+For people as terminal text, for programs as JSON. No torch.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 from streamprune.config import MOST_TOKENS
@@ -21,6 +19,7 @@ from streamprune.hardware.known_gpus import GPUS, known_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
+from streamprune.tables import Table
 
 if TYPE_CHECKING:
     from streamprune.fit.measure import Measured
@@ -39,10 +38,10 @@ class Budget:
 
 
 def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
-    """The budget that the user named, else what is usable on this machine's card (the roomiest of several).
+    """The budget that the user named, else what is usable on this machine's GPU (the one with most memory of several).
 
-    Raises SettingsError for a budget that is no positive size, for both at once, for an unknown card, and when nothing
-    is named and no card can be asked.
+    Raises SettingsError for a budget that is no positive size, for both at once, for an unknown GPU, and when nothing
+    is named and no GPU can be asked.
     """
     if budget_gib is not None and gpu is not None:
         raise SettingsError("Give either --budget-gib or --gpu, not both.")
@@ -55,23 +54,23 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
         known = known_gpu(gpu)
         nbytes, notes = budget_on_gpu(known, list_gpus(ask_torch=False))
         return Budget(nbytes, f"--gpu {known.key}, what CUDA can use", tuple(notes))
-    cards = list_gpus()
-    best = max(cards.gpus, key=lambda card: card.usable_bytes or 0, default=None)
+    here = list_gpus()
+    best = max(here.gpus, key=lambda each: each.usable_bytes or 0, default=None)
     if best is None or not best.usable_bytes:
         raise SettingsError(
-            "No budget is given, and no card can be asked for one: name a card, such as --gpu rtx-3090, or give "
-            f"--budget-gib. {' '.join(cards.notes)}"
+            "No budget is given, and no GPU can be asked for one: name a GPU, such as --gpu rtx-3090, or give "
+            f"--budget-gib. {' '.join(here.notes)}"
         )
-    return Budget(best.usable_bytes, f"card {best.index}, {best.name}: usable now", tuple(best.notes))
+    return Budget(best.usable_bytes, f"GPU {best.index}, {best.name}: usable now", tuple(best.notes))
 
 
-def _less_here(nbytes: int, cards: Gpus) -> tuple[str, ...]:
-    """A sentence where cards are here and none of them has as much to give as the budget names."""
-    usable = max((card.usable_bytes or 0 for card in cards.gpus), default=nbytes)
+def _less_here(nbytes: int, here: Gpus) -> tuple[str, ...]:
+    """A note where this machine has GPUs, and none has as much memory usable as the budget."""
+    usable = max((each.usable_bytes or 0 for each in here.gpus), default=nbytes)
     if usable >= nbytes:
         return ()
     return (
-        f"This machine's card can give {format_bytes(usable)} at present, less than the budget: `streamprune devices` "
+        f"This machine's GPU has {format_bytes(usable)} usable now, less than the budget: `streamprune devices` "
         "shows what holds the rest.",
     )
 
@@ -91,9 +90,9 @@ class Option:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table: `experts` per block in one form of weights, with one context (tokens).
+    """One entry of the table: the total with `experts` per layer, one dtype of the weights and one context (tokens).
 
-    `experts` is 0 for a model that has none, and None where its blocks have different numbers.
+    `experts` is 0 for a model without experts, and None where its layers have different numbers.
     """
 
     ratio: float
@@ -105,14 +104,14 @@ class Cell:
 
 
 def nearest(fit: Fit) -> list[Option]:
-    """The smallest changes, one kind at a time, that make a model fit which does not; empty where none does."""
-    return [] if fit.fits else [*_fewer_experts(fit), *_less_cache(fit), *_smaller_weights(fit), *_larger_card(fit)]
+    """For a model that does not fit, the smallest changes that make it fit, one kind at a time; else nothing."""
+    return [] if fit.fits else [*_fewer_experts(fit), *_less_cache(fit), *_smaller_weights(fit), *_larger_gpu(fit)]
 
 
 def _fewer_experts(fit: Fit) -> Iterator[Option]:
     if fit.max_experts is not None and fit.experts is not None and fit.max_experts < fit.experts:
         count = fit.footprint.weights.count
-        yield Option(f"--keep {fit.max_experts}", f"{fit.max_experts} of {count} experts in every block")
+        yield Option(f"--keep {fit.max_experts}", f"{fit.max_experts} of {count} experts in every layer")
 
 
 def _less_cache(fit: Fit) -> Iterator[Option]:
@@ -141,19 +140,19 @@ def _smaller_weights(fit: Fit) -> Iterator[Option]:
             )
 
 
-def _larger_card(fit: Fit) -> Iterator[Option]:
-    cards = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
-    smallest = min(cards, key=lambda gpu: gpu.usable_bytes, default=None)
+def _larger_gpu(fit: Fit) -> Iterator[Option]:
+    large = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
+    smallest = min(large, key=lambda gpu: gpu.usable_bytes, default=None)
     such = f", such as the {smallest.name.removeprefix('NVIDIA ')}" if smallest else ""
-    yield Option(f"--budget-gib {math.ceil(fit.total / GIB * 10) / 10:g}", f"a larger card{such}")
+    yield Option(f"--budget-gib {math.ceil(fit.total / GIB * 10) / 10:g}", f"a larger GPU{such}")
 
 
 def table(fit: Fit) -> list[Cell]:
-    """Totals over RATIOS × forms of weights × CONTEXTS, as far as the model allows them."""
+    """Totals over RATIOS × dtypes of the weights × CONTEXTS, as far as the model allows them."""
     spec, weights = fit.footprint.spec, fit.footprint.weights
     longest = min(fit.footprint.max_positions or max(CONTEXTS), MOST_TOKENS // fit.use.batch)
     contexts = sorted({context for context in (*CONTEXTS, fit.use.context) if context <= longest} or {longest})
-    forms = ["source"] if weights.quantized else ["source", "fp8", "int4"]
+    dtypes = ["source"] if weights.quantized else ["source", "fp8", "int4"]
     cells = []
     for ratio in RATIOS if spec else RATIOS[:1]:
         keep = None
@@ -161,18 +160,16 @@ def table(fit: Fit) -> list[Cell]:
             keep = math.ceil((spec.count - math.floor(ratio * spec.count + 1e-9)) / spec.groups) * spec.groups
             if keep < minimum_keep(spec):
                 continue
-        for form in forms:
-            for context in contexts:
-                use = replace(fit.use, keep=keep, weights_dtype=form, context=context)
-                cell = Fit(fit.footprint, use, fit.budget)
-                cells.append(Cell(ratio, cell.experts, form, context, cell.total, cell.fits))
+        for dtype, context in product(dtypes, contexts):
+            cell = Fit(fit.footprint, replace(fit.use, keep=keep, weights_dtype=dtype, context=context), fit.budget)
+            cells.append(Cell(ratio, cell.experts, dtype, context, cell.total, cell.fits))
     return cells
 
 
 def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
-    """What `--json` prints. Sizes in bytes; numbers of experts are null for a model that has none.
+    """What `--json` prints. Sizes in bytes; numbers of experts are null for a model without experts.
 
-    Of a model whose blocks have different numbers they are lists, and null where they ask what could be removed.
+    For a model whose layers have different numbers they are lists, and what could be removed is null.
     """
     footprint = fit.footprint
     weights = footprint.weights
@@ -208,19 +205,18 @@ def measured_object(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 def measured_lines(measured: Sequence[Measured]) -> list[str]:
     """The same for a terminal."""
-    width = max(len(item.name) for item in measured)
-    return ["Measured on the card, and how far the prediction is off:"] + [
-        f"  {item.name:<{width}}  {format_bytes(item.measured):>11}  predicted {format_bytes(item.predicted):>11}  "
-        f"{item.error:+.1%}"
+    rows = [
+        (item.name, format_bytes(item.measured), f"predicted {format_bytes(item.predicted)}", f"{item.error:+.1%}")
         for item in measured
     ]
+    return Table("Measured on the GPU, and how far the prediction is off:", [""] * 4, rows).text()
 
 
 def estimate_object(estimate: Estimate) -> dict[str, Any]:
     """An estimate as JSON, with the verdict where there is a budget. Sizes in bytes.
 
-    `experts_per_layer` is one number where all blocks have the same, a list, in the blocks' order, where they differ,
-    and null without experts or before it is decided which block keeps how many.
+    `experts_per_layer` is one number where all layers have the same, a list in the order of layers where they differ,
+    and null without experts or before the experts are divided among the layers.
     """
     low, high = estimate.interval
     counts = estimate.footprint.weights.counts
@@ -244,43 +240,43 @@ def estimate_object(estimate: Estimate) -> dict[str, Any]:
 
 
 def fit_text(fit: Fit, budget: Budget) -> str:
-    """The answer as lines for a terminal."""
+    """The answer for a terminal."""
     return "\n".join([*terms_lines(fit), "", *_verdict(fit, budget), "", *_table_lines(table(fit))])
 
 
-def terms_lines(fit: Estimate) -> list[str]:
-    """Every term of the memory and their sum."""
-    use = fit.use
-    lines = [
-        f"{fit.footprint.model}{_experts_text(fit)}; weights {use.weights_dtype}, "
-        f"{_sequences(use.batch)}{use.context:,} tokens, cache {use.kv_dtype}"
+def terms_lines(estimate: Estimate) -> list[str]:
+    """Every term of the memory and their sum, for a terminal."""
+    use = estimate.use
+    sequences = "" if use.batch == 1 else f"{use.batch} sequences of "
+    title = (
+        f"{estimate.footprint.model}{_experts_text(estimate)}; weights {use.weights_dtype}, "
+        f"{sequences}{use.context:,} tokens, cache {use.kv_dtype}"
+    )
+    rows = [
+        (term.name, format_bytes(term.bytes), term.kind, _bounds(term.low, term.high) if term.low < term.high else "")
+        for term in estimate.terms
     ]
-    width = max(len(term.name) for term in fit.terms)
-    for term in fit.terms:
-        bounds = f"  {format_bytes(term.low)} to {format_bytes(term.high)}" if term.low < term.high else ""
-        lines.append(f"  {term.name:<{width}}  {format_bytes(term.bytes):>11}  {term.kind}{bounds}")
-    low, high = fit.interval
-    lines.append(f"  {'total':<{width}}  {format_bytes(fit.total):>11}  {format_bytes(low)} to {format_bytes(high)}")
-    return lines
+    rows.append(("total", format_bytes(estimate.total), "", _bounds(*estimate.interval)))
+    return Table(title, [""] * 4, rows, align="lrll").text()
+
+
+def _bounds(low: int, high: int) -> str:
+    return f"{format_bytes(low)} to {format_bytes(high)}"
 
 
 def _listed(counts: Mapping[int, int]) -> list[int]:
-    return [counts[block] for block in sorted(counts)]
+    return [counts[layer] for layer in sorted(counts)]
 
 
-def _experts_text(fit: Estimate) -> str:
-    weights = fit.footprint.weights
+def _experts_text(estimate: Estimate) -> str:
+    weights = estimate.footprint.weights
     if weights.counts is not None:
         numbers = weights.counts.values()
-        return f", {min(numbers)} to {max(numbers)} experts per block, {fit.total_experts:,} in all"
-    if fit.use.total is not None:
-        blocks = weights.sizes(fit.use.weights_dtype).expert_layers
-        return f", {fit.total_experts:,} of {weights.count * blocks:,} experts in all"
-    return f", {fit.experts} of {weights.count} experts per block" if weights.count else ""
-
-
-def _sequences(batch: int) -> str:
-    return "" if batch == 1 else f"{batch} sequences of "
+        return f", {min(numbers)} to {max(numbers)} experts per layer, {estimate.total_experts:,} in all"
+    if estimate.use.total is not None:
+        layers = weights.sizes(estimate.use.weights_dtype).expert_layers
+        return f", {estimate.total_experts:,} of {weights.count * layers:,} experts in all"
+    return f", {estimate.experts} of {weights.count} experts per layer" if weights.count else ""
 
 
 def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
@@ -298,9 +294,8 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
         yield f"Longest context that fits: {fit.max_context:,} tokens{limit}."
     options = nearest(fit)
     if options:
-        yield "Nearest settings that fit:"
-        width = max(len(option.settings) for option in options)
-        yield from (f"  {option.settings:<{width}}  {option.meaning}" for option in options)
+        rows = [(option.settings, option.meaning) for option in options]
+        yield from Table("Nearest settings that fit:", ["", ""], rows, align="ll").text()
     yield from (f"note: {note}" for note in (*fit.footprint.notes, *budget.notes, *_notes(fit)))
 
 
@@ -308,13 +303,13 @@ def _most_experts(fit: Fit) -> str:
     count, spec = fit.footprint.weights.count, fit.footprint.spec
     assert spec is not None
     if fit.max_experts is None:
-        return f"Not even the fewest experts with which the router works (top-{spec.top_k}) fit."
+        return f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
     if fit.max_experts == count:
-        return f"All {count} experts per block fit."
-    text = f"Most experts that fit: {fit.max_experts} of {count} in every block"
-    blocks = fit.footprint.weights.sizes("source").expert_layers
+        return f"All {count} experts per layer fit."
+    text = f"Most experts that fit: {fit.max_experts} of {count} in every layer"
+    layers = fit.footprint.weights.sizes("source").expert_layers
     if fit.max_total_experts is not None:
-        text += f"; {fit.max_total_experts:,} of {count * blocks:,} in all {blocks} blocks together, however divided"
+        text += f"; {fit.max_total_experts:,} of {count * layers:,} in all {layers} layers together, however divided"
     return text + "."
 
 
@@ -332,18 +327,15 @@ def _notes(fit: Fit) -> Iterator[str]:
         )
 
 
-def _table_lines(cells: list[Cell]) -> Iterator[str]:
+def _table_lines(cells: list[Cell]) -> list[str]:
     columns = list(dict.fromkeys((cell.weights_dtype, cell.context) for cell in cells))
-    yield "Totals in GiB by experts removed; * fits the budget:"
-    yield f"{'removed':>8} {'experts':>8}" + "".join(
-        f"{f'{form} {_thousands(context)}':>13}" for form, context in columns
-    )
-    for (ratio, experts), row in groupby(cells, key=lambda cell: (cell.ratio, cell.experts)):
-        values = {(cell.weights_dtype, cell.context): cell for cell in row}
-        yield f"{ratio:>8.1%} {experts or '-':>8}" + "".join(
-            f"{f'{values[column].total_bytes / GIB:.1f}':>12}{'*' if values[column].fits else ' '}"
-            for column in columns
-        )
+    rows = []
+    for (ratio, experts), group in groupby(cells, key=lambda cell: (cell.ratio, cell.experts)):
+        totals = [f"{cell.total_bytes / GIB:.1f}{'*' if cell.fits else ' '}" for cell in group]
+        rows.append([f"{ratio:.1%}", str(experts or "-"), *totals])
+    headings = [f"{dtype} {_thousands(context)} " for dtype, context in columns]
+    title = "Totals in GiB by experts removed; * fits the budget:"
+    return Table(title, ["removed", "experts", *headings], rows, align="r").text()
 
 
 def _thousands(context: int) -> str:

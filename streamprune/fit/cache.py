@@ -1,12 +1,9 @@
-"""What a model keeps of the tokens it has seen: keys and values, which grow with the context, and fixed states.
+"""Sizes of caches (keys and values, recurrent states) and of a forward's workspace, as formulas. No torch.
 
-Pure, and needs no torch. For plain attention the sizes follow from config and headers (`stated_cache`); for everything
-else `cache_trace` asks the model itself.
-
-What a forward needs beside weights and caches: the intermediate results of one block, and the logits. Pure formulas.
-
-They count the tensors that the library's own code holds at the same time (checked against torch's allocator in
-tests/test_workspace.py); attention is taken to be fused, so that no scores of tokens × tokens are kept.
+For plain attention the sizes of caches follow from config and headers (`stated_cache`); for everything else
+`structure.trace_cache` runs the model on shapes. The workspace is the intermediate results of one layer, and the
+logits: the tensors that transformers' own code holds at the same time (checked against torch's allocator in
+tests/test_workspace.py). Attention is assumed to be fused, so that no scores of tokens × tokens are kept.
 """
 
 from __future__ import annotations
@@ -24,26 +21,26 @@ from streamprune.models.config_json import ModelShape, first_number, text_part
 KV_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 KV_DTYPES = ("auto", *KV_ITEMSIZE)
 
-#: Whoever states one of these has something else than plain attention in some layer, or keeps its cache differently.
+#: Config keys of models with anything but plain attention in some layer, or with another form of cache.
 _NOT_PLAIN = re.compile(
     r"window|sliding|chunk|linear|mamba|ssm|conv_|_conv|shar|index_|compress|hybrid|layer_types|interval|pattern|"
     r"attn_type|attention_type|block_types|attn_layer|recurrent|lightning|latent_attention|cross_attention|per_layer|"
     r"full_attn|kda|attn_config|indexer|sparse_attention"
 )
-#: Names that match the above and have nothing to do with it.
+#: Keys that match the above and have nothing to do with it.
 _HARMLESS = re.compile(r"shared_expert|shared_intermediate|linear_bias|share_expert|router|tie_word|max_window_layers")
 
 
-#: Of the dtypes that a model can compute in.
+#: Bytes per value of the dtypes that a model can compute in.
 _FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps per sequence: `values_per_token` values of each of the last `window` tokens (None: of all),
-    and `state_bytes` whatever the number of tokens.
+    """The cache of one layer per sequence: `values_per_token` values for each of the last `window` tokens (None: for
+    all), and `state_bytes` for any number of tokens.
 
-    `index_bytes` come on top for each of those tokens: positions and the like, which no cache dtype makes smaller.
+    `index_bytes` are added for each of those tokens: positions and the like, which no cache dtype makes smaller.
     """
 
     values_per_token: int = 0
@@ -54,7 +51,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """The caches of all layers. `itemsize` is the bytes per value in which the model itself would keep them."""
+    """The caches of all layers. `itemsize` is the bytes per value in the model's own dtype."""
 
     layers: tuple[LayerCache, ...]
     itemsize: int
@@ -82,8 +79,8 @@ class CacheSizes:
 def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> CacheSizes | None:
     """The caches of a model whose layers all have plain attention; None where config or tensors leave a doubt.
 
-    Plain means: every layer has key and value projections, whose rows are what it keeps of a token (multi-head,
-    grouped-query and multi-query attention), or one joined projection to a latent and a rotary part (multi-head latent
+    Plain means: every layer has key and value projections, whose rows are cached for each token (multi-head,
+    grouped-query and multi-query attention), or one joint projection to a latent and a rotary part (multi-head latent
     attention, DeepSeek-V2, arXiv:2405.04434, section 2.1).
     """
     _, text = text_part(config)
@@ -96,11 +93,11 @@ def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
         match = pattern.search(name)
         if match and len(entry.shape) == 2 and int(match[2]) < depth:
             rows.setdefault(int(match[2]), []).append(entry)
-    # All numbers are below `depth`, so that as many layers as that are all of them.
+    # All layer numbers are below `depth`, so these are all layers if there are that many.
     if len(rows) != depth or any(_form(entries) is None for entries in rows.values()):
         return None
     dtypes = {entry.dtype for entries in rows.values() for entry in entries}
-    # Rows of packed integers are not those of the projection.
+    # Packed integers have other rows than the projection.
     if any("indexer" in name for name in tensors) or not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
         return None
     itemsize = _stated_itemsize(text, config) or _FLOAT_BYTES.get(rows[0][0].dtype)
@@ -136,12 +133,12 @@ def _stated_itemsize(*parts: Mapping[str, Any]) -> int | None:
 
 
 def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
-    """Peak bytes of the intermediate results of one block's forward over `tokens` tokens.
+    """Peak bytes of the intermediate results of one layer's forward over `tokens` tokens.
 
-    `itemsize` is the bytes per value in which the model computes. The attention and the experts never need theirs at
-    the same time, so the larger of the two counts, with the residual stream and its normalised copies beside it.
+    `itemsize` is the bytes per value in which the model computes. Attention and experts never need theirs at the same
+    time, so the larger of the two counts, plus the residual stream and its normalised copies.
     """
-    # Residual, its float32 copy inside the norm, the normed result and the block's input.
+    # Residual, its float32 copy inside the norm, the normed result and the layer's input.
     stream = shape.hidden * (3 * itemsize + 4)
     # Queries, keys and values repeated to all heads, the rotated copies of the first two, and the output.
     attention = shape.attention * 6 * itemsize
@@ -156,9 +153,9 @@ def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
 
 
 def scoring_workspace_bytes(shape: ModelShape, tokens: int, sequence_length: int, itemsize: int) -> int:
-    """Peak bytes of the intermediate results of scoring one block on a micro-batch of `tokens` tokens.
+    """Peak bytes of the intermediate results of scoring one layer on a micro-batch of `tokens` tokens.
 
-    Beside the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
+    Besides the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
     `saliency.ExpertStatistics`), float32 copies for the norms, and the attention mask of one sequence.
     """
     statistics = tokens * ((shape.experts + 1) * 9 * 2 + shape.top_k * shape.hidden * 4)

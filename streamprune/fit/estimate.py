@@ -1,7 +1,7 @@
-"""Will it fit? Every part of the memory that a model takes on a card, and the inverse: what fits a budget. Pure.
+"""Every part of the memory that a served model takes on a GPU, and the inverse: what fits a budget. No torch.
 
-The caches and the weights are counted; the rest is modelled, with an interval. Sizes are of a model served with
-transformers (or anything as frugal), with the whole model on one card.
+Caches and weights are counted; the rest is modelled, with an interval. Sizes are those of the complete model on one
+GPU, served with transformers or an engine that needs no more.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
 MIB = 1024**2
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.
 WEIGHTS, KV_CACHE, STATE = "weights: ", "KV cache", "recurrent state"
-#: Tokens of a prompt that are computed at a time: what vLLM and most others begin with.
+#: Tokens of a prompt that are computed at a time: the default of vLLM and most other engines.
 PREFILL_CHUNK = 2048
-#: The CUDA context with the kernels of torch and cuBLAS's workspace. Reported between 0.3 and 0.7 GiB, by driver, card
+#: The CUDA context with the kernels of torch and cuBLAS's workspace. Reported between 0.3 and 0.7 GiB, by driver, GPU
 #: and libraries.
 CUDA_CONTEXT = (300 * MIB, 512 * MIB, 700 * MIB)
-#: What torch's allocator cannot use: the rest of its 2 and 20 MiB pieces, and holes. Share of all that it hands out.
+#: What torch's allocator cannot use: the ends of its 2 and 20 MiB segments, and gaps. Share of all that is allocated.
 ALLOCATOR_SHARE = (0.0, 0.01, 0.03)
-#: How far the modelled workspace may be off. Below: kernels that keep less (flash, fused experts). Above: transformers'
+#: Bounds of the modelled workspace. Low: kernels that keep less (flash attention, fused experts). High: transformers'
 #: growing cache copies a layer's keys and values, and attention that is not fused.
 WORKSPACE_SHARE = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """All that is known of a model's memory.
+    """Everything that a model's memory follows from.
 
-    `spec` is None for a model of which no experts can be removed: it has none, or its blocks keep different numbers of
-    them already (`weights.counts`). `itemsize` is bytes per value in which it computes; `max_positions` the longest
-    context that its config names.
+    `spec` is None for a model from which no experts can be removed: it has none, or its layers keep different numbers
+    of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
+    longest context that its config names.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Term:
-    """One part of the memory, in bytes, with bounds. `kind` is exact (counted), modelled (worked out) or measured."""
+    """One part of the memory, in bytes, with bounds. `kind` is exact (counted), modelled (estimated) or measured."""
 
     name: str
     bytes: int
@@ -63,7 +63,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one footprint takes in one use."""
+    """The memory of a model when it is served as `use` says."""
 
     footprint: Footprint = field(repr=False)
     use: ServingSpec
@@ -80,7 +80,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[int, int]:
-        """The least and the most that the total may come to, in bytes."""
+        """The bounds of the total, in bytes."""
         return sum(term.low for term in self.terms), sum(term.high for term in self.terms)
 
     @property
@@ -100,7 +100,7 @@ class Estimate:
 
     @property
     def total_experts(self) -> int:
-        """Experts of all blocks together in the model as asked about; 0 without experts."""
+        """Experts of all layers together; 0 without experts."""
         weights = self.footprint.weights
         if weights.counts is not None:
             return sum(weights.counts.values())
@@ -110,7 +110,7 @@ class Estimate:
 
     @property
     def experts(self) -> int | None:
-        """Experts per block in the model as asked about; 0 without experts, None where blocks may differ."""
+        """Experts per layer; 0 without experts, None where layers may differ."""
         if self.use.total is not None or self.footprint.weights.counts is not None:
             return None
         return self.footprint.weights.count if self.use.keep is None else self.use.keep
@@ -118,7 +118,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fit(Estimate):
-    """An estimate held against a budget (bytes)."""
+    """An estimate compared with a budget (bytes)."""
 
     budget: int
 
@@ -134,7 +134,7 @@ class Fit(Estimate):
 
     @cached_property
     def max_experts(self) -> int | None:
-        """The most experts per block that fit, a number with which the router works; None if not even the fewest do."""
+        """The most experts per layer that fit, a number that the router allows; None if not even the fewest fit."""
         spec = self.footprint.spec
         if spec is None:
             return None
@@ -145,19 +145,19 @@ class Fit(Estimate):
 
     @cached_property
     def max_total_experts(self) -> int | None:
-        """The most experts of all blocks together, for a schedule that keeps different numbers per block."""
+        """The most experts of all layers together, for a schedule that keeps different numbers per layer."""
         spec = self.footprint.spec
         if spec is None:
             return None
         sizes = self.footprint.weights.sizes(self.use.weights_dtype, with_mtp=False)
         if not sizes.expert_layers or self._fits(keep=None):
             return spec.count * sizes.expert_layers
-        # In whole units of one expert in one block; blocks are alike in all models that have such experts.
+        # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
         fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes)
-        # The workspace was that of a block which keeps all; where all keep equally few, it may be a little less.
+        # The workspace was that of a layer which keeps all experts; where all keep equally few, it may be less.
         fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
-        # All of them do not fit, with the multi-token prediction that only the unpruned model has.
+        # All of them do not fit: the unpruned model also has its multi-token prediction layers.
         fitting = min(fitting, spec.count * sizes.expert_layers - 1)
         return fitting if fitting >= minimum_keep(spec) * sizes.expert_layers else None
 
@@ -172,13 +172,14 @@ class Fit(Estimate):
 
 
 def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) -> Iterator[Term]:
-    """The terms; `routed` is the number of experts that the routers choose among, if not the number kept."""
+    """The terms; `routed` is the number of experts that the routers choose from, if not the number kept."""
     weights = footprint.weights
     kept: float = weights.count if use.keep is None else use.keep
-    # The pruned model has no multi-token prediction layers: those are never scored, and left out.
+    # The pruned model has no multi-token prediction layers: they are never scored, and not written.
     sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
     if use.total is not None:
-        # Blocks are alike, so that the mean tells their bytes. As long as nobody knows, one may keep all its experts.
+        # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
+        # keep all its experts.
         kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
     exact = weights.measured and use.weights_dtype == "source"
     for name, size in sizes.bytes_by_category(kept).items():
@@ -213,13 +214,13 @@ def _largest(values: range, fits: Callable[[int], bool]) -> int | None:
 
 
 def per_layer_note(footprint: Footprint) -> str:
-    """Why a model whose blocks keep different numbers of experts has no other number, and what to do instead."""
+    """Why a model whose layers keep different numbers of experts cannot have another number, and what to do instead."""
     counts = footprint.weights.counts or {}
     return (
-        f"the blocks of {footprint.model} keep different numbers of experts already ({min(counts.values())} to "
-        f"{max(counts.values())}), and it cannot be pruned again. For another size, prune the model that it was made "
-        "from once more, from the same scores (`streamprune prune SOURCE --scores ...`); `streamprune fit SOURCE` says "
-        "how many experts fit."
+        f"the layers of {footprint.model} keep different numbers of experts already ({min(counts.values())} to "
+        f"{max(counts.values())}), and it cannot be pruned again. For another size, prune its source "
+        "again, from the same scores (`streamprune prune SOURCE --scores ...`); `streamprune fit SOURCE` says how many "
+        "experts fit."
     )
 
 

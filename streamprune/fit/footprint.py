@@ -1,6 +1,6 @@
-"""What is known of a model's memory, from a folder, a Hub id or a config. Imports torch only where names leave doubts.
+"""Reads a model's footprint from a folder, a Hub id or a config. Imports torch only where tensor names leave doubts.
 
-Of the weights only the headers are read, through range requests for a model on the Hub.
+Only the headers of the weights are read, through range requests for a model on the Hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamprune.models.per_layer_experts import PerLayerExperts, read_per_layer
 _LENGTH_NAMES = (
     "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
 )  # fmt: skip
-#: Beside the weights' names, what says that a folder holds a checkpoint, and not only a config.
+#: Files that show that a folder holds a checkpoint, and not only a config.
 _WEIGHT_FILES = ("*.safetensors", INDEX_NAME, "*.bin", "*.pt", "*.gguf")
 
 
@@ -34,13 +34,13 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     config = read_json(folder / CONFIG_NAME)
     tensors = read_headers(model, folder)
-    uneven = read_per_layer_experts(config)
-    stated = _by_name(model, config, tensors, uneven) if tensors is not None else None
+    per_layer = read_per_layer_experts(config)
+    stated = _by_name(model, config, tensors, per_layer) if tensors is not None else None
     if stated is not None:
         return stated
     from streamprune.fit.structure import footprint_of_model
 
-    return footprint_of_model(model, folder, config, tensors, trust_remote_code, uneven)
+    return footprint_of_model(model, folder, config, tensors, trust_remote_code, per_layer)
 
 
 def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
@@ -69,14 +69,14 @@ def _complete(folder: Path) -> Mapping[str, TensorEntry] | None:
 
 
 def _by_name(
-    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], uneven: PerLayerExperts | None
+    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], per_layer: PerLayerExperts | None
 ) -> Footprint | None:
-    if uneven is not None:
-        config = uneven.stock
+    if per_layer is not None:
+        config = per_layer.stock
     spec = stated_experts(config)
     if spec is None and states_experts(config):
         return None
-    weights = weights_by_name(tensors, config, spec, uneven.differing if uneven else None)
+    weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None)
     cache = stated_cache(config, tensors)
     shape = stated_shape(config)
     if weights is None or cache is None or shape is None:

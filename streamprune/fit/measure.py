@@ -1,4 +1,4 @@
-"""What a model really takes on a card: load it, run a prompt of the planned length, and read torch and NVML."""
+"""What a model really takes on a GPU: load it, run a prompt of the planned length, and read torch and NVML."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ALL_WEIGHTS = "weights"
 
 
 class Meter(Protocol):
-    """Where the figures come from: torch's allocator, and NVML for all that is held on the card."""
+    """Where the figures come from: torch's allocator, and NVML for everything on the GPU."""
 
     def allocated(self) -> int: ...
     def forget_peaks(self) -> None: ...
     def peak_allocated(self) -> int: ...
     def peak_reserved(self) -> int: ...
     def reserved(self) -> int: ...
-    def on_card(self) -> int | None: ...
+    def on_gpu(self) -> int | None: ...
 
 
 class CudaMeter:
@@ -58,17 +58,17 @@ class CudaMeter:
         return most_allocated_device_bytes(self._device)
 
     def reserved(self) -> int:
-        """What torch holds on the card now, for tensors and in reserve."""
+        """What torch has reserved on the GPU now, tensors included."""
         return reserved_device_bytes(self._device)
 
     def peak_reserved(self) -> int:
-        """The most that torch has held on the card since `forget_peaks`."""
+        """The most that torch has reserved on the GPU since `forget_peaks`."""
         return most_reserved_device_bytes(self._device)
 
-    def on_card(self) -> int | None:
-        """What is in use on the whole card, by NVML; None where NVML does not answer."""
-        card = gpu_of_device(self._device.index or 0)
-        return card.used_bytes if card is not None and card.source != "torch" else None
+    def on_gpu(self) -> int | None:
+        """What is in use on the GPU by all processes, from NVML; None where NVML does not answer."""
+        gpu = gpu_of_device(self._device.index or 0)
+        return gpu.used_bytes if gpu is not None and gpu.source != "torch" else None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Measured:
 
     @property
     def error(self) -> float:
-        """How far the prediction is off, relative to what was measured; negative where it foretold too little."""
+        """How far the prediction is off, relative to what was measured; negative where it is too small."""
         return (self.predicted - self.measured) / self.measured if self.measured else 0.0
 
 
@@ -89,26 +89,26 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
     """Load the model in `folder` onto a CUDA device, run the prompt that `estimate` was made for, and compare.
 
     Raises SettingsError without a CUDA device or for weights in another form than they are stored in, ResourceError
-    when the card runs out of memory.
+    when the GPU runs out of memory.
     """
     if estimate.use.weights_dtype != "source" or estimate.use.kv_dtype != "auto" or estimate.use.keep is not None:
         raise SettingsError("--measure loads the model as it is: leave out --weights-dtype, --kv-dtype and --keep.")
     device = choose_device(device_name)
     if not is_gpu(device):
-        raise SettingsError("--measure reads a card's memory: give a CUDA --device.")
+        raise SettingsError("--measure reads a GPU's memory: give a CUDA --device.")
     meter = CudaMeter(device)
-    before = meter.on_card()
+    before = meter.on_gpu()
     # The context, and cuBLAS with its workspace, come with the first product.
     square = torch.ones((64, 64), dtype=torch.bfloat16, device=device)
     torch.mm(square, square)
     del square
-    after = meter.on_card()
+    after = meter.on_gpu()
     context = None if before is None or after is None else after - before - meter.reserved()
     try:
         return measure_with(meter, folder, estimate, device, context, before, trust_remote_code)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"The card ran out of memory while {folder} was measured; {format_bytes(estimate.total)} were predicted. "
+            f"The GPU ran out of memory while {folder} was measured; {format_bytes(estimate.total)} were predicted. "
             f"{str(error).splitlines()[0]}"
         ) from None
 
@@ -122,7 +122,7 @@ def measure_with(
     before: int | None,
     trust_remote_code: bool,
 ) -> tuple[Measured, ...]:
-    """`measure` with the figures of any meter. `before` is what was in use on the card before all of it began."""
+    """`measure` with the figures of any meter. `before` is what was in use on the GPU at the beginning."""
     base = meter.allocated()
     model = _load(folder, device, trust_remote_code)
     # What loading took for a moment is neither the prompt's workspace nor the allocator's margin.
@@ -132,16 +132,16 @@ def measure_with(
     cached = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
     workspace = meter.peak_allocated() - base - weights - cached
     margin = meter.peak_reserved() - meter.peak_allocated()
-    foretold = {term.name: term.bytes for term in estimate.terms}
+    predicted_bytes = {term.name: term.bytes for term in estimate.terms}
     found = {
         ALL_WEIGHTS: (estimate.weights_bytes, weights),
-        "cache and states": (foretold[KV_CACHE] + foretold.get(STATE, 0), cached),
-        "prefill workspace": (foretold["prefill workspace"], workspace),
-        "allocator margin": (foretold["allocator margin"], margin),
+        "cache and states": (predicted_bytes[KV_CACHE] + predicted_bytes.get(STATE, 0), cached),
+        "prefill workspace": (predicted_bytes["prefill workspace"], workspace),
+        "allocator margin": (predicted_bytes["allocator margin"], margin),
     }
     if context_bytes is not None:
-        found["CUDA context"] = (foretold["CUDA context"], context_bytes)
-    now = meter.on_card()
+        found["CUDA context"] = (predicted_bytes["CUDA context"], context_bytes)
+    now = meter.on_gpu()
     if before is not None and now is not None:
         found["total"] = (estimate.total, now - before)
     return tuple(Measured(name, predicted, measured) for name, (predicted, measured) in found.items())

@@ -1,6 +1,6 @@
-"""The caches of any model, read off transformers' own cache objects after a forward on the meta device.
+"""Footprints of models built on the meta device: where names or config leave doubts, transformers' own code answers.
 
-The footprint of a model whose names or config leave doubts, from its structure as transformers builds it on meta.
+Caches are read from transformers' cache objects after forwards on shapes alone.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from streamprune.models.open import describe_model
 from streamprune.models.per_layer_experts import PerLayerExperts, counts_of
 from streamprune.models.skeleton import Skeleton, build_model, survey
 
-#: Tokens of the forwards. The first two give what grows and what stays; the third shows that it grows evenly.
+#: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
 _LENGTHS = (2, 4, 7)
 
 
-def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], blocks: nn.ModuleList) -> CacheSizes:
-    """The caches that `model` (on the meta device) fills. `experts` are the paths of the experts modules by block.
+def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.ModuleList) -> CacheSizes:
+    """The caches that `model` (on the meta device) fills. `experts` are the paths of the experts modules by layer.
 
-    Nothing is computed: the forwards run on shapes alone, with the experts, whose shapes depend on the router's choice,
-    left out. Raises UnsupportedModelError for a model whose forward needs real values, or whose cache grows unevenly.
+    Nothing is computed: the forwards run on shapes alone, without the experts, whose shapes depend on the router's
+    choice. Raises UnsupportedModelError for a model whose forward needs real values, or whose cache grows per_layerly.
     """
-    modules = [blocks[block].get_submodule(path) for block, path in experts.items()]
+    modules = [layers[layer].get_submodule(path) for layer, path in experts.items()]
     try:
         with _without_experts(modules):
             runs = [_cached_values(model, length) for length in _LENGTHS]
@@ -54,11 +54,11 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], blocks: nn.M
             f"The size of {type(model).__name__}'s cache cannot be worked out: its forward does not run on shapes "
             f"alone ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Please report this model."
         ) from error
-    layers = tuple(_layer(model, *layer) for layer in zip(*runs, strict=True))
-    return CacheSizes(layers, model.dtype.itemsize)
+    caches = tuple(_layer_cache(model, *seen) for seen in zip(*runs, strict=True))
+    return CacheSizes(caches, model.dtype.itemsize)
 
 
-class _Seen:
+class _CacheSize:
     """One layer's cached tensors after a forward over `length` tokens: values and dtype, by name."""
 
     def __init__(self, layer: Any, length: int) -> None:
@@ -69,13 +69,13 @@ class _Seen:
         self.window = int(window) - 1 if isinstance(window, int) else None
 
 
-def _layer(model: PreTrainedModel, first: _Seen, second: _Seen, third: _Seen) -> LayerCache:
+def _layer_cache(model: PreTrainedModel, first: _CacheSize, second: _CacheSize, third: _CacheSize) -> LayerCache:
     grows, state_bytes, index_bytes = 0, 0, 0
     for name, (values, dtype) in second.values.items():
         before = first.values[name][0] if name in first.values else 0
         step, rest = divmod(values - before, second.length - first.length)
         if second.window is not None and second.window < third.length:
-            # So small a window was full already: all that is kept belongs to its tokens.
+            # So small a window was full already: everything in it belongs to its tokens.
             step, rest = divmod(values, min(second.length, second.window) or 1)
             before = step * first.length
         fixed = before - step * first.length
@@ -83,9 +83,9 @@ def _layer(model: PreTrainedModel, first: _Seen, second: _Seen, third: _Seen) ->
         if rest or fixed < 0 or third.values[name][0] != expected:
             raise UnsupportedModelError(
                 f"{type(model).__name__}'s cache does not grow evenly with the context, so its size cannot be "
-                f"foretold: {name} has {before}, {values} and {third.values[name][0]} values after {_LENGTHS} tokens."
+                f"estimated: {name} has {before}, {values} and {third.values[name][0]} values after {_LENGTHS} tokens."
             )
-        # What has the model's own dtype is keys and values, which may be cached in another; the rest stays as it is.
+        # Tensors of the model's own dtype are keys and values, which may be cached in another; others may not.
         if dtype is model.dtype:
             grows += step
         else:
@@ -98,7 +98,7 @@ def _within(length: int, window: int | None) -> int:
     return length if window is None else min(length, window)
 
 
-def _cached_values(model: PreTrainedModel, length: int) -> list[_Seen]:
+def _cached_values(model: PreTrainedModel, length: int) -> list[_CacheSize]:
     ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
     # Attention that picks tokens asks how many there are; no size of a cache depends on the answer.
     with torch.no_grad(), torch.device("meta"), fx_config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
@@ -109,9 +109,9 @@ def _cached_values(model: PreTrainedModel, length: int) -> list[_Seen]:
         raise UnsupportedModelError(
             f"{type(model).__name__} returns no cache of keys and values: it does not generate text token by token."
         )
-    # Some models (MiniMax) keep the states of their linear layers beside the list of layers.
-    beside = _Seen(cache, length)
-    return [*(_Seen(layer, length) for layer in cache.layers), *([beside] if beside.values else [])]
+    # Some models (MiniMax) keep the states of their linear layers outside the list of layers.
+    outside = _CacheSize(cache, length)
+    return [*(_CacheSize(layer, length) for layer in cache.layers), *([outside] if outside.values else [])]
 
 
 def _tensors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,19 +155,19 @@ def footprint_of_model(
     raw: Mapping[str, Any],
     tensors: Mapping[str, TensorEntry] | None,
     trust_remote_code: bool,
-    uneven: PerLayerExperts | None = None,
+    per_layer: PerLayerExperts | None = None,
 ) -> Footprint:
-    """Build the model of `folder`'s config on the meta device and read off what names did not tell.
+    """Build the model of `folder`'s config on the meta device, and read its footprint from it.
 
-    `tensors` are the checkpoint's; None for a config alone, whose weights are then taken as the model would have them.
-    `uneven` is what its config says of blocks with different numbers of experts, if it does.
+    `tensors` are the checkpoint's; None for a config alone, whose weights are then those of the built model.
+    `per_layer` is what its config says about layers with different numbers of experts, if anything.
     """
     config = load_config(folder, trust_remote_code)
-    if uneven is not None or states_experts(config.to_dict()):
+    if per_layer is not None or states_experts(config.to_dict()):
         # Built with the same number everywhere: its caches are the same, and names and axes of its tensors too.
         built_moe = describe_model(folder, raw, trust_remote_code)
         footprint = footprint_of_skeleton(
-            model, built_moe.raw, built_moe.skeleton, tensors, trust_names=True, uneven=uneven
+            model, built_moe.raw, built_moe.skeleton, tensors, trust_names=True, per_layer=per_layer
         )
         return footprint if tensors is not None else _as_published(footprint, built_moe.config, built_moe.raw)
     built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
@@ -182,11 +182,11 @@ def footprint_of_model(
 
 
 def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[str, Any]) -> Footprint:
-    """What a config alone lets one expect of the checkpoint beyond the text model that was built from it."""
+    """The footprint of a config alone, plus what its checkpoint will have besides the text model that was built."""
     notes = footprint.notes
     weights = footprint.weights
     if not any(fact.category == "vision" for fact in weights.facts):
-        # Pruning keeps the other towers of a multimodal model, of which the text class knows nothing.
+        # Pruning keeps the other towers of a multimodal model, which the text class does not have.
         weights = replace(weights, facts=(*weights.facts, *_vision_of(config)))
     method = quantization_method(raw) or quantization_method(text_part(raw)[1])
     if method is not None:
@@ -216,25 +216,25 @@ def footprint_of_skeleton(
     skeleton: Skeleton,
     tensors: Mapping[str, TensorEntry] | None,
     trust_names: bool = False,
-    uneven: PerLayerExperts | None = None,
+    per_layer: PerLayerExperts | None = None,
 ) -> Footprint:
     """The footprint of a Mixture-of-Experts model that was built on the meta device.
 
-    With `trust_names` the weights are told apart by name where that is certain: also in quantized checkpoints, whose
-    tensors do not feed the plain model. `uneven` says how many experts the blocks have if not as many as the skeleton.
+    With `trust_names` the weights are classified by name where that is certain, also in quantized checkpoints, whose
+    tensors the plain model does not load. `per_layer` has the numbers of experts where layers differ.
     """
-    counts = counts_of(uneven, skeleton.experts) if uneven else None
+    counts = counts_of(per_layer, skeleton.experts) if per_layer else None
     weights = None
     if tensors is not None and trust_names:
-        weights = weights_by_name(tensors, raw, stated_experts(raw), uneven.differing if uneven else None)
+        weights = weights_by_name(tensors, raw, stated_experts(raw), per_layer.differing if per_layer else None)
     if weights is None and tensors:
         weights = weights_of_checkpoint(raw, skeleton, tensors, counts)
     elif weights is None:
         weights = _weights_of(skeleton.model, skeleton, counts)
-    blocks = {fact.block for fact in weights.facts if fact.category == "experts"}
-    if len(blocks) != len(skeleton.experts):
+    layers = {fact.layer for fact in weights.facts if fact.category == "experts"}
+    if len(layers) != len(skeleton.experts):
         raise CheckpointError(
-            f"{model} has experts in {len(blocks)} blocks, but by its config there should be some in "
+            f"{model} has experts in {len(layers)} layers, but by its config there should be some in "
             f"{len(skeleton.experts)}. Config and weights do not belong together; download both again."
         )
     stated = stated_cache(raw, tensors) if tensors else None
@@ -252,7 +252,7 @@ def weights_of_checkpoint(
     tensors: Mapping[str, TensorEntry],
     counts: Mapping[int, int] | None = None,
 ) -> Weights:
-    """The weights by what each tensor feeds in the model, with `counts` experts by block (None: as the skeleton)."""
+    """The weights by what each tensor feeds in the model, with `counts` experts by layer (None: as the skeleton)."""
     counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
     return weights_by_layout(tensors, survey(raw, skeleton, tensors, counts=counts), counts)
 
@@ -273,7 +273,7 @@ def _footprint(
 
 
 def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mapping[int, int] | None = None) -> Weights:
-    """The weights as transformers would hold them, with `counts` experts by block; tied ones count once."""
+    """The weights as transformers would hold them, with `counts` experts by layer; tied ones count once."""
     if skeleton is not None and counts is None:
         counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
     facts, seen = [], set()
@@ -281,12 +281,12 @@ def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mappi
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        block = skeleton.layer_of(name) if skeleton else None
+        layer = skeleton.layer_of(name) if skeleton else None
         rows = skeleton.expert_rows.get(name) if skeleton else None
-        category = category_of(name, rows is not None, block)
+        category = category_of(name, rows is not None, layer)
         shape = list(tensor.shape)
-        if rows is not None and block is not None and counts is not None:
-            shape[rows.axis] = rows.stride * counts[block] + rows.tail
+        if rows is not None and layer is not None and counts is not None:
+            shape[rows.axis] = rows.stride * counts[layer] + rows.tail
         size = math.prod(shape) * tensor.element_size()
-        facts.append(WeightFact(name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, block, rows=rows))
+        facts.append(WeightFact(name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, layer, rows=rows))
     return weights_with(facts, counts or {}, measured=False)

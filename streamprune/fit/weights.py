@@ -1,11 +1,8 @@
-"""Weights as bytes: what kind each tensor is, what follows the number of experts, what another dtype would take.
+"""Weights as bytes: the kind of each tensor, what depends on the number of experts, other dtypes. No torch.
 
-Pure, and needs no torch: the facts come from a checkpoint's headers, or from a model built on the meta device.
-
-Facts about weights from a checkpoint's headers: by the tensors' names alone, or by what they feed in the model.
-
-By name needs no torch and takes milliseconds, but names are a convention: where they leave a doubt, it says so, and the
-caller builds the model and asks by role.
+The facts come from a checkpoint's headers or from a model built on the meta device. By the tensors' names takes
+milliseconds (`weights_by_name`), but names are a convention: where they leave a doubt, the caller builds the model and
+asks by role (`weights_by_layout`).
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.models.expert_layout import MTP_ONLY, Layout
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
-#: In the order in which they are told.
+#: In the order in which they are listed.
 CATEGORIES = ("experts", "router", "shared/dense", "attention", "embeddings", "head", "vision", "MTP")
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -44,10 +41,10 @@ _INT4_GROUP = 128
 
 @dataclass(frozen=True)
 class WeightFact:
-    """One tensor: its bytes as stored, and how they follow the number of experts.
+    """One tensor: its bytes as stored, and how they depend on the number of experts.
 
-    `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts lie; both None for
-    a tensor that stays whole. `block` is None outside the decoder's blocks.
+    `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts lie; both are None
+    for a tensor that pruning does not change. `layer` is None outside the decoder's layers.
     """
 
     name: str
@@ -55,7 +52,7 @@ class WeightFact:
     shape: tuple[int, ...]
     nbytes: int
     category: str
-    block: int | None = None
+    layer: int | None = None
     expert: int | None = None
     rows: ExpertRows | None = None
 
@@ -70,16 +67,16 @@ class WeightFact:
             return elements * 2
         rows, columns = self.shape[-2:]
         if weights_dtype == "fp8":
-            blocks = math.ceil(rows / _FP8_BLOCK) * math.ceil(columns / _FP8_BLOCK)
-            return elements + math.prod(self.shape[:-2]) * blocks * 4
+            scales = math.ceil(rows / _FP8_BLOCK) * math.ceil(columns / _FP8_BLOCK)
+            return elements + math.prod(self.shape[:-2]) * scales * 4
         return elements * (4 + (16 + 4) / _INT4_GROUP) / 8
 
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes by category as a function of the experts kept: `fixed` stays, `per_expert` comes once per expert and block.
+    """Bytes by category as a function of the experts kept: `fixed`, and `per_expert` for each expert and layer.
 
-    `per_expert` sums over all blocks that have experts, so that `keep` experts in each take keep × that.
+    `per_expert` sums over all layers that have experts, so that `keep` experts in each take keep × that.
     """
 
     fixed: Mapping[str, float]
@@ -87,22 +84,22 @@ class WeightSizes:
     expert_layers: int
 
     def bytes_by_category(self, keep: float) -> dict[str, int]:
-        """Bytes of each category that the model has, with `keep` experts in every block, or in the mean block."""
+        """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer."""
         total = {name: round(self.fixed.get(name, 0) + keep * self.per_expert.get(name, 0)) for name in CATEGORIES}
         return {name: count for name, count in total.items() if count}
 
     @property
     def expert_bytes(self) -> float:
-        """Bytes of one expert, its router row included, in every block."""
+        """Bytes of one expert, its router row included, in every layer."""
         return sum(self.per_expert.values())
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model. `count` is the number of experts per block (0: none), where blocks differ the largest.
+    """All tensors of a model. `count` is the number of experts per layer (0: none), where layers differ the largest.
 
-    `measured` says that the bytes were read off a checkpoint's headers, not worked out from a config. `counts` are the
-    experts by block of a model whose blocks differ, whose sizes are of these alone; None where all have `count`.
+    `measured` says that the bytes were read from a checkpoint's headers, not derived from a config. `counts` are the
+    experts by layer of a model whose layers differ, whose sizes are of these alone; None where all have `count`.
     """
 
     facts: tuple[WeightFact, ...] = field(repr=False)
@@ -130,11 +127,11 @@ class Weights:
         if weights_dtype != "source" and self.quantized:
             raise SettingsError(
                 f"The model is quantized already ({', '.join(sorted({fact.dtype for fact in self.facts}))}), so its "
-                f"size as {weights_dtype} cannot be told. Use --weights-dtype source."
+                f"size as {weights_dtype} is unknown. Use --weights-dtype source."
             )
         fixed = dict.fromkeys(CATEGORIES, 0.0)
         per_expert = dict.fromkeys(CATEGORIES, 0.0)
-        blocks = set()
+        layers = set()
         for fact in self.facts:
             if fact.category == "MTP" and not with_mtp:
                 continue
@@ -142,7 +139,7 @@ class Weights:
             if self.counts is not None:
                 fixed[fact.category] += size
             elif fact.expert is not None:
-                # Every expert of a block is alike, so each tensor is its share of all of them.
+                # All experts of a layer have one size, so each tensor is its share of all of them.
                 per_expert[fact.category] += size / self.count
             elif fact.rows is not None:
                 share = size * fact.rows.stride / fact.shape[fact.rows.axis]
@@ -151,11 +148,11 @@ class Weights:
             else:
                 fixed[fact.category] += size
             if fact.expert is not None or fact.rows is not None:
-                blocks.add(fact.block)
-        return WeightSizes(fixed, per_expert, len(blocks))
+                layers.add(fact.layer)
+        return WeightSizes(fixed, per_expert, len(layers))
 
 
-def category_of(name: str, expert_indexed: bool, block: int | None) -> str:
+def category_of(name: str, expert_indexed: bool, layer: int | None) -> str:
     """The kind of a tensor by its name, in one of CATEGORIES."""
     if MTP_NAME.search(name):
         return "MTP"
@@ -163,7 +160,7 @@ def category_of(name: str, expert_indexed: bool, block: int | None) -> str:
         return "vision"
     if expert_indexed:
         return "router" if _ROUTER.search(name) else "experts"
-    if block is None:
+    if layer is None:
         if _HEAD.search(name):
             return "head"
         if _EMBEDDINGS.search(name):
@@ -171,12 +168,11 @@ def category_of(name: str, expert_indexed: bool, block: int | None) -> str:
     return "attention" if _ATTENTION.search(name) and "shared_" not in name else "shared/dense"
 
 
-_BLOCK = re.compile(r"^(?P<list>.*?\b(?:layers|blocks|h))\.(?P<block>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<list>.*?\b(?:layers|blocks|h))\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _NUMBERED_EXPERT = re.compile(r"^(?P<moe>.*?)\bexperts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 _JOINED_EXPERTS = re.compile(r"^(?P<moe>.*?)\bexperts[._](?!\d)")
-_ROUTER_NAME = re.compile(r"(^|\.)(gate|router|\w*correction_bias|expert_bias|per_expert_scale)(\.|$)")
-#: What stands beside the experts in a Mixture-of-Experts layer and belongs to no single expert.
-_BESIDE = re.compile(r"shared_|dense|norm")
+#: Other tensors of a Mixture-of-Experts layer, which belong to no single expert.
+_SHARED = re.compile(r"shared_|dense|norm")
 
 
 def weights_by_name(
@@ -185,9 +181,9 @@ def weights_by_name(
     spec: ExpertSpec | None,
     differing: Mapping[int, int] | None = None,
 ) -> Weights | None:
-    """The weights as their names tell them; None where names do not tell for certain which tensors hold experts.
+    """The weights classified by name; None where names do not show for certain which tensors hold experts.
 
-    Certain means: every block that has experts has all `spec.count` of them, or as many as `differing` says, alike and
+    Certain means: every layer that has experts has all `spec.count` of them, or as many as `differing` says, alike and
     under the usual names, and a router with one row for each.
     """
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
@@ -201,72 +197,70 @@ def weights_by_name(
     found = _certain(facts, counts)
     if found is None or not set(counts.differing) <= set(found):
         return None
-    return weights_with(facts, {block: counts.of(block) for block in found})
+    return weights_with(facts, {layer: counts.of(layer) for layer in found})
 
 
 def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measured: bool = True) -> Weights:
-    """The weights of a model with `counts` experts, by the index of every block that has some."""
-    uneven = len(set(counts.values())) > 1
-    return Weights(tuple(facts), max(counts.values(), default=0), measured, dict(counts) if uneven else None)
+    """The weights of a model with `counts` experts, by the index of every layer that has some."""
+    differ = len(set(counts.values())) > 1
+    return Weights(tuple(facts), max(counts.values(), default=0), measured, dict(counts) if differ else None)
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """The number of experts of a block, if it has any."""
+    """The number of experts of a layer, if it has any."""
 
     usual: int
     differing: Mapping[int, int]
 
-    def of(self, block: int | None) -> int:
-        return self.usual if block is None else self.differing.get(block, self.usual)
+    def of(self, layer: int | None) -> int:
+        return self.usual if layer is None else self.differing.get(layer, self.usual)
 
 
 def _fact(entry: TensorEntry, depth: int, counts: _Counts) -> WeightFact:
-    match = _BLOCK.match(entry.name)
-    block = int(match["block"]) if match else None
+    match = _LAYER.match(entry.name)
+    layer = int(match["layer"]) if match else None
     rest = match["rest"] if match else entry.name
     if MTP_NAME.search(entry.name) or (
-        block is not None and block >= depth and category_of(entry.name, False, 0) != "vision"
+        layer is not None and layer >= depth and category_of(entry.name, False, 0) != "vision"
     ):
-        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, "MTP", block)
-    count = counts.of(block)
+        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, "MTP", layer)
+    count = counts.of(layer)
     numbered = _NUMBERED_EXPERT.match(rest)
-    if block is not None and numbered and count:
-        category = category_of(entry.name, True, block)
-        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, category, block, int(numbered["expert"]))
-    joined = _JOINED_EXPERTS.match(rest) is not None or (
-        _ROUTER_NAME.search(rest) is not None and "shared_" not in rest
-    )
-    rows = ExpertRows(0, 1, 0) if block is not None and joined and count and entry.shape[:1] == (count,) else None
+    if layer is not None and numbered and count:
+        category = category_of(entry.name, True, layer)
+        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, int(numbered["expert"]))
+    joined = _JOINED_EXPERTS.match(rest) is not None or (_ROUTER.search(rest) is not None and "shared_" not in rest)
+    rows = ExpertRows(0, 1, 0) if layer is not None and joined and count and entry.shape[:1] == (count,) else None
     return WeightFact(
         entry.name,
         entry.dtype,
         entry.shape,
         entry.nbytes,
-        category_of(entry.name, rows is not None, block),
-        block,
+        category_of(entry.name, rows is not None, layer),
+        layer,
         rows=rows,
     )
 
 
 def _certain(facts: Sequence[WeightFact], counts: _Counts) -> list[int] | None:
-    """The blocks that have experts, in order, if it is certain what each of their tensors is; else None."""
-    blocks: dict[int, list[WeightFact]] = defaultdict(list)
+    """The layers that have experts, in order, if it is certain what each of their tensors is; else None."""
+    layers: dict[int, list[WeightFact]] = defaultdict(list)
     further: dict[int | None, list[str]] = defaultdict(list)
     for fact in facts:
-        if fact.category not in ("MTP", "vision") and fact.block is not None:
-            blocks[fact.block].append(fact)
+        if fact.category not in ("MTP", "vision") and fact.layer is not None:
+            layers[fact.layer].append(fact)
         elif fact.category == "MTP" and not MTP_NAME.search(fact.name):
-            further[fact.block].append(fact.name)
+            further[fact.layer].append(fact.name)
     if not all(any(MTP_ONLY.search(name) for name in names) for names in further.values()):
-        # More blocks than the config states: it may be wrong.
+        # More layers than the config states: it may be wrong.
         return None
-    moe = [block for block in sorted(blocks) if any("expert" in fact.name for fact in blocks[block])]
-    return moe if moe and all(_complete(blocks[block], counts.of(block)) for block in moe) else None
+    moe = [layer for layer in sorted(layers) if any("expert" in fact.name for fact in layers[layer])]
+    return moe if moe and all(_complete(layers[layer], counts.of(layer)) for layer in moe) else None
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
-    """Whether the tensors of one block hold `count` like experts, a router for them, and nothing doubtful beside."""
+    """Whether the tensors of one layer hold `count` like experts, a router for them, and nothing doubtful besides."""
     kinds: dict[str, list[WeightFact]] = defaultdict(list)
     homes = set()
     for fact in members:
@@ -287,19 +281,19 @@ def _complete(members: Sequence[WeightFact], count: int) -> bool:
         for fact in members
         if fact.expert is None
         and fact.rows is None
-        and not _BESIDE.search(fact.name)
+        and not _SHARED.search(fact.name)
         and any(fact.name.startswith(home) and home.count(".") > 2 for home in homes)
     ]
     return alike and len(homes) == 1 and len(routers) == 1 and not doubtful
 
 
 def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts: Mapping[int, int]) -> Weights:
-    """The weights as the model uses them, with `counts` experts by block. What has no cut is multi-token prediction."""
+    """The weights as the model uses them, with `counts` experts by layer. Tensors without a cut are MTP."""
     facts = []
     for name, entry in tensors.items():
         cut = layout.cuts.get(name)
         indexed = cut is not None and (cut.rows is not None or cut.expert is not None)
-        block, expert, rows = (cut.layer, cut.expert, cut.rows) if cut is not None else (None, None, None)
-        category = category_of(name, indexed, block) if cut is not None else "MTP"
-        facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, block, expert, rows))
+        layer, expert, rows = (cut.layer, cut.expert, cut.rows) if cut is not None else (None, None, None)
+        category = category_of(name, indexed, layer) if cut is not None else "MTP"
+        facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows))
     return weights_with(facts, counts)

@@ -191,7 +191,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     facts: list[WeightFact] = []
     counts = record.counts
     for fact in weights.facts:
-        kept = counts.get(fact.block) if fact.block is not None else None
+        kept = counts.get(fact.layer) if fact.layer is not None else None
         if kept is not None and fact.rows is not None:
             extent = fact.shape[fact.rows.axis]
             wanted = fact.rows.stride * record.experts + fact.rows.tail
