@@ -47,7 +47,8 @@ def test_strange_input_ends_well(name: str, made: dict[str, Target], thoroughly:
     # As many as were asked for, and strange enough to be refused now and then; a damaged record only counts as none.
     assert tally.inputs >= 0.9 * examples * made[name].share
     assert tally.refused > 0 or name in ("damaged records", "index of saved states")
-    assert tally.refused < tally.inputs or name in NAMES
+    # Few of the inputs that choices are read from are sound: with `--all` there are some.
+    assert tally.refused < tally.inputs or name in NAMES or not thoroughly
 
 
 def test_headers_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
