@@ -141,7 +141,7 @@ def test_a_record_whose_copy_is_damaged_as_well_is_named(made: Case, tmp_path: P
     shutil.rmtree(case.output)
     for name in ("run.json", "run.copy.json"):
         damage(case.work / name, how)
-    with pytest.raises(ResumeError, match=r"run\.json is missing or damaged"):
+    with pytest.raises(ResumeError, match=r"run\.json and its copy are missing or damaged"):
         case.run()
     with pytest.raises(ResumeError, match="holds no run that could be resumed"):
         case.resume()

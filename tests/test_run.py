@@ -70,7 +70,7 @@ def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: P
     output = tmp_path / "pruned"
     result = invoke("run", model, "-o", output, "--keep", 5, "--calibration", ids)
     assert result.exit_code == 0, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("block ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("layer ")]
     assert [line.split(":")[0] for line in lines] == [f"layer {number}/3" for number in range(4)]
     assert all(word in lines[0] for word in ("kept 5/8", "fewest tokens", " s, ", "peak", "left"))
     assert result.stdout == ""
@@ -232,7 +232,7 @@ def test_non_finite_activations_stop_the_run_naming_the_place(tmp_path: Path) ->
 def test_dense_models_are_refused(ids: Path, tmp_path: Path, no_weights: None) -> None:
     source = make_model(tmp_path / "dense", tiny_config(Family("qwen3")))
     result = invoke("run", source, "-o", tmp_path / "out", "--keep", 4, "--calibration", ids)
-    refused(result, "qwen3 has no Mixture-of-Experts block")
+    refused(result, "qwen3 has no Mixture-of-Experts layer")
 
 
 def test_settings_are_refused_before_any_weight_is_read(
@@ -374,7 +374,7 @@ def test_out_of_memory_names_the_place_and_the_remedy(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("streamprune.streaming.forward.LayerForward.run_layer", run_layer)
-    with pytest.raises(ResourceError, match=r"block 0, with a single sequence of 24 tokens .* --seq-len"):
+    with pytest.raises(ResourceError, match=r"layer 0, with a single sequence of 24 tokens .* --seq-len"):
         prune(model, tmp_path / "out")
 
 

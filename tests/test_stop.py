@@ -78,7 +78,7 @@ def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "hidden states saved in block" in done.stderr
+    assert "hidden states saved in layer" in done.stderr
     case.check()
 
 
@@ -141,7 +141,7 @@ def test_a_signal_in_any_micro_batch(small: Case, tmp_path: Path, nth: int, monk
     ("owner", "name", "nth"),
     [
         ("streamprune.work.folder.WorkFolder", "write_layer", 5),
-        ("streamprune.work.folder.WorkFolder", "whole", 1),
+        ("streamprune.work.folder.WorkFolder", "is_intact", 1),
         ("streamprune.output.verify", "_read", 10),
         ("streamprune.output.writer.OutputWriter", "_write_small_files", 1),
         ("streamprune.output.writer.OutputWriter", "_check_sizes", 1),
