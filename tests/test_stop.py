@@ -59,7 +59,7 @@ def wait_for_block(case: Case, process: subprocess.Popen[str], block: int) -> No
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", mostly_thorough([signal.SIGINT, signal.SIGTERM], (signal.SIGINT,)))
 def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number: int) -> None:
     case = made.at(tmp_path / 'it\'s "größer"\nand more' / "out")
     case.output.parent.mkdir()
