@@ -193,25 +193,25 @@ def test_a_store_that_runs_out_of_memory_leaves_the_old_state(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_what_is_expected_comes_as_it_was_kept(on_disk: bool, tmp_path: Path) -> None:
-    """Whatever was expected, what is loaded is the micro-batch that was asked for, as it is by then."""
+def test_what_is_prefetched_is_loaded_as_it_was_stored(on_disk: bool, tmp_path: Path) -> None:
+    """Whatever was prefetched, what is loaded is the micro-batch that was asked for, as it is by then."""
     states = HiddenStates(3, folder=tmp_path if on_disk else None)
     for number in range(3):
         states.store(number, odd_state(number))
-    states.expect(1, CPU)
+    states.prefetch(1, CPU)
     assert same_states(states.load(1, CPU), odd_state(1))
-    states.expect(1, CPU)
-    assert same_states(states.load(2, CPU), odd_state(2)), "another one was expected"
-    states.expect(1, CPU)
+    states.prefetch(1, CPU)
+    assert same_states(states.load(2, CPU), odd_state(2)), "another one was prefetched"
+    states.prefetch(1, CPU)
     states.store(1, odd_state(5))
     states.store(2, odd_state(6))
-    assert same_states(states.load(1, CPU), odd_state(5)), "it has changed since it was expected"
-    states.expect(0, CPU)
+    assert same_states(states.load(1, CPU), odd_state(5)), "it has changed since it was prefetched"
+    states.prefetch(0, CPU)
     states.split(0, (4, 6), [1, 3])
     assert torch.equal(states.load(0, CPU).output[0], odd_state(0).output[0][:1]), "it was split since"
     assert same_states(states.load(3, CPU), odd_state(6))
-    states.expect(2, CPU)
-    states.expect_none()
+    states.prefetch(2, CPU)
+    states.drop_prefetch()
     states.close()
 
 
