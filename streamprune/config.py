@@ -58,7 +58,7 @@ def check_least(name: str, value: int, least: int) -> None:
         raise SettingsError(f"{name} {value} is too small: at least {least}.")
 
 
-def beside(output: Path, suffix: str) -> Path:
+def sibling_path(output: Path, suffix: str) -> Path:
     """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
     name = os.fsencode(output.name)
     if len(name) + len(suffix) > LONGEST_NAME:
@@ -173,12 +173,12 @@ class OutputSettings:
     @property
     def work_folder(self) -> Path:
         """Where the run keeps what it needs to go on after an interruption."""
-        return self.work_dir or self.folder_beside
+        return self.work_dir or self.output_work_folder
 
     @property
-    def folder_beside(self) -> Path:
+    def output_work_folder(self) -> Path:
         """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
-        return beside(self.output, WORK_SUFFIX)
+        return sibling_path(self.output, WORK_SUFFIX)
 
     def __post_init__(self) -> None:
         check_choice("--resume", self.resume, RESUME)

@@ -92,24 +92,24 @@ def test_requests_that_are_given_up_hold_no_memory(
         assert memories.freed == len(memories)
 
 
-def test_memory_is_not_freed_before_the_card_waits_for_what_is_on_its_way(model: Path, memories: Memories) -> None:
+def test_memory_is_not_freed_before_compute_waits_for_pending_copies(model: Path, memories: Memories) -> None:
     """The allocator would hand it out at once, while a copy by the other stream may still be writing there."""
     seen: list[tuple[bool, bool]] = []
 
-    class Courier:
-        """Stands in for the one of a card."""
+    class GpuCopier:
+        """Stands in for the one of a GPU."""
 
         def __init__(self, reading: Reading) -> None:
             self.reading = reading
 
-        def lead(self) -> None:
+        def compute_waits(self) -> None:
             done = all(request.done() for request in self.reading.requests)
             seen.append((done, memories.freed > 0))
 
     with loader_of(model) as loader:
         loader.prefetch(1)
         loader._prefetched[1].wait()
-        loader._reader._courier = Courier(loader._prefetched[1])  # type: ignore[assignment]
+        loader._reader._gpu_copier = GpuCopier(loader._prefetched[1])  # type: ignore[assignment]
         loader.free_prefetched()
         assert seen == [(True, False)]
         assert memories.freed == len(memories)

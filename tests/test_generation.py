@@ -16,7 +16,7 @@ from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError
 from streamprune.evaluation import generation
 from streamprune.evaluation.generation import GenerationSettings, generation_health
 from streamprune.evaluation.generation_figures import generation_lines
-from streamprune.models import whole_model as loading
+from streamprune.models import full_model as loading
 from streamprune.progress import Progress
 from tests.helpers import prune
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -227,7 +227,7 @@ def test_memory_that_runs_out_halves_the_batch(healthy: Path, looping: Path, mon
 def test_an_original_that_does_not_fit_is_left_out(
     healthy: Path, looping: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = loading.find_whole(str(healthy)).needed_bytes
+    needed = loading.find_full_model(str(healthy)).needed_bytes
     free = iter([needed, needed - 1])
     monkeypatch.setattr(loading, "available_memory_bytes", lambda: next(free))
     result, said = health(looping, against=healthy)

@@ -155,7 +155,9 @@ def test_a_name_of_255_bytes_can_be_resumed(made: Case, tmp_path: Path) -> None:
     resume(work, quiet=True)
     assert tree_bytes(case.output) == case.expected
     # Another name that begins in the same way has a folder of its own.
-    one, other = (RunSettings(model="m", output=tmp_path / ("y" * 254 + end), keep=1).folder_beside for end in "ab")
+    one, other = (
+        RunSettings(model="m", output=tmp_path / ("y" * 254 + end), keep=1).output_work_folder for end in "ab"
+    )
     assert one != other
     with pytest.raises(SettingsError, match="longer than the 255 bytes"):
         run(RunSettings(model="m", output=tmp_path / ("y" * 256), keep=1))

@@ -72,7 +72,7 @@ def open_reader() -> Iterator[Callable[[Checkpoint], ShardReader]]:
 def read_all(shards: ShardReader, groups: dict[str, list[str]]) -> dict[str, torch.Tensor]:
     reading = shards.start(groups)
     reading.wait()
-    shards.arrived()
+    shards.sync_with_compute()
     return {name: tensor for group in groups for name, tensor in reading.take(group).items()}
 
 
@@ -212,7 +212,7 @@ def test_a_file_that_fails_is_one_clear_error(
     reading = shards.start({"": ["t"]})
     with pytest.raises(CheckpointError, match=words):
         reading.wait()
-    shards.give_up(reading)
+    shards.discard(reading)
 
 
 def test_dtypes_that_torch_cannot_compute_with_are_refused(tmp_path: Path, open_reader: Any) -> None:
@@ -246,7 +246,7 @@ def test_what_is_given_up_is_freed_at_once(tmp_path: Path, open_reader: Any, mon
         assert under_way.acquire(timeout=PATIENCE)
     assert not held.expired()
     threading.Timer(0.05, go_on.set).start()
-    shards.give_up(reading)
+    shards.discard(reading)
     assert len(calls) == 4
     assert held.expired()
     with pytest.raises(KeyError):

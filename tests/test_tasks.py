@@ -20,7 +20,7 @@ import yaml
 from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
 from streamprune.evaluation import tasks
 from streamprune.evaluation.tasks import run_tasks, tasks_lines
-from streamprune.models import whole_model as loading
+from streamprune.models import full_model as loading
 from streamprune.progress import Progress
 from tests.helpers import load_whole
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -164,7 +164,7 @@ def test_a_limit_takes_a_part(model: Path, included: Path) -> None:
 def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
     model: Path, included: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "load_whole_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(tasks, "load_full_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(SettingsError, match="no task, group or tag named local_nought, other") as caught:
         run_tasks(str(model), ["local_sums", "local_nought", "other"], include_path=included)
     assert tasks.LIST_OF_TASKS in str(caught.value)

@@ -59,7 +59,7 @@ def resolve_model(
     # Imported here, since a local folder needs neither the library nor its start-up time.
     from huggingface_hub import is_offline_mode
 
-    with hub_errors_told(model, revision):
+    with explain_hub_errors(model, revision):
         if is_offline_mode():
             return _from_cache(model, revision, trust_remote_code, tokenizer_only)
         return _download(model, revision, trust_remote_code, config_only, tokenizer_only)
@@ -132,7 +132,7 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
 def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Path | None:
     """The complete copy of a Hub model in the cache; None where there is none. Nothing is asked."""
     try:
-        with hub_errors_told(repo_id, revision):
+        with explain_hub_errors(repo_id, revision):
             return _from_cache(repo_id, revision, trust_remote_code, tokenizer_only=False)
     except CheckpointError:
         return None
@@ -164,7 +164,7 @@ def _other_weights(names: list[str]) -> str:
 
 
 @contextmanager
-def hub_errors_told(repo_id: str, revision: str | None) -> Iterator[None]:
+def explain_hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub library raises into a CheckpointError that says what to do."""
     try:
         yield
@@ -222,7 +222,7 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-    with hub_errors_told(repo_id, revision):
+    with explain_hub_errors(repo_id, revision):
         try:
             metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
         except NotASafetensorsRepoError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamprune.checkpoint.ranges import nothing_around
+from streamprune.checkpoint.ranges import disable_read_ahead
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry, read_header
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import parse_json, show
@@ -85,7 +85,7 @@ class Checkpoint:
             for entry in entries:
                 digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.begin} {entry.end}\n".encode())
             with path.open("rb") as stream:
-                nothing_around(stream)
+                disable_read_ahead(stream)
                 for page in range(16):
                     stream.seek(max(0, size - 4096) * page // 15)
                     digest.update(stream.read(4096))

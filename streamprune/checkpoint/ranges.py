@@ -42,7 +42,7 @@ def read_ranges(
     The system reads these bytes from the disk and nothing around them. Raises CheckpointError when the file has become
     shorter since its header was read.
     """
-    nothing_around(stream)
+    disable_read_ahead(stream)
     for begin, end in ranges:
         for position in range(begin, end, chunk_bytes):
             if position + chunk_bytes < end and (position - begin) % (_AHEAD_CHUNKS * chunk_bytes) == 0:
@@ -57,11 +57,11 @@ def read_ranges(
                     f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
                 ) from error
             if read < len(chunk):
-                raise cut_short(stream.name, stream.fileno(), position + read, end)
+                raise truncated_file_error(stream.name, stream.fileno(), position + read, end)
             yield chunk
 
 
-def cut_short(name: object, file: int, begin: int, end: int) -> CheckpointError:
+def truncated_file_error(name: object, file: int, begin: int, end: int) -> CheckpointError:
     """The error for an open file that has become shorter since its header was read, so that bytes are missing."""
     return CheckpointError(
         f"{name} ends at byte {os.fstat(file).st_size:,}, but bytes {begin:,} to {end:,} were to be read. The file was "
@@ -69,7 +69,7 @@ def cut_short(name: object, file: int, begin: int, end: int) -> CheckpointError:
     )
 
 
-def nothing_around(stream: IO[bytes]) -> None:
+def disable_read_ahead(stream: IO[bytes]) -> None:
     """Turn off the system's read-ahead for an open file of weights.
 
     Every opening of such a file has to: where one reader has made the system read ahead, it goes on with that for the

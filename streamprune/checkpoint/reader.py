@@ -1,8 +1,7 @@
-"""Reading the tensors of a layer from the shards, while something else computes.
+"""Reads tensors from the shards in background threads: exact byte ranges, in file order, several requests at once.
 
-The exact bytes, in file order, neighbours in one request, several requests in flight. On the CPU a request reads
-straight to where its tensors will lie; for a card it reads into a small page-locked buffer, from which a stream of its
-own carries the bytes on.
+On the CPU a request reads straight into the tensors. For a GPU it reads into a small page-locked buffer, which is
+then copied to the GPU on a stream of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.checkpoint.ranges import cut_short, nothing_around, read_into
+from streamprune.checkpoint.ranges import disable_read_ahead, read_into, truncated_file_error
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError
 from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
@@ -29,11 +28,11 @@ from streamprune.progress import Busy
 
 #: Requests in flight: one alone leaves an NVMe disk idle half of the time.
 _READERS = 4
-#: Bytes of a request at most. Larger ones are no faster, and a card's buffers have this size.
+#: Bytes of a request at most. Larger ones are no faster. The GPU's staging buffers have this size.
 REQUEST_BYTES = 8 * 2**20
-#: Linux takes up to 1,024 places in one system call.
+#: Linux takes up to 1,024 buffers in one system call.
 _MOST_PLACES = 512
-#: Where each tensor begins in the memory for many: any dtype may lie there.
+#: Alignment of each tensor in a group's memory, enough for any dtype.
 _ALIGNMENT = 64
 
 _DTYPES = {
@@ -45,7 +44,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Place:
-    """Where `size` bytes of a request go: into which group's memory, from which byte on."""
+    """Where `size` bytes of a request go: the group, and the offset in its memory."""
 
     group: str
     offset: int
@@ -54,7 +53,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Request:
-    """Neighbouring bytes of one file, from byte `begin` on."""
+    """Adjacent bytes of one file, from byte `begin` on."""
 
     file: str
     begin: int
@@ -66,14 +65,14 @@ class _Request:
 
 
 class Reading:
-    """Groups of tensors that are being read. After `wait` each may be taken, once."""
+    """Groups of tensors that are being read. Call `wait`, then `take` each group once."""
 
     def __init__(
         self, memory: dict[str, torch.Tensor], layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]
     ) -> None:
         self._memory, self._layout = memory, layout
         self.requests: list[Future[None]] = []
-        #: What this brought into the system's cache, by file.
+        #: What this reading added to the page cache, by file.
         self.cached: dict[Path, list[Stretch]] = {}
 
     def wait(self) -> None:
@@ -90,11 +89,11 @@ class Reading:
         }
 
     def places(self, request: _Request) -> list[torch.Tensor]:
-        """Where the bytes of a request go."""
+        """The memory that the bytes of a request go to."""
         return [self._memory[place.group][place.offset : place.offset + place.size] for place in request.places]
 
     def cancel(self) -> None:
-        """Give up what is not read yet, and wait for what is being read."""
+        """Cancel requests that have not begun, and wait for the others."""
         for request in self.requests:
             request.cancel()
         for request in self.requests:
@@ -102,22 +101,22 @@ class Reading:
                 request.exception()
 
     def free(self) -> None:
-        """Free the memory of all that was not taken."""
+        """Free the memory of groups that were not taken."""
         self._memory.clear()
 
 
 class ShardReader:
     """Reads groups of tensors of a checkpoint into the memory of `device`. Close it to end its threads.
 
-    Peak memory: the groups that were asked for, and for a card `STAGING_BYTES` of page-locked memory: a buffer for each
-    request in flight, and as many whose bytes are on their way.
+    Peak memory: the groups, and for a GPU `STAGING_BYTES` of page-locked memory (buffers that are read into, and as
+    many that are being copied).
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, busy: Busy) -> None:
         self._checkpoint, self._device, self._busy = checkpoint, device, busy
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._lock = threading.Lock()
-        self._courier = _Courier(device) if is_gpu(device) else None
+        self._gpu_copier = _GpuCopier(device) if is_gpu(device) else None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -128,46 +127,46 @@ class ShardReader:
         return self.start_entries({group: [tensors[name] for name in names] for group, names in groups.items()})
 
     def start_entries(self, groups: Mapping[str, Sequence[TensorEntry]]) -> Reading:
-        """The same for tensors that are parts of the checkpoint's own."""
+        """Like `start`, for entries that may be parts of the checkpoint's tensors."""
         layout, memory = {}, {}
         for group, entries in groups.items():
             layout[group], size = _lay_out(entries)
             memory[group] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        if self._courier is not None:
-            self._courier.follow()
+        if self._gpu_copier is not None:
+            self._gpu_copier.wait_for_compute()
         reading = Reading(memory, layout)
         for request in _requests(layout):
-            # (A cancelled one stays in the pool's queue for a while: it must not hold on to memory.)
+            # `_read` looks up the memory when it runs: a cancelled request in the pool's queue must not hold it.
             reading.requests.append(self._pool.submit(self._read, request, reading))
         return reading
 
-    def give_up(self, reading: Reading) -> None:
-        """Free what is read, and read no more of it. What it has brought into the system's cache is put out."""
+    def discard(self, reading: Reading) -> None:
+        """Stop a reading, free its memory, and remove what it added to the page cache."""
         reading.cancel()
-        # Bytes may be on their way to the card yet: nothing that it does from here on may get that memory before.
-        self.arrived()
+        # Copies to the GPU may be pending: later work on the GPU must not get that memory before they are done.
+        self.sync_with_compute()
         reading.free()
         drop_files_from_cache(reading.cached)
 
-    def arrived(self) -> None:
-        """What has been waited for may be used on the card from here on."""
-        if self._courier is not None:
-            self._courier.lead()
+    def sync_with_compute(self) -> None:
+        """Let the GPU's compute stream wait for the copies of everything read so far."""
+        if self._gpu_copier is not None:
+            self._gpu_copier.compute_waits()
 
     def _read(self, request: _Request, reading: Reading) -> None:
         path, into = self._checkpoint.folder / request.file, reading.places(request)
         try:
             with self._busy.at("read"), path.open("rb", buffering=0) as stream:
-                nothing_around(stream)
+                disable_read_ahead(stream)
                 file = stream.fileno()
                 fresh = uncached_ranges(file, request.begin, request.size)
-                if self._courier is None:
+                if self._gpu_copier is None:
                     _read_fully(file, request.begin, [_bytes_of(tensor) for tensor in into], path)
                 else:
-                    with self._courier.buffer() as buffer:
+                    with self._gpu_copier.buffer() as buffer:
                         staged = buffer[: request.size]
                         _read_fully(file, request.begin, [_bytes_of(staged)], path)
-                        self._courier.carry(staged, into)
+                        self._gpu_copier.copy(staged, into)
         except OSError as error:
             raise CheckpointError(
                 f"{path} can no longer be read: {error.strerror or error}. Was it moved or changed during the run, or "
@@ -177,8 +176,8 @@ class ShardReader:
             reading.cached.setdefault(path, []).extend(fresh)
 
 
-class _Courier:
-    """Carries bytes from page-locked buffers to a card, by a stream of its own."""
+class _GpuCopier:
+    """Copies page-locked buffers to a GPU on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, new_stream(device)
@@ -186,27 +185,27 @@ class _Courier:
         for _ in range(STAGING_BYTES // REQUEST_BYTES):
             self._free.put((page_locked((REQUEST_BYTES,), torch.uint8), None))
 
-    def follow(self) -> None:
-        """Let nothing arrive before the work that the card has been given so far: it may use that memory."""
+    def wait_for_compute(self) -> None:
+        """Let later copies wait for the compute work queued so far, which may still use that memory."""
         self._stream.wait_stream(current_stream(self._device))
 
-    def lead(self) -> None:
-        """Let the card's work from here on wait for all that is on its way."""
+    def compute_waits(self) -> None:
+        """Let later compute work wait for all pending copies."""
         current_stream(self._device).wait_stream(self._stream)
 
     @contextmanager
     def buffer(self) -> Iterator[torch.Tensor]:
-        """A buffer whose bytes of before have arrived."""
-        buffer, left = self._free.get()
-        if left is not None:
-            left.synchronize()
+        """A free buffer, once its previous copy is done."""
+        buffer, copied = self._free.get()
+        if copied is not None:
+            copied.synchronize()
         try:
             yield buffer
         finally:
             self._free.put((buffer, record_event(self._stream)))
 
-    def carry(self, staged: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
-        """Copy bytes to their places on the card, one place after the other."""
+    def copy(self, staged: torch.Tensor, into: Sequence[torch.Tensor]) -> None:
+        """Copy the bytes of `staged` into the tensors, one after the other."""
         position = 0
         with self._stream:
             for place in into:
@@ -215,7 +214,7 @@ class _Courier:
 
 
 def _lay_out(entries: Sequence[TensorEntry]) -> tuple[dict[str, tuple[TensorEntry, int]], int]:
-    """Each tensor with its first byte in memory for all of them, and the bytes of that."""
+    """Each tensor with its offset in the group's memory, and the bytes of that memory."""
     places, end = {}, 0
     for entry in entries:
         if entry.dtype not in _DTYPES:
@@ -226,7 +225,7 @@ def _lay_out(entries: Sequence[TensorEntry]) -> tuple[dict[str, tuple[TensorEntr
 
 
 def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> Iterator[_Request]:
-    """Requests for all tensors, in file order; neighbours in one, and large ones in several."""
+    """Requests for all tensors, in file order: adjacent ones are joined, large ones divided."""
     wanted = sorted(
         ((entry, _Place(group, offset, entry.nbytes)) for group, places in layout.items()
          for entry, offset in places.values() if entry.nbytes),
@@ -254,7 +253,7 @@ def _read_fully(file: int, position: int, into: list[memoryview], path: Path) ->
     size = sum(map(len, into))
     read = read_into(file, position, into)
     if read < size:
-        raise cut_short(path, file, position + read, position + size)
+        raise truncated_file_error(path, file, position + read, position + size)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from streamprune.checkpoint.ranges import nothing_around
+from streamprune.checkpoint.ranges import disable_read_ahead
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import _is_size, parse_json, show
 
@@ -47,7 +47,7 @@ def read_header(folder: Path, file: str) -> list[TensorEntry]:
     """The tensors of one safetensors file in byte order, with the whole header checked against the file's size."""
     path = folder / file
     with path.open("rb") as stream:
-        nothing_around(stream)
+        disable_read_ahead(stream)
         return _parse_header(path, file, stream)
 
 

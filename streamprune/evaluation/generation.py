@@ -36,7 +36,7 @@ from streamprune.evaluation.generation_figures import (
 )
 from streamprune.evaluation.prompts import Prompt, collect_prompts
 from streamprune.hardware.device import free_after_failure, is_gpu, is_out_of_memory
-from streamprune.models.whole_model import LoadedModel, WholeModel, find_whole, load_whole_model, release
+from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model, release
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
@@ -92,8 +92,10 @@ def generation_health(
     switch for that. The model is loaded into memory; then, where there is memory for it, the original `against` for the
     same prompts. Raises SettingsError, CheckpointError, CalibrationError, ResourceError and NonFiniteError.
     """
-    whole = find_whole(model, settings.revision, settings.trust_remote_code)
-    original = None if against is None else find_whole(against, settings.against_revision, settings.trust_remote_code)
+    whole = find_full_model(model, settings.revision, settings.trust_remote_code)
+    original = (
+        None if against is None else find_full_model(against, settings.against_revision, settings.trust_remote_code)
+    )
     tokenizer, notes = _tokenizer_of(whole, calibration, prompts)
     made = collect_prompts(calibration, prompts, settings.prompts_per_source, settings.prompt_tokens, tokenizer)
     longest, length_notes = _new_tokens(made.prompts, settings, [each for each in (whole, original) if each])
@@ -132,7 +134,7 @@ def generation_health(
     }
 
 
-def _tokenizer_of(whole: WholeModel, calibration: Calibration | None, prompts: Path | None) -> tuple[Any, list[str]]:
+def _tokenizer_of(whole: FullModel, calibration: Calibration | None, prompts: Path | None) -> tuple[Any, list[str]]:
     """The model's tokenizer; None and a note where it has none and token ids are enough."""
     if calibration is None and prompts is None:
         raise SettingsError("There is no text to continue: give --data or --prompts.")
@@ -145,7 +147,7 @@ def _tokenizer_of(whole: WholeModel, calibration: Calibration | None, prompts: P
 
 
 def _new_tokens(
-    prompts: Sequence[Prompt], settings: GenerationSettings, models: Sequence[WholeModel]
+    prompts: Sequence[Prompt], settings: GenerationSettings, models: Sequence[FullModel]
 ) -> tuple[int, list[str]]:
     """The most new tokens, within the positions that the models know, and notes about what so few cannot show."""
     positions = min((each.positions for each in models if each.positions is not None), default=None)
@@ -199,7 +201,7 @@ def _decodings(
 
 
 def _load_and_continue(
-    whole: WholeModel,
+    whole: FullModel,
     prompts: Sequence[Prompt],
     decodings_of: Callable[[LoadedModel], Decodings],
     settings: GenerationSettings,
@@ -207,7 +209,7 @@ def _load_and_continue(
     say: Say,
 ) -> tuple[list[Continuation], Decodings, torch.device]:
     """Load a model, continue all prompts in each decoding, and free it; also returns the decodings and the device."""
-    loaded = load_whole_model(whole, settings.device)
+    loaded = load_full_model(whole, settings.device)
     say(f"generation: {whole.name} is loaded on {loaded.device}")
     notes += loaded.notes
     decodings = decodings_of(loaded)

@@ -14,9 +14,9 @@ from typing import Any
 
 from streamprune.calibration.sequences import Calibration, fingerprint_of
 from streamprune.checkpoint.index import read_json
-from streamprune.config import beside
+from streamprune.config import sibling_path
 from streamprune.errors import CalibrationError, OutputError, StreampruneError
-from streamprune.files.durable import PARTIAL, names_in, write_whole, writing
+from streamprune.files.durable import PARTIAL, names_in, write_atomically, writing
 from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
 
@@ -70,7 +70,7 @@ def held_out_recipe(output: Path) -> Path:
     if output.name in ("", ".."):
         # A way to a folder, and not its name.
         output = Path(os.path.abspath(output))  # noqa: PTH100
-    return beside(output, HELD_OUT_SUFFIX) / _RECIPE_NAME
+    return sibling_path(output, HELD_OUT_SUFFIX) / _RECIPE_NAME
 
 
 def recipe_within(name: str) -> str:
@@ -103,11 +103,11 @@ def write_held_out(output: Path, held: Calibration) -> Path:
         for number, name in enumerate(held.sources):
             rows = [ids.tolist() for ids, of in zip(held.sequences, held.source_of, strict=True) if of == number]
             lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows)
-            write_whole(recipe.parent / f"{number}.jsonl", lines.encode())
+            write_atomically(recipe.parent / f"{number}.jsonl", lines.encode())
             sources.append({"name": name, "path": f"{number}.jsonl", "samples": len(rows)})
         longest = max(map(len, held.sequences))
         stated = {"name": f"held out for {output.name}", "sequence_length": longest, "sources": sources}
-        write_whole(recipe, (json.dumps(stated, indent=2) + "\n").encode())
+        write_atomically(recipe, (json.dumps(stated, indent=2) + "\n").encode())
     return recipe
 
 

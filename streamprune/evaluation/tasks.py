@@ -25,7 +25,7 @@ from streamprune.calibration.records import load_tokenizer
 from streamprune.checkpoint.hub import first_line
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
 from streamprune.hardware.device import is_out_of_memory
-from streamprune.models.whole_model import LoadedModel, WholeModel, find_whole, load_whole_model, release
+from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model, release
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
@@ -69,12 +69,12 @@ def run_tasks(
     if limit is not None and not (limit > 0 and math.isfinite(limit)):
         raise SettingsError(f"--limit {limit:g} is not above 0. It is a number of examples, or a share below 1.")
     say = progress.say if progress is not None else lambda text: None
-    whole = find_whole(model, revision, trust_remote_code)
+    whole = find_full_model(model, revision, trust_remote_code)
     tokenizer = load_tokenizer(whole.folder, trust_remote_code)
     with _quiet():
         # Before the model is: what is unknown or out of reach shows in seconds.
         manager, loaded_tasks = _load_tasks(tasks, include_path)
-    loaded = load_whole_model(whole, device)
+    loaded = load_full_model(whole, device)
     for note in loaded.notes:
         say(f"note: {note}")
     say(f"tasks: {', '.join(loaded_tasks['tasks'])}; {model} is loaded on {loaded.device}")
@@ -130,7 +130,7 @@ def _unknown(names: Sequence[str], manager: Any) -> list[str]:
 
 
 def _evaluate(
-    whole: WholeModel, loaded: LoadedModel, tokenizer: Any, manager: Any, tasks: Any, limit: float | None,
+    whole: FullModel, loaded: LoadedModel, tokenizer: Any, manager: Any, tasks: Any, limit: float | None,
     batch: int | str,
 ) -> dict[str, Any]:  # fmt: skip
     from lm_eval import simple_evaluate

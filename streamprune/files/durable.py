@@ -31,12 +31,12 @@ def reached(point: str) -> None:
     """Does nothing. tools/kill replaces it, to end the process at a named point."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by a file with these contents, or leave the old one. Raises OSError."""
-    stream_whole(path, [data])
+    stream_atomically(path, [data])
 
 
-def stream_whole(path: Path, portions: Iterable[bytes | memoryview]) -> str:
+def stream_atomically(path: Path, portions: Iterable[bytes | memoryview]) -> str:
     """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb") as stream, _Digest() as digest:
@@ -99,7 +99,7 @@ def write_record(path: Path, body: Any) -> str:
     """Replace `path` by a JSON file with `body` and its checksum; returns the checksum."""
     text = json.dumps(body, ensure_ascii=False)
     checksum = hashlib.sha256(text.encode()).hexdigest()
-    write_whole(path, f'{{"sha256": "{checksum}", "body": {text}}}\n'.encode())
+    write_atomically(path, f'{{"sha256": "{checksum}", "body": {text}}}\n'.encode())
     return checksum
 
 

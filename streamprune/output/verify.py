@@ -50,7 +50,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     from streamprune.models.per_layer_loading import find_loading_facts
 
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
-    refuse_strays(output, pruned)
+    refuse_extra_weights(output, pruned)
     kept = kept_experts(output)
     opened = open_moe(origin, trust_remote_code)
     check_kept(output, kept, opened.layout.expert_layers, opened.layout.spec.count)
@@ -164,7 +164,7 @@ def _read(stream: Any, position: int, size: int) -> bytes:
     return data
 
 
-def refuse_strays(output: Path, pruned: Checkpoint) -> None:
+def refuse_extra_weights(output: Path, pruned: Checkpoint) -> None:
     """Raise VerifyError for weights beside those of the index."""
     extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
     if extra:

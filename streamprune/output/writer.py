@@ -1,4 +1,4 @@
-"""Writing the output: shard after shard into a work folder beside it, which becomes the output when all is there."""
+"""Writing the output: shard by shard into a staging folder, which is renamed to the output when it is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from streamprune.checkpoint.ranges import read_ranges
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_header
 from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
-from streamprune.files.durable import reached, reading, stream_whole, sync_file, sync_folder, write_whole, writing
+from streamprune.files.durable import (
+    reached,
+    reading,
+    stream_atomically,
+    sync_file,
+    sync_folder,
+    write_atomically,
+    writing,
+)
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.formats.base import ByteRange
 from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan
@@ -55,22 +63,22 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def put_back(folder: Path, output: Path) -> None:
-    """Give an old output that was moved into `folder` its name back, if its successor never got the name."""
+    """Move an old output in `folder` back to `output`, if the new one was never put there."""
     if (folder / REPLACED_NAME).exists() and not output.exists():
         with writing(f"Moving {folder / REPLACED_NAME} back to {output}", output.parent):
             (folder / REPLACED_NAME).rename(output)
 
 
 def check_place(settings: OutputSettings) -> None:
-    """Put back what a killed run moved aside; raise OutputError where the output could not get its name."""
-    output, beside = settings.output, settings.folder_beside
+    """Put back an output that a killed run moved aside; OutputError where no rename could put the output in place."""
+    output, work = settings.output, settings.output_work_folder
     with writing(f"Looking at {output}", output):
-        put_back(beside, output)
+        put_back(work, output)
         parent = output.absolute().parent
-        if os.path.ismount(beside) or beside.stat().st_dev != parent.stat().st_dev:
+        if os.path.ismount(work) or work.stat().st_dev != parent.stat().st_dev:
             raise OutputError(
-                f"{beside} is on another disk than {parent}, so that the output cannot get its name from there. Remove "
-                "it, and say where to work with --work-dir."
+                f"{work} is on another disk than {parent}, so the finished output could not be renamed from there. "
+                "Remove it, and give the work folder with --work-dir."
             )
 
 
@@ -87,7 +95,7 @@ class StageTensor:
 
 
 class OutputWriter:
-    """Writes a pruned checkpoint into the work folder, and in `finish` gives it its name.
+    """Writes a pruned checkpoint into the work folder, and in `finish` renames it to the output.
 
     Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
     """
@@ -100,13 +108,13 @@ class OutputWriter:
         self._work = work
         self._staging = work.staging
         # On the output's disk, wherever the work folder is.
-        self._beside = settings.folder_beside
-        self._replaced = self._beside / REPLACED_NAME
+        self._output_work = settings.output_work_folder
+        self._replaced = self._output_work / REPLACED_NAME
         self._compare = settings.verify
-        #: By layer: the experts with which it was proved, and the proof.
+        #: By layer: the kept experts that were verified, and the proof.
         self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
         check_place(settings)
-        # Only now: a run that was killed may have left an output that it moved aside.
+        # After check_place, which may have moved an old output back.
         check_output(self._output, self._checkpoint.folder, self._overwrite)
 
     @property
@@ -120,8 +128,8 @@ class OutputWriter:
         """Write the shards of a layer (None: of everything outside the layers), keeping the experts `kept` in order.
 
         `computed` are the tensors that the plan says a stage computes, by name; all others are copied from the source.
-        If the settings ask for it, what was written is proved: read from the disk, as it has it now. The system's page
-        cache is left as it was.
+        With `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it
+        was.
         """
         computed = computed or {}
         plans = [shard for shard in self._plan.shards if shard.layer == layer]
@@ -137,7 +145,7 @@ class OutputWriter:
         return shards
 
     def _sources(self, plans: Sequence[ShardPlan], kept: Sequence[int]) -> dict[Path, list[Stretch]]:
-        """What is read of the source for these shards."""
+        """The byte ranges of the source that these shards are copied from, by file."""
         stretches: dict[Path, list[Stretch]] = {}
         for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
             origin = tensor.slice_of(kept)
@@ -152,7 +160,7 @@ class OutputWriter:
         return prove_tensors(tensors, origins, self._checkpoint.folder, self._staging, self.headers(plans))
 
     def has_written(self, layer: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
-        """Whether the shards on record are those of a layer with the experts `kept`, and all their bytes are there."""
+        """Whether the recorded shards are those of a layer with the experts `kept`, and are intact on the disk."""
         sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.layer == layer}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
         return same and all(map(self._work.is_intact, record.shards))
@@ -171,7 +179,7 @@ class OutputWriter:
                     reached("portion of a shard")
                     yield data
 
-        checksum = stream_whole(self._staging / shard.file, portions())
+        checksum = stream_atomically(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
 
     def headers(self, plans: Sequence[ShardPlan] | None = None) -> dict[str, TensorEntry]:
@@ -181,14 +189,14 @@ class OutputWriter:
         try:
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
         except (OSError, CheckpointError) as error:
-            # (Whose advice is about a model that was downloaded.)
+            # CheckpointError advises another download, which would not help here.
             raise VerifyError(
                 f"What was written to {self._staging} cannot be read back: {error} Check the disk; `streamprune "
                 "resume` writes again what is damaged."
             ) from error
 
     def _computed(self, plans: Sequence[ShardPlan]) -> dict[str, Computed]:
-        """The origins of the computed tensors of these shards, as the shards' own headers have them."""
+        """The origins of the computed tensors of these shards, from the shards' headers."""
         found = {}
         for shard in plans:
             if any(tensor.stage is not None for tensor in shard.tensors):
@@ -198,9 +206,9 @@ class OutputWriter:
         return found
 
     def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
-        """Prove what was written, byte by byte, with the experts `kept` of each layer.
+        """Verify the written shards byte by byte, with the experts `kept` of each layer.
 
-        What has been proved since this writer was made is not read again.
+        Layers that this writer has verified already are not read again.
         """
         proven = self._proven(kept)
         rest = self._prove([shard for shard in self._plan.shards if shard.layer not in proven], kept)
@@ -218,7 +226,7 @@ class OutputWriter:
         }
 
     def finish(self, report: dict[str, Any], card: str) -> None:
-        """Write index, config, report, card and the source's small files, then give the output its name.
+        """Write index, config, report, card and the source's small files, then rename the folder to the output.
 
         The report lists the kept experts of every layer; the origins of computed tensors are added to it.
         """
@@ -228,26 +236,26 @@ class OutputWriter:
             for folder in {path.parent for path in self._staging.rglob("*")}:
                 sync_folder(folder)
             reached("all written")
-            # Hours may have passed: an output that somebody else has put there meanwhile must not be replaced.
+            # Hours may have passed: do not replace an output that was put there meanwhile.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
-            whole = self._on_the_outputs_disk()
-            self._work.record_complete(whole)
+            complete = self._on_the_outputs_disk()
+            self._work.record_complete(complete)
             if self._output.is_dir() and any(self._output.iterdir()):
-                # Moved aside first, so that it is whole until the new one is; a run after a crash here puts it back.
+                # Moved aside first, so that it stays intact; after a crash here the next run moves it back.
                 shutil.rmtree(self._replaced, ignore_errors=True)
                 self._output.rename(self._replaced)
                 reached("old output moved aside")
-            whole.rename(self._output)
+            complete.rename(self._output)
             reached("output named")
             sync_folder(self._output.absolute().parent)
 
     def _on_the_outputs_disk(self) -> Path:
-        """The finished folder where a rename can give it its name: a copy, if the work folder is on another disk."""
-        copy = self._beside / "model"
+        """The finished folder on the output's disk: the staging folder, or a copy where that is on another disk."""
+        copy = self._output_work / "model"
         if copy.exists() and copy.samefile(self._staging):
             return self._staging
         shutil.rmtree(copy, ignore_errors=True)
-        if _can_rename(self._staging.parent, self._beside):
+        if _can_rename(self._staging.parent, self._output_work):
             return self._staging
         shutil.copytree(self._staging, copy)
         for path in copy.rglob("*"):
@@ -263,15 +271,17 @@ class OutputWriter:
         for relative in self._checkpoint.small_files():
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            stream_whole(target, _read_source(self._checkpoint.folder / relative))
-        write_whole(self._staging / INDEX_NAME, _to_json(index))
+            stream_atomically(target, _read_source(self._checkpoint.folder / relative))
+        write_atomically(self._staging / INDEX_NAME, _to_json(index))
         kept = {layer["index"]: layer["kept"] for layer in report["layers"]}
-        write_whole(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config_for(kept))))
+        write_atomically(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config_for(kept))))
         for name, contents in self._plan.files.items():
-            write_whole(self._staging / name, contents)
+            write_atomically(self._staging / name, contents)
         computed = {name: asdict(origin) for name, origin in self._computed(self._plan.shards).items()}
-        write_whole(self._staging / REPORT_NAME, _to_json({**report, "computed": computed} if computed else report))
-        write_whole(self._staging / "README.md", card.encode())
+        write_atomically(
+            self._staging / REPORT_NAME, _to_json({**report, "computed": computed} if computed else report)
+        )
+        write_atomically(self._staging / "README.md", card.encode())
 
     def _check_sizes(self) -> None:
         for shard in self._plan.shards:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, RunSettings, beside
+from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
 from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
 from streamprune.files.durable import reached, sync_folder, writing
 from streamprune.fit.estimate import Estimate
@@ -99,7 +99,7 @@ def select_all(selector: Selector, scores: Scores, settings: RunSettings, work: 
 
 def save_scores(settings: OutputSettings, scores: Scores | None) -> Path:
     """Save the scores of a run next to its output, to select from them in another way; returns the file."""
-    kept = beside(settings.output, SCORES_SUFFIX)
+    kept = sibling_path(settings.output, SCORES_SUFFIX)
     assert scores is not None
     write_scores(kept, scores)
     return kept
@@ -211,7 +211,7 @@ def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Sc
 
     What is being written lies in a folder next to the output. Raises ScoresError, OutputError and ResourceError.
     """
-    complete_file = settings.folder_beside / SCORES_NAME
+    complete_file = settings.output_work_folder / SCORES_NAME
     write_scores(complete_file, scores)
     with writing(f"Completing {settings.output}", settings.output):
         # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.

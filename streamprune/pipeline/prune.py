@@ -75,7 +75,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         stop.patient = True
         summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
         work.remove()
-        shutil.rmtree(settings.folder_beside, ignore_errors=True)
+        shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         if decided.selection.settings is not None and decided.scores is not None:
             print_unseen_experts(progress, summary["never_routed"], decided.scores.tokens)
         progress.say(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from streamprune.calibration.sequences import Calibration
-from streamprune.config import RunSettings, beside
+from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ProcessesError
@@ -298,7 +298,7 @@ class _Run:
         assert self.work is not None
         self.stop.patient = True
         self.work.remove()
-        shutil.rmtree(settings.folder_beside, ignore_errors=True)
+        shutil.rmtree(settings.output_work_folder, ignore_errors=True)
 
 
 @dataclass
@@ -389,7 +389,7 @@ class _Finish:
     def _log(self, summary: Mapping[str, Any]) -> None:
         progress = self.course.progress
         progress.log("summary", {**summary, "host": describe_host(self.runtime.device)})
-        progress.write_log(beside(self._settings.output, LOG_SUFFIX))
+        progress.write_log(sibling_path(self._settings.output, LOG_SUFFIX))
 
 
 def stages_of(

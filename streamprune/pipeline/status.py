@@ -95,10 +95,10 @@ def clean_up(folder: Path, everything: bool) -> int:
         settings = _settings(folder)
         complete = settings is not None and is_complete(folder, settings.output)
         if settings is not None:
-            put_back(settings.folder_beside, settings.output)
-            if complete or (everything and not _holds_anything(settings.folder_beside)):
+            put_back(settings.output_work_folder, settings.output)
+            if complete or (everything and not _holds_anything(settings.output_work_folder)):
                 # The folder beside the output, where the work folder is somewhere else.
-                shutil.rmtree(settings.folder_beside, ignore_errors=True)
+                shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         elif work.keeps_old_output():
             raise ResumeError(
                 f"{folder / REPLACED_NAME} is the old output that --overwrite replaces. Move it elsewhere, then clean."

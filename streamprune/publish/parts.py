@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint
-from streamprune.config import WORK_SUFFIX, beside
+from streamprune.config import WORK_SUFFIX, sibling_path
 from streamprune.errors import CheckpointError, OutputError, ReportError
 from streamprune.files.json_text import show
 from streamprune.output.plan import REPORT_NAME
@@ -110,7 +110,7 @@ def parts_of(output: Path) -> Parts:
 
 def _check_output(output: Path) -> None:
     if not output.is_dir():
-        work = beside(output, WORK_SUFFIX)
+        work = sibling_path(output, WORK_SUFFIX)
         if has_run(work) or has_pruning(work):
             raise OutputError(f"{output} is not finished. Go on with: {resume_command(work)}")
         raise OutputError(f"{output} is not a folder. Give the folder of a model that streamprune wrote.")

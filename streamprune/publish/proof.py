@@ -18,7 +18,7 @@ from streamprune.models.per_layer_experts import has_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.per_layer_module import LoadingFacts, modeling_source
 from streamprune.output.plan import REPORT_NAME
-from streamprune.output.verify import check_kept, refuse_strays, verify
+from streamprune.output.verify import check_kept, refuse_extra_weights, verify
 from streamprune.publish.parts import CARD_NAME, Parts
 from streamprune.reporting.record import damage
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
@@ -136,7 +136,7 @@ def _check_scores(parts: Parts) -> None:
 def _check_files(parts: Parts, trust_remote_code: bool) -> None:
     """Raise CheckpointError or VerifyError unless the files fit together and make the model of their config."""
     checkpoint, folder = parts.checkpoint, parts.folder
-    refuse_strays(folder, checkpoint)
+    refuse_extra_weights(folder, checkpoint)
     stated = read_json(folder / INDEX_NAME).get("metadata")
     if not isinstance(stated, dict) or stated.get("total_size") != checkpoint.nbytes:
         raise VerifyError(f"{folder / INDEX_NAME} does not state the {checkpoint.nbytes:,} bytes of all tensors.")

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 
 from streamprune.checkpoint.index import read_json
-from streamprune.files.durable import write_whole, writing
+from streamprune.files.durable import write_atomically, writing
 from streamprune.hardware.memory import existing_folder
 from streamprune.reporting.record import (
     MOST_LISTED,
@@ -268,4 +268,4 @@ def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
     contents = json.dumps(result, indent=2) + "\n"
     with writing(f"Writing {folder / name}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, contents.encode())
+        write_atomically(folder / name, contents.encode())

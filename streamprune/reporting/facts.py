@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry
-from streamprune.config import ServingSpec, beside
+from streamprune.config import ServingSpec, sibling_path
 from streamprune.errors import ReportError, UnsupportedModelError
 from streamprune.files.json_text import parse_json
 from streamprune.fit.estimate import Estimate, Footprint
@@ -87,7 +87,7 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
 
     Raises ReportError for a log that is none.
     """
-    path = beside(output, LOG_SUFFIX)
+    path = sibling_path(output, LOG_SUFFIX)
     if not path.is_file():
         return f"There is no log ({path.name}) beside the model: `streamprune prune` writes none."
     events = _events(path)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamprune.errors import ReportError
-from streamprune.files.durable import reading, write_whole, writing
+from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.reporting.facts import Facts, read_facts
 from streamprune.reporting.page import page, sections_of
 from streamprune.reporting.pictures import Picture, picture
@@ -99,9 +99,9 @@ def write_report(output: Path) -> Path:
     card = _card(output / CARD_NAME, card_sections(facts, pictures))
     with writing(f"Writing the report to {output}", output):
         _write_pictures(output / PICTURES_FOLDER, pictures)
-        write_whole(output / PAGE_NAME, text.encode())
+        write_atomically(output / PAGE_NAME, text.encode())
         if card is not None:
-            write_whole(output / CARD_NAME, card)
+            write_atomically(output / CARD_NAME, card)
     return output / PAGE_NAME
 
 
@@ -118,7 +118,7 @@ def _card(path: Path, sections: Mapping[str, str]) -> bytes | None:
 def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     folder.mkdir(exist_ok=True)
     for each in pictures:
-        write_whole(folder / f"{each.name}.png", each.png)
+        write_atomically(folder / f"{each.name}.png", each.png)
     # Those of an earlier report which this one does not have.
     for name in ALL_PICTURES - {each.name for each in pictures}:
         (folder / f"{name}.png").unlink(missing_ok=True)

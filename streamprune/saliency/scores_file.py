@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
 from streamprune.errors import CheckpointError, OutputError, ScoresError
-from streamprune.files.durable import stream_whole, writing
+from streamprune.files.durable import stream_atomically, writing
 from streamprune.files.json_text import parse_json, show
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
@@ -134,7 +134,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         check_layer(layer, scores.source_tokens, scores.spec.count)
     with writing("Writing the scores", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream_whole(path, [_header(scores, metadata), *_bytes_of(scores)])
+        stream_atomically(path, [_header(scores, metadata), *_bytes_of(scores)])
 
 
 def _metadata_of(scores: Scores) -> dict[str, str]:

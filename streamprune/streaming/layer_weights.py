@@ -108,7 +108,7 @@ class LayerWeights:
         readings = list(self._prefetched.values())
         self._prefetched.clear()
         for reading in readings:
-            self._reader.give_up(reading)
+            self._reader.discard(reading)
         return bool(readings)
 
     def drop_cached_pages(self, index: int | None) -> None:
@@ -200,7 +200,7 @@ class LayerWeights:
                 self._load(self._reader.start(self._reading_groups({name: names})), {name: names}, None)
         reading = self._reader.start_entries(entries)
         reading.wait()
-        self._reader.arrived()
+        self._reader.sync_with_compute()
         drop_files_from_cache(reading.cached)
         read = {name: next(iter(reading.take(name).values())).to(known[name].dtype) for name in entries}
         known = dict(_tensors(self.model))
@@ -263,13 +263,13 @@ class LayerWeights:
     def _load(self, reading: Reading, groups: Mapping[str, list[str]], index: int | None) -> None:
         try:
             reading.wait()
-            self._reader.arrived()
+            self._reader.sync_with_compute()
             for group in self._reading_groups(groups):
                 # One after the other, so that what was read of each is freed before the next is converted.
                 self._convert(decode_tensors(reading.take(group), self._stored))
         except BaseException:
             # Where memory ran out, this is the first that has to go.
-            self._reader.give_up(reading)
+            self._reader.discard(reading)
             raise
         self._read[index] = reading
 

@@ -26,11 +26,11 @@ def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
     """
     with writing(f"Looking for {settings.work_folder}", settings.work_folder):
         home, output = settings.work_folder.resolve(), settings.output.resolve()
-        elsewhere = home != settings.folder_beside.resolve()
+        elsewhere = home != settings.output_work_folder.resolve()
     if home == output or home in output.parents or output in home.parents:
         raise OutputError(f"The work folder {home} and the output {output} must not be, or contain, one another.")
     if elsewhere:
-        beside = stack.enter_context(WorkFolder(settings.folder_beside))
+        beside = stack.enter_context(WorkFolder(settings.output_work_folder))
         stack.callback(lambda: None if beside.has_progress() else beside.remove())
     return stack.enter_context(WorkFolder(settings.work_folder))
 

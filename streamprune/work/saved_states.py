@@ -22,7 +22,7 @@ from streamprune.files.durable import (
     names_in,
     reached,
     read_record,
-    stream_whole,
+    stream_atomically,
     sync_folder,
     write_record,
     writing,
@@ -87,7 +87,7 @@ def save_states(folder: Path, count: int, load: Callable[[int], BatchState], fac
                     yield memoryview(array)
             states[-1]["tensors"] = places
 
-    checksum = stream_whole(folder / DATA_NAME, portions())
+    checksum = stream_atomically(folder / DATA_NAME, portions())
     write_record(folder / INDEX_NAME, {"facts": facts, "states": states, "bytes": position, "sha256": checksum})
 
 

@@ -32,7 +32,7 @@ _LACKING = ("missing_keys", "mismatched_keys", "error_msgs")
 
 
 @dataclass(frozen=True)
-class WholeModel:
+class FullModel:
     """A model on disk that is to be loaded whole: its name as the user gave it, its folder, files and config."""
 
     name: str
@@ -69,7 +69,7 @@ class LoadedModel:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
-def find_whole(model: str, revision: str | None = None, trust_remote_code: bool = False) -> WholeModel:
+def find_full_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> FullModel:
     """The model that the user names, a folder or a Hub id. No weight is read yet.
 
     Raises CheckpointError or UnsupportedModelError for what is no model, or not one of safetensors files; SettingsError
@@ -82,10 +82,10 @@ def find_whole(model: str, revision: str | None = None, trust_remote_code: bool 
             f"The layers of {model} keep different numbers of experts, so that it brings code that loads it. "
             "Allow that with --trust-remote-code."
         )
-    return WholeModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
+    return FullModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
 
 
-def load_whole_model(whole: WholeModel, device: str = "auto") -> LoadedModel:
+def load_full_model(whole: FullModel, device: str = "auto") -> LoadedModel:
     """Load a model as `AutoModelForCausalLM.from_pretrained(…, dtype="auto")` does.
 
     `device` is `cpu`, a card such as `cuda:0`, or `auto`: all cards together (`device_map="auto"`) if they hold it,
@@ -116,7 +116,7 @@ def release(device: torch.device) -> None:
 _ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` streams, and needs no whole model.)"
 
 
-def _place(whole: WholeModel, device: str) -> tuple[torch.device, Any]:
+def _place(whole: FullModel, device: str) -> tuple[torch.device, Any]:
     """The device for inputs, and the `device_map` for transformers (None: the CPU)."""
     chosen, needed = choose_device(device), whole.needed_bytes
     free = [("RAM", available_memory_bytes())]
@@ -138,7 +138,7 @@ def _place(whole: WholeModel, device: str) -> tuple[torch.device, Any]:
     )
 
 
-def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
+def _load(whole: FullModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": whole.trust_remote_code, "use_safetensors": True}
     if device_map is not None:
         options["device_map"] = device_map
@@ -159,6 +159,6 @@ def _load(whole: WholeModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
     return model, (note,) if unused else ()
 
 
-def _loading_problem(whole: WholeModel, error: Exception) -> str:
+def _loading_problem(whole: FullModel, error: Exception) -> str:
     reason = first_line(str(error)) or type(error).__name__
     return f"transformers cannot load {whole.name}: {reason}."
