@@ -1,3 +1,3 @@
 """Prune Mixture-of-Experts models one decoder block at a time."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
@@ -25,7 +26,7 @@ from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import resume, run
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.saliency.scores_file import read_scores
+from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.select import score_layer
 from streamprune.selection.settings import SelectionSettings, mix_weights
 from streamprune.work.enter import StopRequest
@@ -33,6 +34,8 @@ from tests.helpers import check_bytes, known_family, read_tensors, token_ids, tr
 from tests.thorough import crossed, mostly_thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
+#: Scores of the model of `Model`, which streamprune 0.1.0 wrote.
+FORMAT_1 = Path(__file__).parent / "scores_format_1.safetensors"
 #: Two sources of calibration text, by file name.
 SOURCES = ("code.jsonl", "prose.jsonl")
 EXPERTS = "model.layers.{block}.mlp.experts.{expert}.up_proj.weight"
@@ -119,6 +122,25 @@ def test_protected_experts_and_a_budget_equal_a_run(qwen: Model, tmp_path: Path)
     assert protected
     for layer in report["layers"]:
         assert set(protected.get(layer["index"], ())) <= set(layer["kept"])
+
+
+def test_a_file_of_format_1_is_pruned_from(qwen: Model, tmp_path: Path) -> None:
+    """It chooses what the same scores choose in the present format, and says which version made it."""
+    recorded = read_scores(FORMAT_1).provenance["source"]["fingerprint"]
+    # Another machine's torch may give the tiny model other weights than those that were scored.
+    present = open_checkpoint(qwen.folder).fingerprint()
+    old = tmp_path / "old.safetensors"
+    old.write_bytes(FORMAT_1.read_bytes().replace(recorded.encode(), present.encode()))
+    write_scores(tmp_path / "new.safetensors", read_scores(old))
+    for name in ("old", "new"):
+        command = ["prune", qwen.folder, "--scores", tmp_path / f"{name}.safetensors", "-o", tmp_path / name]
+        goal = ["--keep", 5, "--schedule", "global", "--mix", MIXES[0], "--quiet"]
+        told = CliRunner().invoke(main, [str(word) for word in [*command, *goal]])
+        assert told.exit_code == 0, told.output
+    assert tree_bytes(tmp_path / "old") == tree_bytes(tmp_path / "new")
+    report = json.loads((tmp_path / "old" / "streamprune.json").read_text())
+    assert report["versions"]["streamprune"] == "0.1.0"
+    check_bytes(qwen.folder, tmp_path / "old", {layer["index"]: layer["kept"] for layer in report["layers"]})
 
 
 def test_neither_torch_nor_transformers_is_loaded(qwen: Model, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ def test_required_and_never(case: Case, tmp_path: Path) -> None:
 
 
 CHANGED = [
-    ({"keep": 4}, "experts kept: 5 per block then, 4 per block now"),
-    ({"keep": None, "ratio": 0.5}, "experts kept: 5 per block then, 4 per block now"),
+    ({"keep": 4}, "experts kept: 5 per layer then, 4 per layer now"),
+    ({"keep": None, "ratio": 0.5}, "experts kept: 5 per layer then, 4 per layer now"),
     ({"propagate": "pruned"}, "propagate: original then, pruned now"),
     ({"dtype": "bfloat16"}, r"computed in: torch.float32 then, torch.bfloat16 now"),
     ({"seed": 3}, "seed: not set then, 3 now"),
