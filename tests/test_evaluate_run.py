@@ -336,7 +336,7 @@ def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
     during, after = (plan.needs for plan in plans)
     assert (after.sides, after.states) == (during.sides, during.states)
     # Before it is known how many experts stay of a block, all may.
-    assert after.block > during.block
+    assert after.layer > during.layer
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,6 @@ def test_a_folder_of_somebody_else_is_not_written_into(made: Case, tmp_path: Pat
 
 def calibration_held(case: Case) -> Calibration:
     rows = tuple(torch.tensor(json.loads(line)["input_ids"]) for line in case.tokens.read_text().splitlines())
-    held = split_held_out(Calibration(rows, ("one",), (0,) * len(rows), "")).held
+    held = split_held_out(Calibration(rows, ("one",), (0,) * len(rows), "")).held_out
     assert held is not None
     return held

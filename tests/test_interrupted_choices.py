@@ -214,7 +214,7 @@ def test_one_kind_does_not_take_another_ones_work(made: dict[str, Command], tmp_
 def test_another_choice_begins_anew_unless_resuming_is_required(made: dict[str, Command], tmp_path: Path) -> None:
     command = made["prune"].at(tmp_path / "out")
     command.interrupt(at=4)
-    with pytest.raises(ResumeError, match="another choice of experts"):
+    with pytest.raises(ResumeError, match="another selection of experts"):
         command.run(keep=4, resume="required")
     command.run(keep=4)
     assert command.found() != command.expected

@@ -200,7 +200,8 @@ def test_the_command_line_tells_a_disk_that_fails_while_reading_ahead(
     assert (told.exit_code, type(told.exception)) == (1, SystemExit)
     (line,) = told.stderr.splitlines()
     assert line.startswith("Error: ")
-    assert "can no longer be read: Input/output error" in line
+    assert ".safetensors cannot be read at byte " in line
+    assert "Input/output error. Check the disk." in line
     monkeypatch.undo()
     case.run()
     case.check()
