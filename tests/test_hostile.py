@@ -58,7 +58,7 @@ def test_nothing_unpickles_or_evaluates() -> None:
                 names = [alias.name.partition(".")[0] for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [(node.module or "").partition(".")[0]]
-            elif isinstance(node, ast.Call):
+            elif isinstance(node, ast.Call) and "allow_pickle=False" not in map(ast.unparse, node.keywords):
                 names = [ast.unparse(node.func)]
             found += [(path.name, name) for name in names if name in forbidden_modules | forbidden_calls]
     assert found == []

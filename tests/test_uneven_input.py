@@ -139,7 +139,7 @@ def test_fit_says_what_prune_said(family: str, schedule: str, tmp_path: Path) ->
     card = (output / "README.md").read_text()
     for term in told["terms"]:
         assert f"| {term['name']} | {format_bytes(term['bytes'])} | {term['kind']} |" in card
-    assert f"| experts per block | 8 | {min(counts)} to {max(counts)} |" in card
+    assert f"| experts per layer | 8 | {min(counts)} to {max(counts)} |" in card
 
 
 def fit_object_of(model: Path, *options: str) -> dict[str, Any]:
@@ -290,24 +290,24 @@ STRANGE = [
     (table(**{"1": {"num_local_experts": 4}}), "The checkpoint has only 3 of the 4 experts"),
     (table(**{"1": TWO}), "The checkpoint has 3 experts of .* but config.json describes 2"),
     (lambda config: config["per_layer_config"].pop("1"), "The checkpoint has only 3 of the 6 experts"),
-    (table(**{"4": TWO}), "an entry for '4', which is none of the 4 blocks"),
-    (table(**{"01": TWO}), "an entry for '01', which is none of the 4 blocks, or there twice"),
+    (table(**{"4": TWO}), "an entry for '4', which is none of the 4 layers"),
+    (table(**{"01": TWO}), "an entry for '01', which is none of the 4 layers, or there twice"),
     (table(**{"-1": TWO}), "an entry for '-1'"),
     (table(**{"9" * 5000: TWO}), "an entry for '9999"),
     (table(**{"٣": TWO}), "an entry for '٣'"),
     (table(**{"0": 3}), "an entry for '0'"),
-    (table(**{"0": {}}), "states 0 numbers of experts for block '0'"),
-    (table(**{"0": {"num_local_experts": 0}}), "block 0: 0 is no number of experts"),
-    (table(**{"0": {"num_local_experts": -3}}), "block 0: -3 is no number of experts"),
+    (table(**{"0": {}}), "states 0 numbers of experts for layer '0'"),
+    (table(**{"0": {"num_local_experts": 0}}), "layer 0: 0 is no number of experts"),
+    (table(**{"0": {"num_local_experts": -3}}), "layer 0: -3 is no number of experts"),
     (table(**{"0": {"num_local_experts": 10**30}}), "is no number of experts"),
-    (table(**{"0": {"num_local_experts": float("nan")}}), "block 0: None is no number of experts"),
-    (table(**{"0": {"num_local_experts": True}}), "block 0: None is no number of experts"),
-    (table(**{"0": {"num_local_experts": [2, 3]}}), "block 0: None is no number of experts"),
-    (table(**{"0": {"num_local_experts": "2"}}), "block 0: None is no number of experts"),
-    (table(**{"0": TWO | {"hidden_size": 32}}), "a 'hidden_size' of its own, beside its number of experts"),
+    (table(**{"0": {"num_local_experts": float("nan")}}), "layer 0: None is no number of experts"),
+    (table(**{"0": {"num_local_experts": True}}), "layer 0: None is no number of experts"),
+    (table(**{"0": {"num_local_experts": [2, 3]}}), "layer 0: None is no number of experts"),
+    (table(**{"0": {"num_local_experts": "2"}}), "layer 0: None is no number of experts"),
+    (table(**{"0": TWO | {"hidden_size": 32}}), "a 'hidden_size' of its own, besides its number of experts"),
     (table(**{"0": {"n_routed_experts": 2}}), "None is no number of experts"),
     (lambda config: config.update(num_local_experts=None), "None is no number of experts"),
-    (lambda config: config.update(per_layer_experts=7), "per_layer_experts is 7, no table of blocks"),
+    (lambda config: config.update(per_layer_experts=7), "per_layer_experts is 7, no table of layers"),
 ]
 
 
@@ -324,7 +324,7 @@ def test_a_block_without_experts_gets_none_by_its_config(tmp_path: Path) -> None
     dense = min(set(range(4)) - made.counts.keys())
     entry = {"n_routed_experts": 2}
     model = changed(made.output, lambda config: config["per_layer_config"].update({str(dense): entry}))
-    assert f"gives block {dense} 2 experts, but that block has none" in refusal(1, "fit", model, "--budget-gib", "80")
+    assert f"gives layer {dense} 2 experts, but that layer has none" in refusal(1, "fit", model, "--budget-gib", "80")
 
 
 def test_tables_about_other_things_are_left_alone() -> None:

@@ -169,7 +169,7 @@ def save_sequences(path: Path, domains: Mapping[str, DomainData]) -> None:
 
 def load_sequences(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """`calibration` and `held_out` as `save_sequences` wrote them: by domain, int64 (N, SEQ_LEN)."""
-    with np.load(path) as arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         return {
             part: {name: torch.from_numpy(arrays[f"{part}/{name}"]).long() for name in corpus.DOMAINS}
             for part in ("calibration", "held_out")
