@@ -21,6 +21,7 @@ from streamprune.saliency.scores_file import read_scores
 from tests.faults import Case, make_case
 from tests.helpers import read_tensors
 from tests.launching import launch
+from tests.thorough import mostly_thorough
 from tests.tiny import make_model, write_token_ids
 
 #: The same numbers, added up in another order.
@@ -118,7 +119,7 @@ def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: P
     check_same(case, made)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", mostly_thorough([0, 1], (1,)))
 def test_a_request_to_stop_is_honoured_within_a_block(made: Case, tmp_path: Path, asked: int) -> None:
     """A process asks itself to stop in the scoring pass of the second block, or in its pruned one."""
     case = made.at(tmp_path / "out")
