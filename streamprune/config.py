@@ -1,4 +1,4 @@
-"""What the user asked for, by command: checked once when it is made and never changed afterwards."""
+"""The settings of each command, checked when they are made and never changed afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
-#: The work folder's name is the output's with this behind it.
+#: The work folder is named like the output, with this suffix.
 WORK_SUFFIX = ".work"
 #: Bytes of a file's name, on every usual file system.
 LONGEST_NAME = 255
@@ -33,7 +33,7 @@ COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
 DEFAULT_CHECKPOINT_EVERY = 60.0
 #: Tokens per sequence that a model is planned for.
 DEFAULT_CONTEXT = 32768
-#: Tokens of all sequences together that can be planned for: far beyond any card.
+#: Tokens of all sequences together that can be planned for: far beyond any GPU.
 MOST_TOKENS = 2**40
 #: Hugging Face's own default before it grew: every tool reads such shards comfortably.
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -59,7 +59,7 @@ def check_least(name: str, value: int, least: int) -> None:
 
 
 def sibling_path(output: Path, suffix: str) -> Path:
-    """The path of `output` with a suffix. Where its name leaves no room for that, it is cut, and made unique again."""
+    """The path of `output` with a suffix. A name too long for that is cut and made unique by a hash."""
     name = os.fsencode(output.name)
     if len(name) + len(suffix) > LONGEST_NAME:
         digest = hashlib.sha256(name).hexdigest()[:16]
@@ -138,13 +138,13 @@ class PruningTarget(SelectionSettings):
         return sum(value is not None for value in (self.keep, self.ratio, self.budget_gib, self.gpu))
 
     def check_one_target(self) -> None:
-        """Raise SettingsError unless just one setting says how far to prune; beside a schedule file a budget may."""
+        """Raise SettingsError unless one setting says how far to prune; with a schedule file, only a budget may."""
         given = self.targets_given
         if self.has_schedule_file:
             if given > 1 or self.keep is not None or self.ratio is not None:
                 raise SettingsError(
-                    f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that says "
-                    "itself how many experts stay. Leave out --keep and --ratio; a budget is only checked."
+                    f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that "
+                    "lists how many experts stay. Leave out --keep and --ratio; a budget is only checked."
                 )
         elif given != 1:
             raise SettingsError(
@@ -177,7 +177,7 @@ class OutputSettings:
 
     @property
     def output_work_folder(self) -> Path:
-        """A folder on the output's disk, locked by the run that writes the output: usually the work folder itself."""
+        """A folder next to the output, locked by the run that writes it: the work folder unless --work-dir is given."""
         return sibling_path(self.output, WORK_SUFFIX)
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class OutputSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """Where and in what is computed, and what memory that may take.
+    """Device, dtype, micro-batches and memory limits.
 
     Raises SettingsError when a value is impossible whatever the machine.
     """
@@ -208,12 +208,12 @@ class ComputeSettings:
 
     @property
     def vram_bytes(self) -> int | None:
-        """What may be taken on the card; None for what there is."""
+        """Most GPU memory to use; None for all that is free."""
         return None if self.vram_gib is None else int(self.vram_gib * 2**30)
 
     @property
     def ram_bytes(self) -> int | None:
-        """What may be resident in RAM; None for what there is."""
+        """Most resident RAM; None for all that is available."""
         return None if self.ram_gib is None else int(self.ram_gib * 2**30)
 
     def __post_init__(self) -> None:
@@ -231,7 +231,7 @@ class ComputeSettings:
         """Raise SettingsError where a setting makes no sense on a device of this type, as torch calls it."""
         if self.vram_gib is not None and device_type == "cpu":
             raise SettingsError(
-                f"--vram-gib {self.vram_gib:g} is about a card's memory, but this run computes on the CPU. "
+                f"--vram-gib {self.vram_gib:g} is about a GPU's memory, but this run computes on the CPU. "
                 "Use --ram-gib, or a CUDA --device."
             )
 

@@ -93,8 +93,8 @@ def test_wsl_does_not_tell_what_a_process_holds(monkeypatch: pytest.MonkeyPatch)
     text = printed()
     assert f"(pid {OWN}), size unknown\n" in text
     assert (
-        "  note      How much 2 of 2 processes hold is not known (WSL and Windows do not tell it): of the 4.88 GiB in "
-        "use it cannot be said who holds what.\n"
+        "  note      How much 2 of 2 processes hold is not known (WSL and Windows do not report it): of the "
+        "4.88 GiB in use it cannot be said who holds what.\n"
     ) in text
 
 

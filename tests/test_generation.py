@@ -236,7 +236,7 @@ def test_an_original_that_does_not_fit_is_left_out(
     assert "The original was not compared" in result["notes"][-1]
     assert f"note: {result['notes'][-1]}" in said
     monkeypatch.setattr(loading, "available_memory_bytes", lambda: needed - 1)
-    with pytest.raises(ResourceError, match=r"needs about .* to be loaded whole"):
+    with pytest.raises(ResourceError, match=r"needs about .* to be loaded in full"):
         health(healthy)
 
 

@@ -169,7 +169,7 @@ def test_a_cap_on_a_card_that_is_not_used_is_a_usage_error(model: Path, tmp_path
     arguments = ["run", str(model), "-o", str(tmp_path / "out"), "--keep", "4", "--vram-gib", "8", "--device", "cpu"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert "--vram-gib 8 is about a card's memory" in result.stderr
+    assert "--vram-gib 8 is about a GPU's memory" in result.stderr
 
 
 def test_the_run_says_beforehand_what_it_will_need(model: Path, tmp_path: Path) -> None:

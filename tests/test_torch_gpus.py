@@ -82,7 +82,7 @@ def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatc
     first, second = list_gpus().gpus
     assert (first.source, second.source) == ("NVML v2", "torch")
     assert (second.free_bytes, second.total_bytes) == (90000 * MIB, 122000 * MIB)
-    assert "does not tell the memory (the GPU or its driver does not support the question)" in second.notes[0]
+    assert "does not report the memory (the GPU or its driver does not support the question)" in second.notes[0]
     assert gpu_of_device(0) == second
     assert gpu_of_device(1) == first
     fake_torch(monkeypatch)

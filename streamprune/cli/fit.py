@@ -1,7 +1,4 @@
-"""The commands that answer questions about memory: `fit` and `devices`.
-
-The commands about calibration data: `calibration show`.
-"""
+"""The commands `fit`, `devices` and `calibration show`."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from streamprune.cli.options import (
     reports_errors,
     sampling_options,
 )
-from streamprune.config import ServingSpec, check_least
+from streamprune.config import ServingSpec, check_amounts
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
 from streamprune.fit.estimate import Fit, check_keep
@@ -70,7 +67,7 @@ def fit(
     MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
     --budget-gib or --gpu, the GPU of this machine is used. Exit status: 0 if it fits, 3 if it does not.
     """
-    # The libraries, if they are needed at all, read these when they are imported.
+    # Set before the libraries are imported, which read them then.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     wanted = ServingSpec(keep=keep, **use)
@@ -82,8 +79,8 @@ def fit(
         check_keep(footprint, keep)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
         raise SettingsError(
-            f"--measure loads the model, but the blocks of {model} keep different numbers of experts, so that the "
-            "Python code beside its weights is needed. If you trust its author, add --trust-remote-code."
+            f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "
+            "Python code in its folder is needed. If you trust its author, add --trust-remote-code."
         )
     answer = Fit(footprint, wanted, budget.nbytes)
     found = _measured(answer, device, trust_remote_code) if measure else ()
@@ -108,8 +105,8 @@ def devices(as_json: bool) -> None:
     from streamprune.hardware.gpus import devices_object, devices_text
     from streamprune.hardware.nvml import list_gpus
 
-    cards = list_gpus()
-    click.echo(json.dumps(devices_object(cards, Path()), indent=2) if as_json else devices_text(cards, Path()))
+    gpus = list_gpus()
+    click.echo(json.dumps(devices_object(gpus, Path()), indent=2) if as_json else devices_text(gpus, Path()))
 
 
 @click.group()
@@ -130,10 +127,7 @@ def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> 
 
     RECIPE is a recipe file, the name of one that comes with streamprune, or files, folders or builtin.
     """
-    for name, least in (("samples", 1), ("seq_len", 2)):
-        value = options[name]
-        if value is not None:
-            check_least(f"--{name.replace('_', '-')}", value, least)
+    check_amounts(options["samples"], options["seq_len"])
     limit_library_memory()
     from streamprune.calibration.show import calibration_text, show_calibration
 

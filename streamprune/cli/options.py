@@ -174,7 +174,7 @@ def selection_options(command: Callable[P, R]) -> Callable[P, R]:
     options = [
         click.option(
             "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
-            help="How experts are scored.",
+            help="The score of an expert. " + "; ".join(f"{name}: {each.meaning}" for name, each in METHODS.items()),
         ),
         click.option(
             "--mix", metavar="SOURCE=SHARE,…",

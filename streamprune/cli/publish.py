@@ -22,7 +22,7 @@ from streamprune.hardware.memory import limit_library_memory
 def report(output: Path, quiet: bool) -> None:
     """Make the report of OUT, a model that streamprune wrote: OUT/report.html, and OUT/pictures for the model card.
 
-    It is made from the files in OUT and the log beside it; the source model is not needed.
+    It is made from the files in OUT and the run's log next to it; the source model is not needed.
     """
     made = _write(output)
     if not quiet:

@@ -177,7 +177,7 @@ def prune(
 @_run_options(resuming=True)
 @STOP_IF_KL
 @verify_option(None)
-# (None, so that a setting that is not given again can be told from one that is.)
+# The default None means "not given": then the earlier setting stays.
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @REPORT
 @reports_errors

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written under another name, flushed to the disk, then renamed. And errors of the disk.
+"""Files that survive a crash: written under another name, flushed to the disk, then renamed. And disk errors.
 
 After a power cut such a file is either the old one or the new one, complete (fsync(2), rename(2)).
 """

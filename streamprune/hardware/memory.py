@@ -129,7 +129,7 @@ def says_out_of_memory(text: str) -> bool:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """What is free on the disk of `folder`, which need not exist yet."""
+    """The free bytes on the disk of `folder`, which need not exist yet."""
     return shutil.disk_usage(existing_folder(folder)).free
 
 
@@ -143,10 +143,10 @@ def existing_folder(path: Path) -> Path:
 
 def check_disk(folder: Path, needed: int) -> None:
     """Raise ResourceError unless the file system of `folder` (which need not exist yet) has `needed` bytes free."""
-    existing = existing_folder(folder)
-    free = shutil.disk_usage(existing).free
+    free = free_disk_bytes(folder)
     if free < needed:
         raise ResourceError(
-            f"The output needs {format_bytes(needed)} on the disk of {existing}, where {format_bytes(free)} are free. "
-            f"Free {format_bytes(needed - free)}, choose another place with -o, or keep fewer experts."
+            f"The output needs {format_bytes(needed)} on the disk of {existing_folder(folder)}, where "
+            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)}, choose another place "
+            "with -o, or keep fewer experts."
         )

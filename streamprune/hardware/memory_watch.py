@@ -14,7 +14,7 @@ from streamprune.hardware.device import gpu_index, is_gpu
 from streamprune.hardware.gpus import Gpu, GpuProcess, other_processes
 from streamprune.hardware.memory import format_bytes
 
-#: What CUDA itself is taken to need on a GPU when NVML does not tell: kernels and the driver's data for this process.
+#: Assumed size of the CUDA context on a GPU when NVML does not report it: kernels and the driver's data.
 USUAL_CONTEXT = 512 * 1024**2
 #: Growth of other processes below this is not reported.
 NOTABLE_GROWTH = 64 * 1024**2
@@ -91,7 +91,7 @@ def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProc
 
 
 def context_bytes(device: torch.device) -> int:
-    """What CUDA itself takes on a GPU for this process, beside what torch's allocator holds."""
+    """What CUDA itself takes on a GPU for this process, besides what torch's allocator holds."""
     return _context(_gpu(device), devices.reserved_device_bytes(device))
 
 

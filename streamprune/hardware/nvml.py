@@ -151,7 +151,7 @@ def _without_nvml(reason: str, ask_torch: bool) -> Gpus:
 
 
 def gpu_of_device(torch_index: int) -> Gpu | None:
-    """The GPU that torch calls cuda:`torch_index`, or None if it cannot be told.
+    """The GPU that torch calls cuda:`torch_index`, or None if that is not known.
 
     NVML counts all GPUs by their place on the bus. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
     CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded it knows the GPU's UUID, which settles it.
@@ -181,7 +181,7 @@ def _ask(nvml: Any, question: str, *args: Any, **options: Any) -> tuple[Any, str
         return getattr(nvml, question)(*args, **options), None
     except AttributeError:
         return None, f"the installed nvidia-ml-py has no {question}"
-    # Beside NVMLError, the bindings let ctypes' errors, undecodable names (WSL) and version conflicts through.
+    # Besides NVMLError, the bindings let ctypes' errors, undecodable names (WSL) and version conflicts through.
     except Exception as error:
         return None, _REASONS.get(type(error).__name__) or str(error) or type(error).__name__
 
@@ -259,7 +259,7 @@ def _memory(
         return MemoryFigures(total, None, free, used, "NVML v1"), None
     memory = torch_memory(uuid)
     if memory is not None:
-        notes.append(f"NVML does not tell the memory ({refusal}): the figures are torch's, of what CUDA can see.")
+        notes.append(f"NVML does not report the memory ({refusal}): the figures are torch's, of what CUDA can see.")
         return memory, None
     return None, f"{refusal}, and torch does not see the GPU"
 
@@ -371,8 +371,8 @@ def _note_unexplained(processes: tuple[GpuProcess, ...], memory: MemoryFigures, 
     unexplained = memory.used - sum(process.used_bytes or 0 for process in processes)
     if unknown:
         notes.append(
-            f"How much {unknown} of {len(processes)} processes hold is not known (WSL and Windows do not tell it): of "
-            f"the {format_bytes(memory.used)} in use it cannot be said who holds what."
+            f"How much {unknown} of {len(processes)} processes hold is not known (WSL and Windows do not report it): "
+            f"of the {format_bytes(memory.used)} in use it cannot be said who holds what."
         )
     elif unexplained > max(_UNEXPLAINED_BYTES, _UNEXPLAINED_SHARE * memory.total):
         notes.append(

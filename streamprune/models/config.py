@@ -49,7 +49,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 
 def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype that a config names for its text part, or as a whole; None if it names none."""
+    """The dtype that a config names for its text part, else at its top; None if it names none."""
     declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     return declared if isinstance(declared, torch.dtype) else None
 

@@ -166,7 +166,7 @@ def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
         experts=experts,
         dense=first_number(parts, ("intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size")) or 0,
         vocabulary=vocabulary,
-        # Routers that scale what they choose (DeepSeek-V2 and its kin) leave it in float32; the others cast it back.
+        # Routers that scale what they choose (as in DeepSeek-V2) leave it in float32; the others cast it back.
         wide_routing=experts > 0 and any(_ROUTER_SCALE.search(name) and text[name] is not None for name in text),
     )
 

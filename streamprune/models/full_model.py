@@ -1,4 +1,4 @@
-"""A whole model in memory, as any user of transformers has it: for what cannot be done layer by layer."""
+"""Loading a full model with transformers, for what cannot be done layer by layer (generation and tasks)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from streamprune.hardware.memory import available_memory_bytes, format_bytes
 from streamprune.models.config import load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 
-#: Memory for a model and for computing with it, by the bytes of its weights: caches and activations of a few short
-#: sequences are small beside weights, and batches shrink where they are not.
+#: Memory for a model and its computation, as a multiple of its weights: caches and activations of a few short
+#: sequences are small, and batches shrink where they are not.
 ROOM = 1.1
-#: transformers' names for weights that a model has, and that come out random where no file holds them.
+#: transformers' names for weights that no file holds, which it would initialize at random.
 _LACKING = ("missing_keys", "mismatched_keys", "error_msgs")
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """A model on disk that is to be loaded whole: its name as the user gave it, its folder, files and config."""
+    """A model on disk that is to be loaded in full: its name as the user gave it, its folder, files and config."""
 
     name: str
     checkpoint: Checkpoint = field(repr=False)
@@ -85,40 +85,41 @@ def find_full_model(model: str, revision: str | None = None, trust_remote_code: 
     return FullModel(model, checkpoint, load_config(checkpoint.folder, trust_remote_code), trust_remote_code)
 
 
-def load_full_model(whole: FullModel, device: str = "auto") -> LoadedModel:
+def load_full_model(full: FullModel, device: str = "auto") -> LoadedModel:
     """Load a model as `AutoModelForCausalLM.from_pretrained(…, dtype="auto")` does.
 
-    `device` is `cpu`, a card such as `cuda:0`, or `auto`: all cards together (`device_map="auto"`) if they hold it,
+    `device` is `cpu`, a GPU such as `cuda:0`, or `auto`: all GPUs together (`device_map="auto"`) if they hold it,
     else the CPU. Raises ResourceError where there is not enough memory for it, as a rule before anything is read;
     CheckpointError where a weight does not find its place or transformers cannot load it; SettingsError for an unknown
     device.
     """
-    place, device_map = _place(whole, device)
+    place, device_map = _place(full, device)
     try:
-        model, notes = _load(whole, device_map)
+        model, notes = _load(full, device_map)
     except StreampruneError:
         raise
     except Exception as error:
         if not is_out_of_memory(error):
-            raise CheckpointError(_loading_problem(whole, error)) from error
+            reason = first_line(str(error)) or type(error).__name__
+            raise CheckpointError(f"transformers cannot load {full.name}: {reason}.") from error
         problem = first_line(str(error))
     else:
         return LoadedModel(model.eval(), place, notes)
     free_after_failure(place)
-    raise ResourceError(f"Memory ran out while {whole.name} was loaded ({problem}). {_ADVICE}")
+    raise ResourceError(f"Memory ran out while {full.name} was loaded ({problem}). {_ADVICE}")
 
 
 def release(device: torch.device) -> None:
-    """Give back what a model took on `device`, once the last name for it is gone."""
+    """Free what a model took on `device`, once nothing refers to it."""
     free_after_failure(device)
 
 
-_ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` streams, and needs no whole model.)"
+_ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` streams the layers instead.)"
 
 
-def _place(whole: FullModel, device: str) -> tuple[torch.device, Any]:
+def _place(full: FullModel, device: str) -> tuple[torch.device, Any]:
     """The device for inputs, and the `device_map` for transformers (None: the CPU)."""
-    chosen, needed = choose_device(device), whole.needed_bytes
+    chosen, needed = choose_device(device), full.needed_bytes
     free = [("RAM", available_memory_bytes())]
     if is_gpu(chosen) and device == "auto":
         gpus = all_gpus()
@@ -133,32 +134,27 @@ def _place(whole: FullModel, device: str) -> tuple[torch.device, Any]:
         return torch.device("cpu"), None
     places = ", ".join(f"{format_bytes(size)} in {name}" for name, size in free)
     raise ResourceError(
-        f"{whole.name} has weights of {format_bytes(whole.checkpoint.nbytes)}, and needs about {format_bytes(needed)} "
-        f"to be loaded whole and computed with; free are {places}. {_ADVICE}"
+        f"{full.name} has weights of {format_bytes(full.checkpoint.nbytes)}, and needs about {format_bytes(needed)} "
+        f"to be loaded in full; free are {places}. {_ADVICE}"
     )
 
 
-def _load(whole: FullModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": whole.trust_remote_code, "use_safetensors": True}
+def _load(full: FullModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": full.trust_remote_code, "use_safetensors": True}
     if device_map is not None:
         options["device_map"] = device_map
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(whole.folder, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(full.folder, output_loading_info=True, **options)
     except ValueError as error:
         # Some multimodal models have no class for text alone.
         if "Unrecognized configuration class" not in str(error):
             raise
-        model, info = AutoModelForImageTextToText.from_pretrained(whole.folder, output_loading_info=True, **options)
+        model, info = AutoModelForImageTextToText.from_pretrained(full.folder, output_loading_info=True, **options)
     lacking = {kind: sorted(map(str, info[kind])) for kind in _LACKING if info.get(kind)}
     if lacking:
         problems = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())
         count = sum(map(len, lacking.values()))
-        raise CheckpointError(f"{whole.name} cannot be loaded: {count} problems, first {problems}.")
+        raise CheckpointError(f"{full.name} cannot be loaded: {count} problems, first {problems}.")
     unused = len(info.get("unexpected_keys", ()))
-    note = f"{whole.name}: {unused} tensors of its files have no place in the model that transformers builds."
+    note = f"{full.name}: {unused} tensors of its files have no place in the model that transformers builds."
     return model, (note,) if unused else ()
-
-
-def _loading_problem(whole: FullModel, error: Exception) -> str:
-    reason = first_line(str(error)) or type(error).__name__
-    return f"transformers cannot load {whole.name}: {reason}."

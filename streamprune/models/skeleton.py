@@ -96,8 +96,8 @@ class Target:
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model class that transformers gives for text generation, on the meta device, without any weight.
 
-    A multimodal model for which transformers has no text-only class is built whole; its vision tower then simply never
-    gets weights, since text alone does not reach it. Raises UnsupportedModelError, and CheckpointError where the
+    A multimodal model for which transformers has no text-only class is built in full; its vision tower then never gets
+    weights, since text alone does not reach it. Raises UnsupportedModelError, and CheckpointError where the
     model's own constructor fails on the config.
     """
     if getattr(config, "is_encoder_decoder", False):

@@ -15,7 +15,7 @@ from streamprune.models.per_layer_experts import config_of_per_layer_experts, ha
 from streamprune.models.per_layer_module import LoadingFacts, modeling_source
 from streamprune.output.tensors import OutputTensor, output_tensors
 
-#: The record of how the output was made, beside its weights.
+#: The file in the output that records how it was made.
 REPORT_NAME = "streamprune.json"
 
 

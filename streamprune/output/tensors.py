@@ -49,7 +49,7 @@ class OutputTensor:
 
     Exactly one of these describes it: `rows` (slice `sources[0]`), several `sources` (one per source expert; this
     output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). If a `stage` is named, that
-    stage computes the tensor, and hands its bytes to the writer.
+    stage computes the tensor, and passes its bytes to the writer.
     """
 
     name: str

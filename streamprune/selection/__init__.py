@@ -1,1 +1,1 @@
-"""From scores to the experts that stay. Needs no torch."""
+"""Selects the experts to keep from scores. Needs no torch."""

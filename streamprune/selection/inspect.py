@@ -1,6 +1,6 @@
-"""What scores show: how they are spread in each layer, where a selection draws the line, and what it would lose.
+"""What `streamprune inspect` prints: each layer's scores, a selection's boundary, and what it keeps by source.
 
-What `streamprune inspect` prints for people: one line per layer, so that 48 layers of 128 experts stay readable.
+One line per layer, so that 48 layers of 128 experts stay readable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
-from streamprune.selection.retention import Comparison, LayerDifference, Retention, retention_warnings, retentions
+from streamprune.selection.retention import Comparison, Retention, retention_warnings, retentions
 from streamprune.selection.select import Selection, routed_tokens, score_layer, super_experts
 from streamprune.selection.settings import SelectionSettings, mix_weights, token_shares
 
@@ -23,10 +23,9 @@ _QUARTILES = ("min", "q1", "median", "q3", "max")
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the line is drawn in a layer: the kept expert with the lowest score, the removed one with the highest.
+    """The kept expert with the lowest score in a layer, and the removed one with the highest.
 
-    Experts that stay because they are protected do not count. With groups of experts it is the line of the group in
-    which the two are closest.
+    Protected experts do not count. With groups of experts, it is the group in which the two are closest.
     """
 
     last_kept: int
@@ -36,7 +35,7 @@ class Boundary:
 
     @property
     def margin(self) -> float:
-        """By what share of the larger of the two scores they differ; negative where a lower score was kept."""
+        """The difference of the two scores, divided by the larger; negative where a lower score was kept."""
         widest = max(abs(self.last_kept_score), abs(self.first_removed_score))
         return (self.last_kept_score - self.first_removed_score) / widest if widest else 0.0
 
@@ -56,7 +55,7 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that `streamprune inspect` tells of scores; without a selection there is nothing to retain.
+    """Everything that `streamprune inspect` prints. Without a selection `retention` and `warnings` are empty.
 
     `shares` are the sources' shares of the tokens in the mix.
     """
@@ -128,13 +127,13 @@ def _choice_warnings(views: Sequence[LayerView], outliers: Mapping[int, tuple[in
     if any(unseen.values()):
         number, layers = sum(map(len, unseen.values())), sum(map(bool, unseen.values()))
         yield (
-            f"{number:,} experts in {layers} layers would stay that no token was routed to: nothing is known of them. "
-            "More or other calibration text would tell, or keep fewer."
+            f"{number:,} experts in {layers} layers would stay that no token was routed to, so their scores mean "
+            "nothing. Use more or other calibration text, or keep fewer experts."
         )
 
 
 def by_layer(experts: Mapping[int, Sequence[int]]) -> str:
-    """Numbers of experts by layer, in words; of many only the first."""
+    """The experts by layer as text: at most 10 of each layer, and 5 layers."""
     parts = [f"layer {index}: {', '.join(map(str, numbers[:10]))}" for index, numbers in experts.items() if numbers]
     number = sum(map(len, experts.values()))
     return "; ".join(parts[:5]) + (f"; …, {number} in {len(parts)} layers" if len(parts) > 5 else "")
@@ -183,12 +182,12 @@ def _layer_object(view: LayerView) -> dict[str, Any]:
 
 
 _BARS = " ▁▂▃▄▅▆▇█"
-#: So many experts that differ are named in a line of a comparison; `--layer` names all.
+#: Differing experts that one line of a comparison names at most; `--layer` names all.
 _NAMED = 8
 
 
 def inspection_lines(inspection: Inspection, title: str) -> Iterator[str]:
-    """The whole answer for all layers."""
+    """The text for all layers."""
     yield from _head(inspection, title)
     yield ""
     yield from _layer_table(inspection.layers)
@@ -197,7 +196,7 @@ def inspection_lines(inspection: Inspection, title: str) -> Iterator[str]:
 
 
 def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator[str]:
-    """The answer for one layer: every expert of it, the best first."""
+    """The text for one layer: every expert, the best first."""
     yield from _head(inspection, title)
     yield ""
     yield from _layer_table((view,))
@@ -206,7 +205,7 @@ def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator
     layer = next(layer for layer in scores.layers if layer.index == view.index)
     statistics = dict(zip(FIELDS, layer.values, strict=True))
     saliency = statistics["gated_norms"]
-    wholes = saliency.sum(axis=1)
+    totals = saliency.sum(axis=1)
     names = [name[:16] for name in scores.sources]
     yield f"Experts of layer {view.index}, best first; by source, the share of its saliency that the expert has here"
     yield f"{'rank':>6}  {'expert':>6}  {'score':>10}  {'tokens':>11}  {'':<9}" + "".join(
@@ -219,7 +218,7 @@ def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator
         if view.kept is not None:
             state = "protected" if expert in shielded else "kept" if expert in view.kept else "removed"
         shares = (
-            f"{values[expert] / whole:.2%}" if whole else "-" for values, whole in zip(saliency, wholes, strict=True)
+            f"{values[expert] / total:.2%}" if total else "-" for values, total in zip(saliency, totals, strict=True)
         )
         tokens = int(statistics["tokens"][:, expert].sum())
         yield (
@@ -249,14 +248,11 @@ def comparison_lines(comparison: Comparison, index: int | None = None) -> Iterat
     width = max(len("only this"), *map(len, columns))
     yield f"  layer  jaccard  {'only this':<{width}}  only {comparison.label}"
     for each, column in zip(differing, columns, strict=True):
-        yield _difference(each, column, width, named)
+        others = _numbers(each.second_only, named)
+        yield f"  {each.index:>5}  {each.jaccard:>7.3f}  {column:<{width}}  {others}".rstrip()
     same = len(comparison.layers) - len(differing)
     if same and index is None:
         yield f"  ({same} layers have no difference)"
-
-
-def _difference(each: LayerDifference, column: str, width: int, named: int | None) -> str:
-    return f"  {each.index:>5}  {each.jaccard:>7.3f}  {column:<{width}}  {_numbers(each.second_only, named)}".rstrip()
 
 
 def _numbers(experts: Sequence[int], named: int | None) -> str:
@@ -289,9 +285,8 @@ def _head(inspection: Inspection, title: str) -> Iterator[str]:
 
 def _layer_table(views: Sequence[LayerView]) -> Iterator[str]:
     chosen = views[0].kept is not None
-    heads = ("min", "q1", "median", "q3", "max")
     yield (
-        f"{'layer':>5} {'keep' if chosen else '':>5} {'unseen':>6}" + "".join(f" {head:>8}" for head in heads)
+        f"{'layer':>5} {'keep' if chosen else '':>5} {'unseen':>6}" + "".join(f" {head:>8}" for head in _QUARTILES)
         + "  min..max  " + (f"  {'last kept':>15} {'first removed':>15} {'margin':>7}" if chosen else "")
     ).rstrip()  # fmt: skip
     for view in views:

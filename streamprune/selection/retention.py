@@ -1,12 +1,10 @@
-"""Domain retention: how much of what the experts do for each source of the text a choice keeps.
+"""Domain retention: how much of each source's saliency a selection keeps; and the comparison of two selections.
 
 Saliency here is Σ g·‖f‖ over a source's own tokens, whatever method and mix chose: what an expert adds to the residual
 stream, on which the outputs of all layers add up. So the sums of all layers are taken together, choices of any two
-methods and schedules can be compared, and a layer counts by what it adds. (Of the definitions that were tried on two
-trained models with `tools/mixes`, this one told the order of the damage best; the mean over layers of each layer's
-share was no better than chance where layers keep different numbers.)
-
-Two choices side by side: which experts differ, and what each source gains or loses.
+methods and schedules can be compared, and a layer counts by what it adds. (Of the definitions tried on two trained
+models with `tools/mixes`, this one predicted the order of the damage best; the mean over layers of each layer's share
+was no better than chance where layers keep different numbers.)
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from streamprune.selection.settings import SelectionSettings
 
 #: A source that keeps less of its saliency than this is warned of: it loses most of its own.
 LEAST_RETENTION = 0.5
-#: So is one that loses so many times the share that the source loses which loses least, if it is worth speaking of.
-UNEQUAL, WORTH_TELLING = 2.0, 0.1
+#: Also warned of: a source that loses UNEQUAL times the share of the source that loses least, and LEAST_WARNED_LOSS.
+UNEQUAL, LEAST_WARNED_LOSS = 2.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,12 @@ def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] |
         alone = f"as many experts chosen for it alone would keep {each.best:.1%}"
         mix = "a larger share of --mix, " if shares.get(each.source, 0.0) < 1 else ""
         if each.kept < LEAST_RETENTION:
-            beside = f", where {least.source} keeps {least.kept:.1%}" if each is not least else ""
+            reference = f", where {least.source} keeps {least.kept:.1%}" if each is not least else ""
             yield (
-                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency{beside} ({alone}). "
+                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency{reference} ({alone}). "
                 f"What may help: {mix}another --method, more experts."
             )
-        elif 1 - each.kept >= max(WORTH_TELLING, UNEQUAL * (1 - least.kept)):
+        elif 1 - each.kept >= max(LEAST_WARNED_LOSS, UNEQUAL * (1 - least.kept)):
             yield (
                 f"{each.source} loses {1 - each.kept:.1%} of its saliency, {least.source} only {1 - least.kept:.1%} "
                 f"({alone}). If it matters, what may help: {mix}another --method, more experts."
@@ -137,7 +135,7 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A second choice, called `label`, held against the first: by layer, and by source what each of the two keeps."""
+    """A second choice, called `label`, compared with the first: by layer, and by source what each of the two keeps."""
 
     label: str
     selection: SelectionSettings
