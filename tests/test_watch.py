@@ -101,7 +101,7 @@ def test_the_card_may_be_used_up_to_the_cap_or_to_what_is_free(monkeypatch: pyte
         (None, 4096 - 256, "only 3.75 GiB can be used on cuda:0"),
     ):
         settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=cap)
-        limit = memory_facts._card_limit(settings, device, 1)
+        limit = memory_facts._gpu_limit(settings, device, 1)
         assert (limit.nbytes, limit.words) == (left * MIB, words)
 
 

@@ -64,18 +64,18 @@ class DistributedProcesses(Processes):
 
     def broadcast(self, value: T) -> T:
         box = [value if self.is_first else None]
-        self._talk(lambda: dist.broadcast_object_list(box, src=0, group=self._group, device=_HOST))
+        self._communicate(lambda: dist.broadcast_object_list(box, src=0, group=self._group, device=_HOST))
         return box[0]  # type: ignore[return-value]
 
     def collect(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.count
-        self._talk(lambda: dist.all_gather_object(values, value, group=self._group))
+        self._communicate(lambda: dist.all_gather_object(values, value, group=self._group))
         return values
 
     def add_up(self, values: torch.Tensor, maxima: Collection[int] = ()) -> None:
         own = values.to(_HOST).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.count)]
-        self._talk(lambda: dist.all_gather(parts, own, group=self._group))
+        self._communicate(lambda: dist.all_gather(parts, own, group=self._group))
         # Each adds all of them in the same order, so that all have the same sums whatever the network does.
         total = parts[0]
         for part in parts[1:]:
@@ -89,7 +89,7 @@ class DistributedProcesses(Processes):
         if self._asked or (not stop and time.monotonic() - self._asked_at < _ASK_EVERY):
             return self._asked
         self._asked_at = time.monotonic()
-        self._talk(lambda: self._ask(stop))
+        self._communicate(lambda: self._ask(stop))
         return self._asked
 
     def _ask(self, stop: bool) -> None:
@@ -107,16 +107,16 @@ class DistributedProcesses(Processes):
             return _Sent(tuple(leaf.shape), leaf.dtype)
 
         box = [pytree.tree_map(place_of, value)]
-        self._talk(lambda: dist.send_object_list(box, dst=process, group=self._group, device=_HOST))
+        self._communicate(lambda: dist.send_object_list(box, dst=process, group=self._group, device=_HOST))
         for tensor in tensors:
             if tensor.numel():
                 # As bytes: not every dtype can be sent as what it is.
                 data = tensor.reshape(-1).view(torch.uint8)
-                self._talk(lambda data=data: dist.send(data, dst=process, group=self._group))  # type: ignore[misc]
+                self._communicate(lambda data=data: dist.send(data, dst=process, group=self._group))  # type: ignore[misc]
 
     def receive(self, process: int) -> Any:
         box: list[Any] = [None]
-        self._talk(lambda: dist.recv_object_list(box, src=process, group=self._group, device=_HOST))
+        self._communicate(lambda: dist.recv_object_list(box, src=process, group=self._group, device=_HOST))
 
         def fill(leaf: Any) -> Any:
             if not isinstance(leaf, _Sent):
@@ -124,7 +124,7 @@ class DistributedProcesses(Processes):
             tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
             if tensor.numel():
                 data = tensor.reshape(-1).view(torch.uint8)
-                self._talk(lambda: dist.recv(data, src=process, group=self._group))
+                self._communicate(lambda: dist.recv(data, src=process, group=self._group))
             return tensor
 
         return pytree.tree_map(fill, box[0])
@@ -140,7 +140,7 @@ class DistributedProcesses(Processes):
         """Close the connections that `__init__` made."""
         dist.destroy_process_group(self._group)
 
-    def _talk(self, act: Callable[[], object]) -> None:
+    def _communicate(self, act: Callable[[], object]) -> None:
         try:
             act()
         except RuntimeError as error:
@@ -203,7 +203,7 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
             PartialState(cpu=on_cpu, backend="gloo", timeout=_MEET)
         if not joined_before:
             # Not sooner: accelerate joins once. Left to the interpreter's end, gloo's threads abort it now and then.
-            atexit.register(_part)
+            atexit.register(_disconnect)
         return DistributedProcesses(facts)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -214,7 +214,7 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
         ) from error
 
 
-def _part() -> None:
+def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -176,7 +176,7 @@ class Processes:
         raise AssertionError("there is no other process")
 
     def fail(self) -> None:
-        """Let the others know that this process tells the user itself why it ends."""
+        """Let the others know that this process prints itself why it ends."""
 
     def in_order(self, own: Iterable[tuple[int, int]]) -> list[Piece]:
         """The items of all ranks, given this one's as (place in the order of one process, size)."""

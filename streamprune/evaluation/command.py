@@ -1,4 +1,4 @@
-"""The course of `streamprune eval`: find the text, measure, tell, and leave the results where they belong."""
+"""`streamprune eval`: find the text, measure, print and save the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from streamprune.reporting.evaluations import (
 class Asked:
     """What is to be found out about a model: predictions on text (`on_text`), continuations, tasks; any of them.
 
-    `tasks` are the arguments of `harness.tasks.run_tasks` beside the model's. `output` is where the results go.
+    `tasks` are the arguments of `evaluation.tasks.run_tasks`, except the model's. `output` is where the results go.
     """
 
     on_text: bool
@@ -70,7 +70,7 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool, show: Callable[[s
             for line in lines:
                 (show or progress.say)(line)
             if folder is not None:
-                progress.say(_leave(folder, name, result, replace_better=asked.output is not None))
+                progress.say(_save(folder, name, result, replace_better=asked.output is not None))
 
         data: Calibration | None = None
         if asked.on_text or (asked.generation is not None and (asked.prompts is None or settings.data)):
@@ -94,7 +94,7 @@ def examine(settings: EvalSettings, asked: Asked, quiet: bool, show: Callable[[s
     return Found(told, ours if asked.output is None else None)
 
 
-def _leave(folder: Path, name: str, result: Mapping[str, Any], replace_better: bool) -> str:
+def _save(folder: Path, name: str, result: Mapping[str, Any], replace_better: bool) -> str:
     """Leave a result in a folder, unless a better one is there; returns what is said of that."""
     stored = read_result(folder, name)
     better = None if replace_better else says_less(result, stored)
@@ -132,7 +132,7 @@ def read_held_out(settings: EvalSettings) -> Calibration:
     """
     recipe = held_out_recipe(Path(settings.model))
     if not recipe.is_file():
-        # What is no model at all is told before.
+        # Refuse first what is no model at all.
         config_folder(settings.model, settings.revision, settings.trust_remote_code)
         raise SettingsError(
             "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "

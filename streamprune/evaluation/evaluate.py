@@ -135,12 +135,12 @@ def long_enough(data: Calibration) -> Calibration:
 
 
 def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> dict[str, Any]:
-    """Stream a model, and with `against` the original beside it, over `data`; returns the result. See `examine`."""
+    """Stream a model, and with `against` the original too, over `data`; returns the result. See `examine`."""
     return examine(settings, data, progress).result
 
 
 def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Evaluation:
-    """Stream a model, and with `against` the original beside it, over `data`.
+    """Stream a model, and with `against` the original too, over `data`.
 
     Peak memory: a layer of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
     the heads. Raises a StreampruneError for whatever cannot work.
@@ -202,7 +202,7 @@ def measure(
 
 
 def mean_errors(errors: LayerErrors, data: Calibration) -> list[list[float]]:
-    """The mean relative errors behind every layer: a list for each source, and a last one for all together."""
+    """The mean relative errors after every layer: a list for each source, and a last one for all together."""
     layers = [errors.by_layer[layer] for layer in sorted(errors.by_layer)]
     by_source = [[layer[source] / tokens for layer in layers] for source, tokens in enumerate(data.tokens_of)]
     return [*by_source, [sum(layer) / data.tokens for layer in layers]]

@@ -22,7 +22,7 @@ from streamprune.progress import Progress
 
 #: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.
 SHARE = 0.1
-#: The folder's name is the output's with this behind it. (Not in the output: that may be published, this need not.)
+#: The folder's name is the output's with this suffix. (Not in the output: that may be published, this need not.)
 HELD_OUT_SUFFIX = ".held-out"
 _RECIPE_NAME = "recipe.json"
 #: What lies in that folder, finished or not.
@@ -76,13 +76,13 @@ def held_out_recipe(output: Path) -> Path:
 def recipe_within(name: str) -> str:
     """What --data names; where that is the folder of text that was held back, the recipe in it."""
     recipe = Path(os.path.expanduser(name)) / _RECIPE_NAME  # noqa: PTH111
-    # (In this order: only of what is there can be told where it lies.)
+    # (In this order: resolve only what exists.)
     is_ours = os.path.isfile(recipe) and recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX)  # noqa: PTH113
     return str(recipe) if is_ours else name
 
 
 def save_held_out(output: Path, held: Calibration, progress: Progress) -> None:
-    """Leave the text beside the output, and say where; a result is not worth less without it."""
+    """Save the text next to the output, and print where; a failure is only a note."""
     try:
         recipe = write_held_out(output, held)
     except StreampruneError as error:
@@ -92,7 +92,7 @@ def save_held_out(output: Path, held: Calibration, progress: Progress) -> None:
 
 
 def write_held_out(output: Path, held: Calibration) -> Path:
-    """Leave the text beside the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
+    """Save the text next to the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
     recipe = held_out_recipe(output)
     # (Ours may lack the recipe, where it was being written when a run was killed.)
     if any(_OURS.fullmatch(path.name) is None for path in names_in(recipe.parent)):
@@ -115,7 +115,7 @@ def write_held_out(output: Path, held: Calibration) -> Path:
 class PruneRecord:
     """The folder of a model that we made, with the fingerprints of its source and of the text that was held back.
 
-    Both are None where the record does not tell.
+    Both are None where the record does not say.
     """
 
     folder: Path
@@ -124,7 +124,7 @@ class PruneRecord:
 
 
 def record_of(model: str) -> PruneRecord | None:
-    """What the record in a model's folder tells; None for a model that we did not make, or a name that no folder has.
+    """What the record in a model's folder says; None for a model that we did not make, or a name that no folder has.
 
     Raises CheckpointError for a record that is no JSON object.
     """

@@ -1,4 +1,4 @@
-"""From what came of every token to what is told of every source: means, intervals, and the table for people.
+"""From figures of every token to figures of every source: means, intervals, and the table for people.
 
 Losses and KL divergence are nats per token; perplexity is e^loss.
 """
@@ -59,7 +59,7 @@ def summarize(
 def sums_by_source(found: Sequence[SequenceFigures], sources: Sequence[str]) -> list[Sums]:
     """The sums of each source. Raises NonFiniteError where a model predicts no numbers.
 
-    What is drawn are whole sequences, since the tokens of one are not independent, each source's among themselves; with
+    Complete sequences are drawn, since the tokens of one are not independent, each source's among themselves; with
     a fixed seed, so that the same figures give the same intervals, and any model's draws are of the same sequences.
     """
     return [
@@ -73,15 +73,15 @@ def summary_of(
 ) -> dict[str, Any]:
     """`sources` and `all` of an evaluation, as `reporting.evaluations` describes them, from the sums of each source.
 
-    `errors` are the mean relative errors behind every block by source, and behind those the ones of all together.
+    `errors` are the mean relative errors after every layer by source, then those of all together.
     Intervals are percentiles of a bootstrap (Efron 1979).
     """
-    told = [{"name": name, **_figures(sums)} for name, sums in zip(sources, parts, strict=True)]
+    figures = [{"name": name, **_figures(sums)} for name, sums in zip(sources, parts, strict=True)]
     everything = {"name": "all", **_figures(joined(parts))}
     if errors is not None:
-        for each, behind_blocks in zip((*told, everything), errors, strict=True):
-            each["hidden_error"] = list(behind_blocks)
-    return {"sources": told, "all": everything}
+        for each, after_layers in zip((*figures, everything), errors, strict=True):
+            each["hidden_error"] = list(after_layers)
+    return {"sources": figures, "all": everything}
 
 
 def mean_kl(found: Sequence[SequenceFigures]) -> float:
@@ -159,21 +159,21 @@ def combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
 
 
 def _figures(sums: Sums) -> dict[str, Any]:
-    told: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
+    figures: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
     for name in ("loss", "perplexity", "original_loss", "original_perplexity", "loss_increase", "kl", "top1_agreement"):
         column, change = (name.replace("perplexity", "loss"), _exp) if name.endswith("perplexity") else (name, float)
         if column not in sums.columns:
             continue
-        told[name] = change(sums.mean(column))
+        figures[name] = change(sums.mean(column))
         if name.startswith("original"):
             continue
         interval = sums.interval(column)
-        told[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
+        figures[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
     if sums.kl is not None:
         # (torch.quantile sorts no more than 2**24 values.)
         rank = max(1, math.ceil(0.99 * len(sums.kl)))
-        told["kl_p99"] = float(sums.kl.kthvalue(rank).values)
-    return told
+        figures["kl_p99"] = float(sums.kl.kthvalue(rank).values)
+    return figures
 
 
 def _exp(loss: float) -> float:

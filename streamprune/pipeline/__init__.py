@@ -1,1 +1,1 @@
-"""The course of each command: run, score, prune, resume, status."""
+"""The steps of each command: run, score, prune, resume, status."""

@@ -17,7 +17,7 @@ from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
 
 if TYPE_CHECKING:
-    # They import torch, and `streamprune prune`, which also tells of its result, does without.
+    # These import torch; `streamprune prune` prints through this module too and needs no torch.
     import torch
 
     from streamprune.calibration.sequences import Calibration

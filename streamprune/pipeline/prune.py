@@ -204,7 +204,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
-    """What has to be known of the model: told by the scores, else found by building it."""
+    """The model's facts: read from the scores if they hold them, else found by building the model."""
     if scores is not None:
         scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
         if scored != here:

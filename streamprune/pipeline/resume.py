@@ -1,4 +1,4 @@
-"""Whether an interrupted run may be taken up: everything that decides the result must be as it was.
+"""Whether an interrupted run may be resumed: everything that decides the result must be as it was.
 
 Where scores come from, as it is kept with them.
 """
@@ -59,7 +59,7 @@ def describe_run(settings: RunSettings, prepared: PreparedModel, calibration: Ca
 
 
 def _kept(prepared: PreparedModel) -> str:
-    """How many experts stay, as it is compared and told."""
+    """How many experts stay, in words, as compared and shown."""
     counts = prepared.plan.counts
     if counts is None:
         return "none removed"
@@ -86,7 +86,7 @@ def run_to_resume(work: Path) -> dict[str, Any]:
 def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:
     """The settings of a recorded run, to go on with it in `work`. Raises ResumeError if they make no sense."""
     changes: dict[str, Any] = {"resume": "required", "from_layer": None}
-    # A budget counts as it was then: what is free on a card changes.
+    # A budget counts as it was then: free GPU memory changes.
     if run["budget_bytes"] is not None:
         changes |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
     return settings_from(RunSettings, run["command"], work, **changes)
@@ -152,8 +152,8 @@ def _file(state: list[int] | None) -> str:
 def _held_back(held: Calibration | None) -> dict[str, Any]:
     if held is None:
         return {}
-    told = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
-    return {"held_back": told}
+    facts = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
+    return {"held_back": facts}
 
 
 def provenance_of(

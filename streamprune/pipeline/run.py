@@ -1,6 +1,6 @@
 """`run` and `score`: plan, stream the layers, choose, write the output, print what came of it.
 
-Every process goes through the same course; rank 0 alone reads what the user gave, writes files and prints.
+Every process takes the same steps; rank 0 alone reads the user's files, writes and prints.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ def _settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSet
 def _run(settings: RunSettings, quiet: bool, processes: Processes, resuming: bool = False) -> RunResult:
     device = processes.on_each(lambda: device_of(settings, processes))
     with ExitStack() as stack:
-        course = _Run(processes, device, stack)
-        job = processes.on_first(lambda: course.begin(settings, quiet, resuming))
-        return course.go(job)
+        run_steps = _Run(processes, device, stack)
+        job = processes.on_first(lambda: run_steps.begin(settings, quiet, resuming))
+        return run_steps.go(job)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Job:
 
 
 class _Run:
-    """The course of a run in one process. `work`, `facts`, `whole` and `recorded` are rank 0's alone.
+    """The steps of a run in one process. `work`, `facts`, `whole` and `recorded` are rank 0's alone.
 
     What it opens is closed with `stack`; on any exit, what is finished is kept.
     """
@@ -305,7 +305,7 @@ class _Run:
 class _Finish:
     """From the statistics of all layers to the output. Rank 0; `taken` is how the scores were taken."""
 
-    course: _Run
+    run_steps: _Run
     runtime: Runtime
     prepared: PreparedModel
     calibration: Calibration
@@ -316,27 +316,27 @@ class _Finish:
 
     def select(self, layers: Sequence[LayerStatistics], selector: Selector, target: OutputTarget | None) -> Selection:
         """Select the experts of all layers, print what that keeps, and save the held-out text beside the output."""
-        course, settings, counts = self.course, self._settings, self.prepared.plan.counts
-        assert course.work is not None
+        run_steps, settings, counts = self.run_steps, self._settings, self.prepared.plan.counts
+        assert run_steps.work is not None
         assert counts is not None  # only where nothing is pruned
         scores = self._scores(layers)
-        selection = select_all(selector, scores, settings, course.work)
+        selection = select_all(selector, scores, settings, run_steps.work)
         self.written = target is not None
         self.writer = target.writer if target is not None else None
-        self.writer = self.writer or course._writer(settings, self.prepared, selection.counts_by_layer)
+        self.writer = self.writer or run_steps._writer(settings, self.prepared, selection.counts_by_layer)
         self.decided = SelectionResult(
-            settings, self.prepared.checkpoint, course.facts, counts, selection, self.writer.plan, scores.provenance,
+            settings, self.prepared.checkpoint, run_steps.facts, counts, selection, self.writer.plan, scores.provenance,
             scores,
         )  # fmt: skip
-        print_selection(self.decided, course.progress)
+        print_selection(self.decided, run_steps.progress)
         if self.calibration.held_out is not None:
             # Before the output has its name, or is refused one: nothing is left to go on with then.
-            save_held_out(settings.output, self.calibration.held_out, course.progress)
+            save_held_out(settings.output, self.calibration.held_out, run_steps.progress)
         return selection
 
     def write_model(self, evaluation: RunEvaluation | None) -> RunResult:
         """Write what is not written yet, check all of it, give it its name, and print the result."""
-        course, decided, writer, work = self.course, self.decided, self.writer, self.course.work
+        run_steps, decided, writer, work = self.run_steps, self.decided, self.writer, self.run_steps.work
         assert decided is not None
         assert writer is not None
         assert work is not None
@@ -344,33 +344,33 @@ class _Finish:
             evaluation.judge(decided)
         if not self.written:
             with self.runtime.busy.at("write"):
-                write_layers(decided, writer, work, course.progress, course.stop)
-        course.stop.patient = False
+                write_layers(decided, writer, work, run_steps.progress, run_steps.stop)
+        run_steps.stop.patient = False
         work.states.forget()
         result = evaluation.result if evaluation is not None else None
-        estimate = complete(decided, writer, work, course.progress, result)
+        estimate = complete(decided, writer, work, run_steps.progress, result)
         # The output is complete from here on, whatever happens to the log or the terminal.
         memory = estimate_object(estimate) if estimate else None
         summary = {
-            **summary_of(decided, memory, course.progress.seconds),
+            **summary_of(decided, memory, run_steps.progress.seconds),
             **({"evaluation": result} if result is not None else {}),
             **self._taken(),
         }
         self._log(summary)
-        print_result(course.progress, self._settings, summary)
+        print_result(run_steps.progress, self._settings, summary)
         if estimate is not None:
-            print_memory(course.progress, estimate)
+            print_memory(run_steps.progress, estimate)
         return RunResult(self._settings.output, decided.selection.layers, summary)
 
     def write_scores(self, layers: Sequence[LayerStatistics]) -> RunResult:
         """Write the scores, where nothing is pruned."""
-        course, settings, scores = self.course, self._settings, self._scores(layers)
-        assert course.work is not None
-        course.stop.patient = False
-        complete_scores(settings, self.prepared.checkpoint, scores, course.work)
-        summary = {**summary_of_scores(settings, scores, course.progress.seconds), **self._taken()}
+        run_steps, settings, scores = self.run_steps, self._settings, self._scores(layers)
+        assert run_steps.work is not None
+        run_steps.stop.patient = False
+        complete_scores(settings, self.prepared.checkpoint, scores, run_steps.work)
+        summary = {**summary_of_scores(settings, scores, run_steps.progress.seconds), **self._taken()}
         self._log(summary)
-        print_scores(course.progress, settings, scores, summary)
+        print_scores(run_steps.progress, settings, scores, summary)
         return RunResult(settings.output, (), summary)
 
     @property
@@ -379,7 +379,7 @@ class _Finish:
         return self.runtime.settings
 
     def _scores(self, layers: Sequence[LayerStatistics]) -> Scores:
-        text, facts = self.calibration, self.course.facts
+        text, facts = self.calibration, self.run_steps.facts
         provenance = provenance_of(self._settings, self.prepared, text, self.runtime.device, self.taken["batch_tokens"])
         return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
 
@@ -387,7 +387,7 @@ class _Finish:
         return {**self.taken, "busy": self.runtime.busy.utilisation(), "peak_resident_bytes": peak_resident_bytes()}
 
     def _log(self, summary: Mapping[str, Any]) -> None:
-        progress = self.course.progress
+        progress = self.run_steps.progress
         progress.log("summary", {**summary, "host": describe_host(self.runtime.device)})
         progress.write_log(sibling_path(self._settings.output, LOG_SUFFIX))
 

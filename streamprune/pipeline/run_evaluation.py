@@ -68,12 +68,12 @@ class RunEvaluation:
             self._work.forget_evaluation()
 
     def is_due(self, layer: int) -> bool:
-        """Whether the predictions are to be read behind layer `layer`, within the model."""
+        """Whether the predictions are to be read after layer `layer`, before the last one."""
         step = max(1, self._layers // _LOOKS)
         return self._settings.stop_if_kl is not None and (layer + 1) % step == 0 and layer + 1 < self._layers
 
     def on_predictions(self, layer: int, figures: Sequence[SequenceFigures]) -> None:
-        """Take what is predicted before layer `layer`; behind the last one that is the result.
+        """Take the predictions from the states before layer `layer`; after the last layer they are the result.
 
         Raises TooMuchLostError where, within the model, the damage is far beyond what the user accepts.
         """

@@ -1,4 +1,4 @@
-"""The layers of a run: take up what is finished, score and write what is left, save on the way."""
+"""The layers of a run: load finished ones, score and write the rest, save states on the way."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class RunLayers:
         Raises InterruptedRunError, with everything saved, when the user asks to stop.
         """
         self._tokens = source_tokens
-        self._finished = self._processes.on_first(self._take_up)
+        self._finished = self._processes.on_first(self._load_finished)
         count, evaluation = self._layout.layer_count, self._evaluation
         # Behind the last layer with experts nothing is computed, unless predictions are to be read.
         measures = evaluation is not None and evaluation.during_run
@@ -131,7 +131,7 @@ class RunLayers:
             self._go_through(run, start, evaluation)
             self._writer.wait()
         if self._anybody(bool(self._stop)):
-            self._leave()
+            self._stop_run()
         return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
     def _go_through(self, run: list[int], start: int, evaluation: RunEvaluation | None) -> None:
@@ -155,7 +155,7 @@ class RunLayers:
             self._writer.wait()
             self._progress.say("stopping: saving the hidden states ...")
             self._loop.save(self._work)
-            self._leave()
+            self._stop_run()
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if not self._restored:
                 raise
@@ -221,7 +221,7 @@ class RunLayers:
             self._loop.drop_cached_pages(layer)
         self._work.write_layer(layer, statistics, kept, shards)
 
-    def _take_up(self) -> dict[int, LayerStatistics | None]:
+    def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the layers that are finished, by rank 0; damaged shards of theirs are written again."""
         assert self._work is not None
         first, count = self._settings.from_layer, self._layout.layer_count
@@ -234,13 +234,13 @@ class RunLayers:
             if self._stop:
                 # Checking tens of GiB takes a while. There is nothing new to save.
                 self._finished = found
-                self._leave()
-            self._take_up_layer(layer, found)
+                self._stop_run()
+            self._load_finished_layer(layer, found)
         if found:
             self._progress.say(f"resuming: {len(found)} of {count} layers are done")
         return found
 
-    def _take_up_layer(self, index: int | None, found: dict[int, LayerStatistics | None]) -> None:
+    def _load_finished_layer(self, index: int | None, found: dict[int, LayerStatistics | None]) -> None:
         assert self._work is not None
         record = self._work.read_layer(index)
         try:
@@ -333,7 +333,7 @@ class RunLayers:
     def _anybody(self, stop: bool) -> bool:
         return any(self._processes.collect(stop))
 
-    def _leave(self) -> NoReturn:
+    def _stop_run(self) -> NoReturn:
         where = self._work.folder if self._work is not None else self._settings.work_folder
         raise InterruptedRunError(
             f"Stopped as asked; {len(self._finished)} of {self._layout.layer_count} layers are done, and all of it "

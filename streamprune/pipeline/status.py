@@ -97,7 +97,7 @@ def clean_up(folder: Path, everything: bool) -> int:
         if settings is not None:
             put_back(settings.output_work_folder, settings.output)
             if complete or (everything and not _holds_anything(settings.output_work_folder)):
-                # The folder beside the output, where the work folder is somewhere else.
+                # The folder next to the output, if the work folder is elsewhere.
                 shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         elif work.keeps_old_output():
             raise ResumeError(
@@ -123,7 +123,7 @@ def _settings(folder: Path) -> OutputSettings | None:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether a folder beside an output does more than reserve the output's name for work that is done elsewhere."""
+    """Whether a folder next to an output does more than reserve the output's name for work that is done elsewhere."""
     work = WorkFolder(folder)
     ours = (folder / LOCK_NAME).is_file()
     return not ours or work.has_progress() or has_run(folder) or has_pruning(folder) or _holder(folder) is not None

@@ -30,7 +30,7 @@ from streamprune.planning.prepare import PreparedModel
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
 SUMS_PER_TOKEN = 9 * 8
-#: Left alone on a card: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
+#: Not used on a GPU: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
 #: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
 #: where hidden states come and go in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
@@ -174,7 +174,7 @@ def _recast(opened: OpenedModel) -> Counter[str]:
 
 
 def _non_layer_bytes_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
-    """Bytes of the non-layer weights that are converted: as read, they are in memory beside the converted ones."""
+    """Bytes of the non-layer weights that are converted: as read, they are in memory with the converted ones."""
     decoder = skeleton.layers_path.rpartition(".")[0]
     inside = decoder + "." if decoder else ""
     return sum(size for name, size in recast.items() if name.startswith(inside) and skeleton.layer_of(name) is None)
@@ -187,7 +187,7 @@ def states_per_token(text: Any, itemsize: int, length: int) -> int:
         value = getattr(text, name, None)
         return value if isinstance(value, int) else 0
 
-    # Models with several residual streams (hyper-connections) hand all of them on.
+    # Models with several residual streams (hyper-connections) pass all of them on.
     values = number("hidden_size") * max(1, number("hc_count"), number("hc_mult"))
     if number("num_kv_shared_layers"):
         # The last keys and values of each kind of layer are there for the layers that have none of their own.
@@ -228,7 +228,7 @@ def measure_room(
 ) -> Room:
     """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
 
-    The `processes` on this machine divide its RAM, and those on a card that; the caps are for each of them.
+    The `processes` on this machine divide its RAM, and those on one GPU its memory; the caps are for each of them.
     """
     free = max(0, machine.free_disk_bytes(folder) - output_bytes)
     disk = Limit(
@@ -248,10 +248,10 @@ def measure_room(
         return Room(ram, None, disk)
     # Without a GPU's number in --device, processes take them in turn; with one, all take that.
     sharing = -(-processes.local_count // len(all_gpus())) if settings.device == "auto" else 0
-    return Room(_card_limit(settings, device, sharing or processes.local_count), ram, disk)
+    return Room(_gpu_limit(settings, device, sharing or processes.local_count), ram, disk)
 
 
-def _card_limit(settings: ComputeSettings, device: torch.device, sharing: int) -> Limit:
+def _gpu_limit(settings: ComputeSettings, device: torch.device, sharing: int) -> Limit:
     free = max(0, devices.free_device_bytes(device) // sharing - DEVICE_MARGIN)
     if settings.vram_bytes is not None:
         context = context_bytes(device)

@@ -34,7 +34,7 @@ class ModelFacts:
     footprint: Footprint | None
 
     def as_json(self) -> dict[str, Any] | None:
-        """The facts as JSON, less the spec; None for a checkpoint whose tensors no patterns can tell."""
+        """The facts as JSON, less the spec; None for a checkpoint whose tensor names fit no pattern."""
         tensors = self.layout.as_json()
         if tensors is None:
             return None
@@ -73,9 +73,9 @@ def facts_from_json(
     tensors: Mapping[str, TensorEntry],
     counts: Mapping[int, int] | None = None,
 ) -> ModelFacts:
-    """The facts that `ModelFacts.as_json` told, for a checkpoint with these tensors: the source's, or an output's.
+    """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
 
-    `spec` is the source's; `counts` are the experts by block of an output, None for the source itself.
+    `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself.
     Raises CheckpointError for anything else: they may come from a stranger.
     """
     try:

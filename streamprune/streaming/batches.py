@@ -136,7 +136,7 @@ class MicroBatches:
         self._states.synchronize()
         own = zip(self._places, (len(batch.ids) for batch in self._batches), strict=True)
         pieces = self._processes.in_order(own)
-        told = {
+        saved = {
             "sizes": [piece.size for piece in pieces],
             "done": sum(self._processes.collect(done)),
             "batch_tokens": min(self._processes.collect(self.batch_tokens)),
@@ -149,7 +149,7 @@ class MicroBatches:
 
         def write(piece: Callable[[int], Any]) -> None:
             assert work is not None
-            work.states.save(len(pieces), lambda place: BatchState(*piece(place)), told)
+            work.states.save(len(pieces), lambda place: BatchState(*piece(place)), saved)
 
         self._processes.gather(pieces, parts, write)
 
@@ -226,9 +226,9 @@ class MicroBatches:
         Returns up to which of all micro-batches each rank goes before all stop; None if none of them wants to.
         """
         reached = self._places[done - 1] + 1 if done else 0
-        told = self._processes.collect((stopped, reached, self.batch_tokens))
-        self.batch_tokens = min(tokens for *_, tokens in told)
-        return max(reached for _, reached, _ in told) if any(stopped for stopped, *_ in told) else None
+        answers = self._processes.collect((stopped, reached, self.batch_tokens))
+        self.batch_tokens = min(tokens for *_, tokens in answers)
+        return max(reached for _, reached, _ in answers) if any(stopped for stopped, *_ in answers) else None
 
     def _attempt(self, number: int, compute: Compute) -> str | None:
         """None if a micro-batch succeeded; what the library said if memory ran out, and then nothing of it remains."""
@@ -239,7 +239,7 @@ class MicroBatches:
             if not is_out_of_memory(error):
                 raise
             problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        # Only here, behind the clause, is the traceback gone that held the tensors of the failed attempt.
+        # Only after the except clause is the traceback freed, which held the failed attempt's tensors.
         self._states.drop_prefetch()
         free_after_failure(self._device)
         return problem

@@ -91,7 +91,7 @@ class LayerLoop:
         self._go_to(task.index + 1)
 
     def read_predictions(self, layer: int, among: Among = lambda batch: True) -> list[SequenceFigures]:
-        """What is predicted before layer `layer` (behind the last one: by the model), by sequence; of all ranks.
+        """What is predicted before layer `layer` (after the last one: by the model), by sequence; of all ranks.
 
         Raises Stopped; then it begins anew.
         """

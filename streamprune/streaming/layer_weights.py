@@ -185,7 +185,7 @@ class LayerWeights:
         """The rows from `begin` to `end` of parameters outside the layers: of those in memory, or read for the moment.
 
         Peak memory: those rows, twice where the checkpoint has them in another dtype. A parameter that the checkpoint
-        holds in several pieces, or in another layout, is loaded whole and stays.
+        holds in several pieces, or in another layout, is loaded completely and stays.
         """
         known = dict(_tensors(self.model))
         entries: dict[str, list[TensorEntry]] = {}

@@ -33,7 +33,7 @@ from streamprune.work.saved_states import BatchState
 class SlicedHead:
     """The output head of a model, of which only a slice of the vocabulary is there at a time.
 
-    Peak memory: the weights of a slice. What the model's forward does with logits behind the head (scaling,
+    Peak memory: the weights of a slice. What the model's forward does with logits after the head (scaling,
     soft-capping) it does with those of a slice, which is the same for whatever treats each logit by itself. Raises
     UnsupportedModelError for a head that is no linear layer.
     """
@@ -95,9 +95,9 @@ class _Slice(nn.Module):
         return functional.linear(hidden, self.weight, self.bias)
 
 
-#: Of each model: the largest logit, the sum of exponentials beside it, the next token's logit, the likeliest token.
+#: Of each model: the largest logit, the sum of exponentials relative to it, the next token's logit, the top token.
 _LARGEST, _TOTAL, _TARGET, _TOP, _PER_SIDE = range(5)
-#: With two models, behind the two: Σ e^(x_P-m) (x_P - x_Q).
+#: With two models, after the columns of both: Σ e^(x_P-m) (x_P - x_Q).
 _CROSS = 2 * _PER_SIDE
 #: Numbers per token of a pair: what its sums take, in float64.
 WIDTH = _CROSS + 1
@@ -126,7 +126,7 @@ def no_sums(ids: torch.Tensor, sides: int) -> torch.Tensor:
 def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.Tensor], begin: int) -> torch.Tensor:
     """New sums with the logits (B, L, v) of the tokens from `begin` on added, by model."""
     flat = sums.flatten(0, 1).clone()
-    # The token behind each; none behind the last.
+    # The token after each; none after the last.
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten()
     sides = [logits[side].flatten(0, 1) for side in (PRUNED, ORIGINAL) if side in logits]
     rows = max(1, _PORTION // sides[0].shape[-1])
@@ -176,7 +176,7 @@ def figures_of(sums: torch.Tensor) -> TokenFigures:
     original_loss, original_normal = _loss(original)
     kl = sums[..., _CROSS] / original[..., _TOTAL] - (original_normal - normal)
     agrees = (pruned[..., _TOP] == original[..., _TOP]).double()
-    # Rounding may leave a hair below zero where both are the same.
+    # Rounding may give slightly less than zero where both are equal.
     return TokenFigures(loss, original_loss, kl.clamp(min=0.0), agrees)
 
 
@@ -222,7 +222,7 @@ class PredictionReader:
         self._weights = weights[PRUNED]
 
     def read(self, layer: int) -> list[SequenceFigures]:
-        """What is predicted from the states before layer `layer` (behind the last one: by the model), by sequence.
+        """What is predicted from the states before layer `layer` (after the last one: by the model), by sequence.
 
         Of all ranks, in the order of one process. Raises Stopped between two micro-batches; it begins anew then.
         """

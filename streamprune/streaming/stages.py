@@ -223,7 +223,7 @@ class ScoreStage(ForwardStage):
         self._scoring, self._pruned_stream = scoring, pruned_stream
         #: The sums over the micro-batches that are done, while a layer is scored; and those of the last micro-batch.
         self._total: ExpertStatistics | None = None
-        self._heard: ExpertStatistics | None = None
+        self._last: ExpertStatistics | None = None
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
         return self._measured(batch) or not self._stays(task) or self._tap(task) is not None
@@ -242,16 +242,16 @@ class ScoreStage(ForwardStage):
     def compute(
         self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
     ) -> BatchState | None:
-        tap, self._heard = self._tap(task), None
+        tap, self._last = self._tap(task), None
         if tap is not None:
             # Collected apart for every attempt: one that runs out of memory later must not be counted.
-            tap.statistics = self._heard = None if self._measured(batch) else self._no_statistics()
+            tap.statistics = self._last = None if self._measured(batch) else self._no_statistics()
         after = super().compute(task, layer, number, batch, state)
         return None if self._stays(task) and not self._measured(batch) else after
 
     def commit(self, batch: MicroBatch) -> None:
-        if self._heard is not None and self._total is not None:
-            self._total.merge(self._heard, batch.source)
+        if self._last is not None and self._total is not None:
+            self._total.merge(self._last, batch.source)
 
     def reduce(self, task: LayerTask, processes: Processes) -> None:
         if self._total is not None:

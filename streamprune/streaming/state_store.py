@@ -1,4 +1,4 @@
-"""Where hidden states are stored: in the memory of the device that computes, in RAM beside a GPU, or in a file."""
+"""Where hidden states are stored: in the memory of the device that computes, in RAM, or in a file."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Fetch:
-    """A leaf on its way; calling waits for it. (A class of its own, so that it is told apart from a stored leaf.)"""
+    """A leaf on its way; calling waits for it. (A class of its own, to distinguish it from a stored leaf.)"""
 
     arrive: Callable[[], Any]
 
@@ -202,7 +202,7 @@ class MemoryStateStore:
 
 
 class OffloadedStateStore(MemoryStateStore):
-    """Page-locked RAM beside a GPU. Two streams of its own carry states in and out while the GPU computes."""
+    """Page-locked RAM for a GPU's states. Two streams of its own carry states in and out while the GPU computes."""
 
     def __init__(self, gpu: torch.device, busy: Busy) -> None:
         super().__init__(CPU)

@@ -110,7 +110,7 @@ class HiddenStates:
             self._store.fill(jobs)
         gone += [leaf for key in old.keys() - new.keys() for leaf in pytree.tree_leaves(old[key])]
         self._store.drop(gone)
-        self._states[batch] = _whole(ready)
+        self._states[batch] = _state_of(ready)
 
     def move(self, home: torch.device) -> None:
         """Move all states into the memory of another device."""
@@ -125,7 +125,7 @@ class HiddenStates:
     def split(self, batch: int, shape: Sequence[int], sizes: Sequence[int]) -> None:
         """Make several micro-batches of one of token ids of `shape` (B, L): of `sizes` sequences, summing to B.
 
-        Those behind it move up. The parts lie where the whole did.
+        The micro-batches after it move up. The parts share the storage of the original.
         """
         self.drop_prefetch()
         start, pieces = 0, []
@@ -172,7 +172,7 @@ def _parts(state: BatchState) -> _Parts:
     return {(): state.output, **carried}
 
 
-def _whole(parts: _Parts) -> BatchState:
+def _state_of(parts: _Parts) -> BatchState:
     state = BatchState(parts[()])
     for key, value in parts.items():
         if key:
@@ -181,7 +181,7 @@ def _whole(parts: _Parts) -> BatchState:
 
 
 def _map_state(function: Callable[[Any], Any], state: BatchState) -> BatchState:
-    return _whole({key: pytree.tree_map(function, value) for key, value in _parts(state).items()})
+    return _state_of({key: pytree.tree_map(function, value) for key, value in _parts(state).items()})
 
 
 def _match(function: Callable[[Any, Any], Any], old: Any, new: Any, gone: list[Any]) -> Any:

@@ -1,1 +1,1 @@
-"""The work folder: what survives an interruption, and how it is taken up again."""
+"""The work folder: what survives an interruption, and how it is resumed."""

@@ -20,7 +20,7 @@ from streamprune.work.records import RUN_NAMES, has_pruning, has_run
 
 
 def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
-    """Lock the work folder, and if it is not beside the output, a second one there that reserves the output's name.
+    """Lock the work folder, and if it is not next to the output, a second one there that reserves the output's name.
 
     Raises OutputError if the work folder and the output contain one another, or another run holds them.
     """
@@ -30,8 +30,8 @@ def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
     if home == output or home in output.parents or output in home.parents:
         raise OutputError(f"The work folder {home} and the output {output} must not be, or contain, one another.")
     if elsewhere:
-        beside = stack.enter_context(WorkFolder(settings.output_work_folder))
-        stack.callback(lambda: None if beside.has_progress() else beside.remove())
+        reserved = stack.enter_context(WorkFolder(settings.output_work_folder))
+        stack.callback(lambda: None if reserved.has_progress() else reserved.remove())
     return stack.enter_context(WorkFolder(settings.work_folder))
 
 
@@ -103,7 +103,7 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Within this block the first SIGINT or SIGTERM becomes a request to stop; a second one ends the process.
+    """Within this context the first SIGINT or SIGTERM becomes a request to stop; a second one ends the process.
 
     Does nothing outside the main thread, where no signals arrive.
     """

@@ -136,7 +136,7 @@ def is_valid(body: Any, kind: type[msgspec.Struct]) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number from 0 on that any machine can hold."""
+    """Whether a value is an integer from 0 to 2**63 - 1."""
     return type(value) is int and 0 <= value < 2**63
 
 

@@ -166,7 +166,7 @@ def _nbytes(dtype: torch.dtype, shape: list[int]) -> int:
 
 
 def _is_node(node: Any, tensors: int, depth: int, key: bool = False) -> bool:
-    """Whether `node` is what `_encode` makes, with `tensors` tensors at hand; `key`: of something hashable."""
+    """Whether `node` is what `_encode` makes, with `tensors` tensors; `key`: of something hashable."""
     if not isinstance(node, dict) or len(node) != 1 or depth < 0:
         return False
     ((kind, content),) = node.items()
