@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def test_what_a_comparison_may_change() -> None:
 
 
 def test_a_large_file_stays_readable_and_quick_and_imports_no_torch(tmp_path: Path) -> None:
-    """48 layers of 128 experts, as Qwen3-30B-A3B has them: one line per layer, in less than a second."""
+    """48 layers of 128 experts, as Qwen3-30B-A3B has them: one line per layer, and little work beside the start-up."""
     draw = np.random.default_rng(0)
     layers = []
     for block in range(48):
@@ -254,20 +254,27 @@ def test_a_large_file_stays_readable_and_quick_and_imports_no_torch(tmp_path: Pa
         layers.append(LayerStatistics(block, values))
     names = ("code", "general", "a source with quite a long name")
     spec = ExpertSpec((), "num_experts", 128, 8)
-    write_scores(tmp_path / "s", Scores(tuple(layers), names, (100_000,) * 3, spec, {"model": "Qwen/Qwen3-30B-A3B"}))
+    for name, some in (("s", layers), ("small", layers[:1])):
+        scores = Scores(tuple(some), names, (100_000,) * 3, spec, {"model": "Qwen/Qwen3-30B-A3B"})
+        write_scores(tmp_path / name, scores)
     script = (
         "import sys; from streamprune.cli import main; "
         "main(sys.argv[1:], standalone_mode=False); "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
-    arguments = ["inspect", str(tmp_path / "s"), "--keep", "64", "--compare", "mix=code=1", "--compare", "method=ean"]
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True)
-        times.append(time.perf_counter() - started)
-    # The quickest of three, since the machine may have other things to do.
-    assert min(times) < 1
+    cpu_seconds = {}
+    for name in ("small", "s"):
+        arguments = ["inspect", str(tmp_path / name), "--keep", "64", "--compare", "mix=code=1"]
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments, "--compare", "method=ean"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        cpu_seconds[name] = os.times().children_user - before.children_user
+    # 48 times the layers; most of the time is Python's start. (By the processor's time: a clock also counts others'.)
+    assert cpu_seconds["s"] < 5 * cpu_seconds["small"]
     lines = done.stdout.splitlines()
     assert len(lines) < 48 * 3 + 40
     # Warnings are whole sentences, for the terminal to wrap.
