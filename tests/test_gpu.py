@@ -12,10 +12,9 @@ from measuring.shapes import build, config_of, write_tokens
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from streamprune.saliency.grouped import norms
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS
-from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines
+from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines, norms
 from tests.helpers import prune
 from tests.test_evaluate import measured
 from tests.test_evaluate_run import found

@@ -6,7 +6,9 @@ tensor name to dtype, shape and byte range, then the tensors' bytes, without gap
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,6 +112,22 @@ def _parse_entry(path: Path, file: str, name: str, value: Any, start: int) -> Te
     if (offsets[1] - offsets[0]) * 8 != bits:
         raise _damaged(path, f"tensor {show(name)} of {dtype} {show(shape)} cannot fill the byte range {offsets}")
     return TensorEntry(name, file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def encode_header(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The beginning of a file whose tensors (name, dtype, shape, bytes) follow one another in this order.
+
+    Padded to 8 bytes, as the format asks. The same arguments give the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        end = position + nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

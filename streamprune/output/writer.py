@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from streamprune.checkpoint.ranges import read_ranges
-from streamprune.checkpoint.safetensors_file import TensorEntry, read_header
+from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, read_header
 from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import (
@@ -317,23 +317,13 @@ def _can_rename(source: Path, target: Path) -> bool:
 
 
 def _encode_header(shard: ShardPlan, computed: Mapping[str, Computed]) -> bytes:
-    """The safetensors header of a shard whose tensors follow one another; padded to 8 bytes as the format asks.
-
-    Its metadata has the origins of the tensors that stages compute.
-    """
+    """The safetensors header of a shard. Its metadata has the origins of the tensors that stages compute."""
     metadata = {"format": "pt"}
     origins = {tensor.name: asdict(computed[tensor.name]) for tensor in shard.tensors if tensor.stage is not None}
     if origins:
         metadata[_COMPUTED] = json.dumps(origins)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    position = 0
-    for tensor in shard.tensors:
-        end = position + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
+    return encode_header(metadata, tensors)
 
 
 def _file_bytes(shard: ShardPlan) -> int:

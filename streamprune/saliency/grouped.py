@@ -1,10 +1,8 @@
 """Experts computed as transformers' grouped_mm implementation does, with what is recorded of every pair on the way.
 
 The arithmetic of `transformers.integrations.moe.grouped_mm_experts_forward`, value by value, so that the result is the
-same bit for bit. What follows the matrix products is done in parts of the tokens that stay in the caches: widened to
-float32 at once, the outputs of a micro-batch would be copied to memory that is new each time, which takes a CPU longer
-than the arithmetic (15 of 33 ms for 1,024 tokens of tools/bench's `mid` shape), and a GPU a GiB. `hooks` has a slower
-path that needs to know nothing of these steps; tests compare the two, and both with the whole model.
+same bit for bit; what follows the matrix products is done in parts of the tokens that stay in the caches. `hooks` has a
+slower path that needs to know nothing of these steps; tests compare the two, and both with the model run at once.
 
 Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs, and what fills up), H hidden size, E
 experts.
@@ -12,65 +10,13 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.integrations.moe import _grouped_linear
 
-from streamprune.saliency.statistics import Pairs, cosines
-
-#: Values that are widened at a time, by kind of device.
-_PART_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
-
-
-def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """The 2-norms of vectors along the last axis, in float32 or wider."""
-    return _by_parts(torch.linalg.vector_norm, vectors)
-
-
-def peaks(vectors: torch.Tensor) -> torch.Tensor:
-    """The largest absolute values along the last axis, in float32 or wider."""
-    # The infinity norm is the same, and takes forty times as long on a CPU.
-    return _by_parts(lambda part, dim: part.abs().amax(dim=dim), vectors)
-
-
-def norms_and_peaks(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both at once, so that the vectors are read once."""
-
-    def both(part: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.stack((torch.linalg.vector_norm(part, dim=dim), part.abs().amax(dim=dim)), dim=-1)
-
-    found = _by_parts(both, vectors)
-    return found[..., 0], found[..., 1]
-
-
-def dots(vectors_TKH: torch.Tensor, with_TH: torch.Tensor) -> torch.Tensor:
-    """The dot products (T, K) of a token's K vectors with one of its own, in float32 or wider."""
-    exact = exact_dtype(vectors_TKH)
-    size = part_rows(vectors_TKH, vectors_TKH.shape[1] * vectors_TKH.shape[2])
-    parts = zip(torch.split(vectors_TKH, size), torch.split(with_TH, size), strict=True)
-    # Products in half precision would overflow where an expert's output is large. (As a product of matrices it would
-    # take thirty times as long on a CPU.)
-    return torch.cat([(each.to(exact) * one.to(exact).unsqueeze(1)).sum(dim=-1) for each, one in parts])
-
-
-def _by_parts(measure: Callable[..., torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
-    exact = exact_dtype(vectors)
-    parts = torch.split(vectors, part_rows(vectors, vectors[0].numel() if len(vectors) else 1))
-    return torch.cat([measure(part.to(exact), dim=-1) for part in parts])
-
-
-def part_rows(tensor: torch.Tensor, row_values: int) -> int:
-    """How many rows of so many values are worked on at a time, where the tensor lies."""
-    return max(1, _PART_VALUES.get(tensor.device.type, _PART_VALUES["cuda"]) // max(1, row_values))
-
-
-def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What lengths are computed in: float32, or the tensor's own dtype if that is wider."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
+from streamprune.saliency.statistics import Pairs, measure, part_rows
 
 #: On a CPU in half precision an expert's rows are filled up to a multiple of this share of the mean: oneDNN compiles a
 #: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers come up with every number there is.
@@ -126,7 +72,7 @@ def tile_of(hidden_TH: torch.Tensor, index_TK: torch.Tensor, experts: int) -> in
 def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
     """Sort pairs by expert, with a multiple of `tile` rows for each; pairs of experts beyond the last come at the end.
 
-    On a card nothing here waits for it, as long as `tile` is 1.
+    On a GPU nothing here waits for it, as long as `tile` is 1.
     """
     chosen = index_TK.shape[1]
     expert_P, order_P = torch.sort(index_TK.reshape(-1))
@@ -136,13 +82,13 @@ def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
     token_R, expert_R = order_P // chosen, expert_P
     row_P = torch.arange(order_P.numel(), device=order_P.device)
     if tile > 1:
-        spare_E = -counts_E.long() % tile
-        counts_E = counts_E + spare_E
-        before = torch.nn.functional.pad(torch.cumsum(spare_E, dim=0), (1, 0))
+        fill_E = -counts_E.long() % tile
+        counts_E = counts_E + fill_E
+        before = torch.nn.functional.pad(torch.cumsum(fill_E, dim=0), (1, 0))
         row_P = row_P + before[expert_P.clamp(max=experts)]
         filled = order_P.numel() + int(before[-1])
         token_R, expert_R = (
-            torch.zeros(filled, dtype=torch.long).index_copy_(0, row_P, x) for x in (token_R, expert_R)
+            torch.zeros(filled, dtype=torch.long).index_copy_(0, row_P, values) for values in (token_R, expert_R)
         )
     row_TK = torch.empty_like(order_P).index_copy_(0, order_P, row_P).view(index_TK.shape)
     return Rows(token_R, expert_R, torch.cumsum(counts_E, dim=0, dtype=torch.int32), row_TK)
@@ -157,11 +103,7 @@ def _combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tens
         gates = gates_TK[begin : begin + size]
         rows_TK = row_TK[begin : begin + size]
         output_TKH = output_RH.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, -1)
-        wide_TKH = output_TKH.to(exact_dtype(output_TKH))
-        length, peak = norms_and_peaks(wide_TKH)
         # In the model's own dtypes, as the library does it: these are the values that go on.
-        gated_TKH = output_TKH * gates.unsqueeze(-1)
-        sum_TH = gated_TKH.sum(dim=1)
-        together = cosines(dots(wide_TKH, sum_TH) * gates, gates, length, norms(sum_TH))
-        done.append((sum_TH, length, peak, together))
+        sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
+        done.append((sum_TH, *measure(output_TKH, gates, sum_TH)))
     return tuple(map(torch.cat, zip(*done, strict=True)))

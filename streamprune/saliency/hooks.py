@@ -19,34 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import DENSE_EXPERTS, dispatches_experts
-from streamprune.saliency import grouped as grouped_experts
-from streamprune.saliency.grouped import dots, norms, peaks
-from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines
-
-
-def dense_pairs(module: nn.Module, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
-    """Every token paired with every expert, (T, E), from a dense experts module's input and output.
-
-    Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
-    experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine
-    weight is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
-    `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
-    """
-    experts = int(module.num_experts)  # type: ignore[arg-type]
-    hidden_TEH, output_TEH = (
-        tensor.view(experts, -1, tensor.shape[-1]).transpose(0, 1) for tensor in (hidden_states, output)
-    )
-    routed_TE = hidden_TEH.any(dim=-1)
-    everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
-    index_TE = torch.where(routed_TE, everyone_TE, experts)
-    norms_TE = torch.where(routed_TE, norms(output_TEH), 0.0)
-    gates_TE = torch.ones_like(norms_TE)
-    sum_TH = output_TEH.sum(dim=1)
-    # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
-    ranks_TE = norms(hidden_TEH)
-    together_TE = cosines(dots(output_TEH, sum_TH), gates_TE, norms_TE, norms(sum_TH))
-    return Pairs(index_TE, gates_TE, ranks_TE, norms_TE, peaks(output_TEH), together_TE)
-
+from streamprune.saliency.grouped import forward_with_pairs
+from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype, measure, norms
 
 #: The name under which transformers' experts interface knows our forward.
 IMPLEMENTATION = "streamprune"
@@ -56,7 +30,7 @@ IMPLEMENTATION = "streamprune"
 class ExpertsTap:
     """Records one experts module. `plain` is the forward the module had; with `statistics` None nothing is recorded.
 
-    `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps `grouped_experts` takes too, so
+    `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps `saliency.grouped` takes too, so
     that recording costs little. Otherwise `plain` is run a second time. `residual_T` are the norms of the residual
     stream that entered the layer last.
     """
@@ -113,13 +87,11 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
     if earlier is not None:
         # Tapped before: by now the module's own forward is ours.
         return ExpertsTap(earlier.plain, earlier.grouped)
-    if not dispatches_experts(module):
-        return ExpertsTap(type(module).forward, grouped=False)
-    implementation = module.config._experts_implementation  # type: ignore[union-attr]
-    if implementation in ALL_EXPERTS_FUNCTIONS:
-        plain = ALL_EXPERTS_FUNCTIONS[implementation]
-        return ExpertsTap(plain, grouped=plain is grouped_mm_experts_forward)
-    return ExpertsTap(type(module).forward.__wrapped__, grouped=False)  # type: ignore[attr-defined]
+    plain = type(module).forward
+    if dispatches_experts(module):
+        implementation = module.config._experts_implementation  # type: ignore[union-attr]
+        plain = ALL_EXPERTS_FUNCTIONS.get(implementation, plain.__wrapped__)  # type: ignore[attr-defined]
+    return ExpertsTap(plain, grouped=plain is grouped_mm_experts_forward)
 
 
 def _tapped_forward(
@@ -127,12 +99,11 @@ def _tapped_forward(
 ) -> torch.Tensor:
     """What an experts module runs once it is tapped: its plain forward, and the statistics if they are asked for."""
     tap: ExpertsTap = module._streamprune_tap
-    statistics = tap.statistics
-    if statistics is None:
+    if tap.statistics is None:
         return tap.plain(module, hidden_states, *routing, **named)
     if type(module).__name__ in DENSE_EXPERTS:
         output = tap.plain(module, hidden_states)
-        tap.record(dense_pairs(module, hidden_states, output))
+        tap.record(dense_pairs(module.num_experts, hidden_states, output))
         return output
     index_TK, gates_TK = (*routing, *(named[name] for name in ("top_k_index", "top_k_weights") if name in named))
     hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -142,12 +113,32 @@ def _tapped_forward(
             f"{len(hidden_TH)} tokens; they should agree. Please report this model."
         )
     if tap.grouped and not getattr(module, "_is_expert_parallel", False):
-        output, pairs = grouped_experts.forward_with_pairs(module, hidden_TH, index_TK, gates_TK)
-        tap.record(pairs)
-        return output
-    output = tap.plain(module, hidden_states, *routing, **named)
-    tap.record(bare_pairs(tap, module, hidden_TH, index_TK, gates_TK, output.reshape(len(hidden_TH), -1)))
+        output, pairs = forward_with_pairs(module, hidden_TH, index_TK, gates_TK)
+    else:
+        output = tap.plain(module, hidden_states, *routing, **named)
+        pairs = bare_pairs(tap, module, hidden_TH, index_TK, gates_TK, output.reshape(len(hidden_TH), -1))
+    tap.record(pairs)
     return output
+
+
+def dense_pairs(experts: int, hidden_states: torch.Tensor, output: torch.Tensor) -> Pairs:
+    """Every token paired with every expert, (T, E), from a dense experts module's input and output.
+
+    Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
+    experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine
+    weight is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
+    `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
+    """
+    hidden_TEH, output_TEH = (
+        tensor.view(experts, -1, tensor.shape[-1]).transpose(0, 1) for tensor in (hidden_states, output)
+    )
+    routed_TE = hidden_TEH.any(dim=-1)
+    everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
+    index_TE = torch.where(routed_TE, everyone_TE, experts)
+    gates_TE = torch.ones(routed_TE.shape, dtype=exact_dtype(output), device=output.device)
+    # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
+    ranks_TE = norms(hidden_TEH)
+    return Pairs(index_TE, gates_TE, ranks_TE, *measure(output_TEH, gates_TE, output_TEH.sum(dim=1)))
 
 
 def bare_pairs(
@@ -169,9 +160,7 @@ def bare_pairs(
         index_TK.reshape(-1, 1),
         torch.ones_like(gates_TK).reshape(-1, 1),
     ).view(*index_TK.shape, hidden_TH.shape[-1])
-    norms_TK = norms(output_TKH)
-    cosines_TK = cosines(dots(output_TKH, sum_TH) * gates_TK, gates_TK, norms_TK, norms(sum_TH))
-    return Pairs(index_TK, gates_TK, gates_TK, norms_TK, peaks(output_TKH), cosines_TK)
+    return Pairs(index_TK, gates_TK, gates_TK, *measure(output_TKH, gates_TK, sum_TH))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)

@@ -1,6 +1,6 @@
-"""What experts are ranked by. To add a method: write its function, and enter it in METHODS with a line about it.
+"""What experts are ranked by. To add a method, enter it in METHODS with its formula.
 
-Every function gives the scores (E,), float64, of the experts of one layer: the higher, the longer an expert stays. An
+A score function gives the scores (E,), float64, of the experts of one layer: the higher, the longer an expert stays. An
 expert that no token was routed to scores 0. For a token routed to expert j, g is its gate weight, f the expert's output
 before the gate, x the residual stream that enters the layer, and o the layer's routed output.
 """
@@ -25,73 +25,19 @@ class MixedStatistics:
     fields: Mapping[str, Array]
     seed: int = 0
 
-    def __getitem__(self, name: str) -> Array:
-        return self.fields[name]
+    def total(self, name: str) -> Array:
+        """A field as it is: a sum over the tokens routed to each expert, or a maximum."""
+        return self.fields[name].copy()
 
-    def per_token(self, sums: Array) -> Array:
-        """Sums (E,) divided by the tokens routed to each expert; 0 where there were none."""
-        tokens = self.fields["tokens"]
+    def mean(self, name: str) -> Array:
+        """A sum divided by the tokens routed to each expert; 0 where there were none."""
+        sums, tokens = self.fields[name], self.fields["tokens"]
         return np.divide(sums, tokens, out=np.zeros_like(sums), where=tokens > 0)
 
 
-def reap(statistics: MixedStatistics) -> Array:
-    """Mean of g·‖f‖ over the tokens routed to the expert: router-weighted expert activation (arXiv:2510.13999)."""
-    return statistics.per_token(statistics["gated_norms"])
-
-
-def frequency(statistics: MixedStatistics) -> Array:
-    """Tokens routed to the expert; the usage that much older work prunes by (compared in arXiv:2504.05586)."""
-    return statistics["tokens"].copy()
-
-
-def weighted_frequency(statistics: MixedStatistics) -> Array:
-    """Σ g: the usage, each token counted by its gate weight (frequency and gate in the terms of arXiv:2606.15716)."""
-    return statistics["gates"].copy()
-
-
-def ean(statistics: MixedStatistics) -> Array:
-    """Σ ‖f‖: the expert activation norm of Jaiswal et al., 2025 (arXiv:2504.05586)."""
-    return statistics["norms"].copy()
-
-
-def ean_mean(statistics: MixedStatistics) -> Array:
-    """Mean of ‖f‖ over the tokens routed to the expert (the mean activation norm of arXiv:2606.15716)."""
-    return statistics.per_token(statistics["norms"])
-
-
-def weighted_ean(statistics: MixedStatistics) -> Array:
-    """Σ g·‖f‖: REAP's sum before it is divided by the tokens, so that how often an expert is used counts too."""
-    return statistics["gated_norms"].copy()
-
-
-def max_activation(statistics: MixedStatistics) -> Array:
-    """The largest |value| in any f: super experts are recognised by such peaks (Su et al., 2025, arXiv:2507.23279)."""
-    return statistics["peaks"].copy()
-
-
-def relative_energy(statistics: MixedStatistics) -> Array:
-    """Σ (g·‖f‖)² / ‖x‖²: the energy that the expert adds, relative to that of the stream it is added to.
-
-    Of no publication known to us. Relative to x, layers are comparable whatever the scale of their residual stream.
-    """
-    return statistics["relative_energies"].copy()
-
-
-def composite(statistics: MixedStatistics) -> Array:
-    """Frequency × mean g × mean cos(g·f, o): used often, with a large gate, and in the direction of the layer's output.
-
-    Of no publication known to us. Frequency is the tokens routed to the expert, the means are over these. An expert
-    that mostly works against the others scores below 0.
-    """
-    return statistics["gates"] * statistics.per_token(statistics["cosines"])
-
-
 def random_scores(statistics: MixedStatistics) -> Array:
-    """Uniform numbers in [0, 1): the control that every method has to beat.
-
-    They depend on seed, layer and expert alone: not on statistics, the number of layers, or a library's generator.
-    """
-    experts = range(len(statistics["tokens"]))
+    """Uniform numbers in [0, 1) that depend on seed, layer and expert alone, not on a library's generator."""
+    experts = range(len(statistics.fields["tokens"]))
     digests = (hashlib.sha256(f"{statistics.seed}:{statistics.index}:{expert}".encode()).digest() for expert in experts)
     return np.array([int.from_bytes(digest[:8], "big") >> 11 for digest in digests], dtype=np.float64) / 2**53
 
@@ -109,39 +55,53 @@ class Method:
 
 #: Every method by its name on the command line, in the order of the help text.
 METHODS: Mapping[str, Method] = {
+    # Mean of g·‖f‖: router-weighted expert activation.
     "reap": Method(
-        reap,
+        lambda statistics: statistics.mean("gated_norms"),
         "the mean, over the tokens routed to it, of its router weight times the norm of its output",
         "REAP, arXiv:2510.13999",
     ),
-    "frequency": Method(frequency, "the number of tokens routed to it"),
+    # The usage that much older work prunes by (compared in arXiv:2504.05586).
+    "frequency": Method(lambda statistics: statistics.total("tokens"), "the number of tokens routed to it"),
+    # Σ g (frequency and gate in the terms of arXiv:2606.15716).
     "weighted-frequency": Method(
-        weighted_frequency, "the sum of its router weights over the tokens routed to it"
+        lambda statistics: statistics.total("gates"), "the sum of its router weights over the tokens routed to it"
     ),
-    "ean": Method(ean, "the sum of the norms of its outputs", "arXiv:2504.05586"),
-    "ean-mean": Method(ean_mean, "the mean norm of its outputs"),
+    # Σ ‖f‖: the expert activation norm of Jaiswal et al., 2025.
+    "ean": Method(
+        lambda statistics: statistics.total("norms"), "the sum of the norms of its outputs", "arXiv:2504.05586"
+    ),
+    # Mean of ‖f‖ (the mean activation norm of arXiv:2606.15716).
+    "ean-mean": Method(lambda statistics: statistics.mean("norms"), "the mean norm of its outputs"),
+    # Σ g·‖f‖: how often an expert is used counts too.
     "weighted-ean": Method(
-        weighted_ean,
+        lambda statistics: statistics.total("gated_norms"),
         "the sum, over the tokens routed to it, of its router weight times the norm of its output",
         "the sum of which REAP, arXiv:2510.13999, takes the mean",
     ),
+    # The largest |value| in any f: super experts are recognised by such peaks (Su et al., 2025).
     "max-activation": Method(
-        max_activation, "the largest value in any of its outputs", "as in arXiv:2507.23279"
+        lambda statistics: statistics.total("peaks"),
+        "the largest value in any of its outputs",
+        "as in arXiv:2507.23279",
     ),
+    # Σ (g·‖f‖)² / ‖x‖²: relative to x, layers are comparable whatever the scale of their residual stream.
     "relative-energy": Method(
-        relative_energy,
+        lambda statistics: statistics.total("relative_energies"),
         "the energy that its weighted output adds, relative to that of the residual stream",
         "unpublished",
     ),
+    # Tokens × mean g × mean cos(g·f, o): used often, with a large gate, and in the direction of the layer's output. An
+    # expert that mostly works against the others scores below 0.
     "composite": Method(
-        composite,
+        lambda statistics: statistics.fields["gates"] * statistics.mean("cosines"),
         "how often it is used, times its mean router weight, times the mean cosine of its output with the layer's",
         "unpublished",
     ),
     "random": Method(
         random_scores, "a number drawn at random: the control that every method has to beat", is_random=True
     ),
-}  # fmt: skip
+}
 DEFAULT_METHOD = "reap"
 
 

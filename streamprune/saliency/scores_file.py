@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
+from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, header_entries
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_atomically, writing
 from streamprune.files.json_text import parse_json, show
@@ -36,7 +36,7 @@ from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
 
 SCORES_NAME = "scores.safetensors"
-#: Where they lie in a pruned model's folder: not beside the weights, where some loaders read every safetensors file.
+#: Where they lie in a pruned model's folder: not next to the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
 #: The format that is written. Format 1, of streamprune 0.1.0, differs in nothing but this number.
 FORMAT = 2
@@ -128,16 +128,26 @@ def write_scores(path: Path, scores: Scores) -> None:
     Raises ScoresError if they are not what `read_scores` would accept, OutputError or ResourceError if the disk fails.
     """
     metadata = _metadata_of(scores)
-    # As whoever reads them will.
+    # As they will be checked when they are read.
     _checked_metadata(metadata)
     for layer in scores.layers:
         check_layer(layer, scores.source_tokens, scores.spec.count)
+    shape = [len(scores.sources), scores.spec.count]
+    tensors = ((_tensor_name(index, name), _DTYPES[name in COUNTS][0], shape, 8 * shape[0] * shape[1])
+               for index in scores.layer_indices for name in FIELDS)  # fmt: skip
+    header = encode_header({_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(FIELDS), **metadata}, tensors)
+    values = (
+        np.ascontiguousarray(values, dtype=_DTYPES[name in COUNTS][1]).tobytes()
+        for layer in scores.layers
+        for name, values in zip(FIELDS, layer.values, strict=True)
+    )
     with writing("Writing the scores", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream_atomically(path, [_header(scores, metadata), *_bytes_of(scores)])
+        stream_atomically(path, chain([header], values))
 
 
 def _metadata_of(scores: Scores) -> dict[str, str]:
+    """The metadata that depend on the scores, each as JSON."""
     if len(scores.sources) != len(scores.source_tokens):
         raise ScoresError(
             f"{len(scores.sources)} sources with {len(scores.source_tokens)} token counts are no calibration. Score "
@@ -156,30 +166,23 @@ def _metadata_of(scores: Scores) -> dict[str, str]:
 
 def _checked_metadata(metadata: Mapping[str, Any]) -> _Metadata:
     """What the metadata say. Raises ScoresError for what the metadata of scores cannot be."""
-    values = {name: _value(metadata, name) for name in _Metadata.__struct_fields__ if name in metadata}
+    values = {}
+    for name in _Metadata.__struct_fields__:
+        if name not in metadata:
+            continue
+        text = metadata[name]
+        try:
+            if not isinstance(text, str):
+                raise ValueError("no text")
+            values[name] = parse_json(text.encode(), unique=True)
+            # Infinity and NaN, which Python reads, are not JSON, and 1e999 would be written as such again.
+            json.dumps(values[name], allow_nan=False)
+        except (ValueError, RecursionError):
+            raise _damaged(f"its metadata {name!r} are {show(text)}") from None
     try:
         return msgspec.convert(values, _Metadata)
     except msgspec.ValidationError as error:
         raise ScoresError(f"its metadata cannot be those of scores: {error}. Score the model again.") from None
-
-
-def _header(scores: Scores, metadata: Mapping[str, str]) -> bytes:
-    """The file's beginning: the length of the header, and the header, filled up to a multiple of eight bytes."""
-    header: dict[str, Any] = {
-        "__metadata__": {_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(FIELDS), **metadata}
-    }
-    shape = [len(scores.sources), scores.spec.count]
-    position, size = 0, 8 * shape[0] * shape[1]
-    for index in scores.layer_indices:
-        for name in FIELDS:
-            header[_tensor_name(index, name)] = {
-                "dtype": _DTYPES[name in COUNTS][0], "shape": shape, "data_offsets": [position, position + size],
-            }  # fmt: skip
-            position += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    # The format wants the tensors' bytes aligned to eight.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _json(value: Any) -> str:
@@ -188,12 +191,6 @@ def _json(value: Any) -> str:
 
 def _tensor_name(index: int, name: str) -> str:
     return f"layers.{index}.{name}"
-
-
-def _bytes_of(scores: Scores) -> Iterator[bytes]:
-    for layer in scores.layers:
-        for name, values in zip(FIELDS, layer.values, strict=True):
-            yield np.ascontiguousarray(values, dtype=_DTYPES[name in COUNTS][1]).tobytes()
 
 
 def read_scores(path: Path) -> Scores:
@@ -217,7 +214,7 @@ def read_scores(path: Path) -> Scores:
 def _read(path: Path) -> bytes:
     try:
         facts = path.stat()
-        # To read a pipe would be to wait for ever.
+        # Reading a pipe would block.
         if not stat.S_ISREG(facts.st_mode):
             raise ScoresError(f"{path} is no regular file. Give the file that `streamprune score` wrote.")
         if facts.st_size > MOST_BYTES:
@@ -277,20 +274,6 @@ def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
         layers.append(layer)
     layout = None if facts.layout is msgspec.UNSET else facts.layout
     return Scores(tuple(layers), sources, tokens, spec, facts.provenance, layout)
-
-
-def _value(metadata: Mapping[str, Any], name: str) -> Any:
-    """The JSON that the metadata hold under a name."""
-    text = metadata[name]
-    try:
-        if not isinstance(text, str):
-            raise ValueError("no text")
-        value = parse_json(text.encode(), unique=True)
-        # Infinity and NaN, which Python reads, are not JSON, and 1e999 would be written as such again.
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        raise _damaged(f"its metadata {name!r} are {show(text)}") from None
-    return value
 
 
 def _tensor(entry: TensorEntry, name: str, shape: tuple[int, int], data: bytes) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
-"""Summing, on the device, what `saliency.scores` records of every expert.
+"""Measuring what every chosen expert gives a token, and summing it on the device (the fields of `saliency.scores`).
 
-Shapes: T tokens, K experts chosen per token, E experts, F fields of the statistics, S sources.
+Shapes: T tokens, K experts chosen per token, E experts, H hidden size, F fields of the statistics, S sources.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from streamprune.hardware.device import is_gpu
 from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics, pack, unpack
 
-_TOP_CHOICES = "top_choices"
+#: Values that are widened to float32 at a time, few enough to stay in the caches. All outputs of a micro-batch at once
+#: would be copied to memory that is new each time, which takes a CPU longer than the arithmetic (15 of 33 ms for 1,024
+#: tokens of tools/bench's `mid` shape), and a GPU a GiB.
+CPU_PART_VALUES, GPU_PART_VALUES = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,44 @@ def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch
     # A residual stream of zeros has no energy that could be compared with.
     yield "relative_energies", torch.where(energy_T1 > 0, gated.square() / energy_T1, 0.0)
     yield "cosines", pairs.cosines.double()
-    yield _TOP_CHOICES, torch.zeros_like(gated).scatter_(1, top_T1, 1.0)
+    yield "top_choices", torch.zeros_like(gated).scatter_(1, top_T1, 1.0)
+
+
+def part_rows(tensor: torch.Tensor, row_values: int) -> int:
+    """How many rows of so many values are widened at a time, where the tensor lies."""
+    return max(1, (GPU_PART_VALUES if is_gpu(tensor.device) else CPU_PART_VALUES) // max(1, row_values))
+
+
+def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What lengths are computed in: float32, or the tensor's own dtype if that is wider."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def norms(vectors: torch.Tensor) -> torch.Tensor:
+    """The 2-norms of vectors along the last axis, in float32 or wider."""
+    parts = torch.split(vectors, part_rows(vectors, vectors[0].numel() if len(vectors) else 1))
+    return torch.cat([torch.linalg.vector_norm(part.to(exact_dtype(part)), dim=-1) for part in parts])
+
+
+def measure(output_TKH: torch.Tensor, gates_TK: torch.Tensor, sum_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Norms, peaks and cosines (T, K) of `Pairs`, in float32 or wider, from the outputs of a token's experts.
+
+    `sum_TH` is what they give together.
+    """
+    exact = exact_dtype(output_TKH)
+    size = part_rows(output_TKH, output_TKH.shape[1] * output_TKH.shape[2])
+    measured = []
+    for parts in zip(*(torch.split(each, size) for each in (output_TKH, gates_TK, sum_TH)), strict=True):
+        output, gates, total = parts[0].to(exact), parts[1], parts[2].to(exact)
+        length = torch.linalg.vector_norm(output, dim=-1)
+        # The infinity norm is the same, and takes forty times as long on a CPU.
+        peak = output.abs().amax(dim=-1)
+        # Products in half precision would overflow where an expert's output is large. (As a product of matrices it
+        # would take thirty times as long on a CPU.)
+        dot = (output * total.unsqueeze(1)).sum(dim=-1) * gates
+        together = cosines(dot, gates, length, torch.linalg.vector_norm(total, dim=-1))
+        measured.append((length, peak, together))
+    return tuple(map(torch.cat, zip(*measured, strict=True)))
 
 
 def cosines(dot_TK: torch.Tensor, gates_TK: torch.Tensor, norms_TK: torch.Tensor, sum_T: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from measuring.watching import SyncWarnings
 from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
 from streamprune.planning.prepare import calibrate, prepare
 from streamprune.planning.pruning_plan import plan_pruning
-from streamprune.saliency import grouped
+from streamprune.saliency import statistics as recording
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.forward import LayerForward, non_finite_tokens
@@ -180,17 +180,17 @@ def _host_milliseconds(layer: Layer) -> float:
 
 def _part_sizes(layer: Layer) -> dict[str, Any]:
     """Milliseconds of a recording micro-batch for several sizes of the parts behind the products; and the usual one."""
-    kind = layer.device.type
-    usual = grouped._PART_VALUES[kind]
+    name = "CPU_PART_VALUES" if layer.device.type == "cpu" else "GPU_PART_VALUES"
+    usual = getattr(recording, name)
     answer: dict[str, Any] = {"usual": usual, "ms": {}}
     try:
         for values in PART_VALUES:
-            grouped._PART_VALUES[kind] = values
+            setattr(recording, name, values)
             with layer.listening():
-                each = milliseconds(layer.record, layer.device, 1 if kind == "cpu" else 5)
+                each = milliseconds(layer.record, layer.device, 1 if layer.device.type == "cpu" else 5)
             answer["ms"][str(values)] = statistics.median(each)
     finally:
-        grouped._PART_VALUES[kind] = usual
+        setattr(recording, name, usual)
     return answer
 
 
