@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,11 @@ from streamprune.models.config_json import resolve_keep
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.inspect import (
-    Inspection,
+    changed_settings,
+    compare_selections,
     comparison_lines,
     inspect_scores,
     inspection_lines,
-    inspection_object,
-    layer_lines,
-)
-from streamprune.selection.retention import (
-    Comparison,
-    changed_settings,
-    compare_selections,
-    comparison_object,
-    retentions,
 )
 from streamprune.selection.schedules import DEFAULT_SCHEDULE
 from streamprune.selection.select import Selection, Selector, listed_selection, stated_counts
@@ -69,7 +60,7 @@ def inspect(
 ) -> None:
     """Show what S, a file of scores, says: the experts of each layer, those at the boundary, those never seen.
 
-    With --keep, --ratio, --total or --keep-file also what that choice keeps of each source, and what to beware of.
+    With --keep, --ratio, --total or --keep-file also what that choice keeps of each source, and warnings.
     """
     # Names in the file may have characters that the terminal lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -78,18 +69,21 @@ def inspect(
     found = read_scores(scores)
     selection = _selection(found, settings, (keep, ratio, total), keep_file)
     inspection = inspect_scores(found, settings, selection)
-    comparisons = [_compared(inspection, text, (keep, ratio, total)) for text in compare]
+    comparisons = [_compared(found, settings, selection, text, (keep, ratio, total)) for text in compare]
     if layer is not None and layer not in found.layer_indices:
         raise SettingsError(
             f"--layer {layer} has no experts. Layers with experts: {', '.join(map(str, found.layer_indices))}."
         )
     if as_json:
-        body = {"scores": str(scores), **inspection_object(inspection)}
-        body["layers"] = [each for each in body["layers"] if layer in (None, each["index"])]
-        body["comparisons"] = [comparison_object(comparison) for comparison in comparisons]
+        layers = [each for each in inspection["layers"] if layer in (None, each["index"])]
+        body = {"scores": str(scores), **inspection, "layers": layers, "comparisons": comparisons}
         click.echo(json.dumps(body, indent=2))
-    else:
-        click.echo("\n".join(_lines(inspection, comparisons, _title(found, scores), layer)))
+        return
+    model = found.provenance.get("model")
+    title = f"{scores} ({show(model).strip(chr(39))})" if isinstance(model, str) else str(scores)
+    lines = list(inspection_lines(inspection, title, found, selection, layer))
+    lines += [line for comparison in comparisons for line in comparison_lines(comparison, layer)]
+    click.echo("\n".join(lines))
 
 
 def _selection(
@@ -133,33 +127,17 @@ def _selected(scores: Scores, settings: SelectionSettings, targets: Targets) -> 
     return Selector(settings, scores.spec, sources, tokens, total, stated).all(scores.layers)
 
 
-def _compared(inspection: Inspection, text: str, targets: Targets) -> Comparison:
-    if inspection.selection is None:
+def _compared(
+    scores: Scores, base: SelectionSettings, first: Selection | None, text: str, targets: Targets
+) -> dict[str, Any]:
+    if first is None:
         raise SettingsError(
             "--compare shows two selections side by side: say with --keep, --ratio or --total how many stay."
         )
-    scores, first = inspection.scores, inspection.selection
-    settings = changed_settings(inspection.settings, text)
+    settings = changed_settings(base, text)
     if settings.has_schedule_file:
         targets = (None, None, None)
     elif all(target is None for target in targets):
         # Where a file said it, as many in all as that.
         targets = (None, None, sum(first.counts))
-    second = _selected(scores, settings, targets)
-    after = retentions(scores, second)
-    return compare_selections(text, settings, (first, second), inspection.retention, after)
-
-
-def _title(scores: Scores, path: Path) -> str:
-    model = scores.provenance.get("model")
-    return f"{path} ({show(model).strip(chr(39))})" if isinstance(model, str) else str(path)
-
-
-def _lines(inspection: Inspection, comparisons: Sequence[Comparison], title: str, layer: int | None) -> Iterator[str]:
-    if layer is None:
-        yield from inspection_lines(inspection, title)
-    else:
-        view = next(view for view in inspection.layers if view.index == layer)
-        yield from layer_lines(inspection, title, view)
-    for comparison in comparisons:
-        yield from comparison_lines(comparison, layer)
+    return compare_selections(text, settings, scores, first, _selected(scores, settings, targets))

@@ -1,147 +1,63 @@
-"""What `streamprune inspect` prints: each layer's scores, a selection's boundary, and what it keeps by source.
+"""What `streamprune inspect` says: the objects of `--json`, and the same as tables for the terminal.
 
+It is about each layer's scores, a selection's boundary, what it keeps of each source, and how two selections differ.
 One line per layer, so that 48 layers of 128 experts stay readable.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
-from streamprune.selection.retention import Comparison, Retention, retention_warnings, retentions
+from streamprune.errors import SettingsError
+from streamprune.files.json_text import show
+from streamprune.saliency.scores import FIELDS, Scores
+from streamprune.selection.retention import Retention, retention_warnings, retentions
+from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import Selection, routed_tokens, score_layer, super_experts
 from streamprune.selection.settings import SelectionSettings, mix_weights, token_shares
+from streamprune.tables import Table
 
 #: Bars of a layer's histogram, from its lowest to its highest score.
 BARS = 10
 _QUARTILES = ("min", "q1", "median", "q3", "max")
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
+#: Differing experts that one line of a comparison names at most; `--layer` names all.
+_NAMED = 8
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """The kept expert with the lowest score in a layer, and the removed one with the highest.
-
-    Protected experts do not count. With groups of experts, it is the group in which the two are closest.
-    """
-
-    last_kept: int
-    last_kept_score: float
-    first_removed: int
-    first_removed_score: float
-
-    @property
-    def margin(self) -> float:
-        """The difference of the two scores, divided by the larger; negative where a lower score was kept."""
-        widest = max(abs(self.last_kept_score), abs(self.first_removed_score))
-        return (self.last_kept_score - self.first_removed_score) / widest if widest else 0.0
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """One layer: scores (E,), their five quartiles and histogram (BARS,), experts never seen, the selection if any."""
-
-    index: int
-    scores: tuple[float, ...] = field(repr=False)
-    quartiles: tuple[float, ...]
-    histogram: tuple[int, ...]
-    unseen: tuple[int, ...]
-    kept: tuple[int, ...] | None = None
-    boundary: Boundary | None = None
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that `streamprune inspect` prints. Without a selection `retention` and `warnings` are empty.
-
-    `shares` are the sources' shares of the tokens in the mix.
-    """
-
-    scores: Scores = field(repr=False)
-    settings: SelectionSettings
-    shares: tuple[float, ...]
-    layers: tuple[LayerView, ...]
-    super_experts: Mapping[int, tuple[int, ...]]
-    selection: Selection | None = field(default=None, repr=False)
-    retention: tuple[Retention, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selection | None = None) -> Inspection:
-    """Look at `scores` as `settings` ranks them and, if there is a selection, at what it keeps and loses."""
+def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selection | None = None) -> dict[str, Any]:
+    """What `--json` prints: `scores` as `settings` rank them and, if there is a selection, what it keeps and loses."""
     weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
     shares = token_shares(settings.mix, scores.sources, scores.source_tokens)
-    outliers = super_experts(scores.layers, weights)
-    views = []
-    for number, layer in enumerate(scores.layers):
-        kept = selection.layers[number].kept if selection else None
-        shielded = selection.protected.get(layer.index, ()) if selection else ()
-        views.append(_view(layer, score_layer(layer, settings, weights), kept, shielded, scores.spec.groups))
-    found = retentions(scores, selection) if selection else ()
-    warnings = (*retention_warnings(found, shares), *_choice_warnings(views, outliers)) if selection else ()
-    return Inspection(scores, settings, tuple(shares.values()), tuple(views), outliers, selection, found, warnings)
-
-
-def _view(
-    layer: LayerStatistics,
-    scores: tuple[float, ...],
-    kept: tuple[int, ...] | None,
-    protected: Sequence[int],
-    groups: int,
-) -> LayerView:
-    unseen = tuple(expert for expert, tokens in enumerate(routed_tokens(layer)) if not tokens)
-    quartiles = tuple(float(value) for value in np.percentile(scores, (0, 25, 50, 75, 100)))
-    bars = [0] * BARS
-    low, width = quartiles[0], quartiles[-1] - quartiles[0]
-    for score in scores:
-        bars[min(BARS - 1, int((score - low) / width * BARS)) if width > 0 else 0] += 1
-    line = _boundary(scores, kept, protected, groups) if kept is not None else None
-    return LayerView(layer.index, scores, quartiles, tuple(bars), unseen, kept, line)
-
-
-def _boundary(scores: Sequence[float], kept: Sequence[int], protected: Sequence[int], groups: int) -> Boundary | None:
-    lines = []
-    stays, size = set(kept), len(scores) // groups
-    for group in range(groups):
-        members = range(group * size, (group + 1) * size)
-        inside = [expert for expert in members if expert in stays and expert not in protected]
-        outside = [expert for expert in members if expert not in stays]
-        if inside and outside:
-            last = min(inside, key=lambda expert: (scores[expert], -expert))
-            first = max(outside, key=lambda expert: (scores[expert], -expert))
-            lines.append(Boundary(last, scores[last], first, scores[first]))
-    return min(lines, key=lambda line: line.margin, default=None)
-
-
-def _choice_warnings(views: Sequence[LayerView], outliers: Mapping[int, tuple[int, ...]]) -> Iterator[str]:
-    lost = {
-        view.index: tuple(expert for expert in outliers.get(view.index, ()) if expert not in (view.kept or ()))
-        for view in views
+    ranked = {layer.index: score_layer(layer, settings, weights) for layer in scores.layers}
+    unseen = {
+        layer.index: [expert for expert, tokens in enumerate(routed_tokens(layer)) if not tokens]
+        for layer in scores.layers
     }
-    if any(lost.values()):
-        yield f"super experts would be removed ({by_layer(lost)}): --protect-super-experts keeps them."
-    unseen = {view.index: tuple(set(view.unseen) & set(view.kept or ())) for view in views}
-    if any(unseen.values()):
-        number, layers = sum(map(len, unseen.values())), sum(map(bool, unseen.values()))
-        yield (
-            f"{number:,} experts in {layers} layers would stay that no token was routed to, so their scores mean "
-            "nothing. Use more or other calibration text, or keep fewer experts."
-        )
-
-
-def by_layer(experts: Mapping[int, Sequence[int]]) -> str:
-    """The experts by layer as text: at most 10 of each layer, and 5 layers."""
-    parts = [f"layer {index}: {', '.join(map(str, numbers[:10]))}" for index, numbers in experts.items() if numbers]
-    number = sum(map(len, experts.values()))
-    return "; ".join(parts[:5]) + (f"; …, {number} in {len(parts)} layers" if len(parts) > 5 else "")
-
-
-def inspection_object(inspection: Inspection) -> dict[str, Any]:
-    """What `--json` prints."""
-    scores, settings, selection = inspection.scores, inspection.settings, inspection.selection
+    outliers = super_experts(scores.layers, weights)
+    warnings: list[str] = []
+    retained = retentions(scores, selection) if selection else ()
+    if selection:
+        warnings = [*retention_warnings(retained, shares), *_choice_warnings(selection.kept, outliers, unseen)]
+    layers = []
+    for index, values in ranked.items():
+        kept = selection.kept[index] if selection else None
+        quartiles = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
+        layers.append({
+            "index": index,
+            "keep": None if kept is None else len(kept),
+            "kept": kept,
+            "scores": values,
+            "quartiles": dict(zip(_QUARTILES, quartiles, strict=True)),
+            "histogram": _histogram(values, quartiles[0], quartiles[-1]),
+            "never_seen": unseen[index],
+            "boundary": _boundary(values, index, selection, scores.spec.groups) if selection else None,
+        })  # fmt: skip
     return {
         "model": scores.provenance.get("model"),
         "moe_layers": len(scores.layers),
@@ -149,191 +65,278 @@ def inspection_object(inspection: Inspection) -> dict[str, Any]:
         "top_k": scores.spec.top_k,
         "selection": asdict(settings),
         "sources": [
-            {"name": name, "tokens": tokens, "share": share}
-            for name, tokens, share in zip(scores.sources, scores.source_tokens, inspection.shares, strict=True)
+            {"name": name, "tokens": tokens, "share": shares[name]}
+            for name, tokens in zip(scores.sources, scores.source_tokens, strict=True)
         ],
         "kept": sum(selection.counts) if selection else None,
-        "layers": [_layer_object(view) for view in inspection.layers],
-        "super_experts": {str(index): list(experts) for index, experts in inspection.super_experts.items()},
-        "retention": [retention_object(each) for each in inspection.retention],
-        "warnings": list(inspection.warnings),
+        "layers": layers,
+        "super_experts": outliers,
+        "retention": [_retention_object(each) for each in retained],
+        "warnings": warnings,
     }
 
 
-def retention_object(retention: Retention) -> dict[str, Any]:
-    """The retention of one source as JSON."""
+def _retention_object(retention: Retention) -> dict[str, Any]:
     body = asdict(retention)
+    # The key is from when layers were called blocks.
     body["worst_block"] = body.pop("worst_layer")
-    return {**body, "layers": list(retention.layers)}
+    return body
 
 
-def _layer_object(view: LayerView) -> dict[str, Any]:
-    line = view.boundary
-    return {
-        "index": view.index,
-        "keep": None if view.kept is None else len(view.kept),
-        "kept": None if view.kept is None else list(view.kept),
-        "scores": list(view.scores),
-        "quartiles": dict(zip(_QUARTILES, view.quartiles, strict=True)),
-        "histogram": list(view.histogram),
-        "never_seen": list(view.unseen),
-        "boundary": None if line is None else {**asdict(line), "margin": line.margin},
-    }
+def _histogram(scores: Sequence[float], low: float, high: float) -> list[int]:
+    bars = [0] * BARS
+    for score in scores:
+        bars[min(BARS - 1, int((score - low) / (high - low) * BARS)) if high > low else 0] += 1
+    return bars
 
 
-_BARS = " ▁▂▃▄▅▆▇█"
-#: Differing experts that one line of a comparison names at most; `--layer` names all.
-_NAMED = 8
+def _boundary(scores: Sequence[float], index: int, selection: Selection, groups: int) -> dict[str, Any] | None:
+    """The kept expert with the lowest score in a layer and the removed one with the highest; None where all stay.
+
+    `margin` is the difference of the two scores, divided by the larger; negative where a lower score was kept.
+    Protected experts do not count. With groups of experts, it is the group in which the two are closest.
+    """
+    lines = []
+    kept, protected = set(selection.kept[index]), selection.protected.get(index, ())
+    size = len(scores) // groups
+    for first in range(0, len(scores), size):
+        # The ones with the lowest scores first; of equal scores the higher number is removed first.
+        members = sorted(range(first, first + size), key=lambda expert: (scores[expert], -expert))
+        inside = [expert for expert in members if expert in kept and expert not in protected]
+        outside = [expert for expert in members if expert not in kept]
+        if inside and outside:
+            above, below = scores[inside[0]], scores[outside[-1]]
+            widest = max(abs(above), abs(below))
+            lines.append({
+                "last_kept": inside[0],
+                "last_kept_score": above,
+                "first_removed": outside[-1],
+                "first_removed_score": below,
+                "margin": (above - below) / widest if widest else 0.0,
+            })  # fmt: skip
+    return min(lines, key=lambda line: line["margin"], default=None)
 
 
-def inspection_lines(inspection: Inspection, title: str) -> Iterator[str]:
-    """The text for all layers."""
+def _choice_warnings(
+    kept: Mapping[int, Sequence[int]], outliers: Mapping[int, Sequence[int]], unseen: Mapping[int, Sequence[int]]
+) -> Iterator[str]:
+    lost = {index: [expert for expert in experts if expert not in kept[index]] for index, experts in outliers.items()}
+    if any(lost.values()):
+        yield f"super experts would be removed ({_by_layer(lost)}): --protect-super-experts keeps them."
+    kept_unseen = [len(set(experts) & set(kept[index])) for index, experts in unseen.items()]
+    if any(kept_unseen):
+        yield (
+            f"{sum(kept_unseen):,} experts in {sum(map(bool, kept_unseen))} layers would stay that no token was routed "
+            "to, so their scores mean nothing. Use more or other calibration text, or keep fewer experts."
+        )
+
+
+def _by_layer(experts: Mapping[int, Sequence[int]]) -> str:
+    """The experts by layer as text: at most 10 of each layer, and 5 layers."""
+    parts = [f"layer {index}: {', '.join(map(str, numbers[:10]))}" for index, numbers in experts.items() if numbers]
+    number = sum(map(len, experts.values()))
+    return "; ".join(parts[:5]) + (f"; …, {number} in {len(parts)} layers" if len(parts) > 5 else "")
+
+
+def inspection_lines(
+    inspection: Mapping[str, Any], title: str, scores: Scores, selection: Selection | None, only: int | None = None
+) -> Iterator[str]:
+    """What `inspect_scores` gave, as text: of all layers, or of the layer `only` with every expert."""
     yield from _head(inspection, title)
     yield ""
-    yield from _layer_table(inspection.layers)
-    yield from _retention_table(inspection)
-    yield from _notes(inspection)
+    yield from _layers_table([layer for layer in inspection["layers"] if only in (None, layer["index"])]).text("")
+    if only is not None:
+        yield ""
+        yield from _experts_table(inspection, scores, selection, scores.layer_indices.index(only)).text()
+    if inspection["retention"]:
+        yield ""
+        yield from _retention_table(inspection, only).text()
+    if inspection["super_experts"]:
+        yield f"super experts: {_by_layer(inspection['super_experts'])}"
+    yield from (f"warning: {warning}" for warning in inspection["warnings"])
 
 
-def layer_lines(inspection: Inspection, title: str, view: LayerView) -> Iterator[str]:
-    """The text for one layer: every expert, the best first."""
-    yield from _head(inspection, title)
-    yield ""
-    yield from _layer_table((view,))
-    yield ""
-    scores = inspection.scores
-    layer = next(layer for layer in scores.layers if layer.index == view.index)
-    statistics = dict(zip(FIELDS, layer.values, strict=True))
-    saliency = statistics["gated_norms"]
-    totals = saliency.sum(axis=1)
-    names = [name[:16] for name in scores.sources]
-    yield f"Experts of layer {view.index}, best first; by source, the share of its saliency that the expert has here"
-    yield f"{'rank':>6}  {'expert':>6}  {'score':>10}  {'tokens':>11}  {'':<9}" + "".join(
-        f"  {name:>9}" for name in names
+def _head(inspection: Mapping[str, Any], title: str) -> Iterator[str]:
+    settings, layers, count = inspection["selection"], inspection["layers"], inspection["experts_per_layer"]
+    every, sources = count * len(layers), inspection["sources"]
+    rows = [(each["name"], f"{each['tokens']:,}", f"{each['share']:.1%}") for each in sources]
+    first = (
+        f"{title}: {len(layers)} layers of {count} experts (top-{inspection['top_k']}); "
+        f"{sum(each['tokens'] for each in sources):,} calibration tokens"
     )
-    shielded = inspection.selection.protected.get(view.index, ()) if inspection.selection else ()
-    order = sorted(range(len(view.scores)), key=lambda expert: (-view.scores[expert], expert))
+    yield from Table(first, ("source", "tokens", "share of the mix"), rows).text()
+    total = inspection["kept"]
+    if total is None:
+        yield f"method {settings['method']}; say --keep, --ratio or --total to see a selection"
+    else:
+        counts = [layer["keep"] for layer in layers]
+        least, most = min(counts), max(counts)
+        each = f"{least} of {count} in every layer" if least == most else f"{least} to {most} of {count} by layer"
+        yield (
+            f"method {settings['method']}, schedule {settings['schedule']}: keeps {total:,} of {every:,} experts, "
+            f"{each}; {1 - total / every:.1%} removed"
+        )
+    yield f"never seen: {sum(len(layer['never_seen']) for layer in layers):,} of {every:,} experts"
+
+
+def _layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    columns = ["layer", "keep", "unseen", *_QUARTILES, "min..max", "last kept", "first removed", "margin"]
+    rows = []
+    for layer in layers:
+        highest = max(layer["histogram"])
+        # Rounded up, so that a single expert far from all others can be seen.
+        bars = "".join(_HEIGHTS[-(-bar * (len(_HEIGHTS) - 1) // highest)] for bar in layer["histogram"])
+        keep = "" if layer["keep"] is None else str(layer["keep"])
+        row = [str(layer["index"]), keep, str(len(layer["never_seen"]))]
+        row += [*map(_number, layer["quartiles"].values()), bars]
+        edge = layer["boundary"]
+        if edge is not None:
+            row += [f"{_number(edge[f'{which}_score'])} #{edge[which]:<4}" for which in ("last_kept", "first_removed")]
+            row.append(f"{edge['margin']:.1%}")
+        rows.append(row)
+    if layers[0]["keep"] is None:
+        columns[1], columns[-3:] = "", []
+    return Table("", columns, rows, align="r")
+
+
+def _experts_table(inspection: Mapping[str, Any], scores: Scores, selection: Selection | None, place: int) -> Table:
+    """Every expert of one layer, the best first."""
+    layer, values = scores.layers[place], inspection["layers"][place]["scores"]
+    kept = selection.kept[layer.index] if selection else None
+    shielded = selection.protected.get(layer.index, ()) if selection else ()
+    saliency = layer.values[list(FIELDS).index("gated_norms")]
+    tokens = routed_tokens(layer)
+    rows = []
+    order = sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
     for rank, expert in enumerate(order, start=1):
         state = ""
-        if view.kept is not None:
-            state = "protected" if expert in shielded else "kept" if expert in view.kept else "removed"
-        shares = (
-            f"{values[expert] / total:.2%}" if total else "-" for values, total in zip(saliency, totals, strict=True)
-        )
-        tokens = int(statistics["tokens"][:, expert].sum())
-        yield (
-            f"{rank:>6}  {expert:>6}  {_number(view.scores[expert]):>10}  {tokens:>11,}  {state:<9}"
-            + "".join(f"  {share:>{max(9, len(name))}}" for share, name in zip(shares, names, strict=True))
-        ).rstrip()
-    yield from _retention_table(inspection, view.index)
-    yield from _notes(inspection)
+        if kept is not None:
+            state = "protected" if expert in shielded else "kept" if expert in kept else "removed"
+        shares = [f"{own[expert] / own.sum():.2%}" if own.sum() else "-" for own in saliency]
+        rows.append((str(rank), str(expert), _number(values[expert]), f"{tokens[expert]:,}", state, *shares))
+    title = f"Experts of layer {layer.index}, best first; by source, the share of its saliency that the expert has here"
+    columns = ("rank", "expert", "score", "tokens", "", *(name[:16] for name in scores.sources))
+    return Table(title, columns, rows, align="rrrrl")
 
 
-def comparison_lines(comparison: Comparison, index: int | None = None) -> Iterator[str]:
-    """A comparison: what each source gains or loses, and by layer which experts differ; of one layer, all of them."""
-    yield ""
-    far = f"{comparison.changed:,} experts differ, mean Jaccard {comparison.jaccard:.3f}"
-    yield f"Compared with {comparison.label}: {far}"
-    width = max(6, *(len(each.source) for each in comparison.before))
-    yield f"  {'source':<{width}}  {'this':>7}  {'other':>7}  {'change':>8}"
-    for before, after in zip(comparison.before, comparison.after, strict=True):
-        yield f"  {before.source:<{width}}  {before.kept:>7.1%}  {after.kept:>7.1%}  {after.kept - before.kept:>+8.1%}"
-    differing = [each for each in comparison.layers if each.jaccard < 1 and index in (None, each.index)]
-    if not differing:
-        where = "every layer" if index is None else f"layer {index}"
-        yield f"  Both keep the same experts in {where}."
-        return
-    named = _NAMED if index is None else None
-    columns = [_numbers(each.first_only, named) for each in differing]
-    width = max(len("only this"), *map(len, columns))
-    yield f"  layer  jaccard  {'only this':<{width}}  only {comparison.label}"
-    for each, column in zip(differing, columns, strict=True):
-        others = _numbers(each.second_only, named)
-        yield f"  {each.index:>5}  {each.jaccard:>7.3f}  {column:<{width}}  {others}".rstrip()
-    same = len(comparison.layers) - len(differing)
-    if same and index is None:
-        yield f"  ({same} layers have no difference)"
-
-
-def _numbers(experts: Sequence[int], named: int | None) -> str:
-    shown = experts[:named]
-    more = f" +{len(experts) - len(shown)}" if len(experts) > len(shown) else ""
-    return " ".join(map(str, shown)) + more
-
-
-def _head(inspection: Inspection, title: str) -> Iterator[str]:
-    scores, settings, selection = inspection.scores, inspection.settings, inspection.selection
-    layers, count = len(scores.layers), scores.spec.count
-    yield f"{title}: {layers} layers of {count} experts (top-{scores.spec.top_k}); {scores.tokens:,} calibration tokens"
-    width = max(map(len, scores.sources))
-    for name, tokens, share in zip(scores.sources, scores.source_tokens, inspection.shares, strict=True):
-        yield f"  {name:<{width}}  {tokens:>13,} tokens, {share:>6.1%} of the mix"
-    if selection is None:
-        yield f"method {settings.method}; say --keep, --ratio or --total to see a selection"
-    else:
-        total, least, most = sum(selection.counts), min(selection.counts), max(selection.counts)
-        each = (
-            f"{least} of {count} in every layer" if selection.is_uniform else f"{least} to {most} of {count} by layer"
-        )
-        yield (
-            f"method {settings.method}, schedule {settings.schedule}: keeps {total:,} of {count * layers:,} experts, "
-            f"{each}; {1 - total / (count * layers):.1%} removed"
-        )
-    never = sum(len(view.unseen) for view in inspection.layers)
-    yield f"never seen: {never:,} of {count * layers:,} experts"
-
-
-def _layer_table(views: Sequence[LayerView]) -> Iterator[str]:
-    chosen = views[0].kept is not None
-    yield (
-        f"{'layer':>5} {'keep' if chosen else '':>5} {'unseen':>6}" + "".join(f" {head:>8}" for head in _QUARTILES)
-        + "  min..max  " + (f"  {'last kept':>15} {'first removed':>15} {'margin':>7}" if chosen else "")
-    ).rstrip()  # fmt: skip
-    for view in views:
-        keep = str(len(view.kept)) if view.kept is not None else ""
-        line = f"{view.index:>5} {keep:>5} {len(view.unseen):>6}"
-        line += "".join(f" {_number(value):>8}" for value in view.quartiles) + f"  {_histogram(view.histogram)}"
-        edge = view.boundary
-        if edge is not None:
-            last = f"{_number(edge.last_kept_score)} #{edge.last_kept:<4}"
-            first = f"{_number(edge.first_removed_score)} #{edge.first_removed:<4}"
-            line += f"  {last:>15} {first:>15} {edge.margin:>7.1%}"
-        yield line.rstrip()
-
-
-def _retention_table(inspection: Inspection, index: int | None = None) -> Iterator[str]:
-    if not inspection.retention:
-        return
-    yield ""
-    yield "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays"
-    width = max(6, *(len(each.source) for each in inspection.retention))
-    yield f"  {'source':<{width}}  {'kept':>6}  {'at best':>7}  {'worst layer':>15}" + (
-        "" if index is None else f"  {f'layer {index}':>10}"
+def _retention_table(inspection: Mapping[str, Any], only: int | None) -> Table:
+    columns, rows = ["source", "kept", "at best", "worst layer"], []
+    for each in inspection["retention"]:
+        worst = f"{each['worst']:.1%} ({each['worst_block']})"
+        rows.append([each["source"], f"{each['kept']:.1%}", f"{each['best']:.1%}", worst])
+    if only is not None:
+        columns.append(f"layer {only}")
+        place = [layer["index"] for layer in inspection["layers"]].index(only)
+        for row, each in zip(rows, inspection["retention"], strict=True):
+            row.append("-" if each["layers"][place] is None else f"{each['layers'][place]:.1%}")
+    return Table(
+        "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays",
+        columns,
+        rows,
+        ["(at best: as many experts per layer, chosen for this source alone by that sum)"],
     )
-    for each in inspection.retention:
-        worst = f"{each.worst:.1%} ({each.worst_layer})"
-        yield f"  {each.source:<{width}}  {each.kept:>6.1%}  {each.best:>7.1%}  {worst:>15}" + (
-            "" if index is None else f"  {_here(inspection, each, index):>10}"
-        )
-    yield "  (at best: as many experts per layer, chosen for this source alone by that sum)"
-
-
-def _here(inspection: Inspection, retention: Retention, index: int) -> str:
-    share = retention.layers[inspection.scores.layer_indices.index(index)]
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _notes(inspection: Inspection) -> Iterator[str]:
-    if inspection.super_experts:
-        yield f"super experts: {by_layer(inspection.super_experts)}"
-    yield from (f"warning: {warning}" for warning in inspection.warnings)
-
-
-def _histogram(bars: Sequence[int]) -> str:
-    highest = max(bars)
-    # Rounded up, so that a single expert far from all others can be seen.
-    return "".join(_BARS[-(-bar * (len(_BARS) - 1) // highest)] for bar in bars)
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
+
+
+#: What `--compare` may change, and how its value is read.
+_KEYS = {
+    "method": str,
+    "mix": str,
+    "schedule": str,
+    "spread": float,
+    "floor": int,
+    "seed": int,
+    "protect-super-experts": {"yes": True, "no": False}.__getitem__,
+}
+_BETWEEN = re.compile(rf";\s*(?=(?:{'|'.join(_KEYS)})=)")
+
+
+def changed_settings(base: SelectionSettings, text: str) -> SelectionSettings:
+    """`base` with the changes that `--compare` states: `mix=code=1`, `method=frequency`, or several with `;` between.
+
+    Raises SettingsError for anything else, and for impossible values.
+    """
+    changes: dict[str, Any] = {}
+    for part in _BETWEEN.split(text):
+        key, equals, value = part.strip().partition("=")
+        name = key.strip().replace("-", "_")
+        if not equals or key.strip() not in _KEYS or name in changes:
+            raise SettingsError(
+                f"--compare {show(text)} is no change of the choice. Write for example --compare mix=code=1, --compare "
+                f'method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
+            )
+        try:
+            changes[name] = _KEYS[key.strip()](value.strip())  # type: ignore[operator]
+        except (ValueError, KeyError):
+            raise SettingsError(f"--compare {show(text)}: {show(value)} is no value of {key.strip()}.") from None
+    if changes.get("mix") == "":
+        # No mix: every token counts once.
+        changes["mix"] = None
+    schedule = SCHEDULES.get(changes.get("schedule", base.schedule))
+    if schedule is None or not schedule.has_spread:
+        changes.setdefault("spread", None)
+    return replace(base, **changes)
+
+
+def compare_selections(
+    label: str, settings: SelectionSettings, scores: Scores, selection: Selection, other: Selection
+) -> dict[str, Any]:
+    """What `--json` prints of a comparison: how the selection `other`, made by `settings`, differs from the first.
+
+    By layer, the experts that only one of the two keeps and their Jaccard index: the number of experts that both keep,
+    divided by that of experts which either keeps. By source, what each of the two keeps.
+    """
+    layers: list[dict[str, Any]] = []
+    for one, another in zip(selection.layers, other.layers, strict=True):
+        first, second = set(one.kept), set(another.kept)
+        layers.append({
+            "index": one.index,
+            "jaccard": len(first & second) / len(first | second),
+            "first_only": sorted(first - second),
+            "second_only": sorted(second - first),
+        })  # fmt: skip
+    return {
+        "compare": label,
+        "selection": asdict(settings),
+        "jaccard": sum(layer["jaccard"] for layer in layers) / len(layers),
+        "changed": sum(len(layer["second_only"]) for layer in layers),
+        "layers": layers,
+        "retention": [
+            {"source": before.source, "first": before.kept, "second": after.kept, "gain": after.kept - before.kept}
+            for before, after in zip(retentions(scores, selection), retentions(scores, other), strict=True)
+        ],
+    }
+
+
+def comparison_lines(comparison: Mapping[str, Any], only: int | None = None) -> Iterator[str]:
+    """A comparison: what each source gains or loses, and by layer which experts differ; of one layer, all of them."""
+    yield ""
+    label = comparison["compare"]
+    far = f"{comparison['changed']:,} experts differ, mean Jaccard {comparison['jaccard']:.3f}"
+    shares = [
+        (each["source"], f"{each['first']:.1%}", f"{each['second']:.1%}", f"{each['gain']:+.1%}")
+        for each in comparison["retention"]
+    ]
+    yield from Table(f"Compared with {label}: {far}", ("source", "this", "other", "change"), shares).text()
+    layers = comparison["layers"]
+    differing = [layer for layer in layers if layer["jaccard"] < 1 and only in (None, layer["index"])]
+    if not differing:
+        yield f"  Both keep the same experts in {'every layer' if only is None else f'layer {only}'}."
+        return
+    rows = [
+        (str(layer["index"]), f"{layer['jaccard']:.3f}", *(
+            _numbers(layer[which], _NAMED if only is None else None) for which in ("first_only", "second_only")
+        ))
+        for layer in differing
+    ]  # fmt: skip
+    same = len(layers) - len(differing)
+    notes = [f"({same} layers have no difference)"] if same and only is None else []
+    yield from Table("", ("layer", "jaccard", "only this", f"only {label}"), rows, notes, align="rrll").text()
+
+
+def _numbers(experts: Sequence[int], most: int | None) -> str:
+    shown = experts[:most]
+    return " ".join(map(str, shown)) + (f" +{len(experts) - len(shown)}" if len(experts) > len(shown) else "")

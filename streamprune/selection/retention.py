@@ -1,4 +1,4 @@
-"""Domain retention: how much of each source's saliency a selection keeps; and the comparison of two selections.
+"""Domain retention: how much of each source's saliency a selection keeps.
 
 Saliency here is Σ g·‖f‖ over a source's own tokens, whatever method and mix chose: what an expert adds to the residual
 stream, on which the outputs of all layers add up. So the sums of all layers are taken together, choices of any two
@@ -9,24 +9,20 @@ was no better than chance where layers keep different numbers.)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from streamprune.errors import SettingsError
-from streamprune.files.json_text import show
 from streamprune.saliency.scores import FIELDS, Scores
-from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import Selection, keep_highest
-from streamprune.selection.settings import SelectionSettings
 
 #: A source that keeps less of its saliency than this is warned of: it loses most of its own.
 LEAST_RETENTION = 0.5
 #: Also warned of: a source that loses UNEQUAL times the share of the source that loses least, and LEAST_WARNED_LOSS.
 UNEQUAL, LEAST_WARNED_LOSS = 2.0, 0.1
+#: Where Σ g·‖f‖ lies among the statistics.
+_SALIENCY = list(FIELDS).index("gated_norms")
 
 
 @dataclass(frozen=True)
@@ -47,38 +43,23 @@ class Retention:
 
 def retentions(scores: Scores, selection: Selection) -> tuple[Retention, ...]:
     """The retention of every source of the scores, in their order."""
-    every, kept, best = (np.zeros((len(scores.layers), len(scores.sources))) for _ in range(3))
-    for row, (layer, selected) in enumerate(zip(scores.layers, selection.layers, strict=True)):
-        saliency = np.abs(layer.values[list(FIELDS).index("gated_norms")])
-        for column, values in enumerate(saliency):
-            ideal = keep_highest(values.tolist(), len(selected.kept), scores.spec)
-            every[row, column] = values.sum()
-            kept[row, column] = values[list(selected.kept)].sum()
-            best[row, column] = values[list(ideal)].sum()
-    return tuple(
-        _retention(source, every[:, column], kept[:, column], best[:, column], scores.layer_indices)
-        for column, source in enumerate(scores.sources)
-    )
+    return tuple(_retention(number, scores, selection) for number in range(len(scores.sources)))
 
 
-def _retention(
-    source: str, every: np.ndarray, kept: np.ndarray, best: np.ndarray, layer_indices: Sequence[int]
-) -> Retention:
-    """The retention of a source from its saliency by layer: of all experts, those that stay, and at best."""
-    met = np.flatnonzero(every > 0)
-    if not len(met):
-        # Nothing of nothing is lost.
-        return Retention(source, 1.0, 1.0, layer_indices[0], 1.0, (None,) * len(layer_indices))
-    shares = tuple(float(part / total) if total > 0 else None for part, total in zip(kept, every, strict=True))
-    worst = met[np.argmin(kept[met] / every[met])]
-    return Retention(
-        source,
-        float(kept.sum() / every.sum()),
-        float(best.sum() / every.sum()),
-        layer_indices[worst],
-        float(kept[worst] / every[worst]),
-        shares,
-    )
+def _retention(source: int, scores: Scores, selection: Selection) -> Retention:
+    sums = []
+    for layer, selected in zip(scores.layers, selection.layers, strict=True):
+        saliency = np.abs(layer.values[_SALIENCY, source])
+        ideal = keep_highest(saliency.tolist(), len(selected.kept), scores.spec)
+        sums.append((saliency.sum(), saliency[list(selected.kept)].sum(), saliency[list(ideal)].sum()))
+    every, kept, best = np.array(sums).T
+    shares = [float(part / total) if total > 0 else None for part, total in zip(kept, every, strict=True)]
+    # Of a source that met no expert at all nothing is lost.
+    met = [(share, index) for share, index in zip(shares, scores.layer_indices, strict=True) if share is not None]
+    worst, worst_layer = min(met, default=(1.0, scores.layer_indices[0]))
+    total = every.sum()
+    whole = [float(part.sum() / total) if met else 1.0 for part in (kept, best)]
+    return Retention(scores.sources[source], whole[0], whole[1], worst_layer, worst, tuple(shares))
 
 
 def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] | None = None) -> Iterator[str]:
@@ -105,122 +86,3 @@ def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] |
                 f"{each.source} loses {1 - each.kept:.1%} of its saliency, {least.source} only {1 - least.kept:.1%} "
                 f"({alone}). If it matters, what may help: {mix}another --method, more experts."
             )
-
-
-#: What `--compare` may change, and how its value is read.
-_KEYS = {
-    "method": str,
-    "mix": str,
-    "schedule": str,
-    "spread": float,
-    "floor": int,
-    "seed": int,
-    "protect-super-experts": {"yes": True, "no": False}.__getitem__,
-}
-_BETWEEN = re.compile(rf";\s*(?=(?:{'|'.join(_KEYS)})=)")
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """One layer of two choices: the experts that only one of them keeps, and their Jaccard index.
-
-    (That is the number of experts that both keep, divided by that of experts which either keeps.)
-    """
-
-    index: int
-    first_only: tuple[int, ...]
-    second_only: tuple[int, ...]
-    jaccard: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A second choice, called `label`, compared with the first: by layer, and by source what each of the two keeps."""
-
-    label: str
-    selection: SelectionSettings
-    layers: tuple[LayerDifference, ...]
-    before: tuple[Retention, ...]
-    after: tuple[Retention, ...]
-
-    @property
-    def jaccard(self) -> float:
-        """The mean over the layers."""
-        return sum(layer.jaccard for layer in self.layers) / len(self.layers)
-
-    @property
-    def changed(self) -> int:
-        """How many experts one of the two keeps and the other does not, counted for the second."""
-        return sum(len(layer.second_only) for layer in self.layers)
-
-
-def changed_settings(base: SelectionSettings, text: str) -> SelectionSettings:
-    """`base` with the changes that `--compare` states: `mix=code=1`, `method=frequency`, or several with `;` between.
-
-    Raises SettingsError for anything else, and for impossible values.
-    """
-    changes: dict[str, Any] = {}
-    for part in _BETWEEN.split(text):
-        key, equals, value = part.strip().partition("=")
-        name = key.strip().replace("-", "_")
-        if not equals or key.strip() not in _KEYS or name in changes:
-            raise SettingsError(
-                f"--compare {show(text)} is no change of the choice. Write for example --compare mix=code=1, --compare "
-                f'method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
-            )
-        try:
-            changes[name] = _KEYS[key.strip()](value.strip())  # type: ignore[operator]
-        except (ValueError, KeyError):
-            raise SettingsError(f"--compare {show(text)}: {show(value)} is no value of {key.strip()}.") from None
-    if changes.get("mix") == "":
-        # No mix: every token counts once.
-        changes["mix"] = None
-    schedule = SCHEDULES.get(changes.get("schedule", base.schedule))
-    if schedule is None or not schedule.has_spread:
-        changes.setdefault("spread", None)
-    return replace(base, **changes)
-
-
-def compare_selections(
-    label: str,
-    selection: SelectionSettings,
-    choices: tuple[Selection, Selection],
-    before: Sequence[Retention],
-    after: Sequence[Retention],
-) -> Comparison:
-    """Compare the second of two choices, made by `selection`, with the first. They keep `before` and `after`."""
-    differences = []
-    for one, other in zip(choices[0].layers, choices[1].layers, strict=True):
-        first, second = set(one.kept), set(other.kept)
-        differences.append(
-            LayerDifference(
-                one.index,
-                tuple(sorted(first - second)),
-                tuple(sorted(second - first)),
-                len(first & second) / len(first | second),
-            )
-        )
-    return Comparison(label, selection, tuple(differences), tuple(before), tuple(after))
-
-
-def comparison_object(comparison: Comparison) -> dict[str, Any]:
-    """What `--json` prints of a comparison."""
-    return {
-        "compare": comparison.label,
-        "selection": asdict(comparison.selection),
-        "jaccard": comparison.jaccard,
-        "changed": comparison.changed,
-        "layers": [
-            {
-                "index": each.index,
-                "jaccard": each.jaccard,
-                "first_only": each.first_only,
-                "second_only": each.second_only,
-            }
-            for each in comparison.layers
-        ],
-        "retention": [
-            {"source": before.source, "first": before.kept, "second": after.kept, "gain": after.kept - before.kept}
-            for before, after in zip(comparison.before, comparison.after, strict=True)
-        ],
-    }

@@ -7,10 +7,12 @@ router's groups of experts must stay equal in size, of one expert in every group
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 
 from streamprune.models.config_json import ExpertSpec
 
@@ -38,14 +40,17 @@ def uniform(division: Division) -> list[int]:
     return _near([Fraction(division.total, len(division.least))] * len(division.least), division)
 
 
-def linear_decrease(division: Division) -> list[int]:
-    """The share removed falls evenly from target + spread at the first layer to target - spread at the last."""
-    return _linear(division, -1)
+def linear(slope: int, division: Division) -> list[int]:
+    """The share removed changes evenly over the layers, by `spread` to either side of the target.
 
-
-def linear_increase(division: Division) -> list[int]:
-    """The share removed rises evenly from target - spread at the first layer to target + spread at the last."""
-    return _linear(division, 1)
+    It rises from the first layer to the last where `slope` is 1, and falls where it is -1.
+    """
+    layers = len(division.least)
+    mean = Fraction(division.total, layers)
+    if layers == 1:
+        return _near([mean], division)
+    reach = slope * division.spec.count * Fraction(str(division.spread))
+    return _near([mean + reach * (1 - Fraction(2 * layer, layers - 1)) for layer in range(layers)], division)
 
 
 def global_ranking(division: Division) -> list[int]:
@@ -87,8 +92,8 @@ _LINEAR = "the share that is removed rises or falls evenly from the first layer 
 #: Every schedule by its name on the command line. Any other name is that of a file with a number for each layer.
 SCHEDULES: Mapping[str, Schedule] = {
     "uniform": Schedule(uniform, "every layer keeps equally many", is_uniform=True),
-    "linear-decrease": Schedule(linear_decrease, _LINEAR, has_spread=True),
-    "linear-increase": Schedule(linear_increase, _LINEAR, has_spread=True),
+    "linear-decrease": Schedule(partial(linear, -1), _LINEAR, has_spread=True),
+    "linear-increase": Schedule(partial(linear, 1), _LINEAR, has_spread=True),
     "global": Schedule(global_ranking, "the experts of all layers are ranked together", needs_scores=True),
 }
 DEFAULT_SCHEDULE = "uniform"
@@ -103,15 +108,6 @@ def room_for(protected: Sequence[int], spec: ExpertSpec) -> int:
     """The fewest experts of a layer, equally many in each group, among which all the protected can be."""
     per_group = Counter(expert * spec.groups // spec.count for expert in protected)
     return max(per_group.values(), default=0) * spec.groups
-
-
-def _linear(division: Division, sign: int) -> list[int]:
-    layers = len(division.least)
-    mean = Fraction(division.total, layers)
-    if layers == 1:
-        return _near([mean], division)
-    reach = sign * division.spec.count * Fraction(str(division.spread))
-    return _near([mean + reach * (1 - Fraction(2 * layer, layers - 1)) for layer in range(layers)], division)
 
 
 def _near(wanted: Sequence[Fraction], division: Division) -> list[int]:
@@ -136,14 +132,14 @@ def _divided(wanted: Sequence[Fraction], least: Sequence[int], most: int, total:
     def shifted(shift: Fraction) -> list[Fraction]:
         return [min(max(want + shift, Fraction(low)), Fraction(most)) for want, low in zip(wanted, least, strict=True)]
 
+    def sum_at(shift: Fraction) -> Fraction:
+        return sum(shifted(shift), Fraction(0))
+
     # Between two neighbours of these shifts the sum is a straight line, and nowhere does it fall.
     bends = sorted({low - want for want, low in zip(wanted, least, strict=True)} | {most - want for want in wanted})
-    low, high = 0, len(bends) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if sum(shifted(bends[middle])) <= total else (low, middle)
-    begin, end = bends[low], bends[high]
-    at_begin, at_end = sum(shifted(begin)), sum(shifted(end))
+    place = bisect_right(bends, Fraction(total), 1, max(1, len(bends) - 1), key=sum_at)
+    begin, end = bends[place - 1], bends[min(place, len(bends) - 1)]
+    at_begin, at_end = sum_at(begin), sum_at(end)
     slope = (end - begin) / (at_end - at_begin) if at_end > at_begin else Fraction(0)
     exact = shifted(begin + (total - at_begin) * slope)
     result = [math.floor(value) for value in exact]

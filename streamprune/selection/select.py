@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -94,10 +94,19 @@ class Selector:
         """How often each token of each source counts."""
         return mix_weights(self.settings.mix, self.sources, self.source_tokens)
 
-    def layer(self, statistics: LayerStatistics) -> LayerSelection:
-        """The selection in one layer, as `all` makes it. Only where `per_layer` is known, and nothing is protected."""
-        assert self.per_layer is not None
-        return self._layer(statistics, self.per_layer[statistics.index])
+    def layer(
+        self, statistics: LayerStatistics, keep: int | None = None, protected: Sequence[int] = ()
+    ) -> LayerSelection:
+        """The selection in one layer: of `keep` experts, or as many as `per_layer` says. Raises like `all`."""
+        if keep is None:
+            assert self.per_layer is not None
+            keep = self.per_layer[statistics.index]
+        scores = score_layer(statistics, self.settings, self.weights)
+        try:
+            kept = keep_highest(scores, keep, self.spec, protected)
+        except SettingsError as error:
+            raise SettingsError(f"Layer {statistics.index}: {error}") from None
+        return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics))
 
     def all(self, layers: Sequence[LayerStatistics]) -> Selection:
         """The selection in all layers. Raises SettingsError where there is none, with the layer and the numbers."""
@@ -108,16 +117,8 @@ class Selector:
             shielded = [protected.get(layer.index, ()) for layer in layers]
             divided = layer_counts(self.settings, self.spec, len(layers), self.total, scores, shielded)
             counts = {layer.index: count for layer, count in zip(layers, divided, strict=True)}
-        selected = (self._layer(layer, counts[layer.index], protected.get(layer.index, ())) for layer in layers)
+        selected = (self.layer(layer, counts[layer.index], protected.get(layer.index, ())) for layer in layers)
         return Selection(tuple(selected), self.settings, protected)
-
-    def _layer(self, statistics: LayerStatistics, keep: int, protected: Sequence[int] = ()) -> LayerSelection:
-        scores = score_layer(statistics, self.settings, self.weights)
-        try:
-            kept = keep_highest(scores, keep, self.spec, protected)
-        except SettingsError as error:
-            raise SettingsError(f"Layer {statistics.index}: {error}") from None
-        return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics))
 
 
 def listed_selection(
@@ -127,14 +128,11 @@ def listed_selection(
     if scores is None:
         return Selection(tuple(LayerSelection(index, experts) for index, experts in sorted(kept.items())))
     weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
-    return Selection(
-        tuple(
-            LayerSelection(
-                layer.index, tuple(kept[layer.index]), score_layer(layer, settings, weights), routed_tokens(layer)
-            )
-            for layer in scores.layers
-        )
+    layers = (
+        LayerSelection(layer.index, kept[layer.index], score_layer(layer, settings, weights), routed_tokens(layer))
+        for layer in scores.layers
     )
+    return Selection(tuple(layers))
 
 
 def score_layer(layer: LayerStatistics, settings: SelectionSettings, weights: Sequence[float]) -> tuple[float, ...]:
@@ -179,15 +177,12 @@ def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -
     first three quarters of the layers that have experts (Su et al., 2025, arXiv:2507.23279). The percentile is
     interpolated linearly. Sources with weight 0 count for nothing here too.
     """
-    peaks = [layer.mixed(weights)["peaks"] for layer in layers]
-    everywhere = np.concatenate(peaks)
+    peaks = {layer.index: layer.mixed(weights)["peaks"] for layer in layers}
+    everywhere = np.concatenate(list(peaks.values()))
     threshold = max(float(np.percentile(everywhere, PERCENTILE)), LEAST_SHARE * float(everywhere.max()))
-    found = {}
-    for layer, values in list(zip(layers, peaks, strict=True))[: int(FIRST_LAYERS * len(layers))]:
-        experts = tuple(int(expert) for expert in np.flatnonzero(values > threshold))
-        if experts:
-            found[layer.index] = experts
-    return found
+    first = list(peaks.items())[: int(FIRST_LAYERS * len(layers))]
+    found = {index: tuple(np.flatnonzero(values > threshold).tolist()) for index, values in first}
+    return {index: experts for index, experts in found.items() if experts}
 
 
 def layer_counts(
@@ -208,16 +203,9 @@ def layer_counts(
     shared = least_per_layer(spec, settings.floor)
     protected = protected or [()] * layers
     least = [shared if schedule.is_uniform else max(shared, room_for(experts, spec)) for experts in protected]
-    _check_total(spec, total, least, settings.floor)
-    spread = DEFAULT_SPREAD if settings.spread is None else settings.spread
-    return tuple(schedule.divide(Division(spec, total, least, spread, scores, protected)))
-
-
-def _check_total(spec: ExpertSpec, total: int, least: Sequence[int], floor: int | None) -> None:
-    """Raise SettingsError unless `total` experts can be divided among layers that keep `least` each."""
-    layers, fewest, every = len(least), sum(least), spec.count * len(least)
+    fewest, every = sum(least), spec.count * layers
     if not fewest <= total <= every:
-        why = f"the router picks {spec.top_k} per token" if not floor else f"--floor is {floor}"
+        why = f"--floor is {settings.floor}" if settings.floor else f"the router picks {spec.top_k} per token"
         raise SettingsError(
             f"{total:,} experts cannot be divided among {layers} layers of {spec.count} experts: {fewest:,} must stay "
             f"({why}), and there are {every:,}. Keep between {fewest:,} and {every:,} in all."
@@ -228,6 +216,8 @@ def _check_total(spec: ExpertSpec, total: int, least: Sequence[int], floor: int 
             f"{total:,} experts cannot be divided among {layers} layers: the router chooses among {spec.groups} groups "
             f"of experts, which must stay equal in size. Keep {below:,} or {below + spec.groups:,} in all."
         )
+    spread = DEFAULT_SPREAD if settings.spread is None else settings.spread
+    return tuple(schedule.divide(Division(spec, total, least, spread, scores, protected)))
 
 
 def stated_counts(settings: SelectionSettings, spec: ExpertSpec, layers: Sequence[int]) -> dict[int, int] | None:
@@ -239,13 +229,12 @@ def stated_counts(settings: SelectionSettings, spec: ExpertSpec, layers: Sequenc
 
 
 def planned_counts(
-    settings: SelectionSettings, spec: ExpertSpec, layers: Iterable[int], total: int
+    settings: SelectionSettings, spec: ExpertSpec, layers: Sequence[int], total: int
 ) -> dict[int, int] | None:
     """How many experts stay by layer, of `total` in all; None where only all the scores together decide that.
 
     Raises SettingsError where the schedule, which has a name, cannot be met.
     """
-    layers = list(layers)
     # Where scores decide, what is certain to fail fails now: as if all scores were equal and nothing protected.
     equal_scores = [[0.0] * spec.count] * len(layers) if settings.needs_all_layers else ()
     counts = layer_counts(settings, spec, len(layers), total, equal_scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from streamprune.errors import SettingsError
@@ -47,10 +48,10 @@ class SelectionSettings:
         if not self.schedule:
             raise SettingsError(f"--schedule is empty. Choose one of: {', '.join(SCHEDULES)}, or a JSON file.")
         if self.spread is not None:
-            if self.has_schedule_file or not SCHEDULES[self.schedule].has_spread:
+            if self.spread_used is None:
                 takers = " and ".join(name for name, schedule in SCHEDULES.items() if schedule.has_spread)
                 raise SettingsError(f"--spread {self.spread:g} is for --schedule {takers} only.")
-            if not (math.isfinite(self.spread) and 0 <= self.spread < 1):
+            if not 0 <= self.spread < 1:
                 raise SettingsError(
                     f"--spread {self.spread:g} is not between 0 and 1. It is added to the share of experts removed at "
                     f"one end and taken off at the other, for example {DEFAULT_SPREAD}."
@@ -92,12 +93,11 @@ def parse_mix(text: str) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
     position = 0
-    while position < len(text) <= _LONGEST:
-        entry = _ENTRY.match(text, position)
-        if entry is None:
-            break
-        name, share = entry["name"].strip(), _share(entry["share"])
-        if share is None:
+    while position < len(text) <= _LONGEST and (entry := _ENTRY.match(text, position)):
+        name, share = entry["name"].strip(), -1.0
+        with suppress(ValueError):
+            share = float(entry["share"])
+        if not 0 <= share < math.inf:
             raise SettingsError(f"--mix: {show(entry[0])} gives no share, a number of at least 0. {_EXAMPLE}")
         if name in shares:
             raise SettingsError(f"--mix names {show(name)} twice. {_EXAMPLE}")
@@ -108,14 +108,6 @@ def parse_mix(text: str) -> dict[str, float]:
     if not 0 < sum(shares.values()) < math.inf:
         raise SettingsError(f"--mix {show(text)}: the shares have the sum {sum(shares.values()):g}. {_EXAMPLE}")
     return shares
-
-
-def _share(text: str) -> float | None:
-    try:
-        share = float(text)
-    except ValueError:
-        return None
-    return share if 0 <= share < math.inf else None
 
 
 def token_shares(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> dict[str, float]:
@@ -136,14 +128,14 @@ def mix_weights(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) 
     shares = parse_mix(mix)
     known = ", ".join(f"{name} ({count:,} tokens)" for name, count in zip(sources[:20], tokens, strict=False))
     known += f" and {len(sources) - 20} more" if len(sources) > 20 else ""
-    for name in shares:
-        if name not in sources:
-            raise SettingsError(f"--mix: there is no source {show(name)}. The scores have: {known}.")
+    unknown = [name for name in shares if name not in sources]
+    if unknown:
+        raise SettingsError(f"--mix: there is no source {show(unknown[0])}. The scores have: {known}.")
+    empty = [name for name, count in zip(sources, tokens, strict=True) if shares.get(name) and not count]
+    if empty:
+        raise SettingsError(f"--mix: source {empty[0]} has no tokens to count. The scores have: {known}.")
     total, all_tokens = sum(shares.values()), sum(tokens)
-    weights = []
-    for name, count in zip(sources, tokens, strict=True):
-        share = shares.get(name, 0.0)
-        if share and not count:
-            raise SettingsError(f"--mix: source {name} has no tokens to count. The scores have: {known}.")
-        weights.append(share / total * (all_tokens / count) if share else 0.0)
-    return tuple(weights)
+    return tuple(
+        shares[name] / total * (all_tokens / count) if shares.get(name) else 0.0
+        for name, count in zip(sources, tokens, strict=True)
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,6 @@ _LONGEST_LAYER_NAME = 9
 #: Up to here float64 has every whole number.
 _MOST = 2**53
 _Number = Annotated[int, Meta(ge=-_MOST, le=_MOST)] | float
-
-
-class _RecordedLayer(msgspec.Struct):
-    """As much of a layer in a pruned model's streamprune.json as says which experts it keeps."""
-
-    index: Any = None
-    kept: Any = None
 
 
 def least_per_layer(spec: ExpertSpec, floor: int | None) -> int:
@@ -62,7 +56,9 @@ def read_schedule_file(path: Path, spec: ExpertSpec, layers: int, floor: int | N
                 f"{what}, entry {entry}: {show(value)} is no number of experts. List only numbers of experts to "
                 "keep, or only shares to remove (from 0 to below 1)."
             )
-        count = _kept_of_share(value, spec) if shares else int(value)
+        # As in `resolve_keep`, where the tolerance keeps 0.7 of 10 experts from becoming 6.999…
+        count = spec.count - math.floor(value * spec.count + 1e-9) if shares else int(value)
+        count = math.ceil(count / spec.groups) * spec.groups if shares else count
         if not least <= count <= spec.count or count % spec.groups:
             multiple = f", in multiples of {spec.groups}" if spec.groups > 1 else ""
             raise SettingsError(
@@ -72,12 +68,6 @@ def read_schedule_file(path: Path, spec: ExpertSpec, layers: int, floor: int | N
         counts.append(count)
     _check_removes(what, counts, spec)
     return tuple(counts)
-
-
-def _kept_of_share(ratio: float, spec: ExpertSpec) -> int:
-    # As in `resolve_keep`, where the tolerance keeps 0.7 of 10 experts from becoming 6.999…
-    keep = spec.count - math.floor(ratio * spec.count + 1e-9)
-    return math.ceil(keep / spec.groups) * spec.groups
 
 
 def read_keep_file(path: Path, spec: ExpertSpec, layers: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -92,14 +82,17 @@ def read_keep_file(path: Path, spec: ExpertSpec, layers: Sequence[int]) -> dict[
         path, "--keep-file", 'is a JSON file with the experts of each layer, such as {"0": [1, 5], "1": [0, 2]}'
     )
     lists = _by_layer(body, what, layers)
-    for index in layers:
-        if index not in lists:
-            raise SettingsError(f"{what} lists no experts for layer {index}. It needs layers {_range(layers)}.")
+    known = f"{layers[0]} to {layers[-1]}"
+    if list(layers) != list(range(layers[0], layers[-1] + 1)):
+        known = ", ".join(map(str, layers[:50]))
+    missing = [index for index in layers if index not in lists]
+    if missing:
+        raise SettingsError(f"{what} lists no experts for layer {missing[0]}. It needs layers {known}.")
     unknown = [index for index in lists if index not in set(layers)]
     if unknown:
-        raise SettingsError(f"{what} lists experts for layer {unknown[0]}, but the model has them in {_range(layers)}.")
+        raise SettingsError(f"{what} lists experts for layer {unknown[0]}, but the model has them in {known}.")
     kept = {index: _checked(lists[index], f"{what}, layer {index}", spec) for index in layers}
-    _check_removes(what, [len(experts) for experts in kept.values()], spec)
+    _check_removes(what, list(map(len, kept.values())), spec)
     return kept
 
 
@@ -109,11 +102,12 @@ def _by_layer(body: Any, what: str, layers: Sequence[int]) -> dict[int, Any]:
         if len(body) != len(layers):
             raise SettingsError(f"{what} has {len(body)} lists, but the model has {len(layers)} layers with experts.")
         return dict(zip(layers, body, strict=True))
-    if not isinstance(body, Mapping):
+    if not isinstance(body, dict):
         raise SettingsError(f'{what} has to hold lists of experts by layer, such as {{"0": [1, 5], "1": [0, 2]}}.')
     pairs = list(body.items())
     if isinstance(body.get("layers"), list):
-        pairs = [(str(layer.index), layer.kept) for layer in map(_recorded_layer, body["layers"])]
+        recorded = [layer if isinstance(layer, dict) else {} for layer in body["layers"]]
+        pairs = [(str(layer.get("index")), layer.get("kept")) for layer in recorded]
     result: dict[int, Any] = {}
     for name, experts in pairs:
         if not (name.isascii() and name.isdigit() and len(name) <= _LONGEST_LAYER_NAME):
@@ -124,24 +118,17 @@ def _by_layer(body: Any, what: str, layers: Sequence[int]) -> dict[int, Any]:
     return result
 
 
-def _recorded_layer(entry: Any) -> _RecordedLayer:
-    try:
-        return msgspec.convert(entry, _RecordedLayer)
-    except msgspec.ValidationError:
-        return _RecordedLayer()
-
-
 def _checked(listed: Any, what: str, spec: ExpertSpec) -> tuple[int, ...]:
     try:
-        experts = msgspec.convert(listed, list[int])
+        experts = sorted(msgspec.convert(listed, list[int]))
     except msgspec.ValidationError:
         raise SettingsError(f"{what}: {show(listed)} is no list of experts.") from None
     outside = [expert for expert in experts if not 0 <= expert < spec.count]
     if outside:
         raise SettingsError(f"{what}: there is no expert {show(outside[0])}; they are numbered 0 to {spec.count - 1}.")
-    if len(set(experts)) < len(experts):
-        twice = next(expert for expert in experts if experts.count(expert) > 1)
-        raise SettingsError(f"{what} lists expert {twice} twice.")
+    expert, times = Counter(experts).most_common(1)[0] if experts else (0, 0)
+    if times > 1:
+        raise SettingsError(f"{what} lists expert {expert} twice.")
     if len(experts) < spec.top_k:
         raise SettingsError(f"{what} keeps {len(experts)} experts, but the router picks {spec.top_k} per token.")
     per_group = [0] * spec.groups
@@ -157,15 +144,9 @@ def _checked(listed: Any, what: str, spec: ExpertSpec) -> tuple[int, ...]:
             f"{what} keeps {len(experts)} experts in {spec.groups} groups; the router needs at least "
             f"{minimum_keep(spec)}."
         )
-    return tuple(sorted(experts))
+    return tuple(experts)
 
 
 def _check_removes(what: str, counts: Sequence[int], spec: ExpertSpec) -> None:
     if all(count == spec.count for count in counts):
         raise SettingsError(f"{what} keeps all {spec.count} experts of every layer, so nothing would be removed.")
-
-
-def _range(layers: Sequence[int]) -> str:
-    if list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(map(str, layers[:50]))
