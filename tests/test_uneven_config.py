@@ -16,9 +16,16 @@ from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.models.per_layer_experts import check_per_layer_experts, config_of_per_layer_experts, engines_note
+from streamprune.models.per_layer_experts import (
+    OWN_TABLE,
+    STANDARD_TABLE,
+    check_per_layer_experts,
+    config_of_per_layer_experts,
+    engines_note,
+    loading_facts_from_json,
+    modeling_source,
+)
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.per_layer_module import OWN_TABLE, STANDARD_TABLE, loading_facts_from_json, modeling_source
 from streamprune.models.skeleton import build_skeleton
 from tests.helpers import known_family
 from tests.tiny import EXPERTS, tiny_config
@@ -95,7 +102,7 @@ def test_models_that_cannot_be_loaded_so_are_named_before_the_run(monkeypatch: p
     with torch.device("meta"):
         own = find_loading_facts(raw, config, replace(skeleton, model=Own(config)))
     assert "comes with the model" in own.problem
-    assert loading_facts_from_json(own.as_json()) == own
+    assert loading_facts_from_json(msgspec.to_builtins(own)) == own
     check_per_layer_experts(own, {0: 4, 1: 4})
     with pytest.raises(UnsupportedModelError, match=r"2 to 4.*qwen3_moe: its code.*--schedule uniform"):
         check_per_layer_experts(own, {0: 4, 1: 2})
@@ -189,7 +196,7 @@ def test_facts_and_files_need_no_torch() -> None:
     ],
 )
 def test_facts_of_strangers_never_become_code(field: str, value: Any) -> None:
-    told = json.loads(json.dumps(facts_of().as_json()))
+    told = json.loads(json.dumps(msgspec.to_builtins(facts_of())))
     (told if field in told else told["classes"][0])[field] = value
     with pytest.raises(CheckpointError, match="Score the model again") as caught:
         loading_facts_from_json(told)

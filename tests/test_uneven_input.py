@@ -304,7 +304,7 @@ STRANGE = [
     (table(**{"0": {"num_local_experts": True}}), "layer 0: None is no number of experts"),
     (table(**{"0": {"num_local_experts": [2, 3]}}), "layer 0: None is no number of experts"),
     (table(**{"0": {"num_local_experts": "2"}}), "layer 0: None is no number of experts"),
-    (table(**{"0": TWO | {"hidden_size": 32}}), "a 'hidden_size' of its own, besides its number of experts"),
+    (table(**{"0": TWO | {"hidden_size": 32}}), "a 'hidden_size' of its own, in addition to its number of experts"),
     (table(**{"0": {"n_routed_experts": 2}}), "None is no number of experts"),
     (lambda config: config.update(num_local_experts=None), "None is no number of experts"),
     (lambda config: config.update(per_layer_experts=7), "per_layer_experts is 7, no table of layers"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -17,9 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from streamprune.models.config import load_config, with_expert_count
 from streamprune.models.config_json import rewrite_config
-from streamprune.models.per_layer_experts import config_of_per_layer_experts
+from streamprune.models.per_layer_experts import (
+    LoadingFacts,
+    config_of_per_layer_experts,
+    loading_facts_from_json,
+    modeling_source,
+)
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.per_layer_module import LoadingFacts, loading_facts_from_json, modeling_source
 from streamprune.models.skeleton import Skeleton, build_skeleton
 from tests.helpers import known_family, read_tensors
 from tests.tiny import EXPERTS, Family, make_model, tiny_config
@@ -68,7 +73,7 @@ def make_uneven(family: Family, folder: Path, alias: str | None = None) -> Uneve
     skeleton = build_skeleton(config, torch.float32)
     # Through JSON, as the facts will be stored.
     found = find_loading_facts(json.loads((source / "config.json").read_text()), config, skeleton)
-    facts = loading_facts_from_json(json.loads(json.dumps(found.as_json())))
+    facts = loading_facts_from_json(json.loads(json.dumps(msgspec.to_builtins(found))))
     assert not facts.problem, facts.problem
     kept = choose(skeleton)
     output.mkdir()

@@ -1,14 +1,23 @@
-"""Different numbers of experts per layer: what a config.json says of them, and how it is written.
+"""Different numbers of experts per layer: what a config.json says of them, and what loads such an output.
 
-Plain JSON: neither torch nor transformers is needed, nor the code that loads such a model. A model that has them
-already can be measured by `fit`; it cannot be scored or pruned again.
+transformers has a config key for such models, `per_layer_config`, but its model classes still give every layer the same
+number. So an output gets a module, named by `auto_map`, whose classes build the stock model and replace the layers that
+differ. What must be known of the model for that (`LoadingFacts`) is found by `per_layer_loading`, once, and kept with
+the scores. Nothing here needs torch or transformers. A model that has different numbers already can be measured by
+`fit`; it cannot be scored or pruned again.
 """
 
 from __future__ import annotations
 
+import keyword
+import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
@@ -21,10 +30,122 @@ from streamprune.models.config_json import (
     single_number,
     text_part,
 )
-from streamprune.models.per_layer_module import OLDEST_TRANSFORMERS, OWN_TABLE, STANDARD_TABLE, LoadingFacts
 
-#: Goes with transformers' own table, and means nothing without it.
+#: transformers' own entry of config.json for what differs by layer.
+STANDARD_TABLE: Final = "per_layer_config"
+#: The entry of the same form for models whose own code fails on expert counts in transformers' entry.
+OWN_TABLE: Final = "per_layer_experts"
+#: Goes with transformers' own table, and means nothing without it. Without it the config raises even when the stock
+#: classes ask it whether it has a number of experts.
 _ACCESS = "allow_global_per_layer_attribute_access"
+#: The first transformers whose configs know `per_layer_config`.
+_OLDEST_TRANSFORMERS = "5.14"
+#: The template of the output's module.
+_TEMPLATE = Path(__file__).with_name("modeling_per_layer.py.j2")
+
+
+def _matching(pattern: str) -> msgspec.Meta:
+    return msgspec.Meta(pattern=rf"^{pattern}\Z", max_length=200)
+
+
+# Names go into code that somebody will run: only plain names, and only classes of transformers itself.
+_IDENTIFIER = rf"(?!(?:{'|'.join(keyword.kwlist)})\b)[A-Za-z_][A-Za-z0-9_]*"
+_Name = Annotated[str, _matching(_IDENTIFIER)]
+_Path = Annotated[str, _matching(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*")]
+_Module = Annotated[str, _matching(rf"transformers(\.{_IDENTIFIER})*")]
+_Auto = Annotated[str, _matching("AutoModel(For[A-Za-z0-9]+)?")]
+
+
+class LoadingClass(msgspec.Struct, frozen=True):
+    """A class that transformers takes for this model: the `auto` class it is found by, its name, the module that it is
+    imported from, and the dotted path of the list of decoder layers in it.
+
+    `whole` is None, or the name of the config class of a model of which this class takes the text part only.
+    """
+
+    auto: _Auto
+    stock: _Name
+    module: _Module
+    layers: _Path
+    whole: _Name | None
+
+    @property
+    def name(self) -> str:
+        """The name of the class that derives from it in the output's module."""
+        return f"Uneven{self.stock}"
+
+    @property
+    def entry(self) -> str:
+        """The name of the class that `auto_map` names: for a text part one that takes the whole model's config."""
+        return f"{self.name}OfTextPart" if self.whole else self.name
+
+
+class LoadingFacts(msgspec.Struct, frozen=True):
+    """What has to be known of a model to write an output of it that has different numbers of experts per layer.
+
+    `path` leads from config.json to the part that describes the decoder, `inner` further to a part of that which states
+    the number of experts (DBRX's `ffn_config`), or is None; `names` are the keys that state it there, the config
+    class's own first. `table` is the entry for what differs by layer: transformers' own where the model's code allows
+    it. `problem` is why no such output can be loaded, in a sentence; empty where it can.
+    """
+
+    model_type: Annotated[str, _matching("[A-Za-z0-9_.-]+")]
+    path: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=8)]
+    inner: _Name | None
+    names: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=64)]
+    layer_count: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)] = msgspec.field(name="blocks")
+    classes: Annotated[tuple[LoadingClass, ...], msgspec.Meta(max_length=16)]
+    table: Literal["per_layer_config", "per_layer_experts"]
+    problem: Annotated[str, msgspec.Meta(max_length=2000)]
+
+    @property
+    def file_name(self) -> str:
+        """The name of the output's module."""
+        return f"modeling_{re.sub(r'[^a-zA-Z0-9_]', '_', self.model_type)}_uneven.py"
+
+
+def loading_facts_from_json(value: Any) -> LoadingFacts:
+    """The facts that were kept as JSON.
+
+    Raises CheckpointError for anything else: they may come from a stranger, and become code.
+    """
+    try:
+        facts = msgspec.convert(value, LoadingFacts)
+        if not facts.problem.isprintable():
+            raise ValueError("problem has control characters")
+        if not facts.problem and not (facts.classes and facts.names):
+            raise ValueError("no class or no key is named")
+    except ValueError as error:
+        raise CheckpointError(
+            f"What the scores say of how the model is loaded cannot be used ({str(error)[:300]}). Score the model "
+            "again."
+        ) from None
+    return facts
+
+
+def modeling_source(facts: LoadingFacts) -> str:
+    """The Python code of the output's module, to be saved as `facts.file_name`. Raises UnsupportedModelError."""
+    # Imported here: most commands write no such module.
+    from jinja2 import Environment, StrictUndefined
+
+    if facts.problem:
+        raise UnsupportedModelError(
+            f"No code can load {facts.model_type} with different numbers of experts per layer: {facts.problem}"
+        )
+    # One class may be found by several auto classes.
+    classes = list({each.stock: each for each in facts.classes}.values())
+    imports = defaultdict(set)
+    for each in facts.classes:
+        imports[each.module].add(each.stock)
+        if each.whole:
+            imports["transformers"].add(each.whole)
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=facts, standard=facts.table == STANDARD_TABLE, classes=classes, imports=imports,
+        oldest=_OLDEST_TRANSFORMERS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,29 +169,29 @@ def read_per_layer_experts(config: Mapping[str, Any]) -> PerLayerExperts | None:
 
     Raises CheckpointError for numbers that no model has, and UnsupportedModelError where layers differ in more.
     """
-    path, text = text_part(config)
+    _, text = text_part(config)
     for table in (OWN_TABLE, STANDARD_TABLE):
         entries = text.get(table)
         # transformers' own table may also be about something else, such as attention windows.
         if table == OWN_TABLE and entries is not None and not isinstance(entries, Mapping):
             raise _bad(f"{table} is {show(entries)}, no table of layers")
-        if not isinstance(entries, Mapping) or not any(_counts_in(entry) for entry in entries.values()):
-            continue
-        return _read_table(config, path, text, table, entries)
+        if isinstance(entries, Mapping) and any(
+            _numbers_and_rest(entry)[0] for entry in entries.values() if isinstance(entry, Mapping)
+        ):
+            return _read_table(config, table, entries)
     return None
 
 
 def refuse_per_layer_experts(config: Mapping[str, Any], model: str) -> None:
     """Raise UnsupportedModelError for a model whose config gives its layers different numbers of experts."""
     per_layer = read_per_layer_experts(config)
-    if per_layer is None:
-        return
-    raise UnsupportedModelError(
-        f"The layers of {model} keep different numbers of experts already ({per_layer.range_text}). Such a model can "
-        "be neither scored nor pruned again. Prune the model that it was made from once more, from the scores that a "
-        f"run writes into its output: `streamprune prune SOURCE --scores {model} -o OUT`, with --keep, --ratio or "
-        "--budget-gib."
-    )
+    if per_layer is not None:
+        raise UnsupportedModelError(
+            f"The layers of {model} keep different numbers of experts already ({per_layer.range_text}). Such a model "
+            "can be neither scored nor pruned again. Prune the model that it was made from once more, from the scores "
+            f"that a run writes into its output: `streamprune prune SOURCE --scores {model} -o OUT`, with --keep, "
+            "--ratio or --budget-gib."
+        )
 
 
 def counts_of(per_layer: PerLayerExperts, layers: Collection[int]) -> dict[int, int]:
@@ -78,69 +199,68 @@ def counts_of(per_layer: PerLayerExperts, layers: Collection[int]) -> dict[int, 
 
     Raises CheckpointError for a config that gives some to another layer.
     """
-    strangers = sorted(per_layer.differing.keys() - set(layers))
-    if strangers:
-        raise CheckpointError(
-            f"{CONFIG_NAME} gives layer {strangers[0]} {per_layer.differing[strangers[0]]} experts, but that layer has "
-            "none. Config and weights do not belong together; download both again."
-        )
+    for layer, count in sorted(per_layer.differing.items()):
+        if layer not in layers:
+            raise CheckpointError(
+                f"{CONFIG_NAME} gives layer {layer} {count} experts, but that layer has none. Config and weights do "
+                "not belong together; download both again."
+            )
     return {layer: per_layer.differing.get(layer, per_layer.usual) for layer in sorted(layers)}
 
 
-def _read_table(
-    config: Mapping[str, Any], path: tuple[str, ...], text: Mapping[str, Any], table: str, entries: Mapping[str, Any]
-) -> PerLayerExperts | None:
+def _read_table(config: Mapping[str, Any], table: str, entries: Mapping[str, Any]) -> PerLayerExperts | None:
+    path, text = text_part(config)
     depth = first_number((text,), ("num_hidden_layers", "n_layer", "n_layers")) or MOST_LAYERS
+    general, general_rest = _numbers_and_rest(text)
     usual: set[int] = set()
     counts: dict[int, int] = {}
     for key, entry in entries.items():
         layer = int(key) if key.isascii() and key.isdigit() and len(key) <= 9 else -1
         if not 0 <= layer < depth or layer in counts or not isinstance(entry, Mapping):
             raise _bad(f"{table} has an entry for {show(key)}, which is none of the {depth:,} layers, or there twice")
-        count = _count_of(entry, text, table, key)
-        counts[layer] = _number(count[0], f"{table}, layer {layer}")
-        usual.add(_number(count[1], "the number of experts of the other layers"))
+        own, rest = _numbers_and_rest(entry)
+        strange = next((name for name in rest if rest[name] != general_rest.get(name)), None)
+        if strange is not None:
+            raise UnsupportedModelError(
+                f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(strange)} of its own, in addition to its "
+                "number of experts. Only models whose layers differ in the number of experts alone are understood."
+            )
+        numbers = {(number, general.get(place)) for place, number in own.items()}
+        if len(numbers) != 1:
+            raise _bad(f"{table} states {len(numbers)} numbers of experts for layer {show(key)}")
+        number, other = numbers.pop()
+        counts[layer] = _checked(number, f"{table}, layer {layer}")
+        usual.add(_checked(other, "the number of experts of the other layers"))
     if len(usual) > 1:
         raise _bad(f"it states different numbers of experts for the other layers ({sorted(usual)[:4]})")
     number = usual.pop()
     differing = {layer: count for layer, count in counts.items() if count != number}
-    if not differing:
-        return None
-    return PerLayerExperts(_stock(config, path, table), number, differing)
+    return PerLayerExperts(_stock(config, path, table), number, differing) if differing else None
 
 
-def _count_of(entry: Mapping[str, Any], text: Mapping[str, Any], table: str, key: str) -> tuple[Any, Any]:
-    """What an entry states as the layer's number of experts, and what the config states for the others."""
-    found = []
-    for name, value in entry.items():
-        general = text.get(name)
+def _numbers_and_rest(part: Mapping[str, Any]) -> tuple[dict[tuple[str, ...], int | None], dict[str, Any]]:
+    """The numbers of experts in a part of a config, by their path in it, and the part without them.
+
+    They may also stand in a part of the part (DBRX's `ffn_config`), of which an entry for a layer repeats the rest.
+    """
+    numbers: dict[tuple[str, ...], int | None] = {}
+    rest: dict[str, Any] = {}
+    for name, value in part.items():
         if COUNT_NAME.match(name):
-            found.append((value, general))
-        elif isinstance(value, Mapping) and isinstance(general, Mapping) and _plain_counts(value):
-            # Of a part of the config that holds the number (DBRX's ffn_config) the entry repeats the rest.
-            found += [(value[each], general.get(each)) for each in _plain_counts(value)]
-            value, general = _less_counts(value), _less_counts(general)
-        if not COUNT_NAME.match(name) and value != general:
-            raise UnsupportedModelError(
-                f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(name)} of its own, besides its number of "
-                "experts. Only models whose layers differ in the number of experts alone are understood."
-            )
-    numbers = {(single_number(own), single_number(general)) for own, general in found}
-    if len(numbers) != 1:
-        raise _bad(f"{table} states {len(numbers)} numbers of experts for layer {show(key)}")
-    return numbers.pop()
+            numbers[(name,)] = single_number(value)
+        elif isinstance(value, Mapping):
+            counts = {each: single_number(value[each]) for each in value if COUNT_NAME.match(each)}
+            numbers |= {(name, each): count for each, count in counts.items()}
+            rest[name] = {each: value[each] for each in value if each not in counts}
+        else:
+            rest[name] = value
+    return numbers, rest
 
 
 def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict[str, Any]:
     """The config without the table, and without what goes with it."""
-
-    def without(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        if path:
-            return {**node, path[0]: without(node[path[0]], path[1:])}
-        gone = {table, _ACCESS} if table == STANDARD_TABLE else {table}
-        return {name: value for name, value in node.items() if name not in gone}
-
-    stock = without(config, path)
+    gone = {table, _ACCESS} if table == STANDARD_TABLE else {table}
+    stock = _changed(config, path, lambda part: {name: part[name] for name in part if name not in gone})
     code = stock.get("auto_map")
     if isinstance(code, Mapping) and "AutoConfig" not in code:
         # The classes that give layers other numbers of experts derive from the stock ones, which the rest describes.
@@ -148,22 +268,8 @@ def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict
     return stock
 
 
-def _counts_in(entry: Any) -> bool:
-    if not isinstance(entry, Mapping):
-        return False
-    return any(_plain_counts(part) for part in (entry, *(each for each in entry.values() if isinstance(each, Mapping))))
-
-
-def _plain_counts(part: Mapping[str, Any]) -> list[str]:
-    return [name for name in part if COUNT_NAME.match(name)]
-
-
-def _less_counts(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if not COUNT_NAME.match(name)}
-
-
-def _number(value: Any, where: str) -> int:
-    if type(value) is not int or not 1 <= value <= MOST_EXPERTS:
+def _checked(value: int | None, where: str) -> int:
+    if value is None or not 1 <= value <= MOST_EXPERTS:
         raise _bad(f"{where}: {show(value)} is no number of experts")
     return value
 
@@ -186,13 +292,24 @@ def check_per_layer_experts(facts: LoadingFacts, counts: Mapping[int, int]) -> N
         )
 
 
+def engines_note(differing: bool) -> str:
+    """Which engines can read the output, for the user and the model card."""
+    if not differing:
+        return "All layers keep the same number of experts: every engine that reads the source reads the result."
+    return (
+        f"The layers keep different numbers of experts. transformers {_OLDEST_TRANSFORMERS} or later loads the result "
+        "with trust_remote_code=True, through the small module next to the weights. vLLM and llama.cpp read one number "
+        "for all layers today and cannot load it; for them, prune with --schedule uniform."
+    )
+
+
 def config_of_per_layer_experts(
     config: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]
 ) -> dict[str, Any]:
     """`config.json` for `counts` experts, by the index of every layer that has some.
 
     `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
-    fewer are listed in `per_layer_config`, and `auto_map` names the module's classes.
+    fewer are listed in the facts' table, and `auto_map` names the module's classes.
     Raises like `check_per_layer_experts`, and SettingsError for counts or a config that do not go with the model.
     """
     check_per_layer_experts(facts, counts)
@@ -205,18 +322,24 @@ def config_of_per_layer_experts(
             if beyond
             else f"{min(counts.values())} experts cannot be kept in a layer: at least 1 must stay."
         )
-    return _with_classes(_at(config, facts.path, lambda part: _with_layers(part, facts, counts)), facts)
-
-
-def engines_note(differing: bool) -> str:
-    """Which engines can read the output, for the user and the model card."""
-    if not differing:
-        return "All layers keep the same number of experts: every engine that reads the source reads the result."
-    return (
-        f"The layers keep different numbers of experts. transformers {OLDEST_TRANSFORMERS} or later loads the result "
-        "with trust_remote_code=True, through the small module beside the weights. vLLM and llama.cpp read one number "
-        "for all layers today and cannot load it; for them, prune with --schedule uniform."
-    )
+    changed = _changed(config, facts.path, lambda part: _with_layers(part, facts, counts))
+    code, stated = config.get("auto_map"), config.get("architectures")
+    # The source's own model code would not know of per-layer counts; its tokenizer's and processor's still serve.
+    kept = {
+        auto: name
+        for auto, name in (code.items() if isinstance(code, Mapping) else ())
+        if not auto.startswith(("AutoModel", "AutoConfig"))
+    }
+    # Other engines choose by this name, and one they do not know is refused by them at once.
+    names = {each.stock: each.name for each in facts.classes}
+    listed = stated if isinstance(stated, list) else []
+    architectures = [names[name] for name in listed if isinstance(name, str) and name in names]
+    module = facts.file_name.removesuffix(".py")
+    return {
+        **changed,
+        "architectures": architectures or [facts.classes[0].name],
+        "auto_map": kept | {each.auto: f"{module}.{each.entry}" for each in facts.classes},
+    }
 
 
 def _with_layers(part: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]) -> dict[str, Any]:
@@ -236,44 +359,21 @@ def _with_layers(part: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[i
         )
     layers = {}
     for layer, count in sorted(counts.items()):
-        if count == widest:
-            continue
-        own = {name: [count] * len(old) if isinstance(old := holder.get(name), list) else count for name in stating}
-        layers[layer] = own if facts.inner is None else {facts.inner: {**holder, **own}}
+        if count < widest:
+            own = {name: [count] * len(old) if isinstance(old := holder.get(name), list) else count for name in stating}
+            layers[layer] = own if facts.inner is None else {facts.inner: {**holder, **own}}
     digits = len(str(max(layers)))
     table = {str(layer).zfill(digits): values for layer, values in layers.items()}
-    # Else the config raises even when the stock classes ask it whether it has a number of experts.
-    access = {"allow_global_per_layer_attribute_access": True} if facts.table == STANDARD_TABLE else {}
-    return {**part, facts.table: table, **access}
+    return {**part, facts.table: table, **({_ACCESS: True} if facts.table == STANDARD_TABLE else {})}
 
 
-def _with_classes(config: Mapping[str, Any], facts: LoadingFacts) -> dict[str, Any]:
-    module = facts.file_name.removesuffix(".py")
-    stated = config.get("auto_map")
-    # The source's own model code would not know of per-layer counts; its tokenizer's and processor's still serve.
-    kept = {
-        auto: name
-        for auto, name in (stated.items() if isinstance(stated, Mapping) else ())
-        if not auto.startswith(("AutoModel", "AutoConfig"))
-    }
-    names = {each.stock: each.name for each in facts.classes}
-    stated = config.get("architectures")
-    # Other engines choose by this name, and one they do not know is refused by them at once.
-    listed = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-    architectures = [names[name] for name in listed if name in names]
-    return {
-        **config,
-        "architectures": architectures or [facts.classes[0].name],
-        "auto_map": kept | {each.auto: f"{module}.{each.entry}" for each in facts.classes},
-    }
-
-
-def _at(
+def _changed(
     node: Mapping[str, Any], path: tuple[str, ...], change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> dict[str, Any]:
+    """A copy of a config whose part at `path` is changed."""
     if not path:
         return dict(change(node))
-    return {**node, path[0]: _at(_part(node, path[0]), path[1:], change)}
+    return {**node, path[0]: _changed(_part(node, path[0]), path[1:], change)}
 
 
 def _part(node: Mapping[str, Any], name: str) -> Mapping[str, Any]:

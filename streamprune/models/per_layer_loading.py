@@ -6,16 +6,12 @@ compared with those of stock models that have the same number everywhere.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import re
-import tempfile
 import textwrap
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from functools import cache, reduce
 from typing import Any
 
 import msgspec
@@ -28,8 +24,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from streamprune.errors import StreampruneError
 from streamprune.models.config import config_from_dict, count_names, with_expert_count
 from streamprune.models.config_json import minimum_keep
-from streamprune.models.per_layer_experts import config_of_per_layer_experts
-from streamprune.models.per_layer_module import OWN_TABLE, STANDARD_TABLE, LoadingClass, LoadingFacts, modeling_source
+from streamprune.models.per_layer_experts import (
+    OWN_TABLE,
+    STANDARD_TABLE,
+    LoadingClass,
+    LoadingFacts,
+    config_of_per_layer_experts,
+    modeling_source,
+)
 from streamprune.models.skeleton import Skeleton, build_model
 
 #: How users load models that generate text, and what is within these. Older transformers lack some.
@@ -43,28 +45,24 @@ def find_loading_facts(raw: Mapping[str, Any], config: PreTrainedConfig, skeleto
     few times, which takes about as long as `build_skeleton`.
     """
     facts = _describe(config, skeleton)
-    if facts.problem:
-        return facts
-    problems = []
+    problems = [facts.problem]
     # Code that uses per_layer_config for something else may expect layers of one type to be alike in it, or fill it in
     # itself where config.json lacks it (Gemma 4 does both).
     taken = config.get_text_config(decoder=True).is_heterogeneous
-    for table in (OWN_TABLE,) if taken else (STANDARD_TABLE, OWN_TABLE):
+    tables = () if facts.problem else (OWN_TABLE,) if taken else (STANDARD_TABLE, OWN_TABLE)
+    for table in tables:
         tried = msgspec.structs.replace(facts, table=table)
-        problems.append(_problem(raw, config, skeleton, tried))
-        if not problems[-1]:
+        try:
+            problem = _try(raw, config, skeleton, tried)
+        except StreampruneError as error:
+            problem = textwrap.shorten(str(error), 500)
+        except Exception as error:
+            # Model code was not written for this, and may fail in any way.
+            problem = f"its code fails to build it ({type(error).__name__}: {textwrap.shorten(str(error), 300)})."
+        if not problem:
             return tried
-    return msgspec.structs.replace(facts, problem=problems[0])
-
-
-def _problem(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, facts: LoadingFacts) -> str:
-    try:
-        return _try(raw, config, skeleton, facts)
-    except StreampruneError as error:
-        return textwrap.shorten(str(error), 500)
-    except Exception as error:
-        # Model code was not written for this, and may fail in any way.
-        return f"its code fails to build it ({type(error).__name__}: {textwrap.shorten(str(error), 300)})."
+        problems.append(problem)
+    return msgspec.structs.replace(facts, problem=next(filter(None, problems)))
 
 
 def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
@@ -75,7 +73,7 @@ def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
     problem = ""
     if not type(skeleton.model).__module__.startswith("transformers."):
         problem = "its code is not transformers' own, but comes with the model."
-    elif len(inner) > 1 or _part(config, path) is not text:
+    elif len(inner) > 1 or reduce(getattr, path, config) is not text:
         problem = "its config states the number of experts in a part of a part."
     elif getattr(text, "num_hidden_layers", None) != skeleton.layer_count:
         problem = f"its config names another number of layers than the {skeleton.layer_count} that it has."
@@ -94,12 +92,6 @@ def _describe(config: PreTrainedConfig, skeleton: Skeleton) -> LoadingFacts:
         table=STANDARD_TABLE,
         problem=problem,
     )
-
-
-def _part(config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
-    for name in path:
-        config = getattr(config, name)
-    return config
 
 
 def _classes(config: PreTrainedConfig, skeleton: Skeleton) -> tuple[LoadingClass, ...]:
@@ -149,37 +141,24 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
     # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
     counts = {layer: (least, spec.count)[place.bit_count() % 2] for place, layer in enumerate(expert_layers)}
     changed = config_of_per_layer_experts(raw, facts, counts)
-    module = _imported(facts)
+    # The very code that an output would get.
+    module: dict[str, Any] = {"__name__": facts.file_name.removesuffix(".py")}
+    exec(compile(modeling_source(facts), facts.file_name, "exec"), module)
     smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
-    small_layers = smaller.get_submodule(skeleton.layers_path)
-    assert isinstance(small_layers, nn.ModuleList)
     expected = [
-        small_layers[layer] if counts.get(layer) == least else skeleton.layers[layer]
-        for layer in range(facts.layer_count)
+        smaller.get_submodule(f"{skeleton.layers_path}.{index}") if counts.get(index) == least else layer
+        for index, layer in enumerate(skeleton.layers)
     ]
     for each in facts.classes:
         described = config_from_dict(config, changed)
         if config_from_dict(config, json.loads(described.to_json_string())).to_dict() != described.to_dict():
             return "its config does not stay the same when it is saved and loaded again."
         with torch.device("meta"):
-            model = getattr(module, each.entry)._from_config(described, dtype=skeleton.model.dtype)
+            model = module[each.entry]._from_config(described, dtype=skeleton.model.dtype)
         problem = _compare(model.eval(), each, expected, facts.names)
         if problem:
             return problem
     return ""
-
-
-def _imported(facts: LoadingFacts) -> ModuleType:
-    """The module that an output would get, imported from a file as its users will."""
-    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
-        path = Path(folder) / facts.file_name
-        path.write_text(modeling_source(facts), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
 
 
 def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Module], names: tuple[str, ...]) -> str:
@@ -212,11 +191,11 @@ def _difference(layer: nn.Module, wanted: nn.Module) -> str:
             if all(isinstance(value, (int, float, str, type(None))) for value in values) and values[0] != values[1]:
                 return f"{name} of {path or 'the layer'} is {values[0]!r} instead of {values[1]!r}"
     shapes = [
-        {name: (tensor.shape, tensor.dtype) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+        {(name, tensor.shape, tensor.dtype) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
         for part in (layer, wanted)
     ]
-    differing = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
-    return f"{min(differing)} has another shape" if differing else ""
+    differing = sorted(name for name, *_ in shapes[0] ^ shapes[1])
+    return f"{differing[0]} has another shape" if differing else ""
 
 
 @cache

@@ -11,8 +11,12 @@ from streamprune.checkpoint.safetensors_file import DTYPE_BITS
 from streamprune.errors import CheckpointError
 from streamprune.models.config_json import drop_missing_code, rewrite_config
 from streamprune.models.expert_layout import Layout
-from streamprune.models.per_layer_experts import config_of_per_layer_experts, has_per_layer_experts
-from streamprune.models.per_layer_module import LoadingFacts, modeling_source
+from streamprune.models.per_layer_experts import (
+    LoadingFacts,
+    config_of_per_layer_experts,
+    has_per_layer_experts,
+    modeling_source,
+)
 from streamprune.output.tensors import OutputTensor, output_tensors
 
 #: The file in the output that records how it was made.

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import msgspec
+
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruningTarget
 from streamprune.errors import CheckpointError
@@ -17,7 +19,7 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.weights import weights_by_layout
 from streamprune.models.config_json import ExpertSpec, ModelShape
 from streamprune.models.expert_layout import Layout, layout_from_json
-from streamprune.models.per_layer_module import LoadingFacts, loading_facts_from_json
+from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.expert_counts import ExpertCounts
 
@@ -47,7 +49,7 @@ class ModelFacts:
                 "itemsize": known.itemsize,
                 "max_positions": known.max_positions,
             }
-        return {"tensors": tensors, "loading": self.loading.as_json(), "memory": memory}
+        return {"tensors": tensors, "loading": msgspec.to_builtins(self.loading), "memory": memory}
 
     def estimate(
         self,

@@ -14,9 +14,8 @@ from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, open_checkpoin
 from streamprune.errors import CheckpointError, ScoresError, SettingsError, VerifyError
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.open import describe_model, open_moe
-from streamprune.models.per_layer_experts import has_per_layer_experts
+from streamprune.models.per_layer_experts import LoadingFacts, has_per_layer_experts, modeling_source
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.per_layer_module import LoadingFacts, modeling_source
 from streamprune.output.plan import REPORT_NAME
 from streamprune.output.verify import check_kept, refuse_extra_weights, verify
 from streamprune.publish.parts import CARD_NAME, Parts
