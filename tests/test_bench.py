@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 from measuring import several
-from measuring.comparison import KINDS, MIB, Model, busy, card_figures, compare, floor_seconds
+from measuring.comparison import KINDS, MIB, Model, busy, compare, floor_seconds, gpu_figures
 from measuring.disk import cached_share, copy_and_sync, drop_from_page_cache, read_all
 from measuring.extrapolation import extrapolate
 from measuring.processes import Job, ProcessError, run_process
 from measuring.shapes import Work, build, config_of, is_built, layer_bytes, shape_names, weight_files, work_of
-from measuring.workers import CardPeaks
+from measuring.workers import GpuPeaks
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -30,12 +30,12 @@ from tests.thorough import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = config_of("tiny")
-MODEL = Model(blocks=4, tokens=100, hidden=128, layer_bytes=MIB, weights_bytes=5 * MIB, work=Work(10, 1, 2))
+MODEL = Model(layers=4, tokens=100, hidden=128, layer_bytes=MIB, weights_bytes=5 * MIB, work=Work(10, 1, 2))
 
 
 def one_round(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A round of made-up figures, in which scoring takes 1.1 times as long as the forward and the run 1.2 times."""
-    ours = {"summary": {}, "blocks": [], "process_seconds": 15.0, "cpu_seconds": 20.0}
+    ours = {"summary": {}, "layers": [], "process_seconds": 15.0, "cpu_seconds": 20.0}
     figures: dict[str, dict[str, Any]] = {
         "forward": {"seconds": 10.0, "loading_seconds": 2.0, "computing_seconds": 8.0},
         "score": {**ours, "seconds": 11.0},
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_whole_or_built_anew(tmp_path: Path) -> None:
     assert is_built(folder, config)
     assert not is_built(folder, config_of("tiny", layers=3))
     assert len(weight_files(folder)) == 3
-    # The experts of a block in bfloat16, its attention, router and norms, and the header of the file.
+    # The experts of a layer in bfloat16, its attention, router and norms, and the header of the file.
     experts, attention = 16 * 3 * 128 * 64, 128 * (2 * 128 + 2 * 64)
     assert 0 < layer_bytes(folder) - 2 * (experts + attention + 16 * 128 + 2 * 128 + 2 * 32) < 16384
     (folder / "model.safetensors.index.json").unlink()
@@ -107,7 +107,7 @@ def test_the_floor_is_what_takes_longest() -> None:
     assert (figures["floor_set_by"], figures["floor_seconds"], figures["run_over_floor"]) == ("write", 24.0, 0.5)
 
 
-def test_the_memory_bound_is_two_blocks_the_states_and_what_the_libraries_take() -> None:
+def test_the_memory_bound_is_two_layers_the_states_and_what_the_libraries_take() -> None:
     bound = 2 * MIB + 100 * 128 * 2 + int(0.7 * 1024**3)
     assert MODEL.memory_bound == bound
     kept = compare([one_round()], MODEL)
@@ -121,38 +121,38 @@ def test_the_memory_bound_is_two_blocks_the_states_and_what_the_libraries_take()
 def test_the_achieved_share_is_of_the_same_round() -> None:
     fast = one_round(score={"seconds": 22.0}, matrix={"flop_per_second": 500.0, "seconds": 2.5})
     figures = compare([one_round(), fast], MODEL)
-    # 100 tokens through 4 blocks of 11 FLOP, over 11 seconds of 1,000 FLOP, or 22 seconds of 500.
+    # 100 tokens through 4 layers of 11 FLOP, over 11 seconds of 1,000 FLOP, or 22 seconds of 500.
     assert figures["achieved_share"] == 0.4
     assert figures["tokens_per_second"]["score"] == round(100 / 16.5)
 
 
-def test_busy_shares_and_peaks_on_the_card_are_told_where_they_are() -> None:
+def test_busy_shares_and_peaks_on_the_gpu_are_given_where_they_are() -> None:
     assert busy([one_round()]) == {}
-    told = [one_round(run={"summary": {"busy": {"read": share, "seconds": 9.0}}}) for share in (0.2, 0.9, 0.4)]
-    assert busy(told) == {"run": {"read": 0.4, "seconds": 9.0}}
-    card = {"vram_allocated_bytes": 3 * MIB, "vram_reserved_bytes": 5 * MIB}
-    blocks = {**card, "blocks": [{"seconds": 1.0, "peak_bytes": 4 * MIB}]}
-    figures = card_figures([one_round(score=card, run=blocks)], ("score", "run"))
+    rounds = [one_round(run={"summary": {"busy": {"read": share, "seconds": 9.0}}}) for share in (0.2, 0.9, 0.4)]
+    assert busy(rounds) == {"run": {"read": 0.4, "seconds": 9.0}}
+    gpu = {"vram_allocated_bytes": 3 * MIB, "vram_reserved_bytes": 5 * MIB}
+    layers = {**gpu, "layers": [{"seconds": 1.0, "peak_bytes": 4 * MIB}]}
+    figures = gpu_figures([one_round(score=gpu, run=layers)], ("score", "run"))
     assert figures == {"peak_vram_mib": {"score": 3, "run": 4}, "peak_vram_reserved_mib": {"score": 5, "run": 5}}
 
 
-def test_peaks_on_the_card_outlive_a_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_on_the_gpu_outlive_a_new_count(monkeypatch: pytest.MonkeyPatch) -> None:
     held = {"allocated": 7, "reserved": 9}
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: held["allocated"])
     monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda _: held["reserved"])
     monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda _: held.update(allocated=1, reserved=9))
-    peaks = CardPeaks("cuda:0")
+    peaks = GpuPeaks("cuda:0")
     torch.accelerator.reset_peak_memory_stats("cuda:0")
     assert held["allocated"] == 1
     held["reserved"] = 12
-    assert peaks.told() == {"vram_allocated_bytes": 7, "vram_reserved_bytes": 12}
+    assert peaks.figures() == {"vram_allocated_bytes": 7, "vram_reserved_bytes": 12}
 
 
-def test_all_blocks_are_extrapolated_from_those_after_the_second() -> None:
-    figures = extrapolate([9.0, 5.0, 1.0, 3.0, 2.0], 25.0, blocks=50, scale_rest=False)
-    assert figures["seconds_per_block"] == 2.0
-    assert figures["seconds_beside_blocks"] == 5.0
-    assert figures["seconds_for_all_blocks"] == 100.0
+def test_all_layers_are_extrapolated_from_those_after_the_second() -> None:
+    figures = extrapolate([9.0, 5.0, 1.0, 3.0, 2.0], 25.0, layers=50, scale_rest=False)
+    assert figures["seconds_per_layer"] == 2.0
+    assert figures["seconds_beside_layers"] == 5.0
+    assert figures["seconds_for_all_layers"] == 100.0
     assert figures["seconds_for_the_model"] == 105.0
     assert extrapolate([9.0, 5.0, 1.0, 3.0, 2.0], 25.0, 50, scale_rest=True)["seconds_for_the_model"] == 150.0
     with pytest.raises(ProcessError, match="give --layers 3"):
@@ -263,4 +263,4 @@ def test_the_bench_measures_everything_in_one_run(tmp_path: Path) -> None:
     assert 0 < figures["achieved_share"] < 1
     assert figures["matrix_rate_tflops"] > figures["achieved_tflops"]
     assert list(figures["peak_mib_by_layers"]) == ["3"]
-    assert figures["depth_growth_in_blocks"] == 0
+    assert figures["depth_growth_in_layers"] == 0

@@ -40,16 +40,16 @@ def test_two_runs_on_the_gpu_give_the_same_scores_to_the_bit(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("states", ["ram", "disk"])
-def test_hidden_states_beside_the_card_give_the_same_scores_to_the_bit(states: str, tmp_path: Path) -> None:
+def test_hidden_states_beside_the_gpu_give_the_same_scores_to_the_bit(states: str, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(SOME[0]))
     # Several micro-batches, so that states come and go while others are computed.
-    on_card, elsewhere = (
+    on_gpu, elsewhere = (
         prune(source, tmp_path / place, device="cuda:0", states=place, batch_tokens=24) for place in ("device", states)
     )
-    assert on_card.layers == elsewhere.layers
+    assert on_gpu.layers == elsewhere.layers
 
 
-def test_what_the_tools_measure_on_a_card(tmp_path: Path) -> None:
+def test_what_the_tools_measure_on_a_gpu(tmp_path: Path) -> None:
     """Each kind of process of tools/gpu_check on a small model, before the large ones take their minutes."""
     config = config_of("tiny")
     job = Job("forward", tmp_path / "model", tmp_path / "tokens.jsonl", tmp_path / "output", "cuda:0", 2)
@@ -60,7 +60,7 @@ def test_what_the_tools_measure_on_a_card(tmp_path: Path) -> None:
     for kind in ("score", "run"):
         found = work(replace(job, kind=kind, vram_gib=4.0))
         assert found["summary"]["calibration_tokens"] == 8 * 64
-        assert len(found["blocks"]) == config["num_hidden_layers"]
+        assert len(found["layers"]) == config["num_hidden_layers"]
         assert 0 < found["vram_allocated_bytes"] <= found["vram_reserved_bytes"] <= 4 * 2**30
     assert work(replace(job, kind="matrix"))["flop_per_second"] > 1e11
 

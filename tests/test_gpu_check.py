@@ -81,7 +81,7 @@ def test_a_user_gets_a_line_for_each_part_and_a_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["machine", "smoke"]
-    assert lines[1] == "smoke: skipped: needs a card"
+    assert lines[1] == "smoke: skipped: needs a GPU"
     figures = json.loads(path.read_text())
     assert (figures["device"], figures["torch"]) == ("cpu", torch.__version__)
     # What was saved before stays.
@@ -98,7 +98,7 @@ def test_when_and_with_what_is_saved(saved: dict[str, Any]) -> None:
         assert part["settings"]["shape"] == "tiny"
         assert "folder" not in part["settings"]
     for name in ("smoke", "ram", "tests"):
-        assert saved["parts"][name]["skipped"] == "needs a card"
+        assert saved["parts"][name]["skipped"] == "needs a GPU"
     assert saved["checkpoint"]["seconds"] >= 0
 
 
@@ -107,15 +107,15 @@ def test_scoring_is_extrapolated_to_the_whole_model(kind: str, saved: dict[str, 
     found = saved["parts"][kind]
     assert (
         found["tokens"]
-        == found["told"]["calibration_tokens"]
+        == found["summary"]["calibration_tokens"]
         == SETTINGS["samples" if kind == "score" else "run_samples"] * 64
     )
-    assert len(found["seconds_of_blocks"]) == 3
-    # The shape has four blocks; of the three that were built the last one counts.
-    assert found["blocks_of_the_model"] == 4
-    assert found["seconds_per_block"] == pytest.approx(found["seconds_of_blocks"][2], abs=0.001)
-    assert found["seconds_for_all_blocks"] == pytest.approx(4 * found["seconds_per_block"], abs=0.01)
-    assert found["seconds_for_the_model"] >= found["seconds_for_all_blocks"]
+    assert len(found["seconds_of_layers"]) == 3
+    # The shape has four layers; of the three that were built the last one counts.
+    assert found["layers_of_the_model"] == 4
+    assert found["seconds_per_layer"] == pytest.approx(found["seconds_of_layers"][2], abs=0.001)
+    assert found["seconds_for_all_layers"] == pytest.approx(4 * found["seconds_per_layer"], abs=0.01)
+    assert found["seconds_for_the_model"] >= found["seconds_for_all_layers"]
     assert 0 < found["achieved_share"] < 1
     assert found["achieved_share"] == pytest.approx(found["achieved_tflops"] / found["matrix_rate_tflops"], rel=0.2)
     assert min(found["read_gb_per_second"], found["own_read_gb_per_second"]) > 0
@@ -142,7 +142,7 @@ def test_the_profile_looks_at_what_a_run_computes(saved: dict[str, Any]) -> None
 def test_the_bench_is_over_a_forward_of_the_same_tokens(saved: dict[str, Any]) -> None:
     found = saved["parts"]["bench"]
     assert (found["layers"], found["tokens"]) == (3, 4 * 64)
-    assert found["told"]["calibration_tokens"] == found["tokens"]
+    assert found["summary"]["calibration_tokens"] == found["tokens"]
     assert found["score_over_forward"] == pytest.approx(found["score_seconds"] / found["forward_seconds"], rel=0.05)
 
 
@@ -243,15 +243,15 @@ def test_figures_of_another_device_and_other_files_are_not_touched(tmp_path: Pat
         assert path.read_text() == content
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 50, reason="there is such a card")
-def test_a_card_that_is_not_there_ends_in_one_line() -> None:
+@pytest.mark.skipif(torch.cuda.device_count() > 50, reason="there is such a GPU")
+def test_a_gpu_that_is_not_there_ends_in_one_line() -> None:
     done = gpu_check("--device", "cuda:50", "--parts", "score")
     assert done.returncode == 1
     assert done.stderr.strip().count("\n") == 0
     assert "so that there is no cuda:50" in done.stderr
 
 
-def test_every_part_is_told_in_the_help() -> None:
+def test_every_part_is_described_in_the_help() -> None:
     text = gpu_check("--help").stdout
     assert all(f"| {name} |" in text for name in PARTS)
     assert set(LINES) == set(PARTS)
@@ -284,11 +284,11 @@ def test_no_process_makes_a_report() -> None:
     assert run_process(["sh", "-c", "echo $STREAMPRUNE_REPORT"]).strip() == "0"
 
 
-def test_waits_for_the_card_are_counted_by_their_places() -> None:
+def test_waits_for_the_gpu_are_counted_by_their_places() -> None:
     heard = SyncWarnings("cuda:0")
     for line in (5, 5, 7):
-        heard._hear(f"x {SYNCHRONIZING} (function)", UserWarning, "/somewhere/torch/nn/thing.py", line)
-    heard._hear("of something else", UserWarning, "/somewhere/else.py", 1)
-    told = heard.told()
-    assert told["count"] == 3
-    assert list(told["places"].values()) == [2, 1]
+        heard._count(f"x {SYNCHRONIZING} (function)", UserWarning, "/somewhere/torch/nn/thing.py", line)
+    heard._count("of something else", UserWarning, "/somewhere/else.py", 1)
+    counts = heard.counts()
+    assert counts["count"] == 3
+    assert list(counts["places"].values()) == [2, 1]

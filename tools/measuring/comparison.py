@@ -12,7 +12,7 @@ from measuring.shapes import FLOP_FORMULA, Work
 
 MIB = 1024**2
 GIB = 1024**3
-#: Resident memory is to stay below two blocks, the hidden states, and this for Python, the libraries and a workspace.
+#: Resident memory is to stay below two layers, the hidden states, and this for Python, the libraries and a workspace.
 BESIDE_BYTES = int(0.7 * GIB)
 #: The measured processes of a round, in their order: `copy` needs the output of `run`.
 KINDS = ("forward", "score", "run", "read", "copy", "matrix")
@@ -23,9 +23,9 @@ Round = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """What the figures have to know of the model: blocks, tokens, hidden size, bytes, work per token, bytes a value."""
+    """What the figures have to know of the model: layers, tokens, hidden size, bytes, work per token, bytes a value."""
 
-    blocks: int
+    layers: int
     tokens: int
     hidden: int
     layer_bytes: int
@@ -45,8 +45,8 @@ class Model:
 
     @property
     def flop(self) -> int:
-        """FLOP of all tokens through all blocks."""
-        return self.tokens * self.blocks * self.work.counted
+        """FLOP of all tokens through all layers."""
+        return self.tokens * self.layers * self.work.counted
 
 
 def floor_seconds(one: Round) -> tuple[str, float]:
@@ -74,28 +74,28 @@ def compare(rounds: Sequence[Round], model: Model) -> dict[str, Any]:
 
 
 def busy(rounds: Sequence[Round]) -> dict[str, dict[str, float]]:
-    """The busy shares of each resource that our processes tell of themselves: medians. Empty if they tell none."""
+    """The busy shares of each resource that our processes report: medians. Empty if they report none."""
     found: dict[str, dict[str, float]] = {}
     for kind in OURS:
-        told = [one[kind]["summary"]["busy"] for one in rounds if one[kind]["summary"].get("busy")]
-        if told:
-            found[kind] = {name: round(statistics.median(each[name] for each in told), 3) for name in told[0]}
+        shares = [one[kind]["summary"]["busy"] for one in rounds if one[kind]["summary"].get("busy")]
+        if shares:
+            found[kind] = {name: round(statistics.median(each[name] for each in shares), 3) for name in shares[0]}
     return found
 
 
-def card_figures(rounds: Sequence[Round], kinds: Sequence[str]) -> dict[str, Any]:
-    """Peaks on the card: of what tensors held, and of what torch held for them."""
-    peaks = {kind: [card_peaks(one[kind]) for one in rounds] for kind in kinds}
+def gpu_figures(rounds: Sequence[Round], kinds: Sequence[str]) -> dict[str, Any]:
+    """Peaks on the GPU: of what tensors held, and of what torch held for them."""
+    peaks = {kind: [gpu_peaks(one[kind]) for one in rounds] for kind in kinds}
     return {
         "peak_vram_mib": {kind: round(max(peak[0] for peak in each) / MIB) for kind, each in peaks.items()},
         "peak_vram_reserved_mib": {kind: round(max(peak[1] for peak in each) / MIB) for kind, each in peaks.items()},
     }
 
 
-def card_peaks(process: Mapping[str, Any]) -> tuple[int, int]:
-    """Bytes of tensors on the card at a process's peak, and bytes that torch held there at most."""
-    of_blocks = [block["peak_bytes"] for block in process.get("blocks", ())]
-    return max(process["vram_allocated_bytes"], *of_blocks, 0), process["vram_reserved_bytes"]
+def gpu_peaks(process: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of tensors on the GPU at a process's peak, and bytes that torch held there at most."""
+    of_layers = [layer["peak_bytes"] for layer in process.get("layers", ())]
+    return max(process["vram_allocated_bytes"], *of_layers, 0), process["vram_reserved_bytes"]
 
 
 def _median(rounds: Sequence[Round], kind: str, what: str) -> float:
@@ -113,7 +113,7 @@ def _over_forward(rounds: Sequence[Round]) -> dict[str, Any]:
         "forward_computing_seconds": round(statistics.median(computing), 2),
         "score_over_forward": ratio("score", "seconds"),
         "run_over_forward": ratio("run", "seconds"),
-        # Processor time tells more than wall time when something else runs on the machine.
+        # Processor time says more than wall time when something else runs on the machine.
         "score_over_forward_cpu": ratio("score", "cpu_seconds"),
         "run_over_forward_cpu": ratio("run", "cpu_seconds"),
         # From the start of Python to its end, with the imports.
@@ -150,7 +150,7 @@ def _memory(rounds: Sequence[Round], model: Model) -> dict[str, Any]:
     bound = model.memory_bound
     return {
         "peak_mib": {kind: round(peak / MIB) for kind, peak in peaks.items()},
-        "block_mib": round(model.layer_bytes / MIB, 1),
+        "layer_mib": round(model.layer_bytes / MIB, 1),
         "states_mib": round(model.states_bytes / MIB, 1),
         "memory_bound_mib": round(bound / MIB),
         "peak_over_bound": {kind: round(peaks[kind] / bound, 3) for kind in OURS},
@@ -167,7 +167,7 @@ def _arithmetic(rounds: Sequence[Round], model: Model) -> dict[str, Any]:
         "tokens_per_second": {
             kind: round(model.tokens / _median(rounds, kind, "seconds")) for kind in ("forward", *OURS)
         },
-        "flop_per_token_and_block": {
+        "flop_per_token_and_layer": {
             "matrices": model.work.matrices,
             "attention_causal_half": model.work.attention_causal,
             "attention_full": model.work.attention_full,

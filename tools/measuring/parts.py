@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from measuring.comparison import MIB, card_peaks
+from measuring.comparison import MIB, gpu_peaks
 from measuring.disk import drop_from_page_cache
 from measuring.extrapolation import HOW, UNCOUNTED, extrapolate
 from measuring.processes import Job, ProcessError, run_process, work
@@ -43,7 +43,7 @@ QUESTIONS = (
     "clocks.max.mem", "power.limit", "temperature.gpu", "pcie.link.gen.max", "pcie.link.width.max",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "triton", "safetensors", "accelerate", "tokenizers", "pytest", "nvidia-ml-py")
-#: The two tests that tell most, as pytest names them.
+#: The two tests that show most, as pytest names them.
 SMOKE = (
     "tests/test_gpu.py::test_what_the_tools_measure_on_a_card",
     "tests/test_gpu.py::test_scores_on_the_gpu_equal_those_on_the_cpu[qwen3_moe]",
@@ -52,7 +52,7 @@ SMOKE = (
 
 @dataclass(frozen=True)
 class Check:
-    """What is checked: a shape with so many blocks, on a device, with a folder for what is built, until a deadline.
+    """What is checked: a shape with so many layers, on a device, with a folder for what is built, until a deadline.
 
     `deadline` is of time.monotonic. The numbers of sequences are those of the parts: `samples` of score, the others of
     what they are named after.
@@ -76,8 +76,8 @@ class Check:
     deadline: float
 
     @property
-    def on_card(self) -> bool:
-        """Whether there is a card to look at; the CPU only tries the parts out."""
+    def on_gpu(self) -> bool:
+        """Whether there is a GPU to look at; the CPU only tries the parts out."""
         return self.device != "cpu"
 
     @property
@@ -153,23 +153,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Part:
-    """How a part is measured; the seconds below which it is not begun on a card, and after which it is cut off."""
+    """How a part is measured; the seconds below which it is not begun on a GPU, and after which it is cut off."""
 
     measure: Callable[[Check], dict[str, Any]]
     least: float
     most: float
-    needs_card: bool = False
+    needs_gpu: bool = False
 
 
 def machine(check: Check) -> dict[str, Any]:
-    """What machine this is, and how fast its card multiplies and copies."""
+    """What machine this is, and how fast its GPU multiplies and copies."""
     nothing = check.folder / "none"
     found = work(Job("machine", nothing, nothing, nothing, check.device), check.left)
     check.remember("matrix", found["matrix"])
     disk = shutil.disk_usage(check.folder)
     rates = {name.removesuffix("_bytes_per_second"): value for name, value in found.items() if "_bytes_per_" in name}
     return {
-        "nvidia_smi": _nvidia_smi(check) if check.on_card else None,
+        "nvidia_smi": _nvidia_smi(check) if check.on_gpu else None,
         "versions": {name: _version(name) for name in LIBRARIES} | {"python": sys.version.split()[0]},
         "matrix_rate_tflops": round(found["matrix"]["flop_per_second"] / 1e12, 4),
         "matrix_dtype": found["matrix"]["dtype"],
@@ -192,7 +192,7 @@ def _version(name: str) -> str | None:
 
 
 def _nvidia_smi(check: Check) -> dict[str, str] | None:
-    """What nvidia-smi says of the card; None where there is no such program, or it fails."""
+    """What nvidia-smi says of the GPU; None where there is no such program, or it fails."""
     index = check.device.partition(":")[2] or "0"
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(QUESTIONS)}", "--format=csv,noheader"]
     try:
@@ -204,7 +204,7 @@ def _nvidia_smi(check: Check) -> dict[str, str] | None:
 
 
 def smoke(check: Check) -> dict[str, Any]:
-    """The two tests that tell most."""
+    """The two tests that show most."""
     return {"result": _pytest(check, list(SMOKE), [])}
 
 
@@ -260,9 +260,9 @@ def _extrapolated(check: Check, kind: str, samples: int) -> dict[str, Any]:
     drop_from_page_cache(files)
     found = work(job, check.left)
     check.clear()
-    blocks, tokens = config_of(check.shape)["num_hidden_layers"], samples * check.seq_len
-    figures = extrapolate([block["seconds"] for block in found["blocks"]], found["seconds"], blocks, kind == "run")
-    achieved = tokens * work_of(config_of(check.shape), check.seq_len).counted / figures["seconds_per_block"]
+    layers, tokens = config_of(check.shape)["num_hidden_layers"], samples * check.seq_len
+    figures = extrapolate([layer["seconds"] for layer in found["layers"]], found["seconds"], layers, kind == "run")
+    achieved = tokens * work_of(config_of(check.shape), check.seq_len).counted / figures["seconds_per_layer"]
     return {
         "tokens": tokens,
         **figures,
@@ -274,24 +274,24 @@ def _extrapolated(check: Check, kind: str, samples: int) -> dict[str, Any]:
         "achieved_tflops": round(achieved / 1e12, 6),
         "achieved_share": round(achieved / rate["flop_per_second"], 4),
         "page_cache_left_after_dropping": cached,
-        **_reading(job, reading, found, blocks),
+        **_reading(job, reading, found, layers),
         "peak_mib": round(found["peak_bytes"] / MIB),
         **_watched(found),
         **_vram(check, found),
-        "told": found["summary"],
+        "summary": found["summary"],
     }
 
 
-def _reading(job: Job, reading: dict[str, Any], found: dict[str, Any], blocks: int) -> dict[str, Any]:
+def _reading(job: Job, reading: dict[str, Any], found: dict[str, Any], layers: int) -> dict[str, Any]:
     """How fast the weights are read, plainly and by streamprune while it reads."""
     plain, busy = reading["bytes"] / reading["seconds"], found["summary"]["busy"]
     own = reading["bytes"] / (busy["read"] * busy["seconds"]) if busy["read"] else 0.0
     return {
-        "block_mib": round(layer_bytes(job.model) / MIB, 1),
+        "layer_mib": round(layer_bytes(job.model) / MIB, 1),
         "read_gb_per_second": round(plain / GB, 3),
         "own_read_gb_per_second": round(own / GB, 3),
-        "reading_seconds_for_all_blocks": round(layer_bytes(job.model) * blocks / plain, 2),
-        "computing_seconds_per_block": round(busy["compute"] * busy["seconds"] / len(found["blocks"]), 4),
+        "reading_seconds_for_all_layers": round(layer_bytes(job.model) * layers / plain, 2),
+        "computing_seconds_per_layer": round(busy["compute"] * busy["seconds"] / len(found["layers"]), 4),
     }
 
 
@@ -311,9 +311,9 @@ def _watched(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vram(check: Check, found: dict[str, Any]) -> dict[str, Any]:
-    if not check.on_card:
+    if not check.on_gpu:
         return {}
-    allocated, reserved = card_peaks(found)
+    allocated, reserved = gpu_peaks(found)
     return {"peak_vram_gib": round(allocated / GIB, 2), "peak_vram_reserved_gib": round(reserved / GIB, 2)}
 
 
@@ -332,8 +332,8 @@ def bench(check: Check) -> dict[str, Any]:
         found[kind] = work(replace(job, kind=kind), check.left)
     check.clear()
     forward, ours = found["forward"], found["score"]
-    told = {
-        f"{kind}_peak_vram_gib": _vram(check, each)["peak_vram_gib"] for kind, each in found.items() if check.on_card
+    peaks = {
+        f"{kind}_peak_vram_gib": _vram(check, each)["peak_vram_gib"] for kind, each in found.items() if check.on_gpu
     }
     return {
         "tokens": check.bench_samples * check.seq_len,
@@ -345,32 +345,32 @@ def bench(check: Check) -> dict[str, Any]:
         "score_seconds": round(ours["seconds"], 3),
         "score_over_forward": round(ours["seconds"] / forward["seconds"], 3),
         "score_over_forward_computing": round(ours["seconds"] / forward["computing_seconds"], 3),
-        "seconds_of_blocks": [round(block["seconds"], 3) for block in ours["blocks"]],
-        **told,
-        "told": ours["summary"],
+        "seconds_of_layers": [round(layer["seconds"], 3) for layer in ours["layers"]],
+        **peaks,
+        "summary": ours["summary"],
     }
 
 
 def ram(check: Check) -> dict[str, Any]:
-    """The scoring pass with the hidden states in RAM, against the same with them on the card."""
+    """The scoring pass with the hidden states in RAM, against the same with them on the GPU."""
     figures: dict[str, Any] = {"tokens": check.ram_samples * check.seq_len}
     for place in ("device", "ram"):
         found = work(replace(check.job("score", check.ram_samples), states=place), check.left)
-        seconds = [block["seconds"] for block in found["blocks"]]
+        seconds = [layer["seconds"] for layer in found["layers"]]
         figures |= {
-            f"{place}_seconds_per_block": round(statistics.median(seconds[UNCOUNTED:] or seconds), 4),
-            f"{place}_seconds_of_blocks": [round(each, 3) for each in seconds],
+            f"{place}_seconds_per_layer": round(statistics.median(seconds[UNCOUNTED:] or seconds), 4),
+            f"{place}_seconds_of_layers": [round(each, 3) for each in seconds],
             **{f"{place}_{name}": value for name, value in _vram(check, found).items()},
-            f"{place}_told": found["summary"],
+            f"{place}_summary": found["summary"],
             f"{place}_watched": _watched(found),
         }
     check.clear()
-    figures["ram_over_device"] = round(figures["ram_seconds_per_block"] / figures["device_seconds_per_block"], 3)
+    figures["ram_over_device"] = round(figures["ram_seconds_per_layer"] / figures["device_seconds_per_layer"], 3)
     return figures
 
 
 def fit(check: Check) -> dict[str, Any]:
-    """A result pruned to a budget, loaded on the card with a prompt of the planned length: predicted and measured."""
+    """A result pruned to a budget, loaded on the GPU with a prompt of the planned length: predicted and measured."""
     job = check.job("run", check.fit_samples)
     use = ["--context", str(check.context)]
     budget = check.budget_gib
@@ -384,7 +384,7 @@ def fit(check: Check) -> dict[str, Any]:
         check, "run", str(job.model), "-o", str(job.output), *goal, *caps, "--calibration", str(job.tokens),
         "--samples", str(check.fit_samples), "--device", check.device, "--quiet",
     )  # fmt: skip
-    measure = ["--measure", "--device", check.device] if check.on_card else []
+    measure = ["--measure", "--device", check.device] if check.on_gpu else []
     answer = _streamprune(check, "fit", str(job.output), *goal, *measure)
     check.clear()
     return {
@@ -403,15 +403,15 @@ def _streamprune(check: Check, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-#: In order of value. On a card seconds are short: what is not worth beginning is left out, and nothing eats up all.
+#: In order of value. On a GPU seconds are short: what is not worth beginning is left out, and nothing eats up all.
 PARTS = {
     "machine": Part(machine, 15, 60),
-    "smoke": Part(smoke, 20, 100, needs_card=True),
+    "smoke": Part(smoke, 20, 100, needs_gpu=True),
     "score": Part(score, 40, 180),
     "run": Part(run, 40, 100),
     "profile": Part(profile, 20, 120),
     "bench": Part(bench, 40, 150),
-    "ram": Part(ram, 40, 120, needs_card=True),
-    "tests": Part(tests, 30, 240, needs_card=True),
+    "ram": Part(ram, 40, 120, needs_gpu=True),
+    "tests": Part(tests, 30, 240, needs_gpu=True),
     "fit": Part(fit, 60, 240),
 }

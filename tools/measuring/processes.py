@@ -19,7 +19,7 @@ import psutil
 
 from measuring.shapes import ROOT
 
-#: Characters of a failed process's messages that are told.
+#: Characters of a failed process's messages that are shown.
 TOLD = 2000
 
 
@@ -98,7 +98,7 @@ def run_process(
         _end(process)
     if process.returncode not in accepted:
         said = f"{_name(command)} ended with exit status {process.returncode}"
-        # streamprune says what is wrong in one line; what launchers say around it tells nothing.
+        # streamprune says what is wrong in one line; what launchers print around it does not help.
         errors = [line for line in messages.splitlines() if line.startswith("Error: ")]
         if errors:
             raise ProcessError(f"{said}: {errors[0].removeprefix('Error: ')}")
@@ -107,7 +107,7 @@ def run_process(
 
 
 def log_of(output: Path) -> list[Mapping[str, Any]]:
-    """The events of the log that streamprune leaves beside its output."""
+    """The events of the log that streamprune writes next to its output."""
     # The name is that of streamprune.progress.LOG_SUFFIX.
     path = output.with_name(output.name + ".streamprune.log")
     return [json.loads(line) for line in path.read_text().splitlines()]

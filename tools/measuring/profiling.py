@@ -32,7 +32,7 @@ PART_VALUES = tuple(1 << power for power in (20, 22, 23, 24, 25))
 #: Repetitions of a timing, by kind of device.
 TIMES = {"cpu": 2, "cuda": 9}
 KERNELS, NAME_LENGTH = 25, 80
-#: Operations of the host in which it waits for the card, or may.
+#: Operations of the host in which it waits for the GPU, or may.
 WAITING = ("Synchronize", "cudaMemcpy", "cudaMalloc", "cudaFree", "aten::item", "_local_scalar_dense", "aten::nonzero")
 
 
@@ -41,7 +41,7 @@ class Layer:
     """A loaded layer with one micro-batch before it, and all that it takes to run it as the scoring pass does."""
 
     stream: LayerForward
-    block: nn.Module
+    module: nn.Module
     experts: nn.Module
     tap: ExpertsTap
     ids: torch.Tensor
@@ -55,7 +55,7 @@ class Layer:
         _, _, count = self.total.values.shape
         self.tap.statistics = ExpertStatistics(count, self.device)
         ids = self.ids.to(self.device, non_blocking=True)
-        after = self.stream.run_layer(self.index, self.block, ids, self.before)
+        after = self.stream.run_layer(self.index, self.module, ids, self.before)
         non_finite_tokens(after)
         self.total.merge(self.tap.statistics, 0)
         return _hidden(after)
@@ -66,14 +66,14 @@ class Layer:
         before, config._experts_implementation = config._experts_implementation, "grouped_mm"
         try:
             ids = self.ids.to(self.device, non_blocking=True)
-            return _hidden(self.stream.run_layer(self.index, self.block, ids, self.before))
+            return _hidden(self.stream.run_layer(self.index, self.module, ids, self.before))
         finally:
             config._experts_implementation = before
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Record what goes through the layer meanwhile."""
-        with self.tap.listening(self.block):
+        with self.tap.listening(self.module):
             yield
 
     def recorded(self) -> torch.Tensor:
@@ -124,10 +124,10 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
         if index:
             with weights.layer(0) as first:
                 before = weights.forward.run_layer(0, first, ids.to(device), before)
-        block = stack.enter_context(weights.layer(index))
-        experts = block.get_submodule(skeleton.experts[index])
+        module = stack.enter_context(weights.layer(index))
+        experts = module.get_submodule(skeleton.experts[index])
         total = ExpertStatistics(prepared.layout.spec.count, device)
-        yield Layer(weights.forward, block, experts, taps[index], ids, before, index, total, device)
+        yield Layer(weights.forward, module, experts, taps[index], ids, before, index, total, device)
 
 
 def _outputs(layer: Layer) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def _timing(layer: Layer) -> dict[str, Any]:
     plain = milliseconds(layer.plain, layer.device)
     with layer.listening():
         recording = milliseconds(layer.record, layer.device)
-        handing_out = _host_milliseconds(layer)
+        submitting = _host_milliseconds(layer)
     return {
-        "handing_out_ms": handing_out,
+        "submitting_ms": submitting,
         "plain_ms": plain,
         "recording_ms": recording,
         "recording_over_plain": round(statistics.median(recording) / statistics.median(plain), 4),
@@ -166,14 +166,14 @@ def _timing(layer: Layer) -> dict[str, Any]:
 
 
 def _host_milliseconds(layer: Layer) -> float:
-    """How long the host takes to hand a recording micro-batch to the card: more than the card takes, and that waits."""
-    on_card = layer.device.type == "cuda"
+    """Milliseconds that the host takes to submit a recording micro-batch: where the GPU needs less, the GPU waits."""
+    on_gpu = layer.device.type == "cuda"
     found = []
     for _ in range(TIMES[layer.device.type]):
         begun = time.perf_counter()
         layer.record()
         found.append((time.perf_counter() - begun) * 1000)
-        if on_card:
+        if on_gpu:
             torch.cuda.synchronize(layer.device)
     return round(statistics.median(found), 3)
 
@@ -195,7 +195,7 @@ def _part_sizes(layer: Layer) -> dict[str, Any]:
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, times: int | None = None) -> list[float]:
-    """Milliseconds of each of several steps after one that does not count: by events on a card, else by the clock."""
+    """Milliseconds of each of several steps after one that does not count: by events on a GPU, else by the clock."""
     step()
     found = []
     for _ in range(times or TIMES[device.type]):
@@ -216,21 +216,21 @@ def milliseconds(step: Callable[[], Any], device: torch.device, times: int | Non
 def _sync(layer: Layer) -> dict[str, Any]:
     with SyncWarnings(str(layer.device)) as heard:
         layer.recorded()
-    return heard.told()
+    return heard.counts()
 
 
 def _kernels(layer: Layer) -> dict[str, Any]:
-    """What one recording micro-batch takes: kernels on a card, operators on a CPU; and where the host waits."""
-    on_card = layer.device.type == "cuda"
+    """What one recording micro-batch takes: kernels on a GPU, operators on a CPU; and where the host waits."""
+    on_gpu = layer.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_card else [])]) as profiler:
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profiler:
         layer.recorded()
-        if on_card:
+        if on_gpu:
             torch.cuda.synchronize(layer.device)
     events = profiler.key_averages()
     cpu = [event for event in events if event.device_type.name == "CPU"]
-    busy = [event for event in events if event.device_type.name == "CUDA"] if on_card else cpu
-    spent = "self_device_time_total" if on_card else "self_cpu_time_total"
+    busy = [event for event in events if event.device_type.name == "CUDA"] if on_gpu else cpu
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(busy, key=lambda event: -float(getattr(event, spent)))
     waiting = [event for event in cpu if any(word in event.key for word in WAITING)]
     return {

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-#: Rows and columns, by kind of device. A card needs large products to be quick; a CPU without units for bfloat16 would
+#: Rows and columns, by kind of device. A GPU needs large products to be quick; a CPU without units for bfloat16 would
 #: be busy with a large one for half a minute.
 SIZES = {"cpu": 512, "cuda": 8192}
-#: Seconds of products that are not timed, and of those that are: a card's clock falls when it gets warm.
+#: Seconds of products that are not timed, and of those that are: a GPU's clock falls when it gets warm.
 SECONDS = {"cpu": (0.1, 0.5), "cuda": (0.5, 1.5)}
-#: Products at a time: of a card several, so that starting them and waiting for them costs nothing.
+#: Products at a time: of a GPU several, so that starting them and waiting for them costs nothing.
 AT_A_TIME = {"cpu": 1, "cuda": 20}
 #: Bytes that are copied to see how fast a device moves them.
 COPY_BYTES = {"cpu": 2**24, "cuda": 2**30}
@@ -36,7 +36,7 @@ def matrix_rate(device: str) -> dict[str, Any]:
 
 
 def copy_rates(device: str) -> dict[str, float]:
-    """Bytes per second that the device reads and writes in a copy of its own; of a card also to it and from it."""
+    """Bytes per second that the device reads and writes in a copy of its own; of a GPU also to it and from it."""
     import torch
 
     kind = torch.device(device).type
@@ -47,8 +47,8 @@ def copy_rates(device: str) -> dict[str, float]:
     if kind == "cuda":
         host = torch.empty(len(here) // 4, dtype=torch.uint8, pin_memory=True)
         part = here[: len(host)]
-        rates["to_card_bytes_per_second"] = len(host) / _median_seconds(lambda: part.copy_(host), device)
-        rates["from_card_bytes_per_second"] = len(host) / _median_seconds(lambda: host.copy_(part), device)
+        rates["to_gpu_bytes_per_second"] = len(host) / _median_seconds(lambda: part.copy_(host), device)
+        rates["from_gpu_bytes_per_second"] = len(host) / _median_seconds(lambda: host.copy_(part), device)
     return rates
 
 

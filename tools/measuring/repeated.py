@@ -24,7 +24,7 @@ SCRIPT = (
 
 #: What two kinds of runs differ in, the usual kind first.
 PAIRS: dict[str, dict[str, dict[str, Any]]] = {
-    "saving": {"never": {"checkpoint_every": 1e9}, "every block": {"checkpoint_every": 0.0}},
+    "saving": {"never": {"checkpoint_every": 1e9}, "every layer": {"checkpoint_every": 0.0}},
     "evaluating": {"plain": {}, "evaluated": {"evaluate": True}},
 }
 

@@ -15,12 +15,12 @@ from measuring.parts import PARTS, Check
 from measuring.processes import ProcessError
 from measuring.summaries import summary
 
-#: The file stays below this, so that it can be read whole wherever it ends up.
+#: The file stays below this, so that it can be read wherever it ends up.
 MOST_BYTES = 100_000
 #: Characters of a text and items of a list that are saved, at first; halved until the whole is small enough.
 MOST_CHARACTERS, MOST_ITEMS = 2000, 64
 #: Of the settings these say nothing about the figures.
-UNTOLD = ("folder", "deadline")
+LEFT_OUT = ("folder", "deadline")
 
 
 def measure_all(
@@ -52,15 +52,15 @@ def measure(name: str, check: Check) -> dict[str, Any]:
     """The figures of one part, with its settings; its error if it failed, and the reason if it was skipped."""
     begun, part = time.monotonic(), PARTS[name]
     left = check.deadline - begun
-    least = part.least if check.on_card else 1.0
+    least = part.least if check.on_gpu else 1.0
     own = replace(check, deadline=min(check.deadline, begun + part.most))
-    if part.needs_card and not check.on_card:
-        figures: dict[str, Any] = {"skipped": "needs a card"}
+    if part.needs_gpu and not check.on_gpu:
+        figures: dict[str, Any] = {"skipped": "needs a GPU"}
     elif left < least:
         figures = {"skipped": f"{max(0.0, left):.0f} s are left of --total-seconds, and this takes {least:.0f} or more"}
     else:
         figures = _figures(name, own)
-    settings = {key: value for key, value in asdict(check).items() if key not in UNTOLD}
+    settings = {key: value for key, value in asdict(check).items() if key not in LEFT_OUT}
     spent = round(time.monotonic() - begun, 1)
     return {"date": time.strftime("%Y-%m-%d"), "part_seconds": spent, "settings": settings, **figures}
 
@@ -70,7 +70,7 @@ def _figures(name: str, check: Check) -> dict[str, Any]:
         return PARTS[name].measure(check)
     except ProcessError as error:
         return {"error": str(error)}
-    # Whatever else goes wrong must not cost the other parts: a card is not lent twice.
+    # Whatever else goes wrong must not cost the other parts: a GPU is not lent twice.
     except Exception:
         return {"error": traceback.format_exc()}
 
@@ -83,7 +83,7 @@ def after_failure(name: str, waiting: Sequence[str]) -> list[str]:
 
 
 def save(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON, whole or not at all, and cut as short as they have to be."""
+    """Write figures as JSON, completely or not at all, and cut as short as they have to be."""
     part = path.with_name(path.name + ".part")
     part.write_text(as_text(figures))
     part.replace(path)

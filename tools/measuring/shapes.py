@@ -34,7 +34,7 @@ def shape_names() -> list[str]:
 
 
 def config_of(shape: str, layers: int | None = None, dtype: str | None = None) -> dict[str, Any]:
-    """The config.json of a named shape, with so many decoder blocks, and in the dtype, instead of its own."""
+    """The config.json of a named shape, with so many decoder layers, and in the dtype, instead of its own."""
     config: dict[str, Any] = json.loads((SHAPES / f"{shape}.json").read_text())
     if layers is not None:
         config["num_hidden_layers"] = layers
@@ -45,7 +45,7 @@ def config_of(shape: str, layers: int | None = None, dtype: str | None = None) -
 
 @dataclass(frozen=True)
 class Work:
-    """The arithmetic of a forward of one token through one decoder block, in FLOP, within `length` tokens.
+    """The arithmetic of a forward of one token through one decoder layer, in FLOP, within `length` tokens.
 
     `FLOP_FORMULA` says what is counted. Norms, softmax, rotary embedding and the activation are not.
     """
@@ -56,12 +56,12 @@ class Work:
 
     @property
     def counted(self) -> int:
-        """FLOP per token and block that have to be computed."""
+        """FLOP per token and layer that have to be computed."""
         return self.matrices + self.attention_causal
 
 
 def work_of(config: Mapping[str, Any], length: int) -> Work:
-    """The work of a block of a model with this config, for sequences of `length` tokens."""
+    """The work of a layer of a model with this config, for sequences of `length` tokens."""
     hidden, head = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     attention = hidden * (2 * queries + 2 * keys)
@@ -90,15 +90,15 @@ def is_built(folder: Path, config: Mapping[str, Any]) -> bool:
 def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
     """Write a random checkpoint of the config, one expert tensor after another, as published checkpoints are.
 
-    The first file holds what lies around the blocks, each of the others one block. The numbers are drawn on `device`: a
-    card is done with gigabytes in seconds.
+    The first file holds what lies around the layers, each of the others one layer. The numbers are drawn on `device`: a
+    GPU is done with gigabytes in seconds.
     """
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    sizes = [_surroundings(config), *(_block(config, layer) for layer in range(config["num_hidden_layers"]))]
+    sizes = [_surroundings(config), *(_layer(config, layer) for layer in range(config["num_hidden_layers"]))]
     files = [f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors" for number in range(len(sizes))]
 
     def write(number: int) -> None:
@@ -106,7 +106,7 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
         generator = torch.Generator(device).manual_seed(number)
         save_file(_drawn(sizes[number], config["dtype"], generator), folder / files[number], metadata={"format": "pt"})
 
-    # Several files at a time keep a disk busy; more would take a block's memory each.
+    # Several files at a time keep a disk busy; more would take a layer's memory each.
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, range(len(sizes))))
     index = {name: file for file, names in zip(files, sizes, strict=True) for name in names}
@@ -132,7 +132,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def layer_bytes(folder: Path) -> int:
-    """The largest block of a checkpoint of `build`."""
+    """The largest layer of a checkpoint of `build`."""
     return max(path.stat().st_size for path in weight_files(folder)[1:])
 
 
@@ -145,7 +145,7 @@ def _surroundings(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _block(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+def _layer(config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
     hidden, width, head = config["hidden_size"], config["moe_intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     sizes: dict[str, tuple[int, ...]] = {

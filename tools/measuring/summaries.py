@@ -27,15 +27,15 @@ def summary(name: str, figures: Figures) -> str:
 
 
 def _machine(found: Figures) -> str:
-    card = found.get("nvidia_smi") or {}
+    gpu = found.get("nvidia_smi") or {}
     rates = [
         f"{found['matrix_rate_tflops']} TFLOP/s ({found['matrix_dtype']})",
         f"copy {found['copy_gb_per_second']} GB/s",
     ]
-    if "to_card_gb_per_second" in found:
-        rates.append(f"to card {found['to_card_gb_per_second']}, from card {found['from_card_gb_per_second']} GB/s")
+    if "to_gpu_gb_per_second" in found:
+        rates.append(f"to GPU {found['to_gpu_gb_per_second']}, from GPU {found['from_gpu_gb_per_second']} GB/s")
     return (
-        f"{card.get('name', 'no card')}, driver {card.get('driver_version', '-')}, {', '.join(rates)}, "
+        f"{gpu.get('name', 'no GPU')}, driver {gpu.get('driver_version', '-')}, {', '.join(rates)}, "
         f"{found['free_ram_gib']} GiB RAM and {found['free_disk_gib']} GiB disk free, "
         f"torch {found['versions'].get('torch')}, transformers {found['versions'].get('transformers')}"
     )
@@ -55,9 +55,9 @@ def _streamed(found: Figures) -> str:
         else f"peak {found['peak_mib']} MiB resident"
     )
     return (
-        f"{found['seconds_per_block']} s/layer, gap {gap}, {found['own_read_gb_per_second']} GB/s read (plain "
+        f"{found['seconds_per_layer']} s/layer, gap {gap}, {found['own_read_gb_per_second']} GB/s read (plain "
         f"{found['read_gb_per_second']}), {found['achieved_share']:.0%} of the matrix rate, {plan}{peak}, "
-        f"{sync} sync warnings; {found['blocks_of_the_model']} layers: {found['seconds_for_the_model']} s"
+        f"{sync} sync warnings; {found['layers_of_the_model']} layers: {found['seconds_for_the_model']} s"
     )
 
 
@@ -67,8 +67,8 @@ def _profile(found: Figures) -> str:
         timing = found["timing"]
         plain, recording = (statistics.median(timing[f"{kind}_ms"]) for kind in ("plain", "recording"))
         parts.append(
-            f"recording {recording:.1f} ms, plain {plain:.1f} ms (x{timing['recording_over_plain']}), handed out in "
-            f"{timing['handing_out_ms']:.1f} ms"
+            f"recording {recording:.1f} ms, plain {plain:.1f} ms (x{timing['recording_over_plain']}), submitted in "
+            f"{timing['submitting_ms']:.1f} ms"
         )
     if "error" not in found["outputs"]:
         experts = found["outputs"]["experts"]
@@ -103,17 +103,17 @@ def _bench(found: Figures) -> str:
 
 def _ram(found: Figures) -> str:
     return (
-        f"states in RAM {found['ram_seconds_per_block']} s/layer, on the card {found['device_seconds_per_block']} s: "
+        f"states in RAM {found['ram_seconds_per_layer']} s/layer, on the GPU {found['device_seconds_per_layer']} s: "
         f"x{found['ram_over_device']}, {found['ram_peak_vram_gib']} against {found['device_peak_vram_gib']} GiB"
     )
 
 
 def _fit(found: Figures) -> str:
     measured = {item["name"]: item for item in found["measured"] or ()}
-    told = ", ".join(f"{name} {item['error']:+.1%}" for name, item in measured.items())
+    errors = ", ".join(f"{name} {item['error']:+.1%}" for name, item in measured.items())
     return (
         f"{found['budget_gib']:.2f} GiB keep {found['experts_per_layer']} experts, predicted "
-        f"{found['predicted']['total_bytes'] / 2**30:.2f} GiB; predicted over measured: {told or 'needs a card'}"
+        f"{found['predicted']['total_bytes'] / 2**30:.2f} GiB; predicted over measured: {errors or 'needs a GPU'}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Looking at a run of streamprune from within its process: its plan, gaps between layers, waits for the card."""
+"""Looking at a run of streamprune from within its process: its plan, gaps between layers, waits for the GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from unittest.mock import patch
 
 from measuring.shapes import ROOT
 
-#: What torch says where the host waits for the card.
+#: What torch says where the host waits for the GPU.
 SYNCHRONIZING = "called a synchronizing CUDA operation"
-#: Places that are told of; the count is that of all.
+#: Places that are listed; the count is that of all.
 PLACES = 12
 
 
 class SyncWarnings:
-    """Counts, while entered, where torch lets the host wait for a card. Without a card it counts nothing.
+    """Counts, while entered, where torch lets the host wait for a GPU. Without one it counts nothing.
 
-    (torch does not tell of events that are waited for, nor of copies from ordinary memory.)
+    (torch does not report waits for events, nor copies from pageable memory.)
     """
 
     def __init__(self, device: str) -> None:
@@ -34,7 +34,7 @@ class SyncWarnings:
 
             self._stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("always")
-            warnings.showwarning = self._hear  # type: ignore[assignment]
+            warnings.showwarning = self._count  # type: ignore[assignment]
             torch.cuda.set_sync_debug_mode("warn")
             self._stack.callback(torch.cuda.set_sync_debug_mode, "default")
         return self
@@ -44,11 +44,11 @@ class SyncWarnings:
     ) -> None:
         self._stack.close()
 
-    def told(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """How many there were, and how often at each place: our line, and the library's where it is another one."""
         return {"count": self._places.total(), "places": dict(self._places.most_common(PLACES))}
 
-    def _hear(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    def _count(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         if SYNCHRONIZING not in str(message):
             return
         place, frame, ours = f"{filename}:{lineno}", sys._getframe(1), str(ROOT / "streamprune")
@@ -61,9 +61,9 @@ class SyncWarnings:
 
 
 class Watch:
-    """While entered, watches the run of streamprune in this process. `told` has what was seen.
+    """While entered, watches the run of streamprune in this process. `seen` returns what was seen.
 
-    A gap is the time from when all micro-batches of a layer are computed (the run has waited for the card) until the
+    A gap is the time from when all micro-batches of a layer are computed (the run has waited for the GPU) until the
     first one of the next layer is begun.
     """
 
@@ -71,7 +71,7 @@ class Watch:
         self._sync, self._stack = SyncWarnings(device), ExitStack()
         self._gaps: list[float] = []
         self._ended: float | None = None
-        self._block: int | None = None
+        self._layer: int | None = None
         self._plan: Any = None
 
     def __enter__(self) -> Watch:
@@ -83,11 +83,11 @@ class Watch:
         product: Any = import_module("streamprune.pipeline.run")
         run, synchronize, plan_memory = MicroBatches.run, Busy.synchronize, product.plan_memory
 
-        def run_and_note(batches: Any, block: int, *given: Any, **named: Any) -> None:
-            if self._ended is not None and block != self._block:
+        def run_and_note(batches: Any, layer: int, *given: Any, **named: Any) -> None:
+            if self._ended is not None and layer != self._layer:
                 self._gaps.append(time.perf_counter() - self._ended)
-            self._block = block
-            run(batches, block, *given, **named)
+            self._layer = layer
+            run(batches, layer, *given, **named)
 
         def synchronize_and_note(busy: Any) -> None:
             synchronize(busy)
@@ -111,16 +111,16 @@ class Watch:
     ) -> None:
         self._stack.close()
 
-    def told(self) -> dict[str, Any]:
+    def seen(self) -> dict[str, Any]:
         """The gaps in seconds, the plan in words, the bytes that it allows on the device, and the sync warnings."""
         from streamprune.hardware import memory_plan as planning
 
-        told: dict[str, Any] = {"gaps": [round(gap, 4) for gap in self._gaps], "sync_warnings": self._sync.told()}
+        seen: dict[str, Any] = {"gaps": [round(gap, 4) for gap in self._gaps], "sync_warnings": self._sync.counts()}
         plan = self._plan
         if plan is not None:
-            # (The plan itself tells this only in words.)
-            told["plan_bytes"] = planning._on_device(
+            # (The plan itself has this only in words.)
+            seen["plan_bytes"] = planning._on_device(
                 plan.needs, plan.room, plan.place, plan.tokens_at_a_time, plan.ahead
             )
-            told["plan"] = plan.describe()
-        return told
+            seen["plan"] = plan.describe()
+        return seen

@@ -6,7 +6,7 @@
 | `import` | nothing but importing torch and transformers |
 | `forward` | the tokens through the model, by transformers alone |
 | `score`, `run` | streamprune's scoring pass, or the whole run, with half of the experts kept |
-| `device` | tells what device this is, and of which versions the libraries are |
+| `device` | which device this is, and the versions of the libraries |
 | `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
 | `matrix` | a large matrix product, again and again |
 | `machine` | that, copies on the device, and the versions of the libraries |
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from streamprune.config import RunSettings
 
 #: What of a run's summary the figures are made from, where it is there.
-TOLD = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
+SUMMARY = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
 
 def _import_libraries(limited: bool) -> None:
@@ -58,14 +58,19 @@ def _device(job: Job) -> dict[str, Any]:
     import torch
     import transformers
 
-    told = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     if job.device == "cpu":
-        return {"device": "cpu", **told}
+        return {"device": "cpu", **versions}
     index, count = torch.device(job.device).index or 0, torch.cuda.device_count()
     if index >= count:
         sys.exit(f"Error: torch {torch.__version__} sees {count} CUDA devices here, so that there is no {job.device}")
-    card = torch.cuda.get_device_properties(index)
-    return {"device": card.name, "device_gib": round(card.total_memory / 2**30, 1), **told, "cuda": torch.version.cuda}
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "device": properties.name,
+        "device_gib": round(properties.total_memory / 2**30, 1),
+        **versions,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _build(job: Job) -> dict[str, Any]:
@@ -108,13 +113,13 @@ def _watched(job: Job, settings: RunSettings) -> dict[str, Any]:
 
     with Watch(job.device) as watch:
         summary = run(settings, quiet=True).summary
-    return {**_told(summary, log_of(settings.output)), "watched": watch.told()}
+    return {**_summary(summary, log_of(settings.output)), "watched": watch.seen()}
 
 
-def _told(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """What streamprune says of itself: of the whole, and of every block."""
-    blocks = [{name: event[name] for name in ("seconds", "peak_bytes")} for event in log if event["event"] == "block"]
-    return {"summary": {name: summary[name] for name in TOLD if name in summary}, "blocks": blocks}
+def _summary(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """What streamprune reports of the run, and of every layer."""
+    layers = [{name: event[name] for name in ("seconds", "peak_bytes")} for event in log if event["event"] == "block"]
+    return {"summary": {name: summary[name] for name in SUMMARY if name in summary}, "layers": layers}
 
 
 def _profile(job: Job) -> dict[str, Any]:
@@ -178,8 +183,8 @@ KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class CardPeaks:
-    """The most that torch has held on the card, though streamprune begins to count anew after every block."""
+class GpuPeaks:
+    """The most that torch has held on the GPU, though streamprune begins to count anew after every layer."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -197,8 +202,8 @@ class CardPeaks:
         self._allocated = max(self._allocated, int(self._torch.max_memory_allocated(self._device)))
         self._reserved = max(self._reserved, int(self._torch.max_memory_reserved(self._device)))
 
-    def told(self) -> dict[str, int]:
-        """Bytes of tensors, and bytes that torch held on the card for them and in reserve, each at its peak."""
+    def figures(self) -> dict[str, int]:
+        """Bytes of tensors, and bytes that torch held on the GPU for them and in reserve, each at its peak."""
         self._note()
         return {"vram_allocated_bytes": self._allocated, "vram_reserved_bytes": self._reserved}
 
@@ -215,14 +220,14 @@ def do(job: Job) -> dict[str, Any]:
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
     if job.kind in ("score", "run", "saving", "evaluating"):
         import streamprune.pipeline.run  # noqa: F401
-    card = CardPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
+    gpu = GpuPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
     figures = KINDS[job.kind](job)
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     from streamprune.hardware.memory import peak_resident_bytes
 
     measured = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_resident_bytes()}
-    return {**figures, **measured, **(card.told() if card else {})}
+    return {**figures, **measured, **(gpu.figures() if gpu else {})}
 
 
 def main() -> None:
