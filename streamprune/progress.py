@@ -172,11 +172,13 @@ class Busy:
             with self.at(resource):
                 yield
             return
-        from streamprune.hardware import device as devices
+        import torch
 
-        begin = devices.record_event(devices.current_stream(device), timed=True)
+        from streamprune.hardware.device import record_event
+
+        begin = record_event(torch.accelerator.current_stream(device), timed=True)
         yield
-        end = devices.record_event(devices.current_stream(device), timed=True)
+        end = record_event(torch.accelerator.current_stream(device), timed=True)
         self._events.append((resource, begin, end))
 
     def synchronize(self) -> None:

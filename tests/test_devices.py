@@ -13,7 +13,6 @@ import pynvml as real
 import pytest
 import torch
 
-from streamprune.hardware.gpus import other_processes
 from streamprune.hardware.nvml import gpu_of_device, list_gpus
 from tests import fake_nvml
 from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed, the_gpu
@@ -46,7 +45,7 @@ def test_a_card_with_everything_known(monkeypatch: pytest.MonkeyPatch) -> None:
         (OWN, psutil.Process().name(), 900 * MIB),
         (NOBODY, None, 300 * MIB),
     ]
-    assert [process.pid for process in other_processes(found)] == [NOBODY]
+    assert [process.pid for process in found.other_processes()] == [NOBODY]
     assert module.open == 0
     text = printed()
     for line in (
@@ -117,7 +116,7 @@ def test_processes_that_may_not_be_listed(monkeypatch: pytest.MonkeyPatch) -> No
     )
     refuse["nvmlDeviceGetComputeRunningProcesses"] = NO_PERMISSION
     assert the_gpu().processes is None
-    assert other_processes(the_gpu()) == ()
+    assert the_gpu().other_processes() == ()
     text = printed()
     assert "  processes unknown\n" in text
     assert "so none can be named: this user is not permitted to ask.\n" in text

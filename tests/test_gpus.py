@@ -8,8 +8,7 @@ import pynvml as real
 import pytest
 
 from streamprune.errors import SettingsError
-from streamprune.hardware.gpus import Gpus, budget_on_gpu
-from streamprune.hardware.known_gpus import GPUS, find_known_gpu, known_gpu
+from streamprune.hardware.gpus import GPUS, Gpus, budget_on_gpu, find_known_gpu, known_gpu
 from streamprune.hardware.nvml import gpu_of_device, list_gpus
 from tests.fake_nvml import MIB, NOBODY, FakeCard, a100, fake_torch, install, printed
 

@@ -15,7 +15,7 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.cli import main
 from streamprune.config import RunSettings
 from streamprune.errors import ResourceError, SettingsError
-from streamprune.hardware.memory_plan import Limit, Needs, Room, can_read_ahead, choose
+from streamprune.hardware.memory_plan import Limit, Needs, Room, choose
 from streamprune.planning import memory_needs as memory_facts
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.states import HiddenStates
@@ -124,7 +124,8 @@ def room(device: int, host: int | None = None, disk: int = 10**6) -> Room:
     ],
 )
 def test_states_and_micro_batches_go_where_they_fit(space: Room, expected: tuple[str, int]) -> None:
-    assert choose(needs(), space, "auto", 10**4, 24) == expected
+    plan = choose(needs(), space, "auto", 10**4, 24)
+    assert (plan.place, plan.batch_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_states_and_micro_batches_go_where_they_fit(space: Room, expected: tuple
 )
 def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states: str, words: str | None) -> None:
     if words is None:
-        assert choose(needs(), space, states, 10**4, 24)[0] == "disk"
+        assert choose(needs(), space, states, 10**4, 24).place == "disk"
         return
     with pytest.raises(ResourceError, match=words):
         choose(needs(), space, states, 10**4, 24)
@@ -154,7 +155,7 @@ def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states
     ("space", "ahead"), [(room(20 + 200 + 100 + 24 + 90), True), (room(20 + 200 + 100 + 24 + 89), False)]
 )
 def test_the_next_block_is_read_ahead_where_it_fits_too(space: Room, ahead: bool) -> None:
-    assert can_read_ahead(needs(), space, "ram", 24) is ahead
+    assert choose(needs(), space, "ram", 24, 24).ahead is ahead
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import pynvml as real
 import pytest
 import torch
 
-from streamprune.hardware.gpus import budget_on_gpu
-from streamprune.hardware.known_gpus import known_gpu
+from streamprune.hardware.gpus import budget_on_gpu, known_gpu
 from streamprune.hardware.nvml import gpu_of_device, list_gpus
 from tests.fake_nvml import MIB, FakeCard, fake_torch, install, printed, the_gpu
 

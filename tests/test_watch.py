@@ -17,9 +17,8 @@ from streamprune.config import RunSettings
 from streamprune.errors import ResourceError
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
-from streamprune.hardware import memory_watch as watch
+from streamprune.hardware.device import USUAL_CONTEXT, MemoryWatch, newcomers
 from streamprune.hardware.gpus import Gpu, GpuProcess
-from streamprune.hardware.memory_watch import newcomers
 from streamprune.planning import memory_needs as memory_facts
 from streamprune.streaming.forward import LayerForward
 from streamprune.work.saved_states import BatchState
@@ -74,12 +73,12 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
     gpus = iter([gpu(own, early), gpu(own, early, late), gpu(early, late), None])
     limits: list[int] = []
     said: list[str] = []
-    monkeypatch.setattr(watch, "_gpu", lambda device: next(gpus))
-    monkeypatch.setattr(devices, "reserved_device_bytes", lambda device: reserved)
+    monkeypatch.setattr(devices, "_gpu_of", lambda device: next(gpus))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(devices, "free_device_bytes", lambda device: 512 * MIB)
     monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit))
     settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
-    over = watch.MemoryWatch(settings, torch.device("cuda:0"), said.append)
+    over = MemoryWatch(settings, torch.device("cuda:0"), said.append)
     for _ in range(3):
         over.between_layers()
     assert said == [
@@ -87,7 +86,7 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
         "512.00 MiB are free there for it."
     ]
     # CUDA itself counts too; where NVML does not show this process, the usual size of a context is taken.
-    assert limits == [2048 * MIB - context] * 2 + [2048 * MIB - watch.USUAL_CONTEXT]
+    assert limits == [2048 * MIB - context] * 2 + [2048 * MIB - USUAL_CONTEXT]
 
 
 def test_the_card_may_be_used_up_to_the_cap_or_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from streamprune.checkpoint.ranges import disable_read_ahead, read_into, truncat
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError
 from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
-from streamprune.hardware.device import current_stream, is_gpu, new_stream, page_locked, record_event
+from streamprune.hardware.device import is_gpu, page_locked, record_event
 from streamprune.hardware.memory_plan import STAGING_BYTES
 from streamprune.progress import Busy
 
@@ -180,18 +180,18 @@ class _GpuCopier:
     """Copies page-locked buffers to a GPU on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, new_stream(device)
+        self._device, self._stream = device, torch.Stream(device)
         self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.Event | None]] = queue.SimpleQueue()
         for _ in range(STAGING_BYTES // REQUEST_BYTES):
             self._free.put((page_locked((REQUEST_BYTES,), torch.uint8), None))
 
     def wait_for_compute(self) -> None:
         """Let later copies wait for the compute work queued so far, which may still use that memory."""
-        self._stream.wait_stream(current_stream(self._device))
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
 
     def compute_waits(self) -> None:
         """Let later compute work wait for all pending copies."""
-        current_stream(self._device).wait_stream(self._stream)
+        torch.accelerator.current_stream(self._device).wait_stream(self._stream)
 
     @contextmanager
     def buffer(self) -> Iterator[torch.Tensor]:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
-from streamprune.hardware.gpus import Gpus, budget_on_gpu
-from streamprune.hardware.known_gpus import GPUS, known_gpu
+from streamprune.hardware.gpus import GPUS, Gpus, budget_on_gpu, known_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep

@@ -6,22 +6,31 @@ Everything goes through `torch.accelerator`, so that NVIDIA and ROCm (which torc
 from __future__ import annotations
 
 import gc
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from streamprune.errors import SettingsError
-from streamprune.hardware.memory import peak_resident_bytes, release_freed_memory, says_out_of_memory
+from streamprune.hardware import memory as machine
+from streamprune.hardware.gpus import Gpu, GpuProcess
+from streamprune.hardware.memory import format_bytes, peak_resident_bytes, release_freed_memory, says_out_of_memory
+from streamprune.hardware.nvml import gpu_of_device
 
 #: The kinds of accelerator that are supported, as torch calls them. To add "xpu", add it here and ask for its memory
-#: in `memory_watch` (NVML knows NVIDIA GPUs only).
+#: in `_gpu_of` (NVML knows NVIDIA GPUs only).
 GPU_TYPES = ("cuda",)
 CPU = torch.device("cpu")
+#: Assumed size of the CUDA context on a GPU when NVML does not report it: kernels and the driver's data.
+USUAL_CONTEXT = 512 * 1024**2
+#: Growth of other processes below this is not reported.
+NOTABLE_GROWTH = 64 * 1024**2
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether `device` has memory and streams of its own beside the CPU's."""
+    """Whether `device` has memory and streams of its own, apart from the CPU's."""
     return device.type in GPU_TYPES
 
 
@@ -56,11 +65,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def gpu_index(device: torch.device) -> int:
-    """The number of a GPU as torch counts them; for one without a number, that of the current GPU."""
-    return torch.accelerator.current_device_index() if device.index is None else device.index
-
-
 def describe_host(device: torch.device) -> str:
     """Host name, processor architecture and device, for the log."""
     name = torch.get_device_module(device).get_device_name(device) if is_gpu(device) else "cpu"
@@ -77,27 +81,6 @@ def free_device_bytes(device: torch.device) -> int:
     return int(torch.accelerator.get_memory_info(device)[0]) + unused
 
 
-def allocated_device_bytes(device: torch.device) -> int:
-    """What tensors take on a GPU, once all work that was queued is done."""
-    torch.accelerator.synchronize(device)
-    return torch.accelerator.memory_allocated(device)
-
-
-def reserved_device_bytes(device: torch.device) -> int:
-    """What torch's allocator holds on a GPU, used or not."""
-    return torch.accelerator.memory_reserved(device)
-
-
-def most_allocated_device_bytes(device: torch.device) -> int:
-    """The most that tensors have taken on a GPU since its peaks were last reset."""
-    return torch.accelerator.max_memory_allocated(device)
-
-
-def most_reserved_device_bytes(device: torch.device) -> int:
-    """The most that torch's allocator has held on a GPU since its peaks were last reset."""
-    return torch.accelerator.max_memory_reserved(device)
-
-
 def peak_device_bytes(device: torch.device) -> int:
     """The most memory that tensors have taken on a GPU since the last call; for the CPU the process's peak."""
     if not is_gpu(device):
@@ -105,14 +88,6 @@ def peak_device_bytes(device: torch.device) -> int:
     peak = torch.accelerator.max_memory_allocated(device)
     torch.accelerator.reset_peak_memory_stats(device)
     return peak
-
-
-def reset_device_peaks(device: torch.device) -> None:
-    """Count the peaks of a GPU anew from here on, with nothing held unused by torch's allocator."""
-    gc.collect()
-    torch.accelerator.synchronize(device)
-    torch.accelerator.empty_cache()
-    torch.accelerator.reset_peak_memory_stats(device)
 
 
 def limit_device_bytes(device: torch.device, limit: int) -> None:
@@ -149,21 +124,95 @@ def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
 
 
-# Work that is queued on a GPU. A stream is also a context manager: what is queued within goes to that stream.
-
-
-def new_stream(device: torch.device) -> torch.Stream:
-    """A stream of its own on a GPU."""
-    return torch.Stream(device)
-
-
-def current_stream(device: torch.device) -> torch.Stream:
-    """The stream that this thread's work on that GPU goes to, whichever GPU is the current one."""
-    return torch.accelerator.current_stream(device)
-
-
 def record_event(stream: torch.Stream, timed: bool = False) -> torch.Event:
     """An event that is reached once all work queued on `stream` so far is done. Two `timed` events measure time."""
     event = torch.Event(stream.device, enable_timing=timed)
     event.record(stream)
     return event
+
+
+# Watching memory during a run.
+
+
+class MemoryCaps(Protocol):
+    """The user's caps on memory; None for no cap."""
+
+    @property
+    def vram_bytes(self) -> int | None: ...
+    @property
+    def ram_bytes(self) -> int | None: ...
+
+
+class MemoryWatch:
+    """Keeps a run within --vram-gib and --ram-gib, and reports processes that take memory on its GPU meanwhile."""
+
+    def __init__(self, caps: MemoryCaps, device: torch.device, say: Callable[[str], None]) -> None:
+        self._caps, self._device, self._say = caps, device, say
+        gpu = _gpu_of(device)
+        self._others = {process.pid: process.used_bytes or 0 for process in gpu.other_processes()} if gpu else {}
+        self._limit_gpu(gpu)
+
+    def excess(self) -> str | None:
+        """A text on how far resident memory is above --ram-gib, after freeing what can be freed; None if it is not."""
+        cap = self._caps.ram_bytes
+        if cap is None or machine.resident_bytes() <= cap:
+            return None
+        free_after_failure(self._device)
+        resident = machine.resident_bytes()
+        if resident <= cap:
+            return None
+        return f"{format_bytes(resident)} are resident, with --ram-gib {cap / 2**30:g} ({format_bytes(cap)})"
+
+    def between_layers(self) -> None:
+        """Report processes that took memory on the GPU, and adjust the allocator's limit to --vram-gib."""
+        gpu = _gpu_of(self._device)
+        if gpu is None:
+            return
+        now = gpu.other_processes()
+        for process in newcomers(self._others, now):
+            self._say(
+                f"note: {process}, took memory on {self._device} while this run goes on; "
+                f"{format_bytes(free_device_bytes(self._device))} are free there for it."
+            )
+        # A process is reported again only if it grows further.
+        self._others = {process.pid: process.used_bytes or 0 for process in now}
+        self._limit_gpu(gpu)
+
+    def holders(self) -> str:
+        """A sentence on other processes with memory on the GPU, for messages; empty if none is known."""
+        gpu = _gpu_of(self._device)
+        others = gpu.other_processes()[:3] if gpu else ()
+        return f" Other processes hold memory there too: {'; '.join(map(str, others))}." if others else ""
+
+    def _limit_gpu(self, gpu: Gpu | None) -> None:
+        if self._caps.vram_bytes is not None and is_gpu(self._device):
+            limit_device_bytes(self._device, self._caps.vram_bytes - _context(gpu, self._device))
+
+
+def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProcess]:
+    """The processes that are new on a GPU or hold notably more than `before` (bytes by pid) says."""
+    return [
+        process
+        for process in now
+        if process.pid not in before or (process.used_bytes or 0) - before[process.pid] >= NOTABLE_GROWTH
+    ]
+
+
+def context_bytes(device: torch.device) -> int:
+    """What CUDA itself takes on a GPU for this process, in addition to what torch's allocator holds."""
+    return _context(_gpu_of(device), device)
+
+
+def _context(gpu: Gpu | None, device: torch.device) -> int:
+    reserved = torch.accelerator.memory_reserved(device)
+    own = [process.used_bytes for process in gpu.processes or () if process.pid == os.getpid()] if gpu else []
+    if not own or own[0] is None or own[0] <= reserved:
+        return USUAL_CONTEXT
+    return own[0] - reserved
+
+
+def _gpu_of(device: torch.device) -> Gpu | None:
+    """What NVML says of the GPU that the run computes on; None on the CPU, or if it is unknown."""
+    if not is_gpu(device):
+        return None
+    return gpu_of_device(torch.accelerator.current_device_index() if device.index is None else device.index)

@@ -1,28 +1,111 @@
-"""GPUs as data: usable memory, processes that hold it, budgets, and what `streamprune devices` prints."""
+"""GPUs as data: those known by name, those of this machine, budgets, and what `streamprune devices` prints."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from streamprune.hardware.known_gpus import KnownGpu, find_known_gpu, is_named
+import msgspec
+
+from streamprune.errors import SettingsError
 from streamprune.hardware.memory import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
 
 Source = Literal["NVML v2", "NVML v1", "torch"]
 ASK_BUDGET = "Give the memory with --budget-gib."
+MIB = 1024**2
+# What CUDA can use has been published for a few GPUs only: it is 451 to 494 MiB less than NVML's total, or up to 2 %.
+# Of the other GPUs at least that much is taken off: 16 GB GPUs of the RTX 50 series lose 482 MiB, which is 3 %.
+_LEAST_GAP_MIB = 512
+_LEAST_GAP_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class KnownGpu:
+    """A GPU as it leaves the factory, in bytes. `estimated`: what CUDA can use is derived, not measured."""
+
+    key: str
+    names: tuple[str, ...]  # as NVML reports them; some GPUs are sold under several
+    total_bytes: int
+    usable_bytes: int
+    estimated: bool
+
+    @property
+    def gap_bytes(self) -> int:
+        """What NVML counts and CUDA cannot use, with nothing running."""
+        return self.total_bytes - self.usable_bytes
+
+    def is_named(self, name: str) -> bool:
+        """Whether NVML's `name` is that of this GPU; older drivers leave the maker out."""
+        return _spelling(name) in {_spelling(each) for each in self.names}
+
+
+class _Row(msgspec.Struct):
+    names: tuple[str, ...]
+    total: int
+    usable: int | None = None
+
+
+def _read_known_gpus() -> Iterator[KnownGpu]:
+    text = resources.files(__package__).joinpath("known_gpus.toml").read_bytes()
+    for key, row in msgspec.toml.decode(text, type=dict[str, _Row]).items():
+        usable = row.usable or row.total - max(_LEAST_GAP_MIB, round(row.total * _LEAST_GAP_SHARE))
+        yield KnownGpu(key, row.names, row.total * MIB, usable * MIB, row.usable is None)
+
+
+def _spelling(name: str) -> str:
+    """What is left of a name without maker, brand, case and separators."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return "".join(word for word in words if word not in {"nvidia", "geforce", "tesla", "gpu"})
+
+
+GPUS = tuple(_read_known_gpus())
+
+
+def known_gpu(name: str) -> KnownGpu:
+    """The GPU that `name` means: its key, or any usual spelling ("RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090").
+
+    Raises SettingsError, with the names that are known, for any other, and for a name of several GPUs.
+    """
+
+    def is_meant(spellings: tuple[str, ...]) -> bool:
+        return _spelling(name).removeprefix("rtx") in {_spelling(each).removeprefix("rtx") for each in spellings}
+
+    found = [gpu for gpu in GPUS if is_meant((gpu.key,))] or [gpu for gpu in GPUS if is_meant(gpu.names)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        keys = " or ".join(f"--gpu {known.key}" for known in found)
+        raise SettingsError(f"--gpu {name!r} is sold with different memory. Use {keys}.")
+    raise SettingsError(
+        f"--gpu {name!r} is not a GPU that streamprune knows. It knows {', '.join(known.key for known in GPUS)}. "
+        "For any other GPU give the memory that may be used: --budget-gib."
+    )
+
+
+def find_known_gpu(name: str, total_bytes: int) -> KnownGpu | None:
+    """The known GPU for one that NVML reports, or None. Name and size must agree (within 2 %).
+
+    Some names are sold with different memory, and with the memory check (ECC) switched a GPU's total changes by 6 %.
+    """
+    for known in GPUS:
+        if abs(known.total_bytes - total_bytes) <= 0.02 * known.total_bytes and known.is_named(name):
+            return known
+    return None
 
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """One answer on a GPU's memory, in bytes. Without `reserved`, what the driver reserves is part of `used`."""
+    """A GPU's memory in bytes, and who says so. Without `reserved_bytes`, the driver's part counts as used."""
 
-    total: int
-    reserved: int | None
-    free: int
-    used: int
+    total_bytes: int
+    reserved_bytes: int | None
+    free_bytes: int
+    used_bytes: int
     source: Source
 
 
@@ -64,12 +147,12 @@ class Gpu:
     reserved_bytes: int | None
     free_bytes: int
     used_bytes: int
-    processes: tuple[GpuProcess, ...] | None
-    driver: str | None
-    display: bool | None
-    mig: bool | None
-    source: Source
-    notes: tuple[str, ...]
+    processes: tuple[GpuProcess, ...] | None = None
+    driver: str | None = None
+    display: bool | None = None
+    mig: bool | None = None
+    source: Source = "torch"
+    notes: tuple[str, ...] = ()
     uuid: str | None = None
     instances: tuple[MigInstance, ...] | None = ()
 
@@ -88,9 +171,13 @@ class Gpu:
 
     def answers_to(self, uuid: str) -> bool:
         """Whether the GPU, or one of its MIG parts, has this UUID, or one that begins like it."""
-        # NVML says what it is the UUID of (GPU-, MIG-), torch does not.
         uuids = [self.uuid, *(instance.uuid for instance in self.instances or ())]
-        return any(own is not None and _bare(own).startswith(_bare(uuid)) for own in uuids)
+        return any(own is not None and bare_uuid(own).startswith(bare_uuid(uuid)) for own in uuids)
+
+    def other_processes(self) -> tuple[GpuProcess, ...]:
+        """Who else than this process holds memory on the GPU, the largest first; unknown sizes come last."""
+        others = [process for process in self.processes or () if process.pid != os.getpid()]
+        return tuple(sorted(others, key=lambda process: -(process.used_bytes or 0)))
 
 
 @dataclass(frozen=True)
@@ -99,6 +186,11 @@ class Gpus:
 
     gpus: tuple[Gpu, ...]
     notes: tuple[str, ...]
+
+
+def bare_uuid(uuid: str) -> str:
+    """A UUID as torch has it: NVML says what it is of (GPU-, MIG-)."""
+    return uuid.removeprefix("GPU-").removeprefix("MIG-")
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> Iterator[Gpu]:
@@ -121,79 +213,62 @@ def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> Iterator[Gpu]:
         yield found[0]
 
 
-def _bare(uuid: str) -> str:
-    return uuid.removeprefix("GPU-").removeprefix("MIG-")
-
-
-def other_processes(gpu: Gpu, own_pid: int | None = None) -> tuple[GpuProcess, ...]:
-    """Who holds memory on the GPU beside this process (`own_pid`), the largest first; unknown sizes come last."""
-    own_pid = os.getpid() if own_pid is None else own_pid
-    others = [process for process in gpu.processes or () if process.pid != own_pid]
-    return tuple(sorted(others, key=lambda process: -(process.used_bytes or 0)))
-
-
 def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
     """What --gpu means here, in bytes, and sentences that say how it came about.
 
     It is what CUDA can use of such a GPU. If one is present, what the display and other processes hold of it now is
     taken off; of several the one that has most left counts.
     """
-    notes = [f"{known.key}: CUDA can use {format_bytes(known.usable_bytes)} of {format_bytes(known.total_bytes)}."]
-    if known.estimated:
-        notes[0] = f"{notes[0][:-1]} (estimated: no measurement of this GPU is known)."
+    of_total = f"{known.key}: CUDA can use {format_bytes(known.usable_bytes)} of {format_bytes(known.total_bytes)}"
+    notes = [of_total + (" (estimated: no measurement of this GPU is known)." if known.estimated else ".")]
     present = [
         gpu for gpu in gpus.gpus if find_known_gpu(gpu.name, gpu.total_bytes) == known or _is_torch_view(known, gpu)
     ]
     if not present:
         return known.usable_bytes, [*notes, _absent(known, gpus)]
-    gpu = max(present, key=lambda gpu: _left(known, gpu))
+    left = {gpu.index: _capacity(known, gpu) - _held_by_others(known, gpu) for gpu in present}
+    gpu = max(present, key=lambda gpu: left[gpu.index])
     if gpu.mig:
         notes.append(
             f"GPU {gpu.index} here is such a GPU, but divided with MIG, so that no process can use all of it. "
             "For one part give its memory with --budget-gib."
         )
         return known.usable_bytes, notes
-    capacity, held = _capacity(known, gpu), _held_by_others(known, gpu)
     which = f"GPU {gpu.index} here is such a GPU"
     if len(present) > 1:
         which = f"{len(present)} such GPUs are here, of which GPU {gpu.index} has most left"
+    held = _held_by_others(known, gpu)
     if held == 0:
         notes.append(f"{which}, and nothing else holds memory on it.")
     else:
         notes.append(f"{which}: {format_bytes(held)} are in use there now{_holders(gpu)}, and taken off.")
-    return max(0, capacity - held), notes
+    return max(0, left[gpu.index]), notes
 
 
 def _is_torch_view(known: KnownGpu, gpu: Gpu) -> bool:
-    """torch reports the GPU's memory without what CUDA cannot use, so that the table's total does not match."""
+    """torch reports the GPU's memory without what CUDA cannot use, so that the known total does not match."""
     gap = known.total_bytes - gpu.total_bytes
-    return gpu.source == "torch" and is_named(known, gpu.name) and 0 <= gap <= 0.05 * known.total_bytes
+    return gpu.source == "torch" and known.is_named(gpu.name) and 0 <= gap <= 0.05 * known.total_bytes
 
 
 def _capacity(known: KnownGpu, gpu: Gpu) -> int:
-    """What CUDA can use of this very GPU when nothing runs: less than the table says if the driver reserves more."""
+    """What CUDA can use of this very GPU when nothing runs: less than usual if the driver reserves more."""
     return min(known.usable_bytes, gpu.total_bytes - (gpu.reserved_bytes or 0))
 
 
 def _held_by_others(known: KnownGpu, gpu: Gpu) -> int:
     """What the display and other processes hold now: all that is in use, less this process's own part."""
-    held = gpu.used_bytes
-    if gpu.source == "NVML v1":
-        # Here the driver's own part counts as used; it is about what CUDA cannot use, and is not to be taken off twice.
-        held -= known.gap_bytes
-    own = (process.used_bytes or 0 for process in gpu.processes or () if process.pid == os.getpid())
-    return max(0, held - sum(own))
-
-
-def _left(known: KnownGpu, gpu: Gpu) -> int:
-    return _capacity(known, gpu) - _held_by_others(known, gpu)
+    own = sum(process.used_bytes or 0 for process in gpu.processes or () if process.pid == os.getpid())
+    # NVML's first query counts the driver's own part as used: about what CUDA cannot use, not to be taken off twice.
+    return max(0, gpu.used_bytes - (known.gap_bytes if gpu.source == "NVML v1" else 0) - own)
 
 
 def _holders(gpu: Gpu) -> str:
-    """By whom, for a sentence: at most three processes by name, and the display."""
-    holders = [str(process) for process in other_processes(gpu)[:3]]
-    if len(other_processes(gpu)) > 3:
-        holders.append(f"{len(other_processes(gpu)) - 3} more")
+    """By whom memory is held, in brackets: at most three processes by name, and the display."""
+    others = gpu.other_processes()
+    holders = [str(process) for process in others[:3]]
+    if len(others) > 3:
+        holders.append(f"{len(others) - 3} more")
     if gpu.display:
         holders.append("a display is attached")
     return f" ({'; '.join(holders)})" if holders else ""
@@ -202,7 +277,7 @@ def _holders(gpu: Gpu) -> str:
 def _absent(known: KnownGpu, gpus: Gpus) -> str:
     """Why nothing is taken off: no such GPU here, or one of another size."""
     for gpu in gpus.gpus:
-        if is_named(known, gpu.name):
+        if known.is_named(gpu.name):
             return (
                 f"GPU {gpu.index} here has that name but {format_bytes(gpu.total_bytes)}: nothing was taken off for "
                 "what runs on it. For that GPU give --budget-gib."
@@ -211,7 +286,7 @@ def _absent(known: KnownGpu, gpus: Gpus) -> str:
 
 
 def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
-    """Everything as one object for --json, in bytes; null where something is not known."""
+    """What `devices --json` prints, in bytes; null where something is not known."""
     total, free = disk_bytes(folder)
     return {
         "cards": [{**asdict(gpu), "usable_bytes": gpu.usable_bytes} for gpu in gpus.gpus],
@@ -222,33 +297,30 @@ def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
 
 
 def devices_text(gpus: Gpus, folder: Path) -> str:
-    """The same for people: a paragraph per GPU, then RAM and disk, and what could not be known."""
-    lines = []
-    for gpu in gpus.gpus:
-        lines += [*_gpu_lines(gpu), ""]
-    if not gpus.gpus:
-        lines += ["No NVIDIA GPU is visible.", *(f"  {note}" for note in gpus.notes), ""]
+    """What `devices` prints: a paragraph per GPU, then RAM and disk, and what could not be known."""
     total, free = disk_bytes(folder)
+    lines = [line for gpu in gpus.gpus for line in (*_gpu_lines(gpu), "")]
+    if not gpus.gpus:
+        lines = ["No NVIDIA GPU is visible.", *(f"  {note}" for note in gpus.notes), ""]
     lines += [
         f"RAM: {format_bytes(total_memory_bytes())} total, {format_bytes(available_memory_bytes())} available",
         f"disk of {folder.absolute()}: {format_bytes(total)} total, {format_bytes(free)} free",
     ]
-    if gpus.gpus:
-        lines += [f"note: {note}" for note in gpus.notes]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in gpus.notes if gpus.gpus)])
 
 
 def _gpu_lines(gpu: Gpu) -> list[str]:
+    processes = ["unknown"] if gpu.processes is None else [str(process) for process in gpu.processes] or ["none"]
     rows = [
         ("total", format_bytes(gpu.total_bytes)),
-        ("reserved", _known(gpu.reserved_bytes)),
+        ("reserved", "unknown" if gpu.reserved_bytes is None else format_bytes(gpu.reserved_bytes)),
         ("used", format_bytes(gpu.used_bytes)),
         ("free", format_bytes(gpu.free_bytes)),
         ("usable", _usable(gpu)),
-        *_process_rows(gpu),
+        *(("" if row else "processes", process) for row, process in enumerate(processes)),
         ("driver", gpu.driver or "unknown"),
-        ("display", _known(gpu.display, "attached", "none")),
-        ("MIG", _known(gpu.mig, "on", "off")),
+        ("display", {None: "unknown", True: "attached", False: "none"}[gpu.display]),
+        ("MIG", {None: "unknown", True: "on", False: "off"}[gpu.mig]),
         *(
             (f"MIG {part.index}", f"{format_bytes(part.total_bytes)} total, {format_bytes(part.free_bytes)} free")
             for part in gpu.instances or ()
@@ -266,21 +338,3 @@ def _usable(gpu: Gpu) -> str:
         return f"{usable} (a process can use one MIG part only)" if gpu.usable_bytes else "unknown"
     kept = gpu.free_bytes - gpu.usable_bytes
     return f"{usable} ({format_bytes(kept)} less than free: CUDA cannot use all of it)" if kept else usable
-
-
-def _process_rows(gpu: Gpu) -> list[tuple[str, str]]:
-    """A row per process that holds memory, labelled once."""
-    if gpu.processes is None:
-        return [("processes", "unknown")]
-    if not gpu.processes:
-        return [("processes", "none")]
-    return [("" if row else "processes", str(process)) for row, process in enumerate(gpu.processes)]
-
-
-def _known(value: int | bool | None, yes: str = "", no: str = "") -> str:
-    """A size or a yes or no; `unknown` for None."""
-    if value is None:
-        return "unknown"
-    if isinstance(value, bool):
-        return yes if value else no
-    return format_bytes(value)

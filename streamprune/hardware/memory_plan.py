@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamprune.errors import ResourceError
 from streamprune.hardware.memory import format_bytes, resident_bytes
@@ -60,7 +61,9 @@ class Limit:
 
 @dataclass(frozen=True)
 class Room:
-    """What may be taken: `device` of the memory that computes, `host` of RAM beside it (None: they are one), `disk`."""
+    """What may be taken: of the memory that computes (`device`), of RAM next to it (`host`; None: they are one), and of
+    the disk.
+    """
 
     device: Limit
     host: Limit | None
@@ -69,9 +72,9 @@ class Room:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided: where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most.
+    """Where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most.
 
-    `ahead`: there is room to read a layer while the one before it is computed.
+    `ahead`: there is room to read a layer while the one before it is computed. `device` is the device's name.
     """
 
     place: str
@@ -83,40 +86,118 @@ class MemoryPlan:
 
     @property
     def tokens_at_a_time(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return _tokens_at_a_time(self.needs, self.batch_tokens)
+        """Tokens of the largest micro-batch: complete sequences, at least one and not more than there are."""
+        return max(1, min(self.needs.sequences, self.batch_tokens // self.needs.longest)) * self.needs.longest
 
     @property
     def workspace(self) -> int:
         """Bytes of a micro-batch's intermediate results, at least for one sequence."""
         return self.needs.workspace(self.tokens_at_a_time)
 
+    @property
+    def device_bytes(self) -> int:
+        """Most bytes that the run takes of the memory that computes."""
+        needs = self.needs
+        if self._states_on_device:
+            states = self._states
+        else:
+            # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
+            states = self._moving * (1 if self.room.host is None else 1 + MOST_SUBMITTED)
+        working = needs.layer + self.workspace + (needs.reading if self.ahead else 0)
+        return needs.non_layer + states + max(needs.loading, working)
+
+    @property
+    def _host_bytes(self) -> int:
+        """RAM next to a GPU: the states if they are there, and what passes through on the way to it."""
+        if self.place == "ram":
+            one = self._moving // 2
+            # torch takes page-locked memory in powers of two.
+            return self.needs.staging + self._states * (1 << max(0, one - 1).bit_length()) // max(1, one)
+        return self.needs.staging + (self._moving if self.place == "disk" else 0)
+
+    @property
+    def _states_on_device(self) -> bool:
+        return self.place == "device" or (self.place == "ram" and self.room.host is None)
+
+    @property
+    def _states(self) -> int:
+        return self.needs.states_here(self.tokens_at_a_time)
+
+    @property
+    def _moving(self) -> int:
+        """The states of the micro-batches that are moved while one computes: one comes, one goes."""
+        needs = self.needs
+        return 2 * needs.sides * (-(-needs.states * self.tokens_at_a_time // max(1, needs.tokens)))
+
     def describe(self) -> str:
         """One line for the user: what the run will need, of what there is."""
         needs, room = self.needs, self.room
         place = {"device": f"on {self.device}", "ram": "in RAM", "disk": "on disk"}[self.place]
-        tokens = _tokens_at_a_time(needs, self.batch_tokens)
-        on_device = _on_device(needs, room, self.place, tokens, self.ahead)
-        totals = [f"{format_bytes(on_device)} of {format_bytes(room.device.nbytes)}"]
+        totals = f"{format_bytes(self.device_bytes)} of {format_bytes(room.device.nbytes)}"
         if room.host is not None:
-            totals[0] += f" on {self.device}"
-            totals.append(
-                f"{format_bytes(_on_host(needs, self.place, tokens))} of {format_bytes(room.host.nbytes)} in RAM"
+            totals += (
+                f" on {self.device} and {format_bytes(self._host_bytes)} of {format_bytes(room.host.nbytes)} in RAM"
             )
         ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
         each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
             f"memory for the run: largest layer {format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is "
             f"loaded){ahead}, embeddings {format_bytes(needs.non_layer)}, "
-            f"hidden states {format_bytes(needs.states_here(tokens))} {place}, "
-            f"workspace {format_bytes(self.workspace)} for {tokens:,} tokens at a time; "
-            f"{each}at most {' and '.join(totals)}, beside Python and the libraries with their caches "
+            f"hidden states {format_bytes(self._states)} {place}, "
+            f"workspace {format_bytes(self.workspace)} for {self.tokens_at_a_time:,} tokens at a time; "
+            f"{each}at most {totals}, in addition to Python and the libraries with their caches "
             f"({format_bytes(resident_bytes())} by now)"
         )
 
+    def problem(self) -> str | None:
+        """Why the run cannot be like this, with numbers and a remedy; None if it can."""
+        needs, disk, host = self.needs, self.room.disk, self.room.host
+        if self.place == "disk" and needs.states > disk.nbytes:
+            # (All processes may write to the same disk.)
+            states = f"The hidden states of {needs.tokens:,} calibration tokens ({format_bytes(needs.states)})"
+            missing = format_bytes(needs.states - disk.nbytes)
+            return f"{states} do not fit on the disk: {disk.words}. You can free {missing}, {disk.remedy}."
+        if host is not None and self._host_bytes > host.nbytes:
+            what, remedy = f"Loading a layer ({format_bytes(needs.staging)})", f"You can {host.remedy}."
+            if self.place == "ram":
+                what += f" and {self._states_text()}"
+                remedy = "Use --states disk, fewer --samples, or a shorter --seq-len."
+            elif self.place == "disk":
+                what += f" and hidden states on their way to the disk ({format_bytes(self._moving)})"
+                remedy = f"Use a shorter --seq-len, or {host.remedy}."
+            return f"{what} need {format_bytes(self._host_bytes)} of memory, but {host.words}. {remedy}"
+        return self._problem_on_device() if self.device_bytes > self.room.device.nbytes else None
 
-def choose(needs: Needs, room: Room, states: str, most_tokens: int, usual_tokens: int) -> tuple[str, int]:
-    """The place of the hidden states and the tokens per micro-batch (at most `most_tokens`).
+    def _problem_on_device(self) -> str:
+        needs, limit = self.needs, self.room.device
+        parts = [
+            f"The largest layer ({format_bytes(needs.layer)}, and up to {format_bytes(needs.loading)} while it is "
+            "loaded)",
+            f"the embeddings and norms ({format_bytes(needs.non_layer)})",
+            f"a workspace for {self.tokens_at_a_time:,} tokens at a time ({format_bytes(self.workspace)})",
+            *([self._states_text()] if self._states_on_device else []),
+        ]
+        if needs.non_layer + max(needs.loading, needs.layer) > limit.nbytes:
+            remedy = f"Even without hidden states and workspace it would not fit. You can {limit.remedy}."
+        elif self._states_on_device:
+            others = "--states disk" if self.room.host is None else "--states ram or disk"
+            remedy = f"Use {others}, fewer --samples, or a shorter --seq-len."
+        else:
+            remedy = f"One sequence is the least at a time. You can use a shorter --seq-len, or {limit.remedy}."
+        return (
+            f"{', '.join(parts[:-1])} and {parts[-1]} need {format_bytes(self.device_bytes)} of memory together, but "
+            f"{limit.words}. {remedy}"
+        )
+
+    def _states_text(self) -> str:
+        share = f"one of {self.needs.processes} shares: " if self.needs.processes > 1 else ""
+        return f"the hidden states of {self.needs.tokens:,} calibration tokens ({share}{format_bytes(self._states)})"
+
+
+def choose(
+    needs: Needs, room: Room, states: str, most_tokens: int, usual_tokens: int, device: str = "cpu"
+) -> MemoryPlan:
+    """The plan with the largest micro-batches of at most `most_tokens`.
 
     `states` is "auto", "device", "ram" or "disk"; auto takes the first place where they leave room for micro-batches of
     `usual_tokens`, or failing that of one sequence. Raises ResourceError when nothing fits.
@@ -124,105 +205,28 @@ def choose(needs: Needs, room: Room, states: str, most_tokens: int, usual_tokens
     places = [states] if states != "auto" else ["device", "ram", "disk"]
     if room.host is None:
         places = list(dict.fromkeys("ram" if place == "device" else place for place in places))
-    for tokens in (min(usual_tokens, most_tokens), 1):
-        for place in places:
-            if _problem(needs, room, place, _tokens_at_a_time(needs, tokens)) is None:
-                return place, _largest_batch(needs, room, place, most_tokens)
-    problems = [_problem(needs, room, place, _tokens_at_a_time(needs, 1)) for place in places]
-    raise ResourceError(str(problems[-1]))
-
-
-def can_read_ahead(needs: Needs, room: Room, place: str, batch_tokens: int) -> bool:
-    """Whether the next layer's weights also fit."""
-    return _on_device(needs, room, place, _tokens_at_a_time(needs, batch_tokens), ahead=True) <= room.device.nbytes
-
-
-def _largest_batch(needs: Needs, room: Room, place: str, most_tokens: int) -> int:
-    """The most tokens whose workspace fits, in whole sequences, if not `most_tokens` themselves."""
-    low, high = 1, max(1, min(needs.sequences, most_tokens // needs.longest))
-    if _problem(needs, room, place, high * needs.longest) is None:
-        return most_tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _problem(needs, room, place, middle * needs.longest) is None:
-            low = middle
-        else:
-            high = middle
-    return low * needs.longest
-
-
-def _tokens_at_a_time(needs: Needs, batch_tokens: int) -> int:
-    """Tokens of the largest micro-batch: whole sequences, at least one and not more than there are."""
-    return max(1, min(needs.sequences, batch_tokens // needs.longest)) * needs.longest
-
-
-def _on_device(needs: Needs, room: Room, place: str, tokens: int, ahead: bool = False) -> int:
-    if place == "device" or (place == "ram" and room.host is None):
-        states = needs.states_here(tokens)
-    else:
-        # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
-        states = _moving(needs, tokens) * (1 if room.host is None else 1 + MOST_SUBMITTED)
-    working = needs.layer + needs.workspace(tokens) + (needs.reading if ahead else 0)
-    return needs.non_layer + states + max(needs.loading, working)
-
-
-def _on_host(needs: Needs, place: str, tokens: int) -> int:
-    """RAM beside a GPU: the states if they are there, and what passes through on the way to it."""
-    if place == "ram":
-        one = _moving(needs, tokens) // 2
-        # torch takes page-locked memory in powers of two.
-        return needs.staging + needs.states_here(tokens) * (1 << max(0, one - 1).bit_length()) // max(1, one)
-    return needs.staging + (_moving(needs, tokens) if place == "disk" else 0)
-
-
-def _moving(needs: Needs, tokens: int) -> int:
-    """The states of the micro-batches that are on their way while one computes: one comes, one goes."""
-    return 2 * needs.sides * (-(-needs.states * tokens // max(1, needs.tokens)))
-
-
-def _problem(needs: Needs, room: Room, place: str, tokens: int) -> str | None:
-    """Why the run cannot be with the states in this place and so many tokens at a time; None if it can."""
-    # (On a disk all processes may write to the same one.)
-    share = f"one of {needs.processes} shares: " if needs.processes > 1 and place != "disk" else ""
-    here = format_bytes(needs.states if place == "disk" else needs.states_here(tokens))
-    of_tokens = f"the hidden states of {needs.tokens:,} calibration tokens ({share}{here})"
-    if place == "disk" and needs.states > room.disk.nbytes:
-        return (
-            f"{of_tokens[0].upper()}{of_tokens[1:]} do not fit on the disk: {room.disk.words}. You can free "
-            f"{format_bytes(needs.states - room.disk.nbytes)}, {room.disk.remedy}."
-        )
-    if room.host is not None and _on_host(needs, place, tokens) > room.host.nbytes:
-        what = f"Loading a layer ({format_bytes(needs.staging)})"
-        if place == "ram":
-            what, remedy = f"{what} and {of_tokens}", "Use --states disk, fewer --samples, or a shorter --seq-len."
-        elif place == "disk":
-            what = f"{what} and hidden states on their way to the disk ({format_bytes(_moving(needs, tokens))})"
-            remedy = f"Use a shorter --seq-len, or {room.host.remedy}."
-        else:
-            remedy = f"You can {room.host.remedy}."
-        needed = format_bytes(_on_host(needs, place, tokens))
-        return f"{what} need {needed} of memory, but {room.host.words}. {remedy}"
-    total = _on_device(needs, room, place, tokens)
-    if total <= room.device.nbytes:
-        return None
-    parts = [
-        f"The largest layer ({format_bytes(needs.layer)}, and up to {format_bytes(needs.loading)} while it is loaded)",
-        f"the embeddings and norms ({format_bytes(needs.non_layer)})",
-        f"a workspace for {tokens:,} tokens at a time ({format_bytes(needs.workspace(tokens))})",
+    plans = [
+        MemoryPlan(place, tokens, needs, room, device)
+        for tokens in (min(usual_tokens, most_tokens), 1)
+        for place in places
     ]
-    in_the_way = place == "device" or (place == "ram" and room.host is None)
-    parts += [of_tokens] if in_the_way else []
-    return (
-        f"{', '.join(parts[:-1])} and {parts[-1]} need {format_bytes(total)} of memory together, but "
-        f"{room.device.words}. {_remedy(needs, room, in_the_way)}"
-    )
+    plan = next((plan for plan in plans if plan.problem() is None), None)
+    if plan is None:
+        raise ResourceError(str(plans[-1].problem()))
+    plan = _with_largest_batch(plan, most_tokens)
+    ahead = replace(plan, ahead=True)
+    return ahead if ahead.device_bytes <= room.device.nbytes else plan
 
 
-def _remedy(needs: Needs, room: Room, states_in_the_way: bool) -> str:
-    least = needs.non_layer + max(needs.loading, needs.layer)
-    if least > room.device.nbytes:
-        return f"Even without hidden states and workspace it would not fit. You can {room.device.remedy}."
-    if states_in_the_way:
-        others = "--states disk" if room.host is None else "--states ram or disk"
-        return f"Use {others}, fewer --samples, or a shorter --seq-len."
-    return f"One sequence is the least at a time. You can use a shorter --seq-len, or {room.device.remedy}."
+def _with_largest_batch(plan: MemoryPlan, most_tokens: int) -> MemoryPlan:
+    """The plan with the most tokens that fit: `most_tokens`, or as many complete sequences as fit."""
+
+    def exceeds(sequences: int) -> bool:
+        return replace(plan, batch_tokens=sequences * plan.needs.longest).problem() is not None
+
+    counts = range(1, max(1, min(plan.needs.sequences, most_tokens // plan.needs.longest)) + 1)
+    if not exceeds(counts[-1]):
+        return replace(plan, batch_tokens=most_tokens)
+    # One sequence is known to fit.
+    fitting = counts[bisect_left(counts, True, lo=1, key=exceeds) - 1]
+    return replace(plan, batch_tokens=fitting * plan.needs.longest)

@@ -1,6 +1,6 @@
 """This machine's NVIDIA GPUs. They are asked for through NVML (nvidia-ml-py), or through torch if NVML fails.
 
-Both are imported when they are first needed. Nothing here raises: what cannot be known is None, and a note says why.
+Both are imported when they are first needed. Nothing public raises: what cannot be known is None, and a note says why.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -18,97 +19,10 @@ from streamprune.hardware.gpus import (
     Gpus,
     MemoryFigures,
     MigInstance,
+    bare_uuid,
     visible_gpus,
 )
 from streamprune.hardware.memory import format_bytes, process_name
-
-
-def torch_gpus(reason: str) -> Gpus:
-    """The GPUs that torch sees, with a note that NVML failed for `reason`; none if torch sees none either."""
-    notes = [f"NVML cannot be used: {reason}."]
-    torch, refusal = _torch_with_gpus()
-    if torch is None:
-        return Gpus((), (notes[0], f"{refusal}. {ASK_BUDGET}"))
-    notes.append(
-        "The figures are torch's, of what CUDA can see: what the driver reserves, its version, which processes hold "
-        "memory, whether a display is attached and whether MIG is on are not known."
-    )
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        try:
-            memory = _figures(torch, index)
-            name = str(torch.cuda.get_device_name(index))
-        except Exception as error:
-            notes.append(f"GPU {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
-            continue
-        gpus.append(
-            Gpu(
-                index=index,
-                name=name,
-                total_bytes=memory.total,
-                reserved_bytes=None,
-                free_bytes=memory.free,
-                used_bytes=memory.used,
-                processes=None,
-                driver=None,
-                display=None,
-                mig=None,
-                source="torch",
-                notes=(),
-                uuid=torch_uuid(index),
-            )
-        )
-    return Gpus(tuple(gpus), tuple(notes))
-
-
-def torch_memory(uuid: str | None) -> MemoryFigures | None:
-    """CUDA's figures for the GPU with this UUID, or None if torch does not see it."""
-    torch, _ = _torch_with_gpus()
-    if torch is None or uuid is None:
-        return None
-    try:
-        for index in range(torch.cuda.device_count()):
-            if torch_uuid(index) == uuid.removeprefix("GPU-"):
-                return _figures(torch, index)
-    except Exception:
-        pass
-    return None
-
-
-def torch_uuid(index: int) -> str | None:
-    """The UUID of what torch calls cuda:`index`, without the GPU- that NVML puts before it.
-
-    None unless torch is loaded and sees the GPU.
-    """
-    torch: Any = sys.modules.get("torch")
-    try:
-        if torch is None or not torch.cuda.is_available():
-            return None
-        return str(torch.cuda.get_device_properties(index).uuid)
-    # torch built for other GPUs has no UUIDs, and CUDA can fail in many ways; without it there is still the index.
-    except Exception:
-        return None
-
-
-def _figures(torch: Any, index: int) -> MemoryFigures:
-    free, total = torch.cuda.mem_get_info(index)
-    return MemoryFigures(total, None, free, total - free, "torch")
-
-
-def _torch_with_gpus() -> tuple[Any, str | None]:
-    """torch and None, or None and why it cannot help."""
-    try:
-        import torch
-    except Exception as error:
-        return None, f"torch cannot be imported ({error})"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            return torch, None
-    # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
-    said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
-    return None, f"torch {torch.__version__} sees no CUDA GPU either{said}"
-
 
 # By the name of the error's class: the same in every version of nvidia-ml-py.
 _REASONS = {
@@ -122,7 +36,6 @@ _REASONS = {
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated but the old one is loaded; restart the machine",
     "NVMLError_GpuIsLost": "the GPU has stopped answering; see `dmesg`, and restart the machine",
 }
-_FIGURES = ("total", "free", "used")
 # Less than this in use beyond what processes hold is the driver's own, and no unseen process.
 _UNEXPLAINED_BYTES = 512 * 1024**2
 _UNEXPLAINED_SHARE = 0.02
@@ -133,31 +46,27 @@ def list_gpus(ask_torch: bool = True) -> Gpus:
 
     Without `ask_torch` there are then none: for those who can do without, importing torch would take seconds.
     """
-    try:
-        import pynvml as nvml
-    except Exception as error:
-        return _without_nvml(f"the Python package nvidia-ml-py cannot be imported ({error})", ask_torch)
-    _, refusal = _ask(nvml, "nvmlInit")
-    if refusal:
-        return _without_nvml(refusal, ask_torch)
-    try:
-        return _nvml_gpus(nvml)
-    finally:
-        _ask(nvml, "nvmlShutdown")
-
-
-def _without_nvml(reason: str, ask_torch: bool) -> Gpus:
-    return torch_gpus(reason) if ask_torch else Gpus((), (f"NVML cannot be used: {reason}.",))
+    _, refusal = _ask("nvmlInit")
+    if refusal is None:
+        try:
+            count, refusal = _ask("nvmlDeviceGetCount")
+            if refusal is None:
+                return _nvml_gpus(count)
+            refusal = f"it cannot count the GPUs: {refusal}"
+        finally:
+            _ask("nvmlShutdown")
+    note = f"NVML cannot be used: {refusal}."
+    return _torch_gpus(note) if ask_torch else Gpus((), (note,))
 
 
 def gpu_of_device(torch_index: int) -> Gpu | None:
     """The GPU that torch calls cuda:`torch_index`, or None if that is not known.
 
     NVML counts all GPUs by their place on the bus. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
-    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded it knows the GPU's UUID, which settles it.
+    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded, the GPU's UUID settles it.
     """
     gpus = list_gpus().gpus
-    uuid = torch_uuid(torch_index)
+    uuid = _torch_uuid(torch_index)
     if uuid:
         return next((gpu for gpu in gpus if gpu.answers_to(uuid)), None)
     if gpus and all(gpu.source == "torch" for gpu in gpus):
@@ -175,10 +84,67 @@ def gpu_of_device(torch_index: int) -> Gpu | None:
     return gpu
 
 
-def _ask(nvml: Any, question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
-    """The answer and None, or None and the reason why there is none."""
+# What torch sees.
+
+
+def _torch_gpus(nvml_note: str) -> Gpus:
+    """The GPUs that torch sees, with a note on why NVML was not asked; none if torch sees none either."""
+    torch, refusal = _torch_with_gpus()
+    if torch is None:
+        return Gpus((), (nvml_note, f"{refusal}. {ASK_BUDGET}"))
+    figures_note = (
+        "The figures are torch's, of what CUDA can see: what the driver reserves, its version, which processes hold "
+        "memory, whether a display is attached and whether MIG is on are not known."
+    )
+    gpus, notes = [], [nvml_note, figures_note]
+    for index in range(torch.cuda.device_count()):
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+            memory = MemoryFigures(total, None, free, total - free, "torch")
+            gpus.append(Gpu(index, str(torch.cuda.get_device_name(index)), **vars(memory), uuid=_torch_uuid(index)))
+        except Exception as error:
+            notes.append(f"GPU {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
+    return Gpus(tuple(gpus), tuple(notes))
+
+
+def _torch_with_gpus() -> tuple[Any, str | None]:
+    """torch and None, or None and why it cannot help."""
     try:
-        return getattr(nvml, question)(*args, **options), None
+        import torch
+    except Exception as error:
+        return None, f"torch cannot be imported ({error})"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return torch, None
+    # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
+    said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
+    return None, f"torch {torch.__version__} sees no CUDA GPU either{said}"
+
+
+def _torch_uuid(index: int) -> str | None:
+    """The UUID of what torch calls cuda:`index`; None unless torch is loaded and sees the GPU."""
+    torch: Any = sys.modules.get("torch")
+    try:
+        if torch is None or not torch.cuda.is_available():
+            return None
+        return str(torch.cuda.get_device_properties(index).uuid)
+    # torch built for other GPUs has no UUIDs, and CUDA can fail in many ways; without it there is still the index.
+    except Exception:
+        return None
+
+
+# What NVML says.
+
+
+def _ask(question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
+    """NVML's answer and None, or None and the reason why there is none."""
+    try:
+        import pynvml
+    except Exception as error:
+        return None, f"the Python package nvidia-ml-py cannot be imported ({error})"
+    try:
+        return getattr(pynvml, question)(*args, **options), None
     except AttributeError:
         return None, f"the installed nvidia-ml-py has no {question}"
     # Besides NVMLError, the bindings let ctypes' errors, undecodable names (WSL) and version conflicts through.
@@ -186,19 +152,23 @@ def _ask(nvml: Any, question: str, *args: Any, **options: Any) -> tuple[Any, str
         return None, _REASONS.get(type(error).__name__) or str(error) or type(error).__name__
 
 
-def _nvml_gpus(nvml: Any) -> Gpus:
-    count, refusal = _ask(nvml, "nvmlDeviceGetCount")
-    if refusal:
-        return torch_gpus(f"it cannot count the GPUs: {refusal}")
-    driver, refusal = _ask(nvml, "nvmlSystemGetDriverVersion")
-    notes = [f"The driver's version is not known, and will be missing from records: {refusal}."] if refusal else []
-    gpus = []
+def _text(answer: tuple[Any, str | None]) -> str | None:
+    """An answer that is text; older bindings give bytes."""
+    value = answer[0]
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _nvml_gpus(count: int) -> Gpus:
+    gpus, notes = [], []
+    version = _ask("nvmlSystemGetDriverVersion")
+    if version[1]:
+        notes.append(f"The driver's version is not known, and will be missing from records: {version[1]}.")
     for index in range(count):
-        handle, refusal = _ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+        handle, refusal = _ask("nvmlDeviceGetHandleByIndex", index)
         if refusal:
             notes.append(f"GPU {index} is left out, because NVML gives no access to it: {refusal}.")
             continue
-        gpu, refusal = _nvml_gpu(nvml, handle, index, _text(driver))
+        gpu, refusal = _nvml_gpu(handle, index, _text(version))
         if gpu is None:
             notes.append(f"GPU {index} is left out, because its memory cannot be known: {refusal}. {ASK_BUDGET}")
         else:
@@ -212,74 +182,67 @@ def _nvml_gpus(nvml: Any) -> Gpus:
     return Gpus(tuple(gpus), tuple(notes))
 
 
-def _nvml_gpu(nvml: Any, handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, str | None]:
-    """The GPU, or why there is none."""
+def _nvml_gpu(handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, str | None]:
+    """The GPU and None, or None and why there is none."""
     notes: list[str] = []
-    name, refusal = _ask(nvml, "nvmlDeviceGetName", handle)
-    if refusal:
-        notes.append(f"The GPU's name is not known, so that its memory cannot be compared with known GPUs: {refusal}.")
-    uuid = _text(_ask(nvml, "nvmlDeviceGetUUID", handle)[0])
-    mig = _mig(nvml, handle, notes)
-    instances = _instances(nvml, handle, notes) if mig else ()
-    memory, refusal = _memory(nvml, handle, uuid, instances, notes)
+    name = _ask("nvmlDeviceGetName", handle)
+    if name[1]:
+        notes.append(f"The GPU's name is not known, so that its memory cannot be compared with known GPUs: {name[1]}.")
+    uuid = _text(_ask("nvmlDeviceGetUUID", handle))
+    mig = _mig(handle, notes)
+    instances = _instances(handle, notes) if mig else ()
+    memory, refusal = _memory(handle, uuid, instances, notes)
     if memory is None:
         return None, refusal
-    processes = _processes(nvml, handle, memory, notes)
     gpu = Gpu(
         index=index,
         name=_text(name) or "unknown NVIDIA GPU",
-        total_bytes=memory.total,
-        reserved_bytes=memory.reserved,
-        free_bytes=memory.free,
-        used_bytes=memory.used,
-        processes=processes,
+        **vars(memory),
+        processes=_processes(handle, memory, notes),
         driver=driver,
-        display=_display(nvml, handle, notes),
+        display=_display(handle, notes),
         mig=mig,
-        source=memory.source,
-        notes=tuple(notes),
         uuid=uuid,
         instances=instances,
     )
-    return gpu, None
+    return replace(gpu, notes=tuple(notes)), None
 
 
 def _memory(
-    nvml: Any, handle: Any, uuid: str | None, instances: tuple[MigInstance, ...] | None, notes: list[str]
+    handle: Any, uuid: str | None, instances: tuple[MigInstance, ...] | None, notes: list[str]
 ) -> tuple[MemoryFigures | None, str | None]:
     """NVML's second memory query, its first, the sum of the MIG parts, torch's figures: the first that answers."""
-    memory, refusal, refusal_of_second = _nvml_memory(nvml, handle)
+    memory, refusal, refusal_of_second = _nvml_memory(handle)
     if memory is not None:
         if refusal_of_second:
             notes.append(f"What the driver reserves is not known and is counted as used: {refusal_of_second}.")
         return memory, None
     if instances:
         notes.append(f"The memory of the whole GPU is not known ({refusal}): the figures are sums over its MIG parts.")
-        total, free, used = (sum(getattr(part, f"{what}_bytes") for part in instances) for what in _FIGURES)
+        figures = ((part.total_bytes, part.free_bytes, part.used_bytes) for part in instances)
+        total, free, used = map(sum, zip(*figures, strict=True))
         return MemoryFigures(total, None, free, used, "NVML v1"), None
-    memory = torch_memory(uuid)
-    if memory is not None:
-        notes.append(f"NVML does not report the memory ({refusal}): the figures are torch's, of what CUDA can see.")
-        return memory, None
+    for gpu in _torch_gpus("").gpus:
+        if uuid is not None and gpu.uuid == bare_uuid(uuid):
+            notes.append(f"NVML does not report the memory ({refusal}): the figures are torch's, of what CUDA can see.")
+            return MemoryFigures(gpu.total_bytes, None, gpu.free_bytes, gpu.used_bytes, "torch"), None
     return None, f"{refusal}, and torch does not see the GPU"
 
 
-def _nvml_memory(nvml: Any, handle: Any) -> tuple[MemoryFigures | None, str | None, str | None]:
+def _nvml_memory(handle: Any) -> tuple[MemoryFigures | None, str | None, str | None]:
     """The figures of NVML's second memory query, or of its first, and why neither or only the first answers."""
-    # The value of nvmlMemory_v2, should the bindings lack it: the structure's version and its size.
-    version = getattr(nvml, "nvmlMemory_v2", 0x02000028)
-    info, refusal_of_second = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version=version)
+    # nvmlMemory_v2, which not all bindings have: the structure's version and its size.
+    info, refusal_of_second = _ask("nvmlDeviceGetMemoryInfo", handle, version=0x02000028)
     if refusal_of_second is None:
         return MemoryFigures(info.total, info.reserved, info.free, info.used, "NVML v2"), None, None
-    info, refusal = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
-    if refusal is None:
-        return MemoryFigures(info.total, None, info.free, info.used, "NVML v1"), None, refusal_of_second
-    return None, refusal, refusal_of_second
+    info, refusal = _ask("nvmlDeviceGetMemoryInfo", handle)
+    memory = None if refusal else MemoryFigures(info.total, None, info.free, info.used, "NVML v1")
+    return memory, refusal, refusal_of_second
 
 
-def _mig(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
+def _mig(handle: Any, notes: list[str]) -> bool | None:
     """Whether the GPU is divided with MIG."""
-    modes, refusal = _ask(nvml, "nvmlDeviceGetMigMode", handle)
+    modes, refusal = _ask("nvmlDeviceGetMigMode", handle)
     if refusal is None:
         return bool(modes[0])
     if refusal == _REASONS["NVMLError_NotSupported"]:
@@ -290,22 +253,22 @@ def _mig(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
     return None
 
 
-def _instances(nvml: Any, handle: Any, notes: list[str]) -> tuple[MigInstance, ...] | None:
+def _instances(handle: Any, notes: list[str]) -> tuple[MigInstance, ...] | None:
     """The GPU's MIG parts; None if they may not be seen."""
-    count, refusal = _ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle)
+    count, refusal = _ask("nvmlDeviceGetMaxMigDeviceCount", handle)
     instances = []
     for index in range(count or 0):
-        part, refusal_of_part = _ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        part, refusal_of_part = _ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
         if refusal_of_part == _REASONS["NVMLError_NotFound"]:
             continue  # the slots that no part takes
         memory = None
         if refusal_of_part is None:
-            memory, refusal_of_part, _ = _nvml_memory(nvml, part)
+            memory, refusal_of_part, _ = _nvml_memory(part)
         if memory is None:
             refusal = refusal_of_part
             continue
-        uuid = _text(_ask(nvml, "nvmlDeviceGetUUID", part)[0])
-        instances.append(MigInstance(index, uuid, memory.total, memory.free, memory.used))
+        uuid = _text(_ask("nvmlDeviceGetUUID", part))
+        instances.append(MigInstance(index, uuid, memory.total_bytes, memory.free_bytes, memory.used_bytes))
     if refusal:
         notes.append(
             f"The GPU is divided with MIG, but not all its parts can be seen: {refusal}. A process can use one part "
@@ -316,25 +279,29 @@ def _instances(nvml: Any, handle: Any, notes: list[str]) -> tuple[MigInstance, .
     return tuple(instances) if instances or not refusal else None
 
 
-def _display(nvml: Any, handle: Any, notes: list[str]) -> bool | None:
+def _display(handle: Any, notes: list[str]) -> bool | None:
     """Whether a display is driven by the GPU or plugged into it."""
-    active, refusal = _ask(nvml, "nvmlDeviceGetDisplayActive", handle)
-    plugged, refusal_of_mode = _ask(nvml, "nvmlDeviceGetDisplayMode", handle)
+    active, refusal = _ask("nvmlDeviceGetDisplayActive", handle)
+    plugged, refusal_of_mode = _ask("nvmlDeviceGetDisplayMode", handle)
     if refusal and refusal_of_mode:
         notes.append(f"Whether a display is attached, which takes memory when it is used, is not known: {refusal}.")
         return None
     return bool(active or plugged)
 
 
-def _processes(nvml: Any, handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[GpuProcess, ...] | None:
+def _processes(handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[GpuProcess, ...] | None:
     """Who holds memory, over compute, graphics and MPS processes; None if it may not be known at all."""
     held: dict[tuple[int, Any, Any], int | None] = {}
     refusals = {}
     for kind in ("Compute", "Graphics", "MPSCompute"):
-        entries, refusal = _running(nvml, handle, kind)
+        question = f"nvmlDeviceGet{kind}RunningProcesses"
+        entries, refusal = _ask(question, handle)
         if refusal:
-            refusals[kind] = refusal
-        for entry in entries:
+            # Drivers from before 2022 answer only the older form.
+            entries, refusal_of_older = _ask(f"{question}_v2", handle)
+            if refusal_of_older:
+                refusals[kind] = refusal
+        for entry in entries or []:
             # A program that computes and draws is in two lists with the same figure; in two MIG parts it has two.
             key = (entry.pid, getattr(entry, "gpuInstanceId", None), getattr(entry, "computeInstanceId", None))
             held[key] = max((used for used in (held.get(key), entry.usedGpuMemory) if used is not None), default=None)
@@ -344,43 +311,28 @@ def _processes(nvml: Any, handle: Any, memory: MemoryFigures, notes: list[str]) 
     for kind, refusal in refusals.items():
         if kind != "MPSCompute":  # most machines have no MPS, and drivers without it refuse
             notes.append(f"{kind} processes cannot be seen, so that what they hold has no name: {refusal}.")
-    by_pid: dict[int, list[int | None]] = {}
+    parts: dict[int, list[int | None]] = defaultdict(list)
     for (pid, *_), used in held.items():
-        by_pid.setdefault(pid, []).append(used)
+        parts[pid].append(used)
     processes = tuple(
-        GpuProcess(pid, process_name(pid), None if None in parts else sum(part or 0 for part in parts))
-        for pid, parts in sorted(by_pid.items())
+        GpuProcess(pid, process_name(pid), None if None in used else sum(part or 0 for part in used))
+        for pid, used in sorted(parts.items())
     )
     _note_unexplained(processes, memory, notes)
     return processes
 
 
-def _running(nvml: Any, handle: Any, kind: str) -> tuple[list[Any], str | None]:
-    """NVML's list of one kind of processes, or an empty one and why."""
-    entries, refusal = _ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle)
-    if refusal:
-        # Drivers from before 2022 answer only the older form.
-        entries, refusal_of_older = _ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses_v2", handle)
-        refusal = refusal if refusal_of_older else None
-    return entries or [], refusal
-
-
 def _note_unexplained(processes: tuple[GpuProcess, ...], memory: MemoryFigures, notes: list[str]) -> None:
     """Say so where memory is in use and nobody can be named for it."""
     unknown = sum(process.used_bytes is None for process in processes)
-    unexplained = memory.used - sum(process.used_bytes or 0 for process in processes)
+    unexplained = memory.used_bytes - sum(process.used_bytes or 0 for process in processes)
     if unknown:
         notes.append(
             f"How much {unknown} of {len(processes)} processes hold is not known (WSL and Windows do not report it): "
-            f"of the {format_bytes(memory.used)} in use it cannot be said who holds what."
+            f"of the {format_bytes(memory.used_bytes)} in use it cannot be said who holds what."
         )
-    elif unexplained > max(_UNEXPLAINED_BYTES, _UNEXPLAINED_SHARE * memory.total):
+    elif unexplained > max(_UNEXPLAINED_BYTES, _UNEXPLAINED_SHARE * memory.total_bytes):
         notes.append(
             f"{format_bytes(unexplained)} are in use by processes that cannot be seen from here (outside this "
             "container, or Windows programs under WSL), so they cannot be named."
         )
-
-
-def _text(value: Any) -> str | None:
-    """Names come as bytes from older bindings."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

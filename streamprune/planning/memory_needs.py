@@ -19,10 +19,9 @@ from streamprune.fit.cache import scoring_workspace_bytes
 from streamprune.fit.structure import DTYPE_NAMES
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
-from streamprune.hardware.device import all_gpus, is_gpu
+from streamprune.hardware.device import all_gpus, context_bytes, is_gpu
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, can_read_ahead, choose
-from streamprune.hardware.memory_watch import context_bytes
+from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, choose
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
@@ -68,8 +67,7 @@ def plan_for(
     room = measure_room(settings, output_bytes, device, folder, processes)
     most = settings.most_batch_tokens(device.type)
     usual = COMFORTABLE_BATCH_TOKENS["gpu" if is_gpu(device) else "cpu"]
-    place, batch_tokens = choose(needs, room, settings.states, most, usual)
-    return MemoryPlan(place, batch_tokens, needs, room, str(device), can_read_ahead(needs, room, place, batch_tokens))
+    return choose(needs, room, settings.states, most, usual, str(device))
 
 
 def agree(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> MemoryPlan:
@@ -261,5 +259,5 @@ def _gpu_limit(settings: ComputeSettings, device: torch.device, sharing: int) ->
                 f"--vram-gib {settings.vram_gib:g} leaves {format_bytes(left)} (CUDA itself: {format_bytes(context)})"
             )
             return Limit(left, words, "raise --vram-gib, or use --device cpu")
-    remedy = "use a card with more memory, or --device cpu"
+    remedy = "use a GPU with more memory, or --device cpu"
     return Limit(free, f"only {format_bytes(free)} can be used on {device}", remedy)

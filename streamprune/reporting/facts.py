@@ -22,7 +22,7 @@ from streamprune.files.json_text import parse_json
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights
-from streamprune.hardware.known_gpus import known_gpu
+from streamprune.hardware.gpus import known_gpu
 from streamprune.planning.model_facts import facts_from_json
 from streamprune.progress import LOG_SUFFIX
 from streamprune.reporting.evaluations import (

@@ -14,10 +14,9 @@ from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.config import ComputeSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
-from streamprune.hardware.device import CPU, current_stream, free_after_failure, is_gpu, is_out_of_memory, record_event
+from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is_gpu, is_out_of_memory, record_event
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MOST_SUBMITTED, MemoryPlan
-from streamprune.hardware.memory_watch import MemoryWatch
 from streamprune.progress import Busy, Progress
 from streamprune.streaming.states import HiddenStates
 from streamprune.work.enter import StopRequest
@@ -252,7 +251,7 @@ class MicroBatches:
         if after is not None:
             self._states.store(number, after)
         if is_gpu(self._device):
-            self._submitted.append(record_event(current_stream(self._device)))
+            self._submitted.append(record_event(torch.accelerator.current_stream(self._device)))
             while len(self._submitted) > MOST_SUBMITTED:
                 self._submitted.popleft().synchronize()
 

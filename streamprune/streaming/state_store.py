@@ -16,7 +16,7 @@ import torch
 
 from streamprune.checkpoint.ranges import read_into
 from streamprune.errors import ResourceError
-from streamprune.hardware.device import CPU, current_stream, is_gpu, new_stream, page_locked, record_event
+from streamprune.hardware.device import CPU, is_gpu, page_locked, record_event
 from streamprune.progress import Busy
 
 #: Linux writes at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
@@ -207,7 +207,7 @@ class OffloadedStateStore(MemoryStateStore):
     def __init__(self, gpu: torch.device, busy: Busy) -> None:
         super().__init__(CPU)
         self._gpu, self._busy = gpu, busy
-        self._inward, self._outward = new_stream(gpu), new_stream(gpu)
+        self._inward, self._outward = torch.Stream(gpu), torch.Stream(gpu)
 
     def fetch(self, stored: Any, device: torch.device) -> Fetch:
         if not isinstance(stored, torch.Tensor) or not is_gpu(device):
@@ -218,7 +218,7 @@ class OffloadedStateStore(MemoryStateStore):
         there = record_event(self._inward)
 
         def arrive() -> torch.Tensor:
-            stream = current_stream(device)
+            stream = torch.accelerator.current_stream(device)
             stream.wait_event(there)
             # Its memory is the inward stream's, which must not use it again before this one has done with it.
             moved.record_stream(stream)
@@ -233,7 +233,7 @@ class OffloadedStateStore(MemoryStateStore):
         return page_locked(new.shape, new.dtype), new.contiguous()
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
-        self._outward.wait_stream(current_stream(self._gpu))
+        self._outward.wait_stream(torch.accelerator.current_stream(self._gpu))
         with self._outward, self._busy.on_device("states", self._gpu):
             for stored, data in jobs:
                 stored.copy_(data, non_blocking=True)

@@ -113,14 +113,9 @@ class Watch:
 
     def seen(self) -> dict[str, Any]:
         """The gaps in seconds, the plan in words, the bytes that it allows on the device, and the sync warnings."""
-        from streamprune.hardware import memory_plan as planning
-
         seen: dict[str, Any] = {"gaps": [round(gap, 4) for gap in self._gaps], "sync_warnings": self._sync.counts()}
         plan = self._plan
         if plan is not None:
-            # (The plan itself has this only in words.)
-            seen["plan_bytes"] = planning._on_device(
-                plan.needs, plan.room, plan.place, plan.tokens_at_a_time, plan.ahead
-            )
+            seen["plan_bytes"] = plan.device_bytes
             seen["plan"] = plan.describe()
         return seen
