@@ -28,8 +28,9 @@ MIB = 1024**2
 class CpuMeter(TorchDispatchMode):
     """Counts the storages that torch's operators have made and that still live, as a card's allocator would."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: int | None, before: int | None) -> None:
         super().__init__()
+        self.context, self.before = context, before
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._peak = 0
 
@@ -52,14 +53,8 @@ class CpuMeter(TorchDispatchMode):
     def forget_peaks(self) -> None:
         self._peak = self.allocated()
 
-    def peak_allocated(self) -> int:
-        return self._peak
-
-    def reserved(self) -> int:
-        return self.allocated()
-
-    def peak_reserved(self) -> int:
-        return self._peak + 2 * MIB
+    def peaks(self) -> tuple[int, int]:
+        return self._peak, self._peak + 2 * MIB
 
     def on_gpu(self) -> int | None:
         return self.allocated() + 100 * MIB
@@ -79,8 +74,8 @@ def test_what_is_measured_is_what_was_counted(family: str, tmp_path: Path, monke
         return model
 
     monkeypatch.setattr(measuring, "_load", load_counted)
-    with CpuMeter() as meter:
-        found = measuring.measure_with(meter, str(source), estimate, CPU, 300 * MIB, 50 * MIB, False)
+    with CpuMeter(300 * MIB, 50 * MIB) as meter:
+        found = measuring.measure_with(meter, str(source), estimate, CPU, False)
     by_name = {item.name: item for item in found}
     assert by_name["cache and states"].error == 0
     # Buffers that are in no checkpoint (rotary frequencies) come on top of the weights.
@@ -102,8 +97,8 @@ def test_what_loading_takes_for_a_moment_is_no_workspace(tmp_path: Path, monkeyp
         return load(*arguments)
 
     monkeypatch.setattr(measuring, "_load", load_wastefully)
-    with CpuMeter() as meter:
-        found = measuring.measure_with(meter, str(source), estimate, CPU, None, None, False)
+    with CpuMeter(None, None) as meter:
+        found = measuring.measure_with(meter, str(source), estimate, CPU, False)
     assert 0 < {item.name: item for item in found}["prefill workspace"].measured < 32 * MIB
 
 

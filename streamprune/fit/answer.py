@@ -142,7 +142,7 @@ def _smaller_weights(fit: Fit) -> Iterator[Option]:
 def _larger_gpu(fit: Fit) -> Iterator[Option]:
     large = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
     smallest = min(large, key=lambda gpu: gpu.usable_bytes, default=None)
-    such = f", such as the {smallest.name.removeprefix('NVIDIA ')}" if smallest else ""
+    such = f", such as the {smallest.names[0].removeprefix('NVIDIA ')}" if smallest else ""
     yield Option(f"--budget-gib {math.ceil(fit.total / GIB * 10) / 10:g}", f"a larger GPU{such}")
 
 

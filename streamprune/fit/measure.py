@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from streamprune.errors import ResourceError, SettingsError
-from streamprune.fit.estimate import KV_CACHE, PREFILL_CHUNK, STATE, Estimate
-from streamprune.hardware.device import (
-    allocated_device_bytes,
-    choose_device,
-    is_gpu,
-    most_allocated_device_bytes,
-    most_reserved_device_bytes,
-    reserved_device_bytes,
-    reset_device_peaks,
-)
+from streamprune.fit.estimate import PREFILL_CHUNK, Estimate
+from streamprune.hardware.device import choose_device, is_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import gpu_of_device
 
-#: The measured counterpart of all weight terms together.
-ALL_WEIGHTS = "weights"
 
+class GpuMeter:
+    """The memory of one GPU in bytes, as torch's allocator and NVML report it.
 
-class Meter(Protocol):
-    """Where the figures come from: torch's allocator, and NVML for everything on the GPU."""
-
-    def allocated(self) -> int: ...
-    def forget_peaks(self) -> None: ...
-    def peak_allocated(self) -> int: ...
-    def peak_reserved(self) -> int: ...
-    def reserved(self) -> int: ...
-    def on_gpu(self) -> int | None: ...
-
-
-class CudaMeter:
-    """The figures of one CUDA device, in bytes."""
+    `before` is what was in use on the GPU at the beginning, by all processes, and `context` what CUDA itself takes for
+    this process; both None where NVML does not answer.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.before = self.on_gpu()
+        # The context, and cuBLAS with its workspace, come with the first product.
+        square = torch.ones((64, 64), dtype=torch.bfloat16, device=device)
+        torch.mm(square, square)
+        del square
+        after, reserved = self.on_gpu(), torch.accelerator.memory_reserved(device)
+        self.context = None if self.before is None or after is None else after - self.before - reserved
 
     def allocated(self) -> int:
         """What tensors hold now."""
-        return allocated_device_bytes(self._device)
+        torch.accelerator.synchronize(self._device)
+        return int(torch.accelerator.memory_allocated(self._device))
 
     def forget_peaks(self) -> None:
-        """Count peaks from here on, with nothing in reserve."""
-        reset_device_peaks(self._device)
+        """Count peaks from here on, with nothing held unused by torch's allocator."""
+        gc.collect()
+        torch.accelerator.synchronize(self._device)
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(self._device)
 
-    def peak_allocated(self) -> int:
-        """The most that tensors have held since `forget_peaks`."""
-        return most_allocated_device_bytes(self._device)
-
-    def reserved(self) -> int:
-        """What torch has reserved on the GPU now, tensors included."""
-        return reserved_device_bytes(self._device)
-
-    def peak_reserved(self) -> int:
-        """The most that torch has reserved on the GPU since `forget_peaks`."""
-        return most_reserved_device_bytes(self._device)
+    def peaks(self) -> tuple[int, int]:
+        """The most that tensors have held, and that torch's allocator has held, since `forget_peaks`."""
+        accelerator, device = torch.accelerator, self._device
+        return int(accelerator.max_memory_allocated(device)), int(accelerator.max_memory_reserved(device))
 
     def on_gpu(self) -> int | None:
         """What is in use on the GPU by all processes, from NVML; None where NVML does not answer."""
@@ -96,16 +83,8 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
     device = choose_device(device_name)
     if not is_gpu(device):
         raise SettingsError("--measure reads a GPU's memory: give a CUDA --device.")
-    meter = CudaMeter(device)
-    before = meter.on_gpu()
-    # The context, and cuBLAS with its workspace, come with the first product.
-    square = torch.ones((64, 64), dtype=torch.bfloat16, device=device)
-    torch.mm(square, square)
-    del square
-    after = meter.on_gpu()
-    context = None if before is None or after is None else after - before - meter.reserved()
     try:
-        return measure_with(meter, folder, estimate, device, context, before, trust_remote_code)
+        return measure_with(GpuMeter(device), folder, estimate, device, trust_remote_code)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The GPU ran out of memory while {folder} was measured; {format_bytes(estimate.total)} were predicted. "
@@ -114,37 +93,30 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
 
 
 def measure_with(
-    meter: Meter,
-    folder: str,
-    estimate: Estimate,
-    device: torch.device,
-    context_bytes: int | None,
-    before: int | None,
-    trust_remote_code: bool,
+    meter: GpuMeter, folder: str, estimate: Estimate, device: torch.device, trust_remote_code: bool
 ) -> tuple[Measured, ...]:
-    """`measure` with the figures of any meter. `before` is what was in use on the GPU at the beginning."""
+    """`measure` with the figures of any meter."""
     base = meter.allocated()
     model = _load(folder, device, trust_remote_code)
     # What loading took for a moment is neither the prompt's workspace nor the allocator's margin.
     meter.forget_peaks()
     weights = meter.allocated() - base
     cache = _run_prompt(model, estimate, device)
-    cached = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
-    workspace = meter.peak_allocated() - base - weights - cached
-    margin = meter.peak_reserved() - meter.peak_allocated()
-    predicted_bytes = {term.name: term.bytes for term in estimate.terms}
-    found = {
-        ALL_WEIGHTS: (estimate.weights_bytes, weights),
-        "cache and states": (predicted_bytes[KV_CACHE] + predicted_bytes.get(STATE, 0), cached),
-        "prefill workspace": (predicted_bytes["prefill workspace"], workspace),
-        "allocator margin": (predicted_bytes["allocator margin"], margin),
-    }
-    if context_bytes is not None:
-        found["CUDA context"] = (predicted_bytes["CUDA context"], context_bytes)
+    cached = sum(tensor.nbytes for tensor in _cached_tensors(cache))
+    peak_allocated, peak_reserved = meter.peaks()
+    predicted = {term.name: term.bytes for term in estimate.terms}
+    found = [
+        Measured("weights", estimate.weights_bytes, weights),
+        Measured("cache and states", estimate.kv_cache_bytes + estimate.state_bytes, cached),
+        Measured("prefill workspace", predicted["prefill workspace"], peak_allocated - base - weights - cached),
+        Measured("allocator margin", predicted["allocator margin"], peak_reserved - peak_allocated),
+    ]
+    if meter.context is not None:
+        found.append(Measured("CUDA context", predicted["CUDA context"], meter.context))
     now = meter.on_gpu()
-    if before is not None and now is not None:
-        found["total"] = (estimate.total, now - before)
-    return tuple(Measured(name, predicted, measured) for name, (predicted, measured) in found.items())
+    if meter.before is not None and now is not None:
+        found.append(Measured("total", estimate.total, now - meter.before))
+    return tuple(found)
 
 
 def _load(folder: str, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
@@ -175,7 +147,7 @@ def _run_prompt(model: PreTrainedModel, estimate: Estimate, device: torch.device
     return cache
 
 
-def _tensors(cache: Any) -> list[torch.Tensor]:
+def _cached_tensors(cache: Any) -> list[torch.Tensor]:
     held = [vars(part) for part in (cache, *cache.layers)]
     leaves = pytree.tree_leaves(held)
     # A single number (the window's width as a tensor) is a setting, not a state.
