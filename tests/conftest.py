@@ -17,8 +17,7 @@ import transformers
 from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
-    from streamprune.demo.demo import DemoResult
-    from streamprune.demo.train import DemoModel
+    from streamprune.demo.demo import DemoModel, DemoResult
     from tests.reports import Reported
 
 # A report takes a second, of which there would be hundreds; its own tests ask for it.
@@ -99,13 +98,11 @@ class DemoRun:
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """The demo, run once for all tests that look at it (xdist_group "demo")."""
-    from streamprune.demo.demo import run_demo
-    from streamprune.demo.train import shipped_model
+    from streamprune.demo.demo import run_demo, shipped_model
 
     folder, lines = tmp_path_factory.mktemp("demo"), list[str]()
     model = shipped_model(folder, echo=lines.append)
-    # With one thread, the same figures on every machine of a kind.
-    return DemoRun(folder, model, run_demo(folder, model, threads=1, echo=lines.append), lines)
+    return DemoRun(folder, model, run_demo(folder, model, echo=lines.append), lines)
 
 
 @pytest.fixture(scope="module")

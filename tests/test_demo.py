@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -14,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import training
+from measuring.training import trained_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.config import RunSettings
-from streamprune.demo import data
-from streamprune.demo.data import write_recipe
-from streamprune.demo.demo import CODE, MIX, DemoResult, table
-from streamprune.demo.train import SHIPPED, shipped_model, trained_model
+from streamprune.demo.demo import CODE, MIX, SHIPPED, DemoResult, shipped_model, write_recipe
 from streamprune.errors import OutputError, SettingsError
 from streamprune.evaluation.held_out import held_out_recipe
 from streamprune.pipeline.run import run
@@ -33,7 +33,7 @@ from tests.test_evaluate import measured
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The tokenizer, and the sequences by domain.
-Prepared = tuple[Any, dict[str, data.DomainData]]
+Prepared = tuple[Any, dict[str, training.DomainData]]
 
 # The demo is run once: all of its tests belong to one worker.
 pytestmark = pytest.mark.xdist_group("demo")
@@ -53,22 +53,32 @@ def result(demo_run: DemoRun) -> DemoResult:
 def small_data() -> Iterator[Prepared]:
     """The demo's data from a tenth of the text: to read all of it takes a minute on slow cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHARACTERS", 150_000)
-        patch.setattr(data, "TOKENIZER_CHARACTERS", 40_000)
-        patch.setattr(data, "CALIBRATION_SEQUENCES", 12)
-        patch.setattr(data, "HELD_OUT_SEQUENCES", 12)
-        yield data.prepare_data(seed=0)
+        patch.setattr(training, "CHARACTERS", 150_000)
+        patch.setattr(training, "TOKENIZER_CHARACTERS", 40_000)
+        patch.setattr(training, "CALIBRATION_SEQUENCES", 12)
+        patch.setattr(training, "HELD_OUT_SEQUENCES", 12)
+        yield training.prepare_data(seed=0)
 
 
 @pytest.fixture
 def quick_data(small_data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves reading Python's library once more, which takes far longer than the rest of such a test."""
-    monkeypatch.setattr("streamprune.demo.data.prepare_data", lambda seed: small_data)
+    monkeypatch.setattr(training, "prepare_data", lambda seed: small_data)
+
+
+def train_demo() -> Any:
+    """tools/train_demo as a module."""
+    loader = importlib.machinery.SourceFileLoader("train_demo", str(ROOT / "tools" / "train_demo"))
+    spec = importlib.util.spec_from_loader("train_demo", loader)
+    assert spec is not None
+    tool = importlib.util.module_from_spec(spec)
+    loader.exec_module(tool)
+    return tool
 
 
 def test_the_model_has_learned_every_domain(result: DemoResult) -> None:
     assert list(result.before.losses) == list(corpus.DOMAINS)
-    knowing_nothing = math.log(data.VOCAB_SIZE)
+    knowing_nothing = math.log(training.VOCAB_SIZE)
     assert all(loss < 0.75 * knowing_nothing for loss in result.before.losses.values()), result.before.losses
     assert result.before.mean_loss < 0.5 * knowing_nothing
 
@@ -181,9 +191,9 @@ def test_shipped_sequences_are_complete_and_never_overlap(demo_run: DemoRun) -> 
     assert list(demo_run.model.calibration) == list(demo_run.model.held_out) == list(corpus.DOMAINS)
     for name, held_out in demo_run.model.held_out.items():
         calibration = demo_run.model.calibration[name]
-        assert calibration.shape == (data.CALIBRATION_SEQUENCES, data.SEQ_LEN)
-        assert held_out.shape == (data.HELD_OUT_SEQUENCES, data.SEQ_LEN)
-        assert not _windows(calibration, data.SHARED_TOKENS) & _windows(held_out, data.SHARED_TOKENS), name
+        assert calibration.shape == (training.CALIBRATION_SEQUENCES, training.SEQ_LEN)
+        assert held_out.shape == (training.HELD_OUT_SEQUENCES, training.SEQ_LEN)
+        assert not _windows(calibration, training.SHARED_TOKENS) & _windows(held_out, training.SHARED_TOKENS), name
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -195,10 +205,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_data")
 def test_second_training_finds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    first = trained_model(tmp_path, steps=2, threads=1, echo=lines.append)
+    first = trained_model(tmp_path, steps=2, echo=lines.append)
     assert "step 2/2" in lines[-1]
-    monkeypatch.setattr("streamprune.demo.train._train", None)
-    again = trained_model(tmp_path, steps=2, threads=1, echo=lambda _: None)
+    monkeypatch.setattr("measuring.training._train", None)
+    again = trained_model(tmp_path, steps=2, echo=lambda _: None)
     assert again.folder == first.folder
     assert all(torch.equal(again.held_out[name], rows) for name, rows in first.held_out.items())
     assert list(tmp_path.glob(".*")) == []
@@ -206,12 +216,8 @@ def test_second_training_finds_the_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("quick_data")
 def test_the_tool_stores_a_training_as_the_package_has_it(tmp_path: Path) -> None:
-    loader = importlib.machinery.SourceFileLoader("train_demo", str(ROOT / "tools" / "train_demo"))
-    spec = importlib.util.spec_from_loader("train_demo", loader)
-    assert spec is not None
-    tool = importlib.util.module_from_spec(spec)
-    loader.exec_module(tool)
-    trained = trained_model(tmp_path / "demo", steps=1, threads=1, echo=lambda _: None).folder.parent
+    tool = train_demo()
+    trained = trained_model(tmp_path / "demo", steps=1, echo=lambda _: None).folder.parent
     recipe = tool.ship(trained, tmp_path / "shipped")
     assert recipe == json.loads((tmp_path / "shipped" / "recipe.json").read_bytes())
     assert recipe.keys() == json.loads((SHIPPED / "recipe.json").read_bytes()).keys()
@@ -222,14 +228,29 @@ def test_the_tool_stores_a_training_as_the_package_has_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("quick_data")
+def test_the_tool_trains_a_model_and_runs_the_demo_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `tools/demo --train` calls it, from the first step to the last table. The package stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in SHIPPED.rglob("*")}
+    monkeypatch.setattr("sys.argv", ["train_demo", "--train", "--steps", "2", "--seed", "3", "-o", str(tmp_path)])
+    train_demo().main()
+    text = capsys.readouterr().out
+    assert "step 2/2" in text
+    assert re.search(r"75% removed, mix +\d\.\d{3}", text)
+    assert "pruned" in {path.name for path in tmp_path.iterdir()}
+    assert {path: path.stat().st_mtime_ns for path in SHIPPED.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("quick_data")
 def test_other_recipe_is_another_model(tmp_path: Path) -> None:
-    first, second = (trained_model(tmp_path, steps=steps, threads=1, echo=lambda _: None) for steps in (1, 2))
+    first, second = (trained_model(tmp_path, steps=steps, echo=lambda _: None) for steps in (1, 2))
     assert first.folder != second.folder
 
 
 @pytest.mark.usefixtures("quick_data")
-def test_one_thread_gives_the_same_model_to_the_bit(tmp_path: Path) -> None:
-    one, other = (trained_model(tmp_path / d, steps=3, threads=1, echo=lambda _: None).folder for d in ("a", "b"))
+def test_the_same_seed_gives_the_same_model_to_the_bit(tmp_path: Path) -> None:
+    one, other = (trained_model(tmp_path / d, steps=3, echo=lambda _: None).folder for d in ("a", "b"))
     assert one.name == other.name
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
@@ -239,29 +260,28 @@ def test_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("streamprune.demo.train._train", interrupt)
+    monkeypatch.setattr("measuring.training._train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         trained_model(tmp_path, steps=3, echo=lambda _: None)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("steps", "threads"), [(0, None), (5, 0)])
-def test_impossible_numbers_are_refused(tmp_path: Path, steps: int, threads: int | None) -> None:
-    with pytest.raises(SettingsError, match="at least 1"):
-        trained_model(tmp_path, steps=steps, threads=threads)
+def test_no_steps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--steps 0 is too small: at least 1"):
+        trained_model(tmp_path, steps=0)
 
 
 def test_parts_never_overlap(small_data: Prepared) -> None:
     for name, domain in small_data[1].items():
-        assert len(domain.calibration) == data.CALIBRATION_SEQUENCES
-        assert len(domain.held_out) == data.HELD_OUT_SEQUENCES
+        assert len(domain.calibration) == training.CALIBRATION_SEQUENCES
+        assert len(domain.held_out) == training.HELD_OUT_SEQUENCES
         parts = (domain.train, domain.calibration, domain.held_out)
-        for one, other in combinations([_windows(part, data.SHARED_TOKENS) for part in parts], 2):
+        for one, other in combinations([_windows(part, training.SHARED_TOKENS) for part in parts], 2):
             assert not one & other, name
 
 
 def test_data_is_the_same_every_time(small_data: Prepared) -> None:
-    again = data.prepare_data(seed=0)[1]
+    again = training.prepare_data(seed=0)[1]
     for name, domain in small_data[1].items():
         for part in ("train", "calibration", "held_out"):
             assert torch.equal(getattr(again[name], part), getattr(domain, part)), (name, part)
@@ -285,11 +305,3 @@ def test_tokenizer_gives_back_what_it_took(small_data: Prepared) -> None:
     assert tokenizer.decode(ids) == text
     seven = tokenizer("7").input_ids
     assert tokenizer("77").input_ids == 2 * seven
-
-
-def test_table_is_aligned() -> None:
-    assert table(["model", "loss"], [["a", "1.5"], ["longer", "10.25"]]) == [
-        "  model    loss",
-        "  a         1.5",
-        "  longer  10.25",
-    ]

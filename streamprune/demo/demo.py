@@ -1,39 +1,65 @@
 """The demo: prune a small trained model in four ways, and show what each has lost on held-out text.
 
-All of it is computed on the CPU: the model is tiny, and the figures are then the same with and without a GPU.
+The model comes with the package, as bfloat16 weights, tokenizer, token sequences and a note of how it was made;
+`tools/train_demo` makes it. All of it is computed on the CPU: the model is tiny, and the figures are then the same with
+and without a GPU.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shlex
+import shutil
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
+from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sequences import Calibration
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings, RunSettings
-from streamprune.demo.data import CALIBRATION_SEQUENCES, VOCAB_SIZE, write_recipe
-from streamprune.demo.train import DemoModel, Echo, torch_threads
 from streamprune.evaluation.evaluate import Evaluation, examine, read_data
-from streamprune.hardware.memory import format_bytes
+from streamprune.files.durable import writing
+from streamprune.hardware.memory import check_disk, format_bytes
 from streamprune.models.config import load_config
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress
+from streamprune.tables import Table
 
+SHIPPED = Path(__file__).resolve().parent / "trained"
+#: In that folder, and in the folder of any trained model.
+MODEL_NAME, SEQUENCES_NAME, RECIPE_NAME = "model", "sequences.npz", "recipe.json"
+#: Disk space for the model and four pruned ones, with room to spare.
+NEEDED_BYTES = 64 * 1024**2
+#: Tokens that one result is calibrated on, as sequences: of all domains in equal parts, or of code alone.
+CALIBRATION_SEQUENCES = 256
 #: The two calibrations: all domains, and code alone (which is also that domain's name).
 MIX, CODE = "mix", "code"
 #: What is pruned: the share of experts removed, and the calibration. The first result is kept.
 VARIANTS = ((0.5, MIX), (0.25, MIX), (0.75, MIX), (0.5, CODE))
-OUTPUT_NAME = "pruned"
-WIDTH = 100
+
+Echo = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A trained model on disk. `calibration` and `held_out` map a domain to token ids, int64 (N, L)."""
+
+    folder: Path
+    calibration: Mapping[str, torch.Tensor] = field(repr=False)
+    held_out: Mapping[str, torch.Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,17 +114,76 @@ class DemoResult:
         return all(less < more for less, more in pairwise(self.damages.values()))
 
 
-def run_demo(folder: Path, model: DemoModel, threads: int | None = None, echo: Echo = print) -> DemoResult:
-    """Prune the model in four ways, measure each, and print the figures with `echo`.
+def shipped_model(folder: Path, echo: Echo = print) -> DemoModel:
+    """Copy the trained model that comes with the package to `folder`, in float32, unless the copy exists.
 
-    The model with half its experts is kept in `folder`/pruned and replaces an earlier one; the others are deleted once
-    measured. Raises StreampruneError: see `pipeline.run.run`.
+    The package has its weights in bfloat16, in which CPUs without special instructions compute 60 times slower than in
+    float32. Raises OutputError, ResourceError if `folder` cannot be written.
     """
-    with torch_threads(threads):
-        result = _prune_and_measure(folder, model, echo)
-    for line in _lines(result):
-        echo(line)
-    return result
+    place = folder / f"shipped-{hashlib.sha256((SHIPPED / RECIPE_NAME).read_bytes()).hexdigest()[:12]}"
+    if not place.is_dir():
+        check_disk(folder, NEEDED_BYTES)
+        model = Qwen3MoeForCausalLM.from_pretrained(SHIPPED / MODEL_NAME, dtype=torch.float32)
+        with saving(place, model, PreTrainedTokenizerFast.from_pretrained(SHIPPED / MODEL_NAME)) as staging:
+            for name in (SEQUENCES_NAME, RECIPE_NAME):
+                shutil.copy(SHIPPED / name, staging)
+    echo(f"The trained model: {place / MODEL_NAME}")
+    return load_model(place)
+
+
+def load_model(place: Path) -> DemoModel:
+    """The model that `saving` put in a folder, with its sequences."""
+    with np.load(place / SEQUENCES_NAME, allow_pickle=False) as arrays:
+        parts = {
+            part: {name: torch.from_numpy(arrays[f"{part}/{name}"]).long() for name in DOMAINS}
+            for part in ("calibration", "held_out")
+        }
+    return DemoModel(place / MODEL_NAME, **parts)
+
+
+@contextmanager
+def saving(place: Path, model: Any, tokenizer: Any) -> Iterator[Path]:
+    """Save a model in a folder to which the caller adds the rest. It is renamed to `place` at the end, so that what is
+    there is complete at any time. Raises OutputError, ResourceError.
+    """
+    with writing(f"Saving the model in {place}", place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=place.parent) as name:
+            staging = Path(name) / place.name
+            model.save_pretrained(staging / MODEL_NAME)
+            tokenizer.save_pretrained(staging / MODEL_NAME)
+            yield staging
+            if not place.is_dir():  # else another process has made the same model meanwhile
+                staging.rename(place)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, so that sums come out the same every time; the number is restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_recipe(folder: Path, name: str, domains: Mapping[str, torch.Tensor]) -> Path:
+    """Write each domain's token ids (N, L) and a recipe with every domain as a source; returns the recipe's path.
+
+    Raises OutputError, ResourceError.
+    """
+    recipe = folder / f"{name}.json"
+    length = max(rows.shape[1] for rows in domains.values())
+    sources = []
+    with writing(f"Writing {recipe}", folder):
+        folder.mkdir(exist_ok=True)
+        for domain, rows in domains.items():
+            path = folder / f"{name}-{domain}.jsonl"
+            path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()), encoding="utf-8")
+            sources.append({"name": domain, "path": path.name, "samples": len(rows)})
+        recipe.write_text(json.dumps({"name": name, "sequence_length": length, "sources": sources}), encoding="utf-8")
+    return recipe
 
 
 def read_held_out(original: Path, domains: Mapping[str, torch.Tensor], folder: Path) -> Calibration:
@@ -122,45 +207,41 @@ def figures_by_domain(evaluation: Evaluation, name: str) -> dict[str, float]:
     return {each["name"]: each[name] for each in evaluation.result["sources"]}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in (header, *rows)
-    ]
+def run_demo(folder: Path, model: DemoModel, echo: Echo = print) -> DemoResult:
+    """Prune the model in four ways, measure each, and print the figures with `echo`.
 
-
-def _prune_and_measure(folder: Path, model: DemoModel, echo: Echo) -> DemoResult:
+    The model with half its experts is kept in `folder`/pruned and replaces an earlier one; the others are deleted once
+    measured. Raises StreampruneError: see `pipeline.run.run`.
+    """
     share = CALIBRATION_SEQUENCES // len(model.calibration)
-    texts = {
-        MIX: {name: rows[:share] for name, rows in model.calibration.items()},
-        CODE: {CODE: model.calibration[CODE]},
-    }
-    recipes = {name: write_recipe(folder / "calibration", name, domains) for name, domains in texts.items()}
-    variants = {}
-    with tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as name:
+    mix = write_recipe(folder / "calibration", MIX, {name: rows[:share] for name, rows in model.calibration.items()})
+    code = write_recipe(folder / "calibration", CODE, {CODE: model.calibration[CODE]})
+    kept, variants = folder / "pruned", {}
+    with one_thread(), tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as name:
         held_out = read_held_out(model.folder, model.held_out, Path(name))
         before = _measured(model.folder, model.folder, held_out)
-        for number, (ratio, calibration) in enumerate(VARIANTS):
-            text = "code alone" if calibration == CODE else "a mix of all domains"
-            echo(f"Pruning {ratio:.0%} of the experts, calibrated on {text} ...")
-            output = Path(name) / str(number) if number else folder / OUTPUT_NAME
+        for number, (ratio, text) in enumerate(VARIANTS):
+            what, recipe = ("code alone", code) if text == CODE else ("a mix of all domains", mix)
+            echo(f"Pruning {ratio:.0%} of the experts, calibrated on {what} ...")
+            output = Path(name) / str(number) if number else kept
             settings = RunSettings(
-                model=str(model.folder), output=output, ratio=ratio, calibration=(str(recipes[calibration]),),
-                device="cpu", overwrite=True,
+                model=str(model.folder), output=output, ratio=ratio, calibration=(str(recipe),), device="cpu",
+                overwrite=True,
             )  # fmt: skip
             run(settings, quiet=number > 0)
-            variants[ratio, calibration] = _measured(output, model.folder, held_out)
-    return DemoResult(model.folder, folder / OUTPUT_NAME, recipes[MIX], before, variants)
+            variants[ratio, text] = _measured(output, model.folder, held_out)
+    result = DemoResult(model.folder, kept, mix, before, variants)
+    for line in _lines(result):
+        echo(line)
+    return result
 
 
 def _measured(model: Path, original: Path, held_out: Calibration) -> Measured:
-    evaluation, checkpoint = measure(model, original, held_out), open_checkpoint(model)
+    evaluation, checkpoint, config = measure(model, original, held_out), open_checkpoint(model), load_config(model)
     return Measured(
         losses=figures_by_domain(evaluation, "loss"),
         divergences=figures_by_domain(evaluation, "kl"),
-        experts=load_config(model).num_experts,
+        experts=config.num_experts,
         parameters=sum(math.prod(entry.shape) for entry in checkpoint.tensors.values()),
         weight_bytes=sum(path.stat().st_size for path in model.glob("*.safetensors")),
     )
@@ -171,65 +252,54 @@ def _lines(result: DemoResult) -> list[str]:
     variants = sorted(result.variants.items(), key=lambda item: (item[0][1] != MIX, item[0][0]))
     removed = [(f"{ratio:.0%} removed, {name}", measured) for (ratio, name), measured in variants]
     models = [("before", result.before), *removed]
-    header = ["model", *result.before.losses, "mean"]
-    losses = [[name, *_row(each.losses, each.mean_loss)] for name, each in models]
-    damages = [[name, *_row(each.divergences, each.mean_divergence)] for name, each in removed]
-    sizes = [[name, str(m.experts), f"{m.parameters:,}", format_bytes(m.weight_bytes)] for name, m in models]
+    columns = ["model", *result.before.losses, "mean"]
+
+    def row(name: str, values: Mapping[str, float]) -> list[str]:
+        return [name, *(f"{value:.3f}" for value in (*values.values(), fmean(values.values())))]
+
+    vocabulary = load_config(result.model).vocab_size
+    title = f"Held-out loss in nats per token, lower is better (knowing nothing: {math.log(vocabulary):.2f})"
+    losses = Table(title, columns, [row(name, each.losses) for name, each in models])
+    title = "Damage: KL divergence from the unpruned model's predictions, in nats per token"
+    damages = Table(title, columns, [row(name, each.divergences) for name, each in removed])
+    rows = [[name, str(m.experts), f"{m.parameters:,}", format_bytes(m.weight_bytes)] for name, m in models]
+    sizes = Table("Sizes", ["model", "experts per layer", "parameters", "weights"], rows)
     command = ["streamprune", "run", str(result.model), "--ratio", "0.5"]
     command += ["--calibration", str(result.calibration), "-o", "OUTPUT"]
     return [
-        "",
-        f"Held-out loss in nats per token, lower is better (knowing nothing: {math.log(VOCAB_SIZE):.2f})",
-        *table(header, losses),
-        "",
-        "Damage: KL divergence from the unpruned model's predictions, in nats per token",
-        *table(header, damages),
-        "",
-        "Sizes",
-        *table(["model", "experts per layer", "parameters", "weights"], sizes),
+        *(line for table in (losses, damages, sizes) for line in ("", *table.text())),
         "",
         f"The unpruned model:          {result.model}",
         f"The model with half of it:   {result.output}",
         "The same from the command line:",
         f"  {shlex.join(command)}",
         "",
-        *textwrap.wrap(" ".join(_findings(result)), WIDTH),
+        *textwrap.wrap(" ".join(_findings(result)), 100),
     ]
-
-
-def _row(values: Mapping[str, float], mean: float) -> list[str]:
-    return [f"{value:.3f}" for value in (*values.values(), mean)]
 
 
 def _findings(result: DemoResult) -> list[str]:
     before, half = result.before, result.variants[0.5, MIX]
     removed = ", ".join(f"{ratio:.0%}" for ratio in result.damages)
     nats = ", ".join(f"{damage:.3f}" for damage in result.damages.values())
-    graded = (
-        "the more was removed, the more was lost"
-        if result.damage_is_graded
-        else "the damage did not grow with the share, as it does once a model is trained for long enough (--steps)"
-    )
-    return [
-        f"What was seen: with {half.experts} of {before.experts} experts per layer, the weights take "
-        f"{half.weight_bytes / before.weight_bytes:.0%} of the space, and the mean held-out loss went from "
-        f"{before.mean_loss:.2f} to {half.mean_loss:.2f}.",
-        f"Removing {removed} of the experts changed the predictions by {nats} nats per token: {graded}.",
-        _calibration_matters(half.divergences, result.variants[0.5, CODE].divergences),
-        "How much a large model loses is another matter: this one is tiny, and was trained for minutes.",
-    ]
-
-
-def _calibration_matters(mix: Mapping[str, float], code: Mapping[str, float]) -> str:
+    graded = "the more was removed, the more was lost"
+    if not result.damage_is_graded:
+        graded = "the damage did not grow with the share, as it does once a model is trained for long enough"
+    mix, code = half.divergences, result.variants[0.5, CODE].divergences
     others = [name for name in mix if name != CODE]
     with_mix, with_code = (fmean(damage[name] for name in others) for damage in (mix, code))
     factors = ", ".join(f"{code[name] / mix[name]:.1f} on {name}" for name in mix)
     verdict = (
         "experts that the calibration text does not use are the ones that go, so calibrate on what you will ask for"
-        if with_code > with_mix
-        else "it did not hurt the other domains more here, as it does once a model is trained for long enough (--steps)"
     )
-    return (
+    if with_code <= with_mix:
+        verdict = "it did not hurt the other domains more here, as it does once a model is trained for long enough"
+    return [
+        f"What was seen: with {half.experts} of {before.experts} experts per layer, the weights take "
+        f"{half.weight_bytes / before.weight_bytes:.0%} of the space, and the mean held-out loss went from "
+        f"{before.mean_loss:.2f} to {half.mean_loss:.2f}.",
+        f"Removing {removed} of the experts changed the predictions by {nats} nats per token: {graded}.",
         f"Calibrated on code alone instead of the mix, the half-size model was damaged this many times as much: "
-        f"{factors}; {with_code / with_mix:.1f} on all but code ({with_code:.3f} against {with_mix:.3f}): {verdict}."
-    )
+        f"{factors}; {with_code / with_mix:.1f} on all but code ({with_code:.3f} against {with_mix:.3f}): {verdict}.",
+        "How much a large model loses is another matter: this one is tiny, and was trained for minutes.",
+    ]

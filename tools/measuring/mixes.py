@@ -17,12 +17,21 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from measuring.training import HELD_OUT_SEQUENCES
 from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import PruneSettings, RunSettings
-from streamprune.demo.data import HELD_OUT_SEQUENCES, write_recipe
-from streamprune.demo.demo import CODE, Damage, figures_by_domain, measure, read_held_out, table
-from streamprune.demo.train import DemoModel, Echo, torch_threads
+from streamprune.demo.demo import (
+    CODE,
+    Damage,
+    DemoModel,
+    Echo,
+    figures_by_domain,
+    measure,
+    one_thread,
+    read_held_out,
+    write_recipe,
+)
 from streamprune.errors import SettingsError
 from streamprune.evaluation.metrics import Sums, combined, joined
 from streamprune.pipeline.prune import prune
@@ -31,6 +40,7 @@ from streamprune.saliency.scores import Array, Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.retention import retentions
 from streamprune.selection.select import Selection
+from streamprune.tables import Table
 
 #: All domains but code.
 GENERAL = tuple(name for name in DOMAINS if name != CODE)
@@ -123,7 +133,7 @@ def study(model: DemoModel, setups: Iterable[Setup], echo: Echo = print, held_ou
     """
     wanted = list(dict.fromkeys(setups))
     check_setups(wanted, held_out)
-    with torch_threads(1), tempfile.TemporaryDirectory(prefix="streamprune-mixes-") as name:
+    with one_thread(), tempfile.TemporaryDirectory(prefix="streamprune-mixes-") as name:
         scratch = Path(name)
         scores_file = _score(model, scratch)
         scores = read_scores(scores_file)
@@ -372,17 +382,15 @@ def outcome_tables(found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[tuple[Outcome, Mapping[str, Estimate], Mapping[str, Estimate]]]) -> list[str]:
-    return table(
-        ["method, schedule", *rows[0][1], "difference"],
+    cells = [
         [
-            [
-                f"{each.method}, {each.schedule}",
-                *(_figure(estimate) for estimate in figures.values()),
-                "" if each.is_reference else _figure(change[MEAN], "+.3f"),
-            ]
-            for each, figures, change in rows
-        ],
-    )
+            f"{each.method}, {each.schedule}",
+            *(_figure(estimate) for estimate in figures.values()),
+            "" if each.is_reference else _figure(change[MEAN], "+.3f"),
+        ]
+        for each, figures, change in rows
+    ]
+    return Table("", ["method, schedule", *rows[0][1], "difference"], cells).text()
 
 
 def _figure(estimate: Estimate, form: str = ".3f") -> str:
