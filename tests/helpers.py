@@ -80,7 +80,7 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     """Logits of a model streamed layer by layer, with every MoE layer scored on the way."""
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder), dtype)
-    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton.model, checkpoint.tensors), dtype)
+    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton, checkpoint.tensors), dtype)
     weights = LayerWeights(opened, CPU)
     taps = tap_experts({index: skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()})
     weights.load_non_layer_weights(head=True)

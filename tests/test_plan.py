@@ -10,9 +10,10 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.cli.options import parse_size
 from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.formats.base import ExpertRows
+from streamprune.formats import plain
+from streamprune.formats.base import ExpertRows, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
-from streamprune.models.expert_layout import Layout, SourceRole, find_cuts, find_mtp_tensors
+from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
 from streamprune.output.plan import plan_shards
 from streamprune.output.tensors import OutputTensor, output_tensors
 
@@ -131,10 +132,17 @@ def test_ranges_of_a_sliced_tensor() -> None:
     assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes
 
 
-def per_expert(count: int) -> tuple[dict[str, TensorEntry], dict[str, SourceRole]]:
+def target(name: str | None, layer: int | None, pattern: str | None = None, rows: ExpertRows | None = None) -> Target:
+    return Target(StoredTensor("w", "", plain.PLAIN), name, pattern, layer=layer, rows=rows)
+
+
+IGNORED = target(None, None)
+
+
+def per_expert(count: int) -> tuple[dict[str, TensorEntry], dict[str, Target]]:
     names = [f"model.layers.0.mlp.experts.{expert}.up.weight" for expert in range(count)]
     tensors = {name: entry(name, (4, 2)) for name in names}
-    role = SourceRole(0, "model.layers.0.mlp.experts.up", "pattern", ExpertRows(0, 1, 0))
+    role = target("model.layers.0.mlp.experts.up", 0, "pattern", ExpertRows(0, 1, 0))
     return tensors, dict.fromkeys(names, role)
 
 
@@ -156,27 +164,27 @@ def test_missing_experts_are_named() -> None:
 
 
 def test_a_tensor_without_an_expert_axis_is_refused() -> None:
-    role = SourceRole(0, "p", None, ExpertRows(0, 1, 0))
+    role = target("p", 0, None, ExpertRows(0, 1, 0))
     with pytest.raises(UnsupportedModelError, match="no single axis of 4 rows"):
         find_cuts({"w": entry("w", (3, 5))}, {"w": role}, (), {0: 4})
 
 
 def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:
-    used = SourceRole(0, "model.layers.0.w")
+    used = target("model.layers.0.w", 0)
     roles = {
         "model.layers.0.w": used,
-        "model.layers.1.w": SourceRole(1, "model.layers.1.w"),
-        "model.layers.0.rotary_emb.inv_freq": SourceRole(None, None),
-        "model.layers.2.eh_proj.weight": SourceRole(None, None),
-        "mtp.layers.0.w": SourceRole(None, None),
-        "visual.layers.7.w": SourceRole(None, None),
+        "model.layers.1.w": target("model.layers.1.w", 1),
+        "model.layers.0.rotary_emb.inv_freq": IGNORED,
+        "model.layers.2.eh_proj.weight": IGNORED,
+        "mtp.layers.0.w": IGNORED,
+        "visual.layers.7.w": IGNORED,
     }
     assert find_mtp_tensors(roles, 2, mtp_layers=0) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
 
 
 def test_a_block_behind_the_last_is_mtp_only_if_the_config_or_its_tensors_say_so() -> None:
-    roles = {f"model.layers.{layer}.w": SourceRole(layer, f"model.layers.{layer}.w") for layer in (0, 1)}
-    roles["model.layers.2.w"] = SourceRole(None, None)
+    roles = {f"model.layers.{layer}.w": target(f"model.layers.{layer}.w", layer) for layer in (0, 1)}
+    roles["model.layers.2.w"] = IGNORED
     assert find_mtp_tensors(roles, 2, mtp_layers=1) == ["model.layers.2.w"]
     with pytest.raises(CheckpointError, match=r"has model\.layers\.2\.w, but config.json describes only 2 layers"):
         find_mtp_tensors(roles, 2, mtp_layers=0)

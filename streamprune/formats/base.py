@@ -34,6 +34,10 @@ class ExpertRows:
         """The length of the axis with so many experts."""
         return self.stride * experts + self.tail
 
+    def resized(self, shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+        """The shape of the tensor with so many experts."""
+        return (*shape[: self.axis], self.size(experts), *shape[self.axis + 1 :])
+
 
 @dataclass(frozen=True)
 class StoredTensor:

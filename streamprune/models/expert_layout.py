@@ -13,10 +13,11 @@ layer (rotary frequencies, which no model reads) are listed, so that nothing is 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -24,11 +25,29 @@ import msgspec
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ExpertRows, StoredTensor
-from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import MOST_LAYERS, ExpertSpec
 
 #: Stand for a layer's and an expert's number in a pattern.
 LAYER, EXPERT = "{block}", "{expert}"
+#: Numbers of a name that are tried as the layer's or the expert's; real names have three at most.
+_MOST_NUMBERS = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint tensor feeds: a parameter or buffer `name` of the model, None where the model ignores it.
+
+    `stored` says which part of a stored parameter the tensor is, `pattern` which conversion leads to the parameter, if
+    any; `also` names the further ones that it feeds when the conversion splits it. `layer` is None outside the layers.
+    `rows` is the expert axis of the parameter, not necessarily of the tensor itself.
+    """
+
+    stored: StoredTensor
+    name: str | None = None
+    pattern: str | None = None
+    also: tuple[str, ...] = ()
+    layer: int | None = None
+    rows: ExpertRows | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,8 @@ class Cut:
 class Layout:
     """A model as pruning sees it: its routed experts, the layers that have some, and how each tensor can be cut.
 
-    `count_names` are the keys under which its config may state the number of experts, beside the usual ones. `dropped`
-    are the tensors of multi-token prediction (MTP), which are left out.
+    `count_names` are the keys under which its config may state the number of experts, in addition to the usual ones.
+    `dropped` are the tensors of multi-token prediction (MTP), which are left out.
     """
 
     spec: ExpertSpec
@@ -66,9 +85,9 @@ class Layout:
         for name, cut in self.cuts.items():
             if cut.layer is None:
                 continue
-            pattern = _pattern(cut.family or name, cut.layer)
-            rows = [cut.rows.axis, cut.rows.stride, cut.rows.tail] if cut.rows else None
-            if pattern is None or patterns.setdefault(pattern, rows) != rows:
+            pattern = (cut.family or name).replace(f".{cut.layer}.", f".{LAYER}.", 1)
+            rows = list(astuple(cut.rows)) if cut.rows else None
+            if LAYER not in pattern or patterns.setdefault(pattern, rows) != rows:
                 return None
         found = {
             "blocks": self.layer_count,
@@ -152,69 +171,37 @@ def _doubtful(cuts: Mapping[str, Cut], patterns: Iterable[str]) -> list[str]:
     return [name for name, cut in cuts.items() if cut.layer is None and name.startswith(prefixes)]
 
 
-def _pattern(name: str, layer: int) -> str | None:
-    segments = name.split(".")
-    if str(layer) not in segments:
-        return None
-    segments[segments.index(str(layer))] = LAYER
-    return ".".join(segments)
-
-
 def _cuts(patterns: Mapping[str, Sequence[int] | None], names: Iterable[str], dropped: Sequence[str]) -> dict[str, Cut]:
     """The cut of every name that is not dropped, by the one pattern that fits it."""
-    matchers: dict[str, list[tuple[re.Pattern[str], bool, ExpertRows | None]]] = defaultdict(list)
-    for pattern, numbers in patterns.items():
+    for pattern in patterns:
         segments = pattern.split(".")
         if segments.count(LAYER) != 1 or segments.count(EXPERT) > 1:
             raise ValueError("a pattern without one layer")
-        parts = [
-            {LAYER: r"(?P<layer>\d+)", EXPERT: r"(?P<expert>\d+)"}.get(segment) or re.escape(segment)
-            for segment in segments
-        ]
-        rows = ExpertRows(*numbers) if numbers is not None else None
-        key = pattern.replace(LAYER, "0").replace(EXPERT, "0")
-        matchers[_without_numbers(key)].append((re.compile(r"\.".join(parts)), EXPERT in pattern, rows))
-    result = {}
     left_out = set(dropped)
-    for name in names:
-        if name in left_out:
+    return {name: _cut(patterns, name) for name in names if name not in left_out}
+
+
+def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
+    segments = name.split(".")
+    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()][:_MOST_NUMBERS]
+    for layer, expert in itertools.product(numbers, (None, *numbers)):
+        family = segments.copy()
+        if expert is not None:
+            family[expert] = EXPERT
+        pattern = family.copy()
+        pattern[layer] = LAYER
+        rows = patterns.get(".".join(pattern), ())
+        if rows == ():
             continue
-        result[name] = Cut(None)
-        for matcher, numbered, rows in matchers.get(_without_numbers(name), ()):
-            match = matcher.fullmatch(name)
-            if match is None:
-                continue
-            family = expert = None
-            if numbered:
-                expert = int(match["expert"])
-                family = f"{name[: match.start('expert')]}{EXPERT}{name[match.end('expert') :]}"
-            result[name] = Cut(int(match["layer"]), family, expert, rows)
-    return result
-
-
-def _without_numbers(name: str) -> str:
-    """A name with every number in it replaced by one sign, so that few patterns have to be tried for each name."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
-
-
-@dataclass(frozen=True)
-class SourceRole:
-    """What a checkpoint tensor is fed into. `parameter` is None where the model ignores the tensor.
-
-    `rows` is the expert axis of the parameter that it feeds (not necessarily of the tensor itself); `pattern` is the
-    conversion that leads there; `stored` says which part of a stored parameter it is, None if it is the plain one.
-    """
-
-    layer: int | None
-    parameter: str | None
-    pattern: str | None = None
-    rows: ExpertRows | None = None
-    stored: StoredTensor | None = None
+        if expert is not None:
+            return Cut(int(segments[layer]), ".".join(family), int(segments[expert]))
+        return Cut(int(segments[layer]), rows=ExpertRows(*rows) if rows is not None else None)
+    return Cut(None)
 
 
 def find_cuts(
     tensors: Mapping[str, TensorEntry],
-    roles: Mapping[str, SourceRole],
+    targets: Mapping[str, Target],
     dropped: Iterable[str],
     counts: Mapping[int, int],
 ) -> dict[str, Cut]:
@@ -223,38 +210,36 @@ def find_cuts(
 
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
-    groups: dict[tuple[str, str | None, str], list[str]] = defaultdict(list)
-    for name, role in roles.items():
-        if role.parameter is not None and role.rows is not None:
+    groups: dict[tuple[str | None, str | None, str], list[str]] = defaultdict(list)
+    for name, target in targets.items():
+        if target.rows is not None:
             # The scales of all experts are a family of their own.
-            groups[role.parameter, role.pattern, role.stored.part if role.stored else ""].append(name)
+            groups[target.name, target.pattern, target.stored.part].append(name)
     numbered: dict[str, tuple[str, int]] = {}
     for (parameter, *_), names in groups.items():
         if len(names) > 1:
-            family, ordered = _by_expert(parameter, names, _experts_in(roles[names[0]], counts))
+            family, ordered = _by_expert(str(parameter), names, _experts_in(targets[names[0]], counts))
             if len({(tensors[name].dtype, tensors[name].shape) for name in ordered}) > 1:
                 raise UnsupportedModelError(f"The experts of {parameter} differ in shape or dtype in the checkpoint.")
-            numbered.update({name: (family, expert) for expert, name in enumerate(ordered)})
+            numbered |= {name: (family, expert) for expert, name in enumerate(ordered)}
     result, left_out = {}, set(dropped)
     for name, entry in tensors.items():
-        role = roles[name]
-        if name in left_out:
-            continue
+        target = targets[name]
         if name in numbered:
-            result[name] = Cut(role.layer, *numbered[name])
-        elif role.rows is not None:
-            count = _experts_in(role, counts)
-            storage, part = (role.stored.format, role.stored.part) if role.stored else (PLAIN, "")
-            result[name] = Cut(role.layer, rows=storage.expert_rows(entry, part, role.rows, count))
-        else:
-            result[name] = Cut(role.layer)
+            result[name] = Cut(target.layer, *numbered[name])
+        elif name not in left_out:
+            rows = target.rows
+            if rows is not None:
+                stored = target.stored
+                rows = stored.format.expert_rows(entry, stored.part, rows, _experts_in(target, counts))
+            result[name] = Cut(target.layer, rows=rows)
     return result
 
 
-def _experts_in(role: SourceRole, counts: Mapping[int, int]) -> int:
+def _experts_in(target: Target, counts: Mapping[int, int]) -> int:
     # Whatever depends on the number of experts lies in a layer.
-    assert role.layer is not None
-    return counts[role.layer]
+    assert target.layer is not None
+    return counts[target.layer]
 
 
 def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, list[str]]:
@@ -287,20 +272,19 @@ MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
-def find_mtp_tensors(roles: Mapping[str, SourceRole], layer_count: int, mtp_layers: int) -> list[str]:
+def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers: int) -> list[str]:
     """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
 
     Checkpoints keep them under a name of their own, or as further decoder layers after the last one: as many as the
     config says (`mtp_layers`), or such as hold tensors that only MTP layers have. Raises CheckpointError for a further
     layer that is neither: it is one of the model's own, and the config is wrong.
     """
-    matches = {name: _NUMBERED.match(name) for name in roles}
-    lists = {match.group(1) for name, match in matches.items() if match and roles[name].layer is not None}
+    matches = {name: _NUMBERED.match(name) for name in targets}
+    lists = {match.group(1) for name, match in matches.items() if match and targets[name].layer is not None}
     found = set()
     further: dict[int, list[str]] = defaultdict(list)
-    for name, role in roles.items():
-        match = matches[name]
-        if role.parameter is not None:
+    for name, match in matches.items():
+        if targets[name].name is not None:
             continue
         if match is not None and match.group(1) in lists and int(match.group(2)) >= layer_count:
             further[int(match.group(2))].append(name)
@@ -313,7 +297,7 @@ def find_mtp_tensors(roles: Mapping[str, SourceRole], layer_count: int, mtp_laye
                 "multi-token-prediction layers. Config and shards do not belong together; download both again."
             )
         found.update(names)
-    return [name for name in roles if name in found]
+    return [name for name in targets if name in found]
 
 
 def may_be_mtp(name: str, layer_count: int) -> bool:

@@ -16,14 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.pick import pick_formats, refuse_unread
+from streamprune.formats.pick import refuse_unread
 from streamprune.models.config import config_from_dict, declared_dtype, load_config
-from streamprune.models.expert_layout import Layout
+from streamprune.models.expert_layout import Layout, Target
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
 from streamprune.models.skeleton import (
     Decoder,
     Skeleton,
-    Target,
     build_skeleton,
     find_decoder,
     map_checkpoint,
@@ -52,7 +51,7 @@ class OpenedModel:
 
     checkpoint: Checkpoint
     skeleton: Decoder
-    targets: Mapping[str, Target | None] = field(repr=False)
+    targets: Mapping[str, Target] = field(repr=False)
     dtype: torch.dtype
 
 
@@ -97,7 +96,7 @@ def open_moe(
     if chosen is None:
         chosen = dtype_of_weights(checkpoint)
         skeleton = build_skeleton(model.config, chosen, trust_remote_code)
-    targets = map_checkpoint(skeleton.model, checkpoint.tensors)
+    targets = map_checkpoint(skeleton, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors, model.counts)
     layout = survey(model.raw, skeleton, checkpoint.tensors, targets, model.counts)
     return OpenedMoE(checkpoint, skeleton, targets, chosen, model.config, layout)
@@ -111,7 +110,7 @@ def open_model(checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: s
     config = load_config(checkpoint.folder, trust_remote_code)
     chosen = _chosen_dtype(dtype, config) or dtype_of_weights(checkpoint)
     decoder = find_decoder(config, chosen, trust_remote_code)
-    targets = map_checkpoint(decoder.model, checkpoint.tensors)
+    targets = map_checkpoint(decoder, checkpoint.tensors)
     check_fit(decoder, targets, checkpoint.tensors)
     return OpenedModel(checkpoint, decoder, targets, chosen)
 
@@ -136,7 +135,7 @@ def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
 
 def check_fit(
     decoder: Decoder,
-    targets: Mapping[str, Target | None],
+    targets: Mapping[str, Target],
     tensors: Mapping[str, TensorEntry],
     counts: Mapping[int, int] | None = None,
 ) -> None:
@@ -156,16 +155,14 @@ def check_fit(
     if isinstance(decoder, Skeleton):
         _check_stored_numbers(decoder)
     parameters = decoder.model.state_dict()
-    stored = pick_formats(tensors)
     for name, target in targets.items():
-        parameter = parameters[target.name] if target is not None else None
-        refuse_unread(tensors[name], stored[name], parameter.is_floating_point() if parameter is not None else None)
-        if target is None or parameter is None or target.pattern is not None or stored[name].part:
+        parameter = parameters[target.name] if target.name is not None else None
+        refuse_unread(tensors[name], target.stored, parameter.is_floating_point() if parameter is not None else None)
+        if parameter is None or target.pattern is not None or target.stored.part:
             continue
-        shape, layer = tuple(parameter.shape), decoder.layer_of(target.name)
-        rows = decoder.expert_rows.get(target.name)
-        if rows is not None and counts is not None and layer is not None:
-            shape = (*shape[: rows.axis], rows.size(counts[layer]), *shape[rows.axis + 1 :])
+        shape, rows = tuple(parameter.shape), target.rows
+        if rows is not None and counts is not None and target.layer is not None:
+            shape = rows.resized(shape, counts[target.layer])
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"The checkpoint's {name} is {list(tensors[name].shape)}, but config.json describes {target.name} as "
@@ -173,9 +170,9 @@ def check_fit(
             )
 
 
-def _unfed(decoder: Decoder, targets: Mapping[str, Target | None]) -> list[str]:
+def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:
     """Parameters and persistent buffers of decoder and head that no tensor feeds, tied ones taken together."""
-    fed = {name for target in targets.values() if target is not None for name in (target.name, *target.also)}
+    fed = {name for target in targets.values() for name in (target.name, *target.also)}
     tied: dict[str, str] = getattr(decoder.model, "all_tied_weights_keys", None) or {}
     for one, other in tied.items():
         if one in fed or other in fed:
@@ -211,8 +208,7 @@ def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None
     """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     for name, rows in skeleton.expert_rows.items():
-        shape = expected[name]
-        expected[name] = (*shape[: rows.axis], rows.size(keep), *shape[rows.axis + 1 :])
+        expected[name] = rows.resized(expected[name], keep)
     actual = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     differing = [name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)]
     if differing:

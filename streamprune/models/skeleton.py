@@ -24,11 +24,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import ExpertRows, StoredTensor
+from streamprune.formats.base import ExpertRows
 from streamprune.formats.pick import pick_formats
 from streamprune.models.config import count_names, expert_candidates, with_expert_count
 from streamprune.models.config_json import ExpertSpec, mtp_layers
-from streamprune.models.expert_layout import Layout, SourceRole, find_cuts, find_mtp_tensors
+from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -77,20 +77,6 @@ class Skeleton(Decoder):
 
     spec: ExpertSpec
     experts: Mapping[int, str]
-
-
-@dataclass(frozen=True)
-class Target:
-    """The parameter or buffer that a checkpoint tensor feeds, and the conversion pattern that matched, if any.
-
-    `also` names the further parameters that one tensor feeds when the conversion splits it; `stored` says which part of
-    a stored parameter the tensor is.
-    """
-
-    name: str
-    pattern: str | None
-    stored: StoredTensor
-    also: tuple[str, ...] = ()
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -209,25 +195,21 @@ def _find_layers(model: nn.Module, names: Iterable[str]) -> str:
 def _find_experts(model: nn.Module, layers_path: str, rows: Mapping[str, ExpertRows]) -> dict[int, str]:
     experts: dict[int, set[str]] = defaultdict(set)
     for name in rows:
-        head = re.match(re.escape(layers_path) + r"\.(\d+)\.", name)
-        assert head is not None  # _find_layers has seen it
-        layer = int(head.group(1))
-        experts[layer] |= set()
-        path = name.rpartition(".")[0]
-        while len(path) > len(head.group(0)) - 1:
-            module = model.get_submodule(path)
+        layer, _, path = name.removeprefix(f"{layers_path}.").partition(".")
+        found = experts[int(layer)]
+        while path := path.rpartition(".")[0]:
+            module = model.get_submodule(f"{layers_path}.{layer}.{path}")
             reason = UNSUPPORTED_EXPERTS.get(type(module).__name__)
             if reason is not None:
                 raise UnsupportedModelError(f"{type(model).__name__} cannot be scored: {reason}.")
             if _is_experts_module(module):
-                experts[layer].add(path.removeprefix(head.group(0)))
+                found.add(path)
                 break
-            path = path.rpartition(".")[0]
-    for layer, found in experts.items():
+    for index, found in experts.items():
         if len(found) != 1:
-            kind = type(model.get_submodule(f"{layers_path}.{layer}")).__name__
+            kind = type(model.get_submodule(f"{layers_path}.{index}")).__name__
             raise UnsupportedModelError(
-                f"{type(model).__name__}: layer {layer} ({kind}) has {len(found)} modules that take tokens, chosen "
+                f"{type(model).__name__}: layer {index} ({kind}) has {len(found)} modules that take tokens, chosen "
                 "experts and their weights; exactly one can be scored. Its experts work in another way than routing "
                 "tokens to feed-forward networks."
             )
@@ -245,29 +227,31 @@ def dispatches_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 
 
-def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorEntry]) -> dict[str, Target | None]:
-    """For each checkpoint tensor the parameter or buffer that transformers feeds with it; None where it ignores it.
+def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict[str, Target]:
+    """For each checkpoint tensor the parameter or buffer that transformers feeds with it.
 
     All parts of a stored parameter feed what a plain tensor of that parameter's name would feed.
     """
+    model = decoder.model
     conversions = get_model_conversion_mapping(model)
     renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
     meta: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    targets: dict[str, Target | None] = {}
+    targets = {}
     for name, stored in pick_formats(tensors).items():
         target, pattern = rename_source_key(stored.parameter, renamings, converters, prefix, meta)
         if target not in meta and stored.parameter in meta:
             # The loader falls back the same way for names that should not have been renamed.
             target, pattern = rename_source_key(stored.parameter, [], [], prefix, meta)
         if target not in meta:
-            targets[name] = None
+            targets[name] = Target(stored)
             continue
         outputs = by_pattern[pattern].target_patterns if pattern is not None else [""]
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
-        targets[name] = Target(target, pattern, stored, also)
+        layer, rows = decoder.layer_of(target), decoder.expert_rows.get(target)
+        targets[name] = Target(stored, target, pattern, also, layer, rows)
     return targets
 
 
@@ -275,7 +259,7 @@ def survey(
     config: Mapping[str, Any],
     skeleton: Skeleton,
     tensors: Mapping[str, TensorEntry],
-    targets: Mapping[str, Target | None] | None = None,
+    targets: Mapping[str, Target] | None = None,
     counts: Mapping[int, int] | None = None,
 ) -> Layout:
     """Find out about the tensors of a checkpoint with this raw config; `targets` if they have been mapped already.
@@ -283,16 +267,8 @@ def survey(
     `counts` are the experts by layer; None where each has as many as the skeleton.
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
-    targets = map_checkpoint(skeleton.model, tensors) if targets is None else targets
-    roles = {name: _role(target, skeleton) for name, target in targets.items()}
-    dropped = tuple(find_mtp_tensors(roles, skeleton.layer_count, mtp_layers(config)))
-    cuts = find_cuts(tensors, roles, dropped, counts or dict.fromkeys(skeleton.experts, skeleton.spec.count))
+    targets = targets or map_checkpoint(skeleton, tensors)
+    dropped = tuple(find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config)))
+    cuts = find_cuts(tensors, targets, dropped, counts or dict.fromkeys(skeleton.experts, skeleton.spec.count))
     names = count_names(skeleton.model.config, skeleton.spec)
     return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts)
-
-
-def _role(target: Target | None, skeleton: Skeleton) -> SourceRole:
-    if target is None:
-        return SourceRole(None, None)
-    rows = skeleton.expert_rows.get(target.name)
-    return SourceRole(skeleton.layer_of(target.name), target.name, target.pattern, rows, target.stored)

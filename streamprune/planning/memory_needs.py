@@ -117,7 +117,7 @@ def needs_of(
     the experts where the config does so under unusual names.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
-    sources = Counter(target.name for target in opened.targets.values() if target is not None)
+    sources = Counter(target.name for target in opened.targets.values())
     shape, itemsize = _shape_of(text), opened.dtype.itemsize
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
@@ -154,9 +154,8 @@ def _bytes_as_read(opened: OpenedModel) -> dict[int, int]:
     """The bytes of each layer's weights in the checkpoint's own dtypes."""
     read = dict.fromkeys(range(len(opened.skeleton.layers)), 0)
     for name, target in opened.targets.items():
-        layer = opened.skeleton.layer_of(target.name) if target is not None else None
-        if layer is not None:
-            read[layer] += opened.checkpoint.tensors[name].nbytes
+        if target.layer is not None:
+            read[target.layer] += opened.checkpoint.tensors[name].nbytes
     return read
 
 
@@ -166,7 +165,7 @@ def _recast(opened: OpenedModel) -> Counter[str]:
     recast = Counter[str]()
     for name, target in opened.targets.items():
         entry = opened.checkpoint.tensors[name]
-        if target is not None and entry.dtype != dtypes.get(target.name):
+        if target.name is not None and entry.dtype != dtypes.get(target.name):
             recast[target.name] += entry.nbytes
     return recast
 

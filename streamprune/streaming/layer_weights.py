@@ -69,10 +69,10 @@ class LayerWeights:
         # Checkpoint tensors by layer and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         #: How each tensor is stored: all parts of a parameter are read together, and decoded before the conversion.
-        self._stored = {name: target.stored for name, target in opened.targets.items() if target is not None}
+        self._stored = {name: target.stored for name, target in opened.targets.items()}
         for name, target in opened.targets.items():
-            if target is not None:
-                self._groups[self.decoder.layer_of(target.name)][target.name].append(name)
+            if target.name is not None:
+                self._groups[target.layer][target.name].append(name)
 
     def close(self) -> None:
         """End the threads that read, and free what they have read."""
