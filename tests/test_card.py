@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from msgspec import convert
 
 from streamprune.cli import main
+from streamprune.reporting.card import THIS_MODEL, mix_text, reproduce_command
 from streamprune.reporting.card import metadata as card_metadata
 from streamprune.reporting.record import Record
-from streamprune.reporting.reproduce import THIS_MODEL, mix_text, reproduce_command
 from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.settings import SelectionSettings
 from tests.helpers import known_family, tree_bytes

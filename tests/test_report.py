@@ -120,7 +120,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         f"| one | 4,000 | {1.25 - 0.0625:#.4g} | 1.250 | {one['perplexity']:#.4g} | 0.06250 | 0.03125 to 0.1250 | "
         f"{one['kl_p99']:#.4g} | 87.5% |"
     ) in card
-    assert "On text that was held back from the calibration, against the original; " in card
+    assert "On text that was held out of the calibration, against the original; " in card
     assert {path.stem for path in (copied / "pictures").iterdir()} == ALL_PICTURES
     for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | ALL_PICTURES:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:
@@ -187,8 +187,8 @@ def test_what_is_missing_is_said(copied: Path) -> None:
     (copied / "README.md").unlink()
     write_report(copied)
     page = (copied / "report.html").read_text()
-    assert "There is no log (out.streamprune.log) beside the model" in page
-    assert "The scores are not with the model" in page
+    assert "There is no log (out.streamprune.log) next to the model" in page
+    assert "Not known: the scores are not with the model" in page
     assert "Not measured. <code>streamprune eval</code>" in page
     assert not (copied / "README.md").exists()
     assert not (copied / "pictures" / "course.png").exists()

@@ -1,34 +1,40 @@
-"""The model card (README.md) that goes with a pruned model, with metadata as the Hub expects it.
+"""The model card (README.md) of a pruned model, with metadata as the Hub expects it, and the command to reproduce it.
 
-It is made of the run's record alone, so that the same input and settings give the same card to the byte. What is
-measured of the model later is added at its end (`write`). The text is in `templates/card.md.j2`.
+The card is made of the run's record alone, so that the same input and settings give the same card to the byte. What is
+measured of the model later is added at its end (`write`). The text is in `templates/card.md.j2`. No torch.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import DEFAULT_CONTEXT, MOST_TOKENS
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, ServingSpec
+from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
-from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
-from streamprune.output.plan import PrunePlan
-from streamprune.reporting.record import Calibration, RecipeSource, Record
-from streamprune.reporting.reproduce import THIS_MODEL, can_score_again, reproduce_command
+from streamprune.output.plan import REPORT_NAME, PrunePlan
+from streamprune.reporting.record import GivenCalibration, Recipe, RecipeSource, Record
 from streamprune.reporting.templates import render
-from streamprune.saliency.methods import METHODS
+from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.retention import Retention
-from streamprune.tables import Code, Strong, Table, count, interval, percent, plain
+from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
+from streamprune.selection.settings import SelectionSettings
+from streamprune.tables import plain
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+#: What the folder of the published model is called in commands that need its files.
+THIS_MODEL = "this-model"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: How the calibration text was divided into sequences, by the recipe's mode; the length follows.
 _MODES = {
     "packed": "Documents laid end to end and divided into sequences of",
@@ -51,11 +57,14 @@ def model_card(
     """The card's text, made of the run's record and the source's own card, if it has one.
 
     `estimate` is the memory that the written model takes, None where it cannot be estimated; `retained` is what the
-    choice keeps of each source of the calibration, empty without scores.
+    selection keeps of each source of the calibration, empty without scores.
     """
     settings, calibration, use = record.settings, record.calibration, record.use
+    recipe = calibration.stated if calibration else Recipe()
+    stated = {each.name: each for each in recipe.sources}
+    sources = calibration.sources if calibration else []
     per_layer = has_per_layer_experts(plan.counts)
-    context = min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS)
+    counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
     return render(
         "card.md.j2",
         metadata=metadata(settings.model, settings.method, source.folder).to_yaml(),
@@ -63,23 +72,24 @@ def model_card(
         record=record,
         settings=settings,
         calibration=calibration,
-        recipe=calibration.stated if calibration else None,
+        recipe=recipe,
         counts=list(record.counts.values()),
+        experts_by_layers=[(ranges([layer for layer, _ in layers]), number) for number, layers in counts],
         layers=ranges(sorted(record.counts)),
         dense_layers=plan.layout.layer_count - len(plan.counts),
         method=_score_meaning(settings.method) if settings.method else None,
-        summary_table=_summary_table(record, source.nbytes, plan.output_bytes),
-        experts_table=_experts_table(record),
-        calibration_table=_calibration_table(calibration) if calibration else None,
-        mode=_MODES.get(calibration.stated.mode or "") if calibration else None,
+        source_bytes=source.nbytes,
+        output_bytes=plan.output_bytes,
+        sources=[(each, stated.get(each.name, RecipeSource(each.name))) for each in sources],
+        place_of=_place,
+        mode=_MODES.get(recipe.mode or ""),
         layers_with_unseen=sum(0 in layer.counts for layer in record.layers),
-        retention_table=_retention_table(retained) if retained else None,
+        retained=retained,
         estimate=estimate,
-        memory_table=_memory_table(estimate) if estimate else None,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
         per_layer=per_layer,
         engines=engines_note(per_layer) if per_layer else None,
-        context=context,
+        context=min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS),
         gguf_type=_GGUF_TYPES.get(str(settings.dtype), "auto"),
         again=can_score_again(record),
         this_model=THIS_MODEL,
@@ -98,8 +108,12 @@ def _score_meaning(method: str) -> str:
 def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
     """The card's metadata. (The Hub knows base_model_relation as adapter, merge, quantized or finetune; a pruned model
     is none of them.)"""
-    inherited = _source_metadata(source)
-    base = model if _HUB_ID.fullmatch(model) else _texts(inherited.get("base_model"), _HUB_ID)
+    try:
+        inherited = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except Exception:
+        # People write anything into their cards; a card that cannot be parsed gives no metadata.
+        inherited = {}
+    base = model if HUB_ID.fullmatch(model) else _texts(inherited.get("base_model"), HUB_ID)
     tags = ["mixture-of-experts", "moe", "pruning", "expert-pruning", "streamprune"]
     return ModelCardData(
         base_model=base,
@@ -111,15 +125,6 @@ def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
         language=_texts(inherited.get("language")),
         tags=[*tags, *(["reap"] if method == "reap" else [])],
     )
-
-
-def _source_metadata(source: Path) -> dict[str, Any]:
-    """The metadata of the source's own model card; empty if there is none that can be read."""
-    try:
-        return dict(ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict())
-    except Exception:
-        # People write anything into their cards; a card that cannot be parsed gives no metadata.
-        return {}
 
 
 def _text(value: Any) -> str | None:
@@ -138,38 +143,6 @@ def _texts(value: Any, pattern: re.Pattern[str] | None = None) -> Any:
     return found if isinstance(value, list) else found[0]
 
 
-def _summary_table(record: Record, source_bytes: int, output_bytes: int) -> Table:
-    counts = list(record.counts.values())
-    least, most = min(counts), max(counts)
-    rows = [
-        ("experts per layer", str(record.experts), str(most) if least == most else f"{least} to {most}"),
-        ("experts in all", count(record.all_experts), count(sum(counts))),
-        ("experts used per token", str(record.source.top_k), str(record.source.top_k)),
-        ("weights", format_bytes(source_bytes), format_bytes(output_bytes)),
-    ]
-    return Table("", ("", "source", "this model"), rows)
-
-
-def _experts_table(record: Record) -> Table:
-    """How many experts each layer keeps, equal neighbours taken together."""
-    counts = record.counts
-    rows = []
-    for number, layers in itertools.groupby(sorted(counts), key=lambda layer: counts[layer]):
-        rows.append((ranges(list(layers)), str(number), f"{number / record.experts:.0%}"))
-    return Table("", ("layers", "experts", "of the source's"), rows)
-
-
-def _calibration_table(calibration: Calibration) -> Table:
-    stated = {source.name: source for source in calibration.stated.sources}
-    rows = []
-    for source in calibration.sources:
-        facts = stated.get(source.name, RecipeSource(source.name))
-        share = source.tokens / calibration.tokens if calibration.tokens else 0.0
-        sizes = map(count, (facts.records, facts.sequences, source.tokens))
-        rows.append((Code(source.name), _place(facts), *sizes, percent(share)))
-    return Table("", ("source", "from", "records", "sequences", "tokens", "share"), rows, align="ll")
-
-
 def _place(source: RecipeSource) -> str:
     """Where a source is from: "org/name, split train"."""
     found = []
@@ -178,21 +151,7 @@ def _place(source: RecipeSource) -> str:
         text = ", ".join(value) if isinstance(value, list) else value
         if text:
             found.append(text if key in ("dataset", "path") else f"{key} {text}")
-    return Code(", ".join(found)) if found else "–"
-
-
-def _retention_table(retained: Sequence[Retention]) -> Table:
-    rows = [
-        (Code(each.source), percent(each.kept), percent(each.best), f"{each.worst:.1%} (layer {each.worst_layer})")
-        for each in retained
-    ]
-    return Table("", ("source", "kept", "at best", "least in a layer"), rows)
-
-
-def _memory_table(estimate: Estimate) -> Table:
-    rows = [(term.name, format_bytes(term.bytes), term.kind) for term in estimate.terms]
-    bounds = interval(estimate.interval, lambda nbytes: format_bytes(int(nbytes)))
-    return Table("", ("part", "size", ""), [*rows, (Strong("total"), Strong(format_bytes(estimate.total)), bounds)])
+    return ", ".join(found)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -202,3 +161,99 @@ def ranges(numbers: Sequence[int]) -> str:
         run = [number for _, number in group]
         parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}")
     return ", ".join(parts)
+
+
+def can_score_again(record: Record) -> bool:
+    """Whether `streamprune run` makes the model again. Else its own scores and record are needed: the selection was
+    made by hand, or from scores of which the record does not state all."""
+    settings, given = record.settings, _given(record)
+    if settings.method is None or given is None or settings.propagate != "original":
+        # (Scores of --propagate pruned may have been used for another selection than the run's own.)
+        return False
+    # One --seed is for the calibration and the random method alike.
+    return settings.method != "random" or settings.seed == (given.seed or 0)
+
+
+def _given(record: Record) -> GivenCalibration | None:
+    return record.calibration.stated.given if record.calibration else None
+
+
+def reproduce_command(record: Record) -> str:
+    """The command that writes the same model, to the byte, from the same source model and calibration text.
+
+    Local files go by the names that they had, without folders; where `can_score_again` is False the files of the model
+    itself are in the folder THIS_MODEL.
+    """
+    settings, calibration, given, again = record.settings, record.calibration, _given(record), can_score_again(record)
+    options: list[tuple[str, Any]] = [("--revision", settings.revision)]
+    if not again:
+        options.append(("--scores", THIS_MODEL if calibration is not None else None))
+    if settings.method is None:
+        options.append(("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}"))
+    else:
+        options += _selection_options(record, again)
+    if record.use is not None:
+        usual = ServingSpec()
+        options += [
+            ("--context", _unless(record.use.context, usual.context)),
+            ("--batch", _unless(record.use.batch, usual.batch)),
+            ("--kv-dtype", _unless(record.use.kv_dtype, usual.kv_dtype)),
+        ]
+    if again and given is not None and calibration is not None:
+        options += [
+            *(("--calibration", text) for text in given.calibration),
+            ("--samples", given.samples),
+            ("--seq-len", given.seq_len),
+            ("--seed", given.seed),
+            # Text that is held out to be measured on is not scored on.
+            ("--evaluate", bool(calibration.held_back)),
+            # The last digits of the scores depend on these; a GPU or CPU of another kind may still round otherwise.
+            ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
+            ("--device", settings.device or None),
+            ("--batch-tokens", settings.batch_tokens or None),
+        ]
+    options.append(("--max-shard-size", _unless(settings.max_shard_bytes, DEFAULT_SHARD_BYTES)))
+    words = ["streamprune", "run" if again else "prune", settings.model]
+    words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]
+    for name, value in options:
+        if value is True:
+            words.append(name)
+        elif value is not None and value is not False:
+            words += [name, str(value)]
+    return shlex.join(words)
+
+
+def _unless(value: Any, usual: Any) -> Any:
+    """An option's value; None for the one that it has if it is not given."""
+    return None if value == usual else value
+
+
+def _selection_options(record: Record, again: bool) -> list[tuple[str, Any]]:
+    settings, budget = record.settings, record.use.budget_bytes if record.use else None
+    is_keep = budget is None and settings.schedule in SCHEDULES
+    return [
+        # Bytes divided by a power of two: the number comes back the same.
+        ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
+        ("--keep", (settings.total or 0) // len(record.layers) if is_keep else None),
+        ("--method", _unless(settings.method, DEFAULT_METHOD)),
+        ("--seed", settings.seed or None if settings.method == "random" and not again else None),
+        ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
+        ("--schedule", _unless(settings.schedule, DEFAULT_SCHEDULE)),
+        ("--spread", settings.spread),
+        ("--floor", settings.floor),
+        ("--protect-super-experts", settings.protect_super_experts),
+    ]
+
+
+def mix_text(shares: Mapping[str, float]) -> str:
+    """The value of --mix that gives just these shares: simple numbers if they do, else all their digits."""
+    fractions = {name: Fraction(share).limit_denominator(1000) for name, share in shares.items()}
+    common = math.lcm(*(each.denominator for each in fractions.values()))
+    simple = ",".join(f"{name}={share * common}" for name, share in fractions.items())
+    try:
+        if SelectionSettings(mix=simple).shares == dict(shares):
+            return simple
+    except SettingsError:
+        # All shares are too small for such a denominator.
+        pass
+    return ",".join(f"{name}={share!r}" for name, share in shares.items())

@@ -1,9 +1,19 @@
-"""The figures of the report: what was chosen, and what was measured."""
+"""The figures of the report. The same facts give the same bytes, as SVG and as PNG.
+
+Colours are those of Okabe and Ito (2008, https://jfly.uni-koeln.de/color/), which the colour-blind tell apart; hatches,
+markers and line styles show the same in black and white.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -15,28 +25,29 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from streamprune.fit.estimate import KV_CACHE, STATE, WEIGHTS, Estimate
-from streamprune.reporting.evaluations import TextResult
-from streamprune.reporting.facts import GIB, Course, GpuSize, Memory
-from streamprune.reporting.pictures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    LINES,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    YELLOW,
-    new_figure,
-)  # fmt: skip
+from streamprune.hardware.memory import format_bytes
+from streamprune.reporting.evaluations import Interval, TextResult
+from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory
 from streamprune.reporting.record import Record
 from streamprune.selection.retention import Retention
 from streamprune.tables import plain
 
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+GREY = "#6b6b6b"
+#: Colour, line style and marker of the lines of one figure; fourteen that differ in more than their colour.
+LINES = tuple(
+    (colour, style, marker)
+    for style, markers in (("-", "osD^vPX"), ("--", "sD^vPXo"))
+    for colour, marker in zip((BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY), markers, strict=True)
+)
+#: Inches. On a screen an inch takes about 115 pixels, so that the letters are about as large as those of the text.
+WIDTH = 8.0
+PNG_DPI = 120
+MIB, GIB = 2**20, 2**30
 #: Figures show at most so many sources; the tables have all.
 MOST_SOURCES = 30
-MIB = 1024**2
 #: The stacked parts of the memory: name, colour, hatch, and how the terms of the estimate begin that belong to it.
 _PARTS = (
     ("experts", BLUE, "", (f"{WEIGHTS}experts",)),
@@ -44,61 +55,147 @@ _PARTS = (
     ("KV cache and states", ORANGE, "...", (KV_CACHE, STATE)),
     ("prefill workspace", YELLOW, "\\\\\\", ("prefill workspace",)),
     ("CUDA context, allocator", PURPLE, "xxx", ("CUDA context", "allocator margin")),
-)  # fmt: skip
+)
 #: The line of a GPU's memory is drawn within so many times the widest bar: else the bars would be too short to be seen.
 _FARTHEST = 2.5
+#: How far a model and its original are from the middle of their row.
+_APART = 0.15
+#: The map has at most so many experts side by side; of more there are several panels.
+_ACROSS = 256
+#: A cell's pixels, and how many of them an expert that was removed leaves free at each side.
+_CELL, _MARGIN = 8, 2
+#: Scores between these quantiles have colours of their own; those beyond have the first or the last one.
+_DISTINCT = (0.02, 0.98)
+_COLOURS = "cividis"
+#: Every picture that a report may have.
+ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
+
+#: A figure, and in words what it shows.
+Drawing = tuple[Figure, str]
 
 
-def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Picture:
+    """A figure: `svg` is an element for a page, `png` a file's bytes; `alt` says in words what it shows."""
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+def draw_pictures(facts: Facts) -> dict[str, Picture]:
+    """Every picture for which something is known, by its name: that of its section in the report."""
+    record, memory, text, course = facts.record, facts.memory, facts.text, facts.course
+    found = {"experts": _picture("experts", draw_experts, record), "map": _picture("map", draw_map, record)}
+    if isinstance(memory, Memory):
+        budget = record.use.budget_bytes if record.use else None
+        found["memory"] = _picture("memory", draw_memory, memory, budget)
+    if facts.retained:
+        found["retention"] = _picture("retention", draw_retention, facts.retained)
+    if text is not None:
+        found["loss"] = _picture("loss", draw_losses, text)
+        if any(each.hidden_error for each in text.rows):
+            found["depth"] = _picture("depth", draw_depth, text)
+    if all(layer.counts for layer in record.layers):
+        found["tokens"] = _picture("tokens", draw_tokens, record)
+    if isinstance(course, Course) and course.layers:
+        found["course"] = _picture("course", draw_course, course)
+    return found
+
+
+def _picture(name: str, draw: Callable[..., Drawing], *facts: Any) -> Picture:
+    """Draw a figure and make it bytes."""
+    # It writes about its caches.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    style = resources.files(f"{__package__}.templates") / "report.mplstyle"
+    # Names of what is drawn follow from the figure, and differ from those of the page's other figures.
+    salt: Any = {"svg.hashsalt": f"streamprune {name}"}
+    with resources.as_file(style) as path, matplotlib.rc_context(salt, str(path)), warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes, in the picture only.
+        warnings.simplefilter("ignore")
+        figure, alt = draw(*facts)
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", metadata={"Software": None})
+        # Where everything is has been worked out by now, which takes half of the time.
+        figure.set_layout_engine("none")
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return Picture(name, alt, _element(name, alt, svg.getvalue()), png.getvalue())
+
+
+def _element(name: str, alt: str, svg: bytes) -> str:
+    """The `svg` element alone, as wide as the page lets it be, with names that no other figure has."""
+    for prefix, namespace in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
+        ElementTree.register_namespace(prefix, namespace)
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "id":
+                element.set(key, f"{name}-{value}")
+            elif key.endswith("}href") and value.startswith("#"):
+                element.set(key, f"#{name}-{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "img")
+    root.set("aria-label", alt)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _new_figure(height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure of the page's width and `height` inches, and its axes as `Figure.subplots` gives them."""
+    figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
+    return figure, figure.subplots(**grid)
+
+
+def _layer_axis(axes: Axes, layers: Sequence[int]) -> None:
     """Name the axis of layers, with whole numbers, and leave half a layer of room at both ends."""
-    axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
+    axes.set(xlabel="layer", xlim=(layers[0] - 0.6, layers[-1] + 0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("layer")
     axes.grid(False, axis="x")
 
 
-def legend(figure: Figure, columns: int, *handles: Any, **options: Any) -> None:
+def _legend(figure: Figure, columns: int, *handles: Any, **options: Any) -> None:
     """A legend above the axes."""
     figure.legend(*handles, loc="outside upper left", ncols=columns, **options)
 
 
-def shortened(name: str, length: int = 28) -> str:
-    """A name that fits beside an axis; its table has it in full."""
+def _shortened(name: str, length: int = 28) -> str:
+    """A name that fits next to an axis; its table has it in full."""
     name = plain(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def draw_experts(record: Record) -> Figure:
+def draw_experts(record: Record) -> Drawing:
     """Experts kept and removed of each layer, the mean, and protected super experts."""
     layers, counts = list(record.counts), list(record.counts.values())
-    figure, axes = new_figure(2.9)
+    removed = [record.experts - count for count in counts]
+    mean, protected = sum(counts) / len(counts), list(record.protected_layers)
+    figure, axes = _new_figure(2.9)
     axes.bar(layers, counts, 0.8, color=BLUE, label="kept")
-    axes.bar(
-        layers, [record.experts - count for count in counts], 0.8, bottom=counts, facecolor="white", edgecolor=GREY,
-        linewidth=0.5, hatch="////", label="removed",
-    )  # fmt: skip
-    mean = sum(counts) / len(counts)
+    hatched = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.5, "hatch": "////"}
+    axes.bar(layers, removed, 0.8, bottom=counts, label="removed", **hatched)
     axes.axhline(mean, color=RED, linestyle="--", linewidth=1.3, label=f"mean kept: {mean:.4g}")
-    protected = list(record.protected_layers)
     if protected:
         heights = [record.counts[layer] for layer in protected]
-        axes.plot(
-            protected, heights, "v", color=BLACK, markerfacecolor=YELLOW, label="with protected super experts"
-        )  # fmt: skip
-    layer_axis(axes, layers)
-    axes.set_ylabel("experts")
-    axes.set_ylim(0, record.experts)
+        axes.plot(protected, heights, "v", color=BLACK, markerfacecolor=YELLOW, label="with protected super experts")
+    _layer_axis(axes, layers)
+    axes.set(ylabel="experts", ylim=(0, record.experts))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(figure, 4)
-    return figure
+    _legend(figure, 4)
+    spread = f"{counts[0]} of {record.experts} in every layer"
+    if len(set(counts)) > 1:
+        spread = f"{min(counts)} to {max(counts)} of {record.experts} per layer"
+    return figure, f"Bars by layer: {spread} are kept."
 
 
-def draw_tokens(record: Record) -> Figure:
+def draw_tokens(record: Record) -> Drawing:
     """How the calibration's tokens were divided among the experts of each layer, and how many got none."""
     layers = list(record.counts)
     counts = np.array([layer.counts for layer in record.layers], dtype=np.float64)
     low, first, middle, third, high = quartiles = np.percentile(counts, (0, 25, 50, 75, 100), axis=1)
-    figure, axes = new_figure(3.0)
+    figure, axes = _new_figure(3.0)
     ends: Sequence[float] = layers
     if len(layers) == 1:
         # A single layer would be a band without width.
@@ -117,51 +214,48 @@ def draw_tokens(record: Record) -> Figure:
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=-0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    layer_axis(axes, layers)
+    _layer_axis(axes, layers)
     axes.set_ylabel("tokens per expert")
-    legend(figure, 4)
-    return figure
+    _legend(figure, 4)
+    return figure, "Bands by layer: the least, the middle half and the most tokens that an expert was given."
 
 
-def draw_retention(retained: Sequence[Retention]) -> Figure:
+def draw_retention(retained: Sequence[Retention]) -> Drawing:
     """The share of each source's saliency that stays, and the most that as many experts could keep of it."""
     least = sorted(retained, key=lambda each: each.kept)[:MOST_SOURCES]
     shown = [each for each in retained if each in least][::-1]
-    figure, axes = new_figure(0.9 + 0.34 * len(shown))
+    figure, axes = _new_figure(0.9 + 0.34 * len(shown))
     rows = range(len(shown))
     axes.barh(rows, [each.kept for each in shown], 0.62, color=BLUE, label="kept")
-    axes.plot(
-        [each.best for each in shown], rows, "D", color=BLACK, markerfacecolor=ORANGE, markersize=6,
-        label="at best: as many experts chosen for this source alone",
-    )  # fmt: skip
+    ideal = "at best: as many experts chosen for this source alone"
+    best = [each.best for each in shown]
+    axes.plot(best, rows, "D", color=BLACK, markerfacecolor=ORANGE, markersize=6, label=ideal)
     for row, each in zip(rows, shown, strict=True):
         side, colour = ("right", "white") if each.kept > 0.12 else ("left", BLACK)
         place = max(each.kept - 0.01, 0.005)
         axes.text(place, row, f"{each.kept:.1%}", ha=side, va="center", color=colour, fontsize=8.5)
-    axes.set_yticks(rows, [shortened(each.source) for each in shown])
-    axes.set_xlim(0, 1.02)
+    axes.set_yticks(rows, [_shortened(each.source) for each in shown])
+    axes.set(xlabel="share of the source's saliency", xlim=(0, 1.02))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(False, axis="y")
-    axes.set_xlabel("share of the source's saliency")
-    legend(figure, 2)
-    return figure
+    _legend(figure, 2)
+    return figure, f"Bars by source: {least[0].source} keeps least of its saliency, {least[0].kept:.1%}."
 
 
-def draw_memory(memory: Memory, sizes: Sequence[GpuSize], budget: int | None) -> Figure:
+def draw_memory(memory: Memory, budget: int | None) -> Drawing:
     """The parts of the memory, before and after, against the sizes of GPUs and the budget."""
     bars = {"this model": memory.after, **({"source": memory.before} if memory.before else {})}
     widest = max(estimate.interval[1] for estimate in bars.values())
-    marks = {gpu.label: gpu.nbytes for gpu in sizes if gpu.nbytes <= _FARTHEST * widest}
-    beyond = [gpu.label for gpu in sizes if gpu.label not in marks]
+    marks = {label: nbytes for label, nbytes, _ in GPU_SIZES if nbytes <= _FARTHEST * widest}
+    beyond = [label for label, *_ in GPU_SIZES if label not in marks]
     if budget is not None:
         marks["budget"] = budget
-    figure, axes = new_figure(1.35 + 0.55 * len(bars))
+    figure, axes = _new_figure(1.35 + 0.55 * len(bars))
     for row, estimate in enumerate(bars.values()):
         _stack(axes, row, estimate)
     axes.set_yticks(range(len(bars)), list(bars))
-    axes.set_ylim(-0.5, len(bars) - 0.1)
     limit = 1.06 * max([widest, *marks.values()]) / GIB
-    axes.set_xlim(0, limit)
+    axes.set(xlim=(0, limit), ylim=(-0.5, len(bars) - 0.1))
     for number, (label, nbytes) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
         colour, style = (RED, ":") if label == "budget" else (BLACK, "--")
         axes.axvline(nbytes / GIB, color=colour, linestyle=style, linewidth=1.6)
@@ -173,13 +267,18 @@ def draw_memory(memory: Memory, sizes: Sequence[GpuSize], budget: int | None) ->
     axes.grid(False, axis="y")
     axes.set_xlabel("GiB" + (f"     ({' and '.join(beyond)}: far to the right)" if beyond else ""))
     keys = [Patch(facecolor=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.5) for _, colour, hatch, _ in _PARTS]
-    legend(figure, 5, keys, [name for name, *_ in _PARTS], columnspacing=1.0, handlelength=1.4)
-    return figure
+    _legend(figure, 5, keys, [name for name, *_ in _PARTS], columnspacing=1.0, handlelength=1.4)
+    before = f"{format_bytes(memory.before.total)} before, " if memory.before else ""
+    return figure, f"Stacked bars of the memory: {before}{format_bytes(memory.after.total)} after."
 
 
 def _stack(axes: Axes, row: int, estimate: Estimate) -> None:
     """The parts of an estimate as one bar, with its bounds at the end."""
-    left, sizes = 0.0, parts_of(estimate)
+    sizes = dict.fromkeys((name for name, *_ in _PARTS), 0)
+    for term in estimate.terms:
+        name = next(name for name, _, _, beginnings in _PARTS if term.name.startswith(beginnings))
+        sizes[name] += term.bytes
+    left = 0.0
     for name, colour, hatch, _ in _PARTS:
         width = sizes[name] / GIB
         axes.barh(row, width, 0.55, left=left, facecolor=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.5)
@@ -188,20 +287,7 @@ def _stack(axes: Axes, row: int, estimate: Estimate) -> None:
     axes.errorbar(left, row, xerr=[[left - low], [high - left]], color=BLACK, capsize=4, linewidth=1.2)
 
 
-def parts_of(estimate: Estimate) -> dict[str, int]:
-    """Bytes of every part that the figure stacks."""
-    found = {name: 0 for name, *_ in _PARTS}
-    for term in estimate.terms:
-        name = next(name for name, _, _, beginnings in _PARTS if term.name.startswith(beginnings))
-        found[name] += term.bytes
-    return found
-
-
-#: How far a model and its original are from the middle of their row.
-_APART = 0.15
-
-
-def draw_losses(text: TextResult) -> Figure:
+def draw_losses(text: TextResult) -> Drawing:
     """Loss of the model and of the original by source, and the divergence between them, with intervals."""
     shown = text.rows[::-1]
     if len(text.sources) > MOST_SOURCES:
@@ -209,7 +295,7 @@ def draw_losses(text: TextResult) -> Figure:
         worst = sorted(text.sources, key=lambda each: -(each.loss if each.kl is None else each.kl))[:MOST_SOURCES]
         shown = [each for each in shown if each in worst or each is text.all]
     height = 1.1 + 0.36 * len(shown)
-    figure, axes = new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
+    figure, axes = _new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
     left = axes[0][0]
     before = {row: each.original_loss for row, each in enumerate(shown) if each.original_loss is not None}
     # One above the other: they are often so close that one would hide the other.
@@ -217,26 +303,20 @@ def draw_losses(text: TextResult) -> Figure:
     _points(left, losses, ("s", BLUE, "this model"), -_APART if before else 0.0)
     if before:
         heights = [row + _APART for row in before]
-        left.plot(
-            list(before.values()), heights, "o", color=BLACK, markerfacecolor="white", markersize=6, label="original"
-        )  # fmt: skip
-    left.set_title("Loss, nats per token")
-    left.set_yticks(range(len(shown)), [shortened(each.name, 22) for each in shown])
-    left.set_ylim(-0.6, len(shown) - 0.4)
+        hollow = {"color": BLACK, "markerfacecolor": "white", "markersize": 6}
+        left.plot(list(before.values()), heights, "o", label="original", **hollow)
+    left.set_yticks(range(len(shown)), [_shortened(each.name, 22) for each in shown])
+    left.set(title="Loss, nats per token", ylim=(-0.6, len(shown) - 0.4))
     if text.compared:
         right = axes[0][1]
         _points(right, [(each.kl, each.kl_interval) for each in shown], ("D", RED, "KL divergence"))
-        right.set_xlim(left=0)
-        right.set_title("KL divergence from the original, nats per token")
-    legend(figure, 3, *left.get_legend_handles_labels())
-    return figure
+        right.set(title="KL divergence from the original, nats per token", xlim=(0, None))
+    _legend(figure, 3, *left.get_legend_handles_labels())
+    return figure, "Loss of every source, with its interval."
 
 
 def _points(
-    axes: Axes,
-    values: Sequence[tuple[float | None, tuple[float, float] | None]],
-    look: tuple[str, str, str],
-    shift: float = 0.0,
+    axes: Axes, values: Sequence[tuple[float | None, Interval | None]], look: tuple[str, str, str], shift: float = 0.0
 ) -> None:
     """A point in each row for each value, with its interval; `look` is its marker, colour and name."""
     points = [(row, value, ends or (value, value)) for row, (value, ends) in enumerate(values) if value is not None]
@@ -249,86 +329,59 @@ def _points(
     )  # fmt: skip
 
 
-def draw_depth(text: TextResult) -> Figure:
+def draw_depth(text: TextResult) -> Drawing:
     """The relative error of the hidden states after every layer, a line for each source."""
     known = [(each.name, each.hidden_error) for each in text.sources if each.hidden_error]
     largest = sorted(known, key=lambda each: -each[1][-1])[: len(LINES)]
     shown = [each for each in known if each in largest]
-    whole = text.all.hidden_error if text.all else None
-    figure, axes = new_figure(3.0 + 0.17 * (len(shown) // 4))
-    last = max(len(errors) for errors in (*(errors for _, errors in known), whole or []))
+    of_all = text.all.hidden_error if text.all else None
+    figure, axes = _new_figure(3.0 + 0.17 * (len(shown) // 4))
+    last = max(len(errors) for errors in (*(errors for _, errors in known), of_all or []))
     every = max(1, last // 12)
     for number, ((name, errors), (colour, style, marker)) in enumerate(zip(shown, LINES, strict=False)):
         axes.plot(
             range(len(errors)), errors, style, color=colour, marker=marker, markersize=5, linewidth=1.5,
-            markevery=(number % every, every), label=shortened(name, 20),
+            markevery=(number % every, every), label=_shortened(name, 20),
         )  # fmt: skip
-    if whole:
-        axes.plot(range(len(whole)), whole, ":", color=BLACK, linewidth=2.2, label="all")
-    layer_axis(axes, range(last))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("relative error of the hidden states")
-    legend(figure, 5 if all(len(name) <= 14 for name, _ in shown) else 4)
-    return figure
+    if of_all:
+        axes.plot(range(len(of_all)), of_all, ":", color=BLACK, linewidth=2.2, label="all")
+    _layer_axis(axes, range(last))
+    axes.set(ylabel="relative error of the hidden states", ylim=(0, None))
+    _legend(figure, 5 if all(len(name) <= 14 for name, _ in shown) else 4)
+    return figure, "Lines by source: the relative error of the hidden states after each layer."
 
 
-def draw_course(course: Course) -> Figure:
+def draw_course(course: Course) -> Drawing:
     """What every layer of a run took, in seconds and in memory."""
     layers = [each.layer for each in course.layers]
-    figure, (above, below) = new_figure(3.6, nrows=2, sharex=True)
+    figure, (above, below) = _new_figure(3.6, nrows=2, sharex=True)
     above.bar(layers, [each.seconds for each in course.layers], 0.8, color=GREEN)
-    above.set_ylabel("seconds")
-    above.set_title("Time of each layer")
+    above.set(title="Time of each layer", ylabel="seconds")
     peaks = [each.peak_bytes for each in course.layers]
     unit, name = (GIB, "GiB") if max(peaks) >= GIB else (MIB, "MiB")
-    below.plot(
-        layers, [peak / unit for peak in peaks], color=ORANGE, marker="o", markersize=4, markeredgecolor=BLACK,
-        markevery=max(1, len(layers) // 24),
-    )  # fmt: skip
-    below.set_ylim(0, 1.12 * max(peaks) / unit)
-    below.set_ylabel(name)
-    below.set_title("Peak memory of the process by then")
-    layer_axis(below, layers)
-    return figure
+    marks = {"marker": "o", "markersize": 4, "markeredgecolor": BLACK, "markevery": max(1, len(layers) // 24)}
+    below.plot(layers, [peak / unit for peak in peaks], color=ORANGE, **marks)
+    below.set(title="Peak memory of the process by then", ylabel=name, ylim=(0, 1.12 * max(peaks) / unit))
+    _layer_axis(below, layers)
+    longest = max(course.layers, key=lambda each: each.seconds)
+    return figure, f"Time and peak memory by layer; layer {longest.layer} took longest, {longest.seconds:.1f} s."
 
 
-#: The map has at most so many experts side by side; of more there are several panels.
-_ACROSS = 256
-#: A cell's pixels, and how many of them an expert that was removed leaves free at each side.
-_CELL, _MARGIN = 8, 2
-#: Scores between these quantiles have colours of their own; those beyond have the first or the last one.
-_DISTINCT = (0.02, 0.98)
-_COLOURS = "cividis"
-
-
-def relative_scores(record: Record) -> NDArray[np.float64]:
-    """Scores (layers, experts) over the mean of their layer, so that layers of any scale can be seen on one map.
-
-    Layers whose mean is not positive (a method may give negative scores) are left as they are.
-    """
-    scores = np.array([layer.scores for layer in record.layers], dtype=np.float64)
-    means = scores.mean(axis=1, keepdims=True)
-    return np.asarray(scores / np.where(means > 0, means, 1.0))
-
-
-def draw_map(record: Record) -> Figure:
-    """The map of a record whose experts have scores, or, without scores, of what stays alone."""
+def draw_map(record: Record) -> Drawing:
+    """Which experts stay, and the score of each if they have scores."""
     layers = list(record.counts)
     pixels, colours = _map_pixels(record)
     starts = range(0, record.experts, _ACROSS)
     row = min(0.34, max(0.085, 3.6 / len(layers)))
-    figure, axes = new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
+    figure, axes = _new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
     panels = list(axes[:, 0])
     for panel, start in zip(panels, starts, strict=True):
         stop = min(start + _ACROSS, record.experts)
-        panel.imshow(
-            pixels[:, start * _CELL : stop * _CELL], interpolation="none", aspect="auto",
-            extent=(start - 0.5, stop - 0.5, len(layers) - 0.5, -0.5),
-        )  # fmt: skip
-        panel.set_xlim(start - 0.5, start + min(_ACROSS, record.experts) - 0.5)
+        extent = (start - 0.5, stop - 0.5, len(layers) - 0.5, -0.5)
+        panel.imshow(pixels[:, start * _CELL : stop * _CELL], interpolation="none", aspect="auto", extent=extent)
+        panel.set(ylabel="layer", xlim=(start - 0.5, start + min(_ACROSS, record.experts) - 0.5))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(False)
-        panel.set_ylabel("layer")
         step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 10_000) if len(layers) / step <= 16)
         panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     panels[-1].set_xlabel("expert (its number in the source)")
@@ -337,8 +390,8 @@ def draw_map(record: Record) -> Figure:
         bar.set_label("score / mean of its layer")
         bar.outline.set_visible(False)
     keys = [Line2D([], [], marker="s", markersize=size, linestyle="", color=GREY) for size in (8, 3)]
-    legend(figure, 2, keys, ["kept: the complete cell", "removed: a square within it"])
-    return figure
+    _legend(figure, 2, keys, ["kept: the complete cell", "removed: a square within it"])
+    return figure, f"Map of {len(layers)} layers by {record.experts} experts: the score of each, and whether it stays."
 
 
 def _map_pixels(record: Record) -> tuple[NDArray[np.uint8], matplotlib.cm.ScalarMappable | None]:
@@ -348,7 +401,11 @@ def _map_pixels(record: Record) -> tuple[NDArray[np.uint8], matplotlib.cm.Scalar
         kept[row, layer.kept] = True
     scale = None
     if record.is_scored:
-        values = relative_scores(record)
+        scores = np.array([layer.scores for layer in record.layers], dtype=np.float64)
+        means = scores.mean(axis=1, keepdims=True)
+        # Over the mean of their layer, so that layers of any scale can be seen on one map; but layers whose mean is not
+        # positive (a method may give negative scores) are left as they are.
+        values = scores / np.where(means > 0, means, 1.0)
         low, high = (float(end) for end in np.quantile(values, _DISTINCT))
         shares = np.clip((values - low) / (high - low or 1.0), 0, 1)
         # Few colours make a small file; nobody sees the difference to more.

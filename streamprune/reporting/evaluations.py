@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -44,6 +45,7 @@ RESULT_FORMAT = 1
 _ADVICE = "Evaluate again with `streamprune eval`, or remove the file."
 
 Interval = tuple[Number, Number]
+Sentences = Annotated[list[Annotated[str, Meta(max_length=10_000)]], Meta(max_length=MOST_LISTED)]
 
 
 class _Checked(Struct, frozen=True, kw_only=True):
@@ -85,7 +87,7 @@ class Losses(_Checked, frozen=True, kw_only=True):
 
 
 class EvaluatedText(Struct, frozen=True):
-    """The text that was measured on; `held_back` is true for what the run itself held back from its calibration."""
+    """The text that was measured on; `held_back` is true for what the run itself held out of its calibration."""
 
     held_back: bool | None = None
 
@@ -103,15 +105,14 @@ class TextResult(_Checked, frozen=True, kw_only=True):
     @property
     def text_words(self) -> str:
         """Which text it is."""
-        held_back = self.data is not None and self.data.held_back
-        return "text that was held back from the calibration" if held_back else "text that was given to `eval`"
+        is_held_out = self.data is not None and self.data.held_back
+        return "text that was " + ("held out of the calibration" if is_held_out else "given to `eval`")
 
     @property
     def original_words(self) -> str:
         """What it is compared with."""
-        if self.against_source is False:
-            return f"{self.against}, which is not what this model was made from"
-        return "the original"
+        known_other = self.against_source is False
+        return f"{self.against}, which is not what this model was made from" if known_other else "the original"
 
     @property
     def rows(self) -> list[Losses]:
@@ -127,7 +128,7 @@ class TextResult(_Checked, frozen=True, kw_only=True):
 class Continuations(_Checked, frozen=True, kw_only=True):
     """How continuations went: shares that ended by themselves and that looped, and of 4-grams that came before.
 
-    The last is None where they were too short to have any; `prompts` is None where they are those of the whole mode.
+    The last is None where they were too short to have any; `prompts` is None where they are those of the mode.
     """
 
     name: Name = "all"
@@ -152,12 +153,9 @@ class GenerationMode(Continuations, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The way in words."""
+        """The mode in words."""
         thinking = {None: "", True: ", thinking on", False: ", thinking off"}[self.thinking]
         return f"{self.decoding}, {self.form}{thinking}"
-
-
-Remark = Annotated[str, Meta(max_length=10_000)]
 
 
 class GenerationResult(_Checked, frozen=True, kw_only=True):
@@ -167,8 +165,8 @@ class GenerationResult(_Checked, frozen=True, kw_only=True):
     verdict: Literal["loops", "healthy", "unknown"]
     against: Name | None = None
     modes: Annotated[list[GenerationMode], Meta(max_length=MOST_LISTED)]
-    advice: Annotated[list[Remark], Meta(max_length=MOST_LISTED)] = []
-    notes: Annotated[list[Remark], Meta(max_length=MOST_LISTED)] = []
+    advice: Sentences = []
+    notes: Sentences = []
 
     @property
     def loops(self) -> bool:
@@ -197,9 +195,13 @@ class TasksResult(_Checked, frozen=True, kw_only=True):
                 # A key without a filter ("alias") is no metric: the metrics are "acc,none" and the like.
                 if not variant or metric.endswith("_stderr") or not _is_finite(value):
                     continue
-                error = metrics.get(f"{metric}_stderr,{variant}")
+                error = metrics.get(f"{metric}_stderr,{variant}", math.nan)
                 name = metric if variant == "none" else f"{metric}, {variant}"
-                yield task, name, float(value), float(error) if error is not None and _is_finite(error) else None
+                yield task, name, float(value), float(error) if _is_finite(error) else None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e300
 
 
 def results_folder(model: Path) -> Path:
@@ -216,28 +218,13 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def read_text(output: Path) -> TextResult | None:
-    """The losses of text.json; None without the file. Raises ReportError for a file that is not as documented."""
-    return _read(output, TEXT_NAME, TextResult)
+def read_checked_result(output: Path, name: str, kind: type[Kind]) -> Kind | None:
+    """The result in the file `name` of the model in `output`; None without the file.
 
-
-def read_generation(output: Path) -> GenerationResult | None:
-    """How continuations end, from generation.json; None without the file. Raises ReportError as `read_text`."""
-    return _read(output, GENERATION_NAME, GenerationResult)
-
-
-def read_tasks(output: Path) -> TasksResult | None:
-    """What tasks.json holds; None without the file. Raises ReportError as `read_text`."""
-    return _read(output, TASKS_NAME, TasksResult)
-
-
-def _read(output: Path, name: str, kind: type[Kind]) -> Kind | None:
+    Raises ReportError for a file that is not as documented.
+    """
     path = results_folder(output) / name
     return checked(read_object(path, _ADVICE), kind, path, _ADVICE) if path.is_file() else None
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e300
 
 
 def without_folders(value: Any) -> Any:

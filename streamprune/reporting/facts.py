@@ -1,12 +1,11 @@
-"""All that the report is made of: read from an output and the log beside it, and checked against one another. No torch.
+"""All that the report is made of: read from an output and the log next to it, and checked against one another.
 
-Neither the source model nor the calibration text is needed.
+Neither the source model nor the calibration text is needed. No torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +13,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from streamprune.checkpoint.index import open_checkpoint
-from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry
+from streamprune.checkpoint.index import Checkpoint, open_checkpoint
+from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES
 from streamprune.config import ServingSpec, sibling_path
 from streamprune.errors import ReportError, UnsupportedModelError
 from streamprune.files.json_text import parse_json
@@ -26,23 +25,28 @@ from streamprune.hardware.gpus import known_gpu
 from streamprune.planning.model_facts import facts_from_json
 from streamprune.progress import LOG_SUFFIX
 from streamprune.reporting.evaluations import (
+    GENERATION_NAME,
+    TASKS_NAME,
+    TEXT_NAME,
     GenerationResult,
     TasksResult,
     TextResult,
-    read_generation,
-    read_tasks,
-    read_text,
+    read_checked_result,
 )
-from streamprune.reporting.record import Count, Positive, Record, checked, read_record
+from streamprune.reporting.record import Count, Positive, Record, Share, checked, read_record
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
 from streamprune.selection.retention import Retention, retentions
+from streamprune.selection.select import LayerSelection, Selection
 
 _ADVICE = "Remove the log: the report does without it."
-GIB = 1024**3
+#: The GPUs that models are pruned for, as (label, bytes of memory, bytes of these that CUDA can use).
+GPU_SIZES = tuple(
+    (f"{size} GiB GPU", size * 2**30, known_gpu(name).usable_bytes)
+    for size, name in ((24, "rtx-3090"), (32, "rtx-5090"))
+)
 
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class LayerTiming(Struct, frozen=True, kw_only=True):
@@ -57,10 +61,10 @@ class LayerTiming(Struct, frozen=True, kw_only=True):
 class BusyShares(Struct, frozen=True):
     """For how many `seconds` a run was watched, and the share of them in which each resource was at work."""
 
-    compute: _Share
-    read: _Share
-    write: _Share
-    states: _Share
+    compute: Share
+    read: Share
+    write: Share
+    states: Share
     seconds: Seconds
 
 
@@ -70,7 +74,7 @@ class RunSummary(Struct, frozen=True):
     seconds: Seconds
     peak_resident_bytes: Count
     busy: BusyShares | None = None
-    processes: Positive | None = None
+    processes: Positive = 1
     verified: bool | None = None
 
 
@@ -89,97 +93,70 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
     """
     path = sibling_path(output, LOG_SUFFIX)
     if not path.is_file():
-        return f"There is no log ({path.name}) beside the model: `streamprune prune` writes none."
+        return f"There is no log ({path.name}) next to the model: `streamprune prune` writes none."
     events = _events(path)
-    number, summary = next(
-        ((number, event) for number, event in reversed(events) if event.get("event") == "summary"), (0, {})
-    )
+    number = max((line for line, event in events.items() if event.get("event") == "summary"), default=0)
+    summary = events.get(number, {})
     if "output_bytes" not in summary:
-        return f"The log beside the model ({path.name}) is not of a run that made a model."
-    if _differs(summary, record, output_bytes):
-        return f"The log beside the model ({path.name}) is of another run: its numbers are not this model's."
+        return f"The log next to the model ({path.name}) is not of a run that made a model."
+    # An earlier output of this name, which `prune` replaced, had a log of its own.
+    counts = list(record.counts.values())
+    experts = counts[0] if len(set(counts)) == 1 else counts
+    here = {"output_bytes": output_bytes, "source_bytes": record.source.bytes, "experts_per_layer": experts}
+    if json.dumps({name: summary.get(name) for name in here}) != json.dumps(here):
+        return f"The log next to the model ({path.name}) is of another run: its numbers are not this model's."
     layers = (
         checked(event, LayerTiming, f"{path}, line {line}", _ADVICE)
-        for line, event in events
+        for line, event in events.items()
         if event.get("event") == "block"
     )
     return Course(tuple(layers), checked(summary, RunSummary, f"{path}, line {number}", _ADVICE))
 
 
-def _events(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The lines of a log that hold something, with their numbers."""
+def _events(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a log that hold something, by their numbers."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
         lines = enumerate(path.read_bytes().splitlines(), 1)
-        events = [(number, parse_json(line)) for number, line in lines if line.strip()]
-        if not all(isinstance(event, dict) for _, event in events):
+        events = {number: parse_json(line) for number, line in lines if line.strip()}
+        if not all(isinstance(event, dict) for event in events.values()):
             raise ValueError("a line is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(f"{path} is no log of a run: {error}. {_ADVICE}") from None
     return events
 
 
-def _differs(summary: Mapping[str, Any], record: Record, output_bytes: int) -> bool:
-    """Whether the log is of another run: an earlier output of this name, which `prune` replaced, had its own."""
-    counts = list(record.counts.values())
-    experts = counts[0] if len(set(counts)) == 1 else counts
-    here = {"output_bytes": output_bytes, "source_bytes": record.source.bytes, "experts_per_layer": experts}
-    return json.dumps({name: summary.get(name) for name in here}) != json.dumps(here)
-
-
-@dataclass(frozen=True)
-class GpuSize:
-    """The memory of a common GPU in bytes, and what CUDA can use of it."""
-
-    label: str
-    nbytes: int
-    usable: int
-
-
-def gpu_sizes() -> tuple[GpuSize, ...]:
-    """The GPUs that models are pruned for: of 24 and 32 GiB."""
-    known = ((24, known_gpu("rtx-3090")), (32, known_gpu("rtx-5090")))
-    return tuple(GpuSize(f"{size} GiB GPU", size * GIB, gpu.usable_bytes) for size, gpu in known)
-
-
 @dataclass(frozen=True)
 class Memory:
-    """What the model takes, and what its source took in the same use; the latter is None where it cannot be told."""
+    """What the model takes, and what its source took in the same use; the latter is None where it is not known."""
 
     after: Estimate
     before: Estimate | None
 
 
-def read_memory(
-    output: Path, record: Record, scores: Scores | None, tensors: Mapping[str, TensorEntry]
-) -> Memory | str:
-    """The memory of the model in `output`, which has these tensors; or a sentence why it cannot be told.
+def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint: Checkpoint) -> Memory | str:
+    """The memory of the model in `output`; or a sentence why it is not known.
 
     Raises CheckpointError where scores and tensors do not go together.
     """
-    footprint = _footprint(output, record, scores, tensors)
-    if isinstance(footprint, str):
-        return footprint
-    use = record.use.spec if record.use else ServingSpec()
-    after = Estimate(footprint, use)
-    weights = source_weights(footprint.weights, record)
-    if weights is None:
-        return Memory(after, None)
-    return Memory(after, Estimate(replace(footprint, model=record.settings.model, weights=weights), use))
-
-
-def _footprint(
-    output: Path, record: Record, scores: Scores | None, tensors: Mapping[str, TensorEntry]
-) -> Footprint | str:
+    unknown = "What memory the model takes is not known: "
+    footprint: Footprint | None
     if scores is not None and scores.layout is not None:
-        facts = facts_from_json(scores.layout, scores.spec, str(output), tensors, record.counts)
-        return facts.footprint or "What memory the model takes is not known: its cache cannot be worked out."
-    try:
-        # By the tensors' names, or, where they leave doubts, by building the model on the meta device.
-        return read_footprint(str(output))
-    except UnsupportedModelError as error:
-        return f"What memory the model takes is not known: {error}"
+        facts = facts_from_json(scores.layout, scores.spec, str(output), checkpoint.tensors, record.counts)
+        footprint = facts.footprint
+        if footprint is None:
+            return f"{unknown}its cache cannot be worked out."
+    else:
+        try:
+            # By the tensors' names, or, where they leave doubts, by building the model on the meta device.
+            footprint = read_footprint(str(output))
+        except UnsupportedModelError as error:
+            return f"{unknown}{error}"
+    use = record.use.spec if record.use else ServingSpec()
+    weights = source_weights(footprint.weights, record)
+    before = replace(footprint, model=record.settings.model, weights=weights) if weights else None
+    return Memory(Estimate(footprint, use), Estimate(before, use) if before else None)
 
 
 def source_weights(weights: Weights, record: Record) -> Weights | None:
@@ -210,6 +187,22 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     return Weights(tuple(facts), record.experts, weights.measured)
 
 
+def read_scores_of(output: Path, record: Record) -> Scores | None:
+    """The scores in `output`, whose record is given; None without any. Raises ReportError for another model's."""
+    path = output / SCORES_FOLDER / SCORES_NAME
+    if not path.is_file():
+        return None
+    scores = read_scores(path)
+    layers = tuple(layer.index for layer in record.layers)
+    if scores.layer_indices != layers or scores.spec.count != record.experts:
+        raise ReportError(
+            f"{path} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
+            f"made from {len(layers)} layers with {record.experts}. They belong to another model: remove them, or "
+            "prune again."
+        )
+    return scores
+
+
 @dataclass(frozen=True)
 class Facts:
     """An output as the report shows it; a text instead of a fact is a sentence why it is not known."""
@@ -234,31 +227,17 @@ def read_facts(output: Path) -> Facts:
     output = output.absolute()
     output = output if output.name not in ("", "..") else output.resolve()
     record = read_record(output)
-    scores = _scores(output, record)
+    scores = read_scores_of(output, record)
+    selection = Selection(tuple(LayerSelection(layer.index, tuple(layer.kept)) for layer in record.layers))
     checkpoint = open_checkpoint(output)
     return Facts(
         output.name,
         record,
         checkpoint.nbytes,
-        retentions(scores, record.selection) if scores else (),
-        read_memory(output, record, scores, checkpoint.tensors),
+        retentions(scores, selection) if scores else (),
+        read_memory(output, record, scores, checkpoint),
         read_course(output, record, checkpoint.nbytes),
-        read_text(output),
-        read_generation(output),
-        read_tasks(output),
+        read_checked_result(output, TEXT_NAME, TextResult),
+        read_checked_result(output, GENERATION_NAME, GenerationResult),
+        read_checked_result(output, TASKS_NAME, TasksResult),
     )
-
-
-def _scores(output: Path, record: Record) -> Scores | None:
-    path = output / SCORES_FOLDER / SCORES_NAME
-    if not path.is_file():
-        return None
-    scores = read_scores(path)
-    layers = tuple(layer.index for layer in record.layers)
-    if scores.layer_indices != layers or scores.spec.count != record.experts:
-        raise ReportError(
-            f"{path} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
-            f"made from {len(layers)} layers with {record.experts}. They belong to another model: remove them, or "
-            "prune again."
-        )
-    return scores

@@ -1,6 +1,6 @@
 """`streamprune.json`, the record of how an output was made: the same classes write it, check it and read it. No torch.
 
-An output or a scores file may come from a stranger: nothing in a record is believed unchecked.
+Outputs and scores files may come from anybody: nothing in a record is believed unchecked.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.planning.expert_counts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.selection.select import LayerSelection, Selection
+from streamprune.selection.select import Selection
 from streamprune.selection.settings import SelectionSettings
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2
-
-#: A whole number that is exact in every language's JSON, a finite number, a share, and lists that can be shown.
+MOST_LISTED = 100_000
+#: Whole numbers that are exact in every language's JSON, finite numbers, and names that can be shown.
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Number = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
-MOST_LISTED = 100_000
 Kind = TypeVar("Kind")
+_Experts = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
+_ADVICE = "Was it changed? Prune again, or restore it."
 
 
 class SourceFiles(Struct, frozen=True, kw_only=True):
@@ -49,12 +50,12 @@ class SourceFiles(Struct, frozen=True, kw_only=True):
 class SourceModel(SourceFiles, frozen=True, kw_only=True):
     """The same with the experts of each layer, and how many of them are used for each token."""
 
-    experts: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
-    top_k: Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
+    experts: _Experts
+    top_k: _Experts
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
-    """How the scores were taken; missing where there are none."""
+    """How the scores were computed; missing where there are none."""
 
     batch_tokens: Positive | UnsetType = UNSET
     device: Name | UnsetType = UNSET
@@ -63,7 +64,7 @@ class ScoringSettings(Struct, frozen=True, kw_only=True):
 
 
 class Settings(ScoringSettings, frozen=True, kw_only=True):
-    """What was asked for: the model, how many experts stay, and how they were chosen (all None for a user's list)."""
+    """The model, how many experts stay, and how they were selected (all None for a user's own list)."""
 
     model: Name
     revision: Name | None = None
@@ -79,17 +80,15 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     max_shard_bytes: Positive | None = None
 
 
-class Use(Struct, frozen=True, kw_only=True):
-    """What the memory was planned for; `budget_bytes` is None where no budget was given."""
+class PlannedUse(Struct, frozen=True, kw_only=True):
+    """The use that the memory was planned for; `budget_bytes` is None where no budget was given."""
 
     context: Positive
     batch: Positive
-    kv_dtype: str
+    kv_dtype: Annotated[str, Meta(pattern=f"^({'|'.join(KV_DTYPES)})$")]
     budget_bytes: Positive | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype is {self.kv_dtype!r}, not one of {', '.join(KV_DTYPES)}")
         try:
             _ = self.spec
         except SettingsError as error:
@@ -97,7 +96,7 @@ class Use(Struct, frozen=True, kw_only=True):
 
     @property
     def spec(self) -> ServingSpec:
-        """The same as the estimate of memory takes it."""
+        """The use as the estimate of memory takes it."""
         return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
 
 
@@ -109,7 +108,7 @@ class SourceTokens(Struct, frozen=True):
 
 
 class HeldBack(Struct, frozen=True):
-    """The text that was held back from the calibration to be measured on."""
+    """The text that was held out of the calibration to be measured on."""
 
     sequences: Count
     tokens: Count
@@ -200,11 +199,11 @@ class RecordedLayer(Struct, frozen=True, kw_only=True):
 
 
 class Record(Struct, frozen=True, kw_only=True):
-    """All of streamprune.json. `files` are those that belong to the model beside its weights."""
+    """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights."""
 
     format: int = RECORD_FORMAT
     settings: Settings
-    use: Use | None = None
+    use: PlannedUse | None = None
     versions: dict[str, Any]
     source: SourceModel
     calibration: Calibration | None = None
@@ -217,19 +216,19 @@ class Record(Struct, frozen=True, kw_only=True):
         experts = self.source.experts
         if self.source.top_k > experts:
             raise ValueError(f"`$.source.top_k` is {self.source.top_k}, but there are {experts} experts")
-        indices = [layer.index for layer in self.layers]
-        if indices != sorted(set(indices)):
+        indices = list(self.counts)
+        if len(indices) < len(self.layers) or indices != sorted(indices):
             raise ValueError("layers are not in ascending order of their `index`")
         for number, layer in enumerate(self.layers):
-            for place, last in enumerate(layer.kept):
-                if last >= experts:
-                    raise ValueError(f"`$.layers[{number}].kept[{place}]` is {last}, but there are {experts} experts")
+            for place, expert in enumerate(layer.kept):
+                if expert >= experts:
+                    raise ValueError(f"`$.layers[{number}].kept[{place}]` is {expert}, but there are {experts} experts")
             for name, values in (("scores", layer.scores), ("counts", layer.counts)):
                 if len(values) not in (0, experts):
                     raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
-                raise ValueError(f"protected: {index!r} is no layer with experts, or lists experts that it has not")
+                raise ValueError(f"protected: {index!r} is no layer with experts, or has not all the experts listed")
 
     @property
     def experts(self) -> int:
@@ -256,16 +255,6 @@ class Record(Struct, frozen=True, kw_only=True):
         """The super experts that were protected, by layer."""
         return {int(index): experts for index, experts in self.protected.items() if experts}
 
-    @property
-    def selection(self) -> Selection:
-        """The experts that stay, as they were selected."""
-        layers = (
-            LayerSelection(layer.index, tuple(layer.kept), tuple(layer.scores), tuple(layer.counts))
-            for layer in self.layers
-        )
-        protected = {index: tuple(experts) for index, experts in self.protected_layers.items()}
-        return Selection(tuple(layers), protected=protected)
-
     def as_json(self) -> dict[str, Any]:
         """What streamprune.json holds."""
         found: dict[str, Any] = msgspec.to_builtins(self)
@@ -282,43 +271,43 @@ def make_record(
 ) -> Record:
     """The record of an output; nothing in it varies between runs of the same input and settings.
 
-    It is the same whether the scores were taken in the same run or before. (On the CPU the last digits of scores depend
-    on the number of threads, as every matrix product does.) `small_files` are the names of the files beside the weights
-    that were copied.
+    It is the same whether the scores were computed in the same run or before. (On the CPU the last digits of scores
+    depend on the number of threads, as every matrix product does.) `small_files` are the names of the files of the
+    source that were copied.
     """
     # In one order, whether it comes from a run or was read from a file.
-    origin = msgspec.convert(json.loads(json.dumps(provenance, sort_keys=True)), Provenance)
+    origin = json.loads(json.dumps(provenance, sort_keys=True))
+    scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
     spec, use = plan.layout.spec, settings.serving
-    return Record(
-        settings=Settings(
-            model=origin.model,
-            revision=origin.revision,
-            keep=counts.keep,
-            total=counts.total,
+    found = {
+        "settings": {
+            "model": origin["model"],
+            "revision": origin["revision"],
+            **scoring,
             **(_selection_settings(selection.settings) if selection.settings else {}),
-            max_shard_bytes=settings.max_shard_bytes,
-            **msgspec.structs.asdict(origin.settings),
-        ),
-        use=Use(
-            context=use.context,
-            batch=use.batch,
-            kv_dtype=use.kv_dtype,
-            budget_bytes=counts.budget.nbytes if counts.budget else None,
-        ),
-        versions=origin.versions,
-        source=SourceModel(**msgspec.structs.asdict(origin.source), experts=spec.count, top_k=spec.top_k),
-        calibration=origin.calibration,
-        # When the output is published, files that are not listed stay where they are.
-        files=sorted({*small_files, *plan.files}),
-        dropped=list(plan.layout.dropped),
-        protected={str(layer): list(experts) for layer, experts in sorted(selection.protected.items())},
-        layers=[
-            RecordedLayer(
-                index=layer.index, kept=list(layer.kept), scores=list(layer.scores), counts=list(layer.tokens)
-            )
-            for layer in selection.layers
+            "keep": counts.keep,
+            "total": counts.total,
+            "max_shard_bytes": settings.max_shard_bytes,
+        },
+        "use": {
+            "context": use.context,
+            "batch": use.batch,
+            "kv_dtype": use.kv_dtype,
+            "budget_bytes": counts.budget.nbytes if counts.budget else None,
+        },
+        "versions": origin["versions"],
+        "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k},
+        "calibration": origin["calibration"],
+        # `push` leaves files that are not listed.
+        "files": sorted({*small_files, *plan.files}),
+        "dropped": plan.layout.dropped,
+        "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
+        "layers": [
+            {"index": each.index, "kept": each.kept, "scores": each.scores, "counts": each.tokens}
+            for each in selection.layers
         ],
-    )
+    }
+    return msgspec.convert(found, Record)
 
 
 def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
@@ -335,7 +324,7 @@ def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
 
 
 def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The provenance of a choice that rests on no scores."""
+    """The provenance of a selection that rests on no scores."""
     return {
         "model": public_name(model),
         "revision": revision,
@@ -347,7 +336,7 @@ def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint)
 
 
 def check_provenance(scores: Scores) -> None:
-    """Raise ScoresError unless the provenance of scores holds what the record and the card need of it."""
+    """Raise ScoresError unless the provenance of scores holds what the record and the model card need of it."""
     fault = ""
     try:
         found = msgspec.convert(scores.provenance, Provenance)
@@ -378,15 +367,12 @@ def public_name(name: str) -> str:
     return path.resolve().name if path.exists() else name
 
 
-_ADVICE = "Was it changed? Prune again, or restore it."
-
-
 def read_record(output: Path) -> Record:
     """Read the record of the model in `output`. Raises ReportError where there is none, or where it is damaged."""
     path = output / REPORT_NAME
     if not path.is_file():
         raise ReportError(
-            f"{output} has no {REPORT_NAME}, so that nothing is known of how it was made. Give a model's folder that "
+            f"{output} has no {REPORT_NAME}, which says how a model was pruned. Give the folder of a model that "
             "`streamprune run` or `streamprune prune` wrote."
         )
     value = read_object(path, _ADVICE)

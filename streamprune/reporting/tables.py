@@ -1,21 +1,51 @@
-"""The numbers of the report as tables: what was chosen, and what was measured. Each figure has one with its numbers."""
+"""The numbers of the report as tables: what was selected and what was measured. Each figure has its numbers in one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
-from streamprune.reporting.evaluations import Continuations, GenerationResult, Losses, TasksResult, TextResult
-from streamprune.reporting.facts import Course, Memory, gpu_sizes
-from streamprune.reporting.record import Record
+from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
+from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory
+from streamprune.reporting.record import Calibration, Record
 from streamprune.selection.retention import Retention
 from streamprune.tables import Struck, Table, count, interval, number, percent
 
 
-def layers_table(record: Record) -> Table:
+def tables_of(facts: Facts) -> dict[str, list[Table]]:
+    """The tables of the report, by the name of its section; none for a section about which nothing is known."""
+    record, text = facts.record, facts.text
+    found: dict[str, list[Table]] = defaultdict(list)
+    found["experts"] = [_layers(record)]
+    found["map"] = [_scores(record)]
+    if isinstance(facts.memory, Memory):
+        found["memory"] = [_memory(facts.memory, record.use.budget_bytes if record.use else None)]
+    if facts.retained:
+        found["retention"] = [*_retention(record, facts.retained)]
+    if text is not None:
+        found["loss"] = [*_losses(text)]
+        if any(each.hidden_error for each in text.rows):
+            found["depth"] = [_depth(text)]
+    if facts.generation is not None:
+        found["generation"] = [generation_table(facts.generation)]
+        if any(mode.sources for mode in facts.generation.modes):
+            found["generation"].append(_generation_by_source(facts.generation))
+    if facts.tasks is not None:
+        found["tasks"] = [tasks_table(facts.tasks)]
+    if record.calibration is not None:
+        found["calibration"] = [_calibration(record.calibration, record.settings.mix)]
+    if all(layer.counts for layer in record.layers):
+        found["tokens"] = [_tokens(record)]
+    if isinstance(facts.course, Course) and facts.course.layers:
+        found["course"] = [_course(facts.course)]
+    return found
+
+
+def _layers(record: Record) -> Table:
     """How many experts each layer keeps, and where the line is drawn between scores."""
     rows = []
     for layer in record.layers:
@@ -31,7 +61,7 @@ def layers_table(record: Record) -> Table:
     return Table("Experts by layer", columns, rows)
 
 
-def scores_table(record: Record) -> Table:
+def _scores(record: Record) -> Table:
     """The score of every expert of every layer; removed ones are struck out."""
     rows = []
     for layer in record.layers:
@@ -43,52 +73,40 @@ def scores_table(record: Record) -> Table:
     return Table("Scores by layer and expert; struck out: removed", columns, rows)
 
 
-def tokens_table(record: Record) -> Table:
+def _tokens(record: Record) -> Table:
     """How the tokens of the calibration were divided among the experts of each layer."""
     rows = []
     for layer in record.layers:
         quartiles = [f"{value:,.10g}" for value in np.percentile(layer.counts, (0, 25, 50, 75, 100))]
         fewest = min(layer.counts[expert] for expert in layer.kept)
         rows.append((str(layer.index), *quartiles, count(fewest), str(layer.counts.count(0))))
-    columns = (
-        "layer",
-        "least",
-        "first quarter",
-        "median",
-        "third quarter",
-        "most",
-        "fewest of a kept one",
-        "never routed",
-    )
+    quartile_names = "least", "first quarter", "median", "third quarter", "most"
+    columns = ("layer", *quartile_names, "fewest of a kept one", "never routed")
     return Table("Tokens per expert by layer", columns, rows)
 
 
-def retention_table(retained: Sequence[Retention]) -> Table:
-    """What is kept of each source's saliency."""
+def _retention(record: Record, retained: Sequence[Retention]) -> Iterator[Table]:
+    """What is kept of each source's saliency, in all layers and in each."""
     rows = [
         (each.source, percent(each.kept), percent(each.best), str(each.worst_layer), percent(each.worst))
         for each in retained
     ]
-    return Table("Saliency kept by source", ("source", "kept", "at best", "worst layer", "kept there"), rows)
-
-
-def layer_retention_table(record: Record, retained: Sequence[Retention]) -> Table:
-    """What each layer keeps of each source's saliency."""
-    rows = [
+    yield Table("Saliency kept by source", ("source", "kept", "at best", "worst layer", "kept there"), rows)
+    by_layer = [
         (str(layer.index), *(percent(each.layers[position]) for each in retained))
         for position, layer in enumerate(record.layers)
     ]
-    return Table("Saliency kept by layer and source", ("layer", *(each.source for each in retained)), rows)
+    yield Table("Saliency kept by layer and source", ("layer", *(each.source for each in retained)), by_layer)
 
 
-def memory_table(memory: Memory, budget: int | None) -> Table:
+def _memory(memory: Memory, budget: int | None) -> Table:
     """Each part of the memory before and after, and what that leaves of common GPUs and of the budget."""
     both = [estimate for estimate in (memory.before, memory.after) if estimate is not None]
     names = dict.fromkeys(term.name for estimate in both for term in estimate.terms)
     rows = [(name, *(_term(estimate, name) for estimate in both)) for name in names]
     rows.append(("total", *(format_bytes(estimate.total) for estimate in both)))
-    rows.append(("at least, at most", *(interval(estimate.interval, _bytes) for estimate in both)))
-    sizes = {f"a {gpu.label} (CUDA can use {format_bytes(gpu.usable)})": gpu.usable for gpu in gpu_sizes()}
+    rows.append(("at least, at most", *(interval(estimate.interval, format_bytes) for estimate in both)))
+    sizes = {f"a {label} (CUDA can use {format_bytes(usable)})": usable for label, _, usable in GPU_SIZES}
     if budget is not None:
         sizes[f"the budget of {format_bytes(budget)}"] = budget
     for label, nbytes in sizes.items():
@@ -100,19 +118,12 @@ def _term(estimate: Estimate, name: str) -> str:
     return next((format_bytes(term.bytes) for term in estimate.terms if term.name == name), "–")
 
 
-def _bytes(nbytes: float) -> str:
-    return format_bytes(int(nbytes))
-
-
 def _left(nbytes: int) -> str:
     return format_bytes(nbytes) if nbytes >= 0 else f"does not fit: {format_bytes(-nbytes)} missing"
 
 
-def calibration_table(record: Record) -> Table | None:
-    """The sources of the calibration: their shares in the recipe and of the tokens, and their weights in the choice."""
-    calibration, mix = record.calibration, record.settings.mix
-    if calibration is None:
-        return None
+def _calibration(calibration: Calibration, mix: dict[str, float] | None) -> Table:
+    """The sources of the calibration: their shares in the recipe and of the tokens, and their weights by the mix."""
     recipe = {source.name: source for source in calibration.stated.sources}
     rows = []
     for each in calibration.sources:
@@ -121,12 +132,12 @@ def calibration_table(record: Record) -> Table | None:
         of_all = percent(each.tokens / calibration.tokens if calibration.tokens else None)
         weight = percent(mix.get(each.name, 0.0)) if mix else "as it is"
         rows.append((each.name, share, count(stated.records if stated else None), count(each.tokens), of_all, weight))
-    columns = "source", "share in the recipe", "records", "tokens", "share of the tokens", "weight in the choice"
+    columns = "source", "share in the recipe", "records", "tokens", "share of the tokens", "weight in the selection"
     return Table("Calibration text by source", columns, rows)
 
 
-def loss_table(text: TextResult) -> Table:
-    """Loss and perplexity by source, the original's too if it was measured."""
+def _losses(text: TextResult) -> Iterator[Table]:
+    """Loss and perplexity by source; and if the original was measured, its own, the divergence and the agreement."""
     columns = ["source", "tokens", "loss", "95 % interval", "perplexity", "95 % interval"]
     if text.compared:
         columns += ["original loss", "original perplexity", "loss increase", "95 % interval"]
@@ -138,39 +149,18 @@ def loss_table(text: TextResult) -> Table:
             row += [number(each.original_loss), number(each.original_perplexity)]
             row += [number(each.loss_increase), interval(each.loss_increase_interval)]
         rows.append(row)
-    return Table("Loss, nats per token", columns, rows)
-
-
-def divergence_table(text: TextResult) -> Table:
-    """KL divergence from the original and agreement with it, by source."""
-    rows = [(each.name, *_divergence(each), interval(each.top1_agreement_interval, percent)) for each in text.rows]
-    columns = "source", "KL", "95 % interval", "99th percentile", "top-1 agreement", "95 % interval"
-    return Table("Divergence from the original, nats per token", columns, rows)
-
-
-def _divergence(each: Losses) -> list[str]:
-    return [number(each.kl), interval(each.kl_interval), number(each.kl_p99), percent(each.top1_agreement)]
-
-
-def short_table(text: TextResult) -> Table:
-    """Losses and divergence in one table, for the model card."""
-    columns = ["source", "tokens", "loss", "95 % interval", "perplexity"]
-    rows = [
-        [each.name, count(each.tokens), number(each.loss), interval(each.loss_interval), number(each.perplexity)]
-        for each in text.rows
-    ]
+    yield Table("Loss, nats per token", columns, rows)
     if text.compared:
-        columns = ["source", "tokens", "loss before", "loss", "perplexity"]
-        columns += ["KL", "95 % interval", "99th percentile", "top-1 agreement"]
-        rows = [
-            [each.name, count(each.tokens), *map(number, (each.original_loss, each.loss, each.perplexity)),
-             *_divergence(each)]
+        divergence = [
+            (each.name, number(each.kl), interval(each.kl_interval), number(each.kl_p99),
+             percent(each.top1_agreement), interval(each.top1_agreement_interval, percent))
             for each in text.rows
         ]  # fmt: skip
-    return Table("", columns, rows)
+        columns = ["source", "KL", "95 % interval", "99th percentile", "top-1 agreement", "95 % interval"]
+        yield Table("Divergence from the original, nats per token", columns, divergence)
 
 
-def depth_table(text: TextResult) -> Table:
+def _depth(text: TextResult) -> Table:
     """The error of the hidden states after every layer, by source."""
     shown = [(each.name, each.hidden_error) for each in text.rows if each.hidden_error]
     rows = [
@@ -185,7 +175,7 @@ _CONTINUATIONS = ("prompts", "ended by themselves", "looped", "repeated 4-grams"
 
 
 def generation_table(generation: GenerationResult) -> Table:
-    """How continuations went, by the way of generating; with the original's figures where they were taken."""
+    """How continuations went, by mode; with the original's figures where they were taken."""
     rows = []
     for mode in generation.modes:
         rows.append(_continuations(mode.label, mode, mode.prompts))
@@ -194,8 +184,7 @@ def generation_table(generation: GenerationResult) -> Table:
     return Table("Continuations", ("decoding", *_CONTINUATIONS), rows)
 
 
-def generation_source_table(generation: GenerationResult) -> Table:
-    """The same by the source of the prompts."""
+def _generation_by_source(generation: GenerationResult) -> Table:
     rows = [
         _continuations(f"{mode.label}, {each.name}", each, each.prompts)
         for mode in generation.modes
@@ -218,7 +207,7 @@ def tasks_table(tasks: TasksResult) -> Table:
     return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), rows)
 
 
-def course_table(course: Course) -> Table:
+def _course(course: Course) -> Table:
     """What every layer of the run took."""
     rows = [
         (str(each.layer), f"{each.at_seconds:.1f}", f"{each.seconds:.2f}", format_bytes(each.peak_bytes))

@@ -1,6 +1,7 @@
 """`streamprune report`: an output's report.html, its pictures, and the report's sections in the model card.
 
-A section of the card begins and ends with a line of its own that no reader sees:
+The page needs nothing else: no script, no font, no other file, nothing from the net. A section of the card begins and
+ends with a line of its own that no reader sees:
 
     <!-- streamprune evaluation: made by `streamprune report`, replaced with it -->
     ...
@@ -12,24 +13,92 @@ without a section's markers gets the section at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from msgspec.structs import asdict
+
+from streamprune import __version__
+from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
-from streamprune.reporting.facts import Facts, read_facts
-from streamprune.reporting.page import page, sections_of
-from streamprune.reporting.pictures import Picture, picture
-from streamprune.reporting.tables import generation_table, short_table, tasks_table
+from streamprune.progress import describe
+from streamprune.reporting.charts import ALL_PICTURES, Picture, draw_pictures
+from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
+from streamprune.reporting.tables import generation_table, tables_of, tasks_table
 from streamprune.reporting.templates import render
+from streamprune.selection.schedules import SCHEDULES
 
 CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
-#: Every picture that a report may have.
-ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
-#: Pictures whose figures differ from run to run: they are of no use to readers of the model card.
-_NOT_ON_THE_CARD = {"course"}
 #: The sections of the card that the report writes, in the order in which they are added to a card without them.
 SECTIONS = ("evaluation", "generation", "pictures")
+
+
+def write_report(output: Path) -> Path:
+    """Make the report of the model in `output`, in the place of an earlier one; returns its path.
+
+    It is a function of what is in the folder, and of the log next to it. Nothing is written before all of it is made,
+    and no file is ever incomplete; of the card only the report's own sections change. Raises ReportError, ScoresError
+    or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
+    """
+    facts = read_facts(output)
+    pictures = draw_pictures(facts)
+    page, card = _page(facts, pictures), _card(output / CARD_NAME, facts, pictures)
+    folder = output / PICTURES_FOLDER
+    with writing(f"Writing the report to {output}", output):
+        folder.mkdir(exist_ok=True)
+        for name, each in pictures.items():
+            write_atomically(folder / f"{name}.png", each.png)
+        # Those of an earlier report which this one does not have.
+        for name in ALL_PICTURES - pictures.keys():
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        write_atomically(output / PAGE_NAME, page.encode())
+        if card is not None:
+            write_atomically(output / CARD_NAME, card)
+    return output / PAGE_NAME
+
+
+def _page(facts: Facts, pictures: Mapping[str, Picture]) -> str:
+    record = facts.record
+    course = facts.course if isinstance(facts.course, Course) else None
+    schedule = SCHEDULES.get(record.settings.schedule or "")
+    return render(
+        "report.html.j2",
+        facts=facts,
+        record=record,
+        memory=facts.memory if isinstance(facts.memory, Memory) else None,
+        use=record.use.spec if record.use else ServingSpec(),
+        budget=record.use.budget_bytes if record.use else None,
+        gpu_sizes=GPU_SIZES,
+        course=course,
+        busy=describe(asdict(course.summary.busy)).removeprefix("busy: ") if course and course.summary.busy else None,
+        verified=course.summary.verified if course else None,
+        schedule_meaning=schedule.meaning if schedule else "a file says how many each layer keeps",
+        unseen=sum(layer.counts.count(0) for layer in record.layers),
+        tables=tables_of(facts),
+        pictures=pictures,
+        version=__version__,
+    )
+
+
+def _card(path: Path, facts: Facts, pictures: Mapping[str, Picture]) -> bytes | None:
+    """The card with the report's sections; None where there is none, or nothing would change in it."""
+    if not path.is_file():
+        return None
+    with reading(path):
+        old = path.read_bytes()
+    values = {
+        "text": facts.text,
+        "tasks": facts.tasks,
+        "tasks_table": tasks_table,
+        "generation": facts.generation,
+        "generation_table": generation_table,
+        # The figures of the run's course differ from run to run: they are of no use to readers of the model card.
+        "pictures": [each for each in pictures.values() if each.name != "course"],
+        "folder": PICTURES_FOLDER,
+    }
+    new = with_sections(old, {name: render("card_sections.md.j2", section=name, **values) for name in SECTIONS})
+    return new if new != old else None
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -41,20 +110,20 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def with_sections(card: bytes, bodies: Mapping[str, str]) -> bytes:
-    """The card with these bodies (Markdown) in its sections; doing it twice is doing it once.
+    """The card with these bodies (Markdown) in its sections, which are some of SECTIONS; done twice it gives the same.
 
     A body that is empty empties its section where there is one, and adds none. Raises ReportError for a card in which
     a marker is missing or stands twice: then nobody knows what may be replaced.
     """
-    for name in (*SECTIONS, *(name for name in bodies if name not in SECTIONS)):
+    for name in SECTIONS:
         if name in bodies:
-            card = _with_section(card, name, bodies[name])
+            card = _with_section(card, name, bodies[name].strip("\n"))
     return card
 
 
 def _with_section(card: bytes, name: str, body: str) -> bytes:
     begin, end = (marker.encode() for marker in markers(name))
-    inner = b"\n" + body.strip("\n").encode() + b"\n" if body.strip() else b"\n"
+    inner = f"\n{body}\n".encode() if body.strip() else b"\n"
     found = card.count(begin), card.count(end)
     if found == (0, 0):
         if not body.strip():
@@ -65,60 +134,7 @@ def _with_section(card: bytes, name: str, body: str) -> bytes:
     _, ended, after = rest.partition(end)
     if found != (1, 1) or not ended:
         raise ReportError(
-            f"README.md has {found[0]} lines that begin its section {name!r} and {found[1]} that end it, in no order "
-            f"that tells what is between them. Remove them, and the section with them: it is made again."
+            f"README.md has {found[0]} lines that begin its section {name!r} and {found[1]} that end it, so it is not "
+            "clear which lines belong to it. Remove them, and the section with them: it is made again."
         )
     return before + begin + inner + end + after
-
-
-def card_sections(facts: Facts, pictures: Sequence[Picture]) -> dict[str, str]:
-    """The bodies of the card's sections, in Markdown."""
-    values = {
-        "text": facts.text,
-        "text_table": short_table(facts.text) if facts.text else None,
-        "tasks_table": tasks_table(facts.tasks) if facts.tasks else None,
-        "generation": facts.generation,
-        "generation_table": generation_table(facts.generation) if facts.generation else None,
-        "pictures": [each for each in pictures if each.name not in _NOT_ON_THE_CARD],
-        "folder": PICTURES_FOLDER,
-    }
-    return {name: render("card_sections.md.j2", section=name, **values) for name in SECTIONS}
-
-
-def write_report(output: Path) -> Path:
-    """Make the report of the model in `output`, in the place of an earlier one; returns its path.
-
-    It is a function of what is in the folder, and of the log beside it. Nothing is written before all of it is made,
-    and no file is ever incomplete; of the card only the report's own sections change. Raises ReportError, ScoresError
-    or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
-    """
-    facts = read_facts(output)
-    sections = list(sections_of(facts))
-    pictures = [picture(each.name, each.alt, each.draw) for each in sections if each.draw is not None]
-    text = page(facts, sections, {each.name: each for each in pictures})
-    card = _card(output / CARD_NAME, card_sections(facts, pictures))
-    with writing(f"Writing the report to {output}", output):
-        _write_pictures(output / PICTURES_FOLDER, pictures)
-        write_atomically(output / PAGE_NAME, text.encode())
-        if card is not None:
-            write_atomically(output / CARD_NAME, card)
-    return output / PAGE_NAME
-
-
-def _card(path: Path, sections: Mapping[str, str]) -> bytes | None:
-    """The card with the sections; None where there is none, or nothing would change in it."""
-    if not path.is_file():
-        return None
-    with reading(path):
-        old = path.read_bytes()
-    new = with_sections(old, sections)
-    return new if new != old else None
-
-
-def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
-    folder.mkdir(exist_ok=True)
-    for each in pictures:
-        write_atomically(folder / f"{each.name}.png", each.png)
-    # Those of an earlier report which this one does not have.
-    for name in ALL_PICTURES - {each.name for each in pictures}:
-        (folder / f"{name}.png").unlink(missing_ok=True)

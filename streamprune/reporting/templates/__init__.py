@@ -1,7 +1,7 @@
 """Jinja templates of the report (HTML) and of the model card (Markdown). No name from a file is more than text in them.
 
-What an expression gives is escaped: in `.html.j2` templates by Jinja, in `.md.j2` templates by `markdown`. The filters
-below return `Markup`, which is HTML or Markdown already.
+What an expression gives is escaped: in `.html.j2` templates by Jinja, in `.md.j2` templates by `markdown`. Filters that
+return `Markup` give HTML or Markdown already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from streamprune.hardware.memory import format_bytes
-from streamprune.tables import Table, code, longest_fence, markdown, plain
+from streamprune.tables import code, count, interval, longest_fence, markdown, number, percent, plain
 
 
 def render(template: str, **values: Any) -> str:
@@ -28,27 +28,23 @@ def _environment(is_html: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader(__name__, ""),
         autoescape=is_html,
-        finalize=None if is_html else _escaped,
+        finalize=None if is_html else lambda value: value if isinstance(value, Markup) else markdown(str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"bytes": format_bytes, "plain": lambda text: plain(text), "share": "{:.1%}".format}
-    environment.filters |= {"count": "{:,}".format}
+    environment.filters |= {"bytes": format_bytes, "count": count, "percent": percent, "plain": plain}
+    environment.filters |= {"number": number, "interval": interval}
     if is_html:
         environment.filters |= {"prose": _prose, "table": lambda table: Markup(table.html())}
     else:
-        environment.filters |= {"code": lambda text: Markup(code(text)), "fenced": _fenced, "table": _table}
+        environment.filters |= {
+            "code": lambda text: Markup(code(text)),
+            "fenced": _fenced,
+            "table": lambda table: Markup("\n".join(table.markdown())),
+        }
     return environment
-
-
-def _escaped(value: Any) -> str:
-    return value if isinstance(value, Markup) else markdown(str(value))
-
-
-def _table(table: Table) -> Markup:
-    return Markup("\n".join(table.markdown()))
 
 
 def _fenced(text: str, language: str = "") -> Markup:
