@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
-from streamprune.hardware.gpus import GPUS, Gpus, budget_on_gpu, known_gpu
-from streamprune.hardware.memory import format_bytes
+from streamprune.hardware.gpus import GPUS, budget_on_gpu, known_gpu
+from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
 from streamprune.tables import Table
@@ -23,8 +23,9 @@ from streamprune.tables import Table
 if TYPE_CHECKING:
     from streamprune.fit.measure import Measured
 
-
-GIB = 1024**3
+#: Shares of experts removed, and contexts, that the table shows.
+RATIOS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75)
+CONTEXTS = (8192, 32768, 131072)
 
 
 @dataclass(frozen=True)
@@ -34,49 +35,6 @@ class Budget:
     nbytes: int
     label: str
     notes: tuple[str, ...] = ()
-
-
-def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
-    """The budget that the user named, else what is usable on this machine's GPU (the one with most memory of several).
-
-    Raises SettingsError for a budget that is no positive size, for both at once, for an unknown GPU, and when nothing
-    is named and no GPU can be asked.
-    """
-    if budget_gib is not None and gpu is not None:
-        raise SettingsError("Give either --budget-gib or --gpu, not both.")
-    if budget_gib is not None:
-        if not 0 < budget_gib < 2**20:
-            raise SettingsError(f"--budget-gib {budget_gib:g} is not a size of memory. Write for example 24.")
-        nbytes = int(budget_gib * GIB)
-        return Budget(nbytes, f"--budget-gib {budget_gib:g}", _less_here(nbytes, list_gpus(ask_torch=False)))
-    if gpu is not None:
-        known = known_gpu(gpu)
-        nbytes, notes = budget_on_gpu(known, list_gpus(ask_torch=False))
-        return Budget(nbytes, f"--gpu {known.key}, what CUDA can use", tuple(notes))
-    here = list_gpus()
-    best = max(here.gpus, key=lambda each: each.usable_bytes or 0, default=None)
-    if best is None or not best.usable_bytes:
-        raise SettingsError(
-            "No budget is given, and no GPU can be asked for one: name a GPU, such as --gpu rtx-3090, or give "
-            f"--budget-gib. {' '.join(here.notes)}"
-        )
-    return Budget(best.usable_bytes, f"GPU {best.index}, {best.name}: usable now", tuple(best.notes))
-
-
-def _less_here(nbytes: int, here: Gpus) -> tuple[str, ...]:
-    """A note where this machine has GPUs, and none has as much memory usable as the budget."""
-    usable = max((each.usable_bytes or 0 for each in here.gpus), default=nbytes)
-    if usable >= nbytes:
-        return ()
-    return (
-        f"This machine's GPU has {format_bytes(usable)} usable now, less than the budget: `streamprune devices` "
-        "shows what holds the rest.",
-    )
-
-
-#: Shares of experts removed, and contexts, that the table shows.
-RATIOS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75)
-CONTEXTS = (8192, 32768, 131072)
 
 
 @dataclass(frozen=True)
@@ -102,44 +60,61 @@ class Cell:
     fits: bool
 
 
+def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
+    """The budget that the user named, else what is usable on this machine's GPU (the one with most memory of several).
+
+    Raises SettingsError for a budget that is no positive size, for both at once, for an unknown GPU, and when nothing
+    is named and no GPU can be asked.
+    """
+    if budget_gib is not None and gpu is not None:
+        raise SettingsError("Give either --budget-gib or --gpu, not both.")
+    if budget_gib is not None and not 0 < budget_gib < 2**20:
+        raise SettingsError(f"--budget-gib {budget_gib:g} is not a size of memory. Write for example 24.")
+    if gpu is not None:
+        known = known_gpu(gpu)
+        nbytes, notes = budget_on_gpu(known, list_gpus(ask_torch=False))
+        return Budget(nbytes, f"--gpu {known.key}, what CUDA can use", tuple(notes))
+    here = list_gpus(ask_torch=budget_gib is None)
+    best = max(here.gpus, key=lambda each: each.usable_bytes, default=None)
+    if budget_gib is None:
+        if best is None or not best.usable_bytes:
+            raise SettingsError(
+                "No budget is given, and no GPU can be asked for one: name a GPU, such as --gpu rtx-3090, or give "
+                f"--budget-gib. {' '.join(here.notes)}"
+            )
+        return Budget(best.usable_bytes, f"GPU {best.index}, {best.name}: usable now", best.notes)
+    budget = Budget(int(budget_gib * GIB), f"--budget-gib {budget_gib:g}")
+    if best is None or best.usable_bytes >= budget.nbytes:
+        return budget
+    note = (
+        f"This machine's GPU has {format_bytes(best.usable_bytes)} usable now, less than the budget: `streamprune "
+        "devices` shows what holds the rest."
+    )
+    return replace(budget, notes=(note,))
+
+
 def nearest(fit: Fit) -> list[Option]:
     """For a model that does not fit, the smallest changes that make it fit, one kind at a time; else nothing."""
-    return [] if fit.fits else [*_fewer_experts(fit), *_less_cache(fit), *_smaller_weights(fit), *_larger_gpu(fit)]
+    return [] if fit.fits else list(_options(fit))
 
 
-def _fewer_experts(fit: Fit) -> Iterator[Option]:
+def _options(fit: Fit) -> Iterator[Option]:
+    count = fit.footprint.weights.count
     if fit.max_experts is not None and fit.experts is not None and fit.max_experts < fit.experts:
-        count = fit.footprint.weights.count
         yield Option(f"--keep {fit.max_experts}", f"{fit.max_experts} of {count} experts in every layer")
-
-
-def _less_cache(fit: Fit) -> Iterator[Option]:
     if fit.max_context:
         yield Option(f"--context {fit.max_context}", f"a context of {fit.max_context:,} tokens")
-    if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1:
-        smaller = Fit(fit.footprint, replace(fit.use, kv_dtype="fp8"), fit.budget)
-        if smaller.fits:
-            yield Option("--kv-dtype fp8", "keys and values in 8 bits")
-
-
-def _smaller_weights(fit: Fit) -> Iterator[Option]:
-    if fit.footprint.weights.quantized:
-        return
-    for dtype, words in (("fp8", "weights quantized to 8 bits"), ("int4", "weights quantized to 4 bits")):
-        if dtype == fit.use.weights_dtype or (fit.use.weights_dtype == "int4"):
-            continue
-        smaller = Fit(fit.footprint, replace(fit.use, weights_dtype=dtype), fit.budget)
+    if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1 and fit.changed(kv_dtype="fp8").fits:
+        yield Option("--kv-dtype fp8", "keys and values in 8 bits")
+    smaller_dtypes = {"fp8": ["int4"], "int4": []}.get(fit.use.weights_dtype, ["fp8", "int4"])
+    for dtype in [] if fit.footprint.weights.quantized else smaller_dtypes:
+        smaller, words = fit.changed(weights_dtype=dtype), f"weights quantized to {dtype[-1]} bits"
         if smaller.fits:
             yield Option(f"--weights-dtype {dtype}", words)
-            return
+            break
         if smaller.max_experts:
-            yield Option(
-                f"--weights-dtype {dtype} --keep {smaller.max_experts}",
-                f"{words}, and {smaller.max_experts} of {fit.footprint.weights.count} experts",
-            )
-
-
-def _larger_gpu(fit: Fit) -> Iterator[Option]:
+            keep = f"--keep {smaller.max_experts}"
+            yield Option(f"--weights-dtype {dtype} {keep}", f"{words}, and {smaller.max_experts} of {count} experts")
     large = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
     smallest = min(large, key=lambda gpu: gpu.usable_bytes, default=None)
     such = f", such as the {smallest.names[0].removeprefix('NVIDIA ')}" if smallest else ""
@@ -160,7 +135,7 @@ def table(fit: Fit) -> list[Cell]:
             if keep < minimum_keep(spec):
                 continue
         for dtype, context in product(dtypes, contexts):
-            cell = Fit(fit.footprint, replace(fit.use, keep=keep, weights_dtype=dtype, context=context), fit.budget)
+            cell = fit.changed(keep=keep, weights_dtype=dtype, context=context)
             cells.append(Cell(ratio, cell.experts, dtype, context, cell.total, cell.fits))
     return cells
 
@@ -170,11 +145,10 @@ def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
 
     For a model whose layers have different numbers they are lists, and what could be removed is null.
     """
-    footprint = fit.footprint
-    weights = footprint.weights
-    can_be_pruned = footprint.spec is not None
+    weights = fit.footprint.weights
+    can_be_pruned = fit.footprint.spec is not None
     return {
-        "model": footprint.model,
+        "model": fit.footprint.model,
         **estimate_object(fit),
         "budget_from": budget.label,
         "weights_dtype": fit.use.weights_dtype,
@@ -184,31 +158,8 @@ def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
         "max_context": fit.max_context,
         "nearest": [vars(option) for option in nearest(fit)],
         "table": [vars(cell) for cell in table(fit)],
-        "notes": [*footprint.notes, *budget.notes, *_notes(fit)],
+        "notes": list(_notes(fit, budget)),
     }
-
-
-def measured_object(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Predicted and measured bytes per term, and how far the prediction is off, as JSON."""
-    return [
-        {
-            "name": item.name,
-            "kind": "measured",
-            "bytes": item.measured,
-            "predicted": item.predicted,
-            "error": item.error,
-        }
-        for item in measured
-    ]
-
-
-def measured_lines(measured: Sequence[Measured]) -> list[str]:
-    """The same for a terminal."""
-    rows = [
-        (item.name, format_bytes(item.measured), f"predicted {format_bytes(item.predicted)}", f"{item.error:+.1%}")
-        for item in measured
-    ]
-    return Table("Measured on the GPU, and how far the prediction is off:", [""] * 4, rows).text()
 
 
 def estimate_object(estimate: Estimate) -> dict[str, Any]:
@@ -238,6 +189,22 @@ def estimate_object(estimate: Estimate) -> dict[str, Any]:
     return result
 
 
+def measured_object(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Predicted and measured bytes per term, and how far the prediction is off, as JSON."""
+    keys = ("name", "kind", "bytes", "predicted", "error")
+    rows = ((each.name, "measured", each.measured, each.predicted, each.error) for each in measured)
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def measured_lines(measured: Sequence[Measured]) -> list[str]:
+    """The same for a terminal."""
+    rows = [
+        (each.name, format_bytes(each.measured), f"predicted {format_bytes(each.predicted)}", f"{each.error:+.1%}")
+        for each in measured
+    ]
+    return Table("Measured on the GPU, and how far the prediction is off:", [""] * 4, rows).text()
+
+
 def fit_text(fit: Fit, budget: Budget) -> str:
     """The answer for a terminal."""
     return "\n".join([*terms_lines(fit), "", *_verdict(fit, budget), "", *_table_lines(table(fit))])
@@ -245,6 +212,10 @@ def fit_text(fit: Fit, budget: Budget) -> str:
 
 def terms_lines(estimate: Estimate) -> list[str]:
     """Every term of the memory and their sum, for a terminal."""
+
+    def bounds(low: int, high: int) -> str:
+        return f"{format_bytes(low)} to {format_bytes(high)}"
+
     use = estimate.use
     sequences = "" if use.batch == 1 else f"{use.batch} sequences of "
     title = (
@@ -252,15 +223,11 @@ def terms_lines(estimate: Estimate) -> list[str]:
         f"{sequences}{use.context:,} tokens, cache {use.kv_dtype}"
     )
     rows = [
-        (term.name, format_bytes(term.bytes), term.kind, _bounds(term.low, term.high) if term.low < term.high else "")
+        (term.name, format_bytes(term.bytes), term.kind, bounds(term.low, term.high) if term.low < term.high else "")
         for term in estimate.terms
     ]
-    rows.append(("total", format_bytes(estimate.total), "", _bounds(*estimate.interval)))
+    rows.append(("total", format_bytes(estimate.total), "", bounds(*estimate.interval)))
     return Table(title, [""] * 4, rows, align="lrll").text()
-
-
-def _bounds(low: int, high: int) -> str:
-    return f"{format_bytes(low)} to {format_bytes(high)}"
 
 
 def _listed(counts: Mapping[int, int]) -> list[int]:
@@ -287,32 +254,30 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
     else:
         yield f"It does not fit {of}: {format_bytes(-fit.left)} are missing."
     if fit.footprint.spec is not None:
-        yield _most_experts(fit)
+        yield _most_experts(fit, fit.footprint.spec.top_k)
     if fit.max_context:
         limit = " (the model's limit)" if fit.max_context == fit.footprint.max_positions else ""
         yield f"Longest context that fits: {fit.max_context:,} tokens{limit}."
-    options = nearest(fit)
-    if options:
-        rows = [(option.settings, option.meaning) for option in options]
+    rows = [(option.settings, option.meaning) for option in nearest(fit)]
+    if rows:
         yield from Table("Nearest settings that fit:", ["", ""], rows, align="ll").text()
-    yield from (f"note: {note}" for note in (*fit.footprint.notes, *budget.notes, *_notes(fit)))
+    yield from (f"note: {note}" for note in _notes(fit, budget))
 
 
-def _most_experts(fit: Fit) -> str:
-    count, spec = fit.footprint.weights.count, fit.footprint.spec
-    assert spec is not None
+def _most_experts(fit: Fit, top_k: int) -> str:
+    count, layers = fit.footprint.weights.count, fit.footprint.weights.sizes("source").expert_layers
     if fit.max_experts is None:
-        return f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
+        return f"Not even the fewest experts that the router needs (top-{top_k}) fit."
     if fit.max_experts == count:
         return f"All {count} experts per layer fit."
     text = f"Most experts that fit: {fit.max_experts} of {count} in every layer"
-    layers = fit.footprint.weights.sizes("source").expert_layers
     if fit.max_total_experts is not None:
         text += f"; {fit.max_total_experts:,} of {count * layers:,} in all {layers} layers together, however divided"
     return text + "."
 
 
-def _notes(fit: Fit) -> Iterator[str]:
+def _notes(fit: Fit, budget: Budget) -> Iterator[str]:
+    yield from (*fit.footprint.notes, *budget.notes)
     if fit.footprint.weights.counts is not None:
         note = per_layer_note(fit.footprint)
         yield f"{note[0].upper()}{note[1:]}"
@@ -326,12 +291,12 @@ def _notes(fit: Fit) -> Iterator[str]:
         )
 
 
-def _table_lines(cells: list[Cell]) -> list[str]:
-    columns = list(dict.fromkeys((cell.weights_dtype, cell.context) for cell in cells))
+def _table_lines(cells: Sequence[Cell]) -> list[str]:
     rows = []
     for (ratio, experts), group in groupby(cells, key=lambda cell: (cell.ratio, cell.experts)):
         totals = [f"{cell.total_bytes / GIB:.1f}{'*' if cell.fits else ' '}" for cell in group]
         rows.append([f"{ratio:.1%}", str(experts or "-"), *totals])
+    columns = dict.fromkeys((cell.weights_dtype, cell.context) for cell in cells)
     headings = [f"{dtype} {_thousands(context)} " for dtype, context in columns]
     title = "Totals in GiB by experts removed; * fits the budget:"
     return Table(title, ["removed", "experts", *headings], rows, align="r").text()

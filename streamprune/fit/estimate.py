@@ -6,9 +6,11 @@ GPU, served with transformers or an engine that needs no more.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from streamprune.config import MOST_TOKENS, ServingSpec
 from streamprune.errors import SettingsError
@@ -73,30 +75,30 @@ class Estimate:
         """Every part of the memory; the total is their sum."""
         return tuple(_terms(self.footprint, self.use))
 
+    def _bytes_of(self, names: str) -> int:
+        return sum(term.bytes for term in self.terms if term.name.startswith(names))
+
     @property
     def total(self) -> int:
-        """Bytes of all terms."""
         return sum(term.bytes for term in self.terms)
+
+    @property
+    def weights_bytes(self) -> int:
+        return self._bytes_of(WEIGHTS)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self._bytes_of(KV_CACHE)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent and convolution states."""
+        return self._bytes_of(STATE)
 
     @property
     def interval(self) -> tuple[int, int]:
         """The bounds of the total, in bytes."""
         return sum(term.low for term in self.terms), sum(term.high for term in self.terms)
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(term.bytes for term in self.terms if term.name.startswith(WEIGHTS))
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(term.bytes for term in self.terms if term.name == KV_CACHE)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of recurrent and convolution states."""
-        return sum(term.bytes for term in self.terms if term.name == STATE)
 
     @property
     def total_experts(self) -> int:
@@ -129,8 +131,11 @@ class Fit(Estimate):
 
     @property
     def fits(self) -> bool:
-        """Whether the budget holds the total."""
         return self.left >= 0
+
+    def changed(self, **use: Any) -> Fit:
+        """The same with changes to the use."""
+        return replace(self, use=replace(self.use, **use))
 
     @cached_property
     def max_experts(self) -> int | None:
@@ -138,10 +143,10 @@ class Fit(Estimate):
         spec = self.footprint.spec
         if spec is None:
             return None
-        if self._fits(keep=None):
+        if self.changed(keep=None).fits:
             return spec.count
         steps = range(minimum_keep(spec), spec.count, spec.groups)
-        return _largest(steps, lambda keep: self._fits(keep=keep))
+        return _largest(steps, lambda keep: self.changed(keep=keep).fits)
 
     @cached_property
     def max_total_experts(self) -> int | None:
@@ -150,7 +155,7 @@ class Fit(Estimate):
         if spec is None:
             return None
         sizes = self.footprint.weights.sizes(self.use.weights_dtype, with_mtp=False)
-        if not sizes.expert_layers or self._fits(keep=None):
+        if not sizes.expert_layers or self.changed(keep=None).fits:
             return spec.count * sizes.expert_layers
         # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
@@ -165,10 +170,7 @@ class Fit(Estimate):
     def max_context(self) -> int:
         """The longest context (tokens, no longer than the model's own limit) that fits; 0 if none does."""
         longest = min(self.footprint.max_positions or max(self.use.context, 2**20), MOST_TOKENS // self.use.batch)
-        return _largest(range(1, longest + 1), lambda context: self._fits(context=context)) or 0
-
-    def _fits(self, **changes: int | str | None) -> bool:
-        return Fit(self.footprint, replace(self.use, **changes), self.budget).fits  # type: ignore[arg-type]
+        return _largest(range(1, longest + 1), lambda context: self.changed(context=context).fits) or 0
 
 
 def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) -> Iterator[Term]:
@@ -191,26 +193,20 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
         yield Term(STATE, state, "exact", state, state)
     shape = replace(footprint.shape, experts=round(kept) if routed is None else routed)
     workspace = prefill_workspace_bytes(shape, PREFILL_CHUNK, use.context, use.batch, footprint.itemsize)
-    yield _modelled("prefill workspace", *(round(workspace * share) for share in WORKSPACE_SHARE))
-    yield _modelled("CUDA context", *CUDA_CONTEXT)
-    handed_out = kv_bytes + state + workspace
-    yield _modelled("allocator margin", *(round(handed_out * share) for share in ALLOCATOR_SHARE))
-
-
-def _modelled(name: str, low: int, middle: int, high: int) -> Term:
-    return Term(name, middle, "modelled", low, high)
+    allocated = kv_bytes + state + workspace
+    for name, bounds in (
+        ("prefill workspace", [round(workspace * share) for share in WORKSPACE_SHARE]),
+        ("CUDA context", CUDA_CONTEXT),
+        ("allocator margin", [round(allocated * share) for share in ALLOCATOR_SHARE]),
+    ):
+        low, middle, high = bounds
+        yield Term(name, middle, "modelled", low, high)
 
 
 def _largest(values: range, fits: Callable[[int], bool]) -> int | None:
     """The largest of ascending values that fits, when all below a fitting one fit too."""
-    low, high = 0, len(values)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(values[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return values[low - 1] if low else None
+    fitting = bisect_left(values, True, key=lambda value: not fits(value))
+    return values[fitting - 1] if fitting else None
 
 
 def per_layer_note(footprint: Footprint) -> str:

@@ -6,6 +6,7 @@ Only the headers of the weights are read, through range requests for a model on 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from streamprune.fit.cache import stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.weights import weights_by_name
 from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
-from streamprune.models.per_layer_experts import PerLayerExperts, read_per_layer_experts
+from streamprune.models.per_layer_experts import read_per_layer_experts
 
 _LENGTH_NAMES = (
     "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
@@ -32,15 +33,20 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     Raises CheckpointError or UnsupportedModelError when it cannot be read or understood.
     """
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
-    config = read_json(folder / CONFIG_NAME)
-    tensors = read_headers(model, folder)
-    per_layer = read_per_layer_experts(config)
-    stated = _by_name(model, config, tensors, per_layer) if tensors is not None else None
-    if stated is not None:
-        return stated
+    raw = read_json(folder / CONFIG_NAME)
+    tensors, per_layer = read_headers(model, folder), read_per_layer_experts(raw)
+    config = per_layer.stock if per_layer else raw
+    spec, weights = stated_experts(config), None
+    if tensors is not None and (spec is not None or not states_experts(config)):
+        weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None)
+    if tensors is not None and weights is not None:
+        cache, shape = stated_cache(config, tensors), stated_shape(config)
+        if cache is not None and shape is not None:
+            spec = None if weights.counts else spec
+            return Footprint(model, weights, spec, cache, shape, cache.itemsize, max_positions(config))
     from streamprune.fit.structure import footprint_of_model
 
-    return footprint_of_model(model, folder, config, tensors, trust_remote_code, per_layer)
+    return footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)
 
 
 def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
@@ -54,35 +60,10 @@ def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
         return open_checkpoint(folder).tensors
     if (folder / SINGLE_NAME).is_file() or (folder / INDEX_NAME).is_file():
         # A copy in the Hub cache may be complete; then nothing need be fetched.
-        cached = _complete(folder)
-        if cached is not None:
-            return cached
+        with suppress(CheckpointError):
+            return open_checkpoint(folder).tensors
     # By commit, so that config and headers belong together: a branch may move in between.
     return read_hub_headers(model, folder.name)
-
-
-def _complete(folder: Path) -> Mapping[str, TensorEntry] | None:
-    try:
-        return open_checkpoint(folder).tensors
-    except CheckpointError:
-        return None
-
-
-def _by_name(
-    model: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], per_layer: PerLayerExperts | None
-) -> Footprint | None:
-    if per_layer is not None:
-        config = per_layer.stock
-    spec = stated_experts(config)
-    if spec is None and states_experts(config):
-        return None
-    weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None)
-    cache = stated_cache(config, tensors)
-    shape = stated_shape(config)
-    if weights is None or cache is None or shape is None:
-        return None
-    spec = None if weights.counts else spec
-    return Footprint(model, weights, spec, cache, shape, cache.itemsize, max_positions(config), ())
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:

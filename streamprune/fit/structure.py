@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,33 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
-from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_by_name, weights_with
+from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_with
 from streamprune.formats.pick import quantization_method
 from streamprune.models.config import declared_dtype, load_config
-from streamprune.models.config_json import ExpertSpec, stated_experts, stated_shape, states_experts, text_part
+from streamprune.models.config_json import ExpertSpec, stated_shape, states_experts, text_part
 from streamprune.models.open import describe_model
-from streamprune.models.per_layer_experts import PerLayerExperts, counts_of
+from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, survey
 
 #: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
 _LENGTHS = (2, 4, 7)
+#: dtypes by their names in a safetensors header.
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.ModuleList) -> CacheSizes:
     """The caches that `model` (on the meta device) fills. `experts` are the paths of the experts modules by layer.
 
     Nothing is computed: the forwards run on shapes alone, without the experts, whose shapes depend on the router's
-    choice. Raises UnsupportedModelError for a model whose forward needs real values, or whose cache grows per_layerly.
+    choice. Raises UnsupportedModelError for a model whose forward needs real values, or whose cache grows unevenly.
     """
     modules = [layers[layer].get_submodule(path) for layer, path in experts.items()]
     try:
         with _without_experts(modules):
-            runs = [_cached_values(model, length) for length in _LENGTHS]
+            runs = [_run_on_shapes(model, length) for length in _LENGTHS]
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -54,51 +59,18 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.M
             f"The size of {type(model).__name__}'s cache cannot be worked out: its forward does not run on shapes "
             f"alone ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Please report this model."
         ) from error
-    caches = tuple(_layer_cache(model, *seen) for seen in zip(*runs, strict=True))
-    return CacheSizes(caches, model.dtype.itemsize)
+    return CacheSizes(tuple(_layer_cache(model, *seen) for seen in zip(*runs, strict=True)), model.dtype.itemsize)
 
 
-class _CacheSize:
-    """One layer's cached tensors after a forward over `length` tokens: values and dtype, by name."""
+@dataclass(frozen=True)
+class _Cached:
+    """What one layer has in its cache after a forward: tensors by name, for the last `window` tokens (None: all)."""
 
-    def __init__(self, layer: Any, length: int) -> None:
-        self.length = length
-        self.values = {name: (tensor.numel(), tensor.dtype) for name, tensor in _tensors(layer)}
-        # transformers keeps one token less than the window: the newest one's own keys come on top.
-        window = getattr(layer, "sliding_window", None)
-        self.window = int(window) - 1 if isinstance(window, int) else None
+    tensors: Mapping[str, torch.Tensor]
+    window: int | None
 
 
-def _layer_cache(model: PreTrainedModel, first: _CacheSize, second: _CacheSize, third: _CacheSize) -> LayerCache:
-    grows, state_bytes, index_bytes = 0, 0, 0
-    for name, (values, dtype) in second.values.items():
-        before = first.values[name][0] if name in first.values else 0
-        step, rest = divmod(values - before, second.length - first.length)
-        if second.window is not None and second.window < third.length:
-            # So small a window was full already: everything in it belongs to its tokens.
-            step, rest = divmod(values, min(second.length, second.window) or 1)
-            before = step * first.length
-        fixed = before - step * first.length
-        expected = fixed + step * _within(third.length, third.window)
-        if rest or fixed < 0 or third.values[name][0] != expected:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}'s cache does not grow evenly with the context, so its size cannot be "
-                f"estimated: {name} has {before}, {values} and {third.values[name][0]} values after {_LENGTHS} tokens."
-            )
-        # Tensors of the model's own dtype are keys and values, which may be cached in another; others may not.
-        if dtype is model.dtype:
-            grows += step
-        else:
-            index_bytes += step * dtype.itemsize
-        state_bytes += fixed * dtype.itemsize
-    return LayerCache(grows, second.window if grows or index_bytes else None, state_bytes, index_bytes)
-
-
-def _within(length: int, window: int | None) -> int:
-    return length if window is None else min(length, window)
-
-
-def _cached_values(model: PreTrainedModel, length: int) -> list[_CacheSize]:
+def _run_on_shapes(model: PreTrainedModel, length: int) -> list[_Cached]:
     ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
     # Attention that picks tokens asks how many there are; no size of a cache depends on the answer.
     with torch.no_grad(), torch.device("meta"), fx_config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
@@ -110,18 +82,47 @@ def _cached_values(model: PreTrainedModel, length: int) -> list[_CacheSize]:
             f"{type(model).__name__} returns no cache of keys and values: it does not generate text token by token."
         )
     # Some models (MiniMax) keep the states of their linear layers outside the list of layers.
-    outside = _CacheSize(cache, length)
-    return [*(_CacheSize(layer, length) for layer in cache.layers), *([outside] if outside.values else [])]
+    found = [_cached(part) for part in (*cache.layers, cache)]
+    return found if found[-1].tensors else found[:-1]
 
 
-def _tensors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a layer of a cache holds per sequence, directly or numbered in a dict."""
+def _cached(layer: Any) -> _Cached:
+    """The tensors that a layer of a cache holds per sequence, directly or numbered in a list or dict."""
+    tensors: dict[str, torch.Tensor] = {}
     for name, value in vars(layer).items():
         items = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
-        for key, item in items:
-            # A single whole number (the window's width as a tensor) is a setting, not a state.
-            if isinstance(item, torch.Tensor) and item.dim() > 1:
-                yield f"{name}{key}", item
+        # A single whole number (the window's width as a tensor) is a setting, not a state.
+        tensors |= {f"{name}{key}": each for key, each in items if isinstance(each, torch.Tensor) and each.dim() > 1}
+    # transformers keeps one token less than the window: the newest one's own keys come on top.
+    window = getattr(layer, "sliding_window", None)
+    return _Cached(tensors, window - 1 if isinstance(window, int) else None)
+
+
+def _layer_cache(model: PreTrainedModel, first: _Cached, second: _Cached, third: _Cached) -> LayerCache:
+    """The cache of one layer, from what it was after forwards over _LENGTHS tokens."""
+    short, middle, long = _LENGTHS
+    grows, state_bytes, index_bytes, window = 0, 0, 0, second.window
+    for name, tensor in second.tensors.items():
+        before, values = first.tensors[name].numel() if name in first.tensors else 0, tensor.numel()
+        after = third.tensors[name].numel()
+        step, rest = divmod(values - before, middle - short)
+        if window is not None and window < long:
+            # So small a window was full already: everything in it belongs to its tokens.
+            step, rest = divmod(values, min(middle, window) or 1)
+            before = step * short
+        fixed = before - step * short
+        if rest or fixed < 0 or after != fixed + step * (long if window is None else min(long, window)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}'s cache does not grow evenly with the context, so its size cannot be "
+                f"estimated: {name} has {before}, {values} and {after} values after {_LENGTHS} tokens."
+            )
+        # Tensors of the model's own dtype are keys and values, which may be cached in another; others may not.
+        if tensor.dtype is model.dtype:
+            grows += step
+        else:
+            index_bytes += step * tensor.dtype.itemsize
+        state_bytes += fixed * tensor.dtype.itemsize
+    return LayerCache(grows, window if grows or index_bytes else None, state_bytes, index_bytes)
 
 
 @contextmanager
@@ -129,24 +130,13 @@ def _without_experts(modules: list[nn.Module]) -> Iterator[None]:
     def pass_through(*args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(named["hidden_states"] if "hidden_states" in named else args[0])
 
-    plain = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = pass_through
     try:
         yield
     finally:
-        for module, forward in zip(modules, plain, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-
-
-#: dtypes by their names in a safetensors header.
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+        for module in modules:
+            del module.forward
 
 
 def footprint_of_model(
@@ -154,37 +144,35 @@ def footprint_of_model(
     folder: Path,
     raw: Mapping[str, Any],
     tensors: Mapping[str, TensorEntry] | None,
+    weights: Weights | None,
     trust_remote_code: bool,
-    per_layer: PerLayerExperts | None = None,
 ) -> Footprint:
-    """Build the model of `folder`'s config on the meta device, and read its footprint from it.
+    """Build the model of `folder`'s config.json (`raw`) on the meta device, and read its footprint from it.
 
-    `tensors` are the checkpoint's; None for a config alone, whose weights are then those of the built model.
-    `per_layer` is what its config says about layers with different numbers of experts, if anything.
+    `tensors` are the checkpoint's; None for a config alone, whose weights are then those of the built model. `weights`
+    are those that the tensors' names show for certain.
     """
     config = load_config(folder, trust_remote_code)
-    if per_layer is not None or states_experts(config.to_dict()):
+    if read_per_layer_experts(raw) is not None or states_experts(config.to_dict()):
         # Built with the same number everywhere: its caches are the same, and names and axes of its tensors too.
-        built_moe = describe_model(folder, raw, trust_remote_code)
-        footprint = footprint_of_skeleton(
-            model, built_moe.raw, built_moe.skeleton, tensors, trust_names=True, per_layer=per_layer
-        )
-        return footprint if tensors is not None else _as_published(footprint, built_moe.config, built_moe.raw)
-    built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-    weights = weights_by_name(tensors, raw, None) if tensors is not None else _weights_of(built, None)
-    if weights is None:
-        raise UnsupportedModelError(
-            f"{model}: its tensors are named after experts, but its config states no number of them, so its weights "
-            "cannot be told apart."
-        )
-    footprint = _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
+        described = describe_model(folder, raw, trust_remote_code)
+        raw, config = described.raw, described.config
+        footprint = footprint_of_skeleton(model, raw, described.skeleton, tensors, weights, described.counts)
+    else:
+        built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
+        weights = _weights_of(built) if tensors is None else weights
+        if weights is None:
+            raise UnsupportedModelError(
+                f"{model}: its tensors are named after experts, but its config states no number of them, so its "
+                "weights cannot be told apart."
+            )
+        footprint = _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
     return footprint if tensors is not None else _as_published(footprint, config, raw)
 
 
 def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[str, Any]) -> Footprint:
     """The footprint of a config alone, plus what its checkpoint will have besides the text model that was built."""
-    notes = footprint.notes
-    weights = footprint.weights
+    notes, weights = footprint.notes, footprint.weights
     if not any(fact.category == "vision" for fact in weights.facts):
         # Pruning keeps the other towers of a multimodal model, which the text class does not have.
         weights = replace(weights, facts=(*weights.facts, *_vision_of(config)))
@@ -195,19 +183,17 @@ def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[s
     return replace(footprint, weights=weights, notes=notes)
 
 
-def _vision_of(config: PreTrainedConfig) -> Iterator[WeightFact]:
+def _vision_of(config: PreTrainedConfig) -> list[WeightFact]:
     """The tensors of a multimodal model's other towers; none for a model of text."""
     if config.get_text_config(decoder=True) is config:
-        return
+        return []
     try:
         with torch.device("meta"):
-            whole = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=declared_dtype(config))
+            multimodal = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=declared_dtype(config))
     except Exception:
         # Not every multimodal config has such a class, and its constructor may refuse the config in any way.
-        return
-    for fact in _weights_of(whole, None).facts:
-        if fact.category == "vision":
-            yield fact
+        return []
+    return [fact for fact in _weights_of(multimodal).facts if fact.category == "vision"]
 
 
 def footprint_of_skeleton(
@@ -215,18 +201,14 @@ def footprint_of_skeleton(
     raw: Mapping[str, Any],
     skeleton: Skeleton,
     tensors: Mapping[str, TensorEntry] | None,
-    trust_names: bool = False,
-    per_layer: PerLayerExperts | None = None,
+    weights: Weights | None = None,
+    counts: Mapping[int, int] | None = None,
 ) -> Footprint:
     """The footprint of a Mixture-of-Experts model that was built on the meta device.
 
-    With `trust_names` the weights are classified by name where that is certain, also in quantized checkpoints, whose
-    tensors the plain model does not load. `per_layer` has the numbers of experts where layers differ.
+    `weights` are the checkpoint's if they are known, as in quantized checkpoints, whose tensors the plain model does
+    not load. `counts` are the experts by layer, where they are not those of the skeleton.
     """
-    counts = counts_of(per_layer, skeleton.experts) if per_layer else None
-    weights = None
-    if tensors is not None and trust_names:
-        weights = weights_by_name(tensors, raw, stated_experts(raw), per_layer.differing if per_layer else None)
     if weights is None and tensors:
         weights = weights_of_checkpoint(raw, skeleton, tensors, counts)
     elif weights is None:
@@ -268,11 +250,12 @@ def _footprint(
             "workspace cannot be worked out. Please report this model."
         )
     itemsize = (declared_dtype(config) or torch.bfloat16).itemsize
-    spec = None if weights.counts else spec
-    return Footprint(model, weights, spec, cache, shape, itemsize, max_positions(known))
+    return Footprint(model, weights, None if weights.counts else spec, cache, shape, itemsize, max_positions(known))
 
 
-def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mapping[int, int] | None = None) -> Weights:
+def _weights_of(
+    model: PreTrainedModel, skeleton: Skeleton | None = None, counts: Mapping[int, int] | None = None
+) -> Weights:
     """The weights as transformers would hold them, with `counts` experts by layer; tied ones count once."""
     if skeleton is not None and counts is None:
         counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
@@ -281,12 +264,10 @@ def _weights_of(model: PreTrainedModel, skeleton: Skeleton | None, counts: Mappi
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        layer = skeleton.layer_of(name) if skeleton else None
-        rows = skeleton.expert_rows.get(name) if skeleton else None
-        category = category_of(name, rows is not None, layer)
-        shape = list(tensor.shape)
+        layer, rows = (skeleton.layer_of(name), skeleton.expert_rows.get(name)) if skeleton else (None, None)
+        category, shape = category_of(name, rows is not None, layer), list(tensor.shape)
         if rows is not None and layer is not None and counts is not None:
-            shape[rows.axis] = rows.stride * counts[layer] + rows.tail
+            shape[rows.axis] = rows.size(counts[layer])
         size = math.prod(shape) * tensor.element_size()
         facts.append(WeightFact(name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, layer, rows=rows))
     return weights_with(facts, counts or {}, measured=False)

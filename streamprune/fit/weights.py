@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import SettingsError
 from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
-from streamprune.models.expert_layout import MTP_ONLY, Layout
+from streamprune.models.expert_layout import MTP_ONLY, Cut, Layout
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order in which they are listed.
@@ -56,6 +56,11 @@ class WeightFact:
     expert: int | None = None
     rows: ExpertRows | None = None
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether the tensor belongs to one routed expert, or holds all of a layer."""
+        return self.expert is not None or self.rows is not None
+
     def bytes_as(self, weights_dtype: str) -> float:
         """Bytes of the tensor in one of WEIGHTS_DTYPES. Only matrices of experts, feed-forward layers and attention are
         quantized, as the usual tools do; the rest is kept in 16 bits."""
@@ -85,7 +90,7 @@ class WeightSizes:
 
     def bytes_by_category(self, keep: float) -> dict[str, int]:
         """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer."""
-        total = {name: round(self.fixed.get(name, 0) + keep * self.per_expert.get(name, 0)) for name in CATEGORIES}
+        total = {name: round(self.fixed[name] + keep * self.per_expert[name]) for name in CATEGORIES}
         return {name: count for name, count in total.items() if count}
 
     @property
@@ -129,9 +134,7 @@ class Weights:
                 f"The model is quantized already ({', '.join(sorted({fact.dtype for fact in self.facts}))}), so its "
                 f"size as {weights_dtype} is unknown. Use --weights-dtype source."
             )
-        fixed = dict.fromkeys(CATEGORIES, 0.0)
-        per_expert = dict.fromkeys(CATEGORIES, 0.0)
-        layers = set()
+        fixed, per_expert = dict.fromkeys(CATEGORIES, 0.0), dict.fromkeys(CATEGORIES, 0.0)
         for fact in self.facts:
             if fact.category == "MTP" and not with_mtp:
                 continue
@@ -147,8 +150,7 @@ class Weights:
                 fixed[fact.category] += size - share * self.count
             else:
                 fixed[fact.category] += size
-            if fact.expert is not None or fact.rows is not None:
-                layers.add(fact.layer)
+        layers = {fact.layer for fact in self.facts if fact.of_experts and (with_mtp or fact.category != "MTP")}
         return WeightSizes(fixed, per_expert, len(layers))
 
 
@@ -189,15 +191,27 @@ def weights_by_name(
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
     if depth is None:
         return None
-    count = spec.count if spec else 0
-    counts = _Counts(count, differing or {})
-    facts = [_fact(entry, depth, counts) for entry in tensors.values()]
     if spec is None:
-        return Weights(tuple(facts), 0, True) if not any("expert" in name for name in tensors) else None
-    found = _certain(facts, counts)
-    if found is None or not set(counts.differing) <= set(found):
+        facts = tuple(_fact(entry, depth, lambda layer: 0) for entry in tensors.values())
+        return Weights(facts, 0, True) if not any("expert" in name for name in tensors) else None
+
+    def count_of(layer: int) -> int:
+        return (differing or {}).get(layer, spec.count)
+
+    facts = tuple(_fact(entry, depth, count_of) for entry in tensors.values())
+    layers: dict[int, list[WeightFact]] = defaultdict(list)
+    unnamed_mtp: dict[int | None, list[str]] = defaultdict(list)
+    for fact in facts:
+        if fact.category == "MTP" and not MTP_NAME.search(fact.name):
+            unnamed_mtp[fact.layer].append(fact.name)
+        elif fact.category not in ("MTP", "vision") and fact.layer is not None:
+            layers[fact.layer].append(fact)
+    if not all(any(MTP_ONLY.search(name) for name in names) for names in unnamed_mtp.values()):
+        # More layers than the config states: it may be wrong.
         return None
-    return weights_with(facts, {layer: counts.of(layer) for layer in found})
+    found = {layer: count_of(layer) for layer in sorted(layers) if any("expert" in fact.name for fact in layers[layer])}
+    certain = found and all(_complete(layers[layer], count) for layer, count in found.items())
+    return weights_with(facts, found) if certain and set(differing or {}) <= set(found) else None
 
 
 def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measured: bool = True) -> Weights:
@@ -206,57 +220,22 @@ def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measure
     return Weights(tuple(facts), max(counts.values(), default=0), measured, dict(counts) if differ else None)
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """The number of experts of a layer, if it has any."""
-
-    usual: int
-    differing: Mapping[int, int]
-
-    def of(self, layer: int | None) -> int:
-        return self.usual if layer is None else self.differing.get(layer, self.usual)
-
-
-def _fact(entry: TensorEntry, depth: int, counts: _Counts) -> WeightFact:
+def _fact(entry: TensorEntry, depth: int, count_of: Callable[[int], int]) -> WeightFact:
     match = _LAYER.match(entry.name)
-    layer = int(match["layer"]) if match else None
-    rest = match["rest"] if match else entry.name
-    if MTP_NAME.search(entry.name) or (
-        layer is not None and layer >= depth and category_of(entry.name, False, 0) != "vision"
-    ):
-        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, "MTP", layer)
-    count = counts.of(layer)
-    numbered = _NUMBERED_EXPERT.match(rest)
-    if layer is not None and numbered and count:
-        category = category_of(entry.name, True, layer)
-        return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, int(numbered["expert"]))
-    joined = _JOINED_EXPERTS.match(rest) is not None or (_ROUTER.search(rest) is not None and "shared_" not in rest)
-    rows = ExpertRows(0, 1, 0) if layer is not None and joined and count and entry.shape[:1] == (count,) else None
-    return WeightFact(
-        entry.name,
-        entry.dtype,
-        entry.shape,
-        entry.nbytes,
-        category_of(entry.name, rows is not None, layer),
-        layer,
-        rows=rows,
-    )
-
-
-def _certain(facts: Sequence[WeightFact], counts: _Counts) -> list[int] | None:
-    """The layers that have experts, in order, if it is certain what each of their tensors is; else None."""
-    layers: dict[int, list[WeightFact]] = defaultdict(list)
-    further: dict[int | None, list[str]] = defaultdict(list)
-    for fact in facts:
-        if fact.category not in ("MTP", "vision") and fact.layer is not None:
-            layers[fact.layer].append(fact)
-        elif fact.category == "MTP" and not MTP_NAME.search(fact.name):
-            further[fact.layer].append(fact.name)
-    if not all(any(MTP_ONLY.search(name) for name in names) for names in further.values()):
-        # More layers than the config states: it may be wrong.
-        return None
-    moe = [layer for layer in sorted(layers) if any("expert" in fact.name for fact in layers[layer])]
-    return moe if moe and all(_complete(layers[layer], counts.of(layer)) for layer in moe) else None
+    layer, rest = (int(match["layer"]), match["rest"]) if match else (None, entry.name)
+    expert = rows = None
+    is_mtp = MTP_NAME.search(entry.name) is not None
+    if layer is not None and layer >= depth and category_of(entry.name, False, 0) != "vision":
+        is_mtp = True
+    if layer is not None and not is_mtp:
+        count, numbered = count_of(layer), _NUMBERED_EXPERT.match(rest)
+        joined = _JOINED_EXPERTS.match(rest) or (_ROUTER.search(rest) and "shared_" not in rest)
+        if count and numbered:
+            expert = int(numbered["expert"])
+        elif count and joined and entry.shape[:1] == (count,):
+            rows = ExpertRows(0, 1, 0)
+    category = "MTP" if is_mtp else category_of(entry.name, expert is not None or rows is not None, layer)
+    return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows)
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
@@ -276,14 +255,11 @@ def _complete(members: Sequence[WeightFact], count: int) -> bool:
         for kind in kinds.values()
     )
     routers = [fact for fact in members if fact.category == "router" and len(fact.shape) == 2]
-    doubtful = [
-        fact
+    doubtful = any(
+        not fact.of_experts and not _SHARED.search(fact.name) and fact.name.startswith(home) and home.count(".") > 2
         for fact in members
-        if fact.expert is None
-        and fact.rows is None
-        and not _SHARED.search(fact.name)
-        and any(fact.name.startswith(home) and home.count(".") > 2 for home in homes)
-    ]
+        for home in homes
+    )
     return alike and len(homes) == 1 and len(routers) == 1 and not doubtful
 
 
@@ -291,9 +267,9 @@ def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts
     """The weights as the model uses them, with `counts` experts by layer. Tensors without a cut are MTP."""
     facts = []
     for name, entry in tensors.items():
-        cut = layout.cuts.get(name)
-        indexed = cut is not None and (cut.rows is not None or cut.expert is not None)
-        layer, expert, rows = (cut.layer, cut.expert, cut.rows) if cut is not None else (None, None, None)
-        category = category_of(name, indexed, layer) if cut is not None else "MTP"
-        facts.append(WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows))
+        cut, category = layout.cuts.get(name, Cut(None)), "MTP"
+        if name in layout.cuts:
+            category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
+        fact = WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows)
+        facts.append(fact)
     return weights_with(facts, counts)
