@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +24,11 @@ from streamprune.files.durable import read_record
 from streamprune.models.config import expert_candidates, load_config
 from streamprune.models.config_json import stated_experts, stated_shape, states_experts, text_part
 from streamprune.output.verify import verify
-from streamprune.pipeline.resume import calibration_of, check_same, settings_of
+from streamprune.pipeline.resume import check_same, read_calibration
 from streamprune.pipeline.run import resume
 from streamprune.pipeline.status import status_of, status_text
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import read_run, read_tokens
+from streamprune.work.records import RecordedRun, read_run
 from streamprune.work.saved_states import open_states
 from tests.fuzz_recipes import RECIPE_NAME, parquet_files, recipes, write_records
 from tests.fuzzing import STRANGE, Tally, as_json, judge, judge_command, mutated_bytes, mutated_json
@@ -210,7 +212,7 @@ def _configs(place: Place) -> list[Target]:
 
 
 def _journal(place: Place) -> list[Target]:
-    now = place.records["run.json"]
+    now = msgspec.convert(place.records["run.json"], RecordedRun)
     bodies = st.sampled_from(sorted(place.records)).flatmap(
         lambda name: st.tuples(st.just(name), mutated_json(place.records[name]) | STRANGE)
     )
@@ -246,20 +248,22 @@ def _load_all(folder: Path) -> None:
     saved = open_states(folder)
     for number in range(len(saved) if saved is not None else 0):
         assert saved is not None
-        saved.load(number)
+        # With such an error a run says that it cannot use these states, and goes back to older ones.
+        with suppress(ValueError):
+            saved.load(number)
 
 
-def _read_journal(folder: Path, now: dict[str, Any]) -> None:
+def _read_journal(folder: Path, now: RecordedRun) -> None:
     status_text(status_of(folder))
     work = WorkFolder(folder)
     for block in (None, *range(4)):
         work.read_layer(block)
-    work.states.intact(), work.states.layer()
+    list(work.states.intact()), work.states.layer()
     recorded = read_run(folder)
     if recorded is not None:
-        settings_of(recorded, folder)
+        recorded.settings_in(folder)
         check_same(recorded, now, folder)
-        calibration_of(recorded, read_tokens(folder), folder, VOCAB)
+        read_calibration(recorded, folder, VOCAB)
 
 
 def _calibration(place: Place) -> list[Target]:

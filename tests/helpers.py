@@ -21,8 +21,7 @@ from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.run import run
-from streamprune.planning.prepare import PreparedModel, prepare
-from streamprune.planning.pruning_plan import plan_pruning
+from streamprune.planning.prepare import PreparedModel, plan_pruning, prepare
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics
 from streamprune.saliency.statistics import ExpertStatistics

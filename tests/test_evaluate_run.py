@@ -249,7 +249,7 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
 def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     with pytest.raises(
-        TooMuchLostError, match=r"Behind layer 0/3 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
+        TooMuchLostError, match=r"After layer 0/3 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
     ) as told:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4
@@ -267,7 +267,7 @@ def test_a_finished_run_that_lost_too_much_leaves_its_scores(
 
     monkeypatch.setattr(of_run, "_LOOKS", 1)
     case = made.at(tmp_path / "out")
-    with pytest.raises(TooMuchLostError, match="Choose otherwise with `streamprune prune` and --scores"):
+    with pytest.raises(TooMuchLostError, match="Select otherwise with `streamprune prune` and --scores"):
         case.run(stop_if_kl=1e-5)
     assert not case.output.exists()
     assert read_scores(tmp_path / "out.scores.safetensors").layer_indices == (0, 1, 2, 3)

@@ -7,6 +7,7 @@ calibration is in test_hostile_calibration, what is random in test_fuzz.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import math
 import os
@@ -29,8 +30,9 @@ from streamprune.pipeline.run import resume
 from streamprune.saliency.scores import FIELDS, pack, unpack
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 from tests.fuzz_targets import Place, write_signed
-from tests.fuzzing import resident_bytes
+from tests.fuzzing import as_json, resident_bytes
 from tests.helpers import prepare_whole, tree_bytes
+from tests.shards import shard
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 PACKAGE = Path(streamprune.__file__).parent
@@ -139,28 +141,50 @@ def test_saved_states_that_claim_more_than_there_is(tmp_path: Path) -> None:
     save_states(tmp_path / "1", 1, lambda _: BatchState(torch.ones(2, 3)), {"block": 0})
     index = read_record(tmp_path / "1" / INDEX_NAME)
     (size,) = {(tmp_path / "1" / DATA_NAME).stat().st_size}
-    lies: list[Any] = [
-        [[0, "float32", [2**50]]],
-        [[0, "float32", [2, 3]], [0, "float32", [2, 3]]],
-        [[0, "float32", [2, 3]], [24, "float32", [0, 2**62, 2**62]]],
-        [[-24, "float32", [2, 3]]],
-        [[0, "float32", [-2, -3]]],
-        [[0, "float32", [2, 3.0]]],
-        [[0, "complex64", [1, 3]]],
-        [[0, "float32", [1] * 5000 + [6]]],
-        [[0, "float32"]],
-        None,
-        [],
-    ]
-    for tensors in lies:
-        write_signed(tmp_path / "1" / INDEX_NAME, index | {"states": [index["states"][0] | {"tensors": tensors}]})
-        assert open_states(tmp_path / "1") is None, tensors
+    (entry,), data = index["states"], (tmp_path / "1" / DATA_NAME).read_bytes()
+    assert entry["nbytes"] == size
+    for nbytes in (size + 1, 2**50, 24, 0, -1, 1.5, None):
+        write_signed(tmp_path / "1" / INDEX_NAME, index | {"states": [entry | {"nbytes": nbytes}]})
+        assert open_states(tmp_path / "1") is None, nbytes
     for missing in index:
         write_signed(tmp_path / "1" / INDEX_NAME, {name: value for name, value in index.items() if name != missing})
         assert open_states(tmp_path / "1") is None, missing
+    shapes: list[Any] = [[2**50], [0, 2**62, 2**62], [-2, -3], [2, 3.0], [2, 4], [1] * 5000 + [7], "ab", None]
+    headers = [{"0": {"dtype": "F32", "shape": shape, "data_offsets": [0, 24]}} for shape in shapes]
+    headers += [{"0": {"dtype": "F32", "shape": [2, 3], "data_offsets": ends}} for ends in ([-24, 0], [24, 48], [0])]
+    headers += [{"0": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 24]}}, {"1": headers[0]["0"]}, {}]
+    for header in headers:
+        _load_forged(tmp_path, index, shard(as_json(header), data[-24:]))
+    empty = {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}
+    _load_forged(tmp_path, index, shard({"0": empty}, b""))
+    deep: Any = {"value": 1}
+    for _ in range(400):
+        deep = {"list": [deep]}
+    structures: list[Any] = [
+        {"tensor": 1}, {"tensor": -1}, {"tensor": None}, {"value": []}, {"list": 3}, {"dict": [[{"list": []}, {}]]},
+        {"dict": [[1]]}, {"set": []}, [], None, {"list": [{"tuple": [5]}]}, {},
+    ]  # fmt: skip
+    for structure in structures:
+        _load_forged(tmp_path, index, data, output=structure)
+        _load_forged(tmp_path, index, data, carried=structure)
+    _load_forged(tmp_path, index, data, carried=deep)
     write_signed(tmp_path / "1" / INDEX_NAME, index)
-    assert open_states(tmp_path / "1") is not None, "the honest one"
-    assert size == 24
+    (tmp_path / "1" / DATA_NAME).write_bytes(data)
+    honest = open_states(tmp_path / "1")
+    assert honest is not None
+    assert torch.equal(honest.load(0).output, torch.ones(2, 3))
+
+
+def _load_forged(folder: Path, index: dict[str, Any], data: bytes, **structure: Any) -> None:
+    """States with these bytes and this structure, with every checksum right, are refused when they are loaded."""
+    (folder / "1" / DATA_NAME).write_bytes(data)
+    entry = index["states"][0] | {"nbytes": len(data)} | structure
+    forged = {"states": [entry], "sha256": hashlib.sha256(data).hexdigest()}
+    write_signed(folder / "1" / INDEX_NAME, index | forged)
+    saved = open_states(folder / "1")
+    assert saved is not None
+    with pytest.raises(ValueError, match="no hidden states"):
+        saved.load(0)
 
 
 def test_states_of_another_model_are_told(place: Place) -> None:
@@ -169,9 +193,7 @@ def test_states_of_another_model_are_told(place: Place) -> None:
     states = open_states(max((place.work / "states").iterdir()))
     assert states is not None
     save_states(work / "states" / "9", len(states), lambda _: BatchState(torch.ones(4, 24, 3)), states.facts)
-    with pytest.raises(
-        ResumeError, match=r"hidden states saved in .*out\.work do not go with this model.*--from-layer 0"
-    ):
+    with pytest.raises(ResumeError, match=r"hidden states saved in .*out\.work do not fit this model.*--from-layer 0"):
         resume(work, quiet=True)
 
 

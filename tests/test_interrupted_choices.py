@@ -127,7 +127,7 @@ def test_status_tells_each_kind_apart(made: dict[str, Command], tmp_path: Path) 
         assert (found["done"], found["written"]) == (list(range(done)), list(range(written)))
         text = call("status", command.work).stdout
         assert told in text
-        assert text.endswith(f"Go on with: streamprune resume {command.work}\n")
+        assert text.endswith(f"Resume with: streamprune resume {command.work}\n")
         assert ("Hidden states were last saved in layer 2/3." in text) == (done == 2)
 
 
@@ -197,15 +197,15 @@ def test_one_kind_does_not_take_another_ones_work(made: dict[str, Command], tmp_
         assert tree_bytes(tmp_path / "out.work") == before, "nothing is touched"
 
     made["prune"].at(tmp_path / "out").interrupt(at=4)
-    refused("global", "holds an unfinished `streamprune prune`. Go on with it .streamprune resume .* --resume never")
+    refused("global", "holds an unfinished `streamprune prune`. Resume it .streamprune resume .* --resume never")
     refused("score", "holds an unfinished `streamprune prune`")
-    with pytest.raises(ResumeError, match=f"Go on with: streamprune resume {tmp_path}/out.work"):
+    with pytest.raises(ResumeError, match=f"Resume with: streamprune resume {tmp_path}/out.work"):
         made["global"].at(tmp_path / "out").resume()
     made["score"].at(tmp_path / "out").run(resume="never")
     made["score"].at(tmp_path / "out").check()
     (tmp_path / "out").unlink()
     made["score"].at(tmp_path / "out").interrupt(at=3)
-    refused("prune", "holds an unfinished run. Go on with it")
+    refused("prune", "holds an unfinished run. Resume it")
     refused("global", "only-score: True then, False now")
     made["score"].at(tmp_path / "out").resume()
     made["score"].at(tmp_path / "out").check()
@@ -218,7 +218,7 @@ def test_another_choice_begins_anew_unless_resuming_is_required(made: dict[str, 
         command.run(keep=4, resume="required")
     command.run(keep=4)
     assert command.found() != command.expected
-    with pytest.raises(ResumeError, match="holds nothing to go on with"):
+    with pytest.raises(ResumeError, match="holds nothing that can be resumed"):
         made["prune"].at(tmp_path / "none").run(resume="required")
     assert not (tmp_path / "none.work").exists()
 

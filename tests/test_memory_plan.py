@@ -50,7 +50,8 @@ def test_the_predicted_states_are_the_real_ones(name: str, tmp_path: Path, monke
     plans = []
     plain_plan = memory_facts.find_needs
     monkeypatch.setattr(HiddenStates, "store", store)
-    monkeypatch.setattr(memory_facts, "find_needs", lambda *a: plans.append(plain_plan(*a)) or plans[-1])
+    patched = "streamprune.pipeline.run.find_needs"
+    monkeypatch.setattr(patched, lambda *a: plans.append(plain_plan(*a)) or plans[-1])
     source = make_model(tmp_path / "model", tiny_config(known_family(name)))
     prune(source, tmp_path / "out", keep=known_family(name).keep)
     assert largest == plans[0].states

@@ -300,7 +300,7 @@ def test_an_interrupted_pruning_goes_on(qwen: Model, tmp_path: Path, monkeypatch
 
 def test_a_stop_is_heard_between_blocks(qwen: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopRequest, "__bool__", lambda self: True)
-    with pytest.raises(InterruptedRunError, match="Go on with: streamprune resume "):
+    with pytest.raises(InterruptedRunError, match="Resume with: streamprune resume "):
         qwen.prune(tmp_path / "out", keep=4)
 
 

@@ -61,7 +61,7 @@ def test_in_the_middle(case: Case) -> None:
     told = call("status", case.work).stdout
     assert "layers: 2 of 4 done, 2 left; " in told
     assert "Hidden states were last saved in layer 2/3." in told
-    assert told.endswith(f"Go on with: streamprune resume {case.work}\n")
+    assert told.endswith(f"Resume with: streamprune resume {case.work}\n")
 
 
 def test_while_a_run_works(case: Case) -> None:

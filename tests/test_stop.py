@@ -70,7 +70,7 @@ def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number
     assert process.returncode == 75, told
     assert "Traceback" not in told
     assert not case.output.exists()
-    command = told.partition("Go on with: streamprune ")[2].rstrip()
+    command = told.partition("Resume with: streamprune ")[2].rstrip()
     assert shlex.split(command) == ["resume", str(case.work)]
     # As a shell would take it.
     done = subprocess.run(

@@ -56,7 +56,7 @@ def test_a_signal_is_answered_with_the_command_to_go_on(
     assert calls >= nth
     assert told.exit_code == 75, told.output
     assert not command.output.exists()
-    (typed,) = re.findall(r"Go on with: streamprune (.*)\n", told.stderr)
+    (typed,) = re.findall(r"Resume with: streamprune (.*)\n", told.stderr)
     assert shlex.split(typed) == ["resume", str(command.work)]
     assert call(*shlex.split(typed), "--quiet").exit_code == 0
     command.check()

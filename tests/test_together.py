@@ -113,7 +113,7 @@ def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: P
     assert silent == ["", ""]
     assert told.count("Error: ") == 1
     assert "One of the other 1 processes of this run ended without a word" in told
-    assert f"go on with: streamprune resume {case.work}" in told
+    assert f"resume with: streamprune resume {case.work}" in told
     assert not case.output.exists()
     case.resume()
     check_same(case, made)
@@ -135,7 +135,7 @@ def before(rank, index, calls, ids):
     assert [status for status, *_ in ended] == [75, 75], ended
     assert ended[1][1:] == ("", "")
     assert ended[0][2].count("Error: ") == 1
-    assert f"Go on with: streamprune resume {case.work}" in ended[0][2]
+    assert f"Resume with: streamprune resume {case.work}" in ended[0][2]
     newest = json.loads((case.work / "cursor.json").read_text())
     facts = json.loads((case.work / "states" / str(newest["body"]["generations"][0]) / "index.json").read_text())
     facts = facts["body"]["facts"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,16 @@ from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.files.durable import read_record, write_record
 from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import RUN_FORMAT, FinishedLayer, FinishedShard, read_pruning, read_run
+from streamprune.work.records import (
+    RUN_FORMAT,
+    FinishedLayer,
+    FinishedShard,
+    RecordedRun,
+    read_pruning,
+    read_run,
+    read_tokens,
+    write_run,
+)
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 
 RUN = {
@@ -179,21 +189,23 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
 
 def test_the_run_and_its_tokens(tmp_path: Path) -> None:
     with WorkFolder(tmp_path / "work") as work:
-        assert work.read_run() is None
-        work.write_run(RUN, [[1, 2], [3]])
-        assert work.read_run() == RUN
+        run = msgspec.convert(RUN, RecordedRun)
+        assert read_run(work.folder) is None
+        write_run(work.folder, run, [[1, 2], [3]])
+        assert read_record(work.folder / "run.json") == RUN
+        assert read_run(work.folder) == run
         damage(work.folder / "run.json", "flip")
-        assert work.read_run() == RUN, "the copy stands in"
+        assert read_run(work.folder) == run, "the copy stands in"
         damage(work.folder / "run.copy.json", "flip")
-        assert work.read_run() is None
-        assert work.read_tokens() == [[1, 2], [3]]
+        assert read_run(work.folder) is None
+        assert read_tokens(work.folder) == [[1, 2], [3]]
         damage(work.folder / "tokens.json", "flip")
-        assert work.read_tokens() == [[1, 2], [3]], "the copy stands in"
+        assert read_tokens(work.folder) == [[1, 2], [3]], "the copy stands in"
         damage(work.folder / "tokens.copy.json", "flip")
         with pytest.raises(ResumeError, match="is damaged"):
-            work.read_tokens()
+            read_tokens(work.folder)
         work.start_afresh()
-        assert work.read_run() is None
+        assert read_run(work.folder) is None
 
 
 def test_a_second_run_is_held_off_and_a_stale_lock_is_not(tmp_path: Path) -> None:
@@ -231,11 +243,12 @@ def test_half_written_files_go(tmp_path: Path) -> None:
     ("name", "body", "maker"),
     [
         ("run.json", {**RUN, "format": 2}, "streamprune 0.1.0"),
+        ("run.json", {**RUN, "format": 3}, "another version of streamprune, in format 3"),
         ("run.json", {**RUN, "format": RUN_FORMAT + 1}, f"another version of streamprune, in format {RUN_FORMAT + 1}"),
         ("run.json", {}, "another version of streamprune, in format None"),
         ("pruning.json", {"command": RUN["command"], "blocks": 4, "decided": {}}, "streamprune 0.1.0"),
     ],
-    ids=["a run of 0.1.0", "a later version", "no format", "a pruning of 0.1.0"],
+    ids=["a run of 0.1.0", "other states", "a later version", "no format", "a pruning of 0.1.0"],
 )
 def test_work_of_another_version_is_refused_in_one_line(
     name: str, body: dict[str, Any], maker: str, tmp_path: Path

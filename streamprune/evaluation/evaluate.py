@@ -28,7 +28,7 @@ from streamprune.models.config import load_config, versions
 from streamprune.models.open import OpenedModel
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.output.plan import REPORT_NAME
-from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_for
+from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_memory
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name
@@ -283,7 +283,7 @@ def _plan(
     settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration, device: torch.device
 ) -> MemoryPlan:
     needs = [needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()]
-    return plan_for(settings, _combined(needs), 0, device, Path(tempfile.gettempdir()))
+    return plan_memory(settings, _combined(needs), 0, device, Path(tempfile.gettempdir()))
 
 
 def _combined(needs: Sequence[Needs]) -> Needs:

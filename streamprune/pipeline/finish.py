@@ -13,15 +13,14 @@ from typing import Any
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
-from streamprune.errors import InterruptedRunError, SettingsError, VerifyError
+from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import reached, sync_folder, writing
-from streamprune.fit.estimate import Estimate
+from streamprune.fit.answer import estimate_object, terms_lines
+from streamprune.fit.estimate import Estimate, Fit
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter
-from streamprune.planning.expert_counts import ExpertCounts
-from streamprune.planning.model_facts import ModelFacts
+from streamprune.planning.facts import ExpertCounts, ModelFacts
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
@@ -29,13 +28,13 @@ from streamprune.reporting.record import make_record
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.retention import Retention, retention_warnings, retentions
-from streamprune.selection.select import LayerSelection, Selection, Selector
+from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import token_shares
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
 
-#: Suffix of the file with the scores of a run whose selection could not be made, next to the output.
+#: Suffix of the file with the scores of a run whose output was refused, next to the output.
 SCORES_SUFFIX = ".scores.safetensors"
 
 
@@ -69,56 +68,59 @@ class SelectionResult:
         """What the selection keeps of each source of the calibration; empty without scores."""
         return retentions(self.scores, self.selection) if self.scores is not None else ()
 
-    @cached_property
-    def statistics(self) -> Mapping[int, LayerStatistics]:
-        """What is recorded of the experts, by layer; empty without scores."""
-        return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
-
     @property
     def layers(self) -> Iterator[int | None]:
         """None for the weights outside the layers, then every layer's index, in the order in which they are written."""
         yield None
         yield from range(self.facts.layout.layer_count)
 
+    def record_layer(
+        self, work: WorkFolder, index: int | None, experts: Sequence[int], shards: list[FinishedShard]
+    ) -> None:
+        """Record in the work folder what is known and written of a layer (None: of the weights outside the layers)."""
+        work.write_layer(index, self._statistics.get(index), experts, shards)
 
-def select_all(selector: Selector, scores: Scores, settings: RunSettings, work: WorkFolder) -> Selection:
-    """The selection of a run whose layers are all scored.
+    @cached_property
+    def _statistics(self) -> dict[int | None, LayerStatistics]:
+        return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
 
-    Raises SettingsError where there is none. Then the scores, which took all the time, are saved next to the output, to
-    select from them in another way; the work folder is emptied, since no resume could end otherwise.
-    """
-    try:
-        return selector.all(scores.layers)
-    except SettingsError as error:
-        kept = save_scores(settings, scores)
-        work.start_afresh()
-        raise SettingsError(
-            f"{error} All layers are scored; select in another way with `streamprune prune` and --scores {kept}."
-        ) from None
+    def print_retention(self, progress: Progress) -> None:
+        """Print what the selection keeps of each source, with warnings where that is little."""
+        if self.scores is None or not self.retained:
+            return
+        kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in self.retained)
+        progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
+        by = self.selection.settings
+        shares = token_shares(by.mix, self.scores.sources, self.scores.source_tokens) if by is not None else None
+        for warning in retention_warnings(self.retained, shares):
+            progress.say(f"warning: {warning}")
 
-
-def save_scores(settings: OutputSettings, scores: Scores | None) -> Path:
-    """Save the scores of a run next to its output, to select from them in another way; returns the file."""
-    kept = sibling_path(settings.output, SCORES_SUFFIX)
-    assert scores is not None
-    write_scores(kept, scores)
-    return kept
-
-
-def print_selection(decided: SelectionResult, progress: Progress) -> None:
-    """Print what the selection keeps of each source, what to beware of, and who can load the result."""
-    if has_per_layer_experts(decided.plan.counts) and isinstance(decided.settings, PruneSettings):
-        # (A run has printed it before it began.)
-        progress.say(f"note: {engines_note(True)}")
-    if not decided.retained or decided.scores is None:
-        return
-    kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in decided.retained)
-    progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
-    shares = None
-    if decided.selection.settings is not None:
-        shares = token_shares(decided.selection.settings.mix, decided.scores.sources, decided.scores.source_tokens)
-    for warning in retention_warnings(decided.retained, shares):
-        progress.say(f"warning: {warning}")
+    def summary(self, estimate: Estimate | None, seconds: float) -> dict[str, Any]:
+        """The result for people and for `--json`, as far as it does not depend on how the scores were taken."""
+        counts = list(self.plan.counts.values())
+        return {
+            "output": str(self.settings.output),
+            "model": self.settings.model,
+            "experts_per_layer": counts[0] if len(set(counts)) == 1 else counts,
+            "experts_in_all_layers": sum(counts),
+            "source_experts_per_layer": self.plan.layout.spec.count,
+            "moe_layers": len(counts),
+            "source_bytes": self.checkpoint.nbytes,
+            "output_bytes": self.plan.output_bytes,
+            "never_routed": [
+                {"layer": layer.index, "experts": layer.tokens.count(0)}
+                for layer in self.selection.layers
+                if 0 in layer.tokens
+            ],
+            "domain_retention": {
+                each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in self.retained
+            },
+            "dropped_tensors": len(self.plan.layout.dropped),
+            # What was compared and differed would have raised an error.
+            "verified": self.settings.verify,
+            "seconds": round(seconds, 3),
+            "memory": estimate_object(estimate) if estimate is not None else None,
+        }
 
 
 def write_layers(
@@ -138,28 +140,16 @@ def write_layers(
             progress.say(f"resuming: checking what was written of {name} ...")
             if writer.has_written(index, experts, record):
                 continue
-        shards = writer.write_layer(index, experts)
-        _record(decided, work, index, experts, shards)
+        decided.record_layer(work, index, experts, writer.write_layer(index, experts))
         if experts:
             progress.say(f"{name}: written with {len(experts)}/{decided.facts.layout.spec.count} experts")
     _check_stop(stop, work)
 
 
-def _record(
-    decided: SelectionResult,
-    work: WorkFolder,
-    index: int | None,
-    experts: Sequence[int],
-    shards: list[FinishedShard],
-) -> None:
-    """Record in the work folder what is known and written of a layer (None: of the weights outside the layers)."""
-    work.write_layer(index, decided.statistics.get(index) if index is not None else None, experts, shards)
-
-
 def _check_stop(stop: StopRequest, work: WorkFolder) -> None:
     if stop:
         raise InterruptedRunError(
-            f"Stopped as asked; what is written is kept. Go on with: {resume_command(work.folder)}"
+            f"Stopped as asked; what is written is kept. Resume with: {resume_command(work.folder)}"
         )
 
 
@@ -174,36 +164,85 @@ def complete(
 
     `evaluation` is what was measured of the pruned model. Returns the memory that it takes, None where it is not known.
     """
-    settings, plan = decided.settings, decided.plan
+    settings, plan, kept = decided.settings, decided.plan, decided.selection.kept
     # All that lies there becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
-        _verify(decided, writer, work, progress)
+        if not writer.has_proven(kept):
+            # What was written before an interruption. Of a large model this takes minutes.
+            progress.say("comparing what was written with the source ...")
+        try:
+            proof = writer.verify(kept)
+        except VerifyError:
+            # The records of what was written cannot be believed; the statistics of the experts are not affected.
+            for index in decided.layers:
+                decided.record_layer(work, index, (), [])
+            raise
+        progress.say(
+            f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes"
+        )
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
     small_files = [path.as_posix() for path in decided.checkpoint.small_files()]
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
-    headers = writer.headers()
-    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, headers)
+    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
     writer.finish(record.as_json(), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 
-def _verify(decided: SelectionResult, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
-    kept = decided.selection.kept
-    if not writer.has_proven(kept):
-        # What was written before an interruption. Of a large model this takes minutes.
-        progress.say("comparing what was written with the source ...")
-    try:
-        proof = writer.verify(kept)
-    except VerifyError:
-        # The records of what was written cannot be believed; the statistics of the experts are not affected.
-        for index in decided.layers:
-            _record(decided, work, index, (), [])
-        raise
-    progress.say(f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes")
+def print_result(
+    decided: SelectionResult, summary: Mapping[str, Any], estimate: Estimate | None, progress: Progress
+) -> None:
+    """Print that the output is complete, with a warning of experts that no calibration token was routed to."""
+    if summary["never_routed"] and decided.selection.settings is not None and decided.scores is not None:
+        where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in summary["never_routed"])
+        progress.say(
+            f"warning: the {decided.scores.tokens:,} calibration tokens never reached some experts ({where}), so these "
+            "were removed first, although nothing is known of them. Calibrate on more or on other text: --calibration, "
+            "--samples."
+        )
+    progress.say(
+        f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
+        f"(source: {format_bytes(summary['source_bytes'])})"
+    )
+    if estimate is not None:
+        print_memory(estimate, progress)
+
+
+def print_memory(estimate: Estimate, progress: Progress) -> None:
+    """Print the memory of the result, and whether it fits the budget, if there is one."""
+    for line in terms_lines(estimate):
+        progress.say(line)
+    if isinstance(estimate, Fit):
+        verdict = "fits" if estimate.fits else "does not fit"
+        progress.say(
+            f"  {verdict} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} "
+            f"{'left' if estimate.fits else 'missing'}"
+        )
+
+
+def print_budget(counts: ExpertCounts | None, progress: Progress) -> None:
+    """Print the notes on the GPU that the budget is for."""
+    for note in counts.budget.notes if counts and counts.budget else ():
+        progress.say(f"note: {note}")
+
+
+def print_dropped(dropped: Sequence[str], progress: Progress) -> None:
+    """Print which tensors the output leaves out, if any."""
+    if dropped:
+        progress.say(
+            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
+            "Without them, speculative decoding needs a separate draft model."
+        )
+
+
+def save_scores(settings: OutputSettings, scores: Scores) -> Path:
+    """Save the scores of a run next to its output, to select from them in another way; returns the file."""
+    path = sibling_path(settings.output, SCORES_SUFFIX)
+    write_scores(path, scores)
+    return path
 
 
 def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
@@ -214,49 +253,10 @@ def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Sc
     complete_file = settings.output_work_folder / SCORES_NAME
     write_scores(complete_file, scores)
     with writing(f"Completing {settings.output}", settings.output):
-        # Hours may have passed: whatever came to lie there meanwhile is not ours to replace.
+        # Hours may have passed: do not replace an output that was put there meanwhile.
         check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
         work.record_complete(complete_file)
         reached("scores written")
         complete_file.rename(settings.output)
         reached("output named")
         sync_folder(settings.output.absolute().parent)
-
-
-def summary_of(decided: SelectionResult, estimate: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """The result for people and for `--json`, as far as it does not depend on how the scores were taken."""
-    plan, layers = decided.plan, decided.selection.layers
-    counts = list(plan.counts.values())
-    return {
-        "output": str(decided.settings.output),
-        "model": decided.settings.model,
-        "experts_per_layer": counts[0] if len(set(counts)) == 1 else counts,
-        "experts_in_all_layers": sum(counts),
-        "source_experts_per_layer": plan.layout.spec.count,
-        "moe_layers": len(counts),
-        "source_bytes": decided.checkpoint.nbytes,
-        "output_bytes": plan.output_bytes,
-        "never_routed": [
-            {"layer": layer.index, "experts": layer.tokens.count(0)} for layer in layers if 0 in layer.tokens
-        ],
-        "domain_retention": {
-            each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in decided.retained
-        },
-        "dropped_tensors": len(plan.layout.dropped),
-        # What was compared and differed would have raised an error.
-        "verified": decided.settings.verify,
-        "seconds": round(seconds, 3),
-        "memory": estimate,
-    }
-
-
-def summary_of_scores(settings: RunSettings, scores: Scores, seconds: float) -> dict[str, Any]:
-    """The same of scores, where no model was written."""
-    return {
-        "output": str(settings.output),
-        "model": settings.model,
-        "moe_layers": len(scores.layers),
-        "source_experts_per_layer": scores.spec.count,
-        "sources": dict(zip(scores.sources, scores.source_tokens, strict=True)),
-        "seconds": round(seconds, 3),
-    }

@@ -17,20 +17,25 @@ from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoin
 from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsError
 from streamprune.files.json_text import show
-from streamprune.fit.answer import estimate_object
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
-from streamprune.models.config_json import stated_experts
-from streamprune.models.expert_layout import Layout
-from streamprune.models.per_layer_experts import refuse_per_layer_experts
+from streamprune.models.config_json import ExpertSpec, stated_experts
+from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
-from streamprune.pipeline.finish import RunResult, SelectionResult, complete, print_selection, summary_of, write_layers
-from streamprune.pipeline.messages import print_budget, print_dropped, print_memory, print_unseen_experts
+from streamprune.pipeline.finish import (
+    RunResult,
+    SelectionResult,
+    complete,
+    print_budget,
+    print_dropped,
+    print_memory,
+    print_result,
+    write_layers,
+)
 from streamprune.pipeline.status import ended
-from streamprune.planning.expert_counts import ExpertCounts, plan_counts
-from streamprune.planning.model_facts import ModelFacts, facts_from_json
+from streamprune.planning.facts import ExpertCounts, ModelFacts, facts_from_json, plan_counts
 from streamprune.progress import Progress
 from streamprune.reporting.record import check_provenance, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -41,18 +46,19 @@ from streamprune.selection.user_files import read_keep_file
 from streamprune.work.enter import listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder, folder_bytes
 from streamprune.work.records import (
+    RecordedPruning,
+    command_of,
     file_states,
     has_pruning,
     has_run,
     read_pruning,
-    settings_of_pruning,
     with_changes,
     write_pruning,
 )
 
 
 def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
-    """Write the model that the settings select, going on where an earlier call was interrupted.
+    """Write the model that the settings select; resumes what an earlier call left unfinished.
 
     Takes the time of a file copy, and memory for a few MiB of a file at a time besides the scores. Raises a
     StreampruneError for whatever cannot work, before anything is written.
@@ -73,17 +79,10 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
             estimate = complete(decided, writer, work, progress)
         # The output is complete: there is nothing left to be stopped.
         stop.patient = True
-        summary = summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
+        summary = decided.summary(estimate, progress.seconds)
         work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
-        if decided.selection.settings is not None and decided.scores is not None:
-            print_unseen_experts(progress, summary["never_routed"], decided.scores.tokens)
-        progress.say(
-            f"done in {summary['seconds']:.0f} s: {settings.output}, {format_bytes(decided.plan.output_bytes)} of "
-            f"weights (source: {format_bytes(decided.checkpoint.nbytes)})"
-        )
-        if estimate is not None:
-            print_memory(progress, estimate)
+        print_result(decided, summary, estimate, progress)
     return RunResult(settings.output, decided.selection.layers, summary)
 
 
@@ -98,14 +97,14 @@ def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
     with Progress(decided.plan.layout.layer_count, quiet) as progress:
         _print_plan(settings, decided, progress)
         if estimate is not None:
-            print_memory(progress, estimate)
+            print_memory(estimate, progress)
         progress.say("dry run: nothing was written")
         check_disk(settings.output, decided.plan.output_bytes)
-        return summary_of(decided, estimate_object(estimate) if estimate else None, progress.seconds)
+        return decided.summary(estimate, progress.seconds)
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
-    """Go on with the pruning recorded in a work folder. `changes` are settings that do not change the result.
+    """Resume the pruning recorded in a work folder. `changes` are settings that do not change the result.
 
     Raises ResumeError when there is none, or when what decides the result has changed.
     """
@@ -115,7 +114,7 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
             f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
             "`streamprune prune` command again; nothing but the time of a copy is lost."
         )
-    settings = with_changes(settings_of_pruning(recorded, work_folder), work_folder, changes)
+    settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
     return prune(settings, quiet)
@@ -137,7 +136,7 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     def footprint() -> Footprint:
         return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
-    counts, selection = _select(settings, scores, facts.layout, footprint)
+    counts, selection = _select(settings, scores, facts.layout.spec, facts.layout.expert_layers, footprint)
     plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, settings.max_shard_bytes)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
@@ -154,35 +153,30 @@ def _read_scores(settings: PruneSettings) -> Scores | None:
         return None
     scores = read_scores(settings.scores)
     check_provenance(scores)
-    if settings.keep_file is not None:
-        read_keep_file(settings.keep_file, scores.spec, scores.layer_indices)
-    elif settings.budget_gib is None and settings.gpu is None:
 
-        def footprint() -> Footprint:
-            raise AssertionError("nothing but a budget asks for it")
+    def footprint() -> Footprint:
+        raise AssertionError("nothing but a budget asks for it")
 
-        _select_by_scores(settings, scores, footprint)
+    if settings.budget_gib is None and settings.gpu is None:
+        _select(settings, scores, scores.spec, scores.layer_indices, footprint)
     return scores
 
 
 def _select(
-    settings: PruneSettings, scores: Scores | None, layout: Layout, footprint: Callable[[], Footprint]
+    settings: PruneSettings,
+    scores: Scores | None,
+    spec: ExpertSpec,
+    layers: tuple[int, ...],
+    footprint: Callable[[], Footprint],
 ) -> tuple[ExpertCounts, Selection]:
     """How many experts stay, and which: by the user's own list or by scores; a budget asks for the `footprint`."""
-    if settings.keep_file is None:
-        assert scores is not None  # PruneSettings has seen to it
-        return _select_by_scores(settings, scores, footprint)
-    kept = read_keep_file(settings.keep_file, layout.spec, layout.expert_layers)
-    selection = listed_selection(kept, scores, settings.selection)
-    return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
-
-
-def _select_by_scores(
-    settings: PruneSettings, scores: Scores, footprint: Callable[[], Footprint]
-) -> tuple[ExpertCounts, Selection]:
-    counts = plan_counts(settings, scores.spec, scores.layer_indices, footprint)
+    if settings.keep_file is not None:
+        selection = listed_selection(read_keep_file(settings.keep_file, spec, layers), scores, settings.selection)
+        return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
+    assert scores is not None  # PruneSettings has seen to it
+    counts = plan_counts(settings, spec, layers, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
-    return counts, Selector(by, scores.spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
+    return counts, Selector(by, spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
 
 
 def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
@@ -192,45 +186,32 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         f"{settings.model}: {plan.layout.layer_count} layers, {len(plan.counts)} with {experts} experts; keeping "
         f"{decided.counts.text(experts, plan.counts)}"
     )
-    print_budget(progress, decided.counts)
+    print_budget(decided.counts, progress)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were taken with --propagate pruned: after the first layer with experts they hold "
             "for that run's selection only."
         )
-    print_selection(decided, progress)
+    if has_per_layer_experts(plan.counts):
+        progress.say(f"note: {engines_note(True)}")
+    decided.print_retention(progress)
     progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
-    print_dropped(progress, plan.layout.dropped)
+    print_dropped(plan.layout.dropped, progress)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
     """The model's facts: read from the scores if they hold them, else found by building the model."""
     if scores is not None:
-        scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
-        if scored != here:
-            raise ScoresError(
-                f"{settings.scores} holds the scores of {show(scores.provenance['model'])} with the fingerprint "
-                f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the very model that was scored, or "
-                "score this one."
-            )
-        stated = stated_experts(checkpoint.config)
-        if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
-            raise ScoresError(
-                f"{settings.scores} holds scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but by its "
-                f"config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
-            )
-        if scores.layout is not None:
-            facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
-            return _agreeing(settings, facts, scores)
-    # Only here: it takes torch and transformers, and seconds.
-    from streamprune.planning.prepare import facts_of_checkpoint
+        _check_source(settings, checkpoint, scores)
+    if scores is not None and scores.layout is not None:
+        facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
+    else:
+        # Only here: it takes torch and transformers, and seconds.
+        from streamprune.planning.prepare import facts_of_checkpoint
 
-    return _agreeing(settings, facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code), scores)
-
-
-def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None) -> ModelFacts:
-    """The facts, if the scores are of just these experts: the fingerprint is only what their file says of itself."""
+        facts = facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code)
     layout = facts.layout
+    # The fingerprint is only what the file of scores says of itself.
     if scores is not None and (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
         raise ScoresError(
             f"{settings.scores} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts "
@@ -240,13 +221,30 @@ def _agreeing(settings: PruneSettings, facts: ModelFacts, scores: Scores | None)
     return facts
 
 
+def _check_source(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores) -> None:
+    """Raise ScoresError unless the scores say that they are of this checkpoint."""
+    scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
+    if scored != here:
+        raise ScoresError(
+            f"{settings.scores} holds the scores of {show(scores.provenance['model'])} with the fingerprint "
+            f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the very model that was scored, or "
+            "score this one."
+        )
+    stated = stated_experts(checkpoint.config)
+    if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
+        raise ScoresError(
+            f"{settings.scores} holds scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but by its "
+            f"config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
+        )
+
+
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
-    """Go on with what an earlier call wrote in the work folder if its selection was the same; else begin anew."""
+    """Keep what an earlier call wrote in the work folder if its selection was the same; else begin anew."""
     folder, anew = work.folder, settings.resume == "never"
     if has_run(folder) and not anew:
         raise ResumeError(
-            f"{folder} holds an unfinished run. Go on with it, give it up with `streamprune clean --all`, or add "
-            "--resume never."
+            f"{folder} holds an unfinished run. Resume it, discard it with `streamprune clean --all`, or add --resume "
+            "never."
         )
     if not has_pruning(folder) and work.has_progress() and not anew:
         raise ResumeError(
@@ -259,16 +257,18 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         "max_shard_bytes": settings.max_shard_bytes,
     }
     recorded = read_pruning(folder) if not anew else None
-    if recorded is None or recorded["decided"] != now:
+    if recorded is None or recorded.decided != now:
         if settings.resume == "required":
             raise ResumeError(
-                f"{folder} holds nothing to go on with: another selection of experts, another size of shards, or "
-                "the model's files were others. Begin anew with `streamprune prune` and --resume never."
+                f"{folder} holds nothing that can be resumed: what it holds is of another selection of experts, of "
+                "another size of shards, or of other files of the model. Begin anew with `streamprune prune` and "
+                "--resume never."
             )
         if work.keeps_old_output() and recorded is None:
             raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")
         work.start_afresh()
-    write_pruning(folder, settings, decided.plan.layout.layer_count, now)
+    layers = decided.plan.layout.layer_count
+    write_pruning(folder, RecordedPruning(command=command_of(settings), layers=layers, decided=now))
 
 
 def _check_room(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
@@ -276,5 +276,5 @@ def _check_room(settings: PruneSettings, decided: SelectionResult, work: WorkFol
     written = decided.plan.output_bytes
     check_disk(work.folder, max(0, written - folder_bytes(work.staging)))
     if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
-        # It is copied there in the end.
+        # The finished output is copied there.
         check_disk(settings.output, written)

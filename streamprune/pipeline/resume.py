@@ -1,11 +1,11 @@
-"""Whether an interrupted run may be resumed: everything that decides the result must be as it was.
+"""What decides the result of a run: recorded, and compared before an interrupted run is resumed.
 
-Where scores come from, as it is kept with them.
+And what decided its scores, as it is kept with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from streamprune.models.config import versions
 from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
 from streamprune.work.folder import resume_command
-from streamprune.work.records import RUN_FORMAT, command_of, file_states, has_pruning, read_run, settings_from
+from streamprune.work.records import (
+    RecordedCalibration,
+    RecordedRun,
+    command_of,
+    file_states,
+    has_pruning,
+    read_run,
+    read_tokens,
+)
 
 #: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
 #: budget by the number of experts that it gave).
@@ -31,114 +39,97 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def describe_run(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> dict[str, Any]:
-    """All that decides the result of a run, as JSON, and the command that began it."""
-    counts = prepared.plan.counts
+def describe_run(
+    settings: RunSettings, prepared: PreparedModel, calibration: Calibration, batch_tokens: int
+) -> RecordedRun:
+    """All that decides the result of a run, and the command that began it."""
+    counts, command = prepared.plan.counts, command_of(settings)
+    kept = "none removed"
+    if counts is not None and counts.keep is not None:
+        kept = f"{counts.keep} per layer"
+    elif counts is not None:
+        listed = f": {', '.join(map(str, counts.per_layer.values()))}" if counts.per_layer else ""
+        kept = f"{counts.total} in all{listed}"
     with reading(prepared.checkpoint.folder):
         source = prepared.checkpoint.fingerprint()
-    return {
-        "format": RUN_FORMAT,
-        "command": command_of(settings),
-        "settings": {name: value for name, value in command_of(settings).items() if name not in FREE_SETTINGS}
-        | {"experts kept": _kept(prepared), "computed in": str(prepared.dtype)},
-        "source": source,
-        "files": file_states(prepared.checkpoint),
-        "calibration": {
-            "fingerprint": calibration.fingerprint,
-            "sequences": len(calibration.sequences),
-            "tokens": calibration.tokens,
-            "sources": list(calibration.sources),
-            "source_of": list(calibration.source_of),
-            "notes": list(calibration.notes),
-            "recipe": dict(calibration.recipe),
-        },
-        "versions": versions(),
-        "layers": prepared.layout.layer_count,
-        "budget_bytes": counts.budget.nbytes if counts and counts.budget else None,
-    }
+    return RecordedRun(
+        command=command,
+        settings={name: value for name, value in command.items() if name not in FREE_SETTINGS}
+        | {"experts kept": kept, "computed in": str(prepared.dtype)},
+        source=source,
+        files=file_states(prepared.checkpoint),
+        calibration=RecordedCalibration(
+            fingerprint=calibration.fingerprint,
+            sequences=len(calibration.sequences),
+            tokens=calibration.tokens,
+            sources=list(calibration.sources),
+            source_of=list(calibration.source_of),
+            recipe=dict(calibration.recipe),
+            notes=list(calibration.notes),
+        ),
+        # (torch's is of a class of its own.)
+        versions={name: str(version) for name, version in versions().items()},
+        layers=prepared.layout.layer_count,
+        batch_tokens=batch_tokens,
+        budget_bytes=counts.budget.nbytes if counts and counts.budget else None,
+    )
 
 
-def _kept(prepared: PreparedModel) -> str:
-    """How many experts stay, in words, as compared and shown."""
-    counts = prepared.plan.counts
-    if counts is None:
-        return "none removed"
-    if counts.keep is not None:
-        return f"{counts.keep} per layer"
-    listed = f": {', '.join(map(str, counts.per_layer.values()))}" if counts.per_layer else ""
-    return f"{counts.total} in all{listed}"
-
-
-def run_to_resume(work: Path) -> dict[str, Any]:
+def run_to_resume(work: Path) -> RecordedRun:
     """What is recorded of the run in a work folder. Raises ResumeError if there is none."""
     recorded = read_run(work)
-    if recorded is None:
-        if has_pruning(work):
-            raise ResumeError(
-                f"{work} holds no run, but what `streamprune prune` began. Go on with: {resume_command(work)}"
-            )
+    if recorded is not None:
+        return recorded
+    if has_pruning(work):
         raise ResumeError(
-            f"{work} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
+            f"{work} holds an unfinished `streamprune prune`, and no run. Resume it with: {resume_command(work)}"
         )
-    return recorded
+    raise ResumeError(f"{work} holds no run that could be resumed. A run that has been started keeps one in OUT.work.")
 
 
-def settings_of(run: Mapping[str, Any], work: Path) -> RunSettings:
-    """The settings of a recorded run, to go on with it in `work`. Raises ResumeError if they make no sense."""
-    changes: dict[str, Any] = {"resume": "required", "from_layer": None}
-    # A budget counts as it was then: free GPU memory changes.
-    if run["budget_bytes"] is not None:
-        changes |= {"budget_gib": run["budget_bytes"] / 2**30, "gpu": None}
-    return settings_from(RunSettings, run["command"], work, **changes)
-
-
-def calibration_of(run: Mapping[str, Any], tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
+def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Calibration:
     """The recorded calibration. Raises ResumeError unless it is the one that the run began with."""
-    recorded = run["calibration"]
-    source_of, sources = tuple(recorded["source_of"]), tuple(recorded["sources"])
-    sound = bool(tokens) and all(
+    facts, tokens = recorded.calibration, read_tokens(work)
+    sound = len(facts.source_of) == len(tokens) > 0 and all(source < len(facts.sources) for source in facts.source_of)
+    sound = sound and all(
         isinstance(sequence, list)
         and sequence
         and all(type(token) is int and 0 <= token < vocab_size for token in sequence)
         for sequence in tokens
     )
-    sound = sound and len(source_of) == len(tokens) and all(source < len(sources) for source in source_of)
     sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
-    if not sound or fingerprint_of(sequences, source_of) != recorded["fingerprint"]:
+    if not sound or fingerprint_of(sequences, facts.source_of) != facts.fingerprint:
         raise ResumeError(f"The calibration tokens in {work} are not those that the run began with. Was it changed?")
-    fingerprint, notes = recorded["fingerprint"], tuple(recorded["notes"])
-    return Calibration(sequences, sources, source_of, fingerprint, notes, recorded["recipe"])
+    sources, notes = tuple(facts.sources), tuple(facts.notes)
+    return Calibration(sequences, sources, tuple(facts.source_of), facts.fingerprint, notes, facts.recipe)
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], work: Path) -> None:
-    """Raise ResumeError, naming every difference, unless the run recorded `before` may go on as `now`."""
+def check_same(before: RecordedRun, now: RecordedRun, work: Path) -> None:
+    """Raise ResumeError, naming every difference, unless the run recorded `before` may be resumed as `now`."""
     found = list(_differences(before, now))
     if found:
         raise ResumeError(
-            f"The run in {work} cannot be taken up, because it would not give the same result:\n"
+            f"The run in {work} cannot be resumed, because the result would not be the same:\n"
             + "\n".join(f"  {line}" for line in found)
-            + "\nUndo the changes, or give up what is done and begin anew with --resume never."
+            + "\nUndo the changes, or discard the finished work and begin anew with --resume never."
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    if before.get("format") != now["format"]:
-        yield f"it was recorded in format {before.get('format')}; this version writes {now['format']}"
-        return
-    for part in ("settings", "versions"):
-        for name in sorted(before[part].keys() | now[part].keys()):
-            old, new = before[part].get(name), now[part].get(name)
-            if old != new:
-                yield f"{name.replace('_', '-')}: {_show(old)} then, {_show(new)} now"
-    for file in sorted(before["files"].keys() | now["files"].keys()):
-        old, new = before["files"].get(file), now["files"].get(file)
-        if old != new:
-            yield f"model file {file}: {_file(old)} then, {_file(new)} now"
-    if before["source"] != now["source"] and before["files"] == now["files"]:
+def _differences(before: RecordedRun, now: RecordedRun) -> Iterator[str]:
+    for old, new in ((before.settings, now.settings), (before.versions, now.versions)):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{name.replace('_', '-')}: {_show(old.get(name))} then, {_show(new.get(name))} now"
+    for file in sorted(before.files.keys() | now.files.keys()):
+        if before.files.get(file) != now.files.get(file):
+            yield f"model file {file}: {_file(before.files.get(file))} then, {_file(now.files.get(file))} now"
+    if before.source != now.source and before.files == now.files:
         yield "the model's contents: another fingerprint, though its files have the same sizes and times"
-    old, new = before["calibration"], now["calibration"]
-    if old["fingerprint"] != new["fingerprint"]:
-        yield f"calibration: {old['tokens']:,} tokens then, {new['tokens']:,} now, and not the same ones"
+    if before.calibration.fingerprint != now.calibration.fingerprint:
+        yield (
+            f"calibration: {before.calibration.tokens:,} tokens then, {now.calibration.tokens:,} now, and not the same "
+            "ones"
+        )
 
 
 def _show(value: Any) -> str:
@@ -149,17 +140,23 @@ def _file(state: list[int] | None) -> str:
     return "missing" if state is None else f"{state[0]:,} bytes, changed at {state[1] / 1e9:.3f}"
 
 
-def _held_back(held: Calibration | None) -> dict[str, Any]:
-    if held is None:
-        return {}
-    facts = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
-    return {"held_back": facts}
-
-
 def provenance_of(
-    settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device, batch_tokens: int
+    settings: RunSettings, prepared: PreparedModel, text: Calibration, device: torch.device, batch_tokens: int
 ) -> dict[str, Any]:
     """What decided the scores of a run, as JSON. Nothing in it is about which experts stay."""
+    calibration = {
+        "sources": [
+            {"name": name, "tokens": tokens} for name, tokens in zip(text.sources, text.tokens_of, strict=True)
+        ],
+        "sequences": len(text.sequences),
+        "tokens": text.tokens,
+        "fingerprint": text.fingerprint,
+        "recipe": dict(text.recipe),
+    }
+    held = text.held_out
+    if held is not None:
+        facts = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
+        calibration["held_back"] = facts
     return {
         "model": public_name(settings.model),
         "revision": settings.revision,
@@ -170,16 +167,6 @@ def provenance_of(
             "device": device.type,
             "batch_tokens": batch_tokens,
         },
-        "calibration": {
-            "sources": [
-                {"name": name, "tokens": tokens}
-                for name, tokens in zip(calibration.sources, calibration.tokens_of, strict=True)
-            ],
-            "sequences": len(calibration.sequences),
-            "tokens": calibration.tokens,
-            "fingerprint": calibration.fingerprint,
-            "recipe": dict(calibration.recipe),
-            **_held_back(calibration.held_out),
-        },
+        "calibration": calibration,
         "versions": versions(),
     }

@@ -11,9 +11,10 @@ from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, TooMuchLostError
 from streamprune.evaluation.evaluate import about, mean_errors, measure
 from streamprune.evaluation.metrics import mean_kl, summarize, table
-from streamprune.pipeline.finish import SelectionResult, save_scores
+from streamprune.pipeline.finish import save_scores
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import Busy
+from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
 from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.forward import ORIGINAL
@@ -22,18 +23,19 @@ from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.stages import ForwardStage, LayerErrors, PrunedForwardStage
 from streamprune.work.folder import WorkFolder, resume_command
 
-#: Looks within the model with --stop-if-kl, evenly over its depth. Each costs as much as the output head does.
+#: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each time costs as much
+#: as the output head does.
 _LOOKS = 8
-#: What is read within the model overstates the damage: on the demo's model up to 2.6 times what came in the end. Only
-#: this many times too much ends a run early; what is in doubt is decided in the end.
+#: The KL divergence within the model overstates the damage: on the demo's model up to 2.6 times that of the last layer.
+#: Only this many times too much ends a run early; what is in doubt is decided after the last layer.
 _HOPELESS = 4
 
 
 class RunEvaluation:
-    """What `run --evaluate` finds out, kept in the work folder. `result` is all of it, once it is known.
+    """What `run --evaluate` measures, kept in the work folder. `result` is all of it, once it is complete.
 
-    `during_run`: it is measured while the layers are scored, else by `complete`, once all experts are chosen. With
-    --stop-if-kl the predictions are also read within the model, as if the layers so far were all: through the final
+    `during_run`: it is measured while the layers are scored, else by `complete`, once all experts are selected. With
+    --stop-if-kl predictions are also measured within the model, as if the layers so far were all: through the final
     norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112). Every rank has
     one and comes to the same result; only rank 0 has `work` and prints.
     """
@@ -58,7 +60,7 @@ class RunEvaluation:
 
     @property
     def is_done(self) -> bool:
-        """Whether all of it is known."""
+        """Whether the result is complete."""
         return self.result is not None
 
     def forget(self) -> None:
@@ -68,7 +70,7 @@ class RunEvaluation:
             self._work.forget_evaluation()
 
     def is_due(self, layer: int) -> bool:
-        """Whether the predictions are to be read after layer `layer`, before the last one."""
+        """Whether predictions are to be measured after layer `layer`, before the last one."""
         step = max(1, self._layers // _LOOKS)
         return self._settings.stop_if_kl is not None and (layer + 1) % step == 0 and layer + 1 < self._layers
 
@@ -82,17 +84,17 @@ class RunEvaluation:
             return
         kl, most = mean_kl(figures), self._settings.stop_if_kl
         place = f"layer {layer - 1}/{self._layers - 1}"
-        self._progress.say(f"read off behind {place}: KL divergence {kl:.4f} nats per token")
+        self._progress.say(f"predictions after {place}: KL divergence {kl:.4f} nats per token")
         if most is not None and kl > _HOPELESS * most:
             raise TooMuchLostError(
-                f"Behind {place} the predictions of the pruned model are {kl:.3g} nats per "
+                f"After {place} the predictions of the pruned model are {kl:.3g} nats per "
                 "token from the original's (KL divergence on the held-out text), more than "
                 f"{_HOPELESS} x --stop-if-kl {most:g}. Keep more experts, try another --method or other calibration "
-                f"text; or go on anyway with: {self._command_to_go_on(kl)}"
+                f"text; or accept it with: {self._command_to_accept(kl)}"
             )
 
     def complete(self, selection: Selection) -> None:
-        """Measure what was chosen, unless the result is known: one more pass over the model, by all ranks.
+        """Measure what was selected, unless the result is complete: one more pass over the model, by all ranks.
 
         Raises InterruptedRunError when the user asks to stop.
         """
@@ -112,12 +114,12 @@ class RunEvaluation:
             figures = measure(runtime, stages, held_out, self.errors, selection.kept)
         except Stopped:
             raise InterruptedRunError(
-                "Stopped as asked; all layers are scored. The pruned model is measured anew when you go on with: "
+                "Stopped as asked; all layers are scored. The pruned model is measured anew when you resume with: "
                 f"{self._resume_command()}"
             ) from None
         self._keep(figures)
 
-    def judge(self, decided: SelectionResult) -> None:
+    def judge(self, scores: Scores) -> None:
         """Print the result. Raises TooMuchLostError if it is beyond --stop-if-kl, with the scores saved. Rank 0."""
         assert self.result is not None
         self._progress.say("on held-out text:")
@@ -125,23 +127,23 @@ class RunEvaluation:
             self._progress.say(line)
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
-            scores = save_scores(self._settings, decided.scores)
+            path = save_scores(self._settings, scores)
             raise TooMuchLostError(
                 f"The predictions of the pruned model are {kl:.3g} nats per token from the original's (KL divergence "
-                f"on the held-out text), more than --stop-if-kl {most:g}. Choose otherwise with `streamprune prune` "
-                f"and --scores {scores}; or go on anyway with: {self._command_to_go_on(kl)}"
+                f"on the held-out text), more than --stop-if-kl {most:g}. Select otherwise with `streamprune prune` "
+                f"and --scores {path}; or accept it with: {self._command_to_accept(kl)}"
             )
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:
         self.result = {
-            # The model is the one that this lies with, whatever it is called.
+            # No name: the model is the one in whose folder the result is kept.
             **about(None, self._settings.model, self._prepared, self._held_out, held_back=True, against_source=True),
             **summarize(figures, self._held_out.sources, mean_errors(self.errors, self._held_out)),
         }
         if self._work is not None:
             self._work.write_evaluation(self.result)
 
-    def _command_to_go_on(self, kl: float) -> str:
+    def _command_to_accept(self, kl: float) -> str:
         return f"{self._resume_command()} --stop-if-kl {2 * kl:.2g}"
 
     def _resume_command(self) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, NoReturn
 
+from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
 from streamprune.files.json_text import show
@@ -18,27 +19,40 @@ from streamprune.hardware.device import peak_device_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
+from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
+from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import LayerStatistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
+from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_loop import LayerLoop
-from streamprune.streaming.stages import LayerTask, is_held_out, read_statistics
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.stages import (
+    ForwardStage,
+    LayerErrors,
+    LayerTask,
+    PrunedForwardStage,
+    ScoreStage,
+    Scoring,
+    is_held_out,
+    read_statistics,
+)
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
 from streamprune.work.saved_states import SavedStates
 
 
 class BackgroundWriter:
-    """A thread that does one piece of work after the other. Use as a context manager: leaving waits for it.
+    """Runs one piece of work at a time in a thread. Use as a context manager: leaving waits for it.
 
-    At most one piece is under way; what it raises is raised by the next call here. Where the `with` block ends with an
-    error of its own, that one counts.
+    What a piece raises is raised by the next call here. Where the `with` block ends with an error of its own, that one
+    counts.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._under_way: Future[None] | None = None
+        self._running: Future[None] | None = None
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -46,25 +60,19 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                self.wait()
-            else:
-                with suppress(Exception):
-                    self.wait()
-        finally:
-            self._thread.shutdown()
+        with self._thread, suppress(Exception) if error is not None else nullcontext():
+            self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
         """Wait for the piece before, and begin this one."""
         self.wait()
-        self._under_way = self._thread.submit(work)
+        self._running = self._thread.submit(work)
 
     def wait(self) -> None:
         """Wait until all that was submitted is done."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,31 @@ class OutputTarget:
     def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
         """The experts of a layer that stay."""
         return self.selector.layer(layer).kept if layer is not None else ()
+
+
+def stages_of(
+    runtime: Runtime,
+    prepared: PreparedModel,
+    streamed: Calibration,
+    target: OutputTarget | None,
+    errors: LayerErrors | None,
+) -> list[ForwardStage]:
+    """The stages of a run: score each layer, and where anything goes through the pruned model, run its layer too.
+
+    `errors` collects how far held-out text in the pruned model is off, where some is streamed.
+    """
+    settings, skeleton = runtime.settings, prepared.skeleton
+    assert isinstance(settings, RunSettings)
+    weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
+    taps = tap_experts({i: skeleton.layers[i].get_submodule(path) for i, path in skeleton.experts.items()})
+    choose = target.kept if target is not None else None
+    scoring = Scoring(taps, prepared.layout.spec.count, streamed.tokens_of, choose)
+    pruned_stream = target is not None and settings.propagate == "pruned"
+    stages: list[ForwardStage] = [ScoreStage(weights, ORIGINAL, scoring, pruned_stream)]
+    if pruned_stream or errors is not None:
+        experts = skeleton.experts
+        stages.append(PrunedForwardStage(weights, experts, prepared.pruned_layer, pruned_stream, errors=errors))
+    return stages
 
 
 class RunLayers:
@@ -115,7 +148,7 @@ class RunLayers:
         self._tokens = source_tokens
         self._finished = self._processes.on_first(self._load_finished)
         count, evaluation = self._layout.layer_count, self._evaluation
-        # Behind the last layer with experts nothing is computed, unless predictions are to be read.
+        # After the last layer with experts nothing is computed, unless predictions are measured.
         measures = evaluation is not None and evaluation.during_run
         last = count - 1 if measures else self._layout.expert_layers[-1]
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
@@ -130,7 +163,7 @@ class RunLayers:
         with self._writer:
             self._go_through(run, start, evaluation)
             self._writer.wait()
-        if self._anybody(bool(self._stop)):
+        if any(self._processes.collect(bool(self._stop))):
             self._stop_run()
         return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
@@ -149,7 +182,7 @@ class RunLayers:
                 if evaluation is not None and layer >= start and evaluation.is_due(layer):
                     self._read_predictions(layer + 1, evaluation)
             if evaluation is not None:
-                self._progress.say("reading off what both models predict for the held-out text ...")
+                self._progress.say("comparing the predictions of both models on the held-out text ...")
                 self._read_predictions(count, evaluation)
         except Stopped:
             self._writer.wait()
@@ -159,10 +192,10 @@ class RunLayers:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if not self._restored:
                 raise
-            # Intact, but of shapes that this model's layers do not take: somebody else made them.
+            # Their checksums are right, but their shapes are not those of this model: somebody else made them.
             where = f" in {self._work.folder}" if self._work is not None else ""
             raise ResumeError(
-                f"The hidden states saved{where} do not go with this model: {show(str(error))}. Compute them anew: add "
+                f"The hidden states saved{where} do not fit this model: {show(str(error))}. Compute them anew: add "
                 "--from-layer 0, or begin anew with --resume never."
             ) from error
 
@@ -197,15 +230,14 @@ class RunLayers:
         self._loop.run_layer(LayerTask(index, replayed=True, statistics=layer, kept=kept), following)
         if self._processes.local_rank == 0:
             self._loop.drop_cached_pages(index)
-        last = self._layout.layer_count - 1
-        self._progress.say(f"layer {index}/{last}: done before; its tokens are carried on")
+        self._progress.say(f"{self._progress.name_of(index)}: done before; only its hidden states are computed again")
         self._save_if_due()
 
     def _read_predictions(self, layer: int, evaluation: RunEvaluation) -> None:
         try:
             evaluation.on_predictions(layer, self._loop.read_predictions(layer, is_held_out))
         except TooMuchLostError:
-            # Whoever goes on all the same need not compute it again.
+            # A resume with another limit need not compute it again.
             self._writer.wait()
             self._loop.save(self._work)
             raise
@@ -274,7 +306,7 @@ class RunLayers:
         return read_statistics(result["statistics"], index, self._tokens, self._layout.spec.count)
 
     def _restore(self, first: int) -> int:
-        """Restore the newest states from which layer `first` can be reached; returns the layer to go on with."""
+        """Restore the newest states from which layer `first` can be reached; returns the layer that they are of."""
         candidates = self._candidates(first) if self._work is not None else iter(())
         while True:
             saved: SavedStates | None = None
@@ -291,7 +323,7 @@ class RunLayers:
                 self._loop.restore(facts, saved)
             except (OSError, KeyError, TypeError, ValueError) as error:
                 if self._processes.count > 1:
-                    # The others have begun to take them over: there is no way back to older ones.
+                    # The other ranks have begun to restore them: older ones cannot be tried any more.
                     raise ResumeError(
                         f"The saved hidden states can no longer be read: {error}. Check the disk, then run again."
                     ) from error
@@ -317,7 +349,7 @@ class RunLayers:
                 self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        self._progress.say(f"note: saved hidden states cannot be used ({error}); older ones are taken.")
+        self._progress.say(f"note: saved hidden states cannot be used ({error}); older ones are used instead.")
 
     def _save_if_due(self) -> None:
         # By rank 0's clock, which never jumps.
@@ -327,17 +359,14 @@ class RunLayers:
             self._writer.wait()
             self._loop.save(self._work)
             self._saved_at = time.monotonic()
-        if self._anybody(bool(self._stop)):
+        if any(self._processes.collect(bool(self._stop))):
             raise Stopped
-
-    def _anybody(self, stop: bool) -> bool:
-        return any(self._processes.collect(stop))
 
     def _stop_run(self) -> NoReturn:
         where = self._work.folder if self._work is not None else self._settings.work_folder
         raise InterruptedRunError(
             f"Stopped as asked; {len(self._finished)} of {self._layout.layer_count} layers are done, and all of it "
-            f"is saved. Go on with: {resume_command(where)}"
+            f"is saved. Resume with: {resume_command(where)}"
         )
 
 

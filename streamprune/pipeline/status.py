@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from streamprune.config import OutputSettings
 from streamprune.errors import ResumeError
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
 from streamprune.output.writer import put_back
 from streamprune.work.folder import LOCK_NAME, REPLACED_NAME, WorkFolder, finished_inode, folder_bytes, resume_command
-from streamprune.work.records import has_pruning, has_run, read_pruning, read_run, settings_of_pruning
+from streamprune.work.records import RecordedPruning, RecordedRun, has_pruning, has_run, read_pruning, read_run
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -24,19 +23,24 @@ def status_of(folder: Path) -> dict[str, Any]:
     where experts are selected once all layers are scored, none for `score`. Layers count from 0.
     """
     recorded = _recorded(folder)
-    work = WorkFolder(folder)
-    layers = int(recorded["layers"])
+    if recorded is None:
+        if has_pruning(folder) and not has_run(folder):
+            raise ResumeError(
+                f"{folder} holds an unfinished `streamprune prune`, but its record is damaged. Give the same command "
+                "again; only the time of a copy is lost."
+            )
+        raise ResumeError(f"{folder} holds no run of streamprune. The work folder of an unfinished run is OUT.work.")
+    work, layers, command = WorkFolder(folder), recorded.layers, recorded.command
     found = {index: record for index in range(layers) if (record := work.read_layer(index)) is not None}
-    pruning = not has_run(folder)
+    pruning = isinstance(recorded, RecordedPruning)
     done = [index for index, record in found.items() if record.shards or not pruning]
-    kind = "prune" if pruning else "score" if recorded["command"].get("only_score") is True else "run"
     return {
         "work_folder": str(folder),
-        "command": kind,
-        "model": recorded["command"]["model"],
-        "output": recorded["command"]["output"],
-        "stop_if_kl": recorded["command"].get("stop_if_kl"),
-        "complete": is_complete(folder, Path(recorded["command"]["output"])),
+        "command": "prune" if pruning else "score" if command.get("only_score") is True else "run",
+        "model": command["model"],
+        "output": command["output"],
+        "stop_if_kl": command.get("stop_if_kl"),
+        "complete": is_complete(folder, recorded.output),
         "running": _holder(folder),
         "blocks": layers,
         "done": done,
@@ -78,7 +82,7 @@ def status_text(status: dict[str, Any]) -> str:
                 f"It stops if the KL divergence exceeds {status['stop_if_kl']:g} nats per token (--stop-if-kl); "
                 "`resume` accepts another limit."
             )
-        lines.append(f"Go on with: {resume_command(Path(status['work_folder']))}")
+        lines.append(f"Resume with: {resume_command(Path(status['work_folder']))}")
     return "\n".join(lines)
 
 
@@ -92,7 +96,8 @@ def clean_up(folder: Path, everything: bool) -> int:
     before = folder_bytes(folder)
     # Entering removes partial files. Old generations of states are left only after an interruption.
     with WorkFolder(folder) as work:
-        settings = _settings(folder)
+        recorded = _recorded(folder)
+        settings = recorded.settings_in(folder) if recorded is not None else None
         complete = settings is not None and is_complete(folder, settings.output)
         if settings is not None:
             put_back(settings.output_work_folder, settings.output)
@@ -108,18 +113,6 @@ def clean_up(folder: Path, everything: bool) -> int:
         elif has_run(folder):
             work.states.forget_old()
     return before - (folder_bytes(folder) if folder.exists() else 0)
-
-
-def _settings(folder: Path) -> OutputSettings | None:
-    """The settings of the run or pruning in a work folder; None if no intact record has them."""
-    run = read_run(folder)
-    if run is not None:
-        # Imported only here, because it needs torch.
-        from streamprune.pipeline.resume import settings_of
-
-        return settings_of(run, folder)
-    pruning = read_pruning(folder) if not has_run(folder) else None
-    return settings_of_pruning(pruning, folder) if pruning is not None else None
 
 
 def _holds_anything(folder: Path) -> bool:
@@ -147,18 +140,9 @@ def is_complete(folder: Path, output: Path) -> bool:
         return False
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    recorded = read_run(folder)
-    if recorded is None and not has_run(folder):
-        recorded = read_pruning(folder)
-        if recorded is None and has_pruning(folder):
-            raise ResumeError(
-                f"{folder} holds an unfinished `streamprune prune`, but its record is damaged. Give the same command "
-                "again; only the time of a copy is lost."
-            )
-    if recorded is None:
-        raise ResumeError(f"{folder} holds no run of streamprune. The work folder of an unfinished run is OUT.work.")
-    return recorded
+def _recorded(folder: Path) -> RecordedRun | RecordedPruning | None:
+    """The record of the run or pruning in a work folder; None if none is intact."""
+    return read_run(folder) or (read_pruning(folder) if not has_run(folder) else None)
 
 
 def _holder(folder: Path) -> str | None:

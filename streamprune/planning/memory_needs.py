@@ -37,24 +37,6 @@ HOST_MARGIN = 80 * 1024**2
 
 
 def plan_memory(
-    settings: RunSettings,
-    prepared: PreparedModel,
-    calibration: Calibration,
-    device: torch.device,
-    folder: Path,
-    processes: Processes = ALONE,
-) -> MemoryPlan:
-    """Decide for a prepared run, before a weight is read, with `folder` for states on disk.
-
-    Of several `processes` each decides for itself: it has its share of the hidden states, and of what is free on its
-    machine. Raises ResourceError, with the numbers, when the run cannot be.
-    """
-    return plan_for(
-        settings, find_needs(settings, prepared, calibration), prepared.planned_bytes, device, folder, processes
-    )
-
-
-def plan_for(
     settings: ComputeSettings,
     needs: Needs,
     output_bytes: int,
@@ -62,7 +44,12 @@ def plan_for(
     folder: Path,
     processes: Processes = ALONE,
 ) -> MemoryPlan:
-    """The same for needs that are known, where so many bytes will be written to the disk of `folder`."""
+    """Decide, before a weight is read, where hidden states lie and how much is computed at a time.
+
+    `output_bytes` will be written to the disk of `folder`, where hidden states may go too. Of several `processes` each
+    decides for itself: it has its share of the hidden states, and of what is free on its machine. Raises ResourceError,
+    with the numbers, when the run cannot be.
+    """
     needs = replace(needs, processes=processes.count)
     room = measure_room(settings, output_bytes, device, folder, processes)
     most = settings.most_batch_tokens(device.type)

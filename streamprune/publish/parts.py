@@ -112,10 +112,10 @@ def _check_output(output: Path) -> None:
     if not output.is_dir():
         work = sibling_path(output, WORK_SUFFIX)
         if has_run(work) or has_pruning(work):
-            raise OutputError(f"{output} is not finished. Go on with: {resume_command(work)}")
+            raise OutputError(f"{output} is not finished. Resume with: {resume_command(work)}")
         raise OutputError(f"{output} is not a folder. Give the folder of a model that streamprune wrote.")
     if has_run(output) or has_pruning(output):
-        raise OutputError(f"{output} is the work folder of something unfinished. Go on with: {resume_command(output)}")
+        raise OutputError(f"{output} is the work folder of something unfinished. Resume with: {resume_command(output)}")
     if not (output / REPORT_NAME).is_file():
         raise OutputError(
             f"{output} was not written by streamprune: it has no {REPORT_NAME}. Give the folder of a pruned model."

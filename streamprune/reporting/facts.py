@@ -22,7 +22,7 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights
 from streamprune.hardware.gpus import known_gpu
-from streamprune.planning.model_facts import facts_from_json
+from streamprune.planning.facts import facts_from_json
 from streamprune.progress import LOG_SUFFIX
 from streamprune.reporting.evaluations import (
     GENERATION_NAME,

@@ -20,7 +20,7 @@ from streamprune.errors import CheckpointError, ReportError, ScoresError, Settin
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
 from streamprune.output.plan import REPORT_NAME, PrunePlan
-from streamprune.planning.expert_counts import ExpertCounts
+from streamprune.planning.facts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection

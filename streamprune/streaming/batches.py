@@ -163,8 +163,13 @@ class MicroBatches:
             state = saved.load(place)
             return state.output, state.carried
 
-        for number, part in enumerate(self._processes.scatter(len(facts["sizes"]), parts)):
-            self._states.store(number, BatchState(*part))
+        try:
+            for number, part in enumerate(self._processes.scatter(len(facts["sizes"]), parts)):
+                self._states.store(number, BatchState(*part))
+        except Exception:
+            # Older states may be restored instead, or none.
+            self._states.resize(len(self._batches))
+            raise
         self._states.synchronize()
         return self.own(facts["done"])
 

@@ -130,9 +130,11 @@ class LayerLoop:
     def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> None:
         """Go on where states were saved, of which rank 0 has checked the `facts` and alone has the `saved` states."""
         layer, position = facts["layer"], self._position_of(facts["stage"])
+        # First what may fail: then the stages still know nothing of it.
+        done = self.batches.restore(facts, saved)
         for number, stage in enumerate(self._stages):
             stage.restore(facts, layer, number == position, self._runtime.processes)
-        self.point = ResumePoint(layer, position, self.batches.restore(facts, saved))
+        self.point = ResumePoint(layer, position, done)
 
     def begins_layer(self, facts: Mapping[str, Any]) -> bool:
         """Whether states were saved before anything went through their layer."""

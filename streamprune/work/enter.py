@@ -10,13 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 from streamprune.config import OutputSettings, RunSettings
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError, TooMuchLostError
 from streamprune.files.durable import writing
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import RUN_NAMES, has_pruning, has_run
+from streamprune.work.records import RUN_NAMES, RecordedRun, has_pruning, has_run, read_run
 
 
 def open_work_folder(stack: ExitStack, settings: OutputSettings) -> WorkFolder:
@@ -53,31 +52,31 @@ def on_exit(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
                 work.remove()
         elif isinstance(error, KeyboardInterrupt):
             raise InterruptedRunError(
-                f"Stopped on request. All finished work is saved. Go on with: {resume_command(work.folder)}"
+                f"Stopped on request. All finished work is saved. Resume with: {resume_command(work.folder)}"
             ) from None
         else:
-            say(f"note: finished work is saved; go on with: {resume_command(work.folder)}")
+            say(f"note: finished work is saved; resume with: {resume_command(work.folder)}")
         raise
 
 
-def begin(settings: RunSettings, work: WorkFolder) -> dict[str, Any] | None:
+def begin(settings: RunSettings, work: WorkFolder) -> RecordedRun | None:
     """The record of an earlier run that is to be resumed; None to begin anew, with the work folder emptied.
 
     Raises ResumeError if there is work that cannot be resumed, or none where --resume required asks for it.
     """
-    recorded = work.read_run() if settings.resume != "never" else None
+    recorded = read_run(work.folder) if settings.resume != "never" else None
     if recorded is not None and settings.resume == "auto" and not work.has_progress():
         # It has no finished work: nothing is lost by beginning anew.
         recorded = None
     elif recorded is None and settings.resume != "never" and work.has_progress():
         if has_pruning(work.folder) and not has_run(work.folder):
             raise ResumeError(
-                f"{work.folder} holds an unfinished `streamprune prune`. Go on with it "
+                f"{work.folder} holds an unfinished `streamprune prune`. Resume it "
                 f"({resume_command(work.folder)}), discard it with `streamprune clean --all`, or add --resume never."
             )
         raise ResumeError(
             f"{work.folder / RUN_NAMES[0]} and its copy are missing or damaged, so that it is unknown which run the "
-            "finished layers beside it are from. Begin anew with --resume never."
+            "finished layers there are from. Begin anew with --resume never."
         )
     if recorded is None:
         if settings.resume == "required":

@@ -50,10 +50,7 @@ from streamprune.work.records import (
     FinishedLayer,
     FinishedShard,
     RecordedEvaluation,
-    is_valid,
-    read_run,
-    read_tokens,
-    write_run,
+    converted,
 )
 
 if TYPE_CHECKING:
@@ -128,18 +125,6 @@ class WorkFolder:
         """Whether the folder holds the output that --overwrite replaces."""
         return (self.folder / REPLACED_NAME).exists()
 
-    def write_run(self, run: dict[str, Any], tokens: list[list[int]]) -> None:
-        """Record the run and its calibration sequences. From here on it can be resumed."""
-        write_run(self.folder, run, tokens)
-
-    def read_run(self) -> dict[str, Any] | None:
-        """What `write_run` recorded; None if nothing of it is intact. Raises ResumeError for another version's."""
-        return read_run(self.folder)
-
-    def read_tokens(self) -> list[list[int]]:
-        """The recorded calibration sequences. Raises ResumeError if they are damaged."""
-        return read_tokens(self.folder)
-
     def write_layer(
         self, index: int | None, layer: LayerStatistics | None, kept: Sequence[int], shards: list[FinishedShard]
     ) -> None:
@@ -151,15 +136,8 @@ class WorkFolder:
         reached("block recorded")
 
     def read_layer(self, index: int | None) -> FinishedLayer | None:
-        """The record of a finished layer; None if it is not finished, or its record is damaged.
-
-        The shards themselves are not looked at: see `is_intact`.
-        """
-        body = read_record(self._layer_path(index), MOST_RECORD_BYTES)
-        try:
-            return msgspec.convert(body, FinishedLayer)
-        except msgspec.ValidationError:
-            return None
+        """The record of a finished layer, whose shards are not checked; None if it is not finished, or damaged."""
+        return converted(read_record(self._layer_path(index), MOST_RECORD_BYTES), FinishedLayer)
 
     def is_intact(self, shard: FinishedShard) -> bool:
         """Whether a shard has the size and checksum that were recorded."""
@@ -195,7 +173,7 @@ class WorkFolder:
     def read_evaluation(self) -> dict[str, Any] | None:
         """What `write_evaluation` recorded; None if it is missing or damaged."""
         body = read_record(self.folder / _EVALUATION, MOST_RECORD_BYTES)
-        return body if is_valid(body, RecordedEvaluation) else None
+        return body if converted(body, RecordedEvaluation) is not None else None
 
     def forget_evaluation(self) -> None:
         """Remove what `write_evaluation` recorded."""

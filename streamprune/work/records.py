@@ -7,42 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, PruningTarget
+from streamprune.config import OutputSettings, PruneSettings, PruningTarget, RunSettings
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import reached, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
 from streamprune.models.config_json import MOST_LAYERS
 
-#: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2.
-RUN_FORMAT = 3
+#: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2; format 3 had another form of states.
+RUN_FORMAT = 4
 #: Bytes that a file may have at most: of tokens, of saved states, and of anything else.
 MOST_TOKENS_BYTES, MOST_INDEX_BYTES, MOST_RECORD_BYTES = 2**30, 2**27, 2**24
 #: Files that are written twice, because nothing else could replace a damaged one.
 RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens.copy.json")
 PRUNING_NAME = "pruning.json"
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-LayerCount = Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
-#: Text that can be part of a path.
-Name = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*\Z")]
-P = TypeVar("P", bound=OutputSettings)
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+S = TypeVar("S", bound=OutputSettings)
+T = TypeVar("T", bound=Struct)
 
 
-class RecordedCommand(msgspec.Struct):
-    """What the settings of every command have."""
-
-    model: Name
-    output: Name
-
-
-class RecordedCalibration(msgspec.Struct):
+class RecordedCalibration(Struct):
     """The calibration of a run, without its tokens."""
 
     fingerprint: str
@@ -54,29 +46,56 @@ class RecordedCalibration(msgspec.Struct):
     notes: list[str]
 
 
-class RecordedRun(msgspec.Struct):
+class RecordedCommand(Struct, kw_only=True):
+    """A command's settings, as `command_of` gives them, for a model of so many layers."""
+
+    format: int = RUN_FORMAT
+    command: dict[str, Any]
+    layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output"):
+            value = self.command.get(name)
+            if not isinstance(value, str) or "\0" in value:
+                raise ValueError(f"`$.command.{name}` is no path")
+
+    @property
+    def output(self) -> Path:
+        """Where the result goes."""
+        return Path(self.command["output"])
+
+
+class RecordedRun(RecordedCommand, kw_only=True):
     """run.json: the command, and everything that decides its result. `files` gives size and change time (ns)."""
 
-    command: RecordedCommand
     settings: dict[str, Any]
     source: str
-    files: dict[str, tuple[Count, Count]]
+    files: dict[str, Annotated[list[Count], Meta(min_length=2, max_length=2)]]
     calibration: RecordedCalibration
     versions: dict[str, Any]
-    layers: LayerCount
-    batch_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    batch_tokens: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     budget_bytes: Count | None = None
 
+    def settings_in(self, work: Path) -> RunSettings:
+        """The settings with which the run in `work` is resumed. Raises ResumeError if they make no sense."""
+        changes: dict[str, Any] = {"resume": "required", "from_layer": None}
+        # A budget counts as it was then: free GPU memory changes.
+        if self.budget_bytes is not None:
+            changes |= {"budget_gib": self.budget_bytes / 2**30, "gpu": None}
+        return _settings_from(RunSettings, {**self.command, **changes}, work)
 
-class RecordedPruning(msgspec.Struct):
-    """pruning.json: the command of `streamprune prune`, and what was decided."""
 
-    command: RecordedCommand
-    layers: LayerCount
+class RecordedPruning(RecordedCommand, kw_only=True):
+    """pruning.json: the command of `streamprune prune`, and what decides every byte of the result."""
+
     decided: dict[str, Any]
 
+    def settings_in(self, work: Path) -> PruneSettings:
+        """The settings with which the pruning in `work` is resumed. Raises ResumeError if they make no sense."""
+        return _settings_from(PruneSettings, {**self.command, "resume": "required"}, work)
 
-class FinishedShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+
+class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
     """A shard in the work folder: its name, size and SHA-256."""
 
     file: str
@@ -84,7 +103,7 @@ class FinishedShard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class FinishedLayer(msgspec.Struct, frozen=True):
+class FinishedLayer(Struct, frozen=True):
     """The record of a finished layer: its statistics (None without experts), the experts it keeps, and its shards.
 
     Where nothing is written while layers are scored, no experts and no shards are on record yet. The statistics are
@@ -96,7 +115,7 @@ class FinishedLayer(msgspec.Struct, frozen=True):
     shards: list[FinishedShard]
 
 
-class RecordedFigures(msgspec.Struct):
+class RecordedFigures(Struct):
     """What was measured on one source of held-out text."""
 
     name: str
@@ -111,7 +130,7 @@ class RecordedFigures(msgspec.Struct):
     kl_interval: tuple[float, float] | None
 
 
-class RecordedEvaluation(msgspec.Struct):
+class RecordedEvaluation(Struct):
     """evaluation.json: what `--evaluate` measured."""
 
     data: dict[str, Any]
@@ -120,19 +139,18 @@ class RecordedEvaluation(msgspec.Struct):
     all: RecordedFigures
 
 
-class RecordedCursor(msgspec.Struct):
+class Cursor(Struct):
     """cursor.json: the newest generation of saved states, and perhaps the one before."""
 
-    generations: Annotated[list[Count], msgspec.Meta(max_length=2)]
+    generations: Annotated[list[Count], Meta(max_length=2)]
 
 
-def is_valid(body: Any, kind: type[msgspec.Struct]) -> bool:
-    """Whether JSON that was read from a file is of this kind."""
+def converted(body: Any, kind: type[T]) -> T | None:
+    """JSON that was read from a file as an object of this kind; None if it is something else."""
     try:
-        msgspec.convert(body, kind)
+        return msgspec.convert(body, kind)
     except msgspec.ValidationError:
-        return False
-    return True
+        return None
 
 
 def is_count(value: Any) -> bool:
@@ -140,12 +158,7 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_cursor(body: Any) -> bool:
-    """Whether this can be the cursor over the saved states."""
-    return is_valid(body, RecordedCursor)
-
-
-def check_format(path: Path, body: Any) -> None:
+def _check_format(path: Path, body: Any) -> None:
     """Raise ResumeError for a file of another version's work folder, or of something else."""
     stated = body.get("format") if isinstance(body, dict) else None
     if type(stated) is int and stated == RUN_FORMAT:
@@ -157,18 +170,6 @@ def check_format(path: Path, body: Any) -> None:
         f"{path} was made by {maker}. This version cannot resume it: remove {path.parent}, or begin anew with "
         "--resume never."
     )
-
-
-def _checked(path: Path, body: Any, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    check_format(path, body)
-    try:
-        msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise ResumeError(
-            f"{path} was made or changed by something else: {show(str(error))}. Begin anew with --resume never."
-        ) from None
-    known: dict[str, Any] = body
-    return known
 
 
 def command_of(settings: OutputSettings) -> dict[str, Any]:
@@ -188,12 +189,8 @@ def command_of(settings: OutputSettings) -> dict[str, Any]:
     return command
 
 
-def settings_from(kind: type[P], recorded: Mapping[str, Any], work: Path, **changes: Any) -> P:
-    """The settings of type `kind` that a command was recorded with in `work`, to go on with it.
-
-    `changes` replace what is recorded. Raises ResumeError if the settings make no sense.
-    """
-    command: dict[str, Any] = {**recorded, **changes}
+def _settings_from(kind: type[S], command: Mapping[str, Any], work: Path) -> S:
+    """The settings of type `kind` recorded in `work`. Raises ResumeError if they make no sense."""
     try:
         unknown = command.keys() - {field.name for field in dataclasses.fields(kind)}
         if unknown:
@@ -215,8 +212,11 @@ def _path(kind: type[Any], value: Any) -> Path:
     return Path(value)
 
 
-def with_changes(settings: P, work: Path, changes: Mapping[str, Any]) -> P:
-    """Recorded settings with what is given anew, to go on in `work`. Raises ResumeError for code nobody now trusts."""
+def with_changes(settings: S, work: Path, changes: Mapping[str, Any]) -> S:
+    """Recorded settings with those given anew, to resume in `work`.
+
+    Raises ResumeError where a model's code would run because the record alone says so.
+    """
     if settings.trust_remote_code and "trust_remote_code" not in changes:
         raise ResumeError(
             f"What {work} holds was begun with --trust-remote-code, but a file's word is not enough to run a model's "
@@ -225,25 +225,33 @@ def with_changes(settings: P, work: Path, changes: Mapping[str, Any]) -> P:
     return dataclasses.replace(settings, work_dir=work.absolute(), **changes)
 
 
-def write_run(folder: Path, run: dict[str, Any], tokens: list[list[int]]) -> None:
-    """Record what is run, and on what. From here on the run can be resumed."""
+def write_run(folder: Path, run: RecordedRun, tokens: Sequence[Sequence[int]]) -> None:
+    """Record the run and its calibration sequences in a work folder. From here on it can be resumed."""
     with writing(f"Recording the run in {folder}", folder):
         # The tokens first: a record of the run says that they are there.
-        for names, body in ((TOKENS_NAMES, tokens), (RUN_NAMES, run)):
+        for names, body in ((TOKENS_NAMES, tokens), (RUN_NAMES, msgspec.to_builtins(run))):
             for name in names:
                 write_record(folder / name, body)
     reached("run recorded")
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
+def read_run(folder: Path) -> RecordedRun | None:
     """What is recorded of the run in a work folder; None if nothing of it is intact.
 
     Raises ResumeError for a record that this version did not write.
     """
     for name in RUN_NAMES:
         body = read_record(folder / name, MOST_RECORD_BYTES)
-        if body is not None:
-            return _checked(folder / name, body, RecordedRun)
+        if body is None:
+            continue
+        _check_format(folder / name, body)
+        try:
+            return msgspec.convert(body, RecordedRun)
+        except msgspec.ValidationError as error:
+            raise ResumeError(
+                f"{folder / name} was made or changed by something else: {show(str(error))}. Begin anew with --resume "
+                "never."
+            ) from None
     return None
 
 
@@ -264,37 +272,27 @@ def read_tokens(folder: Path) -> list[list[int]]:
     )
 
 
-def write_pruning(folder: Path, settings: PruneSettings, layers: int, decided: dict[str, Any]) -> None:
-    """Record what is pruned: a model of so many layers, and `decided` (JSON), which decides every byte of the result.
-
-    From here on the pruning can be resumed. Raises OutputError or ResourceError if the disk fails.
-    """
+def write_pruning(folder: Path, pruning: RecordedPruning) -> None:
+    """Record what is pruned. From here on it can be resumed. Raises OutputError or ResourceError if the disk fails."""
     with writing(f"Recording the pruning in {folder}", folder):
-        record = {"format": RUN_FORMAT, "command": command_of(settings), "layers": layers, "decided": decided}
-        write_record(folder / PRUNING_NAME, record)
+        write_record(folder / PRUNING_NAME, msgspec.to_builtins(pruning))
 
 
-def read_pruning(folder: Path) -> dict[str, Any] | None:
-    """What is recorded of the pruning in a work folder; None if it is missing or damaged.
+def read_pruning(folder: Path) -> RecordedPruning | None:
+    """What is recorded of the pruning in a work folder; None if it is missing, damaged, or makes no sense.
 
-    Raises ResumeError for a record of another version.
+    Only the time of a file copy is lost with it. Raises ResumeError for a record of another version.
     """
     body = read_record(folder / PRUNING_NAME, MOST_RECORD_BYTES)
     if body is None:
         return None
-    check_format(folder / PRUNING_NAME, body)
-    # Only the time of a file copy is lost with it, so that what makes no sense counts as missing.
-    return body if is_valid(body, RecordedPruning) else None
+    _check_format(folder / PRUNING_NAME, body)
+    return converted(body, RecordedPruning)
 
 
 def has_pruning(folder: Path) -> bool:
     """Whether a pruning was recorded in a work folder, intact or not."""
     return (folder / PRUNING_NAME).exists()
-
-
-def settings_of_pruning(recorded: dict[str, Any], work: Path) -> PruneSettings:
-    """The settings of a recorded pruning, to go on with it in `work`. Raises ResumeError if they make no sense."""
-    return settings_from(PruneSettings, recorded["command"], work, resume="required")
 
 
 def file_states(checkpoint: Checkpoint) -> dict[str, list[int]]:

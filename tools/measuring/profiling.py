@@ -18,8 +18,7 @@ from torch import nn
 from measuring.processes import Job
 from measuring.watching import SyncWarnings
 from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
-from streamprune.planning.prepare import calibrate, prepare
-from streamprune.planning.pruning_plan import plan_pruning
+from streamprune.planning.prepare import calibrate, plan_pruning, prepare
 from streamprune.saliency import statistics as recording
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics

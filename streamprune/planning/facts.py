@@ -1,18 +1,31 @@
-"""How many experts stay: from a number, a share, or the memory that the result must fit. Needs no torch."""
+"""What is decided and known about a model before its weights are read: how many experts stay, and where they lie.
+
+`ExpertCounts` come from a number, a share, or the memory that the result must fit. `ModelFacts` are kept with the
+scores, so that a model need not be built to be pruned again. Needs no torch.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
+import msgspec
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruningTarget
-from streamprune.errors import DoesNotFitError, SettingsError
+from streamprune.errors import CheckpointError, DoesNotFitError, SettingsError
 from streamprune.fit.answer import Budget, nearest, resolve_budget
+from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.fit.weights import weights_by_layout
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
+from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep, resolve_keep
+from streamprune.models.expert_layout import Layout, layout_from_json
+from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
+from streamprune.output.plan import PrunePlan
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import planned_counts, stated_counts
 
@@ -139,3 +152,104 @@ def _keep_that_fits(fit: Fit, budget: Budget) -> int:
             "it is, so nothing would be removed. Plan for a longer --context or larger --batch, or choose with --keep."
         )
     return fit.max_experts
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the memory of a model depends on besides its weights, as it is kept with the scores."""
+
+    cache: CacheSizes
+    shape: ModelShape
+    itemsize: int
+    max_positions: int | None
+
+
+class _FactsJson(msgspec.Struct):
+    tensors: dict[str, Any]
+    loading: dict[str, Any]
+    memory: _Memory | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Where the experts lie, how an output with different numbers of them is loaded, and what memory the model takes.
+
+    `footprint` is the whole model's; None where its cache cannot be worked out.
+    """
+
+    layout: Layout
+    loading: LoadingFacts
+    footprint: Footprint | None
+
+    def as_json(self) -> dict[str, Any] | None:
+        """The facts as JSON, less the spec; None for a checkpoint whose tensor names fit no pattern."""
+        tensors = self.layout.as_json()
+        if tensors is None:
+            return None
+        known = self.footprint
+        memory = None
+        if known is not None:
+            memory = asdict(_Memory(known.cache, known.shape, known.itemsize, known.max_positions))
+        return {"tensors": tensors, "loading": msgspec.to_builtins(self.loading), "memory": memory}
+
+    def estimate(
+        self,
+        output: str,
+        plan: PrunePlan,
+        target: PruningTarget,
+        counts: ExpertCounts,
+        written: Mapping[str, TensorEntry],
+    ) -> Estimate | None:
+        """What the finished model will take, its weights counted in the files that were written."""
+        if self.footprint is None:
+            return None
+        weights = weights_by_layout(written, self.layout, plan.counts)
+        spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
+        footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
+        return counts.against_budget(Estimate(footprint, target.serving))
+
+
+def facts_from_json(
+    kept: Any,
+    spec: ExpertSpec,
+    model: str,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+) -> ModelFacts:
+    """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
+
+    `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself.
+    Raises CheckpointError for anything else: they may come from a stranger.
+    """
+    try:
+        found = msgspec.convert(kept, _FactsJson)
+        if not all(0 <= number < 2**40 for number in _numbers(msgspec.to_builtins(found.memory))):
+            raise ValueError("a number that no model has")
+    except ValueError as error:
+        raise CheckpointError(
+            f"What the scores say of the model's memory cannot be used ({error}). Score the model again."
+        ) from None
+    layout = layout_from_json(found.tensors, spec, tensors, counts)
+    loading, memory = loading_facts_from_json(found.loading), found.memory
+    if memory is None:
+        return ModelFacts(layout, loading, None)
+    weights = weights_by_layout(tensors, layout, counts or dict.fromkeys(layout.expert_layers, spec.count))
+    of_them = None if weights.counts else replace(spec, count=weights.count)
+    footprint = Footprint(
+        model,
+        weights,
+        of_them,
+        memory.cache,
+        memory.shape,
+        itemsize=memory.itemsize,
+        max_positions=memory.max_positions,
+    )
+    return ModelFacts(layout, loading, footprint)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
+    elif isinstance(value, int):
+        yield value
