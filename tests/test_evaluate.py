@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamprune.config import EvalSettings
-from streamprune.evaluation.evaluate import evaluate, read_data
+from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.progress import Progress
 from streamprune.streaming import predictions as examining
 from streamprune.streaming import predictions as vocabulary
@@ -31,7 +31,7 @@ def measured(model: Path, against: Path | None, *data: Path, **settings: Any) ->
         model=str(model), against=str(against) if against else None, data=tuple(map(str, data)), **settings
     )
     with Progress(0, quiet=True) as progress:
-        return evaluate(options, read_data(options), progress)
+        return evaluate_text(options, read_data(options), progress).result
 
 
 def rows(path: Path) -> list[torch.Tensor]:

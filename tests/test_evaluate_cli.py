@@ -154,7 +154,7 @@ def test_another_model_than_the_source_is_told(made: Path, tmp_path: Path) -> No
     card = (out / "README.md").read_text()
     assert "On text that was given to `eval`, against other, which is not what this model was made from; " in card
     again = called(out, "--against", made / "model", "--data", made / "ids.jsonl")
-    assert "text.json, in the place of those on other text" in again.stderr
+    assert "text.json, which replaces those on other text" in again.stderr
 
 
 def test_models_that_are_not_there_are_told_before_the_text(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 
 from streamprune.config import RunSettings
 from streamprune.errors import SettingsError, UnsupportedModelError
-from streamprune.evaluation.held_out import record_of
-from streamprune.evaluation.metrics import summarize
+from streamprune.evaluation.held_out import pruned_folder
+from streamprune.evaluation.metrics import summary_of, sums_by_source
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import TEXT_NAME, read_result
 from streamprune.streaming.forward import ORIGINAL, PRUNED
@@ -80,6 +80,10 @@ def figures(source: int, *losses: float) -> SequenceFigures:
     return SequenceFigures((0, 0, 0), source, TokenFigures(torch.tensor([losses], dtype=torch.float64)))
 
 
+def summarize(found: list[SequenceFigures], sources: list[str], errors: Any = None) -> dict[str, Any]:
+    return summary_of(sums_by_source(found, sources), sources, errors)
+
+
 def test_a_source_with_a_single_sequence_leaves_all_without_an_interval() -> None:
     """Nobody knows how others of it would differ. And a source may be called what all together are."""
     several = [figures(0, 1.0, 2.0), figures(0, 4.0), figures(0, 3.0)]
@@ -141,7 +145,7 @@ def test_the_folder_of_text_that_was_held_back_may_be_named_itself(made: Path, m
 def test_names_that_nothing_has_are_refused_in_one_line(made: Path, tmp_path: Path) -> None:
     data = ["--data", made / "held.jsonl"]
     for name in ("a" * 300, "~nosuchuser/x", "x\0y", ""):
-        assert record_of(name) is None
+        assert pruned_folder(name) is None
         refused(name, *data)
         refused(name)
     (tmp_path / "loop").symlink_to("loop")

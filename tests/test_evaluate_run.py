@@ -355,7 +355,7 @@ def test_a_folder_of_somebody_else_is_not_written_into(made: Case, tmp_path: Pat
     held = calibration_held(made)
     (tmp_path / "out.held-out").mkdir()
     (tmp_path / "out.held-out" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"out\.held-out is in the way, and not ours"):
+    with pytest.raises(OutputError, match=r"out\.held-out has files that streamprune did not make"):
         write_held_out(tmp_path / "out", held)
     assert [path.name for path in (tmp_path / "out.held-out").iterdir()] == ["mine.txt"]
     (tmp_path / "out.held-out" / "mine.txt").unlink()

@@ -12,10 +12,11 @@ import torch
 
 from streamprune.calibration import chat
 from streamprune.calibration.sequences import Calibration
+from streamprune.config import EvalSettings
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
 from streamprune.evaluation import generation
 from streamprune.evaluation.generation import GenerationSettings, generation_health
-from streamprune.evaluation.generation_figures import generation_lines
+from streamprune.evaluation.terminal import generation_lines
 from streamprune.models import full_model as loading
 from streamprune.progress import Progress
 from tests.helpers import prune
@@ -47,12 +48,12 @@ def health(
 ) -> tuple[dict[str, Any], list[str]]:
     """The result, which JSON can hold, and what was said."""
     said = io.StringIO()
-    chosen = GenerationSettings(**{"max_new_tokens": 200, "prompt_tokens": 16} | options)
+    of_model = {name: options.pop(name) for name in ("seed", "trust_remote_code") if name in options}
+    settings = EvalSettings(model=str(model), against=None if against is None else str(against), **of_model)
+    generation = GenerationSettings(prompts=prompts, **{"max_new_tokens": 200, "prompt_tokens": 16} | options)
     if data is None and prompts is None:
         data = text("letters", "more")
-    result = generation_health(
-        str(model), None if against is None else str(against), data, prompts, chosen, Progress(0, False, said)
-    )
+    result = generation_health(settings, generation, data, Progress(0, False, said))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     return result, said.getvalue().splitlines()
 
@@ -255,7 +256,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, healthy: Path) -> None:
     with pytest.raises(SettingsError, match="--max-new-tokens 0"):
         GenerationSettings(max_new_tokens=0)
     with pytest.raises(SettingsError, match="no text to continue"):
-        generation_health(str(healthy), None, None, None, GenerationSettings(), Progress(0, True))
+        generation_health(EvalSettings(model=str(healthy)), GenerationSettings(), None, Progress(0, True))
     prompts = tmp_path / "prompts.jsonl"
     for line, words in (
         ("", "holds no prompts"),
@@ -263,7 +264,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, healthy: Path) -> None:
         ("{", "line 1 is not valid JSON"),
         (
             '{"prompt": "a"}\n{"messages": ["a"]}',
-            "line 2 has 'a' among its messages: a message is an object",
+            r"line 2 is .*Expected `object`, got `str` - at `\$.messages\[0\]`.*objects with a 'role'",
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
     ):

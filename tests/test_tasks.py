@@ -17,9 +17,11 @@ import pytest
 import torch
 import yaml
 
+from streamprune.config import EvalSettings
 from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
 from streamprune.evaluation import tasks
-from streamprune.evaluation.tasks import run_tasks, tasks_lines
+from streamprune.evaluation.tasks import TaskSettings, run_tasks
+from streamprune.evaluation.terminal import tasks_lines
 from streamprune.models import full_model as loading
 from streamprune.progress import Progress
 from tests.helpers import load_whole
@@ -95,6 +97,11 @@ def included(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run(model: Path | str, names: list[str], said: io.StringIO | None = None, **settings: Any) -> dict[str, Any]:
+    progress = Progress(0, said is None, said)
+    return run_tasks(EvalSettings(model=str(model)), TaskSettings(tasks=tuple(names), **settings), progress)
+
+
 def accuracies(folder: Path) -> tuple[float, float]:
     """Accuracy by the sum of the log-probabilities of each choice's tokens, and by that over its characters."""
     from transformers import AutoTokenizer
@@ -123,7 +130,7 @@ def test_a_local_task_gives_what_the_logits_say(
     # No checkout of git, of which git itself would complain.
     monkeypatch.chdir(included)
     said = io.StringIO()
-    result = run_tasks(str(model), ["local_sums"], include_path=included, progress=Progress(0, False, said))
+    result = run(model, ["local_sums"], include_path=included, said=said)
     expected = accuracies(model)
     figures = result["results"]["local_sums"]
     assert (figures["acc,none"], figures["acc_norm,none"]) == expected
@@ -152,11 +159,11 @@ def test_a_local_task_gives_what_the_logits_say(
 
 @needs_harness
 def test_a_limit_takes_a_part(model: Path, included: Path) -> None:
-    result = run_tasks(str(model), ["local_s*"], include_path=included, limit=5, batch_size=1)
+    result = run(model, ["local_s*"], include_path=included, limit=5, batch_size=1)
     assert result["n-samples"]["local_sums"] == {"original": 20, "effective": 5}
     assert result["config"]["batch_size"] == 1
     assert tasks_lines(result)[-1].startswith("note: --limit 5: only a part")
-    by_file = run_tasks(str(model), [str(included / "local_sums.yaml")], limit=5, include_path=included)
+    by_file = run(model, [str(included / "local_sums.yaml")], limit=5, include_path=included)
     assert by_file["results"]["local_sums"]["acc,none"] == result["results"]["local_sums"]["acc,none"]
 
 
@@ -166,36 +173,36 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(tasks, "load_full_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(SettingsError, match="no task, group or tag named local_nought, other") as caught:
-        run_tasks(str(model), ["local_sums", "local_nought", "other"], include_path=included)
+        run(model, ["local_sums", "local_nought", "other"], include_path=included)
     assert tasks.LIST_OF_TASKS in str(caught.value)
     assert "\n" not in str(caught.value)
     for name, words in (("local_lost", r"none\.jsonl"), ("local_far", "nobody/has-this")):
         with pytest.raises(TaskError, match=f"The tasks {name} cannot be loaded: .*{words}") as found:
-            run_tasks(str(model), [name], include_path=included)
+            run(model, [name], include_path=included)
         assert "\n" not in str(found.value)
     with pytest.raises(SettingsError, match="is no folder"):
-        run_tasks(str(model), ["local_sums"], include_path=tmp_path / "none")
+        run(model, ["local_sums"], include_path=tmp_path / "none")
     with pytest.raises(SettingsError, match="--limit 0"):
-        run_tasks(str(model), ["local_sums"], include_path=included, limit=0)
+        run(model, ["local_sums"], include_path=included, limit=0)
     with pytest.raises(CheckpointError, match="No folder"):
-        run_tasks("./none", ["local_sums"], include_path=included)
+        run("./none", ["local_sums"], include_path=included)
     # One of the harness's own, whose data lie on the Hub.
     with pytest.raises(TaskError, match="The tasks arc_easy cannot be loaded"):
-        run_tasks(str(model), ["arc_easy"])
+        run(model, ["arc_easy"])
 
 
 @needs_harness
 def test_a_model_that_does_not_fit_is_refused(model: Path, included: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "available_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"free are 1000 B in RAM"):
-        run_tasks(str(model), ["local_sums"], include_path=included)
+        run(model, ["local_sums"], include_path=included)
 
 
 def test_without_the_harness_it_says_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
     with pytest.raises(SettingsError, match=r"pip install 'streamprune\[tasks\]'"):
-        run_tasks(str(model), ["local_sums"])
+        run(model, ["local_sums"])
 
 
 def test_figures_become_json() -> None:
@@ -208,8 +215,9 @@ def test_figures_become_json() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "heavy"), [("tasks", "lm_eval"), ("generation_figures", "torch")])
-def test_nothing_heavy_is_imported_for_lines(module: str, heavy: str) -> None:
-    code = f"import sys, streamprune.evaluation.{module}; print({heavy!r} in sys.modules)"
+@pytest.mark.parametrize("module", ["terminal", "generation_figures"])
+def test_nothing_heavy_is_imported_for_lines(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'lm_eval'} & sys.modules.keys()"
+    code = f"import sys, streamprune.evaluation.{module}; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"

@@ -27,7 +27,8 @@ from streamprune.hardware.memory import limit_library_memory
 
 if TYPE_CHECKING:
     from streamprune.config import EvalSettings
-    from streamprune.evaluation.command import Asked
+    from streamprune.evaluation.generation import GenerationSettings
+    from streamprune.evaluation.tasks import TaskSettings
 
 
 P = ParamSpec("P")
@@ -101,22 +102,26 @@ def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as
     complete model; with them, text is measured on only if --data is given.
     """
     limit_library_memory(tight=options["ram_gib"] is not None)
-    settings, asked = _asked(model, output, options)
-    from streamprune.evaluation.command import examine
+    settings, generation, tasks = _settings(model, options)
+    from streamprune.evaluation.command import evaluate_model
+    from streamprune.evaluation.held_out import pruned_folder
 
     quiet_libraries(downloads=quiet)
-    found = examine(settings, asked, quiet, None if as_json else click.echo)
-    if with_report and found.ours is not None:
-        report_after(found.ours, quiet)
+    result = evaluate_model(settings, generation, tasks, output, quiet, None if as_json else click.echo)
+    folder = pruned_folder(model) if output is None else None
+    if with_report and folder is not None:
+        report_after(folder, quiet)
     if as_json:
-        click.echo(json.dumps(found.told, indent=2))
+        click.echo(json.dumps(result, indent=2))
 
 
-def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[EvalSettings, Asked]:
+def _settings(
+    model: str, options: dict[str, Any]
+) -> tuple[EvalSettings, GenerationSettings | None, TaskSettings | None]:
     """The settings that the options give. Raises SettingsError for an option without the one that it needs."""
     from streamprune.config import EvalSettings
-    from streamprune.evaluation.command import Asked
     from streamprune.evaluation.generation import GenerationSettings
+    from streamprune.evaluation.tasks import TaskSettings
 
     generate, tasks = options.pop("generate"), options.pop("tasks")
     of_generation = {
@@ -128,15 +133,9 @@ def _asked(model: str, output: Path | None, options: dict[str, Any]) -> tuple[Ev
             if value is not None and not given:
                 raise SettingsError(f"--{name.replace('_', '-')} needs {needed}.")
     settings = EvalSettings(model=model, **options)
-    shared = {name: options[name] for name in ("device", "revision", "trust_remote_code")}
-    prompts = of_generation.pop("prompts")
     generation = None
     if generate:
-        chosen = {name: value for name, value in of_generation.items() if value is not None}
-        seed: dict[str, Any] = {"seed": settings.seed} if settings.seed is not None else {}
-        generation = GenerationSettings(**chosen, **shared, **seed, against_revision=settings.against_revision)
-    names = None
-    if tasks is not None:
-        names = {"tasks": [name for name in tasks.split(",") if name], **of_tasks, **shared}
-    on_text = bool(settings.data) or not (generate or tasks)
-    return settings, Asked(on_text, generation, prompts, names, output)
+        generation = GenerationSettings(**{name: value for name, value in of_generation.items() if value is not None})
+    if tasks is None:
+        return settings, generation, None
+    return settings, generation, TaskSettings(tasks=tuple(name for name in tasks.split(",") if name), **of_tasks)

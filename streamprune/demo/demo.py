@@ -30,7 +30,7 @@ from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sequences import Calibration
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings, RunSettings
-from streamprune.evaluation.evaluate import Evaluation, examine, read_data
+from streamprune.evaluation.evaluate import Evaluation, evaluate_text, read_data
 from streamprune.files.durable import writing
 from streamprune.hardware.memory import check_disk, format_bytes
 from streamprune.models.config import load_config
@@ -199,7 +199,7 @@ def measure(model: Path, original: Path, text: Calibration, trust_remote_code: b
     """
     settings = EvalSettings(model=str(model), against=str(original), trust_remote_code=trust_remote_code, device="cpu")
     with Progress(0, quiet=True) as progress:
-        return examine(settings, text, progress)
+        return evaluate_text(settings, text, progress)
 
 
 def figures_by_domain(evaluation: Evaluation, name: str) -> dict[str, float]:

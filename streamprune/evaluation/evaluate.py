@@ -16,16 +16,15 @@ from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, open_checkpoint, read_json
 from streamprune.config import EvalSettings
 from streamprune.errors import CalibrationError, SettingsError, UnsupportedModelError
-from streamprune.evaluation.held_out import PruneRecord, recipe_within, record_of
+from streamprune.evaluation.held_out import held_back_fingerprint, held_out_recipe, read_record_of, recipe_within
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
 from streamprune.files.durable import reading
 from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device, peak_device_bytes
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.memory_plan import MemoryPlan, Needs
-from streamprune.models import open as models
+from streamprune.hardware.memory_plan import Needs
 from streamprune.models.config import load_config, versions
-from streamprune.models.open import OpenedModel
+from streamprune.models.open import OpenedModel, open_model
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.output.plan import REPORT_NAME
 from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_memory
@@ -56,27 +55,6 @@ def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> 
     return folder
 
 
-def open_model(settings: EvalSettings, model: str, revision: str | None) -> OpenedModel:
-    """Open a model, with or without experts, and make sure that its weights are all there.
-
-    Raises a StreampruneError where they are not, or where its predictions cannot be computed.
-    """
-    checkpoint = open_checkpoint(resolve_model(model, revision, settings.trust_remote_code))
-    opened = models.open_model(checkpoint, settings.trust_remote_code, settings.dtype)
-    find_head(opened.skeleton.model)
-    return opened
-
-
-def check_comparable(model: OpenedModel, original: OpenedModel, settings: EvalSettings) -> None:
-    """Raise SettingsError unless two models' predictions are about the same tokens."""
-    ours, theirs = (vocabulary_of(opened) for opened in (model, original))
-    if ours != theirs:
-        raise SettingsError(
-            f"{settings.model} predicts {ours:,} tokens and {settings.against} {theirs:,}: only models with the same "
-            "vocabulary can be compared. Is --against the model that it was made from?"
-        )
-
-
 def same_tokenizer(original: Path, model: Path) -> bool:
     """Whether two models' tokenizers are the same file, as far as both have one."""
     files = [folder / "tokenizer.json" for folder in (model, original)]
@@ -84,28 +62,14 @@ def same_tokenizer(original: Path, model: Path) -> bool:
         return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
 
 
-def vocabulary_of(opened: OpenedModel) -> int:
-    """How many tokens a model predicts."""
-    head, _ = find_head(opened.skeleton.model)
-    return int(head.weight.shape[0])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation (`reporting.evaluations` has its form), and the sums of each source.
-
-    With those of another model on the same text the difference of the two has an interval of its own (`combined`).
-    """
-
-    result: dict[str, Any]
-    sums: tuple[Sums, ...]
-
-
 def read_data(settings: EvalSettings) -> Calibration:
-    """The text of an evaluation, as tokens of the model's own tokenizer; nothing large is downloaded for it.
+    """The text of an evaluation, as tokens of the model's own tokenizer: `settings.data`, or what its run held back.
 
-    Raises CalibrationError where a source has no sequence of two tokens: nothing could be predicted there.
+    Nothing large is downloaded for it. Raises CalibrationError where a source has no sequence of two tokens: nothing
+    could be predicted there; SettingsError where no text is known.
     """
+    if not settings.data:
+        return _read_held_out(settings)
     config_folder(settings.model, settings.revision, settings.trust_remote_code)
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
     text_config = load_config(folder, settings.trust_remote_code).get_text_config(decoder=True)
@@ -119,14 +83,6 @@ def read_data(settings: EvalSettings) -> Calibration:
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )
-    return long_enough(data)
-
-
-def long_enough(data: Calibration) -> Calibration:
-    """The data without sequences of one token, of which nothing can be predicted.
-
-    Raises CalibrationError for a source that has no others.
-    """
     pairs = [(ids, source) for ids, source in zip(data.sequences, data.source_of, strict=True) if len(ids) > 1]
     for number, name in enumerate(data.sources):
         if all(source != number for _, source in pairs):
@@ -134,12 +90,44 @@ def long_enough(data: Calibration) -> Calibration:
     return replace(data, sequences=tuple(ids for ids, _ in pairs), source_of=tuple(source for _, source in pairs))
 
 
-def evaluate(settings: EvalSettings, data: Calibration, progress: Progress) -> dict[str, Any]:
-    """Stream a model, and with `against` the original too, over `data`; returns the result. See `examine`."""
-    return examine(settings, data, progress).result
+def _read_held_out(settings: EvalSettings) -> Calibration:
+    """The text that the run which made the model held back.
+
+    Raises SettingsError if there is none, or if the text there was held back for another model of that name: this one
+    may have been scored on it.
+    """
+    recipe = held_out_recipe(Path(settings.model))
+    if not recipe.is_file():
+        # Refuse first what is no model at all.
+        config_folder(settings.model, settings.revision, settings.trust_remote_code)
+        raise SettingsError(
+            "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "
+            f"(`streamprune run --evaluate` holds some back, and saves it next to its output, here in {recipe.parent}; "
+            "if the output was moved, name that folder.)"
+        )
+    data = read_data(replace(settings, data=(str(recipe),)))
+    known = held_back_fingerprint(read_record_of(settings.model))
+    is_whole = settings.samples is None and settings.seq_len is None
+    if known is None or (is_whole and data.fingerprint != known):
+        raise SettingsError(
+            f"The text in {recipe.parent} is not what was held back for {settings.model} as it is now, which may have "
+            f"been scored on it. Say on what text to measure: --data FILE or RECIPE (or {recipe}, if you know better)."
+        )
+    return data
 
 
-def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Evaluation:
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation (`reporting.evaluations` has its form), and the sums of each source.
+
+    The sums of two models on the same text give an interval of the difference.
+    """
+
+    result: dict[str, Any]
+    sums: tuple[Sums, ...]
+
+
+def evaluate_text(settings: EvalSettings, data: Calibration, progress: Progress) -> Evaluation:
     """Stream a model, and with `against` the original too, over `data`.
 
     Peak memory: a layer of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
@@ -148,13 +136,24 @@ def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Ev
     device = choose_device(settings.device)
     settings.check_device(device.type)
     models = _open(settings)
-    plan = _plan(settings, models, data, device)
+    needs = _combined([needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()])
+    plan = plan_memory(settings, needs, 0, device, Path(tempfile.gettempdir()))
+    record = read_record_of(settings.model)
+    # By the record; None where there is none, or nothing to compare with.
+    against_source = None
+    if record is not None and record.source.fingerprint is not None and ORIGINAL in models:
+        against_source = record.source.fingerprint == models[ORIGINAL].checkpoint.fingerprint()
     # Nothing is printed before all is known to be in order: a refusal is one message and no more.
     progress.say(_summary(settings, models, data, device))
-    for note in _notes(settings, models, data):
+    for note in (*data.notes, *_notes(settings, models, against_source)):
         progress.say(f"note: {note}")
     progress.say(plan.describe())
-    errors = LayerErrors(len(data.sources)) if _have_one_shape(models) else None
+    # Hidden states can be compared layer by layer where two models have one shape.
+    shapes = [
+        (opened.skeleton.layer_count, opened.skeleton.model.config.get_text_config(decoder=True).hidden_size)
+        for opened in models.values()
+    ]
+    errors = LayerErrors(len(data.sources)) if len(models) == 2 and shapes[0] == shapes[1] else None
     with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
         runtime = Runtime(settings, plan, device, progress, Path(folder))
         stages = [
@@ -165,13 +164,9 @@ def examine(settings: EvalSettings, data: Calibration, progress: Progress) -> Ev
         ]
         figures = measure(runtime, stages, data, errors)
     sums = sums_by_source(figures, data.sources)
-    record = record_of(settings.model)
-    held_back = record is not None and record.held_back == data.fingerprint
-    head = about(
-        public_name(settings.model), settings.against, models[PRUNED], data, held_back, is_source(record, models)
-    )
-    means = mean_errors(errors, data) if errors is not None else None
-    return Evaluation({**head, **summary_of(sums, data.sources, means)}, tuple(sums))
+    held_back = held_back_fingerprint(record) == data.fingerprint
+    head = about(public_name(settings.model), settings.against, models[PRUNED], data, held_back, against_source)
+    return Evaluation({**head, **summary_of(sums, data.sources, mean_errors(errors, data))}, tuple(sums))
 
 
 def measure(
@@ -193,16 +188,18 @@ def measure(
             task = LayerTask(index, replayed=True, kept=tuple((kept or {}).get(index, ())))
             loop.run_layer(task, index + 1 if index < last else None)
             loop.drop_cached_pages(index)
-            error = mean_errors(errors, data)[-1][index:] if errors is not None else []
-            shown = f"relative error {error[0]:.4f}, " if error else ""
+            means = mean_errors(errors, data)
+            shown = f"relative error {means[-1][index]:.4f}, " if means and index < len(means[-1]) else ""
             seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(runtime.device))
             progress.say(f"layer {index}/{last}: {shown}{seconds:.1f} s, peak {peak}")
-        progress.say(f"reading off what {'both models predict' if len(stages) == 2 else 'the model predicts'} ...")
+        progress.say(f"reading the predictions of {'both models' if len(stages) == 2 else 'the model'} ...")
         return loop.read_predictions(loop.layer_count)
 
 
-def mean_errors(errors: LayerErrors, data: Calibration) -> list[list[float]]:
+def mean_errors(errors: LayerErrors | None, data: Calibration) -> list[list[float]] | None:
     """The mean relative errors after every layer: a list for each source, and a last one for all together."""
+    if errors is None:
+        return None
     layers = [errors.by_layer[layer] for layer in sorted(errors.by_layer)]
     by_source = [[layer[source] / tokens for layer in layers] for source, tokens in enumerate(data.tokens_of)]
     return [*by_source, [sum(layer) / data.tokens for layer in layers]]
@@ -239,35 +236,35 @@ def about(
 
 
 def _open(settings: EvalSettings) -> Mapping[str, OpenedModel]:
-    """The models by side, the original first."""
-    if settings.against is None:
-        return {PRUNED: open_model(settings, settings.model, settings.revision)}
-    config_folder(settings.against, settings.against_revision, settings.trust_remote_code)
-    original = open_model(settings, settings.against, settings.against_revision)
-    model = open_model(settings, settings.model, settings.revision)
-    check_comparable(model, original, settings)
-    return {ORIGINAL: original, PRUNED: model}
+    """The models by side, the original first, with weights that are all there.
+
+    Raises a StreampruneError where they are not, where predictions cannot be computed, or are about other tokens.
+    """
+    wanted = {PRUNED: (settings.model, settings.revision)}
+    if settings.against is not None:
+        config_folder(settings.against, settings.against_revision, settings.trust_remote_code)
+        wanted = {ORIGINAL: (settings.against, settings.against_revision), **wanted}
+    models = {}
+    for side, (model, revision) in wanted.items():
+        checkpoint = open_checkpoint(resolve_model(model, revision, settings.trust_remote_code))
+        models[side] = open_model(checkpoint, settings.trust_remote_code, settings.dtype)
+        find_head(models[side].skeleton.model)
+    sizes = [_vocabulary_size(models[side]) for side in (PRUNED, ORIGINAL) if side in models]
+    if len(set(sizes)) > 1:
+        raise SettingsError(
+            f"{settings.model} predicts {sizes[0]:,} tokens and {settings.against} {sizes[1]:,}: only models with the "
+            "same vocabulary can be compared. Is --against the model that it was made from?"
+        )
+    return models
 
 
-def _have_one_shape(models: Mapping[str, OpenedModel]) -> bool:
-    """Whether there are two models, whose hidden states can be compared layer by layer."""
-    shapes = {
-        (opened.skeleton.layer_count, opened.skeleton.model.config.get_text_config(decoder=True).hidden_size)
-        for opened in models.values()
-    }
-    return len(models) == 2 and len(shapes) == 1
+def _vocabulary_size(opened: OpenedModel) -> int:
+    head, _ = find_head(opened.skeleton.model)
+    return int(head.weight.shape[0])
 
 
-def is_source(record: PruneRecord | None, models: Mapping[str, OpenedModel]) -> bool | None:
-    """Whether the original is what the model was made from, by that one's record; None where there is none."""
-    if record is None or record.source is None or ORIGINAL not in models:
-        return None
-    return record.source == models[ORIGINAL].checkpoint.fingerprint()
-
-
-def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration) -> Iterator[str]:
-    yield from data.notes
-    if is_source(record_of(settings.model), models) is False:
+def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], against_source: bool | None) -> Iterator[str]:
+    if against_source is False:
         yield (
             f"{settings.against} is not what {settings.model} was made from, by the fingerprint in its {REPORT_NAME}: "
             "the differences are not those that pruning made."
@@ -277,13 +274,6 @@ def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Cali
             f"The tokenizers of {settings.model} and {settings.against} differ; the text is in tokens of the first, "
             "which may mean other things to the second."
         )
-
-
-def _plan(
-    settings: EvalSettings, models: Mapping[str, OpenedModel], data: Calibration, device: torch.device
-) -> MemoryPlan:
-    needs = [needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()]
-    return plan_memory(settings, _combined(needs), 0, device, Path(tempfile.gettempdir()))
 
 
 def _combined(needs: Sequence[Needs]) -> Needs:
@@ -306,7 +296,7 @@ def _summary(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Ca
     against = f" against {settings.against}" if settings.against is not None else ""
     opened = models[PRUNED]
     return (
-        f"{settings.model}{against}: {opened.skeleton.layer_count} layers, {vocabulary_of(opened):,} tokens in the "
+        f"{settings.model}{against}: {opened.skeleton.layer_count} layers, {_vocabulary_size(opened):,} tokens in the "
         f"vocabulary; {len(data.sequences)} sequences, {data.tokens:,} tokens from {named}; "
         f"{str(opened.dtype).removeprefix('torch.')} on {device}"
     )

@@ -1,14 +1,13 @@
-"""From continuations to figures, a verdict, advice and lines for the terminal; and what a loop is. No torch."""
+"""From continuations to figures, a verdict and advice; and what a loop is. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import comb
 from typing import TYPE_CHECKING, Any
-
-from streamprune.tables import Table
 
 if TYPE_CHECKING:
     from streamprune.evaluation.prompts import Prompt
@@ -36,8 +35,9 @@ MOST_CHANCE = 1 / 16
 #: Examples that are kept, and characters of each end of their texts.
 MOST_EXAMPLES, EXAMPLE_CHARACTERS = 8, 240
 
-#: How a mode's continuations were made: decoding, form of the prompt, thinking.
+#: How a mode's continuations were made: decoding, form of the prompt, thinking; and the names of these.
 ModeKey = tuple[str, str, bool | None]
+_MODE = ("decoding", "form", "thinking")
 #: The figures of one mode, as they stand in `generation.json`.
 Mode = Mapping[str, Any]
 
@@ -96,29 +96,25 @@ def modes_of(made: Sequence[Continuation], original: Sequence[Continuation] | No
     modes = []
     for key in dict.fromkeys(each.mode for each in made):
         mine = [each for each in made if each.mode == key]
-        decoding, form, thinking = key
-        mode = {"decoding": decoding, "form": form, "thinking": thinking, **_figures(mine)}
+        mode = {**dict(zip(_MODE, key, strict=True)), "prompts": len(mine), **_shares(mine)}
         mode["longest_ended"] = max((len(each.tokens) for each in mine if each.ended), default=None)
         if original is not None:
             theirs = [each for each in original if each.mode == key]
             mode["original"] = {**_shares(theirs), **_differences(mine, theirs)}
-        mode["sources"] = [
-            {"name": name, **_figures([each for each in mine if each.prompt.source == name])}
-            for name in dict.fromkeys(each.prompt.source for each in mine)
-        ]
+        mode["sources"] = []
+        for name in dict.fromkeys(each.prompt.source for each in mine):
+            part = [each for each in mine if each.prompt.source == name]
+            mode["sources"].append({"name": name, "prompts": len(part), **_shares(part)})
         modes.append(mode)
     return modes
 
 
-def _figures(made: Sequence[Continuation]) -> dict[str, Any]:
-    return {"prompts": len(made), **_shares(made)}
-
-
 def _shares(made: Sequence[Continuation]) -> dict[str, Any]:
+    repeated = [each.repeated for each in made if each.repeated is not None]
     return {
-        "ended": _mean(float(each.ended) for each in made),
-        "looped": _mean(float(each.looped) for each in made),
-        "repeated_4grams": _mean(each.repeated for each in made if each.repeated is not None),
+        "ended": sum(each.ended for each in made) / len(made),
+        "looped": sum(each.looped for each in made) / len(made),
+        "repeated_4grams": sum(repeated) / len(repeated) if repeated else None,
     }
 
 
@@ -131,11 +127,6 @@ def _differences(mine: Sequence[Continuation], theirs: Sequence[Continuation]) -
         "ended_only_here": sum(here.ended and not there.ended for here, there in pairs),
         "ended_only_there": sum(there.ended and not here.ended for here, there in pairs),
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None
 
 
 def verdict_of(modes: Sequence[Mode], longest: int) -> str:
@@ -166,7 +157,7 @@ def endless_notes(modes: Sequence[Mode]) -> list[str]:
     """A note where significantly fewer chats end than with the original. (Plain text need not end.)"""
     return [
         f"Fewer chats end by themselves than with the original, loops or not: {mode['ended']:.0%} instead of "
-        f"{mode['original']['ended']:.0%} ({_mode_name(mode)})."
+        f"{mode['original']['ended']:.0%} ({mode_name(mode)})."
         for mode in modes
         if mode["form"] == "chat"
         and "original" in mode
@@ -183,50 +174,45 @@ def advice_of(modes: Sequence[Mode], switch: str | None) -> list[str]:
     if not bad:
         return []
     worst = bad[0]
-    original = f"; of the original's {_count(worst['original'], worst['prompts'])}" if "original" in worst else ""
+    compared = "original" in worst
+    original = f"; of the original's {_count(worst['original'], worst['prompts'])}" if compared else ""
     advice = [f"{_loops_words(worst)} loop{original}."]
-    for mode in bad:
-        off = _similar(mode, modes, thinking=False)
-        if mode["thinking"] is True and off is not None and off["looped"] < mode["looped"]:
-            advice.append(
-                f"Switch thinking off, by {switch}=False for the chat template: {_loops_words(off)} loop then."
-            )
-            break
-    for mode in bad:
-        sampled = _similar(mode, modes, decoding=SAMPLED)
-        if mode["decoding"] == GREEDY and sampled is not None and sampled["looped"] < mode["looped"]:
-            advice.append(
-                "Sample instead of decoding greedily, with temperature 0.6 to 1.0 and top_p 0.95: "
-                f"{_loops_words(sampled)} loop then."
-            )
-            break
+    off, sampled = _better(bad, modes, "thinking", True, False), _better(bad, modes, "decoding", GREEDY, SAMPLED)
+    if off is not None:
+        advice.append(f"Switch thinking off, by {switch}=False for the chat template: {_loops_words(off)} loop then.")
+    if sampled is not None:
+        advice.append(
+            "Sample instead of decoding greedily, with temperature 0.6 to 1.0 and top_p 0.95: "
+            f"{_loops_words(sampled)} loop then."
+        )
     longest = max((mode["longest_ended"] for mode in modes if mode["longest_ended"] is not None), default=None)
-    ends = (
-        "no continuation ended by itself."
-        if longest is None
-        else f"those that ended by themselves had at most {longest:,} tokens."
-    )
+    ended = f"those that ended by themselves had at most {longest:,} tokens" if longest is not None else ""
     advice += [
-        f"Set max_new_tokens, so that a loop ends some time: {ends}",
+        f"Set max_new_tokens, so that a loop ends some time: {ended or 'no continuation ended by itself'}.",
         "As a last resort, repetition_penalty=1.05 to 1.1; it also harms what has to repeat, such as code.",
         _calibration_advice(bad),
     ]
-    if "original" not in worst:
-        advice.append("Whether the unpruned model does so too shows with --against.")
-    return advice
+    return advice if compared else [*advice, "Whether the unpruned model does so too shows with --against."]
+
+
+def _better(bad: Sequence[Mode], modes: Sequence[Mode], name: str, now: Any, instead: Any) -> Mode | None:
+    """The first mode with `instead` for `name` of which fewer continuations loop than with `now`, all else equal."""
+    for mode in bad:
+        wanted = {key: mode[key] for key in _MODE} | {name: instead}
+        other = next((each for each in modes if all(each[key] == value for key, value in wanted.items())), None)
+        if mode[name] == now and other is not None and other["looped"] < mode["looped"]:
+            return other
+    return None
 
 
 def _calibration_advice(bad: Sequence[Mode]) -> str:
     """Which text to calibrate on: that of which most loops."""
-    counts: dict[str, list[int]] = {}
-    for mode in bad:
-        for source in mode["sources"]:
-            pair = counts.setdefault(source["name"], [0, 0])
-            pair[0] += _count(source)
-            pair[1] += source["prompts"]
-    shares = {name: loops / prompts for name, (loops, prompts) in counts.items()}
-    most = max(shares.values())
-    names = [name for name, share in shares.items() if share == most]
+    loops, prompts = Counter[str](), Counter[str]()
+    for source in (source for mode in bad for source in mode["sources"]):
+        loops[source["name"]] += _count(source)
+        prompts[source["name"]] += source["prompts"]
+    shares = {name: loops[name] / prompts[name] for name in prompts}
+    names = [name for name, share in shares.items() if share == max(shares.values())]
     text = "such text" if len(names) == len(shares) else f"more text like {', '.join(names)}, where most loop"
     return f"Prune it less, or calibrate on {text}."
 
@@ -237,39 +223,36 @@ def _count(figures: Mode, prompts: int | None = None) -> int:
 
 
 def _loops_words(mode: Mode) -> str:
-    return f"{_count(mode)} of {mode['prompts']} continuations ({_mode_name(mode)})"
+    return f"{_count(mode)} of {mode['prompts']} continuations ({mode_name(mode)})"
 
 
-def _similar(mode: Mode, modes: Sequence[Mode], **other: Any) -> Mode | None:
-    """The mode that differs from this one only in `other`; None if there is none."""
-    wanted = {key: mode[key] for key in ("decoding", "form", "thinking")} | other
-    return next((each for each in modes if all(each[key] == value for key, value in wanted.items())), None)
-
-
-def _mode_name(mode: Mode) -> str:
+def mode_name(mode: Mode) -> str:
     """A mode in words: "greedy, chat, thinking on"."""
     thinking = {None: "", True: ", thinking on", False: ", thinking off"}[mode["thinking"]]
     return f"{mode['decoding']}, {mode['form']}{thinking}"
 
 
-def examples_of(made: Sequence[Continuation], decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:
-    """A few continuations to look at, those that loop first, of as many modes and sources as possible."""
+def examples_of(made: Sequence[Continuation], tokenizer: Any) -> list[dict[str, Any]]:
+    """A few continuations to look at, those that loop first, of as many modes and sources as possible.
+
+    Without a tokenizer their texts are token ids.
+    """
     first: dict[tuple[bool, ModeKey, str], Continuation] = {}
     for each in made:
         first.setdefault((each.looped, each.mode, each.prompt.source), each)
-    chosen = sorted(first.values(), key=lambda each: not each.looped)
+    chosen = sorted(first.values(), key=lambda each: not each.looped)[:MOST_EXAMPLES]
     return [
         {
             "source": each.prompt.source,
-            "decoding": each.decoding,
-            "form": each.prompt.form,
-            "thinking": each.prompt.thinking,
+            **dict(zip(_MODE, each.mode, strict=True)),
             "prompt": _shortened(each.prompt.text),
-            "continuation": _shortened(decode(each.tokens)),
+            "continuation": _shortened(
+                " ".join(map(str, each.tokens)) if tokenizer is None else str(tokenizer.decode(each.tokens))
+            ),
             "looped": each.looped,
             "ended": each.ended,
         }
-        for each in chosen[:MOST_EXAMPLES]
+        for each in chosen
     ]
 
 
@@ -277,31 +260,3 @@ def _shortened(text: str) -> str:
     """Both ends of a long text."""
     most = EXAMPLE_CHARACTERS
     return text if len(text) <= 2 * most + 3 else f"{text[:most]} … {text[-most:]}"
-
-
-def generation_lines(result: Mapping[str, Any]) -> list[str]:
-    """A `generation.json` for the terminal: a row for each mode, its sources where any loop; verdict, advice, notes."""
-    original = any("original" in mode for mode in result["modes"])
-    rows = []
-    for mode in result["modes"]:
-        rows.append([_mode_name(mode), *_cells(mode), *(_cells(mode["original"])[1:] if "original" in mode else ())])
-        if mode["looped"] and len(mode["sources"]) > 1:
-            rows += [[f"  {source['name']}", *_cells(source)] for source in mode["sources"]]
-    title = (
-        f"Generation health of {result['model']}, up to {result['settings']['max_new_tokens']:,} new tokens (ended: by "
-        "itself, before that)"
-    )
-    shares = ["ended", "looped", "repeated 4-grams"]
-    columns = ["", "prompts", *shares, *(["original: ended", *shares[1:]] if original else ())]
-    as_before = original and any(mode["looped"] for mode in result["modes"])
-    healthy = "It does not loop significantly more than the original." if as_before else "Few loops, or none."
-    verdict = {LOOPS: "It loops.", HEALTHY: healthy, UNKNOWN: "Too short to show loops."}[result["verdict"]]
-    lines = Table(title, columns, rows).text()
-    lines += [verdict, *(f"- {sentence}" for sentence in result["advice"])]
-    return lines + [f"note: {note}" for note in result["notes"]]
-
-
-def _cells(figures: Mapping[str, Any]) -> list[str]:
-    repeated = figures["repeated_4grams"]
-    shares = [f"{figures['ended']:.1%}", f"{figures['looped']:.1%}", "-" if repeated is None else f"{repeated:.3f}"]
-    return [str(figures.get("prompts", "")), *shares]

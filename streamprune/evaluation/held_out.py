@@ -1,24 +1,22 @@
-"""The text that `run --evaluate` holds back: which, and where it is left to be measured on again.
-
-What a model that streamprune made says of itself, as far as an evaluation has to know it.
-"""
+"""The text that `run --evaluate` holds back: which it is, where it is saved to be measured on again, and for whom."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.sequences import Calibration, fingerprint_of
-from streamprune.checkpoint.index import read_json
 from streamprune.config import sibling_path
-from streamprune.errors import CalibrationError, OutputError, StreampruneError
+from streamprune.errors import CalibrationError, OutputError, ReportError, StreampruneError
 from streamprune.files.durable import PARTIAL, names_in, write_atomically, writing
 from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
+from streamprune.reporting.record import HeldBack, Record, read_record
 
 #: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.
 SHARE = 0.1
@@ -30,7 +28,7 @@ _OURS = re.compile(rf"(\d+\.jsonl|{re.escape(_RECIPE_NAME)})({re.escape(PARTIAL)
 
 
 def split_held_out(whole: Calibration) -> Calibration:
-    """The calibration without a part of each source's sequences, which become its `held`.
+    """The calibration without a part of each source's sequences, which become its `held_out`.
 
     They are spread evenly over the source, the same ones every time. Of text that was packed into sequences, two
     neighbours may be of one document. Raises CalibrationError for a source with fewer than two sequences of two tokens.
@@ -65,7 +63,7 @@ def _part(whole: Calibration, numbers: list[int]) -> Calibration:
 
 
 def held_out_recipe(output: Path) -> Path:
-    """Where the recipe of the text lies that was held back for an output."""
+    """The path of the recipe of the text that was held back for an output."""
     output = Path(os.path.expanduser(output))  # noqa: PTH111
     if output.name in ("", ".."):
         # A way to a folder, and not its name.
@@ -74,7 +72,7 @@ def held_out_recipe(output: Path) -> Path:
 
 
 def recipe_within(name: str) -> str:
-    """What --data names; where that is the folder of text that was held back, the recipe in it."""
+    """What --data names; for a folder of text that was held back, the recipe in it."""
     recipe = Path(os.path.expanduser(name)) / _RECIPE_NAME  # noqa: PTH111
     # (In this order: resolve only what exists.)
     is_ours = os.path.isfile(recipe) and recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX)  # noqa: PTH113
@@ -96,8 +94,10 @@ def write_held_out(output: Path, held: Calibration) -> Path:
     recipe = held_out_recipe(output)
     # (Ours may lack the recipe, where it was being written when a run was killed.)
     if any(_OURS.fullmatch(path.name) is None for path in names_in(recipe.parent)):
-        raise OutputError(f"The text that was held back is left nowhere: {recipe.parent} is in the way, and not ours.")
-    with writing(f"Leaving the held-out text in {recipe.parent}", recipe.parent):
+        raise OutputError(
+            f"The text that was held back cannot be saved: {recipe.parent} has files that streamprune did not make."
+        )
+    with writing(f"Saving the held-out text in {recipe.parent}", recipe.parent):
         recipe.parent.mkdir(exist_ok=True)
         sources: list[dict[str, Any]] = []
         for number, name in enumerate(held.sources):
@@ -111,36 +111,21 @@ def write_held_out(output: Path, held: Calibration) -> Path:
     return recipe
 
 
-@dataclass(frozen=True)
-class PruneRecord:
-    """The folder of a model that we made, with the fingerprints of its source and of the text that was held back.
-
-    Both are None where the record does not say.
-    """
-
-    folder: Path
-    source: str | None
-    held_back: str | None
-
-
-def record_of(model: str) -> PruneRecord | None:
-    """What the record in a model's folder says; None for a model that we did not make, or a name that no folder has.
-
-    Raises CheckpointError for a record that is no JSON object.
-    """
+def pruned_folder(model: str) -> Path | None:
+    """The folder of a model that streamprune made; None for another model, or a name that no folder has."""
     folder = Path(os.path.expanduser(model))  # noqa: PTH111
-    if not os.path.isfile(folder / REPORT_NAME):  # noqa: PTH113
-        return None
-    record = read_json(folder / REPORT_NAME)
-    return PruneRecord(
-        folder, _fingerprint(record.get("source")), _fingerprint(_entry(record.get("calibration"), "held_back"))
-    )
+    return folder if os.path.isfile(folder / REPORT_NAME) else None  # noqa: PTH113
 
 
-def _entry(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
+def read_record_of(model: str) -> Record | None:
+    """The record of a model that streamprune made; None for another model, or where the record says nothing usable."""
+    folder = pruned_folder(model)
+    with suppress(ReportError):
+        return read_record(folder) if folder is not None else None
+    return None
 
 
-def _fingerprint(value: Any) -> str | None:
-    fingerprint = _entry(value, "fingerprint")
-    return fingerprint if isinstance(fingerprint, str) else None
+def held_back_fingerprint(record: Record | None) -> str | None:
+    """The fingerprint of the text that the run which wrote the record held back; None if there is none."""
+    held_back = record.calibration.held_back if record is not None and record.calibration is not None else None
+    return held_back.fingerprint if isinstance(held_back, HeldBack) else None

@@ -1,4 +1,4 @@
-"""From figures of every token to figures of every source: means, intervals, and the table for people.
+"""From figures of every token to figures of every source: means and intervals.
 
 Losses and KL divergence are nats per token; perplexity is e^loss.
 """
@@ -6,8 +6,8 @@ Losses and KL divergence are nats per token; perplexity is e^loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from streamprune.streaming.predictions import SequenceFigures, TokenFigures
 
 #: Times that the sequences are drawn anew for an interval, and the share of all draws that lies within it.
 _DRAWS, _WITHIN = 1000, 0.95
-
-
 #: The column of `Sums` that counts tokens.
-_TOKENS = "tokens"
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -38,22 +36,15 @@ class Sums:
 
     def mean(self, name: str) -> float:
         """The mean of a column over all tokens."""
-        return float(self.columns[name] / self.columns[_TOKENS])
+        return float(self.columns[name] / self.columns[TOKENS])
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """None where a source has a single sequence: nobody can say how others of it would differ."""
         if self.fewest < 2:
             return None
-        means = self.drawn[name] / self.drawn[_TOKENS]
+        means = self.drawn[name] / self.drawn[TOKENS]
         low, high = torch.quantile(means, torch.tensor([(1 - _WITHIN) / 2, (1 + _WITHIN) / 2], dtype=torch.float64))
         return float(low), float(high)
-
-
-def summarize(
-    found: Sequence[SequenceFigures], sources: Sequence[str], errors: Sequence[Sequence[float]] | None = None
-) -> dict[str, Any]:
-    """`summary_of` what came of every sequence. Raises NonFiniteError where a model predicts no numbers."""
-    return summary_of(sums_by_source(found, sources), sources, errors)
 
 
 def sums_by_source(found: Sequence[SequenceFigures], sources: Sequence[str]) -> list[Sums]:
@@ -93,7 +84,7 @@ def mean_kl(found: Sequence[SequenceFigures]) -> float:
 def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
     columns: dict[str, list[torch.Tensor]] = {}
     for each in figures:
-        values = {_TOKENS: torch.ones_like(each.loss), "loss": each.loss}
+        values = {TOKENS: torch.ones_like(each.loss), "loss": each.loss}
         if each.kl is not None and each.original_loss is not None and each.agrees is not None:
             values |= {"original_loss": each.original_loss, "kl": each.kl, "top1_agreement": each.agrees}
             values["loss_increase"] = each.loss - each.original_loss
@@ -140,35 +131,16 @@ def joined(parts: Sequence[Sums]) -> Sums:
     )
 
 
-def combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
-    """Figures of several models on the same text, added up with weights; 1 and -1 give the difference of two.
-
-    Since the same sequences are drawn of each, its interval is that of a paired bootstrap.
-    """
-
-    def add(name: str, each: Sequence[torch.Tensor]) -> torch.Tensor:
-        total = sum(weight * values for weight, values in zip(weights, each, strict=True))
-        return each[0] if name == _TOKENS else torch.as_tensor(total)
-
-    return replace(
-        models[0],
-        columns={name: add(name, [model.columns[name] for model in models]) for name in models[0].columns},
-        drawn={name: add(name, [model.drawn[name] for model in models]) for name in models[0].drawn},
-        kl=None,
-    )
-
-
 def _figures(sums: Sums) -> dict[str, Any]:
-    figures: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[_TOKENS])}
+    figures: dict[str, Any] = {"sequences": sums.sequences, "tokens": int(sums.columns[TOKENS])}
     for name in ("loss", "perplexity", "original_loss", "original_perplexity", "loss_increase", "kl", "top1_agreement"):
         column, change = (name.replace("perplexity", "loss"), _exp) if name.endswith("perplexity") else (name, float)
         if column not in sums.columns:
             continue
         figures[name] = change(sums.mean(column))
-        if name.startswith("original"):
-            continue
-        interval = sums.interval(column)
-        figures[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
+        if not name.startswith("original"):
+            interval = sums.interval(column)
+            figures[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
     if sums.kl is not None:
         # (torch.quantile sorts no more than 2**24 values.)
         rank = max(1, math.ceil(0.99 * len(sums.kl)))
@@ -179,32 +151,3 @@ def _figures(sums: Sums) -> dict[str, Any]:
 def _exp(loss: float) -> float:
     # A loss beyond any model's would overflow.
     return math.exp(min(loss, 700.0))
-
-
-def table(result: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for people, aligned: a row for each source, and for all of them if there are several."""
-    pair = result["against"] is not None
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("source", lambda each: str(each["name"])),
-        ("tokens", lambda each: f"{each['tokens']:,}"),
-        ("loss", lambda each: f"{each['loss']:.3f}{_span(each, 'loss')}"),
-        ("perplexity", lambda each: f"{each['perplexity']:,.2f}"),
-    ]
-    if pair:
-        columns += [
-            ("original's", lambda each: f"{each['original_loss']:.3f}"),
-            ("KL", lambda each: f"{each['kl']:.4f}{_span(each, 'kl', 4)}"),
-            ("99 %", lambda each: f"{each['kl_p99']:.3f}"),
-            ("same top token", lambda each: f"{each['top1_agreement']:.1%}"),
-        ]
-    rows = [*result["sources"], *([result["all"]] if len(result["sources"]) > 1 else [])]
-    cells = [[title for title, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        yield "  " + "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-
-
-def _span(each: Mapping[str, Any], name: str, digits: int = 3) -> str:
-    span = each[f"{name}_interval"]
-    return f" ({span[0]:.{digits}f} to {span[1]:.{digits}f})" if span is not None else ""

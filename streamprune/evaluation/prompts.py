@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from streamprune.calibration.chat import Chat, ChatRenderer
 from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
@@ -30,7 +32,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Opening:
+class Prompts:
+    """All prompts, the template's switch for thinking if it has one, and notes for the user."""
+
+    prompts: tuple[Prompt, ...]
+    switch: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Opening:
     """What prompts are made of: text (with its own token ids, if it has some), or the messages of a chat.
 
     `place` is for error messages.
@@ -40,145 +51,126 @@ class Opening:
     source: str
     text: str = ""
     ids: tuple[int, ...] | None = None
-    messages: tuple[Any, ...] | None = None
+    messages: list[Any] | None = None
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """All prompts, the template's switch for thinking if it has one, and notes for the user."""
+class _Message(msgspec.Struct):
+    role: Any
 
-    prompts: tuple[Prompt, ...]
-    switch: str | None = None
-    notes: tuple[str, ...] = ()
+
+class _Line(msgspec.Struct):
+    """A line of the user's prompts."""
+
+    prompt: str = ""
+    messages: list[_Message] = []
+    source: str | None = None
 
 
 def collect_prompts(
-    calibration: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any
+    data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any
 ) -> Prompts:
     """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
-    Raises CalibrationError if there are none, or for lines that are no prompts.
+    Each is text to continue, and also a chat where the tokenizer has a chat template: with thinking off and on if it
+    has a switch for that. Without a tokenizer they are only token ids. A template that fails costs the chats, unless
+    the user gave some. Raises CalibrationError if there are no prompts, or for lines that are none.
     """
     openings = [] if path is None else _read_openings(path)
-    if calibration is not None:
-        openings += _openings_of(calibration, per_source, tokens, tokenizer)
-    made = make_prompts(openings, tokenizer)
-    if not made.prompts:
+    if data is not None:
+        openings += _openings_of(data, per_source, tokens, tokenizer)
+    given = [opening for opening in openings if opening.messages is not None]
+    prompts = [_text_prompt(opening, tokenizer) for opening in openings if opening.messages is None]
+    switch: str | None = None
+    notes: tuple[str, ...] = ()
+    if tokenizer is not None and tokenizer.chat_template:
+        try:
+            switch, chats = _chat_prompts([each for each in openings if each.messages or each.text.strip()], tokenizer)
+            prompts += chats
+        except CalibrationError as error:
+            if given:
+                raise
+            notes = (f"No chats were tried: {error}",)
+    elif given:
+        raise CalibrationError(
+            f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with 'prompt'."
+        )
+    if not prompts:
         raise CalibrationError("There is no text to continue. Give other --data, or --prompts FILE.")
-    return made
+    return Prompts(tuple(prompts), switch, notes)
 
 
-def _openings_of(calibration: Calibration, per_source: int, tokens: int, tokenizer: Any) -> list[Opening]:
+def _openings_of(data: Calibration, per_source: int, tokens: int, tokenizer: Any) -> Iterator[_Opening]:
     """The beginnings of sequences; without a tokenizer they have no text."""
-    found: list[Opening] = []
-    for number, name in enumerate(calibration.sources):
-        pairs = zip(calibration.sequences, calibration.source_of, strict=True)
+    for number, name in enumerate(data.sources):
+        pairs = zip(data.sequences, data.source_of, strict=True)
         sequences = [sequence for sequence, source in pairs if source == number]
         for index, sequence in enumerate(sequences[:per_source]):
             ids = tuple(sequence[:tokens].tolist())
             text = "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-            found.append(Opening(f"sequence {index + 1} of {name}", name, text, ids))
-    return found
+            yield _Opening(f"sequence {index + 1} of {name}", name, text, ids)
 
 
-def _read_openings(path: Path) -> list[Opening]:
-    """The prompts in a JSONL file: {"prompt": "…"} or {"messages": […]} on each line, with "source" if they have one.
-
-    Raises CalibrationError, naming the line, for anything else.
-    """
+def _read_openings(path: Path) -> list[_Opening]:
+    """The prompts in a JSONL file. Raises CalibrationError, naming the line, for what is none."""
     try:
         with path.open("rb") as stream:
             lines = [(number, line) for number, line in enumerate(stream, 1) if line.strip()]
     except OSError as error:
         raise CalibrationError(f"The prompts {path} cannot be read: {error.strerror}.") from None
-    found = [_opening(f"{path} line {number}", path.stem, line) for number, line in lines]
-    if not found:
+    if not lines:
         raise CalibrationError(f'{path} holds no prompts. Give JSON lines such as {{"prompt": "Once upon a time"}}.')
-    return found
+    return [_opening(f"{path} line {number}", path.stem, line) for number, line in lines]
 
 
-def _opening(place: str, source: str, line: bytes) -> Opening:
+def _opening(place: str, source: str, text: bytes) -> _Opening:
+    reason = ""
     try:
-        row = parse_json(line)
+        row = parse_json(text)
+        line = msgspec.convert(row, _Line)
+    except msgspec.ValidationError as error:
+        line, reason = _Line(), f" ({error})"
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{place} is not valid JSON: {str(error)[:300]}.") from None
-    if isinstance(row, dict) and isinstance(row.get("source", source), str):
-        source = row.get("source", source)
-        if isinstance(row.get("messages"), list) and row["messages"]:
-            messages = row["messages"]
-            bad = [message for message in messages if not isinstance(message, dict) or "role" not in message]
-            if bad:
-                raise CalibrationError(
-                    f"{place} has {show(bad[0])} among its messages: a message is an object with a 'role'."
-                )
-            return Opening(place, source, messages=tuple(messages))
-        if isinstance(row.get("prompt"), str) and row["prompt"].strip():
-            return Opening(place, source, row["prompt"])
+    source = source if line.source is None else line.source
+    if line.messages:
+        return _Opening(place, source, messages=row["messages"])
+    if line.prompt.strip():
+        return _Opening(place, source, line.prompt)
     raise CalibrationError(
-        f"{place} is {show(row)}. Each line of prompts is an object with 'prompt' (a string) or 'messages' (a chat), "
-        "and perhaps 'source' (a string)."
+        f"{place} is {show(row)}{reason}. Each line of prompts is an object with 'prompt' (a string) or 'messages' (a "
+        "chat: objects with a 'role'), and perhaps 'source' (a string)."
     )
 
 
-def make_prompts(openings: Sequence[Opening], tokenizer: Any) -> Prompts:
-    """Every opening as text to continue, and, where the tokenizer has a chat template, as a chat.
-
-    The chats come with thinking on and with thinking off where the template has a switch that makes a difference.
-    Openings with messages are chats only. A template that fails on our own text means no chats, and a note; one that
-    fails on the user's messages is a CalibrationError that names them.
-    """
-    prompts = [_as_text(opening, tokenizer) for opening in openings if opening.messages is None]
-    given = [opening for opening in openings if opening.messages is not None]
-    if tokenizer is None or not tokenizer.chat_template:
-        if given:
-            raise CalibrationError(
-                f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with "
-                "'prompt'."
-            )
-        return Prompts(tuple(prompts))
-    with_text = [opening for opening in openings if opening.messages is not None or opening.text.strip()]
-    with ChatRenderer(tokenizer) as renderer:
-        try:
-            switch = _thinking_switch(with_text[0], renderer) if with_text else None
-            chats = [chat for opening in with_text for chat in _as_chats(opening, switch, renderer, tokenizer)]
-        except CalibrationError as error:
-            if given:
-                raise
-            return Prompts(tuple(prompts), None, (f"No chats were tried: {error}",))
-    return Prompts((*prompts, *chats), switch)
-
-
-def _as_text(opening: Opening, tokenizer: Any) -> Prompt:
+def _text_prompt(opening: _Opening, tokenizer: Any) -> Prompt:
     ids = opening.ids if opening.ids is not None else _tokens(opening, opening.text, tokenizer, special=True)
     return Prompt(opening.source, TEXT, None, ids, opening.text or " ".join(map(str, ids)))
 
 
-def _as_chats(opening: Opening, switch: str | None, renderer: ChatRenderer, tokenizer: Any) -> Iterator[Prompt]:
-    for thinking in (None,) if switch is None else (False, True):
-        text = _rendered(opening, {} if switch is None else {switch: thinking}, renderer)
-        yield Prompt(opening.source, CHAT, thinking, _tokens(opening, text, tokenizer, special=False), text)
+def _chat_prompts(openings: Sequence[_Opening], tokenizer: Any) -> tuple[str | None, list[Prompt]]:
+    """The template's switch for thinking, and a chat of every opening for each state of the switch."""
+    with ChatRenderer(tokenizer) as renderer:
+
+        def rendered(opening: _Opening, variables: dict[str, Any]) -> str:
+            messages = opening.messages or [{"role": "user", "content": opening.text}]
+            return renderer.render(Chat(opening.place, messages, None, {"add_generation_prompt": True, **variables}))
+
+        # Jinja's list of a template's variables would evaluate the template's constants here and not in the renderer's
+        # process, which may never end, and does not say whether a variable makes a difference.
+        def makes_a_difference(name: str) -> bool:
+            return rendered(openings[0], {name: True}) != rendered(openings[0], {name: False})
+
+        switch = next(filter(makes_a_difference, THINKING_SWITCHES), None) if openings else None
+        prompts = []
+        for opening in openings:
+            for thinking in (None,) if switch is None else (False, True):
+                text = rendered(opening, {} if switch is None else {switch: thinking})
+                ids = _tokens(opening, text, tokenizer, special=False)
+                prompts.append(Prompt(opening.source, CHAT, thinking, ids, text))
+    return switch, prompts
 
 
-def _thinking_switch(opening: Opening, renderer: ChatRenderer) -> str | None:
-    """The variable by which the template switches thinking on and off; None if it has none.
-
-    Found by rendering in the template's own process. Jinja's list of a template's variables would evaluate the
-    template's constants, which may never end, and does not say whether a variable makes a difference.
-    """
-    for name in THINKING_SWITCHES:
-        if _rendered(opening, {name: True}, renderer) != _rendered(opening, {name: False}, renderer):
-            return name
-    return None
-
-
-def _rendered(opening: Opening, variables: dict[str, Any], renderer: ChatRenderer) -> str:
-    messages = opening.messages or ({"role": "user", "content": opening.text},)
-    return renderer.render(Chat(opening.place, list(messages), None, {"add_generation_prompt": True, **variables}))
-
-
-def _tokens(opening: Opening, text: str, tokenizer: Any, special: bool) -> tuple[int, ...]:
-    if tokenizer is None:
-        raise CalibrationError(f"{opening.place} is text, but the model has no tokenizer. Add the tokenizer's files.")
+def _tokens(opening: _Opening, text: str, tokenizer: Any, special: bool) -> tuple[int, ...]:
     try:
         ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
     except Exception as error:

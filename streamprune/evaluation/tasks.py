@@ -1,9 +1,7 @@
-"""The bridge to lm-evaluation-harness: its tasks on a model that fits in memory whole.
+"""Tasks of lm-evaluation-harness on a model that is loaded in full.
 
-It runs as it would from its own command line, on a model that was loaded here, so that what does not fit or does not
-load is told as everywhere.
-
-Results of tasks for the terminal. No torch, and no lm-evaluation-harness.
+The harness runs as it would from its own command line, but on a model that is loaded here, so that a model that does
+not fit or cannot be loaded is reported as by the other commands.
 """
 
 from __future__ import annotations
@@ -18,11 +16,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.records import load_tokenizer
 from streamprune.checkpoint.hub import first_line
+from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
 from streamprune.hardware.device import is_out_of_memory
 from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model, release
@@ -33,7 +33,7 @@ from streamprune.reporting.evaluations import RESULT_FORMAT
 #: end: the system kills the process instead. The logits of 4 x 2,048 tokens of a vocabulary of 150,000 take 5 GB in
 #: float32; the examples of usual tasks are ten times shorter.
 CPU_BATCH = 4
-#: The most that "auto" tries on a card, as from the harness's own command line.
+#: The most that "auto" tries on a GPU, as from the harness's own command line.
 MOST_BATCH = 64
 LIST_OF_TASKS = "https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks"
 _INSTALL = "pip install 'streamprune[tasks]'"
@@ -41,60 +41,59 @@ _INSTALL = "pip install 'streamprune[tasks]'"
 _LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "git_hash")
 
 
-def run_tasks(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    device: str = "auto",
-    limit: float | None = None,
-    include_path: Path | None = None,
-    batch_size: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Which tasks to run, and how. Raises SettingsError for an impossible limit.
+
+    `tasks` are names or patterns of tasks, groups and tags, or YAML files; with `include_path` also those in that
+    folder (its YAML may name Python code, which is then run). `limit` takes only so many examples of each task, or that
+    share of them. `batch_size` is in examples; None is "auto" on a GPU and CPU_BATCH on a CPU.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    limit: float | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise SettingsError(
+                f"--limit {self.limit:g} is not above 0. It is a number of examples, or a share below 1."
+            )
+
+
+def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness on a model, and return its result as an object of JSON.
 
-    The settings are those of published model cards: the shots that a task asks for, else 0; `dtype` auto; batch size
-    auto on a card and CPU_BATCH on a CPU, or `batch_size`. `tasks` are names or patterns of tasks, groups and tags, or
-    YAML files; with `include_path` also those in that folder (its YAML may name Python code, which is then run).
-    `limit` takes only so many examples of each task, or that share of them. The result is the harness's own, less
-    samples and facts about the machine; added are `format`, `model` and `tasks`. Numbers that are not finite are
-    null.
+    The other settings are those of published model cards: the shots that a task asks for, else 0; `dtype` auto. The
+    result is the harness's own, less samples and facts about the machine; added are `format`, `model` and `tasks`.
+    Numbers that are not finite are null.
 
     Raises SettingsError without the harness, or for unknown tasks; TaskError for tasks that cannot be loaded or run;
     CheckpointError, CalibrationError and ResourceError for models that cannot be.
     """
-    _check_installed()
-    if limit is not None and not (limit > 0 and math.isfinite(limit)):
-        raise SettingsError(f"--limit {limit:g} is not above 0. It is a number of examples, or a share below 1.")
-    say = progress.say if progress is not None else lambda text: None
-    whole = find_full_model(model, revision, trust_remote_code)
-    tokenizer = load_tokenizer(whole.folder, trust_remote_code)
-    with _quiet():
-        # Before the model is: what is unknown or out of reach shows in seconds.
-        manager, loaded_tasks = _load_tasks(tasks, include_path)
-    loaded = load_full_model(whole, device)
-    for note in loaded.notes:
-        say(f"note: {note}")
-    say(f"tasks: {', '.join(loaded_tasks['tasks'])}; {model} is loaded on {loaded.device}")
-    batch: int | str = batch_size or (CPU_BATCH if loaded.device.type == "cpu" else "auto")
-    with _quiet():
-        result = _evaluate(whole, loaded, tokenizer, manager, loaded_tasks, limit, batch)
-    place = loaded.device
-    del loaded
-    release(place)
-    return {"format": RESULT_FORMAT, "model": model, "tasks": list(tasks), **result}
-
-
-def _check_installed() -> None:
     missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsError(f"--tasks needs lm-evaluation-harness, of which {missing[0]} is not installed: {_INSTALL}")
+    full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
+    tokenizer = load_tokenizer(full.folder, settings.trust_remote_code)
+    with _quiet():
+        # Before the model is: what is unknown or out of reach shows in seconds.
+        manager, names = _load_tasks(tasks.tasks, tasks.include_path)
+    loaded = load_full_model(full, settings.device)
+    for note in loaded.notes:
+        progress.say(f"note: {note}")
+    progress.say(f"tasks: {', '.join(names)}; {settings.model} is loaded on {loaded.device}")
+    with _quiet():
+        result = _evaluate(full, loaded, tokenizer, manager, names, tasks)
+    device = loaded.device
+    del loaded
+    release(device)
+    return {"format": RESULT_FORMAT, "model": settings.model, "tasks": list(tasks.tasks), **result}
 
 
-def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, Any]:
-    """The harness's task manager, and the tasks of those names with their data."""
+def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:
+    """The harness's task manager, with the tasks of those names and their data loaded, and the tasks' own names."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():
@@ -105,15 +104,15 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, Any]:
         manager = TaskManager(include_path=None if include is None else str(include))
     unknown = _unknown(names, manager)
     if unknown or not names:
-        told = f"knows no task, group or tag named {', '.join(unknown)}" if unknown else "was given no task"
+        reason = f"knows no task, group or tag named {', '.join(unknown)}" if unknown else "was given no task"
         where = "" if include is None else f", and {include} has none that can be read"
         raise SettingsError(
-            f"--tasks: lm-evaluation-harness {told}{where}. `python -m lm_eval ls tasks` lists them; see "
+            f"--tasks: lm-evaluation-harness {reason}{where}. `python -m lm_eval ls tasks` lists them; see "
             f"{LIST_OF_TASKS}"
         )
     chosen = [match for name in names for match in (manager.match_tasks([name]) or [name])]
     try:
-        return manager, manager.load(list(dict.fromkeys(chosen)))
+        tasks = manager.load(list(dict.fromkeys(chosen)))
     except StreampruneError:
         raise
     # Tasks are YAML and Python of many hands, and their data come from anywhere.
@@ -123,6 +122,9 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, Any]:
             "data come from the Hub or from the files that they name: check the connection (HF_HUB_OFFLINE), or give "
             "tasks with local data by --include-path."
         ) from error
+    # What it loaded once need not be fetched again.
+    manager.load = lambda _: tasks
+    return manager, list(tasks["tasks"])
 
 
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:
@@ -130,22 +132,20 @@ def _unknown(names: Sequence[str], manager: Any) -> list[str]:
 
 
 def _evaluate(
-    whole: FullModel, loaded: LoadedModel, tokenizer: Any, manager: Any, tasks: Any, limit: float | None,
-    batch: int | str,
-) -> dict[str, Any]:  # fmt: skip
+    full: FullModel, loaded: LoadedModel, tokenizer: Any, manager: Any, names: list[str], settings: TaskSettings
+) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # What it loaded once need not be fetched again.
-    manager.load = lambda _: tasks
-    arguments = {"pretrained": whole.name, "dtype": "auto", "trust_remote_code": whole.trust_remote_code}
+    batch = settings.batch_size or (CPU_BATCH if loaded.device.type == "cpu" else "auto")
+    arguments = {"pretrained": full.name, "dtype": "auto", "trust_remote_code": full.trust_remote_code}
     try:
-        harnessed = HFLM(
+        model = HFLM(
             pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch,
-            max_batch_size=MOST_BATCH, trust_remote_code=whole.trust_remote_code,
+            max_batch_size=MOST_BATCH, trust_remote_code=full.trust_remote_code,
         )  # fmt: skip
         made = simple_evaluate(
-            harnessed, model_args=arguments, tasks=list(tasks["tasks"]), task_manager=manager, limit=limit,
+            model, model_args=arguments, tasks=names, task_manager=manager, limit=settings.limit,
             batch_size=batch, device=str(loaded.device), log_samples=False,
         )  # fmt: skip
     except Exception as error:
@@ -211,35 +211,3 @@ def _nothing_to(number: int) -> Iterator[None]:
     finally:
         os.dup2(kept, number)
         os.close(kept)
-
-
-_STDERR = "_stderr"
-
-
-def tasks_lines(result: Mapping[str, Any]) -> list[str]:
-    """A line for each task and metric of what `run_tasks` gave: value ± standard error, as the harness names them."""
-    rows = [("task", "metric", "value", "examples", "shots"), *_rows(result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    versions = result["lm_eval_version"], result["transformers_version"]
-    lines = [f"{result['model']}: lm-evaluation-harness {versions[0]}, transformers {versions[1]}"]
-    for task, metric, value, examples, shots in rows:
-        cells = (task.ljust(widths[0]), metric.ljust(widths[1]), value.rjust(widths[2]))
-        lines.append("  " + "  ".join((*cells, examples.rjust(widths[3]), shots.rjust(widths[4]))))
-    limit = result["config"].get("limit")
-    if limit is not None:
-        lines.append(f"note: --limit {limit:g}: only a part of each task, not to be compared with published figures.")
-    return lines
-
-
-def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    for name, figures in result["results"].items():
-        examples = str(result.get("n-samples", {}).get(name, {}).get("effective", ""))
-        shots = str(result.get("n-shot", {}).get(name, ""))
-        for key, value in figures.items():
-            metric, _, kind = key.partition(",")
-            # Numbers that are no metric, such as the sample count, have no filter behind their names.
-            if not kind or metric.endswith(_STDERR) or not isinstance(value, (int, float)):
-                continue
-            error = figures.get(f"{metric}{_STDERR},{kind}")
-            told = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
-            yield figures.get("alias", name), metric if kind == "none" else f"{metric} ({kind})", told, examples, shots

@@ -10,7 +10,8 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, TooMuchLostError
 from streamprune.evaluation.evaluate import about, mean_errors, measure
-from streamprune.evaluation.metrics import mean_kl, summarize, table
+from streamprune.evaluation.metrics import mean_kl, summary_of, sums_by_source
+from streamprune.evaluation.terminal import text_lines
 from streamprune.pipeline.finish import save_scores
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import Busy
@@ -123,7 +124,7 @@ class RunEvaluation:
         """Print the result. Raises TooMuchLostError if it is beyond --stop-if-kl, with the scores saved. Rank 0."""
         assert self.result is not None
         self._progress.say("on held-out text:")
-        for line in table(self.result):
+        for line in text_lines(self.result):
             self._progress.say(line)
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
@@ -135,10 +136,11 @@ class RunEvaluation:
             )
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:
+        sources = self._held_out.sources
         self.result = {
             # No name: the model is the one in whose folder the result is kept.
             **about(None, self._settings.model, self._prepared, self._held_out, held_back=True, against_source=True),
-            **summarize(figures, self._held_out.sources, mean_errors(self.errors, self._held_out)),
+            **summary_of(sums_by_source(figures, sources), sources, mean_errors(self.errors, self._held_out)),
         }
         if self._work is not None:
             self._work.write_evaluation(self.result)

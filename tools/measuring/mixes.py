@@ -33,7 +33,7 @@ from streamprune.demo.demo import (
     write_recipe,
 )
 from streamprune.errors import SettingsError
-from streamprune.evaluation.metrics import Sums, combined, joined
+from streamprune.evaluation.metrics import TOKENS, Sums, joined
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from streamprune.saliency.scores import Array, Scores
@@ -341,12 +341,30 @@ def outcomes(study: Study, setups: Iterable[Setup]) -> list[Outcome]:
     found = []
     for (ratio, method, schedule), group in grouped.items():
         models = zip(*(study.sums[setup] for setup in group), strict=True)
-        own = [combined(domain, [1 / len(group)] * len(group)) for domain in models]
+        own = [_combined(domain, [1 / len(group)] * len(group)) for domain in models]
         usual = study.sums[replace(group[0], method=REFERENCE[0], schedule=REFERENCE[1], seed=0)]
-        change = [combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
+        change = [_combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
         figures = [_estimates(study, sums, column) for sums in (own, change) for column in (KL, LOSS)]
         found.append(Outcome(ratio, method, schedule, tuple(setup.seed for setup in group), *figures))
     return found
+
+
+def _combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
+    """Figures of several models on the same text, added up with weights; 1 and -1 give the difference of two.
+
+    Since the same sequences are drawn of each, its interval is that of a paired bootstrap.
+    """
+
+    def add(name: str, each: Sequence[torch.Tensor]) -> torch.Tensor:
+        total = sum(weight * values for weight, values in zip(weights, each, strict=True))
+        return each[0] if name == TOKENS else torch.as_tensor(total)
+
+    return replace(
+        models[0],
+        columns={name: add(name, [model.columns[name] for model in models]) for name in models[0].columns},
+        drawn={name: add(name, [model.drawn[name] for model in models]) for name in models[0].drawn},
+        kl=None,
+    )
 
 
 def _estimates(study: Study, sums: Sequence[Sums], column: str) -> dict[str, Estimate]:

@@ -1,0 +1,94 @@
+"""Results of evaluations as lines for the terminal. No torch, and no lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamprune.evaluation.generation_figures import HEALTHY, LOOPS, UNKNOWN, mode_name
+from streamprune.reporting.evaluations import GENERATION_NAME, TASKS_NAME, TEXT_NAME
+from streamprune.tables import Table
+
+
+def result_lines(name: str, result: Mapping[str, Any]) -> list[str]:
+    """The lines about a result, which is to be saved in the file `name`."""
+    return {TEXT_NAME: text_lines, GENERATION_NAME: generation_lines, TASKS_NAME: tasks_lines}[name](result)
+
+
+def text_lines(result: Mapping[str, Any]) -> list[str]:
+    """A row for each source of the text, and for all of them if there are several."""
+    columns = ["source", "tokens", "loss", "perplexity"]
+    rows = []
+    for each in (*result["sources"], *([result["all"]] if len(result["sources"]) > 1 else ())):
+        row = [each["name"], f"{each['tokens']:,}", f"{each['loss']:.3f}{_span(each, 'loss', 3)}"]
+        row.append(f"{each['perplexity']:,.2f}")
+        if result["against"] is not None:
+            row += [f"{each['original_loss']:.3f}", f"{each['kl']:.4f}{_span(each, 'kl', 4)}"]
+            row += [f"{each['kl_p99']:.3f}", f"{each['top1_agreement']:.1%}"]
+        rows.append(row)
+    if result["against"] is not None:
+        columns += ["original's", "KL", "99 %", "same top token"]
+    return Table("", columns, rows).text()
+
+
+def _span(each: Mapping[str, Any], name: str, digits: int) -> str:
+    span = each[f"{name}_interval"]
+    return f" ({span[0]:.{digits}f} to {span[1]:.{digits}f})" if span is not None else ""
+
+
+def generation_lines(result: Mapping[str, Any]) -> list[str]:
+    """A row for each way to generate, of its sources too where any continuation loops; verdict, advice and notes."""
+    modes = result["modes"]
+    rows = []
+    for mode in modes:
+        original = _continuations(mode["original"])[1:] if "original" in mode else []
+        rows.append([mode_name(mode), *_continuations(mode), *original])
+        if mode["looped"] and len(mode["sources"]) > 1:
+            rows += [[f"  {source['name']}", *_continuations(source)] for source in mode["sources"]]
+    columns = ["", "prompts", "ended", "looped", "repeated 4-grams"]
+    compared = any("original" in mode for mode in modes)
+    if compared:
+        columns += ["original: ended", "looped", "repeated 4-grams"]
+    title = (
+        f"Generation health of {result['model']}, up to {result['settings']['max_new_tokens']:,} new tokens (ended: by "
+        "itself, before that)"
+    )
+    as_original = compared and any(mode["looped"] for mode in modes)
+    healthy = "It does not loop significantly more than the original." if as_original else "Few loops, or none."
+    verdict = {LOOPS: "It loops.", HEALTHY: healthy, UNKNOWN: "Too short to show loops."}[result["verdict"]]
+    lines = [*Table(title, columns, rows).text(), verdict, *(f"- {sentence}" for sentence in result["advice"])]
+    return lines + [f"note: {note}" for note in result["notes"]]
+
+
+def _continuations(figures: Mapping[str, Any]) -> list[str]:
+    repeated = figures["repeated_4grams"]
+    shares = [f"{figures['ended']:.1%}", f"{figures['looped']:.1%}", "-" if repeated is None else f"{repeated:.3f}"]
+    return [str(figures.get("prompts", "")), *shares]
+
+
+def tasks_lines(result: Mapping[str, Any]) -> list[str]:
+    """A row for each task and metric: value ± standard error, as lm-evaluation-harness names them."""
+    title = (
+        f"{result['model']}: lm-evaluation-harness {result['lm_eval_version']}, transformers "
+        f"{result['transformers_version']}"
+    )
+    lines = Table(title, ("task", "metric", "value", "examples", "shots"), list(_metrics(result)), align="ll").text()
+    limit = result["config"].get("limit")
+    if limit is not None:
+        lines.append(f"note: --limit {limit:g}: only a part of each task, not to be compared with published figures.")
+    return lines
+
+
+def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, figures in result["results"].items():
+        examples = str(result.get("n-samples", {}).get(name, {}).get("effective", ""))
+        shots = str(result.get("n-shot", {}).get(name, ""))
+        for key, value in figures.items():
+            metric, _, variant = key.partition(",")
+            # Numbers that are no metric, such as the sample count, have no filter behind their names.
+            if not variant or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = figures.get(f"{metric}_stderr,{variant}")
+            shown = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+            label = metric if variant == "none" else f"{metric} ({variant})"
+            yield figures.get("alias", name), label, shown, examples, shots
