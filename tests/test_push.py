@@ -5,6 +5,7 @@ The Hub is `hub_upload_server`, on this machine; with HF_HUB_DISABLE_XET=1, sinc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,9 +22,10 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.publish import repository
-from streamprune.publish.repository import explain
+from streamprune.publish import push as push_module
+from streamprune.publish.push import explain
 from streamprune.reporting.write import PAGE_NAME, PICTURES_FOLDER
 from tests.helpers import known_family, prune, tree_bytes
 from tests.hub_model import hub_for_this_process
@@ -154,7 +156,7 @@ def test_a_dry_run_asks_nobody(hub: UploadHub, made: Path, monkeypatch: pytest.M
     assert told["dry_run"] is True
     assert told["verified"]["kind"] == "files"
     assert told["bytes"] == sum(map(len, tree_bytes(made / "out").values()))
-    assert "--dry-run asks nobody" in refused(made / "out", "--dry-run", "--source", "org/model", status=2)
+    assert "--dry-run makes no connection" in refused(made / "out", "--dry-run", "--source", "org/model", status=2)
     assert hub.requests == []
 
 
@@ -254,9 +256,25 @@ def test_a_changed_byte_is_found_with_the_source(hub: UploadHub, made: Path, out
     shard.write_bytes(data)
     assert "differs from the source at byte" in refused(output, "--source", made / "source")
     assert hub.taken == {}
-    # Without it nobody can tell, and that is said.
+    # Without it nobody can see that, and the message says so.
     done = push(output, "--dry-run")
     assert "Not proved: that their bytes are the source's, for no --source is given." in done.stdout
+
+
+def test_computed_tensors_have_their_hash_on_record_or_are_refused(hub: UploadHub, output: Path) -> None:
+    """They are no bytes of the source; what proves them is there without it."""
+    entry = next(each for each in open_checkpoint(output).tensors.values() if "experts" in each.name)
+    shard = output / entry.file
+    data = bytearray(shard.read_bytes())
+    computed = {"stage": "refit", "sha256": hashlib.sha256(data[entry.begin : entry.end]).hexdigest()}
+    edit(output / "streamprune.json", lambda it: it.update(computed={entry.name: computed}))
+    assert "verified without the source" in push(output, "--dry-run").stdout
+    data[entry.begin + 3] ^= 1
+    shard.write_bytes(data)
+    assert f"{entry.name}, computed by refit, has the SHA-256" in refused(output)
+    edit(output / "streamprune.json", lambda it: it.update(computed={"no.such.weight": computed}))
+    assert "lacks no.such.weight, which refit has computed" in refused(output)
+    assert hub.taken == hub.stored == {}
 
 
 def test_a_source_in_the_hub_cache_is_found(
@@ -292,16 +310,14 @@ def test_uneven_models_are_checked_without_their_source(tmp_path: Path, family: 
 def test_a_file_that_changes_while_it_is_verified(
     hub: UploadHub, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamprune.publish import proof
-
-    usual = proof.prove
+    usual = push_module.prove
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         shown = usual(*arguments, **options)
         (output / "README.md").write_text("another")
         return shown
 
-    monkeypatch.setattr(proof, "prove", meanwhile)
+    monkeypatch.setattr(push_module, "prove", meanwhile)
     assert "README.md was changed since it was looked at" in refused(output)
     assert hub.taken == {}
 
@@ -330,7 +346,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_a_failing_hub_gives_one_clear_line(
     hub: UploadHub, made: Path, monkeypatch: pytest.MonkeyPatch, trouble: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(repository, "TIMEOUTS", (5.0, 0.3, 5.0, None))
+    monkeypatch.setattr(push_module, "TIMEOUTS", (5.0, 0.3, 5.0, None))
     for name, value in trouble.items():
         setattr(hub, name, value)
     sending = not {"whoami", "create"} & {*hub.fail, *hub.broken} and not hub.silent
@@ -425,7 +441,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(output: Path, way: signal.Si
         assert process.returncode == 75
         last = told.strip().splitlines()[-1]
         assert last.startswith("Error: Interrupted. What has arrived on the Hub is kept; go on with the same command:")
-        assert last.endswith(f"streamprune push {output} --repo-id {REPO} --private --no-verify")
+        assert last.endswith(f"streamprune push {output} --repo-id {REPO} --no-verify --private")
     before = tree_bytes(output)
     with UploadHub() as second:
         # The same Hub, later.

@@ -80,7 +80,7 @@ def _write(output: Path) -> Path:
 def push(as_json: bool, quiet: bool, **options: Any) -> None:
     """Upload OUT, a model that streamprune wrote, to the Hugging Face Hub, after verifying it.
 
-    Needs a token that may write (`hf auth login`, or HF_TOKEN). After an interruption the same command goes on: files
+    Needs a token that may write (`hf auth login`, or HF_TOKEN). After an interruption the same command resumes: files
     that have arrived are not sent again.
     """
     limit_library_memory()

@@ -208,6 +208,14 @@ def computed_tensors(output: Path) -> dict[str, Computed]:
     return {name: Computed(each.stage, each.sha256) for name, each in _report_of(output).computed.items()}
 
 
+def check_computed(output: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise VerifyError unless the tensors of `output` that its record names as computed have the hashes on record."""
+    for name, origin in computed_tensors(output).items():
+        if name not in entries:
+            raise VerifyError(f"{output} lacks {name}, which {origin.stage} has computed. Prune again, or restore it.")
+        _check_hash(output / entries[name].file, entries[name], origin)
+
+
 def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int], count: int) -> None:
     """Raise VerifyError unless `kept` lists experts of a source that has `count` of them in each of `layers`."""
     if sorted(kept) != sorted(layers):

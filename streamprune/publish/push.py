@@ -1,28 +1,46 @@
-"""`streamprune push`: an output, verified to be complete, to a model repository on the Hub."""
+"""`streamprune push`: an output, verified to be complete, to a model repository on the Hub.
+
+Whatever the Hub's library raises becomes an UploadError of one line that says what to do.
+"""
 
 from __future__ import annotations
 
+import errno
+import glob
+import json
+import logging
 import os
+import re
 import shlex
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, get_session, get_token, is_offline_mode, set_client_factory
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from streamprune.errors import InterruptedRunError, SettingsError
+from streamprune.checkpoint.hub import ANSWER_SECONDS, first_line
+from streamprune.errors import InterruptedRunError, SettingsError, UploadError
 from streamprune.hardware.memory import format_bytes
-from streamprune.publish.parts import Parts, parts_of
-from streamprune.publish.repository import MAIN, Repository
+from streamprune.publish.output import PublishedOutput, prove, read_output
 from streamprune.tables import Table
 
-NO_PROOF = "not verified: --no-verify was given"
+MAIN = "main"
+_TOKENS = "https://huggingface.co/settings/tokens"
+#: Seconds to connect, until an answer begins, for a piece to be taken, and for a free connection. The library itself
+#: would wait for ever. A commit of a large folder is answered after a minute or two.
+TIMEOUTS = (ANSWER_SECONDS, 300.0, 60.0, None)
+#: Weights that loaders find by their names alone.
+_WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +63,9 @@ class PushSettings:
     def __post_init__(self) -> None:
         try:
             validate_repo_id(self.repo_id)
-        except HFValidationError as error:
-            raise SettingsError(f"--repo-id {self.repo_id!r} cannot be a repository: {_one_line(error)}.") from None
+        except hub_errors.HFValidationError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise SettingsError(f"--repo-id {self.repo_id!r} cannot be a repository: {reason}.") from None
         if self.repo_id.count("/") != 1:
             raise SettingsError(
                 f"--repo-id {self.repo_id!r} does not say whose it is. Write NAME/REPO, with your user name or an "
@@ -55,16 +74,6 @@ class PushSettings:
         bad = not self.revision.strip("/") or any(c.isspace() or not c.isprintable() for c in self.revision)
         if bad or ".." in self.revision or self.revision.startswith("-"):
             raise SettingsError(f"--revision {self.revision!r} cannot be a branch. Write for example --revision q4.")
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The command line that goes on with it."""
-        options = ["--repo-id", self.repo_id, *(["--source", self.source] if self.source else [])]
-        options += ["--revision", self.revision] if self.revision != MAIN else []
-        flags = {"--private": self.private, "--no-verify": not self.verify,
-                 "--trust-remote-code": self.trust_remote_code}  # fmt: skip
-        given = [name for name, is_set in flags.items() if is_set]
-        return tuple(map(shlex.quote, ["streamprune", "push", str(self.output), *options, *given]))
 
 
 def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -75,10 +84,12 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """
     repository = Repository(settings.repo_id, settings.revision)
     try:
-        parts = parts_of(settings.output)
+        output = read_output(settings.output)
         # Before tens of GiB are compared.
         user = None if settings.dry_run else repository.sign_in()
-        proof = _prove(settings, parts)
+        proof = {"kind": "none", "text": "not verified: --no-verify was given"}
+        if settings.verify:
+            proof = prove(output, settings.source, settings.trust_remote_code, offline=settings.dry_run)
     except KeyboardInterrupt:
         raise InterruptedRunError("Interrupted. Nothing was uploaded.") from None
     result = {
@@ -86,25 +97,25 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
         "revision": settings.revision,
         "url": repository.url,
         "private": settings.private,
-        "files": [{"path": file.name, "bytes": file.nbytes} for file in parts.files],
-        "bytes": parts.nbytes,
-        "left_out": [{"path": name, "reason": reason} for name, reason in parts.left_out],
+        "files": [{"path": file.name, "bytes": file.nbytes} for file in output.files],
+        "bytes": output.nbytes,
+        "left_out": [{"path": name, "reason": reason} for name, reason in output.left_out],
         "verified": {name: value for name, value in proof.items() if name != "text"},
         "dry_run": settings.dry_run,
     }
     if settings.dry_run:
         kind = "private" if settings.private else "public if it is new"
-        _print_plan(f"{settings.output} -> {repository.url} ({kind})", parts, proof, say)
-        say("dry run: nobody was asked, and nothing was uploaded")
+        _print_plan(f"{settings.output} -> {repository.url} ({kind})", output, proof, say)
+        say("dry run: no connection was made, and nothing was uploaded")
         return result
-    parts.check_unchanged()
-    with ending_at_once(settings.command):
+    output.check_unchanged()
+    with _ending_at_once():
         # Nothing is printed before the Hub has agreed to take it: a refusal is one message and no more.
         private = repository.prepare(settings.private)
         kind = "private" if private else "public"
-        _print_plan(f"{settings.output} -> {repository.url} ({kind}), as {user}", parts, proof, say)
-        commit = repository.upload(parts, f"Upload a model pruned with streamprune ({len(parts.files)} files)")
-        others = repository.confirm(parts, commit)
+        _print_plan(f"{settings.output} -> {repository.url} ({kind}), as {user}", output, proof, say)
+        commit = repository.upload(output, f"Upload a model pruned with streamprune ({len(output.files)} files)")
+        others = repository.confirm(output, commit)
     if others:
         say(
             f"warning: {repository.url} also has {len(others)} files of weights that are no part of this model, first "
@@ -113,42 +124,29 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
     return result | {"private": private, "commit": commit, "other_weights": others}
 
 
-def _prove(settings: PushSettings, parts: Parts) -> dict[str, Any]:
-    if not settings.verify:
-        return {"kind": "none", "text": NO_PROOF}
-    # Imported here: it needs torch and transformers.
-    from streamprune.publish.proof import prove
-
-    shown = prove(parts, settings.source, settings.trust_remote_code, ask_nobody=settings.dry_run)
-    return {"kind": shown.kind, "tensors": shown.tensors, "bytes": shown.nbytes, "text": str(shown)}
-
-
-def _print_plan(where: str, parts: Parts, proof: dict[str, Any], say: Callable[[str], None]) -> None:
-    for line in Table(where, ("", ""), [(file.name, format_bytes(file.nbytes)) for file in parts.files]).text():
+def _print_plan(where: str, output: PublishedOutput, proof: dict[str, Any], say: Callable[[str], None]) -> None:
+    for line in Table(where, ("", ""), [(file.name, format_bytes(file.nbytes)) for file in output.files]).text():
         say(line)
-    say(f"{len(parts.files)} files, {format_bytes(parts.nbytes)}")
-    for name, reason in parts.left_out:
+    say(f"{len(output.files)} files, {format_bytes(output.nbytes)}")
+    for name, reason in output.left_out:
         say(f"not sent: {name} ({reason})")
-    say(str(proof["text"]))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    say(proof["text"])
 
 
 @contextmanager
-def ending_at_once(command: Sequence[str]) -> Iterator[None]:
+def _ending_at_once() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the process, and say how to go on.
 
     Threads that send files cannot be stopped, and Python would wait for them: for gigabytes. What has arrived on the
     Hub is safe at any instant.
     """
-    error = InterruptedRunError(
-        f"Interrupted. What has arrived on the Hub is kept; go on with the same command: {' '.join(command)}"
-    )
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    command = shlex.join(["streamprune", *sys.argv[1:]])
+    error = InterruptedRunError(
+        f"Interrupted. What has arrived on the Hub is kept; go on with the same command: {command}"
+    )
 
     def end(number: int, frame: FrameType | None) -> None:
         # A bar of progress may stand in the line, or something be written just now.
@@ -161,3 +159,168 @@ def ending_at_once(command: Sequence[str]) -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository on the Hub and one of its branches."""
+
+    repo_id: str
+    branch: str = MAIN
+
+    @property
+    def url(self) -> str:
+        """Where people see it."""
+        place = "" if self.branch == MAIN else f"/tree/{self.branch}"
+        return f"{HfApi().endpoint}/{self.repo_id}{place}"
+
+    def sign_in(self) -> str:
+        """The name of the token's user. Raises SettingsError without a token, UploadError for an invalid one."""
+        if is_offline_mode():
+            raise SettingsError("HF_HUB_OFFLINE=1 forbids to upload. Unset it; --dry-run works without a connection.")
+        if get_token() is None:
+            raise SettingsError(
+                "You are not logged in to the Hub. Log in with `hf auth login`, or set HF_TOKEN to a token that may "
+                f"write ({_TOKENS})."
+            )
+        with self._refusals("Logging in"):
+            return str(HfApi().whoami()["name"])
+
+    def prepare(self, private: bool) -> bool:
+        """Make the repository and its branch where they are missing; returns whether it is private.
+
+        Raises UploadError where that is not allowed, and for a public repository where it was to be private.
+        """
+        api = HfApi()
+        with self._refusals("Creating it"):
+            api.create_repo(self.repo_id, private=True if private else None, exist_ok=True)
+            info = api.model_info(self.repo_id, timeout=ANSWER_SECONDS)
+        if private and info.private is False:
+            raise UploadError(
+                f"{self.url} exists and is public, but --private was asked for. Nothing was uploaded. Make it private "
+                "in its settings, or choose another --repo-id."
+            )
+        # Such as refs/pr/1, which only a pull request makes.
+        if self.branch != MAIN and not self.branch.startswith("refs/"):
+            with self._refusals(f"Creating the branch {self.branch}"):
+                api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
+        return info.private is True
+
+    def upload(self, output: PublishedOutput, message: str) -> str:
+        """Send the files, resuming an interrupted call; returns the commit.
+
+        Files that are there already are not sent again: the library asks for each by its hash. (With hf_xet, which it
+        uses if it is installed, that holds for the pieces of files too.)
+        """
+        with self._refusals("Uploading"):
+            done = HfApi().upload_folder(
+                repo_id=self.repo_id,
+                folder_path=output.folder,
+                allow_patterns=[glob.escape(file.name) for file in output.files],
+                revision=None if self.branch == MAIN else self.branch,
+                commit_message=message,
+            )
+        return str(done.oid)
+
+    def confirm(self, output: PublishedOutput, commit: str) -> list[str]:
+        """Check that the commit has every file with its size; returns the names of other weights that it has.
+
+        Raises UploadError where something is missing: a .gitignore in the repository makes the Hub leave files out.
+        """
+        with self._refusals("Looking at what has arrived"):
+            tree = HfApi().list_repo_tree(self.repo_id, recursive=True, revision=commit)
+            sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        lacking = [file for file in output.files if sizes.get(file.name) != file.nbytes]
+        if lacking:
+            first = lacking[0]
+            there = f"{sizes[first.name]:,} bytes of {first.nbytes:,}" if first.name in sizes else "not there"
+            raise UploadError(
+                f"{self.url} lacks {len(lacking)} of {len(output.files)} files, first {first.name} ({there}). A "
+                ".gitignore in the repository may leave them out; remove it there, and push again."
+            )
+        ours = {file.name for file in output.files}
+        return sorted(name for name in sizes if name not in ours and _WEIGHTS.fullmatch(name))
+
+    @contextmanager
+    def _refusals(self, what: str) -> Iterator[None]:
+        """Turn what the Hub library raises into an UploadError that says what to do; give up on a silent server."""
+        # It logs every attempt, with addresses that let whoever reads them write.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        usual = get_session()
+        options = {"event_hooks": usual.event_hooks, "follow_redirects": usual.follow_redirects}
+        kind: Any = type(usual)
+        # By the library's own way, since it makes new clients when a connection fails.
+        set_client_factory(lambda: kind(timeout=TIMEOUTS, **options))
+        try:
+            with warnings.catch_warnings():
+                # What the Hub would like to see in the card's metadata.
+                warnings.simplefilter("ignore")
+                yield
+        except Exception as error:
+            # Its errors come from several libraries, and have no class in common.
+            raise UploadError(explain(self.repo_id, what, error)) from error
+        finally:
+            set_client_factory(lambda: kind(timeout=None, **options))
+
+
+def explain(repo_id: str, what: str, error: Exception) -> str:
+    """Why `what` ("Uploading") failed for a repository, and what to do. No token is in it."""
+    # The error behind one that only says which file was being sent.
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    is_answer = isinstance(error, hub_errors.HfHubHTTPError)
+    text = _explain_answer(repo_id, what, error) if is_answer else _explain_failure(what, error)
+    return re.sub(r"\bhf_\w{8,}|(?<=Bearer )[^\s'\"]+", "***", text.replace(get_token() or "\0", "***"))
+
+
+def _explain_failure(what: str, error: Exception) -> str:
+    hub, kind, again = HfApi().endpoint, type(error).__name__, "Then push again: what has arrived is kept."
+    if "Timeout" in kind or isinstance(error, TimeoutError):
+        return f"{what} failed: {hub} does not answer ({kind}). Check the connection. {again}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        return f"{what} failed: a disk here is full ({first_line(str(error))}). Free some room. {again}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{what} failed: {error.filename} is gone. Restore it, and push again."
+    if "Invalid metadata in README.md" in str(error):
+        said = " ".join(line.strip("- ") for line in str(error).splitlines()[1:] if line.strip())
+        return f"The Hub does not take the model card: {first_line(said)}. Correct the top of README.md."
+    if isinstance(error, json.JSONDecodeError):
+        return f"{what} failed: {hub} answered with something else than JSON. Is it a Hub (HF_ENDPOINT)? {again}"
+    reason = first_line(str(error)) or kind
+    # The library speaks through httpx or, since its version 2, httpx2.
+    if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+        return f"{what} failed: {hub} cannot be reached, or broke off ({reason}). Check the connection. {again}"
+    return f"{what} failed: {kind}, {reason}. {again}"
+
+
+#: What is said of an answer of the Hub, by its HTTP status.
+_ANSWERS = {
+    400: "{what} was refused as not valid{said}. Check --repo-id and --revision.",
+    401: "{hub} does not accept the token{said}: it is wrong, has expired or was revoked. Log in anew with `hf auth "
+    "login`, or set HF_TOKEN to a valid one ({tokens}). HF_TOKEN counts before a login.",
+    402: "{what} was refused: {hub} asks for payment{said}. Free some storage there, or upgrade the account.",
+    403: "{what} was refused: the token may not write to {repo_id}{said}. Use one with the right to write "
+    "({tokens}), ask the owner of {owner} for it, or choose another --repo-id.",
+    404: "{hub} shows no model repository {repo_id} to this token{said}. Is the name taken by a data set or a Space, "
+    "or gone? Choose another --repo-id.",
+    429: "{hub} has had too many requests from this account{said}. Wait a while, and push again.",
+}
+_OTHER_ANSWER = "{what} failed: {hub} answered with HTTP status {status}{said}. Push again: what has arrived is kept."
+_NO_BRANCH = "{repo_id} has no branch that could be written to under this --revision{said}. Choose another."
+
+
+def _explain_answer(repo_id: str, what: str, error: Any) -> str:
+    status, message = error.response.status_code, first_line(error.server_message or "")
+    template = _ANSWERS.get(status, _OTHER_ANSWER)
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        template = _NO_BRANCH
+    return template.format(
+        what=what,
+        hub=HfApi().endpoint,
+        repo_id=repo_id,
+        owner=repo_id.partition("/")[0],
+        status=status,
+        said=f" ({message})" if message else "",
+        tokens=_TOKENS,
+    )
