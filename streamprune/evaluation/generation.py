@@ -35,7 +35,7 @@ from streamprune.evaluation.generation_figures import (
 )
 from streamprune.evaluation.prompts import Prompt, collect_prompts
 from streamprune.hardware.device import free_after_failure, is_gpu, is_out_of_memory
-from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model, release
+from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
@@ -82,7 +82,7 @@ def generation_health(
         models.append(find_full_model(settings.against, settings.against_revision, settings.trust_remote_code))
     tokenizer, notes = None, []
     try:
-        tokenizer = load_tokenizer(models[0].folder, settings.trust_remote_code)
+        tokenizer = load_tokenizer(models[0].checkpoint.folder, settings.trust_remote_code)
     except CalibrationError as error:
         if generation.prompts is not None:
             raise
@@ -162,15 +162,17 @@ class _Trial:
         self.device = loaded.device.type
         self.decodings = self.decodings or self._decodings(loaded.model.generation_config)
         largest = max(max(prompt.ids) for prompt in self.prompts)
-        if largest >= loaded.vocabulary:
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        if largest >= vocabulary:
             raise CheckpointError(
-                f"The prompts have token {largest}, but the model knows only {loaded.vocabulary}. Tokenizer and model "
+                f"The prompts have token {largest}, but the model knows only {vocabulary}. Tokenizer and model "
                 "do not belong together."
             )
         made = [each for name in self.decodings for each in self._continuations(loaded, name)]
         device = loaded.device
         del loaded
-        release(device)
+        # Nothing refers to the model any more.
+        free_after_failure(device)
         return made
 
     def facts(self, switch: str | None) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from streamprune.calibration.records import load_tokenizer
 from streamprune.checkpoint.hub import first_line
 from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
-from streamprune.hardware.device import is_out_of_memory
-from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model, release
+from streamprune.hardware.device import free_after_failure, is_out_of_memory
+from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
@@ -76,7 +76,7 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
     if missing:
         raise SettingsError(f"--tasks needs lm-evaluation-harness, of which {missing[0]} is not installed: {_INSTALL}")
     full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
-    tokenizer = load_tokenizer(full.folder, settings.trust_remote_code)
+    tokenizer = load_tokenizer(full.checkpoint.folder, settings.trust_remote_code)
     with _quiet():
         # Before the model is: what is unknown or out of reach shows in seconds.
         manager, names = _load_tasks(tasks.tasks, tasks.include_path)
@@ -88,7 +88,8 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
         result = _evaluate(full, loaded, tokenizer, manager, names, tasks)
     device = loaded.device
     del loaded
-    release(device)
+    # Nothing refers to the model any more.
+    free_after_failure(device)
     return {"format": RESULT_FORMAT, "model": settings.model, "tasks": list(tasks.tasks), **result}
 
 

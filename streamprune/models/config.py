@@ -8,6 +8,7 @@ import platform
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,18 @@ import safetensors
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
-from transformers import __version__ as transformers_version
 
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.models.config_json import (
-    COUNT_NAME,
     GROUP_NAMES,
     TOP_K_NAMES,
     TOPK_GROUP_NAMES,
     ExpertSpec,
     absurdity,
-    first_number,
-    single_number,
+    expert_spec,
+    stated_counts,
 )
 
 
@@ -43,9 +42,22 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise CheckpointError(f"{folder / CONFIG_NAME} names {absurd}. No model has that: download it again.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
+    except Exception as problem:
         # Configs are validated by each model's own code, which may raise anything on bad values.
-        raise config_error(folder, error) from error
+        error = problem
+    said = str(error)
+    text = textwrap.shorten(said.replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
+    if "trust_remote_code" in said:
+        raise UnsupportedModelError(
+            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
+            "and have read the code, add --trust-remote-code."
+        ) from error
+    if (isinstance(error, (ValueError, KeyError)) and "model_type" in said) or "does not recognize" in said:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} does not know the model in {folder}: {text}\n"
+            "A newer transformers may: `pip install --upgrade transformers`."
+        ) from error
+    raise CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}") from error
 
 
 def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
@@ -54,41 +66,40 @@ def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     return declared if isinstance(declared, torch.dtype) else None
 
 
-def config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
-    """The error to raise when transformers could not make sense of a config."""
-    text = textwrap.shorten(str(error).replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
-    if "trust_remote_code" in str(error):
-        return UnsupportedModelError(
-            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
-            "and have read the code, add --trust-remote-code."
-        )
-    if (isinstance(error, (ValueError, KeyError)) and "model_type" in str(error)) or "does not recognize" in str(error):
-        return UnsupportedModelError(
-            f"transformers {transformers_version} does not know the model in {folder}: {text}\n"
-            "A newer transformers may: `pip install --upgrade transformers`."
-        )
-    return CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}")
-
-
 def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:
     """Every place of the (text) config that may state the number of routed experts, likeliest first."""
     text = config.get_text_config(decoder=True)
-    base = () if text is config else (_attribute_of(config, text),)
-    for part, path in ((text, base), *((sub, (*base, name)) for name, sub in _sub_configs(text))):
-        aliases = dict(getattr(part, "attribute_map", {}) or {})
-        names = dict.fromkeys(aliases.get(name, name) for name in (*_plain_attributes(part), *aliases))
-        for name in names:
-            count = single_number(_read(part, name)) if COUNT_NAME.match(name) else None
-            if count is not None and count > 1:
-                top_k = _first_number((part, text), TOP_K_NAMES)
-                if top_k is None:
-                    raise UnsupportedModelError(
-                        f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
-                        f"picks per token (looked for {', '.join(TOP_K_NAMES)})."
-                    )
-                groups = _first_number((part, text), GROUP_NAMES) or 1
-                topk_groups = _first_number((part, text), TOPK_GROUP_NAMES) or 1
-                yield ExpertSpec(path, name, count, top_k, groups, topk_groups)
+    base = [name for name, part in _sub_configs(config) if part is text][:1]
+    if text is not config and not base:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its text config lies deeper than one level; please report this model."
+        )
+    for part, *path in ((text, *base), *((sub, *base, name) for name, sub in _sub_configs(text))):
+        values = _values(part)
+        for name, count in stated_counts(values).items():
+            spec = expert_spec(tuple(path), name, count, (values, _values(text)))
+            if spec is None:
+                raise UnsupportedModelError(
+                    f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
+                    f"picks per token (looked for {', '.join(TOP_K_NAMES)})."
+                )
+            yield spec
+
+
+def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
+    return [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config states, by the attributes' own names, and what it states of the router under any usual name."""
+    aliases = dict(getattr(config, "attribute_map", {}) or {})
+    own = [name for name in (*vars(config), *aliases.values()) if not name.startswith("_")]
+    values = {}
+    for name in dict.fromkeys((*own, *TOP_K_NAMES, *GROUP_NAMES, *TOPK_GROUP_NAMES)):
+        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
+        with suppress(RuntimeError):
+            values[name] = getattr(config, name, None)
+    return values
 
 
 def with_expert_count(config: PreTrainedConfig, spec: ExpertSpec, count: int) -> PreTrainedConfig:
@@ -118,35 +129,6 @@ def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrain
     with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(raw), encoding="utf-8")
         return type(like).from_pretrained(folder)
-
-
-def _plain_attributes(config: PreTrainedConfig) -> list[str]:
-    return [name for name in vars(config) if not name.startswith("_")]
-
-
-def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
-    return [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
-
-
-def _attribute_of(config: PreTrainedConfig, part: PreTrainedConfig) -> str:
-    for name, value in _sub_configs(config):
-        if value is part:
-            return name
-    raise UnsupportedModelError(
-        f"{config.model_type}: its text config lies deeper than one level; please report this model."
-    )
-
-
-def _read(config: PreTrainedConfig, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:
-        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
-        return None
-
-
-def _first_number(parts: tuple[PreTrainedConfig, ...], names: tuple[str, ...]) -> int | None:
-    return first_number([{name: _read(part, name) for name in names} for part in parts], names)
 
 
 def versions() -> dict[str, str]:

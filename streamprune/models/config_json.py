@@ -115,28 +115,44 @@ def text_part(raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any
     return path, raw
 
 
+def stated_counts(part: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of experts above one that a part of a config states, by their names in it."""
+    numbers = {name: single_number(value) or 0 for name, value in part.items() if COUNT_NAME.match(str(name))}
+    return {name: number for name, number in numbers.items() if number > 1}
+
+
+def expert_spec(path: tuple[str, ...], name: str, count: int, parts: Sequence[Mapping[str, Any]]) -> ExpertSpec | None:
+    """The `count` experts that the config at `path` states as `name`; None where no part states a top-k."""
+    top_k = first_number(parts, TOP_K_NAMES)
+    if top_k is None:
+        return None
+    groups, topk_groups = first_number(parts, GROUP_NAMES) or 1, first_number(parts, TOPK_GROUP_NAMES) or 1
+    return ExpertSpec(path, name, count, top_k, groups, topk_groups)
+
+
 def stated_experts(raw: Mapping[str, Any]) -> ExpertSpec | None:
     """The routed experts if the text part states count and top-k plainly; None otherwise."""
     path, text = text_part(raw)
-    counts = {name: value for name, value in text.items() if COUNT_NAME.match(str(name)) and single_number(value)}
-    top_k = first_number((text,), TOP_K_NAMES)
-    if top_k is None or len(set(map(single_number, counts.values()))) != 1:
+    counts = stated_counts(text)
+    if len(set(counts.values())) != 1:
         return None
-    name, value = next(iter(counts.items()))
-    count = single_number(value)
-    if count is None or count < 2:
-        return None
-    groups = first_number((text,), GROUP_NAMES) or 1
-    return ExpertSpec(path, name, count, top_k, groups, first_number((text,), TOPK_GROUP_NAMES) or 1)
+    name, count = next(iter(counts.items()))
+    return expert_spec(path, name, count, (text,))
 
 
 def states_experts(raw: Mapping[str, Any]) -> bool:
     """Whether the text part, or a part of it, names any number of experts above one."""
-    _, text = text_part(raw)
-    parts = (text, *(value for value in text.values() if isinstance(value, Mapping)))
     return any(
-        (first_number((part,), (name,)) or 0) > 1 for part in parts for name in part if COUNT_NAME.match(str(name))
+        (first_number((part,), (name,)) or 0) > 1
+        for part in _with_parts(text_part(raw)[1])
+        for name in part
+        if COUNT_NAME.match(str(name))
     )
+
+
+def _with_parts(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A part of a config, and the parts in it: some models keep their feed-forward sizes in one of their own (DBRX)."""
+    return [part, *(value for value in part.values() if isinstance(value, Mapping))]
 
 
 def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
@@ -150,11 +166,8 @@ def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
     nope, rope = first_number((text,), ("qk_nope_head_dim",)), first_number((text,), ("qk_rope_head_dim",))
     latent = nope + rope if nope is not None and rope is not None else None
     head_dim = latent or first_number((text,), _HEAD_DIM_NAMES) or hidden // heads
-    # A model that keeps its feed-forward sizes in a part of its own (DBRX).
-    parts = (text, *(value for value in text.values() if isinstance(value, Mapping)))
-    experts = max(
-        (single_number(part[name]) or 0 for part in parts for name in part if COUNT_NAME.match(str(name))), default=0
-    )
+    parts = _with_parts(text)
+    experts = max((count for part in parts for count in stated_counts(part).values()), default=0)
     width = first_number(parts, _EXPERT_WIDTH_NAMES) or 0
     return ModelShape(
         hidden=hidden,
@@ -178,7 +191,7 @@ def first_number(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> in
             value = part.get(name)
             if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
                 value = max(value)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if type(value) is int and value > 0:
                 return value
     return None
 
@@ -187,7 +200,7 @@ def single_number(value: Any) -> int | None:
     """`value` if it is a whole number, or the one number that a list repeats."""
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int else None
 
 
 _MTP_NAME = re.compile(r"mtp|nextn")
@@ -223,19 +236,18 @@ def _without_mtp(key: str, value: Any) -> Any:
     """The value that says "no MTP layers": 0 for a number of them, [] for a list over them, False for `use_mtp`."""
     if key.startswith("use_") and isinstance(value, bool):
         return False
-    if _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool):
-        return 0
-    return [] if _MTP_COUNT.search(key) and isinstance(value, list) else value
+    if not _MTP_COUNT.search(key):
+        return value
+    return 0 if type(value) is int else [] if isinstance(value, list) else value
 
 
 def mtp_layers(raw: Mapping[str, Any]) -> int:
     """How many MTP layers a `config.json` names, at its top or in a part of it."""
-    parts = [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
     counts = [
         value
-        for part in parts
+        for part in _with_parts(raw)
         for key, value in part.items()
-        if _MTP_NAME.search(key) and _MTP_COUNT.search(key) and isinstance(value, int) and not isinstance(value, bool)
+        if _MTP_NAME.search(key) and _MTP_COUNT.search(key) and type(value) is int
     ]
     return max(counts, default=0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,16 +32,12 @@ _LACKING = ("missing_keys", "mismatched_keys", "error_msgs")
 
 @dataclass(frozen=True)
 class FullModel:
-    """A model on disk that is to be loaded in full: its name as the user gave it, its folder, files and config."""
+    """A model on disk that is to be loaded in full: its name as the user gave it, its files and its config."""
 
     name: str
     checkpoint: Checkpoint = field(repr=False)
     config: PreTrainedConfig = field(repr=False)
     trust_remote_code: bool
-
-    @property
-    def folder(self) -> Path:
-        return self.checkpoint.folder
 
     @property
     def needed_bytes(self) -> int:
@@ -62,11 +57,6 @@ class LoadedModel:
     model: Any = field(repr=False)
     device: torch.device
     notes: tuple[str, ...] = ()
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the model knows."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
 
 def find_full_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> FullModel:
@@ -96,22 +86,16 @@ def load_full_model(full: FullModel, device: str = "auto") -> LoadedModel:
     place, device_map = _place(full, device)
     try:
         model, notes = _load(full, device_map)
+        return LoadedModel(model.eval(), place, notes)
     except StreampruneError:
         raise
     except Exception as error:
+        problem = first_line(str(error)) or type(error).__name__
         if not is_out_of_memory(error):
-            reason = first_line(str(error)) or type(error).__name__
-            raise CheckpointError(f"transformers cannot load {full.name}: {reason}.") from error
-        problem = first_line(str(error))
-    else:
-        return LoadedModel(model.eval(), place, notes)
+            raise CheckpointError(f"transformers cannot load {full.name}: {problem}.") from error
+    # Out here nothing refers to the half-loaded model any more.
     free_after_failure(place)
     raise ResourceError(f"Memory ran out while {full.name} was loaded ({problem}). {_ADVICE}")
-
-
-def release(device: torch.device) -> None:
-    """Free what a model took on `device`, once nothing refers to it."""
-    free_after_failure(device)
 
 
 _ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` streams the layers instead.)"
@@ -120,36 +104,37 @@ _ADVICE = "Free memory, or use a machine with more. (`streamprune eval --data` s
 def _place(full: FullModel, device: str) -> tuple[torch.device, Any]:
     """The device for inputs, and the `device_map` for transformers (None: the CPU)."""
     chosen, needed = choose_device(device), full.needed_bytes
-    free = [("RAM", available_memory_bytes())]
+    places: list[tuple[str, int, torch.device, Any]] = []
     if is_gpu(chosen) and device == "auto":
         gpus = all_gpus()
-        free = [(f"{len(gpus)} GPUs", sum(map(free_device_bytes, gpus))), *free]
-        if free[0][1] >= needed:
-            return chosen, "auto"
+        places = [(f"{len(gpus)} GPUs", sum(map(free_device_bytes, gpus)), chosen, "auto")]
     elif is_gpu(chosen):
-        free = [(str(chosen), free_device_bytes(chosen))]
-        if free[0][1] >= needed:
-            return chosen, {"": chosen}
-    if free[-1][0] == "RAM" and free[-1][1] >= needed:
-        return torch.device("cpu"), None
-    places = ", ".join(f"{format_bytes(size)} in {name}" for name, size in free)
+        places = [(str(chosen), free_device_bytes(chosen), chosen, {"": chosen})]
+    if not is_gpu(chosen) or device == "auto":
+        places.append(("RAM", available_memory_bytes(), torch.device("cpu"), None))
+    for _, free, place, device_map in places:
+        if free >= needed:
+            return place, device_map
+    free_text = ", ".join(f"{format_bytes(free)} in {name}" for name, free, *_ in places)
     raise ResourceError(
         f"{full.name} has weights of {format_bytes(full.checkpoint.nbytes)}, and needs about {format_bytes(needed)} "
-        f"to be loaded in full; free are {places}. {_ADVICE}"
+        f"to be loaded in full; free are {free_text}. {_ADVICE}"
     )
 
 
 def _load(full: FullModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": full.trust_remote_code, "use_safetensors": True}
-    if device_map is not None:
-        options["device_map"] = device_map
+    options = {
+        "dtype": "auto", "trust_remote_code": full.trust_remote_code, "use_safetensors": True,
+        "output_loading_info": True, **({"device_map": device_map} if device_map is not None else {}),
+    }  # fmt: skip
+    folder = full.checkpoint.folder
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(full.folder, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except ValueError as error:
         # Some multimodal models have no class for text alone.
         if "Unrecognized configuration class" not in str(error):
             raise
-        model, info = AutoModelForImageTextToText.from_pretrained(full.folder, output_loading_info=True, **options)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
     lacking = {kind: sorted(map(str, info[kind])) for kind in _LACKING if info.get(kind)}
     if lacking:
         problems = "; ".join(f"{kind} {', '.join(keys[:3])}" for kind, keys in lacking.items())

@@ -9,9 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tempfile
 import textwrap
 from collections.abc import Mapping
 from functools import cache, reduce
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -141,9 +145,7 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
     # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
     counts = {layer: (least, spec.count)[place.bit_count() % 2] for place, layer in enumerate(expert_layers)}
     changed = config_of_per_layer_experts(raw, facts, counts)
-    # The very code that an output would get.
-    module: dict[str, Any] = {"__name__": facts.file_name.removesuffix(".py")}
-    exec(compile(modeling_source(facts), facts.file_name, "exec"), module)
+    module = _imported(facts)
     smaller = build_model(with_expert_count(config, spec, least), skeleton.model.dtype)
     expected = [
         smaller.get_submodule(f"{skeleton.layers_path}.{index}") if counts.get(index) == least else layer
@@ -154,11 +156,21 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
         if config_from_dict(config, json.loads(described.to_json_string())).to_dict() != described.to_dict():
             return "its config does not stay the same when it is saved and loaded again."
         with torch.device("meta"):
-            model = module[each.entry]._from_config(described, dtype=skeleton.model.dtype)
+            model = getattr(module, each.entry)._from_config(described, dtype=skeleton.model.dtype)
         problem = _compare(model.eval(), each, expected, facts.names)
         if problem:
             return problem
     return ""
+
+
+def _imported(facts: LoadingFacts) -> ModuleType:
+    """The module that an output would get, imported from a file as its users will."""
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        path = Path(folder) / facts.file_name
+        path.write_text(modeling_source(facts), encoding="utf-8")
+        module = ModuleType(path.stem)
+        SourceFileLoader(path.stem, str(path)).exec_module(module)
+    return module
 
 
 def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Module], names: tuple[str, ...]) -> str:
