@@ -7,13 +7,12 @@ from pathlib import Path
 import click
 
 from streamprune import __version__
+from streamprune.cli import options as opt
 from streamprune.cli.evaluate import evaluate
 from streamprune.cli.fit import calibration, devices, fit
-from streamprune.cli.options import FirstProcessPrints, quiet_libraries, reports_errors
-from streamprune.cli.publish import push, report
+from streamprune.cli.outputs import clean, push, report, status, verify
 from streamprune.cli.run import prune, resume, run, score
 from streamprune.cli.scores import inspect
-from streamprune.cli.work import clean, status, verify
 from streamprune.distributed.processes import is_first
 from streamprune.hardware.memory import limit_library_memory
 
@@ -21,7 +20,7 @@ from streamprune.hardware.memory import limit_library_memory
 _SHARED = {"run", "score", "resume"}
 
 
-@click.group(cls=FirstProcessPrints, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=opt.Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamprune")
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -32,10 +31,9 @@ def main(context: click.Context) -> None:
 
 @main.command()
 @click.option(
-    "-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path),
+    "-o", "--output", default="demo-output", show_default=True, type=opt.PATH,
     help="Folder for the trained and the pruned model.",
 )  # fmt: skip
-@reports_errors
 def demo(output: Path) -> None:
     """Prune a small trained model, and show what was lost.
 
@@ -45,7 +43,7 @@ def demo(output: Path) -> None:
     limit_library_memory()
     from streamprune.demo.demo import run_demo, shipped_model
 
-    quiet_libraries(downloads=False)
+    opt.quiet_libraries(downloads=False)
     run_demo(output, shipped_model(output, echo=click.echo), echo=click.echo)
 
 

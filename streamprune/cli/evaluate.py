@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamprune.cli.options import (
-    DTYPE,
-    FOLDER,
-    JSON_OBJECT,
-    REPORT,
-    REVISION,
-    compute_options,
-    quiet_libraries,
-    reports_errors,
-    sampling_options,
-    with_options,
-)
-from streamprune.cli.publish import report_after
+from streamprune.cli import options as opt
+from streamprune.cli.outputs import report_after
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
 
@@ -30,71 +17,50 @@ if TYPE_CHECKING:
     from streamprune.evaluation.generation import GenerationSettings
     from streamprune.evaluation.tasks import TaskSettings
 
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def generation_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about generation. None: the default of `GenerationSettings`."""
-    options = [
-        click.option("--generate", is_flag=True, help="Let the model continue prompts, and report whether it loops."),
-        click.option(
-            "--prompts", type=FOLDER, metavar="FILE",
-            help='Your own prompts, as JSON lines: {"prompt": "…"} or {"messages": […]}, optionally with "source".',
-        ),
-        click.option("--prompts-per-source", type=int, metavar="N", help="Prompts from each source of --data."),
-        click.option("--prompt-tokens", type=int, metavar="N", help="Tokens per prompt."),
-        click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens to generate for a prompt."),
-    ]  # fmt: skip
-    return with_options(options, command)
-
-
-def task_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about tasks of lm-evaluation-harness."""
-    options = [
-        click.option("--tasks", metavar="NAME,…", help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."),
-        click.option(
-            "--include-path", type=FOLDER, metavar="FOLDER", help="Folder with your own tasks.",
-        ),
-        click.option("--limit", type=float, metavar="N", help="Examples per task: a number, or a share below 1."),
-        click.option("--batch-size", type=int, metavar="N", help="Examples per batch.  [default: auto; CPU: 4]"),
-    ]  # fmt: skip
-    return with_options(options, command)
-
-
-def _with_compute_options(command: Callable[P, R]) -> Callable[P, R]:
-    device, *others = compute_options()
-    return with_options([device, DTYPE, *others], command)
-
-
-def _model_options(command: Callable[P, R]) -> Callable[P, R]:
-    options = [
-        click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
-        REVISION,
-        click.option("--against-revision", help="The same for ORIGINAL."),
-        click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
-    ]
-    return with_options(options, command)
+_MODELS = opt.together(
+    click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
+    opt.REVISION,
+    click.option("--against-revision", help="The same for ORIGINAL."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
+)
+_GENERATION = opt.together(
+    click.option("--generate", is_flag=True, help="Let the model continue prompts, and report whether it loops."),
+    click.option(
+        "--prompts", type=opt.PATH, metavar="FILE",
+        help='Your own prompts, as JSON lines: {"prompt": "…"} or {"messages": […]}, optionally with "source".',
+    ),
+    click.option("--prompts-per-source", type=int, metavar="N", help="Prompts from each source of --data."),
+    click.option("--prompt-tokens", type=int, metavar="N", help="Tokens per prompt."),
+    click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens to generate for a prompt."),
+)  # fmt: skip
+_TASKS = opt.together(
+    click.option("--tasks", metavar="NAME,…", help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."),
+    click.option("--include-path", type=opt.PATH, metavar="FOLDER", help="Folder with your own tasks."),
+    click.option("--limit", type=float, metavar="N", help="Examples per task: a number, or a share below 1."),
+    click.option("--batch-size", type=int, metavar="N", help="Examples per batch.  [default: auto; CPU: 4]"),
+)
+_OF_GENERATION = ("prompts", "prompts_per_source", "prompt_tokens", "max_new_tokens")
+_OF_TASKS = ("include_path", "limit", "batch_size")
 
 
 @click.command("eval")
 @click.argument("model")
-@_model_options
+@_MODELS
 @click.option(
     "--data", multiple=True, metavar="RECIPE|FILE",
     help="Held-out text, as for --calibration. May be repeated.  [default: what `run --evaluate` held out]",
 )  # fmt: skip
-@sampling_options
-@generation_options
-@task_options
-@click.option("-o", "--output", type=FOLDER, help="Folder for the results.  [default: MODEL, if streamprune made it]")
-@_with_compute_options
-@REPORT
+@opt.SAMPLING
+@_GENERATION
+@_TASKS
+@click.option("-o", "--output", type=opt.PATH, help="Folder for the results.  [default: MODEL, if streamprune made it]")
+@opt.device_option()
+@opt.DTYPE
+@opt.memory_options()
+@opt.REPORT
 @click.option("--quiet", is_flag=True, help="Print the results and errors only.")
-@JSON_OBJECT
-@reports_errors
-def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+@opt.JSON_OBJECT
+def evaluate(output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL (a local folder or a Hub id) on held-out text, one layer at a time.
 
     Prints loss and perplexity for each source. With --against it also prints how far the predictions are from the
@@ -102,37 +68,32 @@ def evaluate(model: str, output: Path | None, with_report: bool, quiet: bool, as
     complete model; with them, text is measured on only if --data is given.
     """
     limit_library_memory(tight=options["ram_gib"] is not None)
-    settings, generation, tasks = _settings(model, options)
+    settings, generation, tasks = _settings(options)
     from streamprune.evaluation.command import evaluate_model
     from streamprune.evaluation.held_out import pruned_folder
 
-    quiet_libraries(downloads=quiet)
+    opt.quiet_libraries(downloads=quiet)
     result = evaluate_model(settings, generation, tasks, output, quiet, None if as_json else click.echo)
-    folder = pruned_folder(model) if output is None else None
+    folder = pruned_folder(settings.model) if output is None else None
     if with_report and folder is not None:
         report_after(folder, quiet)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(opt.json_text(result))
 
 
-def _settings(
-    model: str, options: dict[str, Any]
-) -> tuple[EvalSettings, GenerationSettings | None, TaskSettings | None]:
+def _settings(options: dict[str, Any]) -> tuple[EvalSettings, GenerationSettings | None, TaskSettings | None]:
     """The settings that the options give. Raises SettingsError for an option without the one that it needs."""
     from streamprune.config import EvalSettings
     from streamprune.evaluation.generation import GenerationSettings
     from streamprune.evaluation.tasks import TaskSettings
 
     generate, tasks = options.pop("generate"), options.pop("tasks")
-    of_generation = {
-        name: options.pop(name) for name in ("prompts", "prompts_per_source", "prompt_tokens", "max_new_tokens")
-    }
-    of_tasks = {name: options.pop(name) for name in ("include_path", "limit", "batch_size")}
-    for given, needed, others in ((generate, "--generate", of_generation), (tasks, "--tasks", of_tasks)):
+    of_generation, of_tasks = ({name: options.pop(name) for name in names} for names in (_OF_GENERATION, _OF_TASKS))
+    for needed, given, others in (("--generate", generate, of_generation), ("--tasks", tasks, of_tasks)):
         for name, value in others.items():
             if value is not None and not given:
                 raise SettingsError(f"--{name.replace('_', '-')} needs {needed}.")
-    settings = EvalSettings(model=model, **options)
+    settings = EvalSettings(**options)
     generation = None
     if generate:
         generation = GenerationSettings(**{name: value for name, value in of_generation.items() if value is not None})

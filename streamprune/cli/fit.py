@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,15 +9,7 @@ from typing import Any
 
 import click
 
-from streamprune.cli.options import (
-    JSON_OBJECT,
-    REVISION,
-    TRUST_REMOTE_CODE,
-    budget_options,
-    quiet_libraries,
-    reports_errors,
-    sampling_options,
-)
+from streamprune.cli import options as opt
 from streamprune.config import ServingSpec, check_amounts
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
@@ -27,18 +18,9 @@ from streamprune.fit.weights import WEIGHTS_DTYPES
 from streamprune.hardware.memory import limit_library_memory
 
 
-def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
-    limit_library_memory()
-    from streamprune.checkpoint.hub import resolve_model
-    from streamprune.fit.measure import measure
-
-    quiet_libraries(downloads=False)
-    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
-
-
 @click.command()
 @click.argument("model")
-@budget_options
+@opt.BUDGET
 @click.option(
     "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
     help="Data type of the weights: as they are, or quantized afterwards.",
@@ -46,22 +28,10 @@ def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, .
 @click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU for --measure.")
-@REVISION
-@TRUST_REMOTE_CODE
-@JSON_OBJECT
-@reports_errors
-def fit(
-    model: str,
-    budget_gib: float | None,
-    gpu: str | None,
-    keep: int | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    measure: bool,
-    device: str,
-    as_json: bool,
-    **use: Any,
-) -> None:
+@opt.REVISION
+@opt.TRUST_REMOTE_CODE
+@opt.JSON_OBJECT
+def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json: bool, **given: Any) -> None:
     """Say whether MODEL fits a GPU, and how many experts could stay.
 
     MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
@@ -70,13 +40,14 @@ def fit(
     # Set before the libraries are imported, which read them then.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    wanted = ServingSpec(keep=keep, **use)
+    budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
+    wanted = ServingSpec(**given)
     budget = resolve_budget(budget_gib, gpu)
     from streamprune.fit.footprint import read_footprint
 
     footprint = read_footprint(model, revision, trust_remote_code)
-    if keep is not None:
-        check_keep(footprint, keep)
+    if wanted.keep is not None:
+        check_keep(footprint, wanted.keep)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
         raise SettingsError(
             f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "
@@ -85,17 +56,25 @@ def fit(
     answer = Fit(footprint, wanted, budget.nbytes)
     found = _measured(answer, device, trust_remote_code) if measure else ()
     if as_json:
-        extra = {"measured": measured_object(found)} if measure else {}
-        click.echo(json.dumps({**fit_object(answer, budget), **extra}, indent=2))
+        measured = {"measured": measured_object(found)} if measure else {}
+        click.echo(opt.json_text({**fit_object(answer, budget), **measured}))
     else:
         click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
     if not answer.fits:
         sys.exit(DoesNotFitError.exit_code)
 
 
+def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+    limit_library_memory()
+    from streamprune.checkpoint.hub import resolve_model
+    from streamprune.fit.measure import measure
+
+    opt.quiet_libraries(downloads=False)
+    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
+
+
 @click.command()
-@JSON_OBJECT
-@reports_errors
+@opt.JSON_OBJECT
 def devices(as_json: bool) -> None:
     """Show this machine's NVIDIA GPUs, its RAM and the disk of the current folder.
 
@@ -106,7 +85,7 @@ def devices(as_json: bool) -> None:
     from streamprune.hardware.nvml import list_gpus
 
     gpus = list_gpus()
-    click.echo(json.dumps(devices_object(gpus, Path()), indent=2) if as_json else devices_text(gpus, Path()))
+    click.echo(opt.json_text(devices_object(gpus, Path())) if as_json else devices_text(gpus, Path()))
 
 
 @click.group()
@@ -117,11 +96,10 @@ def calibration() -> None:
 @calibration.command()
 @click.argument("recipe", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
-@sampling_options
-@REVISION
-@TRUST_REMOTE_CODE
-@JSON_OBJECT
-@reports_errors
+@opt.SAMPLING
+@opt.REVISION
+@opt.TRUST_REMOTE_CODE
+@opt.JSON_OBJECT
 def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> None:
     """Make the tokens of RECIPE, and print shares, counts and a sample of each source.
 
@@ -131,6 +109,6 @@ def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> 
     limit_library_memory()
     from streamprune.calibration.show import calibration_text, show_calibration
 
-    quiet_libraries(downloads=as_json)
+    opt.quiet_libraries(downloads=as_json)
     described = show_calibration(recipe, model, **options)
-    click.echo(json.dumps(described, indent=2) if as_json else calibration_text(described))
+    click.echo(opt.json_text(described) if as_json else calibration_text(described))

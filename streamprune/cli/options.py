@@ -1,16 +1,16 @@
-"""What the commands share: printing errors, silencing libraries, and options of more than one command."""
+"""What the commands share: their options, printing, errors, and silencing libraries."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
@@ -27,20 +27,25 @@ from streamprune.fit.cache import KV_DTYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
-FOLDER = click.Path(path_type=Path)
-Option = Callable[[Callable[P, R]], Callable[P, R]]
+PATH = click.Path(path_type=Path)
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Options of several commands.
-MODEL_OUTPUT = click.option("-o", "--output", required=True, type=FOLDER, help="Folder for the pruned model.")
-KEEP = click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget.")
-RATIO = click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget.")
+
+def together(*options: Option) -> Option:
+    """All these options as one, which the help shows in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+MODEL_OUTPUT = click.option("-o", "--output", required=True, type=PATH, help="Folder for the pruned model.")
 KEEP_FILE = click.option(
-    "--keep-file", type=FOLDER,
+    "--keep-file", type=PATH,
     help='The experts to keep, as JSON: lists by layer, {"0": [1, 5], ...}, a list of such lists, or the '
     "streamprune.json of another model.",
 )  # fmt: skip
@@ -62,8 +67,100 @@ REPORT = click.option(
     show_envvar=True, help="Make OUT/report.html at the end.",
 )  # fmt: skip
 
+#: How experts are scored and divided among the layers.
+SELECTION = together(
+    click.option(
+        "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
+        help="The score of an expert. " + "; ".join(f"{name}: {each.meaning}" for name, each in METHODS.items()),
+    ),
+    click.option(
+        "--mix", metavar="SOURCE=SHARE,…",
+        help="Weights of the calibration's sources, e.g. code=0.5,general=0.5.  [default: by their tokens]",
+    ),
+    click.option(
+        "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default=DEFAULT_SCHEDULE, show_default=True,
+        help="How experts are divided among the layers. A JSON file lists a number for each layer.",
+    ),
+    click.option(
+        "--spread", type=float,
+        help=f"For the linear schedules: how much the removed share varies.  [default: {DEFAULT_SPREAD}]",
+    ),
+    click.option("--floor", type=int, metavar="N", help="Fewest experts in a layer.  [default: as needed]"),
+    click.option("--protect-super-experts", is_flag=True, help="Keep experts with extremely large outputs."),
+)  # fmt: skip
+#: How much text is used, where it is not what the recipe says.
+SAMPLING = together(
+    click.option("--samples", type=int, help=f"Sequences to use.  [default: the recipe's, or {DEFAULT_SAMPLES}]"),
+    click.option(
+        "--seq-len", type=int,
+        help=f"Tokens per sequence.  [default: the recipe's, or {DEFAULT_SEQ_LEN}, or the model's limit]",
+    ),
+    click.option("--seed", type=int, help="Random seed for choosing the text.  [default: the recipe's, or 0]"),
+)  # fmt: skip
+#: The text that a model is scored on.
+CALIBRATION = together(
+    click.option(
+        "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
+        help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… May be repeated.",
+    ),
+    SAMPLING,
+)  # fmt: skip
+#: The model's origin, the output and the work folder.
+PLACE = together(
+    REVISION,
+    TRUST_REMOTE_CODE,
+    click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+    click.option("--work-dir", type=PATH, help="Folder for everything that resuming needs.  [default: OUT.work]"),
+    click.option(
+        "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
+        help="Resume an earlier run if there is one (auto), fail without one (required), or begin anew (never).",
+    ),
+)  # fmt: skip
+#: The memory that the model has to fit.
+BUDGET = together(
+    click.option("--budget-gib", type=float, metavar="G", help="Memory that the model may use, in GiB."),
+    click.option("--gpu", metavar="NAME", help="A GPU instead of a budget, such as rtx-3090."),
+    click.option(
+        "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
+    ),
+    click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time to plan for."),
+    click.option(
+        "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True, help="Data type of the KV cache."
+    ),
+)
+#: The memory that the model has to fit, or how far to prune it.
+TARGET = together(
+    BUDGET,
+    click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget."),
+    click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget."),
+)
 
-def verify_option(default: bool | None) -> Option[..., Any]:
+
+def device_option(default: str | None = "auto") -> Option:
+    """--device; None where an earlier setting stays."""
+    return click.option(
+        "--device", metavar="auto|cpu|cuda:0", default=default, show_default=default is not None,
+        help="The device to compute on.",
+    )  # fmt: skip
+
+
+def memory_options(states: str | None = "auto") -> Option:
+    """How much is computed at a time, and the memory for it; `states` is None where an earlier setting stays."""
+    return together(
+        click.option(
+            "--batch-tokens", type=int,
+            help="Largest micro-batch, in tokens.  [default: 4096 on a CPU, 32768 on a GPU; less if memory is short]",
+        ),
+        click.option(
+            "--states", type=click.Choice(STATES), default=states, show_default=states is not None,
+            help="Where hidden states are kept between layers: on the device, in RAM, or in a file.",
+        ),
+        click.option("--vram-gib", type=float, help="Most GPU memory that may be used.  [default: what is free]"),
+        click.option("--ram-gib", type=float, help="Most RAM that may be used.  [default: what is available]"),
+    )  # fmt: skip
+
+
+def verify_option(default: bool | None) -> Option:
     """--verify; None where an earlier setting stays."""
     return click.option(
         "--verify/--no-verify", default=default, show_default=default is not None,
@@ -71,61 +168,11 @@ def verify_option(default: bool | None) -> Option[..., Any]:
     )  # fmt: skip
 
 
-def with_options(options: Sequence[Option[P, R]], command: Callable[P, R]) -> Callable[P, R]:
-    """The command with these options, which its help shows in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
+class Commands(click.Group):
+    """A command line that several processes may run at once, with errors as one line on stderr and an exit status.
 
-
-def compute_options(resuming: bool = False) -> list[Option[..., Any]]:
-    """The options about where and how to compute. When `resuming`, those that are not given stay as they were."""
-
-    def default(value: str) -> dict[str, Any]:
-        return {"default": None} if resuming else {"default": value, "show_default": True}
-
-    return [
-        click.option("--device", metavar="auto|cpu|cuda:0", help="The device to compute on.", **default("auto")),
-        click.option(
-            "--batch-tokens", type=int,
-            help="Largest micro-batch, in tokens.  [default: 4096 on a CPU, 32768 on a GPU; less if memory is short]",
-        ),
-        click.option(
-            "--states", type=click.Choice(STATES),
-            help="Where hidden states are kept between layers: on the device, in RAM, or in a file.", **default("auto"),
-        ),
-        click.option("--vram-gib", type=float, help="Most GPU memory that may be used.  [default: what is free]"),
-        click.option("--ram-gib", type=float, help="Most RAM that may be used.  [default: what is available]"),
-    ]  # fmt: skip
-
-
-def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a StreampruneError as one message on stderr, and exit with its status."""
-
-    @wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except ReportedElsewhereError as error:
-            sys.exit(error.exit_code)
-        except OtherProcessError as error:
-            # Printed although this process is silenced: no other process knows of it.
-            print(f"Error: {error}", file=sys.__stderr__, flush=True)
-            sys.exit(error.exit_code)
-        except StreampruneError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted. No output was written.", err=True)
-            sys.exit(130)
-
-    return wrapper
-
-
-class FirstProcessPrints(click.Group):
-    """A command line that several processes may run at once: only the first of them prints.
-
-    The others still print what the first cannot know: an OtherProcessError, and unexpected errors.
+    Only the first process prints. The others print what the first cannot know: an OtherProcessError, and unexpected
+    errors.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -145,6 +192,28 @@ class FirstProcessPrints(click.Group):
             except Exception:
                 traceback.print_exc(file=sys.__stderr__)
                 sys.exit(1)
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run a command. A StreampruneError is printed as one message on stderr, and gives the exit status."""
+        try:
+            return super().invoke(context)
+        except ReportedElsewhereError as error:
+            sys.exit(error.exit_code)
+        except OtherProcessError as error:
+            # Printed although this process is silenced: no other process knows of it.
+            print(f"Error: {error}", file=sys.__stderr__, flush=True)
+            sys.exit(error.exit_code)
+        except StreampruneError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. No output was written.", err=True)
+            sys.exit(130)
+
+
+def json_text(value: Any) -> str:
+    """What `--json` prints."""
+    return json.dumps(value, indent=2)
 
 
 def quiet_downloads() -> None:
@@ -167,87 +236,6 @@ def quiet_libraries(downloads: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")
-
-
-def selection_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about how experts are scored and divided among the layers, in the order of the help text."""
-    options = [
-        click.option(
-            "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
-            help="The score of an expert. " + "; ".join(f"{name}: {each.meaning}" for name, each in METHODS.items()),
-        ),
-        click.option(
-            "--mix", metavar="SOURCE=SHARE,…",
-            help="Weights of the calibration's sources, e.g. code=0.5,general=0.5.  [default: by their tokens]",
-        ),
-        click.option(
-            "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default=DEFAULT_SCHEDULE, show_default=True,
-            help="How experts are divided among the layers. A JSON file lists a number for each layer.",
-        ),
-        click.option(
-            "--spread", type=float,
-            help=f"For the linear schedules: how much the removed share varies.  [default: {DEFAULT_SPREAD}]",
-        ),
-        click.option("--floor", type=int, metavar="N", help="Fewest experts in a layer.  [default: as needed]"),
-        click.option("--protect-super-experts", is_flag=True, help="Keep experts with extremely large outputs."),
-    ]  # fmt: skip
-    return with_options(options, command)
-
-
-def calibration_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about the text that a model is scored on."""
-    return click.option(
-        "--calibration", multiple=True, default=("builtin",), show_default=True, metavar="RECIPE|FILE",
-        help="A recipe; text, JSONL or parquet files or folders; or builtin:code,prose,… May be repeated.",
-    )(sampling_options(command))  # fmt: skip
-
-
-def sampling_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about how much text is used. They override the recipe."""
-    options = [
-        click.option("--samples", type=int, help=f"Sequences to use.  [default: the recipe's, or {DEFAULT_SAMPLES}]"),
-        click.option(
-            "--seq-len", type=int,
-            help=f"Tokens per sequence.  [default: the recipe's, or {DEFAULT_SEQ_LEN}, or the model's limit]",
-        ),
-        click.option("--seed", type=int, help="Random seed for choosing the text.  [default: the recipe's, or 0]"),
-    ]  # fmt: skip
-    return with_options(options, command)
-
-
-def place_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about the model's origin, the output and the work folder."""
-    options = [
-        REVISION,
-        TRUST_REMOTE_CODE,
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-        click.option(
-            "--work-dir", type=click.Path(path_type=Path),
-            help="Folder for everything that resuming needs.  [default: OUT.work]",
-        ),
-        click.option(
-            "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
-            help="Resume an earlier run if there is one (auto), fail without one (required), or begin anew (never).",
-        ),
-    ]  # fmt: skip
-    return with_options(options, command)
-
-
-def budget_options(command: Callable[P, R]) -> Callable[P, R]:
-    """The options about the memory that the model has to fit, in the order of the help text."""
-    options = [
-        click.option("--budget-gib", type=float, metavar="G", help="Memory that the model may use, in GiB."),
-        click.option("--gpu", metavar="NAME", help="A GPU instead of a budget, such as rtx-3090."),
-        click.option(
-            "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
-        ),
-        click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time to plan for."),
-        click.option(
-            "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True,
-            help="Data type of the KV cache.",
-        ),
-    ]  # fmt: skip
-    return with_options(options, command)
 
 
 def parse_size(text: str) -> int:

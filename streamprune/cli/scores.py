@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from streamprune.cli.options import JSON_OBJECT, KEEP_FILE, reports_errors, selection_options
+from streamprune.cli import options as opt
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
 from streamprune.models.config_json import resolve_keep
@@ -33,31 +32,20 @@ Targets = tuple[int | None, float | None, int | None]
 
 
 @click.command()
-@click.argument("scores", metavar="S", type=click.Path(path_type=Path))
+@click.argument("scores", metavar="S", type=opt.PATH)
 @click.option("--keep", type=int, help="Experts to keep per layer; with a schedule, the mean.")
 @click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
 @click.option("--total", type=int, help="Experts to keep in all layers together.")
-@KEEP_FILE
-@selection_options
+@opt.KEEP_FILE
+@opt.SELECTION
 @click.option("--seed", type=int, default=0, show_default=True, help="For --method random.")
 @click.option(
     "--compare", multiple=True, metavar="CHANGE",
     help="Compare with another choice: mix=code=1, method=frequency, … May be given several times.",
 )  # fmt: skip
 @click.option("--layer", type=int, metavar="K", help="Show every expert of layer K.")
-@JSON_OBJECT
-@reports_errors
-def inspect(
-    scores: Path,
-    keep: int | None,
-    ratio: float | None,
-    total: int | None,
-    keep_file: Path | None,
-    compare: tuple[str, ...],
-    layer: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@opt.JSON_OBJECT
+def inspect(scores: Path, compare: tuple[str, ...], layer: int | None, as_json: bool, **given: Any) -> None:
     """Show what S, a file of scores, says: the experts of each layer, those at the boundary, those never seen.
 
     With --keep, --ratio, --total or --keep-file also what that choice keeps of each source, and warnings.
@@ -65,11 +53,12 @@ def inspect(
     # Names in the file may have characters that the terminal lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    settings = SelectionSettings(**options)
+    targets, keep_file = (given.pop("keep"), given.pop("ratio"), given.pop("total")), given.pop("keep_file")
+    settings = SelectionSettings(**given)
     found = read_scores(scores)
-    selection = _selection(found, settings, (keep, ratio, total), keep_file)
+    selection = _selection(found, settings, targets, keep_file)
     inspection = inspect_scores(found, settings, selection)
-    comparisons = [_compared(found, settings, selection, text, (keep, ratio, total)) for text in compare]
+    comparisons = [_compared(found, settings, selection, text, targets) for text in compare]
     if layer is not None and layer not in found.layer_indices:
         raise SettingsError(
             f"--layer {layer} has no experts. Layers with experts: {', '.join(map(str, found.layer_indices))}."
@@ -77,7 +66,7 @@ def inspect(
     if as_json:
         layers = [each for each in inspection["layers"] if layer in (None, each["index"])]
         body = {"scores": str(scores), **inspection, "layers": layers, "comparisons": comparisons}
-        click.echo(json.dumps(body, indent=2))
+        click.echo(opt.json_text(body))
         return
     model = found.provenance.get("model")
     title = f"{scores} ({show(model).strip(chr(39))})" if isinstance(model, str) else str(scores)

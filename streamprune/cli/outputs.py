@@ -1,30 +1,69 @@
-"""The commands that show and publish an output: `report` (also at the end of `run`, `prune` and `resume`), `push`."""
+"""The commands about results and work folders: `status`, `clean`, `verify`, `report` and `push`."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from streamprune.cli.options import quiet_downloads, quiet_libraries, reports_errors
+from streamprune.cli import options as opt
 from streamprune.distributed.processes import is_first
 from streamprune.errors import StreampruneError
-from streamprune.hardware.memory import limit_library_memory
+from streamprune.hardware.memory import format_bytes, limit_library_memory
+
+_OUT = click.argument("output", metavar="OUT", type=opt.PATH)
 
 
 @click.command()
-@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@reports_errors
+@click.argument("workdir", type=opt.PATH)
+@opt.JSON_OBJECT
+def status(workdir: Path, as_json: bool) -> None:
+    """Show what is done and what is left of the `run`, `score` or `prune` in WORKDIR."""
+    from streamprune.pipeline.status import status_of, status_text
+
+    found = status_of(workdir)
+    click.echo(opt.json_text(found) if as_json else status_text(found))
+
+
+@click.command()
+@click.argument("workdir", type=opt.PATH)
+@click.option("--all", "everything", is_flag=True, help="Remove everything, also what resuming needs.")
+def clean(workdir: Path, everything: bool) -> None:
+    """Remove what is no longer needed from WORKDIR. Once the run is complete, that is all of it."""
+    from streamprune.pipeline.status import clean_up
+
+    click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
+
+
+@click.command()
+@_OUT
+@click.option("--source", required=True, help="The model that OUT was made from: a folder or a Hub id.")
+@opt.REVISION
+@opt.TRUST_REMOTE_CODE
+def verify(output: Path, source: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Verify that every tensor of OUT is identical to the source's, byte by byte, as its record says."""
+    limit_library_memory()
+    from streamprune.checkpoint.hub import resolve_model
+    from streamprune.output.verify import verify as prove
+
+    opt.quiet_libraries(downloads=False)
+    proof = prove(output, resolve_model(source, revision, trust_remote_code), trust_remote_code)
+    click.echo(
+        f"{output} is right: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes."
+    )
+
+
+@click.command()
+@_OUT
+@opt.QUIET
 def report(output: Path, quiet: bool) -> None:
     """Make the report of OUT, a model that streamprune wrote: OUT/report.html, and OUT/pictures for the model card.
 
     It is made from the files in OUT and the run's log next to it; the source model is not needed.
     """
-    made = _write(output)
+    made = _write_report(output)
     if not quiet:
         click.echo(f"report: {made}")
 
@@ -38,7 +77,7 @@ def report_after(output: Path, quiet: bool) -> None:
         return
     again = f"`streamprune report {output}` makes it."
     try:
-        message = f"report: {_write(output)}"
+        message = f"report: {_write_report(output)}"
     except StreampruneError as error:
         message = f"note: there is no report: {error} {again}"
     except KeyboardInterrupt:
@@ -49,7 +88,7 @@ def report_after(output: Path, quiet: bool) -> None:
         click.echo(message, err=True)
 
 
-def _write(output: Path) -> Path:
+def _write_report(output: Path) -> Path:
     # Where the model has to be built to know its memory, transformers would print warnings.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from streamprune.reporting.write import write_report
@@ -58,7 +97,7 @@ def _write(output: Path) -> Path:
 
 
 @click.command()
-@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@_OUT
 @click.option("--repo-id", required=True, metavar="NAME/REPO", help="The model repository; made if it does not exist.")
 @click.option(
     "--source",
@@ -68,15 +107,12 @@ def _write(output: Path) -> Path:
 @click.option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to upload to.")
 @click.option("--dry-run", is_flag=True, help="Verify and list what would be uploaded, without a connection.")
 @click.option(
-    "--verify/--no-verify",
-    default=True,
-    show_default=True,
+    "--verify/--no-verify", default=True, show_default=True,
     help="Upload only an output that was verified to be complete.",
-)
+)  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model, to verify it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@reports_errors
+@opt.JSON_OBJECT
+@opt.QUIET
 def push(as_json: bool, quiet: bool, **options: Any) -> None:
     """Upload OUT, a model that streamprune wrote, to the Hugging Face Hub, after verifying it.
 
@@ -89,13 +125,13 @@ def push(as_json: bool, quiet: bool, **options: Any) -> None:
 
     settings = PushSettings(**options)
     if settings.verify:
-        quiet_libraries(downloads=quiet)
+        opt.quiet_libraries(downloads=quiet)
     elif quiet:
-        quiet_downloads()
+        opt.quiet_downloads()
     # The list of a dry run is its result.
     to_stderr = as_json or not settings.dry_run
     result = publish(settings, lambda line: None if quiet else click.echo(line, err=to_stderr))
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(opt.json_text(result))
     elif not quiet and not settings.dry_run:
         click.echo(result["url"])
