@@ -97,7 +97,7 @@ def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
             str(places[source.dataset]),
             source.subset,
             split=source.split or "train",
-            data_files=source.data_file_list or None,
+            data_files=source.data_files,
             data_dir=source.data_dir,
             streaming=True,
         )

@@ -66,6 +66,7 @@ def test_recipes_that_are_refused(change: dict[str, Any], words: str, model: Pat
         ({"share": None}, "A value is empty (null): give one, or leave the key out"),
         ({"split": "train"}, "source 'a': 'split' only goes with 'dataset'"),
         ({"thinking": True}, "'thinking' only goes with 'messages'"),
+        ({"thinking": False}, "'thinking' only goes with 'messages'"),
         ({"messages": "m", "thinking": "on"}, "thinking: Expected `bool | null`, got `str`"),
         ({"text": "{{ a }}", "field": "b"}, "Two ways from a record to text, 'text' and 'field'"),
         ({"text": "{{ a"}, "not a template"),
@@ -88,7 +89,7 @@ def test_recipes_that_are_refused(change: dict[str, Any], words: str, model: Pat
         ),
         ({"messages": "m", "template_options": {"a": [1]}}, "template_options[...]: Expected"),
         ({"filter": {"a": {}}}, "An empty filter: give a value, a list of values, or 'min' and 'max'"),
-        ({"filter": {"a": []}}, "An empty filter for 'a'"),
+        ({"filter": {"a": []}}, "filter[...]: Expected `array` of length >= 1"),
         ({"filter": {"a": {"mni": 3}}}, "Unknown key 'mni' (did you mean 'min'?)"),
         ({"filter": {"a": [[]]}}, "filter[...][0]: Expected `bool | int | float | str`, got `array`"),
         ({"filter": ["a"]}, "filter: Expected `object`, got `array`"),
@@ -110,7 +111,7 @@ def test_sources_that_are_refused(change: dict[str, Any], words: str, model: Pat
     [
         ([{"name": "a"}, {"name": "a"}], "Two sources are named 'a'"),
         ([{"share": 1, "name": "a"}, {"name": "b"}], "Source 'b' has no 'share', but others do"),
-        ([{"samples": 5, "name": "a"}], "There is a total ('samples' or 'tokens') beside a number of 'samples'"),
+        ([{"samples": 5, "name": "a"}], "Both a total ('samples' or 'tokens') and 'samples' of every source"),
     ],
 )
 def test_sources_that_do_not_go_together(sources: list[dict[str, Any]], words: str, model: Path) -> None:

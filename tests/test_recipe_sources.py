@@ -17,7 +17,7 @@ from streamprune.calibration.recipe import Source
 from streamprune.calibration.records import record_of
 from streamprune.calibration.sequences import load_calibration
 from streamprune.calibration.sources import BATCH_ROWS, Row, files_of, read_file, read_parquet, shuffled
-from streamprune.calibration.templates import MissingFieldError, Template, parse_path
+from streamprune.calibration.templates import MissingFieldError, compiled, filled, parse_path
 from streamprune.errors import CalibrationError
 from tests.recipes import calibrate, made_of, same_tokens, texts_of, tool_model, write_lines, write_table
 
@@ -254,18 +254,18 @@ def test_builtin_sources(model: Path) -> None:
 )
 def test_texts_that_are_no_templates(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        Template(text)
+        compiled(text)
 
 
 def test_what_a_template_can_do() -> None:
     values = {"q": "Why", "list": ["a", "b"], "n": None, "items": 3, "range": "r", "o": {"keys": "k"}}
-    for text, filled in {
+    for text, made in {
         '{"a": 1} {{ q }}\n': '{"a": 1} Why\n',
         "{% if n %}x{% else %}{{ q|lower }}{% endif %}": "why",
         "{{ list|join(', ') }} {{ list|tojson }} {{ none_such|default('d') }}": 'a, b ["a", "b"] d',
         "{{ items }} {{ range }} {{ o.keys }}": "3 r k",
     }.items():
-        assert Template(text).fill(values) == filled
+        assert filled(text, values) == made
     for text in (
         "{{ q.__class__ }}",
         "{{ ''.__class__ }}",
@@ -274,7 +274,7 @@ def test_what_a_template_can_do() -> None:
         "{% if none_such %}{% endif %}",
     ):
         with pytest.raises(MissingFieldError):
-            Template(text).fill(values)
+            filled(text, values)
 
 
 @pytest.mark.parametrize("text", ["a.", "[0]", "a[x]", "a[99999999999]", "", "{a}", "x" * 201])

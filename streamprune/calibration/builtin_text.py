@@ -13,6 +13,7 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 #: Longest document that is cut from a source file, in characters.
 DOCUMENT_CHARACTERS = 6000
@@ -20,14 +21,17 @@ DOCUMENT_CHARACTERS = 6000
 LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings")
 )
+_LAYOUT = frozenset((tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT))
 
 
 def code_documents(seed: int) -> Iterator[str]:
     """Standard-library modules without comments and docstrings."""
     for source in _library_sources(seed):
-        text = _without_docstrings(source)
-        if text:
-            yield from _pieces(text)
+        tree, nodes = _documented(source)
+        for node in nodes:
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        yield from _pieces(ast.unparse(tree))
 
 
 def prose_documents(seed: int) -> Iterator[str]:
@@ -38,32 +42,28 @@ def prose_documents(seed: int) -> Iterator[str]:
     random.Random(seed).shuffle(reference)
     pending = iter(reference)
     for source in _library_sources(seed):
-        text = "\n\n".join(part for part in (*_docstrings(source), *_comment_blocks(source)) if len(part) > 60)
-        if text:
-            yield from _pieces(text)
-        topic = next(pending, None)
-        if topic:
-            yield from _pieces(topic)
+        docstrings = [ast.get_docstring(node) or "" for node in _documented(source)[1]]
+        yield from _pieces("\n\n".join(part for part in (*docstrings, *_comment_blocks(source)) if len(part) > 60))
+        yield from _pieces(next(pending, ""))
 
 
 def arithmetic_documents(seed: int) -> Iterator[str]:
     """Worked sums, differences, products and comparisons of small numbers, without end."""
     rng = random.Random(seed)
-    while True:
-        lines = []
-        for _ in range(40):
-            a, b = rng.randint(0, 99), rng.randint(0, 99)
-            lines.append(
-                rng.choice(
-                    (
-                        f"{a} + {b} = {a + b}",
-                        f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}",
-                        f"{a % 10} * {b % 10} = {(a % 10) * (b % 10)}",
-                        f"max({a}, {b}) = {max(a, b)}",
-                    )
-                )
+
+    def line() -> str:
+        a, b = rng.randint(0, 99), rng.randint(0, 99)
+        return rng.choice(
+            (
+                f"{a} + {b} = {a + b}",
+                f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}",
+                f"{a % 10} * {b % 10} = {(a % 10) * (b % 10)}",
+                f"max({a}, {b}) = {max(a, b)}",
             )
-        yield "\n".join(lines)
+        )
+
+    while True:
+        yield "\n".join(line() for _ in range(40))
 
 
 def record_documents(seed: int) -> Iterator[str]:
@@ -72,26 +72,19 @@ def record_documents(seed: int) -> Iterator[str]:
     names = ("ada", "grace", "alan", "edsger", "barbara", "donald", "tony", "niklaus", "john", "margaret")
     cities = ("london", "paris", "zurich", "oslo", "vienna", "madrid", "lisbon", "prague")
     items = ("lamp", "chair", "desk", "book", "clock", "kettle", "brush", "rope")
+
+    def person() -> dict[str, object]:
+        return {"type": "person", "name": rng.choice(names), "age": rng.randint(18, 90), "city": rng.choice(cities)}
+
+    def order() -> dict[str, object]:
+        what = {"type": "order", "id": rng.randint(1000, 9999), "item": rng.choice(items)}
+        return what | {"count": rng.randint(1, 9), "paid": rng.random() < 0.5}
+
+    def sample() -> dict[str, object]:
+        return {"type": "sample", "sensor": f"s{rng.randint(1, 9)}", "values": [rng.randint(0, 99) for _ in range(3)]}
+
     while True:
-        lines = []
-        for _ in range(16):
-            kind = rng.randrange(3)
-            if kind == 0:
-                record: dict[str, object] = {
-                    "type": "person", "name": rng.choice(names), "age": rng.randint(18, 90), "city": rng.choice(cities),
-                }  # fmt: skip
-            elif kind == 1:
-                record = {
-                    "type": "order", "id": rng.randint(1000, 9999), "item": rng.choice(items),
-                    "count": rng.randint(1, 9), "paid": rng.random() < 0.5,
-                }  # fmt: skip
-            else:
-                record = {
-                    "type": "sample", "sensor": f"s{rng.randint(1, 9)}",
-                    "values": [rng.randint(0, 99) for _ in range(3)],
-                }  # fmt: skip
-            lines.append(json.dumps(record))
-        yield "\n".join(lines)
+        yield "\n".join(json.dumps((person, order, sample)[rng.randrange(3)]()) for _ in range(16))
 
 
 #: Domain name -> documents of it in a fixed order, from a seed. The last two never end.
@@ -117,35 +110,14 @@ def _library_sources(seed: int) -> Iterator[str]:
             yield text
 
 
-def _parse(source: str) -> ast.Module | None:
+def _documented(source: str) -> tuple[ast.Module, list[Any]]:
+    """A module's tree, and what in it may have a docstring; an empty one for what this Python cannot parse."""
     try:
-        return ast.parse(source)
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return None
-
-
-def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
-
-
-def _without_docstrings(source: str) -> str:
-    tree = _parse(source)
-    if tree is None:
-        return ""
-    for node in _documented(tree):
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _docstrings(source: str) -> Iterator[str]:
-    tree = _parse(source)
-    for node in _documented(tree) if tree is not None else ():
-        text = ast.get_docstring(node)
-        if text:
-            yield text
+        tree = ast.parse("")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return tree, [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def _comment_blocks(source: str) -> Iterator[str]:
@@ -154,7 +126,7 @@ def _comment_blocks(source: str) -> Iterator[str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT:
                 block.append(token.string.lstrip("#! ").rstrip())
-            elif token.type not in {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT} and block:
+            elif token.type not in _LAYOUT and block:
                 yield " ".join(block)
                 block = []
     except (tokenize.TokenError, SyntaxError):
@@ -162,6 +134,7 @@ def _comment_blocks(source: str) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """Documents of a text, without those too short to be any use."""
     for start in range(0, len(text), DOCUMENT_CHARACTERS):
         piece = text[start : start + DOCUMENT_CHARACTERS]
         if len(piece) > 200:

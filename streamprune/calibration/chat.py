@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
-import select
-import signal
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
@@ -29,6 +29,7 @@ MOST_SECONDS = 20.0
 #: Bytes of text for one chat, and of memory beyond what this process has.
 MOST_TEXT = 2**26
 MOST_MEMORY = 2**30
+_ADVICE = "Check the template, or give records with 'text'."
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,18 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._child: int | None = None
-        self._asking = self._answers = -1
+        self._child: Any = None
+        self._pipe: Any = None
 
     def __enter__(self) -> ChatRenderer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._child is None:
-            return
-        for pipe in (self._asking, self._answers):
-            os.close(pipe)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._child, signal.SIGKILL)
-        os.waitpid(self._child, 0)
-        self._child = None
+        if self._child is not None:
+            self._pipe.close()
+            self._child.kill()
+            self._child.join()
+            self._child = None
 
     def render(self, chat: Chat) -> str:
         """The text of a chat.
@@ -75,98 +73,73 @@ class ChatRenderer:
             request = json.dumps((chat.messages, chat.tools, dict(chat.variables)), default=str).encode()
         except RecursionError:
             raise CalibrationError(f"{chat.place} is nested too deeply for a chat.") from None
-        # A child that is gone cannot be written to; why it is gone shows when it is read from.
-        with contextlib.suppress(BrokenPipeError):
-            _write(self._asking, len(request).to_bytes(8, "little") + request)
-        kind, data = _answer(self._answers, chat.place)
-        text = data.decode("utf-8", errors="replace")
-        if kind != b"t":
+        # A child that is gone cannot be written to; that it is gone shows when it is read from.
+        with contextlib.suppress(ConnectionError):
+            self._pipe.send_bytes(request)
+        try:
+            answer = self._pipe.recv_bytes() if self._pipe.poll(MOST_SECONDS) else None
+        except (EOFError, ConnectionError):
+            raise CalibrationError(
+                f"{chat.place}: the model's chat template went beyond every limit of time or memory with this chat, "
+                f"and was ended by the system. {_ADVICE}"
+            ) from None
+        if answer is None:
+            raise CalibrationError(
+                f"{chat.place}: the model's chat template was not done with this chat after {MOST_SECONDS:g} seconds, "
+                f"and was stopped. {_ADVICE}"
+            )
+        text: str = answer[1:].decode("utf-8", errors="replace")
+        if answer[:1] == _REFUSAL:
             raise CalibrationError(f"{chat.place}: the model's chat template refuses this chat: {text}")
         return text
 
     def _start(self) -> None:
-        asked, self._asking = os.pipe()
-        self._answers, answering = os.pipe()
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_render_all, args=(self._tokenizer, theirs, self._pipe), daemon=True)
         with warnings.catch_warnings():
-            # Newer Pythons warn of forks beside threads. This child only runs Jinja, and one that hangs is killed.
+            # Newer Pythons warn of forks next to threads. This child only runs Jinja, and one that hangs is killed.
             warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            os.close(self._asking)
-            os.close(self._answers)
-            _render_all(self._tokenizer, asked, answering)
-        self._child = child
-        os.close(asked)
-        os.close(answering)
+            self._child.start()
+        theirs.close()
 
 
-def _answer(pipe: int, place: str) -> tuple[bytes, bytes]:
-    """What the child says of one chat: its kind, "t" for text and "e" for an error, and the bytes."""
-    deadline = time.monotonic() + MOST_SECONDS
-    head = _read(pipe, 9, deadline, place)
-    return head[:1], _read(pipe, int.from_bytes(head[1:], "little"), deadline, place)
+#: What an answer begins with.
+_TEXT, _REFUSAL = b"t", b"e"
 
 
-def _read(pipe: int, size: int, deadline: float, place: str) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise CalibrationError(
-                f"{place}: the model's chat template was not done with this chat after {MOST_SECONDS:g} seconds, and "
-                "was stopped. Check the template, or give records with 'text'."
-            )
-        part = os.read(pipe, min(size - len(data), 1 << 20))
-        if not part:
-            raise CalibrationError(
-                f"{place}: the model's chat template went beyond every limit of time or memory with this chat, and was "
-                "ended by the system. Check the template, or give records with 'text'."
-            )
-        data += part
-    return bytes(data)
-
-
-def _write(pipe: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(pipe, view) :]
-
-
-def _render_all(tokenizer: Any, asked: int, answering: int) -> None:
+def _render_all(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
     """The child: render what is asked for, one chat after the other, until nobody is left to ask; and end."""
     try:
+        parents.close()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         most = psutil.Process().memory_info().vms + MOST_MEMORY
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-        with os.fdopen(asked, "rb") as requests:
-            while len(head := requests.read(8)) == 8:
-                # Should the parent be killed, nobody else would end a template that loops.
-                seconds = int(time.process_time() + MOST_SECONDS) + 2
-                resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-                messages, tools, variables = json.loads(requests.read(int.from_bytes(head, "little")))
-                kind, data = _render(tokenizer, messages, tools, variables)
-                _write(answering, kind + len(data).to_bytes(8, "little") + data)
+        while True:
+            request = pipe.recv_bytes()
+            # Should the parent be killed, nobody else would end a template that loops.
+            seconds = int(time.process_time() + MOST_SECONDS) + 2
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+            pipe.send_bytes(_render(tokenizer, *json.loads(request)))
     except BaseException:
-        # Whatever it is: it ends here, with nothing of the parent's cleaned up or written a second time.
+        # Whatever it is, also the end of the requests: nothing of the parent's is cleaned up or written a second time.
         os._exit(1)
-    os._exit(0)
 
 
-def _render(
-    tokenizer: Any, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]
-) -> tuple[bytes, bytes]:
+def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]) -> bytes:
     try:
         if tools:
             variables = {"tools": tools, **variables}
         text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
         if not isinstance(text, str):
-            return b"e", f"it gives a {type(text).__name__} instead of text".encode()
+            return _REFUSAL + f"it gives a {type(text).__name__} instead of text".encode()
         data = text.encode()
     except MemoryError:
-        return b"e", f"it takes more than {MOST_MEMORY:,} bytes of memory".encode()
+        return _REFUSAL + f"it takes more than {MOST_MEMORY:,} bytes of memory".encode()
     except Exception as error:
         # A chat template is a program: it may refuse roles, orders or contents in any way.
-        return b"e", (str(error).strip() or type(error).__name__)[:500].encode(errors="replace")
+        return _REFUSAL + (str(error).strip() or type(error).__name__)[:500].encode(errors="replace")
     if len(data) > MOST_TEXT:
-        return b"e", f"it makes {len(data):,} bytes of text of it, more than {MOST_TEXT:,}".encode()
-    return b"t", data
+        return _REFUSAL + f"it makes {len(data):,} bytes of text of it, more than {MOST_TEXT:,}".encode()
+    return _TEXT + data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from streamprune.calibration.recipe import Source
@@ -14,25 +14,29 @@ from streamprune.errors import CalibrationError
 DEFAULT_SPLIT = "train"
 
 
-def check_library(source: Source) -> None:
-    """Raise CalibrationError unless the library for Hub data sets is installed."""
-    if importlib.util.find_spec("datasets") is None:
-        raise CalibrationError(
-            f"Source {source.name!r} is the Hub data set {source.dataset}, which takes the `datasets` library: install "
-            "it with `pip install 'streamprune[datasets]'`, or give files of your own with 'path'."
-        )
+def commits_of(sources: Iterable[Source]) -> dict[str, str]:
+    """The commits that the revisions of all Hub data sets are now, by the names of their sources.
 
-
-def commit_of(source: Source) -> str | None:
-    """The commit that the revision of a source's data set is now.
-
-    Raises CalibrationError, naming the source, where the data set is gated, missing, or has no such revision.
+    Raises CalibrationError, naming the source, where the library for data sets is missing, and where a data set is
+    gated, missing, or has no such revision.
     """
-    try:
-        return _commit(source)
-    except Exception as error:
-        # From several libraries, with no class in common.
-        raise _told(source, error) from None
+    datasets = [source for source in sources if source.dataset is not None]
+    for source in datasets[:1]:
+        if importlib.util.find_spec("datasets") is None:
+            raise CalibrationError(
+                f"Source {source.name!r} is the Hub data set {source.dataset}, which takes the `datasets` library: "
+                "install it with `pip install 'streamprune[datasets]'`, or give files of your own with 'path'."
+            )
+    found = {}
+    for source in datasets:
+        try:
+            commit = _commit(source)
+        except Exception as error:
+            # From several libraries, with no class in common.
+            raise _explained(source, error) from None
+        if commit is not None:
+            found[source.name] = commit
+    return found
 
 
 def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]:
@@ -54,7 +58,7 @@ def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]
             # A buffer of one row: only the order of the shards is left to the library.
             stream = stream.shuffle(seed=seed, buffer_size=1)
     except Exception as error:
-        raise _told(source, error) from None
+        raise _explained(source, error) from None
     return _rows(source, stream)
 
 
@@ -67,7 +71,7 @@ def load_stream(source: Source, commit: str | None) -> Any:
         source.subset,
         split=source.split or DEFAULT_SPLIT,
         revision=commit,
-        data_files=source.data_file_list or None,
+        data_files=source.data_files,
         data_dir=source.data_dir,
         streaming=True,
     )
@@ -84,17 +88,11 @@ def _commit(source: Source) -> str | None:
 
 
 def _rows(source: Source, stream: Any) -> Iterator[Row]:
-    rows = iter(stream)
-    number = 0
-    while True:
-        try:
-            values = next(rows, None)
-        except Exception as error:
-            raise _told(source, error) from None
-        if values is None:
-            return
-        number += 1
-        yield Row(f"source {source.name!r} ({source.dataset}) record {number}", values, _size(values))
+    try:
+        for number, values in enumerate(stream, 1):
+            yield Row(f"source {source.name!r} ({source.dataset}) record {number}", values, _size(values))
+    except Exception as error:
+        raise _explained(source, error) from None
 
 
 def _size(value: Any) -> int:
@@ -106,28 +104,24 @@ def _size(value: Any) -> int:
     return sum(map(_size, value)) + 64 if isinstance(value, list) else 16
 
 
-def _told(source: Source, error: Exception) -> CalibrationError:
+def _explained(source: Source, error: Exception) -> CalibrationError:
     """What went wrong with a data set, and what to do."""
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
 
     what = f"Source {source.name!r}: the Hub data set {source.dataset}"
     page = f"{HfApi().endpoint}/datasets/{source.dataset}"
+    login = "log in with `hf auth login` or set HF_TOKEN."
     if isinstance(error, hub_errors.GatedRepoError):
-        return CalibrationError(
-            f"{what} is gated. Ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN."
-        )
+        return CalibrationError(f"{what} is gated. Ask for access at {page}, then {login}")
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return CalibrationError(f"{what} has no branch, tag or commit {source.revision!r}. Choose another 'revision'.")
     if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return CalibrationError(
-            f"{what} does not exist, or is private. Check the name; if it is private, log in with `hf auth login` or "
-            "set HF_TOKEN."
-        )
-    wanted = {"subset": source.subset, "split": source.split or DEFAULT_SPLIT}
-    chosen = ", ".join(f"{key} {value!r}" for key, value in wanted.items() if value is not None)
+        return CalibrationError(f"{what} does not exist, or is private. Check the name; if it is private, {login}")
+    subset = "" if source.subset is None else f"subset {source.subset!r}, "
     reason = first_line(str(error)) or type(error).__name__
     advice = f"Check the recipe against {page}, and the connection."
     if "scripts are no longer supported" in reason:
         advice = "The Hub may have a copy without the script: try with 'revision: refs/convert/parquet'."
+    chosen = f"{subset}split {source.split or DEFAULT_SPLIT!r}"
     return CalibrationError(f"{what} ({chosen}) cannot be read: {reason}. {advice}")

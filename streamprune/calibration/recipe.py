@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import yaml
 
 from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sources import BUILTIN, file_opened, named_path
-from streamprune.calibration.templates import FieldPath, Template, parse_path, text_of, value_at
+from streamprune.calibration.templates import compiled, parse_path
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 from streamprune.hardware.memory import format_bytes
+from streamprune.tables import plain
 
 SUFFIXES = (".yaml", ".yml", ".json")
 #: Recipes have a few kilobytes; YAML is parsed by Python, a megabyte of it in a minute.
@@ -46,8 +45,10 @@ _RESERVED = {
 }  # fmt: skip
 
 
-class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True):
-    """One message of a chat that is built from a record's fields; `tool_calls` is the field that holds them."""
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a chat that is built from a record's fields: its text as a template, and the field with the calls
+    of tools.
+    """
 
     role: Text
     content: str | None = None
@@ -56,17 +57,10 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     def __post_init__(self) -> None:
         if self.content is None and self.tool_calls is None:
             raise ValueError("A message needs 'content' or 'tool_calls'")
-        _ = self.template, self.calls
-
-    @cached_property
-    def template(self) -> Template | None:
-        """What the message says."""
-        return None if self.content is None else Template(self.content)
-
-    @cached_property
-    def calls(self) -> FieldPath | None:
-        """Where the tool calls are."""
-        return None if self.tool_calls is None else parse_path(self.tool_calls)
+        if self.content is not None:
+            compiled(self.content)
+        if self.tool_calls is not None:
+            parse_path(self.tool_calls)
 
 
 class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -86,12 +80,8 @@ class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     role: Text | None = None
     content: Text | None = None
 
-    def mapping(self) -> dict[str, str]:
-        """The keys that are named, by what they are for."""
-        return dict(msgspec.to_builtins(self))
 
-
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, dict=True):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """One named source of a recipe: `path`, `dataset` or `builtin` says where it is.
 
     `share` is its part of all tokens, and `samples` how many records are drawn from it at most (or, where no source
@@ -111,7 +101,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     revision: Text | None = None
     data_files: Text | TextList | None = None
     data_dir: Text | None = None
-    filter: dict[str, Scalar | list[Scalar] | Range] = {}
+    filter: dict[str, Scalar | Annotated[list[Scalar], msgspec.Meta(min_length=1)] | Range] = {}
     labels: dict[str, TextList] = {}
     text: str | None = None
     field: str | None = None
@@ -123,88 +113,46 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     template_options: dict[str, Scalar] = {}
 
     def __post_init__(self) -> None:
-        given = [key for key in ("path", "builtin", "dataset") if getattr(self, key) is not None]
-        if len(given) != 1:
+        stated = {key for key in SOURCE_KEYS if getattr(self, key) not in (None, {}, Columns())}
+        if len(stated & {"path", "builtin", "dataset"}) != 1:
             raise ValueError("Exactly one of 'path', 'builtin' and 'dataset' is needed")
-        ways = [key for key in ("text", "field", "messages") if getattr(self, key) is not None]
+        ways = [key for key in ("text", "field", "messages") if key in stated]
         if len(ways) > 1:
             raise ValueError(f"Two ways from a record to text, {ways[0]!r} and {ways[1]!r}: give one")
-        stated = msgspec.structs.asdict(self)
-        defaults = {each.name: each.default for each in msgspec.structs.fields(self)}
-        for keys, needed in (
-            (("subset", "split", "revision", "data_files", "data_dir"), "dataset"),
-            (("columns", "roles", "tools", "thinking", "template_options"), "messages"),
+        for needed, keys in (
+            ("dataset", ("subset", "split", "revision", "data_files", "data_dir")),
+            ("messages", ("columns", "roles", "tools", "thinking", "template_options")),
         ):
-            idle = next((key for key in keys if stated[key] and stated[key] != defaults[key]), None)
-            if idle is not None and stated[needed] is None:
+            idle = next((key for key in keys if key in stated), None)
+            if idle is not None and needed not in stated:
                 raise ValueError(f"{idle!r} only goes with {needed!r}")
         for key in self.template_options:
             if not key.isidentifier() or key in _RESERVED:
                 raise ValueError(f"{show(key)} in 'template_options' is not a variable of a chat template")
         # Now, and not when the first record is read.
-        _ = self.template, self.conditions, self.message_path, self.tools_path
+        if self.text is not None:
+            compiled(self.text)
+        for path in (self.field, self.messages, self.tools, *self.filter):
+            if isinstance(path, str):
+                parse_path(path)
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files and folders of the source."""
-        return tuple(Path(each) for each in _listed(self.path))
-
-    @cached_property
-    def template(self) -> Template | None:
-        """What makes a record's text; None without `text` and `field`."""
-        if self.text is not None:
-            return Template(self.text)
-        # (A field's name need not be a name in Jinja.)
-        return None if self.field is None else FieldTemplate(parse_path(self.field))
-
-    @cached_property
-    def conditions(self) -> tuple[tuple[FieldPath, list[Scalar] | Range], ...]:
-        """What fields of a record must be for it to be used: one of some values, or within a range."""
-        found = []
-        for key, wanted in self.filter.items():
-            if wanted == []:
-                raise ValueError(f"An empty filter for {key!r}: give a value, a list of values, or 'min' and 'max'")
-            found.append((parse_path(key), wanted if isinstance(wanted, (list, Range)) else [wanted]))
-        return tuple(found)
-
-    @cached_property
-    def message_path(self) -> FieldPath | None:
-        """The field that holds a chat's messages; None where there is none, or they are built from turns."""
-        return parse_path(self.messages) if isinstance(self.messages, str) else None
-
-    @cached_property
-    def tools_path(self) -> FieldPath | None:
-        """The field that holds a chat's tools."""
-        return None if self.tools is None else parse_path(self.tools)
+        return tuple(map(Path, [self.path] if isinstance(self.path, str) else self.path or ()))
 
     @property
     def chat_variables(self) -> dict[str, Any]:
-        """What the chat template is given beside messages and tools."""
+        """The variables of the chat template, in addition to messages and tools."""
         # Qwen's templates and their kin ask for the first name, those of DeepSeek and Granite for the second.
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking, "thinking": self.thinking}
         return {**thinking, **self.template_options}
-
-    @property
-    def data_file_list(self) -> list[str]:
-        """The files of a data set that are read; empty for all."""
-        return _listed(self.data_files)
 
     def public(self) -> dict[str, Any]:
         """What may be published of it, as JSON: no local folder is in it."""
         stated = dict(msgspec.to_builtins(self))
         stated = {key: value for key, value in stated.items() if key not in ("name", "share", "samples", "path")}
         return stated | ({"path": [path.resolve().name for path in self.paths]} if self.path is not None else {})
-
-
-class FieldTemplate(Template):
-    """The template that is one field."""
-
-    def __init__(self, path: FieldPath) -> None:
-        self._path = path
-
-    def fill(self, values: Mapping[str, Any]) -> str:
-        """The field as text. Raises MissingFieldError where the record does not have it."""
-        return text_of(value_at(values, self._path))
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -223,6 +171,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     tokens: Count | None = None
     mode: Literal[MODES] = "packed"  # type: ignore[valid-type]
     seed: Seed = 0
+    #: Whether a source that is too short is an error; else it gives what it has, and the others fill up.
+    strict: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.tokens is not None:
@@ -233,13 +183,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ValueError(f"Source {name!r} has no 'share', but others do: give it to all or to none")
         if self.by_count and (self.samples is not None or self.tokens is not None):
             raise ValueError(
-                "There is a total ('samples' or 'tokens') beside a number of 'samples' for every source: leave one out"
+                "Both a total ('samples' or 'tokens') and 'samples' of every source are given: leave one of them out"
             )
-
-    @property
-    def strict(self) -> bool:
-        """Whether a source that is too short is an error; else it gives what it has, and the others fill up."""
-        return True
 
     @property
     def by_count(self) -> bool:
@@ -250,16 +195,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class NamedSources(Recipe, frozen=True):
     """What the user named without a recipe: equal parts, where the others fill up for one that is too short."""
 
-    @property
-    def strict(self) -> bool:
-        """Not for these."""
-        return False
+    strict: ClassVar[bool] = False
 
 
 RECIPE_KEYS, SOURCE_KEYS = Recipe.__struct_fields__, Source.__struct_fields__
-_KEYS = sorted(
-    {*RECIPE_KEYS, *SOURCE_KEYS, *Turn.__struct_fields__, *Range.__struct_fields__, *Columns.__struct_fields__}
-)
+_KEYS = sorted({key for kind in (Recipe, Source, Turn, Range, Columns) for key in kind.__struct_fields__})
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -280,107 +220,39 @@ def find_recipe(name: str) -> Path | None:
     if exists or name.partition(":")[0] == BUILTIN:
         return None
     shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    if near := difflib.get_close_matches(name, shipped, 1, 0.7):
+    if name not in shipped and (near := difflib.get_close_matches(name, shipped, 1, 0.7)):
         raise CalibrationError(f"There is neither a file nor a recipe {name!r}. Did you mean {near[0]!r}?")
-    return None
+    return shipped.get(name)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a file. Raises CalibrationError, naming the file, for whatever is wrong with it."""
+    """The recipe in a file. Raises CalibrationError, naming file and key, for whatever is wrong with it.
+
+    The file's name is the recipe's if it states none; relative paths in it start from the file's folder.
+    """
     with file_opened(path) as stream:
         data = stream.read(MOST_BYTES + 1)
+    hint = "If it holds records, one per line, name it .jsonl."
     if len(data) > MOST_BYTES:
-        raise CalibrationError(
-            f"{path} has more than {format_bytes(MOST_BYTES)}, which no recipe has. If it holds records, one per line, "
-            "name it .jsonl."
-        )
-    raw = _parse_json(path, data) if path.suffix.lower() == ".json" else _parse_yaml(path, data)
+        raise CalibrationError(f"{path} has more than {format_bytes(MOST_BYTES)}, which no recipe has. {hint}")
+    kind, hint = ("JSON", f" {hint}") if path.suffix.lower() == ".json" else ("YAML", "")
     try:
-        return recipe_of(raw, path)
-    except RecursionError:
-        raise CalibrationError(f"{path} is nested too deeply for a recipe.") from None
-
-
-def recipe_of(raw: Any, path: Path) -> Recipe:
-    """The recipe that a file's data describe. `path` is the file: its name is the default name, its folder that of
-    relative paths. Raises CalibrationError, naming file and key.
-    """
+        raw = parse_json(data, unique=True) if kind == "JSON" else yaml.load(data.decode("utf-8"), _Loader)
+    except (Exception, RecursionError) as error:
+        # pyyaml fails in many ways of its own and of Python's: a date without a month, a number of 5,000 digits.
+        raise CalibrationError(f"{path} is not a recipe in {kind}: {_one_line(error)}.{hint}") from None
     try:
-        _check_text(raw)
+        _check_plain(raw)
         recipe = msgspec.convert(raw, Recipe)
         sources = [_completed(source, path.parent) for source in recipe.sources]
+    except RecursionError:
+        raise CalibrationError(f"{path} is nested too deeply for a recipe.") from None
     except (msgspec.ValidationError, ValueError) as error:
         raise CalibrationError(f"{path}: {_one_line(_explained(str(error), raw))}.") from None
     names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CalibrationError(f"{path}: Two sources are named {twice!r}.")
     return msgspec.structs.replace(recipe, sources=sources, name=recipe.name or path.stem)
-
-
-def _completed(source: Source, folder: Path) -> Source:
-    """A source with a name of its own, and its paths as seen from the recipe's folder."""
-    paths = [folder / named_path(text)[0] for text in _listed(source.path)]
-    default = source.dataset.rpartition("/")[2] if source.dataset else paths[0].name if paths else source.builtin
-    name = msgspec.convert((source.name or default or "").strip(), Name)
-    changes = {"path": [str(path) for path in paths]} if paths else {}
-    return msgspec.structs.replace(source, name=name, **changes)
-
-
-def _check_text(value: Any) -> None:
-    """Raise ValueError for what YAML and JSON can say and no file of ours can hold, and for empty values."""
-    if value is None:
-        raise ValueError("A value is empty (null): give one, or leave the key out")
-    if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):
-        raise ValueError(f"{show(value)} has characters that cannot be written to a file")
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str) or len(key) > 200:
-                raise ValueError(f"{show(key)} is a key; keys are text of up to 200 characters")
-            _check_text(key)
-            _check_text(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_text(inner)
-
-
-def _explained(message: str, raw: Any) -> str:
-    """A message of msgspec with its place in front, and with what the user may have meant."""
-    message, _, place = message.partition(" - at ")
-    if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
-        near = difflib.get_close_matches(unknown.group(1)[:100], _KEYS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"a recipe has {', '.join(RECIPE_KEYS)}"
-        message = f"Unknown key {show(unknown.group(1))} ({hint})"
-    elif "matching regex" in message and place.endswith("name`"):
-        message = "Not a name: up to 100 characters, without '=', ',' and ':'"
-    elif "matching regex" in message:
-        message = "Not a Hub id such as org/name (for files of your own use 'path')"
-    elif "enum value" in message:
-        message += f"; there are {', '.join(DOMAINS if place.endswith('builtin`') else MODES)}"
-    elif "Expected `str" in message and "got" in message:
-        message += " (numbers and dates that are meant as text need quotes)"
-    place = place.strip("`").removeprefix("$").removeprefix(".")
-    if source := re.match(r"sources\[(\d+)\]", place):
-        name = raw["sources"][int(source.group(1))]
-        name = name.get("name") if isinstance(name, dict) else None
-        if isinstance(name, str):
-            place = f"source {show(name)}{place[source.end() :]}"
-    return f"{place}: {message}" if place else message
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
-def _parse_json(path: Path, data: bytes) -> Any:
-    try:
-        return parse_json(data, unique=True)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(
-            f"{path} is not a recipe in JSON: {_one_line(str(error))}. If it holds records, one per line, name it "
-            ".jsonl."
-        ) from None
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -399,16 +271,51 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(path: Path, data: bytes) -> Any:
-    try:
-        return yaml.load(data.decode("utf-8"), _Loader)
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start:,}).") from None
-    except (Exception, RecursionError) as error:
-        # pyyaml fails in many ways of its own and of Python's: a date without a month, a number of 5,000 digits.
-        raise CalibrationError(f"{path} is not a recipe in YAML: {_one_line(str(error))}.") from None
+def _completed(source: Source, folder: Path) -> Source:
+    """A source with a name of its own, and its paths as seen from the recipe's folder."""
+    paths = [folder / named_path(str(path))[0] for path in source.paths]
+    default = source.dataset.rpartition("/")[2] if source.dataset else paths[0].name if paths else source.builtin
+    name = msgspec.convert((source.name or default or "").strip(), Name)
+    return msgspec.structs.replace(source, name=name, path=[str(path) for path in paths] or None)
 
 
-def _one_line(text: str) -> str:
-    text = " ".join(text.split()) or "unknown error"
-    return "".join(char if char.isprintable() else "?" for char in text)[:500].rstrip(".")
+def _check_plain(value: Any) -> None:
+    """Raise ValueError for what YAML and JSON can say and no file of ours can hold, and for empty values."""
+    if value is None:
+        raise ValueError("A value is empty (null): give one, or leave the key out")
+    if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):
+        raise ValueError(f"{show(value)} has characters that cannot be written to a file")
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str) or len(key) > 200]:
+            raise ValueError(f"{show(wrong[0])} is a key; keys are text of up to 200 characters")
+        value = [*value, *value.values()]
+    for part in value if isinstance(value, list) else ():
+        _check_plain(part)
+
+
+def _explained(message: str, raw: Any) -> str:
+    """A message of msgspec with its place in front, and with what the user may have meant."""
+    message, _, place = message.partition(" - at ")
+    if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
+        near = difflib.get_close_matches(unknown.group(1)[:100], _KEYS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"a recipe has {', '.join(RECIPE_KEYS)}"
+        message = f"Unknown key {show(unknown.group(1))} ({hint})"
+    elif "matching regex" in message and place.endswith("dataset`"):
+        message = "Not a Hub id such as org/name (for files of your own use 'path')"
+    elif "matching regex" in message:
+        message = "Not a name: up to 100 characters, without '=', ',' and ':'"
+    elif "enum value" in message:
+        message += f"; there are {', '.join(DOMAINS if place.endswith('builtin`') else MODES)}"
+    elif "Expected `str" in message and "got" in message:
+        message += " (numbers and dates that are meant as text need quotes)"
+    place = place.strip("`").removeprefix("$").removeprefix(".")
+    if source := re.match(r"sources\[(\d+)\]", place):
+        name = raw["sources"][int(source.group(1))]
+        name = name.get("name") if isinstance(name, dict) else None
+        if isinstance(name, str):
+            place = f"source {show(name)}{place[source.end() :]}"
+    return f"{place}: {message}" if place else message
+
+
+def _one_line(message: object) -> str:
+    return plain(message, 500).rstrip(".") or "unknown error"

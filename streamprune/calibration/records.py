@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from msgspec import to_builtins
 
 from streamprune.calibration.chat import Chat, ChatRenderer
 from streamprune.calibration.recipe import Range, Source, Turn
 from streamprune.calibration.sources import Row
-from streamprune.calibration.templates import FieldPath, MissingFieldError, path_text, value_at
+from streamprune.calibration.templates import MissingFieldError, filled, text_of, value_at
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 
@@ -38,23 +41,25 @@ def record_of(row: Row, source: Source) -> Record | None:
     Raises CalibrationError, naming the record and the field, where it has not what the source asks for.
     """
     try:
-        if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.conditions):
+        if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.filter.items()):
             return None
         values = _labelled(row, source.labels)
-        if source.template is not None:
-            return _text_record(row.place, source.template.fill(values))
         if source.messages is not None:
             return Record(row.place, chat=_chat_of(row.place, values, source))
+        if source.text is not None:
+            return _text_record(row.place, filled(source.text, values))
+        if source.field is not None:
+            return _text_record(row.place, text_of(value_at(values, source.field)))
     except MissingFieldError as error:
         raise CalibrationError(
             f"{row.place} has no {error.args[0]!r}, which source {source.name!r} asks for; it has {_keys(row.values)}."
         ) from None
     except RecursionError:
         raise CalibrationError(f"{row.place} is nested too deeply.") from None
-    return _plain_record(row)
+    return _usual_record(row)
 
 
-def _plain_record(row: Row) -> Record | None:
+def _usual_record(row: Row) -> Record | None:
     """A record by the names that are usual for its fields."""
     values = row.values
     if isinstance(values.get("input_ids"), list):
@@ -80,16 +85,16 @@ def _keys(values: Mapping[str, Any]) -> str:
     return ", ".join(show(key) for key in list(values)[:10]) or "nothing"
 
 
-def _meets(value: Any, wanted: list[Any] | Range) -> bool:
-    """Whether a field's value is one of some values, or a number within a range."""
-    if not isinstance(wanted, Range):
-        # In Python true equals 1, which nobody means here.
-        return any(
-            value == each and (type(value) is type(each) or (_is_number(value) and _is_number(each))) for each in wanted
-        )
-    if not _is_number(value):
-        return False
-    return (wanted.min is None or value >= wanted.min) and (wanted.max is None or value <= wanted.max)
+def _meets(value: Any, wanted: Any) -> bool:
+    """Whether a field's value is a certain one, one of several, or a number within a range."""
+    if isinstance(wanted, Range):
+        within = _is_number(value) and (wanted.min is None or value >= wanted.min)
+        return within and (wanted.max is None or value <= wanted.max)
+    # In Python true equals 1, which nobody means here.
+    return any(
+        value == each and (type(value) is type(each) or (_is_number(value) and _is_number(each)))
+        for each in (wanted if isinstance(wanted, list) else [wanted])
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -98,11 +103,11 @@ def _is_number(value: Any) -> bool:
 
 def _labelled(row: Row, labels: Mapping[str, list[str]]) -> dict[str, Any]:
     """The row's fields, with numbers that stand for names replaced by them."""
-    if not labels:
-        return row.values
     values = dict(row.values)
     for name, names in labels.items():
-        number = value_at(values, (name,))
+        if name not in values:
+            raise MissingFieldError(name)
+        number = values[name]
         if type(number) is not int or not 0 <= number < len(names):
             raise CalibrationError(
                 f"{row.place} has {show(number)} for {name!r}, where 'labels' names the numbers 0 to {len(names) - 1}."
@@ -112,28 +117,23 @@ def _labelled(row: Row, labels: Mapping[str, list[str]]) -> dict[str, Any]:
 
 
 def _chat_of(place: str, values: Mapping[str, Any], source: Source) -> Chat:
-    tools = None if source.tools_path is None else _parsed(place, values, source.tools_path, "tools")
+    tools = [] if source.tools is None else _parsed(place, values, source.tools, "tools")
     if isinstance(source.messages, list):
         messages = [_turn(place, values, turn) for turn in source.messages]
     else:
-        assert source.message_path is not None
-        found = _parsed(place, values, source.message_path, "messages")
-        messages = [_message(place, message, source) for message in found]
-    wrapped = [_wrapped(tool) for tool in tools] if tools else None
-    return Chat(place, messages, wrapped, source.chat_variables)
+        assert source.messages is not None
+        messages = [_message(place, message, source) for message in _parsed(place, values, source.messages, "messages")]
+    return Chat(place, messages, [_wrapped(tool) for tool in tools] or None, source.chat_variables)
 
 
 def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": turn.role,
-        "content": "" if turn.template is None else turn.template.fill(values),
-    }
-    if turn.calls is not None:
-        message["tool_calls"] = [_call(call) for call in _parsed(place, values, turn.calls, "calls")]
+    message: dict[str, Any] = {"role": turn.role, "content": filled(turn.content or "", values)}
+    if turn.tool_calls is not None:
+        message["tool_calls"] = [_call(call) for call in _parsed(place, values, turn.tool_calls, "calls")]
     return message
 
 
-def _parsed(place: str, values: Mapping[str, Any], path: FieldPath, what: str) -> list[Any]:
+def _parsed(place: str, values: Mapping[str, Any], path: str, what: str) -> list[Any]:
     """The list in a field, which may hold it as JSON text, as in many a parquet file; none for a missing list of tools.
 
     Raises CalibrationError, naming the record, where it holds no list of `what`.
@@ -144,12 +144,12 @@ def _parsed(place: str, values: Mapping[str, Any], path: FieldPath, what: str) -
             value = parse_json(value.encode())
         except ValueError as error:
             raise CalibrationError(
-                f"{place} has text for {path_text(path)!r} that is not valid JSON: {str(error)[:300]}."
+                f"{place} has text for {path!r} that is not valid JSON: {str(error)[:300]}."
             ) from None
     if value is None and what == "tools":
         return []
     if not isinstance(value, list):
-        raise CalibrationError(f"{place} has {show(value)} for {path_text(path)!r}, which is not a list of {what}.")
+        raise CalibrationError(f"{place} has {show(value)} for {path!r}, which is not a list of {what}.")
     return value
 
 
@@ -160,9 +160,10 @@ def _message(place: str, message: Any, source: Source) -> dict[str, Any]:
         raise CalibrationError(
             f"{place} has {show(message)} among its messages, where an object with 'role' is needed."
         )
-    columns, roles = source.columns.mapping(), source.roles
+    columns: dict[str, str] = to_builtins(source.columns)
+    roles: dict[str, str] = source.roles
     if not columns and "role" not in message and "from" in message:
-        columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | dict(roles)
+        columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | roles
     # Parquet gives every message all the keys that any has, with nothing in them.
     others = {key: value for key, value in message.items() if key not in columns.values() and value is not None}
     result = others | {key: message[column] for key, column in columns.items() if column in message}
@@ -211,7 +212,6 @@ class TokenMaker:
     def __init__(self, folder: Path, trust_remote_code: bool, vocab_size: int, max_positions: int | None) -> None:
         self._folder, self._trust_remote_code = folder, trust_remote_code
         self._vocab_size, self._max_positions = vocab_size, max_positions
-        self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
 
     def __enter__(self) -> TokenMaker:
@@ -221,12 +221,10 @@ class TokenMaker:
         if self._renderer is not None:
             self._renderer.__exit__()
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises CalibrationError where it has none that works."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._folder, self._trust_remote_code)
-        return self._tokenizer
+        return load_tokenizer(self._folder, self._trust_remote_code)
 
     @property
     def prefix(self) -> list[int]:
@@ -235,11 +233,11 @@ class TokenMaker:
         return [self.tokenizer.bos_token_id] if ids and ids[0] == self.tokenizer.bos_token_id is not None else []
 
     def document(self, record: Record) -> list[int]:
-        """The tokens of a text or chat, with the end-of-text token behind text (a chat template writes its own).
+        """The tokens of a text or chat, with the end-of-text token after text (a chat template writes its own).
 
         Raises CalibrationError, naming the record, where the template or the tokenizer fails on it.
         """
-        text = record.text if record.chat is None else self._rendered(record)
+        text = record.text if record.chat is None else self._rendered(record.chat)
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:
@@ -247,13 +245,20 @@ class TokenMaker:
             raise CalibrationError(f"{record.place}: the model's tokenizer fails on this text: {error}") from None
         if record.chat is None and self.tokenizer.eos_token_id is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
-        largest = max(ids, default=0)
-        if largest >= self._vocab_size:
+        if (largest := max(ids, default=0)) >= self._vocab_size:
             raise CalibrationError(
                 f"{record.place}: the tokenizer gave token {largest}, but the model knows only {self._vocab_size}. "
                 "Tokenizer and model do not belong together."
             )
         return ids
+
+    def _rendered(self, chat: Chat) -> str:
+        if not self.tokenizer.chat_template:
+            raise CalibrationError(
+                f"{chat.place} holds a chat, but this model's tokenizer has no chat template. Give records with 'text'."
+            )
+        self._renderer = self._renderer or ChatRenderer(self.tokenizer)
+        return self._renderer.render(chat)
 
     def ready(self, record: Record) -> list[int]:
         """The record's own token ids. Raises CalibrationError for what the model could not take."""
@@ -270,17 +275,6 @@ class TokenMaker:
                 "Sequences of token ids are never cut; shorten it."
             )
         return ids
-
-    def _rendered(self, record: Record) -> str:
-        assert record.chat is not None
-        if not self.tokenizer.chat_template:
-            raise CalibrationError(
-                f"{record.place} holds a chat, but this model's tokenizer has no chat template. Give records with "
-                "'text'."
-            )
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer)
-        return self._renderer.render(record.chat)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

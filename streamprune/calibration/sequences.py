@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import torch
 
-from streamprune.calibration.hub_data import check_library, commit_of
-from streamprune.calibration.pack import TOLERANCE, SourceTarget, Supply, fill_up, goals_of, open_source
+from streamprune.calibration.hub_data import commits_of
+from streamprune.calibration.pack import SourceTarget, Supply, divided, targets_of
 from streamprune.calibration.recipe import NamedSources, Recipe, Source, find_recipe, read_recipe
 from streamprune.calibration.records import TokenMaker
 from streamprune.calibration.sources import BUILTIN, builtin_domains, named_path
@@ -24,7 +24,7 @@ from streamprune.errors import CalibrationError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through a block together: token ids (B, L), int64, all of one source (its index).
+    """Sequences that go through a layer together: token ids (B, L), int64, all of one source (its index).
 
     `held_out` ones are only measured on.
     """
@@ -68,17 +68,10 @@ class Calibration:
     def micro_batches(self, max_tokens: int) -> list[MicroBatch]:
         """Sequences of equal length and source together, at most `max_tokens` per batch (or one sequence).
 
-        They come by length, and for one length by source; those of what was held back come behind all others.
+        They come by length, and for one length by source; held-out ones come after all others.
         """
         held_out = self.held_out._sizes(max_tokens) if self.held_out else []
         return self.micro_batches_of(self._sizes(max_tokens) + held_out)
-
-    def _sizes(self, max_tokens: int) -> list[int]:
-        sizes: list[int] = []
-        for (length, _), group in itertools.groupby(self._ordered(), key=self._kind):
-            count, size = len(list(group)), max(1, max_tokens // length)
-            sizes += [min(size, count - start) for start in range(0, count, size)]
-        return sizes
 
     def micro_batches_of(self, sizes: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches in the order of `micro_batches`, with these numbers of sequences.
@@ -86,11 +79,10 @@ class Calibration:
         Raises ValueError unless they are sizes into which that order can be divided.
         """
         if self.held_out is not None:
-            reached = list(itertools.accumulate(sizes))
-            first = reached.index(len(self.sequences)) + 1
-            held = self.held_out.micro_batches_of(sizes[first:])
+            first = list(itertools.accumulate(sizes)).index(len(self.sequences)) + 1
             own = replace(self, held_out=None).micro_batches_of(sizes[:first])
-            return own + [replace(batch, held_out=True) for batch in held]
+            held_out = self.held_out.micro_batches_of(sizes[first:])
+            return own + [replace(batch, held_out=True) for batch in held_out]
         ordered = self._ordered()
         if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
             raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")
@@ -103,11 +95,22 @@ class Calibration:
             for part in parts
         ]
 
+    def _sizes(self, max_tokens: int) -> list[int]:
+        sizes: list[int] = []
+        for (length, _), group in itertools.groupby(self._ordered(), key=self._kind):
+            count, size = len(list(group)), max(1, max_tokens // length)
+            sizes += [min(size, count - start) for start in range(0, count, size)]
+        return sizes
+
     def _ordered(self) -> list[int]:
         return sorted(range(len(self.sequences)), key=self._kind)
 
     def _kind(self, index: int) -> tuple[int, int]:
         return len(self.sequences[index]), self.source_of[index]
+
+
+#: How far the share that a source has of the tokens may be from the one that was asked for without a note.
+TOLERANCE = 0.01
 
 
 def load_calibration(
@@ -129,22 +132,26 @@ def load_calibration(
     data, naming the source and line.
     """
     recipe = chosen_recipe(sources)
-    length = _sequence_length(recipe, seq_len, max_positions)
     given = {"calibration": [_given(text) for text in sources], "samples": samples, "seq_len": seq_len, "seed": seed}
-    seed = recipe.seed if seed is None else seed
-    recipe, goals, notes = _without_idle(recipe, goals_of(recipe, samples, length))
+    recipe = msgspec.structs.replace(
+        recipe,
+        sequence_length=_sequence_length(recipe, seq_len, max_positions),
+        seed=recipe.seed if seed is None else seed,
+    )
+    recipe, targets, notes = _without_idle(recipe, targets_of(recipe, samples))
     # All are asked for and opened before the first is read: what is missing shows at once.
-    commits = _commits(recipe)
-    opened = [open_source(source, seed, commits.get(source.name)) for source in recipe.sources]
-    for source, each in zip(recipe.sources, opened, strict=True):
-        if each.left_out:
-            notes.append(f"{source.name}: {len(each.left_out)} files are no text, first {each.left_out[0]}.")
+    commits = commits_of(recipe.sources)
     with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions) as maker:
         supplies = [
-            Supply(source, recipe, goal, each, maker, length)
-            for source, goal, each in zip(recipe.sources, goals, opened, strict=True)
+            Supply(source, target, recipe, commits.get(source.name), maker)
+            for source, target in zip(recipe.sources, targets, strict=True)
         ]
-        _take(recipe, supplies)
+        if not recipe.strict:
+            _fill_up(supplies)
+        for supply in supplies:
+            if recipe.strict:
+                supply.take_target()
+            supply.check()
     sequences = [sequence for supply in supplies for sequence in supply.sequences]
     source_of = [index for index, supply in enumerate(supplies) for _ in supply.sequences]
     return Calibration(
@@ -153,7 +160,7 @@ def load_calibration(
         tuple(source_of),
         fingerprint_of(sequences, source_of),
         tuple(notes + _remarks(recipe, supplies)),
-        {**_provenance(recipe, supplies, commits, length, seed), "given": given},
+        {**_provenance(recipe, supplies, commits), "given": given},
     )
 
 
@@ -180,14 +187,14 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
             named += [(domain, Source(builtin=domain)) for domain in builtin_domains(text)]
         else:
             named.append((path.name or path.resolve().name or text, Source(path=str(path))))
-    unique: list[Source] = []
+    unique: dict[str, Source] = {}
     for name, source in named:
         # Names are written as in `--mix code=0.5,prose=0.5`.
         base = re.sub(r"[=,:\s]+", "_", name)
-        names = [each.name for each in unique]
         numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
-        unique.append(msgspec.structs.replace(source, name=next(each for each in numbered if each not in names)))
-    return NamedSources(name=", ".join(source.name for source in unique), sources=unique)
+        name = next(each for each in numbered if each not in unique)
+        unique[name] = msgspec.structs.replace(source, name=name)
+    return NamedSources(name=", ".join(unique), sources=list(unique.values()))
 
 
 def _given(text: str) -> str:
@@ -211,55 +218,51 @@ def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | N
     return length
 
 
-def _commits(recipe: Recipe) -> dict[str, str]:
-    """The commits of the Hub data sets by the names of the sources; the first look at whether they may be read."""
-    datasets = [source for source in recipe.sources if source.dataset is not None]
-    for source in datasets:
-        check_library(source)
-    found = {source.name: commit_of(source) for source in datasets}
-    return {name: commit for name, commit in found.items() if commit is not None}
-
-
-def _without_idle(recipe: Recipe, goals: list[SourceTarget]) -> tuple[Recipe, list[SourceTarget], list[str]]:
+def _without_idle(recipe: Recipe, targets: list[SourceTarget]) -> tuple[Recipe, list[SourceTarget], list[str]]:
     """The recipe without the sources of which nothing is wanted, for lack of sequences; and a note of that."""
-    used = [index for index, goal in enumerate(goals) if goal.sequences != 0]
-    if len(used) == len(goals):
-        return recipe, goals, []
-    recipe = msgspec.structs.replace(recipe, sources=[recipe.sources[index] for index in used])
+    used = [pair for pair in zip(recipe.sources, targets, strict=True) if pair[1].sequences != 0]
+    if len(used) == len(targets):
+        return recipe, targets, []
+    recipe = msgspec.structs.replace(recipe, sources=[source for source, _ in used])
     note = f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}."
-    return recipe, [goals[index] for index in used], [note]
+    return recipe, [target for _, target in used], [note]
 
 
-def _take(recipe: Recipe, supplies: Sequence[Supply]) -> None:
-    if not recipe.strict:
-        fill_up([supply.goal.sequences or 0 for supply in supplies], lambda index, count: supplies[index].take(count))
-    for supply in supplies:
-        goal = supply.goal
-        if recipe.strict and goal.tokens is not None:
-            supply.take_tokens(goal.tokens)
-        elif recipe.strict:
-            supply.take_all()
-        supply.check_not_empty()
-        if recipe.strict:
-            supply.check_goal()
+def _fill_up(supplies: Sequence[Supply]) -> None:
+    """Take as many sequences as all together want; what some sources lack is taken of the others, in equal parts."""
+    wanted = [(supply, supply.target.sequences or 0) for supply in supplies]
+    missing = sum(count for _, count in wanted)
+    while missing and wanted:
+        left = []
+        for supply, count in wanted:
+            got = supply.take(count)
+            missing -= got
+            if got == count:
+                left.append(supply)
+        wanted = list(zip(left, divided(missing, [1.0] * len(left)), strict=True)) if left else []
 
 
 def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
     """What the user should know of what was got: where it is less than, or other than, what was asked for."""
-    notes = []
-    tokens, count = sum(supply.tokens for supply in supplies), sum(len(supply.sequences) for supply in supplies)
+    notes = [
+        f"{supply.source.name}: {len(supply.left_out)} files are no text, first {supply.left_out[0]}."
+        for supply in supplies
+        if supply.left_out
+    ]
+    tokens = sum(supply.tokens for supply in supplies)
     if not recipe.strict:
-        goal = sum(supply.goal.sequences or 0 for supply in supplies)
-        short = [supply for supply in supplies if len(supply.sequences) < (supply.goal.sequences or 0)]
+        counts = [(supply, len(supply.sequences), supply.target.sequences or 0) for supply in supplies]
         if len(supplies) > 1:
             notes += [
-                f"{each.source.name} gave {len(each.sequences)} of the {each.goal.sequences} sequences of its share."
-                for each in short
+                f"{supply.source.name} gave {got} of the {wanted} sequences of its share."
+                for supply, got, wanted in counts
+                if got < wanted
             ]
-        if count < goal:
-            notes.append(f"The calibration data gave {count} of {goal} sequences ({tokens:,} tokens).")
+        got, wanted = sum(got for _, got, _ in counts), sum(wanted for _, _, wanted in counts)
+        if got < wanted:
+            notes.append(f"The calibration data gave {got} of {wanted} sequences ({tokens:,} tokens).")
     for supply in supplies:
-        share = supply.goal.share
+        share = supply.target.share
         if share is not None and abs(supply.tokens / tokens - share) > TOLERANCE:
             notes.append(
                 f"{supply.source.name} has {supply.tokens / tokens:.1%} of the tokens instead of {share:.1%}: with so "
@@ -268,16 +271,15 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
     return notes
 
 
-def _provenance(
-    recipe: Recipe, supplies: Sequence[Supply], commits: Mapping[str, str], length: int, seed: int
-) -> dict[str, Any]:
+def _provenance(recipe: Recipe, supplies: Sequence[Supply], commits: Mapping[str, str]) -> dict[str, Any]:
     """How the tokens were made, as JSON, with nothing in it that differs between machines."""
     sources = []
     for supply in supplies:
         made: dict[str, Any] = {"name": supply.source.name, **supply.source.public()}
         if supply.source.name in commits:
             made["commit"] = commits[supply.source.name]
-        made |= {"share": supply.goal.share, "records": supply.records}
+        made |= {"share": supply.target.share, "records": supply.records}
         sources.append(made | {"sequences": len(supply.sequences), "tokens": supply.tokens})
     stated = {"name": recipe.name, "description": recipe.description} if recipe.strict else {}
-    return {**stated, "mode": recipe.mode, "sequence_length": length, "seed": seed, "sources": sources}
+    made_as = {"mode": recipe.mode, "sequence_length": recipe.sequence_length, "seed": recipe.seed}
+    return {**stated, **made_as, "sources": sources}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.records import load_tokenizer
-from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.calibration.sequences import load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.errors import CalibrationError
 from streamprune.models.config import load_config
@@ -17,51 +16,37 @@ SAMPLE_CHARACTERS = 400
 
 
 def show_calibration(
-    sources: tuple[str, ...],
-    model: str,
-    *,
-    samples: int | None,
-    seq_len: int | None,
-    seed: int | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    sources: tuple[str, ...], model: str, *, revision: str | None, trust_remote_code: bool, **sampling: int | None
 ) -> dict[str, Any]:
-    """Make the calibration that a run of this model would have, without its weights; described as JSON."""
+    """Make the calibration that a run of this model would have, without its weights: as JSON how it was made, and of
+    each source the share it has and the text of a sequence. `sampling` are samples, seq_len and seed.
+    """
     folder = resolve_model(model, revision, trust_remote_code, tokenizer_only=True)
     config = load_config(folder, trust_remote_code).get_text_config(decoder=True)
-    calibration = load_calibration(
-        sources,
-        folder,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        trust_remote_code=trust_remote_code,
-    )
-    return describe_calibration(calibration, folder, trust_remote_code)
-
-
-def describe_calibration(calibration: Calibration, folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A calibration as JSON: how it was made, and of each source the share it has and the text of a sequence."""
-    sources = []
-    for index, made in enumerate(calibration.recipe["sources"]):
-        first = calibration.sequences[calibration.source_of.index(index)]
-        share = made["tokens"] / calibration.tokens
-        sample = _text_of(first.tolist(), folder, trust_remote_code)
-        sources.append({**made, "share_of_tokens": share, "sample": sample})
+    made = load_calibration(
+        sources, folder, **sampling, vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None), trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+    except CalibrationError:
+        tokenizer = None
+    described = []
+    for index, source in enumerate(made.recipe["sources"]):
+        sample = _text_of(made.sequences[made.source_of.index(index)].tolist(), tokenizer)
+        described.append({**source, "share_of_tokens": source["tokens"] / made.tokens, "sample": sample})
     return {
-        **calibration.recipe,
-        "sources": sources,
-        "sequences": len(calibration.sequences),
-        "tokens": calibration.tokens,
-        "fingerprint": calibration.fingerprint,
-        "notes": list(calibration.notes),
+        **made.recipe,
+        "sources": described,
+        "sequences": len(made.sequences),
+        "tokens": made.tokens,
+        "fingerprint": made.fingerprint,
+        "notes": list(made.notes),
     }
 
 
 def calibration_text(described: dict[str, Any]) -> str:
-    """What `describe_calibration` gives, for people."""
+    """What `show_calibration` gives, for people."""
     lines = []
     if described.get("description"):
         lines.append(f"{described['name']}: {described['description']}")
@@ -87,12 +72,9 @@ def calibration_text(described: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _text_of(ids: list[int], folder: Path, trust_remote_code: bool) -> str:
+def _text_of(ids: list[int], tokenizer: Any) -> str:
     """The beginning of a sequence as text; its numbers, where the model has no tokenizer."""
-    try:
-        text = load_tokenizer(folder, trust_remote_code).decode(ids[:SAMPLE_CHARACTERS])
-    except CalibrationError:
-        text = " ".join(map(str, ids))
+    text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids[:SAMPLE_CHARACTERS])
     # Of what a stranger's text does to a terminal, only the ends of lines are let through.
     text = "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
     return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]} …"

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.filters import FILTERS as JINJA_FILTERS
-
-#: Steps to a field: names, and numbers for items of a list.
-FieldPath = tuple[str | int, ...]
 
 #: Characters of a path, which is shown where it leads nowhere.
 MOST_PATH = 200
@@ -67,67 +65,59 @@ def text_of(value: Any) -> str:
         return ""
     if isinstance(value, jinja2.Undefined):
         return str(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else _as_json(value)
 
 
-def _environment() -> jinja2.Environment:
-    environment = _Environment(undefined=_MissingField, finalize=text_of, keep_trailing_newline=True, autoescape=False)
-    environment.globals.clear()
-    environment.filters = {name: JINJA_FILTERS[name] for name in FILTERS} | {"tojson": text_of_json}
-    return environment
-
-
-def text_of_json(value: Any) -> str:
+def _as_json(value: Any) -> str:
     """A value as JSON, not escaped for HTML as Jinja's own filter does it."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-ENVIRONMENT = _environment()
+_ENVIRONMENT = _Environment(undefined=_MissingField, finalize=text_of, keep_trailing_newline=True, autoescape=False)
+_ENVIRONMENT.globals.clear()
+_ENVIRONMENT.filters = {name: JINJA_FILTERS[name] for name in FILTERS} | {"tojson": _as_json}
 
 
-class Template:
-    """A compiled template. Raises ValueError, saying what is wrong, for text that is none."""
-
-    def __init__(self, text: str) -> None:
-        try:
-            tree = ENVIRONMENT.parse(text)
-            for node in tree.find_all(nodes.Node):
-                if not isinstance(node, _ALLOWED):
-                    raise ValueError(f"a template with a {type(node).__name__.lower()}: only fields can be read")
-            self._template = ENVIRONMENT.from_string(text)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ValueError(f"not a template: {str(error)[:300]}") from None
-        for data in tree.find_all(nodes.TemplateData):
-            if single := _SINGLE_BRACES.search(data.data):
-                field = single.group()
-                raise ValueError(f"{field} in single braces, which is plain text: write {{{field}}} for the field")
-
-    def fill(self, values: Mapping[str, Any]) -> str:
-        """The text with the record's fields in it. Raises MissingFieldError for one that it does not have."""
-        return self._template.render({"record": values, **{key: values[key] for key in values}})
+@cache
+def compiled(text: str) -> jinja2.Template:
+    """A template, to be rendered by `filled`. Raises ValueError, saying what is wrong, for text that is none."""
+    try:
+        tree = _ENVIRONMENT.parse(text)
+        for node in tree.find_all(nodes.Node):
+            if not isinstance(node, _ALLOWED):
+                raise ValueError(f"a template with a {type(node).__name__.lower()}: only fields can be read")
+        template = _ENVIRONMENT.from_string(text)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"not a template: {str(error)[:300]}") from None
+    for data in tree.find_all(nodes.TemplateData):
+        if single := _SINGLE_BRACES.search(data.data):
+            field = single.group()
+            raise ValueError(f"{field} in single braces, which is plain text: write {{{field}}} for the field")
+    return template
 
 
-def parse_path(text: str) -> FieldPath:
-    """The steps to a field, from `meta.language` or `choices[0]`. Raises ValueError if it is no such path."""
+def filled(text: str, values: Mapping[str, Any]) -> str:
+    """A template with a record's fields in it. Raises MissingFieldError for one that the record does not have."""
+    return compiled(text).render({"record": values, **values})
+
+
+@cache
+def parse_path(text: str) -> tuple[str | int, ...]:
+    """The steps to a field, names and numbers, of `meta.language` or `choices[0]`. Raises ValueError if it is none."""
     if len(text) > MOST_PATH or not _PATH.fullmatch(text):
         what = text if len(text) <= MOST_PATH else f"{text[:MOST_PATH]}…"
         raise ValueError(f"{what!r} names no field: write for example question, meta.language, choices[0]")
     return tuple(int(number) if number else name for number, name in _STEP.findall(text))
 
 
-def path_text(path: FieldPath) -> str:
-    """A path as it is written in a recipe."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-
-
-def value_at(values: Mapping[str, Any], path: FieldPath) -> Any:
+def value_at(values: Mapping[str, Any], path: str) -> Any:
     """The field of a record that a path leads to; a missing value on the way (null) is one itself.
 
     Raises MissingFieldError for a field that the record does not have.
     """
     value: Any = values
-    for step in path:
-        value = ENVIRONMENT.getitem(value, step)
+    for step in parse_path(path):
+        value = _ENVIRONMENT.getitem(value, step)
         if isinstance(value, jinja2.Undefined):
-            raise MissingFieldError(path_text(path))
+            raise MissingFieldError(path)
     return value
