@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -48,7 +48,7 @@ from streamprune.pipeline.messages import (
 )
 from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration, run_to_resume
 from streamprune.pipeline.run_evaluation import RunEvaluation
-from streamprune.pipeline.run_layers import OutputTarget, RunLayers, stages_of
+from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.pipeline.status import ended
 from streamprune.planning.facts import ExpertCounts, ModelFacts
 from streamprune.planning.memory_needs import agree, find_needs, plan_memory
@@ -68,7 +68,6 @@ from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
-from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.predictions import find_head
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
@@ -162,18 +161,17 @@ class _Run:
     What it opens is closed with `stack`; on any exit, finished work is kept.
     """
 
-    #: In rank 0 alone; the calibration with its held-out text, and the record of the run to resume.
-    work: WorkFolder | None = None
-    opened: PreparedModel | None = None
+    #: In rank 0 alone; `whole` is the calibration with its held-out text, `recorded` the record of the run to resume.
+    work: WorkFolder
     facts: ModelFacts
     whole: Calibration
     recorded: RecordedRun | None
     writer: OutputWriter | None = None
-    decided: SelectionResult | None = None
+    decided: SelectionResult
     #: In all ranks.
+    prepared: PreparedModel
     settings: RunSettings
     calibration: Calibration
-    prepared: PreparedModel
     runtime: Runtime
 
     def __init__(self, processes: Processes, device: torch.device, stack: ExitStack) -> None:
@@ -203,7 +201,7 @@ class _Run:
         else:
             self.whole = calibrate(settings, plan)
         calibration = split_held_out(self.whole) if settings.evaluate else self.whole
-        self.opened = prepared = prepare(settings, plan)
+        self.prepared = prepared = prepare(settings, plan)
         if settings.evaluate:
             find_head(prepared.skeleton.model)
         self.facts = facts_of(prepared)
@@ -220,7 +218,8 @@ class _Run:
     def go(self, job: _Job) -> RunResult:
         """Stream the layers, select, and complete the output. All ranks."""
         self.settings, self.calibration = job.settings, job.calibration
-        self.prepared = self.processes.on_each(lambda: self.opened or _open_alike(job))
+        is_first = self.processes.is_first
+        self.prepared = self.processes.on_each(lambda: self.prepared if is_first else _open_alike(job))
         # What goes through the layers while they are scored: not the held-out text where all are scored first.
         after_all = self.settings.needs_all_layers
         streamed = replace(self.calibration, held_out=None) if after_all else self.calibration
@@ -228,14 +227,14 @@ class _Run:
         selector = self._selector()
         target = evaluation = None
         if selector is not None and selector.per_layer is not None and not after_all:
-            if self.work is not None:
+            if is_first:
                 self.writer = self._new_writer(selector.per_layer)
             target = OutputTarget(self.writer, selector)
+        work = self.work if is_first else None
         if self.calibration.held_out is not None:
-            evaluation = RunEvaluation(
-                self.runtime, self.prepared, self.calibration.held_out, self.work, during_run=not after_all
-            )
-        found, taken = self._stream(streamed, target, evaluation)
+            evaluation = RunEvaluation(self.runtime, self.prepared, self.calibration.held_out, work, not after_all)
+        layers = RunLayers(self.runtime, self.prepared, streamed, target, work, evaluation)
+        found, taken = layers.stream()
         if selector is None:
             return self.processes.on_first(lambda: self._complete_scores(self._scores(found, taken), taken))
         selection = self.processes.on_first(lambda: self._select(self._scores(found, taken), selector))
@@ -261,7 +260,6 @@ class _Run:
 
     def _record(self, plan: MemoryPlan) -> None:
         """Print the plan of memory, and record the run, or make sure that it is the recorded one. Rank 0."""
-        assert self.work is not None
         print_processes(self.progress, self.processes, self.device)
         self.progress.say(plan.describe())
         now = describe_run(self.settings, self.prepared, self.whole, plan.batch_tokens)
@@ -279,23 +277,6 @@ class _Run:
         by = self.settings.selection
         return Selector(by, spec, text.sources, text.tokens_of, counts.total, counts.per_layer)
 
-    def _stream(
-        self, streamed: Calibration, target: OutputTarget | None, evaluation: RunEvaluation | None
-    ) -> tuple[list[LayerStatistics], dict[str, Any]]:
-        """Score all layers, and write them where there is a `target`; the statistics, and how they were taken."""
-        errors = evaluation.errors if evaluation is not None and evaluation.during_run else None
-        stages = stages_of(self.runtime, self.prepared, streamed, target, errors)
-        with LayerLoop(self.runtime, stages, streamed) as loop:
-            layers = RunLayers(self.runtime, self.prepared.layout, loop, target, self.work, evaluation)
-            found = layers.stream(self.calibration.tokens_of)
-            return found, {
-                "processes": self.processes.count,
-                "calibration_tokens": self.calibration.tokens,
-                "batch_tokens": loop.batches.batch_tokens,
-                "states": loop.batches.place,
-                "shrinks": [asdict(shrink) for shrink in loop.batches.all_shrinks()],
-            }
-
     def _scores(self, layers: Sequence[LayerStatistics], taken: Mapping[str, Any]) -> Scores:
         text, facts = self.calibration, self.facts
         provenance = provenance_of(self.settings, self.prepared, text, self.device, taken["batch_tokens"])
@@ -307,7 +288,6 @@ class _Run:
         Raises SettingsError where no selection is possible. Then the scores, which took all the time, are saved next to
         the output, and the work folder is emptied, since no resume could end otherwise. Rank 0.
         """
-        assert self.work is not None
         assert self.prepared.plan.counts is not None
         try:
             selection = selector.all(scores.layers)
@@ -331,10 +311,8 @@ class _Run:
     def _complete(self, is_written: bool, evaluation: RunEvaluation | None, taken: Mapping[str, Any]) -> RunResult:
         """Write what is not written yet, check all of it, give it its name, and print the result. Rank 0."""
         decided, writer, work, progress = self.decided, self.writer, self.work, self.progress
-        assert decided is not None
         assert decided.scores is not None
         assert writer is not None
-        assert work is not None
         if evaluation is not None:
             evaluation.judge(decided.scores)
         if not is_written:
@@ -352,7 +330,6 @@ class _Run:
 
     def _complete_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
         """Write the scores, where nothing is pruned. Rank 0."""
-        assert self.work is not None
         self.stop.patient = False
         complete_scores(self.settings, self.prepared.checkpoint, scores, self.work)
         summary = {
@@ -377,14 +354,12 @@ class _Run:
         return summary
 
     def _new_writer(self, counts: Mapping[int, int]) -> OutputWriter:
-        assert self.work is not None
         checkpoint, facts = self.prepared.checkpoint, self.facts
         plan = make_plan(facts.layout, facts.loading, checkpoint, counts, self.settings.max_shard_bytes)
         return OutputWriter(plan, checkpoint, self.settings, self.work)
 
     def _remove_work(self, settings: RunSettings) -> None:
         """The output is complete: there is nothing left to be stopped or resumed."""
-        assert self.work is not None
         self.stop.patient = True
         self.work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)

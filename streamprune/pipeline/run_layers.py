@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, NoReturn
@@ -16,7 +16,6 @@ from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
 from streamprune.files.json_text import show
 from streamprune.hardware.device import peak_device_bytes
-from streamprune.models.expert_layout import Layout
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
@@ -30,7 +29,6 @@ from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.stages import (
     ForwardStage,
-    LayerErrors,
     LayerTask,
     PrunedForwardStage,
     ScoreStage,
@@ -87,33 +85,8 @@ class OutputTarget:
         return self.selector.layer(layer).kept if layer is not None else ()
 
 
-def stages_of(
-    runtime: Runtime,
-    prepared: PreparedModel,
-    streamed: Calibration,
-    target: OutputTarget | None,
-    errors: LayerErrors | None,
-) -> list[ForwardStage]:
-    """The stages of a run: score each layer, and where anything goes through the pruned model, run its layer too.
-
-    `errors` collects how far held-out text in the pruned model is off, where some is streamed.
-    """
-    settings, skeleton = runtime.settings, prepared.skeleton
-    assert isinstance(settings, RunSettings)
-    weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
-    taps = tap_experts({i: skeleton.layers[i].get_submodule(path) for i, path in skeleton.experts.items()})
-    choose = target.kept if target is not None else None
-    scoring = Scoring(taps, prepared.layout.spec.count, streamed.tokens_of, choose)
-    pruned_stream = target is not None and settings.propagate == "pruned"
-    stages: list[ForwardStage] = [ScoreStage(weights, ORIGINAL, scoring, pruned_stream)]
-    if pruned_stream or errors is not None:
-        experts = skeleton.experts
-        stages.append(PrunedForwardStage(weights, experts, prepared.pruned_layer, pruned_stream, errors=errors))
-    return stages
-
-
 class RunLayers:
-    """Finishes all layers of a run; `stream` returns the statistics of all that have experts.
+    """Finishes all layers of a run, scored on the calibration `streamed`.
 
     A layer is finished when its shards (with a `target`) and its record are durable, which they become while the next
     one is scored. Hidden states are saved every so often, when all layers before are finished: those that were finished
@@ -123,38 +96,63 @@ class RunLayers:
     def __init__(
         self,
         runtime: Runtime,
-        layout: Layout,
-        loop: LayerLoop,
+        prepared: PreparedModel,
+        streamed: Calibration,
         target: OutputTarget | None,
         work: WorkFolder | None,
         evaluation: RunEvaluation | None,
     ) -> None:
         assert isinstance(runtime.settings, RunSettings)
         self._settings, self._runtime, self._processes = runtime.settings, runtime, runtime.processes
-        self._layout, self._loop, self._target, self._evaluation = layout, loop, target, evaluation
         self._progress, self._stop = runtime.progress, runtime.stop
-        self._work = work
-        self._tokens: tuple[int, ...] = ()
+        self._layout, self._streamed, self._target, self._work = prepared.layout, streamed, target, work
+        self._evaluation, self._measures = evaluation, evaluation is not None and evaluation.during_run
+        self._loop = LayerLoop(runtime, self._stages(prepared), streamed)
         self._finished: dict[int, LayerStatistics | None] = {}
         self._saved_at = time.monotonic()
         self._restored = False
         self._writer = BackgroundWriter()
 
-    def stream(self, source_tokens: tuple[int, ...]) -> list[LayerStatistics]:
-        """Finish all layers, scored on so many tokens of each source.
+    def _stages(self, prepared: PreparedModel) -> list[ForwardStage]:
+        """Score each layer, and where anything goes through the pruned model, run its layer too."""
+        runtime, skeleton, experts = self._runtime, prepared.skeleton, prepared.skeleton.experts
+        weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
+        taps = tap_experts({layer: skeleton.layers[layer].get_submodule(path) for layer, path in experts.items()})
+        choose = self._target.kept if self._target is not None else None
+        scoring = Scoring(taps, self._layout.spec.count, self._streamed.tokens_of, choose)
+        pruned_stream = self._target is not None and self._settings.propagate == "pruned"
+        errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
+        stages: list[ForwardStage] = [ScoreStage(weights, ORIGINAL, scoring, pruned_stream)]
+        if pruned_stream or errors is not None:
+            stages.append(PrunedForwardStage(weights, experts, prepared.pruned_layer, pruned_stream, errors=errors))
+        return stages
+
+    def stream(self) -> tuple[list[LayerStatistics], dict[str, Any]]:
+        """Finish all layers. Returns the statistics of those that have experts, and how they were taken, as JSON.
 
         Raises InterruptedRunError, with everything saved, when the user asks to stop.
         """
-        self._tokens = source_tokens
+        with self._loop:
+            self._stream()
+            found = [layer for _, layer in sorted(self._finished.items()) if layer is not None]
+            batches = self._loop.batches
+            return found, {
+                "processes": self._processes.count,
+                "calibration_tokens": self._streamed.tokens,
+                "batch_tokens": batches.batch_tokens,
+                "states": batches.place,
+                "shrinks": [asdict(shrink) for shrink in batches.all_shrinks()],
+            }
+
+    def _stream(self) -> None:
         self._finished = self._processes.on_first(self._load_finished)
         count, evaluation = self._layout.layer_count, self._evaluation
         # After the last layer with experts nothing is computed, unless predictions are measured.
-        measures = evaluation is not None and evaluation.during_run
-        last = count - 1 if measures else self._layout.expert_layers[-1]
+        last = count - 1 if self._measures else self._layout.expert_layers[-1]
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
         if evaluation is not None and unscored:
             evaluation.forget()
-        if evaluation is not None and (evaluation.is_done or not evaluation.during_run):
+        if evaluation is not None and (evaluation.is_done or not self._measures):
             evaluation = None
         until = count if evaluation is not None else unscored[-1] if unscored else 0
         start = self._restore(unscored[0] if unscored else until) if until else 0
@@ -163,9 +161,8 @@ class RunLayers:
         with self._writer:
             self._go_through(run, start, evaluation)
             self._writer.wait()
-        if any(self._processes.collect(bool(self._stop))):
+        if self._asked_to_stop():
             self._stop_run()
-        return [layer for _, layer in sorted(self._finished.items()) if layer is not None]
 
     def _go_through(self, run: list[int], start: int, evaluation: RunEvaluation | None) -> None:
         """Finish the layers that are not, and carry the states through those to `run` that are."""
@@ -303,7 +300,7 @@ class RunLayers:
             return None
         if result["block"] != index:
             raise ValueError("the result of another layer")
-        return read_statistics(result["statistics"], index, self._tokens, self._layout.spec.count)
+        return read_statistics(result["statistics"], index, self._streamed.tokens_of, self._layout.spec.count)
 
     def _restore(self, first: int) -> int:
         """Restore the newest states from which layer `first` can be reached; returns the layer that they are of."""
@@ -359,8 +356,11 @@ class RunLayers:
             self._writer.wait()
             self._loop.save(self._work)
             self._saved_at = time.monotonic()
-        if any(self._processes.collect(bool(self._stop))):
+        if self._asked_to_stop():
             raise Stopped
+
+    def _asked_to_stop(self) -> bool:
+        return any(self._processes.collect(bool(self._stop)))
 
     def _stop_run(self) -> NoReturn:
         where = self._work.folder if self._work is not None else self._settings.work_folder
