@@ -165,7 +165,7 @@ def complete(
     `evaluation` is what was measured of the pruned model. Returns the memory that it takes, None where it is not known.
     """
     settings, plan, kept = decided.settings, decided.plan, decided.selection.kept
-    # All that lies there becomes the output.
+    # Everything in that folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
         if not writer.has_proven(kept):

@@ -50,17 +50,15 @@ from streamprune.pipeline.resume import check_same, describe_run, provenance_of,
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.pipeline.status import ended
-from streamprune.planning.facts import ExpertCounts, ModelFacts
+from streamprune.planning.facts import ExpertCounts
 from streamprune.planning.memory_needs import agree, find_needs, plan_memory
 from streamprune.planning.prepare import (
     PreparedModel,
     calibrate,
     check_schedule,
-    facts_of,
     plan_pruning,
     prepare,
     read_config,
-    vocabulary_of,
     with_footprint,
 )
 from streamprune.progress import LOG_SUFFIX, Progress
@@ -104,8 +102,8 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
     """Prune a model, or only score it, one layer after the other; resumes what an earlier run left unfinished.
 
-    Once a layer is finished, the work folder stays whatever this raises, so that nothing finished is lost. Where
-    several processes were launched together, each has to call this, and all get the result.
+    On any error the work folder stays if a layer is finished, so that the run can be resumed. Where several processes
+    were launched together, each has to call this, and all get the result.
     """
     with joined(settings.device) as processes:
         return _run(settings, quiet, processes)
@@ -161,10 +159,9 @@ class _Run:
     What it opens is closed with `stack`; on any exit, finished work is kept.
     """
 
-    #: In rank 0 alone; `whole` is the calibration with its held-out text, `recorded` the record of the run to resume.
+    #: In rank 0 alone; `full_text` is the calibration with its held-out text, `recorded` the record of the run to resume.
     work: WorkFolder
-    facts: ModelFacts
-    whole: Calibration
+    full_text: Calibration
     recorded: RecordedRun | None
     writer: OutputWriter | None = None
     decided: SelectionResult
@@ -197,15 +194,14 @@ class _Run:
         self.recorded = recorded = begin(settings, work)
         # Before tens of GiB are downloaded: text that cannot be used should cost no time.
         if recorded is not None and resuming:
-            self.whole = read_calibration(recorded, work.folder, vocabulary_of(plan.skeleton))
+            self.full_text = read_calibration(recorded, work.folder, plan.vocabulary)
         else:
-            self.whole = calibrate(settings, plan)
-        calibration = split_held_out(self.whole) if settings.evaluate else self.whole
+            self.full_text = calibrate(settings, plan)
+        calibration = split_held_out(self.full_text) if settings.evaluate else self.full_text
         self.prepared = prepared = prepare(settings, plan)
         if settings.evaluate:
             find_head(prepared.skeleton.model)
-        self.facts = facts_of(prepared)
-        check_schedule(settings, self.facts, prepared.counts)
+        check_schedule(settings, prepared)
         # Nothing is printed before all is known to be in order: a refusal is one message and no more.
         print_plan(self.progress, settings, prepared.plan)
         print_prepared(self.progress, settings, prepared, calibration, self.device)
@@ -262,12 +258,12 @@ class _Run:
         """Print the plan of memory, and record the run, or make sure that it is the recorded one. Rank 0."""
         print_processes(self.progress, self.processes, self.device)
         self.progress.say(plan.describe())
-        now = describe_run(self.settings, self.prepared, self.whole, plan.batch_tokens)
+        now = describe_run(self.settings, self.prepared, self.full_text, plan.batch_tokens)
         if self.recorded is not None:
             check_same(self.recorded, now, self.work.folder)
         else:
             print_work(self.progress, self.settings, self.prepared, plan, self.work)
-            write_run(self.work.folder, now, [sequence.tolist() for sequence in self.whole.sequences])
+            write_run(self.work.folder, now, [sequence.tolist() for sequence in self.full_text.sequences])
 
     def _selector(self) -> Selector | None:
         """What selects the experts; None where scoring is all that is asked for."""
@@ -278,7 +274,7 @@ class _Run:
         return Selector(by, spec, text.sources, text.tokens_of, counts.total, counts.per_layer)
 
     def _scores(self, layers: Sequence[LayerStatistics], taken: Mapping[str, Any]) -> Scores:
-        text, facts = self.calibration, self.facts
+        text, facts = self.calibration, self.prepared.facts
         provenance = provenance_of(self.settings, self.prepared, text, self.device, taken["batch_tokens"])
         return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
 
@@ -288,7 +284,8 @@ class _Run:
         Raises SettingsError where no selection is possible. Then the scores, which took all the time, are saved next to
         the output, and the work folder is emptied, since no resume could end otherwise. Rank 0.
         """
-        assert self.prepared.plan.counts is not None
+        counts = self.prepared.plan.counts
+        assert counts is not None
         try:
             selection = selector.all(scores.layers)
         except SettingsError as error:
@@ -299,7 +296,7 @@ class _Run:
             ) from None
         self.writer = self.writer or self._new_writer(selection.counts_by_layer)
         self.decided = SelectionResult(
-            self.settings, self.prepared.checkpoint, self.facts, self.prepared.plan.counts, selection, self.writer.plan,
+            self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
             scores.provenance, scores,
         )  # fmt: skip
         self.decided.print_retention(self.progress)
@@ -354,7 +351,7 @@ class _Run:
         return summary
 
     def _new_writer(self, counts: Mapping[int, int]) -> OutputWriter:
-        checkpoint, facts = self.prepared.checkpoint, self.facts
+        checkpoint, facts = self.prepared.checkpoint, self.prepared.facts
         plan = make_plan(facts.layout, facts.loading, checkpoint, counts, self.settings.max_shard_bytes)
         return OutputWriter(plan, checkpoint, self.settings, self.work)
 

@@ -1,4 +1,4 @@
-"""`run --evaluate`: the damage measured on held-out text, during the scoring or once all experts are chosen."""
+"""`run --evaluate`: the damage measured on held-out text, during the scoring or once all experts are selected."""
 
 from __future__ import annotations
 

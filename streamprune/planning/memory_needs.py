@@ -32,7 +32,7 @@ SUMS_PER_TOKEN = 9 * 8
 #: Not used on a GPU: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
 #: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
-#: where hidden states come and go in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
+#: when hidden states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
 HOST_MARGIN = 80 * 1024**2
 
 
@@ -109,7 +109,7 @@ def needs_of(
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
     longest = max(len(sequence) for sequence in calibration.sequences)
-    read, recast = _bytes_as_read(opened), _recast(opened)
+    read, recast = _as_read(opened)
     largest, loading, rows = 0, _non_layer_bytes_as_read(skeleton, recast), skeleton.expert_rows
     for index, module in enumerate(skeleton.layers[:layers]):
         prefix = f"{skeleton.layers_path}.{index}."
@@ -137,24 +137,17 @@ def needs_of(
     )
 
 
-def _bytes_as_read(opened: OpenedModel) -> dict[int, int]:
-    """The bytes of each layer's weights in the checkpoint's own dtypes."""
-    read = dict.fromkeys(range(len(opened.skeleton.layers)), 0)
-    for name, target in opened.targets.items():
-        if target.layer is not None:
-            read[target.layer] += opened.checkpoint.tensors[name].nbytes
-    return read
-
-
-def _recast(opened: OpenedModel) -> Counter[str]:
-    """The parameters that the checkpoint has in another dtype than they are computed with, and their bytes there."""
+def _as_read(opened: OpenedModel) -> tuple[dict[int, int], Counter[str]]:
+    """Bytes of the weights in the checkpoint's own dtypes: of each layer, and of each parameter that is converted."""
     dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(opened.skeleton.model)}
-    recast = Counter[str]()
+    read, recast = dict.fromkeys(range(len(opened.skeleton.layers)), 0), Counter[str]()
     for name, target in opened.targets.items():
         entry = opened.checkpoint.tensors[name]
+        if target.layer is not None:
+            read[target.layer] += entry.nbytes
         if target.name is not None and entry.dtype != dtypes.get(target.name):
             recast[target.name] += entry.nbytes
-    return recast
+    return read, recast
 
 
 def _non_layer_bytes_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,11 @@ class PruningPlan:
     def skeleton(self) -> Skeleton:
         """The model on the meta device."""
         return self.model.skeleton
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.skeleton.model.get_input_embeddings().weight.shape[0])
 
     def estimate(self, settings: RunSettings) -> Estimate | None:
         """What the pruned model will take, compared with the budget if there is one; None where it is not known."""
@@ -138,6 +144,12 @@ class PreparedModel(OpenedMoE):
         return self.plan.counts.per_layer if self.plan.counts is not None else None
 
     @cached_property
+    def facts(self) -> ModelFacts:
+        """What has to be known of the model to write an output of it, now or later."""
+        loading = find_loading_facts(self.checkpoint.config, self.config, self.skeleton)
+        return ModelFacts(self.layout, loading, self.plan.footprint)
+
+    @cached_property
     def planned_bytes(self) -> int:
         """Bytes of the weights that will be written; layers are alike, so that it need not be known which keep most."""
         planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
@@ -184,37 +196,26 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     return prepared
 
 
-def facts_of(prepared: PreparedModel) -> ModelFacts:
-    """What has to be known of the model to write an output of it, now or later."""
-    loading = find_loading_facts(prepared.checkpoint.config, prepared.config, prepared.skeleton)
-    return ModelFacts(prepared.layout, loading, prepared.plan.footprint)
-
-
 def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: bool) -> ModelFacts:
     """What has to be known of a checkpoint to write an output of it, found by building its model."""
     refuse_quantized(checkpoint.config, checkpoint.folder)
     opened = open_moe(checkpoint, trust_remote_code)
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
-    try:
+    footprint = None
+    # A model whose cache cannot be worked out can still be pruned.
+    with suppress(UnsupportedModelError):
         footprint = footprint_of_skeleton(model, checkpoint.config, opened.skeleton, checkpoint.tensors)
-    except UnsupportedModelError:
-        return ModelFacts(opened.layout, loading, None)
     return ModelFacts(opened.layout, loading, footprint)
 
 
-def check_schedule(settings: RunSettings, facts: ModelFacts, counts: Mapping[int, int] | None) -> None:
+def check_schedule(settings: RunSettings, prepared: PreparedModel) -> None:
     """Raise UnsupportedModelError where the layers may come to differ, and no output could say so."""
-    spec = facts.layout.spec
+    spec, counts = prepared.layout.spec, prepared.counts
     if counts is None and not settings.has_schedule_file and SCHEDULES[settings.schedule].needs_scores:
-        # Not known before all are scored, but unequal for all that one can expect.
+        # Not known before all are scored, but most likely different.
         counts = {0: minimum_keep(spec), 1: spec.count}
     if counts is not None:
-        check_per_layer_experts(facts.loading, counts)
-
-
-def vocabulary_of(skeleton: Skeleton) -> int:
-    """How many tokens a model knows."""
-    return int(skeleton.model.get_input_embeddings().weight.shape[0])
+        check_per_layer_experts(prepared.facts.loading, counts)
 
 
 def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
@@ -230,7 +231,7 @@ def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
         samples=settings.samples,
         seq_len=settings.seq_len,
         seed=settings.seed,
-        vocab_size=vocabulary_of(plan.skeleton),
+        vocab_size=plan.vocabulary,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )

@@ -161,10 +161,10 @@ def is_count(value: Any) -> bool:
 def _check_format(path: Path, body: Any) -> None:
     """Raise ResumeError for a file of another version's work folder, or of something else."""
     stated = body.get("format") if isinstance(body, dict) else None
-    if type(stated) is int and stated == RUN_FORMAT:
+    if stated == RUN_FORMAT:
         return
     # A pruning of 0.1.0 states no format.
-    old = (type(stated) is int and stated in (1, 2)) or (stated is None and path.name == PRUNING_NAME)
+    old = stated in (1, 2) or (stated is None and path.name == PRUNING_NAME)
     maker = "streamprune 0.1.0" if old else f"another version of streamprune, in format {show(stated)}"
     raise ResumeError(
         f"{path} was made by {maker}. This version cannot resume it: remove {path.parent}, or begin anew with "

@@ -16,7 +16,6 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch.utils import _pytree as pytree
 
 from streamprune.checkpoint.safetensors_file import encode_header
 from streamprune.errors import UnsupportedModelError
@@ -51,14 +50,6 @@ class BatchState:
 
     output: Any = None
     carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> BatchState:
-        """A copy on `device`; tensors that are there already are shared."""
-        return BatchState(_to(self.output, device), _to(self.carried, device))
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return pytree.tree_map(lambda item: item.to(device) if isinstance(item, torch.Tensor) else item, value)
 
 
 class _StateEntry(msgspec.Struct):
