@@ -32,7 +32,8 @@ SUMS_PER_TOKEN = 9 * 8
 #: Not used on a GPU: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
 DEVICE_MARGIN = 256 * 1024**2
 #: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
-#: when hidden states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
+#: when hidden states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over
+#: its cap.)
 HOST_MARGIN = 80 * 1024**2
 
 
