@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from streamprune.checkpoint import ranges
+from streamprune.checkpoint import safetensors_file
 from streamprune.cli import main
 from streamprune.errors import CheckpointError, OutputError, SettingsError
 from streamprune.pipeline.run import resume
@@ -220,9 +220,9 @@ def test_a_source_shard_that_breaks_in_mid_run(made: Case, tmp_path: Path, monke
         return usual(file, position, into)
 
     # Of the copying alone: the reader of whole layers has its own name for it.
-    usual = ranges.read_into
+    usual = safetensors_file.read_into
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "read_into", read_into)
+        patch.setattr(safetensors_file, "read_into", read_into)
         with pytest.raises(CheckpointError, match=r"cannot be read at byte .*error"):
             case.run()
     assert not case.output.exists()

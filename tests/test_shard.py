@@ -14,8 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
-from streamprune.checkpoint.ranges import read_ranges
-from streamprune.checkpoint.safetensors_file import DTYPE_BITS
+from streamprune.checkpoint.safetensors_file import DTYPE_BITS, read_ranges
 from streamprune.errors import CheckpointError
 from tests.shards import DATA, GOOD, refusal, shard, single, two_shards
 

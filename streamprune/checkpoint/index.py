@@ -6,16 +6,14 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamprune.checkpoint.ranges import disable_read_ahead
-from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry, read_header
+from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry, disable_read_ahead, read_header
 from streamprune.errors import CheckpointError
-from streamprune.files.json_text import parse_json, show
+from streamprune.files.json_text import parse_json, read_limited, show
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -154,12 +152,7 @@ def _open(folder: Path) -> Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError if it is missing, not UTF-8, not JSON or not an object."""
     try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is not a regular file")
-        if facts.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {facts.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_limited(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing. A model folder holds {CONFIG_NAME} and *.safetensors files."

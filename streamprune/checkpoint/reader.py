@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.checkpoint.ranges import disable_read_ahead, read_into, truncated_file_error
-from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.checkpoint.safetensors_file import TensorEntry, disable_read_ahead, read_exactly
 from streamprune.errors import CheckpointError
 from streamprune.files.page_cache import Stretch, drop_files_from_cache, uncached_ranges
 from streamprune.hardware.device import is_gpu, page_locked, record_event
@@ -161,11 +160,11 @@ class ShardReader:
                 file = stream.fileno()
                 fresh = uncached_ranges(file, request.begin, request.size)
                 if self._gpu_copier is None:
-                    _read_fully(file, request.begin, [_bytes_of(tensor) for tensor in into], path)
+                    read_exactly(file, request.begin, [_bytes_of(tensor) for tensor in into], path)
                 else:
                     with self._gpu_copier.buffer() as buffer:
                         staged = buffer[: request.size]
-                        _read_fully(file, request.begin, [_bytes_of(staged)], path)
+                        read_exactly(file, request.begin, [_bytes_of(staged)], path)
                         self._gpu_copier.copy(staged, into)
         except OSError as error:
             raise CheckpointError(
@@ -247,13 +246,6 @@ def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> It
             done, end = done + size, end + size
     if places:
         yield _Request(file, begin, tuple(places))
-
-
-def _read_fully(file: int, position: int, into: list[memoryview], path: Path) -> None:
-    size = sum(map(len, into))
-    read = read_into(file, position, into)
-    if read < size:
-        raise truncated_file_error(path, file, position + read, position + size)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

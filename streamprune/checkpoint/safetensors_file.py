@@ -1,4 +1,4 @@
-"""The header of one safetensors file, checked against the file's size. Imports no torch.
+"""Safetensors files: their headers, checked against the file's size, and exact byte ranges of them. Imports no torch.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header that maps each
 tensor name to dtype, shape and byte range, then the tensors' bytes, without gaps.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from streamprune.checkpoint.ranges import disable_read_ahead
 from streamprune.errors import CheckpointError
-from streamprune.files.json_text import _is_size, parse_json, show
+from streamprune.files.json_text import parse_json, show
 
 #: Bits per element of each dtype that the safetensors format knows.
 DTYPE_BITS = {
@@ -27,6 +27,8 @@ DTYPE_BITS = {
 #: The safetensors library refuses larger headers too: a claimed length beyond this is an attack or damage. No config or
 #: index comes near it either, so that it bounds the memory for any JSON read here.
 MAX_JSON_BYTES = 100_000_000
+#: Chunks of a range that the system is asked to read before they are needed.
+_AHEAD_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -50,26 +52,23 @@ def read_header(folder: Path, file: str) -> list[TensorEntry]:
     path = folder / file
     with path.open("rb") as stream:
         disable_read_ahead(stream)
-        return _parse_header(path, file, stream)
-
-
-def _parse_header(path: Path, file: str, stream: BinaryIO) -> list[TensorEntry]:
-    size = os.fstat(stream.fileno()).st_size
-    prefix = stream.read(8)
-    if prefix == b"version ":
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves. Fetch them: `git lfs pull`.")
-    length = int.from_bytes(prefix, "little")
-    if size < 8:
-        raise _damaged(path, f"it has only {size} bytes")
-    if length > min(size - 8, MAX_JSON_BYTES):
-        limit = f" (the format allows {MAX_JSON_BYTES:,})" if length > MAX_JSON_BYTES else ""
-        raise _damaged(path, f"it has {size:,} bytes, but its first eight claim a header of {length:,}{limit}")
-    try:
-        header = parse_json(stream.read(length), unique=True)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid JSON ({error})") from None
-    start = 8 + length
-    entries, position = header_entries(path, file, header, start)
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        if prefix == b"version ":
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, not the weights themselves. Fetch them: `git lfs pull`."
+            )
+        length = int.from_bytes(prefix, "little")
+        if size < 8:
+            raise _damaged(path, f"it has only {size} bytes")
+        if length > min(size - 8, MAX_JSON_BYTES):
+            limit = f" (the format allows {MAX_JSON_BYTES:,})" if length > MAX_JSON_BYTES else ""
+            raise _damaged(path, f"it has {size:,} bytes, but its first eight claim a header of {length:,}{limit}")
+        try:
+            header = parse_json(stream.read(length), unique=True)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    entries, position = header_entries(path, file, header, 8 + length)
     if position != size:
         what = "is cut short" if size < position else "has bytes that belong to no tensor"
         raise _damaged(path, f"it {what}: {size:,} bytes on disk, {position:,} by its header")
@@ -130,5 +129,86 @@ def encode_header(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str,
     return len(text).to_bytes(8, "little") + text
 
 
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {what}. Download this file again.")
+
+
+def read_into(file: int, position: int, into: list[memoryview]) -> int:
+    """Fill buffers of bytes, one after the other, from an open file, from byte `position` on.
+
+    Returns the number of bytes read: fewer than the buffers hold only where the file ends. `into` is emptied. Raises
+    OSError.
+    """
+    start = position
+    into[:] = filter(len, into)
+    while into:
+        moved = os.preadv(file, into, position)
+        if moved == 0:
+            break
+        position += moved
+        while into and moved >= len(into[0]):
+            moved -= len(into.pop(0))
+        if moved:
+            into[0] = into[0][moved:]
+    return position - start
+
+
+def read_ranges(
+    stream: BinaryIO, ranges: Iterable[tuple[int, int]], chunk_bytes: int = 1 << 20
+) -> Iterator[memoryview]:
+    """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time, each in memory of its
+    own.
+
+    The system reads these bytes from the disk and nothing around them. Raises CheckpointError when the file has become
+    shorter since its header was read.
+    """
+    disable_read_ahead(stream)
+    for begin, end in ranges:
+        for position in range(begin, end, chunk_bytes):
+            if position + chunk_bytes < end and (position - begin) % (_AHEAD_CHUNKS * chunk_bytes) == 0:
+                # Prefetch what comes next while this chunk is worked on. The system's own read-ahead would go on beyond
+                # the end, into experts that are not kept.
+                _advise(stream, position, min(_AHEAD_CHUNKS * chunk_bytes, end - position), "WILLNEED")
+            chunk = memoryview(bytearray(min(chunk_bytes, end - position)))
+            try:
+                read_exactly(stream.fileno(), position, [chunk], stream.name)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stream.name} cannot be read at byte {position:,}: {error.strerror}. Check the disk."
+                ) from error
+            yield chunk
+
+
+def read_exactly(file: int, position: int, into: list[memoryview], name: object) -> None:
+    """Fill buffers of bytes as `read_into` does, from an open file called `name`.
+
+    Raises CheckpointError when it has become shorter since its header was read, and OSError.
+    """
+    end = position + sum(map(len, into))
+    position += read_into(file, position, into)
+    if position < end:
+        raise CheckpointError(
+            f"{name} ends at byte {os.fstat(file).st_size:,}, but bytes {position:,} to {end:,} were to be read. The "
+            "file was changed or cut short during the run: restore it and run again."
+        )
+
+
+def disable_read_ahead(stream: IO[bytes]) -> None:
+    """Turn off the system's read-ahead for an open file of weights.
+
+    Every opening of such a file has to: where one reader has made the system read ahead, it goes on with that for the
+    next one, whatever that asks for (seen with Linux 6.18).
+    """
+    _advise(stream, 0, 0, "RANDOM")
+
+
+def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
+    """Tell the system how bytes of a file will be read (size 0: to its end), where it has such a call."""
+    if hasattr(os, "posix_fadvise"):
+        # A hint: where the file system does not take it, nothing is lost.
+        with suppress(OSError):
+            os.posix_fadvise(stream.fileno(), begin, size, getattr(os, f"POSIX_FADV_{what}"))

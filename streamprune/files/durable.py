@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import CheckpointError, OutputError, ResourceError
-from streamprune.files.json_text import parse_json
+from streamprune.files.json_text import parse_json, read_limited
 from streamprune.hardware.memory import disk_bytes, existing_folder, format_bytes
 
-#: From so many bytes on, portions are hashed in a thread; at most so many wait for it.
-_LARGE_PORTION, _MOST_PENDING = 1 << 16, 4
+#: Portions that may wait to be hashed.
+_MOST_PENDING = 4
 #: The suffix of a file while it is written. Only a crash leaves such files, which are then useless.
 PARTIAL = ".partial"
 
@@ -37,13 +36,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def stream_atomically(path: Path, portions: Iterable[bytes | memoryview]) -> str:
-    """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex."""
+    """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex.
+
+    A portion must not change after it was given.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as stream, _Digest() as digest:
+    digest, pending = hashlib.sha256(), deque[Future[None]]()
+    # Hashed in a thread while the next portions are written.
+    with partial.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
         for portion in portions:
             stream.write(portion)
-            digest.update(portion)
-        checksum = digest.hexdigest()
+            pending.append(hasher.submit(digest.update, portion))
+            if len(pending) > _MOST_PENDING:
+                pending.popleft().result()
+        for each in pending:
+            each.result()
         reached(f"{path.name}: written")
         stream.flush()
         os.fsync(stream.fileno())
@@ -52,39 +59,7 @@ def stream_atomically(path: Path, portions: Iterable[bytes | memoryview]) -> str
     reached(f"{path.name}: renamed")
     sync_folder(path.parent)
     reached(f"{path.name}: durable")
-    return checksum
-
-
-class _Digest:
-    """SHA-256 of portions, computed in a thread while they are written. They must not change afterwards."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _Digest:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def update(self, portion: bytes | memoryview) -> None:
-        if self._pool is None:
-            # For small files a thread costs more than it saves.
-            if len(portion) < _LARGE_PORTION:
-                self._digest.update(portion)
-                return
-            self._pool = ThreadPoolExecutor(1)
-        self._pending.append(self._pool.submit(self._digest.update, portion))
-        while len(self._pending) > _MOST_PENDING:
-            self._pending.popleft().result()
-
-    def hexdigest(self) -> str:
-        while self._pending:
-            self._pending.popleft().result()
-        return self._digest.hexdigest()
+    return digest.hexdigest()
 
 
 def names_in(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
@@ -106,11 +81,7 @@ def write_record(path: Path, body: Any) -> str:
 def read_record(path: Path, limit: int = 2**30) -> Any:
     """The body of a file that `write_record` wrote; None if it is missing, damaged or larger than `limit` bytes."""
     try:
-        facts = path.stat()
-        # Reading a pipe would block.
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > limit:
-            return None
-        record = parse_json(path.read_bytes())
+        record = parse_json(read_limited(path, limit))
         if not isinstance(record, dict) or set(record) != {"sha256", "body"}:
             return None
         text = json.dumps(record["body"], ensure_ascii=False)

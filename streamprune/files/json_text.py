@@ -17,10 +17,6 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _is_size(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
-
-
 def show(value: Any) -> str:
     """A value from a file for a message: without control characters, and at most 200 characters."""
     try:
@@ -39,6 +35,17 @@ def parse_json(data: bytes, unique: bool = False) -> Any:
     return value
 
 
+def read_limited(path: Path, most_bytes: int) -> bytes:
+    """The contents of a regular file. Raises ValueError for another kind of file, or a larger one, and OSError."""
+    facts = path.stat()
+    # Reading a pipe would block.
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is no regular file")
+    if facts.st_size > most_bytes:
+        raise ValueError(f"it has {facts.st_size:,} bytes; {most_bytes:,} are read at most")
+    return path.read_bytes()
+
+
 #: A list of every expert of the largest models has a megabyte.
 MOST_BYTES = 2**26
 
@@ -46,15 +53,11 @@ MOST_BYTES = 2**26
 def read_json_file(path: Path, option: str, means: str) -> Any:
     """The value in the JSON file of `option`; `means` says in errors what the option does. Raises SettingsError."""
     try:
-        facts = path.stat()
-        # Reading a pipe would block.
-        if not stat.S_ISREG(facts.st_mode):
-            raise SettingsError(f"{option} {path} is no regular file. The option {means}.")
-        if facts.st_size > MOST_BYTES:
-            raise SettingsError(f"{option} {path} has {facts.st_size:,} bytes; {MOST_BYTES:,} are read at most.")
-        return parse_json(path.read_bytes(), unique=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        data = read_limited(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"{option} {show(str(path))} cannot be read: {reason}. The option {means}.") from None
+    try:
+        return parse_json(data, unique=True)
     except (ValueError, RecursionError):
         raise SettingsError(f"{option} {show(str(path))} is not valid JSON. The option {means}.") from None

@@ -6,6 +6,7 @@ A model has tens of GiB that are read once. If they stay in the cache, they disp
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,16 +27,12 @@ def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
     flags = cached_flags(file, first, begin + size - first)
     if flags is None:
         return []
-    found: list[Stretch] = []
-    for number, cached in enumerate(flags):
-        at = first + number * page
-        if cached & 1:
-            continue
-        if found and sum(found[-1]) == at:
-            found[-1] = (found[-1][0], found[-1][1] + page)
-        else:
-            found.append((at, page))
-    return found
+    stretches = []
+    for cached, group in itertools.groupby(range(len(flags)), key=lambda number: flags[number] & 1):
+        if not cached:
+            numbers = list(group)
+            stretches.append((first + numbers[0] * page, len(numbers) * page))
+    return stretches
 
 
 def cached_flags(file: int, begin: int, size: int) -> bytes | None:

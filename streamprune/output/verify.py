@@ -17,8 +17,7 @@ from typing import Any
 import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
-from streamprune.checkpoint.ranges import read_ranges
-from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
 from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading

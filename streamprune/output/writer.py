@@ -16,8 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from streamprune.checkpoint.ranges import read_ranges
-from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, read_header
+from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, read_header, read_ranges
 from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import (

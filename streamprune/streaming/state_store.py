@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from streamprune.checkpoint.ranges import read_into
+from streamprune.checkpoint.safetensors_file import read_into
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import CPU, is_gpu, page_locked, record_event
 from streamprune.progress import Busy
