@@ -87,15 +87,17 @@ def generation_health(
         if generation.prompts is not None:
             raise
         notes.append(f"Only token ids were continued, and no chats: {str(error).splitlines()[0]}")
-    made = collect_prompts(data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer)
-    longest, length_notes = _new_tokens(made.prompts, generation.max_new_tokens, models)
-    notes += [*made.notes, *length_notes]
+    prompts, switch, prompt_notes = collect_prompts(
+        data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer
+    )
+    longest, length_notes = _new_tokens(prompts, generation.max_new_tokens, models)
+    notes += [*prompt_notes, *length_notes]
     for note in notes:
         progress.say(f"note: {note}")
-    progress.say(f"generation: {len(made.prompts)} prompts, greedy and sampled, up to {longest:,} new tokens each")
-    trial = _Trial(settings, generation, made.prompts, longest, tokenizer, notes, progress.say)
-    mine, theirs = trial.run(models[0]), None
-    facts = trial.facts(made.switch)
+    progress.say(f"generation: {len(prompts)} prompts, greedy and sampled, up to {longest:,} new tokens each")
+    trial = _Trial(settings, generation, prompts, longest, tokenizer, notes, progress.say)
+    mine, facts = trial.run(models[0]), trial.facts(switch)
+    theirs = None
     try:
         theirs = trial.run(models[1]) if settings.against is not None else None
     except ResourceError as error:
@@ -110,7 +112,7 @@ def generation_health(
         "settings": facts,
         "modes": modes,
         "verdict": verdict_of(modes, longest),
-        "advice": advice_of(modes, made.switch),
+        "advice": advice_of(modes, switch),
         "examples": examples_of(mine, tokenizer),
         "notes": notes,
     }

@@ -23,7 +23,7 @@ SHARE = 0.1
 #: The folder's name is the output's with this suffix. (Not in the output: that may be published, this need not.)
 HELD_OUT_SUFFIX = ".held-out"
 _RECIPE_NAME = "recipe.json"
-#: What lies in that folder, finished or not.
+#: The names of the files in that folder, finished or not.
 _OURS = re.compile(rf"(\d+\.jsonl|{re.escape(_RECIPE_NAME)})({re.escape(PARTIAL)})?")
 
 

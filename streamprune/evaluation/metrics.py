@@ -98,25 +98,19 @@ def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
                 f"The {column.replace('_', ' ')} of {bad} of {len(sums)} sequences of {name} is no number: the model "
                 "predicts NaN or infinity there. Try --dtype float32, and check that the model itself works."
             )
+    # As many sequences are drawn, with repetition, as there are; one draw after the other: all of them together may
+    # take more memory than the model does.
+    generator, count = torch.Generator().manual_seed(seed), len(figures)
+    table = torch.stack(list(summed.values()))
+    draws = [table[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(_DRAWS)]
     known = [each.kl.flatten() for each in figures if each.kl is not None]
     return Sums(
         {column: sums.sum() for column, sums in summed.items()},
-        _drawn(summed, len(figures), seed),
+        dict(zip(summed, torch.stack(draws, dim=1), strict=True)),
         torch.cat(known) if known else None,
-        len(figures),
-        len(figures),
+        count,
+        count,
     )
-
-
-def _drawn(columns: Mapping[str, torch.Tensor], count: int, seed: int) -> dict[str, torch.Tensor]:
-    """The sums (draws,) over sequences drawn with repetition, as many each time as there are (`count`).
-
-    One draw after the other: all of them together may take more memory than the model does.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.stack(list(columns.values()))
-    sums = [table[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(_DRAWS)]
-    return dict(zip(columns, torch.stack(sums, dim=1), strict=True))
 
 
 def joined(parts: Sequence[Sums]) -> Sums:

@@ -32,15 +32,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """All prompts, the template's switch for thinking if it has one, and notes for the user."""
-
-    prompts: tuple[Prompt, ...]
-    switch: str | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Opening:
     """What prompts are made of: text (with its own token ids, if it has some), or the messages of a chat.
 
@@ -68,12 +59,13 @@ class _Line(msgspec.Struct):
 
 def collect_prompts(
     data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any
-) -> Prompts:
+) -> tuple[list[Prompt], str | None, list[str]]:
     """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
-    Each is text to continue, and also a chat where the tokenizer has a chat template: with thinking off and on if it
-    has a switch for that. Without a tokenizer they are only token ids. A template that fails costs the chats, unless
-    the user gave some. Raises CalibrationError if there are no prompts, or for lines that are none.
+    Returns the prompts, the template's switch for thinking if it has one, and notes for the user. Each opening is text
+    to continue, and also a chat where the tokenizer has a chat template: with thinking off and on if it has a switch
+    for that. Without a tokenizer prompts are only token ids. Where the template fails there are no chats. Raises
+    CalibrationError if there are no prompts, for lines that are none, and for chats of the user that do not render.
     """
     openings = [] if path is None else _read_openings(path)
     if data is not None:
@@ -81,7 +73,7 @@ def collect_prompts(
     given = [opening for opening in openings if opening.messages is not None]
     prompts = [_text_prompt(opening, tokenizer) for opening in openings if opening.messages is None]
     switch: str | None = None
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if tokenizer is not None and tokenizer.chat_template:
         try:
             switch, chats = _chat_prompts([each for each in openings if each.messages or each.text.strip()], tokenizer)
@@ -89,14 +81,14 @@ def collect_prompts(
         except CalibrationError as error:
             if given:
                 raise
-            notes = (f"No chats were tried: {error}",)
+            notes.append(f"No chats were tried: {error}")
     elif given:
         raise CalibrationError(
             f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with 'prompt'."
         )
     if not prompts:
         raise CalibrationError("There is no text to continue. Give other --data, or --prompts FILE.")
-    return Prompts(tuple(prompts), switch, notes)
+    return prompts, switch, notes
 
 
 def _openings_of(data: Calibration, per_source: int, tokens: int, tokenizer: Any) -> Iterator[_Opening]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from streamprune.calibration.records import load_tokenizer
 from streamprune.checkpoint.hub import first_line
@@ -158,26 +159,19 @@ def _evaluate(
         raise TaskError(f"lm-evaluation-harness failed: {type(error).__name__}: {reason}.") from error
     assert made is not None, "only other ranks get none"
     made["config"]["model"] = "hf"
-    return {key: _as_json(value) for key, value in made.items() if key not in _LEFT_OUT}
+    return _as_json({key: value for key, value in made.items() if key not in _LEFT_OUT})  # type: ignore[no-any-return]
 
 
 def _as_json(value: Any) -> Any:
     """The same as JSON can hold it: numbers of numpy as numbers, what is not finite as null, functions by name."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_as_json(item) for item in value]
-    if hasattr(value, "item") and callable(value.item):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return str(value)
-    return value
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for an object that msgspec does not know."""
+    if callable(getattr(value, "item", None)):
+        return value.item()
+    return getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)
 
 
 @contextlib.contextmanager
@@ -189,26 +183,20 @@ def _quiet() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logger = logging.getLogger("lm_eval")
     level, nowhere = logger.level, io.StringIO()
-    # Progress bars and hints are printed to whatever sys.stdout and sys.stderr are at the time.
-    python = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
-    with _nothing_to(1), _nothing_to(2), python[0], python[1], warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _nothing_to(number: int) -> Iterator[None]:
-    """Let what is written to a file descriptor go nowhere."""
-    (sys.stdout if number == 1 else sys.stderr).flush()
-    kept = os.dup(number)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), number)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
     try:
-        yield
+        with Path(os.devnull).open("wb") as null:
+            for number in kept:
+                os.dup2(null.fileno(), number)
+        # Progress bars and hints are printed to whatever sys.stdout and sys.stderr are at the time.
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger.setLevel(logging.CRITICAL)
+            yield
     finally:
-        os.dup2(kept, number)
-        os.close(kept)
+        logger.setLevel(level)
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
