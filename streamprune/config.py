@@ -1,4 +1,7 @@
-"""The settings of each command, checked when they are made and never changed afterwards."""
+"""The settings of each command, checked when they are made and never changed afterwards.
+
+Each class raises SettingsError for values that are impossible whatever the model and the machine.
+"""
 
 from __future__ import annotations
 
@@ -45,17 +48,16 @@ def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
         raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
 
 
+def check_least(name: str, value: int | None, least: int) -> None:
+    """Raise SettingsError for a number that is too small; None is an option that was not given."""
+    if value is not None and value < least:
+        raise SettingsError(f"{name} {value} is too small: at least {least}.")
+
+
 def check_amounts(samples: int | None, seq_len: int | None) -> None:
     """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
-    for name, value, least in (("--samples", samples, 1), ("--seq-len", seq_len, 2)):
-        if value is not None:
-            check_least(name, value, least)
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise SettingsError for a number that is too small."""
-    if value < least:
-        raise SettingsError(f"{name} {value} is too small: at least {least}.")
+    check_least("--samples", samples, 1)
+    check_least("--seq-len", seq_len, 2)
 
 
 def sibling_path(output: Path, suffix: str) -> Path:
@@ -73,8 +75,7 @@ class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
     `keep` is the number of experts that stay in every layer; None for all. Where layers may differ, `total` is the
-    number of all layers together instead, and `widest` that of the layer that keeps most, where it is known. Raises
-    SettingsError for impossible values.
+    number of all layers together instead, and `widest` that of the layer that keeps most, where it is known.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -86,8 +87,8 @@ class ServingSpec:
     widest: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("--context", self.context), ("--batch", self.batch)):
-            check_least(name, value, 1)
+        check_least("--context", self.context, 1)
+        check_least("--batch", self.batch, 1)
         if self.context * self.batch > MOST_TOKENS:
             raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any GPU could hold.")
 
@@ -99,8 +100,6 @@ class PruningTarget(SelectionSettings):
     At most one says how far: `keep` (experts per layer), `ratio` (share removed), or a budget (`budget_gib`, or what
     CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives layers
     different numbers of experts, these are means: as many experts stay in all as with equal numbers.
-
-    Raises SettingsError when a value is impossible whatever the model.
     """
 
     keep: int | None = None
@@ -140,13 +139,12 @@ class PruningTarget(SelectionSettings):
     def check_one_target(self) -> None:
         """Raise SettingsError unless one setting says how far to prune; with a schedule file, only a budget may."""
         given = self.targets_given
-        if self.has_schedule_file:
-            if given > 1 or self.keep is not None or self.ratio is not None:
-                raise SettingsError(
-                    f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that "
-                    "lists how many experts stay. Leave out --keep and --ratio; a budget is only checked."
-                )
-        elif given != 1:
+        if self.has_schedule_file and (given > 1 or self.keep is not None or self.ratio is not None):
+            raise SettingsError(
+                f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that lists how "
+                "many experts stay. Leave out --keep and --ratio; a budget is only checked."
+            )
+        if given != 1 and not self.has_schedule_file:
             raise SettingsError(
                 "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
                 "GPU), --keep N (experts to keep per layer) or --ratio R (share to remove)."
@@ -155,10 +153,7 @@ class PruningTarget(SelectionSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What model, where the result goes, and where the work is done.
-
-    Raises SettingsError for names that no file system takes.
-    """
+    """What model, where the result goes, and where the work is done."""
 
     model: str
     output: Path
@@ -170,6 +165,13 @@ class OutputSettings:
     verify: bool = True
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
+    def __post_init__(self) -> None:
+        check_choice("--resume", self.resume, RESUME)
+        check_least("--max-shard-size", self.max_shard_bytes, 1)
+        for path in (self.output, self.work_dir or self.output):
+            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
+
     @property
     def work_folder(self) -> Path:
         """Where the run keeps what it needs to go on after an interruption."""
@@ -180,20 +182,10 @@ class OutputSettings:
         """A folder next to the output, locked by the run that writes it: the work folder unless --work-dir is given."""
         return sibling_path(self.output, WORK_SUFFIX)
 
-    def __post_init__(self) -> None:
-        check_choice("--resume", self.resume, RESUME)
-        check_least("--max-shard-size", self.max_shard_bytes, 1)
-        for path in (self.output, self.work_dir or self.output):
-            if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
-                raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """Device, dtype, micro-batches and memory limits.
-
-    Raises SettingsError when a value is impossible whatever the machine.
-    """
+    """Device, dtype, micro-batches and memory limits."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -201,6 +193,26 @@ class ComputeSettings:
     states: str = "auto"
     vram_gib: float | None = None
     ram_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least("--batch-tokens", self.batch_tokens, 1)
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_choice("--states", self.states, STATES)
+        for name, limit in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
+            if limit is not None and not 0 < limit * 2**30 < float("inf"):
+                raise SettingsError(
+                    f"{name} {limit:g} is no amount of memory. Give GiB above 0, for example {name} 16."
+                )
+        if self.device == "cpu":
+            self.check_device("cpu")
+
+    def check_device(self, device_type: str) -> None:
+        """Raise SettingsError where a setting makes no sense on a device of this type, as torch calls it."""
+        if self.vram_gib is not None and device_type == "cpu":
+            raise SettingsError(
+                f"--vram-gib {self.vram_gib:g} is about a GPU's memory, but this run computes on the CPU. "
+                "Use --ram-gib, or a CUDA --device."
+            )
 
     def most_batch_tokens(self, device_type: str) -> int:
         """Most tokens per micro-batch on a device of this type ("cpu", or torch's name for GPUs), if memory allows."""
@@ -216,32 +228,13 @@ class ComputeSettings:
         """Most resident RAM; None for all that is available."""
         return None if self.ram_gib is None else int(self.ram_gib * 2**30)
 
-    def __post_init__(self) -> None:
-        if self.batch_tokens is not None:
-            check_least("--batch-tokens", self.batch_tokens, 1)
-        check_choice("--dtype", self.dtype, DTYPES)
-        check_choice("--states", self.states, STATES)
-        for name, cap in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
-            if cap is not None and not 0 < cap * 2**30 < float("inf"):
-                raise SettingsError(f"{name} {cap:g} is no amount of memory. Give GiB above 0, for example {name} 16.")
-        if self.device == "cpu":
-            self.check_device("cpu")
-
-    def check_device(self, device_type: str) -> None:
-        """Raise SettingsError where a setting makes no sense on a device of this type, as torch calls it."""
-        if self.vram_gib is not None and device_type == "cpu":
-            raise SettingsError(
-                f"--vram-gib {self.vram_gib:g} is about a GPU's memory, but this run computes on the CPU. "
-                "Use --ram-gib, or a CUDA --device."
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
 
-    With `evaluate` a part of the calibration is held back and measured on; `stop_if_kl` (nats per token) ends a run
-    whose damage there is larger. Raises SettingsError when a value is impossible whatever the model.
+    With `evaluate` a part of the calibration is held out and measured on; `stop_if_kl` (nats per token) ends a run
+    whose damage there is larger.
     """
 
     only_score: bool = False
@@ -257,12 +250,10 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     def __post_init__(self) -> None:
         if not self.only_score:
             self.check_one_target()
-        PruningTarget.__post_init__(self)
-        OutputSettings.__post_init__(self)
-        ComputeSettings.__post_init__(self)
+        for part in (PruningTarget, OutputSettings, ComputeSettings):
+            part.__post_init__(self)
         check_amounts(self.samples, self.seq_len)
-        if self.from_layer is not None:
-            check_least("--from-layer", self.from_layer, 0)
+        check_least("--from-layer", self.from_layer, 0)
         check_choice("--propagate", self.propagate, PROPAGATE)
         if not 0 <= self.checkpoint_every < float("inf"):
             raise SettingsError(
@@ -270,21 +261,15 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
             )
         if self.evaluate and self.only_score:
             raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
-        if self.stop_if_kl is not None:
-            if not self.evaluate:
-                raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")
-            if not 0 < self.stop_if_kl < float("inf"):
-                raise SettingsError(
-                    f"--stop-if-kl {self.stop_if_kl:g} is no KL divergence. Give nats per token above 0."
-                )
+        if self.stop_if_kl is not None and not self.evaluate:
+            raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")
+        if self.stop_if_kl is not None and not 0 < self.stop_if_kl < float("inf"):
+            raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} is no KL divergence. Give nats per token above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(OutputSettings, PruningTarget):
-    """The settings of `streamprune prune`: from `scores` (a file, or a folder with one), or from the user's own list.
-
-    Raises SettingsError when a value is impossible whatever the model.
-    """
+    """The settings of `streamprune prune`: from `scores` (a file, or a folder with one), or the user's own list."""
 
     scores: Path | None = None
     keep_file: Path | None = None
@@ -306,10 +291,7 @@ class PruneSettings(OutputSettings, PruningTarget):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(ComputeSettings):
-    """The settings of `streamprune eval`, as far as it streams: which model, against which, on what text.
-
-    Raises SettingsError when a value is impossible whatever the model.
-    """
+    """The settings of `streamprune eval`, as far as it streams: which model, against which, on what text."""
 
     model: str
     against: str | None = None
