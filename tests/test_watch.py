@@ -78,7 +78,7 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
     monkeypatch.setattr(devices, "free_device_bytes", lambda device: 512 * MIB)
     monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit))
     settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
-    over = MemoryWatch(settings, torch.device("cuda:0"), said.append)
+    over = MemoryWatch((settings.vram_bytes, None), torch.device("cuda:0"), said.append)
     for _ in range(3):
         over.between_layers()
     assert said == [

@@ -18,7 +18,7 @@ from typing import Any
 
 from streamprune.errors import CheckpointError, OutputError, ResourceError
 from streamprune.files.json_text import parse_json, read_limited
-from streamprune.hardware.memory import disk_bytes, existing_folder, format_bytes
+from streamprune.hardware.memory import format_bytes, free_disk_bytes
 
 #: Portions that may wait to be hashed.
 _MOST_PENDING = 4
@@ -149,6 +149,6 @@ def reading(path: Path) -> Iterator[None]:
 
 def _free(folder: Path) -> str:
     try:
-        return f", {format_bytes(disk_bytes(existing_folder(folder))[1])} free"
+        return f", {format_bytes(free_disk_bytes(folder))} free"
     except OSError:
         return ""

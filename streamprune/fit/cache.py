@@ -9,7 +9,8 @@ tests/test_workspace.py). Attention is assumed to be fused, so that no scores of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,11 @@ _NOT_PLAIN = re.compile(
 _HARMLESS = re.compile(r"shared_expert|shared_intermediate|linear_bias|share_expert|router|tie_word|max_window_layers")
 
 
-#: Bytes per value of the dtypes that a model can compute in.
-_FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+#: Key and value projections, or a joint one to a latent.
+_PROJECTION = re.compile(r"(^|\.)layers\.(\d+)\.\w*attn\.(k_proj|v_proj|kv_a_proj_with_mqa)\.weight$")
+_PLAIN_ATTENTION = {("k_proj", "v_proj"), ("kv_a_proj_with_mqa",)}
+#: Bytes per value of the dtypes that a model can compute in, as configs and safetensors headers name them.
+_FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -85,31 +89,25 @@ def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
     """
     _, text = text_part(config)
     depth = first_number((text,), ("num_hidden_layers",))
-    if depth is None or _hints_at_more(text):
+    if depth is None or _hints_at_more(text) or any("indexer" in name for name in tensors):
         return None
-    rows: dict[int, list[TensorEntry]] = {}
-    pattern = re.compile(r"(^|\.)layers\.(\d+)\.\w*attn\.(k_proj|v_proj|kv_a_proj_with_mqa)\.weight$")
+    projections: dict[int, list[TensorEntry]] = defaultdict(list)
     for name, entry in tensors.items():
-        match = pattern.search(name)
+        match = _PROJECTION.search(name)
         if match and len(entry.shape) == 2 and int(match[2]) < depth:
-            rows.setdefault(int(match[2]), []).append(entry)
+            projections[int(match[2])].append(entry)
+    kinds = {tuple(sorted(entry.name.split(".")[-2] for entry in entries)) for entries in projections.values()}
+    stored = [entry.dtype for entries in projections.values() for entry in entries]
     # All layer numbers are below `depth`, so these are all layers if there are that many.
-    if len(rows) != depth or any(_form(entries) is None for entries in rows.values()):
+    if len(projections) != depth or not kinds <= _PLAIN_ATTENTION:
         return None
-    dtypes = {entry.dtype for entries in rows.values() for entry in entries}
     # Packed integers have other rows than the projection.
-    if any("indexer" in name for name in tensors) or not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
+    if not all(dtype.startswith(("F", "BF")) for dtype in stored):
         return None
-    itemsize = _stated_itemsize(text, config) or _FLOAT_BYTES.get(rows[0][0].dtype)
-    if itemsize is None:
-        return None
-    layers = tuple(LayerCache(sum(entry.shape[0] for entry in rows[layer])) for layer in range(depth))
-    return CacheSizes(layers, itemsize)
-
-
-def _form(entries: Sequence[TensorEntry]) -> tuple[str, ...] | None:
-    names = tuple(sorted(entry.name.split(".")[-2] for entry in entries))
-    return names if names in (("k_proj", "v_proj"), ("kv_a_proj_with_mqa",)) else None
+    named = [str(part.get(name)) for part in (text, config) for name in ("dtype", "torch_dtype")]
+    itemsize = next((_FLOAT_BYTES[dtype] for dtype in (*named, projections[0][0].dtype) if dtype in _FLOAT_BYTES), None)
+    layers = tuple(LayerCache(sum(entry.shape[0] for entry in projections[layer])) for layer in range(depth))
+    return CacheSizes(layers, itemsize) if itemsize is not None else None
 
 
 def _hints_at_more(text: Mapping[str, Any]) -> bool:
@@ -121,15 +119,6 @@ def _hints_at_more(text: Mapping[str, Any]) -> bool:
         and name not in unused
         for name, value in text.items()
     )
-
-
-def _stated_itemsize(*parts: Mapping[str, Any]) -> int | None:
-    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
-    for part in parts:
-        for name in ("dtype", "torch_dtype"):
-            if str(part.get(name)) in sizes:
-                return sizes[str(part[name])]
-    return None
 
 
 def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:

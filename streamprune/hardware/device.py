@@ -9,7 +9,6 @@ import gc
 import os
 import platform
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
@@ -134,27 +133,20 @@ def record_event(stream: torch.Stream, timed: bool = False) -> torch.Event:
 # Watching memory during a run.
 
 
-class MemoryCaps(Protocol):
-    """The user's caps on memory; None for no cap."""
-
-    @property
-    def vram_bytes(self) -> int | None: ...
-    @property
-    def ram_bytes(self) -> int | None: ...
-
-
 class MemoryWatch:
-    """Keeps a run within --vram-gib and --ram-gib, and reports processes that take memory on its GPU meanwhile."""
+    """Keeps a run within --vram-gib and --ram-gib (`caps` in bytes, in this order; None: no cap), and reports processes
+    that take memory on its GPU meanwhile."""
 
-    def __init__(self, caps: MemoryCaps, device: torch.device, say: Callable[[str], None]) -> None:
-        self._caps, self._device, self._say = caps, device, say
+    def __init__(self, caps: tuple[int | None, int | None], device: torch.device, say: Callable[[str], None]) -> None:
+        self._vram, self._ram = caps
+        self._device, self._say = device, say
         gpu = _gpu_of(device)
         self._others = {process.pid: process.used_bytes or 0 for process in gpu.other_processes()} if gpu else {}
         self._limit_gpu(gpu)
 
     def excess(self) -> str | None:
         """A text on how far resident memory is above --ram-gib, after freeing what can be freed; None if it is not."""
-        cap = self._caps.ram_bytes
+        cap = self._ram
         if cap is None or machine.resident_bytes() <= cap:
             return None
         free_after_failure(self._device)
@@ -185,8 +177,8 @@ class MemoryWatch:
         return f" Other processes hold memory there too: {'; '.join(map(str, others))}." if others else ""
 
     def _limit_gpu(self, gpu: Gpu | None) -> None:
-        if self._caps.vram_bytes is not None and is_gpu(self._device):
-            limit_device_bytes(self._device, self._caps.vram_bytes - _context(gpu, self._device))
+        if self._vram is not None and is_gpu(self._device):
+            limit_device_bytes(self._device, self._vram - _context(gpu, self._device))
 
 
 def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProcess]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import psutil
 
 from streamprune.errors import SettingsError
-from streamprune.hardware.memory import available_memory_bytes, disk_bytes, format_bytes, total_memory_bytes
+from streamprune.hardware.memory import format_bytes
 
 Source = Literal["NVML v2", "NVML v1", "torch"]
 ASK_BUDGET = "Give the memory with --budget-gib."
@@ -287,24 +289,24 @@ def _absent(known: KnownGpu, gpus: Gpus) -> str:
 
 def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
     """What `devices --json` prints, in bytes; null where something is not known."""
-    total, free = disk_bytes(folder)
+    ram, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     return {
         "cards": [{**asdict(gpu), "usable_bytes": gpu.usable_bytes} for gpu in gpus.gpus],
         "notes": list(gpus.notes),
-        "ram": {"total_bytes": total_memory_bytes(), "available_bytes": available_memory_bytes()},
-        "disk": {"folder": str(folder.absolute()), "total_bytes": total, "free_bytes": free},
+        "ram": {"total_bytes": ram.total, "available_bytes": ram.available},
+        "disk": {"folder": str(folder.absolute()), "total_bytes": disk.total, "free_bytes": disk.free},
     }
 
 
 def devices_text(gpus: Gpus, folder: Path) -> str:
     """What `devices` prints: a paragraph per GPU, then RAM and disk, and what could not be known."""
-    total, free = disk_bytes(folder)
+    ram, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     lines = [line for gpu in gpus.gpus for line in (*_gpu_lines(gpu), "")]
     if not gpus.gpus:
         lines = ["No NVIDIA GPU is visible.", *(f"  {note}" for note in gpus.notes), ""]
     lines += [
-        f"RAM: {format_bytes(total_memory_bytes())} total, {format_bytes(available_memory_bytes())} available",
-        f"disk of {folder.absolute()}: {format_bytes(total)} total, {format_bytes(free)} free",
+        f"RAM: {format_bytes(ram.total)} total, {format_bytes(ram.available)} available",
+        f"disk of {folder.absolute()}: {format_bytes(disk.total)} total, {format_bytes(disk.free)} free",
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in gpus.notes if gpus.gpus)])
 

@@ -48,22 +48,11 @@ def available_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def total_memory_bytes() -> int:
-    """All memory of this machine."""
-    return int(psutil.virtual_memory().total)
-
-
 def core_count() -> int:
     """The cores of this machine that this process may compute on."""
     # Hyper-threads do not multiply matrices faster.
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
-
-
-def disk_bytes(folder: Path) -> tuple[int, int]:
-    """The size and the free space (for this user) of the file system of `folder`, which must exist."""
-    usage = shutil.disk_usage(folder)
-    return usage.total, usage.free
 
 
 def process_name(pid: int) -> str | None:

@@ -89,9 +89,17 @@ def gpu_of_device(torch_index: int) -> Gpu | None:
 
 def _torch_gpus(nvml_note: str) -> Gpus:
     """The GPUs that torch sees, with a note on why NVML was not asked; none if torch sees none either."""
-    torch, refusal = _torch_with_gpus()
-    if torch is None:
-        return Gpus((), (nvml_note, f"{refusal}. {ASK_BUDGET}"))
+    try:
+        import torch
+    except Exception as error:
+        return Gpus((), (nvml_note, f"torch cannot be imported ({error}). {ASK_BUDGET}"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
+        said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
+        return Gpus((), (nvml_note, f"torch {torch.__version__} sees no CUDA GPU either{said}. {ASK_BUDGET}"))
     figures_note = (
         "The figures are torch's, of what CUDA can see: what the driver reserves, its version, which processes hold "
         "memory, whether a display is attached and whether MIG is on are not known."
@@ -100,26 +108,12 @@ def _torch_gpus(nvml_note: str) -> Gpus:
     for index in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(index)
-            memory = MemoryFigures(total, None, free, total - free, "torch")
-            gpus.append(Gpu(index, str(torch.cuda.get_device_name(index)), **vars(memory), uuid=_torch_uuid(index)))
+            name = str(torch.cuda.get_device_name(index))
         except Exception as error:
             notes.append(f"GPU {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
+        else:
+            gpus.append(Gpu(index, name, total, None, free, total - free, source="torch", uuid=_torch_uuid(index)))
     return Gpus(tuple(gpus), tuple(notes))
-
-
-def _torch_with_gpus() -> tuple[Any, str | None]:
-    """torch and None, or None and why it cannot help."""
-    try:
-        import torch
-    except Exception as error:
-        return None, f"torch cannot be imported ({error})"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            return torch, None
-    # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
-    said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
-    return None, f"torch {torch.__version__} sees no CUDA GPU either{said}"
 
 
 def _torch_uuid(index: int) -> str | None:

@@ -78,7 +78,8 @@ class MicroBatches:
         self.batch_tokens = runtime.plan.batch_tokens
         self.shrinks: list[Shrink] = []
         self.place = runtime.plan.place
-        self.watch = MemoryWatch(runtime.settings, runtime.device, runtime.progress.say)
+        caps = runtime.settings.vram_bytes, runtime.settings.ram_bytes
+        self.watch = MemoryWatch(caps, runtime.device, runtime.progress.say)
         self._share_out(calibration.micro_batches(runtime.plan.batch_tokens))
         home = self._device if self.place == "device" else CPU
         on_disk = runtime.folder if self.place == "disk" else None
