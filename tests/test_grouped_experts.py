@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.models.skeleton import dispatches_experts
-from streamprune.saliency.grouped import forward_with_pairs, sort_by_expert, tile_of
-from streamprune.saliency.hooks import ExpertsTap, bare_pairs
+from streamprune.saliency.hooks import ExpertsTap, bare_pairs, forward_with_pairs, sort_by_expert, tile_of
 from streamprune.saliency.scores import FIELDS
 from streamprune.saliency.statistics import ExpertStatistics
 from tests.helpers import CPU, known_family

@@ -74,11 +74,9 @@ def test_one_process_is_a_case_of_several() -> None:
     assert ALONE.mine(range(3)) == [0, 1, 2]
     assert [ALONE.asked(False), ALONE.asked(True)] == [False, True]
     assert list(ALONE.scatter(3, lambda number: 10 * number)) == [0, 10, 20]
-    taken: list[int] = []
     pieces = ALONE.in_order([(0, 2), (1, 1), (1, 1)])
     assert [(piece.process, piece.number, piece.size) for piece in pieces] == [(0, 0, 2), (0, 1, 1), (0, 2, 1)]
-    ALONE.gather(pieces, lambda number: 10 * number, lambda piece: taken.extend(map(piece, range(3))))
-    assert taken == [0, 10, 20]
+    assert list(ALONE.gather(pieces, lambda number: 10 * number)) == [0, 10, 20]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +148,7 @@ with joined("cpu") as processes:
         assert torch.equal(rows[0], sent(place)[0][0]) and rows[0].dtype == torch.bfloat16
         assert torch.equal(carried["keys"][7][0], torch.arange(place)) and carried["keys"][7][1] is None
     pieces = processes.in_order((place, 1) for place in processes.mine(range(7)))
-    brought = []
-    processes.gather(pieces, lambda number: got[number], lambda piece: brought.extend(map(piece, range(7))))
+    brought = list(processes.gather(pieces, lambda number: got[number]))
     assert [int(rows[0][0, 0]) for rows, _ in brought] == ([] if rank else list(range(7)))
     assert not processes.asked(False)
     processes.collect(None)

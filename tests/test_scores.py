@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.models.skeleton import dispatches_experts
-from streamprune.saliency.grouped import forward_with_pairs
-from streamprune.saliency.hooks import ExpertsTap, bare_pairs
+from streamprune.saliency.hooks import ExpertsTap, bare_pairs, forward_with_pairs
 from streamprune.saliency.scores import FIELDS
 from streamprune.saliency.statistics import ExpertStatistics, Pairs
 from tests.helpers import CPU, field_of, known_family, load_whole, prune, streamed, token_ids

@@ -9,8 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,25 +26,16 @@ from streamprune.errors import (
     StreampruneError,
     TooMuchLostError,
 )
-from streamprune.hardware.device import all_gpus
+from streamprune.hardware.device import CPU, all_gpus
 
 #: How long a process waits for the others to be there.
 _MEET = timedelta(minutes=30)
 #: How long it waits for an answer: while rank 0 downloads or checks a model, the others have nothing to do.
 #: (A process that ends is noticed at once, since its connections end with it.)
 _ANSWER = timedelta(days=1)
-_HOST = torch.device("cpu")
 _FAILED, _STOP = "failed", "stop"
 #: How often a process asks whether another one was asked to stop, in seconds.
 _ASK_EVERY = 0.2
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """Stands for a tensor in what is sent; the tensor follows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class DistributedProcesses(Processes):
@@ -64,7 +55,7 @@ class DistributedProcesses(Processes):
 
     def broadcast(self, value: T) -> T:
         box = [value if self.is_first else None]
-        self._communicate(lambda: dist.broadcast_object_list(box, src=0, group=self._group, device=_HOST))
+        self._communicate(lambda: dist.broadcast_object_list(box, src=0, group=self._group, device=CPU))
         return box[0]  # type: ignore[return-value]
 
     def collect(self, value: T) -> list[T]:
@@ -73,7 +64,7 @@ class DistributedProcesses(Processes):
         return values
 
     def add_up(self, values: torch.Tensor, maxima: Collection[int] = ()) -> None:
-        own = values.to(_HOST).contiguous()
+        own = values.to(CPU).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.count)]
         self._communicate(lambda: dist.all_gather(parts, own, group=self._group))
         # Each adds all of them in the same order, so that all have the same sums whatever the network does.
@@ -86,48 +77,36 @@ class DistributedProcesses(Processes):
         values.copy_(total)
 
     def asked(self, stop: bool) -> bool:
-        if self._asked or (not stop and time.monotonic() - self._asked_at < _ASK_EVERY):
-            return self._asked
-        self._asked_at = time.monotonic()
-        self._communicate(lambda: self._ask(stop))
+        def ask() -> None:
+            if stop:
+                self._store.set(_STOP, "")
+            self._asked = stop or self._store.check([_STOP])
+
+        if not self._asked and (stop or time.monotonic() - self._asked_at >= _ASK_EVERY):
+            self._asked_at = time.monotonic()
+            self._communicate(ask)
         return self._asked
 
-    def _ask(self, stop: bool) -> None:
-        if stop:
-            self._store.set(_STOP, "")
-        self._asked = stop or self._store.check([_STOP])
-
     def send(self, value: Any, process: int) -> None:
-        tensors: list[torch.Tensor] = []
-
-        def place_of(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            tensors.append(leaf.detach().to(_HOST).contiguous())
-            return _Sent(tuple(leaf.shape), leaf.dtype)
-
-        box = [pytree.tree_map(place_of, value)]
-        self._communicate(lambda: dist.send_object_list(box, dst=process, group=self._group, device=_HOST))
-        for tensor in tensors:
-            if tensor.numel():
-                # As bytes: not every dtype can be sent as what it is.
-                data = tensor.reshape(-1).view(torch.uint8)
-                self._communicate(lambda data=data: dist.send(data, dst=process, group=self._group))  # type: ignore[misc]
+        # First everything else, with tensors of the same shapes on the meta device; then what the tensors hold.
+        described = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), value)
+        self._communicate(lambda: dist.send_object_list([described], dst=process, group=self._group, device=CPU))
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, torch.Tensor) and leaf.numel():
+                data = _bytes_of(leaf.detach().to(CPU).contiguous())
+                self._communicate(partial(dist.send, data, dst=process, group=self._group))
 
     def receive(self, process: int) -> Any:
         box: list[Any] = [None]
-        self._communicate(lambda: dist.recv_object_list(box, src=process, group=self._group, device=_HOST))
+        self._communicate(lambda: dist.recv_object_list(box, src=process, group=self._group, device=CPU))
 
-        def fill(leaf: Any) -> Any:
-            if not isinstance(leaf, _Sent):
-                return leaf
-            tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+        def fill(described: torch.Tensor) -> torch.Tensor:
+            tensor = torch.empty(described.shape, dtype=described.dtype)
             if tensor.numel():
-                data = tensor.reshape(-1).view(torch.uint8)
-                self._communicate(lambda: dist.recv(data, src=process, group=self._group))
+                self._communicate(lambda: dist.recv(_bytes_of(tensor), src=process, group=self._group))
             return tensor
 
-        return pytree.tree_map(fill, box[0])
+        return pytree.tree_map_only(torch.Tensor, fill, box[0])
 
     def fail(self) -> None:
         try:
@@ -144,18 +123,18 @@ class DistributedProcesses(Processes):
         try:
             act()
         except RuntimeError as error:
-            raise self._lost(error) from None
+            # Only rank 0 speaks, and only it is certain to reach the store.
+            if not self.is_first or self._store.check([_FAILED]):
+                raise ReportedElsewhereError(1) from None
+            raise ProcessesError(
+                f"One of the other {self.count - 1} processes of this run ended without a word, or cannot be reached "
+                f"any more ({_reason(error).rpartition('] ')[2]}). Was it killed, for want of memory perhaps? Look at "
+                "its machine, then give the same command again: what is finished is kept."
+            ) from None
 
-    def _lost(self, error: RuntimeError) -> Exception:
-        # Only rank 0 speaks, and only it is certain to reach the store.
-        if not self.is_first or self._store.check([_FAILED]):
-            return ReportedElsewhereError(1)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return ProcessesError(
-            f"One of the other {self.count - 1} processes of this run ended without a word, or cannot be reached any "
-            f"more ({reason.rpartition('] ')[2]}). Was it killed, for want of memory perhaps? Look at its machine, "
-            "then give the same command again: what is finished is kept."
-        )
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextmanager
@@ -184,7 +163,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
         if processes.is_first:
             raise
         processes.fail()
-        raise OtherProcessError(f"{name_of(processes)}: {error}", error.exit_code) from error
+        name = f"process {processes.rank} of 0 to {processes.count - 1}, on {platform.node()}"
+        raise OtherProcessError(f"{name}: {error}", error.exit_code) from error
     finally:
         processes.leave()
 
@@ -206,19 +186,18 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
             atexit.register(_disconnect)
         return DistributedProcesses(facts)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ProcessesError(
-            f"The {facts.count} processes of this run did not find one another ({reason}). Launch them with torchrun "
-            "or `accelerate launch`; for several machines, check the address and port of the first one, MASTER_ADDR "
-            "and MASTER_PORT."
+            f"The {facts.count} processes of this run did not find one another ({_reason(error)}). Launch them "
+            "with torchrun or `accelerate launch`; for several machines, check the address and port of the first one, "
+            "MASTER_ADDR and MASTER_PORT."
         ) from error
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as bytes: not every dtype can be sent as what it is."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def name_of(processes: Processes) -> str:
-    """How messages name a process."""
-    return f"process {processes.rank} of 0 to {processes.count - 1}, on {platform.node()}"

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 
 #: The variables of torchrun (and `accelerate launch`), then those of MPI's launchers, in the order of accelerate.
-_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_VARIABLES = {
+    "count": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "local_count": ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "local_rank": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,7 @@ class Launched:
 
     def export(self) -> None:
         """Set the environment variables of torchrun, which torch and accelerate read."""
-        values = (self.count, self.rank, self.local_count, self.local_rank)
-        for names, value in zip((_COUNT, _RANK, _LOCAL_COUNT, _LOCAL_RANK), values, strict=True):
-            os.environ[names[0]] = str(value)
+        os.environ.update({names[0]: str(getattr(self, field)) for field, names in _VARIABLES.items()})
 
 
 def launched() -> Launched:
@@ -51,10 +51,9 @@ def launched() -> Launched:
 
     Raises ProcessesError where they say that there are several processes, but not which of them this is.
     """
-    count = _number(_COUNT)
+    count, rank, local_count, local_rank = map(_number, _VARIABLES.values())
     if count is None or count < 2:
         return Launched()
-    rank, local_count, local_rank = _number(_RANK), _number(_LOCAL_COUNT), _number(_LOCAL_RANK)
     if rank is None or rank >= count:
         said = "is not set" if rank is None else f"is {rank}"
         raise ProcessesError(
@@ -96,7 +95,7 @@ class Piece:
 class Processes:
     """All processes of a run. This base class is one process alone: it agrees with itself, and nothing is sent.
 
-    All methods but `mine`, `owner`, `asked` and `fail` are collective: every rank has to call them in the same order.
+    All methods but `mine`, `asked` and `fail` are collective: every rank has to call them in the same order.
     They raise ProcessesError when another process is lost, and ReportedElsewhereError when that one says why itself.
     """
 
@@ -115,14 +114,8 @@ class Processes:
         """This process's share of what all have: every `count`-th item."""
         return list(items[self.rank :: self.count])
 
-    def owner(self, number: int) -> int:
-        """The rank in whose share the item of this number is."""
-        return number % self.count
-
     def on_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in rank 0, which alone calls it, in all ranks. An error of rank 0 ends all of them."""
-        if self.count == 1:
-            return make()
         if not self.is_first:
             status, value = self.broadcast((0, None))
             if status:
@@ -187,38 +180,25 @@ class Processes:
         ]
         return [Piece(process, number, size) for _, process, number, size in sorted(found)]
 
-    def gather(
-        self, pieces: Sequence[Piece], load: Callable[[int], Any], take: Callable[[Callable[[int], Any]], None]
-    ) -> None:
-        """In rank 0, call `take` with a function that gives the n-th of all pieces; it must ask for each, in order.
+    def gather(self, pieces: Sequence[Piece], load: Callable[[int], T]) -> Iterator[T]:
+        """In rank 0 all pieces, in order; the other ranks send theirs, and yield none. All must exhaust it.
 
         `load` gives this rank's own, by their number here. One piece is on its way at a time.
         """
-        if not self.is_first:
-            for piece in pieces:
-                if piece.process == self.rank:
-                    self.send(load(piece.number), 0)
-            return
+        for piece in pieces:
+            if self.is_first:
+                yield load(piece.number) if piece.process == self.rank else self.receive(piece.process)
+            elif piece.process == self.rank:
+                self.send(load(piece.number), 0)
 
-        def piece_at(place: int) -> Any:
-            piece = pieces[place]
-            return load(piece.number) if piece.process == self.rank else self.receive(piece.process)
-
-        take(piece_at)
-
-    def scatter(self, count: int, load: Callable[[int], Any]) -> Iterator[Any]:
-        """This rank's share of `count` items, in order, which only rank 0 can `load`."""
+    def scatter(self, count: int, load: Callable[[int], T]) -> Iterator[T]:
+        """This rank's share (as `mine` gives it) of `count` items, in order, which only rank 0 can `load`."""
         for number in range(count):
-            owner = self.owner(number)
-            if not self.is_first:
-                if owner == self.rank:
-                    yield self.receive(0)
-                continue
-            item = load(number)
+            owner = number % self.count
             if owner == self.rank:
-                yield item
-            else:
-                self.send(item, owner)
+                yield load(number) if self.is_first else self.receive(0)
+            elif self.is_first:
+                self.send(load(number), owner)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -103,6 +103,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
 
 
+def lack_of_memory(act: Callable[[], object]) -> str | None:
+    """None if `act` succeeded, the first line of the error if memory ran out; other errors are raised.
+
+    When this returns, the error's traceback is gone with the frames whose tensors it held: free their memory then.
+    """
+    try:
+        act()
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def free_after_failure(device: torch.device) -> None:
     """Free all memory that a failed computation held. Call it outside of the `except` clause that caught the error.
 

@@ -17,7 +17,7 @@ from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import Busy
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
-from streamprune.streaming.batches import Runtime, Stopped
+from streamprune.streaming.batches import Runtime, Stopped, every
 from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
@@ -107,9 +107,7 @@ class RunEvaluation:
         self._progress.say("measuring the pruned model on the held-out text ...")
         stages = [
             ForwardStage(weights, ORIGINAL),
-            PrunedForwardStage(
-                weights, prepared.skeleton.experts, prepared.pruned_layer, False, lambda batch: True, self.errors
-            ),
+            PrunedForwardStage(weights, prepared.pruned_layer, False, every, self.errors),
         ]
         try:
             figures = measure(runtime, stages, held_out, self.errors, selection.kept)

@@ -20,11 +20,9 @@ from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
-from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import LayerStatistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
-from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.stages import (
@@ -32,7 +30,6 @@ from streamprune.streaming.stages import (
     LayerTask,
     PrunedForwardStage,
     ScoreStage,
-    Scoring,
     is_held_out,
     read_statistics,
 )
@@ -115,16 +112,15 @@ class RunLayers:
 
     def _stages(self, prepared: PreparedModel) -> list[ForwardStage]:
         """Score each layer, and where anything goes through the pruned model, run its layer too."""
-        runtime, skeleton, experts = self._runtime, prepared.skeleton, prepared.skeleton.experts
+        runtime = self._runtime
         weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
-        taps = tap_experts({layer: skeleton.layers[layer].get_submodule(path) for layer, path in experts.items()})
         choose = self._target.kept if self._target is not None else None
-        scoring = Scoring(taps, self._layout.spec.count, self._streamed.tokens_of, choose)
         pruned_stream = self._target is not None and self._settings.propagate == "pruned"
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
-        stages: list[ForwardStage] = [ScoreStage(weights, ORIGINAL, scoring, pruned_stream)]
+        experts, tokens = self._layout.spec.count, self._streamed.tokens_of
+        stages: list[ForwardStage] = [ScoreStage(weights, experts, tokens, choose, pruned_stream)]
         if pruned_stream or errors is not None:
-            stages.append(PrunedForwardStage(weights, experts, prepared.pruned_layer, pruned_stream, errors=errors))
+            stages.append(PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors))
         return stages
 
     def stream(self) -> tuple[list[LayerStatistics], dict[str, Any]]:

@@ -14,7 +14,7 @@ from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.config import ComputeSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
-from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is_gpu, is_out_of_memory, record_event
+from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is_gpu, lack_of_memory, record_event
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MOST_SUBMITTED, MemoryPlan
 from streamprune.progress import Busy, Progress
@@ -28,6 +28,11 @@ Compute = Callable[[int, MicroBatch, BatchState], BatchState | None]
 #: Takes how many micro-batches are done, and the last of them.
 Commit = Callable[[int, MicroBatch], None]
 Among = Callable[[MicroBatch], bool]
+
+
+def every(batch: MicroBatch) -> bool:
+    """Takes all micro-batches."""
+    return True
 
 
 class Stopped(Exception):
@@ -74,7 +79,7 @@ class MicroBatches:
         self._settings, self._plan, self._device = runtime.settings, runtime.plan, runtime.device
         self._progress, self._processes, self._stop = runtime.progress, runtime.processes, runtime.stop
         self._submitted: deque[torch.Event] = deque()
-        self._among: Among = lambda batch: True
+        self._among: Among = every
         self.batch_tokens = runtime.plan.batch_tokens
         self.shrinks: list[Shrink] = []
         self.place = runtime.plan.place
@@ -93,9 +98,9 @@ class MicroBatches:
         self,
         layer: int,
         compute: Compute,
-        commit: Commit,
+        commit: Commit = lambda done, batch: None,
         start: int = 0,
-        among: Among = lambda batch: True,
+        among: Among = every,
     ) -> None:
         """Call `compute` for every micro-batch `among` all, from number `start` on, and keep the states it returns.
 
@@ -109,7 +114,7 @@ class MicroBatches:
             number = self._advance(number, layer, compute, commit)
             stopped = self._processes.asked(bool(self._stop))
         until = self._meet(number, stopped)
-        while until is not None and number < len(self._batches) and self._places[number] < until:
+        while until is not None and number < len(self._batches) and self.places[number] < until:
             number = self._advance(number, layer, compute, commit)
         if until is not None:
             raise Stopped
@@ -118,10 +123,6 @@ class MicroBatches:
     def sequences_among(self, among: Among) -> int:
         """How many sequences of this process are among some."""
         return sum(len(batch.ids) for batch in self._batches if among(batch))
-
-    def place_of(self, number: int) -> int:
-        """Where among the micro-batches of all ranks one of this rank's is; parts of one share its place."""
-        return self._places[number]
 
     def all_shrinks(self) -> list[Shrink]:
         """The shrinks of all ranks, by layer."""
@@ -134,24 +135,18 @@ class MicroBatches:
         micro-batches are through the layer in work.
         """
         self._states.synchronize()
-        own = zip(self._places, (len(batch.ids) for batch in self._batches), strict=True)
-        pieces = self._processes.in_order(own)
+        pieces = self._processes.in_order(zip(self.places, (len(batch.ids) for batch in self._batches), strict=True))
         saved = {
             "sizes": [piece.size for piece in pieces],
             "done": sum(self._processes.collect(done)),
             "batch_tokens": min(self._processes.collect(self.batch_tokens)),
             **facts,
         }
-
-        def parts(number: int) -> tuple[Any, Any]:
-            state = self._states.load(number, CPU)
-            return state.output, state.carried
-
-        def write(piece: Callable[[int], Any]) -> None:
-            assert work is not None
-            work.states.save(len(pieces), lambda place: BatchState(*piece(place)), saved)
-
-        self._processes.gather(pieces, parts, write)
+        states = self._processes.gather(pieces, lambda number: self._states.load(number, CPU))
+        if work is not None:
+            work.states.save(len(pieces), lambda place: next(states), saved)
+        # (In the other ranks, this sends theirs.)
+        deque(states, maxlen=0)
 
     def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> int:
         """Go on with saved states, which only rank 0 has; returns how many of this rank's are through the layer."""
@@ -159,14 +154,13 @@ class MicroBatches:
         self.batch_tokens = max(1, min(self.batch_tokens, facts["batch_tokens"]))
         self._states.resize(len(self._batches))
 
-        def parts(place: int) -> tuple[Any, Any]:
+        def load(place: int) -> BatchState:
             assert saved is not None
-            state = saved.load(place)
-            return state.output, state.carried
+            return saved.load(place)
 
         try:
-            for number, part in enumerate(self._processes.scatter(len(facts["sizes"]), parts)):
-                self._states.store(number, BatchState(*part))
+            for number, state in enumerate(self._processes.scatter(len(facts["sizes"]), load)):
+                self._states.store(number, state)
         except Exception:
             # Older states may be restored instead, or none.
             self._states.resize(len(self._batches))
@@ -174,13 +168,9 @@ class MicroBatches:
         self._states.synchronize()
         return self.own(facts["done"])
 
-    def check(self, sizes: list[int]) -> None:
-        """Raise ValueError unless the calibration can be divided into micro-batches of these numbers of sequences."""
-        self._calibration.micro_batches_of(sizes)
-
     def own(self, places: int) -> int:
         """How many of the first so many micro-batches of all ranks are this rank's."""
-        return sum(place < places for place in self._places)
+        return sum(place < places for place in self.places)
 
     def offload_states(self, why: str) -> bool:
         """Move the states from the GPU to RAM, if they may lie there and fit. False if nothing was moved."""
@@ -216,9 +206,11 @@ class MicroBatches:
         while True:
             self._split(number)
             batch = self._batches[number]
-            problem = self._attempt(number, compute)
+            problem = lack_of_memory(lambda: self._compute(number, compute))
             if problem is None:
                 break
+            self._states.drop_prefetch()
+            free_after_failure(self._device)
             self._after_failure(layer, batch, problem)
         commit(number + 1, batch)
         self._check_cap(layer, batch.ids.shape[1])
@@ -230,24 +222,10 @@ class MicroBatches:
 
         Returns up to which of all micro-batches each rank goes before all stop; None if none of them wants to.
         """
-        reached = self._places[done - 1] + 1 if done else 0
+        reached = self.places[done - 1] + 1 if done else 0
         answers = self._processes.collect((stopped, reached, self.batch_tokens))
         self.batch_tokens = min(tokens for *_, tokens in answers)
         return max(reached for _, reached, _ in answers) if any(stopped for stopped, *_ in answers) else None
-
-    def _attempt(self, number: int, compute: Compute) -> str | None:
-        """None if a micro-batch succeeded; what the library said if memory ran out, and then nothing of it remains."""
-        try:
-            self._compute(number, compute)
-            return None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        # Only after the except clause is the traceback freed, which held the failed attempt's tensors.
-        self._states.drop_prefetch()
-        free_after_failure(self._device)
-        return problem
 
     def _compute(self, number: int, compute: Compute) -> None:
         before = self._states.load(number, self._device)
@@ -263,22 +241,18 @@ class MicroBatches:
 
     def _prefetch(self, number: int) -> None:
         """Let the state of a micro-batch come while the one before computes, where memory has room for both."""
-        if number >= len(self._batches) or self._batches[number].ids.numel() > self.batch_tokens:
+        if number >= len(self._batches) or not self._among(self._batches[number]):
             return
-        if not self._among(self._batches[number]):
+        if self._batches[number].ids.numel() > self.batch_tokens:
             return
-        try:
-            self._states.prefetch(number, self._device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        if lack_of_memory(lambda: self._states.prefetch(number, self._device)) is not None:
             self._states.drop_prefetch()
 
     def _share_out(self, batches: list[MicroBatch]) -> None:
         # Token ids are small: all of them are on the device, so that no copy has to be waited for.
         self._batches = [replace(batch, ids=batch.ids.to(self._device)) for batch in self._processes.mine(batches)]
-        #: The number of each among those of all ranks; the parts of one that was split share it.
-        self._places = self._processes.mine(range(len(batches)))
+        #: The number of each among the micro-batches of all ranks; the parts of one that was split share it.
+        self.places = self._processes.mine(range(len(batches)))
 
     def _split(self, number: int) -> None:
         """Cut a micro-batch that is larger than what is allowed by now, with its states."""
@@ -288,15 +262,15 @@ class MicroBatches:
             parts = [replace(batch, ids=ids) for ids in torch.split(batch.ids, size)]
             self._states.split(number, batch.ids.shape, [len(part.ids) for part in parts])
             self._batches[number : number + 1] = parts
-            self._places[number : number + 1] = [self._places[number]] * len(parts)
+            self.places[number : number + 1] = [self.places[number]] * len(parts)
 
     def _after_failure(self, layer: int, batch: MicroBatch, problem: str) -> None:
         sequences, length = batch.ids.shape
         if sequences > 1:
             self._shrink(layer, sequences, length, "out of memory")
-        elif not self._drop_prefetch() and not self.offload_states(
-            f"out of memory in layer {layer} with a single sequence"
-        ):
+            return
+        why = f"out of memory in layer {layer} with a single sequence"
+        if not self._drop_prefetch() and not self.offload_states(why):
             raise ResourceError(
                 f"Out of memory on {self._device} in layer {layer}, with a single sequence of {length:,} tokens at a "
                 f"time ({problem}). Use a shorter --seq-len, {self.advice()}.{self.watch.holders()}"
@@ -309,16 +283,14 @@ class MicroBatches:
         sequences = min(self.batch_tokens, max(batch.ids.numel() for batch in self._batches)) // length
         if sequences > 1:
             self._shrink(layer, sequences, length, excess)
-            return
-        if self._drop_prefetch():
-            return
-        needs = self._plan.needs
-        raise ResourceError(
-            f"{excess}, in layer {layer} with a single sequence of {length:,} tokens at a time. The largest layer has "
-            f"{format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is loaded), the hidden states have "
-            f"{format_bytes(needs.states_here(self.batch_tokens))} ({self.place}). "
-            f"Use a shorter --seq-len, {self.advice()}."
-        )
+        elif not self._drop_prefetch():
+            needs = self._plan.needs
+            raise ResourceError(
+                f"{excess}, in layer {layer} with a single sequence of {length:,} tokens at a time. The largest layer "
+                f"has {format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is loaded), the hidden "
+                f"states have {format_bytes(needs.states_here(self.batch_tokens))} ({self.place}). "
+                f"Use a shorter --seq-len, {self.advice()}."
+            )
 
     def _shrink(self, layer: int, sequences: int, length: int, reason: str) -> None:
         """From now on at most half as many sequences at a time as these."""

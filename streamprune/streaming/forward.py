@@ -10,9 +10,9 @@ where it is the only one; `ORIGINAL` is what it is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,18 @@ from transformers import masking_utils
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import Decoder
 from streamprune.work.saved_states import BatchState
+
+
+@contextmanager
+def layers_replaced(decoder: Decoder, layers: nn.ModuleList) -> Iterator[None]:
+    """Within, the model has these modules in place of its decoder layers."""
+    path, _, attribute = decoder.layers_path.rpartition(".")
+    owner, own = decoder.model.get_submodule(path), decoder.layers
+    setattr(owner, attribute, layers)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, own)
 
 
 class LayerForward:
@@ -39,6 +51,7 @@ class LayerForward:
         self._stand_ins = nn.ModuleList(
             _StandIn(layer, index, self._cursor) for index, layer in enumerate(decoder.layers)
         )
+        #: Shapes and devices of position ids that are known not to be of packed sequences.
         self._unpacked: set[tuple[Any, ...]] = set()
 
     @torch.no_grad()
@@ -48,78 +61,60 @@ class LayerForward:
         `layer` is the loaded module to run in that place. `state` itself is not changed. Raises UnsupportedModelError
         for a model whose forward cannot be entered layer by layer.
         """
-        cursor = self._cursor
-        cursor.index, cursor.layer, cursor.state, cursor.result = index, layer, state, None
-        cursor.versions = _versions(state)
         try:
-            with self._with_stand_ins():
-                self._decoder.model(input_ids=input_ids, use_cache=False)
-        except _Reached:
-            assert cursor.result is not None
-            return cursor.result
-        finally:
-            cursor.layer = cursor.state = cursor.result = None
+            self._run(index, layer, input_ids, state)
+        except _Reached as reached:
+            return reached.state
         raise UnsupportedModelError(f"{type(self._decoder.model).__name__}: its forward never reached layer {index}.")
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, state: BatchState) -> torch.Tensor:
         """The logits (B, L, V) from the state after a layer, by the final norm and the head, whose weights it needs."""
-        cursor = self._cursor
-        cursor.index, cursor.state, cursor.versions = len(self._stand_ins), state, _versions(state)
-        try:
-            with self._with_stand_ins():
-                output = self._decoder.model(input_ids=input_ids, use_cache=False)
-        finally:
-            cursor.state = None
-        logits: torch.Tensor = output.logits
+        logits: torch.Tensor = self._run(len(self._stand_ins), None, input_ids, state).logits
         return logits
 
-    @contextmanager
-    def _with_stand_ins(self) -> Iterator[None]:
-        path, _, attribute = self._decoder.layers_path.rpartition(".")
-        owner, layers = self._decoder.model.get_submodule(path), self._decoder.layers
-        find_packed = getattr(masking_utils, "find_packed_sequence_indices", None)
-        setattr(owner, attribute, self._stand_ins)
-        if find_packed is not None:
-            masking_utils.find_packed_sequence_indices = self._remembering(find_packed)
-        try:
-            yield
-        finally:
-            setattr(owner, attribute, layers)
-            if find_packed is not None:
-                masking_utils.find_packed_sequence_indices = find_packed
+    def _run(self, index: int, layer: nn.Module | None, input_ids: torch.Tensor, state: BatchState) -> Any:
+        """Run the model's forward with stand-ins for its layers, of which number `index` runs `layer` and leaves it."""
+        cursor = self._cursor
+        cursor.index, cursor.layer, cursor.state, cursor.versions = index, layer, state, _versions(state)
+        usual = masking_utils.find_packed_sequence_indices
 
-    def _remembering(self, find_packed: Any) -> Any:
-        """`find_packed_sequence_indices`, asked once for each shape: it waits for the device in every forward.
-
-        Without attention mask and cache, positions follow from the shape of the token ids alone.
-        """
-
-        def find(position_ids: torch.Tensor) -> torch.Tensor | None:
+        def find_packed(position_ids: torch.Tensor) -> torch.Tensor | None:
+            # Asked once for each shape: it waits for the device in every forward. Without attention mask and cache,
+            # positions follow from the shape of the token ids alone.
             key = (*position_ids.shape, position_ids.device)
             if key in self._unpacked:
                 return None
-            found: torch.Tensor | None = find_packed(position_ids)
+            found: torch.Tensor | None = usual(position_ids)
             if found is None:
                 self._unpacked.add(key)
             return found
 
-        return find
+        masking_utils.find_packed_sequence_indices = find_packed
+        try:
+            with layers_replaced(self._decoder, self._stand_ins):
+                return self._decoder.model(input_ids=input_ids, use_cache=False)
+        finally:
+            masking_utils.find_packed_sequence_indices = usual
+            cursor.layer = cursor.state = None
 
 
 class _Reached(Exception):
-    """Leaves the model's forward once the layer that was asked for has run."""
+    """Leaves the model's forward once the layer that was asked for has run, with the state after it."""
+
+    def __init__(self, state: BatchState) -> None:
+        super().__init__()
+        self.state = state
 
 
 @dataclass
 class _Cursor:
-    """What the stand-ins of a model share: which layer is to run, on what state, and what came of it."""
+    """What the stand-ins of a model share: which layer is to run, and on what state."""
 
     index: int = 0
     layer: nn.Module | None = None
     state: BatchState | None = None
-    result: BatchState | None = None
-    versions: list[int] = field(default_factory=list)
+    versions: Sequence[int] = ()
 
 
 class _StandIn(nn.Module):
@@ -129,8 +124,7 @@ class _StandIn(nn.Module):
         super().__init__()
         # Past nn.Module's registration: the layer must not become our child, nor be found twice.
         object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_cursor", cursor)
+        self._index, self._cursor = index, cursor
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -139,17 +133,15 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cursor: _Cursor = self.__dict__["_cursor"]
-        index: int = self.__dict__["_index"]
-        state = cursor.state
+        cursor, state = self._cursor, self._cursor.state
         assert state is not None
-        if index < cursor.index:
+        if self._index < cursor.index:
             return state.output
         assert cursor.layer is not None
         if _versions(state) != cursor.versions:
             raise UnsupportedModelError(
-                f"The model changes hidden states in place between its layers (before layer {index}), so that its "
-                "forward cannot be entered layer by layer. Please report this model."
+                f"The model changes hidden states in place between its layers (before layer {self._index}), so that "
+                "its forward cannot be entered layer by layer. Please report this model."
             )
         shared = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         before = {}
@@ -162,8 +154,7 @@ class _StandIn(nn.Module):
             for key, value in mapping.items():
                 if key not in before[name] or before[name][key] is not value:
                     carried.setdefault(name, {})[key] = value
-        cursor.result = BatchState(output, carried)
-        raise _Reached
+        raise _Reached(BatchState(output, carried))
 
 
 def _versions(state: BatchState) -> list[int]:
@@ -172,7 +163,6 @@ def _versions(state: BatchState) -> list[int]:
 
 
 ORIGINAL, PRUNED = "original", "pruned"
-_SUMS = "sums"
 #: Between the name of a side and that of what it carries along.
 _MARK = "/"
 #: Tokens at a time that are copied to float32: a copy of all of them may take more memory than the layer itself.
@@ -196,17 +186,6 @@ def with_side(state: BatchState, side: str, new: BatchState) -> BatchState:
     return BatchState({**(state.output or {}), side: new.output}, others | carried)
 
 
-def sums_of(state: BatchState) -> torch.Tensor | None:
-    """What was summed up over the vocabulary so far, (B, L, K) float64; None before the first slice."""
-    sums: torch.Tensor | None = (state.output or {}).get(_SUMS)
-    return sums
-
-
-def with_sums(state: BatchState, sums: torch.Tensor) -> BatchState:
-    """A state of both with what was summed up over the vocabulary."""
-    return BatchState({**(state.output or {}), _SUMS: sums}, state.carried)
-
-
 def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
     """For each of a micro-batch's tokens ‖pruned - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
 
@@ -226,15 +205,17 @@ def non_finite_tokens(state: BatchState) -> torch.Tensor:
 
     Does not wait for a GPU.
     """
-    counts = [torch.zeros((), dtype=torch.int64)]
-    for tensor in pytree.tree_leaves(state.output):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            continue
+    counts = [
+        (~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum()
+        for tensor in pytree.tree_leaves(state.output)
+        if isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
         # On the host, a finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
-        if tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()):
-            counts.append((~torch.isfinite(tensor)).flatten(2 if tensor.dim() > 2 else 1).any(-1).sum())
-    device = counts[-1].device
-    return torch.stack([count.to(device) for count in counts]).max() if len(counts) > 2 else counts[-1]
+        and (tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()))
+    ]
+    if len(counts) == 1:
+        return counts[0]
+    return torch.stack(counts).max() if counts else torch.zeros((), dtype=torch.int64)
 
 
 def _hidden(state: BatchState) -> torch.Tensor:

@@ -7,18 +7,17 @@ the hidden states and restored from them, by any number of processes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.hardware.device import is_gpu
-from streamprune.streaming.batches import Among, MicroBatches, Runtime
-from streamprune.streaming.predictions import PredictionReader, SequenceFigures
+from streamprune.streaming.batches import Among, MicroBatches, Runtime, every
+from streamprune.streaming.predictions import SequenceFigures, read_predictions
 from streamprune.streaming.stages import ForwardStage, LayerTask
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import is_count
@@ -43,7 +42,7 @@ class LayerLoop:
     """
 
     def __init__(self, runtime: Runtime, stages: Sequence[ForwardStage], calibration: Calibration) -> None:
-        self._runtime, self._stages = runtime, stages
+        self._runtime, self._stages, self._calibration = runtime, stages, calibration
         self._weights = list(dict.fromkeys(stage.weights for stage in stages))
         self.batches = MicroBatches(runtime, calibration, self._drop_prefetch)
         for weights in self._weights:
@@ -51,16 +50,15 @@ class LayerLoop:
         self.point = ResumePoint()
 
     def __enter__(self) -> LayerLoop:
-        with ExitStack() as stack:
-            stack.callback(self._close)
+        try:
             for weights in self._weights:
                 weights.load_non_layer_weights()
-            stack.pop_all()
+        except BaseException:
+            self._close()
+            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     @property
@@ -77,7 +75,7 @@ class LayerLoop:
         if self.point.layer != task.index:
             self._go_to(task.index)
         stages = [(number, stage) for number, stage in enumerate(self._stages) if stage.applies(task)]
-        sequences = sum(self.batches.sequences_among(_taken(stage, task)) for _, stage in stages)
+        sequences = sum(self.batches.sequences_among(partial(stage.takes, task)) for _, stage in stages)
         self._runtime.progress.start(f"layer {task.index}/{self.layer_count - 1}", sequences)
         groups = [(weights, list(group)) for weights, group in groupby(stages, key=lambda item: item[1].weights)]
         for position, (weights, group) in enumerate(groups):
@@ -90,13 +88,10 @@ class LayerLoop:
                     self._run_stage(number, stage, task, layer)
         self._go_to(task.index + 1)
 
-    def read_predictions(self, layer: int, among: Among = lambda batch: True) -> list[SequenceFigures]:
-        """What is predicted before layer `layer` (after the last one: by the model), by sequence; of all ranks.
-
-        Raises Stopped; then it begins anew.
-        """
+    def read_predictions(self, layer: int, among: Among = every) -> list[SequenceFigures]:
+        """What the models of all stages predict from the states before layer `layer`; see `predictions`."""
         weights = {stage.side: stage.weights for stage in self._stages}
-        return PredictionReader(self._runtime, weights, self.batches, among).read(layer)
+        return read_predictions(self._runtime, weights, self.batches, layer, among)
 
     def drop_cached_pages(self, index: int) -> None:
         """Drop from the system's page cache what reading layer `index` brought into it."""
@@ -123,7 +118,7 @@ class LayerLoop:
         if not all(map(is_count, numbers)) or not facts["done"] <= len(facts["sizes"]) == len(saved):
             raise ValueError("facts that no run has")
         self._position_of(facts["stage"])
-        self.batches.check(facts["sizes"])
+        self._calibration.micro_batches_of(facts["sizes"])
         for stage in self._stages:
             stage.check(facts, facts["layer"])
 
@@ -151,8 +146,7 @@ class LayerLoop:
     def _run_stage(self, number: int, stage: ForwardStage, task: LayerTask, layer: nn.Module) -> None:
         processes, on_cpu = self._runtime.processes, not is_gpu(self._runtime.device)
         if number < self.point.stage:
-            # It ended before the run was interrupted.
-            stage.conclude(task, processes)
+            stage.finish(task, processes, restored=True)
             return
         if number > self.point.stage:
             self.point = ResumePoint(task.index, number)
@@ -169,11 +163,10 @@ class LayerLoop:
                 stage.commit(batch)
                 self.point.done = done
 
-            self.batches.run(task.index, compute, commit, self.point.done, _taken(stage, task))
+            self.batches.run(task.index, compute, commit, self.point.done, partial(stage.takes, task))
         stage.check_finite()
         self._runtime.busy.synchronize()
-        stage.reduce(task, processes)
-        stage.conclude(task, processes)
+        stage.finish(task, processes)
 
     def _prefetch(self, index: int) -> None:
         task = LayerTask(index)
@@ -189,7 +182,3 @@ class LayerLoop:
         for weights in self._weights:
             weights.close()
         self.batches.close()
-
-
-def _taken(stage: ForwardStage, task: LayerTask) -> Among:
-    return lambda batch: stage.takes(task, batch)

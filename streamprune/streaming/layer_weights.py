@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,13 +23,13 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
 from streamprune.formats.base import ExpertRows, decode_tensors
-from streamprune.hardware.device import free_after_failure, is_out_of_memory
+from streamprune.hardware.device import free_after_failure, lack_of_memory
 from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
-from streamprune.streaming.forward import LayerForward
+from streamprune.streaming.forward import LayerForward, layers_replaced
 
 #: The group in which the small tensors are read, which are each a parameter of their own.
 _SINGLES = ""
@@ -86,17 +86,14 @@ class LayerWeights:
 
         Once there was none, nothing is prefetched any more: `layer` reads it when it is asked for.
         """
-        if not self._may_prefetch or index in self._prefetched:
-            return self._may_prefetch
-        try:
+
+        def start() -> None:
             self._prefetched[index] = self._start(index)
-            return True
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        free_after_failure(self.device)
-        self._may_prefetch = False
-        return False
+
+        if self._may_prefetch and index not in self._prefetched and lack_of_memory(start) is not None:
+            free_after_failure(self.device)
+            self._may_prefetch = False
+        return self._may_prefetch
 
     def drop_prefetch(self) -> bool:
         """Free what was prefetched, and prefetch no more; False if there was nothing."""
@@ -140,8 +137,7 @@ class LayerWeights:
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """`layer`, with hidden states offloaded where memory is short, and freed memory given back around it."""
-        with ExitStack() as stack:
-            module = self.enter(stack, lambda: self.layer(index), f"the weights of layer {index}")
+        with self.making_room(lambda: self.layer(index), f"the weights of layer {index}") as module:
             # What was read and joined on the way is free now, and too scattered to be of use for what comes.
             release_freed_memory()
             yield module
@@ -160,11 +156,9 @@ class LayerWeights:
             for name, tensor in _tensors(layer):
                 rows = self.decoder.expert_rows.get(prefix + name)
                 if rows is not None:
-                    tensor = tensor.index_select(
-                        rows.axis, _row_numbers(rows, kept, tensor.shape[rows.axis], tensor.device)
-                    )
-                owner = pruned.get_submodule(name.rpartition(".")[0])
-                leaf = name.rpartition(".")[2]
+                    tensor = tensor.index_select(rows.axis, _rows_of_experts(rows, kept, tensor))
+                path, _, leaf = name.rpartition(".")
+                owner = pruned.get_submodule(path)
                 if leaf in owner._parameters:
                     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
                 else:
@@ -178,8 +172,13 @@ class LayerWeights:
 
         Vision towers and other parts that text alone does not reach stay without weights.
         """
-        with ExitStack() as stack:
-            self.enter(stack, lambda: self._non_layer_weights(head), "the embeddings")
+
+        def load() -> AbstractContextManager[None]:
+            self._load_non_layer_weights(head)
+            return nullcontext()
+
+        with self.making_room(load, "the embeddings"):
+            return
 
     def rows(self, parameters: Sequence[str], begin: int, end: int) -> list[torch.Tensor]:
         """The rows from `begin` to `end` of parameters outside the layers: of those in memory, or read for the moment.
@@ -206,26 +205,23 @@ class LayerWeights:
         known = dict(_tensors(self.model))
         return [read[name] if name in read else known[name][begin:end] for name in parameters]
 
-    def enter(self, stack: ExitStack, load: Callable[[], AbstractContextManager[T]], what: str) -> T:
-        """Load weights for as long as `stack` lasts, offloading hidden states where they do not fit otherwise.
+    @contextmanager
+    def making_room(self, load: Callable[[], AbstractContextManager[T]], what: str) -> Iterator[T]:
+        """What the context of `load` gives, with hidden states offloaded where its weights do not fit otherwise.
 
         Raises ResourceError, with what the user can do, where even that does not help.
         """
-        while True:
-            try:
-                return stack.enter_context(load())
-            except Exception as error:
-                if self.batches is None or not is_out_of_memory(error):
-                    raise
-                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            free_after_failure(self.device)
-            if not self.batches.offload_states(f"out of memory while loading {what}"):
-                raise ResourceError(
-                    f"Out of memory on {self.device} while loading {what} ({problem}). Use {self.batches.advice()}."
-                    f"{self.batches.watch.holders()}"
-                )
+        loaded: list[T] = []
+        with ExitStack() as stack:
+            while (problem := lack_of_memory(lambda: loaded.append(stack.enter_context(load())))) is not None:
+                free_after_failure(self.device)
+                batches = self.batches
+                if batches is None or not batches.offload_states(f"out of memory while loading {what}"):
+                    advice = f" Use {batches.advice()}.{batches.watch.holders()}" if batches is not None else ""
+                    raise ResourceError(f"Out of memory on {self.device} while loading {what} ({problem}).{advice}")
+            yield loaded[0]
 
-    def _non_layer_weights(self, head: bool) -> AbstractContextManager[None]:
+    def _load_non_layer_weights(self, head: bool) -> None:
         decoder = self.decoder.layers_path.rpartition(".")[0] + "."
         inputs = {id(tensor) for _, tensor in _tensors(self.model.get_input_embeddings())}
         outputs = self.model.get_output_embeddings()
@@ -242,10 +238,9 @@ class LayerWeights:
         # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
         missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        with _without_layers(self.decoder):
+        with layers_replaced(self.decoder, nn.ModuleList()):
             self._materialize_buffers(self.model, "")
         self.drop_cached_pages(None)
-        return nullcontext()
 
     def _start(self, index: int) -> Reading:
         return self._reader.start(self._reading_groups(self._groups[index]))
@@ -294,21 +289,18 @@ class LayerWeights:
                 for name, buffer in module._buffers.items()
                 if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
             ]
-            if not names:
-                continue
             for name in names:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            if not names:
+                continue
             with initialization.guard_torch_init_functions(), torch.no_grad():
                 self._owner(path)._init_weights(module)
 
     def _owner(self, path: str) -> PreTrainedModel:
         """The innermost PreTrainedModel around the module at `path`: its `_init_weights` is the one that counts."""
-        owner = self.model
-        for length in range(1, path.count(".") + 2):
-            module = self.model.get_submodule(".".join(path.split(".")[:length]))
-            if isinstance(module, PreTrainedModel):
-                owner = module
-        return owner
+        while not isinstance(self.model.get_submodule(path), PreTrainedModel):
+            path = path.rpartition(".")[0]
+        return cast("PreTrainedModel", self.model.get_submodule(path))
 
 
 def _rows_of(entry: TensorEntry, begin: int, end: int) -> TensorEntry:
@@ -318,22 +310,12 @@ def _rows_of(entry: TensorEntry, begin: int, end: int) -> TensorEntry:
     return replace(entry, shape=shape, begin=entry.begin + begin * size, end=entry.begin + end * size)
 
 
-def _row_numbers(rows: ExpertRows, kept: Sequence[int], size: int, device: torch.device) -> torch.Tensor:
+def _rows_of_experts(rows: ExpertRows, kept: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
     numbers = [expert * rows.stride + row for expert in kept for row in range(rows.stride)]
-    return torch.tensor([*numbers, *range(size - rows.tail, size)], device=device)
+    size = tensor.shape[rows.axis]
+    return torch.tensor([*numbers, *range(size - rows.tail, size)], device=tensor.device)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-@contextmanager
-def _without_layers(decoder: Decoder) -> Iterator[None]:
-    owner_path, _, attribute = decoder.layers_path.rpartition(".")
-    owner, layers = decoder.model.get_submodule(owner_path), decoder.layers
-    setattr(owner, attribute, nn.ModuleList())
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, layers)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ from torch import nn
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, ScoresError, UnsupportedModelError
-from streamprune.saliency.hooks import ExpertsTap
+from streamprune.models.skeleton import Skeleton
+from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, check_layer, unpack
 from streamprune.saliency.statistics import ExpertStatistics
-from streamprune.streaming.forward import PRUNED, non_finite_tokens, relative_errors, side_of, with_side
+from streamprune.streaming.batches import Among, every
+from streamprune.streaming.forward import ORIGINAL, PRUNED, non_finite_tokens, relative_errors, side_of, with_side
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 
@@ -107,11 +109,7 @@ class ForwardStage:
     name = "forward"
 
     def __init__(
-        self,
-        weights: LayerWeights,
-        side: str,
-        measured: Callable[[MicroBatch], bool] = lambda batch: True,
-        errors: LayerErrors | None = None,
+        self, weights: LayerWeights, side: str, measured: Among = every, errors: LayerErrors | None = None
     ) -> None:
         self.weights, self.side, self.errors = weights, side, errors
         self._measured = measured
@@ -163,19 +161,19 @@ class ForwardStage:
                     "--dtype float32 or bfloat16, and check that the model itself works."
                 )
 
-    def reduce(self, task: LayerTask, processes: Processes) -> None:
-        """Add up what all ranks found in this layer."""
-        if self.errors is not None:
-            self.errors.end_layer(task.index, processes)
+    def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
+        """Add up what all ranks found in this layer, and put it into the task.
 
-    def conclude(self, task: LayerTask, processes: Processes) -> None:
-        """Put what was found into the task; also called for a pass that ended before the run was interrupted."""
+        `restored`: the pass ended before the run was interrupted, so that all is added up already.
+        """
+        if self.errors is not None and not restored:
+            self.errors.end_layer(task.index, processes)
 
     def reset(self) -> None:
         """Forget what belongs to a layer alone: another one follows."""
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
-        """What this stage has to go on with later, as JSON, of all ranks. `in_work`: its pass is not reduced yet."""
+        """What this stage has to go on with later, as JSON, of all ranks. `in_work`: its pass has not ended."""
         return {"errors": self.errors.saved(processes)} if self.errors is not None else {}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
@@ -189,24 +187,12 @@ class ForwardStage:
             self.errors.restore(facts["errors"], layer, processes.is_first)
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What is scored: `count` experts in each tapped layer, on so many tokens of each source.
-
-    `choose` gives the experts of a layer that stay, once its statistics are known; None where they are chosen later.
-    """
-
-    taps: Mapping[int, ExpertsTap]
-    count: int
-    source_tokens: Sequence[int]
-    choose: Callable[[LayerStatistics], tuple[int, ...]] | None
-
-
 class ScoreStage(ForwardStage):
-    """Sends micro-batches through the original layers, and records what each expert contributes.
+    """Sends micro-batches through the original layers, and records what each of their `experts` experts contributes.
 
-    With `pruned_stream` the states of the calibration stay as they are in layers with experts: the pruned forward takes
-    them from there. A replayed layer is not scored again.
+    Each source of the calibration has `source_tokens`. `choose` gives the experts of a layer that stay, once its
+    statistics are known; None where they are chosen later. With `pruned_stream` the states of the calibration stay as
+    they are in layers with experts: the pruned forward takes them from there. A replayed layer is not scored again.
     """
 
     name = "score"
@@ -214,13 +200,16 @@ class ScoreStage(ForwardStage):
     def __init__(
         self,
         weights: LayerWeights,
-        side: str,
-        scoring: Scoring,
+        experts: int,
+        source_tokens: Sequence[int],
+        choose: Callable[[LayerStatistics], tuple[int, ...]] | None,
         pruned_stream: bool,
-        measured: Callable[[MicroBatch], bool] = is_held_out,
     ) -> None:
-        super().__init__(weights, side, measured)
-        self._scoring, self._pruned_stream = scoring, pruned_stream
+        super().__init__(weights, ORIGINAL, is_held_out)
+        layers = weights.decoder.layers
+        self._taps = tap_experts({i: layers[i].get_submodule(path) for i, path in _experts_of(weights).items()})
+        self._experts, self._source_tokens = experts, source_tokens
+        self._choose, self._pruned_stream = choose, pruned_stream
         #: The sums over the micro-batches that are done, while a layer is scored; and those of the last micro-batch.
         self._total: ExpertStatistics | None = None
         self._last: ExpertStatistics | None = None
@@ -235,7 +224,7 @@ class ScoreStage(ForwardStage):
             self._total = None
             yield layer
             return
-        self._total = self._total or self._no_statistics(len(self._scoring.source_tokens))
+        self._total = self._total or self._no_statistics(len(self._source_tokens))
         with tap.listening(layer):
             yield layer
 
@@ -253,24 +242,21 @@ class ScoreStage(ForwardStage):
         if self._last is not None and self._total is not None:
             self._total.merge(self._last, batch.source)
 
-    def reduce(self, task: LayerTask, processes: Processes) -> None:
-        if self._total is not None:
-            processes.add_up(self._total.values, MAXIMA_PLACES)
-
-    def conclude(self, task: LayerTask, processes: Processes) -> None:
+    def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
         """Set the task's statistics and experts. Raises UnsupportedModelError where no token reached the hooks."""
         if self._total is None or self._tap(task) is None:
             return
-        layer = self._total.of_layer(task.index)
-        if not layer.values[list(FIELDS).index("tokens")].any():
+        if not restored:
+            processes.add_up(self._total.values, MAXIMA_PLACES)
+        task.statistics = self._total.of_layer(task.index)
+        if not task.statistics.values[list(FIELDS).index("tokens")].any():
             raise UnsupportedModelError(
                 f"Layer {task.index} has experts, but its forward bypassed them, so they cannot be scored. "
                 "Please report this model."
             )
-        task.statistics = layer
-        if self._scoring.choose is not None:
+        if self._choose is not None:
             # Rank 0's choice: on another kind of processor the last digit of a score may differ.
-            task.kept = processes.broadcast(self._scoring.choose(layer))
+            task.kept = processes.broadcast(self._choose(task.statistics))
 
     def reset(self) -> None:
         self._total = None
@@ -283,32 +269,32 @@ class ScoreStage(ForwardStage):
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
         if facts["statistics"] is not None:
-            read_statistics(facts["statistics"], layer, self._scoring.source_tokens, self._scoring.count)
+            read_statistics(facts["statistics"], layer, self._source_tokens, self._experts)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
         self._total = None
         if facts["statistics"] is not None:
-            self._total = self._no_statistics(len(self._scoring.source_tokens))
+            self._total = self._no_statistics(len(self._source_tokens))
             # Sums that are still to be added up count in one rank; once they are complete, in each.
             if processes.is_first or not in_work:
                 self._total.unpack(facts["statistics"])
 
     def _tap(self, task: LayerTask) -> ExpertsTap | None:
         """The hooks on a layer's experts, where it is to be scored."""
-        return None if task.replayed else self._scoring.taps.get(task.index)
+        return None if task.replayed else self._taps.get(task.index)
 
     def _stays(self, task: LayerTask) -> bool:
         """Whether the calibration's states are left for the pruned forward."""
-        return self._pruned_stream and task.index in self._scoring.taps
+        return self._pruned_stream and task.index in self._taps
 
     def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
-        return ExpertStatistics(self._scoring.count, self.weights.device, sources)
+        return ExpertStatistics(self._experts, self.weights.device, sources)
 
 
 class PrunedForwardStage(ForwardStage):
     """Sends what sees the pruned model through the layers as they are written: with the experts that stay.
 
-    That is what is measured, and with `pruned_stream` the calibration, in layers with `experts`. `make_pruned` gives a
+    That is what is measured, and with `pruned_stream` the calibration, in layers with experts. `make_pruned` gives a
     layer of the pruned model on meta, for its index and number of experts.
     """
 
@@ -317,33 +303,40 @@ class PrunedForwardStage(ForwardStage):
     def __init__(
         self,
         weights: LayerWeights,
-        experts: Collection[int],
         make_pruned: Callable[[int, int], nn.Module],
         pruned_stream: bool,
-        measured: Callable[[MicroBatch], bool] = is_held_out,
+        measured: Among = is_held_out,
         errors: LayerErrors | None = None,
     ) -> None:
         super().__init__(weights, PRUNED, measured, errors)
-        self._experts, self._make_pruned, self._pruned_stream = experts, make_pruned, pruned_stream
+        self._layers, self._make_pruned, self._pruned_stream = _experts_of(weights), make_pruned, pruned_stream
 
     def applies(self, task: LayerTask) -> bool:
-        return self.errors is not None or (self._pruned_stream and task.index in self._experts)
+        return self.errors is not None or self._streams(task)
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
-        return self._measured(batch) or (self._pruned_stream and task.index in self._experts)
+        return self._measured(batch) or self._streams(task)
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
-        if task.index not in self._experts:
+        if task.index not in self._layers:
             yield layer
             return
         pruned = self._make_pruned(task.index, len(task.kept))
-        with ExitStack() as stack:
-            yield self.weights.enter(
-                stack,
-                lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
-                f"a copy of layer {task.index} with the experts that stay",
-            )
+        with self.weights.making_room(
+            lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
+            f"a copy of layer {task.index} with the experts that stay",
+        ) as module:
+            yield module
+
+    def _streams(self, task: LayerTask) -> bool:
+        return self._pruned_stream and task.index in self._layers
+
+
+def _experts_of(weights: LayerWeights) -> Mapping[int, str]:
+    """The layers that have experts, with the paths of these; the model must be opened as one that has some."""
+    assert isinstance(weights.decoder, Skeleton)
+    return weights.decoder.experts
 
 
 def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:

@@ -1,29 +1,37 @@
-"""The hidden states of all micro-batches, stored between layers and updated in place: in memory, or in a file."""
+"""The hidden states of all micro-batches, stored between layers and updated in place.
+
+They are in the memory of the device that computes, in RAM, or in a file: `HiddenStates` knows micro-batches, a
+`StateStore` the single tensors of their states. What the store gives back for a tensor (a tensor, or its place in the
+file) stands for it in a `BatchState` of the same structure; what is no tensor is stored as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from streamprune.hardware.device import CPU
+from streamprune.checkpoint.safetensors_file import read_into
+from streamprune.errors import ResourceError
+from streamprune.hardware.device import CPU, is_gpu, page_locked, record_event
 from streamprune.progress import Busy
-from streamprune.streaming.state_store import (
-    Fetch,
-    FileStateStore,
-    StatesFile,
-    StateStore,
-    Written,
-    memory_state_store,
-    same_place,
-)
 from streamprune.work.saved_states import BatchState
 
-#: What a micro-batch's parts go by: () for the output, (argument, key) for what is carried along.
-_Parts = dict[tuple[Any, ...], Any]
+#: Linux writes at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
+_PORTION = 1 << 26
+#: Micro-batches that wait to be written to a file, each in memory of its own.
+_MOST_WAITING = 1
 
 
 class HiddenStates:
@@ -41,13 +49,9 @@ class HiddenStates:
     ) -> None:  # fmt: skip
         self._states = [BatchState() for _ in range(batches)]
         self._computing, self._busy = computing, busy or Busy()
-        self._store: StateStore = (
-            memory_state_store(home, computing, self._busy)
-            if folder is None
-            else FileStateStore(StatesFile(folder), self._busy)
-        )
-        #: The state that is on its way: as it was stored when it was asked for, where to, and what waits for it.
-        self._coming: tuple[BatchState, torch.device, BatchState] | None = None
+        self._store = self._store_in(home) if folder is None else FileStateStore(StatesFile(folder), self._busy)
+        #: The state that is prefetched: as it was stored by then, where to, and what waits for its tensors.
+        self._coming: tuple[BatchState, torch.device, Any] | None = None
 
     def close(self) -> None:
         """Free what the states take, also on the disk."""
@@ -61,13 +65,13 @@ class HiddenStates:
 
     def resize(self, batches: int) -> None:
         """Forget all states, and make room for those of so many micro-batches."""
-        self._store.drop([leaf for state in self._states for part in _parts(state).values() for leaf in _leaves(part)])
+        self._store.drop(pytree.tree_leaves(self._states))
         self._states = [BatchState() for _ in range(batches)]
 
     def prefetch(self, batch: int, device: torch.device) -> None:
         """Begin to fetch the state of a micro-batch that `load` will ask for next."""
         stored = self._states[batch]
-        self._coming = stored, device, _map_state(lambda leaf: self._store.fetch(leaf, device), stored)
+        self._coming = stored, device, pytree.tree_map(lambda leaf: self._store.fetch(leaf, device), stored)
 
     def drop_prefetch(self) -> None:
         """Free the state that was prefetched."""
@@ -80,45 +84,40 @@ class HiddenStates:
             self.prefetch(batch, device)
         assert self._coming is not None
         fetches, self._coming = self._coming[2], None
-        return _map_state(lambda fetch: fetch() if isinstance(fetch, Fetch) else fetch, fetches)
+        state: BatchState = pytree.tree_map(lambda wait: wait(), fetches)
+        return state
 
     def store(self, batch: int, state: BatchState) -> None:
         """Replace a micro-batch's state, writing into the place of the old one where the sizes agree.
 
         Whatever may run out of memory comes first: if it does, the old state is still there as it was.
         """
-        old, new = _parts(self._states[batch]), _parts(state)
+        old = dict(pytree.tree_flatten_with_path(self._states[batch])[0])
+        new, structure = pytree.tree_flatten_with_path(state)
+        stored: list[Any] = []
         jobs: list[tuple[Any, torch.Tensor]] = []
-        gone: list[Any] = []
-        made: list[Any] = []
-
-        def prepare(old_leaf: Any, new_leaf: Any) -> Any:
-            stored, data = self._store.prepare(old_leaf, new_leaf) if _is_tensor(new_leaf) else (new_leaf, None)
-            if not same_place(stored, old_leaf):
-                gone.append(old_leaf)
-                made.append(stored)
-            if data is not None:
-                jobs.append((stored, data))
-            return stored
-
         try:
-            ready = {key: _match(prepare, old.get(key), value, gone) for key, value in new.items()}
+            for path, leaf in new:
+                is_tensor = isinstance(leaf, torch.Tensor)
+                place, data = self._store.prepare(old.get(path), leaf) if is_tensor else (leaf, None)
+                stored.append(place)
+                if data is not None:
+                    jobs.append((place, data))
         except BaseException:
-            self._store.drop(made)
+            self._store.drop(stored, but=old.values())
             raise
         if jobs:
             self._store.fill(jobs)
-        gone += [leaf for key in old.keys() - new.keys() for leaf in pytree.tree_leaves(old[key])]
-        self._store.drop(gone)
-        self._states[batch] = _state_of(ready)
+        self._store.drop(old.values(), but=stored)
+        self._states[batch] = pytree.tree_unflatten(stored, structure)
 
     def move(self, home: torch.device) -> None:
         """Move all states into the memory of another device."""
         self.drop_prefetch()
         self.synchronize()
-        store = memory_state_store(home, self._computing, self._busy)
+        store = self._store_in(home)
         for number, state in enumerate(self._states):
-            self._states[number] = _map_state(lambda leaf: store.take_over(self._store.fetch(leaf, home)()), state)
+            self._states[number] = pytree.tree_map(lambda leaf: store.put(self._store.fetch(leaf, home)()), state)
         self._store.close()
         self._store = store
 
@@ -128,20 +127,24 @@ class HiddenStates:
         The micro-batches after it move up. The parts share the storage of the original.
         """
         self.drop_prefetch()
-        start, pieces = 0, []
-        for size in sizes:
-            first, count = start, size
+        self.synchronize()
 
-            def piece(leaf: Any, first: int = first, count: int = count) -> Any:
-                rows = _rows_per_sequence(leaf, shape)
-                if rows is None:
-                    # What all sequences share: a copy each, since each will write its own into it.
-                    return leaf if first == 0 else self._store.copy(leaf)
-                return self._store.rows(leaf, first * rows, count * rows)
+        def piece(leaf: Any, first: int, count: int) -> Any:
+            rows = _rows_per_sequence(leaf, shape)
+            if rows is not None:
+                return leaf.narrow(0, first * rows, count * rows)
+            # What all sequences share: a copy each, since each will write its own into it.
+            return self._store.put(self._store.fetch(leaf, self._store.home)()) if first else leaf
 
-            pieces.append(_map_state(piece, self._states[batch]))
-            start += size
-        self._states[batch : batch + 1] = pieces
+        self._states[batch : batch + 1] = [
+            pytree.tree_map(partial(piece, first=end - size, count=size), self._states[batch])
+            for end, size in zip(accumulate(sizes), sizes, strict=True)
+        ]
+
+    def _store_in(self, home: torch.device) -> StateStore:
+        if not is_gpu(home) and is_gpu(self._computing):
+            return OffloadedStateStore(self._computing, self._busy)
+        return StateStore(home)
 
 
 def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
@@ -159,39 +162,235 @@ def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
     return int(rows // sequences)
 
 
-def _leaves(part: Any) -> list[Any]:
-    return list(pytree.tree_leaves(part))
+class StateStore:
+    """Stores the tensors of states in the memory of a device, `home`. Other stores derive from it."""
+
+    def __init__(self, home: torch.device) -> None:
+        self.home = home
+
+    def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
+        """Begin to bring a leaf to a device; the function that is returned waits for it."""
+        return lambda: stored.to(device) if isinstance(stored, torch.Tensor) else stored
+
+    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """What will stand for `new` (in the place of `old` if that suits), and the data still to be filled in."""
+        if isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype:
+            if old is new:
+                return old, None
+            # A strided copy between devices would need memory at a moment when none may be asked for any more.
+            return old, new if old.device == new.device else new.contiguous()
+        return self._place(new)
+
+    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # A copy of its own: the layer's output may be a view of something larger that must not stay in memory.
+        return new.to(self.home, copy=True).contiguous(), None
+
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        """Fill in the data of a micro-batch's leaves."""
+        for stored, data in jobs:
+            stored.copy_(data)
+
+    def put(self, leaf: Any) -> Any:
+        """What stands for a fetched leaf, in a place of its own."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        stored, data = self.prepare(None, leaf)
+        if data is not None:
+            self.fill([(stored, data)])
+        return stored
+
+    def drop(self, leaves: Iterable[Any], but: Iterable[Any] = ()) -> None:
+        """Free the places of leaves, except those that others have now. Memory is freed with the last reference."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was filled in has arrived. Raises what went wrong on the way."""
+
+    def close(self) -> None:
+        """Free everything."""
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
+class OffloadedStateStore(StateStore):
+    """Page-locked RAM for a GPU's states. Two streams of its own carry states in and out while the GPU computes."""
+
+    def __init__(self, gpu: torch.device, busy: Busy) -> None:
+        super().__init__(CPU)
+        self._gpu, self._busy = gpu, busy
+        self._inward, self._outward = torch.Stream(gpu), torch.Stream(gpu)
+
+    def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
+        if not isinstance(stored, torch.Tensor) or not is_gpu(device):
+            # (To look at it on the host, call `synchronize` before.)
+            return super().fetch(stored, device)
+        with self._inward, self._busy.on_device("states", device):
+            moved = stored.to(device, non_blocking=True)
+        there = record_event(self._inward)
+
+        def arrive() -> torch.Tensor:
+            stream = torch.accelerator.current_stream(device)
+            stream.wait_event(there)
+            # Its memory is the inward stream's, which must not use it again before this one has done with it.
+            moved.record_stream(stream)
+            return moved
+
+        return arrive
+
+    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return page_locked(new.shape, new.dtype), new.contiguous()
+
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        self._outward.wait_stream(torch.accelerator.current_stream(self._gpu))
+        with self._outward, self._busy.on_device("states", self._gpu):
+            for stored, data in jobs:
+                stored.copy_(data, non_blocking=True)
+                if is_gpu(data.device):
+                    data.record_stream(self._outward)
+
+    def synchronize(self) -> None:
+        self._outward.synchronize()
 
 
-def _parts(state: BatchState) -> _Parts:
-    carried = {(name, key): value for name, values in state.carried.items() for key, value in values.items()}
-    return {(): state.output, **carried}
+class FileStateStore(StateStore):
+    """A file, read and written by a thread of its own, in the order in which that was asked for."""
+
+    def __init__(self, file: StatesFile, busy: Busy) -> None:
+        super().__init__(CPU)
+        self._file, self._busy = file, busy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
+        if not isinstance(stored, Written):
+            return super().fetch(stored, device)
+        coming = self._begin(self._file.read, stored)
+        return lambda: coming.result().to(device)
+
+    def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        data = new.to(CPU).contiguous()
+        if isinstance(old, Written) and old.nbytes == data.nbytes:
+            return Written(old.offset, tuple(data.shape), data.dtype), data
+        return self._file.reserve(data), data
+
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        def write() -> None:
+            for stored, data in jobs:
+                self._file.write(stored, data)
+
+        self._waiting.append(self._begin(write))
+        while len(self._waiting) > _MOST_WAITING:
+            self._waiting.popleft().result()
+
+    def drop(self, leaves: Iterable[Any], but: Iterable[Any] = ()) -> None:
+        used = {(leaf.offset, leaf.nbytes) for leaf in but if isinstance(leaf, Written)}
+        for leaf in leaves:
+            if isinstance(leaf, Written) and (leaf.offset, leaf.nbytes) not in used:
+                self._file.release(leaf)
+
+    def synchronize(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _begin(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        def timed() -> Any:
+            with self._busy.at("states"):
+                return work(*arguments)
+
+        return self._thread.submit(timed)
 
 
-def _state_of(parts: _Parts) -> BatchState:
-    state = BatchState(parts[()])
-    for key, value in parts.items():
-        if key:
-            state.carried.setdefault(key[0], {})[key[1]] = value
-    return state
+@dataclass(frozen=True)
+class Written:
+    """A tensor's place in the file: its first byte, its shape and dtype."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def narrow(self, dim: int, start: int, count: int) -> Written:
+        """The place of `count` rows from row `start` on, as `torch.Tensor.narrow` has it. Only along the first axis."""
+        assert dim == 0
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Written(self.offset + start * row, (count, *self.shape[1:]), self.dtype)
 
 
-def _map_state(function: Callable[[Any], Any], state: BatchState) -> BatchState:
-    return _state_of({key: pytree.tree_map(function, value) for key, value in _parts(state).items()})
+class StatesFile:
+    """Tensors in a file in `folder` without a name, so that it is gone when it is closed, however the process ends.
 
-
-def _match(function: Callable[[Any, Any], Any], old: Any, new: Any, gone: list[Any]) -> Any:
-    """`new` with function(old leaf, new leaf) in place of every leaf; old leaves are None where there is none.
-
-    Where the structures differ, the old leaves have no successor and are added to `gone`.
+    Read and written with system calls, not mapped: mapped pages would count as this process's resident memory. Raises
+    ResourceError, with the system's reason, when it cannot be made, written or read.
     """
-    old_leaves, old_structure = pytree.tree_flatten(old)
-    new_leaves, new_structure = pytree.tree_flatten(new)
-    if old_structure != new_structure:
-        gone += old_leaves
-        old_leaves = [None] * len(new_leaves)
-    return pytree.tree_unflatten(list(map(function, old_leaves, new_leaves)), new_structure)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._end = 0
+        #: Released stretches (first byte, bytes), by position; neighbours are joined.
+        self._free: list[tuple[int, int]] = []
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._failed("be created", error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def reserve(self, tensor: torch.Tensor) -> Written:
+        """A place for a tensor: the first released stretch that is large enough, else the end of the file."""
+        found = next((number for number, (_, size) in enumerate(self._free) if size >= tensor.nbytes), None)
+        if found is None:
+            offset, self._end = self._end, self._end + tensor.nbytes
+        else:
+            offset, size = self._free[found]
+            rest = (offset + tensor.nbytes, size - tensor.nbytes)
+            self._free[found : found + 1] = [rest] if rest[1] else []
+        return Written(offset, tuple(tensor.shape), tensor.dtype)
+
+    def release(self, place: Written) -> None:
+        """Give a place back for other tensors."""
+        joined: list[tuple[int, int]] = []
+        for offset, size in sorted([*self._free, (place.offset, place.nbytes)]):
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = (joined[-1][0], joined[-1][1] + size)
+            elif size:
+                joined.append((offset, size))
+        self._free = joined
+
+    def write(self, place: Written, tensor: torch.Tensor) -> None:
+        """Write a contiguous CPU tensor to its place."""
+        view, done = _bytes_of(tensor), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
+        except OSError as error:
+            raise self._failed("be written", error) from None
+
+    def read(self, place: Written) -> torch.Tensor:
+        """The tensor at a place, in memory of its own."""
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        try:
+            moved = read_into(self._file.fileno(), place.offset, [_bytes_of(tensor)])
+            if moved < place.nbytes:
+                raise OSError(f"it ends after {moved:,} of {place.nbytes:,} bytes")
+        except OSError as error:
+            raise self._failed("be read", error) from None
+        return tensor
+
+    def _failed(self, what: str, error: OSError) -> ResourceError:
+        return ResourceError(
+            f"The file for the hidden states in {self._folder} could not {what}: {error.strerror or error}. Make room "
+            "on that disk or check it, choose another place with -o, or keep the states in memory with --states ram."
+        )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

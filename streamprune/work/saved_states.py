@@ -16,6 +16,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from torch.utils import _pytree as pytree
 
 from streamprune.checkpoint.safetensors_file import encode_header
 from streamprune.errors import UnsupportedModelError
@@ -50,6 +51,9 @@ class BatchState:
 
     output: Any = None
     carried: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+
+pytree.register_dataclass(BatchState)
 
 
 class _StateEntry(msgspec.Struct):
