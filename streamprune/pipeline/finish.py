@@ -18,6 +18,7 @@ from streamprune.files.durable import reached, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.hardware.memory import format_bytes
+from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter
 from streamprune.planning.facts import ExpertCounts, ModelFacts
@@ -223,9 +224,10 @@ def print_memory(estimate: Estimate, progress: Progress) -> None:
         )
 
 
-def print_budget(counts: ExpertCounts | None, progress: Progress) -> None:
-    """Print the notes on the GPU that the budget is for."""
-    for note in counts.budget.notes if counts and counts.budget else ():
+def print_notes(counts: ExpertCounts, is_uneven: bool, progress: Progress) -> None:
+    """Print notes on the GPU that the budget is for, and on who can load layers with different numbers of experts."""
+    notes = [*(counts.budget.notes if counts.budget else ()), *([engines_note(True)] if is_uneven else [])]
+    for note in notes:
         progress.say(f"note: {note}")
 
 

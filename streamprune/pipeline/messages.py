@@ -14,8 +14,7 @@ from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
 from streamprune.hardware.memory import check_disk, core_count, existing_folder, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.models.per_layer_experts import engines_note
-from streamprune.pipeline.finish import print_budget, print_dropped, print_memory
+from streamprune.pipeline.finish import print_dropped, print_memory, print_notes
 from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
@@ -33,9 +32,7 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
     )
     if counts is None:
         return
-    print_budget(counts, progress)
-    if not counts.uniform:
-        progress.say(f"note: {engines_note(True)}")
+    print_notes(counts, not counts.uniform, progress)
     estimate = plan.estimate(settings)
     if estimate is not None:
         print_memory(estimate, progress)

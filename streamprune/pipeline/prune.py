@@ -21,16 +21,16 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.config_json import ExpertSpec, stated_experts
-from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts, refuse_per_layer_experts
+from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline.finish import (
     RunResult,
     SelectionResult,
     complete,
-    print_budget,
     print_dropped,
     print_memory,
+    print_notes,
     print_result,
     write_layers,
 )
@@ -186,14 +186,12 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         f"{settings.model}: {plan.layout.layer_count} layers, {len(plan.counts)} with {experts} experts; keeping "
         f"{decided.counts.text(experts, plan.counts)}"
     )
-    print_budget(decided.counts, progress)
+    print_notes(decided.counts, has_per_layer_experts(plan.counts), progress)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were taken with --propagate pruned: after the first layer with experts they hold "
             "for that run's selection only."
         )
-    if has_per_layer_experts(plan.counts):
-        progress.say(f"note: {engines_note(True)}")
     decided.print_retention(progress)
     progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
     print_dropped(plan.layout.dropped, progress)
@@ -260,9 +258,9 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     if recorded is None or recorded.decided != now:
         if settings.resume == "required":
             raise ResumeError(
-                f"{folder} holds nothing that can be resumed: what it holds is of another selection of experts, of "
-                "another size of shards, or of other files of the model. Begin anew with `streamprune prune` and "
-                "--resume never."
+                f"{folder} holds nothing that can be resumed: it is empty, or was begun with another selection of "
+                "experts, another --max-shard-size, or other files of the model. Begin anew with `streamprune prune` "
+                "and --resume never."
             )
         if work.keeps_old_output() and recorded is None:
             raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")

@@ -19,14 +19,11 @@ from streamprune.files.json_text import show
 from streamprune.models.config import versions
 from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
-from streamprune.work.folder import resume_command
 from streamprune.work.records import (
     RecordedCalibration,
     RecordedRun,
     command_of,
     file_states,
-    has_pruning,
-    read_run,
     read_tokens,
 )
 
@@ -73,18 +70,6 @@ def describe_run(
         batch_tokens=batch_tokens,
         budget_bytes=counts.budget.nbytes if counts and counts.budget else None,
     )
-
-
-def run_to_resume(work: Path) -> RecordedRun:
-    """What is recorded of the run in a work folder. Raises ResumeError if there is none."""
-    recorded = read_run(work)
-    if recorded is not None:
-        return recorded
-    if has_pruning(work):
-        raise ResumeError(
-            f"{work} holds an unfinished `streamprune prune`, and no run. Resume it with: {resume_command(work)}"
-        )
-    raise ResumeError(f"{work} holds no run that could be resumed. A run that has been started keeps one in OUT.work.")
 
 
 def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Calibration:

@@ -19,7 +19,7 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
-from streamprune.errors import ProcessesError, SettingsError
+from streamprune.errors import ProcessesError, ResumeError, SettingsError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
 from streamprune.fit.answer import estimate_object
 from streamprune.fit.footprint import read_headers
@@ -46,7 +46,7 @@ from streamprune.pipeline.messages import (
     print_utilisation,
     print_work,
 )
-from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration, run_to_resume
+from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.pipeline.status import ended
@@ -68,8 +68,8 @@ from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.predictions import find_head
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
-from streamprune.work.folder import WorkFolder
-from streamprune.work.records import RecordedRun, with_changes, write_run
+from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.records import RecordedRun, has_pruning, read_run, with_changes, write_run
 
 
 def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
@@ -121,7 +121,17 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
 def _settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSettings | RunResult:
     """The settings of a recorded run, or its result if the output is complete already."""
-    settings = with_changes(run_to_resume(work_folder).settings_in(work_folder), work_folder, changes)
+    recorded = read_run(work_folder)
+    if recorded is None and has_pruning(work_folder):
+        raise ResumeError(
+            f"{work_folder} holds an unfinished `streamprune prune`, and no run. Resume with: "
+            f"{resume_command(work_folder)}"
+        )
+    if recorded is None:
+        raise ResumeError(
+            f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
+        )
+    settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
     return settings

@@ -300,20 +300,10 @@ class RunLayers:
 
     def _restore(self, first: int) -> int:
         """Restore the newest states from which layer `first` can be reached; returns the layer that they are of."""
-        candidates = self._candidates(first) if self._work is not None else iter(())
-        while True:
-            saved: SavedStates | None = None
-
-            def find() -> dict[str, Any] | None:
-                nonlocal saved
-                saved = next(candidates, None)
-                return saved.facts if saved is not None else None
-
-            facts = self._processes.on_first(find)
-            if facts is None:
-                return 0
+        candidates = self._candidates(first)
+        while (saved := self._processes.on_first(lambda: next(candidates, None))) is not None:
             try:
-                self._loop.restore(facts, saved)
+                self._loop.restore(saved.facts, saved)
             except (OSError, KeyError, TypeError, ValueError) as error:
                 if self._processes.count > 1:
                     # The other ranks have begun to restore them: older ones cannot be tried any more.
@@ -323,11 +313,12 @@ class RunLayers:
                 self._refuse(error)
                 continue
             self._restored = True
-            self._progress.say(f"resuming: hidden states saved in {_name(facts['layer'])}")
-            return int(facts["layer"])
+            self._progress.say(f"resuming: hidden states saved in {_name(saved.facts['layer'])}")
+            return int(saved.facts["layer"])
+        return 0
 
     def _candidates(self, first: int) -> Iterator[SavedStates]:
-        """The saved states, newest first, from which layer `first` can be reached."""
+        """The saved states, newest first, from which layer `first` can be reached. Rank 0."""
         assert self._work is not None
         for saved in self._work.states.intact():
             try:
