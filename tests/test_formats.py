@@ -21,9 +21,8 @@ from streamprune.formats.base import ByteRange, ExpertRows, Format, decode_tenso
 from streamprune.formats.plain import PLAIN
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.output.plan import PrunePlan, make_plan
-from streamprune.output.tensors import Computed, OutputTensor, output_tensors
-from streamprune.output.verify import origins_of, prove_tensors
+from streamprune.output.plan import Computed, OutputTensor, PrunePlan, make_plan, output_tensors
+from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter, StageTensor
 from streamprune.work.folder import WorkFolder
 from tests.helpers import known_family
@@ -166,23 +165,20 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
     entries = open_checkpoint(output).tensors
     recorded = json.loads((output / "streamprune.json").read_text())["computed"]
     assert recorded == {name: {"stage": "refit", "sha256": made.origin.sha256}}
-    origins = origins_of(plan.tensors, kept, {each: Computed(**origin) for each, origin in recorded.items()})
-    assert prove_tensors(plan.tensors, origins, model, output, entries).computed == 1
+    computed = {each: Computed(**origin) for each, origin in recorded.items()}
+    assert prove_tensors(plan.tensors, kept, computed, model, output, entries).computed == 1
     path = output / entries[name].file
     data = bytearray(path.read_bytes())
     data[entries[name].begin + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(VerifyError, match=rf"{name}, computed by refit, has the SHA-256"):
-        prove_tensors(plan.tensors, origins, model, output, entries)
+        prove_tensors(plan.tensors, kept, computed, model, output, entries)
 
 
 def test_plain_tensors_have_slices_of_the_source_as_origins(model: Path) -> None:
     plan, opened = planned(model)
     assert {tensor.stage for tensor in plan.tensors} == {None}
     outputs = output_tensors(opened.layout, opened.checkpoint.tensors, plan.counts)
-    kept = dict.fromkeys(plan.counts, (0, 2, 3, 5, 7))
-    origins = origins_of(outputs, kept, {})
     for tensor in outputs:
-        origin = origins[tensor.name]
-        assert not isinstance(origin, Computed)
+        origin = tensor.slice_of((0, 2, 3, 5, 7))
         assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes

@@ -14,8 +14,7 @@ from streamprune.formats import plain
 from streamprune.formats.base import ExpertRows, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
 from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
-from streamprune.output.plan import plan_shards
-from streamprune.output.tensors import OutputTensor, output_tensors
+from streamprune.output.plan import OutputTensor, output_tensors, plan_shards
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)

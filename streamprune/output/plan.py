@@ -1,14 +1,25 @@
-"""What the output will hold, decided before a weight is read: its config, its tensors, and their files."""
+"""What the output will hold, decided before a weight is read: its config, its tensors, and their files. No torch.
+
+The output holds the source's own tensors, in the source's names and layout. A tensor that belongs to one expert is
+kept or left out and renumbered; a tensor that holds all experts along one axis is sliced; everything else is copied.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.checkpoint.safetensors_file import DTYPE_BITS
-from streamprune.errors import CheckpointError
+from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats.base import ByteRange, ExpertRows, Format
+from streamprune.formats.pick import pick_formats
+from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import drop_missing_code, rewrite_config
 from streamprune.models.expert_layout import Layout
 from streamprune.models.per_layer_experts import (
@@ -17,10 +28,71 @@ from streamprune.models.per_layer_experts import (
     has_per_layer_experts,
     modeling_source,
 )
-from streamprune.output.tensors import OutputTensor, output_tensors
 
 #: The file in the output that records how it was made.
 REPORT_NAME = "streamprune.json"
+
+
+@dataclass(frozen=True)
+class SourceSlice:
+    """A written tensor that is bytes of the source, unchanged: `ranges` of a file, in order.
+
+    `experts` are the source's experts in it, in order; empty for a tensor of no expert.
+    """
+
+    file: str
+    ranges: tuple[ByteRange, ...]
+    experts: tuple[int, ...] = ()
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """A written tensor that a stage of the run has computed, and the SHA-256 of its bytes, in hex."""
+
+    stage: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output. `layer` is None for what lies outside the decoder's layers.
+
+    Exactly one of these describes it: `rows` (slice `sources[0]`), several `sources` (one per source expert; this
+    output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). If a `stage` is named, that
+    stage computes the tensor, and passes its bytes to the writer.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: int | None
+    sources: tuple[TensorEntry, ...] = field(repr=False)
+    slot: int | None = None
+    rows: ExpertRows | None = None
+    format: Format = PLAIN
+    stage: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    def slice_of(self, kept: Sequence[int]) -> SourceSlice:
+        """The bytes of the source that make up this tensor when the experts `kept` of its layer stay, in order.
+
+        Raises UnsupportedModelError for a format in which no bytes of the source do.
+        """
+        if self.slot is not None:
+            expert = kept[self.slot]
+            entry = self.sources[expert]
+            return SourceSlice(entry.file, ((entry.begin, entry.end),), (expert,))
+        entry = self.sources[0]
+        if self.rows is None:
+            return SourceSlice(entry.file, ((entry.begin, entry.end),))
+        ranges = self.format.slice_experts(entry, self.rows, kept)
+        if ranges is None:
+            raise UnsupportedModelError(
+                f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded anew."
+            )
+        return SourceSlice(entry.file, tuple(ranges), tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -66,6 +138,31 @@ class PrunePlan:
         return config
 
 
+def output_tensors(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> list[OutputTensor]:
+    """Every tensor of the output, in the source's order, where `counts` experts stay, by layer."""
+    stored = pick_formats(tensors)
+    families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
+    for name, cut in layout.cuts.items():
+        if cut.family is not None and cut.expert is not None:
+            families[cut.family][cut.expert] = tensors[name]
+    ordered = {family: tuple(entry for _, entry in sorted(members.items())) for family, members in families.items()}
+    result = []
+    for name, cut in layout.cuts.items():
+        entry = tensors[name]
+        keep = counts.get(cut.layer, 0) if cut.layer is not None else 0
+        sources: tuple[TensorEntry, ...] = (entry,)
+        shape = entry.shape
+        if cut.family is not None and cut.expert is not None:
+            if cut.expert >= keep:
+                continue
+            sources = ordered[cut.family]
+        elif cut.rows is not None:
+            shape = cut.rows.resized(shape, keep)
+        storage = stored[name].format
+        result.append(OutputTensor(name, entry.dtype, shape, cut.layer, sources, cut.expert, cut.rows, storage))
+    return result
+
+
 def make_plan(
     layout: Layout, loading: LoadingFacts, checkpoint: Checkpoint, counts: Mapping[int, int], max_shard_bytes: int
 ) -> PrunePlan:
@@ -91,22 +188,20 @@ def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_byt
     """
     groups: list[tuple[int | None, list[OutputTensor]]] = []
     for layer in (None, *range(layer_count)):
-        size = 0
-        fresh = True
+        size = max_shard_bytes + 1
         for tensor in tensors:
-            if tensor.layer != layer:
-                continue
-            if fresh or size + tensor.nbytes > max_shard_bytes:
-                groups.append((layer, []))
-                size, fresh = 0, False
-            groups[-1][1].append(tensor)
-            size += tensor.nbytes
+            if tensor.layer == layer:
+                if size + tensor.nbytes > max_shard_bytes:
+                    groups.append((layer, []))
+                    size = 0
+                groups[-1][1].append(tensor)
+                size += tensor.nbytes
     return tuple(
-        ShardPlan(f"model-{number:05d}-of-{len(groups):05d}.safetensors", layer, _aligned(members))
+        # Wider dtypes first, as the safetensors library writes them: else a reader would meet unaligned values.
+        ShardPlan(
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            layer,
+            tuple(sorted(members, key=lambda tensor: -DTYPE_BITS[tensor.dtype])),
+        )
         for number, (layer, members) in enumerate(groups, start=1)
     )
-
-
-def _aligned(tensors: Sequence[OutputTensor]) -> tuple[OutputTensor, ...]:
-    """Wider dtypes first, as the safetensors library writes them: else a reader would meet unaligned values."""
-    return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]))

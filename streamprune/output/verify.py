@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -22,8 +22,7 @@ from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
-from streamprune.output.plan import REPORT_NAME, make_plan
-from streamprune.output.tensors import Computed, Origin, OutputTensor, SourceSlice
+from streamprune.output.plan import REPORT_NAME, Computed, OutputTensor, SourceSlice, make_plan
 
 
 @dataclass(frozen=True)
@@ -50,43 +49,37 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
 
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_extra_weights(output, pruned)
-    kept = kept_experts(output)
+    record = _record_of(output)
+    kept = {layer.index: layer.kept for layer in record.layers}
     opened = open_moe(origin, trust_remote_code)
     check_kept(output, kept, opened.layout.expert_layers, opened.layout.spec.count)
-    counts = {layer: len(experts) for layer, experts in kept.items()}
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # How it is divided into files is the output's own affair.
+    counts = {layer: len(experts) for layer, experts in kept.items()}
     plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES)
     _compare_configs(output, pruned.config, plan.config_for(kept))
-    origins = origins_of(plan.tensors, kept, computed_tensors(output))
-    proof = prove_tensors(plan.tensors, origins, source, output, pruned.tensors)
-    _compare_small_files(output, origin)
+    proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
+    for relative in origin.small_files():
+        ours = output / relative
+        if not ours.is_file() or not filecmp.cmp(ours, source / relative, shallow=False):
+            raise VerifyError(f"{ours} is not the same as {source / relative}.")
     for name, contents in plan.files.items():
         if not (output / name).is_file() or (output / name).read_bytes() != contents:
             raise VerifyError(f"{output / name} is not the code that loads this model. Prune again.")
     return proof
 
 
-def origins_of(
-    tensors: Sequence[OutputTensor], kept: Mapping[int, Sequence[int]], computed: Mapping[str, Computed]
-) -> dict[str, Origin]:
-    """Where the bytes of each tensor come from, by name, with the experts `kept` by layer."""
-    return {
-        tensor.name: computed.get(tensor.name)
-        or tensor.slice_of(kept.get(tensor.layer, ()) if tensor.layer is not None else ())
-        for tensor in tensors
-    }
-
-
 def prove_tensors(
     tensors: Sequence[OutputTensor],
-    origins: Mapping[str, Origin],
+    kept: Mapping[int, Sequence[int]],
+    computed: Mapping[str, Computed],
     source: Path,
     folder: Path,
     entries: Mapping[str, TensorEntry],
 ) -> Proof:
-    """Prove that the tensors `entries` in `folder` are the expected ones, each by its origin (in the folder `source`).
+    """Prove that the tensors `entries` in `folder` are the expected ones, each by its origin.
 
+    That is the folder `source`, of which the experts `kept` stay by layer, or for the tensors `computed` their hash.
     Raises VerifyError for a tensor that is missing, unexpected, of another shape or dtype, or that differs in a byte.
     """
     names = {tensor.name for tensor in tensors}
@@ -98,17 +91,19 @@ def prove_tensors(
             raise VerifyError(f"{folder} {what} {len(odd)} tensors, first {min(odd)}.")
     proof = Proof(0, 0)
     for tensor in tensors:
-        entry, origin = entries[tensor.name], origins[tensor.name]
+        entry = entries[tensor.name]
         if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
             raise VerifyError(
                 f"{folder / entry.file}: {entry.name} is {entry.dtype} {list(entry.shape)}, but has to be "
                 f"{tensor.dtype} {list(tensor.shape)}."
             )
-        if isinstance(origin, SourceSlice):
-            _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
+        hashed = computed.get(tensor.name)
+        if hashed is not None:
+            _check_hash(folder / entry.file, entry, hashed)
         else:
-            _check_hash(folder / entry.file, entry, origin)
-        proof += Proof(1, entry.nbytes, isinstance(origin, Computed))
+            origin = tensor.slice_of(kept.get(tensor.layer, ()) if tensor.layer is not None else ())
+            _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
+        proof += Proof(1, entry.nbytes, hashed is not None)
     return proof
 
 
@@ -157,14 +152,13 @@ def _reading_back(path: Path) -> Iterator[None]:
         raise VerifyError(f"{path} cannot be read back: {error.strerror or error}. Check the disk.") from error
 
 
-def _read(stream: Any, position: int, size: int) -> bytes:
+def _read(stream: BinaryIO, position: int, size: int) -> bytes:
     stream.seek(position)
-    data: bytes = stream.read(size)
-    return data
+    return stream.read(size)
 
 
 def refuse_extra_weights(output: Path, pruned: Checkpoint) -> None:
-    """Raise VerifyError for weights beside those of the index."""
+    """Raise VerifyError for weights in addition to those of the index."""
     extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
     if extra:
         raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
@@ -175,41 +169,26 @@ class _KeptLayer(msgspec.Struct):
     kept: list[int]
 
 
-class _ComputedTensor(msgspec.Struct):
-    stage: str
-    sha256: str
-
-
-class _Report(msgspec.Struct):
+class _Record(msgspec.Struct):
     """What a proof takes from streamprune.json."""
 
     layers: list[_KeptLayer]
-    computed: dict[str, _ComputedTensor] = {}
+    computed: dict[str, Computed] = {}
 
 
-def _report_of(output: Path) -> _Report:
+def _record_of(output: Path) -> _Record:
     path = output / REPORT_NAME
     try:
-        return msgspec.convert(read_json(path), _Report)
+        return msgspec.convert(read_json(path), _Record)
     except CheckpointError as error:
         raise VerifyError(f"{error} Without it nobody knows which experts were kept.") from None
     except ValueError:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
 
-def kept_experts(output: Path) -> dict[int, list[int]]:
-    """The kept experts by layer, as streamprune.json names them; VerifyError when it does not."""
-    return {layer.index: layer.kept for layer in _report_of(output).layers}
-
-
-def computed_tensors(output: Path) -> dict[str, Computed]:
-    """The tensors that streamprune.json names as computed; VerifyError when it is damaged."""
-    return {name: Computed(each.stage, each.sha256) for name, each in _report_of(output).computed.items()}
-
-
 def check_computed(output: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Raise VerifyError unless the tensors of `output` that its record names as computed have the hashes on record."""
-    for name, origin in computed_tensors(output).items():
+    for name, origin in _record_of(output).computed.items():
         if name not in entries:
             raise VerifyError(f"{output} lacks {name}, which {origin.stage} has computed. Prune again, or restore it.")
         _check_hash(output / entries[name].file, entries[name], origin)
@@ -234,13 +213,6 @@ def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str
             raise VerifyError(
                 f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}."
             )
-
-
-def _compare_small_files(output: Path, source: Checkpoint) -> None:
-    for relative in source.small_files():
-        ours = output / relative
-        if not ours.is_file() or not filecmp.cmp(ours, source.folder / relative, shallow=False):
-            raise VerifyError(f"{ours} is not the same as {source.folder / relative}.")
 
 
 def _few(numbers: Sequence[int]) -> str:

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import safe_open
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
@@ -30,9 +32,8 @@ from streamprune.files.durable import (
 )
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.formats.base import ByteRange
-from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan
-from streamprune.output.tensors import Computed
-from streamprune.output.verify import Proof, origins_of, prove_tensors
+from streamprune.output.plan import REPORT_NAME, Computed, PrunePlan, ShardPlan
+from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import FinishedLayer, FinishedShard
 
@@ -100,26 +101,16 @@ class OutputWriter:
     """
 
     def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: OutputSettings, work: WorkFolder) -> None:
-        self._plan = plan
-        self._checkpoint = checkpoint
-        self._output = settings.output
-        self._overwrite = settings.overwrite
-        self._work = work
-        self._staging = work.staging
+        self.plan = plan
+        self._checkpoint, self._work, self._staging = checkpoint, work, work.staging
+        self._output, self._overwrite, self._verify_layers = settings.output, settings.overwrite, settings.verify
         # On the output's disk, wherever the work folder is.
         self._output_work = settings.output_work_folder
-        self._replaced = self._output_work / REPLACED_NAME
-        self._compare = settings.verify
         #: By layer: the kept experts that were verified, and the proof.
         self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
         check_place(settings)
         # After check_place, which may have moved an old output back.
         check_output(self._output, self._checkpoint.folder, self._overwrite)
-
-    @property
-    def plan(self) -> PrunePlan:
-        """What is written."""
-        return self._plan
 
     def write_layer(
         self, layer: int | None, kept: Sequence[int], computed: Mapping[str, StageTensor] | None = None
@@ -130,37 +121,30 @@ class OutputWriter:
         With `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it
         was.
         """
-        computed = computed or {}
-        plans = [shard for shard in self._plan.shards if shard.layer == layer]
+        plans = [shard for shard in self.plan.shards if shard.layer == layer]
         files = [self._staging / shard.file for shard in plans]
-        with cache_unchanged(self._sources(plans, kept)):
+        sources: dict[Path, list[Stretch]] = defaultdict(list)
+        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
+            origin = tensor.slice_of(kept)
+            sources[self._checkpoint.folder / origin.file] += [(begin, end - begin) for begin, end in origin.ranges]
+        with cache_unchanged(sources):
             with writing(f"Writing to {self._staging}", self._staging):
-                shards = [self._write_shard(shard, kept, computed) for shard in plans]
+                shards = [self._write_shard(shard, kept, computed or {}) for shard in plans]
             complete = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
             drop_files_from_cache(complete)
-            if self._compare:
+            if self._verify_layers:
                 self._proofs[layer] = tuple(kept), self._prove(plans, {} if layer is None else {layer: kept})
                 drop_files_from_cache(complete)
         return shards
 
-    def _sources(self, plans: Sequence[ShardPlan], kept: Sequence[int]) -> dict[Path, list[Stretch]]:
-        """The byte ranges of the source that these shards are copied from, by file."""
-        stretches: dict[Path, list[Stretch]] = {}
-        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
-            origin = tensor.slice_of(kept)
-            stretches.setdefault(self._checkpoint.folder / origin.file, []).extend(
-                (begin, end - begin) for begin, end in origin.ranges
-            )
-        return stretches
-
     def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, Sequence[int]]) -> Proof:
         tensors = [tensor for shard in plans for tensor in shard.tensors]
-        origins = origins_of(tensors, kept, self._computed(plans))
-        return prove_tensors(tensors, origins, self._checkpoint.folder, self._staging, self.headers(plans))
+        source, computed = self._checkpoint.folder, self._computed(plans)
+        return prove_tensors(tensors, kept, computed, source, self._staging, self.headers(plans))
 
     def has_written(self, layer: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
         """Whether the recorded shards are those of a layer with the experts `kept`, and are intact on the disk."""
-        sizes = {shard.file: _file_bytes(shard) for shard in self._plan.shards if shard.layer == layer}
+        sizes = {shard.file: _file_bytes(shard) for shard in self.plan.shards if shard.layer == layer}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
         return same and all(map(self._work.is_intact, record.shards))
 
@@ -183,7 +167,7 @@ class OutputWriter:
 
     def headers(self, plans: Sequence[ShardPlan] | None = None) -> dict[str, TensorEntry]:
         """Every tensor in the files (of these shards, or of all) that are written so far, read from their headers."""
-        plans = self._plan.shards if plans is None else plans
+        plans = self.plan.shards if plans is None else plans
         files = [shard.file for shard in plans if (self._staging / shard.file).is_file()]
         try:
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
@@ -196,12 +180,11 @@ class OutputWriter:
 
     def _computed(self, plans: Sequence[ShardPlan]) -> dict[str, Computed]:
         """The origins of the computed tensors of these shards, from the shards' headers."""
-        found = {}
+        found: dict[str, Computed] = {}
         for shard in plans:
             if any(tensor.stage is not None for tensor in shard.tensors):
                 with safe_open(self._staging / shard.file, framework="np") as reader:
-                    origins = json.loads(reader.metadata()[_COMPUTED])
-                found.update({name: Computed(**origin) for name, origin in origins.items()})
+                    found |= msgspec.json.decode(reader.metadata()[_COMPUTED], type=dict[str, Computed])
         return found
 
     def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
@@ -210,12 +193,12 @@ class OutputWriter:
         Layers that this writer has verified already are not read again.
         """
         proven = self._proven(kept)
-        rest = self._prove([shard for shard in self._plan.shards if shard.layer not in proven], kept)
+        rest = self._prove([shard for shard in self.plan.shards if shard.layer not in proven], kept)
         return sum(proven.values(), rest)
 
     def has_proven(self, kept: Mapping[int, Sequence[int]]) -> bool:
         """Whether `verify` has nothing left to read."""
-        return {shard.layer for shard in self._plan.shards} <= self._proven(kept).keys()
+        return {shard.layer for shard in self.plan.shards} <= self._proven(kept).keys()
 
     def _proven(self, kept: Mapping[int, Sequence[int]]) -> dict[int | None, Proof]:
         return {
@@ -241,8 +224,9 @@ class OutputWriter:
             self._work.record_complete(complete)
             if self._output.is_dir() and any(self._output.iterdir()):
                 # Moved aside first, so that it stays intact; after a crash here the next run moves it back.
-                shutil.rmtree(self._replaced, ignore_errors=True)
-                self._output.rename(self._replaced)
+                replaced = self._output_work / REPLACED_NAME
+                shutil.rmtree(replaced, ignore_errors=True)
+                self._output.rename(replaced)
                 reached("old output moved aside")
             complete.rename(self._output)
             reached("output named")
@@ -265,25 +249,24 @@ class OutputWriter:
         return copy
 
     def _write_small_files(self, report: dict[str, Any], card: str) -> None:
-        weight_map = {tensor.name: shard.file for shard in self._plan.shards for tensor in shard.tensors}
-        index = {"metadata": {"total_size": self._plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
+        index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for relative in self._checkpoint.small_files():
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_atomically(target, _read_source(self._checkpoint.folder / relative))
         write_atomically(self._staging / INDEX_NAME, _to_json(index))
         kept = {layer["index"]: layer["kept"] for layer in report["layers"]}
-        write_atomically(self._staging / CONFIG_NAME, _to_json(dict(self._plan.config_for(kept))))
-        for name, contents in self._plan.files.items():
+        write_atomically(self._staging / CONFIG_NAME, _to_json(dict(self.plan.config_for(kept))))
+        for name, contents in self.plan.files.items():
             write_atomically(self._staging / name, contents)
-        computed = {name: asdict(origin) for name, origin in self._computed(self._plan.shards).items()}
-        write_atomically(
-            self._staging / REPORT_NAME, _to_json({**report, "computed": computed} if computed else report)
-        )
+        computed = self._computed(self.plan.shards)
+        full = {**report, "computed": msgspec.to_builtins(computed)} if computed else report
+        write_atomically(self._staging / REPORT_NAME, _to_json(full))
         write_atomically(self._staging / "README.md", card.encode())
 
     def _check_sizes(self) -> None:
-        for shard in self._plan.shards:
+        for shard in self.plan.shards:
             size = (self._staging / shard.file).stat().st_size
             expected = _file_bytes(shard)
             if size != expected:
@@ -318,7 +301,9 @@ def _can_rename(source: Path, target: Path) -> bool:
 def _encode_header(shard: ShardPlan, computed: Mapping[str, Computed]) -> bytes:
     """The safetensors header of a shard. Its metadata has the origins of the tensors that stages compute."""
     metadata = {"format": "pt"}
-    origins = {tensor.name: asdict(computed[tensor.name]) for tensor in shard.tensors if tensor.stage is not None}
+    origins = {
+        tensor.name: msgspec.to_builtins(computed[tensor.name]) for tensor in shard.tensors if tensor.stage is not None
+    }
     if origins:
         metadata[_COMPUTED] = json.dumps(origins)
     tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)

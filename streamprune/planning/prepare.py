@@ -30,7 +30,7 @@ from streamprune.models.open import DescribedModel, OpenedMoE, check_pruned, des
 from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
-from streamprune.output.tensors import output_tensors
+from streamprune.output.plan import output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.facts import ExpertCounts, ModelFacts, plan_counts
 from streamprune.saliency.scores_file import check_scores_file
