@@ -15,18 +15,6 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;"}
 _LONGEST_NAME = 300
 
 
-class Code(str):
-    """A cell in a fixed-width font: a name, a path."""
-
-    __slots__ = ()
-
-
-class Strong(str):
-    """A cell in bold."""
-
-    __slots__ = ()
-
-
 class Struck(str):
     """A cell that is struck out."""
 
@@ -39,7 +27,7 @@ class Table:
 
     `align` has a letter for each column, `l` or `r`; columns without one are right-aligned, and without any the first
     column is left-aligned. Rows may be shorter than `columns`: the missing cells are empty. `notes` are lines that
-    the terminal and HTML show below the table. Cells may be `Code`, `Strong` or `Struck`.
+    the terminal and HTML show below the table. Cells may be `Struck`.
     """
 
     title: str
@@ -120,19 +108,11 @@ def longest_fence(text: str) -> int:
 
 
 def _markdown_cell(cell: str) -> str:
-    if isinstance(cell, Code):
-        return code(cell)
-    text = markdown(cell)
-    marks = "**" if isinstance(cell, Strong) else "~~" if isinstance(cell, Struck) else ""
-    return f"{marks}{text}{marks}"
+    return f"~~{markdown(cell)}~~" if isinstance(cell, Struck) else markdown(cell)
 
 
 def _html_cell(cell: str) -> str:
-    text = html.escape(cell)
-    for kind, tag in ((Code, "code"), (Strong, "strong"), (Struck, "s")):
-        if isinstance(cell, kind):
-            return f"<{tag}>{text}</{tag}>"
-    return text
+    return f"<s>{html.escape(cell)}</s>" if isinstance(cell, Struck) else html.escape(cell)
 
 
 def number(value: float | None, digits: int = 4) -> str:

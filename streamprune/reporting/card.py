@@ -35,16 +35,8 @@ from streamprune.tables import plain
 #: What the folder of the published model is called in commands that need its files.
 THIS_MODEL = "this-model"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-#: How the calibration text was divided into sequences, by the recipe's mode; the length follows.
-_MODES = {
-    "packed": "Documents laid end to end and divided into sequences of",
-    "documents": "Each document a sequence of its own, cut at",
-    "bucketed": "Each document a sequence of its own, its length rounded down, cut at",
-}
 #: What a recipe may say of where a source is from, in the order in which the card shows it.
 _PLACES = ("dataset", "subset", "split", "commit", "data_files", "data_dir", "path", "builtin")
-#: How convert_hf_to_gguf.py calls the dtypes that models have.
-_GGUF_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def model_card(
@@ -62,35 +54,26 @@ def model_card(
     settings, calibration, use = record.settings, record.calibration, record.use
     recipe = calibration.stated if calibration else Recipe()
     stated = {each.name: each for each in recipe.sources}
-    sources = calibration.sources if calibration else []
-    per_layer = has_per_layer_experts(plan.counts)
     counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
     return render(
         "card.md.j2",
         metadata=metadata(settings.model, settings.method, source.folder).to_yaml(),
         name=plain(settings.model).rpartition("/")[2],
         record=record,
-        settings=settings,
-        calibration=calibration,
+        plan=plan,
         recipe=recipe,
-        counts=list(record.counts.values()),
         experts_by_layers=[(ranges([layer for layer, _ in layers]), number) for number, layers in counts],
         layers=ranges(sorted(record.counts)),
-        dense_layers=plan.layout.layer_count - len(plan.counts),
         method=_score_meaning(settings.method) if settings.method else None,
         source_bytes=source.nbytes,
-        output_bytes=plan.output_bytes,
-        sources=[(each, stated.get(each.name, RecipeSource(each.name))) for each in sources],
+        stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_place,
-        mode=_MODES.get(recipe.mode or ""),
         layers_with_unseen=sum(0 in layer.counts for layer in record.layers),
         retained=retained,
         estimate=estimate,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
-        per_layer=per_layer,
-        engines=engines_note(per_layer) if per_layer else None,
+        engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
         context=min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS),
-        gguf_type=_GGUF_TYPES.get(str(settings.dtype), "auto"),
         again=can_score_again(record),
         this_model=THIS_MODEL,
         command=reproduce_command(record),

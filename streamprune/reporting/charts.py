@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from streamprune.fit.estimate import KV_CACHE, STATE, WEIGHTS, Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Interval, TextResult
-from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory
+from streamprune.reporting.facts import GPU_SIZES, Course, Memory
 from streamprune.reporting.record import Record
 from streamprune.selection.retention import Retention
 from streamprune.tables import plain
@@ -67,9 +67,6 @@ _CELL, _MARGIN = 8, 2
 #: Scores between these quantiles have colours of their own; those beyond have the first or the last one.
 _DISTINCT = (0.02, 0.98)
 _COLOURS = "cividis"
-#: Every picture that a report may have.
-ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
-
 #: A figure, and in words what it shows.
 Drawing = tuple[Figure, str]
 
@@ -84,28 +81,8 @@ class Picture:
     png: bytes
 
 
-def draw_pictures(facts: Facts) -> dict[str, Picture]:
-    """Every picture for which something is known, by its name: that of its section in the report."""
-    record, memory, text, course = facts.record, facts.memory, facts.text, facts.course
-    found = {"experts": _picture("experts", draw_experts, record), "map": _picture("map", draw_map, record)}
-    if isinstance(memory, Memory):
-        budget = record.use.budget_bytes if record.use else None
-        found["memory"] = _picture("memory", draw_memory, memory, budget)
-    if facts.retained:
-        found["retention"] = _picture("retention", draw_retention, facts.retained)
-    if text is not None:
-        found["loss"] = _picture("loss", draw_losses, text)
-        if any(each.hidden_error for each in text.rows):
-            found["depth"] = _picture("depth", draw_depth, text)
-    if all(layer.counts for layer in record.layers):
-        found["tokens"] = _picture("tokens", draw_tokens, record)
-    if isinstance(course, Course) and course.layers:
-        found["course"] = _picture("course", draw_course, course)
-    return found
-
-
-def _picture(name: str, draw: Callable[..., Drawing], *facts: Any) -> Picture:
-    """Draw a figure and make it bytes."""
+def draw_picture(name: str, draw: Callable[[], Drawing]) -> Picture:
+    """Draw a figure and make it bytes. `name` is a short word that no other figure of the page has."""
     # It writes about its caches.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     style = resources.files(f"{__package__}.templates") / "report.mplstyle"
@@ -114,7 +91,7 @@ def _picture(name: str, draw: Callable[..., Drawing], *facts: Any) -> Picture:
     with resources.as_file(style) as path, matplotlib.rc_context(salt, str(path)), warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes, in the picture only.
         warnings.simplefilter("ignore")
-        figure, alt = draw(*facts)
+        figure, alt = draw()
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
         # Where everything is has been worked out by now, which takes half of the time.

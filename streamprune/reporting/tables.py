@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,42 +9,13 @@ import numpy as np
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
-from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory
+from streamprune.reporting.facts import GPU_SIZES, Course, Memory
 from streamprune.reporting.record import Calibration, Record
 from streamprune.selection.retention import Retention
 from streamprune.tables import Struck, Table, count, interval, number, percent
 
 
-def tables_of(facts: Facts) -> dict[str, list[Table]]:
-    """The tables of the report, by the name of its section; none for a section about which nothing is known."""
-    record, text = facts.record, facts.text
-    found: dict[str, list[Table]] = defaultdict(list)
-    found["experts"] = [_layers(record)]
-    found["map"] = [_scores(record)]
-    if isinstance(facts.memory, Memory):
-        found["memory"] = [_memory(facts.memory, record.use.budget_bytes if record.use else None)]
-    if facts.retained:
-        found["retention"] = [*_retention(record, facts.retained)]
-    if text is not None:
-        found["loss"] = [*_losses(text)]
-        if any(each.hidden_error for each in text.rows):
-            found["depth"] = [_depth(text)]
-    if facts.generation is not None:
-        found["generation"] = [generation_table(facts.generation)]
-        if any(mode.sources for mode in facts.generation.modes):
-            found["generation"].append(_generation_by_source(facts.generation))
-    if facts.tasks is not None:
-        found["tasks"] = [tasks_table(facts.tasks)]
-    if record.calibration is not None:
-        found["calibration"] = [_calibration(record.calibration, record.settings.mix)]
-    if all(layer.counts for layer in record.layers):
-        found["tokens"] = [_tokens(record)]
-    if isinstance(facts.course, Course) and facts.course.layers:
-        found["course"] = [_course(facts.course)]
-    return found
-
-
-def _layers(record: Record) -> Table:
+def layers_table(record: Record) -> Table:
     """How many experts each layer keeps, and where the line is drawn between scores."""
     rows = []
     for layer in record.layers:
@@ -61,7 +31,7 @@ def _layers(record: Record) -> Table:
     return Table("Experts by layer", columns, rows)
 
 
-def _scores(record: Record) -> Table:
+def scores_table(record: Record) -> Table:
     """The score of every expert of every layer; removed ones are struck out."""
     rows = []
     for layer in record.layers:
@@ -73,7 +43,7 @@ def _scores(record: Record) -> Table:
     return Table("Scores by layer and expert; struck out: removed", columns, rows)
 
 
-def _tokens(record: Record) -> Table:
+def tokens_table(record: Record) -> Table:
     """How the tokens of the calibration were divided among the experts of each layer."""
     rows = []
     for layer in record.layers:
@@ -85,7 +55,7 @@ def _tokens(record: Record) -> Table:
     return Table("Tokens per expert by layer", columns, rows)
 
 
-def _retention(record: Record, retained: Sequence[Retention]) -> Iterator[Table]:
+def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[Table]:
     """What is kept of each source's saliency, in all layers and in each."""
     rows = [
         (each.source, percent(each.kept), percent(each.best), str(each.worst_layer), percent(each.worst))
@@ -99,7 +69,7 @@ def _retention(record: Record, retained: Sequence[Retention]) -> Iterator[Table]
     yield Table("Saliency kept by layer and source", ("layer", *(each.source for each in retained)), by_layer)
 
 
-def _memory(memory: Memory, budget: int | None) -> Table:
+def memory_table(memory: Memory, budget: int | None) -> Table:
     """Each part of the memory before and after, and what that leaves of common GPUs and of the budget."""
     both = [estimate for estimate in (memory.before, memory.after) if estimate is not None]
     names = dict.fromkeys(term.name for estimate in both for term in estimate.terms)
@@ -122,7 +92,7 @@ def _left(nbytes: int) -> str:
     return format_bytes(nbytes) if nbytes >= 0 else f"does not fit: {format_bytes(-nbytes)} missing"
 
 
-def _calibration(calibration: Calibration, mix: dict[str, float] | None) -> Table:
+def calibration_table(calibration: Calibration, mix: dict[str, float] | None) -> Table:
     """The sources of the calibration: their shares in the recipe and of the tokens, and their weights by the mix."""
     recipe = {source.name: source for source in calibration.stated.sources}
     rows = []
@@ -136,7 +106,7 @@ def _calibration(calibration: Calibration, mix: dict[str, float] | None) -> Tabl
     return Table("Calibration text by source", columns, rows)
 
 
-def _losses(text: TextResult) -> Iterator[Table]:
+def loss_tables(text: TextResult) -> Iterator[Table]:
     """Loss and perplexity by source; and if the original was measured, its own, the divergence and the agreement."""
     columns = ["source", "tokens", "loss", "95 % interval", "perplexity", "95 % interval"]
     if text.compared:
@@ -160,7 +130,7 @@ def _losses(text: TextResult) -> Iterator[Table]:
         yield Table("Divergence from the original, nats per token", columns, divergence)
 
 
-def _depth(text: TextResult) -> Table:
+def depth_table(text: TextResult) -> Table:
     """The error of the hidden states after every layer, by source."""
     shown = [(each.name, each.hidden_error) for each in text.rows if each.hidden_error]
     rows = [
@@ -171,26 +141,18 @@ def _depth(text: TextResult) -> Table:
     return Table("Relative error of the hidden states after each layer", columns, rows)
 
 
-_CONTINUATIONS = ("prompts", "ended by themselves", "looped", "repeated 4-grams")
-
-
-def generation_table(generation: GenerationResult) -> Table:
-    """How continuations went, by mode; with the original's figures where they were taken."""
-    rows = []
+def generation_tables(generation: GenerationResult) -> Iterator[Table]:
+    """How continuations went, by mode, with the original's figures where they were taken; and by source."""
+    rows, by_source = [], []
     for mode in generation.modes:
         rows.append(_continuations(mode.label, mode, mode.prompts))
         if mode.original is not None:
             rows.append(_continuations(f"{mode.label}, the original", mode.original, mode.prompts))
-    return Table("Continuations", ("decoding", *_CONTINUATIONS), rows)
-
-
-def _generation_by_source(generation: GenerationResult) -> Table:
-    rows = [
-        _continuations(f"{mode.label}, {each.name}", each, each.prompts)
-        for mode in generation.modes
-        for each in mode.sources
-    ]
-    return Table("Continuations by source", ("decoding and source", *_CONTINUATIONS), rows)
+        by_source += [_continuations(f"{mode.label}, {each.name}", each, each.prompts) for each in mode.sources]
+    columns = "prompts", "ended by themselves", "looped", "repeated 4-grams"
+    yield Table("Continuations", ("decoding", *columns), rows)
+    if by_source:
+        yield Table("Continuations by source", ("decoding and source", *columns), by_source)
 
 
 def _continuations(label: str, each: Continuations, prompts: int | None) -> tuple[str, ...]:
@@ -207,7 +169,7 @@ def tasks_table(tasks: TasksResult) -> Table:
     return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), rows)
 
 
-def _course(course: Course) -> Table:
+def course_table(course: Course) -> Table:
     """What every layer of the run took."""
     rows = [
         (str(each.layer), f"{each.at_seconds:.1f}", f"{each.seconds:.2f}", format_bytes(each.peak_bytes))

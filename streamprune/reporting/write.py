@@ -13,7 +13,9 @@ without a section's markers gets the section at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import asdict
@@ -23,15 +25,17 @@ from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.progress import describe
-from streamprune.reporting.charts import ALL_PICTURES, Picture, draw_pictures
+from streamprune.reporting import charts, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
-from streamprune.reporting.tables import generation_table, tables_of, tasks_table
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
+from streamprune.tables import Table
 
 CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
 #: The sections of the card that the report writes, in the order in which they are added to a card without them.
 SECTIONS = ("evaluation", "generation", "pictures")
+#: Every picture that a report may have.
+ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
 
 
 def write_report(output: Path) -> Path:
@@ -42,8 +46,11 @@ def write_report(output: Path) -> Path:
     or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
     """
     facts = read_facts(output)
-    pictures = draw_pictures(facts)
-    page, card = _page(facts, pictures), _card(output / CARD_NAME, facts, pictures)
+    sections = {section.name: section for section in sections_of(facts)}
+    pictures = {
+        name: charts.draw_picture(name, section.draw) for name, section in sections.items() if section.draw is not None
+    }
+    page, card = _page(facts, sections, pictures), _card(output / CARD_NAME, facts, pictures)
     folder = output / PICTURES_FOLDER
     with writing(f"Writing the report to {output}", output):
         folder.mkdir(exist_ok=True)
@@ -58,30 +65,60 @@ def write_report(output: Path) -> Path:
     return output / PAGE_NAME
 
 
-def _page(facts: Facts, pictures: Mapping[str, Picture]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A section of the report with figures: its tables, and how to draw its picture. (The template has the texts.)"""
+
+    name: str
+    tables: Sequence[Table]
+    draw: Callable[[], charts.Drawing] | None = None
+
+
+def sections_of(facts: Facts) -> Iterator[Section]:
+    """Every section for which something is known. Draws nothing yet."""
+    record, memory, text, course = facts.record, facts.memory, facts.text, facts.course
+    yield Section("experts", [tables.layers_table(record)], partial(charts.draw_experts, record))
+    yield Section("map", [tables.scores_table(record)], partial(charts.draw_map, record))
+    if isinstance(memory, Memory):
+        budget = record.use.budget_bytes if record.use else None
+        yield Section("memory", [tables.memory_table(memory, budget)], partial(charts.draw_memory, memory, budget))
+    if facts.retained:
+        shown = [*tables.retention_tables(record, facts.retained)]
+        yield Section("retention", shown, partial(charts.draw_retention, facts.retained))
+    if text is not None:
+        yield Section("loss", [*tables.loss_tables(text)], partial(charts.draw_losses, text))
+        if any(each.hidden_error for each in text.rows):
+            yield Section("depth", [tables.depth_table(text)], partial(charts.draw_depth, text))
+    if facts.generation is not None:
+        yield Section("generation", [*tables.generation_tables(facts.generation)])
+    if facts.tasks is not None:
+        yield Section("tasks", [tables.tasks_table(facts.tasks)])
+    if record.calibration is not None:
+        yield Section("calibration", [tables.calibration_table(record.calibration, record.settings.mix)])
+    if all(layer.counts for layer in record.layers):
+        yield Section("tokens", [tables.tokens_table(record)], partial(charts.draw_tokens, record))
+    if isinstance(course, Course) and course.layers:
+        yield Section("course", [tables.course_table(course)], partial(charts.draw_course, course))
+
+
+def _page(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, charts.Picture]) -> str:
     record = facts.record
-    course = facts.course if isinstance(facts.course, Course) else None
     schedule = SCHEDULES.get(record.settings.schedule or "")
     return render(
         "report.html.j2",
         facts=facts,
-        record=record,
-        memory=facts.memory if isinstance(facts.memory, Memory) else None,
         use=record.use.spec if record.use else ServingSpec(),
-        budget=record.use.budget_bytes if record.use else None,
         gpu_sizes=GPU_SIZES,
-        course=course,
-        busy=describe(asdict(course.summary.busy)).removeprefix("busy: ") if course and course.summary.busy else None,
-        verified=course.summary.verified if course else None,
+        describe_busy=lambda busy: describe(asdict(busy)).removeprefix("busy: "),
         schedule_meaning=schedule.meaning if schedule else "a file says how many each layer keeps",
         unseen=sum(layer.counts.count(0) for layer in record.layers),
-        tables=tables_of(facts),
+        sections=sections,
         pictures=pictures,
         version=__version__,
     )
 
 
-def _card(path: Path, facts: Facts, pictures: Mapping[str, Picture]) -> bytes | None:
+def _card(path: Path, facts: Facts, pictures: Mapping[str, charts.Picture]) -> bytes | None:
     """The card with the report's sections; None where there is none, or nothing would change in it."""
     if not path.is_file():
         return None
@@ -90,9 +127,9 @@ def _card(path: Path, facts: Facts, pictures: Mapping[str, Picture]) -> bytes | 
     values = {
         "text": facts.text,
         "tasks": facts.tasks,
-        "tasks_table": tasks_table,
+        "tasks_table": tables.tasks_table,
         "generation": facts.generation,
-        "generation_table": generation_table,
+        "generation_tables": tables.generation_tables,
         # The figures of the run's course differ from run to run: they are of no use to readers of the model card.
         "pictures": [each for each in pictures.values() if each.name != "course"],
         "folder": PICTURES_FOLDER,
