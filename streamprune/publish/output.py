@@ -139,16 +139,12 @@ def _walk(home: Path) -> Iterator[tuple[Path, str]]:
     Folders that are links are taken for files: what they lead to is not looked at.
     """
     for place, folders, files in os.walk(home):
-        for base in sorted(folders):
+        hidden = [f"{base}/" for base in folders if base.startswith(".")]
+        links = [base for base in folders if not base.startswith(".") and Path(place, base).is_symlink()]
+        for base in sorted([*files, *links, *hidden]):
             path = Path(place, base)
-            if base.startswith("."):
-                yield path, f"{path.relative_to(home).as_posix()}/"
-            elif path.is_symlink():
-                files.append(base)
-        folders[:] = [base for base in sorted(folders) if not base.startswith(".")]
-        for base in sorted(files):
-            path = Path(place, base)
-            yield path, path.relative_to(home).as_posix()
+            yield path, path.relative_to(home).as_posix() + ("/" if base.endswith("/") else "")
+        folders[:] = [base for base in folders if not base.startswith(".")]
 
 
 def _reason(path: Path, name: str, wanted: set[str]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, ServingSpec
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
@@ -34,6 +34,15 @@ from streamprune.tables import plain
 
 #: What the folder of the published model is called in commands that need its files.
 THIS_MODEL = "this-model"
+#: Values of options that are left out of a command, since they are the options' own.
+_USUAL = {
+    "--method": DEFAULT_METHOD,
+    "--schedule": DEFAULT_SCHEDULE,
+    "--context": DEFAULT_CONTEXT,
+    "--batch": 1,
+    "--kv-dtype": "auto",
+    "--max-shard-size": DEFAULT_SHARD_BYTES,
+}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: What a recipe may say of where a source is from, in the order in which the card shows it.
 _PLACES = ("dataset", "subset", "split", "commit", "data_files", "data_dir", "path", "builtin")
@@ -167,24 +176,34 @@ def reproduce_command(record: Record) -> str:
     Local files go by the names that they had, without folders; where `can_score_again` is False the files of the model
     itself are in the folder THIS_MODEL.
     """
-    settings, calibration, given, again = record.settings, record.calibration, _given(record), can_score_again(record)
-    options: list[tuple[str, Any]] = [("--revision", settings.revision)]
-    if not again:
-        options.append(("--scores", THIS_MODEL if calibration is not None else None))
-    if settings.method is None:
-        options.append(("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}"))
-    else:
-        options += _selection_options(record, again)
-    if record.use is not None:
-        usual = ServingSpec()
+    # Long because it has a line for each option.
+    settings, calibration, use = record.settings, record.calibration, record.use
+    given, again = _given(record), can_score_again(record)
+    budget = use.budget_bytes if use else None
+    is_by_hand, has_keep = settings.method is None, budget is None and settings.schedule in SCHEDULES
+    options: list[tuple[str, Any]] = [
+        ("--revision", settings.revision),
+        ("--scores", THIS_MODEL if not again and calibration else None),
+        ("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}" if is_by_hand else None),
+    ]
+    if not is_by_hand:
         options += [
-            ("--context", _unless(record.use.context, usual.context)),
-            ("--batch", _unless(record.use.batch, usual.batch)),
-            ("--kv-dtype", _unless(record.use.kv_dtype, usual.kv_dtype)),
+            # Bytes divided by a power of two: the number comes back the same.
+            ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
+            ("--keep", (settings.total or 0) // len(record.layers) if has_keep else None),
+            ("--method", settings.method),
+            ("--seed", settings.seed or None if settings.method == "random" and not again else None),
+            ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
+            ("--schedule", settings.schedule),
+            ("--spread", settings.spread),
+            ("--floor", settings.floor),
+            ("--protect-super-experts", settings.protect_super_experts),
         ]
+    if use is not None:
+        options += [("--context", use.context), ("--batch", use.batch), ("--kv-dtype", use.kv_dtype)]
     if again and given is not None and calibration is not None:
+        options += [("--calibration", text) for text in given.calibration]
         options += [
-            *(("--calibration", text) for text in given.calibration),
             ("--samples", given.samples),
             ("--seq-len", given.seq_len),
             ("--seed", given.seed),
@@ -195,37 +214,15 @@ def reproduce_command(record: Record) -> str:
             ("--device", settings.device or None),
             ("--batch-tokens", settings.batch_tokens or None),
         ]
-    options.append(("--max-shard-size", _unless(settings.max_shard_bytes, DEFAULT_SHARD_BYTES)))
+    options.append(("--max-shard-size", settings.max_shard_bytes))
     words = ["streamprune", "run" if again else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]
     for name, value in options:
         if value is True:
             words.append(name)
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and value != _USUAL.get(name):
             words += [name, str(value)]
     return shlex.join(words)
-
-
-def _unless(value: Any, usual: Any) -> Any:
-    """An option's value; None for the one that it has if it is not given."""
-    return None if value == usual else value
-
-
-def _selection_options(record: Record, again: bool) -> list[tuple[str, Any]]:
-    settings, budget = record.settings, record.use.budget_bytes if record.use else None
-    is_keep = budget is None and settings.schedule in SCHEDULES
-    return [
-        # Bytes divided by a power of two: the number comes back the same.
-        ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
-        ("--keep", (settings.total or 0) // len(record.layers) if is_keep else None),
-        ("--method", _unless(settings.method, DEFAULT_METHOD)),
-        ("--seed", settings.seed or None if settings.method == "random" and not again else None),
-        ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
-        ("--schedule", _unless(settings.schedule, DEFAULT_SCHEDULE)),
-        ("--spread", settings.spread),
-        ("--floor", settings.floor),
-        ("--protect-super-experts", settings.protect_super_experts),
-    ]
 
 
 def mix_text(shares: Mapping[str, float]) -> str:
