@@ -59,11 +59,6 @@ class RunEvaluation:
         known = recorded is not None and recorded.get("data", {}).get("fingerprint") == held_out.fingerprint
         self.result: dict[str, Any] | None = recorded if known else None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the result is complete."""
-        return self.result is not None
-
     def forget(self) -> None:
         """Drop the result: layers are scored again."""
         self.result = None
@@ -87,12 +82,8 @@ class RunEvaluation:
         place = f"layer {layer - 1}/{self._layers - 1}"
         self._progress.say(f"predictions after {place}: KL divergence {kl:.4f} nats per token")
         if most is not None and kl > _HOPELESS * most:
-            raise TooMuchLostError(
-                f"After {place} the predictions of the pruned model are {kl:.3g} nats per "
-                "token from the original's (KL divergence on the held-out text), more than "
-                f"{_HOPELESS} x --stop-if-kl {most:g}. Keep more experts, try another --method or other calibration "
-                f"text; or accept it with: {self._command_to_accept(kl)}"
-            )
+            advice = "Keep more experts, try another --method or other calibration text"
+            raise self._too_much_lost(f"After {place} the", kl, f"{_HOPELESS} x --stop-if-kl {most:g}", advice)
 
     def complete(self, selection: Selection) -> None:
         """Measure what was selected, unless the result is complete: one more pass over the model, by all ranks.
@@ -114,7 +105,7 @@ class RunEvaluation:
         except Stopped:
             raise InterruptedRunError(
                 "Stopped as asked; all layers are scored. The pruned model is measured anew when you resume with: "
-                f"{self._resume_command()}"
+                f"{resume_command(self._settings.work_folder)}"
             ) from None
         self._keep(figures)
 
@@ -127,11 +118,8 @@ class RunEvaluation:
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
             path = save_scores(self._settings, scores)
-            raise TooMuchLostError(
-                f"The predictions of the pruned model are {kl:.3g} nats per token from the original's (KL divergence "
-                f"on the held-out text), more than --stop-if-kl {most:g}. Select otherwise with `streamprune prune` "
-                f"and --scores {path}; or accept it with: {self._command_to_accept(kl)}"
-            )
+            advice = f"Select otherwise with `streamprune prune` and --scores {path}"
+            raise self._too_much_lost("The", kl, f"--stop-if-kl {most:g}", advice)
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:
         sources = self._held_out.sources
@@ -143,8 +131,9 @@ class RunEvaluation:
         if self._work is not None:
             self._work.write_evaluation(self.result)
 
-    def _command_to_accept(self, kl: float) -> str:
-        return f"{self._resume_command()} --stop-if-kl {2 * kl:.2g}"
-
-    def _resume_command(self) -> str:
-        return resume_command(self._work.folder if self._work is not None else self._settings.work_folder)
+    def _too_much_lost(self, subject: str, kl: float, limit: str, advice: str) -> TooMuchLostError:
+        return TooMuchLostError(
+            f"{subject} predictions of the pruned model are {kl:.3g} nats per token from the original's (KL divergence "
+            f"on the held-out text), more than {limit}. {advice}; or accept it with: "
+            f"{resume_command(self._settings.work_folder)} --stop-if-kl {2 * kl:.2g}"
+        )

@@ -148,7 +148,7 @@ class RunLayers:
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
         if evaluation is not None and unscored:
             evaluation.forget()
-        if evaluation is not None and (evaluation.is_done or not self._measures):
+        if evaluation is not None and (evaluation.result is not None or not self._measures):
             evaluation = None
         until = count if evaluation is not None else unscored[-1] if unscored else 0
         start = self._restore(unscored[0] if unscored else until) if until else 0
@@ -186,10 +186,9 @@ class RunLayers:
             if not self._restored:
                 raise
             # Their checksums are right, but their shapes are not those of this model: somebody else made them.
-            where = f" in {self._work.folder}" if self._work is not None else ""
             raise ResumeError(
-                f"The hidden states saved{where} do not fit this model: {show(str(error))}. Compute them anew: add "
-                "--from-layer 0, or begin anew with --resume never."
+                f"The hidden states saved in {self._settings.work_folder} do not fit this model: {show(str(error))}. "
+                "Compute them anew: add --from-layer 0, or begin anew with --resume never."
             ) from error
 
     def _finish(self, index: int, runs: bool, following: int | None) -> None:
@@ -350,10 +349,9 @@ class RunLayers:
         return any(self._processes.collect(bool(self._stop)))
 
     def _stop_run(self) -> NoReturn:
-        where = self._work.folder if self._work is not None else self._settings.work_folder
         raise InterruptedRunError(
             f"Stopped as asked; {len(self._finished)} of {self._layout.layer_count} layers are done, and all of it "
-            f"is saved. Resume with: {resume_command(where)}"
+            f"is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
 
 
