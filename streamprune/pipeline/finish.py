@@ -194,7 +194,7 @@ def complete(
 
 
 def print_result(
-    decided: SelectionResult, summary: Mapping[str, Any], estimate: Estimate | None, progress: Progress
+    progress: Progress, decided: SelectionResult, summary: Mapping[str, Any], estimate: Estimate | None
 ) -> None:
     """Print that the output is complete, with a warning of experts that no calibration token was routed to."""
     if summary["never_routed"] and decided.selection.settings is not None and decided.scores is not None:
@@ -209,10 +209,10 @@ def print_result(
         f"(source: {format_bytes(summary['source_bytes'])})"
     )
     if estimate is not None:
-        print_memory(estimate, progress)
+        print_memory(progress, estimate)
 
 
-def print_memory(estimate: Estimate, progress: Progress) -> None:
+def print_memory(progress: Progress, estimate: Estimate) -> None:
     """Print the memory of the result, and whether it fits the budget, if there is one."""
     for line in terms_lines(estimate):
         progress.say(line)
@@ -224,14 +224,14 @@ def print_memory(estimate: Estimate, progress: Progress) -> None:
         )
 
 
-def print_notes(counts: ExpertCounts, is_uneven: bool, progress: Progress) -> None:
+def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> None:
     """Print notes on the GPU that the budget is for, and on who can load layers with different numbers of experts."""
     notes = [*(counts.budget.notes if counts.budget else ()), *([engines_note(True)] if is_uneven else [])]
     for note in notes:
         progress.say(f"note: {note}")
 
 
-def print_dropped(dropped: Sequence[str], progress: Progress) -> None:
+def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
     """Print which tensors the output leaves out, if any."""
     if dropped:
         progress.say(

@@ -32,10 +32,10 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
     )
     if counts is None:
         return
-    print_notes(counts, not counts.uniform, progress)
+    print_notes(progress, counts, not counts.uniform)
     estimate = plan.estimate(settings)
     if estimate is not None:
-        print_memory(estimate, progress)
+        print_memory(progress, estimate)
     else:
         progress.say("note: the memory of the result cannot be estimated, because the size of its cache is unknown.")
 
@@ -46,7 +46,7 @@ def print_prepared(
     """Print the sizes of the weights, before and after, and what the model is calibrated on."""
     if prepared.plan.counts is not None:
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
-        print_dropped(prepared.layout.dropped, progress)
+        print_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):
         progress.say(
             "note: the built-in calibration text is meant for a first try. For a model that you will use, give text "

@@ -24,16 +24,8 @@ from streamprune.models.config_json import ExpertSpec, stated_experts
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
-from streamprune.pipeline.finish import (
-    RunResult,
-    SelectionResult,
-    complete,
-    print_dropped,
-    print_memory,
-    print_notes,
-    print_result,
-    write_layers,
-)
+from streamprune.pipeline import finish
+from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.facts import ExpertCounts, ModelFacts, facts_from_json, plan_counts
 from streamprune.progress import Progress
@@ -43,18 +35,10 @@ from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.select import Selection, Selector, listed_selection
 from streamprune.selection.settings import SelectionSettings
 from streamprune.selection.user_files import read_keep_file
+from streamprune.work import records
 from streamprune.work.enter import listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder, folder_bytes
-from streamprune.work.records import (
-    RecordedPruning,
-    command_of,
-    file_states,
-    has_pruning,
-    has_run,
-    read_pruning,
-    with_changes,
-    write_pruning,
-)
+from streamprune.work.records import has_pruning, has_run
 
 
 def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
@@ -74,15 +58,15 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
             _check_room(settings, decided, work)
             writer = OutputWriter(decided.plan, decided.checkpoint, settings, work)
             stop.patient = True
-            write_layers(decided, writer, work, progress, stop)
+            finish.write_layers(decided, writer, work, progress, stop)
             stop.patient = False
-            estimate = complete(decided, writer, work, progress)
+            estimate = finish.complete(decided, writer, work, progress)
         # The output is complete: there is nothing left to be stopped.
         stop.patient = True
         summary = decided.summary(estimate, progress.seconds)
         work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
-        print_result(decided, summary, estimate, progress)
+        finish.print_result(progress, decided, summary, estimate)
     return RunResult(settings.output, decided.selection.layers, summary)
 
 
@@ -97,7 +81,7 @@ def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
     with Progress(decided.plan.layout.layer_count, quiet) as progress:
         _print_plan(settings, decided, progress)
         if estimate is not None:
-            print_memory(estimate, progress)
+            finish.print_memory(progress, estimate)
         progress.say("dry run: nothing was written")
         check_disk(settings.output, decided.plan.output_bytes)
         return decided.summary(estimate, progress.seconds)
@@ -108,13 +92,13 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
     Raises ResumeError when there is none, or when what decides the result has changed.
     """
-    recorded = read_pruning(work_folder)
+    recorded = records.read_pruning(work_folder)
     if recorded is None:
         raise ResumeError(
             f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
             "`streamprune prune` command again; nothing but the time of a copy is lost."
         )
-    settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
+    settings = records.with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
     return prune(settings, quiet)
@@ -186,7 +170,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         f"{settings.model}: {plan.layout.layer_count} layers, {len(plan.counts)} with {experts} experts; keeping "
         f"{decided.counts.text(experts, plan.counts)}"
     )
-    print_notes(decided.counts, has_per_layer_experts(plan.counts), progress)
+    finish.print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were taken with --propagate pruned: after the first layer with experts they hold "
@@ -194,7 +178,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         )
     decided.print_retention(progress)
     progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
-    print_dropped(plan.layout.dropped, progress)
+    finish.print_dropped(progress, plan.layout.dropped)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
@@ -250,11 +234,11 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         )
     now = {
         "source": decided.provenance["source"]["fingerprint"],
-        "files": file_states(decided.checkpoint),
+        "files": records.file_states(decided.checkpoint),
         "kept": {str(layer.index): list(layer.kept) for layer in decided.selection.layers},
         "max_shard_bytes": settings.max_shard_bytes,
     }
-    recorded = read_pruning(folder) if not anew else None
+    recorded = records.read_pruning(folder) if not anew else None
     if recorded is None or recorded.decided != now:
         if settings.resume == "required":
             raise ResumeError(
@@ -266,7 +250,9 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
             raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")
         work.start_afresh()
     layers = decided.plan.layout.layer_count
-    write_pruning(folder, RecordedPruning(command=command_of(settings), layers=layers, decided=now))
+    records.write_pruning(
+        folder, records.RecordedPruning(command=records.command_of(settings), layers=layers, decided=now)
+    )
 
 
 def _check_room(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:

@@ -19,13 +19,7 @@ from streamprune.files.json_text import show
 from streamprune.models.config import versions
 from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
-from streamprune.work.records import (
-    RecordedCalibration,
-    RecordedRun,
-    command_of,
-    file_states,
-    read_tokens,
-)
+from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens
 
 #: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
 #: budget by the number of experts that it gave).

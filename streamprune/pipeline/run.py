@@ -29,23 +29,8 @@ from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.config import versions
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
-from streamprune.pipeline.finish import (
-    RunResult,
-    SelectionResult,
-    complete,
-    complete_scores,
-    print_result,
-    save_scores,
-    write_layers,
-)
-from streamprune.pipeline.messages import (
-    print_plan,
-    print_prepared,
-    print_processes,
-    print_scores,
-    print_utilisation,
-    print_work,
-)
+from streamprune.pipeline import finish, messages
+from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers
@@ -84,7 +69,7 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     planned, estimate = plan.counts, plan.estimate(settings)
     assert planned is not None
     with Progress(plan.skeleton.layer_count, quiet) as progress:
-        print_plan(progress, settings, plan)
+        messages.print_plan(progress, settings, plan)
         progress.say("dry run: nothing was scored or written")
     if estimate is not None:
         check_disk(settings.output, estimate.weights_bytes)
@@ -213,8 +198,8 @@ class _Run:
             find_head(prepared.skeleton.model)
         check_schedule(settings, prepared)
         # Nothing is printed before all is known to be in order: a refusal is one message and no more.
-        print_plan(self.progress, settings, prepared.plan)
-        print_prepared(self.progress, settings, prepared, calibration, self.device)
+        messages.print_plan(self.progress, settings, prepared.plan)
+        messages.print_prepared(self.progress, settings, prepared, calibration, self.device)
         if recorded is not None and settings.batch_tokens is None:
             # The same micro-batches, so that the same digits come out.
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
@@ -266,13 +251,13 @@ class _Run:
 
     def _record(self, plan: MemoryPlan) -> None:
         """Print the plan of memory, and record the run, or make sure that it is the recorded one. Rank 0."""
-        print_processes(self.progress, self.processes, self.device)
+        messages.print_processes(self.progress, self.processes, self.device)
         self.progress.say(plan.describe())
         now = describe_run(self.settings, self.prepared, self.full_text, plan.batch_tokens)
         if self.recorded is not None:
             check_same(self.recorded, now, self.work.folder)
         else:
-            print_work(self.progress, self.settings, self.prepared, plan, self.work)
+            messages.print_work(self.progress, self.settings, self.prepared, plan, self.work)
             write_run(self.work.folder, now, [sequence.tolist() for sequence in self.full_text.sequences])
 
     def _selector(self) -> Selector | None:
@@ -299,7 +284,7 @@ class _Run:
         try:
             selection = selector.all(scores.layers)
         except SettingsError as error:
-            kept = save_scores(self.settings, scores)
+            kept = finish.save_scores(self.settings, scores)
             self.work.start_afresh()
             raise SettingsError(
                 f"{error} All layers are scored; select in another way with `streamprune prune` and --scores {kept}."
@@ -324,21 +309,21 @@ class _Run:
             evaluation.judge(decided.scores)
         if not is_written:
             with self.runtime.busy.at("write"):
-                write_layers(decided, writer, work, progress, self.stop)
+                finish.write_layers(decided, writer, work, progress, self.stop)
         self.stop.patient = False
         work.states.forget()
         result = evaluation.result if evaluation is not None else None
-        estimate = complete(decided, writer, work, progress, result)
+        estimate = finish.complete(decided, writer, work, progress, result)
         # The output is complete from here on, whatever happens to the log or the terminal.
         measured = {"evaluation": result} if result is not None else {}
         summary = self._log({**decided.summary(estimate, progress.seconds), **measured}, taken)
-        print_result(decided, summary, estimate, progress)
+        finish.print_result(progress, decided, summary, estimate)
         return RunResult(self.settings.output, decided.selection.layers, summary)
 
     def _complete_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
         """Write the scores, where nothing is pruned. Rank 0."""
         self.stop.patient = False
-        complete_scores(self.settings, self.prepared.checkpoint, scores, self.work)
+        finish.complete_scores(self.settings, self.prepared.checkpoint, scores, self.work)
         summary = {
             "output": str(self.settings.output),
             "model": self.settings.model,
@@ -348,7 +333,7 @@ class _Run:
             "seconds": round(self.progress.seconds, 3),
         }
         summary = self._log(summary, taken)
-        print_scores(self.progress, self.settings.output, scores, summary)
+        messages.print_scores(self.progress, self.settings.output, scores, summary)
         return RunResult(self.settings.output, (), summary)
 
     def _log(self, summary: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,7 +342,7 @@ class _Run:
         summary = {**summary, **taken, "busy": busy, "peak_resident_bytes": peak_resident_bytes()}
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
         self.progress.write_log(sibling_path(self.settings.output, LOG_SUFFIX))
-        print_utilisation(self.progress, self.settings, summary)
+        messages.print_utilisation(self.progress, self.settings, summary)
         return summary
 
     def _new_writer(self, counts: Mapping[int, int]) -> OutputWriter:
