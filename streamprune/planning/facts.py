@@ -210,11 +210,7 @@ class ModelFacts:
 
 
 def facts_from_json(
-    kept: Any,
-    spec: ExpertSpec,
-    model: str,
-    tensors: Mapping[str, TensorEntry],
-    counts: Mapping[int, int] | None = None,
+    kept: Any, spec: ExpertSpec, model: str, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int] | None = None
 ) -> ModelFacts:
     """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
 
