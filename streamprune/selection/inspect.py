@@ -99,9 +99,9 @@ def _boundary(scores: Sequence[float], index: int, selection: Selection, groups:
     lines = []
     kept, protected = set(selection.kept[index]), selection.protected.get(index, ())
     size = len(scores) // groups
-    for first in range(0, len(scores), size):
+    for group in range(groups):
         # The ones with the lowest scores first; of equal scores the higher number is removed first.
-        members = sorted(range(first, first + size), key=lambda expert: (scores[expert], -expert))
+        members = sorted(range(group * size, (group + 1) * size), key=lambda expert: (scores[expert], -expert))
         inside = [expert for expert in members if expert in kept and expert not in protected]
         outside = [expert for expert in members if expert not in kept]
         if inside and outside:

@@ -35,22 +35,24 @@ class Division:
     protected: Sequence[Sequence[int]] = ()
 
 
-def uniform(division: Division) -> list[int]:
-    """Every layer keeps the same number; of a total that does not divide, the first layers keep a step more."""
-    return _near([Fraction(division.total, len(division.least))] * len(division.least), division)
-
-
 def linear(slope: int, division: Division) -> list[int]:
     """The share removed changes evenly over the layers, by `spread` to either side of the target.
 
-    It rises from the first layer to the last where `slope` is 1, and falls where it is -1.
+    It rises from the first layer to the last where `slope` is 1, falls where it is -1, and is the same everywhere where
+    it is 0: of a total that does not divide, the first layers then keep a step more.
     """
-    layers = len(division.least)
-    mean = Fraction(division.total, layers)
+    layers, spec = len(division.least), division.spec
+    mean, reach = Fraction(division.total, layers), slope * spec.count * Fraction(str(division.spread))
+    wanted = [mean + reach * (1 - Fraction(2 * layer, max(1, layers - 1))) for layer in range(layers)]
     if layers == 1:
-        return _near([mean], division)
-    reach = slope * division.spec.count * Fraction(str(division.spread))
-    return _near([mean + reach * (1 - Fraction(2 * layer, layers - 1)) for layer in range(layers)], division)
+        wanted = [mean]
+    steps = _divided(
+        [count / spec.groups for count in wanted],
+        [number // spec.groups for number in division.least],
+        spec.count // spec.groups,
+        division.total // spec.groups,
+    )
+    return [step * spec.groups for step in steps]
 
 
 def global_ranking(division: Division) -> list[int]:
@@ -59,14 +61,10 @@ def global_ranking(division: Division) -> list[int]:
     With groups a step is the next best expert of each group, and has the sum of their scores.
     """
     spec = division.spec
-    size = spec.count // spec.groups
     steps: list[tuple[float, int, int]] = []
     for layer, values in enumerate(division.scores):
-        groups = [
-            ranked(values, range(group * size, (group + 1) * size), division.protected[layer])
-            for group in range(spec.groups)
-        ]
-        for step in range(division.least[layer] // spec.groups, size):
+        groups = ranked(values, spec, division.protected[layer])
+        for step in range(division.least[layer] // spec.groups, spec.count // spec.groups):
             steps.append((-sum(values[group[step]] for group in groups), layer, step))
     counts = list(division.least)
     for _, layer, _ in sorted(steps)[: (division.total - sum(division.least)) // spec.groups]:
@@ -91,7 +89,7 @@ class Schedule:
 _LINEAR = "the share that is removed rises or falls evenly from the first layer to the last"
 #: Every schedule by its name on the command line. Any other name is that of a file with a number for each layer.
 SCHEDULES: Mapping[str, Schedule] = {
-    "uniform": Schedule(uniform, "every layer keeps equally many", is_uniform=True),
+    "uniform": Schedule(partial(linear, 0), "every layer keeps equally many", is_uniform=True),
     "linear-decrease": Schedule(partial(linear, -1), _LINEAR, has_spread=True),
     "linear-increase": Schedule(partial(linear, 1), _LINEAR, has_spread=True),
     "global": Schedule(global_ranking, "the experts of all layers are ranked together", needs_scores=True),
@@ -99,27 +97,23 @@ SCHEDULES: Mapping[str, Schedule] = {
 DEFAULT_SCHEDULE = "uniform"
 
 
-def ranked(scores: Sequence[float], experts: Sequence[int], protected: Sequence[int] = ()) -> list[int]:
-    """`experts` from the one that stays longest to the one that goes first; of equal scores the lower number first."""
-    return sorted(experts, key=lambda expert: (expert not in protected, -scores[expert], expert))
+def ranked(scores: Sequence[float], spec: ExpertSpec, protected: Sequence[int] = ()) -> list[list[int]]:
+    """The experts of each group, from the one that stays longest to the one that goes first.
+
+    Groups are runs of consecutive experts, as routers define them. The `protected` stay whatever their score; of equal
+    scores the lower number stays.
+    """
+    size = spec.count // spec.groups
+    return [
+        sorted(members, key=lambda expert: (expert not in protected, -scores[expert], expert))
+        for members in (range(group * size, (group + 1) * size) for group in range(spec.groups))
+    ]
 
 
 def room_for(protected: Sequence[int], spec: ExpertSpec) -> int:
     """The fewest experts of a layer, equally many in each group, among which all the protected can be."""
     per_group = Counter(expert * spec.groups // spec.count for expert in protected)
     return max(per_group.values(), default=0) * spec.groups
-
-
-def _near(wanted: Sequence[Fraction], division: Division) -> list[int]:
-    """Counts near `wanted` (layers,) within the limits, with the sum that is asked for, in steps of whole groups."""
-    groups = division.spec.groups
-    steps = _divided(
-        [count / groups for count in wanted],
-        [number // groups for number in division.least],
-        division.spec.count // groups,
-        division.total // groups,
-    )
-    return [step * groups for step in steps]
 
 
 def _divided(wanted: Sequence[Fraction], least: Sequence[int], most: int, total: int) -> list[int]:

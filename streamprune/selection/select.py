@@ -151,8 +151,7 @@ def keep_highest(
 ) -> tuple[int, ...]:
     """The numbers of the `keep` experts with the highest scores (E,), ascending; equally many in each of the groups.
 
-    Groups are runs of consecutive experts, as routers define them. The `protected` stay whatever their score. Of equal
-    scores the lower number stays. Raises SettingsError where there is no room for the protected.
+    They are the first of `ranked`. Raises SettingsError where there is no room for the protected.
     """
     needed = room_for(protected, spec)
     if needed > keep:
@@ -161,12 +160,8 @@ def keep_highest(
             f"{spec.count} experts{f' in {spec.groups} equal groups' if spec.groups > 1 else ''}. Keep at least "
             f"{needed}, or leave --protect-super-experts out."
         )
-    size = spec.count // spec.groups
-    kept: list[int] = []
-    for group in range(spec.groups):
-        members = ranked(scores, range(group * size, (group + 1) * size), protected)
-        kept.extend(sorted(members[: keep // spec.groups]))
-    return tuple(kept)
+    each = keep // spec.groups
+    return tuple(sorted(expert for members in ranked(scores, spec, protected) for expert in members[:each]))
 
 
 def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -> dict[int, tuple[int, ...]]:
