@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -85,10 +85,10 @@ def draw_picture(name: str, draw: Callable[[], Drawing]) -> Picture:
     """Draw a figure and make it bytes. `name` is a short word that no other figure of the page has."""
     # It writes about its caches.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    style = resources.files(f"{__package__}.templates") / "report.mplstyle"
+    style = Path(__file__).parent / "templates" / "report.mplstyle"
     # Names of what is drawn follow from the figure, and differ from those of the page's other figures.
     salt: Any = {"svg.hashsalt": f"streamprune {name}"}
-    with resources.as_file(style) as path, matplotlib.rc_context(salt, str(path)), warnings.catch_warnings():
+    with matplotlib.rc_context(salt, str(style)), warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes, in the picture only.
         warnings.simplefilter("ignore")
         figure, alt = draw()
