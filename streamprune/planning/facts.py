@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import msgspec
@@ -82,19 +81,19 @@ def plan_counts(
     stated = stated_counts(target, spec, layers)
     if stated is not None:
         return _stated(target, stated, read_footprint)
-    read_once = cache(read_footprint)
     uniform = SCHEDULES[target.schedule].is_uniform
     if target.keep is not None or target.ratio is not None:
         total = resolve_keep(spec, target.keep, target.ratio) * len(layers)
         return ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total))
     budget = resolve_budget(target.budget_gib, target.gpu)
-    fit = Fit(read_once(), target.serving, budget.nbytes)
+    unpruned = read_footprint()
+    fit = Fit(unpruned, target.serving, budget.nbytes)
     keep = _keep_that_fits(fit, budget)
     # Layers are alike, so that it does not matter to the memory which of them has the experts beyond equal numbers.
     most = fit.max_total_experts or 0
     total = keep * len(layers) if uniform else most // spec.groups * spec.groups
     counts = ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total), budget)
-    return counts if uniform or counts.per_layer is None else _filled(target, counts, spec, read_once())
+    return counts if uniform or counts.per_layer is None else _filled(target, counts, spec, unpruned)
 
 
 def _filled(target: PruningTarget, counts: ExpertCounts, spec: ExpertSpec, unpruned: Footprint) -> ExpertCounts:

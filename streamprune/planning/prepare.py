@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from torch import nn
@@ -80,12 +80,11 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         raise SettingsError(f"--from-layer {first}: the model's layers are 0 to {skeleton.layer_count - 1}.")
     if settings.only_score:
         return plan
-    footprints: list[Footprint] = []
 
+    @cache
     def read_footprint() -> Footprint:
         headers = read_headers(settings.model, plan.folder)
-        footprints.append(footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers))
-        return footprints[0]
+        return footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers)
 
     counts = plan_counts(settings, skeleton.spec, tuple(skeleton.experts), read_footprint)
     if settings.needs_all_layers and settings.propagate == "pruned":
@@ -94,7 +93,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
             f"--propagate pruned needs every layer's experts selected before the next is scored, but with {cause} they "
             "are selected once all layers are scored. Use --propagate original."
         )
-    return replace(plan, counts=counts, footprint=next(iter(footprints), None))
+    return replace(plan, counts=counts, footprint=read_footprint() if counts.budget is not None else None)
 
 
 def read_config(settings: RunSettings, check_output_too: bool = False) -> PruningPlan:
