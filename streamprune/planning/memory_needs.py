@@ -72,13 +72,14 @@ def agree(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> M
 
 def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
     """What a prepared run needs, from the model on meta and the calibration."""
-    copies = settings.propagate == "pruned" or calibration.held_out is not None
-    counts = prepared.counts if prepared.counts is not None else dict.fromkeys(prepared.skeleton.experts, None)
-    last = prepared.skeleton.layer_count - 1 if calibration.held_out is not None else prepared.layout.expert_layers[-1]
-    spec = prepared.skeleton.spec
-    shares = {layer: (spec.count if count is None else count) / spec.count for layer, count in counts.items() if copies}
+    held, spec = calibration.held_out, prepared.skeleton.spec
+    last = prepared.layout.expert_layers[-1] if held is None else prepared.skeleton.layer_count - 1
+    shares: dict[int, float] = {}
+    if settings.propagate == "pruned" or held is not None:
+        # Before it is known how many experts stay of a layer, all may.
+        counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
+        shares = {layer: count / spec.count for layer, count in counts.items()}
     needs = needs_of(prepared, calibration, last + 1, shares, spec)
-    held = calibration.held_out
     if held is None:
         return needs
     more = needs_of(prepared, held, last + 1)
