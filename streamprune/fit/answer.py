@@ -253,8 +253,15 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
             yield f"It is tight: at worst {format_bytes(fit.interval[1] - fit.budget)} would be missing."
     else:
         yield f"It does not fit {of}: {format_bytes(-fit.left)} are missing."
-    if fit.footprint.spec is not None:
-        yield _most_experts(fit, fit.footprint.spec.top_k)
+    spec, layers = fit.footprint.spec, fit.footprint.weights.sizes("source").expert_layers
+    if spec is not None and fit.max_experts is None:
+        yield f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
+    elif spec is not None and fit.max_experts == spec.count:
+        yield f"All {spec.count} experts per layer fit."
+    elif spec is not None:
+        of_all = f"{fit.max_total_experts or 0:,} of {spec.count * layers:,} in all {layers} layers together"
+        in_all = f"; {of_all}, however divided" if fit.max_total_experts is not None else ""
+        yield f"Most experts that fit: {fit.max_experts} of {spec.count} in every layer{in_all}."
     if fit.max_context:
         limit = " (the model's limit)" if fit.max_context == fit.footprint.max_positions else ""
         yield f"Longest context that fits: {fit.max_context:,} tokens{limit}."
@@ -262,18 +269,6 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
     if rows:
         yield from Table("Nearest settings that fit:", ["", ""], rows, align="ll").text()
     yield from (f"note: {note}" for note in _notes(fit, budget))
-
-
-def _most_experts(fit: Fit, top_k: int) -> str:
-    count, layers = fit.footprint.weights.count, fit.footprint.weights.sizes("source").expert_layers
-    if fit.max_experts is None:
-        return f"Not even the fewest experts that the router needs (top-{top_k}) fit."
-    if fit.max_experts == count:
-        return f"All {count} experts per layer fit."
-    text = f"Most experts that fit: {fit.max_experts} of {count} in every layer"
-    if fit.max_total_experts is not None:
-        text += f"; {fit.max_total_experts:,} of {count * layers:,} in all {layers} layers together, however divided"
-    return text + "."
 
 
 def _notes(fit: Fit, budget: Budget) -> Iterator[str]:

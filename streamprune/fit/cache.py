@@ -144,7 +144,7 @@ def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
 def scoring_workspace_bytes(shape: ModelShape, tokens: int, sequence_length: int, itemsize: int) -> int:
     """Peak bytes of the intermediate results of scoring one layer on a micro-batch of `tokens` tokens.
 
-    Besides the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
+    In addition to the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
     `saliency.ExpertStatistics`), float32 copies for the norms, and the attention mask of one sequence.
     """
     statistics = tokens * ((shape.experts + 1) * 9 * 2 + shape.top_k * shape.hidden * 4)

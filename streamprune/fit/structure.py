@@ -171,29 +171,23 @@ def footprint_of_model(
 
 
 def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[str, Any]) -> Footprint:
-    """The footprint of a config alone, plus what its checkpoint will have besides the text model that was built."""
-    notes, weights = footprint.notes, footprint.weights
-    if not any(fact.category == "vision" for fact in weights.facts):
-        # Pruning keeps the other towers of a multimodal model, which the text class does not have.
-        weights = replace(weights, facts=(*weights.facts, *_vision_of(config)))
+    """The footprint of a config alone, plus what its checkpoint will have in addition to the text model that was built:
+    pruning keeps the other towers of a multimodal model, which the text class does not have."""
+    notes, facts = footprint.notes, footprint.weights.facts
+    if config.get_text_config(decoder=True) is not config and not any(fact.category == "vision" for fact in facts):
+        try:
+            with torch.device("meta"):
+                built = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=declared_dtype(config))
+        except Exception:
+            # Not every multimodal config has such a class, and its constructor may refuse the config in any way.
+            pass
+        else:
+            facts += tuple(fact for fact in _weights_of(built).facts if fact.category == "vision")
     method = quantization_method(raw) or quantization_method(text_part(raw)[1])
     if method is not None:
         notes = (*notes, f"The published weights are quantized ({method}), but the sizes are of plain ones, as the "
                  "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
-    return replace(footprint, weights=weights, notes=notes)
-
-
-def _vision_of(config: PreTrainedConfig) -> list[WeightFact]:
-    """The tensors of a multimodal model's other towers; none for a model of text."""
-    if config.get_text_config(decoder=True) is config:
-        return []
-    try:
-        with torch.device("meta"):
-            multimodal = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=declared_dtype(config))
-    except Exception:
-        # Not every multimodal config has such a class, and its constructor may refuse the config in any way.
-        return []
-    return [fact for fact in _weights_of(multimodal).facts if fact.category == "vision"]
+    return replace(footprint, weights=replace(footprint.weights, facts=facts), notes=notes)
 
 
 def footprint_of_skeleton(

@@ -43,7 +43,7 @@ _INT4_GROUP = 128
 class WeightFact:
     """One tensor: its bytes as stored, and how they depend on the number of experts.
 
-    `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts lie; both are None
+    `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts are; both are None
     for a tensor that pruning does not change. `layer` is None outside the decoder's layers.
     """
 
@@ -124,11 +124,8 @@ class Weights:
 
     def sizes(self, weights_dtype: str, with_mtp: bool = True) -> WeightSizes:
         """The sizes in one of WEIGHTS_DTYPES. SettingsError for another dtype of a model that is quantized already."""
-        if (weights_dtype, with_mtp) not in self._sizes:
-            self._sizes[weights_dtype, with_mtp] = self._add_up(weights_dtype, with_mtp)
-        return self._sizes[weights_dtype, with_mtp]
-
-    def _add_up(self, weights_dtype: str, with_mtp: bool) -> WeightSizes:
+        if (weights_dtype, with_mtp) in self._sizes:
+            return self._sizes[weights_dtype, with_mtp]
         if weights_dtype != "source" and self.quantized:
             raise SettingsError(
                 f"The model is quantized already ({', '.join(sorted({fact.dtype for fact in self.facts}))}), so its "
@@ -151,7 +148,8 @@ class Weights:
             else:
                 fixed[fact.category] += size
         layers = {fact.layer for fact in self.facts if fact.of_experts and (with_mtp or fact.category != "MTP")}
-        return WeightSizes(fixed, per_expert, len(layers))
+        self._sizes[weights_dtype, with_mtp] = WeightSizes(fixed, per_expert, len(layers))
+        return self._sizes[weights_dtype, with_mtp]
 
 
 def category_of(name: str, expert_indexed: bool, layer: int | None) -> str:
@@ -239,7 +237,7 @@ def _fact(entry: TensorEntry, depth: int, count_of: Callable[[int], int]) -> Wei
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
-    """Whether the tensors of one layer hold `count` like experts, a router for them, and nothing doubtful besides."""
+    """Whether the tensors of one layer hold `count` like experts, a router for them, and nothing doubtful."""
     kinds: dict[str, list[WeightFact]] = defaultdict(list)
     homes = set()
     for fact in members:

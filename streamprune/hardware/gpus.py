@@ -228,7 +228,11 @@ def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
     ]
     if not present:
         return known.usable_bytes, [*notes, _absent(known, gpus)]
-    left = {gpu.index: _capacity(known, gpu) - _held_by_others(known, gpu) for gpu in present}
+    # Less than usual can be used of a GPU of which the driver reserves more.
+    left = {
+        gpu.index: min(known.usable_bytes, gpu.total_bytes - (gpu.reserved_bytes or 0)) - _held_by_others(known, gpu)
+        for gpu in present
+    }
     gpu = max(present, key=lambda gpu: left[gpu.index])
     if gpu.mig:
         notes.append(
@@ -251,11 +255,6 @@ def _is_torch_view(known: KnownGpu, gpu: Gpu) -> bool:
     """torch reports the GPU's memory without what CUDA cannot use, so that the known total does not match."""
     gap = known.total_bytes - gpu.total_bytes
     return gpu.source == "torch" and known.is_named(gpu.name) and 0 <= gap <= 0.05 * known.total_bytes
-
-
-def _capacity(known: KnownGpu, gpu: Gpu) -> int:
-    """What CUDA can use of this very GPU when nothing runs: less than usual if the driver reserves more."""
-    return min(known.usable_bytes, gpu.total_bytes - (gpu.reserved_bytes or 0))
 
 
 def _held_by_others(known: KnownGpu, gpu: Gpu) -> int:
