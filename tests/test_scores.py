@@ -14,7 +14,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.models.skeleton import dispatches_experts
 from streamprune.saliency.hooks import ExpertsTap, bare_pairs, forward_with_pairs
-from streamprune.saliency.scores import FIELDS
+from streamprune.saliency.scores import FIELDS, pack, unpack
 from streamprune.saliency.statistics import ExpertStatistics, Pairs
 from tests.helpers import CPU, field_of, known_family, load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -172,12 +172,11 @@ def test_sources_are_kept_apart_and_packed_to_the_bit() -> None:
     number = list(FIELDS).index("norms")
     assert layer.values[number, :, 0] == pytest.approx([1 / 3 + 0.7, 0.1])
     assert layer.values[list(FIELDS).index("peaks"), :, 0] == pytest.approx([0.7, 0.1])
-    again = ExpertStatistics(3, CPU, sources=2)
-    again.unpack(total.packed())
-    assert torch.equal(again.values, total.values)
-    for wrong in (total.packed()[:-8], "?", ExpertStatistics(2, CPU).packed()):
-        with pytest.raises(ValueError):  # noqa: PT011 (numpy's and our own)
-            again.unpack(wrong)
+    packed = pack(layer.values)
+    assert unpack(packed, 2, 3).tobytes() == layer.values.tobytes()
+    for wrong in (packed[:-8], "?", pack(ExpertStatistics(2, CPU).of_layer(5).values)):
+        with pytest.raises(ValueError):  # noqa: PT011 (numpy's)
+            unpack(wrong, 2, 3)
 
 
 def test_scores_do_not_depend_on_how_many_stay(tmp_path: Path) -> None:

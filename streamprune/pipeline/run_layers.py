@@ -20,19 +20,12 @@ from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
-from streamprune.saliency.scores import LayerStatistics
+from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.stages import (
-    ForwardStage,
-    LayerTask,
-    PrunedForwardStage,
-    ScoreStage,
-    is_held_out,
-    read_statistics,
-)
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
 from streamprune.work.saved_states import SavedStates

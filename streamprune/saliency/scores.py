@@ -10,7 +10,6 @@ Shapes: F fields, S sources, E experts.
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +81,7 @@ class Scores:
     """The statistics of every layer with experts, in ascending order, and their provenance.
 
     `sources` names the parts of the calibration text, `source_tokens` says how many tokens each of them had. Provenance
-    and layout are JSON; `layout`, which says where the checkpoint holds its experts, is None where nobody recorded it.
+    and layout are JSON; `layout`, which says where the checkpoint holds its experts, is None where it was not recorded.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -109,57 +108,50 @@ def pack(values: Array) -> str:
 
 
 def unpack(text: str, sources: int, experts: int) -> Array:
-    """Statistics (F, S, E) from `pack`.
-
-    Raises ValueError or TypeError for text that holds none of this size, or such as no tokens can have.
-    """
+    """Statistics (F, S, E) from `pack`. Raises ValueError or TypeError for text that holds none of this size."""
     values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
-    shape = (len(FIELDS), sources, experts)
-    if values.size != math.prod(shape):
-        raise ValueError(f"{values.size} numbers where {shape} are due")
-    values = values.reshape(shape).astype(np.float64)
-    wrong = _first_wrong(values, [MOST_TOKENS] * sources)
-    if wrong is not None:
-        raise ValueError(f"{wrong[0]} that no tokens can have")
-    return values
+    return values.reshape(len(FIELDS), sources, experts).astype(np.float64)
+
+
+def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:
+    """Recorded statistics of a layer, or sums on the way to such, from `pack`.
+
+    Raises ValueError or TypeError for what no scoring can give: now, and not after hours, when all are written.
+    """
+    statistics = LayerStatistics(layer, unpack(text, len(source_tokens), experts))
+    try:
+        check_layer(statistics, source_tokens, experts)
+    except ScoresError as error:
+        raise ValueError(str(error)) from None
+    return statistics
 
 
 def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: int) -> None:
-    """Raise ScoresError unless the statistics of a layer are of the right shape, and such as these tokens can have."""
+    """Raise ScoresError unless the statistics of a layer are of the right shape, and such as these tokens can have.
+
+    Values are finite, counts are whole numbers up to the source's tokens, and without tokens there is nothing.
+    """
     shape = (len(FIELDS), len(source_tokens), experts)
     if layer.values.shape != shape:
         raise ScoresError(
             f"layer {layer.index} has statistics {layer.values.shape} instead of {shape}. Score the model again."
         )
-    wrong = _first_wrong(layer.values, source_tokens)
-    if wrong is not None:
-        name, source, expert = wrong
-        fields = dict(zip(FIELDS, layer.values, strict=True))
-        raise ScoresError(
-            f"layer {layer.index}, expert {expert}, source {source}: {name} is {fields[name][source, expert]:g} with "
-            f"{fields['tokens'][source, expert]:g} tokens of {source_tokens[source]:g}, which cannot be. Score the "
-            "model again."
-        )
-
-
-def _first_wrong(values: Array, source_tokens: Sequence[int]) -> tuple[str, int, int] | None:
-    """Field, source and expert of the first value in statistics (F, S, E) that cannot be; None if all can.
-
-    Values are finite, counts are whole numbers up to the source's tokens, and without tokens there is nothing.
-    """
-    fields = dict(zip(FIELDS, values, strict=True))
+    fields = dict(zip(FIELDS, layer.values, strict=True))
     tokens = fields["tokens"]
     limits = np.asarray(source_tokens, dtype=np.float64)[:, None]
-    for name, each in fields.items():
-        wrong = ~(np.abs(each) <= MOST_VALUE)
+    for name, values in fields.items():
+        wrong = ~(np.abs(values) <= MOST_VALUE)
         if name not in SIGNED:
-            wrong |= each < 0
+            wrong |= values < 0
         if name in COUNTS:
-            wrong |= (each != np.floor(each)) | (each > (limits if name == "tokens" else tokens))
+            wrong |= (values != np.floor(values)) | (values > (limits if name == "tokens" else tokens))
         if name == "cosines":
-            wrong |= np.abs(each) > tokens * (1 + _SLACK) + _SLACK
-        wrong |= (tokens == 0) & (each != 0)
+            wrong |= np.abs(values) > tokens * (1 + _SLACK) + _SLACK
+        wrong |= (tokens == 0) & (values != 0)
         if wrong.any():
-            source, expert = (int(index) for index in np.argwhere(wrong)[0])
-            return name, source, expert
-    return None
+            source, expert = (int(number) for number in np.argwhere(wrong)[0])
+            raise ScoresError(
+                f"layer {layer.index}, expert {expert}, source {source}: {name} is {values[source, expert]:g} with "
+                f"{tokens[source, expert]:g} tokens of {source_tokens[source]:g}, which cannot be. Score the model "
+                "again."
+            )

@@ -4,7 +4,7 @@ It holds a tensor per layer and field of `scores.FIELDS`, for example `layers.3.
 calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. Its metadata are
 
 - `streamprune_scores`: the number of the format;
-- `about`, `fields`: what this is, and what each field is, for whoever opens the file;
+- `about`, `fields`: what this is, and what each field is, for people who open the file;
 - `blocks`: the indices of the layers; `sources`: name and tokens of each source, in the order of the rows;
 - `experts`: how the model's config states its experts; `provenance`: model, calibration, versions;
 - `layout` (optional): which tensors of the checkpoint hold the experts.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain, pairwise
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, header_entries
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_atomically, writing
-from streamprune.files.json_text import parse_json, show
+from streamprune.files.json_text import parse_json, read_limited, show
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
 
@@ -82,7 +81,7 @@ class _Experts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Metadata(msgspec.Struct):
-    """What the metadata say, whoever wrote them: checked before scores are written, and when they are read."""
+    """What the metadata say: checked before scores are written, and when they are read."""
 
     blocks: Annotated[list[_Index], Meta(min_length=1)]
     sources: Annotated[list[_Source], Meta(min_length=1, max_length=1000)]
@@ -196,39 +195,26 @@ def _tensor_name(index: int, name: str) -> str:
 def read_scores(path: Path) -> Scores:
     """The scores in `path`: a file, a folder that has one named SCORES_NAME, or the folder of a pruned model.
 
-    Believes nothing of what the file says of itself: raises ScoresError for whatever `write_scores` would not write.
+    Trusts nothing in the file: raises ScoresError for whatever `write_scores` would not write.
     """
     # Unlike pathlib's, this takes any name.
     if os.path.isdir(path):  # noqa: PTH112
         inside = path / SCORES_FOLDER / SCORES_NAME
         path = inside if os.path.isfile(inside) else path / SCORES_NAME  # noqa: PTH113
-    data = _read(path)
+    try:
+        data = read_limited(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ScoresError(
+            f"No scores can be read from {show(str(path))}: {reason}. Give the file that `streamprune score` wrote, "
+            f"not weights, or its folder with {SCORES_NAME}."
+        ) from None
     try:
         return _parse(path, data)
     except CheckpointError as error:
         raise ScoresError(str(error)) from None
     except ScoresError as error:
         raise ScoresError(f"{path}: {error}") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        facts = path.stat()
-        # Reading a pipe would block.
-        if not stat.S_ISREG(facts.st_mode):
-            raise ScoresError(f"{path} is no regular file. Give the file that `streamprune score` wrote.")
-        if facts.st_size > MOST_BYTES:
-            raise ScoresError(
-                f"{path} has {facts.st_size:,} bytes; scores have {MOST_BYTES:,} at most. Are these weights? Give the "
-                "file that `streamprune score` wrote."
-            )
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ScoresError(
-            f"No scores can be read from {show(str(path))}: {reason}. Give the file that `streamprune score` wrote, or "
-            f"its folder with {SCORES_NAME}."
-        ) from None
 
 
 def _parse(path: Path, data: bytes) -> Scores:
@@ -257,7 +243,7 @@ def _parse(path: Path, data: bytes) -> Scores:
 
 def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], data: bytes) -> Scores:
     facts = _checked_metadata(metadata)
-    spec = ExpertSpec(**msgspec.structs.asdict(facts.experts) | {"path": tuple(facts.experts.path)})
+    spec = msgspec.convert(msgspec.structs.asdict(facts.experts), ExpertSpec)
     sources = tuple(source.name for source in facts.sources)
     tokens = tuple(source.tokens for source in facts.sources)
     expected = {_tensor_name(index, name) for index in facts.blocks for name in FIELDS}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from streamprune.hardware.device import is_gpu
-from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics, pack, unpack
+from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics
 
 #: Values that are widened to float32 at a time, few enough to stay in the caches. All outputs of a micro-batch at once
 #: would be copied to memory that is new each time, which takes a CPU longer than the arithmetic (15 of 33 ms for 1,024
@@ -71,15 +71,6 @@ class ExpertStatistics:
     def of_layer(self, index: int) -> LayerStatistics:
         """The statistics as they are recorded of layer `index`."""
         return LayerStatistics(index, self.values.cpu().numpy())
-
-    def packed(self) -> str:
-        """The statistics as text, exact to the bit."""
-        return pack(self.values.cpu().numpy())
-
-    def unpack(self, text: str) -> None:
-        """Take over statistics from `packed`. ValueError or TypeError where they are not such, or of another size."""
-        _, sources, experts = self.values.shape
-        self.values.copy_(torch.from_numpy(unpack(text, sources, experts)))
 
 
 def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Sending micro-batches through a layer, with states kept between layers, in whatever memory there turns out to be."""
+"""Sending micro-batches through a layer, smaller ones where memory runs out, with their states kept between layers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Runtime:
-    """What everything that streams a model works with. `folder` is for hidden states on disk."""
+    """What all code that streams a model shares. `folder` is for hidden states on disk."""
 
     settings: ComputeSettings
     plan: MemoryPlan
@@ -55,7 +55,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Memory ran short in a layer with so many sequences of so many tokens at a time; the run went on with `to`."""
+    """Memory ran out in a layer with so many sequences of so many tokens at a time; from then on there were `to`."""
 
     block: int
     sequences: int
@@ -102,7 +102,7 @@ class MicroBatches:
         start: int = 0,
         among: Among = every,
     ) -> None:
-        """Call `compute` for every micro-batch `among` all, from number `start` on, and keep the states it returns.
+        """Call `compute` for the micro-batches that `among` takes, from number `start` on, and store what it returns.
 
         `commit` follows when a micro-batch has succeeded and nothing of it can fail any more. One that runs out of
         memory is computed again in halves. Raises ResourceError when a single sequence is too much, and Stopped between
@@ -121,7 +121,7 @@ class MicroBatches:
         self._states.synchronize()
 
     def sequences_among(self, among: Among) -> int:
-        """How many sequences of this process are among some."""
+        """How many sequences of this process `among` takes."""
         return sum(len(batch.ids) for batch in self._batches if among(batch))
 
     def all_shrinks(self) -> list[Shrink]:
@@ -131,8 +131,8 @@ class MicroBatches:
     def save(self, work: WorkFolder | None, done: int, facts: Mapping[str, Any]) -> None:
         """Save the states of all ranks in rank 0's work folder, with `facts` and what `restore` needs.
 
-        They are saved in the order of one process, so that any number of processes can go on. `done` of this rank's
-        micro-batches are through the layer in work.
+        They are saved in the order of one process, so that any number of processes can resume. `done` of this rank's
+        micro-batches are through the current layer.
         """
         self._states.synchronize()
         pieces = self._processes.in_order(zip(self.places, (len(batch.ids) for batch in self._batches), strict=True))
@@ -149,7 +149,7 @@ class MicroBatches:
         deque(states, maxlen=0)
 
     def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> int:
-        """Go on with saved states, which only rank 0 has; returns how many of this rank's are through the layer."""
+        """Resume from saved states, which only rank 0 has; returns how many of this rank's are through the layer."""
         self._share_out(self._calibration.micro_batches_of(facts["sizes"]))
         self.batch_tokens = max(1, min(self.batch_tokens, facts["batch_tokens"]))
         self._states.resize(len(self._batches))
@@ -173,7 +173,7 @@ class MicroBatches:
         return sum(place < places for place in self.places)
 
     def offload_states(self, why: str) -> bool:
-        """Move the states from the GPU to RAM, if they may lie there and fit. False if nothing was moved."""
+        """Move the states from the GPU to RAM, if that is allowed and they fit. False if nothing was moved."""
         host = self._plan.room.host
         movable = self.place == "device" and self._settings.states == "auto" and host is not None
         if not movable or host is None or self._plan.needs.states_here(self.batch_tokens) > host.nbytes:

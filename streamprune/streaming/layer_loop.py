@@ -1,7 +1,7 @@
 """The layer loop: every layer is loaded once, goes through its stages, and is freed again.
 
-It streams a model for scoring, pruning and evaluation alike. Where it stands is a `ResumePoint`, which is saved with
-the hidden states and restored from them, by any number of processes.
+It streams a model for scoring, pruning and evaluation alike. How far it is, the `ResumePoint`, is saved with the
+hidden states and restored with them, by any number of processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from streamprune.work.saved_states import BatchState, SavedStates
 
 @dataclass
 class ResumePoint:
-    """How far the loop is: the layer in work, the position of its stage, and how many micro-batches are through it."""
+    """How far the loop is: the current layer, the position of its stage, and how many micro-batches are through it."""
 
     layer: int = 0
     stage: int = 0
@@ -69,7 +69,7 @@ class LayerLoop:
     def run_layer(self, task: LayerTask, following: int | None) -> None:
         """Send everything through a layer, and put what is found into the task.
 
-        Goes on within the layer where it was restored there. `following` is the layer to run next, which is read
+        Resumes within the layer where states were restored there. `following` is the layer to run next, which is read
         meanwhile. Raises Stopped between two micro-batches, NonFiniteError where a state is no number any more.
         """
         if self.point.layer != task.index:
@@ -101,7 +101,7 @@ class LayerLoop:
     def save(self, work: WorkFolder | None) -> None:
         """Save the hidden states and the resume point in rank 0's work folder.
 
-        Raises NonFiniteError where the states cannot be trusted: nobody would look at them again.
+        Raises NonFiniteError where the states cannot be trusted: once saved, they are not checked again.
         """
         for stage in self._stages:
             stage.check_finite()
@@ -123,7 +123,7 @@ class LayerLoop:
             stage.check(facts, facts["layer"])
 
     def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> None:
-        """Go on where states were saved, of which rank 0 has checked the `facts` and alone has the `saved` states."""
+        """Resume where states were saved, of which rank 0 has checked the `facts` and alone has the `saved` states."""
         layer, position = facts["layer"], self._position_of(facts["stage"])
         # First what may fail: then the stages still know nothing of it.
         done = self.batches.restore(facts, saved)

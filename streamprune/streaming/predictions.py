@@ -1,7 +1,7 @@
-"""Reading next-token predictions off hidden states, a slice of the vocabulary at a time, for one or two models.
+"""Computing next-token predictions from hidden states, a slice of the vocabulary at a time, for one or two models.
 
-All logits are never there at once: what is asked of them is summed up slice by slice. Per token, with logits x over the
-vocabulary, P of the original and Q of the pruned model:
+All logits are never in memory at once: what is needed of them is summed up slice by slice. Per token, with logits x
+over the vocabulary, P of the original and Q of the pruned model:
 
     log Z  = m + log Σ e^(x-m)                                   (m the largest so far; online as in arXiv:1805.02867)
     loss   = log Z - x[next token]                               in nats, and perplexity = e^loss
@@ -70,7 +70,7 @@ _CROSS = 2 * _PER_SIDE
 _WIDTH = _CROSS + 1
 #: Tokens of the vocabulary in a slice at least and at most: fewer make poor matrix products, more gain nothing.
 _LEAST_SLICE, _LARGEST_SLICE = 64, 16384
-#: Values that are looked at in float64 at a time.
+#: Values that are converted to float64 at a time.
 _PORTION = 2**19
 
 
@@ -161,7 +161,7 @@ def read_predictions(
 
     Of all ranks, in the order of one process, of the micro-batches `among` those to be measured on. `weights` are the
     models' by side. Peak memory: a slice of each head, and its logits for a micro-batch. Raises Stopped between two
-    micro-batches; it begins anew then.
+    micro-batches; then it has to be called anew.
     """
     # (Two sides may share one.)
     heads = [find_head(each.model)[0].weight for each in dict.fromkeys(weights.values())]

@@ -24,10 +24,10 @@ from torch import nn
 
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.distributed.processes import Processes
-from streamprune.errors import NonFiniteError, ScoresError, UnsupportedModelError
+from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
-from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, check_layer, unpack
+from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, pack, read_statistics, unpack
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.batches import Among, every
 from streamprune.streaming.forward import ORIGINAL, PRUNED, non_finite_tokens, relative_errors, side_of, with_side
@@ -44,8 +44,8 @@ def is_held_out(batch: MicroBatch) -> bool:
 class LayerTask:
     """A layer on its way through the stages: what is known of it by now, and what is to be written of it.
 
-    `replayed`: it was finished before, and only carries the states on. `statistics` are None without experts, and
-    before it is scored; `kept` are the experts that stay, empty where none are chosen.
+    `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
+    experts, and before it is scored; `kept` are the experts that stay, empty where none are chosen.
     """
 
     index: int
@@ -66,11 +66,11 @@ class LayerErrors:
         self._partial = torch.zeros(sources, dtype=torch.float64)
 
     def add(self, source: int, errors: torch.Tensor) -> None:
-        """Add a micro-batch's sum to the layer in work."""
+        """Add a micro-batch's sum to the current layer."""
         self._partial[source] += errors.cpu()
 
     def end_layer(self, layer: int, processes: Processes) -> None:
-        """Add up what all ranks have of the layer in work, which is finished."""
+        """Add up what all ranks have of the current layer, which is finished."""
         processes.add_up(self._partial)
         self.by_layer[layer] = self._partial.tolist()
         self._partial.zero_()
@@ -94,7 +94,7 @@ class LayerErrors:
             raise ValueError("errors that no run has")
 
     def restore(self, saved: Mapping[str, Any], layer: int, first: bool) -> None:
-        """Go on where they were saved, in layer `layer`. What is still to be added up counts in rank 0 (`first`)."""
+        """Restore what was saved in layer `layer`. What is still to be added up counts in rank 0 (`first`)."""
         self.by_layer = {row[0]: row[1:] for row in saved["layers"] if row[0] < layer}
         self._partial = torch.tensor(saved["partial"] if first else [0.0] * self._sources, dtype=torch.float64)
 
@@ -114,7 +114,7 @@ class ForwardStage:
         self.weights, self.side, self.errors = weights, side, errors
         self._measured = measured
         self._sum: torch.Tensor | None = None
-        #: Layer, number, tokens, and tokens with NaN or infinity of the micro-batches that nobody has looked at yet.
+        #: Layer, number, tokens, and tokens with NaN or infinity of the micro-batches that are not checked yet.
         self._unchecked: list[tuple[int, int, int, torch.Tensor]] = []
 
     def applies(self, task: LayerTask) -> bool:
@@ -173,7 +173,7 @@ class ForwardStage:
         """Forget what belongs to a layer alone: another one follows."""
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
-        """What this stage has to go on with later, as JSON, of all ranks. `in_work`: its pass has not ended."""
+        """What is needed to resume this stage, as JSON, over all ranks. `in_work`: its pass has not ended."""
         return {"errors": self.errors.saved(processes)} if self.errors is not None else {}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
@@ -182,7 +182,7 @@ class ForwardStage:
             self.errors.check(facts["errors"], layer)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
-        """Go on with what was saved in layer `layer`."""
+        """Restore what was saved in layer `layer`."""
         if self.errors is not None:
             self.errors.restore(facts["errors"], layer, processes.is_first)
 
@@ -265,7 +265,7 @@ class ScoreStage(ForwardStage):
         total = copy.deepcopy(self._total)
         if total is not None and in_work:
             processes.add_up(total.values, MAXIMA_PLACES)
-        return {"statistics": total.packed() if total is not None else None}
+        return {"statistics": pack(total.of_layer(0).values) if total is not None else None}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
         if facts["statistics"] is not None:
@@ -277,7 +277,8 @@ class ScoreStage(ForwardStage):
             self._total = self._no_statistics(len(self._source_tokens))
             # Sums that are still to be added up count in one rank; once they are complete, in each.
             if processes.is_first or not in_work:
-                self._total.unpack(facts["statistics"])
+                values = unpack(facts["statistics"], len(self._source_tokens), self._experts)
+                self._total.values.copy_(torch.from_numpy(values))
 
     def _tap(self, task: LayerTask) -> ExpertsTap | None:
         """The hooks on a layer's experts, where it is to be scored."""
@@ -337,14 +338,3 @@ def _experts_of(weights: LayerWeights) -> Mapping[int, str]:
     """The layers that have experts, with the paths of these; the model must be opened as one that has some."""
     assert isinstance(weights.decoder, Skeleton)
     return weights.decoder.experts
-
-
-def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:
-    """Recorded statistics, or sums on the way to such. ValueError or TypeError for what no scoring can give."""
-    statistics = LayerStatistics(layer, unpack(text, len(source_tokens), experts))
-    try:
-        # Now, and not after hours, when they are written with all others.
-        check_layer(statistics, source_tokens, experts)
-    except ScoresError as error:
-        raise ValueError(str(error)) from None
-    return statistics

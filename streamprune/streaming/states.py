@@ -37,8 +37,8 @@ _MOST_WAITING = 1
 class HiddenStates:
     """One `BatchState` per micro-batch. Holds tokens × hidden size × bytes per value, and no more.
 
-    They lie in the memory of `home` (by default the host's), or with `folder` in a nameless file in that folder, which
-    is gone when this is closed. The values are the same to the bit wherever they lie. Between the store and the
+    They are in the memory of `home` (by default the host's), or with `folder` in a nameless file in that folder, which
+    is gone when this is closed. The values are the same to the bit wherever they are. Between the store and the
     `computing` device states move while another micro-batch computes: `prefetch` brings one, `store` sends one away,
     and `synchronize` waits for all that were sent.
     """
