@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -33,7 +32,6 @@ class LayerProgress:
     """
 
     layer: int
-    layers: int
     kept: int | None
     experts: int
     fewest_tokens: int | None
@@ -42,12 +40,13 @@ class LayerProgress:
 
 
 class Progress:
-    """Prints to stderr, so that stdout stays free for results. Times and peaks also go to a log of JSON lines."""
+    """Prints to stderr, so that stdout stays free for results. Times and peaks also go to a log of JSON lines.
+
+    As a context manager it removes the bar at the end.
+    """
 
     def __init__(self, layers: int, quiet: bool, stream: TextIO | None = None) -> None:
-        self._layers = layers
-        self._quiet = quiet
-        self._stream = stream or sys.stderr
+        self._layers, self._quiet, self._stream = layers, quiet, stream or sys.stderr
         self._started = time.monotonic()
         self._events: list[dict[str, Any]] = []
         self._bar: Any = None
@@ -56,9 +55,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     @property
@@ -70,10 +67,6 @@ class Progress:
         if not self._quiet:
             tqdm.write(text, file=self._stream)
 
-    def start_layer(self, layer: int, sequences: int) -> None:
-        """Begin a layer (counted from 0), through which so many sequences go."""
-        self.start(self.name_of(layer), sequences)
-
     def name_of(self, layer: int) -> str:
         """A layer and the last one, both counted from 0 as in `model.layers.N`: "layer 3/47"."""
         return f"layer {layer}/{self._layers - 1}"
@@ -84,31 +77,31 @@ class Progress:
         if not self._quiet and self._stream.isatty():
             self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
 
+    def step(self, sequences: int) -> None:
+        if self._bar is not None:
+            self._bar.update(sequences)
+
     def end(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def step(self, sequences: int) -> None:
-        if self._bar is not None:
-            self._bar.update(sequences)
-
-    def end_layer(self, line: LayerProgress) -> None:
+    def end_layer(self, done: LayerProgress) -> None:
         self.end()
         # The log keeps these names, so that reports can be made of earlier outputs.
-        values = asdict(line)
-        self.log("block", {"block": values.pop("layer"), "blocks": values.pop("layers"), **values})
+        values = asdict(done)
+        self.log("block", {"block": values.pop("layer"), "blocks": self._layers, **values})
         # Earlier layers may have been done by a run that was interrupted.
         self._ended += 1
-        left = self.seconds / self._ended * (self._layers - line.layer - 1)
-        if line.experts:
-            done_with = f"scored {line.experts}" if line.kept is None else f"kept {line.kept}/{line.experts}"
-            what = f"{done_with}, fewest tokens {line.fewest_tokens}"
+        left = self.seconds / self._ended * (self._layers - done.layer - 1)
+        if done.experts:
+            scored = f"scored {done.experts}" if done.kept is None else f"kept {done.kept}/{done.experts}"
+            what = f"{scored}, fewest tokens {done.fewest_tokens}"
         else:
-            what = "no experts" if line.kept is None else "no experts, copied"
+            what = "no experts" if done.kept is None else "no experts, copied"
         self.say(
-            f"{self.name_of(line.layer)}: {what}, {line.seconds:.1f} s, peak {format_bytes(line.peak_bytes)}, "
+            f"{self.name_of(done.layer)}: {what}, {done.seconds:.1f} s, peak {format_bytes(done.peak_bytes)}, "
             f"{_duration(left)} left"
         )
 
@@ -145,14 +138,13 @@ class Busy:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = dict.fromkeys(RESOURCES, 0)
-        self._since = dict.fromkeys(RESOURCES, 0.0)
-        self._spent = dict.fromkeys(RESOURCES, 0.0)
+        self._since, self._spent = dict.fromkeys(RESOURCES, 0.0), dict.fromkeys(RESOURCES, 0.0)
         self._events: list[tuple[str, Any, Any]] = []
         self._began = time.perf_counter()
 
     @contextmanager
     def at(self, resource: str) -> Iterator[None]:
-        """Count the time within this block for `resource`."""
+        """Count the time within this context for `resource`."""
         with self._lock:
             if self._users[resource] == 0:
                 self._since[resource] = time.perf_counter()
@@ -192,8 +184,8 @@ class Busy:
         """The share of the time since the beginning in which each resource was at work, and that time in seconds."""
         self.synchronize()
         seconds = time.perf_counter() - self._began
-        return {**{name: round(min(1.0, spent / seconds), 4) for name, spent in self._spent.items()},
-                "seconds": round(seconds, 3)}  # fmt: skip
+        shares = {name: round(min(1.0, spent / seconds), 4) for name, spent in self._spent.items()}
+        return shares | {"seconds": round(seconds, 3)}
 
 
 def describe(shares: dict[str, float]) -> str:

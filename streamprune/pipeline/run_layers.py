@@ -198,7 +198,6 @@ class RunLayers:
         self._progress.end_layer(
             LayerProgress(
                 layer=index,
-                layers=self._layout.layer_count,
                 kept=len(task.kept) if self._target else None,
                 experts=self._layout.spec.count if task.statistics else 0,
                 fewest_tokens=min(routed_tokens(task.statistics)) if task.statistics else None,
