@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from streamprune.cli import main
 from streamprune.errors import StreampruneError
 
-#: Seconds that one input may take. A hang is ended by a signal, which no deadline of hypothesis would do.
-WATCHDOG_SECONDS = 30
+#: Seconds of computing that an input may take, and seconds on the clock for one that only waits (a busy machine may
+#: give a test a fifteenth of its time). A hang is ended by a signal, which no deadline of hypothesis would do.
+WATCHDOG_SECONDS, WAITING_SECONDS = 30, 600
 #: Bytes of address space that one input may take beyond what is there, so that a giant claim fails instead of swapping.
 MOST_MEMORY = 4 * 2**30
 #: Characters of a message.
@@ -139,18 +140,24 @@ def watched() -> Iterator[None]:
     """Fail with TimeoutError or MemoryError where an input hangs or fills the memory."""
 
     def bark(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done after {WATCHDOG_SECONDS} seconds")
+        raise TimeoutError(f"not done after {WATCHDOG_SECONDS} seconds of computing, or {WAITING_SECONDS} of waiting")
 
     with Path("/proc/self/statm").open() as stream:
         mapped = int(stream.read().split()[0]) * resource.getpagesize()
-    before, limits = signal.signal(signal.SIGALRM, bark), resource.getrlimit(resource.RLIMIT_AS)
-    signal.setitimer(signal.ITIMER_REAL, WATCHDOG_SECONDS)
+    timers = (
+        (signal.ITIMER_PROF, signal.SIGPROF, WATCHDOG_SECONDS),
+        (signal.ITIMER_REAL, signal.SIGALRM, WAITING_SECONDS),
+    )
+    before, limits = [signal.signal(number, bark) for _, number, _ in timers], resource.getrlimit(resource.RLIMIT_AS)
+    for timer, _, seconds in timers:
+        signal.setitimer(timer, seconds)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MOST_MEMORY, limits[1]))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 

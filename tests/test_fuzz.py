@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,10 @@ def test_a_hang_a_flood_and_a_traceback_are_noticed(monkeypatch: pytest.MonkeyPa
         while True:
             pass
 
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.fuzzing.WAITING_SECONDS", 0.2)
+        with pytest.raises(TimeoutError):
+            judge(Tally(), None, lambda: time.sleep(60))
     for action, raised in (
         (hang, TimeoutError),
         (lambda: bytearray(2**40), MemoryError),

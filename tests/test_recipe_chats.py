@@ -9,7 +9,7 @@ import pytest
 
 from streamprune.calibration.chat import Chat
 from streamprune.calibration.recipe import Source
-from streamprune.calibration.records import record_of
+from streamprune.calibration.records import content_of
 from streamprune.calibration.sources import Row
 from streamprune.errors import CalibrationError
 from tests.recipes import made_of, tool_model, write_lines, write_table
@@ -99,6 +99,4 @@ def test_chats_that_are_none(record: dict[str, Any], form: dict[str, Any], words
 def test_thinking_by_the_names_that_templates_have_for_it() -> None:
     source = Source(path="a", messages="m", thinking=False, template_options={"effort": "low"})
     assert source.chat_variables == {"enable_thinking": False, "thinking": False, "effort": "low"}
-    made = record_of(Row("here", {"m": []}, 1), source)
-    assert made is not None
-    assert made.chat == Chat("here", [], None, source.chat_variables)
+    assert content_of(Row("here", {"m": []}, 1), source) == Chat("here", [], None, source.chat_variables)

@@ -18,7 +18,7 @@ import torch
 
 from streamprune.calibration.hub_data import open_dataset
 from streamprune.calibration.recipe import Recipe, Source
-from streamprune.calibration.records import TokenMaker, record_of
+from streamprune.calibration.records import TokenMaker, content_of
 from streamprune.calibration.sources import Row, files_of, read_builtin, read_files, shuffled
 from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from streamprune.errors import CalibrationError
@@ -244,15 +244,15 @@ class Supply:
         number = 0
         for index, row in rows:
             self._rows_seen += 1
-            record = record_of(row, self.source)
-            if record is None:
+            content = content_of(row, self.source)
+            if content is None:
                 continue
             self.records += 1
-            if record.input_ids is not None:
-                yield _Made(False, index, self._maker.ready(record))
+            if isinstance(content, list):
+                yield _Made(False, index, self._maker.ready(row.place, content))
             else:
                 divider = divider or self._divider()
-                for ids in divider.add(self._maker.document(record)):
+                for ids in divider.add(self._maker.document(row.place, content)):
                     number += 1
                     yield _Made(True, number, ids)
             if self.records == self.target.records:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,11 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-@dataclass
-class Record:
-    """A document before tokenization: text, a chat, or ready token ids. `place` is for error messages."""
-
-    place: str
-    text: str | None = None
-    chat: Chat | None = None
-    input_ids: list[Any] | None = None
+#: A document before tokenization: text, a chat, or ready token ids.
+Content = str | Chat | list[Any]
 
 
-def record_of(row: Row, source: Source) -> Record | None:
+def content_of(row: Row, source: Source) -> Content | None:
     """What a source makes of a row; None for rows that are filtered out or hold only white space.
 
     Raises CalibrationError, naming the record and the field, where it has not what the source asks for.
@@ -43,42 +36,38 @@ def record_of(row: Row, source: Source) -> Record | None:
     try:
         if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.filter.items()):
             return None
-        values = _labelled(row, source.labels)
-        if source.messages is not None:
-            return Record(row.place, chat=_chat_of(row.place, values, source))
-        if source.text is not None:
-            return _text_record(row.place, filled(source.text, values))
-        if source.field is not None:
-            return _text_record(row.place, text_of(value_at(values, source.field)))
+        content = _content(row, source)
     except MissingFieldError as error:
         raise CalibrationError(
             f"{row.place} has no {error.args[0]!r}, which source {source.name!r} asks for; it has {_keys(row.values)}."
         ) from None
     except RecursionError:
         raise CalibrationError(f"{row.place} is nested too deeply.") from None
-    return _usual_record(row)
+    return None if isinstance(content, str) and not content.strip() else content
 
 
-def _usual_record(row: Row) -> Record | None:
-    """A record by the names that are usual for its fields."""
-    values = row.values
-    if isinstance(values.get("input_ids"), list):
-        return Record(row.place, input_ids=values["input_ids"])
-    for key in ("messages", "conversations"):
-        if isinstance(values.get(key), list):
-            tools = "tools" if isinstance(values.get("tools"), list) else None
-            usual = Source(path=row.place, messages=key, tools=tools)
-            return Record(row.place, chat=_chat_of(row.place, values, usual))
-    if isinstance(values.get("text"), str):
-        return _text_record(row.place, values["text"])
+def _content(row: Row, source: Source) -> Content:
+    values, messages, tools = _labelled(row, source.labels), source.messages, source.tools
+    if source.text is not None:
+        return filled(source.text, values)
+    if source.field is not None:
+        return text_of(value_at(values, source.field))
+    if messages is None:
+        # By the names that are usual for a record's fields.
+        ids = values.get("input_ids")
+        if isinstance(ids, list):
+            return ids
+        messages = next((key for key in ("messages", "conversations") if isinstance(values.get(key), list)), None)
+        tools = "tools" if isinstance(values.get("tools"), list) else None
+    if messages is not None:
+        return _chat_of(row.place, values, messages, tools, source)
+    text = values.get("text")
+    if isinstance(text, str):
+        return text
     raise CalibrationError(
         f"{row.place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has "
         f"{_keys(values)}. A recipe can say what to make of other fields."
     )
-
-
-def _text_record(place: str, text: str) -> Record | None:
-    return Record(place, text=text) if text.strip() else None
 
 
 def _keys(values: Mapping[str, Any]) -> str:
@@ -116,14 +105,15 @@ def _labelled(row: Row, labels: Mapping[str, list[str]]) -> dict[str, Any]:
     return values
 
 
-def _chat_of(place: str, values: Mapping[str, Any], source: Source) -> Chat:
-    tools = [] if source.tools is None else _parsed(place, values, source.tools, "tools")
-    if isinstance(source.messages, list):
-        messages = [_turn(place, values, turn) for turn in source.messages]
+def _chat_of(
+    place: str, values: Mapping[str, Any], messages: str | list[Turn], tools: str | None, source: Source
+) -> Chat:
+    listed = [] if tools is None else _parsed(place, values, tools, "tools")
+    if isinstance(messages, str):
+        turns = [_message(place, message, source) for message in _parsed(place, values, messages, "messages")]
     else:
-        assert source.messages is not None
-        messages = [_message(place, message, source) for message in _parsed(place, values, source.messages, "messages")]
-    return Chat(place, messages, [_wrapped(tool) for tool in tools] or None, source.chat_variables)
+        turns = [_turn(place, values, turn) for turn in messages]
+    return Chat(place, turns, [_wrapped(tool) for tool in listed] or None, source.chat_variables)
 
 
 def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
@@ -232,23 +222,23 @@ class TokenMaker:
         ids = self.tokenizer("a").input_ids
         return [self.tokenizer.bos_token_id] if ids and ids[0] == self.tokenizer.bos_token_id is not None else []
 
-    def document(self, record: Record) -> list[int]:
+    def document(self, place: str, content: str | Chat) -> list[int]:
         """The tokens of a text or chat, with the end-of-text token after text (a chat template writes its own).
 
         Raises CalibrationError, naming the record, where the template or the tokenizer fails on it.
         """
-        text = record.text if record.chat is None else self._rendered(record.chat)
+        text = self._rendered(content) if isinstance(content, Chat) else content
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:
             # Tokenizers are programs too, and come with the model.
-            raise CalibrationError(f"{record.place}: the model's tokenizer fails on this text: {error}") from None
-        if record.chat is None and self.tokenizer.eos_token_id is not None:
+            raise CalibrationError(f"{place}: the model's tokenizer fails on this text: {error}") from None
+        if isinstance(content, str) and self.tokenizer.eos_token_id is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
         if (largest := max(ids, default=0)) >= self._vocab_size:
             raise CalibrationError(
-                f"{record.place}: the tokenizer gave token {largest}, but the model knows only {self._vocab_size}. "
-                "Tokenizer and model do not belong together."
+                f"{place}: the tokenizer gave token {largest}, but the model knows only {self._vocab_size}. Tokenizer "
+                "and model do not belong together."
             )
         return ids
 
@@ -260,18 +250,17 @@ class TokenMaker:
         self._renderer = self._renderer or ChatRenderer(self.tokenizer)
         return self._renderer.render(chat)
 
-    def ready(self, record: Record) -> list[int]:
-        """The record's own token ids. Raises CalibrationError for what the model could not take."""
-        ids = record.input_ids or []
+    def ready(self, place: str, ids: list[Any]) -> list[int]:
+        """A record's own token ids. Raises CalibrationError for what the model could not take."""
         bad = [item for item in ids if type(item) is not int or not 0 <= item < self._vocab_size]
         if bad or not ids:
             what = f"{show(bad[0])} in 'input_ids'" if bad else "an empty 'input_ids'"
             raise CalibrationError(
-                f"{record.place} has {what}; the model's tokens are the numbers 0 to {self._vocab_size - 1}."
+                f"{place} has {what}; the model's tokens are the numbers 0 to {self._vocab_size - 1}."
             )
         if self._max_positions is not None and len(ids) > self._max_positions:
             raise CalibrationError(
-                f"{record.place} has {len(ids):,} tokens, but the model knows only {self._max_positions:,} positions. "
+                f"{place} has {len(ids):,} tokens, but the model knows only {self._max_positions:,} positions. "
                 "Sequences of token ids are never cut; shorten it."
             )
         return ids
