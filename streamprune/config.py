@@ -174,7 +174,7 @@ class OutputSettings:
 
     @property
     def work_folder(self) -> Path:
-        """Where the run keeps what it needs to go on after an interruption."""
+        """Where the run keeps what it needs to resume after an interruption."""
         return self.work_dir or self.output_work_folder
 
     @property

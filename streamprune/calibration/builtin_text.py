@@ -1,6 +1,6 @@
 """Text that every Python installation has, or that a few lines generate: four domains, always the same.
 
-It makes the demo's training set, and the `builtin` calibration that lets a first run start with nothing at hand.
+It is the `builtin` calibration, with which a first run needs no file, and what the demo's model is trained on.
 """
 
 from __future__ import annotations

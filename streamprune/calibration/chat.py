@@ -2,8 +2,8 @@
 
 transformers renders templates in Jinja's sandbox, which keeps them from attributes and files, but not from looping for
 ever or from filling the memory: `{{ 'x' * 10**12 }}` and `{{ 9**9**9 }}` are single steps that no signal handler or
-timer within the process can interrupt. So they are rendered in a forked process, with limits that the system holds it
-to, and which is killed when an answer takes too long.
+timer within the process can interrupt. So they are rendered in a forked process with limits that the system enforces,
+which is killed when an answer takes too long.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Packer:
         self._buffer: list[int] = []
 
     def add(self, document: list[int]) -> Iterator[list[int]]:
-        """Lay a document after the last one; the sequences that are full now."""
+        """Append a document; the sequences that are full now."""
         self._buffer += document
         begin = 0
         while True:
@@ -73,13 +73,13 @@ def bucket(length: int) -> int:
 
 
 def _missing(prefix: list[int], tokens: list[int], begin: int) -> list[int]:
-    """What has to stand before these tokens: chat templates write the beginning-of-text token themselves."""
+    """What is missing before these tokens: chat templates write the beginning-of-text token themselves."""
     return [] if prefix and tokens[begin : begin + len(prefix)] == prefix else prefix
 
 
 @dataclass(frozen=True)
 class SourceTarget:
-    """What is wanted of a source: so many sequences, or tokens, or records; and its share of all tokens, if stated."""
+    """How much of a source is wanted: sequences, tokens or records; and its share of all tokens, if stated."""
 
     sequences: int | None = None
     tokens: int | None = None
@@ -88,7 +88,7 @@ class SourceTarget:
 
 
 def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
-    """What is wanted of each source. `samples` is the user's number of sequences instead of the recipe's.
+    """How much of each source is wanted. `samples` is the user's number of sequences instead of the recipe's.
 
     Raises CalibrationError where a source with a share would get nothing.
     """

@@ -27,7 +27,7 @@ MOST_BYTES = 1 << 18
 #: How documents become sequences.
 MODES = ("packed", "documents", "bucketed")
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
-#: Sources are told apart by name on the command line (`--mix code=0.5`) and in files.
+#: Sources are named on the command line (`--mix code=0.5`) and in files.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[^\s=,:][^=,:\n]{0,99}$")]
 HubId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)?$")]
 Count = Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
@@ -204,7 +204,7 @@ _KEYS = sorted({key for kind in (Recipe, Source, Turn, Range, Columns) for key i
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes of `configs/calibration` by name, wherever the package is installed."""
-    # In the repository `recipes` is a link to that folder; a wheel holds the files themselves.
+    # In the repository `recipes` is a link to that folder; a wheel has the files themselves.
     folder = Path(str(files("streamprune.calibration"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -232,7 +232,7 @@ def read_recipe(path: Path) -> Recipe:
     """
     with file_opened(path) as stream:
         data = stream.read(MOST_BYTES + 1)
-    hint = "If it holds records, one per line, name it .jsonl."
+    hint = "If it has records, one per line, name it .jsonl."
     if len(data) > MOST_BYTES:
         raise CalibrationError(f"{path} has more than {format_bytes(MOST_BYTES)}, which no recipe has. {hint}")
     kind, hint = ("JSON", f" {hint}") if path.suffix.lower() == ".json" else ("YAML", "")
@@ -280,7 +280,7 @@ def _completed(source: Source, folder: Path) -> Source:
 
 
 def _check_plain(value: Any) -> None:
-    """Raise ValueError for what YAML and JSON can say and no file of ours can hold, and for empty values."""
+    """Raise ValueError for empty values, and for keys and text that could not be written to our own files."""
     if value is None:
         raise ValueError("A value is empty (null): give one, or leave the key out")
     if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):

@@ -1,4 +1,4 @@
-"""From a source's rows to token ids: what of a row is calibrated on, and the model's tokenizer and chat template."""
+"""From a source's rows to token ids: the text or chat in a row, and the model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Content = str | Chat | list[Any]
 
 
 def content_of(row: Row, source: Source) -> Content | None:
-    """What a source makes of a row; None for rows that are filtered out or hold only white space.
+    """What a source makes of a row; None for rows that are filtered out or have only white space.
 
-    Raises CalibrationError, naming the record and the field, where it has not what the source asks for.
+    Raises CalibrationError, naming the record and the field, where it lacks a field that the source asks for.
     """
     try:
         if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.filter.items()):
@@ -126,7 +126,7 @@ def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
 def _parsed(place: str, values: Mapping[str, Any], path: str, what: str) -> list[Any]:
     """The list in a field, which may hold it as JSON text, as in many a parquet file; none for a missing list of tools.
 
-    Raises CalibrationError, naming the record, where it holds no list of `what`.
+    Raises CalibrationError, naming the record, where it is no list of `what`.
     """
     value = value_at(values, path)
     if isinstance(value, str):

@@ -219,7 +219,7 @@ def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | N
 
 
 def _without_idle(recipe: Recipe, targets: list[SourceTarget]) -> tuple[Recipe, list[SourceTarget], list[str]]:
-    """The recipe without the sources of which nothing is wanted, for lack of sequences; and a note of that."""
+    """The recipe without the sources that would get none of so few sequences; and a note of that."""
     used = [pair for pair in zip(recipe.sources, targets, strict=True) if pair[1].sequences != 0]
     if len(used) == len(targets):
         return recipe, targets, []
