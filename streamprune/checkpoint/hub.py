@@ -87,10 +87,8 @@ def _download(
         )
     if config_only:
         wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
-    elif tokenizer_only:
-        wanted = [name for name in names if name not in weights and _is_wanted(name, weights, trust_remote_code)]
     else:
-        wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
+        wanted = _wanted(names, weights, trust_remote_code, tokenizer_only)
     # By the name of the branch, so that the cache learns where it points, for offline runs.
     patterns = [glob.escape(name) for name in wanted]
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -124,8 +122,7 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
         return folder
     sharded = SINGLE_NAME not in names and (folder / INDEX_NAME).is_file()
     weights = sorted(set(read_index(folder / INDEX_NAME).values())) if sharded else [SINGLE_NAME]
-    wanted = [name for name in names if _is_wanted(name, weights, trust_remote_code)]
-    _check_complete(repo_id, folder, [name for name in wanted if not (tokenizer_only and name in weights)])
+    _check_complete(repo_id, folder, _wanted(names, weights, trust_remote_code, tokenizer_only))
     return folder
 
 
@@ -138,12 +135,17 @@ def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: b
         return None
 
 
-def _is_wanted(name: str, weights: list[str], trust_remote_code: bool) -> bool:
-    if name.endswith(".py") and not trust_remote_code:
-        return False
-    index = [] if weights == [SINGLE_NAME] else [INDEX_NAME]
+def _wanted(names: list[str], weights: list[str], trust_remote_code: bool, tokenizer_only: bool) -> list[str]:
+    """Of a repository's files those that a run needs: never its code, unless that is trusted."""
     # The README says under which licence the new model's card has to be.
-    return name in (CONFIG_NAME, "README.md", *index, *weights) or is_small_file(name)
+    wanted = {CONFIG_NAME, "README.md", *weights, *([] if weights == [SINGLE_NAME] else [INDEX_NAME])}
+    if tokenizer_only:
+        wanted -= set(weights)
+    return [
+        name
+        for name in names
+        if (name in wanted or is_small_file(name)) and (trust_remote_code or not name.endswith(".py"))
+    ]
 
 
 def _check_complete(repo_id: str, folder: Path, wanted: list[str]) -> None:
@@ -238,7 +240,8 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
     tensors = {}
     for file, parsed in metadata.files_metadata.items():
         header = {
-            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": _as_list(info.data_offsets)}
+            # The library has made a tuple of each byte range.
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": [*info.data_offsets]}
             for name, info in parsed.tensors.items()
         }
         # A stranger's header: its figures have to pass the same checks as those of a file on this disk.
@@ -252,8 +255,3 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
     if not tensors:
         raise CheckpointError(f"{repo_id} holds no tensors. Choose another --revision or another copy of the model.")
     return {name: tensors[name, file] for name, file in metadata.weight_map.items()}
-
-
-def _as_list(value: object) -> object:
-    """Byte ranges as JSON has them; the library makes tuples of them."""
-    return list(value) if isinstance(value, tuple) else value

@@ -178,20 +178,17 @@ def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:
         if one in fed or other in fed:
             fed |= {one, other}
     inside = decoder.layers_path.rpartition(".")[0] + "."
-    head = _names_of_head(decoder.model)
+    outputs = decoder.model.get_output_embeddings()
+    head = {id(parameter) for parameter in outputs.parameters()} if outputs is not None else set()
     return [
-        name for name in decoder.model.state_dict() if (name.startswith(inside) or name in head) and name not in fed
+        name
+        for name, tensor in decoder.model.state_dict(keep_vars=True).items()
+        if (name.startswith(inside) or id(tensor) in head) and name not in fed
     ]
 
 
-def _names_of_head(model: PreTrainedModel) -> set[str]:
-    outputs = model.get_output_embeddings()
-    owned = {id(parameter) for parameter in outputs.parameters()} if outputs is not None else set()
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in owned}
-
-
 def _check_stored_numbers(skeleton: Skeleton) -> None:
-    """Refuse tables of expert numbers beside the experts: renumbered experts would leave them pointing at others."""
+    """Refuse tables of expert numbers next to the experts: renumbered experts would leave them pointing at others."""
     places = tuple(
         f"{skeleton.layers_path}.{layer}.{path.removesuffix(path.rpartition('.')[2])}"
         for layer, path in skeleton.experts.items()

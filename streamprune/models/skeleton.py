@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +135,13 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_co
 
     Raises UnsupportedModelError when no layer has experts, or its experts have a form that cannot be scored.
     """
-    model = build_model(config, dtype, trust_remote_code)
+    decoder = find_decoder(config, dtype, trust_remote_code)
     for spec in expert_candidates(config):
         # Twice as many: still divisible into the router's groups, and never below its top-k.
         other = build_model(with_expert_count(config, spec, 2 * spec.count), dtype, trust_remote_code)
-        rows = _expert_rows(model, other, spec)
+        rows = _expert_rows(decoder.model, other, spec)
         if rows:
-            layers_path = _find_layers(model, rows)
-            return Skeleton(model, layers_path, rows, spec, _find_experts(model, layers_path, rows))
+            return Skeleton(decoder.model, decoder.layers_path, rows, spec, _find_experts(decoder, rows))
     raise UnsupportedModelError(
         f"{config.model_type} has no Mixture-of-Experts layer: no parameter depends on a number of experts in its "
         "config. There is nothing to prune."
@@ -174,44 +173,32 @@ def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[s
     return found
 
 
-def _find_layers(model: nn.Module, names: Iterable[str]) -> str:
-    """The path of the one ModuleList in whose elements all expert-indexed parameters lie."""
-    paths: dict[str, str] = {}
-    for name in names:
-        head = re.match(r"(.*?)\.\d+\.", name)
-        if head is None or not isinstance(model.get_submodule(head.group(1)), nn.ModuleList):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: {name} depends on the number of experts, but lies outside the decoder layers."
-            )
-        paths.setdefault(head.group(1), name)
-    if len(paths) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has experts in several lists of layers ({', '.join(sorted(paths))}); "
-            "only one decoder can be streamed."
-        )
-    return next(iter(paths))
-
-
-def _find_experts(model: nn.Module, layers_path: str, rows: Mapping[str, ExpertRows]) -> dict[int, str]:
+def _find_experts(decoder: Decoder, rows: Mapping[str, ExpertRows]) -> dict[int, str]:
+    """The path, relative to its layer, of the one experts module of each layer that has expert-indexed parameters."""
+    model = type(decoder.model).__name__
     experts: dict[int, set[str]] = defaultdict(set)
     for name in rows:
-        layer, _, path = name.removeprefix(f"{layers_path}.").partition(".")
-        found = experts[int(layer)]
+        layer = decoder.layer_of(name)
+        if layer is None:
+            raise UnsupportedModelError(
+                f"{model}: {name} depends on the number of experts, but lies outside the decoder layers."
+            )
+        inside, found = decoder.layers[layer], experts[layer]
+        path = name.removeprefix(f"{decoder.layers_path}.{layer}.")
         while path := path.rpartition(".")[0]:
-            module = model.get_submodule(f"{layers_path}.{layer}.{path}")
+            module = inside.get_submodule(path)
             reason = UNSUPPORTED_EXPERTS.get(type(module).__name__)
             if reason is not None:
-                raise UnsupportedModelError(f"{type(model).__name__} cannot be scored: {reason}.")
+                raise UnsupportedModelError(f"{model} cannot be scored: {reason}.")
             if _is_experts_module(module):
                 found.add(path)
                 break
-    for index, found in experts.items():
+    for layer, found in experts.items():
         if len(found) != 1:
-            kind = type(model.get_submodule(f"{layers_path}.{index}")).__name__
             raise UnsupportedModelError(
-                f"{type(model).__name__}: layer {index} ({kind}) has {len(found)} modules that take tokens, chosen "
-                "experts and their weights; exactly one can be scored. Its experts work in another way than routing "
-                "tokens to feed-forward networks."
+                f"{model}: layer {layer} ({type(decoder.layers[layer]).__name__}) has {len(found)} modules that take "
+                "tokens, chosen experts and their weights; exactly one can be scored. Its experts work in another way "
+                "than routing tokens to feed-forward networks."
             )
     return {layer: found.pop() for layer, found in sorted(experts.items())}
 
