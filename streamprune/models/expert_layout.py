@@ -200,10 +200,7 @@ def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
 
 
 def find_cuts(
-    tensors: Mapping[str, TensorEntry],
-    targets: Mapping[str, Target],
-    dropped: Iterable[str],
-    counts: Mapping[int, int],
+    tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target], dropped: Iterable[str], counts: Mapping[int, int]
 ) -> dict[str, Cut]:
     """How every tensor but the `dropped` ones can be cut, in the source's order, in a model of `counts` experts, by
     layer.

@@ -20,14 +20,7 @@ from streamprune.formats.pick import refuse_unread
 from streamprune.models.config import config_from_dict, declared_dtype, load_config
 from streamprune.models.expert_layout import Layout, Target
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
-from streamprune.models.skeleton import (
-    Decoder,
-    Skeleton,
-    build_skeleton,
-    find_decoder,
-    map_checkpoint,
-    survey,
-)
+from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint, survey
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,7 @@ import msgspec
 from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.files.json_text import show
-from streamprune.models.config_json import (
-    COUNT_NAME,
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    first_number,
-    single_number,
-    text_part,
-)
+from streamprune.models.config_json import COUNT_NAME, MOST_EXPERTS, MOST_LAYERS, first_number, single_number, text_part
 
 #: transformers' own entry of config.json for what differs by layer.
 STANDARD_TABLE: Final = "per_layer_config"
