@@ -35,10 +35,10 @@ def resolve_model(
 ) -> Path:
     """The local folder for `model`: a folder path, or a Hub id, whose needed files are downloaded to the Hub cache.
 
-    With `config_only` nothing but the config is fetched, so that what it rules out costs no download of weights; with
-    `tokenizer_only` also the small files beside it, the tokenizer's among them. Only safetensors named by the index and
-    the small files beside them are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy
-    in the cache is used and nothing is asked. Raises CheckpointError when the model cannot be found, reached, or has no
+    With `config_only` nothing but the config is fetched, so that a model that is refused costs no download of weights;
+    with `tokenizer_only` also the other small files, the tokenizer's among them. Only safetensors named by the index
+    and small files are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy in the cache
+    is used, and the Hub is not contacted. Raises CheckpointError when the model cannot be found, reached, or has no
     safetensors weights, and SettingsError for a revision of a local folder.
     """
     try:
@@ -97,7 +97,7 @@ def _download(
             f"{repo_id} changed on the Hub during the download, from commit {info.sha} to {folder.name}. "
             "Run the same command again."
         )
-    # The library falls back on an incomplete copy where the Hub fails in between.
+    # Where the Hub fails in between, the library returns an incomplete copy.
     _check_complete(repo_id, folder, wanted)
     return folder
 
@@ -127,7 +127,7 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
 
 
 def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Path | None:
-    """The complete copy of a Hub model in the cache; None where there is none. Nothing is asked."""
+    """The complete copy of a Hub model in the cache; None where there is none. The Hub is not contacted."""
     try:
         with explain_hub_errors(repo_id, revision):
             return _from_cache(repo_id, revision, trust_remote_code, tokenizer_only=False)

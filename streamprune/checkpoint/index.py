@@ -20,7 +20,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-#: What is never copied along as a "small file": weights in any form, and media, which only the old card shows.
+#: What is never copied as a "small file": weights in any form, and media, which only the original model card shows.
 _LEFT_OUT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".npz",
     ".mlmodel", ".tflite", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".wav", ".pdf",
@@ -28,7 +28,7 @@ _LEFT_OUT_SUFFIXES = (
 )  # fmt: skip
 #: Written anew for the output, or (Mistral's own params.json) a second config that would still state the old sizes.
 _LEFT_OUT_NAMES = {CONFIG_NAME, "README.md", "streamprune.json", "report.html", "params.json"}
-#: Where transformers keeps the chat templates beside the default one: the only subfolder that belongs to the model.
+#: Where transformers keeps the chat templates other than the default one: the only subfolder that belongs to the model.
 #: Others ("original", "onnx", "metal") hold it again in other formats, unpruned.
 _TEMPLATES = "additional_chat_templates"
 
@@ -51,7 +51,7 @@ class Checkpoint:
         return sorted({entry.file for entry in self.tensors.values()})
 
     def small_files(self) -> list[Path]:
-        """Paths, relative to the folder, of the tokenizer, chat templates, licence and other files beside the weights.
+        """Paths, relative to the folder, of the tokenizer, chat templates, licence and other files next to the weights.
 
         Left out: hidden files, weights and media, what the output gets anew (config, index, README), and subfolders
         other than `additional_chat_templates`. Links are followed; CheckpointError for one that leads nowhere.

@@ -66,13 +66,21 @@ class _Request:
 class Reading:
     """Groups of tensors that are being read. Call `wait`, then `take` each group once."""
 
-    def __init__(
-        self, memory: dict[str, torch.Tensor], layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]
-    ) -> None:
-        self._memory, self._layout = memory, layout
+    def __init__(self, groups: Mapping[str, Sequence[TensorEntry]], device: torch.device) -> None:
+        self.memory: dict[str, torch.Tensor] = {}
+        #: The tensors of each group by name, and their offsets in the group's memory.
+        self.layout: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
         self.requests: list[Future[None]] = []
         #: What this reading added to the page cache, by file.
         self.cached: dict[Path, list[Stretch]] = {}
+        for group, entries in groups.items():
+            self.layout[group], end = {}, 0
+            for entry in entries:
+                if entry.dtype not in _DTYPES:
+                    raise CheckpointError(f"{entry.name} is of dtype {entry.dtype}, which cannot be computed with.")
+                self.layout[group][entry.name] = entry, end
+                end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self.memory[group] = torch.empty(end, dtype=torch.uint8, device=device)
 
     def wait(self) -> None:
         """Wait for all bytes. Raises CheckpointError where some could not be read."""
@@ -81,15 +89,11 @@ class Reading:
 
     def take(self, group: str) -> dict[str, torch.Tensor]:
         """The tensors of a group by name, which share memory."""
-        memory = self._memory.pop(group)
+        memory = self.memory.pop(group)
         return {
             name: memory[offset : offset + entry.nbytes].view(_DTYPES[entry.dtype]).view(entry.shape)
-            for name, (entry, offset) in self._layout[group].items()
+            for name, (entry, offset) in self.layout[group].items()
         }
-
-    def places(self, request: _Request) -> list[torch.Tensor]:
-        """The memory that the bytes of a request go to."""
-        return [self._memory[place.group][place.offset : place.offset + place.size] for place in request.places]
 
     def cancel(self) -> None:
         """Cancel requests that have not begun, and wait for the others."""
@@ -98,10 +102,6 @@ class Reading:
         for request in self.requests:
             if not request.cancelled():
                 request.exception()
-
-    def free(self) -> None:
-        """Free the memory of groups that were not taken."""
-        self._memory.clear()
 
 
 class ShardReader:
@@ -127,14 +127,10 @@ class ShardReader:
 
     def start_entries(self, groups: Mapping[str, Sequence[TensorEntry]]) -> Reading:
         """Like `start`, for entries that may be parts of the checkpoint's tensors."""
-        layout, memory = {}, {}
-        for group, entries in groups.items():
-            layout[group], size = _lay_out(entries)
-            memory[group] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        reading = Reading(groups, self._device)
         if self._gpu_copier is not None:
             self._gpu_copier.wait_for_compute()
-        reading = Reading(memory, layout)
-        for request in _requests(layout):
+        for request in _requests(reading.layout):
             # `_read` looks up the memory when it runs: a cancelled request in the pool's queue must not hold it.
             reading.requests.append(self._pool.submit(self._read, request, reading))
         return reading
@@ -144,7 +140,7 @@ class ShardReader:
         reading.cancel()
         # Copies to the GPU may be pending: later work on the GPU must not get that memory before they are done.
         self.sync_with_compute()
-        reading.free()
+        reading.memory.clear()
         drop_files_from_cache(reading.cached)
 
     def sync_with_compute(self) -> None:
@@ -153,7 +149,8 @@ class ShardReader:
             self._gpu_copier.compute_waits()
 
     def _read(self, request: _Request, reading: Reading) -> None:
-        path, into = self._checkpoint.folder / request.file, reading.places(request)
+        path = self._checkpoint.folder / request.file
+        into = [reading.memory[place.group][place.offset : place.offset + place.size] for place in request.places]
         try:
             with self._busy.at("read"), path.open("rb", buffering=0) as stream:
                 disable_read_ahead(stream)
@@ -210,17 +207,6 @@ class _GpuCopier:
             for place in into:
                 place.copy_(staged[position : position + len(place)], non_blocking=True)
                 position += len(place)
-
-
-def _lay_out(entries: Sequence[TensorEntry]) -> tuple[dict[str, tuple[TensorEntry, int]], int]:
-    """Each tensor with its offset in the group's memory, and the bytes of that memory."""
-    places, end = {}, 0
-    for entry in entries:
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(f"{entry.name} is of dtype {entry.dtype}, which cannot be computed with.")
-        places[entry.name] = entry, end
-        end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return places, end
 
 
 def _requests(layout: Mapping[str, Mapping[str, tuple[TensorEntry, int]]]) -> Iterator[_Request]:

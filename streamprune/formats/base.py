@@ -1,7 +1,7 @@
 """The interface of a storage format: how the tensors of a checkpoint make the parameters of a model.
 
 A plain checkpoint stores every parameter as one tensor. A quantized one stores the values and their companions (scales,
-zero points, ...) as several. Other rooms meet a stored tensor as a `StoredTensor` and call its format; they never look
+zero points, ...) as several. Other rooms get a stored tensor as a `StoredTensor` and call its format; they never look
 at names or dtypes themselves. Needs no torch.
 """
 

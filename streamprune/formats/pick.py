@@ -1,4 +1,4 @@
-"""Which format each tensor of a checkpoint is stored in, and the refusal of formats that nothing here reads."""
+"""Which format each tensor of a checkpoint is stored in. Checkpoints in a format that is not supported are refused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def pick_formats(tensors: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
     modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in tensors.items():
         modules[name.rpartition(".")[0]][name] = entry
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for module in modules.values():
-        for storage in FORMATS:
-            parts = storage.parts_of(module)
-            if parts is not None:
-                stored.update({name: StoredTensor(*part, storage) for name, part in parts.items()})
-                break
+        storage, parts = next(
+            (storage, parts) for storage in FORMATS if (parts := storage.parts_of(module)) is not None
+        )
+        stored |= {name: StoredTensor(*part, storage) for name, part in parts.items()}
     return {name: stored[name] for name in tensors}
 
 

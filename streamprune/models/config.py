@@ -133,10 +133,5 @@ def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrain
 
 def versions() -> dict[str, str]:
     """The versions of all that may change the digits of a result."""
-    return {
-        "streamprune": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, safetensors)}
+    return {"streamprune": __version__, **libraries, "python": platform.python_version()}

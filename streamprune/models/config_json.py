@@ -1,7 +1,7 @@
 """What a `config.json` says, read as plain JSON, and how it is rewritten for fewer experts. Needs no torch.
 
 Differences between the configs of model families are absorbed here, and nowhere else. `models.config` reads the same
-names off transformers' own config objects, which also know every model's defaults; here a number that is not stated is
+names from transformers' config objects, which also have every model's defaults; here a number that is not stated is
 None.
 """
 
@@ -79,7 +79,7 @@ class ModelShape:
 
 
 def absurdity(raw: Mapping[str, Any]) -> str | None:
-    """What no model has so many of, in words; None for a config whose numbers a model may have.
+    """A number in a config that is too large for any model, in words; None where there is none.
 
     Configs and models are built by loops over layers, experts, heads and labels, and a config may name any number.
     """

@@ -97,7 +97,7 @@ class Layout:
             "outside": _doubtful(self.cuts, patterns),
             "patterns": patterns,
         }
-        # Whoever reads it has nothing else to go by.
+        # A run that reads this builds no model: the patterns alone must give the same cuts.
         return found if _cuts(patterns, [*self.cuts, *self.dropped], self.dropped) == self.cuts else None
 
 
@@ -116,10 +116,10 @@ class _LayoutJson(msgspec.Struct):
 def layout_from_json(
     value: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int] | None = None
 ) -> Layout:
-    """The layout that `as_json` described, for the checkpoint with these tensors: the source's, or those of an output.
+    """The layout from the JSON of `as_json`, for the checkpoint with these tensors: the source's, or an output's.
 
     `counts` are the experts by layer of an output; None for the source, whose layers all have those of the spec.
-    Raises CheckpointError where it is none, or does not go with the tensors: it may come from a stranger.
+    Raises CheckpointError for anything else, or a layout of other tensors: it may come from a stranger.
     """
     try:
         found = msgspec.convert(value, _LayoutJson)
@@ -139,7 +139,7 @@ def layout_from_json(
             raise ValueError(f"nothing says where {unlisted[0]} belongs")
     except ValueError as error:
         raise CheckpointError(
-            f"What the scores say of the checkpoint's tensors does not go with it ({error}). Score the model again."
+            f"The tensors that the scores describe are not those of the checkpoint ({error}). Score the model again."
         ) from None
     return layout
 

@@ -110,8 +110,7 @@ def loading_facts_from_json(value: Any) -> LoadingFacts:
             raise ValueError("no class or no key is named")
     except ValueError as error:
         raise CheckpointError(
-            f"What the scores say of how the model is loaded cannot be used ({str(error)[:300]}). Score the model "
-            "again."
+            f"What the scores say about loading the model cannot be used ({str(error)[:300]}). Score the model again."
         ) from None
     return facts
 

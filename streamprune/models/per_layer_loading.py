@@ -1,6 +1,6 @@
-"""Whether and how a model can be loaded with different numbers of experts per layer, found out by building it so.
+"""Whether and how a model can be loaded with different numbers of experts per layer, found by building it that way.
 
-Nothing goes by the model's name: the very module that an output would get is run on the meta device, and its layers are
+The model's name decides nothing: the module that an output would get is run on the meta device, and its layers are
 compared with those of stock models that have the same number everywhere.
 """
 

@@ -45,7 +45,7 @@ class Decoder:
     """A model on the meta device.
 
     `layers_path` is the dotted path of the list of decoder layers; `expert_rows` maps expert-indexed parameters to
-    where in them the experts lie (empty where nobody has looked for them).
+    where in them the experts lie (empty for a model that is opened without regard to experts).
     """
 
     model: PreTrainedModel
@@ -70,7 +70,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Skeleton(Decoder):
-    """A Mixture-of-Experts model on the meta device and what was found out about it.
+    """A Mixture-of-Experts model on the meta device, and where its experts are.
 
     `experts` maps a layer's index to the path, relative to the layer, of its experts module.
     """
@@ -249,7 +249,7 @@ def survey(
     targets: Mapping[str, Target] | None = None,
     counts: Mapping[int, int] | None = None,
 ) -> Layout:
-    """Find out about the tensors of a checkpoint with this raw config; `targets` if they have been mapped already.
+    """How the tensors of a checkpoint with this raw config can be cut; `targets` if they have been mapped already.
 
     `counts` are the experts by layer; None where each has as many as the skeleton.
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.

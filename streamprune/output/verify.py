@@ -145,7 +145,7 @@ def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
 
 @contextmanager
 def _reading_back(path: Path) -> Iterator[None]:
-    """Within the block an OSError becomes a VerifyError about `path`, a file of the result."""
+    """Turn an OSError into a VerifyError about `path`, a file of the result."""
     try:
         yield
     except OSError as error:
@@ -181,7 +181,7 @@ def _record_of(output: Path) -> _Record:
     try:
         return msgspec.convert(read_json(path), _Record)
     except CheckpointError as error:
-        raise VerifyError(f"{error} Without it nobody knows which experts were kept.") from None
+        raise VerifyError(f"{error} Without it, it is not known which experts were kept.") from None
     except ValueError:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
