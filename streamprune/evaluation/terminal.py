@@ -7,7 +7,7 @@ from typing import Any
 
 from streamprune.evaluation.generation_figures import HEALTHY, LOOPS, UNKNOWN, mode_name
 from streamprune.reporting.evaluations import GENERATION_NAME, TASKS_NAME, TEXT_NAME
-from streamprune.tables import Table
+from streamprune.tables import Table, count, percent
 
 
 def result_lines(name: str, result: Mapping[str, Any]) -> list[str]:
@@ -20,11 +20,11 @@ def text_lines(result: Mapping[str, Any]) -> list[str]:
     columns = ["source", "tokens", "loss", "perplexity"]
     rows = []
     for each in (*result["sources"], *([result["all"]] if len(result["sources"]) > 1 else ())):
-        row = [each["name"], f"{each['tokens']:,}", f"{each['loss']:.3f}{_span(each, 'loss', 3)}"]
+        row = [each["name"], count(each["tokens"]), f"{each['loss']:.3f}{_span(each, 'loss', 3)}"]
         row.append(f"{each['perplexity']:,.2f}")
         if result["against"] is not None:
             row += [f"{each['original_loss']:.3f}", f"{each['kl']:.4f}{_span(each, 'kl', 4)}"]
-            row += [f"{each['kl_p99']:.3f}", f"{each['top1_agreement']:.1%}"]
+            row += [f"{each['kl_p99']:.3f}", percent(each["top1_agreement"])]
         rows.append(row)
     if result["against"] is not None:
         columns += ["original's", "KL", "99 %", "same top token"]
@@ -61,9 +61,8 @@ def generation_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _continuations(figures: Mapping[str, Any]) -> list[str]:
-    repeated = figures["repeated_4grams"]
-    shares = [f"{figures['ended']:.1%}", f"{figures['looped']:.1%}", "-" if repeated is None else f"{repeated:.3f}"]
-    return [str(figures.get("prompts", "")), *shares]
+    repeated = "–" if figures["repeated_4grams"] is None else f"{figures['repeated_4grams']:.3f}"
+    return [str(figures.get("prompts", "")), percent(figures["ended"]), percent(figures["looped"]), repeated]
 
 
 def tasks_lines(result: Mapping[str, Any]) -> list[str]:

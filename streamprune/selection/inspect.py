@@ -20,7 +20,7 @@ from streamprune.selection.retention import Retention, retention_warnings, reten
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import Selection, routed_tokens, score_layer, super_experts
 from streamprune.selection.settings import SelectionSettings, mix_weights, token_shares
-from streamprune.tables import Table
+from streamprune.tables import Table, count, percent
 
 #: Bars of a layer's histogram, from its lowest to its highest score.
 BARS = 10
@@ -157,11 +157,11 @@ def inspection_lines(
 
 
 def _head(inspection: Mapping[str, Any], title: str) -> Iterator[str]:
-    settings, layers, count = inspection["selection"], inspection["layers"], inspection["experts_per_layer"]
-    every, sources = count * len(layers), inspection["sources"]
-    rows = [(each["name"], f"{each['tokens']:,}", f"{each['share']:.1%}") for each in sources]
+    settings, layers, experts = inspection["selection"], inspection["layers"], inspection["experts_per_layer"]
+    every, sources = experts * len(layers), inspection["sources"]
+    rows = [(each["name"], count(each["tokens"]), percent(each["share"])) for each in sources]
     first = (
-        f"{title}: {len(layers)} layers of {count} experts (top-{inspection['top_k']}); "
+        f"{title}: {len(layers)} layers of {experts} experts (top-{inspection['top_k']}); "
         f"{sum(each['tokens'] for each in sources):,} calibration tokens"
     )
     yield from Table(first, ("source", "tokens", "share of the mix"), rows).text()
@@ -171,7 +171,7 @@ def _head(inspection: Mapping[str, Any], title: str) -> Iterator[str]:
     else:
         counts = [layer["keep"] for layer in layers]
         least, most = min(counts), max(counts)
-        each = f"{least} of {count} in every layer" if least == most else f"{least} to {most} of {count} by layer"
+        each = f"{least} of {experts} in every layer" if least == most else f"{least} to {most} of {experts} by layer"
         yield (
             f"method {settings['method']}, schedule {settings['schedule']}: keeps {total:,} of {every:,} experts, "
             f"{each}; {1 - total / every:.1%} removed"
@@ -192,7 +192,7 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         edge = layer["boundary"]
         if edge is not None:
             row += [f"{_number(edge[f'{which}_score'])} #{edge[which]:<4}" for which in ("last_kept", "first_removed")]
-            row.append(f"{edge['margin']:.1%}")
+            row.append(percent(edge["margin"]))
         rows.append(row)
     if layers[0]["keep"] is None:
         columns[1], columns[-3:] = "", []
@@ -213,22 +213,20 @@ def _experts_table(inspection: Mapping[str, Any], scores: Scores, selection: Sel
         if kept is not None:
             state = "protected" if expert in shielded else "kept" if expert in kept else "removed"
         shares = [f"{own[expert] / own.sum():.2%}" if own.sum() else "-" for own in saliency]
-        rows.append((str(rank), str(expert), _number(values[expert]), f"{tokens[expert]:,}", state, *shares))
+        rows.append((str(rank), str(expert), _number(values[expert]), count(tokens[expert]), state, *shares))
     title = f"Experts of layer {layer.index}, best first; by source, the share of its saliency that the expert has here"
     columns = ("rank", "expert", "score", "tokens", "", *(name[:16] for name in scores.sources))
     return Table(title, columns, rows, align="rrrrl")
 
 
 def _retention_table(inspection: Mapping[str, Any], only: int | None) -> Table:
-    columns, rows = ["source", "kept", "at best", "worst layer"], []
+    places = [place for place, layer in enumerate(inspection["layers"]) if layer["index"] == only]
+    columns = ["source", "kept", "at best", "worst layer", *(f"layer {only}" for _ in places)]
+    rows = []
     for each in inspection["retention"]:
-        worst = f"{each['worst']:.1%} ({each['worst_block']})"
-        rows.append([each["source"], f"{each['kept']:.1%}", f"{each['best']:.1%}", worst])
-    if only is not None:
-        columns.append(f"layer {only}")
-        place = [layer["index"] for layer in inspection["layers"]].index(only)
-        for row, each in zip(rows, inspection["retention"], strict=True):
-            row.append("-" if each["layers"][place] is None else f"{each['layers'][place]:.1%}")
+        worst = f"{percent(each['worst'])} ({each['worst_block']})"
+        shares = [percent(each["layers"][place]) for place in places]
+        rows.append([each["source"], percent(each["kept"]), percent(each["best"]), worst, *shares])
     return Table(
         "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays",
         columns,
@@ -317,7 +315,7 @@ def comparison_lines(comparison: Mapping[str, Any], only: int | None = None) -> 
     label = comparison["compare"]
     far = f"{comparison['changed']:,} experts differ, mean Jaccard {comparison['jaccard']:.3f}"
     shares = [
-        (each["source"], f"{each['first']:.1%}", f"{each['second']:.1%}", f"{each['gain']:+.1%}")
+        (each["source"], percent(each["first"]), percent(each["second"]), f"{each['gain']:+.1%}")
         for each in comparison["retention"]
     ]
     yield from Table(f"Compared with {label}: {far}", ("source", "this", "other", "change"), shares).text()
