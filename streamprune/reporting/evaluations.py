@@ -12,13 +12,13 @@ The classes say which fields the report reads; the files may hold more. Losses a
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -168,24 +168,13 @@ class GenerationResult(_Checked, frozen=True, kw_only=True):
     advice: Sentences = []
     notes: Sentences = []
 
-    @property
-    def loops(self) -> bool:
-        """Whether they do."""
-        return self.verdict == "loops"
-
-
-class TaskSamples(Struct, frozen=True):
-    """How many examples of a task were taken."""
-
-    effective: Count | None = None
-
 
 class TasksResult(_Checked, frozen=True, kw_only=True):
     """tasks.json, as lm-evaluation-harness lays it out: `results` by task, then by "metric,filter"."""
 
     results: Annotated[dict[Name, dict[str, Any]], Meta(max_length=MOST_LISTED)]
     shots: dict[str, Any] = field(name="n-shot", default_factory=dict)
-    samples: dict[str, TaskSamples] = field(name="n-samples", default_factory=dict)
+    samples: dict[str, dict[str, Any]] = field(name="n-samples", default_factory=dict)
 
     def figures(self) -> Iterator[tuple[str, str, float, float | None]]:
         """Task, metric, value, and standard error where there is one, of everything that was measured."""
@@ -244,10 +233,8 @@ def check_writable(folder: Path) -> None:
     """Raise OutputError, ResourceError unless results can be written into a folder, which need not be there yet."""
     with writing(f"Writing results to {folder}", folder):
         there = folder if os.path.lexists(folder) else existing_folder(folder)
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+        with TemporaryFile(dir=there):
+            pass
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:

@@ -163,9 +163,9 @@ def tasks_table(tasks: TasksResult) -> Table:
     """What lm-evaluation-harness measured."""
     rows = []
     for task, metric, value, error in tasks.figures():
-        shots, samples = tasks.shots.get(task), tasks.samples.get(task)
-        counts = (shots if type(shots) is int else None, samples.effective if samples else None)
-        rows.append((task, metric, *map(count, counts), number(value), number(error, 2)))
+        stated = tasks.shots.get(task), tasks.samples.get(task, {}).get("effective")
+        counts = (count(value if type(value) is int else None) for value in stated)
+        rows.append((task, metric, *counts, number(value), number(error, 2)))
     return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), rows)
 
 
