@@ -149,7 +149,7 @@ class _Job:
 
 
 class _Run:
-    """A run in one process: `begin` in rank 0, then `go` in all of them. Its methods stand in the order of their calls.
+    """A run in one process: `begin` in rank 0, then `go` in all of them, which call the other methods in this order.
 
     What it opens is closed with `stack`; on any exit, finished work is kept.
     """

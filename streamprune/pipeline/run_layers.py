@@ -154,7 +154,7 @@ class RunLayers:
             self._stop_run()
 
     def _go_through(self, run: list[int], start: int, evaluation: RunEvaluation | None) -> None:
-        """Finish the layers that are not, and carry the states through those to `run` that are."""
+        """Finish the layers that are not finished, and replay those of `run` that are."""
         count = self._layout.layer_count
         following = dict(pairwise(run))
         try:

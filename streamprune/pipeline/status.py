@@ -40,7 +40,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         "model": command["model"],
         "output": command["output"],
         "stop_if_kl": command.get("stop_if_kl"),
-        "complete": is_complete(folder, recorded.output),
+        "complete": is_complete(folder, Path(command["output"])),
         "running": _holder(folder),
         "blocks": layers,
         "done": done,

@@ -97,7 +97,7 @@ def plan_counts(
 
 
 def _filled(target: PruningTarget, counts: ExpertCounts, spec: ExpertSpec, unpruned: Footprint) -> ExpertCounts:
-    """Counts with the experts that fit as well: `counts` were found as if a layer kept all, which takes more memory."""
+    """As many experts as fit: `counts` were found for a layer that keeps all its experts, which takes more memory."""
     assert counts.per_layer is not None
     layers = tuple(counts.per_layer)
 

@@ -59,11 +59,6 @@ class RecordedCommand(Struct, kw_only=True):
             if not isinstance(value, str) or "\0" in value:
                 raise ValueError(f"`$.command.{name}` is no path")
 
-    @property
-    def output(self) -> Path:
-        """Where the result goes."""
-        return Path(self.command["output"])
-
 
 class RecordedRun(RecordedCommand, kw_only=True):
     """run.json: the command, and everything that decides its result. `files` gives size and change time (ns)."""
