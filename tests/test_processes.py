@@ -218,7 +218,7 @@ def test_shares_are_saved_and_restored_in_the_order_of_one(count: int, tmp_path:
 
     def second(processes: Processes) -> dict[int, Any]:
         batches = micro_batches(processes, text, 8, tmp_path, StopRequest())
-        batches.restore(saved.facts, saved if processes.is_first else None)
+        batches.restore(saved)
         found = {}
 
         def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:

@@ -294,7 +294,7 @@ class RunLayers:
         candidates = self._candidates(first)
         while (saved := self._processes.on_first(lambda: next(candidates, None))) is not None:
             try:
-                self._loop.restore(saved.facts, saved)
+                self._loop.restore(saved)
             except (OSError, KeyError, TypeError, ValueError) as error:
                 if self._processes.count > 1:
                     # The other ranks have begun to restore them: older ones cannot be tried any more.

@@ -148,18 +148,14 @@ class MicroBatches:
         # (In the other ranks, this sends theirs.)
         deque(states, maxlen=0)
 
-    def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> int:
-        """Resume from saved states, which only rank 0 has; returns how many of this rank's are through the layer."""
+    def restore(self, saved: SavedStates) -> int:
+        """Restore saved states, which rank 0 alone can load; returns how many of this rank's are through the layer."""
+        facts = saved.facts
         self._share_out(self._calibration.micro_batches_of(facts["sizes"]))
         self.batch_tokens = max(1, min(self.batch_tokens, facts["batch_tokens"]))
         self._states.resize(len(self._batches))
-
-        def load(place: int) -> BatchState:
-            assert saved is not None
-            return saved.load(place)
-
         try:
-            for number, state in enumerate(self._processes.scatter(len(facts["sizes"]), load)):
+            for number, state in enumerate(self._processes.scatter(len(facts["sizes"]), saved.load)):
                 self._states.store(number, state)
         except Exception:
             # Older states may be restored instead, or none.

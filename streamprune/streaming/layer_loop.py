@@ -122,11 +122,12 @@ class LayerLoop:
         for stage in self._stages:
             stage.check(facts, facts["layer"])
 
-    def restore(self, facts: Mapping[str, Any], saved: SavedStates | None) -> None:
-        """Resume where states were saved, of which rank 0 has checked the `facts` and alone has the `saved` states."""
+    def restore(self, saved: SavedStates) -> None:
+        """Resume from saved states, which rank 0 has checked and alone can load."""
+        facts = saved.facts
         layer, position = facts["layer"], self._position_of(facts["stage"])
         # First what may fail: then the stages still know nothing of it.
-        done = self.batches.restore(facts, saved)
+        done = self.batches.restore(saved)
         for number, stage in enumerate(self._stages):
             stage.restore(facts, layer, number == position, self._runtime.processes)
         self.point = ResumePoint(layer, position, done)
