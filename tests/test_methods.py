@@ -120,5 +120,5 @@ def test_statistics_too_large_to_rank_are_refused() -> None:
     values[list(FIELDS).index("tokens")] = 1
     values[list(FIELDS).index("gates"), 0, 2] = 1e300
     values[list(FIELDS).index("cosines"), 0, 2] = 1e300
-    with pytest.raises(ScoresError, match="Layer 9, expert 2: composite gives inf"):
+    with pytest.raises(ScoresError, match="Layer 9, expert 2: the composite score is inf"):
         score_experts("composite", MixedStatistics(9, LayerStatistics(9, values).mixed((1,))))

@@ -112,7 +112,7 @@ def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: P
     assert killed == -signal.SIGKILL
     assert silent == ["", ""]
     assert told.count("Error: ") == 1
-    assert "One of the other 1 processes of this run ended without a word" in told
+    assert "One of the other 1 processes of this run ended without an error message" in told
     assert f"resume with: streamprune resume {case.work}" in told
     assert not case.output.exists()
     case.resume()

@@ -127,9 +127,9 @@ class DistributedProcesses(Processes):
             if not self.is_first or self._store.check([_FAILED]):
                 raise ReportedElsewhereError(1) from None
             raise ProcessesError(
-                f"One of the other {self.count - 1} processes of this run ended without a word, or cannot be reached "
-                f"any more ({_reason(error).rpartition('] ')[2]}). Was it killed, for want of memory perhaps? Look at "
-                "its machine, then give the same command again: what is finished is kept."
+                f"One of the other {self.count - 1} processes of this run ended without an error message, or cannot be "
+                f"reached any more ({_reason(error).rpartition('] ')[2]}). Was it killed, perhaps for lack of memory? "
+                "Check its machine, then give the same command again: what is finished is kept."
             ) from None
 
 
@@ -187,7 +187,7 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
         return DistributedProcesses(facts)
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
-            f"The {facts.count} processes of this run did not find one another ({_reason(error)}). Launch them "
+            f"The {facts.count} processes of this run could not connect ({_reason(error)}). Launch them "
             "with torchrun or `accelerate launch`; for several machines, check the address and port of the first one, "
             "MASTER_ADDR and MASTER_PORT."
         ) from error

@@ -115,7 +115,7 @@ def score_experts(method: str, statistics: MixedStatistics) -> Array:
     if not np.isfinite(scores).all():
         expert = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ScoresError(
-            f"Layer {statistics.index}, expert {expert}: {method} gives {scores[expert]}, which ranks nothing. Its "
-            "statistics are too large: score the model again, or choose another --method."
+            f"Layer {statistics.index}, expert {expert}: the {method} score is {scores[expert]}. Its statistics "
+            "are too large: score the model again, or choose another --method."
         )
     return scores

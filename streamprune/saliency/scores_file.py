@@ -102,12 +102,12 @@ def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
     if output.name in {"", ".."} or output.is_dir():
         raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
     if output.absolute().parent.resolve() == source.resolve():
-        raise OutputError(f"{output} is in the model's own folder, which stays as it is. Choose another place with -o.")
+        raise OutputError(f"{output} is in the model's own folder, which never changes. Choose another place with -o.")
     if not os.path.lexists(output):
         return
     if not output.is_file():
         # A device, a pipe, a link to nothing.
-        raise OutputError(f"{output} is no regular file, so that it is not replaced. Choose another name with -o.")
+        raise OutputError(f"{output} is no regular file, so it is not replaced. Choose another name with -o.")
     if not overwrite:
         raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
     if not _may_be_scores(output):

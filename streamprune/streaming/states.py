@@ -11,8 +11,9 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -332,10 +333,8 @@ class StatesFile:
         self._end = 0
         #: Released stretches (first byte, bytes), by position; neighbours are joined.
         self._free: list[tuple[int, int]] = []
-        try:
+        with self._named_errors("be created"):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise self._failed("be created", error) from None
 
     def close(self) -> None:
         self._file.close()
@@ -364,33 +363,32 @@ class StatesFile:
     def write(self, place: Written, tensor: torch.Tensor) -> None:
         """Write a contiguous CPU tensor to its place."""
         view, done = _bytes_of(tensor), 0
-        try:
+        with self._named_errors("be written"):
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
-        except OSError as error:
-            raise self._failed("be written", error) from None
 
     def read(self, place: Written) -> torch.Tensor:
         """The tensor at a place, in memory of its own."""
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        try:
+        with self._named_errors("be read"):
             moved = read_into(self._file.fileno(), place.offset, [_bytes_of(tensor)])
             if moved < place.nbytes:
                 raise OSError(f"it ends after {moved:,} of {place.nbytes:,} bytes")
-        except OSError as error:
-            raise self._failed("be read", error) from None
         return tensor
 
-    def _failed(self, what: str, error: OSError) -> ResourceError:
-        return ResourceError(
-            f"The file for the hidden states in {self._folder} could not {what}: {error.strerror or error}. Make room "
-            "on that disk or check it, choose another place with -o, or keep the states in memory with --states ram."
-        )
+    @contextmanager
+    def _named_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceError(
+                f"The file for the hidden states in {self._folder} could not {what}: {error.strerror or error}. Make "
+                "room on that disk or check it, choose another place with -o, or keep the states in memory with "
+                "--states ram."
+            ) from None
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of any dtype."""
-    if tensor.nbytes == 0:
-        return memoryview(b"")
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    data: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return data
