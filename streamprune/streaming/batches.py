@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ class MicroBatches:
 
     def all_shrinks(self) -> list[Shrink]:
         """The shrinks of all ranks, by layer."""
-        return sorted((each for part in self._processes.collect(self.shrinks) for each in part), key=lambda s: s.block)
+        shrinks = chain.from_iterable(self._processes.collect(self.shrinks))
+        return sorted(shrinks, key=lambda shrink: shrink.block)
 
     def save(self, work: WorkFolder | None, done: int, facts: Mapping[str, Any]) -> None:
         """Save the states of all ranks in rank 0's work folder, with `facts` and what `restore` needs.

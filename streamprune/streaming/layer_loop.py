@@ -116,7 +116,7 @@ class LayerLoop:
         facts = saved.facts
         numbers = (facts["layer"], facts["done"], facts["batch_tokens"], *facts["sizes"])
         if not all(map(is_count, numbers)) or not facts["done"] <= len(facts["sizes"]) == len(saved):
-            raise ValueError("facts that no run has")
+            raise ValueError("its record is not valid")
         self._position_of(facts["stage"])
         self._calibration.micro_batches_of(facts["sizes"])
         for stage in self._stages:

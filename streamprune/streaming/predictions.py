@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -180,7 +181,7 @@ def read_predictions(
         _sum_slice(weights, batches, layer, among, begin, min(begin + size, vocabulary))
     found = _gather(batches, layer, among)
     runtime.progress.end()
-    return sorted((each for part in runtime.processes.collect(found) for each in part), key=lambda each: each.order)
+    return sorted(chain.from_iterable(runtime.processes.collect(found)), key=lambda each: each.order)
 
 
 def _sum_slice(

@@ -54,6 +54,10 @@ class LayerTask:
     kept: tuple[int, ...] = ()
 
 
+def _is_error(value: Any) -> bool:
+    return type(value) is float and 0 <= value < math.inf
+
+
 class LayerErrors:
     """Sums over tokens of the pruned states' relative errors (`forward.relative_errors`), by layer and source.
 
@@ -89,9 +93,9 @@ class LayerErrors:
         rows = [values for number, *values in saved["layers"] if number < layer]
         sound = [number for number, *_ in saved["layers"]] == list(range(len(saved["layers"]))) and len(rows) == layer
         for row in [*rows, saved["partial"]]:
-            sound = sound and len(row) == self._sources and all(type(x) is float and 0 <= x < math.inf for x in row)
+            sound = sound and len(row) == self._sources and all(map(_is_error, row))
         if not sound:
-            raise ValueError("errors that no run has")
+            raise ValueError("its relative errors are not valid")
 
     def restore(self, saved: Mapping[str, Any], layer: int, first: bool) -> None:
         """Restore what was saved in layer `layer`. What is still to be added up counts in rank 0 (`first`)."""
@@ -207,7 +211,9 @@ class ScoreStage(ForwardStage):
     ) -> None:
         super().__init__(weights, ORIGINAL, is_held_out)
         layers = weights.decoder.layers
-        self._taps = tap_experts({i: layers[i].get_submodule(path) for i, path in _experts_of(weights).items()})
+        self._taps = tap_experts(
+            {index: layers[index].get_submodule(path) for index, path in _experts_of(weights).items()}
+        )
         self._experts, self._source_tokens = experts, source_tokens
         self._choose, self._pruned_stream = choose, pruned_stream
         #: The sums over the micro-batches that are done, while a layer is scored; and those of the last micro-batch.
