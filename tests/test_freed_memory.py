@@ -61,7 +61,7 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> Memories:
 
     def start(self: ShardReader, groups: Any) -> Reading:
         reading = plain(self, groups)
-        for memory in reading._memory.values():
+        for memory in reading.memory.values():
             found.add(memory)
         return reading
 

@@ -241,7 +241,7 @@ def test_what_is_given_up_is_freed_at_once(tmp_path: Path, open_reader: Any, mon
     checkpoint = make_checkpoint(tmp_path / "model", {"a.safetensors": {"t": torch.rand(5000)}})
     shards = open_reader(checkpoint)
     reading: Reading = shards.start({"": ["t"]})
-    held: Any = StorageWeakRef(reading._memory[""].untyped_storage())  # type: ignore[no-untyped-call]
+    held: Any = StorageWeakRef(reading.memory[""].untyped_storage())  # type: ignore[no-untyped-call]
     for _ in range(4):
         assert under_way.acquire(timeout=PATIENCE)
     assert not held.expired()
