@@ -108,8 +108,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index that names files outside the folder or tensors that no shard has.
 
     A file may be a link to anywhere: the Hub cache is made of links to `../../blobs`, and people keep shards on other
-    disks. Whoever placed the link chose that very file. A folder that links elsewhere is not followed: behind it the
-    index, which comes from strangers, would be the one to choose.
+    disks. Whoever placed the link chose that very file. A link to a folder is not followed: which file in it is read
+    would be the choice of the index, which comes from strangers.
     """
     try:
         return _open(folder)

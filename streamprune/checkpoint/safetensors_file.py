@@ -78,7 +78,7 @@ def read_header(folder: Path, file: str) -> list[TensorEntry]:
 def header_entries(path: Path, file: str, header: Any, start: int) -> tuple[list[TensorEntry], int]:
     """The tensors that a header states, in byte order, and the position where their bytes end.
 
-    `start` is where the bytes begin, behind the header. Raises CheckpointError, which calls the file `path`, for
+    `start` is where the bytes begin, after the header; `path` is the file's name in errors. Raises CheckpointError for
     tensors whose dtype, shape and byte range do not go together, and for gaps or overlaps between them.
     """
     if not isinstance(header, dict):
@@ -200,14 +200,14 @@ def read_exactly(file: int, position: int, into: list[memoryview], name: object)
 def disable_read_ahead(stream: IO[bytes]) -> None:
     """Turn off the system's read-ahead for an open file of weights.
 
-    Every opening of such a file has to: where one reader has made the system read ahead, it goes on with that for the
-    next one, whatever that asks for (seen with Linux 6.18).
+    Has to be called whenever such a file is opened: where one reader has made the system read ahead, it does so for the
+    next one too, whatever that asks for (seen with Linux 6.18).
     """
     _advise(stream, 0, 0, "RANDOM")
 
 
 def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
-    """Tell the system how bytes of a file will be read (size 0: to its end), where it has such a call."""
+    """Advise the system how bytes of a file will be read (size 0: to its end), where it has such a call."""
     if hasattr(os, "posix_fadvise"):
         # A hint: where the file system does not take it, nothing is lost.
         with suppress(OSError):

@@ -27,7 +27,7 @@ PARTIAL = ".partial"
 
 
 def reached(point: str) -> None:
-    """Does nothing. tools/kill replaces it, to end the process at a named point."""
+    """Does nothing. tools/kill replaces it, to end the process at the named point."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

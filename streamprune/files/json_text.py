@@ -42,7 +42,7 @@ def read_limited(path: Path, most_bytes: int) -> bytes:
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError("it is no regular file")
     if facts.st_size > most_bytes:
-        raise ValueError(f"it has {facts.st_size:,} bytes; {most_bytes:,} are read at most")
+        raise ValueError(f"it has {facts.st_size:,} bytes, more than {most_bytes:,}")
     return path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The interface of a storage format: how the tensors of a checkpoint make the parameters of a model.
+"""The interface of a storage format: which tensors of a checkpoint make a parameter, and how.
 
 A plain checkpoint stores every parameter as one tensor. A quantized one stores the values and their companions (scales,
 zero points, ...) as several. Other rooms get a stored tensor as a `StoredTensor` and call its format; they never look
@@ -103,8 +103,7 @@ class Format(ABC):
 def decode_tensors(tensors: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The parameters, under their plain names, of stored tensors that hold all parts of each.
 
-    Takes the tensors out of the dict, one parameter after the other: peak memory is that of all that is stored and all
-    that is decoded, less what has been taken.
+    Takes the tensors out of the dict, one parameter after the other: a stored tensor is freed once it is decoded.
     """
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:

@@ -132,6 +132,6 @@ def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrain
 
 
 def versions() -> dict[str, str]:
-    """The versions of all that may change the digits of a result."""
+    """The versions of everything that may change the digits of a result."""
     libraries = {module.__name__: module.__version__ for module in (torch, transformers, safetensors)}
     return {"streamprune": __version__, **libraries, "python": platform.python_version()}

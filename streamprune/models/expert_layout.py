@@ -1,4 +1,4 @@
-"""Where in a checkpoint the experts lie: all that has to be known of a model to prune it without building it.
+"""Where the experts are in a checkpoint: all that is needed to prune a model without building it.
 
 Found once from the model's structure (`skeleton.survey`), and kept with the scores as JSON, so that a later run that
 only writes needs neither torch nor transformers. The JSON describes tensors by patterns of their names:
@@ -29,7 +29,7 @@ from streamprune.models.config_json import MOST_LAYERS, ExpertSpec
 
 #: Stand for a layer's and an expert's number in a pattern.
 LAYER, EXPERT = "{block}", "{expert}"
-#: Numbers of a name that are tried as the layer's or the expert's; real names have three at most.
+#: Numbers in a name that may be the layer's or the expert's; real names have three. A name with more fits no pattern.
 _MOST_NUMBERS = 8
 
 
@@ -52,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of a checkpoint tensor when experts go. `layer` is None for what lies outside the decoder's layers.
+    """How a checkpoint tensor changes when experts are removed. `layer` is None outside the decoder's layers.
 
     A tensor of one expert has that `expert`'s number, and as `family` its name with EXPERT in the number's place. One
     that holds all experts has `rows`. Any other is copied.
@@ -66,7 +66,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model as pruning sees it: its routed experts, the layers that have some, and how each tensor can be cut.
+    """What pruning needs of a model: its routed experts, the layers that have some, and how each tensor can be cut.
 
     `count_names` are the keys under which its config may state the number of experts, in addition to the usual ones.
     `dropped` are the tensors of multi-token prediction (MTP), which are left out.
@@ -183,7 +183,9 @@ def _cuts(patterns: Mapping[str, Sequence[int] | None], names: Iterable[str], dr
 
 def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
     segments = name.split(".")
-    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()][:_MOST_NUMBERS]
+    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()]
+    if len(numbers) > _MOST_NUMBERS:
+        return Cut(None)
     for layer, expert in itertools.product(numbers, (None, *numbers)):
         family = segments.copy()
         if expert is not None:
@@ -245,13 +247,13 @@ def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, l
     Before them, the name that they share, with EXPERT in the number's place.
     """
     split = [name.split(".") for name in names]
-    differing = [place for place in range(len(split[0])) if len({parts[place] for parts in split}) > 1]
+    differing = [place for place, values in enumerate(zip(*split, strict=False)) if len(set(values)) > 1]
     if len({len(parts) for parts in split}) == 1 and len(differing) == 1:
+        before, after = split[0][: differing[0]], split[0][differing[0] + 1 :]
         numbers = {parts[differing[0]]: name for parts, name in zip(split, names, strict=True)}
         missing = [expert for expert in range(count) if str(expert) not in numbers]
         if not missing and len(numbers) == count:
-            family = ".".join((*split[0][: differing[0]], EXPERT, *split[0][differing[0] + 1 :]))
-            return family, [numbers[str(expert)] for expert in range(count)]
+            return ".".join((*before, EXPERT, *after)), [numbers[str(expert)] for expert in range(count)]
         if all(number.isdigit() for number in numbers):
             raise CheckpointError(
                 f"The checkpoint has only {len(names)} of the {count} experts of {parameter}; the first missing one is "
@@ -272,9 +274,9 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers: int) -> list[str]:
     """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
 
-    Checkpoints keep them under a name of their own, or as further decoder layers after the last one: as many as the
-    config says (`mtp_layers`), or such as hold tensors that only MTP layers have. Raises CheckpointError for a further
-    layer that is neither: it is one of the model's own, and the config is wrong.
+    Checkpoints name them `mtp` or `nextn`, or number them as further decoder layers: as many as the config says
+    (`mtp_layers`), or layers with tensors that only MTP layers have. Raises CheckpointError for any other further
+    layer: it is one of the model's own, and the config is wrong.
     """
     matches = {name: _NUMBERED.match(name) for name in targets}
     lists = {match.group(1) for name, match in matches.items() if match and targets[name].layer is not None}

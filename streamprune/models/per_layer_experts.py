@@ -2,8 +2,8 @@
 
 transformers has a config key for such models, `per_layer_config`, but its model classes still give every layer the same
 number. So an output gets a module, named by `auto_map`, whose classes build the stock model and replace the layers that
-differ. What must be known of the model for that (`LoadingFacts`) is found by `per_layer_loading`, once, and kept with
-the scores. Nothing here needs torch or transformers. A model that has different numbers already can be measured by
+differ. What is needed of the model for that (`LoadingFacts`) is found once by `per_layer_loading`, and kept with the
+scores. Nothing here needs torch or transformers. A model that has different numbers already can be measured by
 `fit`; it cannot be scored or pruned again.
 """
 
@@ -74,7 +74,7 @@ class LoadingClass(msgspec.Struct, frozen=True):
 
 
 class LoadingFacts(msgspec.Struct, frozen=True):
-    """What has to be known of a model to write an output of it that has different numbers of experts per layer.
+    """What is needed to write an output of a model that has different numbers of experts per layer.
 
     `path` leads from config.json to the part that describes the decoder, `inner` further to a part of that which states
     the number of experts (DBRX's `ffn_config`), or is None; `names` are the keys that state it there, the config
@@ -98,7 +98,7 @@ class LoadingFacts(msgspec.Struct, frozen=True):
 
 
 def loading_facts_from_json(value: Any) -> LoadingFacts:
-    """The facts that were kept as JSON.
+    """The facts from their JSON in the scores.
 
     Raises CheckpointError for anything else: they may come from a stranger, and become code.
     """

@@ -190,7 +190,8 @@ def _find_experts(decoder: Decoder, rows: Mapping[str, ExpertRows]) -> dict[int,
             reason = UNSUPPORTED_EXPERTS.get(type(module).__name__)
             if reason is not None:
                 raise UnsupportedModelError(f"{model} cannot be scored: {reason}.")
-            if _is_experts_module(module):
+            takes_routing = set(inspect.signature(type(module).forward).parameters) >= EXPERTS_ARGUMENTS
+            if takes_routing or dispatches_experts(module) or type(module).__name__ in DENSE_EXPERTS:
                 found.add(path)
                 break
     for layer, found in experts.items():
@@ -201,11 +202,6 @@ def _find_experts(decoder: Decoder, rows: Mapping[str, ExpertRows]) -> dict[int,
                 "than routing tokens to feed-forward networks."
             )
     return {layer: found.pop() for layer, found in sorted(experts.items())}
-
-
-def _is_experts_module(module: nn.Module) -> bool:
-    takes_routing = set(inspect.signature(type(module).forward).parameters) >= EXPERTS_ARGUMENTS
-    return takes_routing or dispatches_experts(module) or type(module).__name__ in DENSE_EXPERTS
 
 
 def dispatches_experts(module: nn.Module) -> bool:

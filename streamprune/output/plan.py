@@ -110,7 +110,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """The decided output: so many experts stay (`counts`, by layer that has some), in these files with this config.
+    """The decided output: how many experts stay (`counts`, by layer that has some), its files and its config.
 
     `files` are small files that are made for the output, by name.
     """

@@ -1,4 +1,4 @@
-"""Proof of a result, from the files as they lie on the disk: every tensor by its origin. Streaming, in bounded memory.
+"""Proof of a result, from the files on the disk: every tensor by its origin. Streaming, in bounded memory.
 
 A tensor that is a slice of the source is compared with the source's bytes; one that a stage has computed is proved by
 the SHA-256 on record.
@@ -40,7 +40,7 @@ class Proof:
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
     """Prove a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
 
-    What has to be in it follows from the source and from its streamprune.json: the experts that were kept, and the
+    What it must hold follows from the source and from its streamprune.json: the experts that were kept, and the
     tensors that were computed. Memory: two portions of a file, whatever the sizes.
     """
     # Only here: proving the files of a run needs neither torch nor transformers.
@@ -77,9 +77,10 @@ def prove_tensors(
     folder: Path,
     entries: Mapping[str, TensorEntry],
 ) -> Proof:
-    """Prove that the tensors `entries` in `folder` are the expected ones, each by its origin.
+    """Prove that the tensors `entries` in `folder` are the expected ones.
 
-    That is the folder `source`, of which the experts `kept` stay by layer, or for the tensors `computed` their hash.
+    Each is compared with the bytes in the folder `source`, of which the experts `kept` stay by layer; those that are
+    `computed` are proved by their hash.
     Raises VerifyError for a tensor that is missing, unexpected, of another shape or dtype, or that differs in a byte.
     """
     names = {tensor.name for tensor in tensors}

@@ -255,15 +255,14 @@ class OutputWriter:
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_atomically(target, _read_source(self._checkpoint.folder / relative))
-        write_atomically(self._staging / INDEX_NAME, _to_json(index))
-        kept = {layer["index"]: layer["kept"] for layer in report["layers"]}
-        write_atomically(self._staging / CONFIG_NAME, _to_json(dict(self.plan.config_for(kept))))
-        for name, contents in self.plan.files.items():
-            write_atomically(self._staging / name, contents)
+        config = self.plan.config_for({layer["index"]: layer["kept"] for layer in report["layers"]})
         computed = self._computed(self.plan.shards)
         full = {**report, "computed": msgspec.to_builtins(computed)} if computed else report
-        write_atomically(self._staging / REPORT_NAME, _to_json(full))
-        write_atomically(self._staging / "README.md", card.encode())
+        values = {INDEX_NAME: index, CONFIG_NAME: dict(config), REPORT_NAME: full}
+        texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in values.items()}
+        files = {name: text.encode() for name, text in (texts | {"README.md": card}).items()}
+        for name, contents in {**files, **self.plan.files}.items():
+            write_atomically(self._staging / name, contents)
 
     def _check_sizes(self) -> None:
         for shard in self.plan.shards:
@@ -314,7 +313,3 @@ def _file_bytes(shard: ShardPlan) -> int:
     # Every hash has the same length.
     stages = {tensor.name: Computed(tensor.stage, "0" * 64) for tensor in shard.tensors if tensor.stage is not None}
     return len(_encode_header(shard, stages)) + shard.nbytes
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
