@@ -102,8 +102,8 @@ def redirect(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
             streaming=True,
         )
 
-    monkeypatch.setattr("streamprune.calibration.hub_data.load_stream", load_stream)
-    monkeypatch.setattr("streamprune.calibration.hub_data._commit", lambda source: "c0ffee")
+    monkeypatch.setattr("streamprune.calibration.sources.load_stream", load_stream)
+    monkeypatch.setattr("streamprune.calibration.sources._commit", lambda source: "c0ffee")
 
 
 def tool_model(folder: Path) -> Path:

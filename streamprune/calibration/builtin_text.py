@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+#: The calibration that needs no file: all domains, or some of them ("builtin:code,prose").
+BUILTIN = "builtin"
 #: Longest document that is cut from a source file, in characters.
 DOCUMENT_CHARACTERS = 6000
 #: Folders of the standard library that are not of it (installed packages), are test data, or are tables.

@@ -6,30 +6,22 @@ padding is counted.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from streamprune.calibration.hub_data import open_dataset
 from streamprune.calibration.recipe import Recipe, Source
 from streamprune.calibration.records import TokenMaker, content_of
-from streamprune.calibration.sources import Row, files_of, read_builtin, read_files, shuffled
+from streamprune.calibration.sources import Row, rows_of
 from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from streamprune.errors import CalibrationError
 
 #: Lengths that a bucketed document may have between one power of two and the next.
 BUCKETS = 16
-#: Built-in documents that are held at a time: the seed decides their order already, but pieces of one module follow
-#: one another. Making many more would take seconds.
-_HELD_BUILTIN = 64
-#: Seeds of the libraries that shuffle are no larger.
-_SEEDS = 2**32
 
 
 class Packer:
@@ -157,12 +149,12 @@ class Supply:
     """
 
     def __init__(self, source: Source, target: SourceTarget, recipe: Recipe, commit: str | None, maker: TokenMaker):
-        self.source, self.target = source, target
+        self.source, self.target, self.commit = source, target, commit
         self.tokens = self.records = self._rows_seen = 0
-        self.left_out: list[Path] = []
         self._taken: list[tuple[bool, int, torch.Tensor]] = []
         self._recipe, self._maker, self._length = recipe, maker, recipe.sequence_length or DEFAULT_SEQ_LEN
-        self._made = self._make(self._rows(commit))
+        rows, self.left_out = rows_of(source, recipe.seed, commit)
+        self._made = self._make(rows)
 
     @property
     def sequences(self) -> list[torch.Tensor]:
@@ -222,22 +214,6 @@ class Supply:
     def _keep(self, made: _Made) -> None:
         self._taken.append((made.is_cuttable, made.number, torch.tensor(made.ids, dtype=torch.int64)))
         self.tokens += len(made.ids)
-
-    def _rows(self, commit: str | None) -> Iterator[tuple[int, Row]]:
-        """The source's rows with their numbers, in the order in which they are used."""
-        source = self.source
-        seed = (self._recipe.seed if source.seed is None else source.seed) % _SEEDS
-        rng = random.Random(seed)
-        if source.builtin is not None:
-            return shuffled(read_builtin(source.builtin, seed), rng, _HELD_BUILTIN)
-        if source.dataset is not None:
-            return shuffled(open_dataset(source, seed, commit), rng)
-        taken = []
-        for path in source.paths:
-            files, left_out = files_of(path)
-            taken += files
-            self.left_out += left_out
-        return shuffled(read_files(taken, rng), rng)
 
     def _make(self, rows: Iterator[tuple[int, Row]]) -> Iterator[_Made]:
         divider: Packer | Cutter | None = None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 import msgspec
 import yaml
 
-from streamprune.calibration.builtin_text import DOMAINS
-from streamprune.calibration.sources import BUILTIN, file_opened, named_path
+from streamprune.calibration.builtin_text import BUILTIN, DOMAINS
 from streamprune.calibration.templates import compiled, parse_path
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import CalibrationError
@@ -202,6 +203,36 @@ RECIPE_KEYS, SOURCE_KEYS = Recipe.__struct_fields__, Source.__struct_fields__
 _KEYS = sorted({key for kind in (Recipe, Source, Turn, Range, Columns) for key in kind.__struct_fields__})
 
 
+def named_path(text: str) -> tuple[Path, bool]:
+    """The path that the user wrote, and whether there is something. CalibrationError for what can be no path here."""
+    try:
+        if "\0" in text:
+            raise ValueError("it has a null character in it")
+        path = Path(text).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # No permission, a name too long for the file system, or the home of a user who does not exist.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CalibrationError(f"{text[:300]!r} cannot be opened: {reason}.") from None
+
+
+@contextmanager
+def file_opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that the user named, for reading. Raises CalibrationError where that cannot be done."""
+    try:
+        if path.is_dir():
+            raise CalibrationError(f"{path} is a folder, where a file is wanted.")
+        with path.open("rb") as stream:
+            yield stream
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"There is no calibration file {path}. Give a recipe, a text, JSONL or parquet file, a folder of them, or "
+            f"{BUILTIN} for built-in text."
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes of `configs/calibration` by name, wherever the package is installed."""
     # In the repository `recipes` is a link to that folder; a wheel has the files themselves.
@@ -223,6 +254,15 @@ def find_recipe(name: str) -> Path | None:
     if name not in shipped and (near := difflib.get_close_matches(name, shipped, 1, 0.7)):
         raise CalibrationError(f"There is neither a file nor a recipe {name!r}. Did you mean {near[0]!r}?")
     return shipped.get(name)
+
+
+def builtin_domains(source: str) -> list[str]:
+    """The domains that `builtin` or `builtin:code,prose` names. Raises CalibrationError for unknown ones."""
+    domains = source.partition(":")[2]
+    names = domains.split(",") if domains else list(DOMAINS)
+    if unknown := [name for name in names if name not in DOMAINS]:
+        raise CalibrationError(f"{source}: no domain {unknown[0]!r}. There are {', '.join(DOMAINS)}.")
+    return list(dict.fromkeys(names))
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -13,11 +13,19 @@ from typing import Any
 import msgspec
 import torch
 
-from streamprune.calibration.hub_data import commits_of
-from streamprune.calibration.pack import SourceTarget, Supply, divided, targets_of
-from streamprune.calibration.recipe import NamedSources, Recipe, Source, find_recipe, read_recipe
+from streamprune.calibration.builtin_text import BUILTIN
+from streamprune.calibration.pack import Supply, divided, targets_of
+from streamprune.calibration.recipe import (
+    NamedSources,
+    Recipe,
+    Source,
+    builtin_domains,
+    find_recipe,
+    named_path,
+    read_recipe,
+)
 from streamprune.calibration.records import TokenMaker
-from streamprune.calibration.sources import BUILTIN, builtin_domains, named_path
+from streamprune.calibration.sources import commits_of
 from streamprune.config import DEFAULT_SEQ_LEN
 from streamprune.errors import CalibrationError
 
@@ -138,14 +146,12 @@ def load_calibration(
         sequence_length=_sequence_length(recipe, seq_len, max_positions),
         seed=recipe.seed if seed is None else seed,
     )
-    recipe, targets, notes = _without_idle(recipe, targets_of(recipe, samples))
+    targets = zip(recipe.sources, targets_of(recipe, samples), strict=True)
+    used = [(source, target) for source, target in targets if target.sequences != 0]
     # All are asked for and opened before the first is read: what is missing shows at once.
-    commits = commits_of(recipe.sources)
+    commits = commits_of(source for source, _ in used)
     with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions) as maker:
-        supplies = [
-            Supply(source, target, recipe, commits.get(source.name), maker)
-            for source, target in zip(recipe.sources, targets, strict=True)
-        ]
+        supplies = [Supply(source, target, recipe, commits.get(source.name), maker) for source, target in used]
         if not recipe.strict:
             _fill_up(supplies)
         for supply in supplies:
@@ -156,11 +162,11 @@ def load_calibration(
     source_of = [index for index, supply in enumerate(supplies) for _ in supply.sequences]
     return Calibration(
         tuple(sequences),
-        tuple(source.name for source in recipe.sources),
+        tuple(supply.source.name for supply in supplies),
         tuple(source_of),
         fingerprint_of(sequences, source_of),
-        tuple(notes + _remarks(recipe, supplies)),
-        {**_provenance(recipe, supplies, commits), "given": given},
+        tuple(_remarks(recipe, supplies)),
+        {**_provenance(recipe, supplies), "given": given},
     )
 
 
@@ -218,16 +224,6 @@ def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | N
     return length
 
 
-def _without_idle(recipe: Recipe, targets: list[SourceTarget]) -> tuple[Recipe, list[SourceTarget], list[str]]:
-    """The recipe without the sources that would get none of so few sequences; and a note of that."""
-    used = [pair for pair in zip(recipe.sources, targets, strict=True) if pair[1].sequences != 0]
-    if len(used) == len(targets):
-        return recipe, targets, []
-    recipe = msgspec.structs.replace(recipe, sources=[source for source, _ in used])
-    note = f"So few sequences are only of {', '.join(source.name for source in recipe.sources)}."
-    return recipe, [target for _, target in used], [note]
-
-
 def _fill_up(supplies: Sequence[Supply]) -> None:
     """Take as many sequences as all together want; what some sources lack is taken of the others, in equal parts."""
     wanted = [(supply, supply.target.sequences or 0) for supply in supplies]
@@ -244,11 +240,13 @@ def _fill_up(supplies: Sequence[Supply]) -> None:
 
 def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
     """What the user should know of what was got: where it is less than, or other than, what was asked for."""
-    notes = [
-        f"{supply.source.name}: {len(supply.left_out)} files are no text, first {supply.left_out[0]}."
-        for supply in supplies
-        if supply.left_out
-    ]
+    notes = []
+    if len(supplies) < len(recipe.sources):
+        notes.append(f"So few sequences are only of {', '.join(supply.source.name for supply in supplies)}.")
+    for supply in supplies:
+        if supply.left_out:
+            left_out = f"{len(supply.left_out)} files are no text, first {supply.left_out[0]}"
+            notes.append(f"{supply.source.name}: {left_out}.")
     tokens = sum(supply.tokens for supply in supplies)
     if not recipe.strict:
         counts = [(supply, len(supply.sequences), supply.target.sequences or 0) for supply in supplies]
@@ -271,15 +269,15 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
     return notes
 
 
-def _provenance(recipe: Recipe, supplies: Sequence[Supply], commits: Mapping[str, str]) -> dict[str, Any]:
+def _provenance(recipe: Recipe, supplies: Sequence[Supply]) -> dict[str, Any]:
     """How the tokens were made, as JSON, with nothing in it that differs between machines."""
-    sources = []
-    for supply in supplies:
-        made: dict[str, Any] = {"name": supply.source.name, **supply.source.public()}
-        if supply.source.name in commits:
-            made["commit"] = commits[supply.source.name]
-        made |= {"share": supply.target.share, "records": supply.records}
-        sources.append(made | {"sequences": len(supply.sequences), "tokens": supply.tokens})
+    sources = [
+        {"name": supply.source.name, **supply.source.public()}
+        | ({} if supply.commit is None else {"commit": supply.commit})
+        | {"share": supply.target.share, "records": supply.records}
+        | {"sequences": len(supply.sequences), "tokens": supply.tokens}
+        for supply in supplies
+    ]
     stated = {"name": recipe.name, "description": recipe.description} if recipe.strict else {}
     made_as = {"mode": recipe.mode, "sequence_length": recipe.sequence_length, "seed": recipe.seed}
     return {**stated, **made_as, "sources": sources}

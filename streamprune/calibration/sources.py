@@ -1,25 +1,26 @@
-"""From files, folders and built-in text to rows: records as they are in their files. Nothing in them is trusted.
+"""From a source to rows: records as they are in files, folders, data sets of the Hub and the built-in text.
 
-A file is read line by line, or a few rows at a time, and only as far as rows are asked for.
+Nothing in them is trusted. A file is read line by line, or a few rows at a time, and only as far as rows are asked for;
+data sets are streamed, and nothing of them is kept on the disk.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from streamprune.calibration import builtin_text as corpus
+from streamprune.calibration.builtin_text import BUILTIN, DOMAINS
+from streamprune.calibration.recipe import Source, file_opened
+from streamprune.checkpoint.hub import ANSWER_SECONDS, first_line
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json
 from streamprune.hardware.memory import format_bytes
 
-#: The calibration that needs no file: all domains of `corpus`, or some of them ("builtin:code,prose").
-BUILTIN = "builtin"
 #: Rows that are held at most to be drawn from in a random order, and bytes of them as they are in their files. (Token
 #: ids and other numbers take about eight times as much in memory.)
 MOST_HELD_ROWS, MOST_HELD_BYTES = 10_000, 1 << 25
@@ -34,6 +35,12 @@ _SNIFFED_BYTES = 1 << 13
 BATCH_ROWS = 16
 #: Bytes of text, and numbers of columns and row groups, that a parquet file's description may claim.
 _MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS = 1 << 26, 1 << 20
+#: Built-in documents that are held at a time: the seed decides their order already, but pieces of one module follow
+#: one another. Making many more would take seconds.
+_HELD_BUILTIN = 64
+#: Seeds of the libraries that shuffle are no larger.
+_SEEDS = 2**32
+DEFAULT_SPLIT = "train"
 
 
 @dataclass
@@ -65,48 +72,26 @@ def shuffled(rows: Iterator[Row], rng: random.Random, most_rows: int = MOST_HELD
     yield from held
 
 
-def named_path(text: str) -> tuple[Path, bool]:
-    """The path that the user wrote, and whether there is something. CalibrationError for what can be no path here."""
-    try:
-        if "\0" in text:
-            raise ValueError("it has a null character in it")
-        path = Path(text).expanduser()
-        return path, path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        # No permission, a name too long for the file system, or the home of a user who does not exist.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CalibrationError(f"{text[:300]!r} cannot be opened: {reason}.") from None
+def rows_of(source: Source, seed: int, commit: str | None) -> tuple[Iterator[tuple[int, Row]], list[Path]]:
+    """A source's rows with their numbers, in the order in which they are used; and files of it that are no text.
+
+    `seed` counts if the source has none of its own, and `commit` is that of its data set. Raises CalibrationError where
+    the source cannot be opened.
+    """
+    seed = (seed if source.seed is None else source.seed) % _SEEDS
+    rng = random.Random(seed)
+    if source.builtin is not None:
+        return shuffled(_read_builtin(source.builtin, seed), rng, _HELD_BUILTIN), []
+    if source.dataset is not None:
+        return shuffled(open_dataset(source, seed, commit), rng), []
+    found = [files_of(path) for path in source.paths]
+    rows = read_files([path for taken, _ in found for path in taken], rng)
+    return shuffled(rows, rng), [path for _, left_out in found for path in left_out]
 
 
-@contextmanager
-def file_opened(path: Path) -> Iterator[BinaryIO]:
-    """A file that the user named, for reading. Raises CalibrationError where that cannot be done."""
-    try:
-        if path.is_dir():
-            raise CalibrationError(f"{path} is a folder, where a file is wanted.")
-        with path.open("rb") as stream:
-            yield stream
-    except FileNotFoundError:
-        raise CalibrationError(
-            f"There is no calibration file {path}. Give a recipe, a text, JSONL or parquet file, a folder of them, or "
-            f"{BUILTIN} for built-in text."
-        ) from None
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def builtin_domains(source: str) -> list[str]:
-    """The domains that `builtin` or `builtin:code,prose` names. Raises CalibrationError for unknown ones."""
-    domains = source.partition(":")[2]
-    names = domains.split(",") if domains else list(corpus.DOMAINS)
-    if unknown := [name for name in names if name not in corpus.DOMAINS]:
-        raise CalibrationError(f"{source}: no domain {unknown[0]!r}. There are {', '.join(corpus.DOMAINS)}.")
-    return list(dict.fromkeys(names))
-
-
-def read_builtin(domain: str, seed: int) -> Iterator[Row]:
+def _read_builtin(domain: str, seed: int) -> Iterator[Row]:
     """The documents of a domain, in an order that the seed decides. Some never end."""
-    for number, text in enumerate(corpus.DOMAINS[domain](seed)):
+    for number, text in enumerate(DOMAINS[domain](seed)):
         yield Row(f"{BUILTIN}:{domain} document {number}", {"text": text}, len(text))
 
 
@@ -245,3 +230,116 @@ def _line(stream: BinaryIO, place: str) -> bytes:
 
 def _not_text(place: str, position: int) -> CalibrationError:
     return CalibrationError(f"{place} is not UTF-8 text (byte {position:,}). Give plain text, JSONL or parquet.")
+
+
+def commits_of(sources: Iterable[Source]) -> dict[str, str]:
+    """The commits that the revisions of all Hub data sets are now, by the names of their sources.
+
+    Raises CalibrationError, naming the source, where the library for data sets is missing, and where a data set is
+    gated, missing, or has no such revision.
+    """
+    datasets = [source for source in sources if source.dataset is not None]
+    for source in datasets[:1]:
+        if importlib.util.find_spec("datasets") is None:
+            raise CalibrationError(
+                f"Source {source.name!r} is the Hub data set {source.dataset}, which takes the `datasets` library: "
+                "install it with `pip install 'streamprune[datasets]'`, or give files of your own with 'path'."
+            )
+    found = {}
+    for source in datasets:
+        try:
+            commit = _commit(source)
+        except Exception as error:
+            # From several libraries, with no class in common.
+            raise _explained(source, error) from None
+        if commit is not None:
+            found[source.name] = commit
+    return found
+
+
+def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]:
+    """The rows of a source's data set at a commit, its shards in an order that the seed decides.
+
+    Raises CalibrationError, naming the source, where the data set has no such subset or split.
+    """
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        stream = load_stream(source, commit)
+        if not isinstance(stream, datasets.IterableDataset):
+            raise ValueError(f"{source.split or DEFAULT_SPLIT!r} is not a single split")
+        # Pictures and sound stay undecoded: only text is asked for.
+        stream = stream.decode(False)
+        if stream.num_shards > 1:
+            # A buffer of one row: only the order of the shards is left to the library.
+            stream = stream.shuffle(seed=seed, buffer_size=1)
+    except Exception as error:
+        raise _explained(source, error) from None
+    return _rows(source, stream)
+
+
+def load_stream(source: Source, commit: str | None) -> Any:
+    """A source's data set as the `datasets` library streams it."""
+    import datasets
+
+    return datasets.load_dataset(
+        source.dataset,
+        source.subset,
+        split=source.split or DEFAULT_SPLIT,
+        revision=commit,
+        data_files=source.data_files,
+        data_dir=source.data_dir,
+        streaming=True,
+    )
+
+
+def _commit(source: Source) -> str | None:
+    """Raises what the Hub library raises, also for gated data sets."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    assert source.dataset is not None
+    hub.auth_check(source.dataset, repo_type="dataset")
+    return hub.dataset_info(source.dataset, revision=source.revision, timeout=ANSWER_SECONDS).sha
+
+
+def _rows(source: Source, stream: Any) -> Iterator[Row]:
+    try:
+        for number, values in enumerate(stream, 1):
+            yield Row(f"source {source.name!r} ({source.dataset}) record {number}", values, _size(values))
+    except Exception as error:
+        raise _explained(source, error) from None
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a record takes."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values())) + 64
+    return sum(map(_size, value)) + 64 if isinstance(value, list) else 16
+
+
+def _explained(source: Source, error: Exception) -> CalibrationError:
+    """What went wrong with a data set, and what to do."""
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub_errors
+
+    what = f"Source {source.name!r}: the Hub data set {source.dataset}"
+    page = f"{HfApi().endpoint}/datasets/{source.dataset}"
+    login = "log in with `hf auth login` or set HF_TOKEN."
+    if isinstance(error, hub_errors.GatedRepoError):
+        return CalibrationError(f"{what} is gated. Ask for access at {page}, then {login}")
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return CalibrationError(f"{what} has no branch, tag or commit {source.revision!r}. Choose another 'revision'.")
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return CalibrationError(f"{what} does not exist, or is private. Check the name; if it is private, {login}")
+    subset = "" if source.subset is None else f"subset {source.subset!r}, "
+    reason = first_line(str(error)) or type(error).__name__
+    advice = f"Check the recipe against {page}, and the connection."
+    if "scripts are no longer supported" in reason:
+        advice = "The Hub may have a copy without the script: try with 'revision: refs/convert/parquet'."
+    chosen = f"{subset}split {source.split or DEFAULT_SPLIT!r}"
+    return CalibrationError(f"{what} ({chosen}) cannot be read: {reason}. {advice}")
