@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
 from streamprune.errors import InterruptedRunError, VerifyError
@@ -189,7 +191,7 @@ def complete(
     small_files = [path.as_posix() for path in decided.checkpoint.small_files()]
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
-    writer.finish(record.as_json(), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
+    writer.finish(to_builtins(record), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -77,7 +78,8 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     spread: Number | None = None
     floor: Count | None = None
     protect_super_experts: bool | None = None
-    max_shard_bytes: Positive | None = None
+    # Any size may be asked for, however large.
+    max_shard_bytes: Annotated[int, Meta(ge=1)] | None = None
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):
@@ -255,11 +257,6 @@ class Record(Struct, frozen=True, kw_only=True):
         """The super experts that were protected, by layer."""
         return {int(index): experts for index, experts in self.protected.items() if experts}
 
-    def as_json(self) -> dict[str, Any]:
-        """What streamprune.json holds."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
-        return found
-
 
 def make_record(
     provenance: Mapping[str, Any],
@@ -278,7 +275,7 @@ def make_record(
     # In one order, whether it comes from a run or was read from a file.
     origin = json.loads(json.dumps(provenance, sort_keys=True))
     scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
-    spec, use = plan.layout.spec, settings.serving
+    spec = plan.layout.spec
     found = {
         "settings": {
             "model": origin["model"],
@@ -289,12 +286,7 @@ def make_record(
             "total": counts.total,
             "max_shard_bytes": settings.max_shard_bytes,
         },
-        "use": {
-            "context": use.context,
-            "batch": use.batch,
-            "kv_dtype": use.kv_dtype,
-            "budget_bytes": counts.budget.nbytes if counts.budget else None,
-        },
+        "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],
         "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k},
         "calibration": origin["calibration"],
@@ -312,14 +304,12 @@ def make_record(
 
 def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
     return {
-        "method": settings.method,
+        **asdict(settings),
         # The seed changes nothing for other methods.
         "seed": (settings.seed or 0) if METHODS[settings.method].is_random else None,
         "mix": settings.shares,
         "schedule": public_name(settings.schedule) if settings.has_schedule_file else settings.schedule,
         "spread": settings.spread_used,
-        "floor": settings.floor,
-        "protect_super_experts": settings.protect_super_experts,
     }
 
 
