@@ -166,25 +166,22 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     that are still missing are those of multi-token prediction, which every output leaves out.
     """
     facts: list[WeightFact] = []
-    counts = record.counts
+    layers = dict.fromkeys(record.counts, record.experts)
     for fact in weights.facts:
-        kept = counts.get(fact.layer) if fact.layer is not None else None
-        if kept is not None and fact.rows is not None:
+        nbytes = fact.nbytes
+        if fact.layer in layers and fact.rows is not None:
             extent = fact.shape[fact.rows.axis]
-            wanted = fact.rows.stride * record.experts + fact.rows.tail
-            shape = tuple(wanted if axis == fact.rows.axis else size for axis, size in enumerate(fact.shape))
-            facts.append(replace(fact, shape=shape, nbytes=fact.nbytes // extent * wanted))
-        elif kept is not None and fact.expert is not None:
-            if fact.expert == 0:
-                facts.extend(replace(fact, expert=number) for number in range(record.experts))
-        else:
-            facts.append(fact)
+            nbytes = nbytes // extent * (fact.rows.stride * record.experts + fact.rows.tail)
+        elif fact.layer in layers and fact.expert is not None:
+            # The first one stands for all.
+            nbytes *= record.experts if fact.expert == 0 else 0
+        facts.append(replace(fact, nbytes=nbytes))
     left_out = record.source.bytes - sum(fact.nbytes for fact in facts)
     if left_out and not (record.dropped and left_out > 0):
         return None
     if left_out:
         facts.append(WeightFact("multi-token prediction", "U8", (left_out,), left_out, "MTP"))
-    return Weights(tuple(facts), record.experts, weights.measured)
+    return Weights(tuple(facts), record.experts, weights.measured, layers)
 
 
 def read_scores_of(output: Path, record: Record) -> Scores | None:
