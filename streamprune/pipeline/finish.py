@@ -19,7 +19,7 @@ from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import reached, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
-from streamprune.hardware.memory import format_bytes
+from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter
@@ -124,6 +124,14 @@ class SelectionResult:
             "seconds": round(seconds, 3),
             "memory": estimate_object(estimate) if estimate is not None else None,
         }
+
+
+def check_room(settings: OutputSettings, work: WorkFolder, in_work: int, output: int) -> None:
+    """Raise ResourceError unless the disks have room for so many bytes in the work folder and of the output."""
+    check_disk(work.folder, in_work)
+    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
+        # The finished output is copied there.
+        check_disk(settings.output, output)
 
 
 def write_layers(

@@ -12,9 +12,9 @@ import torch
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
-from streamprune.hardware.memory import check_disk, core_count, existing_folder, format_bytes
+from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.pipeline.finish import print_dropped, print_memory, print_notes
+from streamprune.pipeline.finish import check_room, print_dropped, print_memory, print_notes
 from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
@@ -84,10 +84,7 @@ def print_work(
     """Print how large the work folder may become. Raises ResourceError if the disk has no room for it."""
     written, states = prepared.planned_bytes, memory.needs.states
     # Two generations of states are kept, and a third exists while it is written.
-    check_disk(work.folder, written + 3 * states)
-    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
-        # The output is copied there in the end.
-        check_disk(settings.output, written)
+    check_room(settings, work, written + 3 * states, written)
     new = f"the new weights {format_bytes(written)}, " if written else ""
     progress.say(
         f"work folder: {work.folder}, up to {format_bytes(written + 3 * states)} ({new}saved hidden states up to "

@@ -19,7 +19,7 @@ from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsEr
 from streamprune.files.json_text import show
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
+from streamprune.hardware.memory import check_disk, format_bytes
 from streamprune.models.config_json import ExpertSpec, stated_experts
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
@@ -55,7 +55,8 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         with on_exit(work, progress.say):
             check_place(settings)
             _begin(settings, decided, work)
-            _check_room(settings, decided, work)
+            to_write = max(0, decided.plan.output_bytes - folder_bytes(work.staging))
+            finish.check_room(settings, work, to_write, decided.plan.output_bytes)
             writer = OutputWriter(decided.plan, decided.checkpoint, settings, work)
             stop.patient = True
             finish.write_layers(decided, writer, work, progress, stop)
@@ -253,12 +254,3 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     records.write_pruning(
         folder, records.RecordedPruning(command=records.command_of(settings), layers=layers, decided=now)
     )
-
-
-def _check_room(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
-    """Refuse if the disk has no room for what is not written yet."""
-    written = decided.plan.output_bytes
-    check_disk(work.folder, max(0, written - folder_bytes(work.staging)))
-    if existing_folder(settings.output).stat().st_dev != work.folder.stat().st_dev:
-        # The finished output is copied there.
-        check_disk(settings.output, written)

@@ -112,7 +112,9 @@ def needs_of(
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
     longest = max(len(sequence) for sequence in calibration.sequences)
     read, recast = _as_read(opened)
-    largest, loading, rows = 0, _non_layer_bytes_as_read(skeleton, recast), skeleton.expert_rows
+    # Of the non-layer weights those that are converted are in memory with what they are made of.
+    loading = sum(size for name, size in recast.items() if _is_non_layer(skeleton, name))
+    largest, rows = 0, skeleton.expert_rows
     for index, module in enumerate(skeleton.layers[:layers]):
         prefix = f"{skeleton.layers_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
@@ -152,11 +154,10 @@ def _as_read(opened: OpenedModel) -> tuple[dict[int, int], Counter[str]]:
     return read, recast
 
 
-def _non_layer_bytes_as_read(skeleton: Decoder, recast: Mapping[str, int]) -> int:
-    """Bytes of the non-layer weights that are converted: as read, they are in memory with the converted ones."""
+def _is_non_layer(skeleton: Decoder, name: str) -> bool:
+    """Whether a parameter is the decoder's, and of no layer."""
     decoder = skeleton.layers_path.rpartition(".")[0]
-    inside = decoder + "." if decoder else ""
-    return sum(size for name, size in recast.items() if name.startswith(inside) and skeleton.layer_of(name) is None)
+    return name.startswith(decoder + "." if decoder else "") and skeleton.layer_of(name) is None
 
 
 def states_per_token(text: Any, itemsize: int, length: int) -> int:
@@ -189,13 +190,9 @@ def _shape_of(text: Any) -> ModelShape:
 
 def _non_layer_bytes(skeleton: Decoder) -> int:
     """Bytes of what `LayerWeights.load_non_layer_weights` loads without the head: the decoder without its layers."""
-    decoder = skeleton.layers_path.rpartition(".")[0]
-    inside = skeleton.layers_path + "."
-    found = {id(tensor): tensor.nbytes for _, tensor in _tensors(skeleton.model.get_input_embeddings())}
-    for name, tensor in _tensors(skeleton.model):
-        if not name.startswith(inside) and name.startswith(decoder + "." if decoder else ""):
-            found[id(tensor)] = tensor.nbytes
-    return sum(found.values())
+    inside = [tensor for name, tensor in _tensors(skeleton.model) if _is_non_layer(skeleton, name)]
+    inside += [tensor for _, tensor in _tensors(skeleton.model.get_input_embeddings())]
+    return sum({id(tensor): tensor.nbytes for tensor in inside}.values())
 
 
 def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
