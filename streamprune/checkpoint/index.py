@@ -127,8 +127,10 @@ def _open(folder: Path) -> Checkpoint:
         )
     config = read_json(folder / CONFIG_NAME)
     indexed = _indexed_files(folder, config)
+    files = sorted(set(indexed.values())) or [SINGLE_NAME]
+    _check_present(folder, files)
     tensors: dict[str, TensorEntry] = {}
-    for file in sorted(set(indexed.values())) if indexed else [SINGLE_NAME]:
+    for file in files:
         for entry in read_header(folder, file):
             if entry.name in tensors:
                 raise CheckpointError(
@@ -176,12 +178,9 @@ def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         )
     found = {path.name for path in folder.iterdir()}
     if SINGLE_NAME in found:
-        _check_present(folder, {SINGLE_NAME})
         return {}
     if INDEX_NAME in found:
-        indexed = read_index(folder / INDEX_NAME)
-        _check_present(folder, set(indexed.values()))
-        return indexed
+        return read_index(folder / INDEX_NAME)
     pickled = sorted(name for name in found if name.endswith(PICKLE_SUFFIXES))
     if pickled:
         raise CheckpointError(
@@ -216,8 +215,8 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_present(folder: Path, files: set[str]) -> None:
-    missing = sorted(file for file in files if not (folder / file).is_file())
+def _check_present(folder: Path, files: list[str]) -> None:
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         path = folder / missing[0]
         link = f" (a link to {path.readlink()})" if path.is_symlink() else ""
@@ -226,7 +225,7 @@ def _check_present(folder: Path, files: set[str]) -> None:
             "Complete the download and try again."
         )
     home = folder.resolve()
-    for file in sorted(files):
+    for file in files:
         where = (folder / file).parent.resolve()
         if not where.is_relative_to(home):
             raise CheckpointError(
