@@ -83,12 +83,13 @@ def save_states(folder: Path, count: int, load: Callable[[int], BatchState], fac
         for number in range(count):
             state, tensors = load(number), list[torch.Tensor]()
             output, carried = _encode(state.output, tensors), _encode(state.carried, tensors)
-            flat = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
-            specs = ((str(n), _DTYPES[tensor.dtype], tensor.shape, tensor.nbytes) for n, tensor in enumerate(flat))
+            specs = ((str(n), _DTYPES[tensor.dtype], tensor.shape, tensor.nbytes) for n, tensor in enumerate(tensors))
             header = encode_header({}, specs)
-            entries.append(_StateEntry(len(header) + sum(tensor.nbytes for tensor in flat), output, carried))
+            entries.append(_StateEntry(len(header) + sum(tensor.nbytes for tensor in tensors), output, carried))
             yield header
-            yield from (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in flat if tensor.nbytes)
+            for tensor in tensors:
+                if tensor.nbytes:
+                    yield tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     checksum = stream_atomically(folder / DATA_NAME, portions())
     write_record(folder / INDEX_NAME, msgspec.to_builtins(_Index(dict(facts), entries, checksum)))
