@@ -154,7 +154,7 @@ class _Run:
     What it opens is closed with `stack`; on any exit, finished work is kept.
     """
 
-    #: In rank 0 alone; `full_text` is the calibration with its held-out text, `recorded` that of the run to resume.
+    #: In rank 0 alone; `full_text` is the calibration with its held-out text, `recorded` the run to resume.
     work: WorkFolder
     full_text: Calibration
     recorded: RecordedRun | None

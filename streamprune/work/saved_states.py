@@ -83,8 +83,10 @@ def save_states(folder: Path, count: int, load: Callable[[int], BatchState], fac
         for number in range(count):
             state, tensors = load(number), list[torch.Tensor]()
             output, carried = _encode(state.output, tensors), _encode(state.carried, tensors)
-            specs = ((str(n), _DTYPES[tensor.dtype], tensor.shape, tensor.nbytes) for n, tensor in enumerate(tensors))
-            header = encode_header({}, specs)
+            header = encode_header(
+                {},
+                ((str(place), _DTYPES[each.dtype], each.shape, each.nbytes) for place, each in enumerate(tensors)),
+            )
             entries.append(_StateEntry(len(header) + sum(tensor.nbytes for tensor in tensors), output, carried))
             yield header
             for tensor in tensors:
