@@ -20,7 +20,7 @@ STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
 #: The work folder is named like the output, with this suffix.
 WORK_SUFFIX = ".work"
-#: Bytes of a file's name, on every usual file system.
+#: Most bytes in a file name, on every usual file system.
 LONGEST_NAME = 255
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
@@ -29,7 +29,7 @@ DEFAULT_SEQ_LEN = 2048
 #: large, and on a GPU to read the weights seldom. Of 1,024, 2,048, 4,096 and 8,192 on a CPU, tools/bench's
 #: `mid` shape is fastest with the last two, of which 4,096 takes 200 MiB less.
 DEFAULT_BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
-#: So many keep the device busy: hidden states go to a slower place before micro-batches get smaller than this.
+#: Tokens that keep the device busy: hidden states move to slower memory before micro-batches get smaller than this.
 COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
 #: Seconds between two saves of the hidden states. A save writes all of them to the disk; what was computed since the
 #: last one is computed again after a kill.
@@ -38,7 +38,7 @@ DEFAULT_CHECKPOINT_EVERY = 60.0
 DEFAULT_CONTEXT = 32768
 #: Tokens of all sequences together that can be planned for: far beyond any GPU.
 MOST_TOKENS = 2**40
-#: Hugging Face's own default before it grew: every tool reads such shards comfortably.
+#: The default of earlier transformers versions: small enough for every tool.
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -55,7 +55,7 @@ def check_least(name: str, value: int | None, least: int) -> None:
 
 
 def check_amounts(samples: int | None, seq_len: int | None) -> None:
-    """Raise SettingsError for numbers of sequences, or of tokens in them, that are too small."""
+    """Raise SettingsError for too few sequences, or too few tokens per sequence."""
     check_least("--samples", samples, 1)
     check_least("--seq-len", seq_len, 2)
 
@@ -74,8 +74,8 @@ def sibling_path(output: Path, suffix: str) -> Path:
 class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
-    `keep` is the number of experts that stay in every layer; None for all. Where layers may differ, `total` is the
-    number of all layers together instead, and `widest` that of the layer that keeps most, where it is known.
+    `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
+    number in all layers together instead, and `widest` the number in the layer that keeps most, if known.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -118,7 +118,7 @@ class PruningTarget(SelectionSettings):
             raise SettingsError(
                 f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
             )
-        # Checks its values when it is made.
+        # Creating it checks its values.
         _ = self.serving
 
     @property
@@ -141,8 +141,8 @@ class PruningTarget(SelectionSettings):
         given = self.targets_given
         if self.has_schedule_file and (given > 1 or self.keep is not None or self.ratio is not None):
             raise SettingsError(
-                f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, and so taken for a file that lists how "
-                "many experts stay. Leave out --keep and --ratio; a budget is only checked."
+                f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, so it is read as a file that lists how "
+                "many experts stay. Omit --keep and --ratio; a budget is only checked."
             )
         if given != 1 and not self.has_schedule_file:
             raise SettingsError(
@@ -201,7 +201,7 @@ class ComputeSettings:
         for name, limit in (("--vram-gib", self.vram_gib), ("--ram-gib", self.ram_gib)):
             if limit is not None and not 0 < limit * 2**30 < float("inf"):
                 raise SettingsError(
-                    f"{name} {limit:g} is no amount of memory. Give GiB above 0, for example {name} 16."
+                    f"{name} {limit:g} is not an amount of memory. Give GiB above 0, for example {name} 16."
                 )
         if self.device == "cpu":
             self.check_device("cpu")
@@ -234,7 +234,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
 
     With `evaluate` a part of the calibration is held out and measured on; `stop_if_kl` (nats per token) ends a run
-    whose damage there is larger.
+    whose KL divergence there is larger.
     """
 
     only_score: bool = False
@@ -264,7 +264,9 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
         if self.stop_if_kl is not None and not self.evaluate:
             raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} needs --evaluate, which measures the KL.")
         if self.stop_if_kl is not None and not 0 < self.stop_if_kl < float("inf"):
-            raise SettingsError(f"--stop-if-kl {self.stop_if_kl:g} is no KL divergence. Give nats per token above 0.")
+            raise SettingsError(
+                f"--stop-if-kl {self.stop_if_kl:g} is not a KL divergence. Give nats per token above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +286,14 @@ class PruneSettings(OutputSettings, PruningTarget):
         if self.keep_file is None:
             self.check_one_target()
         elif self.targets_given:
-            raise SettingsError("--keep-file says itself how many experts stay. Leave out --keep, --ratio and budget.")
+            raise SettingsError("--keep-file says itself how many experts stay. Omit --keep, --ratio and the budget.")
         PruningTarget.__post_init__(self)
         OutputSettings.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(ComputeSettings):
-    """The settings of `streamprune eval`, as far as it streams: which model, against which, on what text."""
+    """The settings of `streamprune eval` for held-out text: which model, against which original, on what text."""
 
     model: str
     against: str | None = None

@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model: Path
 def test_builtin_domains(model: Path) -> None:
     records = load(model, "builtin:records", seq_len=64)
     assert '"type"' in text_of(model, torch.cat(records.sequences))
-    with pytest.raises(CalibrationError, match=r"no domain 'poems'\. There are code, prose, arithmetic, records"):
+    with pytest.raises(CalibrationError, match=r"unknown domain 'poems'\. Domains: code, prose, arithmetic, records"):
         load(model, "builtin:code,poems")
 
 
@@ -114,7 +114,7 @@ def test_default_sequence_length_follows_the_model(model: Path) -> None:
         (b'{"input_ids": []}\n', "empty 'input_ids'"),
         (b'{"messages": [{"role": 1}, 3]}\n', "line 1 has 3 among its messages, where an object"),
         (b"\xff\xfe\n", "not UTF-8 text"),
-        (b"\n\n", "no text in it"),
+        (b"\n\n", "it contains no text"),
         (b'{"text": "ab"}\n', "shorter than one sequence of 8 tokens"),
     ],
 )
@@ -135,10 +135,10 @@ def test_other_refusals(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="longer than the 256 positions"):
         load(model, "builtin", seq_len=257)
     long = write_lines(tmp_path / "long.jsonl", {"input_ids": [5] * 300})
-    with pytest.raises(CalibrationError, match="300 tokens, but the model knows only 256 positions"):
+    with pytest.raises(CalibrationError, match="300 tokens, but the model has only 256 positions"):
         load(model, long)
     (tmp_path / "t.txt").write_text("zzzzzzzzzzzzzzzzzzz")
-    with pytest.raises(CalibrationError, match="Tokenizer and model do not belong together"):
+    with pytest.raises(CalibrationError, match="The tokenizer does not belong to this model"):
         load(model, tmp_path / "t.txt", vocab_size=50)
 
 

@@ -82,7 +82,7 @@ def test_token_ids_of_a_model_without_a_tokenizer(place: Path, tmp_path: Path) -
         (["agentik"], 1, "Did you mean 'agentic'?"),
         (["builtin", "--samples", "0"], 2, "--samples 0 is too small: at least 1"),
         (["builtin", "--seq-len", "1"], 2, "--seq-len 1 is too small: at least 2"),
-        (["builtin:poems"], 1, "no domain 'poems'"),
+        (["builtin:poems"], 1, "unknown domain 'poems'"),
     ],
 )
 def test_refusals(arguments: list[str], status: int, words: str, place: Path) -> None:

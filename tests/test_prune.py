@@ -254,7 +254,7 @@ def test_a_schedule_file_says_how_many(qwen: Model, tmp_path: Path) -> None:
     assert [len(layer.kept) for layer in result.layers] == [3, 8, 2, 5]
     run(qwen.settings(tmp_path / "run", **goal), quiet=True)
     assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
-    with pytest.raises(SettingsError, match="Leave out --keep"):
+    with pytest.raises(SettingsError, match="Omit --keep"):
         qwen.prune(tmp_path / "none", keep=3, **goal)
 
 

@@ -102,7 +102,7 @@ def test_a_folder_is_all_the_text_in_it(model: Path) -> None:
         ["one", "two", "three", "four", "five", '{\n "six": 6\n}']
     )
     assert calibration.sources == ("texts",)
-    assert "texts: 3 files are no text, first" in calibration.notes[0]
+    assert "texts: 3 files are not text, first" in calibration.notes[0]
     (model.parent / "pictures").mkdir()
     (folder / "picture.png").rename(model.parent / "pictures" / "a.png")
     with pytest.raises(CalibrationError, match="none of the 1 files in it is text, JSONL or parquet"):
@@ -136,7 +136,7 @@ def test_templates(model: Path) -> None:
     (made,) = made_of(model, {"path": "a.jsonl", "field": "meta.lang"})
     assert made == "de</s>"
     with pytest.raises(
-        CalibrationError, match=r"a\.jsonl line 1 has no 'answer', which source 'a.jsonl' asks for; it has"
+        CalibrationError, match=r"a\.jsonl line 1 has no 'answer', which source 'a.jsonl' needs; it has"
     ):
         made_of(model, {"path": "a.jsonl", "text": "{{ q }} {{ answer }}"})
     with pytest.raises(CalibrationError, match="has no '2'"):
@@ -239,14 +239,14 @@ def test_builtin_sources(model: Path) -> None:
     [
         ("{{ a", "not a template"),
         ("{{ }}", "not a template"),
-        ("{a}", "{a} in single braces, which is plain text: write {{a}} for the field"),
-        ("{{ b }} {meta.lang} {c[0]}", "{meta.lang} in single braces"),
-        ("{{ a.upper() }}", "a template with a call: only fields can be read"),
-        ("{% for a in b %}{% endfor %}", "a template with a for"),
-        ("{% set a = 1 %}", "a template with a assign"),
-        ("{% include 'x' %}", "a template with a include"),
-        ("{{ 9 ** 9 ** 9 }}", "a template with a pow"),
-        ("{{ 'x' * 10 ** 12 }}", "a template with a mul"),
+        ("{a}", "{a} is plain text: write {{a}} for the field"),
+        ("{{ b }} {meta.lang} {c[0]}", "{meta.lang} is plain text"),
+        ("{{ a.upper() }}", "`call` is not allowed in a template: only fields"),
+        ("{% for a in b %}{% endfor %}", "`for` is not allowed"),
+        ("{% set a = 1 %}", "`assign` is not allowed"),
+        ("{% include 'x' %}", "`include` is not allowed"),
+        ("{{ 9 ** 9 ** 9 }}", "`pow` is not allowed"),
+        ("{{ 'x' * 10 ** 12 }}", "`mul` is not allowed"),
         ("{{ a|xmlattr }}", "No filter named 'xmlattr'"),
     ],
 )
@@ -277,7 +277,7 @@ def test_what_a_template_can_do() -> None:
 
 @pytest.mark.parametrize("text", ["a.", "[0]", "a[x]", "a[99999999999]", "", "{a}", "x" * 201])
 def test_texts_that_are_no_paths(text: str) -> None:
-    with pytest.raises(ValueError, match="names no field"):
+    with pytest.raises(ValueError, match="is not a field path"):
         parse_path(text)
 
 

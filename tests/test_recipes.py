@@ -71,7 +71,7 @@ def test_a_share_that_so_few_sequences_cannot_meet_is_told(model: Path) -> None:
     calibration = calibrate(model, recipe(source("a", share=2), source("b", share=1)), samples=4)
     assert calibration.tokens_of == (96, 32)
     assert "b has 25.0% of the tokens instead of 33.3%" in calibration.notes[1]
-    with pytest.raises(CalibrationError, match=r"Source 'b' .* would get none of 2 sequences of 32 tokens"):
+    with pytest.raises(CalibrationError, match=r"Source 'b' .* would get 0 of 2 sequences of 32 tokens"):
         calibrate(model, recipe(source("a", share=9), source("b", share=1)), samples=2)
 
 
@@ -186,7 +186,7 @@ def test_files_named_directly_have_equal_parts_and_fill_up(model: Path) -> None:
     assert mix.notes == ("short.jsonl gave 7 of the 10 sequences of its share.",)
     few = load_calibration(["builtin"], model, samples=2, seq_len=10, vocab_size=256, max_positions=256)
     assert few.sources == ("code", "prose")
-    assert few.notes == ("So few sequences are only of code, prose.",)
+    assert few.notes == ("With so few sequences, only these sources are used: code, prose.",)
 
 
 def test_a_recipe_stands_alone(model: Path) -> None:
@@ -218,10 +218,10 @@ def test_sources_that_are_too_short_or_empty(model: Path) -> None:
         calibrate(model, recipe(source("a", share=1), source("short", share=1)))
     with pytest.raises(CalibrationError, match="288 tokens in the 3 records that may be drawn, 18%"):
         calibrate(model, recipe(source("a", share=1), source("b", share=1, samples=3)))
-    with pytest.raises(CalibrationError, match="it has 3 of the 9 records that are asked for"):
+    with pytest.raises(CalibrationError, match="it has 3 of the 9 required records"):
         calibrate(model, {"sequence_length": 32, "sources": [source("short", samples=9)]})
     short.write_text("\n\n")
-    with pytest.raises(CalibrationError, match="Source 'short' of recipe 'recipe': there is no text in it"):
+    with pytest.raises(CalibrationError, match="Source 'short' of recipe 'recipe': it contains no text"):
         calibrate(model, recipe(source("a"), source("short")))
     with pytest.raises(CalibrationError, match="The sequence length 32 of 'recipe' is longer than the 16 positions"):
         calibrate(model, recipe(source("a")), max_positions=16)

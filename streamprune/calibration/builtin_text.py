@@ -1,6 +1,6 @@
 """Text that every Python installation has, or that a few lines generate: four domains, always the same.
 
-It is the `builtin` calibration, with which a first run needs no file, and what the demo's model is trained on.
+It is the `builtin` calibration, for a first run without files, and the training text of the demo's model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 #: The calibration that needs no file: all domains, or some of them ("builtin:code,prose").
 BUILTIN = "builtin"
-#: Longest document that is cut from a source file, in characters.
+#: Longest document, in characters; source files are cut into such pieces.
 DOCUMENT_CHARACTERS = 6000
-#: Folders of the standard library that are not of it (installed packages), are test data, or are tables.
+#: Folders that are left out: installed packages, test data and tables.
 LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings")
 )
@@ -100,7 +100,7 @@ DOMAINS: dict[str, Callable[[int], Iterator[str]]] = {
 
 def _library_sources(seed: int) -> Iterator[str]:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    # Parts below the folder only: Python itself may well be installed under somebody's /home/test.
+    # Only parts below the folder count: Python itself may be installed under a folder with such a name.
     paths = [path for path in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(folder).parts)]
     random.Random(seed).shuffle(paths)
     for path in paths:
@@ -113,7 +113,7 @@ def _library_sources(seed: int) -> Iterator[str]:
 
 
 def _documented(source: str) -> tuple[ast.Module, list[Any]]:
-    """A module's tree, and what in it may have a docstring; an empty one for what this Python cannot parse."""
+    """A module's tree, and its nodes that may have a docstring; an empty tree if this Python cannot parse it."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -136,7 +136,7 @@ def _comment_blocks(source: str) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Documents of a text, without those too short to be any use."""
+    """The text cut into documents, without very short ones."""
     for start in range(0, len(text), DOCUMENT_CHARACTERS):
         piece = text[start : start + DOCUMENT_CHARACTERS]
         if len(piece) > 200:

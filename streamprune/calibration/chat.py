@@ -1,4 +1,4 @@
-"""Rendering chats with the model's chat template: a stranger's program, run where it can do no harm.
+"""Rendering chats with the model's chat template: an untrusted program, so it runs in a limited process.
 
 transformers renders templates in Jinja's sandbox, which keeps them from attributes and files, but not from looping for
 ever or from filling the memory: `{{ 'x' * 10**12 }}` and `{{ 9**9**9 }}` are single steps that no signal handler or
@@ -63,8 +63,8 @@ class ChatRenderer:
     def render(self, chat: Chat) -> str:
         """The text of a chat.
 
-        Raises CalibrationError, naming the record, where the template refuses it, takes more than MOST_SECONDS or
-        MOST_MEMORY, or makes more than MOST_TEXT bytes of it.
+        Raises CalibrationError, naming the record, if the template raises an error, exceeds MOST_SECONDS or
+        MOST_MEMORY, or produces more than MOST_TEXT bytes.
         """
         if self._child is None:
             self._start()
@@ -73,20 +73,20 @@ class ChatRenderer:
             request = json.dumps((chat.messages, chat.tools, dict(chat.variables)), default=str).encode()
         except RecursionError:
             raise CalibrationError(f"{chat.place} is nested too deeply for a chat.") from None
-        # A child that is gone cannot be written to; that it is gone shows when it is read from.
+        # If the child has ended, writing fails; reading reports it below.
         with contextlib.suppress(ConnectionError):
             self._pipe.send_bytes(request)
         try:
             answer = self._pipe.recv_bytes() if self._pipe.poll(MOST_SECONDS) else None
         except (EOFError, ConnectionError):
             raise CalibrationError(
-                f"{chat.place}: the model's chat template went beyond every limit of time or memory with this chat, "
-                f"and was ended by the system. {_ADVICE}"
+                f"{chat.place}: the model's chat template exceeded the limits of time or memory with this chat, "
+                f"and was killed by the system. {_ADVICE}"
             ) from None
         if answer is None:
             raise CalibrationError(
-                f"{chat.place}: the model's chat template was not done with this chat after {MOST_SECONDS:g} seconds, "
-                f"and was stopped. {_ADVICE}"
+                f"{chat.place}: the model's chat template was still running after {MOST_SECONDS:g} seconds with this "
+                f"chat, and was stopped. {_ADVICE}"
             )
         text: str = answer[1:].decode("utf-8", errors="replace")
         if answer[:1] == _REFUSAL:
@@ -104,12 +104,12 @@ class ChatRenderer:
         theirs.close()
 
 
-#: What an answer begins with.
+#: The first byte of an answer: text follows, or an error message.
 _TEXT, _REFUSAL = b"t", b"e"
 
 
 def _render_all(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
-    """The child: render what is asked for, one chat after the other, until nobody is left to ask; and end."""
+    """The child process: render one chat after the other until the parent closes the pipe, then exit."""
     try:
         parents.close()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -118,12 +118,12 @@ def _render_all(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
         while True:
             request = pipe.recv_bytes()
-            # Should the parent be killed, nobody else would end a template that loops.
+            # If the parent is killed, only this limit ends a template that loops.
             seconds = int(time.process_time() + MOST_SECONDS) + 2
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
             pipe.send_bytes(_render(tokenizer, *json.loads(request)))
     except BaseException:
-        # Whatever it is, also the end of the requests: nothing of the parent's is cleaned up or written a second time.
+        # Always exit at once, so that nothing of the parent is cleaned up or flushed a second time.
         os._exit(1)
 
 
@@ -133,13 +133,13 @@ def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, variab
             variables = {"tools": tools, **variables}
         text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
         if not isinstance(text, str):
-            return _REFUSAL + f"it gives a {type(text).__name__} instead of text".encode()
+            return _REFUSAL + f"it returns a {type(text).__name__} instead of text".encode()
         data = text.encode()
     except MemoryError:
-        return _REFUSAL + f"it takes more than {MOST_MEMORY:,} bytes of memory".encode()
+        return _REFUSAL + f"it needs more than {MOST_MEMORY:,} bytes of memory".encode()
     except Exception as error:
-        # A chat template is a program: it may refuse roles, orders or contents in any way.
+        # A chat template is a program: it may raise anything for roles, orders or contents that it does not accept.
         return _REFUSAL + (str(error).strip() or type(error).__name__)[:500].encode(errors="replace")
     if len(data) > MOST_TEXT:
-        return _REFUSAL + f"it makes {len(data):,} bytes of text of it, more than {MOST_TEXT:,}".encode()
+        return _REFUSAL + f"it produces {len(data):,} bytes of text, more than {MOST_TEXT:,}".encode()
     return _TEXT + data

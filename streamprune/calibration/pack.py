@@ -32,7 +32,7 @@ class Packer:
         self._buffer: list[int] = []
 
     def add(self, document: list[int]) -> Iterator[list[int]]:
-        """Append a document; the sequences that are full now."""
+        """Append a document and yield each sequence that is now full."""
         self._buffer += document
         begin = 0
         while True:
@@ -65,7 +65,7 @@ def bucket(length: int) -> int:
 
 
 def _missing(prefix: list[int], tokens: list[int], begin: int) -> list[int]:
-    """What is missing before these tokens: chat templates write the beginning-of-text token themselves."""
+    """The prefix, or [] if the tokens already start with it, since chat templates add the BOS token themselves."""
     return [] if prefix and tokens[begin : begin + len(prefix)] == prefix else prefix
 
 
@@ -80,9 +80,10 @@ class SourceTarget:
 
 
 def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
-    """How much of each source is wanted. `samples` is the user's number of sequences instead of the recipe's.
+    """How much to take from each source.
 
-    Raises CalibrationError where a source with a share would get nothing.
+    `samples` (--samples) replaces the recipe's number of sequences, or of records if the recipe is `by_count`.
+    Raises CalibrationError if a source of a recipe would get nothing.
     """
     length = recipe.sequence_length or DEFAULT_SEQ_LEN
     if recipe.by_count:
@@ -90,7 +91,7 @@ def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
         if samples is not None:
             counts = divided(samples, counts)
         _check_counts(recipe, counts, "records")
-        return [SourceTarget(None if recipe.mode == "packed" else count, None, count) for count in counts]
+        return [SourceTarget(sequences=None if recipe.mode == "packed" else count, records=count) for count in counts]
     weights = [source.share or 1.0 for source in recipe.sources]
     if samples is None and recipe.tokens is not None:
         tokens = recipe.tokens
@@ -100,7 +101,7 @@ def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
         tokens = samples * length
     counts = divided(samples, weights)
     if not recipe.strict:
-        return [SourceTarget(count) for count in counts]
+        return [SourceTarget(sequences=count) for count in counts]
     if recipe.mode == "packed":
         _check_counts(recipe, counts, f"sequences of {length} tokens")
         counts = [count * length for count in counts]
@@ -108,7 +109,7 @@ def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
         counts = divided(tokens, weights)
         _check_counts(recipe, counts, "tokens")
     return [
-        SourceTarget(None, count, source.samples, weight / sum(weights))
+        SourceTarget(tokens=count, records=source.samples, share=weight / sum(weights))
         for count, source, weight in zip(counts, recipe.sources, weights, strict=True)
     ]
 
@@ -116,14 +117,14 @@ def targets_of(recipe: Recipe, samples: int | None) -> list[SourceTarget]:
 def _check_counts(recipe: Recipe, counts: Sequence[int], what: str) -> None:
     if 0 in counts:
         raise CalibrationError(
-            f"Source {recipe.sources[counts.index(0)].name!r} of recipe {recipe.name!r} would get none of "
+            f"Source {recipe.sources[counts.index(0)].name!r} of recipe {recipe.name!r} would get 0 of "
             f"{sum(counts):,} {what}. Give more --samples."
         )
 
 
 def divided(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts in proportion to weights, each less than 1 off; the largest remainders get one more."""
-    # Exactly, since totals may be larger than what floating point can count.
+    """`total` divided into integers in proportion to weights; those with the largest remainders are rounded up."""
+    # Exact fractions, since totals may exceed the integers that floats represent.
     fractions = [Fraction(weight) for weight in weights]
     exact = [total * weight / sum(fractions) for weight in fractions]
     parts = [int(part) for part in exact]
@@ -134,7 +135,7 @@ def divided(total: int, weights: Sequence[float]) -> list[int]:
 
 
 class _Made(NamedTuple):
-    """A sequence, and where it belongs among those of its source: ready ones, which are never cut, come first."""
+    """A sequence and its sort key within the source: pretokenized sequences, which are never cut, come first."""
 
     is_cuttable: bool
     number: int
@@ -142,10 +143,10 @@ class _Made(NamedTuple):
 
 
 class Supply:
-    """What is taken of a source: `sequences` with int64 token ids (L,), `tokens` of them together.
+    """The sequences taken from one source: int64 token ids (L,), with `tokens` in total.
 
-    `records` were drawn for that. `left_out` are files of a folder that are no text. Opening the source raises
-    CalibrationError where it cannot be read; `commit` is that of its data set.
+    `records` is the number of records drawn for them. `left_out` are files of a folder that are not text. `commit` is
+    that of a Hub data set. Opening the source raises CalibrationError if it cannot be read.
     """
 
     def __init__(self, source: Source, target: SourceTarget, recipe: Recipe, commit: str | None, maker: TokenMaker):
@@ -158,18 +159,18 @@ class Supply:
 
     @property
     def sequences(self) -> list[torch.Tensor]:
-        """The sequences taken so far. Those of ready ids stand in the order of the source."""
+        """The sequences taken so far. Pretokenized ones are in the order of the source."""
         return [ids for _, _, ids in sorted(self._taken, key=lambda taken: taken[:2])]
 
     def take(self, count: int) -> int:
-        """Take up to `count` more sequences; how many there were."""
+        """Take up to `count` more sequences, and return how many there were."""
         before = len(self._taken)
         for made in islice(self._made, count):
             self._keep(made)
         return len(self._taken) - before
 
     def take_target(self) -> None:
-        """Take sequences until there are the wanted tokens, or all of the records that may be drawn."""
+        """Take sequences until the target's tokens are reached, or its records are used up."""
         if self.target.tokens is None:
             for each in self._made:
                 self._keep(each)
@@ -177,12 +178,12 @@ class Supply:
         while (rest := self.target.tokens - self.tokens) > 0:
             made = next(self._made, None)
             if made is None or (not made.is_cuttable and self._taken and len(made.ids) > 2 * rest):
-                # None are left, or it is too much by more than what is missing without it.
+                # No sequence is left, or with it the excess is larger than the shortfall without it.
                 return
             self._keep(made._replace(ids=made.ids[:rest]) if made.is_cuttable else made)
 
     def check(self) -> None:
-        """Raise CalibrationError, naming the source, if it has nothing, or less than what its recipe asks of it."""
+        """Raise CalibrationError, naming the source, if it has nothing, or less than its recipe requires."""
         target, name = self.target, f"Source {self.source.name!r} of recipe {self._recipe.name!r}"
         if not self._recipe.strict:
             name = ", ".join(map(str, self.source.paths)) or self.source.name
@@ -190,7 +191,7 @@ class Supply:
         if not self._taken and self._rows_seen and not self.records and self.source.filter:
             reason = f": none of its {self._rows_seen:,} records passes its 'filter'."
         elif not self.records and not self._taken:
-            reason = ": there is no text in it. Give files that hold some."
+            reason = ": it contains no text."
         elif not self._taken:
             reason = (
                 f": the text is shorter than one sequence of {self._length} tokens. Give more text or a smaller "
@@ -198,14 +199,14 @@ class Supply:
             )
         elif target.share is None and self.records < (target.records or 0):
             reason = (
-                f" is too short: it has {self.records:,} of the {target.records:,} records that are asked for. "
-                "Give it fewer 'samples', or all of them fewer with --samples."
+                f" is too short: it has {self.records:,} of the {target.records:,} required records. "
+                "Reduce 'samples' of this source, or of all sources with --samples."
             )
         elif target.tokens is not None and self.tokens < target.tokens * 0.99:
             within = f" in the {target.records:,} records that may be drawn" if self.records == target.records else ""
             reason = (
                 f" is too short: it has {self.tokens:,} tokens{within}, {self.tokens / target.tokens:.0%} of the "
-                f"{target.tokens:,} that its share of {target.share or 0:.1%} asks for. Give fewer --samples, a "
+                f"{target.tokens:,} required for its share of {target.share or 0:.1%}. Give fewer --samples, a "
                 "smaller share, or more text."
             )
         if reason is not None:
@@ -235,7 +236,7 @@ class Supply:
                 return
 
     def _divider(self) -> Packer | Cutter:
-        # (Its prefix needs the tokenizer, which ready token ids do without.)
+        # (The prefix needs the tokenizer, which pretokenized records do not.)
         if self._recipe.mode == "packed":
             return Packer(self._maker.prefix, self._length)
         return Cutter(self._maker.prefix, self._length, self._recipe.mode == "bucketed")

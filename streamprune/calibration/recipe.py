@@ -1,4 +1,4 @@
-"""A calibration recipe: which sources, in which shares, made into sequences in which way; read from YAML or JSON."""
+"""A calibration recipe, read from YAML or JSON: its sources, their shares, and how sequences are made of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.tables import plain
 
 SUFFIXES = (".yaml", ".yml", ".json")
-#: Recipes have a few kilobytes; YAML is parsed by Python, a megabyte of it in a minute.
+#: Recipes have a few kilobytes, and parsing a megabyte of YAML takes a minute.
 MOST_BYTES = 1 << 18
 
 #: How documents become sequences.
@@ -38,7 +38,7 @@ Bound = Annotated[float, msgspec.Meta(gt=-1e300, lt=1e300)]
 Scalar = str | bool | int | float
 TextList = Annotated[list[Text], msgspec.Meta(min_length=1)]
 
-#: What `apply_chat_template` itself takes, which is not for the template.
+#: Parameters of `apply_chat_template` itself, which are no variables of the template.
 _RESERVED = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
@@ -47,8 +47,8 @@ _RESERVED = {
 
 
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One message of a chat that is built from a record's fields: its text as a template, and the field with the calls
-    of tools.
+    """One message of a chat that is built from a record's fields: its text as a template, and the field with the tool
+    calls.
     """
 
     role: Text
@@ -72,7 +72,7 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     def __post_init__(self) -> None:
         if self.min is None and self.max is None:
-            raise ValueError("An empty filter: give a value, a list of values, or 'min' and 'max'")
+            raise ValueError("An empty filter: give a value, a list of values, or 'min' or 'max'")
 
 
 class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -119,7 +119,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ValueError("Exactly one of 'path', 'builtin' and 'dataset' is needed")
         ways = [key for key in ("text", "field", "messages") if key in stated]
         if len(ways) > 1:
-            raise ValueError(f"Two ways from a record to text, {ways[0]!r} and {ways[1]!r}: give one")
+            raise ValueError(f"Both {ways[0]!r} and {ways[1]!r} say how a record becomes text: give one")
         for needed, keys in (
             ("dataset", ("subset", "split", "revision", "data_files", "data_dir")),
             ("messages", ("columns", "roles", "tools", "thinking", "template_options")),
@@ -130,7 +130,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         for key in self.template_options:
             if not key.isidentifier() or key in _RESERVED:
                 raise ValueError(f"{show(key)} in 'template_options' is not a variable of a chat template")
-        # Now, and not when the first record is read.
+        # Compiled here to report errors before the first record is read.
         if self.text is not None:
             compiled(self.text)
         for path in (self.field, self.messages, self.tools, *self.filter):
@@ -145,12 +145,12 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     @property
     def chat_variables(self) -> dict[str, Any]:
         """The variables of the chat template, in addition to messages and tools."""
-        # Qwen's templates and their kin ask for the first name, those of DeepSeek and Granite for the second.
+        # Templates of Qwen and similar models use the first name, those of DeepSeek and Granite the second.
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking, "thinking": self.thinking}
         return {**thinking, **self.template_options}
 
     def public(self) -> dict[str, Any]:
-        """What may be published of it, as JSON: no local folder is in it."""
+        """The source as JSON that may be published: without local folders."""
         stated = dict(msgspec.to_builtins(self))
         stated = {key: value for key, value in stated.items() if key not in ("name", "share", "samples", "path")}
         return stated | ({"path": [path.resolve().name for path in self.paths]} if self.path is not None else {})
@@ -159,9 +159,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """How calibration tokens are made. The total is `tokens`, or `samples` times the sequence length.
 
-    How documents become sequences (`mode`). `packed`: laid end to end and divided into full sequences. `documents`:
-    each one by itself, cut at the sequence length. `bucketed`: the same, with every length rounded down to one of
-    sixteen per power of two, so that many are equal and go through the model together.
+    `mode` is how documents become sequences. `packed`: concatenated and divided into full sequences. `documents`:
+    each by itself, cut at the sequence length. `bucketed`: the same, with every length rounded down to one of sixteen
+    per power of two, so that many are equal and go through the model together.
     """
 
     sources: Annotated[list[Source], msgspec.Meta(min_length=1)]
@@ -172,19 +172,19 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     tokens: Count | None = None
     mode: Literal[MODES] = "packed"  # type: ignore[valid-type]
     seed: Seed = 0
-    #: Whether a source that is too short is an error; else it gives what it has, and the others fill up.
+    #: Whether a source that is too short is an error. Otherwise more is taken from the others.
     strict: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.tokens is not None:
-            raise ValueError("Both 'samples' and 'tokens' are given: say the total in one way")
+            raise ValueError("Both 'samples' and 'tokens' are given: give one of them")
         without = [number for number, source in enumerate(self.sources) if source.share is None]
         if without and len(without) < len(self.sources):
             name = self.sources[without[0]].name or without[0]
             raise ValueError(f"Source {name!r} has no 'share', but others do: give it to all or to none")
         if self.by_count and (self.samples is not None or self.tokens is not None):
             raise ValueError(
-                "Both a total ('samples' or 'tokens') and 'samples' of every source are given: leave one of them out"
+                "Both a total ('samples' or 'tokens') and 'samples' of every source are given: omit one of them"
             )
 
     @property
@@ -194,7 +194,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class NamedSources(Recipe, frozen=True):
-    """What the user named without a recipe: equal parts, where the others fill up for one that is too short."""
+    """Sources that the user named without a recipe: equal parts, but more of the others if one is too short."""
 
     strict: ClassVar[bool] = False
 
@@ -204,7 +204,7 @@ _KEYS = sorted({key for kind in (Recipe, Source, Turn, Range, Columns) for key i
 
 
 def named_path(text: str) -> tuple[Path, bool]:
-    """The path that the user wrote, and whether there is something. CalibrationError for what can be no path here."""
+    """The path that the user wrote, and whether it exists. Raises CalibrationError for an invalid path."""
     try:
         if "\0" in text:
             raise ValueError("it has a null character in it")
@@ -218,10 +218,10 @@ def named_path(text: str) -> tuple[Path, bool]:
 
 @contextmanager
 def file_opened(path: Path) -> Iterator[BinaryIO]:
-    """A file that the user named, for reading. Raises CalibrationError where that cannot be done."""
+    """A file that the user named, open for reading. Raises CalibrationError if it cannot be read."""
     try:
         if path.is_dir():
-            raise CalibrationError(f"{path} is a folder, where a file is wanted.")
+            raise CalibrationError(f"{path} is a folder, not a file.")
         with path.open("rb") as stream:
             yield stream
     except FileNotFoundError:
@@ -243,7 +243,7 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(name: str) -> Path | None:
     """The recipe file that the user means: a path, or the name of a shipped one; None if it is neither.
 
-    Raises CalibrationError for a name that is nearly that of a shipped recipe, and of nothing else.
+    Raises CalibrationError for a name that is neither, but similar to that of a shipped recipe.
     """
     path, exists = named_path(name)
     if path.suffix.lower() in SUFFIXES:
@@ -261,12 +261,12 @@ def builtin_domains(source: str) -> list[str]:
     domains = source.partition(":")[2]
     names = domains.split(",") if domains else list(DOMAINS)
     if unknown := [name for name in names if name not in DOMAINS]:
-        raise CalibrationError(f"{source}: no domain {unknown[0]!r}. There are {', '.join(DOMAINS)}.")
+        raise CalibrationError(f"{source}: unknown domain {unknown[0]!r}. Domains: {', '.join(DOMAINS)}.")
     return list(dict.fromkeys(names))
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a file. Raises CalibrationError, naming file and key, for whatever is wrong with it.
+    """The recipe in a file. Raises CalibrationError, naming file and key, if it is invalid.
 
     The file's name is the recipe's if it states none; relative paths in it start from the file's folder.
     """
@@ -274,7 +274,7 @@ def read_recipe(path: Path) -> Recipe:
         data = stream.read(MOST_BYTES + 1)
     hint = "If it has records, one per line, name it .jsonl."
     if len(data) > MOST_BYTES:
-        raise CalibrationError(f"{path} has more than {format_bytes(MOST_BYTES)}, which no recipe has. {hint}")
+        raise CalibrationError(f"{path} has more than {format_bytes(MOST_BYTES)}, the limit for a recipe. {hint}")
     kind, hint = ("JSON", f" {hint}") if path.suffix.lower() == ".json" else ("YAML", "")
     try:
         raw = parse_json(data, unique=True) if kind == "JSON" else yaml.load(data.decode("utf-8"), _Loader)
@@ -296,7 +296,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain data only; no aliases, with which a few lines stand for more than any memory holds."""
+    """Plain data only, and no aliases, since nested aliases can expand to more than memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -312,7 +312,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def _completed(source: Source, folder: Path) -> Source:
-    """A source with a name of its own, and its paths as seen from the recipe's folder."""
+    """The source with a name, and with its paths relative to the recipe's folder resolved."""
     paths = [folder / named_path(str(path))[0] for path in source.paths]
     default = source.dataset.rpartition("/")[2] if source.dataset else paths[0].name if paths else source.builtin
     name = msgspec.convert((source.name or default or "").strip(), Name)
@@ -320,9 +320,9 @@ def _completed(source: Source, folder: Path) -> Source:
 
 
 def _check_plain(value: Any) -> None:
-    """Raise ValueError for empty values, and for keys and text that could not be written to our own files."""
+    """Raise ValueError for null, and for keys and text that could not be written to the output's files."""
     if value is None:
-        raise ValueError("A value is empty (null): give one, or leave the key out")
+        raise ValueError("A value is empty (null): give one, or omit the key")
     if isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode()):
         raise ValueError(f"{show(value)} has characters that cannot be written to a file")
     if isinstance(value, dict):
@@ -334,7 +334,7 @@ def _check_plain(value: Any) -> None:
 
 
 def _explained(message: str, raw: Any) -> str:
-    """A message of msgspec with its place in front, and with what the user may have meant."""
+    """A message of msgspec with the key's location in front, and with a suggestion."""
     message, _, place = message.partition(" - at ")
     if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
         near = difflib.get_close_matches(unknown.group(1)[:100], _KEYS, 1, 0.5)
@@ -345,7 +345,7 @@ def _explained(message: str, raw: Any) -> str:
     elif "matching regex" in message:
         message = "Not a name: up to 100 characters, without '=', ',' and ':'"
     elif "enum value" in message:
-        message += f"; there are {', '.join(DOMAINS if place.endswith('builtin`') else MODES)}"
+        message += f"; allowed: {', '.join(DOMAINS if place.endswith('builtin`') else MODES)}"
     elif "Expected `str" in message and "got" in message:
         message += " (numbers and dates that are meant as text need quotes)"
     place = place.strip("`").removeprefix("$").removeprefix(".")

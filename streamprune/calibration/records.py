@@ -16,7 +16,7 @@ from streamprune.calibration.templates import MissingFieldError, filled, text_of
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 
-#: What a conversation's keys and roles are called in ShareGPT's format.
+#: The keys and roles of a conversation in ShareGPT's format.
 SHAREGPT_COLUMNS = {"role": "from", "content": "value"}
 SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -24,14 +24,14 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-#: A document before tokenization: text, a chat, or ready token ids.
+#: A document before tokenization: text, a chat, or token ids.
 Content = str | Chat | list[Any]
 
 
 def content_of(row: Row, source: Source) -> Content | None:
-    """What a source makes of a row; None for rows that are filtered out or have only white space.
+    """The document in a row of a source; None for rows that are filtered out or have only white space.
 
-    Raises CalibrationError, naming the record and the field, where it lacks a field that the source asks for.
+    Raises CalibrationError, naming the record and the field, if it lacks a field that the source needs.
     """
     try:
         if not all(_meets(value_at(row.values, path), wanted) for path, wanted in source.filter.items()):
@@ -39,7 +39,7 @@ def content_of(row: Row, source: Source) -> Content | None:
         content = _content(row, source)
     except MissingFieldError as error:
         raise CalibrationError(
-            f"{row.place} has no {error.args[0]!r}, which source {source.name!r} asks for; it has {_keys(row.values)}."
+            f"{row.place} has no {error.args[0]!r}, which source {source.name!r} needs; it has {_keys(row.values)}."
         ) from None
     except RecursionError:
         raise CalibrationError(f"{row.place} is nested too deeply.") from None
@@ -53,7 +53,7 @@ def _content(row: Row, source: Source) -> Content:
     if source.field is not None:
         return text_of(value_at(values, source.field))
     if messages is None:
-        # By the names that are usual for a record's fields.
+        # Look for the usual field names.
         ids = values.get("input_ids")
         if isinstance(ids, list):
             return ids
@@ -66,7 +66,7 @@ def _content(row: Row, source: Source) -> Content:
         return text
     raise CalibrationError(
         f"{row.place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has "
-        f"{_keys(values)}. A recipe can say what to make of other fields."
+        f"{_keys(values)}. A recipe can state which other fields to use."
     )
 
 
@@ -75,11 +75,11 @@ def _keys(values: Mapping[str, Any]) -> str:
 
 
 def _meets(value: Any, wanted: Any) -> bool:
-    """Whether a field's value is a certain one, one of several, or a number within a range."""
+    """Whether a field's value equals `wanted`, is in that list, or is a number within that range."""
     if isinstance(wanted, Range):
         within = _is_number(value) and (wanted.min is None or value >= wanted.min)
         return within and (wanted.max is None or value <= wanted.max)
-    # In Python true equals 1, which nobody means here.
+    # In Python True == 1; here they differ.
     return any(
         value == each and (type(value) is type(each) or (_is_number(value) and _is_number(each)))
         for each in (wanted if isinstance(wanted, list) else [wanted])
@@ -91,7 +91,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _labelled(row: Row, labels: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The row's fields, with numbers that stand for names replaced by them."""
+    """The row's fields, with label numbers replaced by their names."""
     values = dict(row.values)
     for name, names in labels.items():
         if name not in values:
@@ -124,9 +124,9 @@ def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
 
 
 def _parsed(place: str, values: Mapping[str, Any], path: str, what: str) -> list[Any]:
-    """The list in a field, which may hold it as JSON text, as in many a parquet file; none for a missing list of tools.
+    """The list in a field, which may be JSON text, as in many parquet files; an empty list if tools are null.
 
-    Raises CalibrationError, naming the record, where it is no list of `what`.
+    Raises CalibrationError, naming the record, if it is not a list of `what`.
     """
     value = value_at(values, path)
     if isinstance(value, str):
@@ -144,9 +144,9 @@ def _parsed(place: str, values: Mapping[str, Any], path: str, what: str) -> list
 
 
 def _message(place: str, message: Any, source: Source) -> dict[str, Any]:
-    """A message with the keys that chat templates know. What it says is left for the template to refuse."""
+    """A message with the keys that chat templates use. The template checks the values."""
     if not isinstance(message, dict):
-        # Some versions of transformers would let it through, as a message without role and content.
+        # Some versions of transformers would accept it, as a message without role and content.
         raise CalibrationError(
             f"{place} has {show(message)} among its messages, where an object with 'role' is needed."
         )
@@ -154,7 +154,7 @@ def _message(place: str, message: Any, source: Source) -> dict[str, Any]:
     roles: dict[str, str] = source.roles
     if not columns and "role" not in message and "from" in message:
         columns, roles = SHAREGPT_COLUMNS, SHAREGPT_ROLES | roles
-    # Parquet gives every message all the keys that any has, with nothing in them.
+    # In parquet every message has the keys of all messages, with null for those that it lacks.
     others = {key: value for key, value in message.items() if key not in columns.values() and value is not None}
     result = others | {key: message[column] for key, column in columns.items() if column in message}
     if isinstance(result.get("role"), str):
@@ -167,7 +167,7 @@ def _message(place: str, message: Any, source: Source) -> dict[str, Any]:
 
 
 def _call(call: Any) -> Any:
-    """A tool call as chat templates want it, its arguments as an object and not as JSON in a string."""
+    """A tool call as chat templates expect it, with its arguments as an object instead of a JSON string."""
     call = _wrapped(call)
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
@@ -179,13 +179,13 @@ def _call(call: Any) -> Any:
             arguments = parse_json(function["arguments"].encode())
         except (ValueError, RecursionError):
             arguments = None
-        # A model may have written what is no JSON: the template gets that as it is.
+        # A model may have written invalid JSON: the template gets it unchanged.
         function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
     return call | {"function": function}
 
 
 def _wrapped(item: Any) -> Any:
-    """A tool or a call in OpenAI's form; some data sets leave out the outer object."""
+    """A tool or a call in OpenAI's format; some data sets omit the outer object."""
     if isinstance(item, dict):
         item = {key: value for key, value in item.items() if value is not None}
         if "function" not in item and "name" in item:
@@ -194,9 +194,9 @@ def _wrapped(item: Any) -> Any:
 
 
 class TokenMaker:
-    """The model's tokenizer, loaded by the first record that needs it. Use as a context manager.
+    """The model's tokenizer, loaded when the first record needs it. Use as a context manager.
 
-    `vocab_size` is how many tokens the model knows, and `max_positions` the longest sequence, if it has a limit.
+    `vocab_size` is the model's number of tokens, and `max_positions` its longest sequence, if it has a limit.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool, vocab_size: int, max_positions: int | None) -> None:
@@ -213,7 +213,7 @@ class TokenMaker:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises CalibrationError where it has none that works."""
+        """The model's tokenizer. Raises CalibrationError if there is none that works."""
         return load_tokenizer(self._folder, self._trust_remote_code)
 
     @property
@@ -225,33 +225,33 @@ class TokenMaker:
     def document(self, place: str, content: str | Chat) -> list[int]:
         """The tokens of a text or chat, with the end-of-text token after text (a chat template writes its own).
 
-        Raises CalibrationError, naming the record, where the template or the tokenizer fails on it.
+        Raises CalibrationError, naming the record, if the template or the tokenizer fails on it.
         """
         text = self._rendered(content) if isinstance(content, Chat) else content
         try:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         except Exception as error:
-            # Tokenizers are programs too, and come with the model.
+            # The tokenizer may be code from the model's folder, and raise anything.
             raise CalibrationError(f"{place}: the model's tokenizer fails on this text: {error}") from None
         if isinstance(content, str) and self.tokenizer.eos_token_id is not None:
             ids = [*ids, self.tokenizer.eos_token_id]
         if (largest := max(ids, default=0)) >= self._vocab_size:
             raise CalibrationError(
-                f"{place}: the tokenizer gave token {largest}, but the model knows only {self._vocab_size}. Tokenizer "
-                "and model do not belong together."
+                f"{place}: the tokenizer produced token {largest}, but the model has only {self._vocab_size} tokens. "
+                "The tokenizer does not belong to this model."
             )
         return ids
 
     def _rendered(self, chat: Chat) -> str:
         if not self.tokenizer.chat_template:
             raise CalibrationError(
-                f"{chat.place} holds a chat, but this model's tokenizer has no chat template. Give records with 'text'."
+                f"{chat.place} is a chat, but this model's tokenizer has no chat template. Give records with 'text'."
             )
         self._renderer = self._renderer or ChatRenderer(self.tokenizer)
         return self._renderer.render(chat)
 
     def ready(self, place: str, ids: list[Any]) -> list[int]:
-        """A record's own token ids. Raises CalibrationError for what the model could not take."""
+        """A record's own token ids. Raises CalibrationError if the model cannot process them."""
         bad = [item for item in ids if type(item) is not int or not 0 <= item < self._vocab_size]
         if bad or not ids:
             what = f"{show(bad[0])} in 'input_ids'" if bad else "an empty 'input_ids'"
@@ -260,14 +260,14 @@ class TokenMaker:
             )
         if self._max_positions is not None and len(ids) > self._max_positions:
             raise CalibrationError(
-                f"{place} has {len(ids):,} tokens, but the model knows only {self._max_positions:,} positions. "
-                "Sequences of token ids are never cut; shorten it."
+                f"{place} has {len(ids):,} tokens, but the model has only {self._max_positions:,} positions. "
+                "Sequences of token ids are never cut: shorten it."
             )
         return ids
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer in a model's folder. Raises CalibrationError where there is none that works."""
+    """The tokenizer in a model's folder. Raises CalibrationError if there is none that works."""
     from transformers import AutoTokenizer
 
     advice = "Add the tokenizer's files, or calibrate on JSONL records with 'input_ids'."
@@ -275,10 +275,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         works = bool(tokenizer("The answer is 42.").input_ids)
     except Exception as error:
-        # Tokenizers of every kind and age fail in their own ways; the user needs one sentence.
+        # Tokenizers raise all kinds of errors; the user needs one sentence.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CalibrationError(f"The tokenizer in {folder} cannot be loaded: {reason}\n{advice}") from error
     if not works:
-        # Without its files, transformers makes up a tokenizer with an empty vocabulary for some models.
-        raise CalibrationError(f"{folder} holds no tokenizer. {advice}")
+        # If its files are missing, transformers creates a tokenizer with an empty vocabulary for some models.
+        raise CalibrationError(f"{folder} has no tokenizer. {advice}")
     return tokenizer

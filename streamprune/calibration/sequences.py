@@ -34,7 +34,7 @@ from streamprune.errors import CalibrationError
 class MicroBatch:
     """Sequences that go through a layer together: token ids (B, L), int64, all of one source (its index).
 
-    `held_out` ones are only measured on.
+    With `held_out` they are only used to measure the loss.
     """
 
     ids: torch.Tensor = field(repr=False)
@@ -47,9 +47,9 @@ class Calibration:
     """Token sequences, each an int64 tensor (L,) of one source.
 
     `sources` are the unique names of the sources, and `source_of` each sequence's index into them. `fingerprint` is a
-    SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` says as JSON how the tokens
-    were made, with no local folder in it. `held_out` is the text to be measured on, of the same sources;
-    nothing else here counts it.
+    SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` states as JSON how the tokens
+    were made, without local folders. `held_out` is text of the same sources for measuring the loss; the other fields
+    do not include it.
     """
 
     sequences: tuple[torch.Tensor, ...] = field(repr=False)
@@ -74,9 +74,9 @@ class Calibration:
         return tuple(counts)
 
     def micro_batches(self, max_tokens: int) -> list[MicroBatch]:
-        """Sequences of equal length and source together, at most `max_tokens` per batch (or one sequence).
+        """Micro-batches of sequences of equal length and source, at most `max_tokens` each (or one sequence).
 
-        They come by length, and for one length by source; held-out ones come after all others.
+        They are sorted by length, then by source; held-out ones come last.
         """
         held_out = self.held_out._sizes(max_tokens) if self.held_out else []
         return self.micro_batches_of(self._sizes(max_tokens) + held_out)
@@ -84,7 +84,7 @@ class Calibration:
     def micro_batches_of(self, sizes: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches in the order of `micro_batches`, with these numbers of sequences.
 
-        Raises ValueError unless they are sizes into which that order can be divided.
+        Raises ValueError if these sizes do not fit that order.
         """
         if self.held_out is not None:
             first = list(itertools.accumulate(sizes)).index(len(self.sequences)) + 1
@@ -117,7 +117,7 @@ class Calibration:
         return len(self.sequences[index]), self.source_of[index]
 
 
-#: How far the share that a source has of the tokens may be from the one that was asked for without a note.
+#: A larger difference between the requested and the actual share of a source is noted.
 TOLERANCE = 0.01
 
 
@@ -134,10 +134,10 @@ def load_calibration(
 ) -> Calibration:
     """The calibration that the user names: a recipe, or files, folders and built-in text in equal parts.
 
-    `samples`, `seq_len` (tokens) and `seed` count instead of the recipe's own; without either 512 sequences of 2,048
-    tokens, or of as many as the model has positions for. `model_folder` needs the tokenizer's files and no weights.
-    Same sources, tokenizer and seed: same tokens. Raises CalibrationError for missing, malformed, empty or too short
-    data, naming the source and line.
+    `samples`, `seq_len` (tokens) and `seed` replace the recipe's own; if neither states them, 512 sequences of 2,048
+    tokens are used, or fewer tokens if the model has fewer positions. `model_folder` needs the tokenizer's files, not
+    the weights. The same sources, tokenizer and seed give the same tokens. Raises CalibrationError for missing,
+    malformed, empty or too short data, naming the source and line.
     """
     recipe = chosen_recipe(sources)
     given = {"calibration": [_given(text) for text in sources], "samples": samples, "seq_len": seq_len, "seed": seed}
@@ -148,7 +148,7 @@ def load_calibration(
     )
     targets = zip(recipe.sources, targets_of(recipe, samples), strict=True)
     used = [(source, target) for source, target in targets if target.sequences != 0]
-    # All are asked for and opened before the first is read: what is missing shows at once.
+    # All sources are looked up and opened before the first is read, so that a missing one is reported at once.
     commits = commits_of(source for source, _ in used)
     with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions) as maker:
         supplies = [Supply(source, target, recipe, commits.get(source.name), maker) for source, target in used]
@@ -171,7 +171,7 @@ def load_calibration(
 
 
 def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) -> str:
-    """SHA-256 over token sequences and the sources that they are of, in hex."""
+    """SHA-256 over token sequences and their sources, in hex."""
     digest = hashlib.sha256()
     for sequence, source in zip(sequences, source_of, strict=True):
         digest.update(source.to_bytes(8, "little") + len(sequence).to_bytes(8, "little") + sequence.numpy().tobytes())
@@ -179,11 +179,11 @@ def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) 
 
 
 def chosen_recipe(sources: Sequence[str]) -> Recipe:
-    """The recipe that the user names, or one of equal parts of the files, folders and domains that are named."""
+    """The recipe that the user names, or one with equal parts of the named files, folders and domains."""
     found = [find_recipe(source) for source in sources]
     paths = [path for path in found if path is not None]
     if paths and len(sources) > 1:
-        raise CalibrationError(f"{paths[0]} is a recipe: give it alone, and list what else there is as its sources.")
+        raise CalibrationError(f"{paths[0]} is a recipe: give it alone, and list the other sources in it.")
     if paths:
         return read_recipe(paths[0])
     named: list[tuple[str, Source]] = []
@@ -204,7 +204,7 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
 
 
 def _given(text: str) -> str:
-    """What the user named, as others may read it: of a local path only the last part."""
+    """What the user named, as it may be published: a local path only by its last part."""
     path, exists = named_path(text)
     if text.partition(":")[0] == BUILTIN and not exists:
         return text
@@ -218,14 +218,14 @@ def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | N
     if max_positions is not None and length > max_positions:
         said = f"--seq-len {length}" if seq_len is not None else f"The sequence length {length} of {recipe.name!r}"
         raise CalibrationError(
-            f"{said} is longer than the {max_positions} positions that the model knows. Use --seq-len {max_positions} "
+            f"{said} is longer than the {max_positions} positions that the model has. Use --seq-len {max_positions} "
             "or less."
         )
     return length
 
 
 def _fill_up(supplies: Sequence[Supply]) -> None:
-    """Take as many sequences as all together want; what some sources lack is taken of the others, in equal parts."""
+    """Take the total number of sequences; what some sources lack is taken from the others, in equal parts."""
     wanted = [(supply, supply.target.sequences or 0) for supply in supplies]
     missing = sum(count for _, count in wanted)
     while missing and wanted:
@@ -239,13 +239,14 @@ def _fill_up(supplies: Sequence[Supply]) -> None:
 
 
 def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
-    """What the user should know of what was got: where it is less than, or other than, what was asked for."""
+    """Notes for the user where the tokens are fewer, or divided otherwise, than requested."""
     notes = []
     if len(supplies) < len(recipe.sources):
-        notes.append(f"So few sequences are only of {', '.join(supply.source.name for supply in supplies)}.")
+        used = ", ".join(supply.source.name for supply in supplies)
+        notes.append(f"With so few sequences, only these sources are used: {used}.")
     for supply in supplies:
         if supply.left_out:
-            left_out = f"{len(supply.left_out)} files are no text, first {supply.left_out[0]}"
+            left_out = f"{len(supply.left_out)} files are not text, first {supply.left_out[0]}"
             notes.append(f"{supply.source.name}: {left_out}.")
     tokens = sum(supply.tokens for supply in supplies)
     if not recipe.strict:
@@ -270,7 +271,7 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
 
 
 def _provenance(recipe: Recipe, supplies: Sequence[Supply]) -> dict[str, Any]:
-    """How the tokens were made, as JSON, with nothing in it that differs between machines."""
+    """How the tokens were made, as JSON that is the same on every machine."""
     sources = [
         {"name": supply.source.name, **supply.source.public()}
         | ({} if supply.commit is None else {"commit": supply.commit})

@@ -18,8 +18,8 @@ SAMPLE_CHARACTERS = 400
 def show_calibration(
     sources: tuple[str, ...], model: str, *, revision: str | None, trust_remote_code: bool, **sampling: int | None
 ) -> dict[str, Any]:
-    """Make the calibration that a run of this model would have, without its weights: as JSON how it was made, and of
-    each source the share it has and the text of a sequence. `sampling` are samples, seq_len and seed.
+    """Make the calibration that a run of this model would use; its weights are not needed. Returns as JSON how it was
+    made, with the share and a sample of each source. `sampling` has samples, seq_len and seed.
     """
     folder = resolve_model(model, revision, trust_remote_code, tokenizer_only=True)
     config = load_config(folder, trust_remote_code).get_text_config(decoder=True)
@@ -46,7 +46,7 @@ def show_calibration(
 
 
 def calibration_text(described: dict[str, Any]) -> str:
-    """What `show_calibration` gives, for people."""
+    """The result of `show_calibration` as text."""
     lines = []
     if described.get("description"):
         lines.append(f"{described['name']}: {described['description']}")
@@ -73,8 +73,8 @@ def calibration_text(described: dict[str, Any]) -> str:
 
 
 def _text_of(ids: list[int], tokenizer: Any) -> str:
-    """The beginning of a sequence as text; its numbers, where the model has no tokenizer."""
+    """The beginning of a sequence as text, or its token ids if the model has no tokenizer."""
     text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids[:SAMPLE_CHARACTERS])
-    # Of what a stranger's text does to a terminal, only the ends of lines are let through.
+    # Untrusted text may have control characters for the terminal; only line ends are kept.
     text = "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
     return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]} …"

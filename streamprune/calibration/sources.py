@@ -21,31 +21,31 @@ from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json
 from streamprune.hardware.memory import format_bytes
 
-#: Rows that are held at most to be drawn from in a random order, and bytes of them as they are in their files. (Token
-#: ids and other numbers take about eight times as much in memory.)
+#: Limits of the shuffle buffer, in rows and in bytes as in the files. (Token ids and other numbers take about eight
+#: times as much in memory.)
 MOST_HELD_ROWS, MOST_HELD_BYTES = 10_000, 1 << 25
 #: Longer texts are cut at line ends into documents of about this many bytes, so that a few large files do not have to
 #: be tokenized as a whole for a small sample.
 DOCUMENT_BYTES = 1 << 13
-#: The longest line that is read. Python needs up to twenty times as much for what stands in it.
+#: The longest line that is read. Parsed, it can take twenty times as much memory.
 MOST_LINE_BYTES = 1 << 28
-#: By its first so many bytes a file in a folder is taken for text, or for something else.
+#: How many bytes at the start of a file decide whether it is text.
 _SNIFFED_BYTES = 1 << 13
-#: Rows of a parquet file that are decoded at a time. Few: in a small file one long text may stand for all of them.
+#: Rows of a parquet file that are decoded at a time. Few, since dictionary encoding can repeat one long text in each.
 BATCH_ROWS = 16
 #: Bytes of text, and numbers of columns and row groups, that a parquet file's description may claim.
 _MOST_THRIFT_STRING, _MOST_THRIFT_ITEMS = 1 << 26, 1 << 20
-#: Built-in documents that are held at a time: the seed decides their order already, but pieces of one module follow
-#: one another. Making many more would take seconds.
+#: Size of the shuffle buffer for built-in documents. The seed decides their order already, but pieces of one module
+#: follow one another. Generating many more would take seconds.
 _HELD_BUILTIN = 64
-#: Seeds of the libraries that shuffle are no larger.
+#: The libraries that shuffle take seeds below this.
 _SEEDS = 2**32
 DEFAULT_SPLIT = "train"
 
 
 @dataclass
 class Row:
-    """One record: its fields by name, where it stands (for messages), and about how many bytes it takes."""
+    """One record: its fields by name, its file and line (`place`, for messages), and its approximate size."""
 
     place: str
     values: dict[str, Any] = field(repr=False)
@@ -55,7 +55,7 @@ class Row:
 def shuffled(rows: Iterator[Row], rng: random.Random, most_rows: int = MOST_HELD_ROWS) -> Iterator[tuple[int, Row]]:
     """Rows in a random order, each with its number in the original one.
 
-    Of a long source only `most_rows` are held, from which the next one is drawn: it never has to be read to its end.
+    A shuffle buffer of at most `most_rows` rows and MOST_HELD_BYTES, so that a long source is not read to its end.
     """
     held: list[tuple[int, Row]] = []
     nbytes = 0
@@ -73,7 +73,7 @@ def shuffled(rows: Iterator[Row], rng: random.Random, most_rows: int = MOST_HELD
 
 
 def rows_of(source: Source, seed: int, commit: str | None) -> tuple[Iterator[tuple[int, Row]], list[Path]]:
-    """A source's rows with their numbers, in the order in which they are used; and files of it that are no text.
+    """A source's rows with their numbers, in the order in which they are used; and its files that are not text.
 
     `seed` counts if the source has none of its own, and `commit` is that of its data set. Raises CalibrationError where
     the source cannot be opened.
@@ -96,9 +96,9 @@ def _read_builtin(domain: str, seed: int) -> Iterator[Row]:
 
 
 def files_of(path: Path) -> tuple[list[Path], list[Path]]:
-    """The files that a path names: itself, or all of a folder in order of their names, and those of them left out.
+    """The files that a path names: itself, or all files in a folder in order of their names; and those skipped.
 
-    Left out are hidden files, and what seems to be no text. Raises CalibrationError where there is nothing to read.
+    Hidden files and files that do not look like text are skipped. Raises CalibrationError if no file is left.
     """
     try:
         if not path.is_dir():
@@ -146,7 +146,7 @@ def read_file(path: Path, rng: random.Random) -> Iterator[Row]:
 
 
 def _begins_with_record(stream: BinaryIO) -> bool:
-    """Whether the first line is a JSON object by itself, as in many a `.json` that is JSONL."""
+    """Whether the first line is a JSON object by itself: many `.json` files are JSONL."""
     line = stream.readline(MOST_LINE_BYTES)
     stream.seek(0)
     try:
@@ -184,7 +184,7 @@ def _read_text(path: Path, stream: BinaryIO) -> Iterator[Row]:
     while data := stream.read(DOCUMENT_BYTES):
         data += _line(stream, f"{path}, the line after byte {position + len(data):,},")
         try:
-            # With line ends as Python has them.
+            # With line ends as in Python's text mode.
             text = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise _not_text(str(path), position + error.start) from None
@@ -213,7 +213,7 @@ def _record_of(line: bytes, place: str, position: int) -> dict[str, Any]:
         raise _not_text(place, position + error.start) from None
     except (ValueError, RecursionError) as error:
         reason = str(error)[:300]
-        raise CalibrationError(f"{place} is not valid JSON: {reason}. Mend or remove the line.") from None
+        raise CalibrationError(f"{place} is not valid JSON: {reason}. Fix or remove the line.") from None
     if not isinstance(record, dict):
         raise CalibrationError(f"{place} holds a JSON {type(record).__name__}, not an object with 'text'.")
     return record
@@ -223,7 +223,7 @@ def _line(stream: BinaryIO, place: str) -> bytes:
     data = stream.readline(MOST_LINE_BYTES + 1)
     if len(data) > MOST_LINE_BYTES:
         raise CalibrationError(
-            f"{place} is longer than {format_bytes(MOST_LINE_BYTES)}, which no document is. Divide it into lines."
+            f"{place} is longer than {format_bytes(MOST_LINE_BYTES)}, the limit. Split it into several lines."
         )
     return data
 
@@ -233,16 +233,16 @@ def _not_text(place: str, position: int) -> CalibrationError:
 
 
 def commits_of(sources: Iterable[Source]) -> dict[str, str]:
-    """The commits that the revisions of all Hub data sets are now, by the names of their sources.
+    """The commits to which the revisions of all Hub data sets resolve now, by source name.
 
-    Raises CalibrationError, naming the source, where the library for data sets is missing, and where a data set is
-    gated, missing, or has no such revision.
+    Raises CalibrationError, naming the source, if the `datasets` library is missing, or if a data set is gated,
+    missing, or has no such revision.
     """
     datasets = [source for source in sources if source.dataset is not None]
     for source in datasets[:1]:
         if importlib.util.find_spec("datasets") is None:
             raise CalibrationError(
-                f"Source {source.name!r} is the Hub data set {source.dataset}, which takes the `datasets` library: "
+                f"Source {source.name!r} is the Hub data set {source.dataset}, which needs the `datasets` library: "
                 "install it with `pip install 'streamprune[datasets]'`, or give files of your own with 'path'."
             )
     found = {}
@@ -250,7 +250,7 @@ def commits_of(sources: Iterable[Source]) -> dict[str, str]:
         try:
             commit = _commit(source)
         except Exception as error:
-            # From several libraries, with no class in common.
+            # Errors come from several libraries, with no common class.
             raise _explained(source, error) from None
         if commit is not None:
             found[source.name] = commit
@@ -270,10 +270,10 @@ def open_dataset(source: Source, seed: int, commit: str | None) -> Iterator[Row]
         stream = load_stream(source, commit)
         if not isinstance(stream, datasets.IterableDataset):
             raise ValueError(f"{source.split or DEFAULT_SPLIT!r} is not a single split")
-        # Pictures and sound stay undecoded: only text is asked for.
+        # Only text is used, so images and audio stay undecoded.
         stream = stream.decode(False)
         if stream.num_shards > 1:
-            # A buffer of one row: only the order of the shards is left to the library.
+            # A buffer of one row: the library only shuffles the order of the shards.
             stream = stream.shuffle(seed=seed, buffer_size=1)
     except Exception as error:
         raise _explained(source, error) from None

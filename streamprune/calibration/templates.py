@@ -1,6 +1,6 @@
 """Templates over the fields of a record, in Jinja's language: `{{ instruction }}`, `{{ meta.language }}`.
 
-A recipe may come from a stranger, so a template can read fields and choose between them, and do nothing else: no
+A recipe may be untrusted, so a template can read fields and choose between them, and do nothing else: no
 loops, no calls, no attributes of Python objects, and only the filters of `FILTERS`.
 """
 
@@ -16,7 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.filters import FILTERS as JINJA_FILTERS
 
-#: Characters of a path, which is shown where it leads nowhere.
+#: Most characters of a path; messages show it.
 MOST_PATH = 200
 #: The filters that a template may use.
 FILTERS = ("default", "first", "join", "last", "length", "lower", "replace", "tojson", "trim", "upper")
@@ -47,7 +47,7 @@ class _Environment(jinja2.Environment):
     """Fields of records only: a dot or a bracket never reaches an attribute of a Python object."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """An item of an object or a list. Of a missing value (null) every item is missing too."""
+        """An item of an object or a list. Every item of null is null."""
         if obj is None or isinstance(obj, jinja2.Undefined):
             return obj
         if isinstance(obj, Mapping) and argument in obj:
@@ -69,7 +69,7 @@ def text_of(value: Any) -> str:
 
 
 def _as_json(value: Any) -> str:
-    """A value as JSON, not escaped for HTML as Jinja's own filter does it."""
+    """A value as JSON, without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -80,40 +80,41 @@ _ENVIRONMENT.filters = {name: JINJA_FILTERS[name] for name in FILTERS} | {"tojso
 
 @cache
 def compiled(text: str) -> jinja2.Template:
-    """A template, to be rendered by `filled`. Raises ValueError, saying what is wrong, for text that is none."""
+    """A template, to be rendered by `filled`. Raises ValueError, with the reason, for an invalid template."""
     try:
         tree = _ENVIRONMENT.parse(text)
         for node in tree.find_all(nodes.Node):
             if not isinstance(node, _ALLOWED):
-                raise ValueError(f"a template with a {type(node).__name__.lower()}: only fields can be read")
+                what = type(node).__name__.lower()
+                raise ValueError(f"`{what}` is not allowed in a template: only fields, conditions and some filters")
         template = _ENVIRONMENT.from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
         raise ValueError(f"not a template: {str(error)[:300]}") from None
     for data in tree.find_all(nodes.TemplateData):
         if single := _SINGLE_BRACES.search(data.data):
             field = single.group()
-            raise ValueError(f"{field} in single braces, which is plain text: write {{{field}}} for the field")
+            raise ValueError(f"{field} is plain text: write {{{field}}} for the field")
     return template
 
 
 def filled(text: str, values: Mapping[str, Any]) -> str:
-    """A template with a record's fields in it. Raises MissingFieldError for one that the record does not have."""
+    """A template rendered with a record's fields. Raises MissingFieldError if the record lacks one of them."""
     return compiled(text).render({"record": values, **values})
 
 
 @cache
 def parse_path(text: str) -> tuple[str | int, ...]:
-    """The steps to a field, names and numbers, of `meta.language` or `choices[0]`. Raises ValueError if it is none."""
+    """The names and numbers in a path such as `meta.language`, `choices[0]`. Raises ValueError for an invalid path."""
     if len(text) > MOST_PATH or not _PATH.fullmatch(text):
         what = text if len(text) <= MOST_PATH else f"{text[:MOST_PATH]}…"
-        raise ValueError(f"{what!r} names no field: write for example question, meta.language, choices[0]")
+        raise ValueError(f"{what!r} is not a field path, such as question, meta.language or choices[0]")
     return tuple(int(number) if number else name for number, name in _STEP.findall(text))
 
 
 def value_at(values: Mapping[str, Any], path: str) -> Any:
-    """The field of a record that a path leads to; a missing value on the way (null) is one itself.
+    """The field of a record at `path`, such as `meta.language`; None if a value on the path is null.
 
-    Raises MissingFieldError for a field that the record does not have.
+    Raises MissingFieldError if the record lacks the field.
     """
     value: Any = values
     for step in parse_path(path):

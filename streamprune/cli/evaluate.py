@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MODELS = opt.together(
     click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
     opt.REVISION,
-    click.option("--against-revision", help="The same for ORIGINAL."),
+    click.option("--against-revision", help="Branch, tag or commit of ORIGINAL."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models."),
 )
 _GENERATION = opt.together(
@@ -63,9 +63,9 @@ _OF_TASKS = ("include_path", "limit", "batch_size")
 def evaluate(output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL (a local folder or a Hub id) on held-out text, one layer at a time.
 
-    Prints loss and perplexity for each source. With --against it also prints how far the predictions are from the
-    original's: the KL divergence, and how often both have the same most likely token. --generate and --tasks load the
-    complete model; with them, text is measured on only if --data is given.
+    Prints loss and perplexity for each source. With --against it also prints the KL divergence from the original's
+    predictions and the top-1 agreement. --generate and --tasks load the complete model, and skip the held-out text
+    unless --data is given.
     """
     limit_library_memory(tight=options["ram_gib"] is not None)
     settings, generation, tasks = _settings(options)

@@ -37,7 +37,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
     --budget-gib or --gpu, the GPU of this machine is used. Exit status: 0 if it fits, 3 if it does not.
     """
-    # Set before the libraries are imported, which read them then.
+    # Set before the libraries are imported: they read these variables on import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")

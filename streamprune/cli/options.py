@@ -33,7 +33,7 @@ Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def together(*options: Option) -> Option:
-    """All these options as one, which the help shows in this order."""
+    """These options as one decorator. --help lists them in this order."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -55,7 +55,7 @@ DTYPE = click.option(
 SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")
 STOP_IF_KL = click.option(
     "--stop-if-kl", type=float, metavar="X",
-    help="With --evaluate: fail if the KL divergence exceeds X nats per token. Stops early if it will.",
+    help="With --evaluate: fail if the KL divergence exceeds X nats per token. Aborts early if it is far above X.",
 )  # fmt: skip
 REVISION = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 TRUST_REMOTE_CODE = click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
@@ -75,7 +75,7 @@ SELECTION = together(
     ),
     click.option(
         "--mix", metavar="SOURCE=SHARE,…",
-        help="Weights of the calibration's sources, e.g. code=0.5,general=0.5.  [default: by their tokens]",
+        help="Weights of the calibration's sources, e.g. code=0.5,general=0.5.  [default: by token counts]",
     ),
     click.option(
         "--schedule", metavar="|".join(SCHEDULES) + "|FILE", default=DEFAULT_SCHEDULE, show_default=True,
@@ -85,12 +85,16 @@ SELECTION = together(
         "--spread", type=float,
         help=f"For the linear schedules: how much the removed share varies.  [default: {DEFAULT_SPREAD}]",
     ),
-    click.option("--floor", type=int, metavar="N", help="Fewest experts in a layer.  [default: as needed]"),
+    click.option("--floor", type=int, metavar="N", help="Minimum experts per layer.  [default: what the router needs]"),
     click.option("--protect-super-experts", is_flag=True, help="Keep experts with extremely large outputs."),
 )  # fmt: skip
-#: How much text is used, where it is not what the recipe says.
+#: How much text is used, instead of what the recipe says.
 SAMPLING = together(
-    click.option("--samples", type=int, help=f"Sequences to use.  [default: the recipe's, or {DEFAULT_SAMPLES}]"),
+    click.option(
+        "--samples", type=int,
+        help="Sequences to use; records, if the recipe only states records per source.  "
+        f"[default: the recipe's, or {DEFAULT_SAMPLES}]",
+    ),
     click.option(
         "--seq-len", type=int,
         help=f"Tokens per sequence.  [default: the recipe's, or {DEFAULT_SEQ_LEN}, or the model's limit]",
@@ -113,7 +117,7 @@ PLACE = together(
     click.option("--work-dir", type=PATH, help="Folder for everything that resuming needs.  [default: OUT.work]"),
     click.option(
         "--resume", type=click.Choice(RESUME), default="auto", show_default=True,
-        help="Resume an earlier run if there is one (auto), fail without one (required), or begin anew (never).",
+        help="Resume an earlier run if there is one (auto), fail without one (required), or start over (never).",
     ),
 )  # fmt: skip
 #: The memory that the model has to fit.
@@ -123,7 +127,7 @@ BUDGET = together(
     click.option(
         "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
     ),
-    click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time to plan for."),
+    click.option("--batch", type=int, default=1, show_default=True, help="Concurrent sequences to plan for."),
     click.option(
         "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True, help="Data type of the KV cache."
     ),
@@ -137,7 +141,7 @@ TARGET = together(
 
 
 def device_option(default: str | None = "auto") -> Option:
-    """--device; None where an earlier setting stays."""
+    """--device. `default=None` keeps the setting of the run that is resumed."""
     return click.option(
         "--device", metavar="auto|cpu|cuda:0", default=default, show_default=default is not None,
         help="The device to compute on.",
@@ -145,7 +149,7 @@ def device_option(default: str | None = "auto") -> Option:
 
 
 def memory_options(states: str | None = "auto") -> Option:
-    """How much is computed at a time, and the memory for it; `states` is None where an earlier setting stays."""
+    """Micro-batch size, place of the hidden states, memory limits. `states=None` keeps the resumed run's setting."""
     return together(
         click.option(
             "--batch-tokens", type=int,
@@ -155,13 +159,13 @@ def memory_options(states: str | None = "auto") -> Option:
             "--states", type=click.Choice(STATES), default=states, show_default=states is not None,
             help="Where hidden states are kept between layers: on the device, in RAM, or in a file.",
         ),
-        click.option("--vram-gib", type=float, help="Most GPU memory that may be used.  [default: what is free]"),
-        click.option("--ram-gib", type=float, help="Most RAM that may be used.  [default: what is available]"),
+        click.option("--vram-gib", type=float, help="Limit of GPU memory.  [default: what is free]"),
+        click.option("--ram-gib", type=float, help="Limit of RAM.  [default: what is available]"),
     )  # fmt: skip
 
 
 def verify_option(default: bool | None) -> Option:
-    """--verify; None where an earlier setting stays."""
+    """--verify. `default=None` keeps the setting of the run that is resumed."""
     return click.option(
         "--verify/--no-verify", default=default, show_default=default is not None,
         help="Compare the result with the source, byte by byte.",
@@ -171,8 +175,8 @@ def verify_option(default: bool | None) -> Option:
 class Commands(click.Group):
     """A command line that several processes may run at once, with errors as one line on stderr and an exit status.
 
-    Only the first process prints. The others print what the first cannot know: an OtherProcessError, and unexpected
-    errors.
+    Only the first process prints. The others print only an OtherProcessError and unexpected errors, which the first
+    process cannot report.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -194,20 +198,20 @@ class Commands(click.Group):
                 sys.exit(1)
 
     def invoke(self, context: click.Context) -> Any:
-        """Run a command. A StreampruneError is printed as one message on stderr, and gives the exit status."""
+        """Run a command. A StreampruneError is printed as one message on stderr, and sets the exit status."""
         try:
             return super().invoke(context)
         except ReportedElsewhereError as error:
             sys.exit(error.exit_code)
         except OtherProcessError as error:
-            # Printed although this process is silenced: no other process knows of it.
+            # Use the real stderr: this process is silenced, but no other process reports this error.
             print(f"Error: {error}", file=sys.__stderr__, flush=True)
             sys.exit(error.exit_code)
         except StreampruneError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted. No output was written.", err=True)
+            click.echo("Interrupted.", err=True)
             sys.exit(130)
 
 

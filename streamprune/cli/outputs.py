@@ -29,9 +29,9 @@ def status(workdir: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("workdir", type=opt.PATH)
-@click.option("--all", "everything", is_flag=True, help="Remove everything, also what resuming needs.")
+@click.option("--all", "everything", is_flag=True, help="Remove everything, including what resuming needs.")
 def clean(workdir: Path, everything: bool) -> None:
-    """Remove what is no longer needed from WORKDIR. Once the run is complete, that is all of it."""
+    """Remove what is no longer needed from WORKDIR. After a completed run this removes everything."""
     from streamprune.pipeline.status import clean_up
 
     click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
@@ -43,7 +43,7 @@ def clean(workdir: Path, everything: bool) -> None:
 @opt.REVISION
 @opt.TRUST_REMOTE_CODE
 def verify(output: Path, source: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Verify that every tensor of OUT is identical to the source's, byte by byte, as its record says."""
+    """Verify OUT against its source: every tensor byte by byte, config.json and all other files."""
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
     from streamprune.output.verify import verify as prove
@@ -89,7 +89,7 @@ def report_after(output: Path, quiet: bool) -> None:
 
 
 def _write_report(output: Path) -> Path:
-    # Where the model has to be built to know its memory, transformers would print warnings.
+    # transformers would print warnings if it has to build the model to know its memory.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from streamprune.reporting.write import write_report
 
@@ -101,11 +101,12 @@ def _write_report(output: Path) -> Path:
 @click.option("--repo-id", required=True, metavar="NAME/REPO", help="The model repository; made if it does not exist.")
 @click.option(
     "--source",
-    help="The model that OUT was made from, to compare with.  [default: what OUT names, if it is in the Hub cache]",
+    help="The model that OUT was made from, to compare with.  "
+    "[default: the source in OUT's record, if it is in the Hub cache]",
 )
 @click.option("--private", is_flag=True, help="Make the repository private.")
 @click.option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to upload to.")
-@click.option("--dry-run", is_flag=True, help="Verify and list what would be uploaded, without a connection.")
+@click.option("--dry-run", is_flag=True, help="Verify and list what would be uploaded, without network access.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True,
     help="Upload only an output that was verified to be complete.",
@@ -117,7 +118,7 @@ def push(as_json: bool, quiet: bool, **options: Any) -> None:
     """Upload OUT, a model that streamprune wrote, to the Hugging Face Hub, after verifying it.
 
     Needs a token that may write (`hf auth login`, or HF_TOKEN). After an interruption the same command resumes: files
-    that have arrived are not sent again.
+    already uploaded are skipped.
     """
     limit_library_memory()
     from streamprune.publish.push import PushSettings
@@ -128,7 +129,7 @@ def push(as_json: bool, quiet: bool, **options: Any) -> None:
         opt.quiet_libraries(downloads=quiet)
     elif quiet:
         opt.quiet_downloads()
-    # The list of a dry run is its result.
+    # The result of a dry run is its list, which belongs on stdout.
     to_stderr = as_json or not settings.dry_run
     result = publish(settings, lambda line: None if quiet else click.echo(line, err=to_stderr))
     if as_json:

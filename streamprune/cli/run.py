@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _run_options(resuming: bool = False) -> opt.Option:
-    """The options that `resume` may change. When `resuming`, those that are not given stay as they were."""
+    """The options that `resume` may change. With `resuming` their defaults are None: omitted ones stay unchanged."""
     default = None if resuming else "auto"
     return opt.together(
         opt.device_option(default),
@@ -115,13 +115,13 @@ def score(quiet: bool, as_json: bool, **given: Any) -> None:
 def prune(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL by scores from an earlier command. This needs no forward pass and no GPU, only a file copy.
 
-    The result is identical to the byte to that of `run` with the same calibration and settings.
+    The result is byte-identical to that of `run` with the same calibration and settings.
     """
     settings = PruneSettings(max_shard_bytes=opt.parse_size(max_shard_size), **given)
     from streamprune.pipeline import prune as engine
 
     if settings.scores is None:
-        # Then transformers builds the model.
+        # transformers builds the model then, and would print warnings.
         opt.quiet_libraries(downloads=quiet)
     elif quiet:
         opt.quiet_downloads()
@@ -146,7 +146,7 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     Settings that decide the result stay as they were. The options below may be changed.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    # The folder may be on the first process's machine only.
+    # Only the first process looks: the folder may be on its machine only.
     if is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
     else:
@@ -178,7 +178,7 @@ def _resume_pruning(workdir: Path, quiet: bool, changes: dict[str, Any]) -> RunR
 
     if launched().count == 1:
         return resume()
-    # The other processes wait for rank 0, which has nothing for them to do.
+    # Only rank 0 prunes; the other processes wait for it.
     from streamprune.distributed.joining import joined
 
     with joined("cpu") as processes:

@@ -46,9 +46,9 @@ Targets = tuple[int | None, float | None, int | None]
 @click.option("--layer", type=int, metavar="K", help="Show every expert of layer K.")
 @opt.JSON_OBJECT
 def inspect(scores: Path, compare: tuple[str, ...], layer: int | None, as_json: bool, **given: Any) -> None:
-    """Show what S, a file of scores, says: the experts of each layer, those at the boundary, those never seen.
+    """Show S, a scores file: the experts of each layer, those at the boundary, those that no token was routed to.
 
-    With --keep, --ratio, --total or --keep-file also what that choice keeps of each source, and warnings.
+    With --keep, --ratio, --total or --keep-file it also shows how much of each source's saliency is kept, and warnings.
     """
     # Names in the file may have characters that the terminal lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -127,6 +127,6 @@ def _compared(
     if settings.has_schedule_file:
         targets = (None, None, None)
     elif all(target is None for target in targets):
-        # Where a file said it, as many in all as that.
+        # If a file lists the experts, compare with as many in total.
         targets = (None, None, sum(first.counts))
     return compare_selections(text, settings, scores, first, _selected(scores, settings, targets))
