@@ -21,8 +21,9 @@ from streamprune.calibration.sequences import load_calibration
 from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint, read_json
 from streamprune.config import RunSettings
 from streamprune.files.durable import read_record
-from streamprune.models.config import expert_candidates, load_config
 from streamprune.models.config_json import stated_experts, stated_shape, states_experts, text_part
+from streamprune.models.open import load_config
+from streamprune.models.skeleton import expert_candidates
 from streamprune.output.verify import verify
 from streamprune.pipeline.resume import check_same, read_calibration
 from streamprune.pipeline.run import resume

@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import RunSettings
-from streamprune.models.config import load_config
-from streamprune.models.open import OpenedModel
+from streamprune.models.open import OpenedModel, load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.run import run

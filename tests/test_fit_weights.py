@@ -20,8 +20,8 @@ from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.structure import weights_of_checkpoint
 from streamprune.fit.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights, weights_by_name
-from streamprune.models.config import load_config
 from streamprune.models.config_json import ExpertSpec, stated_experts
+from streamprune.models.open import load_config
 from streamprune.models.skeleton import build_skeleton
 from tests.fit_families import CACHED
 from tests.full_size import Tensors, write_sparse

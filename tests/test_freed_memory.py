@@ -18,8 +18,7 @@ from streamprune.checkpoint import reader as reading_module
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.hardware import memory as machine
-from streamprune.models.config import load_config
-from streamprune.models.open import OpenedModel
+from streamprune.models.open import OpenedModel, load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.progress import Busy
 from streamprune.streaming.layer_weights import LayerWeights

@@ -145,8 +145,8 @@ def test_smaller_micro_batches_change_no_choice(case: Case) -> None:
 
 
 def test_other_versions_are_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamprune.models.config.transformers.__version__", "4.0.0")
-    monkeypatch.setattr("streamprune.models.config.platform.python_version", lambda: "3.9.1")
+    monkeypatch.setattr("streamprune.models.open.transformers.__version__", "4.0.0")
+    monkeypatch.setattr("streamprune.models.open.platform.python_version", lambda: "3.9.1")
     with pytest.raises(ResumeError, match=r"(?s)python: .* then, 3\.9\.1 now.*transformers: .* then, 4\.0\.0 now"):
         case.resume()
     monkeypatch.undo()

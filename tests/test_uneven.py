@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from streamprune.models.config import load_config
+from streamprune.models.open import load_config
 from streamprune.models.per_layer_experts import STANDARD_TABLE, modeling_source
 from tests.helpers import known_family, load_whole, read_tensors, token_ids
 from tests.thorough import DISTINCT, by_family

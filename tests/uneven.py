@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from streamprune.models.config import load_config, with_expert_count
 from streamprune.models.config_json import rewrite_config
+from streamprune.models.open import load_config
 from streamprune.models.per_layer_experts import (
     LoadingFacts,
     config_of_per_layer_experts,
@@ -25,7 +25,7 @@ from streamprune.models.per_layer_experts import (
     modeling_source,
 )
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.models.skeleton import Skeleton, build_skeleton
+from streamprune.models.skeleton import Skeleton, build_skeleton, with_expert_count
 from tests.helpers import known_family, read_tensors
 from tests.tiny import EXPERTS, Family, make_model, tiny_config
 

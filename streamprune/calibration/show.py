@@ -8,7 +8,7 @@ from streamprune.calibration.records import load_tokenizer
 from streamprune.calibration.sequences import load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.errors import CalibrationError
-from streamprune.models.config import load_config
+from streamprune.models.open import load_config
 from streamprune.tables import Table
 
 #: Characters of a sample.

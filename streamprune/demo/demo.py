@@ -33,7 +33,7 @@ from streamprune.config import EvalSettings, RunSettings
 from streamprune.evaluation.evaluate import Evaluation, evaluate_text, read_data
 from streamprune.files.durable import writing
 from streamprune.hardware.memory import check_disk, format_bytes
-from streamprune.models.config import load_config
+from streamprune.models.open import load_config
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress
 from streamprune.tables import Table

@@ -23,8 +23,7 @@ from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device, peak_device_bytes
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import Needs
-from streamprune.models.config import load_config, versions
-from streamprune.models.open import OpenedModel, open_model
+from streamprune.models.open import OpenedModel, load_config, open_model, versions
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.output.plan import REPORT_NAME
 from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_memory

@@ -26,9 +26,8 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_with
 from streamprune.formats.pick import quantization_method
-from streamprune.models.config import declared_dtype, load_config
 from streamprune.models.config_json import ExpertSpec, stated_shape, states_experts, text_part
-from streamprune.models.open import describe_model
+from streamprune.models.open import declared_dtype, describe_model, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, survey
 

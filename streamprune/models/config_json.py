@@ -1,8 +1,7 @@
 """What a `config.json` says, read as plain JSON, and how it is rewritten for fewer experts. Needs no torch.
 
-Differences between the configs of model families are absorbed here, and nowhere else. `models.config` reads the same
-names from transformers' config objects, which also have every model's defaults; here a number that is not stated is
-None.
+Differences between the configs of model families are absorbed here, and nowhere else. `skeleton` reads the same names
+from transformers' config objects, which also have every model's defaults; here a number that is not stated is None.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from streamprune.hardware.device import (
     is_out_of_memory,
 )
 from streamprune.hardware.memory import available_memory_bytes, format_bytes
-from streamprune.models.config import load_config
+from streamprune.models.open import load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 
 #: Memory for a model and its computation, as a multiple of its weights: caches and activations of a few short

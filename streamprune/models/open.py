@@ -5,19 +5,26 @@ Every command that needs a model's structure opens it here, before a weight is r
 
 from __future__ import annotations
 
+import json
+import platform
+import tempfile
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from streamprune.checkpoint.index import Checkpoint
+from streamprune import __version__
+from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.pick import refuse_unread
-from streamprune.models.config import config_from_dict, declared_dtype, load_config
+from streamprune.models.config_json import absurdity
 from streamprune.models.expert_layout import Layout, Target
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
 from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint, survey
@@ -55,6 +62,49 @@ class OpenedMoE(OpenedModel):
     skeleton: Skeleton
     config: PreTrainedConfig = field(repr=False)
     layout: Layout
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config as transformers reads it.
+
+    Raises UnsupportedModelError when transformers does not know the model, and CheckpointError for values that no model
+    has.
+    """
+    absurd = absurdity(read_json(folder / CONFIG_NAME))
+    if absurd is not None:
+        raise CheckpointError(f"{folder / CONFIG_NAME} names {absurd}. No model has that: download it again.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as problem:
+        # Configs are validated by each model's own code, which may raise anything on bad values.
+        error = problem
+    said = str(error)
+    text = textwrap.shorten(said.replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
+    if "trust_remote_code" in said:
+        raise UnsupportedModelError(
+            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
+            "and have read the code, add --trust-remote-code."
+        ) from error
+    if (isinstance(error, (ValueError, KeyError)) and "model_type" in said) or "does not recognize" in said:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} does not know the model in {folder}: {text}\n"
+            "A newer transformers may: `pip install --upgrade transformers`."
+        ) from error
+    raise CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}") from error
+
+
+def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build a config of the same class as `like` from the contents of a `config.json`."""
+    # Through a file, since only that way transformers decodes values that JSON cannot express (infinity).
+    with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(raw), encoding="utf-8")
+        return type(like).from_pretrained(folder)
+
+
+def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that a config names for its text part, else at its top; None if it names none."""
+    declared = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def describe_model(
@@ -207,3 +257,9 @@ def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None
             f"{type(skeleton.model).__name__}: with {keep} experts in its config, the model would have {name} as "
             f"{actual.get(name)}, but the pruned checkpoint would hold {expected.get(name)}."
         )
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that may change the digits of a result."""
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, safetensors)}
+    return {"streamprune": __version__, **libraries, "python": platform.python_version()}

@@ -26,8 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from streamprune.errors import StreampruneError
-from streamprune.models.config import config_from_dict, count_names, with_expert_count
 from streamprune.models.config_json import minimum_keep
+from streamprune.models.open import config_from_dict
 from streamprune.models.per_layer_experts import (
     OWN_TABLE,
     STANDARD_TABLE,
@@ -36,7 +36,7 @@ from streamprune.models.per_layer_experts import (
     config_of_per_layer_experts,
     modeling_source,
 )
-from streamprune.models.skeleton import Skeleton, build_model
+from streamprune.models.skeleton import Skeleton, build_model, count_names, with_expert_count
 
 #: How users load models that generate text, and what is within these. Older transformers lack some.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")

@@ -11,7 +11,8 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,15 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ExpertRows
 from streamprune.formats.pick import pick_formats
-from streamprune.models.config import count_names, expert_candidates, with_expert_count
-from streamprune.models.config_json import ExpertSpec, mtp_layers
+from streamprune.models.config_json import (
+    GROUP_NAMES,
+    TOP_K_NAMES,
+    TOPK_GROUP_NAMES,
+    ExpertSpec,
+    expert_spec,
+    mtp_layers,
+    stated_counts,
+)
 from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
@@ -146,6 +154,63 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_co
         f"{config.model_type} has no Mixture-of-Experts layer: no parameter depends on a number of experts in its "
         "config. There is nothing to prune."
     )
+
+
+def expert_candidates(config: PreTrainedConfig) -> Iterator[ExpertSpec]:
+    """Every place of the (text) config that may state the number of routed experts, likeliest first."""
+    text = config.get_text_config(decoder=True)
+    base = [name for name, part in _sub_configs(config) if part is text][:1]
+    if text is not config and not base:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its text config lies deeper than one level; please report this model."
+        )
+    for part, *path in ((text, *base), *((sub, *base, name) for name, sub in _sub_configs(text))):
+        values = _values(part)
+        for name, count in stated_counts(values).items():
+            spec = expert_spec(tuple(path), name, count, (values, _values(text)))
+            if spec is None:
+                raise UnsupportedModelError(
+                    f"{config.model_type}: the config names {count} experts ({name}), but not how many the router "
+                    f"picks per token (looked for {', '.join(TOP_K_NAMES)})."
+                )
+            yield spec
+
+
+def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]:
+    return [(name, value) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config states, by the attributes' own names, and what it states of the router under any usual name."""
+    aliases = dict(getattr(config, "attribute_map", {}) or {})
+    own = [name for name in (*vars(config), *aliases.values()) if not name.startswith("_")]
+    values = {}
+    for name in dict.fromkeys((*own, *TOP_K_NAMES, *GROUP_NAMES, *TOPK_GROUP_NAMES)):
+        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
+        with suppress(RuntimeError):
+            values[name] = getattr(config, name, None)
+    return values
+
+
+def with_expert_count(config: PreTrainedConfig, spec: ExpertSpec, count: int) -> PreTrainedConfig:
+    """A copy of `config` that states `count` experts."""
+    changed = copy.deepcopy(config)
+    part = changed
+    for name in spec.path:
+        part = getattr(part, name)
+    old = getattr(part, spec.attribute)
+    setattr(part, spec.attribute, [count] * len(old) if isinstance(old, list) else count)
+    return changed
+
+
+def count_names(config: PreTrainedConfig, spec: ExpertSpec) -> tuple[str, ...]:
+    """The keys under which a `config.json` may state the number of experts: the attribute itself and its aliases."""
+    part: Any = config
+    for name in spec.path:
+        # The model may have been built from its text part alone.
+        part = getattr(part, name, part)
+    aliases = (key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute)
+    return (spec.attribute, *sorted(aliases))
 
 
 def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[str, ExpertRows]:

@@ -16,7 +16,7 @@ from streamprune.config import RunSettings
 from streamprune.errors import ResumeError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
-from streamprune.models.config import versions
+from streamprune.models.open import versions
 from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
 from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens

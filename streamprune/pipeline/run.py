@@ -26,7 +26,7 @@ from streamprune.fit.footprint import read_headers
 from streamprune.hardware.device import choose_device, describe_host
 from streamprune.hardware.memory import check_disk, peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.models.config import versions
+from streamprune.models.open import versions
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline import finish, messages

@@ -24,9 +24,8 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
 from streamprune.formats.pick import refuse_quantized
-from streamprune.models.config import config_from_dict
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
-from streamprune.models.open import DescribedModel, OpenedMoE, check_pruned, describe_model, open_moe
+from streamprune.models.open import DescribedModel, OpenedMoE, check_pruned, config_from_dict, describe_model, open_moe
 from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
