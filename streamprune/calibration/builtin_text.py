@@ -54,13 +54,14 @@ def arithmetic_documents(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
 
     def line() -> str:
-        a, b = rng.randint(0, 99), rng.randint(0, 99)
+        one, other = rng.randint(0, 99), rng.randint(0, 99)
+        small, large = sorted((one, other))
         return rng.choice(
             (
-                f"{a} + {b} = {a + b}",
-                f"{max(a, b)} - {min(a, b)} = {max(a, b) - min(a, b)}",
-                f"{a % 10} * {b % 10} = {(a % 10) * (b % 10)}",
-                f"max({a}, {b}) = {max(a, b)}",
+                f"{one} + {other} = {one + other}",
+                f"{large} - {small} = {large - small}",
+                f"{one % 10} * {other % 10} = {(one % 10) * (other % 10)}",
+                f"max({one}, {other}) = {large}",
             )
         )
 

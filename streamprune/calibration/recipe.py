@@ -278,7 +278,7 @@ def read_recipe(path: Path) -> Recipe:
     kind, hint = ("JSON", f" {hint}") if path.suffix.lower() == ".json" else ("YAML", "")
     try:
         raw = parse_json(data, unique=True) if kind == "JSON" else yaml.load(data.decode("utf-8"), _Loader)
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         # pyyaml fails in many ways of its own and of Python's: a date without a month, a number of 5,000 digits.
         raise CalibrationError(f"{path} is not a recipe in {kind}: {_one_line(error)}.{hint}") from None
     try:

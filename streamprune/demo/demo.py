@@ -262,7 +262,7 @@ def _lines(result: DemoResult) -> list[str]:
     losses = Table(title, columns, [row(name, each.losses) for name, each in models])
     title = "Damage: KL divergence from the unpruned model's predictions, in nats per token"
     damages = Table(title, columns, [row(name, each.divergences) for name, each in removed])
-    rows = [[name, str(m.experts), f"{m.parameters:,}", format_bytes(m.weight_bytes)] for name, m in models]
+    rows = [[name, str(each.experts), f"{each.parameters:,}", format_bytes(each.weight_bytes)] for name, each in models]
     sizes = Table("Sizes", ["model", "experts per layer", "parameters", "weights"], rows)
     command = ["streamprune", "run", str(result.model), "--ratio", "0.5"]
     command += ["--calibration", str(result.calibration), "-o", "OUTPUT"]
