@@ -80,8 +80,8 @@ class PublishedOutput:
 def read_output(output: Path) -> PublishedOutput:
     """What would be published of an output. Nothing is read but headers and JSON.
 
-    Raises OutputError for a folder that is no complete output of streamprune, or in whose place of a file is a link
-    that leads out of the folder: whoever made it may not have meant to publish that file.
+    Raises OutputError for a folder that is no complete output of streamprune, and for a file that is a link out of the
+    folder: whoever made the link may not have meant to publish what it leads to.
     """
     _check_output(output)
     try:
