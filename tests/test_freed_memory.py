@@ -72,14 +72,14 @@ def test_requests_that_are_given_up_hold_no_memory(
     model: Path, memories: Memories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even those that still wait in the pool's queue, behind four that are under way."""
-    go_on, plain = threading.Event(), reading_module._read_fully
+    go_on, plain = threading.Event(), reading_module.read_exactly
 
     def slow(*arguments: Any) -> None:
         go_on.wait(10)
         plain(*arguments)
 
     monkeypatch.setattr(reading_module, "REQUEST_BYTES", 1000)
-    monkeypatch.setattr(reading_module, "_read_fully", slow)
+    monkeypatch.setattr(reading_module, "read_exactly", slow)
     with loader_of(model) as loader:
         assert loader.prefetch(1)
         reading = loader._prefetched[1]
