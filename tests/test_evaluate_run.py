@@ -267,7 +267,7 @@ def test_a_finished_run_that_lost_too_much_leaves_its_scores(
 
     monkeypatch.setattr(of_run, "_LOOKS", 1)
     case = made.at(tmp_path / "out")
-    with pytest.raises(TooMuchLostError, match="Select otherwise with `streamprune prune` and --scores"):
+    with pytest.raises(TooMuchLostError, match="Change the selection with `streamprune prune --scores"):
         case.run(stop_if_kl=1e-5)
     assert not case.output.exists()
     assert read_scores(tmp_path / "out.scores.safetensors").layer_indices == (0, 1, 2, 3)

@@ -143,7 +143,7 @@ def test_a_record_whose_copy_is_damaged_as_well_is_named(made: Case, tmp_path: P
         damage(case.work / name, how)
     with pytest.raises(ResumeError, match=r"run\.json and its copy are missing or damaged"):
         case.run()
-    with pytest.raises(ResumeError, match="holds no run that could be resumed"):
+    with pytest.raises(ResumeError, match="has no run to resume"):
         case.resume()
     case.run(resume="never")
     case.check()

@@ -52,7 +52,9 @@ def test_any_file_of_the_work_folder_may_be_damaged(short: dict[str, Command], t
         shutil.copytree(kept, command.work)
         damage(command.work / name, how)
         if name == "pruning.json":
-            with pytest.raises(ResumeError, match=r"no record of what they are from\. Begin anew with --resume never"):
+            with pytest.raises(
+                ResumeError, match=r"no record of their model and settings\. Start over with --resume never"
+            ):
                 command.run()
             command.run(resume="never")
         else:
@@ -245,7 +247,7 @@ def test_a_pruning_record_of_another_model(made: dict[str, Command], tmp_path: P
     write_signed(command.work / "pruning.json", body)
     told = call("resume", command.work)
     assert told.exit_code == 1
-    assert "Give the very model that was scored" in told.stderr
+    assert "Give the model that was scored" in told.stderr
     command.run()
     command.check()
 

@@ -218,7 +218,7 @@ def test_another_choice_begins_anew_unless_resuming_is_required(made: dict[str, 
         command.run(keep=4, resume="required")
     command.run(keep=4)
     assert command.found() != command.expected
-    with pytest.raises(ResumeError, match="holds nothing that can be resumed"):
+    with pytest.raises(ResumeError, match="has nothing to resume"):
         made["prune"].at(tmp_path / "none").run(resume="required")
     assert not (tmp_path / "none.work").exists()
 

@@ -261,7 +261,7 @@ def test_a_schedule_file_says_how_many(qwen: Model, tmp_path: Path) -> None:
 def test_scores_of_another_model_are_refused(qwen: Model, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", tiny_config(qwen.kind), seed=9)
     settings = PruneSettings(model=str(other), output=tmp_path / "out", scores=qwen.scores, keep=4)
-    with pytest.raises(ScoresError, match=r"holds the scores of .* Give the very model that was scored"):
+    with pytest.raises(ScoresError, match=r"has the scores of .* Give the model that was scored"):
         prune(settings, quiet=True)
     assert not list(tmp_path.glob("out*"))
 

@@ -39,7 +39,7 @@ def test_a_run_that_ended_in_any_block_goes_on(made: Case, tmp_path: Path, block
     case = made.at(tmp_path / "out")
     case.interrupt(at=block)
     if block == 0 and again == "resume":
-        with pytest.raises(ResumeError, match="holds no run"):
+        with pytest.raises(ResumeError, match="has no run to resume"):
             case.resume()
         assert not case.work.exists(), "nothing was done, so that nothing is left"
         return
@@ -92,12 +92,12 @@ def test_from_layer_behind_the_last_block_is_refused(case: Case) -> None:
 
 
 def test_required_and_never(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match=r"holds no run to resume\. Leave out --resume required"):
+    with pytest.raises(ResumeError, match=r"has no run to resume\. Omit --resume required"):
         case.at(tmp_path / "other").run(resume="required")
     assert not (tmp_path / "other.work").exists()
     # Another calibration: what is left of the first run would not go with it.
     write_token_ids(case.tokens, seed=9)
-    with pytest.raises(ResumeError, match="calibration: 96 tokens then, 96 now, and not the same ones"):
+    with pytest.raises(ResumeError, match="calibration: 96 tokens then, 96 now, with other contents"):
         case.run()
     case.run(resume="never")
     assert tree_bytes(case.output) != case.expected
@@ -195,7 +195,7 @@ def test_all_differences_are_named_at_once(case: Case, monkeypatch: pytest.Monke
     assert [line.split(":")[0] for line in lines] == [
         "experts kept", "propagate", "torch", *(f"model file {file}" for file in files), "calibration",
     ]  # fmt: skip
-    assert "begin anew with --resume never" in str(raised.value)
+    assert "start over with --resume never" in str(raised.value)
 
 
 def test_the_work_folder_alone_suffices(made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

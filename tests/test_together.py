@@ -197,6 +197,7 @@ def test_what_only_another_process_can_know_is_told_with_its_name(made: Case, tm
     assert texts[0] == ""
     assert texts[1].startswith("Error: process 1 of 0 to 1, on ")
     assert texts[1].endswith(
-        "model is another model here than where rank 0 runs: its files differ. Copy them, or name a --revision.\n"
+        "The files of model on this machine differ from those on the machine of rank 0. Copy them, or give a "
+        "--revision.\n"
     )
     assert [path.name for folder in folders for path in folder.iterdir()] == ["model", "model"]

@@ -257,6 +257,6 @@ def test_work_of_another_version_is_refused_in_one_line(
     with pytest.raises(ResumeError) as refused:
         read_run(tmp_path) if name == "run.json" else read_pruning(tmp_path)
     assert str(refused.value) == (
-        f"{tmp_path / name} was made by {maker}. This version cannot resume it: remove {tmp_path}, or begin anew with "
+        f"{tmp_path / name} was made by {maker}. This version cannot resume it: remove {tmp_path}, or start over with "
         "--resume never."
     )

@@ -1,6 +1,6 @@
-"""From a selection to an output: write what is not written yet, compare it with the source, record it, and name it.
+"""The last steps of `run` and `prune`, and of `score`: write, verify and record the output, and rename it to its path.
 
-`run` and `prune` end alike; `score` ends with its scores. No torch.
+No torch.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
 
-#: Suffix of the file with the scores of a run whose output was refused, next to the output.
+#: Suffix of the file with the scores of a run that --stop-if-kl ended, or without a possible selection; next to OUT.
 SCORES_SUFFIX = ".scores.safetensors"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished command. `layers` are empty where it only scored; `summary` is what `--json` prints."""
+    """A finished command. `layers` is empty if it only scored; `summary` is what `--json` prints."""
 
     output: Path
     layers: tuple[LayerSelection, ...]
@@ -52,9 +52,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class SelectionResult:
-    """Everything that is decided about an output: which experts stay of which model, and the files that this gives.
+    """Everything that is decided about an output: the source model, which experts stay, and the files to write.
 
-    `scores` is None for the user's own selection without any.
+    `scores` is None for the user's own selection without scores.
     """
 
     settings: RunSettings | PruneSettings
@@ -68,7 +68,7 @@ class SelectionResult:
 
     @cached_property
     def retained(self) -> tuple[Retention, ...]:
-        """What the selection keeps of each source of the calibration; empty without scores."""
+        """How much saliency of each calibration source the selection keeps; empty without scores."""
         return retentions(self.scores, self.selection) if self.scores is not None else ()
 
     @property
@@ -80,7 +80,7 @@ class SelectionResult:
     def record_layer(
         self, work: WorkFolder, index: int | None, experts: Sequence[int], shards: list[FinishedShard]
     ) -> None:
-        """Record in the work folder what is known and written of a layer (None: of the weights outside the layers)."""
+        """Record a layer's scores, experts and shards in the work folder (None: the weights outside the layers)."""
         work.write_layer(index, self._statistics.get(index), experts, shards)
 
     @cached_property
@@ -88,18 +88,22 @@ class SelectionResult:
         return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
 
     def print_retention(self, progress: Progress) -> None:
-        """Print what the selection keeps of each source, with warnings where that is little."""
+        """Print how much saliency of each source the selection keeps, with warnings where that is little."""
         if self.scores is None or not self.retained:
             return
-        kept = ", ".join(f"{each.source} {each.kept:.1%} (at best {each.best:.1%})" for each in self.retained)
-        progress.say(f"domain retention, the share of each source's saliency that stays: {kept}")
-        by = self.selection.settings
-        shares = token_shares(by.mix, self.scores.sources, self.scores.source_tokens) if by is not None else None
+        kept = ", ".join(f"{each.source} {each.kept:.1%} ({each.best:.1%})" for each in self.retained)
+        progress.say(
+            "domain retention, the share of each source's saliency kept (in brackets: if selected for that source "
+            f"alone): {kept}"
+        )
+        settings, shares = self.selection.settings, None
+        if settings is not None:
+            shares = token_shares(settings.mix, self.scores.sources, self.scores.source_tokens)
         for warning in retention_warnings(self.retained, shares):
             progress.say(f"warning: {warning}")
 
     def summary(self, estimate: Estimate | None, seconds: float) -> dict[str, Any]:
-        """The result for people and for `--json`, as far as it does not depend on how the scores were taken."""
+        """What `--json` prints of an output, except how the scores were made."""
         counts = list(self.plan.counts.values())
         return {
             "output": str(self.settings.output),
@@ -119,7 +123,7 @@ class SelectionResult:
                 each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in self.retained
             },
             "dropped_tensors": len(self.plan.layout.dropped),
-            # What was compared and differed would have raised an error.
+            # A difference would have raised an error.
             "verified": self.settings.verify,
             "seconds": round(seconds, 3),
             "memory": estimate_object(estimate) if estimate is not None else None,
@@ -139,7 +143,7 @@ def write_layers(
 ) -> None:
     """Write and record the weights outside the layers and every layer, unless they have been written before.
 
-    Raises InterruptedRunError when the user asks to stop; what is written is kept.
+    Raises InterruptedRunError when the user stops the command; finished work is kept.
     """
     for index in decided.layers:
         _check_stop(stop, work)
@@ -147,8 +151,8 @@ def write_layers(
         name = "weights outside the layers" if index is None else progress.name_of(index)
         record = work.read_layer(index)
         if record is not None and record.shards:
-            # Of tens of GiB this takes a while, and prints nothing else.
-            progress.say(f"resuming: checking what was written of {name} ...")
+            # For tens of GiB this takes a while without output.
+            progress.say(f"resuming: checking the written files of {name} ...")
             if writer.has_written(index, experts, record):
                 continue
         decided.record_layer(work, index, experts, writer.write_layer(index, experts))
@@ -160,7 +164,7 @@ def write_layers(
 def _check_stop(stop: StopRequest, work: WorkFolder) -> None:
     if stop:
         raise InterruptedRunError(
-            f"Stopped as asked; what is written is kept. Resume with: {resume_command(work.folder)}"
+            f"Stopped on request. All finished work is saved. Resume with: {resume_command(work.folder)}"
         )
 
 
@@ -171,21 +175,21 @@ def complete(
     progress: Progress,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Estimate | None:
-    """Compare what was written with the source, add record and model card, and give the output its name.
+    """Verify the written shards, add record and model card, and rename the work folder's files to the output.
 
-    `evaluation` is what was measured of the pruned model. Returns the memory that it takes, None where it is not known.
+    `evaluation` is the result on held-out text. Returns the memory that the model takes; None if it is unknown.
     """
     settings, plan, kept = decided.settings, decided.plan, decided.selection.kept
-    # Everything in that folder becomes the output.
+    # Everything in the staging folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
         if not writer.has_proven(kept):
-            # What was written before an interruption. Of a large model this takes minutes.
-            progress.say("comparing what was written with the source ...")
+            # Shards from before an interruption. For a large model this takes minutes.
+            progress.say("comparing the written tensors with the source ...")
         try:
             proof = writer.verify(kept)
         except VerifyError:
-            # The records of what was written cannot be believed; the statistics of the experts are not affected.
+            # The records of written shards are no longer valid; the statistics of the experts are not affected.
             for index in decided.layers:
                 decided.record_layer(work, index, (), [])
             raise
@@ -206,13 +210,13 @@ def complete(
 def print_result(
     progress: Progress, decided: SelectionResult, summary: Mapping[str, Any], estimate: Estimate | None
 ) -> None:
-    """Print that the output is complete, with a warning of experts that no calibration token was routed to."""
+    """Print that the output is complete, and warn of experts to which no calibration token was routed."""
     if summary["never_routed"] and decided.selection.settings is not None and decided.scores is not None:
         where = ", ".join(f"layer {item['layer']}: {item['experts']}" for item in summary["never_routed"])
         progress.say(
-            f"warning: the {decided.scores.tokens:,} calibration tokens never reached some experts ({where}), so these "
-            "were removed first, although nothing is known of them. Calibrate on more or on other text: --calibration, "
-            "--samples."
+            f"warning: none of the {decided.scores.tokens:,} calibration tokens was routed to some experts ({where}). "
+            "These were removed first, although their importance is unknown. Calibrate on more or on other text: "
+            "--calibration, --samples."
         )
     progress.say(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
@@ -230,12 +234,12 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
         verdict = "fits" if estimate.fits else "does not fit"
         progress.say(
             f"  {verdict} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} "
-            f"{'left' if estimate.fits else 'missing'}"
+            f"{'left' if estimate.fits else 'over'}"
         )
 
 
 def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> None:
-    """Print notes on the GPU that the budget is for, and on who can load layers with different numbers of experts."""
+    """Print notes on the budget's GPU, and on which engines load layers with different numbers of experts."""
     notes = [*(counts.budget.notes if counts.budget else ()), *([engines_note(True)] if is_uneven else [])]
     for note in notes:
         progress.say(f"note: {note}")
@@ -245,27 +249,27 @@ def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
     """Print which tensors the output leaves out, if any."""
     if dropped:
         progress.say(
-            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are left out, and the config says so. "
-            "Without them, speculative decoding needs a separate draft model."
+            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are dropped, and config.json is changed to "
+            "match. Without them, speculative decoding needs a separate draft model."
         )
 
 
 def save_scores(settings: OutputSettings, scores: Scores) -> Path:
-    """Save the scores of a run next to its output, to select from them in another way; returns the file."""
+    """Save the scores of a run next to its output, for another selection; returns the file."""
     path = sibling_path(settings.output, SCORES_SUFFIX)
     write_scores(path, scores)
     return path
 
 
 def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Scores, work: WorkFolder) -> None:
-    """Write the scores and give them their name, complete or not at all.
+    """Write the scores file in the work folder next to the output, then rename it to the output.
 
-    What is being written lies in a folder next to the output. Raises ScoresError, OutputError and ResourceError.
+    So the output is complete or absent. Raises ScoresError, OutputError and ResourceError.
     """
     complete_file = settings.output_work_folder / SCORES_NAME
     write_scores(complete_file, scores)
     with writing(f"Completing {settings.output}", settings.output):
-        # Hours may have passed: do not replace an output that was put there meanwhile.
+        # Hours may have passed: do not replace an output that was created meanwhile.
         check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
         work.record_complete(complete_file)
         reached("scores written")

@@ -1,4 +1,4 @@
-"""Messages of `run` and `score`: what will be done and needed, and what the scores are for."""
+"""Messages of `run` and `score`: the plan, the memory and disk that it needs, and how to use the scores."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
 def print_prepared(
     progress: Progress, settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device
 ) -> None:
-    """Print the sizes of the weights, before and after, and what the model is calibrated on."""
+    """Print the size of the weights before and after pruning, and the calibration."""
     if prepared.plan.counts is not None:
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
         print_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):
         progress.say(
-            "note: the built-in calibration text is meant for a first try. For a model that you will use, give text "
-            "like that of your use: --calibration FILE."
+            "note: the built-in calibration text is meant for a first try. For a model that you will use, calibrate on "
+            "text like your workload: --calibration FILE."
         )
     named = zip(calibration.sources, calibration.tokens_of, strict=True)
     progress.say(
@@ -66,7 +66,7 @@ def print_prepared(
 
 
 def print_processes(progress: Progress, processes: Processes, device: torch.device) -> None:
-    """Print how many processes share the run, if several do, and whether they leave cores idle."""
+    """Print how many processes share the run, if several do, and a note if they leave cores idle."""
     if processes.count == 1:
         return
     progress.say(f"{processes.count} processes, each with a share of the micro-batches")
@@ -81,7 +81,7 @@ def print_processes(progress: Progress, processes: Processes, device: torch.devi
 def print_work(
     progress: Progress, settings: RunSettings, prepared: PreparedModel, memory: MemoryPlan, work: WorkFolder
 ) -> None:
-    """Print how large the work folder may become. Raises ResourceError if the disk has no room for it."""
+    """Print how large the work folder may become. Raises ResourceError if the disk has not enough free space."""
     written, states = prepared.planned_bytes, memory.needs.states
     # Two generations of states are kept, and a third exists while it is written.
     check_room(settings, work, written + 3 * states, written)
@@ -93,11 +93,11 @@ def print_work(
 
 
 def print_utilisation(progress: Progress, settings: RunSettings, summary: Mapping[str, Any]) -> None:
-    """Print what the time was spent on, and whether the run took more memory than it should."""
+    """Print what the time was spent on, and a note if the run exceeded --ram-gib."""
     progress.say(describe(summary["busy"]))
     if settings.ram_bytes is not None and summary["peak_resident_bytes"] > settings.ram_bytes:
         progress.say(
-            f"note: resident memory rose to {format_bytes(summary['peak_resident_bytes'])} for a moment, above "
+            f"note: resident memory peaked at {format_bytes(summary['peak_resident_bytes'])}, above "
             f"--ram-gib {settings.ram_gib:g}. A smaller --batch-tokens or a shorter --seq-len lowers it."
         )
 

@@ -1,6 +1,6 @@
-"""`streamprune prune`: an output from scores that were taken before, or from the user's own list. No forward pass.
+"""`streamprune prune`: an output from an existing scores file, or from the user's own list. No forward pass.
 
-With scores, neither torch nor transformers is needed: they say where in the checkpoint the experts lie.
+With scores, neither torch nor transformers is needed: the file states where the experts are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from streamprune.work.records import has_pruning, has_run
 
 
 def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
-    """Write the model that the settings select; resumes what an earlier call left unfinished.
+    """Write the pruned model, or resume an unfinished earlier call.
 
-    Takes the time of a file copy, and memory for a few MiB of a file at a time besides the scores. Raises a
-    StreampruneError for whatever cannot work, before anything is written.
+    Takes the time of a file copy, and memory for the scores and a few MiB. Raises a StreampruneError before anything
+    is written if the settings, the model or the machine do not allow it.
     """
     decided = _decide(settings)
     with Progress(decided.plan.layout.layer_count, quiet) as progress, ExitStack() as stack:
@@ -62,7 +62,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
             finish.write_layers(decided, writer, work, progress, stop)
             stop.patient = False
             estimate = finish.complete(decided, writer, work, progress)
-        # The output is complete: there is nothing left to be stopped.
+        # The output is complete: nothing is left to stop.
         stop.patient = True
         summary = decided.summary(estimate, progress.seconds)
         work.remove()
@@ -72,9 +72,9 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
 
 
 def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
-    """Decide and print what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
+    """Plan and print what `prune` would do, and write nothing. Returns what `--dry-run --json` prints.
 
-    Raises like `prune`, also where the disk is too small for the output.
+    Raises like `prune`, also if the disk is too small for the output.
     """
     decided = _decide(settings)
     footprint = decided.facts.footprint
@@ -91,13 +91,13 @@ def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     """Resume the pruning recorded in a work folder. `changes` are settings that do not change the result.
 
-    Raises ResumeError when there is none, or when what decides the result has changed.
+    Raises ResumeError if there is none, or if anything that decides the result has changed.
     """
     recorded = records.read_pruning(work_folder)
     if recorded is None:
         raise ResumeError(
-            f"{work_folder} holds no pruning that could be resumed: its record is missing or damaged. Give the same "
-            "`streamprune prune` command again; nothing but the time of a copy is lost."
+            f"{work_folder} has no `streamprune prune` to resume: its record is missing or damaged. Run the same "
+            "command again; only the time of the file copy is lost."
         )
     settings = records.with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
@@ -106,9 +106,9 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
 
 
 def _decide(settings: PruneSettings) -> SelectionResult:
-    """Open the model and decide everything about its output, before a byte is written."""
+    """Open the model and plan its output, before a byte is written."""
     scores = _read_scores(settings)
-    # Of a model on the Hub the config alone at first: a refusal then costs no download.
+    # For a model on the Hub only the config is fetched at first, so that errors come before the download.
     config_folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     check_output(settings.output, config_folder, settings.overwrite)
     refuse_per_layer_experts(read_json(config_folder / CONFIG_NAME), settings.model)
@@ -127,11 +127,11 @@ def _decide(settings: PruneSettings) -> SelectionResult:
 
 
 def _read_scores(settings: PruneSettings) -> Scores | None:
-    """The scores, if there are any. Refuses what they do not allow before tens of GiB are downloaded."""
+    """The scores, if any are given. Raises for settings that they do not allow, before tens of GiB are downloaded."""
     by = replace(settings.selection, seed=settings.seed or None)
     if settings.keep_file is not None and by != SelectionSettings():
         raise SettingsError(
-            "--keep-file says itself which experts stay. Leave out --method, --mix, --schedule, --spread, --floor, "
+            "--keep-file says itself which experts stay. Omit --method, --mix, --schedule, --spread, --floor, "
             "--protect-super-experts and --seed."
         )
     if settings.scores is None:
@@ -154,11 +154,11 @@ def _select(
     layers: tuple[int, ...],
     footprint: Callable[[], Footprint],
 ) -> tuple[ExpertCounts, Selection]:
-    """How many experts stay, and which: by the user's own list or by scores; a budget asks for the `footprint`."""
+    """How many experts stay, and which: by the user's own list or by scores. `footprint` is called for a budget."""
     if settings.keep_file is not None:
         selection = listed_selection(read_keep_file(settings.keep_file, spec, layers), scores, settings.selection)
         return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
-    assert scores is not None  # PruneSettings has seen to it
+    assert scores is not None  # PruneSettings requires scores or a keep file
     counts = plan_counts(settings, spec, layers, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
     return counts, Selector(by, spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
@@ -174,7 +174,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
     finish.print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
-            "note: these scores were taken with --propagate pruned: after the first layer with experts they hold "
+            "note: these scores were made with --propagate pruned: after the first layer with experts they are valid "
             "for that run's selection only."
         )
     decided.print_retention(progress)
@@ -189,40 +189,40 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
     if scores is not None and scores.layout is not None:
         facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
     else:
-        # Only here: it takes torch and transformers, and seconds.
+        # Imported only here: it imports torch and transformers, which takes seconds.
         from streamprune.planning.prepare import facts_of_checkpoint
 
         facts = facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code)
     layout = facts.layout
-    # The fingerprint is only what the file of scores says of itself.
+    # A matching fingerprint is not enough: the scores file may have been edited.
     if scores is not None and (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
         raise ScoresError(
-            f"{settings.scores} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts "
-            f"(top-{scores.spec.top_k}), but the model's are {len(layout.expert_layers)} with {layout.spec.count} "
-            f"(top-{layout.spec.top_k}), or other layers. Score the model again."
+            f"{settings.scores} has scores of {len(scores.layers)} layers with {scores.spec.count} experts "
+            f"(top-{scores.spec.top_k}), but the model has {len(layout.expert_layers)} with {layout.spec.count} "
+            f"(top-{layout.spec.top_k}), or other layers have experts. Score the model again."
         )
     return facts
 
 
 def _check_source(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores) -> None:
-    """Raise ScoresError unless the scores say that they are of this checkpoint."""
+    """Raise ScoresError unless the scores are of this checkpoint, by their fingerprint."""
     scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
     if scored != here:
         raise ScoresError(
-            f"{settings.scores} holds the scores of {show(scores.provenance['model'])} with the fingerprint "
-            f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the very model that was scored, or "
-            "score this one."
+            f"{settings.scores} has the scores of {show(scores.provenance['model'])} with the fingerprint "
+            f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the model that was scored, or score this "
+            "one."
         )
     stated = stated_experts(checkpoint.config)
     if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
         raise ScoresError(
-            f"{settings.scores} holds scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but by its "
-            f"config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
+            f"{settings.scores} has scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but according to "
+            f"its config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
         )
 
 
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
-    """Keep what an earlier call wrote in the work folder if its selection was the same; else begin anew."""
+    """Keep the finished work of an earlier call if its selection was the same; otherwise start over."""
     folder, anew = work.folder, settings.resume == "never"
     if has_run(folder) and not anew:
         raise ResumeError(
@@ -231,7 +231,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         )
     if not has_pruning(folder) and work.has_progress() and not anew:
         raise ResumeError(
-            f"{folder} holds finished layers, but no record of what they are from. Begin anew with --resume never."
+            f"{folder} has finished layers, but no record of their model and settings. Start over with --resume never."
         )
     now = {
         "source": decided.provenance["source"]["fingerprint"],
@@ -243,9 +243,9 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     if recorded is None or recorded.decided != now:
         if settings.resume == "required":
             raise ResumeError(
-                f"{folder} holds nothing that can be resumed: it is empty, or was begun with another selection of "
-                "experts, another --max-shard-size, or other files of the model. Begin anew with `streamprune prune` "
-                "and --resume never."
+                f"{folder} has nothing to resume: it is empty, or was started with another selection of experts, "
+                "another --max-shard-size, or other files of the model. Start over with `streamprune prune` and "
+                "--resume never."
             )
         if work.keeps_old_output() and recorded is None:
             raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")

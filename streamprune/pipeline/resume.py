@@ -1,6 +1,6 @@
-"""What decides the result of a run: recorded, and compared before an interrupted run is resumed.
+"""Everything that decides the result of a run: recorded, and compared before an interrupted run is resumed.
 
-And what decided its scores, as it is kept with them.
+Also what decided its scores, which is stored with them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from streamprune.planning.prepare import PreparedModel
 from streamprune.reporting.record import public_name
 from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens
 
-#: Settings that do not change the result, or whose effect is recorded in another way (the calibration by its tokens, a
-#: budget by the number of experts that it gave).
+#: Settings that do not change the result, or whose effect is recorded otherwise: the calibration by its tokens, a
+#: budget by the resulting number of experts.
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
     "checkpoint_every", "from_layer", "verify", "stop_if_kl", "calibration", "budget_gib", "gpu", "keep", "ratio",
@@ -33,7 +33,7 @@ FREE_SETTINGS = {
 def describe_run(
     settings: RunSettings, prepared: PreparedModel, calibration: Calibration, batch_tokens: int
 ) -> RecordedRun:
-    """All that decides the result of a run, and the command that began it."""
+    """Everything that decides the result of a run, and the command that started it."""
     counts, command = prepared.plan.counts, command_of(settings)
     kept = "none removed"
     if counts is not None and counts.keep is not None:
@@ -58,7 +58,7 @@ def describe_run(
             recipe=dict(calibration.recipe),
             notes=list(calibration.notes),
         ),
-        # (torch's is of a class of its own.)
+        # (torch's version is an instance of its own class.)
         versions={name: str(version) for name, version in versions().items()},
         layers=prepared.layout.layer_count,
         batch_tokens=batch_tokens,
@@ -67,7 +67,7 @@ def describe_run(
 
 
 def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Calibration:
-    """The recorded calibration. Raises ResumeError unless it is the one that the run began with."""
+    """The recorded calibration. Raises ResumeError unless it is the one that the run started with."""
     facts, tokens = recorded.calibration, read_tokens(work)
     sound = len(facts.source_of) == len(tokens) > 0 and all(source < len(facts.sources) for source in facts.source_of)
     sound = sound and all(
@@ -78,7 +78,9 @@ def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Cali
     )
     sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
     if not sound or fingerprint_of(sequences, facts.source_of) != facts.fingerprint:
-        raise ResumeError(f"The calibration tokens in {work} are not those that the run began with. Was it changed?")
+        raise ResumeError(
+            f"The calibration tokens in {work} are not those that the run started with. Was the folder changed?"
+        )
     sources, notes = tuple(facts.sources), tuple(facts.notes)
     return Calibration(sequences, sources, tuple(facts.source_of), facts.fingerprint, notes, facts.recipe)
 
@@ -90,7 +92,7 @@ def check_same(before: RecordedRun, now: RecordedRun, work: Path) -> None:
         raise ResumeError(
             f"The run in {work} cannot be resumed, because the result would not be the same:\n"
             + "\n".join(f"  {line}" for line in found)
-            + "\nUndo the changes, or discard the finished work and begin anew with --resume never."
+            + "\nUndo the changes, or discard the finished work and start over with --resume never."
         )
 
 
@@ -103,11 +105,11 @@ def _differences(before: RecordedRun, now: RecordedRun) -> Iterator[str]:
         if before.files.get(file) != now.files.get(file):
             yield f"model file {file}: {_file(before.files.get(file))} then, {_file(now.files.get(file))} now"
     if before.source != now.source and before.files == now.files:
-        yield "the model's contents: another fingerprint, though its files have the same sizes and times"
+        yield "the model's contents: another fingerprint, although its files have the same sizes and times"
     if before.calibration.fingerprint != now.calibration.fingerprint:
         yield (
-            f"calibration: {before.calibration.tokens:,} tokens then, {now.calibration.tokens:,} now, and not the same "
-            "ones"
+            f"calibration: {before.calibration.tokens:,} tokens then, {now.calibration.tokens:,} now, with other "
+            "contents"
         )
 
 
@@ -122,7 +124,7 @@ def _file(state: list[int] | None) -> str:
 def provenance_of(
     settings: RunSettings, prepared: PreparedModel, text: Calibration, device: torch.device, batch_tokens: int
 ) -> dict[str, Any]:
-    """What decided the scores of a run, as JSON. Nothing in it is about which experts stay."""
+    """What decided the scores of a run, as JSON. It has nothing about which experts stay."""
     calibration = {
         "sources": [
             {"name": name, "tokens": tokens} for name, tokens in zip(text.sources, text.tokens_of, strict=True)

@@ -1,6 +1,6 @@
 """`run` and `score`: prepare, stream the layers, select the experts that stay, complete the output.
 
-Every process takes the same steps; rank 0 alone reads the user's files, writes and prints.
+All processes run the same steps; only rank 0 reads the user's files, writes and prints.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ from streamprune.work.records import RecordedRun, has_pruning, read_run, with_ch
 
 
 def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
-    """Decide and print what `run` would do, from config and headers alone. Downloads and writes nothing large.
+    """Plan and print what `run` would do, from config and headers alone. Downloads and writes nothing large.
 
-    Returns the result of `--dry-run --json`. Raises like `run`, also where the disk is too small for the output.
+    Returns what `--dry-run --json` prints. Raises like `run`, also if the disk is too small for the output.
     """
     settings.check_device(choose_device(settings.device).type)
     plan = plan_pruning(settings)
@@ -85,9 +85,9 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
-    """Prune a model, or only score it, one layer after the other; resumes what an earlier run left unfinished.
+    """Prune a model, or only score it, one layer after the other; or resume an unfinished earlier run.
 
-    On any error the work folder stays if a layer is finished, so that the run can be resumed. Where several processes
+    On any error the work folder stays if a layer is finished, so that the run can be resumed. If several processes
     were launched together, each has to call this, and all get the result.
     """
     with joined(settings.device) as processes:
@@ -95,9 +95,10 @@ def run(settings: RunSettings, quiet: bool = False) -> RunResult:
 
 
 def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
-    """Resume the run recorded in a work folder. `changes` are settings that may differ: device, caps and the like.
+    """Resume the run recorded in a work folder. `changes` are settings that may differ, such as device and memory.
 
-    Raises ResumeError when there is none, or when what decides the result has changed. Several processes as for `run`.
+    Raises ResumeError if there is none, or if anything that decides the result has changed. With several processes
+    each has to call this, as for `run`.
     """
     with joined(changes.get("device", "auto")) as processes:
         found = processes.on_first(lambda: _settings_to_resume(work_folder, changes))
@@ -109,13 +110,11 @@ def _settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSet
     recorded = read_run(work_folder)
     if recorded is None and has_pruning(work_folder):
         raise ResumeError(
-            f"{work_folder} holds an unfinished `streamprune prune`, and no run. Resume with: "
+            f"{work_folder} has an unfinished `streamprune prune`, not a run. Resume with: "
             f"{resume_command(work_folder)}"
         )
     if recorded is None:
-        raise ResumeError(
-            f"{work_folder} holds no run that could be resumed. A run that has been started keeps one in OUT.work."
-        )
+        raise ResumeError(f"{work_folder} has no run to resume. The work folder of an unfinished run is OUT.work.")
     settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
@@ -131,7 +130,7 @@ def _run(settings: RunSettings, quiet: bool, processes: Processes, resuming: boo
 
 
 def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
-    """The device that a process of a run computes on. Raises SettingsError where a setting makes no sense on it."""
+    """The device that a process of a run computes on. Raises SettingsError if a setting makes no sense on it."""
     device = choose_device(settings.device, processes.local_rank)
     settings.check_device(device.type)
     return device
@@ -139,7 +138,7 @@ def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.devi
 
 @dataclass(frozen=True)
 class _Job:
-    """What rank 0 reads and decides for all ranks."""
+    """What rank 0 reads and decides, and broadcasts to all ranks."""
 
     settings: RunSettings
     calibration: Calibration
@@ -149,9 +148,9 @@ class _Job:
 
 
 class _Run:
-    """A run in one process: `begin` in rank 0, then `go` in all of them, which call the other methods in this order.
+    """A run in one process: `begin` in rank 0, then `go` in all. They call the other methods in the order below.
 
-    What it opens is closed with `stack`; on any exit, finished work is kept.
+    `stack` closes what it opens. On any exit, finished work is kept.
     """
 
     #: In rank 0 alone; `full_text` is the calibration with its held-out text, `recorded` the run to resume.
@@ -170,7 +169,7 @@ class _Run:
         self.processes, self.device, self.stack = processes, device, stack
         self.progress = Progress(0, quiet=True)
         if not processes.is_first:
-            # Rank 0 answers a request to stop: it is passed on once layers are streamed.
+            # Rank 0 gets the user's request to stop, and passes it on while layers are streamed.
             self.stop: StopRequest = stack.enter_context(listening())
             self.stop.patient = True
 
@@ -184,10 +183,10 @@ class _Run:
         self.stack.enter_context(on_exit(work, self.progress.say))
         check_place(settings)
         if settings.only_score:
-            # Again: an old output may just have been put back.
+            # Checked again: locking the work folder may have moved an old output back.
             check_scores_file(settings.output, plan.folder, settings.overwrite)
         self.recorded = recorded = begin(settings, work)
-        # Before tens of GiB are downloaded: text that cannot be used should cost no time.
+        # Read the text before tens of GiB are downloaded, so that errors in it come early.
         if recorded is not None and resuming:
             self.full_text = read_calibration(recorded, work.folder, plan.vocabulary)
         else:
@@ -197,11 +196,11 @@ class _Run:
         if settings.evaluate:
             find_head(prepared.skeleton.model)
         check_schedule(settings, prepared)
-        # Nothing is printed before all is known to be in order: a refusal is one message and no more.
+        # Nothing is printed before everything is checked, so that a refusal is a single message.
         messages.print_plan(self.progress, settings, prepared.plan)
         messages.print_prepared(self.progress, settings, prepared, calibration, self.device)
         if recorded is not None and settings.batch_tokens is None:
-            # The same micro-batches, so that the same digits come out.
+            # With the same micro-batches the result has the same digits.
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
         fingerprint = prepared.checkpoint.fingerprint() if self.processes.count > 1 else ""
         return _Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
@@ -211,7 +210,7 @@ class _Run:
         self.settings, self.calibration = job.settings, job.calibration
         is_first = self.processes.is_first
         self.prepared = self.processes.on_each(lambda: self.prepared if is_first else _open_alike(job))
-        # What goes through the layers while they are scored: not the held-out text where all are scored first.
+        # If the selection needs the scores of all layers, the held-out text is measured afterwards, not here.
         after_all = self.settings.needs_all_layers
         streamed = replace(self.calibration, held_out=None) if after_all else self.calibration
         self.runtime = self._plan(streamed)
@@ -234,13 +233,13 @@ class _Run:
         return self.processes.on_first(lambda: self._complete(target is not None, evaluation, taken))
 
     def _plan(self, streamed: Calibration) -> Runtime:
-        """Decide how memory is used, with the other ranks, and record the run."""
+        """Plan the use of memory together with the other ranks, and record the run."""
         settings, prepared, processes = self.settings, self.prepared, self.processes
-        # On another machine the work folder need not be there, and nothing that has a name is written anyway.
+        # On other machines the work folder may not exist. States on disk are unnamed files, so any folder will do.
         folder = settings.work_folder if settings.work_folder.is_dir() else Path(gettempdir())
 
         def plan_here() -> MemoryPlan:
-            # (With the held-out text also where that is measured only once all layers are scored.)
+            # (With the held-out text, even if it is measured only after all layers are scored.)
             needs = find_needs(settings, prepared, self.calibration)
             return plan_memory(settings, needs, prepared.planned_bytes, self.device, folder, processes)
 
@@ -250,7 +249,7 @@ class _Run:
         return Runtime(settings, plan, self.device, self.progress, folder, self.stop, processes=processes)
 
     def _record(self, plan: MemoryPlan) -> None:
-        """Print the plan of memory, and record the run, or make sure that it is the recorded one. Rank 0."""
+        """Print the memory plan, and record the run, or check that it equals the recorded one. Rank 0."""
         messages.print_processes(self.progress, self.processes, self.device)
         self.progress.say(plan.describe())
         now = describe_run(self.settings, self.prepared, self.full_text, plan.batch_tokens)
@@ -261,7 +260,7 @@ class _Run:
             write_run(self.work.folder, now, [sequence.tolist() for sequence in self.full_text.sequences])
 
     def _selector(self) -> Selector | None:
-        """What selects the experts; None where scoring is all that is asked for."""
+        """The selector of the experts; None if the run only scores."""
         counts, text, spec = self.prepared.plan.counts, self.calibration, self.prepared.layout.spec
         if counts is None:
             return None
@@ -274,10 +273,10 @@ class _Run:
         return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
 
     def _select(self, scores: Scores, selector: Selector) -> Selection:
-        """Select the experts of all layers, print what that keeps, and save the held-out text next to the output.
+        """Select the experts of all layers, print the retention, and save the held-out text next to the output.
 
-        Raises SettingsError where no selection is possible. Then the scores, which took all the time, are saved next to
-        the output, and the work folder is emptied, since no resume could end otherwise. Rank 0.
+        Raises SettingsError if no selection is possible. Then the scores, which took all the time, are saved next to
+        the output, and the work folder is emptied, since resuming would end in the same error. Rank 0.
         """
         counts = self.prepared.plan.counts
         assert counts is not None
@@ -287,7 +286,7 @@ class _Run:
             kept = finish.save_scores(self.settings, scores)
             self.work.start_afresh()
             raise SettingsError(
-                f"{error} All layers are scored; select in another way with `streamprune prune` and --scores {kept}."
+                f"{error} All layers are scored: change the selection with `streamprune prune --scores {kept}`."
             ) from None
         self.writer = self.writer or self._new_writer(selection.counts_by_layer)
         self.decided = SelectionResult(
@@ -296,12 +295,12 @@ class _Run:
         )  # fmt: skip
         self.decided.print_retention(self.progress)
         if self.calibration.held_out is not None:
-            # Before the output gets its name or --stop-if-kl ends the run: then it is needed to measure again.
+            # Saved before the output is complete or --stop-if-kl ends the run, to allow measuring again.
             save_held_out(self.settings.output, self.calibration.held_out, self.progress)
         return selection
 
     def _complete(self, is_written: bool, evaluation: RunEvaluation | None, taken: Mapping[str, Any]) -> RunResult:
-        """Write what is not written yet, check all of it, give it its name, and print the result. Rank 0."""
+        """Write what is not written yet, verify all, rename it to the output, and print the result. Rank 0."""
         decided, writer, work, progress = self.decided, self.writer, self.work, self.progress
         assert decided.scores is not None
         assert writer is not None
@@ -314,14 +313,14 @@ class _Run:
         work.states.forget()
         result = evaluation.result if evaluation is not None else None
         estimate = finish.complete(decided, writer, work, progress, result)
-        # The output is complete from here on, whatever happens to the log or the terminal.
+        # The output is complete from here on, even if the log or the terminal fails.
         measured = {"evaluation": result} if result is not None else {}
         summary = self._log({**decided.summary(estimate, progress.seconds), **measured}, taken)
         finish.print_result(progress, decided, summary, estimate)
         return RunResult(self.settings.output, decided.selection.layers, summary)
 
     def _complete_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
-        """Write the scores, where nothing is pruned. Rank 0."""
+        """Write the scores file of `score`. Rank 0."""
         self.stop.patient = False
         finish.complete_scores(self.settings, self.prepared.checkpoint, scores, self.work)
         summary = {
@@ -337,7 +336,7 @@ class _Run:
         return RunResult(self.settings.output, (), summary)
 
     def _log(self, summary: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
-        """The summary with how the scores were taken and what was busy meanwhile, which is printed and logged."""
+        """The summary with how the scores were made and the utilisation. Prints and logs it."""
         busy = self.runtime.busy.utilisation()
         summary = {**summary, **taken, "busy": busy, "peak_resident_bytes": peak_resident_bytes()}
         self.progress.log("summary", {**summary, "host": describe_host(self.device)})
@@ -351,22 +350,24 @@ class _Run:
         return OutputWriter(plan, checkpoint, self.settings, self.work)
 
     def _remove_work(self, settings: RunSettings) -> None:
-        """The output is complete: there is nothing left to be stopped or resumed."""
+        """Remove the work folder: the output is complete, so nothing is left to stop or resume."""
         self.stop.patient = True
         self.work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
 
 
 def _open_alike(job: _Job) -> PreparedModel:
-    """The model as rank 0 opened it. Raises ProcessesError for another model or other libraries on this machine."""
+    """The model as rank 0 opened it. Raises ProcessesError if this machine has another model or library version."""
     prepared = prepare(job.settings, replace(read_config(job.settings), counts=job.counts))
     if prepared.checkpoint.fingerprint() != job.fingerprint:
         raise ProcessesError(
-            f"{job.settings.model} is another model here than where rank 0 runs: its files differ. Copy them, or name "
-            "a --revision."
+            f"The files of {job.settings.model} on this machine differ from those on the machine of rank 0. Copy them, "
+            "or give a --revision."
         )
     here = versions()
     for name, there in job.versions.items():
         if here[name] != there:
-            raise ProcessesError(f"{name} is {here[name]} here and {there} where rank 0 runs. Install the same.")
+            raise ProcessesError(
+                f"{name} is {here[name]} here, but {there} on the machine of rank 0. Install the same version."
+            )
     return prepared

@@ -1,4 +1,4 @@
-"""`run --evaluate`: the damage measured on held-out text, during the scoring or once all experts are selected."""
+"""`run --evaluate`: what pruning cost, measured on held-out text during the scoring or after the selection."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.stages import ForwardStage, LayerErrors, PrunedForwardStage
 from streamprune.work.folder import WorkFolder, resume_command
 
-#: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each time costs as much
-#: as the output head does.
-_LOOKS = 8
-#: The KL divergence within the model overstates the damage: on the demo's model up to 2.6 times that of the last layer.
-#: Only this many times too much ends a run early; what is in doubt is decided after the last layer.
-_HOPELESS = 4
+#: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each measurement costs
+#: as much as the output head.
+_MEASUREMENTS = 8
+#: The KL divergence within the model overstates that of the last layer: up to 2.6 times on the demo's model. So only a
+#: multiple of the limit ends a run early; otherwise the limit is checked after the last layer.
+_ABORT_FACTOR = 4
 
 
 class RunEvaluation:
-    """What `run --evaluate` measures, kept in the work folder. `result` is all of it, once it is complete.
+    """The measurements of `run --evaluate`, stored in the work folder. `result` is None until they are complete.
 
-    `during_run`: it is measured while the layers are scored, else by `complete`, once all experts are selected. With
-    --stop-if-kl predictions are also measured within the model, as if the layers so far were all: through the final
-    norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112). Every rank has
-    one and comes to the same result; only rank 0 has `work` and prints.
+    With `during_run` they are made while the layers are scored, else by `complete`, after the selection. With
+    --stop-if-kl predictions are also measured within the model, as if it ended after the current layer: through the
+    final norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112). Every
+    rank has one and gets the same result; only rank 0 has `work` and prints.
     """
 
     def __init__(
@@ -56,24 +56,24 @@ class RunEvaluation:
         self._work, self._progress, self._processes = work, runtime.progress, runtime.processes
         self._layers = prepared.layout.layer_count
         recorded = self._processes.on_first(lambda: work.read_evaluation() if work is not None else None)
-        known = recorded is not None and recorded.get("data", {}).get("fingerprint") == held_out.fingerprint
-        self.result: dict[str, Any] | None = recorded if known else None
+        same_text = recorded is not None and recorded.get("data", {}).get("fingerprint") == held_out.fingerprint
+        self.result: dict[str, Any] | None = recorded if same_text else None
 
     def forget(self) -> None:
-        """Drop the result: layers are scored again."""
+        """Drop the result, because layers are scored again."""
         self.result = None
         if self._work is not None:
             self._work.forget_evaluation()
 
     def is_due(self, layer: int) -> bool:
-        """Whether predictions are to be measured after layer `layer`, before the last one."""
-        step = max(1, self._layers // _LOOKS)
+        """Whether predictions are to be measured after layer `layer`, which is not the last one."""
+        step = max(1, self._layers // _MEASUREMENTS)
         return self._settings.stop_if_kl is not None and (layer + 1) % step == 0 and layer + 1 < self._layers
 
     def on_predictions(self, layer: int, figures: Sequence[SequenceFigures]) -> None:
-        """Take the predictions from the states before layer `layer`; after the last layer they are the result.
+        """Process the predictions from the states that enter `layer`; after the last layer they are the result.
 
-        Raises TooMuchLostError where, within the model, the damage is far beyond what the user accepts.
+        Raises TooMuchLostError if, within the model, the KL divergence is far above --stop-if-kl.
         """
         if layer == self._layers:
             self._keep(figures)
@@ -81,14 +81,14 @@ class RunEvaluation:
         kl, most = mean_kl(figures), self._settings.stop_if_kl
         place = f"layer {layer - 1}/{self._layers - 1}"
         self._progress.say(f"predictions after {place}: KL divergence {kl:.4f} nats per token")
-        if most is not None and kl > _HOPELESS * most:
+        if most is not None and kl > _ABORT_FACTOR * most:
             advice = "Keep more experts, try another --method or other calibration text"
-            raise self._too_much_lost(f"After {place} the", kl, f"{_HOPELESS} x --stop-if-kl {most:g}", advice)
+            raise self._too_much_lost(f"After {place} the KL", kl, f"{_ABORT_FACTOR} x --stop-if-kl {most:g}", advice)
 
     def complete(self, selection: Selection) -> None:
-        """Measure what was selected, unless the result is complete: one more pass over the model, by all ranks.
+        """Measure the pruned model in one more pass over all layers, by all ranks, unless the result is complete.
 
-        Raises InterruptedRunError when the user asks to stop.
+        Raises InterruptedRunError when the user stops the run.
         """
         if self.result is not None:
             return
@@ -104,13 +104,13 @@ class RunEvaluation:
             figures = measure(runtime, stages, held_out, self.errors, selection.kept)
         except Stopped:
             raise InterruptedRunError(
-                "Stopped as asked; all layers are scored. The pruned model is measured anew when you resume with: "
+                "Stopped on request. All layers are scored. Only the evaluation is repeated when you resume with: "
                 f"{resume_command(self._settings.work_folder)}"
             ) from None
         self._keep(figures)
 
     def judge(self, scores: Scores) -> None:
-        """Print the result. Raises TooMuchLostError if it is beyond --stop-if-kl, with the scores saved. Rank 0."""
+        """Print the result. If it is above --stop-if-kl, saves the scores and raises TooMuchLostError. Rank 0."""
         assert self.result is not None
         self._progress.say("on held-out text:")
         for line in text_lines(self.result):
@@ -118,13 +118,13 @@ class RunEvaluation:
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
             path = save_scores(self._settings, scores)
-            advice = f"Select otherwise with `streamprune prune` and --scores {path}"
-            raise self._too_much_lost("The", kl, f"--stop-if-kl {most:g}", advice)
+            advice = f"Change the selection with `streamprune prune --scores {path}`"
+            raise self._too_much_lost("The KL", kl, f"--stop-if-kl {most:g}", advice)
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:
         sources = self._held_out.sources
         self.result = {
-            # No name: the model is the one in whose folder the result is kept.
+            # model=None: the result is stored in the model's own folder.
             **about(None, self._settings.model, self._prepared, self._held_out, held_back=True, against_source=True),
             **summary_of(sums_by_source(figures, sources), sources, mean_errors(self.errors, self._held_out)),
         }
@@ -133,7 +133,7 @@ class RunEvaluation:
 
     def _too_much_lost(self, subject: str, kl: float, limit: str, advice: str) -> TooMuchLostError:
         return TooMuchLostError(
-            f"{subject} predictions of the pruned model are {kl:.3g} nats per token from the original's (KL divergence "
-            f"on the held-out text), more than {limit}. {advice}; or accept it with: "
+            f"{subject} divergence of the pruned model from the original is {kl:.3g} nats per token on the held-out "
+            f"text, above {limit}. {advice}; or accept it with: "
             f"{resume_command(self._settings.work_folder)} --stop-if-kl {2 * kl:.2g}"
         )

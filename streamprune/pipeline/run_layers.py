@@ -32,10 +32,9 @@ from streamprune.work.saved_states import SavedStates
 
 
 class BackgroundWriter:
-    """Runs one piece of work at a time in a thread. Use as a context manager: leaving waits for it.
+    """Runs one function at a time in a thread. Use as a context manager: leaving it waits for the function.
 
-    What a piece raises is raised by the next call here. Where the `with` block ends with an error of its own, that one
-    counts.
+    An error of the function is raised by the next call here; but if the `with` block raises one, only that is raised.
     """
 
     def __init__(self) -> None:
@@ -52,12 +51,12 @@ class BackgroundWriter:
             self.wait()
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Wait for the piece before, and begin this one."""
+        """Wait for the previous function, and start this one."""
         self.wait()
         self._running = self._thread.submit(work)
 
     def wait(self) -> None:
-        """Wait until all that was submitted is done."""
+        """Wait until everything that was submitted is done."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -65,7 +64,7 @@ class BackgroundWriter:
 
 @dataclass(frozen=True)
 class OutputTarget:
-    """Where finished layers go when they are written while others are still scored; only rank 0 has a `writer`."""
+    """The output, if layers are written while others are still scored. Only rank 0 has a `writer`."""
 
     writer: OutputWriter | None
     selector: Selector
@@ -78,9 +77,10 @@ class OutputTarget:
 class RunLayers:
     """Finishes all layers of a run, scored on the calibration `streamed`.
 
-    A layer is finished when its shards (with a `target`) and its record are durable, which they become while the next
-    one is scored. Hidden states are saved every so often, when all layers before are finished: those that were finished
-    since then are replayed, without being scored or written. Every rank runs this; only rank 0 has `work` and writes.
+    A layer is finished when its record, and with a `target` its shards, are on the disk; they are written while the
+    next layer is scored. Hidden states are saved from time to time. Resuming replays the layers that were finished
+    after the last save: it runs them, without scoring or writing. Every rank runs this; only rank 0 has `work` and
+    writes.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RunLayers:
         self._writer = BackgroundWriter()
 
     def _stages(self, prepared: PreparedModel) -> list[ForwardStage]:
-        """Score each layer, and where anything goes through the pruned model, run its layer too."""
+        """Score each layer, and also run the pruned layer if any text goes through the pruned model."""
         runtime = self._runtime
         weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
         choose = self._target.kept if self._target is not None else None
@@ -117,9 +117,9 @@ class RunLayers:
         return stages
 
     def stream(self) -> tuple[list[LayerStatistics], dict[str, Any]]:
-        """Finish all layers. Returns the statistics of those that have experts, and how they were taken, as JSON.
+        """Finish all layers. Returns the statistics of those with experts, and how they were made, as JSON.
 
-        Raises InterruptedRunError, with everything saved, when the user asks to stop.
+        Raises InterruptedRunError, with everything saved, when the user stops the run.
         """
         with self._loop:
             self._stream()
@@ -145,7 +145,7 @@ class RunLayers:
             evaluation = None
         until = count if evaluation is not None else unscored[-1] if unscored else 0
         start = self._restore(unscored[0] if unscored else until) if until else 0
-        # What goes through the stages: what is to be scored, and what is between it and the restored states.
+        # The layers to run: those to score, and those between them and the restored states.
         run = sorted({*range(start, until), *unscored})
         with self._writer:
             self._go_through(run, start, evaluation)
@@ -154,7 +154,7 @@ class RunLayers:
             self._stop_run()
 
     def _go_through(self, run: list[int], start: int, evaluation: RunEvaluation | None) -> None:
-        """Finish the layers that are not finished, and replay those of `run` that are."""
+        """Finish all unfinished layers, computing those in `run`, and replay the finished layers in `run`."""
         count = self._layout.layer_count
         following = dict(pairwise(run))
         try:
@@ -163,7 +163,7 @@ class RunLayers:
                     self._finish(layer, layer in run, following.get(layer))
                 elif layer in run:
                     self._replay(layer, following.get(layer))
-                # A layer has taken the restored states: an error from here on has another cause.
+                # Once a layer has run on the restored states, they fit the model: later errors have another cause.
                 self._restored = self._restored and layer < start
                 if evaluation is not None and layer >= start and evaluation.is_due(layer):
                     self._read_predictions(layer + 1, evaluation)
@@ -178,10 +178,10 @@ class RunLayers:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if not self._restored:
                 raise
-            # Their checksums are right, but their shapes are not those of this model: somebody else made them.
+            # The checksums are right, but the shapes are not those of this model: the states are from something else.
             raise ResumeError(
                 f"The hidden states saved in {self._settings.work_folder} do not fit this model: {show(str(error))}. "
-                "Compute them anew: add --from-layer 0, or begin anew with --resume never."
+                "Recompute them with --from-layer 0, or start over with --resume never."
             ) from error
 
     def _finish(self, index: int, runs: bool, following: int | None) -> None:
@@ -192,7 +192,7 @@ class RunLayers:
         if self._work is not None:
             self._writer.submit(lambda: self._write(index, task.statistics, task.kept))
         elif self._processes.local_rank == 0:
-            # On a machine without rank 0, which does so once the layer is written.
+            # This machine is not rank 0's, where the pages are dropped once the layer is written.
             self._loop.drop_cached_pages(index)
         self._finished[index] = task.statistics
         self._progress.end_layer(
@@ -214,14 +214,14 @@ class RunLayers:
         self._loop.run_layer(LayerTask(index, replayed=True, statistics=layer, kept=kept), following)
         if self._processes.local_rank == 0:
             self._loop.drop_cached_pages(index)
-        self._progress.say(f"{self._progress.name_of(index)}: done before; only its hidden states are computed again")
+        self._progress.say(f"{self._progress.name_of(index)}: already done, only its hidden states are recomputed")
         self._save_if_due()
 
     def _read_predictions(self, layer: int, evaluation: RunEvaluation) -> None:
         try:
             evaluation.on_predictions(layer, self._loop.read_predictions(layer, is_held_out))
         except TooMuchLostError:
-            # A resume with another limit need not compute it again.
+            # Saved so that resuming with another limit does not compute it again.
             self._writer.wait()
             self._loop.save(self._work)
             raise
@@ -238,11 +238,11 @@ class RunLayers:
         self._work.write_layer(layer, statistics, kept, shards)
 
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
-        """The statistics of the layers that are finished, by rank 0; damaged shards of theirs are written again."""
+        """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
         assert self._work is not None
         first, count = self._settings.from_layer, self._layout.layer_count
         if self._work.has_progress():
-            self._progress.say("resuming: checking what is done ...")
+            self._progress.say("resuming: checking the finished layers ...")
         found: dict[int, LayerStatistics | None] = {}
         for layer in (None, *range(count)):
             if first is not None and layer is not None and layer >= first:
@@ -262,7 +262,7 @@ class RunLayers:
         try:
             layer = self._recorded(index, record.result) if record is not None else None
         except (KeyError, TypeError, ValueError):
-            self._progress.say(f"note: the record of {_name(index)} is not valid; it is done again.")
+            self._progress.say(f"note: the record of {_name(index)} is not valid; the layer is scored again.")
             self._work.forget_layer(index)
             record = layer = None
         if index is None and self._target is None:
@@ -280,9 +280,9 @@ class RunLayers:
             found[index] = layer
 
     def _recorded(self, index: int | None, result: dict[str, Any] | None) -> LayerStatistics | None:
-        """The recorded statistics of a layer. ValueError, KeyError or TypeError for what no scoring here can give."""
+        """The recorded statistics of a layer. Raises ValueError, KeyError or TypeError if they are invalid."""
         if (result is None) == (index in self._layout.expert_layers):
-            raise ValueError("a result where there are no experts, or none where there are some")
+            raise ValueError("statistics of a layer without experts, or none of a layer with experts")
         if result is None or index is None:
             return None
         if result["block"] != index:
@@ -297,7 +297,7 @@ class RunLayers:
                 self._loop.restore(saved)
             except (OSError, KeyError, TypeError, ValueError) as error:
                 if self._processes.count > 1:
-                    # The other ranks have begun to restore them: older ones cannot be tried any more.
+                    # The other ranks have begun to restore these states: it is too late to try older ones.
                     raise ResumeError(
                         f"The saved hidden states can no longer be read: {error}. Check the disk, then run again."
                     ) from error
@@ -315,7 +315,7 @@ class RunLayers:
             try:
                 self._loop.check(saved)
                 facts = saved.facts
-                # Within a layer that is to be scored the sums up to there are needed too.
+                # States saved within a layer that is to be scored also need the sums up to there.
                 complete = self._loop.begins_layer(facts) or facts["statistics"] is not None
                 complete = complete or first not in self._layout.expert_layers
                 if facts["layer"] < first or (facts["layer"] == first and complete):
@@ -327,10 +327,10 @@ class RunLayers:
         self._progress.say(f"note: saved hidden states cannot be used ({error}); older ones are used instead.")
 
     def _save_if_due(self) -> None:
-        # By rank 0's clock, which never jumps.
+        # All ranks follow the clock of rank 0, which is monotonic.
         due = time.monotonic() - self._saved_at >= self._settings.checkpoint_every
         if self._processes.broadcast(due):
-            # Saved states are of use only from the first layer on that is not finished.
+            # Resuming can only use states up to the first unfinished layer, so the layers before are recorded first.
             self._writer.wait()
             self._loop.save(self._work)
             self._saved_at = time.monotonic()
@@ -342,8 +342,8 @@ class RunLayers:
 
     def _stop_run(self) -> NoReturn:
         raise InterruptedRunError(
-            f"Stopped as asked; {len(self._finished)} of {self._layout.layer_count} layers are done, and all of it "
-            f"is saved. Resume with: {resume_command(self._settings.work_folder)}"
+            f"Stopped on request. {len(self._finished)} of {self._layout.layer_count} layers are done; all finished "
+            f"work is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`status`: what a work folder holds, without running anything. `clean`: removing what is no longer needed."""
+"""`status`: what a work folder contains, without running anything. `clean`: removing what is no longer needed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from streamprune.work.records import RecordedPruning, RecordedRun, has_pruning, 
 
 
 def status_of(folder: Path) -> dict[str, Any]:
-    """What is finished of the run or pruning in a work folder, as JSON. Raises ResumeError if there is none.
+    """The progress of the run or pruning in a work folder, as JSON. Raises ResumeError if there is none.
 
-    `done` are the layers that are scored, or by `prune` written; `written` are those whose shards are recorded: fewer
-    where experts are selected once all layers are scored, none for `score`. Layers count from 0.
+    `done` is the number of scored layers (for `prune`: written layers); `written` is the number whose shards are
+    recorded: fewer if experts are selected after all layers are scored, 0 for `score`. Layers count from 0.
     """
     recorded = _recorded(folder)
     if recorded is None:
         if has_pruning(folder) and not has_run(folder):
             raise ResumeError(
-                f"{folder} holds an unfinished `streamprune prune`, but its record is damaged. Give the same command "
-                "again; only the time of a copy is lost."
+                f"{folder} has an unfinished `streamprune prune`, but its record is damaged. Run the same command "
+                "again; only the time of the file copy is lost."
             )
-        raise ResumeError(f"{folder} holds no run of streamprune. The work folder of an unfinished run is OUT.work.")
+        raise ResumeError(f"{folder} has no run of streamprune. The work folder of an unfinished run is OUT.work.")
     work, layers, command = WorkFolder(folder), recorded.layers, recorded.command
     found = {index: record for index in range(layers) if (record := work.read_layer(index)) is not None}
     pruning = isinstance(recorded, RecordedPruning)
@@ -46,14 +46,14 @@ def status_of(folder: Path) -> dict[str, Any]:
         "done": done,
         "left": [index for index in range(layers) if index not in done],
         "written": [index for index, record in found.items() if record.shards],
-        # (Reading states needs torch, and a pruning has none.)
+        # (Reading states imports torch, and `prune` has no states.)
         "states_saved_in_block": None if pruning else work.states.layer(),
         "bytes": folder_bytes(folder),
     }
 
 
 def status_text(status: dict[str, Any]) -> str:
-    """The same for a terminal."""
+    """The result of `status_of` as text."""
     done, left, written = (len(status[name]) for name in ("done", "left", "written"))
     count, command = status["blocks"], status["command"]
     what = {"run": "done", "score": "scored", "prune": "written"}[command]
@@ -87,14 +87,14 @@ def status_text(status: dict[str, Any]) -> str:
 
 
 def clean_up(folder: Path, everything: bool) -> int:
-    """Remove what the run in a work folder no longer needs, or with `everything` all of it. Returns the bytes removed.
+    """Remove what the run in a work folder no longer needs, or with `everything` all files. Returns the bytes removed.
 
     Raises ResumeError if streamprune did not make the folder, OutputError while a run works in it.
     """
     if not (folder / LOCK_NAME).is_file():
         raise ResumeError(f"{folder} is not a work folder of streamprune. Nothing was removed.")
     before = folder_bytes(folder)
-    # Entering removes partial files. Old generations of states are left only after an interruption.
+    # Entering the folder removes partial files. Old generations of states only exist after an interruption.
     with WorkFolder(folder) as work:
         recorded = _recorded(folder)
         settings = recorded.settings_in(folder) if recorded is not None else None
@@ -102,7 +102,7 @@ def clean_up(folder: Path, everything: bool) -> int:
         if settings is not None:
             put_back(settings.output_work_folder, settings.output)
             if complete or (everything and not _holds_anything(settings.output_work_folder)):
-                # The folder next to the output, if the work folder is elsewhere.
+                # Also the work folder next to the output, if --work-dir is elsewhere.
                 shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         elif work.keeps_old_output():
             raise ResumeError(
@@ -116,7 +116,7 @@ def clean_up(folder: Path, everything: bool) -> int:
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether a folder next to an output does more than reserve the output's name for work that is done elsewhere."""
+    """Whether a work folder next to an output has files of its own, and not just reserves the name for --work-dir."""
     work = WorkFolder(folder)
     ours = (folder / LOCK_NAME).is_file()
     return not ours or work.has_progress() or has_run(folder) or has_pruning(folder) or _holder(folder) is not None
@@ -131,9 +131,9 @@ def ended(folder: Path, output: Path) -> bool:
 
 
 def is_complete(folder: Path, output: Path) -> bool:
-    """Whether the output that a work folder is for has its name: a model, or a file of scores."""
+    """Whether the output of a work folder is complete at its path: a model, or a scores file."""
     try:
-        # Not by its contents: with --overwrite a pruned model was there before.
+        # Compared by inode, not by contents: with --overwrite an earlier output was there before.
         there = output.is_file() or (output / REPORT_NAME).is_file()
         return there and output.stat().st_ino == finished_inode(folder)
     except OSError:

@@ -76,11 +76,11 @@ def begin(settings: RunSettings, work: WorkFolder) -> RecordedRun | None:
             )
         raise ResumeError(
             f"{work.folder / RUN_NAMES[0]} and its copy are missing or damaged, so that it is unknown which run the "
-            "finished layers there are from. Begin anew with --resume never."
+            "finished layers there are from. Start over with --resume never."
         )
     if recorded is None:
         if settings.resume == "required":
-            raise ResumeError(f"{work.folder} holds no run to resume. Leave out --resume required to begin one.")
+            raise ResumeError(f"{work.folder} has no run to resume. Omit --resume required to start one.")
         work.start_afresh()
     return recorded
 

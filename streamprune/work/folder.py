@@ -154,7 +154,7 @@ class WorkFolder:
         """
         if self.staging.is_symlink():
             raise OutputError(
-                f"{self.staging} is a link, which streamprune did not make. Begin anew with --resume never."
+                f"{self.staging} is a link, which streamprune did not make. Start over with --resume never."
             )
         with writing(f"Tidying {self.staging}", self.staging):
             for path in names_in(self.staging, but=tuple(files)):

@@ -162,7 +162,7 @@ def _check_format(path: Path, body: Any) -> None:
     old = stated in (1, 2) or (stated is None and path.name == PRUNING_NAME)
     maker = "streamprune 0.1.0" if old else f"another version of streamprune, in format {show(stated)}"
     raise ResumeError(
-        f"{path} was made by {maker}. This version cannot resume it: remove {path.parent}, or begin anew with "
+        f"{path} was made by {maker}. This version cannot resume it: remove {path.parent}, or start over with "
         "--resume never."
     )
 
@@ -196,7 +196,7 @@ def _settings_from(kind: type[S], command: Mapping[str, Any], work: Path) -> S:
         return msgspec.convert(command, kind, dec_hook=_path)
     except (ArithmeticError, TypeError, ValueError, SettingsError) as error:
         raise ResumeError(
-            f"{work} was made by another version of streamprune, or was changed ({show(str(error))}). Begin anew with "
+            f"{work} was made by another version of streamprune, or was changed ({show(str(error))}). Start over with "
             "--resume never."
         ) from None
 
@@ -244,7 +244,7 @@ def read_run(folder: Path) -> RecordedRun | None:
             return msgspec.convert(body, RecordedRun)
         except msgspec.ValidationError as error:
             raise ResumeError(
-                f"{folder / name} was made or changed by something else: {show(str(error))}. Begin anew with --resume "
+                f"{folder / name} was made or changed by something else: {show(str(error))}. Start over with --resume "
                 "never."
             ) from None
     return None
@@ -263,7 +263,7 @@ def read_tokens(folder: Path) -> list[list[int]]:
             return tokens
     raise ResumeError(
         f"{folder / TOKENS_NAMES[0]} is damaged, and so is its copy. Give the calibration again with the same "
-        "`streamprune run` command, or begin anew with --resume never."
+        "`streamprune run` command, or start over with --resume never."
     )
 
 
