@@ -80,8 +80,8 @@ def test_single_file_counts_where_there_is_also_an_index(tmp_path: Path) -> None
         (b'{"name": "\\udfff"}', "cannot be read as JSON"),
         (b'{"n": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
         (b'{"n":' * 100_000, "cannot be read as JSON"),
-        (b'["qwen3_moe"]', "holds a JSON list, not an object"),
-        (b"null", "holds a JSON NoneType, not an object"),
+        (b'["qwen3_moe"]', "has a JSON list, not an object"),
+        (b"null", "has a JSON NoneType, not an object"),
         (b'{"transformers_weights": "other.safetensors"}', "'transformers_weights'"),
     ],
 )
@@ -145,14 +145,14 @@ def test_index_that_does_not_fit(weight_map: Any, reason: str, tmp_path: Path) -
 def test_folders_without_safetensors(tmp_path: Path) -> None:
     assert f"{tmp_path / 'nowhere'} is not a folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{}")
-    assert f"holds neither {INDEX_NAME} nor {SINGLE_NAME}" in refusal(tmp_path)
+    assert f"has neither {INDEX_NAME} nor {SINGLE_NAME}" in refusal(tmp_path)
     for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
         (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
     message = refusal(tmp_path)
     assert "pickled weights only (pytorch_model-00001-of-00002.bin, …)" in message
     assert "convert it" in message
     (tmp_path / SINGLE_NAME).write_bytes(shard({}, b""))
-    assert "holds no tensors" in refusal(tmp_path)
+    assert "has no tensors" in refusal(tmp_path)
 
 
 def test_what_is_no_regular_file(tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ def test_the_command_line_tells_a_full_disk_in_one_message(short: Case, tmp_path
         told = CliRunner().invoke(main, list(map(str, [*command, "--calibration", case.tokens, "--quiet"])))
     assert told.exit_code == 1
     assert isinstance(told.exception, SystemExit)
-    assert told.stderr.startswith(f"Error: Saving the hidden states in {case.work}/states failed: no room on the disk")
-    assert "free. Free some. Then give the same command again: what is finished is kept." in told.stderr
+    assert told.stderr.startswith(f"Error: Saving the hidden states in {case.work}/states failed: the disk")
+    assert "free. Free space. Then run the same command again: finished work is kept." in told.stderr
     assert len(told.stderr.splitlines()) == 1
     case.resume()
     case.check()

@@ -129,7 +129,7 @@ def test_a_tensor_that_cannot_be_sliced_has_to_be_encoded() -> None:
     entry = TensorEntry("w", "f", "F32", (8, 2), 0, 64)
 
     tensor = OutputTensor("w", "F32", (5, 2), 0, (entry,), rows=ExpertRows(0, 1, 0), format=Whole())
-    with pytest.raises(Exception, match=r"w cannot be sliced as it is stored \(halved\); it has to be encoded anew"):
+    with pytest.raises(Exception, match=r"w cannot be sliced as it is stored \(halved\); it has to be encoded again"):
         tensor.slice_of((0, 1))
 
 

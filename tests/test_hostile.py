@@ -235,7 +235,7 @@ def test_a_file_alone_does_not_make_code_run(place: Place) -> None:
     work = place.work_with("run.json", trusting)
     result = CliRunner().invoke(main, ["resume", str(work)])
     assert result.exit_code == 1
-    assert "a file's word is not enough to run a model's code" in result.stderr
+    assert "a file alone must not enable a model's code" in result.stderr
     assert tree_bytes(work).keys() == tree_bytes(place.work).keys(), "nothing was touched"
 
 

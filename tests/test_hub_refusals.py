@@ -161,7 +161,7 @@ def test_connection_that_keeps_breaking(server: HubServer, model: dict[str, byte
     server.break_off[shard] = (1000, 99)
     message = refused(tmp_path, "org/model")
     assert f"Fetching org/model from {server.url} failed" in message
-    assert "files that have arrived are kept" in message
+    assert "downloaded files are kept" in message
     sent = [asked.sent for asked in server.requests if asked.method == "GET" and asked.file == shard]
     assert set(sent) == {1000}
     arrived = set(server.fetched()) - {shard}

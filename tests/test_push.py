@@ -216,7 +216,7 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda out: next(out.glob("model-*2-of*")).unlink(), "1 of 3 shards are missing"),
     (lambda out: cut(next(out.glob("model-*2-of*"))), "no complete model"),
     (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "no valid YAML"),
-    (lambda out: (out / "model-x.safetensors").write_bytes(b""), "is in no index"),
+    (lambda out: (out / "model-x.safetensors").write_bytes(b""), "is not listed in the index"),
     (lambda out: edit(out / "config.json", fewer), "is not what it should be|lists 5 experts"),
     (lambda out: edit(out / "streamprune.json", lambda it: it["layers"][1]["kept"].pop()), "lists 4 experts"),
     (lambda out: edit(out / "streamprune.json", lambda it: it["layers"].pop()), "holds scores of 2 layers"),
@@ -273,7 +273,7 @@ def test_computed_tensors_have_their_hash_on_record_or_are_refused(hub: UploadHu
     shard.write_bytes(data)
     assert f"{entry.name}, computed by refit, has the SHA-256" in refused(output)
     edit(output / "streamprune.json", lambda it: it.update(computed={"no.such.weight": computed}))
-    assert "lacks no.such.weight, which refit has computed" in refused(output)
+    assert "lacks no.such.weight, which refit computed" in refused(output)
     assert hub.taken == hub.stored == {}
 
 

@@ -207,7 +207,7 @@ def test_a_file_that_fails_is_one_clear_error(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "preadv", preadv)
-        words = r"a\.safetensors can no longer be read: Input/output error.* or does the disk fail"
+        words = r"a\.safetensors can no longer be read: Input/output error.* or is the disk failing"
     shards = open_reader(checkpoint)
     reading = shards.start({"": ["t"]})
     with pytest.raises(CheckpointError, match=words):
@@ -221,7 +221,7 @@ def test_dtypes_that_torch_cannot_compute_with_are_refused(tmp_path: Path, open_
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(shard(header, DATA))
-    with pytest.raises(CheckpointError, match="a is of dtype F4, which cannot be computed with"):
+    with pytest.raises(CheckpointError, match="a has dtype F4, which torch cannot compute with"):
         open_reader(open_checkpoint(folder)).start({"": ["a"]})
 
 

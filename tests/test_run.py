@@ -285,7 +285,7 @@ def test_existing_output_is_kept_unless_told(model: Path, ids: Path, tmp_path: P
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    refused(invoke("run", model, "-o", precious, "--keep", 4, "--overwrite"), "holds no model")
+    refused(invoke("run", model, "-o", precious, "--keep", 4, "--overwrite"), "has no model")
     refused(invoke("run", model, "-o", model, "--keep", 4, "--overwrite"), "must not be")
     refused(invoke("run", model, "-o", model / "sub", "--keep", 4), "must not be")
     assert (precious / "thesis.txt").exists()
@@ -354,8 +354,8 @@ def test_a_kill_between_the_renames_loses_nothing(
 def test_the_output_needs_a_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    refused(invoke("run", model, "-o", ".", "--keep", 4), "a folder with a name")
-    refused(invoke("run", model, "-o", "/", "--keep", 4), "a folder with a name")
+    refused(invoke("run", model, "-o", ".", "--keep", 4), "a named folder")
+    refused(invoke("run", model, "-o", "/", "--keep", 4), "a named folder")
     refused(invoke("run", model, "-o", "/proc", "--keep", 4), "is a mount point")
 
 

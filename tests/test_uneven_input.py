@@ -244,7 +244,7 @@ def test_nothing_of_it_is_downloaded(qwen: Path, tmp_path: Path, monkeypatch: py
 def test_the_other_commands_know_it(qwen: Path, tmp_path: Path) -> None:
     result = invoke("verify", qwen / "out", "--source", qwen / "model")
     assert result.exit_code == 0, result.output
-    assert "identical to the source's bytes" in result.stdout + result.stderr
+    assert "byte-identical to the source" in result.stdout + result.stderr
     result = invoke("inspect", qwen / "out", "--keep", "4", "--schedule", "linear-decrease", "--spread", "0.25")
     assert result.exit_code == 0, result.output
     assert "4 layers of 8 experts" in result.stdout

@@ -72,13 +72,13 @@ def swap_rows(tensors: Tensors) -> None:
 
 
 CHANGES: list[tuple[str, Callable[[Tensors], Any], str]] = [
-    (EXPERT.format(2), flip(EXPERT.format(2)), rf"{EXPERT.format(2)} differs from the source at byte .* \(6 of the"),
+    (EXPERT.format(2), flip(EXPERT.format(2)), rf"{EXPERT.format(2)} differs from the source at byte 6 of the tensor"),
     (ROUTER, flip(ROUTER), rf"{ROUTER} differs from the source at byte"),
     (NORM, flip(NORM), rf"{NORM} differs from the source at byte"),
     (EXPERT.format(0), swap_experts, rf"{EXPERT.format(0)} differs from the source"),
     (ROUTER, swap_rows, rf"{ROUTER} differs from the source"),
     (NORM, lambda tensors: tensors.pop(NORM), f"lacks 1 tensors, first {NORM}"),
-    (NORM, lambda tensors: tensors.update({"more": torch.zeros(2)}), r"beyond what .* has|has, beyond .* first more"),
+    (NORM, lambda tensors: tensors.update({"more": torch.zeros(2)}), "has 1 unexpected tensors, first more"),
     (NORM, lambda tensors: tensors.update({"x": tensors.pop(NORM)}), f"lacks 1 tensors, first {NORM}"),
     (NORM, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}), rf"{NORM} is BF16 \[64\], but .* F32"),
     (NORM, lambda tensors: tensors.update({NORM: tensors[NORM][None]}), rf"{NORM} is F32 \[1, 64\], but has to be"),
@@ -91,7 +91,7 @@ def test_a_good_result_is_proved(made: Case) -> None:
     assert proof.nbytes == json.loads(made.expected["model.safetensors.index.json"])["metadata"]["total_size"]
     told = CliRunner().invoke(main, ["verify", str(made.output), "--source", str(made.model)])
     assert told.exit_code == 0
-    assert f"is right: {proof.tensors:,} tensors" in told.stdout
+    assert f"is verified: {proof.tensors:,} tensors" in told.stdout
 
 
 @pytest.mark.parametrize(("name", "change", "message"), CHANGES, ids=range(len(CHANGES)))
@@ -120,10 +120,10 @@ def one_expert_more(config: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (one_expert_more, r"num_\w*experts' is 6, but by the source it has to be 5"),
-        (lambda config: config.update(rms_norm_eps=1.0), "rms_norm_eps' is 1.0, but by the source it has to be 1e-06"),
-        (lambda config: config.update(more=None), "more' is None, but by the source it has to be missing"),
-        (lambda config: config.pop("vocab_size"), "vocab_size' is missing, but by the source it has to be 256"),
+        (one_expert_more, r"num_\w*experts' is 6, but 5 is expected from the source"),
+        (lambda config: config.update(rms_norm_eps=1.0), "rms_norm_eps' is 1.0, but 1e-06 is expected from the source"),
+        (lambda config: config.update(more=None), "more' is None, but missing is expected from the source"),
+        (lambda config: config.pop("vocab_size"), "vocab_size' is missing, but 256 is expected from the source"),
     ],
 )
 def test_a_changed_config_is_named(made: Case, output: Path, change: Callable[[Any], Any], message: str) -> None:
@@ -141,14 +141,14 @@ def other_expert(report: Any) -> None:
     ("change", "message"),
     [
         (other_expert, r"model\.layers\.1\.mlp\S+ differs from the source"),
-        (lambda report: report["layers"][0]["kept"].reverse(), "no ascending numbers"),
+        (lambda report: report["layers"][0]["kept"].reverse(), "must be ascending"),
         (
             lambda report: report["layers"][0]["kept"].pop(),
-            "by the source it has to be",
+            "is expected from the source",
         ),
         (lambda report: report["layers"].pop(), "names experts for layers 0, 1, 2, but the source has them in 0, 1, 2"),
         (lambda report: report["layers"][0].pop("kept"), "does not list the kept experts"),
-        (lambda report: report["layers"][0]["kept"].__setitem__(4, 99), "no ascending numbers"),
+        (lambda report: report["layers"][0]["kept"].__setitem__(4, 99), "must be ascending"),
         (lambda report: report.pop("layers"), "does not list the kept experts"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_changed_record_is_named(made: Case, output: Path, change: Callable[[A
 
 def test_other_files_and_other_models(made: Case, output: Path, tmp_path: Path) -> None:
     (output / "more.safetensors").write_bytes((output / "model-00001-of-00005.safetensors").read_bytes())
-    with pytest.raises(VerifyError, match=r"more\.safetensors is in no index"):
+    with pytest.raises(VerifyError, match=r"more\.safetensors is not listed in the index"):
         verify(output, made.model)
     (output / "more.safetensors").unlink()
     (output / "tokenizer_config.json").write_text('{"model_max_length": 257}')

@@ -1,4 +1,4 @@
-"""From what the user calls MODEL to a local folder: a path stays a path, a Hub id is downloaded.
+"""From MODEL to a local folder: a path stays a path, a Hub id is downloaded.
 
 The headers of a model's safetensors files on the Hub, read by range requests: kilobytes instead of the weights.
 """
@@ -21,7 +21,7 @@ from streamprune.checkpoint.index import (
 from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
 from streamprune.errors import CheckpointError, SettingsError
 
-#: How long the Hub may take for its first answer. The Hub library itself would wait for ever.
+#: How long the Hub may take for its first response. The Hub library itself has no timeout there.
 ANSWER_SECONDS = 30.0
 
 
@@ -35,10 +35,10 @@ def resolve_model(
 ) -> Path:
     """The local folder for `model`: a folder path, or a Hub id, whose needed files are downloaded to the Hub cache.
 
-    With `config_only` nothing but the config is fetched, so that a model that is refused costs no download of weights;
-    with `tokenizer_only` also the other small files, the tokenizer's among them. Only safetensors named by the index
-    and small files are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy in the cache
-    is used, and the Hub is not contacted. Raises CheckpointError when the model cannot be found, reached, or has no
+    With `config_only` only the config is fetched, so that an unsupported model costs no download of weights; with
+    `tokenizer_only` also the other small files, among them the tokenizer's. Only safetensors named by the index and
+    small files are fetched; Python files only with `trust_remote_code`. With HF_HUB_OFFLINE=1 the copy in the cache is
+    used, and the Hub is not contacted. Raises CheckpointError if the model cannot be found or reached, or has no
     safetensors weights, and SettingsError for a revision of a local folder.
     """
     try:
@@ -56,7 +56,7 @@ def resolve_model(
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
         raise CheckpointError(f"No folder {model!r} here. Give a local model folder or a Hub id such as org/name.")
 
-    # Imported here, since a local folder needs neither the library nor its start-up time.
+    # Imported here, since a local folder does not need the library, which takes time to import.
     from huggingface_hub import is_offline_mode
 
     with explain_hub_errors(model, revision):
@@ -73,7 +73,7 @@ def _download(
     info = HfApi().model_info(repo_id, revision=revision, timeout=ANSWER_SECONDS)
     names = [sibling.rfilename for sibling in info.siblings or []]
     weights = [SINGLE_NAME]
-    # Where there are both, the single file counts, as in `open_checkpoint`.
+    # If there are both, the single file is used, as in `open_checkpoint`.
     if SINGLE_NAME not in names:
         if INDEX_NAME not in names:
             raise CheckpointError(f"{repo_id} has {_other_weights(names)}. Choose a safetensors version of the model.")
@@ -89,7 +89,7 @@ def _download(
         wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
     else:
         wanted = _wanted(names, weights, trust_remote_code, tokenizer_only)
-    # By the name of the branch, so that the cache learns where it points, for offline runs.
+    # Fetched by the branch's name, so that the cache records its commit for offline runs.
     patterns = [glob.escape(name) for name in wanted]
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     if folder.name != info.sha:
@@ -97,7 +97,7 @@ def _download(
             f"{repo_id} changed on the Hub during the download, from commit {info.sha} to {folder.name}. "
             "Run the same command again."
         )
-    # Where the Hub fails in between, the library returns an incomplete copy.
+    # If the Hub fails during the download, the library returns an incomplete copy.
     _check_complete(repo_id, folder, wanted)
     return folder
 
@@ -107,12 +107,12 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     try:
-        # The config alone: what else the repository has may never have been wanted, and need not be there.
+        # Only the config: other files of the repository may never have been downloaded.
         path = snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[CONFIG_NAME])
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{repo_id} (revision {revision or 'main'}) is not in the Hub cache, and HF_HUB_OFFLINE=1 forbids to fetch "
-            "it. Unset HF_HUB_OFFLINE, or give a local folder."
+            f"{repo_id} (revision {revision or 'main'}) is not in the Hub cache, and HF_HUB_OFFLINE=1 forbids "
+            "downloading it. Unset HF_HUB_OFFLINE, or give a local folder."
         ) from None
     folder = Path(path)
     try:
@@ -127,7 +127,7 @@ def _from_cache(repo_id: str, revision: str | None, trust_remote_code: bool, tok
 
 
 def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: bool = False) -> Path | None:
-    """The complete copy of a Hub model in the cache; None where there is none. The Hub is not contacted."""
+    """The complete copy of a Hub model in the cache; None if there is none. The Hub is not contacted."""
     try:
         with explain_hub_errors(repo_id, revision):
             return _from_cache(repo_id, revision, trust_remote_code, tokenizer_only=False)
@@ -136,8 +136,8 @@ def cached_model(repo_id: str, revision: str | None = None, trust_remote_code: b
 
 
 def _wanted(names: list[str], weights: list[str], trust_remote_code: bool, tokenizer_only: bool) -> list[str]:
-    """Of a repository's files those that a run needs: never its code, unless that is trusted."""
-    # The README says under which licence the new model's card has to be.
+    """The files of a repository that a run needs; code only if it is trusted."""
+    # The README states the licence, which the new model card needs.
     wanted = {CONFIG_NAME, "README.md", *weights, *([] if weights == [SINGLE_NAME] else [INDEX_NAME])}
     if tokenizer_only:
         wanted -= set(weights)
@@ -167,7 +167,7 @@ def _other_weights(names: list[str]) -> str:
 
 @contextmanager
 def explain_hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub library raises into a CheckpointError that says what to do."""
+    """Turn errors of the Hub library into a CheckpointError that says what to do."""
     try:
         yield
     except CheckpointError:
@@ -184,7 +184,7 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
     hub = HfApi().endpoint
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, hub_errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        # Says only that the cache has no copy either; the cause is why the Hub did not help.
+        # This error only says that the cache has no copy either; its cause says why the Hub failed.
         error = error.__cause__
     if isinstance(error, hub_errors.HFValidationError):
         return f"{repo_id!r} is neither a local folder nor a valid Hub id such as org/name."
@@ -200,16 +200,16 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         said = f" ({first_line(error.server_message)})" if error.server_message else ""
-        return f"{hub} answered with HTTP status {status}{said} when asked for {repo_id}. Try again later."
+        return f"{hub} answered the request for {repo_id} with HTTP status {status}{said}. Try again later."
     return (
         f"Fetching {repo_id} from {hub} failed: {first_line(str(error)) or type(error).__name__}. Check the "
-        "connection and the free disk space, then run the same command again: files that have arrived are kept. "
+        "connection and the free disk space, then run the same command again: downloaded files are kept. "
         "HF_HUB_OFFLINE=1 uses a copy that is in the Hub cache already."
     )
 
 
 def first_line(text: str) -> str:
-    """The first line of a library's or server's message, as it may stand in ours."""
+    """The first line of a library's or server's message, without its full stop, for use in an error message."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return "".join(char if char.isprintable() else "?" for char in line)[:300].rstrip(".")
 
@@ -217,7 +217,7 @@ def first_line(text: str) -> str:
 def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorEntry]:
     """Every tensor of the repository's safetensors files, by name, through huggingface-hub.
 
-    Raises CheckpointError when there are none, the Hub cannot be reached, or a header is damaged.
+    Raises CheckpointError if there are none, the Hub cannot be reached, or a header is damaged.
     """
     import huggingface_hub.utils
     from huggingface_hub import HfApi
@@ -232,7 +232,7 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
                 f"{repo_id} has neither {INDEX_NAME} nor {SINGLE_NAME} on the Hub. Only safetensors weights are read."
             ) from None
         except (SafetensorsParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
-            # The library looks at little of a header before it uses it.
+            # The library hardly checks a header before it uses it.
             raise CheckpointError(
                 f"{repo_id} has a damaged safetensors header on the Hub: {first_line(str(error))}. Choose another "
                 "--revision or another copy of the model."
@@ -240,18 +240,18 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
     tensors = {}
     for file, parsed in metadata.files_metadata.items():
         header = {
-            # The library has made a tuple of each byte range.
+            # The library converts each byte range to a tuple.
             name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": [*info.data_offsets]}
             for name, info in parsed.tensors.items()
         }
-        # A stranger's header: its figures have to pass the same checks as those of a file on this disk.
+        # An untrusted header: it has to pass the same checks as that of a local file.
         for entry in header_entries(Path(repo_id) / file, file, header, 0)[0]:
             tensors[entry.name, file] = entry
     for name, file in metadata.weight_map.items():
         if (name, file) not in tensors:
             raise CheckpointError(
-                f"{repo_id}: {INDEX_NAME} says that tensor {name!r} is in {file}, but that file does not hold it."
+                f"{repo_id}: {INDEX_NAME} says that tensor {name!r} is in {file}, but that file does not have it."
             )
     if not tensors:
-        raise CheckpointError(f"{repo_id} holds no tensors. Choose another --revision or another copy of the model.")
+        raise CheckpointError(f"{repo_id} has no tensors. Choose another --revision or another copy of the model.")
     return {name: tensors[name, file] for name, file in metadata.weight_map.items()}

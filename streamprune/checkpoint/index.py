@@ -1,4 +1,4 @@
-"""What a safetensors checkpoint holds, read from its headers alone. Imports no torch: opening takes milliseconds."""
+"""The contents of a safetensors checkpoint, read from its headers. Imports no torch: opening takes milliseconds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-#: What is never copied as a "small file": weights in any form, and media, which only the original model card shows.
+#: Suffixes that are never copied as "small files": weights in any form, and media for the original model card.
 _LEFT_OUT_SUFFIXES = (
     *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".npz",
     ".mlmodel", ".tflite", ".index.json", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".wav", ".pdf",
     ".zip",
 )  # fmt: skip
-#: Written anew for the output, or (Mistral's own params.json) a second config that would still state the old sizes.
+#: The output gets its own, or (Mistral's own params.json) it is a second config that would still state the old sizes.
 _LEFT_OUT_NAMES = {CONFIG_NAME, "README.md", "streamprune.json", "report.html", "params.json"}
-#: Where transformers keeps the chat templates other than the default one: the only subfolder that belongs to the model.
-#: Others ("original", "onnx", "metal") hold it again in other formats, unpruned.
+#: The folder for chat templates other than the default one: the only subfolder that is copied. Others ("original",
+#: "onnx", "metal") have the unpruned model in other formats.
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -53,8 +53,8 @@ class Checkpoint:
     def small_files(self) -> list[Path]:
         """Paths, relative to the folder, of the tokenizer, chat templates, licence and other files next to the weights.
 
-        Left out: hidden files, weights and media, what the output gets anew (config, index, README), and subfolders
-        other than `additional_chat_templates`. Links are followed; CheckpointError for one that leads nowhere.
+        Left out: hidden files, weights, media, files that the output gets of its own (config, index, README), and
+        subfolders other than `additional_chat_templates`. Links are followed. Raises CheckpointError for a broken link.
         """
         found = []
         for path in (*self.folder.iterdir(), *self.folder.glob(f"{_TEMPLATES}/*")):
@@ -64,7 +64,7 @@ class Checkpoint:
             if not os.access(path, os.R_OK):
                 what = f"a link to {path.readlink()}, which" if path.is_symlink() else "a file that"
                 raise CheckpointError(
-                    f"{path} is {what} cannot be read. Repair or remove it: it would be copied along."
+                    f"{path} is {what} cannot be read. Repair or remove it: it would be copied to the output."
                 )
             found.append(relative)
         return sorted(found)
@@ -72,7 +72,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the config, every header, every file's size, and 16 pages of 4 KiB spread over each file.
 
-        It distinguishes checkpoints in a second; it is no proof that every byte is unchanged.
+        It distinguishes checkpoints in a second, but does not detect every changed byte.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         # The tensors stand in file order.
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 def is_small_file(name: str) -> bool:
-    """Whether a model's file of this name, relative to its folder, goes with the weights into another folder."""
+    """Whether a file of a model, by its name relative to the folder, is copied to the output with the weights."""
     folder, _, base = name.rpartition("/")
     return not (
         folder not in ("", _TEMPLATES)
@@ -102,7 +102,7 @@ def is_small_file(name: str) -> bool:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and all safetensors headers of `folder`, and check that every byte range is really there.
+    """Read the config and all safetensors headers of `folder`, and check that the files have every byte range.
 
     Raises CheckpointError for: no or broken config.json, pickled weights, missing, truncated or malformed shards, an
     index that names files outside the folder or tensors that no shard has.
@@ -122,9 +122,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open(folder: Path) -> Checkpoint:
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder. Give a folder that holds config.json and *.safetensors files."
-        )
+        raise CheckpointError(f"{folder} is not a folder. Give a folder with config.json and *.safetensors files.")
     config = read_json(folder / CONFIG_NAME)
     indexed = _indexed_files(folder, config)
     files = sorted(set(indexed.values())) or [SINGLE_NAME]
@@ -141,11 +139,11 @@ def _open(folder: Path) -> Checkpoint:
     for name, file in indexed.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"{folder / INDEX_NAME} says that tensor {show(name)} is in {file}, but that file does not hold it. "
+                f"{folder / INDEX_NAME} says that tensor {show(name)} is in {file}, but that file does not have it. "
                 "The shards and the index do not belong together; download the model again."
             )
     if not tensors:
-        raise CheckpointError(f"{folder} holds no tensors. Download the model again.")
+        raise CheckpointError(f"{folder} has no tensors. Download the model again.")
     checkpoint = Checkpoint(folder=folder, config=config, tensors=tensors)
     checkpoint.small_files()  # Report one that cannot be read now, not at the end of the run.
     return checkpoint
@@ -156,24 +154,22 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_limited(path, MAX_JSON_BYTES))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing. A model folder holds {CONFIG_NAME} and *.safetensors files."
-        ) from None
+        raise CheckpointError(f"{path} is missing. A model folder has {CONFIG_NAME} and *.safetensors files.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object. Download it again.")
+        raise CheckpointError(f"{path} has a JSON {type(value).__name__}, not an object. Download it again.")
     return value
 
 
 def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Tensor name -> shard file name from the index; empty for a single-file checkpoint.
 
-    Where there are both, the single file counts: it is what transformers loads.
+    If there are both, the single file is used, as in transformers.
     """
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"{folder / CONFIG_NAME} names its weights itself ('transformers_weights'), which is not supported. Rename "
+            f"{folder / CONFIG_NAME} names the weight files ('transformers_weights'), which is not supported. Rename "
             f"the weights to {SINGLE_NAME} or {INDEX_NAME} and remove the entry."
         )
     found = {path.name for path in folder.iterdir()}
@@ -184,15 +180,15 @@ def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     pickled = sorted(name for name in found if name.endswith(PICKLE_SUFFIXES))
     if pickled:
         raise CheckpointError(
-            f"{folder} holds pickled weights only ({pickled[0]}{', …' if len(pickled) > 1 else ''}). Pickle files "
+            f"{folder} has pickled weights only ({pickled[0]}{', …' if len(pickled) > 1 else ''}). Pickle files "
             "can run code and are never opened. Use a safetensors version of the model, or convert it: "
             "https://huggingface.co/spaces/safetensors/convert"
         )
-    raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}. Is it a complete model folder?")
+    raise CheckpointError(f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}. Is it a complete model folder?")
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file of an index, which may come from a stranger: no name in it leaves the folder.
+    """Tensor name -> shard file of an index, which is untrusted: file names outside the folder are refused.
 
     Raises CheckpointError for an index that is malformed, empty, or names other files than safetensors inside it.
     """

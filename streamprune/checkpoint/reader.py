@@ -77,13 +77,13 @@ class Reading:
             self.layout[group], end = {}, 0
             for entry in entries:
                 if entry.dtype not in _DTYPES:
-                    raise CheckpointError(f"{entry.name} is of dtype {entry.dtype}, which cannot be computed with.")
+                    raise CheckpointError(f"{entry.name} has dtype {entry.dtype}, which torch cannot compute with.")
                 self.layout[group][entry.name] = entry, end
                 end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
             self.memory[group] = torch.empty(end, dtype=torch.uint8, device=device)
 
     def wait(self) -> None:
-        """Wait for all bytes. Raises CheckpointError where some could not be read."""
+        """Wait for all bytes. Raises CheckpointError if some could not be read."""
         for request in self.requests:
             request.result()
 
@@ -121,7 +121,7 @@ class ShardReader:
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, groups: Mapping[str, Sequence[str]]) -> Reading:
-        """Begin to read groups of tensors. Raises what the device raises where it has no memory for them."""
+        """Start reading groups of tensors. Raises the device's error if it has not enough memory for them."""
         tensors = self._checkpoint.tensors
         return self.start_entries({group: [tensors[name] for name in names] for group, names in groups.items()})
 
@@ -138,7 +138,7 @@ class ShardReader:
     def discard(self, reading: Reading) -> None:
         """Stop a reading, free its memory, and remove what it added to the page cache."""
         reading.cancel()
-        # Copies to the GPU may be pending: later work on the GPU must not get that memory before they are done.
+        # Copies to the GPU may be pending: later work on the GPU must not reuse that memory before they are done.
         self.sync_with_compute()
         reading.memory.clear()
         drop_files_from_cache(reading.cached)
@@ -166,7 +166,7 @@ class ShardReader:
         except OSError as error:
             raise CheckpointError(
                 f"{path} can no longer be read: {error.strerror or error}. Was it moved or changed during the run, or "
-                "does the disk fail? Check it, then run again."
+                "is the disk failing? Check it, then run again."
             ) from None
         with self._lock:
             reading.cached.setdefault(path, []).extend(fresh)

@@ -17,17 +17,17 @@ from typing import IO, Any, BinaryIO
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import parse_json, show
 
-#: Bits per element of each dtype that the safetensors format knows.
+#: Bits per element of each dtype of the safetensors format.
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
-#: The safetensors library refuses larger headers too: a claimed length beyond this is an attack or damage. No config or
-#: index comes near it either, so that it bounds the memory for any JSON read here.
+#: The safetensors library refuses larger headers too: a larger length is damage or an attack. Configs and indexes are
+#: far smaller, so this limits the memory for any JSON that is read here.
 MAX_JSON_BYTES = 100_000_000
-#: Chunks of a range that the system is asked to read before they are needed.
+#: How many chunks the system prefetches.
 _AHEAD_CHUNKS = 8
 
 
@@ -116,7 +116,7 @@ def _parse_entry(path: Path, file: str, name: str, value: Any, start: int) -> Te
 def encode_header(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
     """The beginning of a file whose tensors (name, dtype, shape, bytes) follow one another in this order.
 
-    Padded to 8 bytes, as the format asks. The same arguments give the same bytes.
+    Padded to 8 bytes, as the format requires. The same arguments give the same bytes.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
@@ -140,7 +140,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 def read_into(file: int, position: int, into: list[memoryview]) -> int:
     """Fill buffers of bytes, one after the other, from an open file, from byte `position` on.
 
-    Returns the number of bytes read: fewer than the buffers hold only where the file ends. `into` is emptied. Raises
+    Returns the number of bytes read: fewer than requested only at the end of the file. `into` is emptied. Raises
     OSError.
     """
     start = position
@@ -163,15 +163,15 @@ def read_ranges(
     """Yield the bytes of `ranges` (begin, end) of an open file, at most `chunk_bytes` at a time, each in memory of its
     own.
 
-    The system reads these bytes from the disk and nothing around them. Raises CheckpointError when the file has become
+    The system reads only these bytes from the disk, without read-ahead. Raises CheckpointError if the file has become
     shorter since its header was read.
     """
     disable_read_ahead(stream)
     for begin, end in ranges:
         for position in range(begin, end, chunk_bytes):
             if position + chunk_bytes < end and (position - begin) % (_AHEAD_CHUNKS * chunk_bytes) == 0:
-                # Prefetch what comes next while this chunk is worked on. The system's own read-ahead would go on beyond
-                # the end, into experts that are not kept.
+                # Prefetch the next chunks while this one is processed. The system's own read-ahead would continue
+                # beyond the end, into experts that are not kept.
                 _advise(stream, position, min(_AHEAD_CHUNKS * chunk_bytes, end - position), "WILLNEED")
             chunk = memoryview(bytearray(min(chunk_bytes, end - position)))
             try:
@@ -209,6 +209,6 @@ def disable_read_ahead(stream: IO[bytes]) -> None:
 def _advise(stream: IO[bytes], begin: int, size: int, what: str) -> None:
     """Advise the system how bytes of a file will be read (size 0: to its end), where it has such a call."""
     if hasattr(os, "posix_fadvise"):
-        # A hint: where the file system does not take it, nothing is lost.
+        # Only a hint, which some file systems do not support.
         with suppress(OSError):
             os.posix_fadvise(stream.fileno(), begin, size, getattr(os, f"POSIX_FADV_{what}"))

@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def stream_atomically(path: Path, portions: Iterable[bytes | memoryview]) -> str:
     """Replace `path` by a file with these contents, portion by portion; returns their SHA-256 in hex.
 
-    A portion must not change after it was given.
+    A portion must not change after it was yielded.
     """
     partial = path.with_name(path.name + PARTIAL)
     digest, pending = hashlib.sha256(), deque[Future[None]]()
@@ -91,7 +91,7 @@ def read_record(path: Path, limit: int = 2**30) -> Any:
 
 
 def checksum_of(path: Path) -> str | None:
-    """The SHA-256 of a file in hex; None if it cannot be read, or is no regular file."""
+    """The SHA-256 of a file in hex; None if it cannot be read, or is not a regular file."""
     try:
         if not path.is_file():
             return None
@@ -117,7 +117,7 @@ def sync_folder(folder: Path) -> None:
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_AGAIN = "Then give the same command again: what is finished is kept."
+_AGAIN = "Then run the same command again: finished work is kept."
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in _FULL:
             raise ResourceError(
-                f"{what} failed: no room on the disk of {folder}{where}: {reason}{_free(folder)}. Free some. {_AGAIN}"
+                f"{what} failed: the disk of {folder}{where} is full: {reason}{_free(folder)}. Free space. {_AGAIN}"
             ) from error
         raise OutputError(f"{what} failed{where}: {reason}. Check the disk and its permissions. {_AGAIN}") from error
 

@@ -27,7 +27,7 @@ def show(value: Any) -> str:
 
 
 def parse_json(data: bytes, unique: bool = False) -> Any:
-    """The value of UTF-8 JSON; `unique` refuses repeated names. ValueError or RecursionError if there is none."""
+    """The value of UTF-8 JSON. `unique` refuses repeated names. Raises ValueError or RecursionError if invalid."""
     value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_pairs if unique else None)
     if b"\\u" in data:
         # An escape can write half a surrogate pair: a string that could never be written to a file again.
@@ -40,7 +40,7 @@ def read_limited(path: Path, most_bytes: int) -> bytes:
     facts = path.stat()
     # Reading a pipe would block.
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if facts.st_size > most_bytes:
         raise ValueError(f"it has {facts.st_size:,} bytes, more than {most_bytes:,}")
     return path.read_bytes()

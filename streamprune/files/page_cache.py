@@ -20,7 +20,7 @@ Stretch = tuple[int, int]
 def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
     """The stretches of an open file's bytes `begin` to `begin + size` that are not in the cache, in whole pages.
 
-    Empty where the system cannot say.
+    Empty if the system does not tell.
     """
     page = mmap.PAGESIZE
     first = begin // page * page
@@ -66,7 +66,7 @@ def drop_from_cache(file: int, stretches: Iterable[Stretch]) -> None:
 
 @contextmanager
 def cache_unchanged(stretches: Mapping[Path, Sequence[Stretch]]) -> Iterator[None]:
-    """Remove from the cache what is read of these parts of files, except pages that were cached before."""
+    """On exit, remove these parts of files from the cache, except pages that were cached before."""
     fresh: dict[Path, list[Stretch]] = {}
     for path, wanted in stretches.items():
         # The code that reads a missing file reports it.

@@ -1,8 +1,8 @@
 """The interface of a storage format: which tensors of a checkpoint make a parameter, and how.
 
 A plain checkpoint stores every parameter as one tensor. A quantized one stores the values and their companions (scales,
-zero points, ...) as several. Other rooms get a stored tensor as a `StoredTensor` and call its format; they never look
-at names or dtypes themselves. Needs no torch.
+zero points, ...) as several. Other packages get a stored tensor as a `StoredTensor` and call its format; they never
+look at names or dtypes themselves. Needs no torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StoredTensor:
 
 
 class Format(ABC):
-    """One way to store parameters. Implementations are stateless, and pure but for `decode` and `encode`'s memory."""
+    """One way to store parameters. Implementations have no state and no side effects."""
 
     #: The name of the format for messages.
     name: str
@@ -68,17 +68,17 @@ class Format(ABC):
 
     @abstractmethod
     def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows | None:
-        """Where the experts lie in a stored tensor of a parameter that has them as `of` says.
+        """Where the experts are in a stored tensor of a parameter whose own experts are at `of`.
 
-        None for a part that is the same for all experts, such as a scale of the whole tensor. Raises
-        UnsupportedModelError where the axis cannot be found.
+        None for a part that is the same for all experts, such as a scale of the complete tensor. Raises
+        UnsupportedModelError if the axis cannot be found.
         """
 
     @abstractmethod
     def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
         """The bytes of the file that make up the stored tensor with the experts `kept` only, in their order.
 
-        None if no bytes of the source do, so that the tensor has to be encoded anew.
+        None if the bytes cannot be taken from the source, so that the tensor has to be encoded again.
         """
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Format(ABC):
 
     @abstractmethod
     def pruned_config(self, config: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
-        """config.json of the output, where what it says of this format names experts, which are renumbered.
+        """config.json of the output, with the expert indices in its quantization section renumbered.
 
         `kept` are the experts that stay, by layer.
         """

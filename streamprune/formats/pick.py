@@ -13,7 +13,7 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.formats.base import Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 
-#: In the order in which a module's tensors are offered to them; the plain format takes whatever is left.
+#: The formats in the order in which they are tried; the plain format takes all remaining tensors.
 FORMATS: tuple[Format, ...] = (PLAIN,)
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -38,10 +38,10 @@ def pick_formats(tensors: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
 
 
 def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None) -> None:
-    """Raise UnsupportedModelError for a tensor of quantized weights that no format has claimed.
+    """Raise UnsupportedModelError for a tensor of quantized weights that belongs to no format.
 
-    `feeds_floats` says whether the tensor feeds a floating-point parameter; None where the model ignores it. A
-    companion that nothing reads must be fatal: transformers would load such weights silently wrong.
+    `feeds_floats` says whether the tensor feeds a floating-point parameter; None if the model ignores it. A companion
+    that nothing reads must be fatal: transformers would silently load wrong weights.
     """
     if stored.format is not PLAIN:
         return
@@ -54,7 +54,7 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """The quantization that a config.json states, at its top or in its text part; None for plain weights."""
+    """The quantization method in a config.json, at its top level or in its text part; None for plain weights."""
     for part in (config, config.get("text_config")):
         stated = part if isinstance(part, Mapping) else {}
         quantization = stated.get("quantization_config") or stated.get("compression_config")

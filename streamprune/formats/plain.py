@@ -1,4 +1,4 @@
-"""The plain format: every parameter is one tensor of floating-point (or whole) numbers, as transformers saves it."""
+"""The plain format: every parameter is one tensor of floats (or integers), as transformers saves it."""
 
 from __future__ import annotations
 

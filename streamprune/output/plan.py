@@ -1,4 +1,4 @@
-"""What the output will hold, decided before a weight is read: its config, its tensors, and their files. No torch.
+"""The contents of the output, planned before a weight is read: its config, its tensors, and their files. No torch.
 
 The output holds the source's own tensors, in the source's names and layout. A tensor that belongs to one expert is
 kept or left out and renumbered; a tensor that holds all experts along one axis is sliced; everything else is copied.
@@ -46,7 +46,7 @@ class SourceSlice:
 
 
 class Computed(msgspec.Struct, frozen=True):
-    """A written tensor that a stage of the run has computed, and the SHA-256 of its bytes, in hex."""
+    """A written tensor that a stage of the run computed, and the SHA-256 of its bytes, in hex."""
 
     stage: str
     sha256: str
@@ -78,7 +78,7 @@ class OutputTensor:
     def slice_of(self, kept: Sequence[int]) -> SourceSlice:
         """The bytes of the source that make up this tensor when the experts `kept` of its layer stay, in order.
 
-        Raises UnsupportedModelError for a format in which no bytes of the source do.
+        Raises UnsupportedModelError for a format in which the bytes cannot be taken from the source.
         """
         if self.slot is not None:
             expert = kept[self.slot]
@@ -90,7 +90,7 @@ class OutputTensor:
         ranges = self.format.slice_experts(entry, self.rows, kept)
         if ranges is None:
             raise UnsupportedModelError(
-                f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded anew."
+                f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded again."
             )
         return SourceSlice(entry.file, tuple(ranges), tuple(kept))
 
@@ -168,12 +168,12 @@ def make_plan(
 ) -> PrunePlan:
     """Plan the output for the experts that stay in every layer.
 
-    Raises UnsupportedModelError where layers of different numbers could not be loaded, CheckpointError for a config
+    Raises UnsupportedModelError if layers with different numbers could not be loaded, CheckpointError for a config
     that does not state the number of experts.
     """
     rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, max(counts.values()))
     if rewritten == checkpoint.config and max(counts.values()) < layout.spec.count:
-        raise CheckpointError(f"{checkpoint.folder} has a config.json that names no {layout.spec.count} experts.")
+        raise CheckpointError(f"{checkpoint.folder} has a config.json that does not state {layout.spec.count} experts.")
     config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
     files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
     tensors = output_tensors(layout, checkpoint.tensors, counts)
@@ -183,8 +183,8 @@ def make_plan(
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Divide the output among files: every layer starts a file of its own, and none exceeds `max_shard_bytes`.
 
-    (A single tensor larger than that gets a file to itself.) A layer's files are thus complete as soon as the layer is
-    decided, and are never opened again.
+    (A single larger tensor gets its own file.) So the files of a layer are complete once its experts are selected, and
+    are never opened again.
     """
     groups: list[tuple[int | None, list[OutputTensor]]] = []
     for layer in (None, *range(layer_count)):
@@ -197,7 +197,7 @@ def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_byt
                 groups[-1][1].append(tensor)
                 size += tensor.nbytes
     return tuple(
-        # Wider dtypes first, as the safetensors library writes them: else a reader would meet unaligned values.
+        # Wider dtypes first, as the safetensors library writes them: otherwise values could be unaligned.
         ShardPlan(
             f"model-{number:05d}-of-{len(groups):05d}.safetensors",
             layer,

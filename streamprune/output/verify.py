@@ -1,6 +1,6 @@
-"""Proof of a result, from the files on the disk: every tensor by its origin. Streaming, in bounded memory.
+"""Verify an output from its files on the disk: each tensor against its source. Streaming, in bounded memory.
 
-A tensor that is a slice of the source is compared with the source's bytes; one that a stage has computed is proved by
+A tensor that is a slice of the source is compared with the source's bytes; one that a stage computed is compared with
 the SHA-256 on record.
 """
 
@@ -22,28 +22,35 @@ from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
+from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME, Computed, OutputTensor, SourceSlice, make_plan
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved: so many tensors, and bytes of them; `computed` of these tensors by their hash on record."""
+    """What was verified: the number of tensors and of bytes; `computed` of these tensors only by their hash."""
 
     tensors: int
     nbytes: int
     computed: int = 0
+
+    @property
+    def text(self) -> str:
+        """The result for people."""
+        text = f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source"
+        return f"{text} except {self.computed:,} computed tensors, verified by their hash" if self.computed else text
 
     def __add__(self, other: Proof) -> Proof:
         return Proof(self.tensors + other.tensors, self.nbytes + other.nbytes, self.computed + other.computed)
 
 
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
-    """Prove a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
+    """Verify a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
 
-    What it must hold follows from the source and from its streamprune.json: the experts that were kept, and the
-    tensors that were computed. Memory: two portions of a file, whatever the sizes.
+    The expected contents follow from the source and from streamprune.json: which experts were kept, and which tensors
+    were computed. Memory: two portions of a file, for any sizes.
     """
-    # Only here: proving the files of a run needs neither torch nor transformers.
+    # Imported only here: verifying the files of a run needs neither torch nor transformers.
     from streamprune.models.open import open_moe
     from streamprune.models.per_layer_loading import find_loading_facts
 
@@ -54,7 +61,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     opened = open_moe(origin, trust_remote_code)
     check_kept(output, kept, opened.layout.expert_layers, opened.layout.spec.count)
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
-    # How it is divided into files is the output's own affair.
+    # The division into files may differ from this plan.
     counts = {layer: len(experts) for layer, experts in kept.items()}
     plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES)
     _compare_configs(output, pruned.config, plan.config_for(kept))
@@ -65,7 +72,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
             raise VerifyError(f"{ours} is not the same as {source / relative}.")
     for name, contents in plan.files.items():
         if not (output / name).is_file() or (output / name).read_bytes() != contents:
-            raise VerifyError(f"{output / name} is not the code that loads this model. Prune again.")
+            raise VerifyError(f"{output / name} differs from the modeling code that this version writes. Prune again.")
     return proof
 
 
@@ -77,19 +84,20 @@ def prove_tensors(
     folder: Path,
     entries: Mapping[str, TensorEntry],
 ) -> Proof:
-    """Prove that the tensors `entries` in `folder` are the expected ones.
+    """Verify that the tensors `entries` in `folder` are the expected ones.
 
     Each is compared with the bytes in the folder `source`, of which the experts `kept` stay by layer; those that are
-    `computed` are proved by their hash.
+    `computed` are compared with their hash.
     Raises VerifyError for a tensor that is missing, unexpected, of another shape or dtype, or that differs in a byte.
     """
     names = {tensor.name for tensor in tensors}
     for what, odd in (
         ("lacks", names - entries.keys()),
-        ("has, beyond what the source gives,", entries.keys() - names),
+        ("has", entries.keys() - names),
     ):
         if odd:
-            raise VerifyError(f"{folder} {what} {len(odd)} tensors, first {min(odd)}.")
+            kind = "unexpected " if what == "has" else ""
+            raise VerifyError(f"{folder} {what} {len(odd)} {kind}tensors, first {min(odd)}.")
     proof = Proof(0, 0)
     for tensor in tensors:
         entry = entries[tensor.name]
@@ -109,27 +117,27 @@ def prove_tensors(
 
 
 def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: SourceSlice) -> None:
+    """Raise VerifyError unless `entry` in `path` has the bytes of `origin` in `original`."""
     position = entry.begin
     with _reading_back(path):
         written = path.open("rb")
-    with written as ours, reading(original), original.open("rb") as theirs:
+    with written as output, reading(original), original.open("rb") as source:
         for begin, end in origin.ranges:
-            for wanted in read_ranges(theirs, [(begin, end)]):
+            for wanted in read_ranges(source, [(begin, end)]):
                 with _reading_back(path):
-                    found = _read(ours, position, len(wanted))
+                    found = _read(output, position, len(wanted))
                 if found != wanted:
                     differing = (at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
                     at = next(differing, len(found))
                     raise VerifyError(
-                        f"{path}: {entry.name} differs from the source at byte {position + at:,} of the file "
-                        f"({position + at - entry.begin:,} of the tensor), which stands for byte {begin + at:,} of "
-                        f"{original}. If it was made from that very model, prune again, and if that happens again, "
-                        "check the disk."
+                        f"{path}: {entry.name} differs from the source at byte {position + at - entry.begin:,} of the "
+                        f"tensor (byte {position + at:,} of this file, byte {begin + at:,} of {original}). If the "
+                        "output was made from that model, prune again; if this happens again, check the disk."
                     )
                 position += len(wanted)
                 begin += len(wanted)
     if position != entry.end:
-        raise VerifyError(f"{path}: {entry.name} has {entry.end - position:,} bytes more than the source gives.")
+        raise VerifyError(f"{path}: {entry.name} is {entry.end - position:,} bytes longer than its source.")
 
 
 def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
@@ -140,7 +148,7 @@ def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
     if digest.hexdigest() != origin.sha256:
         raise VerifyError(
             f"{path}: {entry.name}, computed by {origin.stage}, has the SHA-256 {digest.hexdigest()[:12]}…, but "
-            f"{origin.sha256[:12]}… is on record. Prune again, and if that happens again, check the disk."
+            f"{origin.sha256[:12]}… is on record. Prune again; if this happens again, check the disk."
         )
 
 
@@ -150,7 +158,7 @@ def _reading_back(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise VerifyError(f"{path} cannot be read back: {error.strerror or error}. Check the disk.") from error
+        raise VerifyError(f"{path} cannot be read: {error.strerror or error}. Check the disk.") from error
 
 
 def _read(stream: BinaryIO, position: int, size: int) -> bytes:
@@ -162,7 +170,7 @@ def refuse_extra_weights(output: Path, pruned: Checkpoint) -> None:
     """Raise VerifyError for weights in addition to those of the index."""
     extra = sorted(path.name for path in output.glob("*.safetensors") if path.name not in pruned.files)
     if extra:
-        raise VerifyError(f"{output / extra[0]} is in no index: it belongs to no part of the model. Remove it.")
+        raise VerifyError(f"{output / extra[0]} is not listed in the index. Remove it.")
 
 
 class _KeptLayer(msgspec.Struct):
@@ -171,7 +179,7 @@ class _KeptLayer(msgspec.Struct):
 
 
 class _Record(msgspec.Struct):
-    """What a proof takes from streamprune.json."""
+    """The fields of streamprune.json that verification reads."""
 
     layers: list[_KeptLayer]
     computed: dict[str, Computed] = {}
@@ -182,7 +190,7 @@ def _record_of(output: Path) -> _Record:
     try:
         return msgspec.convert(read_json(path), _Record)
     except CheckpointError as error:
-        raise VerifyError(f"{error} Without it, it is not known which experts were kept.") from None
+        raise VerifyError(f"{error} It is needed to know which experts were kept.") from None
     except ValueError:
         raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
 
@@ -191,7 +199,7 @@ def check_computed(output: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Raise VerifyError unless the tensors of `output` that its record names as computed have the hashes on record."""
     for name, origin in _record_of(output).computed.items():
         if name not in entries:
-            raise VerifyError(f"{output} lacks {name}, which {origin.stage} has computed. Prune again, or restore it.")
+            raise VerifyError(f"{output} lacks {name}, which {origin.stage} computed. Prune again, or restore it.")
         _check_hash(output / entries[name].file, entries[name], origin)
 
 
@@ -204,7 +212,9 @@ def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int
         )
     for layer, experts in kept.items():
         if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
-            raise VerifyError(f"{output / REPORT_NAME}: the experts kept in layer {layer} are no ascending numbers.")
+            raise VerifyError(
+                f"{output / REPORT_NAME}: the experts of layer {layer} must be ascending, unique and below {count}."
+            )
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -212,7 +222,7 @@ def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str
         ours, theirs = (show(config[key]) if key in config else "missing" for config in (found, wanted))
         if ours != theirs or found.get(key) != wanted.get(key):
             raise VerifyError(
-                f"{output / CONFIG_NAME}: {show(key)} is {ours}, but by the source it has to be {theirs}."
+                f"{output / CONFIG_NAME}: {show(key)} is {ours}, but {theirs} is expected from the source."
             )
 
 

@@ -37,14 +37,14 @@ from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import FinishedLayer, FinishedShard
 
-#: Under this key a shard's metadata has the origins of its computed tensors.
+#: The key of a shard's metadata for the origins of its computed tensors.
 _COMPUTED = "streamprune.computed"
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Raise OutputError unless `output` may be created (or replaced, with `overwrite`)."""
     if output.name in {"", ".."}:
-        raise OutputError(f"{output} cannot be the output: it must be a folder with a name. Choose another with -o.")
+        raise OutputError(f"{output} cannot be the output: it must be a named folder. Choose another with -o.")
     if os.path.ismount(output):
         raise OutputError(f"{output} is a mount point, which cannot be created in one step. Use -o {output / 'model'}.")
     target, origin = output.resolve(), source.resolve()
@@ -58,19 +58,19 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} exists and is not empty. Choose another place with -o, or add --overwrite.")
     if not (output / CONFIG_NAME).exists():
         raise OutputError(
-            f"{output} holds no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
+            f"{output} has no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
         )
 
 
 def put_back(folder: Path, output: Path) -> None:
-    """Move an old output in `folder` back to `output`, if the new one was never put there."""
+    """Move an old output in `folder` back to `output`, if the new one was never moved there."""
     if (folder / REPLACED_NAME).exists() and not output.exists():
         with writing(f"Moving {folder / REPLACED_NAME} back to {output}", output.parent):
             (folder / REPLACED_NAME).rename(output)
 
 
 def check_place(settings: OutputSettings) -> None:
-    """Put back an output that a killed run moved aside; OutputError where no rename could put the output in place."""
+    """Put back an output that a killed run moved aside. Raises OutputError if no rename could complete the output."""
     output, work = settings.output, settings.output_work_folder
     with writing(f"Looking at {output}", output):
         put_back(work, output)
@@ -84,7 +84,7 @@ def check_place(settings: OutputSettings) -> None:
 
 @dataclass(frozen=True)
 class StageTensor:
-    """A tensor that a stage of the run has computed: the stage's name, and the tensor's bytes as they are written."""
+    """A tensor that a stage of the run computed: the stage's name, and the tensor's bytes as they are written."""
 
     stage: str
     data: bytes | memoryview
@@ -97,14 +97,14 @@ class StageTensor:
 class OutputWriter:
     """Writes a pruned checkpoint into the work folder, and in `finish` renames it to the output.
 
-    Needs a few MiB of memory, whatever the sizes of tensors and shards. Raises OutputError.
+    Needs a few MiB of memory, for any sizes of tensors and shards. Raises OutputError.
     """
 
     def __init__(self, plan: PrunePlan, checkpoint: Checkpoint, settings: OutputSettings, work: WorkFolder) -> None:
         self.plan = plan
         self._checkpoint, self._work, self._staging = checkpoint, work, work.staging
         self._output, self._overwrite, self._verify_layers = settings.output, settings.overwrite, settings.verify
-        # On the output's disk, wherever the work folder is.
+        # Always on the output's disk, even with --work-dir on another.
         self._output_work = settings.output_work_folder
         #: By layer: the kept experts that were verified, and the proof.
         self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
@@ -143,7 +143,7 @@ class OutputWriter:
         return prove_tensors(tensors, kept, computed, source, self._staging, self.headers(plans))
 
     def has_written(self, layer: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
-        """Whether the recorded shards are those of a layer with the experts `kept`, and are intact on the disk."""
+        """Whether the recorded shards are those of a layer with the experts `kept`, and intact on the disk."""
         sizes = {shard.file: _file_bytes(shard) for shard in self.plan.shards if shard.layer == layer}
         same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
         return same and all(map(self._work.is_intact, record.shards))
@@ -172,10 +172,10 @@ class OutputWriter:
         try:
             return {entry.name: entry for file in files for entry in read_header(self._staging, file)}
         except (OSError, CheckpointError) as error:
-            # CheckpointError advises another download, which would not help here.
+            # CheckpointError advises downloading again, which would not help here.
             raise VerifyError(
-                f"What was written to {self._staging} cannot be read back: {error} Check the disk; `streamprune "
-                "resume` writes again what is damaged."
+                f"The files written to {self._staging} cannot be read: {error} Check the disk; `streamprune resume` "
+                "writes damaged files again."
             ) from error
 
     def _computed(self, plans: Sequence[ShardPlan]) -> dict[str, Computed]:
@@ -218,7 +218,7 @@ class OutputWriter:
             for folder in {path.parent for path in self._staging.rglob("*")}:
                 sync_folder(folder)
             reached("all written")
-            # Hours may have passed: do not replace an output that was put there meanwhile.
+            # Hours may have passed: do not replace an output that was created meanwhile.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
             complete = self._on_the_outputs_disk()
             self._work.record_complete(complete)
@@ -233,7 +233,7 @@ class OutputWriter:
             sync_folder(self._output.absolute().parent)
 
     def _on_the_outputs_disk(self) -> Path:
-        """The finished folder on the output's disk: the staging folder, or a copy where that is on another disk."""
+        """The finished folder on the output's disk: the staging folder, or its copy if that is on another disk."""
         copy = self._output_work / "model"
         if copy.exists() and copy.samefile(self._staging):
             return self._staging
@@ -243,7 +243,9 @@ class OutputWriter:
         shutil.copytree(self._staging, copy)
         for path in copy.rglob("*"):
             if path.is_file() and not filecmp.cmp(path, self._staging / path.relative_to(copy), shallow=False):
-                raise OutputError(f"{path} is not what was copied there. Check the disk; what is finished is kept.")
+                raise OutputError(
+                    f"{path} differs from the file that was copied there. Check the disk; finished work is kept."
+                )
             sync_folder(path) if path.is_dir() else sync_file(path)
         sync_folder(copy)
         return copy
@@ -270,8 +272,8 @@ class OutputWriter:
             expected = _file_bytes(shard)
             if size != expected:
                 raise OutputError(
-                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Give the same command again: it is "
-                    "written again."
+                    f"{shard.file} has {size:,} bytes instead of {expected:,}. Run the same command again, "
+                    "which writes it again."
                 )
 
 
@@ -282,7 +284,7 @@ def _read_source(path: Path, ranges: Sequence[ByteRange] | None = None) -> Itera
 
 
 def _can_rename(source: Path, target: Path) -> bool:
-    """Whether a rename can move something from one folder to the other; two mounts of one device would not do."""
+    """Whether a rename works from one folder to the other; between two mounts of one device it does not."""
     probe, moved = source / "probe", target / "probe"
     probe.touch()
     try:

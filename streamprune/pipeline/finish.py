@@ -193,9 +193,7 @@ def complete(
             for index in decided.layers:
                 decided.record_layer(work, index, (), [])
             raise
-        progress.say(
-            f"verified: {proof.tensors:,} tensors, {format_bytes(proof.nbytes)}, identical to the source's bytes"
-        )
+        progress.say(f"verified: {proof.text}")
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:

@@ -1,6 +1,6 @@
-"""Opening the work folder, resuming what it holds, and keeping finished work on any exit.
+"""Opening the work folder, resuming its run, and keeping finished work on any exit.
 
-The first SIGINT or SIGTERM asks a run to stop and save; the second ends the process at once.
+The first SIGINT or SIGTERM makes a run save and stop; the second ends the process at once.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def on_exit(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def begin(settings: RunSettings, work: WorkFolder) -> RecordedRun | None:
-    """The record of an earlier run that is to be resumed; None to begin anew, with the work folder emptied.
+    """The record of an earlier run to resume; None to start over, with the work folder emptied.
 
-    Raises ResumeError if there is work that cannot be resumed, or none where --resume required asks for it.
+    Raises ResumeError if there is work that cannot be resumed, or if there is none with --resume required.
     """
     recorded = read_run(work.folder) if settings.resume != "never" else None
     if recorded is not None and settings.resume == "auto" and not work.has_progress():
-        # It has no finished work: nothing is lost by beginning anew.
+        # It has no finished work: nothing is lost by starting over.
         recorded = None
     elif recorded is None and settings.resume != "never" and work.has_progress():
         if has_pruning(work.folder) and not has_run(work.folder):
             raise ResumeError(
-                f"{work.folder} holds an unfinished `streamprune prune`. Resume it "
+                f"{work.folder} has an unfinished `streamprune prune`. Resume it "
                 f"({resume_command(work.folder)}), discard it with `streamprune clean --all`, or add --resume never."
             )
         raise ResumeError(
-            f"{work.folder / RUN_NAMES[0]} and its copy are missing or damaged, so that it is unknown which run the "
-            "finished layers there are from. Start over with --resume never."
+            f"{work.folder / RUN_NAMES[0]} and its copy are missing or damaged, so it is unknown which run the "
+            "finished layers are from. Start over with --resume never."
         )
     if recorded is None:
         if settings.resume == "required":
@@ -86,9 +86,9 @@ def begin(settings: RunSettings, work: WorkFolder) -> RecordedRun | None:
 
 
 class StopRequest:
-    """Whether the user has asked to stop.
+    """Whether the user has requested to stop.
 
-    While `patient` is true, the run checks this soon and stops after saving; otherwise a signal raises
+    While `patient` is true, the run checks this regularly and stops after saving; otherwise a signal raises
     KeyboardInterrupt.
     """
 
@@ -115,7 +115,7 @@ def listening() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = number
         for other in usual:
-            # Not Python's handler: it would raise an exception at any point of the code.
+            # Not Python's handler, which would raise an exception at any point of the code.
             signal.signal(other, signal.SIG_DFL)
         if not request.patient:
             raise KeyboardInterrupt

@@ -2,19 +2,19 @@
 
 | name | what it is |
 |---|---|
-| `streamprune.lock` | locked by the run that writes here; holds its pid |
-| `run.json` | the command and what it was run on; a resumed run must agree with it |
+| `streamprune.lock` | locked by the run that writes here; has its pid |
+| `run.json` | the command and everything that decides its result; a resumed run must have the same |
 | `tokens.json` | the calibration sequences |
 | `pruning.json` | of `streamprune prune`, instead of these: the model and the experts that are kept |
 | `*.copy.json` | second copies of run.json and tokens.json, used if the first is damaged |
 | `layers/` | one record per finished layer: its statistics, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
-| `evaluation.json` | what `--evaluate` measured, once it is complete |
+| `evaluation.json` | the result of `--evaluate`, once it is complete |
 | `cursor.json` | which generation of states is valid; replaced atomically |
 | `model/` | the finished shards |
-| `finished.json` | the inode of the complete output (a folder or a scores file), before it gets its name |
-| `scores.safetensors` | of `streamprune score`: the scores, before they get the output's name |
-| `replaced/` | with --overwrite, the old output, until the new one has its name |
+| `finished.json` | the inode of the complete output (a folder or a scores file), before it is renamed |
+| `scores.safetensors` | of `streamprune score`: the scores, before they are renamed to the output |
+| `replaced/` | with --overwrite, the old output, until the new one is in place |
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ OUTSIDE = "outside"
 
 
 class WorkFolder:
-    """A work folder that this process holds. Use as a context manager: entering creates and locks it.
+    """A work folder that this process has locked. Use as a context manager: entering creates and locks it.
 
-    Entering raises OutputError if another run holds it, if streamprune did not make it, or if it cannot be written.
+    Entering raises OutputError if another run has locked it, streamprune did not make it, or it cannot be written.
     Leaving unlocks it; `remove` deletes it.
     """
 
@@ -96,8 +96,8 @@ class WorkFolder:
         self._release()
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        # The lock goes last: after a kill in between, the folder is still recognised as streamprune's.
+        """Remove the folder and everything in it."""
+        # The lock is removed last: after a kill in between, the folder is still recognised as streamprune's.
         for path in names_in(self.folder, but=(LOCK_NAME,)):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
@@ -107,7 +107,7 @@ class WorkFolder:
     def start_afresh(self) -> None:
         """Remove everything of an earlier run except the lock, and an old output that was moved aside."""
         with writing(f"Emptying {self.folder}", self.folder):
-            # The record of the run goes first: it must not outlive what it describes.
+            # The record of the run is removed first: it must not outlive the files that it describes.
             for name in RUN_NAMES:
                 (self.folder / name).unlink(missing_ok=True)
             for path in names_in(self.folder, but=(LOCK_NAME, REPLACED_NAME)):
@@ -122,7 +122,7 @@ class WorkFolder:
         return layers or bool(names_in(self._states)) or self.keeps_old_output()
 
     def keeps_old_output(self) -> bool:
-        """Whether the folder holds the output that --overwrite replaces."""
+        """Whether the folder has the old output that --overwrite replaces."""
         return (self.folder / REPLACED_NAME).exists()
 
     def write_layer(
@@ -166,7 +166,7 @@ class WorkFolder:
             self._layer_path(index).unlink(missing_ok=True)
 
     def write_evaluation(self, result: dict[str, Any]) -> None:
-        """Record what `--evaluate` measured."""
+        """Record the result of `--evaluate`."""
         with writing(f"Recording the evaluation in {self.folder}", self.folder):
             write_record(self.folder / _EVALUATION, result)
 
@@ -181,7 +181,7 @@ class WorkFolder:
             (self.folder / _EVALUATION).unlink(missing_ok=True)
 
     def record_complete(self, result: Path) -> None:
-        """Record that `result`, a folder or a file, is complete and is about to get the output's name."""
+        """Record that `result`, a folder or a file, is complete and about to be renamed to the output."""
         write_record(self.folder / _FINISHED, {"inode": result.stat().st_ino})
 
     @property
@@ -203,7 +203,7 @@ class WorkFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # The system releases the lock when its holder ends in any way, so that it is never stale.
+            # The system releases the lock when the process ends in any way, so it is never stale.
             _lock(lock)
         except BlockingIOError:
             holder = os.read(lock, 32).decode(errors="replace").strip()
@@ -213,7 +213,7 @@ class WorkFolder:
             ) from None
         self._lock = lock
         if not _is_at(self.folder / LOCK_NAME, lock):
-            # The run that held it has just finished, and removed the folder.
+            # The run that had locked it has just finished and removed the folder.
             self._release()
             self._claim()
             return
@@ -232,7 +232,7 @@ def _lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # `streamprune status` holds it for an instant, to see whether another process does.
+        # `streamprune status` locks it for an instant, to see whether another process has.
         time.sleep(0.1)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -246,7 +246,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def resume_command(folder: Path) -> str:
     """The command that resumes the run in a work folder."""
-    # A name that begins with a dash would be taken for an option.
+    # A name that begins with a dash would be parsed as an option.
     name = str(folder) if not str(folder).startswith("-") else f"./{folder}"
     return f"streamprune resume {shlex.quote(name)}"
 

@@ -1,4 +1,4 @@
-"""What a work folder's JSON files may hold: the run with its settings and tokens, finished layers, evaluation, pruning.
+"""The JSON files of a work folder: the run with its settings and tokens, finished layers, evaluation, pruning.
 
 Each is checked when it is read. (The checksum in a file shows damage, but not who wrote it.)
 """
@@ -23,9 +23,9 @@ from streamprune.models.config_json import MOST_LAYERS
 
 #: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2; format 3 had another form of states.
 RUN_FORMAT = 4
-#: Bytes that a file may have at most: of tokens, of saved states, and of anything else.
+#: Most bytes of a file with tokens, of an index of saved states, and of any other file.
 MOST_TOKENS_BYTES, MOST_INDEX_BYTES, MOST_RECORD_BYTES = 2**30, 2**27, 2**24
-#: Files that are written twice, because nothing else could replace a damaged one.
+#: Files that are written twice, because a damaged one cannot be recomputed.
 RUN_NAMES, TOKENS_NAMES = ("run.json", "run.copy.json"), ("tokens.json", "tokens.copy.json")
 PRUNING_NAME = "pruning.json"
 
@@ -47,7 +47,7 @@ class RecordedCalibration(Struct):
 
 
 class RecordedCommand(Struct, kw_only=True):
-    """A command's settings, as `command_of` gives them, for a model of so many layers."""
+    """A command's settings, as `command_of` returns them, and the number of layers."""
 
     format: int = RUN_FORMAT
     command: dict[str, Any]
@@ -57,7 +57,7 @@ class RecordedCommand(Struct, kw_only=True):
         for name in ("model", "output"):
             value = self.command.get(name)
             if not isinstance(value, str) or "\0" in value:
-                raise ValueError(f"`$.command.{name}` is no path")
+                raise ValueError(f"`$.command.{name}` is not a path")
 
 
 class RecordedRun(RecordedCommand, kw_only=True):
@@ -74,7 +74,7 @@ class RecordedRun(RecordedCommand, kw_only=True):
     def settings_in(self, work: Path) -> RunSettings:
         """The settings with which the run in `work` is resumed. Raises ResumeError if they make no sense."""
         changes: dict[str, Any] = {"resume": "required", "from_layer": None}
-        # A budget counts as it was then: free GPU memory changes.
+        # Use the budget as recorded, since free GPU memory changes.
         if self.budget_bytes is not None:
             changes |= {"budget_gib": self.budget_bytes / 2**30, "gpu": None}
         return _settings_from(RunSettings, {**self.command, **changes}, work)
@@ -101,8 +101,8 @@ class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
 class FinishedLayer(Struct, frozen=True):
     """The record of a finished layer: its statistics (None without experts), the experts it keeps, and its shards.
 
-    Where nothing is written while layers are scored, no experts and no shards are on record yet. The statistics are
-    as they were read: they may not be valid.
+    If nothing is written while layers are scored, it has no experts and no shards yet. The statistics are as they were
+    read and may be invalid.
     """
 
     result: dict[str, Any] | None
@@ -111,7 +111,7 @@ class FinishedLayer(Struct, frozen=True):
 
 
 class RecordedFigures(Struct):
-    """What was measured on one source of held-out text."""
+    """The measurements on one source of held-out text."""
 
     name: str
     tokens: Count
@@ -126,7 +126,7 @@ class RecordedFigures(Struct):
 
 
 class RecordedEvaluation(Struct):
-    """evaluation.json: what `--evaluate` measured."""
+    """evaluation.json: the result of `--evaluate`."""
 
     data: dict[str, Any]
     sources: list[RecordedFigures]
@@ -135,13 +135,13 @@ class RecordedEvaluation(Struct):
 
 
 class Cursor(Struct):
-    """cursor.json: the newest generation of saved states, and perhaps the one before."""
+    """cursor.json: the newest generation of saved states, and the one before, if any."""
 
     generations: Annotated[list[Count], Meta(max_length=2)]
 
 
 def converted(body: Any, kind: type[T]) -> T | None:
-    """JSON that was read from a file as an object of this kind; None if it is something else."""
+    """Parsed JSON as an object of this type; None if it does not match."""
     try:
         return msgspec.convert(body, kind)
     except msgspec.ValidationError:
@@ -203,19 +203,19 @@ def _settings_from(kind: type[S], command: Mapping[str, Any], work: Path) -> S:
 
 def _path(kind: type[Any], value: Any) -> Path:
     if kind is not Path or not isinstance(value, (str, Path)):
-        raise TypeError(f"{show(value)} is no path")
+        raise TypeError(f"{show(value)} is not a path")
     return Path(value)
 
 
 def with_changes(settings: S, work: Path, changes: Mapping[str, Any]) -> S:
-    """Recorded settings with those given anew, to resume in `work`.
+    """Recorded settings with `changes`, to resume in `work`.
 
-    Raises ResumeError where a model's code would run because the record alone says so.
+    Raises ResumeError if a model's code would run only because the record says so.
     """
     if settings.trust_remote_code and "trust_remote_code" not in changes:
         raise ResumeError(
-            f"What {work} holds was begun with --trust-remote-code, but a file's word is not enough to run a model's "
-            "code. If you began it, and trust the author still, add --trust-remote-code."
+            f"The run in {work} was started with --trust-remote-code, but a file alone must not enable a model's code. "
+            "If you started it, and still trust the author, add --trust-remote-code."
         )
     return dataclasses.replace(settings, work_dir=work.absolute(), **changes)
 
@@ -223,7 +223,7 @@ def with_changes(settings: S, work: Path, changes: Mapping[str, Any]) -> S:
 def write_run(folder: Path, run: RecordedRun, tokens: Sequence[Sequence[int]]) -> None:
     """Record the run and its calibration sequences in a work folder. From here on it can be resumed."""
     with writing(f"Recording the run in {folder}", folder):
-        # The tokens first: a record of the run says that they are there.
+        # The tokens first: a record of the run implies that they exist.
         for names, body in ((TOKENS_NAMES, tokens), (RUN_NAMES, msgspec.to_builtins(run))):
             for name in names:
                 write_record(folder / name, body)
@@ -231,7 +231,7 @@ def write_run(folder: Path, run: RecordedRun, tokens: Sequence[Sequence[int]]) -
 
 
 def read_run(folder: Path) -> RecordedRun | None:
-    """What is recorded of the run in a work folder; None if nothing of it is intact.
+    """The record of the run in a work folder; None if neither copy is intact.
 
     Raises ResumeError for a record that this version did not write.
     """
@@ -268,13 +268,13 @@ def read_tokens(folder: Path) -> list[list[int]]:
 
 
 def write_pruning(folder: Path, pruning: RecordedPruning) -> None:
-    """Record what is pruned. From here on it can be resumed. Raises OutputError or ResourceError if the disk fails."""
+    """Record a pruning. From here on it can be resumed. Raises OutputError or ResourceError if the disk fails."""
     with writing(f"Recording the pruning in {folder}", folder):
         write_record(folder / PRUNING_NAME, msgspec.to_builtins(pruning))
 
 
 def read_pruning(folder: Path) -> RecordedPruning | None:
-    """What is recorded of the pruning in a work folder; None if it is missing, damaged, or makes no sense.
+    """The record of the pruning in a work folder; None if it is missing, damaged, or invalid.
 
     Only the time of a file copy is lost with it. Raises ResumeError for a record of another version.
     """

@@ -44,9 +44,9 @@ _DTYPES = {
 class BatchState:
     """What one micro-batch carries from layer to layer.
 
-    `output` is what the last layer returned, in the model's own structure: usually hidden states (B, L, H).
-    `carried` is what layers pass on to later ones in a mapping they share (keys and values, in models whose
-    layers share them), by the name of the argument.
+    `output` is the return value of the last layer, in the model's own structure: usually hidden states (B, L, H).
+    `carried` has the dicts that layers share with later ones (keys and values, in models whose layers share them), by
+    the name of the argument.
     """
 
     output: Any = None
@@ -73,15 +73,17 @@ class _Index(msgspec.Struct):
 def save_states(folder: Path, count: int, load: Callable[[int], BatchState], facts: Mapping[str, Any]) -> None:
     """Save `count` states in a new folder; `load(n)` gives the n-th, on the CPU. `facts` (JSON) is kept with them.
 
-    Memory: one state. Raises OSError, and UnsupportedModelError for a state that is made of other things than tensors,
-    numbers, strings, lists, tuples and dicts.
+    Memory: one state. Raises OSError, and UnsupportedModelError for a state with anything other than tensors, numbers,
+    strings, lists, tuples and dicts.
     """
     folder.mkdir(parents=True)
     entries: list[_StateEntry] = []
 
     def portions() -> Iterator[bytes | memoryview]:
         for number in range(count):
-            state, tensors = load(number), list[torch.Tensor]()
+            state = load(number)
+            tensors: list[torch.Tensor] = []
+            # _encode appends every tensor to `tensors`; the structure has only its index.
             output, carried = _encode(state.output, tensors), _encode(state.carried, tensors)
             header = encode_header(
                 {},
@@ -98,7 +100,7 @@ def save_states(folder: Path, count: int, load: Callable[[int], BatchState], fac
 
 
 class SavedStates:
-    """A generation of states whose checksums are right. `facts` is what was saved with them."""
+    """A generation of states with correct checksums. `facts` is the JSON that was saved with them."""
 
     def __init__(self, folder: Path, index: _Index) -> None:
         self._path, self._entries = folder / DATA_NAME, index.states
@@ -110,7 +112,7 @@ class SavedStates:
     def load(self, number: int) -> BatchState:
         """The n-th state, on the CPU, in memory of its own.
 
-        Raises OSError, and ValueError for what `save_states` would not write: it may come from a stranger.
+        Raises OSError, and ValueError for a file that `save_states` would not write: it may be untrusted.
         """
         entry = self._entries[number]
         with self._path.open("rb") as stream:
@@ -120,7 +122,7 @@ class SavedStates:
             tensors = load_safetensors(data)
             state = BatchState(_decode(entry.output, tensors), _decode(entry.carried, tensors))
             if not isinstance(state.carried, dict) or any(type(each) is not dict for each in state.carried.values()):
-                raise ValueError("what layers share is no mapping")
+                raise ValueError("`carried` is not a dict of dicts")
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"no hidden states: {error}") from error
         return state
@@ -143,7 +145,7 @@ def _read_index(folder: Path) -> _Index | None:
 
 
 def _encode(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """`value` as JSON; tensors are appended to the list, and stand as their number."""
+    """`value` as JSON; tensors are appended to the list, and are replaced by their index."""
     if isinstance(value, torch.Tensor) and value.dtype in _DTYPES:
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
@@ -176,7 +178,7 @@ def _decode(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 class Generations:
-    """The saved states of a work folder, which lie in its subfolder `states`."""
+    """The saved states of a work folder, in its subfolder `states`."""
 
     def __init__(self, folder: Path, states: Path) -> None:
         self._folder, self._states = folder, states
@@ -184,7 +186,7 @@ class Generations:
     def save(self, count: int, load: Callable[[int], BatchState], facts: Mapping[str, Any]) -> None:
         """Make `count` hidden states and the facts about them durable, then point the cursor at them.
 
-        The generation before is kept, older ones go.
+        The generation before is kept, older ones are removed.
         """
         numbers, before = self._numbers(), self._pointed()
         number = max(numbers, default=0) + 1
@@ -225,7 +227,7 @@ class Generations:
             shutil.rmtree(self._states / str(number), ignore_errors=True)
 
     def _pointed(self) -> list[int]:
-        """The generations that the cursor names; with a damaged cursor all that there are, newest first."""
+        """The generations that the cursor names; with a damaged cursor all that exist, newest first."""
         cursor = converted(read_record(self._folder / CURSOR_NAME, MOST_RECORD_BYTES), Cursor)
         return cursor.generations if cursor is not None else sorted(self._numbers(), reverse=True)
 
