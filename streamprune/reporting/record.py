@@ -35,7 +35,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Number = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+#: A name or a path, which may have 4,096 bytes.
+Name = Annotated[str, Meta(min_length=1, max_length=5000)]
 Kind = TypeVar("Kind")
 _Experts = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
 _ADVICE = "Was it changed? Prune again, or restore it."
