@@ -175,14 +175,14 @@ def test_a_budget_that_nothing_fits_exits_with_3(tmp_path: Path, dry: bool) -> N
     arguments = ["run", str(source), "-o", str(tmp_path / "out"), "--budget-gib", "0.25"]
     result = CliRunner().invoke(main, [*arguments, *(["--dry-run"] if dry else [])])
     assert result.exit_code == DoesNotFitError.exit_code == 3
-    assert "fewest experts with which the router works, 2 of 8" in result.stderr
+    assert "minimum that the router needs, 2 of 8 experts" in result.stderr
     assert "--budget-gib" in result.stderr, "names a setting that fits"
     assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_that_everything_fits_is_refused(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
-    with pytest.raises(SettingsError, match=r"fits 80\.00 GiB .* as it is, so nothing would be removed"):
+    with pytest.raises(SettingsError, match=r"already fits 80\.00 GiB .*, so nothing would be removed"):
         prune(source, tmp_path / "out", budget_gib=80)
 
 
@@ -219,5 +219,5 @@ def test_goals_that_contradict_each_other(goal: dict[str, Any], message: str, tm
 @pytest.mark.parametrize("budget", [-1.0, 0.0, float("nan"), float("inf")])
 def test_budgets_that_are_no_sizes(budget: float, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
-    with pytest.raises(SettingsError, match="is not a size of memory"):
+    with pytest.raises(SettingsError, match="must be above 0"):
         prune(source, tmp_path / "out", budget_gib=budget)

@@ -82,8 +82,7 @@ def test_memory_by_the_first_query_where_the_second_is_missing(monkeypatch: pyte
     assert (gpu.source, gpu.reserved_bytes, gpu.used_bytes) == ("NVML v1", None, 318 * MIB)
     assert gpu.usable_bytes == 24125 * MIB
     assert (
-        "  note      What the driver reserves is not known and is counted as used: the driver is too old for the "
-        "question.\n"
+        "  note      Driver-reserved memory is unknown and counted as used: the driver is too old for this query.\n"
     ) in printed()
 
 
@@ -92,16 +91,16 @@ def test_wsl_does_not_tell_what_a_process_holds(monkeypatch: pytest.MonkeyPatch)
     text = printed()
     assert f"(pid {OWN}), size unknown\n" in text
     assert (
-        "  note      How much 2 of 2 processes hold is not known (WSL and Windows do not report it): of the "
-        "4.88 GiB in use it cannot be said who holds what.\n"
+        "  note      The memory of 2 of 2 processes is unknown (WSL and Windows do not report it): of the 4.88 GiB in "
+        "use, memory per process is unknown.\n"
     ) in text
 
 
 def test_memory_in_use_by_processes_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(used=3000, compute=[(OWN, 1000)]))
     assert (
-        "  note      1.95 GiB are in use by processes that cannot be seen from here (outside this container, or "
-        "Windows programs under WSL), so they cannot be named.\n"
+        "  note      1.95 GiB are in use by processes that are not visible from here (outside this container, or "
+        "Windows programs under WSL), so they are not listed.\n"
     ) in printed()
 
 
@@ -111,15 +110,13 @@ def test_processes_that_may_not_be_listed(monkeypatch: pytest.MonkeyPatch) -> No
     gpu = the_gpu()
     assert gpu.processes is not None
     assert [process.pid for process in gpu.processes] == [OWN]
-    assert gpu.notes == (
-        "Graphics processes cannot be seen, so that what they hold has no name: this user is not permitted to ask.",
-    )
+    assert gpu.notes == ("Graphics processes are not visible: their memory is not listed: permission denied.",)
     refuse["nvmlDeviceGetComputeRunningProcesses"] = NO_PERMISSION
     assert the_gpu().processes is None
     assert the_gpu().other_processes() == ()
     text = printed()
     assert "  processes unknown\n" in text
-    assert "so none can be named: this user is not permitted to ask.\n" in text
+    assert "Processes using memory are unknown: permission denied.\n" in text
 
 
 def test_an_older_driver_lists_processes_in_the_older_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,15 +135,14 @@ def test_unsupported_fields_are_unknown_and_said_to_be(monkeypatch: pytest.Monke
         "GPU 0: unknown NVIDIA GPU\n",
         "  driver    unknown\n",
         "  display   unknown\n",
-        "  note      Whether a display is attached, which takes memory when it is used, is not known: the GPU or its "
-        "driver does not support the question.\n",
-        "  note      The GPU's name is not known, so that its memory cannot be compared with known GPUs: Unknown "
-        "Error.\n",
+        "  note      It is unknown whether a display is attached, which would use memory: the GPU or its driver does "
+        "not support this query.\n",
+        "  note      The GPU's name is unknown, so its memory cannot be compared with known GPUs: Unknown Error.\n",
     ):
         assert line in text
     assert text.endswith(
-        "note: The driver's version is not known, and will be missing from records: the GPU or its driver does not "
-        "support the question.\n"
+        "note: The driver version is unknown, and will be missing in records: the GPU or its driver does not support "
+        "this query.\n"
     )
 
 
@@ -166,13 +162,13 @@ def test_a_card_that_is_lost_does_not_hide_the_others(monkeypatch: pytest.Monkey
     lost = FakeCard(refuse={"nvmlDeviceGetHandleByIndex": real.NVML_ERROR_GPU_IS_LOST})
     install(monkeypatch, lost, FakeCard())
     assert [gpu.index for gpu in list_gpus().gpus] == [1]
-    assert "note: GPU 0 is left out, because NVML gives no access to it: the GPU has stopped answering;" in printed()
+    assert "note: GPU 0 is skipped, because NVML gives no access to it: the GPU has stopped answering;" in printed()
 
 
 def test_nvml_without_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     text = printed()
-    assert text.startswith("No NVIDIA GPU is visible.\n  NVML works, but shows no GPU (a container may have been")
+    assert text.startswith("No NVIDIA GPU is visible.\n  NVML works, but lists no GPU (in a container: ")
     assert "Give the memory with --budget-gib." in text
 
 
@@ -183,7 +179,7 @@ def test_of_a_card_that_mig_divides_one_part_is_usable(monkeypatch: pytest.Monke
     assert gpu.usable_bytes == (20096 - 12 - 4) * MIB
     text = printed()
     assert "  MIG       on\n  MIG 0     19.62 GiB total, 4.96 GiB free\n  MIG 2     19.62 GiB total" in text
-    assert "  usable    19.61 GiB (a process can use one MIG part only)\n" in text
+    assert "  usable    19.61 GiB (a process can use only one MIG instance)\n" in text
 
 
 def test_mig_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,20 +187,20 @@ def test_mig_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, a100(refuse=memory))
     gpu = the_gpu()
     assert gpu.total_bytes == 2 * 20096 * MIB
-    assert "the figures are sums over its MIG parts." in gpu.notes[0]
+    assert "sizes are sums over its MIG instances." in gpu.notes[0]
 
     install(monkeypatch, a100(refuse={"nvmlDeviceGetMigDeviceHandleByIndex": NO_PERMISSION}))
     assert the_gpu().instances is None
     text = printed()
     assert "  usable    unknown\n" in text
     assert (
-        "  note      The GPU is divided with MIG, but not all its parts can be seen: this user is not permitted to "
-        "ask. A process can use one part only. Give the memory with --budget-gib.\n"
+        "  note      MIG is enabled, but not all MIG instances are visible: permission denied. A process can use only "
+        "one instance. Give the memory with --budget-gib.\n"
     ) in text
 
     install(monkeypatch, FakeCard(refuse={"nvmlDeviceGetMigMode": NO_PERMISSION}))
     assert the_gpu().mig is None
-    assert "Whether the GPU is divided with MIG is not known: this user is not permitted to ask." in printed()
+    assert "It is unknown whether MIG is enabled: permission denied." in printed()
 
 
 @pytest.mark.gpu

@@ -119,27 +119,27 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert fit(folder, "--gpu", "rtx-3090", "--keep", keep).exit_code == 0
     assert fit(folder, "--gpu", "rtx-3090", "--keep", str(int(keep) + 1)).exit_code == 3
     assert any(line.startswith("  --weights-dtype int4") for line in options)
-    assert "config.json alone" in result.stdout
+    assert "estimated from config.json" in result.stdout
 
 
 def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
     total = answer(model, "--budget-gib", "24", "--context", "1000")["total_bytes"]
     result = fit(model, "--budget-gib", repr(total / GIB + 1e-6), "--context", "1000")
     assert result.exit_code == 0
-    assert "It is tight: at worst" in result.stdout
+    assert "Tight: in the worst case" in result.stdout
     assert "note: The model's config allows only 256 tokens of context." in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget-gib", "nan"], "--budget-gib nan is not a size of memory"),
+        (["--budget-gib", "nan"], "--budget-gib nan must be above 0"),
         (["--budget-gib", "0"], "--budget-gib 0 is not a size"),
         (["--budget-gib", "-3"], "--budget-gib -3 is not a size"),
         (["--budget-gib", "inf"], "--budget-gib inf is not a size"),
         (["--budget-gib", "24", "--gpu", "rtx-3090"], "either --budget-gib or --gpu, not both"),
-        (["--gpu", "voodoo"], "'voodoo' is not a GPU that streamprune knows"),
-        (["--gpu", ""], "'' is not a GPU"),
+        (["--gpu", "voodoo"], "'voodoo' is unknown. Known GPUs: "),
+        (["--gpu", ""], "'' is unknown"),
         (["--budget-gib", "24", "--keep", "9"], "--keep 9 is not possible: choose from 2 to 8"),
         (["--budget-gib", "24", "--keep", "0"], "--keep 0 is not possible"),
         (["--budget-gib", "24", "--keep", "-1"], "--keep -1 is not possible"),

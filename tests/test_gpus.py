@@ -41,7 +41,7 @@ def test_the_table_of_cards() -> None:
 
 
 def test_unknown_cards_and_names_that_say_too_little() -> None:
-    with pytest.raises(SettingsError, match=r"--gpu 'rtx-9999' is not a GPU .*rtx-3090, .*h200.*--budget-gib"):
+    with pytest.raises(SettingsError, match=r"--gpu 'rtx-9999' is unknown.*rtx-3090, .*h200.*--budget-gib"):
         known_gpu("rtx-9999")
     with pytest.raises(SettingsError, match="Use --gpu rtx-4060-ti-8gb or --gpu rtx-4060-ti-16gb"):
         known_gpu("RTX 4060 Ti")
@@ -52,7 +52,7 @@ def test_the_budget_of_a_card_that_is_not_here() -> None:
     assert budget == 24125 * MIB
     assert notes == [
         "rtx-3090: CUDA can use 23.56 GiB of 24.00 GiB.",
-        "No such GPU is visible here, so nothing is taken off for a display or other programs on it.",
+        "No such GPU is visible here, so nothing is subtracted for a display or other programs on it.",
     ]
     assert "(estimated: no measurement of this GPU is known)." in budget_on_gpu(known_gpu("l4"), Gpus((), ()))[1][0]
 
@@ -73,22 +73,19 @@ def test_the_budget_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> N
     install(monkeypatch, FakeCard(used=9000), FakeCard())
     budget, notes = budget_on_gpu(known_gpu("rtx-3090"), list_gpus())
     assert budget == 24125 * MIB
-    assert notes[1] == "2 such GPUs are here, of which GPU 1 has most left, and nothing else holds memory on it."
+    assert notes[1] == "2 such GPUs are here, of which GPU 1 has most left, and nothing else uses memory on it."
 
 
 def test_a_card_of_the_same_name_but_another_size_is_not_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeCard(name="NVIDIA GeForce RTX 3080", total=12288, used=700))
     budget, notes = budget_on_gpu(known_gpu("rtx-3080"), list_gpus())
     assert budget == (10240 - 512) * MIB
-    assert notes[1].startswith("GPU 0 here has that name but 12.00 GiB: nothing was taken off")
+    assert notes[1].startswith("GPU 0 here has that name but 12.00 GiB: memory in use on it is not subtracted")
 
 
 def test_the_budget_of_a_card_that_mig_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, a100())
-    assert (
-        "divided with MIG, so that no process can use all of it"
-        in budget_on_gpu(known_gpu("a100-80gb"), list_gpus())[1][1]
-    )
+    assert "MIG is enabled, so no process can use all of it" in budget_on_gpu(known_gpu("a100-80gb"), list_gpus())[1][1]
 
 
 def test_which_card_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +108,7 @@ def test_which_card_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
         assert indices() == expected, setting
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    assert "note: CUDA_VISIBLE_DEVICES=2,0: a run started here would see only these GPUs: 2, 0.\n" in printed()
+    assert "note: CUDA_VISIBLE_DEVICES=2,0: with this setting a run uses only these GPUs: 2, 0.\n" in printed()
     # torch's UUID wins over the environment.
     fake_torch(monkeypatch, ("x", "b" * 8, 1, 1))
     assert indices()[0] == 1

@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states
         return
     with pytest.raises(ResourceError, match=words):
         choose(needs(), space, states, 10**4, 24)
-    with pytest.raises(ResourceError, match="One sequence is the least at a time"):
+    with pytest.raises(ResourceError, match="At least one sequence is computed at a time"):
         choose(needs(loading=0), room(127), "disk", 10**4, 24)
 
 

@@ -22,7 +22,7 @@ from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Launched, Processes, launched
 from streamprune.errors import ProcessesError
 from streamprune.hardware.memory_plan import Limit, MemoryPlan, Needs, Room
-from streamprune.planning.memory_needs import agree
+from streamprune.planning.memory_needs import agree_on_batch_tokens
 from streamprune.progress import Progress
 from streamprune.streaming.batches import MicroBatches, Runtime, Stopped
 from streamprune.work.enter import StopRequest
@@ -272,7 +272,7 @@ def test_all_stop_behind_the_same_micro_batch(asked: int, tmp_path: Path) -> Non
 )
 def test_micro_batches_suit_all(lengths: list[int], tokens: tuple[int, ...], count: int, expected: int) -> None:
     text = calibration(*lengths)
-    plans = in_threads(count, lambda processes: agree(processes, text, plan(tokens[processes.rank])))
+    plans = in_threads(count, lambda processes: agree_on_batch_tokens(processes, text, plan(tokens[processes.rank])))
     assert [each.batch_tokens for each in plans] == [expected] * count
     assert len(text.micro_batches(expected)) >= min(count, len(lengths))
 

@@ -343,7 +343,7 @@ def test_bad_goals_and_missing_files_are_refused(qwen: Model, tmp_path: Path) ->
     refused("the router picks 2 experts per token", "--keep", "1")
     refused("there is no source 'poetry'", "--keep", "4", "--mix", "poetry=1")
     refused("says itself how many experts stay", "--keep", "4", "--keep-file", "list.json")
-    refused("Even with the fewest experts", "--budget-gib", "0.3")
+    refused("Even with the minimum", "--budget-gib", "0.3")
     shutil.copytree(qwen.folder, tmp_path / "broken")
     (tmp_path / "broken" / "model-00002-of-00006.safetensors").unlink()
     command = ["prune", tmp_path / "broken", "-o", tmp_path / "out", "--scores", qwen.scores, "--keep", 4]

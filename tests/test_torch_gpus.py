@@ -55,7 +55,7 @@ def test_without_nvml_the_figures_are_those_of_torch(monkeypatch: pytest.MonkeyP
     text = printed()
     assert "  processes unknown\n" in text
     assert "  reserved  unknown\n" in text
-    assert "note: The figures are torch's, of what CUDA can see: what the driver reserves," in text
+    assert "note: Memory sizes come from torch. Unknown: driver-reserved memory," in text
     assert budget_on_gpu(known_gpu("rtx-4090"), list_gpus())[0] == 20000 * MIB
 
 
@@ -69,7 +69,7 @@ def test_a_card_that_torch_cannot_ask_is_named(monkeypatch: pytest.MonkeyPatch) 
     sys.modules["torch"].cuda.mem_get_info = fail
     gpus = list_gpus()
     assert gpus.gpus == ()
-    assert "GPU 0 is left out, because its memory cannot be known: CUDA error: device is busy." in gpus.notes[-1]
+    assert "GPU 0 is skipped, because its memory cannot be read: CUDA error: device is busy." in gpus.notes[-1]
 
 
 def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,13 +81,13 @@ def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatc
     first, second = list_gpus().gpus
     assert (first.source, second.source) == ("NVML v2", "torch")
     assert (second.free_bytes, second.total_bytes) == (90000 * MIB, 122000 * MIB)
-    assert "does not report the memory (the GPU or its driver does not support the question)" in second.notes[0]
+    assert "does not report the memory (the GPU or its driver does not support this query)" in second.notes[0]
     assert gpu_of_device(0) == second
     assert gpu_of_device(1) == first
     fake_torch(monkeypatch)
     (only,) = list_gpus().gpus
     assert only == first
-    assert "GPU 1 is left out, because its memory cannot be known: " in printed()
+    assert "GPU 1 is skipped, because its memory cannot be read: " in printed()
 
 
 def test_torch_is_not_imported_where_nvml_answers() -> None:

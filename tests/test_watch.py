@@ -82,8 +82,8 @@ def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch:
     for _ in range(3):
         over.between_layers()
     assert said == [
-        "note: train.py (pid 42), 3.00 GiB, took memory on cuda:0 while this run goes on; "
-        "512.00 MiB are free there for it."
+        "note: another process took memory on cuda:0 during this run: train.py (pid 42), 3.00 GiB; "
+        "512.00 MiB are left for this run."
     ]
     # CUDA itself counts too; where NVML does not show this process, the usual size of a context is taken.
     assert limits == [2048 * MIB - context] * 2 + [2048 * MIB - USUAL_CONTEXT]

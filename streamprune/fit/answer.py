@@ -30,7 +30,7 @@ CONTEXTS = (8192, 32768, 131072)
 
 @dataclass(frozen=True)
 class Budget:
-    """`nbytes` that a model and all that serves it may take; `label` says where the figure comes from."""
+    """`nbytes` that a served model may take; `label` says where the number comes from."""
 
     nbytes: int
     label: str
@@ -61,25 +61,27 @@ class Cell:
 
 
 def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
-    """The budget that the user named, else what is usable on this machine's GPU (the one with most memory of several).
+    """The budget from --budget-gib or --gpu, else the usable memory of this machine's GPU (the largest of several).
 
-    Raises SettingsError for a budget that is no positive size, for both at once, for an unknown GPU, and when nothing
-    is named and no GPU can be asked.
+    Raises SettingsError for an invalid size, for both options, for an unknown GPU, and without options if no GPU with
+    usable memory is found.
     """
     if budget_gib is not None and gpu is not None:
         raise SettingsError("Give either --budget-gib or --gpu, not both.")
     if budget_gib is not None and not 0 < budget_gib < 2**20:
-        raise SettingsError(f"--budget-gib {budget_gib:g} is not a size of memory. Write for example 24.")
+        raise SettingsError(
+            f"--budget-gib {budget_gib:g} must be above 0 and below 1048576 (GiB). Example: --budget-gib 24."
+        )
     if gpu is not None:
         known = known_gpu(gpu)
         nbytes, notes = budget_on_gpu(known, list_gpus(ask_torch=False))
-        return Budget(nbytes, f"--gpu {known.key}, what CUDA can use", tuple(notes))
+        return Budget(nbytes, f"--gpu {known.key}, usable by CUDA", tuple(notes))
     here = list_gpus(ask_torch=budget_gib is None)
     best = max(here.gpus, key=lambda each: each.usable_bytes, default=None)
     if budget_gib is None:
         if best is None or not best.usable_bytes:
             raise SettingsError(
-                "No budget is given, and no GPU can be asked for one: name a GPU, such as --gpu rtx-3090, or give "
+                "No budget given, and no GPU with usable memory found: pass --gpu, such as --gpu rtx-3090, or "
                 f"--budget-gib. {' '.join(here.notes)}"
             )
         return Budget(best.usable_bytes, f"GPU {best.index}, {best.name}: usable now", best.notes)
@@ -88,13 +90,13 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
         return budget
     note = (
         f"This machine's GPU has {format_bytes(best.usable_bytes)} usable now, less than the budget: `streamprune "
-        "devices` shows what holds the rest."
+        "devices` shows which processes use the rest."
     )
     return replace(budget, notes=(note,))
 
 
 def nearest(fit: Fit) -> list[Option]:
-    """For a model that does not fit, the smallest changes that make it fit, one kind at a time; else nothing."""
+    """For a model that does not fit, the smallest changes that make it fit, one setting at a time; else nothing."""
     return [] if fit.fits else list(_options(fit))
 
 
@@ -105,7 +107,7 @@ def _options(fit: Fit) -> Iterator[Option]:
     if fit.max_context:
         yield Option(f"--context {fit.max_context}", f"a context of {fit.max_context:,} tokens")
     if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1 and fit.changed(kv_dtype="fp8").fits:
-        yield Option("--kv-dtype fp8", "keys and values in 8 bits")
+        yield Option("--kv-dtype fp8", "8-bit KV cache")
     smaller_dtypes = {"fp8": ["int4"], "int4": []}.get(fit.use.weights_dtype, ["fp8", "int4"])
     for dtype in [] if fit.footprint.weights.quantized else smaller_dtypes:
         smaller, words = fit.changed(weights_dtype=dtype), f"weights quantized to {dtype[-1]} bits"
@@ -163,10 +165,10 @@ def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
 
 
 def estimate_object(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as JSON, with the verdict where there is a budget. Sizes in bytes.
+    """An estimate as JSON, with the verdict if there is a budget. Sizes in bytes.
 
-    `experts_per_layer` is one number where all layers have the same, a list in the order of layers where they differ,
-    and null without experts or before the experts are divided among the layers.
+    `experts_per_layer` is one number if all layers have the same, a list in the order of layers if they differ, and
+    null without experts or before the experts are divided among the layers.
     """
     low, high = estimate.interval
     counts = estimate.footprint.weights.counts
@@ -250,17 +252,17 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
     if fit.fits:
         yield f"It fits {of}, with {format_bytes(fit.left)} left."
         if fit.interval[1] > fit.budget:
-            yield f"It is tight: at worst {format_bytes(fit.interval[1] - fit.budget)} would be missing."
+            yield f"Tight: in the worst case it is {format_bytes(fit.interval[1] - fit.budget)} over."
     else:
-        yield f"It does not fit {of}: {format_bytes(-fit.left)} are missing."
+        yield f"It does not fit {of}: {format_bytes(-fit.left)} over."
     spec, layers = fit.footprint.spec, fit.footprint.weights.sizes("source").expert_layers
     if spec is not None and fit.max_experts is None:
         yield f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
     elif spec is not None and fit.max_experts == spec.count:
         yield f"All {spec.count} experts per layer fit."
     elif spec is not None:
-        of_all = f"{fit.max_total_experts or 0:,} of {spec.count * layers:,} in all {layers} layers together"
-        in_all = f"; {of_all}, however divided" if fit.max_total_experts is not None else ""
+        of_all = f"{fit.max_total_experts or 0:,} of {spec.count * layers:,} in total over all {layers} layers"
+        in_all = f"; or {of_all}" if fit.max_total_experts is not None else ""
         yield f"Most experts that fit: {fit.max_experts} of {spec.count} in every layer{in_all}."
     if fit.max_context:
         limit = " (the model's limit)" if fit.max_context == fit.footprint.max_positions else ""
@@ -281,7 +283,7 @@ def _notes(fit: Fit, budget: Budget) -> Iterator[str]:
         yield f"The model's config allows only {limit:,} tokens of context."
     if not fit.footprint.weights.measured:
         yield (
-            "Sizes of the weights follow from config.json alone; a checkpoint may hold more, such as a multi-token-"
+            "Weight sizes are estimated from config.json; the checkpoint may have more, such as a multi-token-"
             "prediction layer."
         )
 

@@ -28,7 +28,7 @@ _NOT_PLAIN = re.compile(
     r"attn_type|attention_type|block_types|attn_layer|recurrent|lightning|latent_attention|cross_attention|per_layer|"
     r"full_attn|kda|attn_config|indexer|sparse_attention"
 )
-#: Keys that match the above and have nothing to do with it.
+#: Keys that match the pattern above, but are unrelated.
 _HARMLESS = re.compile(r"shared_expert|shared_intermediate|linear_bias|share_expert|router|tie_word|max_window_layers")
 
 
@@ -81,7 +81,7 @@ class CacheSizes:
 
 
 def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> CacheSizes | None:
-    """The caches of a model whose layers all have plain attention; None where config or tensors leave a doubt.
+    """The caches of a model whose layers all have plain attention; None if config or tensors do not show this clearly.
 
     Plain means: every layer has key and value projections, whose rows are cached for each token (multi-head,
     grouped-query and multi-query attention), or one joint projection to a latent and a rotary part (multi-head latent
@@ -101,7 +101,7 @@ def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
     # All layer numbers are below `depth`, so these are all layers if there are that many.
     if len(projections) != depth or not kinds <= _PLAIN_ATTENTION:
         return None
-    # Packed integers have other rows than the projection.
+    # Packed integers have a different number of rows than the projection.
     if not all(dtype.startswith(("F", "BF")) for dtype in stored):
         return None
     named = [str(part.get(name)) for part in (text, config) for name in ("dtype", "torch_dtype")]

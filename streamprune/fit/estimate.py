@@ -1,4 +1,4 @@
-"""Every part of the memory that a served model takes on a GPU, and the inverse: what fits a budget. No torch.
+"""Every part of the memory of a served model on a GPU, and the largest settings that fit a budget. No torch.
 
 Caches and weights are counted; the rest is modelled, with an interval. Sizes are those of the complete model on one
 GPU, served with transformers or an engine that needs no more.
@@ -26,7 +26,7 @@ PREFILL_CHUNK = 2048
 #: The CUDA context with the kernels of torch and cuBLAS's workspace. Reported between 0.3 and 0.7 GiB, by driver, GPU
 #: and libraries.
 CUDA_CONTEXT = (300 * MIB, 512 * MIB, 700 * MIB)
-#: What torch's allocator cannot use: the ends of its 2 and 20 MiB segments, and gaps. Share of all that is allocated.
+#: Memory that torch's allocator loses: the ends of its 2 and 20 MiB segments, and gaps. Share of the allocated memory.
 ALLOCATOR_SHARE = (0.0, 0.01, 0.03)
 #: Bounds of the modelled workspace. Low: kernels that keep less (flash attention, fused experts). High: transformers'
 #: growing cache copies a layer's keys and values, and attention that is not fused.
@@ -35,7 +35,7 @@ WORKSPACE_SHARE = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Everything that a model's memory follows from.
+    """Everything that determines a model's memory.
 
     `spec` is None for a model from which no experts can be removed: it has none, or its layers keep different numbers
     of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
@@ -134,7 +134,7 @@ class Fit(Estimate):
         return self.left >= 0
 
     def changed(self, **use: Any) -> Fit:
-        """The same with changes to the use."""
+        """The same estimate with changes to `use`."""
         return replace(self, use=replace(self.use, **use))
 
     @cached_property
@@ -160,9 +160,9 @@ class Fit(Estimate):
         # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
         fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes)
-        # The workspace was that of a layer which keeps all experts; where all keep equally few, it may be less.
+        # Above, the workspace is that of a layer with all experts; if all layers keep equally few, it may be less.
         fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
-        # All of them do not fit: the unpruned model also has its multi-token prediction layers.
+        # Never all experts: then the model is unpruned and also has its multi-token prediction layers.
         fitting = min(fitting, spec.count * sizes.expert_layers - 1)
         return fitting if fitting >= minimum_keep(spec) * sizes.expert_layers else None
 
@@ -177,7 +177,7 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     """The terms; `routed` is the number of experts that the routers choose from, if not the number kept."""
     weights = footprint.weights
     kept: float = weights.count if use.keep is None else use.keep
-    # The pruned model has no multi-token prediction layers: they are never scored, and not written.
+    # The pruned model has no multi-token prediction layers: they are not scored and not written.
     sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
     if use.total is not None:
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
@@ -210,7 +210,7 @@ def _largest(values: range, fits: Callable[[int], bool]) -> int | None:
 
 
 def per_layer_note(footprint: Footprint) -> str:
-    """Why a model whose layers keep different numbers of experts cannot have another number, and what to do instead."""
+    """Why a model with different numbers of experts per layer cannot be pruned again, and what to do instead."""
     counts = footprint.weights.counts or {}
     return (
         f"the layers of {footprint.model} keep different numbers of experts already ({min(counts.values())} to "

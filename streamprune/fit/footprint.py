@@ -1,4 +1,4 @@
-"""Reads a model's footprint from a folder, a Hub id or a config. Imports torch only where tensor names leave doubts.
+"""Reads a model's footprint from a folder, a Hub id or a config. Imports torch only if tensor names are ambiguous.
 
 Only the headers of the weights are read, through range requests for a model on the Hub.
 """
@@ -62,7 +62,7 @@ def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
         # A copy in the Hub cache may be complete; then nothing need be fetched.
         with suppress(CheckpointError):
             return open_checkpoint(folder).tensors
-    # By commit, so that config and headers belong together: a branch may move in between.
+    # By commit, so that config and headers match even if the branch moves in between.
     return read_hub_headers(model, folder.name)
 
 

@@ -1,4 +1,4 @@
-"""What a model really takes on a GPU: load it, run a prompt of the planned length, and read torch and NVML."""
+"""The measured memory of a model on a GPU: load it, run a prompt of the planned length, and read torch and NVML."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from streamprune.hardware.nvml import gpu_of_device
 class GpuMeter:
     """The memory of one GPU in bytes, as torch's allocator and NVML report it.
 
-    `before` is what was in use on the GPU at the beginning, by all processes, and `context` what CUDA itself takes for
-    this process; both None where NVML does not answer.
+    `before` is the memory in use on the GPU at the beginning, by all processes, and `context` that of CUDA itself for
+    this process; both None if NVML fails.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.before = self.on_gpu()
-        # The context, and cuBLAS with its workspace, come with the first product.
+        # The first matrix product creates the context and cuBLAS's workspace.
         square = torch.ones((64, 64), dtype=torch.bfloat16, device=device)
         torch.mm(square, square)
         del square
@@ -36,24 +36,24 @@ class GpuMeter:
         self.context = None if self.before is None or after is None else after - self.before - reserved
 
     def allocated(self) -> int:
-        """What tensors hold now."""
+        """The memory of all tensors now."""
         torch.accelerator.synchronize(self._device)
         return int(torch.accelerator.memory_allocated(self._device))
 
     def forget_peaks(self) -> None:
-        """Count peaks from here on, with nothing held unused by torch's allocator."""
+        """Reset the peaks, after emptying torch's allocator."""
         gc.collect()
         torch.accelerator.synchronize(self._device)
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(self._device)
 
     def peaks(self) -> tuple[int, int]:
-        """The most that tensors have held, and that torch's allocator has held, since `forget_peaks`."""
+        """The peak of tensors, and of torch's allocator, since `forget_peaks`."""
         accelerator, device = torch.accelerator, self._device
         return int(accelerator.max_memory_allocated(device)), int(accelerator.max_memory_reserved(device))
 
     def on_gpu(self) -> int | None:
-        """What is in use on the GPU by all processes, from NVML; None where NVML does not answer."""
+        """The memory in use on the GPU by all processes, from NVML; None if NVML fails."""
         gpu = gpu_of_device(self._device.index or 0)
         return gpu.used_bytes if gpu is not None and gpu.source != "torch" else None
 

@@ -1,6 +1,6 @@
 """The device that a run computes on: choosing it, its memory, streams and events. Only this file names kinds of GPUs.
 
-Everything goes through `torch.accelerator`, so that NVIDIA and ROCm (which torch calls `cuda` too) are treated alike.
+Everything uses `torch.accelerator`, so that NVIDIA and ROCm (which torch also calls `cuda`) are treated alike.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from streamprune.hardware.gpus import Gpu, GpuProcess
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes, release_freed_memory, says_out_of_memory
 from streamprune.hardware.nvml import gpu_of_device
 
-#: The kinds of accelerator that are supported, as torch calls them. To add "xpu", add it here and ask for its memory
-#: in `_gpu_of` (NVML knows NVIDIA GPUs only).
+#: The supported kinds of accelerators, as torch calls them. To add "xpu", add it here and read its memory in `_gpu_of`
+#: (NVML only supports NVIDIA GPUs).
 GPU_TYPES = ("cuda",)
 CPU = torch.device("cpu")
 #: Assumed size of the CUDA context on a GPU when NVML does not report it: kernels and the driver's data.
 USUAL_CONTEXT = 512 * 1024**2
-#: Growth of other processes below this is not reported.
+#: Smaller growth of other processes is not reported.
 NOTABLE_GROWTH = 64 * 1024**2
 
 
@@ -74,8 +74,8 @@ def describe_host(device: torch.device) -> str:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """What a GPU has free now, with what this process's context takes already taken off."""
-    # What torch's allocator holds unused is as good as free to us.
+    """The free memory of a GPU now, after this process's CUDA context."""
+    # Memory that torch's allocator has reserved but not allocated can be used too.
     unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return int(torch.accelerator.get_memory_info(device)[0]) + unused
 
@@ -90,23 +90,23 @@ def peak_device_bytes(device: torch.device) -> int:
 
 
 def limit_device_bytes(device: torch.device, limit: int) -> None:
-    """Let torch's allocator take at most `limit` bytes of a GPU; it reports that memory ran out beyond that."""
+    """Let torch's allocator take at most `limit` bytes of a GPU; beyond that it raises out-of-memory errors."""
     total = torch.accelerator.get_memory_info(device)[1]
     fraction = min(1.0, max(0, limit) / total)
     torch.get_device_module(device).set_per_process_memory_fraction(fraction, device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. For memory outside of a GPU's allocator torch has no class."""
+    """Whether an error means out of memory. (Outside of the GPU's allocator torch has no error class for it.)"""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
 
 
 def lack_of_memory(act: Callable[[], object]) -> str | None:
-    """None if `act` succeeded, the first line of the error if memory ran out; other errors are raised.
+    """None if `act` succeeded, or the first line of the error if it ran out of memory; other errors are raised.
 
-    When this returns, the error's traceback is gone with the frames whose tensors it held: free their memory then.
+    After the return the error's traceback no longer keeps the tensors of its frames, so their memory can be freed.
     """
     try:
         act()
@@ -118,9 +118,9 @@ def lack_of_memory(act: Callable[[], object]) -> str | None:
 
 
 def free_after_failure(device: torch.device) -> None:
-    """Free all memory that a failed computation held. Call it outside of the `except` clause that caught the error.
+    """Free all memory of a failed computation. Call it outside of the `except` clause that caught the error.
 
-    (Within it, the error's traceback still holds the frames with the tensors.)
+    (Inside it, the error's traceback still keeps the frames with the tensors.)
     """
     gc.collect()
     if is_gpu(device):
@@ -129,7 +129,7 @@ def free_after_failure(device: torch.device) -> None:
 
 
 def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor in RAM that a GPU can read and write by itself; in ordinary RAM where the system refuses that."""
+    """An empty tensor in page-locked RAM, which a GPU reads and writes by itself; in ordinary RAM if that fails."""
     try:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     except RuntimeError:
@@ -149,7 +149,7 @@ def record_event(stream: torch.Stream, timed: bool = False) -> torch.Event:
 
 class MemoryWatch:
     """Keeps a run within --vram-gib and --ram-gib (`caps` in bytes, in this order; None: no cap), and reports processes
-    that take memory on its GPU meanwhile."""
+    that take memory on its GPU during the run."""
 
     def __init__(self, caps: tuple[int | None, int | None], device: torch.device, say: Callable[[str], None]) -> None:
         self._vram, self._ram = caps
@@ -159,7 +159,7 @@ class MemoryWatch:
         self._limit_gpu(gpu)
 
     def excess(self) -> str | None:
-        """A text on how far resident memory is above --ram-gib, after freeing what can be freed; None if it is not."""
+        """A text if resident memory is above --ram-gib, after freeing what can be freed; otherwise None."""
         cap = self._ram
         if cap is None or machine.resident_bytes() <= cap:
             return None
@@ -177,8 +177,8 @@ class MemoryWatch:
         now = gpu.other_processes()
         for process in newcomers(self._others, now):
             self._say(
-                f"note: {process}, took memory on {self._device} while this run goes on; "
-                f"{format_bytes(free_device_bytes(self._device))} are free there for it."
+                f"note: another process took memory on {self._device} during this run: {process}; "
+                f"{format_bytes(free_device_bytes(self._device))} are left for this run."
             )
         # A process is reported again only if it grows further.
         self._others = {process.pid: process.used_bytes or 0 for process in now}
@@ -196,7 +196,7 @@ class MemoryWatch:
 
 
 def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProcess]:
-    """The processes that are new on a GPU or hold notably more than `before` (bytes by pid) says."""
+    """The processes that are new on a GPU, or use notably more memory than `before` (bytes by pid)."""
     return [
         process
         for process in now
@@ -205,7 +205,7 @@ def newcomers(before: dict[int, int], now: Sequence[GpuProcess]) -> list[GpuProc
 
 
 def context_bytes(device: torch.device) -> int:
-    """What CUDA itself takes on a GPU for this process, in addition to what torch's allocator holds."""
+    """The bytes that CUDA itself takes on a GPU for this process, in addition to torch's allocator."""
     return _context(_gpu_of(device), device)
 
 
@@ -218,7 +218,7 @@ def _context(gpu: Gpu | None, device: torch.device) -> int:
 
 
 def _gpu_of(device: torch.device) -> Gpu | None:
-    """What NVML says of the GPU that the run computes on; None on the CPU, or if it is unknown."""
+    """The run's GPU as NVML describes it; None on the CPU, or if it is unknown."""
     if not is_gpu(device):
         return None
     return gpu_of_device(torch.accelerator.current_device_index() if device.index is None else device.index)

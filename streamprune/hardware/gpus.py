@@ -20,15 +20,15 @@ from streamprune.hardware.memory import format_bytes
 Source = Literal["NVML v2", "NVML v1", "torch"]
 ASK_BUDGET = "Give the memory with --budget-gib."
 MIB = 1024**2
-# What CUDA can use has been published for a few GPUs only: it is 451 to 494 MiB less than NVML's total, or up to 2 %.
-# Of the other GPUs at least that much is taken off: 16 GB GPUs of the RTX 50 series lose 482 MiB, which is 3 %.
+# The memory that CUDA can use is published for a few GPUs only: 451 to 494 MiB, or up to 2 %, less than NVML's total.
+# For other GPUs at least that much is subtracted: 16 GB GPUs of the RTX 50 series lose 482 MiB, which is 3 %.
 _LEAST_GAP_MIB = 512
 _LEAST_GAP_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class KnownGpu:
-    """A GPU as it leaves the factory, in bytes. `estimated`: what CUDA can use is derived, not measured."""
+    """A GPU model and its memory, in bytes. `estimated`: the part that CUDA can use is derived, not measured."""
 
     key: str
     names: tuple[str, ...]  # as NVML reports them; some GPUs are sold under several
@@ -38,11 +38,11 @@ class KnownGpu:
 
     @property
     def gap_bytes(self) -> int:
-        """What NVML counts and CUDA cannot use, with nothing running."""
+        """The memory that NVML counts and CUDA cannot use, with nothing running."""
         return self.total_bytes - self.usable_bytes
 
     def is_named(self, name: str) -> bool:
-        """Whether NVML's `name` is that of this GPU; older drivers leave the maker out."""
+        """Whether NVML's `name` is that of this GPU; older drivers omit the vendor."""
         return _spelling(name) in {_spelling(each) for each in self.names}
 
 
@@ -60,7 +60,7 @@ def _read_known_gpus() -> Iterator[KnownGpu]:
 
 
 def _spelling(name: str) -> str:
-    """What is left of a name without maker, brand, case and separators."""
+    """A name without vendor, brand, case and separators."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     return "".join(word for word in words if word not in {"nvidia", "geforce", "tesla", "gpu"})
 
@@ -84,7 +84,7 @@ def known_gpu(name: str) -> KnownGpu:
         keys = " or ".join(f"--gpu {known.key}" for known in found)
         raise SettingsError(f"--gpu {name!r} is sold with different memory. Use {keys}.")
     raise SettingsError(
-        f"--gpu {name!r} is not a GPU that streamprune knows. It knows {', '.join(known.key for known in GPUS)}. "
+        f"--gpu {name!r} is unknown. Known GPUs: {', '.join(known.key for known in GPUS)}. "
         "For any other GPU give the memory that may be used: --budget-gib."
     )
 
@@ -92,7 +92,7 @@ def known_gpu(name: str) -> KnownGpu:
 def find_known_gpu(name: str, total_bytes: int) -> KnownGpu | None:
     """The known GPU for one that NVML reports, or None. Name and size must agree (within 2 %).
 
-    Some names are sold with different memory, and with the memory check (ECC) switched a GPU's total changes by 6 %.
+    Some names are sold with different memory, and switching ECC changes a GPU's total by 6 %.
     """
     for known in GPUS:
         if abs(known.total_bytes - total_bytes) <= 0.02 * known.total_bytes and known.is_named(name):
@@ -102,7 +102,7 @@ def find_known_gpu(name: str, total_bytes: int) -> KnownGpu | None:
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """A GPU's memory in bytes, and who says so. Without `reserved_bytes`, the driver's part counts as used."""
+    """A GPU's memory in bytes, and its source. Without `reserved_bytes`, the driver's part counts as used."""
 
     total_bytes: int
     reserved_bytes: int | None
@@ -113,7 +113,7 @@ class MemoryFigures:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that holds memory on a GPU. None: not known (another user's process; no figures under WSL)."""
+    """A process that uses memory on a GPU. None: unknown (another user's process; no sizes under WSL)."""
 
     pid: int
     name: str | None
@@ -126,7 +126,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class MigInstance:
-    """A part of a GPU that is divided with MIG. A process can use the memory of one part only."""
+    """A MIG instance of a GPU. A process can only use the memory of one instance."""
 
     index: int
     uuid: str | None
@@ -137,10 +137,10 @@ class MigInstance:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. None means that it could not be known, and `notes` say why and what follows.
+    """One GPU. None means unknown, and `notes` say why and what follows.
 
-    What the driver reserves is part of `used_bytes` only if `reserved_bytes` is None. `instances` are the parts of a
-    GPU that MIG divides; None where they may not be seen.
+    Driver-reserved memory is part of `used_bytes` only if `reserved_bytes` is None. `instances` are its MIG instances;
+    None if not all are visible.
     """
 
     index: int
@@ -172,12 +172,12 @@ class Gpu:
         return max(0, self.free_bytes - max(0, known.gap_bytes - self.reserved_bytes))
 
     def answers_to(self, uuid: str) -> bool:
-        """Whether the GPU, or one of its MIG parts, has this UUID, or one that begins like it."""
+        """Whether the GPU, or one of its MIG instances, has this UUID or one with this beginning."""
         uuids = [self.uuid, *(instance.uuid for instance in self.instances or ())]
         return any(own is not None and bare_uuid(own).startswith(bare_uuid(uuid)) for own in uuids)
 
     def other_processes(self) -> tuple[GpuProcess, ...]:
-        """Who else than this process holds memory on the GPU, the largest first; unknown sizes come last."""
+        """The other processes that use memory on the GPU, the largest first; unknown sizes come last."""
         others = [process for process in self.processes or () if process.pid != os.getpid()]
         return tuple(sorted(others, key=lambda process: -(process.used_bytes or 0)))
 
@@ -191,14 +191,14 @@ class Gpus:
 
 
 def bare_uuid(uuid: str) -> str:
-    """A UUID as torch has it: NVML says what it is of (GPU-, MIG-)."""
+    """A UUID as torch has it, without NVML's prefix (GPU-, MIG-)."""
     return uuid.removeprefix("GPU-").removeprefix("MIG-")
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> Iterator[Gpu]:
-    """The GPUs that `setting` (CUDA_VISIBLE_DEVICES) leaves, in its order; all if it is not set (None).
+    """The GPUs that `setting` (CUDA_VISIBLE_DEVICES) selects, in its order; all if it is not set (None).
 
-    Like CUDA this stops at the first entry that is no GPU, or more than one.
+    Like CUDA this stops at the first entry that matches no GPU, or more than one.
     """
     if setting is None:
         yield from gpus
@@ -216,10 +216,10 @@ def visible_gpus(gpus: tuple[Gpu, ...], setting: str | None) -> Iterator[Gpu]:
 
 
 def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
-    """What --gpu means here, in bytes, and sentences that say how it came about.
+    """The budget for --gpu in bytes, and notes that explain it.
 
-    It is what CUDA can use of such a GPU. If one is present, what the display and other processes hold of it now is
-    taken off; of several the one that has most left counts.
+    It is the memory that CUDA can use of such a GPU. If one is present, the memory in use by the display and other
+    processes is subtracted; of several GPUs the one with most memory left counts.
     """
     of_total = f"{known.key}: CUDA can use {format_bytes(known.usable_bytes)} of {format_bytes(known.total_bytes)}"
     notes = [of_total + (" (estimated: no measurement of this GPU is known)." if known.estimated else ".")]
@@ -228,7 +228,7 @@ def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
     ]
     if not present:
         return known.usable_bytes, [*notes, _absent(known, gpus)]
-    # Less than usual can be used of a GPU of which the driver reserves more.
+    # If the driver reserves more than usual, less can be used.
     left = {
         gpu.index: min(known.usable_bytes, gpu.total_bytes - (gpu.reserved_bytes or 0)) - _held_by_others(known, gpu)
         for gpu in present
@@ -236,8 +236,8 @@ def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
     gpu = max(present, key=lambda gpu: left[gpu.index])
     if gpu.mig:
         notes.append(
-            f"GPU {gpu.index} here is such a GPU, but divided with MIG, so that no process can use all of it. "
-            "For one part give its memory with --budget-gib."
+            f"GPU {gpu.index} here is such a GPU, but MIG is enabled, so no process can use all of it. "
+            "For one MIG instance give its memory with --budget-gib."
         )
         return known.usable_bytes, notes
     which = f"GPU {gpu.index} here is such a GPU"
@@ -245,14 +245,14 @@ def budget_on_gpu(known: KnownGpu, gpus: Gpus) -> tuple[int, list[str]]:
         which = f"{len(present)} such GPUs are here, of which GPU {gpu.index} has most left"
     held = _held_by_others(known, gpu)
     if held == 0:
-        notes.append(f"{which}, and nothing else holds memory on it.")
+        notes.append(f"{which}, and nothing else uses memory on it.")
     else:
-        notes.append(f"{which}: {format_bytes(held)} are in use there now{_holders(gpu)}, and taken off.")
+        notes.append(f"{which}: {format_bytes(held)} are in use there now{_holders(gpu)}, and subtracted.")
     return max(0, left[gpu.index]), notes
 
 
 def _is_torch_view(known: KnownGpu, gpu: Gpu) -> bool:
-    """torch reports the GPU's memory without what CUDA cannot use, so that the known total does not match."""
+    """Whether torch reports this GPU's memory: without the part that CUDA cannot use, so the total differs."""
     gap = known.total_bytes - gpu.total_bytes
     return gpu.source == "torch" and known.is_named(gpu.name) and 0 <= gap <= 0.05 * known.total_bytes
 
@@ -265,7 +265,7 @@ def _held_by_others(known: KnownGpu, gpu: Gpu) -> int:
 
 
 def _holders(gpu: Gpu) -> str:
-    """By whom memory is held, in brackets: at most three processes by name, and the display."""
+    """Who uses the memory, in brackets: at most three processes by name, and the display."""
     others = gpu.other_processes()
     holders = [str(process) for process in others[:3]]
     if len(others) > 3:
@@ -276,18 +276,18 @@ def _holders(gpu: Gpu) -> str:
 
 
 def _absent(known: KnownGpu, gpus: Gpus) -> str:
-    """Why nothing is taken off: no such GPU here, or one of another size."""
+    """Why nothing is subtracted: no such GPU here, or one of another size."""
     for gpu in gpus.gpus:
         if known.is_named(gpu.name):
             return (
-                f"GPU {gpu.index} here has that name but {format_bytes(gpu.total_bytes)}: nothing was taken off for "
-                "what runs on it. For that GPU give --budget-gib."
+                f"GPU {gpu.index} here has that name but {format_bytes(gpu.total_bytes)}: memory in use on it is not "
+                "subtracted. For that GPU give --budget-gib."
             )
-    return "No such GPU is visible here, so nothing is taken off for a display or other programs on it."
+    return "No such GPU is visible here, so nothing is subtracted for a display or other programs on it."
 
 
 def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
-    """What `devices --json` prints, in bytes; null where something is not known."""
+    """What `devices --json` prints, in bytes; unknown values are null."""
     ram, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     return {
         "cards": [{**asdict(gpu), "usable_bytes": gpu.usable_bytes} for gpu in gpus.gpus],
@@ -298,7 +298,7 @@ def devices_object(gpus: Gpus, folder: Path) -> dict[str, Any]:
 
 
 def devices_text(gpus: Gpus, folder: Path) -> str:
-    """What `devices` prints: a paragraph per GPU, then RAM and disk, and what could not be known."""
+    """What `devices` prints: a paragraph per GPU, then RAM and disk, and notes on unknown values."""
     ram, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     lines = [line for gpu in gpus.gpus for line in (*_gpu_lines(gpu), "")]
     if not gpus.gpus:
@@ -333,9 +333,9 @@ def _gpu_lines(gpu: Gpu) -> list[str]:
 
 
 def _usable(gpu: Gpu) -> str:
-    """What a new process can have, and where this differs from what is free."""
+    """The memory that a new process can use, and why it differs from the free memory."""
     usable = format_bytes(gpu.usable_bytes)
     if gpu.mig:
-        return f"{usable} (a process can use one MIG part only)" if gpu.usable_bytes else "unknown"
+        return f"{usable} (a process can use only one MIG instance)" if gpu.usable_bytes else "unknown"
     kept = gpu.free_bytes - gpu.usable_bytes
     return f"{usable} ({format_bytes(kept)} less than free: CUDA cannot use all of it)" if kept else usable

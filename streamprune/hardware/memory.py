@@ -1,4 +1,4 @@
-"""This machine's memory, cores and disk: what there is, what this process takes, sizes as text. Needs no torch."""
+"""This machine's memory, cores and disk, this process's memory, and sizes as text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streamprune.errors import ResourceError
 GIB = 1024**3
 #: Options of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-#: Bytes from which on a piece of memory has pages of its own below a cap, and gives them back as soon as it is freed.
-#: glibc's own limit climbs to 32 MiB, and what it leaves scattered took a run of 530 MiB to 577 to 660; with 8 MiB to
-#: 502 to 529, in 1.1 times the time (with 1 MiB to 498, in 1.65 times).
+#: With --ram-gib, larger allocations get their own pages, which are returned when they are freed. glibc's own limit
+#: grows to 32 MiB, and fragmentation then took a run of 530 MiB to 577 to 660 MiB; with 8 MiB it took 502 to 529 MiB,
+#: in 1.1 times the time (with 1 MiB 498 MiB, in 1.65 times the time).
 _OWN_PAGES = 8 * 2**20
 
 
@@ -34,7 +34,7 @@ def format_bytes(count: float) -> str:
 def peak_resident_bytes() -> int:
     """The peak of this process's resident memory."""
     try:
-        # In getrusage, Linux starts a new process at the peak of its parent; not here.
+        # (In getrusage, a new process on Linux starts with the peak of its parent.)
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
@@ -59,7 +59,7 @@ def process_name(pid: int) -> str | None:
     """The name of a running process; None if it does not exist or is not visible."""
     try:
         return str(psutil.Process(pid).name())
-    # Numbers that cannot be a process's are a ValueError or OverflowError, depending on the number.
+    # Impossible process numbers raise ValueError or OverflowError, depending on the number.
     except (psutil.Error, ValueError, OverflowError):
         return None
 
@@ -75,18 +75,18 @@ def limit_library_memory(tight: bool = False) -> None:
     `tight` is for runs with --ram-gib: no compiled kernel is kept. (With `mid` a run's peak fell from 826 to 493 MiB,
     and it was not measurably slower.)
 
-    - oneDNN's compiled CPU kernels: every number of tokens that an expert meets is a kernel of its own, and torch keeps
-      1,024 of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a layer has 50 MiB.
+    - oneDNN's compiled CPU kernels: each number of tokens of an expert compiles its own kernel, and torch keeps 1,024
+      of them: they grew to 1 GiB with the `mid` shape of tools/bench, where a layer has 50 MiB.
     - transformers' loading threads: each leaves its own fragmented glibc arena behind (80 MiB with `mid`), and reading
       with four of them was not quicker than with one.
-    - glibc gives every large tensor pages of its own, and takes them back with it: the system's work on those pages was
-      a fifth of the scoring pass. So freed memory is kept, until `release_freed_memory` gives it back; not with a cap,
-      where large tensors give theirs back at once.
+    - glibc gives every large tensor its own pages and returns them with it: the system's work on those pages was a
+      fifth of the scoring pass. So freed memory is kept until `release_freed_memory` returns it; but not with a cap,
+      where large tensors return theirs at once.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None and tight:
         set_option(_M_MMAP_THRESHOLD, _OWN_PAGES)
-    # Older versions of glibc take no more than 32 MiB. If one refused, it would go by its least threshold from then on.
+    # Older versions of glibc accept at most 32 MiB. (If both failed, glibc would use its lowest threshold.)
     elif set_option is not None and (set_option(_M_MMAP_THRESHOLD, GIB) or set_option(_M_MMAP_THRESHOLD, 32 * 2**20)):
         set_option(_M_TRIM_THRESHOLD, GIB)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1" if tight else "256")
@@ -97,7 +97,7 @@ def limit_library_memory(tight: bool = False) -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system. Otherwise glibc keeps it, so that a run seems to grow."""
+    """Return freed memory to the system. Otherwise glibc keeps it, and the run seems to grow."""
     # musl and macOS have no malloc_trim; they return freed memory anyway.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -107,8 +107,8 @@ def release_freed_memory() -> None:
 def says_out_of_memory(text: str) -> bool:
     """Whether the text of an error of torch or its libraries says that memory ran out."""
     text = text.lower()
-    # oneDNN says only this when a CPU kernel gets no memory (seen under `ulimit -v`). If a kernel does not exist, it
-    # names the "primitive descriptor".
+    # oneDNN's whole message if a CPU kernel gets no memory (seen under `ulimit -v`). If a kernel does not exist, the
+    # message names the "primitive descriptor".
     if "could not create a primitive" in text and "descriptor" not in text:
         return True
     return any(
@@ -136,6 +136,6 @@ def check_disk(folder: Path, needed: int) -> None:
     if free < needed:
         raise ResourceError(
             f"The output needs {format_bytes(needed)} on the disk of {existing_folder(folder)}, where "
-            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)}, choose another place "
+            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)}, choose another disk "
             "with -o, or keep fewer experts."
         )

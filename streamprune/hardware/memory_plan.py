@@ -10,7 +10,7 @@ from streamprune.errors import ResourceError
 from streamprune.hardware.memory import format_bytes, resident_bytes
 
 #: Micro-batches that the host submits to a GPU before it waits for an earlier one: enough to keep the GPU busy, and few
-#: enough that progress lines and a request to stop are close to what is finished.
+#: enough that progress lines are current and a request to stop takes effect soon.
 MOST_SUBMITTED = 2
 #: Page-locked memory through which weights are read to a GPU.
 STAGING_BYTES = 64 * 2**20
@@ -20,12 +20,12 @@ STAGING_BYTES = 64 * 2**20
 class Needs:
     """What a run needs, in bytes.
 
-    `layer` is the largest layer's weights (with the copy that --propagate pruned makes), `reading` those of the largest
-    as they are read, `loading` its peak while it is made from them, `staging` what passes through host memory on the
-    way to a GPU, `non_layer` the embeddings and norms outside the layers. `workspace` gives the intermediate
+    `layer` is the largest layer's weights (with the pruned copy of --propagate pruned), `reading` the largest layer's
+    as stored in the checkpoint, `loading` the peak while a layer is converted, `staging` the host memory through which
+    weights go to a GPU, `non_layer` the embeddings and norms outside the layers. `workspace` returns the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
-    are those of all of them, divided among `processes`. `itemsize` is the bytes of a computed value; with `sides` 2,
-    some micro-batches have the states of two models.
+    is the total of their hidden states, divided among `processes`. `itemsize` is the bytes of a computed value; with
+    `sides` 2, some micro-batches have the states of two models.
     """
 
     layer: int
@@ -50,8 +50,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that may still be taken of something, the end of a sentence that says so ("only 3 GiB are free"), and what
-    the user can do for more.
+    """Bytes that are available, the end of a sentence that says so ("only 3 GiB are free"), and how the user can get
+    more.
     """
 
     nbytes: int
@@ -61,7 +61,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Room:
-    """What may be taken: of the memory that computes (`device`), of RAM next to it (`host`; None: they are one), and of
+    """The available memory: of the computing device, of RAM in addition to a GPU's (`host`; None on the CPU), and of
     the disk.
     """
 
@@ -72,9 +72,9 @@ class Room:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where the hidden states lie ("device", "ram" or "disk"), and tokens per micro-batch at most.
+    """Where the hidden states are stored ("device", "ram" or "disk"), and the most tokens per micro-batch.
 
-    `ahead`: there is room to read a layer while the one before it is computed. `device` is the device's name.
+    `ahead`: there is memory to prefetch a layer while the one before is computed. `device` is the device's name.
     """
 
     place: str
@@ -86,12 +86,12 @@ class MemoryPlan:
 
     @property
     def tokens_at_a_time(self) -> int:
-        """Tokens of the largest micro-batch: complete sequences, at least one and not more than there are."""
+        """Tokens of the largest micro-batch: complete sequences, at least one and at most all."""
         return max(1, min(self.needs.sequences, self.batch_tokens // self.needs.longest)) * self.needs.longest
 
     @property
     def workspace(self) -> int:
-        """Bytes of a micro-batch's intermediate results, at least for one sequence."""
+        """Bytes of a micro-batch's intermediate results."""
         return self.needs.workspace(self.tokens_at_a_time)
 
     @property
@@ -125,12 +125,12 @@ class MemoryPlan:
 
     @property
     def _moving(self) -> int:
-        """The states of the micro-batches that are moved while one computes: one comes, one goes."""
+        """The states of the micro-batches that are moved while another computes: one in, one out."""
         needs = self.needs
         return 2 * needs.sides * (-(-needs.states * self.tokens_at_a_time // max(1, needs.tokens)))
 
     def describe(self) -> str:
-        """One line for the user: what the run will need, of what there is."""
+        """One line for the user: the memory that the run needs, and the memory that is available."""
         needs, room = self.needs, self.room
         place = {"device": f"on {self.device}", "ram": "in RAM", "disk": "on disk"}[self.place]
         totals = f"{format_bytes(self.device_bytes)} of {format_bytes(room.device.nbytes)}"
@@ -150,7 +150,7 @@ class MemoryPlan:
         )
 
     def problem(self) -> str | None:
-        """Why the run cannot be like this, with numbers and a remedy; None if it can."""
+        """Why the run does not fit with this plan, with numbers and a remedy; None if it fits."""
         needs, disk, host = self.needs, self.room.disk, self.room.host
         if self.place == "disk" and needs.states > disk.nbytes:
             # (All processes may write to the same disk.)
@@ -183,7 +183,7 @@ class MemoryPlan:
             others = "--states disk" if self.room.host is None else "--states ram or disk"
             remedy = f"Use {others}, fewer --samples, or a shorter --seq-len."
         else:
-            remedy = f"One sequence is the least at a time. You can use a shorter --seq-len, or {limit.remedy}."
+            remedy = f"At least one sequence is computed at a time. You can use a shorter --seq-len, or {limit.remedy}."
         return (
             f"{', '.join(parts[:-1])} and {parts[-1]} need {format_bytes(self.device_bytes)} of memory together, but "
             f"{limit.words}. {remedy}"
@@ -199,8 +199,8 @@ def choose(
 ) -> MemoryPlan:
     """The plan with the largest micro-batches of at most `most_tokens`.
 
-    `states` is "auto", "device", "ram" or "disk"; auto takes the first place where they leave room for micro-batches of
-    `usual_tokens`, or failing that of one sequence. Raises ResourceError when nothing fits.
+    `states` is "auto", "device", "ram" or "disk"; auto takes the first of these that leaves memory for micro-batches of
+    `usual_tokens`, or else for one sequence. Raises ResourceError if nothing fits.
     """
     places = [states] if states != "auto" else ["device", "ram", "disk"]
     if room.host is None:

@@ -1,6 +1,6 @@
-"""This machine's NVIDIA GPUs. They are asked for through NVML (nvidia-ml-py), or through torch if NVML fails.
+"""This machine's NVIDIA GPUs. They are read through NVML (nvidia-ml-py), or through torch if NVML fails.
 
-Both are imported when they are first needed. Nothing public raises: what cannot be known is None, and a note says why.
+Both are imported when they are first needed. Nothing public raises: unknown values are None, and a note says why.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from streamprune.hardware.memory import format_bytes, process_name
 
 # By the name of the error's class: the same in every version of nvidia-ml-py.
 _REASONS = {
-    "NVMLError_NotSupported": "the GPU or its driver does not support the question",
-    "NVMLError_NoPermission": "this user is not permitted to ask",
-    "NVMLError_NotFound": "there is none",
-    "NVMLError_FunctionNotFound": "the driver is too old for the question",
-    "NVMLLibraryMismatchError": "the driver is too old for the question",
+    "NVMLError_NotSupported": "the GPU or its driver does not support this query",
+    "NVMLError_NoPermission": "permission denied",
+    "NVMLError_NotFound": "not found",
+    "NVMLError_FunctionNotFound": "the driver is too old for this query",
+    "NVMLLibraryMismatchError": "the driver is too old for this query",
     "NVMLError_LibraryNotFound": "there is no NVIDIA driver (libnvidia-ml.so.1 is not found)",
     "NVMLError_DriverNotLoaded": "the NVIDIA driver is installed but not loaded; see what `nvidia-smi` says",
     "NVMLError_LibRmVersionMismatch": "the NVIDIA driver was updated but the old one is loaded; restart the machine",
     "NVMLError_GpuIsLost": "the GPU has stopped answering; see `dmesg`, and restart the machine",
 }
-# Less than this in use beyond what processes hold is the driver's own, and no unseen process.
+# A smaller difference between the memory in use and that of all processes is the driver's, not an unknown process.
 _UNEXPLAINED_BYTES = 512 * 1024**2
 _UNEXPLAINED_SHARE = 0.02
 
 
 def list_gpus(ask_torch: bool = True) -> Gpus:
-    """All GPUs of this machine, asked through NVML; through torch, which is imported only then, if NVML fails.
+    """All GPUs of this machine, read through NVML; if NVML fails, through torch, which is imported only then.
 
-    Without `ask_torch` there are then none: for those who can do without, importing torch would take seconds.
+    Without `ask_torch` there are none if NVML fails: for callers that need no GPU, since importing torch takes seconds.
     """
-    _, refusal = _ask("nvmlInit")
-    if refusal is None:
+    _, error = _ask("nvmlInit")
+    if error is None:
         try:
-            count, refusal = _ask("nvmlDeviceGetCount")
-            if refusal is None:
+            count, error = _ask("nvmlDeviceGetCount")
+            if error is None:
                 return _nvml_gpus(count)
-            refusal = f"it cannot count the GPUs: {refusal}"
+            error = f"the GPU count cannot be read: {error}"
         finally:
             _ask("nvmlShutdown")
-    note = f"NVML cannot be used: {refusal}."
+    note = f"NVML cannot be used: {error}."
     return _torch_gpus(note) if ask_torch else Gpus((), (note,))
 
 
 def gpu_of_device(torch_index: int) -> Gpu | None:
-    """The GPU that torch calls cuda:`torch_index`, or None if that is not known.
+    """The GPU that torch calls cuda:`torch_index`, or None if it is unknown.
 
-    NVML counts all GPUs by their place on the bus. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
-    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. Where torch is loaded, the GPU's UUID settles it.
+    NVML counts all GPUs in PCI bus order. CUDA counts those that CUDA_VISIBLE_DEVICES names, and without
+    CUDA_DEVICE_ORDER=PCI_BUS_ID the fastest first. If torch is loaded, the GPU is found by its UUID.
     """
     gpus = list_gpus().gpus
     uuid = _torch_uuid(torch_index)
@@ -77,18 +77,18 @@ def gpu_of_device(torch_index: int) -> Gpu | None:
     gpu = visible[torch_index]
     if len({each.name for each in gpus}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         note = (
-            f"cuda:{torch_index} was taken for this GPU by its place on the bus, but the GPUs differ and CUDA counts "
-            "the fastest first. Set CUDA_DEVICE_ORDER=PCI_BUS_ID to be sure."
+            f"cuda:{torch_index} was matched to this GPU by PCI bus order, but the GPUs differ and CUDA counts the "
+            "fastest first. Set CUDA_DEVICE_ORDER=PCI_BUS_ID to be sure."
         )
         return replace(gpu, notes=(*gpu.notes, note))
     return gpu
 
 
-# What torch sees.
+# Through torch.
 
 
 def _torch_gpus(nvml_note: str) -> Gpus:
-    """The GPUs that torch sees, with a note on why NVML was not asked; none if torch sees none either."""
+    """The GPUs that torch sees, with a note on why NVML was not used; none if torch sees none either."""
     try:
         import torch
     except Exception as error:
@@ -97,12 +97,12 @@ def _torch_gpus(nvml_note: str) -> Gpus:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        # torch warns here when it finds a GPU that it cannot use, say because the driver is too old.
+        # torch warns here if it finds a GPU that it cannot use, for example because the driver is too old.
         said = f" ({str(caught[-1].message).splitlines()[0]})" if caught else ""
         return Gpus((), (nvml_note, f"torch {torch.__version__} sees no CUDA GPU either{said}. {ASK_BUDGET}"))
     figures_note = (
-        "The figures are torch's, of what CUDA can see: what the driver reserves, its version, which processes hold "
-        "memory, whether a display is attached and whether MIG is on are not known."
+        "Memory sizes come from torch. Unknown: driver-reserved memory, the driver's version, the processes that use "
+        "memory, whether a display is attached, and whether MIG is enabled."
     )
     gpus, notes = [], [nvml_note, figures_note]
     for index in range(torch.cuda.device_count()):
@@ -110,7 +110,7 @@ def _torch_gpus(nvml_note: str) -> Gpus:
             free, total = torch.cuda.mem_get_info(index)
             name = str(torch.cuda.get_device_name(index))
         except Exception as error:
-            notes.append(f"GPU {index} is left out, because its memory cannot be known: {error}. {ASK_BUDGET}")
+            notes.append(f"GPU {index} is skipped, because its memory cannot be read: {error}. {ASK_BUDGET}")
         else:
             gpus.append(Gpu(index, name, total, None, free, total - free, source="torch", uuid=_torch_uuid(index)))
     return Gpus(tuple(gpus), tuple(notes))
@@ -123,16 +123,16 @@ def _torch_uuid(index: int) -> str | None:
         if torch is None or not torch.cuda.is_available():
             return None
         return str(torch.cuda.get_device_properties(index).uuid)
-    # torch built for other GPUs has no UUIDs, and CUDA can fail in many ways; without it there is still the index.
+    # torch built for other GPUs has no UUIDs, and CUDA can fail in many ways; then the index is used.
     except Exception:
         return None
 
 
-# What NVML says.
+# Through NVML.
 
 
 def _ask(question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
-    """NVML's answer and None, or None and the reason why there is none."""
+    """NVML's answer and None, or None and the reason of the failure."""
     try:
         import pynvml
     except Exception as error:
@@ -141,56 +141,56 @@ def _ask(question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
         return getattr(pynvml, question)(*args, **options), None
     except AttributeError:
         return None, f"the installed nvidia-ml-py has no {question}"
-    # Besides NVMLError, the bindings let ctypes' errors, undecodable names (WSL) and version conflicts through.
+    # In addition to NVMLError, the bindings raise ctypes' errors, and others for undecodable names (WSL) and versions.
     except Exception as error:
         return None, _REASONS.get(type(error).__name__) or str(error) or type(error).__name__
 
 
-def _text(answer: tuple[Any, str | None]) -> str | None:
-    """An answer that is text; older bindings give bytes."""
-    value = answer[0]
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def _ask_text(question: str, *args: Any) -> tuple[str | None, str | None]:
+    """The same for an answer that is text; older bindings return bytes."""
+    value, error = _ask(question, *args)
+    return value.decode(errors="replace") if isinstance(value, bytes) else value, error
 
 
 def _nvml_gpus(count: int) -> Gpus:
     gpus, notes = [], []
-    version = _ask("nvmlSystemGetDriverVersion")
-    if version[1]:
-        notes.append(f"The driver's version is not known, and will be missing from records: {version[1]}.")
+    version, error = _ask_text("nvmlSystemGetDriverVersion")
+    if error:
+        notes.append(f"The driver version is unknown, and will be missing in records: {error}.")
     for index in range(count):
-        handle, refusal = _ask("nvmlDeviceGetHandleByIndex", index)
-        if refusal:
-            notes.append(f"GPU {index} is left out, because NVML gives no access to it: {refusal}.")
+        handle, error = _ask("nvmlDeviceGetHandleByIndex", index)
+        if error:
+            notes.append(f"GPU {index} is skipped, because NVML gives no access to it: {error}.")
             continue
-        gpu, refusal = _nvml_gpu(handle, index, _text(version))
+        gpu, error = _nvml_gpu(handle, index, version)
         if gpu is None:
-            notes.append(f"GPU {index} is left out, because its memory cannot be known: {refusal}. {ASK_BUDGET}")
+            notes.append(f"GPU {index} is skipped, because its memory cannot be read: {error}. {ASK_BUDGET}")
         else:
             gpus.append(gpu)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if count == 0:
-        notes.append(f"NVML works, but shows no GPU (a container may have been given none). {ASK_BUDGET}")
+        notes.append(f"NVML works, but lists no GPU (in a container: start it with GPU access). {ASK_BUDGET}")
     elif visible is not None:
         names = ", ".join(str(gpu.index) for gpu in visible_gpus(tuple(gpus), visible)) or "none"
-        notes.append(f"CUDA_VISIBLE_DEVICES={visible}: a run started here would see only these GPUs: {names}.")
+        notes.append(f"CUDA_VISIBLE_DEVICES={visible}: with this setting a run uses only these GPUs: {names}.")
     return Gpus(tuple(gpus), tuple(notes))
 
 
 def _nvml_gpu(handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, str | None]:
-    """The GPU and None, or None and why there is none."""
+    """The GPU and None, or None and the reason of the failure."""
     notes: list[str] = []
-    name = _ask("nvmlDeviceGetName", handle)
-    if name[1]:
-        notes.append(f"The GPU's name is not known, so that its memory cannot be compared with known GPUs: {name[1]}.")
-    uuid = _text(_ask("nvmlDeviceGetUUID", handle))
+    name, error = _ask_text("nvmlDeviceGetName", handle)
+    if error:
+        notes.append(f"The GPU's name is unknown, so its memory cannot be compared with known GPUs: {error}.")
+    uuid = _ask_text("nvmlDeviceGetUUID", handle)[0]
     mig = _mig(handle, notes)
     instances = _instances(handle, notes) if mig else ()
-    memory, refusal = _memory(handle, uuid, instances, notes)
+    memory, error = _memory(handle, uuid, instances, notes)
     if memory is None:
-        return None, refusal
+        return None, error
     gpu = Gpu(
         index=index,
-        name=_text(name) or "unknown NVIDIA GPU",
+        name=name or "unknown NVIDIA GPU",
         **vars(memory),
         processes=_processes(handle, memory, notes),
         driver=driver,
@@ -205,106 +205,104 @@ def _nvml_gpu(handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, 
 def _memory(
     handle: Any, uuid: str | None, instances: tuple[MigInstance, ...] | None, notes: list[str]
 ) -> tuple[MemoryFigures | None, str | None]:
-    """NVML's second memory query, its first, the sum of the MIG parts, torch's figures: the first that answers."""
-    memory, refusal, refusal_of_second = _nvml_memory(handle)
+    """The first that works of: NVML's second memory query, its first, the sum of the MIG instances, torch's sizes."""
+    memory, error, error_of_second = _nvml_memory(handle)
     if memory is not None:
-        if refusal_of_second:
-            notes.append(f"What the driver reserves is not known and is counted as used: {refusal_of_second}.")
+        if error_of_second:
+            notes.append(f"Driver-reserved memory is unknown and counted as used: {error_of_second}.")
         return memory, None
     if instances:
-        notes.append(f"The memory of the whole GPU is not known ({refusal}): the figures are sums over its MIG parts.")
+        notes.append(f"The GPU's total memory is unknown ({error}): sizes are sums over its MIG instances.")
         figures = ((part.total_bytes, part.free_bytes, part.used_bytes) for part in instances)
         total, free, used = map(sum, zip(*figures, strict=True))
         return MemoryFigures(total, None, free, used, "NVML v1"), None
     for gpu in _torch_gpus("").gpus:
         if uuid is not None and gpu.uuid == bare_uuid(uuid):
-            notes.append(f"NVML does not report the memory ({refusal}): the figures are torch's, of what CUDA can see.")
+            notes.append(f"NVML does not report the memory ({error}): memory sizes come from torch.")
             return MemoryFigures(gpu.total_bytes, None, gpu.free_bytes, gpu.used_bytes, "torch"), None
-    return None, f"{refusal}, and torch does not see the GPU"
+    return None, f"{error}, and torch does not see the GPU"
 
 
 def _nvml_memory(handle: Any) -> tuple[MemoryFigures | None, str | None, str | None]:
-    """The figures of NVML's second memory query, or of its first, and why neither or only the first answers."""
+    """Sizes from NVML's second memory query, or its first; the reason why both failed; and why the second failed."""
     # nvmlMemory_v2, which not all bindings have: the structure's version and its size.
-    info, refusal_of_second = _ask("nvmlDeviceGetMemoryInfo", handle, version=0x02000028)
-    if refusal_of_second is None:
+    info, error_of_second = _ask("nvmlDeviceGetMemoryInfo", handle, version=0x02000028)
+    if error_of_second is None:
         return MemoryFigures(info.total, info.reserved, info.free, info.used, "NVML v2"), None, None
-    info, refusal = _ask("nvmlDeviceGetMemoryInfo", handle)
-    memory = None if refusal else MemoryFigures(info.total, None, info.free, info.used, "NVML v1")
-    return memory, refusal, refusal_of_second
+    info, error = _ask("nvmlDeviceGetMemoryInfo", handle)
+    memory = None if error else MemoryFigures(info.total, None, info.free, info.used, "NVML v1")
+    return memory, error, error_of_second
 
 
 def _mig(handle: Any, notes: list[str]) -> bool | None:
-    """Whether the GPU is divided with MIG."""
-    modes, refusal = _ask("nvmlDeviceGetMigMode", handle)
-    if refusal is None:
+    """Whether MIG is enabled on the GPU."""
+    modes, error = _ask("nvmlDeviceGetMigMode", handle)
+    if error is None:
         return bool(modes[0])
-    if refusal == _REASONS["NVMLError_NotSupported"]:
-        return False  # this kind of GPU cannot be divided, as NVML says by that
-    notes.append(
-        f"Whether the GPU is divided with MIG is not known: {refusal}. If it is, less can be used than is free."
-    )
+    if error == _REASONS["NVMLError_NotSupported"]:
+        return False  # this kind of GPU does not support MIG
+    notes.append(f"It is unknown whether MIG is enabled: {error}. If it is, less than the free memory can be used.")
     return None
 
 
 def _instances(handle: Any, notes: list[str]) -> tuple[MigInstance, ...] | None:
-    """The GPU's MIG parts; None if they may not be seen."""
-    count, refusal = _ask("nvmlDeviceGetMaxMigDeviceCount", handle)
+    """The GPU's MIG instances; None if not all are visible."""
+    count, error = _ask("nvmlDeviceGetMaxMigDeviceCount", handle)
     instances = []
     for index in range(count or 0):
-        part, refusal_of_part = _ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-        if refusal_of_part == _REASONS["NVMLError_NotFound"]:
-            continue  # the slots that no part takes
+        part, error_of_part = _ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        if error_of_part == _REASONS["NVMLError_NotFound"]:
+            continue  # an unused slot
         memory = None
-        if refusal_of_part is None:
-            memory, refusal_of_part, _ = _nvml_memory(part)
+        if error_of_part is None:
+            memory, error_of_part, _ = _nvml_memory(part)
         if memory is None:
-            refusal = refusal_of_part
+            error = error_of_part
             continue
-        uuid = _text(_ask("nvmlDeviceGetUUID", part))
+        uuid = _ask_text("nvmlDeviceGetUUID", part)[0]
         instances.append(MigInstance(index, uuid, memory.total_bytes, memory.free_bytes, memory.used_bytes))
-    if refusal:
+    if error:
         notes.append(
-            f"The GPU is divided with MIG, but not all its parts can be seen: {refusal}. A process can use one part "
-            f"only. {ASK_BUDGET}"
+            f"MIG is enabled, but not all MIG instances are visible: {error}. A process can use only one instance. "
+            f"{ASK_BUDGET}"
         )
     elif not instances:
-        notes.append("The GPU is divided with MIG, but has no parts yet, so that nothing can run on it.")
-    return tuple(instances) if instances or not refusal else None
+        notes.append("MIG is enabled, but no instance exists, so no process can run on the GPU.")
+    return tuple(instances) if instances or not error else None
 
 
 def _display(handle: Any, notes: list[str]) -> bool | None:
     """Whether a display is driven by the GPU or plugged into it."""
-    active, refusal = _ask("nvmlDeviceGetDisplayActive", handle)
-    plugged, refusal_of_mode = _ask("nvmlDeviceGetDisplayMode", handle)
-    if refusal and refusal_of_mode:
-        notes.append(f"Whether a display is attached, which takes memory when it is used, is not known: {refusal}.")
+    active, error = _ask("nvmlDeviceGetDisplayActive", handle)
+    plugged, error_of_mode = _ask("nvmlDeviceGetDisplayMode", handle)
+    if error and error_of_mode:
+        notes.append(f"It is unknown whether a display is attached, which would use memory: {error}.")
         return None
     return bool(active or plugged)
 
 
 def _processes(handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[GpuProcess, ...] | None:
-    """Who holds memory, over compute, graphics and MPS processes; None if it may not be known at all."""
+    """The compute, graphics and MPS processes that use memory; None if they cannot be read."""
     held: dict[tuple[int, Any, Any], int | None] = {}
-    refusals = {}
+    errors = {}
     for kind in ("Compute", "Graphics", "MPSCompute"):
         question = f"nvmlDeviceGet{kind}RunningProcesses"
-        entries, refusal = _ask(question, handle)
-        if refusal:
-            # Drivers from before 2022 answer only the older form.
-            entries, refusal_of_older = _ask(f"{question}_v2", handle)
-            if refusal_of_older:
-                refusals[kind] = refusal
+        entries, error = _ask(question, handle)
+        if error:
+            # Drivers from before 2022 only support the older query.
+            entries, error_of_older = _ask(f"{question}_v2", handle)
+            if error_of_older:
+                errors[kind] = error
         for entry in entries or []:
-            # A program that computes and draws is in two lists with the same figure; in two MIG parts it has two.
+            # A program that computes and draws is in two lists with the same size; in two MIG instances it has two.
             key = (entry.pid, getattr(entry, "gpuInstanceId", None), getattr(entry, "computeInstanceId", None))
             held[key] = max((used for used in (held.get(key), entry.usedGpuMemory) if used is not None), default=None)
-    if {"Compute", "Graphics"} <= refusals.keys():
-        notes.append(f"Which processes hold memory is not known, so none can be named: {refusals['Compute']}.")
+    if {"Compute", "Graphics"} <= errors.keys():
+        notes.append(f"Processes using memory are unknown: {errors['Compute']}.")
         return None
-    for kind, refusal in refusals.items():
-        if kind != "MPSCompute":  # most machines have no MPS, and drivers without it refuse
-            notes.append(f"{kind} processes cannot be seen, so that what they hold has no name: {refusal}.")
+    for kind, error in errors.items():
+        if kind != "MPSCompute":  # most machines have no MPS, and drivers without it fail here
+            notes.append(f"{kind} processes are not visible: their memory is not listed: {error}.")
     parts: dict[int, list[int | None]] = defaultdict(list)
     for (pid, *_), used in held.items():
         parts[pid].append(used)
@@ -317,16 +315,16 @@ def _processes(handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[Gp
 
 
 def _note_unexplained(processes: tuple[GpuProcess, ...], memory: MemoryFigures, notes: list[str]) -> None:
-    """Say so where memory is in use and nobody can be named for it."""
+    """Add a note if memory is in use by unknown processes."""
     unknown = sum(process.used_bytes is None for process in processes)
     unexplained = memory.used_bytes - sum(process.used_bytes or 0 for process in processes)
     if unknown:
         notes.append(
-            f"How much {unknown} of {len(processes)} processes hold is not known (WSL and Windows do not report it): "
-            f"of the {format_bytes(memory.used_bytes)} in use it cannot be said who holds what."
+            f"The memory of {unknown} of {len(processes)} processes is unknown (WSL and Windows do not report it): "
+            f"of the {format_bytes(memory.used_bytes)} in use, memory per process is unknown."
         )
     elif unexplained > max(_UNEXPLAINED_BYTES, _UNEXPLAINED_SHARE * memory.total_bytes):
         notes.append(
-            f"{format_bytes(unexplained)} are in use by processes that cannot be seen from here (outside this "
-            "container, or Windows programs under WSL), so they cannot be named."
+            f"{format_bytes(unexplained)} are in use by processes that are not visible from here (outside this "
+            "container, or Windows programs under WSL), so they are not listed."
         )

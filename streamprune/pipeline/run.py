@@ -36,7 +36,7 @@ from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.pipeline.status import ended
 from streamprune.planning.facts import ExpertCounts
-from streamprune.planning.memory_needs import agree, find_needs, plan_memory
+from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
     PreparedModel,
     calibrate,
@@ -243,7 +243,7 @@ class _Run:
             needs = find_needs(settings, prepared, self.calibration)
             return plan_memory(settings, needs, prepared.planned_bytes, self.device, folder, processes)
 
-        plan = agree(processes, streamed, processes.on_each(plan_here))
+        plan = agree_on_batch_tokens(processes, streamed, processes.on_each(plan_here))
         processes.on_first(lambda: self._record(plan))
         self.stop.patient = True
         return Runtime(settings, plan, self.device, self.progress, folder, self.stop, processes=processes)

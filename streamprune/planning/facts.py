@@ -1,4 +1,4 @@
-"""What is decided and known about a model before its weights are read: how many experts stay, and where they lie.
+"""What is decided and known about a model before its weights are read: how many experts stay, and where they are.
 
 `ExpertCounts` come from a number, a share, or the memory that the result must fit. `ModelFacts` are kept with the
 scores, so that a model need not be built to be pruned again. Needs no torch.
@@ -31,10 +31,10 @@ from streamprune.selection.select import planned_counts, stated_counts
 
 @dataclass(frozen=True)
 class ExpertCounts:
-    """So many experts stay: `total` in `layers` layers together; `uniform` if each keeps the same number.
+    """How many experts stay: `total` in `layers` layers together; `uniform` if each keeps the same number.
 
-    `per_layer` are the numbers by layer, None where only all the scores together decide them. `budget` is None where
-    none was given.
+    `per_layer` are the numbers by layer, None if the scores of all layers decide them later. `budget` is None if none
+    was given.
     """
 
     total: int
@@ -49,7 +49,7 @@ class ExpertCounts:
         return self.total // self.layers if self.uniform else None
 
     def text(self, experts: int, selected: Mapping[int, int] | None = None) -> str:
-        """How many stay of the `experts` of each layer, in words; `selected` by layer, once that is known."""
+        """How many of the `experts` of each layer stay, in words; `selected` are the numbers by layer, once known."""
         if self.keep is not None:
             return f"{self.keep} of {experts}"
         text = f"{self.total:,} of {experts * self.layers:,} in all"
@@ -57,7 +57,7 @@ class ExpertCounts:
         return f"{text}, {min(numbers)} to {max(numbers)} per layer" if numbers else text
 
     def estimate(self, target: PruningTarget, unpruned: Footprint) -> Estimate:
-        """What the pruned model will take, compared with the budget if there is one."""
+        """The memory of the pruned model, compared with the budget if there is one."""
         serving = replace(target.serving, keep=self.keep)
         if not self.uniform:
             widest = max(self.per_layer.values()) if self.per_layer else None
@@ -72,11 +72,10 @@ class ExpertCounts:
 def plan_counts(
     target: PruningTarget, spec: ExpertSpec, layers: tuple[int, ...], read_footprint: Callable[[], Footprint]
 ) -> ExpertCounts:
-    """How many experts stay of a model whose `layers` have experts like `spec`.
+    """How many experts stay in a model with the MoE layers `layers` and the experts `spec`.
 
-    `read_footprint` is called for a budget only. Raises DoesNotFitError for a budget that not even the fewest experts
-    meet, and SettingsError where the router could not work with so few, where nothing would be removed, or where the
-    schedule cannot be met.
+    `read_footprint` is called for a budget only. Raises DoesNotFitError if even the fewest experts exceed the budget,
+    and SettingsError if the router cannot work with so few, nothing would be removed, or the schedule cannot be met.
     """
     stated = stated_counts(target, spec, layers)
     if stated is not None:
@@ -89,7 +88,7 @@ def plan_counts(
     unpruned = read_footprint()
     fit = Fit(unpruned, target.serving, budget.nbytes)
     keep = _keep_that_fits(fit, budget)
-    # Layers are alike, so that it does not matter to the memory which of them has the experts beyond equal numbers.
+    # MoE layers have equal sizes: for the memory only the total counts, not which layers keep one expert more.
     most = fit.max_total_experts or 0
     total = keep * len(layers) if uniform else most // spec.groups * spec.groups
     counts = ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total), budget)
@@ -108,7 +107,7 @@ def _filled(target: PruningTarget, counts: ExpertCounts, spec: ExpertSpec, unpru
         fit = with_total(total).estimate(target, unpruned)
         return not isinstance(fit, Fit) or not fit.fits
 
-    # The first is known to fit.
+    # steps[0] fits.
     steps = range(counts.total, spec.count * len(layers), spec.groups)
     return with_total(steps[bisect_left(steps, True, lo=1, key=exceeds) - 1])
 
@@ -141,21 +140,22 @@ def _keep_that_fits(fit: Fit, budget: Budget) -> int:
         smallest = Fit(fit.footprint, replace(fit.use, keep=least), fit.budget)
         options = "; ".join(f"{option.settings} ({option.meaning})" for option in nearest(smallest))
         raise DoesNotFitError(
-            f"Even with the fewest experts with which the router works, {least} of {spec.count}, the model takes "
+            f"Even with the minimum that the router needs, {least} of {spec.count} experts, the model takes "
             f"{format_bytes(smallest.total)}, {format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} "
             f"({budget.label}). Nearest settings that fit: {options}. `streamprune fit` shows every part."
         )
     if fit.max_experts == spec.count:
         raise SettingsError(
-            f"The whole model takes {format_bytes(fit.total)} and fits {format_bytes(fit.budget)} ({budget.label}) as "
-            "it is, so nothing would be removed. Plan for a longer --context or larger --batch, or choose with --keep."
+            f"The unpruned model takes {format_bytes(fit.total)} and already fits {format_bytes(fit.budget)} "
+            f"({budget.label}), so nothing would be removed. Plan for a longer --context or larger --batch, or choose "
+            "with --keep."
         )
     return fit.max_experts
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """What the memory of a model depends on besides its weights, as it is kept with the scores."""
+    """What the memory of a model depends on in addition to its weights, as stored with the scores."""
 
     cache: CacheSizes
     shape: ModelShape
@@ -171,9 +171,9 @@ class _FactsJson(msgspec.Struct):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Where the experts lie, how an output with different numbers of them is loaded, and what memory the model takes.
+    """Where the experts are, how an output with different numbers of them is loaded, and what memory the model takes.
 
-    `footprint` is the whole model's; None where its cache cannot be worked out.
+    `footprint` is that of the unpruned model; None if the size of its cache is unknown.
     """
 
     layout: Layout
@@ -199,7 +199,7 @@ class ModelFacts:
         counts: ExpertCounts,
         written: Mapping[str, TensorEntry],
     ) -> Estimate | None:
-        """What the finished model will take, its weights counted in the files that were written."""
+        """The memory of the finished model, with its weights counted in the written files."""
         if self.footprint is None:
             return None
         weights = weights_by_layout(written, self.layout, plan.counts)
@@ -214,15 +214,15 @@ def facts_from_json(
     """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
 
     `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself.
-    Raises CheckpointError for anything else: they may come from a stranger.
+    Raises CheckpointError for anything else: the JSON may be untrusted.
     """
     try:
         found = msgspec.convert(kept, _FactsJson)
         if not all(0 <= number < 2**40 for number in _numbers(msgspec.to_builtins(found.memory))):
-            raise ValueError("a number that no model has")
+            raise ValueError("a number out of range")
     except ValueError as error:
         raise CheckpointError(
-            f"What the scores say of the model's memory cannot be used ({error}). Score the model again."
+            f"The memory facts in the scores file are invalid ({error}). Score the model again."
         ) from None
     layout = layout_from_json(found.tensors, spec, tensors, counts)
     loading, memory = loading_facts_from_json(found.loading), found.memory

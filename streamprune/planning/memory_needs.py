@@ -1,4 +1,4 @@
-"""What a run needs of memory, and what the machine has: the numbers by which `hardware.memory_plan` decides."""
+"""The memory that a run needs, and that the machine has: the numbers by which `hardware.memory_plan` decides."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from streamprune.planning.prepare import PreparedModel
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
 SUMS_PER_TOKEN = 9 * 8
-#: Not used on a GPU: cuBLAS's workspaces, and what torch's allocator loses between its pieces.
+#: Reserve on a GPU: for cuBLAS's workspaces, and fragmentation in torch's allocator.
 DEVICE_MARGIN = 256 * 1024**2
-#: Left alone below --ram-gib: what libraries come to need as they work (15 MiB were measured), and what malloc wastes,
-#: when hidden states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over
-#: its cap.)
+#: Reserve below --ram-gib: for libraries' growth during the run (15 MiB were measured), and fragmentation when hidden
+#: states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
 HOST_MARGIN = 80 * 1024**2
 
 
@@ -45,11 +44,11 @@ def plan_memory(
     folder: Path,
     processes: Processes = ALONE,
 ) -> MemoryPlan:
-    """Decide, before a weight is read, where hidden states lie and how much is computed at a time.
+    """Decide, before a weight is read, where hidden states are stored and how much is computed at a time.
 
-    `output_bytes` will be written to the disk of `folder`, where hidden states may go too. Of several `processes` each
-    decides for itself: it has its share of the hidden states, and of what is free on its machine. Raises ResourceError,
-    with the numbers, when the run cannot be.
+    `output_bytes` will be written to the disk of `folder`, where hidden states may go too. Each of several `processes`
+    decides for itself: it has its share of the hidden states, and of its machine's free memory. Raises ResourceError,
+    with the numbers, if the run does not fit.
     """
     needs = replace(needs, processes=processes.count)
     room = measure_room(settings, output_bytes, device, folder, processes)
@@ -58,37 +57,42 @@ def plan_memory(
     return choose(needs, room, settings.states, most, usual, str(device))
 
 
-def agree(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> MemoryPlan:
-    """The plan with as many tokens per micro-batch as suit all ranks: so few that each has a share, if possible."""
+def agree_on_batch_tokens(processes: Processes, calibration: Calibration, plan: MemoryPlan) -> MemoryPlan:
+    """The plan with one micro-batch size for all ranks.
+
+    It is the smallest that a rank planned, reduced until there is a micro-batch for each rank, if possible.
+    """
     tokens = min(processes.collect(plan.batch_tokens))
     while processes.count > 1:
         batches = calibration.micro_batches(tokens)
         largest = max((batch.ids.shape for batch in batches if len(batch.ids) > 1), key=math.prod, default=None)
         if len(batches) >= processes.count or largest is None:
             break
+        # One sequence less than in the largest micro-batch, which is therefore divided.
         tokens = math.prod(largest) - largest[1]
     return replace(plan, batch_tokens=tokens)
 
 
 def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
-    """What a prepared run needs, from the model on meta and the calibration."""
+    """The memory that a run needs, from the model on the meta device and the calibration text."""
     held, spec = calibration.held_out, prepared.skeleton.spec
     last = prepared.layout.expert_layers[-1] if held is None else prepared.skeleton.layer_count - 1
-    shares: dict[int, float] = {}
+    # Share of each layer's experts in the pruned copy next to it.
+    copies: dict[int, float] = {}
     if settings.propagate == "pruned" or held is not None:
-        # Before it is known how many experts stay of a layer, all may.
+        # Without counts yet, assume that all experts stay.
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
-        shares = {layer: count / spec.count for layer, count in counts.items()}
-    needs = needs_of(prepared, calibration, last + 1, shares, spec)
+        copies = {layer: count / spec.count for layer, count in counts.items()}
+    needs = needs_of(prepared, calibration, last + 1, copies, spec)
     if held is None:
         return needs
-    more = needs_of(prepared, held, last + 1)
+    held_needs = needs_of(prepared, held, last + 1)
+    # Held-out text has the states of both models, and sums over the vocabulary.
     return replace(
         needs,
-        states=needs.states + 2 * more.states + held.tokens * SUMS_PER_TOKEN,
-        sequences=needs.sequences + more.sequences,
-        longest=max(needs.longest, more.longest),
-        tokens=needs.tokens + more.tokens,
+        states=needs.states + 2 * held_needs.states + held.tokens * SUMS_PER_TOKEN,
+        sequences=needs.sequences + held_needs.sequences,
+        tokens=needs.tokens + held_needs.tokens,
         sides=2,
     )
 
@@ -100,17 +104,19 @@ def needs_of(
     copies: Mapping[int, float] | None = None,
     spec: ExpertSpec | None = None,
 ) -> Needs:
-    """What it takes to stream the first `layers` layers of a model.
+    """The memory that streaming the first `layers` layers of a model needs.
 
-    `copies` is the share of a layer's experts that is in memory twice, by layer: in the pruned copy. `spec` describes
-    the experts where the config does so under unusual names.
+    `copies` is the share of each layer's experts in the pruned copy next to it. `spec` describes the experts if the
+    config does so under unusual names.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
     sources = Counter(target.name for target in opened.targets.values())
     shape, itemsize = _shape_of(text), opened.dtype.itemsize
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
-    longest = max(len(sequence) for sequence in calibration.sequences)
+    # Held-out sequences go through the same layers, and may be longer.
+    held_out = calibration.held_out.sequences if calibration.held_out is not None else ()
+    longest = max(len(sequence) for sequence in (*calibration.sequences, *held_out))
     read, recast = _as_read(opened)
     # Of the non-layer weights those that are converted are in memory with what they are made of.
     loading = sum(size for name, size in recast.items() if _is_non_layer(skeleton, name))
@@ -118,8 +124,8 @@ def needs_of(
     for index, module in enumerate(skeleton.layers[:layers]):
         prefix = f"{skeleton.layers_path}.{index}."
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
-        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. Where the checkpoint
-        # has it in another dtype, it is there in both for a while; all but the experts' together.
+        # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. If the checkpoint
+        # has it in another dtype, it is in memory in both for a while; all but the experts' together.
         more = [2 * size for name, size in sizes.items() if sources[name] > 1]
         more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
         small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
@@ -161,7 +167,7 @@ def _is_non_layer(skeleton: Decoder, name: str) -> bool:
 
 
 def states_per_token(text: Any, itemsize: int, length: int) -> int:
-    """Bytes that a token of a sequence of `length` carries from layer to layer, by what the text config states."""
+    """Bytes per token that go from layer to layer in a sequence of `length` tokens, by the text config."""
 
     def number(name: str) -> int:
         value = getattr(text, name, None)
@@ -170,11 +176,11 @@ def states_per_token(text: Any, itemsize: int, length: int) -> int:
     # Models with several residual streams (hyper-connections) pass all of them on.
     values = number("hidden_size") * max(1, number("hc_count"), number("hc_mult"))
     if number("num_kv_shared_layers"):
-        # The last keys and values of each kind of layer are there for the layers that have none of their own.
+        # Layers without keys and values of their own use the last ones of their kind.
         heads, width = number("num_key_value_heads"), number("head_dim")
         values += 2 * heads * width
         values += 2 * (number("num_global_key_value_heads") or heads) * (number("global_head_dim") or width)
-    # Which tokens an indexer chose, where layers without an indexer of their own take over those of the one before.
+    # The indices that an indexer chose, if layers without an indexer reuse those of the layer before.
     chosen = min(number("index_topk"), length) if getattr(text, "indexer_types", None) else 0
     return values * itemsize + chosen * torch.int32.itemsize
 
@@ -202,15 +208,15 @@ def _tensors(module: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
 def measure_room(
     settings: ComputeSettings, output_bytes: int, device: torch.device, folder: Path, processes: Processes = ALONE
 ) -> Room:
-    """What the run may take now: what is free, less where --vram-gib and --ram-gib say so. `folder` is for the disk.
+    """The memory that the run may use now: free memory, limited by --vram-gib and --ram-gib, and `folder`'s disk.
 
     The `processes` on this machine divide its RAM, and those on one GPU its memory; the caps are for each of them.
     """
     free = max(0, machine.free_disk_bytes(folder) - output_bytes)
     disk = Limit(
         free,
-        f"{format_bytes(free)} are free on that of {folder} besides the output",
-        "choose another place with -o, or use fewer --samples",
+        f"only {format_bytes(free)} are free on the disk of {folder} after the output is written",
+        "choose another disk with -o, or use fewer --samples",
     )
     available, resident = machine.available_memory_bytes() // processes.local_count, machine.resident_bytes()
     remedy = "close other programs, or use a machine with more memory"
@@ -222,7 +228,7 @@ def measure_room(
         ram = Limit(left, words, "raise --ram-gib")
     if not is_gpu(device):
         return Room(ram, None, disk)
-    # Without a GPU's number in --device, processes take them in turn; with one, all take that.
+    # With --device auto, processes take the GPUs in turn; with a GPU's number, all take that one.
     sharing = -(-processes.local_count // len(all_gpus())) if settings.device == "auto" else 0
     return Room(_gpu_limit(settings, device, sharing or processes.local_count), ram, disk)
 

@@ -1,4 +1,4 @@
-"""What is decided before a weight is read, from config and headers alone, and the model that is opened for it.
+"""What is decided before a weight is read, from config and headers alone, and opening the model.
 
 `plan_pruning` decides whether a model can be pruned at all, and how many experts stay; `prepare` opens the checkpoint.
 """
@@ -39,10 +39,10 @@ from streamprune.selection.settings import mix_weights
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What is decided before a weight is read: a model understood from its config, and how many experts stay.
+    """What is decided before a weight is read: the model as its config describes it, and how many experts stay.
 
-    `folder` holds the config, and may hold no more. `counts` is None where scoring is all that is asked for.
-    `footprint`, the whole model's, is None where it is not known yet, or where the model's cache cannot be worked out.
+    `folder` has the config, and maybe nothing else. `counts` is None if the run only scores. `footprint`, that of the
+    unpruned model, is None if it is not known yet, or if the size of the model's cache is unknown.
     """
 
     folder: Path
@@ -57,11 +57,11 @@ class PruningPlan:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """The size of the model's vocabulary."""
         return int(self.skeleton.model.get_input_embeddings().weight.shape[0])
 
     def estimate(self, settings: RunSettings) -> Estimate | None:
-        """What the pruned model will take, compared with the budget if there is one; None where it is not known."""
+        """The memory of the pruned model, compared with the budget if there is one; None if it is unknown."""
         if self.footprint is None or self.counts is None:
             return None
         return self.counts.estimate(settings, self.footprint)
@@ -70,8 +70,8 @@ class PruningPlan:
 def plan_pruning(settings: RunSettings) -> PruningPlan:
     """Read the config, and for a budget the headers, and decide how many experts stay.
 
-    Nothing large is downloaded. Raises a StreampruneError for what cannot work: DoesNotFitError for a budget that not
-    even the fewest experts meet, SettingsError when nothing would be removed.
+    Nothing large is downloaded. Raises a StreampruneError if the run is impossible, such as DoesNotFitError if even the
+    fewest experts exceed the budget, or SettingsError if nothing would be removed.
     """
     plan = read_config(settings, check_output_too=True)
     first, skeleton = settings.from_layer, plan.skeleton
@@ -96,7 +96,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
 
 def read_config(settings: RunSettings, check_output_too: bool = False) -> PruningPlan:
-    """The plan as far as the config alone says; how many experts stay is not decided yet."""
+    """The plan from the config alone; how many experts stay is not decided yet."""
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     if check_output_too:
         (check_scores_file if settings.only_score else check_output)(settings.output, folder, settings.overwrite)
@@ -112,7 +112,7 @@ def with_footprint(
     """The plan with the footprint of `model`, whose tensors are known (None: as its config describes them)."""
     known = plan.footprint
     if known is not None and tensors is not None and plan.model.dtype is not None:
-        # Only the weights may differ from what was known before; tracing the cache again would take a second.
+        # Only the weights may have changed; tracing the cache again would take a second.
         weights = weights_of_checkpoint(plan.model.raw, skeleton, tensors)
         return replace(plan, footprint=replace(known, weights=weights))
     try:
@@ -127,7 +127,7 @@ def with_footprint(
 
 @dataclass(frozen=True)
 class PreparedModel(OpenedMoE):
-    """A Mixture-of-Experts model that is opened to be pruned, or to be scored.
+    """A Mixture-of-Experts model that is opened for pruning or scoring.
 
     `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
     """
@@ -138,18 +138,18 @@ class PreparedModel(OpenedMoE):
 
     @property
     def counts(self) -> Mapping[int, int] | None:
-        """Experts that stay by layer; None where that is decided once all are scored, or where nothing is pruned."""
+        """Experts that stay by layer; None if that is decided after all layers are scored, or nothing is pruned."""
         return self.plan.counts.per_layer if self.plan.counts is not None else None
 
     @cached_property
     def facts(self) -> ModelFacts:
-        """What has to be known of the model to write an output of it, now or later."""
+        """The facts that are needed to write an output of the model, now or later."""
         loading = find_loading_facts(self.checkpoint.config, self.config, self.skeleton)
         return ModelFacts(self.layout, loading, self.plan.footprint)
 
     @cached_property
     def planned_bytes(self) -> int:
-        """Bytes of the weights that will be written; layers are alike, so that it need not be known which keep most."""
+        """Bytes of the weights that will be written. (MoE layers have equal sizes, so only the total number counts.)"""
         planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
         if planned is None:
             return 0
@@ -175,11 +175,11 @@ class PreparedModel(OpenedMoE):
 
 
 def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
-    """Open the model for what was decided; raises a StreampruneError for whatever cannot work."""
+    """Open the model according to the plan. Raises a StreampruneError if it cannot be pruned that way."""
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     if checkpoint.config != plan.model.raw:
         raise CheckpointError(
-            f"The config of {settings.model} changed while it was opened. Run the same command again."
+            f"The config of {settings.model} changed while it was being opened. Run the same command again."
         )
     opened = open_moe(checkpoint, settings.trust_remote_code, model=plan.model)
     plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
@@ -188,7 +188,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
         settings.trust_remote_code,
     )  # fmt: skip
     counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
-    # Sizes follow the number of experts in a straight line: what holds for the fewest and the most holds in between.
+    # Sizes are linear in the number of experts: what holds for the fewest and the most holds in between.
     for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
         check_pruned(opened.skeleton, prepared.pruned_model(count), count)
     return prepared
@@ -200,24 +200,24 @@ def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: b
     opened = open_moe(checkpoint, trust_remote_code)
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
     footprint = None
-    # A model whose cache cannot be worked out can still be pruned.
+    # A model whose cache size is unknown can still be pruned.
     with suppress(UnsupportedModelError):
         footprint = footprint_of_skeleton(model, checkpoint.config, opened.skeleton, checkpoint.tensors)
     return ModelFacts(opened.layout, loading, footprint)
 
 
 def check_schedule(settings: RunSettings, prepared: PreparedModel) -> None:
-    """Raise UnsupportedModelError where the layers may come to differ, and no output could say so."""
+    """Raise UnsupportedModelError if layers may get different numbers, and no output could be loaded with them."""
     spec, counts = prepared.layout.spec, prepared.counts
     if counts is None and not settings.has_schedule_file and SCHEDULES[settings.schedule].needs_scores:
-        # Not known before all are scored, but most likely different.
+        # Unknown before all layers are scored, but most likely different.
         counts = {0: minimum_keep(spec), 1: spec.count}
     if counts is not None:
         check_per_layer_experts(prepared.facts.loading, counts)
 
 
 def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
-    """Read the calibration data for a model; of one on the Hub only the small files, the tokenizer's, are fetched.
+    """Read the calibration data for a model; for one on the Hub only small files (the tokenizer) are fetched.
 
     Raises SettingsError for a mix of other sources, before tens of GiB are downloaded.
     """
