@@ -121,6 +121,7 @@ class Calibration:
 TOLERANCE = 0.01
 
 
+# Eight parameters: what decides the tokens. They come from settings of different commands and from the model's config.
 def load_calibration(
     sources: Sequence[str],
     model_folder: Path,

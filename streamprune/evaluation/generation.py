@@ -70,9 +70,8 @@ def generation_health(
 ) -> dict[str, Any]:
     """Continue prompts greedily and sampled, and report how the continuations end: the object of `generation.json`.
 
-    Prompts are the beginnings of the sequences of `data`, or the lines of `generation.prompts`, or both (see
-    `collect_prompts`). The model is loaded into memory; then, where there is memory for it, the original for the same
-    prompts. Raises SettingsError, CheckpointError, CalibrationError, ResourceError and NonFiniteError.
+    Prompts come from `data` and `generation.prompts` (see `collect_prompts`). The model is loaded completely, then the
+    original, if memory allows. Raises SettingsError, CheckpointError, CalibrationError, ResourceError, NonFiniteError.
     """
     check_least("--seed", settings.seed or 0, 0)
     if data is None and generation.prompts is None:
