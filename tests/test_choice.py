@@ -155,7 +155,7 @@ def test_super_experts_are_found_and_kept() -> None:
 def test_no_room_for_super_experts_names_the_layer() -> None:
     scores = with_peaks(make_scores(layers=range(8), experts=50), {(1, 2): 9.0, (1, 5): 9.5, (1, 7): 9.8})
     settings = SelectionSettings(protect_super_experts=True)
-    with pytest.raises(SettingsError, match=r"Layer 1: 2 super experts .*\[5, 7\].* keeps 1 of 50.*at least 2"):
+    with pytest.raises(SettingsError, match=r"Layer 1: 2 super experts .*\[5, 7\].* keeps only 1 of 50.*at least 2"):
         selected(scores, settings, per_layer=dict.fromkeys(range(8), 1))
 
 
@@ -182,24 +182,24 @@ def test_lists_of_the_users_own(body: object, tmp_path: Path) -> None:
         ({"0": [1, 2]}, "lists no experts for layer 3. It needs layers 0, 3"),
         (KEPT | {"1": [1, 2]}, "lists experts for layer 1, but the model has them in 0, 3"),
         (KEPT | {"03": [1, 2]}, "experts of layer 3 twice"),
-        (KEPT | {"x": [1, 2]}, "'x' is no number of a layer"),
-        (KEPT | {"-1": [1, 2]}, "'-1' is no number of a layer"),
-        (KEPT | {"²": [1, 2]}, "'²' is no number of a layer"),
-        (KEPT | {"9" * 5000: [1]}, "is no number of a layer"),
+        (KEPT | {"x": [1, 2]}, "'x' is not a layer number"),
+        (KEPT | {"-1": [1, 2]}, "'-1' is not a layer number"),
+        (KEPT | {"²": [1, 2]}, "'²' is not a layer number"),
+        (KEPT | {"9" * 5000: [1]}, "is not a layer number"),
         (KEPT | {"0": [1, 1, 2]}, "layer 0 lists expert 1 twice"),
         (KEPT | {"0": [1, 8]}, "layer 0: there is no expert 8; they are numbered 0 to 7"),
         (KEPT | {"0": [1, -1]}, "layer 0: there is no expert -1"),
         (KEPT | {"0": [1, 10**400]}, "layer 0: there is no expert 1000"),
         (KEPT | {"0": [1]}, "layer 0 keeps 1 experts, but the router picks 2"),
         (KEPT | {"0": []}, "layer 0 keeps 0 experts"),
-        (KEPT | {"0": [1, 2.0]}, "layer 0: .* is no list of experts"),
-        (KEPT | {"0": [1, True]}, "layer 0: .* is no list of experts"),
-        (KEPT | {"0": None}, "layer 0: None is no list of experts"),
+        (KEPT | {"0": [1, 2.0]}, "layer 0: .* is not a list of experts"),
+        (KEPT | {"0": [1, True]}, "layer 0: .* is not a list of experts"),
+        (KEPT | {"0": None}, "layer 0: None is not a list of experts"),
         ({"0": list(range(8)), "3": list(range(8))}, "keeps all 8 experts of every layer"),
         ([[1, 2]], "has 1 lists, but the model has 2 layers"),
-        ({"layers": [1, {"index": 0}]}, "'None' is no number of a layer"),
-        ("text", "has to hold lists of experts by layer"),
-        (None, "has to hold lists of experts by layer"),
+        ({"layers": [1, {"index": 0}]}, "'None' is not a layer number"),
+        ("text", "has to have lists of experts by layer"),
+        (None, "has to have lists of experts by layer"),
     ],
 )
 def test_a_bad_keep_file_is_refused_in_one_message(body: object, message: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_budget_of_a_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> N
     assert budget == (24125 - 1200) * MIB
     assert notes[1] == (
         f"GPU 0 here is such a GPU: 1.17 GiB are in use there now (name unknown (pid {NOBODY}), 1.07 GiB; a display "
-        "is attached), and taken off."
+        "is attached), and subtracted."
     )
     # The first memory query counts the driver's part as used, which is not to be taken off twice.
     gpu.refuse["nvmlDeviceGetMemoryInfo_v2"] = real.NVML_ERROR_NOT_SUPPORTED

@@ -154,8 +154,8 @@ def test_shrinking_is_told_once_recorded_and_kept_for_the_run(
     assert result.exit_code == 0, result.output
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: out of memory")]
     assert notes == [
-        "note: out of memory in layer 0 with 4 sequences at a time; going on with 2.",
-        "note: out of memory in layer 0 with 2 sequences at a time; going on with 1.",
+        "note: out of memory in layer 0 with 4 sequences at a time; continuing with 2.",
+        "note: out of memory in layer 0 with 2 sequences at a time; continuing with 1.",
     ]
     summary = json.loads(result.stdout)
     assert [shrink["to"] for shrink in summary["shrinks"]] == [2, 1]

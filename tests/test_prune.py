@@ -338,7 +338,7 @@ def test_bad_goals_and_missing_files_are_refused(qwen: Model, tmp_path: Path) ->
     refused("Say which experts stay", scores=None)
     refused("No scores can be read from .*missing", "--keep", "4", scores=tmp_path / "missing")
     refused(
-        "this safetensors file holds no scores", "--keep", "4", scores=qwen.folder / "model-00001-of-00006.safetensors"
+        "this safetensors file has no scores", "--keep", "4", scores=qwen.folder / "model-00001-of-00006.safetensors"
     )
     refused("the router picks 2 experts per token", "--keep", "1")
     refused("there is no source 'poetry'", "--keep", "4", "--mix", "poetry=1")

@@ -193,8 +193,8 @@ SPEC = {"path": [], "attribute": "n", "count": 12, "top_k": 2, "groups": 1, "top
     [
         (meta("streamprune_scores", "3"), 0, "format '3', but this version of streamprune reads 1 and 2"),
         (meta("streamprune_scores", 1), 0, "format 1, but this version"),
-        (lambda header: header.pop("__metadata__") and None, 0, "holds no scores"),
-        (lambda header: header["__metadata__"].pop("streamprune_scores") and None, 0, "holds no scores"),
+        (lambda header: header.pop("__metadata__") and None, 0, "has no scores"),
+        (lambda header: header["__metadata__"].pop("streamprune_scores") and None, 0, "has no scores"),
         (lambda header: header["__metadata__"].pop("blocks") and None, 0, "missing required field `blocks`"),
         (meta("blocks", "[1, 2, 3, 4, 5]"), 0, "for 5 layers with 9 fields each it lacks 9 tensors"),
         (meta("blocks", "[1, 2, 3]"), 0, "has the unknown 'layers.4"),
@@ -266,9 +266,9 @@ def test_values_in_a_file_are_checked_too(tmp_path: Path) -> None:
         (b"\xff" * 100, "would be its header"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ((2**63).to_bytes(8, "little") + b"{}", "would be its header"),
-        ((2).to_bytes(8, "little") + b"{]", "header is no valid JSON"),
-        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "header is no valid JSON"),
-        ((2).to_bytes(8, "little") + b"{}", "holds no scores"),
+        ((2).to_bytes(8, "little") + b"{]", "header is not valid JSON"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "header is not valid JSON"),
+        ((2).to_bytes(8, "little") + b"{}", "has no scores"),
     ],
 )
 def test_what_is_no_file_of_scores(content: bytes, message: str, tmp_path: Path) -> None:

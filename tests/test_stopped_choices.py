@@ -138,7 +138,7 @@ def test_what_is_no_regular_file_is_not_replaced_by_scores(short: dict[str, Comm
     os.mkfifo(command.output)
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for name in ("pipe", "link"):
-        with pytest.raises(OutputError, match="is no regular file, so it is not replaced"):
+        with pytest.raises(OutputError, match="is not a regular file, so it is not replaced"):
             command.at(tmp_path / name).run(overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 

@@ -28,14 +28,14 @@ from streamprune.errors import (
 )
 from streamprune.hardware.device import CPU, all_gpus
 
-#: How long a process waits for the others to be there.
-_MEET = timedelta(minutes=30)
-#: How long it waits for an answer: while rank 0 downloads or checks a model, the others have nothing to do.
+#: How long a process waits for the others to connect.
+_JOIN_TIMEOUT = timedelta(minutes=30)
+#: How long it waits for a reply: while rank 0 downloads or checks a model, the others have nothing to do.
 #: (A process that ends is noticed at once, since its connections end with it.)
-_ANSWER = timedelta(days=1)
+_REPLY_TIMEOUT = timedelta(days=1)
 _FAILED, _STOP = "failed", "stop"
-#: How often a process asks whether another one was asked to stop, in seconds.
-_ASK_EVERY = 0.2
+#: How often a process checks whether another one got a request to stop, in seconds.
+_CHECK_EVERY = 0.2
 
 
 class DistributedProcesses(Processes):
@@ -44,13 +44,13 @@ class DistributedProcesses(Processes):
     def __init__(self, facts: Launched) -> None:
         self.rank, self.count = facts.rank, facts.count
         self.local_count, self.local_rank = facts.local_count, facts.local_rank
-        self._asked, self._asked_at = False, time.monotonic()
-        # A group of our own, whatever backend and timeout the processes were joined with.
-        group = dist.new_group(backend="gloo", timeout=_ANSWER)
+        self._stop_requested, self._checked_at = False, time.monotonic()
+        # An own group: the default group may have another backend or timeout.
+        group = dist.new_group(backend="gloo", timeout=_REPLY_TIMEOUT)
         assert group is not None
         self._group = group
         store = dist.distributed_c10d._get_default_store()
-        #: For flags that are set while the others compute. Rank 0 or the launcher holds the store.
+        #: For the flags _FAILED and _STOP, which a rank can set while others compute. Rank 0 or the launcher has it.
         self._store = dist.PrefixStore(group.group_name, store)  # type: ignore[attr-defined]
 
     def broadcast(self, value: T) -> T:
@@ -67,7 +67,7 @@ class DistributedProcesses(Processes):
         own = values.to(CPU).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.count)]
         self._communicate(lambda: dist.all_gather(parts, own, group=self._group))
-        # Each adds all of them in the same order, so that all have the same sums whatever the network does.
+        # Each rank adds them in the same order, so that all have the same sums.
         total = parts[0]
         for part in parts[1:]:
             largest = torch.maximum(total, part)
@@ -80,15 +80,15 @@ class DistributedProcesses(Processes):
         def ask() -> None:
             if stop:
                 self._store.set(_STOP, "")
-            self._asked = stop or self._store.check([_STOP])
+            self._stop_requested = stop or self._store.check([_STOP])
 
-        if not self._asked and (stop or time.monotonic() - self._asked_at >= _ASK_EVERY):
-            self._asked_at = time.monotonic()
+        if not self._stop_requested and (stop or time.monotonic() - self._checked_at >= _CHECK_EVERY):
+            self._checked_at = time.monotonic()
             self._communicate(ask)
-        return self._asked
+        return self._stop_requested
 
     def send(self, value: Any, process: int) -> None:
-        # First everything else, with tensors of the same shapes on the meta device; then what the tensors hold.
+        # First the structure, with tensors of the same shapes on the meta device; then the tensors' values.
         described = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), value)
         self._communicate(lambda: dist.send_object_list([described], dst=process, group=self._group, device=CPU))
         for leaf in pytree.tree_leaves(value):
@@ -112,7 +112,7 @@ class DistributedProcesses(Processes):
         try:
             self._store.set(_FAILED, "")
         except RuntimeError:
-            # Rank 0 holds the store, and is gone itself.
+            # Rank 0 has the store, and has ended itself.
             return
 
     def leave(self) -> None:
@@ -123,13 +123,13 @@ class DistributedProcesses(Processes):
         try:
             act()
         except RuntimeError as error:
-            # Only rank 0 speaks, and only it is certain to reach the store.
+            # Only rank 0 prints, and only it is certain to reach the store.
             if not self.is_first or self._store.check([_FAILED]):
                 raise ReportedElsewhereError(1) from None
             raise ProcessesError(
-                f"One of the other {self.count - 1} processes of this run ended without an error message, or cannot be "
-                f"reached any more ({_reason(error).rpartition('] ')[2]}). Was it killed, perhaps for lack of memory? "
-                "Check its machine, then give the same command again: what is finished is kept."
+                f"One of the other {self.count - 1} processes of this run ended without an error message, or is "
+                f"unreachable ({_reason(error).rpartition('] ')[2]}). It may have run out of memory. Check its "
+                "machine, then run the same command again: finished work is kept."
             ) from None
 
 
@@ -139,10 +139,10 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Processes]:
-    """The processes that were launched together, connected for as long as this lasts; ALONE if there is one.
+    """The processes that were launched together, connected within this context; ALONE if there is one.
 
-    `device` is what --device says. Raises ProcessesError when they cannot be reached. One process speaks for all: what
-    ends every rank becomes a ReportedElsewhereError in all but rank 0, and what ends another rank alone an
+    `device` is the value of --device. Raises ProcessesError if they cannot be reached. Only rank 0 reports errors: an
+    error of all ranks becomes a ReportedElsewhereError in all but rank 0, and one of another rank alone an
     OtherProcessError.
     """
     facts = launched()
@@ -153,7 +153,7 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     try:
         yield processes
     except (InterruptedRunError, TooMuchLostError) as error:
-        # Stops and losses are decided together, so that rank 0 raises the same.
+        # All ranks agree on stops and lost processes, so rank 0 raises the same.
         if processes.is_first:
             raise
         raise ReportedElsewhereError(error.exit_code) from None
@@ -173,16 +173,17 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
     from accelerate import PartialState
 
     facts.export()
-    # Nothing goes from GPU to GPU; accelerate refuses some GPUs unless these are set.
+    # Nothing is sent from GPU to GPU; accelerate refuses some GPUs unless these are set.
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
         os.environ.setdefault(name, "1")
     on_cpu, joined_before = device == "cpu" or not all_gpus(), dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            PartialState(cpu=on_cpu, backend="gloo", timeout=_MEET)
+            PartialState(cpu=on_cpu, backend="gloo", timeout=_JOIN_TIMEOUT)
         if not joined_before:
-            # Not sooner: accelerate joins once. Left to the interpreter's end, gloo's threads abort it now and then.
+            # Not earlier, since accelerate connects only once; and not later, since gloo's threads sometimes abort the
+            # interpreter at its end.
             atexit.register(_disconnect)
         return DistributedProcesses(facts)
     except (RuntimeError, ValueError) as error:
@@ -194,7 +195,7 @@ def _join(facts: Launched, device: str) -> DistributedProcesses:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as bytes: not every dtype can be sent as what it is."""
+    """A contiguous tensor as bytes, since not every dtype can be sent."""
     return tensor.reshape(-1).view(torch.uint8)
 
 

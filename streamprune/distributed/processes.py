@@ -1,8 +1,8 @@
-"""The processes that share a run, seen from one of them: which one it is, and what they exchange. Needs no torch.
+"""The processes that share a run: this process's rank, and what they exchange. Needs no torch.
 
-All of them run the same code, each on its share of the micro-batches. Rank 0 alone reads what the user gave, writes
-files and prints. What they exchange is small, apart from hidden states that are saved or restored, so that it goes
-through the host's memory.
+All of them run the same code, each on its share of the micro-batches. Only rank 0 reads the user's files, writes and
+prints. What they exchange is small, except for hidden states that are saved or restored, so it goes through the host's
+memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streamprune.errors import ProcessesError, ReportedElsewhereError, StreampruneError
 
 if TYPE_CHECKING:
-    # Commands that compute nothing run without it.
+    # Commands that compute nothing run without torch.
     import torch
 
 
@@ -49,7 +49,7 @@ class Launched:
 def launched() -> Launched:
     """How this process was launched, by the launcher's environment variables; without any, alone.
 
-    Raises ProcessesError where they say that there are several processes, but not which of them this is.
+    Raises ProcessesError if they say that there are several processes, but not which of them this is.
     """
     count, rank, local_count, local_rank = map(_number, _VARIABLES.values())
     if count is None or count < 2:
@@ -58,16 +58,16 @@ def launched() -> Launched:
         said = "is not set" if rank is None else f"is {rank}"
         raise ProcessesError(
             f"The environment says that {count} processes were launched (WORLD_SIZE), but RANK {said}, so this "
-            f"process does not know which one it is. Launch them with torchrun or `accelerate launch`, or unset "
+            f"process does not know its rank. Launch them with torchrun or `accelerate launch`, or unset "
             f"WORLD_SIZE."
         )
-    # Without a local count, all are taken to be on this machine.
+    # Without a local count, all are assumed to be on this machine.
     local_count = count if local_count is None else max(1, local_count)
     return Launched(count, rank, local_count, rank % local_count if local_rank is None else local_rank)
 
 
 def is_first() -> bool:
-    """Whether this process talks to the user: it runs alone, or is rank 0."""
+    """Whether this process prints: it runs alone, or is rank 0."""
     return launched().rank == 0
 
 
@@ -93,10 +93,10 @@ class Piece:
 
 
 class Processes:
-    """All processes of a run. This base class is one process alone: it agrees with itself, and nothing is sent.
+    """All processes of a run. This base class is a single process, which sends nothing.
 
     All methods but `mine`, `asked` and `fail` are collective: every rank has to call them in the same order.
-    They raise ProcessesError when another process is lost, and ReportedElsewhereError when that one says why itself.
+    They raise ProcessesError if another process is lost, and ReportedElsewhereError if that one reports why itself.
     """
 
     #: Which process this is, of how many; of those, how many are on this machine, and which of them this is.
@@ -111,11 +111,11 @@ class Processes:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> list[T]:
-        """This process's share of what all have: every `count`-th item."""
+        """This process's share of `items`, which all have: every `count`-th item."""
         return list(items[self.rank :: self.count])
 
     def on_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in rank 0, which alone calls it, in all ranks. An error of rank 0 ends all of them."""
+        """The return value of `make` in rank 0, which alone calls it, for all ranks. An error ends all of them."""
         if not self.is_first:
             status, value = self.broadcast((0, None))
             if status:
@@ -131,14 +131,14 @@ class Processes:
         return self.broadcast((0, result))[1]
 
     def on_each(self, make: Callable[[], T]) -> T:
-        """What `make` returns, which every rank calls. An error of one rank ends all; that one alone says why."""
+        """The return value of `make`, which every rank calls. An error of one rank ends all; that one reports it."""
         problem: StreampruneError | None = None
         try:
             value = make()
         except StreampruneError as error:
             problem = error
         statuses = self.collect(problem.exit_code if problem is not None else 0)
-        # Of several that failed rank 0 speaks: it has most likely the same reason.
+        # If several failed, rank 0 reports it: most likely for the same reason.
         if problem is not None and (self.is_first or not statuses[0]):
             raise problem
         if any(statuses):
@@ -154,10 +154,10 @@ class Processes:
         return [value]
 
     def add_up(self, values: torch.Tensor, maxima: Collection[int] = ()) -> None:
-        """Replace `values` by their sums over all ranks, to the bit the same in each; rows `maxima` by maxima."""
+        """Replace `values` by their sums over all ranks, bit-identical in each; rows `maxima` by maxima."""
 
     def asked(self, stop: bool) -> bool:
-        """Whether any process was asked to `stop`, as far as this one knows by now."""
+        """Whether any process got a request to `stop`, as far as this one knows."""
         return stop
 
     def send(self, value: Any, process: int) -> None:
@@ -169,7 +169,7 @@ class Processes:
         raise AssertionError("there is no other process")
 
     def fail(self) -> None:
-        """Let the others know that this process prints itself why it ends."""
+        """Tell the other processes that this one reports its error itself."""
 
     def in_order(self, own: Iterable[tuple[int, int]]) -> list[Piece]:
         """The items of all ranks, given this one's as (place in the order of one process, size)."""

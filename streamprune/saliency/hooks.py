@@ -1,13 +1,12 @@
 """Recording what every expert contributes while the model's own forward runs.
 
-Experts modules are switched to `_tapped_forward`. Where a module would run transformers' grouped_mm implementation,
-`forward_with_pairs` takes the same steps, value by value, so that the result is the same bit for bit, and measures
-every pair on the way. The others run their plain forward, and once more to see the single experts (`bare_pairs`).
-Tests compare the two, and both with the model run at once. Where the experts work in a latent space (Nemotron-H), f_j
-is their output there, before the projection back.
+Experts modules are switched to `_tapped_forward`. If a module would run transformers' grouped_mm implementation,
+`forward_with_pairs` computes the same steps with a bit-identical result, and measures every pair on the way. Other
+modules run their plain forward, and a second time for the single experts (`bare_pairs`). Tests compare the two with
+each other and with the complete model. If the experts work in a latent space (Nemotron-H), f_j is their output there,
+before the projection back.
 
-Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs, and what fills up), E experts, H hidden
-size.
+Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs and padding), E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import DENSE_EXPERTS, dispatches_experts
 from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype, measure, norms, part_rows
 
-#: On a CPU in half precision an expert's rows are filled up to a multiple of this share of the mean: oneDNN compiles a
-#: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers come up with every number there is.
+#: On a CPU in half precision an expert's rows are padded to a multiple of this share of the mean: oneDNN compiles a
+#: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers produce all kinds of numbers.
 _FILL_SHARE = 8
-#: The name under which transformers' experts interface knows our forward.
+#: The name of our forward in transformers' experts interface.
 IMPLEMENTATION = "streamprune"
 
 
@@ -37,9 +36,9 @@ IMPLEMENTATION = "streamprune"
 class ExpertsTap:
     """Records one experts module. `plain` is the forward the module had; with `statistics` None nothing is recorded.
 
-    `grouped` says that `plain` is transformers' grouped_mm implementation, whose steps are taken here too, so that
-    recording costs little. Otherwise `plain` is run a second time. `residual_T` are the norms of the residual stream
-    that entered the layer last.
+    `grouped` means that `plain` is transformers' grouped_mm implementation, whose steps are also computed here, so that
+    recording costs little. Otherwise `plain` runs a second time. `residual_T` are the norms of the residual stream that
+    last entered the layer.
     """
 
     plain: Callable[..., torch.Tensor]
@@ -49,7 +48,7 @@ class ExpertsTap:
 
     @contextmanager
     def listening(self, layer: nn.Module) -> Iterator[None]:
-        """Record into whatever `statistics` is set to meanwhile; `layer` is the one with these experts."""
+        """Within the context, record into `statistics`; `layer` is the layer with these experts."""
         hook = layer.register_forward_pre_hook(self._entering, with_kwargs=True)
         try:
             yield
@@ -74,7 +73,7 @@ class ExpertsTap:
 
 
 def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
-    """Make experts modules (by layer) report to the returned taps. Their outputs stay the same bit for bit.
+    """Make experts modules (by layer) record to the returned taps. Their outputs stay bit-identical.
 
     Modules that dispatch through transformers' experts interface are switched to our entry in it, which no fused
     kernel bypasses; the others (older ones, which loop over their experts) get our forward in place of their own.
@@ -92,7 +91,7 @@ def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
 def _make_tap(module: nn.Module) -> ExpertsTap:
     earlier = getattr(module, "_streamprune_tap", None)
     if earlier is not None:
-        # Tapped before: by now the module's own forward is ours.
+        # Already tapped: the module's current forward is ours.
         return ExpertsTap(earlier.plain, earlier.grouped)
     plain = type(module).forward
     if dispatches_experts(module):
@@ -104,7 +103,7 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
 def _tapped_forward(
     module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor
 ) -> torch.Tensor:
-    """What an experts module runs once it is tapped: its plain forward, and the statistics if they are asked for."""
+    """The forward of a tapped experts module: its plain forward, and the statistics if they are recorded."""
     tap: ExpertsTap = module._streamprune_tap
     if tap.statistics is None:
         return tap.plain(module, hidden_states, *routing, **named)
@@ -117,7 +116,7 @@ def _tapped_forward(
     if gates_TK.shape != index_TK.shape or len(index_TK) != len(hidden_TH):
         raise UnsupportedModelError(
             f"{type(module).__name__} got weights {list(gates_TK.shape)} for chosen experts {list(index_TK.shape)} and "
-            f"{len(hidden_TH)} tokens; they should agree. Please report this model."
+            f"{len(hidden_TH)} tokens, which do not match. Please report this model."
         )
     if tap.grouped and not getattr(module, "_is_expert_parallel", False):
         output, pairs = forward_with_pairs(module, hidden_TH, index_TK, gates_TK)
@@ -132,8 +131,8 @@ def dense_pairs(experts: int, hidden_states: torch.Tensor, output: torch.Tensor)
     """Every token paired with every expert, (T, E), from a dense experts module's input and output.
 
     Llama4TextExperts gets every token once per expert, already multiplied by its router score, with zero rows for the
-    experts that the token was not routed to. The model multiplies the experts' outputs by nothing, so the combine
-    weight is 1 and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
+    experts that the token was not routed to. The model does not weight the experts' outputs, so the gate weight is 1
+    and the score is the mean norm of what the expert adds. (Its own code runs every expert on every token.)
     `hidden_states` and `output` are (E·T, H), expert by expert. An expert that was not chosen gets the index E.
     """
     hidden_TEH, output_TEH = (
@@ -143,7 +142,7 @@ def dense_pairs(experts: int, hidden_states: torch.Tensor, output: torch.Tensor)
     everyone_TE = torch.arange(experts, device=output.device).expand(routed_TE.shape)
     index_TE = torch.where(routed_TE, everyone_TE, experts)
     gates_TE = torch.ones(routed_TE.shape, dtype=exact_dtype(output), device=output.device)
-    # The rows of a token are its hidden state times the scores, whose order their norms therefore keep.
+    # The rows of a token are its hidden state times the scores, so their norms have the order of the scores.
     ranks_TE = norms(hidden_TEH)
     return Pairs(index_TE, gates_TE, ranks_TE, *measure(output_TEH, gates_TE, output_TEH.sum(dim=1)))
 
@@ -156,10 +155,10 @@ def bare_pairs(
     gates_TK: torch.Tensor,
     sum_TH: torch.Tensor,
 ) -> Pairs:
-    """What is known of each pair, through the module's own forward; `sum_TH` is what it gave for all of them together.
+    """The measurements of each pair, by the module's own forward; `sum_TH` is its output for all chosen experts.
 
-    Each pair of a token and a chosen expert is given to it as a token of its own with weight one, so that its code
-    gives every expert's output with whatever biases, clamps or norms it applies.
+    Each pair of a token and a chosen expert is passed to it as a token of its own with weight one, so that its code
+    returns every expert's output with all biases, clamps or norms that it applies.
     """
     output_TKH = tap.plain(
         module,
@@ -173,7 +172,7 @@ def bare_pairs(
 def forward_with_pairs(
     module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> tuple[torch.Tensor, Pairs]:
-    """The experts' combined output (T, H), and what is known of each pair, in float32 or wider."""
+    """The experts' combined output (T, H), and the measurements of each pair, in float32 or wider."""
     rows = sort_by_expert(index_TK, module.num_experts, tile_of(hidden_TH, index_TK, module.num_experts))
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
@@ -196,7 +195,7 @@ def forward_with_pairs(
 class Rows:
     """Pairs in the order of their experts: each row's token and expert, where each expert's rows end, each pair's row.
 
-    Rows that only fill up have some token and some expert, and belong to no pair.
+    Padding rows have some token and some expert, and belong to no pair.
     """
 
     token_R: torch.Tensor
@@ -206,10 +205,10 @@ class Rows:
 
 
 def tile_of(hidden_TH: torch.Tensor, index_TK: torch.Tensor, experts: int) -> int:
-    """The number to a multiple of which experts' rows are filled up; 1 where nothing would be gained.
+    """Experts' rows are padded to a multiple of this number; 1 if padding would gain nothing.
 
-    In half precision a row's product does not depend on how many rows there are, bit for bit; in float32, which other
-    kernels compute that are not compiled for each size, it does.
+    In half precision a row's product is bit-identical for any number of rows. In float32 it is not, and its kernels are
+    not compiled for each size.
     """
     if hidden_TH.device.type != "cpu" or hidden_TH.dtype not in (torch.bfloat16, torch.float16):
         return 1
@@ -219,11 +218,11 @@ def tile_of(hidden_TH: torch.Tensor, index_TK: torch.Tensor, experts: int) -> in
 def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
     """Sort pairs by expert, with a multiple of `tile` rows for each; pairs of experts beyond the last come at the end.
 
-    On a GPU nothing here waits for it, as long as `tile` is 1.
+    Does not wait for a GPU if `tile` is 1.
     """
     chosen = index_TK.shape[1]
     expert_P, order_P = torch.sort(index_TK.reshape(-1))
-    # As the library counts: histc takes floats on the CPU and whole numbers on CUDA.
+    # As in transformers: histc takes floats on the CPU and integers on CUDA.
     countable_P = expert_P.float() if expert_P.device.type == "cpu" else expert_P.int()
     counts_E = torch.histc(countable_P, bins=experts, min=0, max=experts - 1)
     token_R, expert_R = order_P // chosen, expert_P
@@ -250,7 +249,7 @@ def _combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tens
         gates = gates_TK[begin : begin + size]
         rows_TK = row_TK[begin : begin + size]
         output_TKH = output_RH.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, -1)
-        # In the model's own dtypes, as the library does it: these are the values that go on.
+        # In the model's own dtypes, as in transformers: these are the values that the model continues with.
         sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
         done.append((sum_TH, *measure(output_TKH, gates, sum_TH)))
     return tuple(map(torch.cat, zip(*done, strict=True)))

@@ -1,4 +1,4 @@
-"""What experts are ranked by. To add a method, enter it in METHODS with its formula.
+"""The scoring methods. To add one, enter it in METHODS with its formula.
 
 A score function gives the scores (E,), float64, of the experts of one layer: the higher, the longer an expert stays. An
 expert that no token was routed to scores 0. For a token routed to expert j, g is its gate weight, f the expert's output
@@ -26,7 +26,7 @@ class MixedStatistics:
     seed: int = 0
 
     def total(self, name: str) -> Array:
-        """A field as it is: a sum over the tokens routed to each expert, or a maximum."""
+        """A field: a sum over the tokens routed to each expert, or a maximum."""
         return self.fields[name].copy()
 
     def mean(self, name: str) -> Array:
@@ -44,7 +44,7 @@ def random_scores(statistics: MixedStatistics) -> Array:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to score experts: its function, what a score is (in words, for the model card), and where it is from."""
+    """A way to score experts: its function, what a score means (for the model card), and its publication."""
 
     score: Callable[[MixedStatistics], Array]
     meaning: str
@@ -108,7 +108,7 @@ DEFAULT_METHOD = "reap"
 def score_experts(method: str, statistics: MixedStatistics) -> Array:
     """The scores (E,) of the experts of one layer by a method of METHODS.
 
-    Raises ScoresError where statistics are so large that a score is infinite or not a number.
+    Raises ScoresError if statistics are so large that a score is infinite or NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         scores = METHODS[method].score(statistics)

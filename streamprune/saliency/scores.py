@@ -1,6 +1,6 @@
-"""The scores of a model: what is recorded of every expert, summed over the tokens that were routed to it, by source.
+"""The scores of a model: statistics of every expert, summed over the tokens that were routed to it, by source.
 
-All fields but one are sums over tokens, so that sources can be weighted afterwards exactly; the peak is a maximum. For
+All fields but one are sums over tokens, so that sources can be weighted exactly later; the peak is a maximum. For
 a token routed to expert j, g is the gate weight with which the model combines j's output f (before the gate), o the
 layer's routed output Σ g·f of all experts that the token chose, and x the residual stream that enters the layer.
 
@@ -37,15 +37,15 @@ FIELDS = {
 #: Fields that count tokens, and those that are maxima instead of sums.
 COUNTS = frozenset({"tokens", "top_choices"})
 MAXIMA = frozenset({"peaks"})
-#: Where the latter lie along that axis.
+#: The positions of the maxima along that axis.
 MAXIMA_PLACES = tuple(number for number, name in enumerate(FIELDS) if name in MAXIMA)
-#: Fields that may be negative. (A gate weight is negative in no router that we know of, but nothing forbids it.)
+#: Fields that may be negative. (No known router has negative gate weights, but they are possible.)
 SIGNED = frozenset({"gates", "gated_norms", "cosines"})
-#: Up to here float64 has every whole number.
+#: float64 represents every integer up to here.
 MOST_TOKENS = 2**53
 #: Far beyond what float32 can reach, squared and summed, and low enough that products of two stay finite.
 MOST_VALUE = 1e120
-#: Rounding may carry a sum of cosines above the number of its terms, the more so the narrower the dtype.
+#: Through rounding, a sum of cosines may exceed the number of its terms by this share.
 _SLACK = 1e-2
 
 
@@ -59,8 +59,8 @@ class LayerStatistics:
     def mixed(self, weights: Sequence[float]) -> Mapping[str, Array]:
         """The statistics (E,) by field of all sources together, each source weighted by its entry in `weights` (S,).
 
-        The weight of a source is how often each of its tokens counts. Of a source with weight 0 nothing counts, its
-        peaks included.
+        The weight of a source is how often each of its tokens counts. Sources with weight 0 are ignored, also their
+        peaks.
         """
         factors = np.asarray(weights, dtype=np.float64)
         used = self.values[:, factors > 0]
@@ -69,7 +69,7 @@ class LayerStatistics:
             if name in MAXIMA:
                 result[name] = values.max(axis=0, initial=0.0)
                 continue
-            # One source after the other, and no matrix product: that would round differently on other processors.
+            # One source after the other, since a matrix product would round differently on other processors.
             result[name] = np.zeros(values.shape[1])
             for factor, of_source in zip(factors[factors > 0], values, strict=True):
                 result[name] += factor * of_source
@@ -81,7 +81,7 @@ class Scores:
     """The statistics of every layer with experts, in ascending order, and their provenance.
 
     `sources` names the parts of the calibration text, `source_tokens` says how many tokens each of them had. Provenance
-    and layout are JSON; `layout`, which says where the checkpoint holds its experts, is None where it was not recorded.
+    and layout are JSON; `layout`, which says where the experts are in the checkpoint, is None if it was not recorded.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -108,15 +108,15 @@ def pack(values: Array) -> str:
 
 
 def unpack(text: str, sources: int, experts: int) -> Array:
-    """Statistics (F, S, E) from `pack`. Raises ValueError or TypeError for text that holds none of this size."""
+    """Statistics (F, S, E) from `pack`. Raises ValueError or TypeError for text that is not of this size."""
     values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
     return values.reshape(len(FIELDS), sources, experts).astype(np.float64)
 
 
 def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:
-    """Recorded statistics of a layer, or sums on the way to such, from `pack`.
+    """Recorded statistics of a layer, complete or not, from `pack`.
 
-    Raises ValueError or TypeError for what no scoring can give: now, and not after hours, when all are written.
+    Raises ValueError or TypeError for impossible statistics, early and not after hours, when all are written.
     """
     statistics = LayerStatistics(layer, unpack(text, len(source_tokens), experts))
     try:
@@ -127,9 +127,9 @@ def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts
 
 
 def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: int) -> None:
-    """Raise ScoresError unless the statistics of a layer are of the right shape, and such as these tokens can have.
+    """Raise ScoresError unless the statistics of a layer have the right shape and are possible for these tokens.
 
-    Values are finite, counts are whole numbers up to the source's tokens, and without tokens there is nothing.
+    Values are finite, counts are integers up to the source's tokens, and without tokens all values are 0.
     """
     shape = (len(FIELDS), len(source_tokens), experts)
     if layer.values.shape != shape:
@@ -152,6 +152,6 @@ def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: i
             source, expert = (int(number) for number in np.argwhere(wrong)[0])
             raise ScoresError(
                 f"layer {layer.index}, expert {expert}, source {source}: {name} is {values[source, expert]:g} with "
-                f"{tokens[source, expert]:g} tokens of {source_tokens[source]:g}, which cannot be. Score the model "
+                f"{tokens[source, expert]:g} tokens of {source_tokens[source]:g}, which is impossible. Score the model "
                 "again."
             )

@@ -1,6 +1,6 @@
-"""The file of scores: one small safetensors file, made to be shared. Imports no torch.
+"""The scores file: one small safetensors file, made to be shared. Imports no torch.
 
-It holds a tensor per layer and field of `scores.FIELDS`, for example `layers.3.gated_norms`: a row per source of the
+It has a tensor per layer and field of `scores.FIELDS`, for example `layers.3.gated_norms`: a row per source of the
 calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. Its metadata are
 
 - `streamprune_scores`: the number of the format;
@@ -35,9 +35,9 @@ from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
 
 SCORES_NAME = "scores.safetensors"
-#: Where they lie in a pruned model's folder: not next to the weights, where some loaders read every safetensors file.
+#: Their subfolder in a pruned model: not next to the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
-#: The format that is written. Format 1, of streamprune 0.1.0, differs in nothing but this number.
+#: The format that is written. Format 1, of streamprune 0.1.0, only differs in this number.
 FORMAT = 2
 READABLE_FORMATS = ("1", "2")
 #: 94 layers with 512 experts each and 30 sources take 100 MB; a real file has a few.
@@ -81,7 +81,7 @@ class _Experts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Metadata(msgspec.Struct):
-    """What the metadata say: checked before scores are written, and when they are read."""
+    """The parsed metadata: checked before scores are written, and when they are read."""
 
     blocks: Annotated[list[_Index], Meta(min_length=1)]
     sources: Annotated[list[_Source], Meta(min_length=1, max_length=1000)]
@@ -98,20 +98,20 @@ class _Metadata(msgspec.Struct):
 
 
 def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise OutputError unless a file of scores may be written to `output`, for the model in `source`."""
+    """Raise OutputError unless a scores file may be written to `output`, for the model in `source`."""
     if output.name in {"", ".."} or output.is_dir():
         raise OutputError(f"{output} is a folder. Name the file that the scores go to, such as -o scores.safetensors.")
     if output.absolute().parent.resolve() == source.resolve():
-        raise OutputError(f"{output} is in the model's own folder, which never changes. Choose another place with -o.")
+        raise OutputError(f"{output} is in the model's own folder, which never changes. Choose another -o.")
     if not os.path.lexists(output):
         return
     if not output.is_file():
-        # A device, a pipe, a link to nothing.
-        raise OutputError(f"{output} is no regular file, so it is not replaced. Choose another name with -o.")
+        # A device, a pipe, a broken link.
+        raise OutputError(f"{output} is not a regular file, so it is not replaced. Choose another name with -o.")
     if not overwrite:
         raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
     if not _may_be_scores(output):
-        raise OutputError(f"{output} holds no scores, so --overwrite does not replace it. Choose another name with -o.")
+        raise OutputError(f"{output} has no scores, so --overwrite does not replace it. Choose another name with -o.")
 
 
 def _may_be_scores(path: Path) -> bool:
@@ -124,10 +124,10 @@ def _may_be_scores(path: Path) -> bool:
 def write_scores(path: Path, scores: Scores) -> None:
     """Write `scores` to `path`, complete or not at all.
 
-    Raises ScoresError if they are not what `read_scores` would accept, OutputError or ResourceError if the disk fails.
+    Raises ScoresError if `read_scores` would not accept them, OutputError or ResourceError if the disk fails.
     """
     metadata = _metadata_of(scores)
-    # As they will be checked when they are read.
+    # The same checks as when they are read.
     _checked_metadata(metadata)
     for layer in scores.layers:
         check_layer(layer, scores.source_tokens, scores.spec.count)
@@ -146,10 +146,10 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def _metadata_of(scores: Scores) -> dict[str, str]:
-    """The metadata that depend on the scores, each as JSON."""
+    """The metadata of these scores, each as JSON."""
     if len(scores.sources) != len(scores.source_tokens):
         raise ScoresError(
-            f"{len(scores.sources)} sources with {len(scores.source_tokens)} token counts are no calibration. Score "
+            f"{len(scores.sources)} sources with {len(scores.source_tokens)} token counts are inconsistent. Score "
             "the model again."
         )
     named = zip(scores.sources, scores.source_tokens, strict=True)
@@ -164,7 +164,7 @@ def _metadata_of(scores: Scores) -> dict[str, str]:
 
 
 def _checked_metadata(metadata: Mapping[str, Any]) -> _Metadata:
-    """What the metadata say. Raises ScoresError for what the metadata of scores cannot be."""
+    """The parsed metadata. Raises ScoresError if they are invalid."""
     values = {}
     for name in _Metadata.__struct_fields__:
         if name not in metadata:
@@ -174,14 +174,14 @@ def _checked_metadata(metadata: Mapping[str, Any]) -> _Metadata:
             if not isinstance(text, str):
                 raise ValueError("no text")
             values[name] = parse_json(text.encode(), unique=True)
-            # Infinity and NaN, which Python reads, are not JSON, and 1e999 would be written as such again.
+            # Infinity and NaN, which Python reads, are not JSON; nor is 1e999, which Python reads as infinity.
             json.dumps(values[name], allow_nan=False)
         except (ValueError, RecursionError):
             raise _damaged(f"its metadata {name!r} are {show(text)}") from None
     try:
         return msgspec.convert(values, _Metadata)
     except msgspec.ValidationError as error:
-        raise ScoresError(f"its metadata cannot be those of scores: {error}. Score the model again.") from None
+        raise ScoresError(f"its metadata are not those of scores: {error}. Score the model again.") from None
 
 
 def _json(value: Any) -> str:
@@ -195,9 +195,9 @@ def _tensor_name(index: int, name: str) -> str:
 def read_scores(path: Path) -> Scores:
     """The scores in `path`: a file, a folder that has one named SCORES_NAME, or the folder of a pruned model.
 
-    Trusts nothing in the file: raises ScoresError for whatever `write_scores` would not write.
+    Trusts nothing in the file: raises ScoresError for anything that `write_scores` would not write.
     """
-    # Unlike pathlib's, this takes any name.
+    # Unlike pathlib's method, this accepts any name.
     if os.path.isdir(path):  # noqa: PTH112
         inside = path / SCORES_FOLDER / SCORES_NAME
         path = inside if os.path.isfile(inside) else path / SCORES_NAME  # noqa: PTH113
@@ -226,13 +226,13 @@ def _parse(path: Path, data: bytes) -> Scores:
     try:
         header = parse_json(data[8 : 8 + length], unique=True)
     except (ValueError, RecursionError):
-        raise _damaged("its header is no valid JSON") from None
+        raise _damaged("its header is not valid JSON") from None
     entries, end = header_entries(path, path.name, header, 8 + length)
     if end != len(data):
         raise _damaged(f"it has {len(data):,} bytes, {end:,} by its header")
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or _MARK not in metadata:
-        raise ScoresError("this safetensors file holds no scores. Give the file that `streamprune score` wrote.")
+        raise ScoresError("this safetensors file has no scores. Give the file that `streamprune score` wrote.")
     if metadata[_MARK] not in READABLE_FORMATS:
         raise ScoresError(
             f"the scores have format {show(metadata[_MARK])}, but this version of streamprune reads "

@@ -1,4 +1,4 @@
-"""Measuring what every chosen expert gives a token, and summing it on the device (the fields of `saliency.scores`).
+"""Measuring what each chosen expert contributes to a token, and summing it on the device (see `saliency.scores`).
 
 Shapes: T tokens, K experts chosen per token, E experts, H hidden size, F fields of the statistics, S sources.
 """
@@ -13,20 +13,20 @@ import torch
 from streamprune.hardware.device import is_gpu
 from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics
 
-#: Values that are widened to float32 at a time, few enough to stay in the caches. All outputs of a micro-batch at once
-#: would be copied to memory that is new each time, which takes a CPU longer than the arithmetic (15 of 33 ms for 1,024
-#: tokens of tools/bench's `mid` shape), and a GPU a GiB.
+#: Values that are converted to float32 at a time, few enough to stay in the caches. Converting all outputs of a
+#: micro-batch at once would allocate new memory each time, which takes a CPU longer than the arithmetic (15 of 33 ms
+#: for 1,024 tokens of tools/bench's `mid` shape), and a GPU a GiB.
 CPU_PART_VALUES, GPU_PART_VALUES = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of each pair of a token and an expert that it chose, all (T, K).
+    """The measurements of each pair of a token and one of its chosen experts, all (T, K).
 
-    `index` are the experts; E or more stands for none (zero-computation experts, padding). `gates` are the weights with
-    which the model combines the experts' outputs, `ranks` what orders a token's choices (usually the gates). Of the
-    expert's output before the gate, `norms` and `peaks` are the 2-norm and the largest absolute value; `cosines` are
-    between the gated output and what all chosen experts give together.
+    `index` are the experts; E or more means no expert (zero-computation experts, padding). `gates` are the weights with
+    which the model combines the experts' outputs, `ranks` order a token's choices (usually the gates). `norms` and
+    `peaks` are the 2-norm and the largest absolute value of the expert's output before the gate; `cosines` are between
+    the gated output and the gated sum over the chosen experts.
     """
 
     index: torch.Tensor
@@ -47,9 +47,9 @@ class ExpertStatistics:
         """Add T tokens of one source; `residual_T` are the norms of the residual stream that enters the layer."""
         experts = self.values.shape[-1]
         column_TK = pairs.index.clamp(max=experts)
-        # One row per token, at most one value per cell: the sums are taken in a fixed order, so that they are the same
-        # in every run, which scatter_add on a GPU would not grant. All fields fill the same cells, so that one table
-        # serves them all; its last column takes what belongs to no expert.
+        # One row per token, at most one value per cell: so the order of the sums is fixed, and they are the same in
+        # every run, unlike with scatter_add on a GPU. All fields fill the same cells of one table; its last column
+        # collects entries without an expert.
         table = torch.zeros((len(column_TK), experts + 1), dtype=torch.float64, device=column_TK.device)
         for field, value_TK in _fields(pairs, residual_T):
             table.scatter_(1, column_TK, value_TK)
@@ -60,7 +60,7 @@ class ExpertStatistics:
                 place += table.sum(0)[:experts]
 
     def merge(self, other: ExpertStatistics, source: int) -> None:
-        """Add those of one source that were collected apart. Needs no memory, so that it cannot fail half-way."""
+        """Add the statistics of one source. Allocates no memory, so it cannot fail half-way."""
         for number, field in enumerate(FIELDS):
             place = self.values[number, source]
             if field in MAXIMA:
@@ -69,7 +69,7 @@ class ExpertStatistics:
                 place += other.values[number, 0]
 
     def of_layer(self, index: int) -> LayerStatistics:
-        """The statistics as they are recorded of layer `index`."""
+        """The statistics of layer `index`, as they are recorded."""
         return LayerStatistics(index, self.values.cpu().numpy())
 
 
@@ -85,19 +85,19 @@ def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch
     yield "norms", norms
     yield "squared_gated_norms", gated.square()
     yield "peaks", pairs.peaks.double()
-    # A residual stream of zeros has no energy that could be compared with.
+    # A residual stream of zeros has no energy to divide by.
     yield "relative_energies", torch.where(energy_T1 > 0, gated.square() / energy_T1, 0.0)
     yield "cosines", pairs.cosines.double()
     yield "top_choices", torch.zeros_like(gated).scatter_(1, top_T1, 1.0)
 
 
 def part_rows(tensor: torch.Tensor, row_values: int) -> int:
-    """How many rows of so many values are widened at a time, where the tensor lies."""
+    """How many rows of `row_values` values are converted at a time on the tensor's device."""
     return max(1, (GPU_PART_VALUES if is_gpu(tensor.device) else CPU_PART_VALUES) // max(1, row_values))
 
 
 def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What lengths are computed in: float32, or the tensor's own dtype if that is wider."""
+    """The dtype for norms: float32, or the tensor's own dtype if that is wider."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -110,7 +110,7 @@ def norms(vectors: torch.Tensor) -> torch.Tensor:
 def measure(output_TKH: torch.Tensor, gates_TK: torch.Tensor, sum_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Norms, peaks and cosines (T, K) of `Pairs`, in float32 or wider, from the outputs of a token's experts.
 
-    `sum_TH` is what they give together.
+    `sum_TH` is the gated sum of these outputs. Returns (norms, peaks, cosines).
     """
     exact = exact_dtype(output_TKH)
     size = part_rows(output_TKH, output_TKH.shape[1] * output_TKH.shape[2])
@@ -118,10 +118,10 @@ def measure(output_TKH: torch.Tensor, gates_TK: torch.Tensor, sum_TH: torch.Tens
     for parts in zip(*(torch.split(each, size) for each in (output_TKH, gates_TK, sum_TH)), strict=True):
         output, gates, total = parts[0].to(exact), parts[1], parts[2].to(exact)
         length = torch.linalg.vector_norm(output, dim=-1)
-        # The infinity norm is the same, and takes forty times as long on a CPU.
+        # Equals the infinity norm, which is forty times slower on a CPU.
         peak = output.abs().amax(dim=-1)
-        # Products in half precision would overflow where an expert's output is large. (As a product of matrices it
-        # would take thirty times as long on a CPU.)
+        # In float32, since half precision overflows for large outputs. (A matrix product is thirty times slower on a
+        # CPU.)
         dot = (output * total.unsqueeze(1)).sum(dim=-1) * gates
         together = cosines(dot, gates, length, torch.linalg.vector_norm(total, dim=-1))
         measured.append((length, peak, together))
@@ -131,7 +131,7 @@ def measure(output_TKH: torch.Tensor, gates_TK: torch.Tensor, sum_TH: torch.Tens
 def cosines(dot_TK: torch.Tensor, gates_TK: torch.Tensor, norms_TK: torch.Tensor, sum_T: torch.Tensor) -> torch.Tensor:
     """cos(g·f, o) of all pairs (T, K), from the dot products of g·f and o, the gates, ‖f‖, and ‖o‖ (T,).
 
-    0 where either of the two is zero. Rounding may carry a cosine over 1, and is cut off.
+    0 if either of the two is zero. Clipped to -1 to 1, which rounding may exceed.
     """
     length_TK = gates_TK.to(norms_TK.dtype).abs() * norms_TK * sum_T.unsqueeze(1)
     return torch.where(length_TK > 0, dot_TK.to(norms_TK.dtype) / length_TK, 0.0).clamp(-1.0, 1.0)

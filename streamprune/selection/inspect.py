@@ -1,6 +1,6 @@
-"""What `streamprune inspect` says: the objects of `--json`, and the same as tables for the terminal.
+"""The output of `streamprune inspect`: the objects of `--json`, and the same as tables for the terminal.
 
-It is about each layer's scores, a selection's boundary, what it keeps of each source, and how two selections differ.
+It shows each layer's scores, a selection's boundary, how much it keeps of each source, and how two selections differ.
 One line per layer, so that 48 layers of 128 experts stay readable.
 """
 
@@ -78,7 +78,7 @@ def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selec
 
 def _retention_object(retention: Retention) -> dict[str, Any]:
     body = asdict(retention)
-    # The key is from when layers were called blocks.
+    # Layers were called blocks when this key was introduced.
     body["worst_block"] = body.pop("worst_layer")
     return body
 
@@ -263,15 +263,15 @@ def changed_settings(base: SelectionSettings, text: str) -> SelectionSettings:
         name = key.strip().replace("-", "_")
         if not equals or key.strip() not in _KEYS or name in changes:
             raise SettingsError(
-                f"--compare {show(text)} is no change of the choice. Write for example --compare mix=code=1, --compare "
-                f'method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
+                f"--compare {show(text)} is not a change of the selection. Write for example --compare mix=code=1, "
+                f'--compare method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
             )
         try:
             changes[name] = _KEYS[key.strip()](value.strip())  # type: ignore[operator]
         except (ValueError, KeyError):
-            raise SettingsError(f"--compare {show(text)}: {show(value)} is no value of {key.strip()}.") from None
+            raise SettingsError(f"--compare {show(text)}: {show(value)} is not a value of {key.strip()}.") from None
     if changes.get("mix") == "":
-        # No mix: every token counts once.
+        # Without a mix every token counts once.
         changes["mix"] = None
     schedule = SCHEDULES.get(changes.get("schedule", base.schedule))
     if schedule is None or not schedule.has_spread:
@@ -284,8 +284,8 @@ def compare_selections(
 ) -> dict[str, Any]:
     """What `--json` prints of a comparison: how the selection `other`, made by `settings`, differs from the first.
 
-    By layer, the experts that only one of the two keeps and their Jaccard index: the number of experts that both keep,
-    divided by that of experts which either keeps. By source, what each of the two keeps.
+    By layer: the experts that only one of the two keeps, and the Jaccard index, the number of experts that both keep
+    divided by the number that at least one keeps. By source: how much each of the two keeps.
     """
     layers: list[dict[str, Any]] = []
     for one, another in zip(selection.layers, other.layers, strict=True):

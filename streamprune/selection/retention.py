@@ -1,10 +1,10 @@
 """Domain retention: how much of each source's saliency a selection keeps.
 
-Saliency here is Σ g·‖f‖ over a source's own tokens, whatever method and mix chose: what an expert adds to the residual
-stream, on which the outputs of all layers add up. So the sums of all layers are taken together, choices of any two
-methods and schedules can be compared, and a layer counts by what it adds. (Of the definitions tried on two trained
-models with `tools/mixes`, this one predicted the order of the damage best; the mean over layers of each layer's share
-was no better than chance where layers keep different numbers.)
+Saliency here is Σ g·‖f‖ over a source's own tokens, for any method and mix: what an expert adds to the residual stream,
+in which the outputs of all layers are summed. So all layers are summed too, selections by any two methods and schedules
+can be compared, and a layer counts by what it adds. (Of the definitions tried on two trained models with `tools/mixes`,
+this one predicted the order of the KL divergences best; the mean over layers of each layer's share was no better than
+chance if layers keep different numbers.)
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from streamprune.saliency.scores import FIELDS, Scores
 from streamprune.selection.select import Selection, keep_highest
 
-#: A source that keeps less of its saliency than this is warned of: it loses most of its own.
+#: There is a warning for a source that keeps less of its saliency than this.
 LEAST_RETENTION = 0.5
-#: Also warned of: a source that loses UNEQUAL times the share of the source that loses least, and LEAST_WARNED_LOSS.
+#: And for one that loses UNEQUAL times as much as the source that loses least, and at least LEAST_WARNED_LOSS.
 UNEQUAL, LEAST_WARNED_LOSS = 2.0, 0.1
 #: Where Σ g·‖f‖ lies among the statistics.
 _SALIENCY = list(FIELDS).index("gated_norms")
@@ -27,10 +27,10 @@ _SALIENCY = list(FIELDS).index("gated_norms")
 
 @dataclass(frozen=True)
 class Retention:
-    """What a choice keeps of one source's saliency: of all layers together, and each layer's own share.
+    """How much of one source's saliency a selection keeps: in all layers together, and in each layer.
 
-    `best` is the most that as many experts per layer can keep: those chosen for this source alone. Layers where none of
-    the source's tokens met an expert have no share.
+    `best` is the most that as many experts per layer can keep, if selected for this source alone. Layers in which none
+    of the source's tokens was routed to an expert have no share.
     """
 
     source: str
@@ -54,7 +54,7 @@ def _retention(source: int, scores: Scores, selection: Selection) -> Retention:
         sums.append((saliency.sum(), saliency[list(selected.kept)].sum(), saliency[list(ideal)].sum()))
     every, kept, best = np.array(sums).T
     shares = [float(part / total) if total > 0 else None for part, total in zip(kept, every, strict=True)]
-    # Of a source that met no expert at all nothing is lost.
+    # A source without routed tokens loses nothing.
     met = [(share, index) for share, index in zip(shares, scores.layer_indices, strict=True) if share is not None]
     worst, worst_layer = min(met, default=(1.0, scores.layer_indices[0]))
     total = every.sum()
@@ -63,10 +63,10 @@ def _retention(source: int, scores: Scores, selection: Selection) -> Retention:
 
 
 def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] | None = None) -> Iterator[str]:
-    """A sentence for each source that would lose most of its own saliency, or far more than another source does.
+    """A warning for each source that loses most of its saliency, or far more than another source.
 
-    `shares` are the sources' shares of the tokens that decided; None where no mix did. A source that has all of them
-    cannot be given more.
+    `shares` are the sources' shares of the tokens, weighted by the mix; None without a mix. A source that has all of
+    them cannot get more.
     """
     if not found:
         return

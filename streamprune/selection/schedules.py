@@ -1,7 +1,7 @@
 """How a total number of experts is divided among the layers. To add a schedule: one function, one entry in SCHEDULES.
 
-Counts are exact: they have just the sum that is asked for. They are made in steps: of one expert, or, where the
-router's groups of experts must stay equal in size, of one expert in every group.
+Counts are exact: they sum to the total. They change in steps of one expert, or, if the router's groups of experts must
+stay equal in size, of one expert in every group.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DEFAULT_SPREAD = 0.15
 class Division:
     """What a schedule divides: `total` experts among layers that have `spec.count` each and keep `least` or more.
 
-    `spread` is for schedules that have one. `scores` (layers, E) and the experts `protected` in each layer are known
-    only once all layers are scored.
+    `spread` is for schedules that have one. `scores` (layers, E) and the experts `protected` in each layer are only
+    known after all layers are scored.
     """
 
     spec: ExpertSpec
@@ -38,8 +38,8 @@ class Division:
 def linear(slope: int, division: Division) -> list[int]:
     """The share removed changes evenly over the layers, by `spread` to either side of the target.
 
-    It rises from the first layer to the last where `slope` is 1, falls where it is -1, and is the same everywhere where
-    it is 0: of a total that does not divide, the first layers then keep a step more.
+    It rises from the first layer to the last if `slope` is 1, falls if it is -1, and is the same in all layers if it is
+    0; if the total is not divisible, the first layers then keep one step more.
     """
     layers, spec = len(division.least), division.spec
     mean, reach = Fraction(division.total, layers), slope * spec.count * Fraction(str(division.spread))
@@ -80,9 +80,9 @@ class Schedule:
     meaning: str
     #: Whether every layer keeps the same number.
     is_uniform: bool = False
-    #: Whether --spread means something to it.
+    #: Whether it uses --spread.
     has_spread: bool = False
-    #: Whether it divides by the scores, which are known only once all layers are scored.
+    #: Whether it divides by scores, which are only known after all layers are scored.
     needs_scores: bool = False
 
 
@@ -98,10 +98,10 @@ DEFAULT_SCHEDULE = "uniform"
 
 
 def ranked(scores: Sequence[float], spec: ExpertSpec, protected: Sequence[int] = ()) -> list[list[int]]:
-    """The experts of each group, from the one that stays longest to the one that goes first.
+    """The experts of each group, from the last to be removed to the first.
 
-    Groups are runs of consecutive experts, as routers define them. The `protected` stay whatever their score; of equal
-    scores the lower number stays.
+    Groups are runs of consecutive experts, as routers define them. The `protected` come first for any score; of equal
+    scores the lower number comes first.
     """
     size = spec.count // spec.groups
     return [
@@ -111,16 +111,16 @@ def ranked(scores: Sequence[float], spec: ExpertSpec, protected: Sequence[int] =
 
 
 def room_for(protected: Sequence[int], spec: ExpertSpec) -> int:
-    """The fewest experts of a layer, equally many in each group, among which all the protected can be."""
+    """The fewest experts of a layer, equally many in each group, that include all protected ones."""
     per_group = Counter(expert * spec.groups // spec.count for expert in protected)
     return max(per_group.values(), default=0) * spec.groups
 
 
 def _divided(wanted: Sequence[Fraction], least: Sequence[int], most: int, total: int) -> list[int]:
-    """Whole numbers near `wanted` with the sum `total`, each at least its `least` and at most `most`.
+    """Integers near `wanted` with the sum `total`, each at least its `least` and at most `most`.
 
-    All are shifted by one amount, so that what the limits cut off is spread over the others; then rounded by largest
-    remainders, of equal ones the first.
+    All are shifted by one amount to compensate for the limits, then rounded by largest remainders (of equal ones, the
+    first).
     """
 
     def shifted(shift: Fraction) -> list[Fraction]:
@@ -129,7 +129,7 @@ def _divided(wanted: Sequence[Fraction], least: Sequence[int], most: int, total:
     def sum_at(shift: Fraction) -> Fraction:
         return sum(shifted(shift), Fraction(0))
 
-    # Between two neighbours of these shifts the sum is a straight line, and nowhere does it fall.
+    # The sum is linear between two neighbours of these shifts, and never falls.
     bends = sorted({low - want for want, low in zip(wanted, least, strict=True)} | {most - want for want in wanted})
     place = bisect_right(bends, Fraction(total), 1, max(1, len(bends) - 1), key=sum_at)
     begin, end = bends[place - 1], bends[min(place, len(bends) - 1)]

@@ -20,7 +20,7 @@ from streamprune.selection.user_files import least_per_layer, read_schedule_file
 #: Super experts: their peaks are above this percentile of all peaks, and above this share of the largest peak.
 PERCENTILE = 99.5
 LEAST_SHARE = 0.1
-#: Later layers have large peaks of another kind, next to the model's output.
+#: Later layers are excluded: near the model's output they have large peaks of another kind.
 FIRST_LAYERS = 0.75
 
 
@@ -28,7 +28,7 @@ FIRST_LAYERS = 0.75
 class LayerSelection:
     """Layer `index`: the experts that stay (ascending), and every expert's score and tokens (empty if unknown).
 
-    `tokens` are those really routed, of all sources, whatever the mix.
+    `tokens` are all routed tokens of all sources, not weighted by the mix.
     """
 
     index: int
@@ -41,8 +41,8 @@ class LayerSelection:
 class Selection:
     """The experts that stay in all layers, in ascending order of layers.
 
-    `settings` are what they were selected by, None for the user's own list. `protected` are the super experts that
-    were kept whatever their score, by layer.
+    `settings` decided the selection; None for the user's own list. `protected` are the super experts that were kept for
+    any score, by layer.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -66,7 +66,7 @@ class Selection:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers keep equally many, as a standard config says it."""
+        """Whether all layers keep equally many, as a standard config requires."""
         return len(set(self.counts)) == 1
 
 
@@ -74,8 +74,8 @@ class Selection:
 class Selector:
     """Selects the experts of a model that stay: `total` of them in all layers.
 
-    `per_layer` says how many stay in each layer, None where only all the scores together decide that. `sources` are the
-    calibration's, with the tokens of each. Raises SettingsError for a mix that does not go with them.
+    `per_layer` says how many stay in each layer, None if the scores of all layers decide that. `sources` are the
+    calibration's, with the tokens of each. Raises SettingsError for a mix that does not match these sources.
     """
 
     settings: SelectionSettings
@@ -86,7 +86,7 @@ class Selector:
     per_layer: Mapping[int, int] | None = None
 
     def __post_init__(self) -> None:
-        # Now, and not after hours of scoring.
+        # Checked here, not after hours of scoring.
         _ = self.weights
 
     @cached_property
@@ -109,7 +109,7 @@ class Selector:
         return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics))
 
     def all(self, layers: Sequence[LayerStatistics]) -> Selection:
-        """The selection in all layers. Raises SettingsError where there is none, with the layer and the numbers."""
+        """The selection in all layers. Raises SettingsError, with layer and numbers, if no selection is possible."""
         protected = super_experts(layers, self.weights) if self.settings.protect_super_experts else {}
         counts = self.per_layer
         if counts is None:
@@ -124,7 +124,7 @@ class Selector:
 def listed_selection(
     kept: Mapping[int, tuple[int, ...]], scores: Scores | None, settings: SelectionSettings
 ) -> Selection:
-    """The user's own selection, with the scores (by `settings`) that the experts have, if there are any."""
+    """The user's own selection, with the experts' scores (by `settings`) if there are any."""
     if scores is None:
         return Selection(tuple(LayerSelection(index, experts) for index, experts in sorted(kept.items())))
     weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
@@ -151,26 +151,26 @@ def keep_highest(
 ) -> tuple[int, ...]:
     """The numbers of the `keep` experts with the highest scores (E,), ascending; equally many in each of the groups.
 
-    They are the first of `ranked`. Raises SettingsError where there is no room for the protected.
+    They are the first of `ranked`. Raises SettingsError if more are protected than may stay.
     """
     needed = room_for(protected, spec)
     if needed > keep:
         raise SettingsError(
-            f"{len(protected)} super experts of one layer are to stay, {sorted(protected)}, but it keeps {keep} of "
+            f"{len(protected)} super experts are protected, {sorted(protected)}, but the layer keeps only {keep} of "
             f"{spec.count} experts{f' in {spec.groups} equal groups' if spec.groups > 1 else ''}. Keep at least "
-            f"{needed}, or leave --protect-super-experts out."
+            f"{needed}, or omit --protect-super-experts."
         )
     each = keep // spec.groups
     return tuple(sorted(expert for members in ranked(scores, spec, protected) for expert in members[:each]))
 
 
 def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -> dict[int, tuple[int, ...]]:
-    """The super experts by layer, ascending; layers without any are left out. `weights` (S,) are those of the sources.
+    """The super experts by layer, ascending; layers without any are omitted. `weights` (S,): one per source.
 
-    They are the few whose outputs peak so far above all others that the model breaks down without them: the peak is
-    above the 99.5th percentile of the peaks of all experts and above a tenth of the largest, and the expert is in the
+    They are the few experts with such high output peaks that the model breaks down without them: the peak is above the
+    99.5th percentile of the peaks of all experts and above a tenth of the largest, and the expert is in the
     first three quarters of the layers that have experts (Su et al., 2025, arXiv:2507.23279). The percentile is
-    interpolated linearly. Sources with weight 0 count for nothing here too.
+    interpolated linearly. Sources with weight 0 are ignored.
     """
     peaks = {layer.index: layer.mixed(weights)["peaks"] for layer in layers}
     everywhere = np.concatenate(list(peaks.values()))
@@ -190,9 +190,9 @@ def layer_counts(
 ) -> tuple[int, ...]:
     """How many experts each of `layers` layers keeps by a schedule that has a name; their sum is `total`.
 
-    `scores` (layers, E) are for schedules that need them. `protected` are experts per layer that must have room; a
-    uniform schedule makes none for them, since it promises equal counts. Raises SettingsError with the numbers where
-    it cannot be done.
+    `scores` (layers, E) are for schedules that need them. `protected` are experts per layer for which a layer keeps
+    enough; not with a uniform schedule, which promises equal counts. Raises SettingsError, with the numbers, if this is
+    impossible.
     """
     schedule = SCHEDULES[settings.schedule]
     shared = least_per_layer(spec, settings.floor)
@@ -226,11 +226,11 @@ def stated_counts(settings: SelectionSettings, spec: ExpertSpec, layers: Sequenc
 def planned_counts(
     settings: SelectionSettings, spec: ExpertSpec, layers: Sequence[int], total: int
 ) -> dict[int, int] | None:
-    """How many experts stay by layer, of `total` in all; None where only all the scores together decide that.
+    """How many experts stay by layer, of `total` in all; None if the scores of all layers decide that.
 
-    Raises SettingsError where the schedule, which has a name, cannot be met.
+    Raises SettingsError if the schedule, which has a name, cannot be met.
     """
-    # Where scores decide, what is certain to fail fails now: as if all scores were equal and nothing protected.
+    # If scores decide, at least raise for what fails even with equal scores and nothing protected.
     equal_scores = [[0.0] * spec.count] * len(layers) if settings.needs_all_layers else ()
     counts = layer_counts(settings, spec, len(layers), total, equal_scores)
     return None if settings.needs_all_layers else dict(zip(layers, counts, strict=True))

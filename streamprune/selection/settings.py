@@ -27,9 +27,9 @@ class SelectionSettings:
     - `mix`: shares of the sources, such as `code=0.5,general=0.5`; None counts every token once.
     - `schedule`: one of SCHEDULES, or a JSON file with a list; `spread` (None: DEFAULT_SPREAD) is for the linear ones.
     - `floor`: the fewest experts that any layer keeps, if that is more than the router needs.
-    - `protect_super_experts`: keep those that `super_experts` finds, whatever their score.
+    - `protect_super_experts`: keep those that `super_experts` finds, for any score.
 
-    Raises SettingsError when a value is impossible whatever the model.
+    Raises SettingsError if a value is impossible for any model.
     """
 
     method: str = DEFAULT_METHOD
@@ -54,7 +54,7 @@ class SelectionSettings:
             if not 0 <= self.spread < 1:
                 raise SettingsError(
                     f"--spread {self.spread:g} is not between 0 and 1. It is added to the share of experts removed at "
-                    f"one end and taken off at the other, for example {DEFAULT_SPREAD}."
+                    f"one end and subtracted at the other, for example {DEFAULT_SPREAD}."
                 )
         if self.floor is not None and self.floor < 1:
             raise SettingsError(f"--floor {self.floor}: at least one expert per layer must stay.")
@@ -81,15 +81,15 @@ class SelectionSettings:
 
     @property
     def needs_all_layers(self) -> bool:
-        """Whether no layer can be decided before all of them are scored."""
+        """Whether experts can only be selected after all layers are scored."""
         # The threshold of super experts is taken over all layers.
         return self.protect_super_experts or (not self.has_schedule_file and SCHEDULES[self.schedule].needs_scores)
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """The shares of tokens that `code=0.7,general=0.3` gives to the sources, as they stand: their sum may be any.
+    """The shares of tokens in a text such as `code=0.7,general=0.3`; they need not sum to 1.
 
-    Raises SettingsError for what is not a mix, for shares that are negative or not numbers, and where all are 0.
+    Raises SettingsError for an invalid mix: shares that are negative or not numbers, or all 0.
     """
     shares: dict[str, float] = {}
     position = 0
@@ -104,14 +104,14 @@ def parse_mix(text: str) -> dict[str, float]:
         shares[name] = share
         position = entry.end()
     if position < len(text) or not shares or "" in shares:
-        raise SettingsError(f"--mix {show(text)} is no list of sources with their shares. {_EXAMPLE}")
+        raise SettingsError(f"--mix {show(text)} is not a list of sources with their shares. {_EXAMPLE}")
     if not 0 < sum(shares.values()) < math.inf:
         raise SettingsError(f"--mix {show(text)}: the shares have the sum {sum(shares.values()):g}. {_EXAMPLE}")
     return shares
 
 
 def token_shares(mix: str | None, sources: Sequence[str], tokens: Sequence[int]) -> dict[str, float]:
-    """The share that each source has of all tokens, as they are weighted. Raises like `mix_weights`."""
+    """The share of each source in all tokens, weighted by the mix. Raises like `mix_weights`."""
     counted = [weight * count for weight, count in zip(mix_weights(mix, sources, tokens), tokens, strict=True)]
     return {name: part / sum(counted) for name, part in zip(sources, counted, strict=True)}
 

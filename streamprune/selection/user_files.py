@@ -17,7 +17,7 @@ from streamprune.models.config_json import ExpertSpec, minimum_keep
 from streamprune.selection.schedules import SCHEDULES
 
 _LONGEST_LAYER_NAME = 9
-#: Up to here float64 has every whole number.
+#: float64 represents every integer up to here.
 _MOST = 2**53
 _Number = Annotated[int, Meta(ge=-_MOST, le=_MOST)] | float
 
@@ -34,8 +34,8 @@ def least_per_layer(spec: ExpertSpec, floor: int | None) -> int:
 def read_schedule_file(path: Path, spec: ExpertSpec, layers: int, floor: int | None = None) -> tuple[int, ...]:
     """How many experts each of `layers` layers keeps, by the JSON list of numbers in a file.
 
-    Whole numbers are experts to keep; numbers from 0 up to below 1 are shares to remove, rounded like --ratio: so much
-    is removed at most. Raises SettingsError naming the file, and the entry that is not possible.
+    Integers are experts to keep; numbers from 0 to below 1 are shares to remove, rounded down like --ratio. Raises
+    SettingsError, naming the file and the impossible entry.
     """
     body = read_json_file(path, "--schedule", f"is one of {', '.join(SCHEDULES)}, or a JSON file with a list")
     what = f"--schedule {show(str(path))}"
@@ -53,7 +53,7 @@ def read_schedule_file(path: Path, spec: ExpertSpec, layers: int, floor: int | N
     for entry, value in enumerate(values, start=1):
         if not shares and (value != math.floor(value) or abs(value) >= _MOST):
             raise SettingsError(
-                f"{what}, entry {entry}: {show(value)} is no number of experts. List only numbers of experts to "
+                f"{what}, entry {entry}: {show(value)} is not a number of experts. List only numbers of experts to "
                 "keep, or only shares to remove (from 0 to below 1)."
             )
         # As in `resolve_keep`, where the tolerance keeps 0.7 of 10 experts from becoming 6.999…
@@ -74,8 +74,8 @@ def read_keep_file(path: Path, spec: ExpertSpec, layers: Sequence[int]) -> dict[
     """The experts that stay, ascending, by the index of the layer: the user's own selection.
 
     The file is JSON: an object of lists by layer (`{"0": [1, 5], …}`), a list of lists (one for each layer with
-    experts, in order), or the `streamprune.json` of a pruned model. Raises SettingsError naming the file and the layer
-    for lists with which the model could not work.
+    experts, in order), or the `streamprune.json` of a pruned model. Raises SettingsError, naming file and layer, for
+    lists with which the model cannot work.
     """
     what = f"--keep-file {show(str(path))}"
     body = read_json_file(
@@ -97,13 +97,13 @@ def read_keep_file(path: Path, spec: ExpertSpec, layers: Sequence[int]) -> dict[
 
 
 def _by_layer(body: Any, what: str, layers: Sequence[int]) -> dict[int, Any]:
-    """The lists in a file by layer; what is in them is not checked yet."""
+    """The lists in a file by layer; their entries are not checked yet."""
     if isinstance(body, list):
         if len(body) != len(layers):
             raise SettingsError(f"{what} has {len(body)} lists, but the model has {len(layers)} layers with experts.")
         return dict(zip(layers, body, strict=True))
     if not isinstance(body, dict):
-        raise SettingsError(f'{what} has to hold lists of experts by layer, such as {{"0": [1, 5], "1": [0, 2]}}.')
+        raise SettingsError(f'{what} has to have lists of experts by layer, such as {{"0": [1, 5], "1": [0, 2]}}.')
     pairs = list(body.items())
     if isinstance(body.get("layers"), list):
         recorded = [layer if isinstance(layer, dict) else {} for layer in body["layers"]]
@@ -111,7 +111,7 @@ def _by_layer(body: Any, what: str, layers: Sequence[int]) -> dict[int, Any]:
     result: dict[int, Any] = {}
     for name, experts in pairs:
         if not (name.isascii() and name.isdigit() and len(name) <= _LONGEST_LAYER_NAME):
-            raise SettingsError(f"{what}: {show(name)} is no number of a layer.")
+            raise SettingsError(f"{what}: {show(name)} is not a layer number.")
         if int(name) in result:
             raise SettingsError(f"{what} lists the experts of layer {int(name)} twice.")
         result[int(name)] = experts
@@ -122,7 +122,7 @@ def _checked(listed: Any, what: str, spec: ExpertSpec) -> tuple[int, ...]:
     try:
         experts = sorted(msgspec.convert(listed, list[int]))
     except msgspec.ValidationError:
-        raise SettingsError(f"{what}: {show(listed)} is no list of experts.") from None
+        raise SettingsError(f"{what}: {show(listed)} is not a list of experts.") from None
     outside = [expert for expert in experts if not 0 <= expert < spec.count]
     if outside:
         raise SettingsError(f"{what}: there is no expert {show(outside[0])}; they are numbered 0 to {spec.count - 1}.")

@@ -1,4 +1,4 @@
-"""Sending micro-batches through a layer, smaller ones where memory runs out, with their states kept between layers."""
+"""Sending micro-batches through a layer, in halves if memory runs out, and storing their states between layers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Among = Callable[[MicroBatch], bool]
 
 
 def every(batch: MicroBatch) -> bool:
-    """Takes all micro-batches."""
+    """Selects all micro-batches."""
     return True
 
 
 class Stopped(Exception):
-    """The user has asked to stop, and a micro-batch has just been finished."""
+    """The user has requested to stop, and a micro-batch has just been finished."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What all code that streams a model shares. `folder` is for hidden states on disk."""
+    """What all code that streams a model needs. `folder` is for hidden states on disk."""
 
     settings: ComputeSettings
     plan: MemoryPlan
@@ -56,7 +56,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Memory ran out in a layer with so many sequences of so many tokens at a time; from then on there were `to`."""
+    """Memory ran out in a layer with this many sequences of this many tokens at a time; from then on `to` sequences."""
 
     block: int
     sequences: int
@@ -66,11 +66,11 @@ class Shrink:
 
 
 class MicroBatches:
-    """The calibration tokens in micro-batches, and their states. Where memory runs out they shrink for good.
+    """The calibration tokens in micro-batches, and their states. If memory runs out they shrink permanently.
 
-    `batch_tokens` are the tokens at a time that are allowed now; `shrinks` is every time that they had to be lowered.
-    `drop_prefetch` frees weights that were read ahead, and says whether there were any. Of several processes each has a
-    share of the micro-batches that one alone would have, so that each of them gives the same to the bit.
+    `batch_tokens` is the current limit of tokens at a time; `shrinks` lists every reduction of it. `drop_prefetch`
+    frees prefetched weights, and returns whether there were any. Each of several processes has a share of the
+    micro-batches that a single process would have, so that the results are bit-identical.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class MicroBatches:
         start: int = 0,
         among: Among = every,
     ) -> None:
-        """Call `compute` for the micro-batches that `among` takes, from number `start` on, and store what it returns.
+        """Call `compute` for the micro-batches that `among` selects, from number `start` on, and store its results.
 
-        `commit` follows when a micro-batch has succeeded and nothing of it can fail any more. One that runs out of
-        memory is computed again in halves. Raises ResourceError when a single sequence is too much, and Stopped between
-        two micro-batches when the user asks for it: once all ranks have done the same ones of all.
+        `commit` is called when a micro-batch has succeeded and can no longer fail. One that runs out of memory is
+        computed again in halves. Raises ResourceError if memory runs out for a single sequence, and Stopped between two
+        micro-batches when the user stops the run, once all ranks have done the same ones.
         """
         self._among = among
         number, stopped = start, False
@@ -122,7 +122,7 @@ class MicroBatches:
         self._states.synchronize()
 
     def sequences_among(self, among: Among) -> int:
-        """How many sequences of this process `among` takes."""
+        """How many sequences of this process `among` selects."""
         return sum(len(batch.ids) for batch in self._batches if among(batch))
 
     def all_shrinks(self) -> list[Shrink]:
@@ -133,8 +133,8 @@ class MicroBatches:
     def save(self, work: WorkFolder | None, done: int, facts: Mapping[str, Any]) -> None:
         """Save the states of all ranks in rank 0's work folder, with `facts` and what `restore` needs.
 
-        They are saved in the order of one process, so that any number of processes can resume. `done` of this rank's
-        micro-batches are through the current layer.
+        They are saved in the order of a single process, so that any number of processes can resume. `done` of this
+        rank's micro-batches are through the current layer.
         """
         self._states.synchronize()
         pieces = self._processes.in_order(zip(self.places, (len(batch.ids) for batch in self._batches), strict=True))
@@ -167,7 +167,7 @@ class MicroBatches:
         return self.own(facts["done"])
 
     def own(self, places: int) -> int:
-        """How many of the first so many micro-batches of all ranks are this rank's."""
+        """How many of the first `places` micro-batches of all ranks are this rank's."""
         return sum(place < places for place in self.places)
 
     def offload_states(self, why: str) -> bool:
@@ -183,7 +183,7 @@ class MicroBatches:
         return True
 
     def advice(self) -> str:
-        """What else the user may lower or raise when memory runs out, as the end of a sentence."""
+        """Settings that the user may change if memory runs out, as the end of a sentence."""
         advice = ["fewer --samples"] if self.place != "disk" else []
         if self.place == "device":
             advice.append("--states ram")
@@ -198,7 +198,7 @@ class MicroBatches:
         return ", ".join([*advice, "or a machine with more memory"])
 
     def _advance(self, number: int, layer: int, compute: Compute, commit: Commit) -> int:
-        """Do a micro-batch, or as much of it as memory allows; returns how many are done."""
+        """Compute a micro-batch, or as much of it as memory allows; returns how many are done."""
         if not self._among(self._batches[number]):
             return number + 1
         while True:
@@ -216,9 +216,9 @@ class MicroBatches:
         return number + 1
 
     def _meet(self, done: int, stopped: bool) -> int | None:
-        """Agree with the other ranks on micro-batches as small as the smallest, and on whether to stop.
+        """Agree with the other ranks on the smallest micro-batch size, and on whether to stop.
 
-        Returns up to which of all micro-batches each rank goes before all stop; None if none of them wants to.
+        Returns the micro-batch up to which each rank computes before all stop; None if none stops.
         """
         reached = self.places[done - 1] + 1 if done else 0
         answers = self._processes.collect((stopped, reached, self.batch_tokens))
@@ -238,7 +238,7 @@ class MicroBatches:
                 self._submitted.popleft().synchronize()
 
     def _prefetch(self, number: int) -> None:
-        """Let the state of a micro-batch come while the one before computes, where memory has room for both."""
+        """Prefetch the state of a micro-batch while the one before computes, if there is memory for both."""
         if number >= len(self._batches) or not self._among(self._batches[number]):
             return
         if self._batches[number].ids.numel() > self.batch_tokens:
@@ -247,13 +247,13 @@ class MicroBatches:
             self._states.drop_prefetch()
 
     def _share_out(self, batches: list[MicroBatch]) -> None:
-        # Token ids are small: all of them are on the device, so that no copy has to be waited for.
+        # Token ids are small: all of them are on the device, so nothing waits for copies of them.
         self._batches = [replace(batch, ids=batch.ids.to(self._device)) for batch in self._processes.mine(batches)]
         #: The number of each among the micro-batches of all ranks; the parts of one that was split share it.
         self.places = self._processes.mine(range(len(batches)))
 
     def _split(self, number: int) -> None:
-        """Cut a micro-batch that is larger than what is allowed by now, with its states."""
+        """Split a micro-batch that exceeds the current limit, with its states."""
         batch = self._batches[number]
         size = max(1, self.batch_tokens // batch.ids.shape[1])
         if size < len(batch.ids):
@@ -291,12 +291,12 @@ class MicroBatches:
             )
 
     def _shrink(self, layer: int, sequences: int, length: int, reason: str) -> None:
-        """From now on at most half as many sequences at a time as these."""
+        """Limit micro-batches to half as many sequences from now on."""
         shrink = Shrink(layer, sequences, length, (sequences + 1) // 2, reason)
         self.batch_tokens = shrink.to * length
         self.shrinks.append(shrink)
         self._progress.log("shrink", asdict(shrink))
         self._progress.say(
-            f"note: {reason} in layer {layer} with {sequences} sequences at a time; going on with {shrink.to}."
+            f"note: {reason} in layer {layer} with {sequences} sequences at a time; continuing with {shrink.to}."
             f"{self.watch.holders()}"
         )

@@ -1,11 +1,11 @@
 """The model's own forward, one layer at a time, and hidden states of two models (original and pruned) in one state.
 
-To run layer i the model's forward is entered anew: the layers before i are stand-ins that return the stored output of
-layer i-1, the stand-in for layer i runs the real one and leaves the forward. So masks, positions, per-layer extras and
-the head are the model's own, and nothing but the layers' outputs is kept between layers.
+To run layer i, the model's forward is called with stand-ins for its layers: those before i return the stored output of
+layer i-1, and the one for layer i runs the real layer and leaves the forward. So masks, positions, per-layer inputs and
+the head are the model's own, and only the layers' outputs are stored between layers.
 
-In an evaluation a micro-batch has the states of both models ("sides"). The model that is measured is `PRUNED`, also
-where it is the only one; `ORIGINAL` is what it is compared with.
+In an evaluation a micro-batch has the states of both models ("sides"). The measured model is `PRUNED`, even if it is
+the only one; it is compared with `ORIGINAL`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streamprune.work.saved_states import BatchState
 
 @contextmanager
 def layers_replaced(decoder: Decoder, layers: nn.ModuleList) -> Iterator[None]:
-    """Within, the model has these modules in place of its decoder layers."""
+    """Inside the context, the model has these modules in place of its decoder layers."""
     path, _, attribute = decoder.layers_path.rpartition(".")
     owner, own = decoder.model.get_submodule(path), decoder.layers
     setattr(owner, attribute, layers)
@@ -42,7 +42,7 @@ class LayerForward:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        # Options that make the forward return what comes from inside the layers, which stand-ins do not have.
+        # Turn off outputs from inside the layers, which stand-ins do not have.
         for config in (decoder.model.config, decoder.model.config.get_text_config(decoder=True)):
             config.return_dict = True
             if getattr(config, "output_router_logits", False):
@@ -100,7 +100,7 @@ class LayerForward:
 
 
 class _Reached(Exception):
-    """Leaves the model's forward once the layer that was asked for has run, with the state after it."""
+    """Raised to leave the model's forward once the requested layer has run, with the state after it."""
 
     def __init__(self, state: BatchState) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Reached(Exception):
 
 @dataclass
 class _Cursor:
-    """What the stand-ins of a model share: which layer is to run, and on what state."""
+    """Shared by the stand-ins of a model: the layer to run, and its input state."""
 
     index: int = 0
     layer: nn.Module | None = None
@@ -118,11 +118,11 @@ class _Cursor:
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place; whatever the forward reads from it (layer types, flags) comes from the real one."""
+    """Takes a layer's place; attributes that the forward reads (layer types, flags) are those of the real layer."""
 
     def __init__(self, layer: nn.Module, index: int, cursor: _Cursor) -> None:
         super().__init__()
-        # Past nn.Module's registration: the layer must not become our child, nor be found twice.
+        # Bypass nn.Module's registration: the layer must not become a child of this module.
         object.__setattr__(self, "_layer", layer)
         self._index, self._cursor = index, cursor
 
@@ -158,19 +158,19 @@ class _StandIn(nn.Module):
 
 
 def _versions(state: BatchState) -> list[int]:
-    """Counters that change when somebody writes into the state's tensors."""
+    """Counters that change when the state's tensors are modified in place."""
     return [leaf._version for leaf in pytree.tree_leaves(state.output) if isinstance(leaf, torch.Tensor)]
 
 
 ORIGINAL, PRUNED = "original", "pruned"
-#: Between the name of a side and that of what it carries along.
+#: Separates the name of a side from the key of its carried values.
 _MARK = "/"
 #: Tokens at a time that are copied to float32: a copy of all of them may take more memory than the layer itself.
 _PORTION = 1024
 
 
 def side_of(state: BatchState, side: str) -> BatchState:
-    """One side of a state of both, as that model's layers take it."""
+    """One side of a state with both, as input for that model's layers."""
     carried = {
         name.removeprefix(side + _MARK): values
         for name, values in state.carried.items()
@@ -180,7 +180,7 @@ def side_of(state: BatchState, side: str) -> BatchState:
 
 
 def with_side(state: BatchState, side: str, new: BatchState) -> BatchState:
-    """A state of both with one side replaced; all else is shared."""
+    """A state with both sides, one of them replaced; the rest is shared."""
     others = {name: values for name, values in state.carried.items() if not name.startswith(side + _MARK)}
     carried = {side + _MARK + name: values for name, values in new.carried.items()}
     return BatchState({**(state.output or {}), side: new.output}, others | carried)
@@ -189,7 +189,7 @@ def with_side(state: BatchState, side: str, new: BatchState) -> BatchState:
 def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
     """For each of a micro-batch's tokens ‖pruned - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
 
-    Several residual streams of a token are taken together. 0 where both are zero.
+    Several residual streams of a token count as one vector. 0 if both are zero.
     """
     original, pruned = (_hidden(side_of(state, side)).reshape(tokens, -1) for side in (ORIGINAL, PRUNED))
     errors = []
@@ -210,7 +210,7 @@ def non_finite_tokens(state: BatchState) -> torch.Tensor:
         for tensor in pytree.tree_leaves(state.output)
         if isinstance(tensor, torch.Tensor)
         and tensor.is_floating_point()
-        # On the host, a finite sum means finite values; only a doubtful one is worth a second look (sums may overflow).
+        # On the CPU, a finite sum proves finite values; other sums (which may have overflowed) need the full check.
         and (tensor.device.type != "cpu" or not torch.isfinite(tensor.sum()))
     ]
     if len(counts) == 1:
@@ -223,5 +223,5 @@ def _hidden(state: BatchState) -> torch.Tensor:
     for leaf in pytree.tree_leaves(state.output):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf
-    # (No model's layer returns that; but saved states may have been made by somebody else.)
+    # (No model's layer returns that, but saved states may be from something else.)
     raise ValueError("a state without hidden states")

@@ -1,7 +1,7 @@
 """The layer loop: every layer is loaded once, goes through its stages, and is freed again.
 
-It streams a model for scoring, pruning and evaluation alike. How far it is, the `ResumePoint`, is saved with the
-hidden states and restored with them, by any number of processes.
+It streams a model for scoring, pruning and evaluation. Its progress, the `ResumePoint`, is saved and restored with the
+hidden states, by any number of processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from streamprune.work.saved_states import BatchState, SavedStates
 
 @dataclass
 class ResumePoint:
-    """How far the loop is: the current layer, the position of its stage, and how many micro-batches are through it."""
+    """The progress of the loop: the current layer, the index of its stage, and how many micro-batches it has done."""
 
     layer: int = 0
     stage: int = 0
@@ -36,8 +36,8 @@ class ResumePoint:
 class LayerLoop:
     """Sends a calibration through the `stages` of one layer after the other.
 
-    Peak memory: a layer's weights (see `LayerWeights`), those of the next one where the plan has room for them, the
-    embeddings, one micro-batch's workspace, and the hidden states of all tokens where the plan puts them. Use as a
+    Peak memory: a layer's weights (see `LayerWeights`), those of the next one if the plan allows that, the embeddings,
+    one micro-batch's workspace, and the hidden states of all tokens where the plan puts them. Use as a
     context manager: entering loads the embeddings, leaving frees everything.
     """
 
@@ -63,14 +63,14 @@ class LayerLoop:
 
     @property
     def layer_count(self) -> int:
-        """The layers of the model; of two models, of the one with more."""
+        """The number of layers; of two models, the larger number."""
         return max(weights.decoder.layer_count for weights in self._weights)
 
     def run_layer(self, task: LayerTask, following: int | None) -> None:
-        """Send everything through a layer, and put what is found into the task.
+        """Send all micro-batches through a layer, and put the results into the task.
 
-        Resumes within the layer where states were restored there. `following` is the layer to run next, which is read
-        meanwhile. Raises Stopped between two micro-batches, NonFiniteError where a state is no number any more.
+        Resumes within the layer if states were restored there. `following` is the layer to run next, which is
+        prefetched. Raises Stopped between two micro-batches, NonFiniteError if a state has NaN or infinity.
         """
         if self.point.layer != task.index:
             self._go_to(task.index)
@@ -89,19 +89,19 @@ class LayerLoop:
         self._go_to(task.index + 1)
 
     def read_predictions(self, layer: int, among: Among = every) -> list[SequenceFigures]:
-        """What the models of all stages predict from the states before layer `layer`; see `predictions`."""
+        """The predictions of all stages' models from the states that enter `layer`; see `predictions`."""
         weights = {stage.side: stage.weights for stage in self._stages}
         return read_predictions(self._runtime, weights, self.batches, layer, among)
 
     def drop_cached_pages(self, index: int) -> None:
-        """Drop from the system's page cache what reading layer `index` brought into it."""
+        """Drop the pages from the system's page cache that reading layer `index` added."""
         for weights in self._weights:
             weights.drop_cached_pages(index)
 
     def save(self, work: WorkFolder | None) -> None:
         """Save the hidden states and the resume point in rank 0's work folder.
 
-        Raises NonFiniteError where the states cannot be trusted: once saved, they are not checked again.
+        Raises NonFiniteError if a state has NaN or infinity: saved states are not checked again.
         """
         for stage in self._stages:
             stage.check_finite()
@@ -126,7 +126,7 @@ class LayerLoop:
         """Resume from saved states, which rank 0 has checked and alone can load."""
         facts = saved.facts
         layer, position = facts["layer"], self._position_of(facts["stage"])
-        # First what may fail: then the stages still know nothing of it.
+        # First what may fail, while the stages are still unchanged.
         done = self.batches.restore(saved)
         for number, stage in enumerate(self._stages):
             stage.restore(facts, layer, number == position, self._runtime.processes)
@@ -156,7 +156,7 @@ class LayerLoop:
             def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState | None:
                 after = stage.compute(task, module, number, batch, state)
                 if on_cpu:
-                    # On a GPU, to look at a number is to wait until it is computed.
+                    # On a GPU, reading a number waits until it is computed.
                     stage.check_finite()
                 return after
 

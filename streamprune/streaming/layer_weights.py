@@ -31,7 +31,7 @@ from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward, layers_replaced
 
-#: The group in which the small tensors are read, which are each a parameter of their own.
+#: The group of small tensors, which are each a parameter of their own.
 _SINGLES = ""
 
 T = TypeVar("T")
@@ -40,10 +40,10 @@ T = TypeVar("T")
 class LayerWeights:
     """The layers of an opened model, loaded into its own modules one at a time, through transformers' conversion.
 
-    Peak memory of a load: the layer's weights, as the checkpoint has them or as they are computed with, plus those of
-    its largest converted parameter: twice while its tensors are joined (one per expert into one for all), once while it
-    becomes another dtype. A prefetched layer takes its weights' memory meanwhile. Set `batches` to the micro-batches
-    whose hidden states may make room for weights. Close it to end the threads that read.
+    Peak memory of a load: the layer's weights, in the checkpoint's or the computing dtype, plus those of its largest
+    converted parameter: twice while its tensors are joined (one per expert into one for all), once while its dtype is
+    converted. A prefetched layer takes its weights' memory in addition. Set `batches` to the micro-batches whose hidden
+    states may be offloaded for weights. Close it to end the reader threads.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class LayerWeights:
                 self._groups[target.layer][target.name].append(name)
 
     def close(self) -> None:
-        """End the threads that read, and free what they have read."""
+        """End the reader threads, and free what they have read."""
         self.free_prefetched()
         for index in list(self._read):
             self.drop_cached_pages(index)
         self._reader.close()
 
     def prefetch(self, index: int) -> bool:
-        """Begin to read layer `index` while another one is in use. False if there is no memory for that.
+        """Start reading layer `index` while another one is in use. False if there is no memory for it.
 
-        Once there was none, nothing is prefetched any more: `layer` reads it when it is asked for.
+        After that, nothing is prefetched any more: `layer` reads each layer when it is called.
         """
 
         def start() -> None:
@@ -109,7 +109,7 @@ class LayerWeights:
         return bool(readings)
 
     def drop_cached_pages(self, index: int | None) -> None:
-        """Drop from the system's page cache what reading a layer (None: the non-layer weights) brought into it."""
+        """Drop the pages from the system's page cache that reading a layer (None: the non-layer weights) added."""
         reading = self._read.pop(index, None)
         if reading is not None:
             drop_files_from_cache(reading.cached)
@@ -118,7 +118,7 @@ class LayerWeights:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Layer `index` with its weights on the device, freed on exit.
 
-        Raises CheckpointError for missing or misfitting tensors, and what torch raises when memory runs out.
+        Raises CheckpointError for missing or misfitting tensors, and torch's error if memory runs out.
         """
         module = self.decoder.layers[index]
         try:
@@ -136,9 +136,9 @@ class LayerWeights:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """`layer`, with hidden states offloaded where memory is short, and freed memory given back around it."""
+        """`layer`, with hidden states offloaded if memory is short, and freed memory returned to the system."""
         with self.making_room(lambda: self.layer(index), f"the weights of layer {index}") as module:
-            # What was read and joined on the way is free now, and too scattered to be of use for what comes.
+            # Memory of the load is free now, but too fragmented to be reused.
             release_freed_memory()
             yield module
         release_freed_memory()
@@ -168,9 +168,9 @@ class LayerWeights:
             pruned.to("meta")
 
     def load_non_layer_weights(self, head: bool = False) -> None:
-        """Load the decoder's embeddings and norms, and the output head if asked for.
+        """Load the decoder's embeddings and norms, and with `head` the output head.
 
-        Vision towers and other parts that text alone does not reach stay without weights.
+        Vision towers and other parts that text does not use stay without weights.
         """
 
         def load() -> AbstractContextManager[None]:
@@ -181,10 +181,10 @@ class LayerWeights:
             return
 
     def rows(self, parameters: Sequence[str], begin: int, end: int) -> list[torch.Tensor]:
-        """The rows from `begin` to `end` of parameters outside the layers: of those in memory, or read for the moment.
+        """The rows from `begin` to `end` of parameters outside the layers: from memory, or read from the checkpoint.
 
-        Peak memory: those rows, twice where the checkpoint has them in another dtype. A parameter that the checkpoint
-        holds in several pieces, or in another layout, is loaded completely and stays.
+        Peak memory: those rows, twice if the checkpoint has them in another dtype. A parameter that the checkpoint has
+        in several tensors, or in another layout, is loaded completely and stays.
         """
         known = dict(_tensors(self.model))
         entries: dict[str, list[TensorEntry]] = {}
@@ -207,9 +207,9 @@ class LayerWeights:
 
     @contextmanager
     def making_room(self, load: Callable[[], AbstractContextManager[T]], what: str) -> Iterator[T]:
-        """What the context of `load` gives, with hidden states offloaded where its weights do not fit otherwise.
+        """The value of the context `load()`, with hidden states offloaded if its weights do not fit otherwise.
 
-        Raises ResourceError, with what the user can do, where even that does not help.
+        Raises ResourceError, with advice, if even that does not help.
         """
         loaded: list[T] = []
         with ExitStack() as stack:
@@ -235,7 +235,7 @@ class LayerWeights:
             if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
                 wanted[parameter] = names
         self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
-        # A checkpoint may hold tied weights under either name; transformers ties to the one that is there.
+        # A checkpoint may have tied weights under either name; transformers ties to the one that exists.
         missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         with layers_replaced(self.decoder, nn.ModuleList()):
@@ -246,10 +246,10 @@ class LayerWeights:
         return self._reader.start(self._reading_groups(self._groups[index]))
 
     def _reading_groups(self, groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """What is read into memory of its own: the small parameters together, then those of the experts, one by one.
+        """The groups that are read into separate memory: the small parameters together, those of experts one by one.
 
-        What is joined from several tensors or converted to another dtype is there twice, so that it had better be freed
-        before the next one's turn; where a tensor can be taken as it was read, it stays in that memory.
+        A parameter that is joined from several tensors or converted to another dtype is in memory twice, so its source
+        is freed before the next one is converted; a tensor that needs no conversion stays in the memory it was read to.
         """
         own = {name: names for name, names in groups.items() if len(names) > 1 or name in self.decoder.expert_rows}
         singles = [names[0] for name, names in groups.items() if name not in own]
@@ -260,10 +260,10 @@ class LayerWeights:
             reading.wait()
             self._reader.sync_with_compute()
             for group in self._reading_groups(groups):
-                # One after the other, so that what was read of each is freed before the next is converted.
+                # One after the other, so that the memory of each is freed before the next is converted.
                 self._convert(decode_tensors(reading.take(group), self._stored))
         except BaseException:
-            # Where memory ran out, this is the first that has to go.
+            # If memory ran out, this has to be freed first.
             self._reader.discard(reading)
             raise
         self._read[index] = reading
@@ -271,7 +271,7 @@ class LayerWeights:
     def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
         info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
         problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
-        # transformers catches whatever goes wrong while it converts, and keeps the text.
+        # transformers catches all errors of the conversion, and keeps their text.
         for line in "\n".join(map(str, problems)).splitlines():
             if says_out_of_memory(line):
                 raise MemoryError(line)
@@ -282,7 +282,7 @@ class LayerWeights:
             )
 
     def _materialize_buffers(self, root: nn.Module, root_path: str) -> None:
-        """Make the buffers that are in no checkpoint (rotary frequencies, masks) the way from_pretrained makes them."""
+        """Create the buffers that are in no checkpoint (rotary frequencies, masks) like from_pretrained."""
         for path, module in root.named_modules(prefix=root_path):
             names = [
                 name
@@ -297,7 +297,7 @@ class LayerWeights:
                 self._owner(path)._init_weights(module)
 
     def _owner(self, path: str) -> PreTrainedModel:
-        """The innermost PreTrainedModel around the module at `path`: its `_init_weights` is the one that counts."""
+        """The innermost PreTrainedModel around the module at `path`: its `_init_weights` applies."""
         while not isinstance(self.model.get_submodule(path), PreTrainedModel):
             path = path.rpartition(".")[0]
         return cast("PreTrainedModel", self.model.get_submodule(path))

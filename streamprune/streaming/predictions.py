@@ -1,6 +1,6 @@
 """Computing next-token predictions from hidden states, a slice of the vocabulary at a time, for one or two models.
 
-All logits are never in memory at once: what is needed of them is summed up slice by slice. Per token, with logits x
+The logits are never all in memory: sums over them are computed slice by slice. Per token, with logits x
 over the vocabulary, P of the original and Q of the pruned model:
 
     log Z  = m + log Σ e^(x-m)                                   (m the largest so far; online as in arXiv:1805.02867)
@@ -30,7 +30,7 @@ from streamprune.work.saved_states import BatchState
 
 
 def find_head(model: PreTrainedModel) -> tuple[nn.Linear, str]:
-    """A model's output head and its dotted path. Raises UnsupportedModelError for one that is no linear layer."""
+    """A model's output head and its dotted path. Raises UnsupportedModelError if it is not a linear layer."""
     head = model.get_output_embeddings()
     path = next((name for name, module in model.named_modules() if module is head), None)
     if not isinstance(head, nn.Linear) or path is None:
@@ -43,10 +43,10 @@ def find_head(model: PreTrainedModel) -> tuple[nn.Linear, str]:
 
 @contextmanager
 def head_rows(weights: LayerWeights, begin: int, end: int) -> Iterator[None]:
-    """Within, a model's output head has only the rows of the tokens from `begin` to `end` of the vocabulary.
+    """Inside the context, the output head has only the rows of the tokens from `begin` to `end` of the vocabulary.
 
     Peak memory: the weights of these rows. What the model's forward does with logits after the head (scaling,
-    soft-capping) it does with those of a slice, which is the same for whatever treats each logit by itself.
+    soft-capping) is then applied to a slice, with the same result, since it treats each logit separately.
     """
     head, path = find_head(weights.model)
     complete = {name: value for name, value in head._parameters.items() if value is not None}
@@ -61,15 +61,15 @@ def head_rows(weights: LayerWeights, begin: int, end: int) -> Iterator[None]:
         head._parameters.update(complete)
 
 
-#: Where the sums of a micro-batch, (B, L, K) float64, stand in its state, next to the outputs of both sides.
+#: The key of a micro-batch's sums, (B, L, K) float64, in its state, next to the outputs of both sides.
 _SUMS = "sums"
 #: Of each model: the largest logit, the sum of exponentials relative to it, the next token's logit, the top token.
 _LARGEST, _TOTAL, _TARGET, _TOP, _PER_SIDE = range(5)
 #: With two models, after the columns of both: Σ e^(x_P-m) (x_P - x_Q).
 _CROSS = 2 * _PER_SIDE
-#: Numbers per token of a pair: what its sums take, in float64.
+#: Float64 values per token for the sums of two models.
 _WIDTH = _CROSS + 1
-#: Tokens of the vocabulary in a slice at least and at most: fewer make poor matrix products, more gain nothing.
+#: Least and most tokens of the vocabulary in a slice: fewer make matrix products slow, more gain nothing.
 _LEAST_SLICE, _LARGEST_SLICE = 64, 16384
 #: Values that are converted to float64 at a time.
 _PORTION = 2**19
@@ -77,7 +77,7 @@ _PORTION = 2**19
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Figures of every token that has a next one, each (B, L-1) float64; the last three None without an original."""
+    """Metrics of every token that has a next one, each (B, L-1) float64; the last three None without an original."""
 
     loss: torch.Tensor
     original_loss: torch.Tensor | None = None
@@ -86,7 +86,7 @@ class TokenFigures:
 
 
 def no_sums(ids: torch.Tensor, sides: int) -> torch.Tensor:
-    """The sums over none of the vocabulary, (B, L, K), for token ids (B, L) and one or two models."""
+    """Initial sums, (B, L, K), before any slice, for token ids (B, L) and one or two models."""
     sums = torch.zeros((*ids.shape, _WIDTH if sides == 2 else _PER_SIDE), dtype=torch.float64, device=ids.device)
     for first in range(0, sides * _PER_SIDE, _PER_SIDE):
         sums[..., first + _LARGEST] = -torch.inf
@@ -96,7 +96,7 @@ def no_sums(ids: torch.Tensor, sides: int) -> torch.Tensor:
 def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.Tensor], begin: int) -> torch.Tensor:
     """New sums with the logits (B, L, v) of the tokens from `begin` on added, by model."""
     flat = sums.flatten(0, 1).clone()
-    # The token after each; none after the last.
+    # The token after each; -1 after the last.
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten() - begin
     sides = [logits[side].flatten(0, 1) for side in (PRUNED, ORIGINAL) if side in logits]
     width = sides[0].shape[-1]
@@ -110,7 +110,7 @@ def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.
             own = flat[part, number * _PER_SIDE : (number + 1) * _PER_SIDE]
             highest = values.amax(-1)
             largest = torch.maximum(own[:, _LARGEST], highest)
-            # Where all logits so far are -inf (tokens that a model rules out), any number will do in its place.
+            # If all logits so far are -inf (tokens that a model excludes), any number can be subtracted.
             base = torch.where(largest == -torch.inf, 0.0, largest)
             weights = (values - base[:, None]).exp()
             shrunk = (own[:, _LARGEST] - base).exp()
@@ -125,7 +125,7 @@ def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.
 
 
 def figures_of(sums: torch.Tensor) -> TokenFigures:
-    """What follows from sums over the whole vocabulary, on the host."""
+    """Loss, KL and top-1 agreement of each token, from sums over the complete vocabulary, as CPU tensors."""
     sums = sums[:, :-1].cpu()
     pruned, original = sums[..., :_PER_SIDE], sums[..., _PER_SIDE:_CROSS]
     loss, normal = _loss(pruned)
@@ -134,7 +134,7 @@ def figures_of(sums: torch.Tensor) -> TokenFigures:
     original_loss, original_normal = _loss(original)
     kl = sums[..., _CROSS] / original[..., _TOTAL] - (original_normal - normal)
     agrees = (pruned[..., _TOP] == original[..., _TOP]).double()
-    # Rounding may give slightly less than zero where both are equal.
+    # Rounding may make the KL of equal predictions slightly negative.
     return TokenFigures(loss, original_loss, kl.clamp(min=0.0), agrees)
 
 
@@ -145,9 +145,9 @@ def _loss(own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class SequenceFigures:
-    """Figures of one sequence: the index of its source, and those of its tokens, each (1, L-1).
+    """Metrics of one sequence: the index of its source, and those of its tokens, each (1, L-1).
 
-    `order` is where it stands among all sequences, whichever rank measured it.
+    `order` is its position among all sequences of all ranks.
     """
 
     order: tuple[int, int, int]
@@ -158,24 +158,24 @@ class SequenceFigures:
 def read_predictions(
     runtime: Runtime, weights: Mapping[str, LayerWeights], batches: MicroBatches, layer: int, among: Among = every
 ) -> list[SequenceFigures]:
-    """What is predicted from the states before layer `layer` (after the last one: by the model), by sequence.
+    """Predictions from the states that enter `layer`, by sequence; from the number of layers on, the model's own.
 
-    Of all ranks, in the order of one process, of the micro-batches `among` those to be measured on. `weights` are the
+    Those of all ranks, in the order of a single process, for the micro-batches that `among` selects. `weights` are the
     models' by side. Peak memory: a slice of each head, and its logits for a micro-batch. Raises Stopped between two
-    micro-batches; then it has to be called anew.
+    micro-batches; then call it again from the start.
     """
-    # (Two sides may share one.)
+    # (Two sides may share one head.)
     heads = [find_head(each.model)[0].weight for each in dict.fromkeys(weights.values())]
-    # Two models are only compared where both have the same vocabulary.
+    # Two models are only compared if both have the same vocabulary.
     vocabulary = len(heads[0])
-    # No layer is in memory now: a slice of the heads may have its room, and the logits that of its intermediate
-    # results. There are logits as they are computed, and as the model's own scaling leaves them.
+    # No layer is in memory now: a slice of the heads may take its memory, and the logits that of its intermediate
+    # results. There are two copies of the logits: before and after the model's own scaling.
     plan, row_bytes = runtime.plan, sum(head[0].nbytes for head in heads)
     logits = 2 * len(weights) * plan.tokens_at_a_time * plan.needs.itemsize
     size = min(plan.needs.layer // max(1, row_bytes), plan.workspace // max(1, logits))
     size = max(1, min(max(size, _LEAST_SLICE), _LARGEST_SLICE, vocabulary))
     begins = range(0, vocabulary, size)
-    # (Once more in the end, to gather what came of it.)
+    # (One more pass gathers the results.)
     runtime.progress.start("predictions", (len(begins) + 1) * batches.sequences_among(among))
     for begin in begins:
         _sum_slice(weights, batches, layer, among, begin, min(begin + size, vocabulary))
@@ -190,7 +190,7 @@ def _sum_slice(
     """Add the logits of the tokens from `begin` to `end` of the vocabulary to every micro-batch's sums."""
 
     def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
-        # What may be there from an earlier layer, or an attempt that was stopped, does not count.
+        # The first slice starts from zero: older sums may be from an earlier layer, or a stopped attempt.
         sums = state.output[_SUMS] if begin else no_sums(batch.ids, len(weights))
         logits = {side: each.forward.logits(batch.ids, side_of(state, side)) for side, each in weights.items()}
         return BatchState({**state.output, _SUMS: add_slice(sums, batch.ids, logits, begin)}, state.carried)

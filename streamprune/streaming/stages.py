@@ -1,13 +1,13 @@
-"""What happens to a layer, as a list of stages: each is one pass of micro-batches through it.
+"""The stages of a layer: each is one pass of micro-batches through it.
 
-| stage | what goes through the layer | what comes of it |
+| stage | what goes through the layer | result |
 |---|---|---|
-| `ForwardStage` | micro-batches, through the layer of a checkpoint | states; with `errors`, how far they are off |
+| `ForwardStage` | micro-batches, through the layer of a checkpoint | states; with `errors`, their relative errors |
 | `ScoreStage` | the same, with hooks on the layer's experts | statistics, and which experts stay |
-| `PrunedForwardStage` | what sees the pruned model, through the layer as written | states of the pruned model |
+| `PrunedForwardStage` | text for the pruned model, through the pruned layer | states of the pruned model |
 
-A stage that computes weights (a refit, an encoding) goes between the last two: it puts its tensors into the
-`LayerTask`, from where the pruned forward and the writer take them.
+A stage that computes weights (a refit, an encoding) belongs between the last two: it puts its tensors into the
+`LayerTask`, where the pruned forward and the writer find them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from streamprune.work.saved_states import BatchState
 
 
 def is_held_out(batch: MicroBatch) -> bool:
-    """Whether a micro-batch of a run is only measured on."""
+    """Whether a micro-batch of a run is held out."""
     return batch.held_out
 
 
 @dataclass
 class LayerTask:
-    """A layer on its way through the stages: what is known of it by now, and what is to be written of it.
+    """A layer on its way through the stages: its results so far.
 
     `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
-    experts, and before it is scored; `kept` are the experts that stay, empty where none are chosen.
+    experts, and before it is scored; `kept` are the experts that stay, empty if none are selected.
     """
 
     index: int
@@ -74,13 +74,13 @@ class LayerErrors:
         self._partial[source] += errors.cpu()
 
     def end_layer(self, layer: int, processes: Processes) -> None:
-        """Add up what all ranks have of the current layer, which is finished."""
+        """Add up the sums of all ranks for the current layer, which is finished."""
         processes.add_up(self._partial)
         self.by_layer[layer] = self._partial.tolist()
         self._partial.zero_()
 
     def saved(self, processes: Processes) -> dict[str, Any]:
-        """All of it as JSON, exact to the bit."""
+        """All sums as JSON, exact to the bit."""
         partial = self._partial.clone()
         processes.add_up(partial)
         return {
@@ -98,7 +98,7 @@ class LayerErrors:
             raise ValueError("its relative errors are not valid")
 
     def restore(self, saved: Mapping[str, Any], layer: int, first: bool) -> None:
-        """Restore what was saved in layer `layer`. What is still to be added up counts in rank 0 (`first`)."""
+        """Restore what was saved in layer `layer`. Sums that are not added up yet are restored in rank 0 (`first`)."""
         self.by_layer = {row[0]: row[1:] for row in saved["layers"] if row[0] < layer}
         self._partial = torch.tensor(saved["partial"] if first else [0.0] * self._sources, dtype=torch.float64)
 
@@ -106,8 +106,8 @@ class LayerErrors:
 class ForwardStage:
     """Sends micro-batches through the layers of one model (`side`), as they are in its checkpoint.
 
-    Of those that are `measured` both sides have a state; the others have a single one. `errors` collects how far this
-    side's states are from the original's.
+    Those that are `measured` have states of both sides, the others a single one. `errors` collects the relative errors
+    of this side's states.
     """
 
     name = "forward"
@@ -122,7 +122,7 @@ class ForwardStage:
         self._unchecked: list[tuple[int, int, int, torch.Tensor]] = []
 
     def applies(self, task: LayerTask) -> bool:
-        """Whether anything goes through this layer."""
+        """Whether any micro-batch goes through this layer."""
         return task.index < self.weights.decoder.layer_count
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
@@ -131,7 +131,7 @@ class ForwardStage:
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
-        """What runs in the layer's place, given the loaded layer; whatever is needed for that ends with it."""
+        """The module that runs, given the loaded layer; what it needs is freed on exit."""
         yield layer
 
     def compute(
@@ -154,7 +154,7 @@ class ForwardStage:
             self.errors.add(batch.source, self._sum)
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError if a state that was computed since the last call has NaN or infinity. Waits for it."""
+        """Raise NonFiniteError if a state computed since the last call has NaN or infinity. Waits for the GPU."""
         unchecked, self._unchecked = self._unchecked, []
         for layer, number, tokens, count in unchecked:
             bad = int(count)
@@ -166,22 +166,22 @@ class ForwardStage:
                 )
 
     def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
-        """Add up what all ranks found in this layer, and put it into the task.
+        """Add up the results of all ranks in this layer, and put them into the task.
 
-        `restored`: the pass ended before the run was interrupted, so that all is added up already.
+        `restored`: the pass ended before the run was interrupted, so they are added up already.
         """
         if self.errors is not None and not restored:
             self.errors.end_layer(task.index, processes)
 
     def reset(self) -> None:
-        """Forget what belongs to a layer alone: another one follows."""
+        """Forget the data of the current layer, before the next one."""
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
-        """What is needed to resume this stage, as JSON, over all ranks. `in_work`: its pass has not ended."""
+        """The data to resume this stage, as JSON, over all ranks. `in_work`: its pass has not ended."""
         return {"errors": self.errors.saved(processes)} if self.errors is not None else {}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
-        """Raise ValueError, KeyError or TypeError unless `saved` can have given this in layer `layer`."""
+        """Raise ValueError, KeyError or TypeError unless `facts` may be the result of `saved` in layer `layer`."""
         if self.errors is not None:
             self.errors.check(facts["errors"], layer)
 
@@ -194,9 +194,9 @@ class ForwardStage:
 class ScoreStage(ForwardStage):
     """Sends micro-batches through the original layers, and records what each of their `experts` experts contributes.
 
-    Each source of the calibration has `source_tokens`. `choose` gives the experts of a layer that stay, once its
-    statistics are known; None where they are chosen later. With `pruned_stream` the states of the calibration stay as
-    they are in layers with experts: the pruned forward takes them from there. A replayed layer is not scored again.
+    Each source of the calibration has `source_tokens`. `choose` selects the experts of a layer that stay, from its
+    statistics; None if they are selected later. With `pruned_stream` the states of the calibration are not changed in
+    layers with experts: the pruned forward continues from them. A replayed layer is not scored again.
     """
 
     name = "score"
@@ -239,7 +239,7 @@ class ScoreStage(ForwardStage):
     ) -> BatchState | None:
         tap, self._last = self._tap(task), None
         if tap is not None:
-            # Collected apart for every attempt: one that runs out of memory later must not be counted.
+            # Collected separately for every attempt: one that runs out of memory later must not count.
             tap.statistics = self._last = None if self._measured(batch) else self._no_statistics()
         after = super().compute(task, layer, number, batch, state)
         return None if self._stays(task) and not self._measured(batch) else after
@@ -249,7 +249,7 @@ class ScoreStage(ForwardStage):
             self._total.merge(self._last, batch.source)
 
     def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
-        """Set the task's statistics and experts. Raises UnsupportedModelError where no token reached the hooks."""
+        """Set the task's statistics and experts. Raises UnsupportedModelError if no token reached the hooks."""
         if self._total is None or self._tap(task) is None:
             return
         if not restored:
@@ -261,7 +261,7 @@ class ScoreStage(ForwardStage):
                 "Please report this model."
             )
         if self._choose is not None:
-            # Rank 0's choice: on another kind of processor the last digit of a score may differ.
+            # Rank 0 decides, since on another kind of processor the last digit of a score may differ.
             task.kept = processes.broadcast(self._choose(task.statistics))
 
     def reset(self) -> None:
@@ -281,17 +281,17 @@ class ScoreStage(ForwardStage):
         self._total = None
         if facts["statistics"] is not None:
             self._total = self._no_statistics(len(self._source_tokens))
-            # Sums that are still to be added up count in one rank; once they are complete, in each.
+            # Sums that are not added up yet are restored in one rank only; complete ones in all.
             if processes.is_first or not in_work:
                 values = unpack(facts["statistics"], len(self._source_tokens), self._experts)
                 self._total.values.copy_(torch.from_numpy(values))
 
     def _tap(self, task: LayerTask) -> ExpertsTap | None:
-        """The hooks on a layer's experts, where it is to be scored."""
+        """The hooks on a layer's experts; None if it is not to be scored."""
         return None if task.replayed else self._taps.get(task.index)
 
     def _stays(self, task: LayerTask) -> bool:
-        """Whether the calibration's states are left for the pruned forward."""
+        """Whether the calibration's states are left to the pruned forward."""
         return self._pruned_stream and task.index in self._taps
 
     def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
@@ -299,10 +299,10 @@ class ScoreStage(ForwardStage):
 
 
 class PrunedForwardStage(ForwardStage):
-    """Sends what sees the pruned model through the layers as they are written: with the experts that stay.
+    """Sends micro-batches through the pruned layers, with only the experts that stay.
 
-    That is what is measured, and with `pruned_stream` the calibration, in layers with experts. `make_pruned` gives a
-    layer of the pruned model on meta, for its index and number of experts.
+    These are the held-out ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned` returns
+    a layer of the pruned model on meta, for its index and number of experts.
     """
 
     name = "pruned"
@@ -341,6 +341,6 @@ class PrunedForwardStage(ForwardStage):
 
 
 def _experts_of(weights: LayerWeights) -> Mapping[int, str]:
-    """The layers that have experts, with the paths of these; the model must be opened as one that has some."""
+    """The layers with experts, and the paths of their experts modules; the model must be opened as a MoE model."""
     assert isinstance(weights.decoder, Skeleton)
     return weights.decoder.experts

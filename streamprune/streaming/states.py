@@ -1,8 +1,8 @@
 """The hidden states of all micro-batches, stored between layers and updated in place.
 
-They are in the memory of the device that computes, in RAM, or in a file: `HiddenStates` knows micro-batches, a
-`StateStore` the single tensors of their states. What the store gives back for a tensor (a tensor, or its place in the
-file) stands for it in a `BatchState` of the same structure; what is no tensor is stored as it is.
+They are in the computing device's memory, in RAM, or in a file: `HiddenStates` manages micro-batches, a `StateStore`
+the single tensors of their states. The store returns a handle for each tensor (a tensor, or its range in the file),
+which replaces it in a `BatchState` of the same structure; other values are stored directly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -29,19 +29,27 @@ from streamprune.hardware.device import CPU, is_gpu, page_locked, record_event
 from streamprune.progress import Busy
 from streamprune.work.saved_states import BatchState
 
-#: Linux writes at most 2 GiB at a time; smaller portions keep an interrupt from waiting long.
+#: Linux writes at most 2 GiB at a time; with smaller portions an interrupt takes effect soon.
 _PORTION = 1 << 26
-#: Micro-batches that wait to be written to a file, each in memory of its own.
+#: Micro-batches that may wait to be written to a file, each in separate memory.
 _MOST_WAITING = 1
 
 
-class HiddenStates:
-    """One `BatchState` per micro-batch. Holds tokens × hidden size × bytes per value, and no more.
+class _Prefetched(NamedTuple):
+    """A state as it was stored, the device to which it is fetched, and functions that wait for its tensors."""
 
-    They are in the memory of `home` (by default the host's), or with `folder` in a nameless file in that folder, which
-    is gone when this is closed. The values are the same to the bit wherever they are. Between the store and the
-    `computing` device states move while another micro-batch computes: `prefetch` brings one, `store` sends one away,
-    and `synchronize` waits for all that were sent.
+    stored: BatchState
+    device: torch.device
+    fetches: Any
+
+
+class HiddenStates:
+    """One `BatchState` per micro-batch. Takes tokens × hidden size × bytes per value, and no more.
+
+    They are in the memory of `home` (by default the host's), or with `folder` in an unnamed temporary file there, which
+    is deleted when this is closed. The values are bit-identical in every location. States move between the store and
+    the `computing` device while another micro-batch computes: `prefetch` fetches one, `store` sends one, and
+    `synchronize` waits for all that were sent.
     """
 
     def __init__(
@@ -51,47 +59,48 @@ class HiddenStates:
         self._states = [BatchState() for _ in range(batches)]
         self._computing, self._busy = computing, busy or Busy()
         self._store = self._store_in(home) if folder is None else FileStateStore(StatesFile(folder), self._busy)
-        #: The state that is prefetched: as it was stored by then, where to, and what waits for its tensors.
-        self._coming: tuple[BatchState, torch.device, Any] | None = None
+        self._prefetched: _Prefetched | None = None
 
     def close(self) -> None:
-        """Free what the states take, also on the disk."""
+        """Free the memory and disk space of the states."""
         self.drop_prefetch()
         self._states.clear()
         self._store.close()
 
     def synchronize(self) -> None:
-        """Wait until all that was stored has arrived. Raises what went wrong on the way."""
+        """Wait until everything that was stored has arrived. Raises errors of the transfers."""
         self._store.synchronize()
 
     def resize(self, batches: int) -> None:
-        """Forget all states, and make room for those of so many micro-batches."""
+        """Forget all states, and allocate empty entries for `batches` micro-batches."""
         self._store.drop(pytree.tree_leaves(self._states))
         self._states = [BatchState() for _ in range(batches)]
 
     def prefetch(self, batch: int, device: torch.device) -> None:
-        """Begin to fetch the state of a micro-batch that `load` will ask for next."""
+        """Start fetching the state of the micro-batch that will be loaded next."""
         stored = self._states[batch]
-        self._coming = stored, device, pytree.tree_map(lambda leaf: self._store.fetch(leaf, device), stored)
+        fetches = pytree.tree_map(lambda leaf: self._store.fetch(leaf, device), stored)
+        self._prefetched = _Prefetched(stored, device, fetches)
 
     def drop_prefetch(self) -> None:
         """Free the state that was prefetched."""
-        self._coming = None
+        self._prefetched = None
 
     def load(self, batch: int, device: torch.device) -> BatchState:
-        """The state of a micro-batch on `device` (a view of the stored one where it lies there)."""
+        """The state of a micro-batch on `device`. Tensors already on `device` are the stored ones, not copies."""
         stored = self._states[batch]
-        if self._coming is None or self._coming[0] is not stored or self._coming[1] != device:
+        known = self._prefetched
+        if known is None or known.stored is not stored or known.device != device:
             self.prefetch(batch, device)
-        assert self._coming is not None
-        fetches, self._coming = self._coming[2], None
+        assert self._prefetched is not None
+        fetches, self._prefetched = self._prefetched.fetches, None
         state: BatchState = pytree.tree_map(lambda wait: wait(), fetches)
         return state
 
     def store(self, batch: int, state: BatchState) -> None:
-        """Replace a micro-batch's state, writing into the place of the old one where the sizes agree.
+        """Replace a micro-batch's state, reusing the storage of the old one if the sizes match.
 
-        Whatever may run out of memory comes first: if it does, the old state is still there as it was.
+        Memory is allocated first: if that fails, the old state is unchanged.
         """
         old = dict(pytree.tree_flatten_with_path(self._states[batch])[0])
         new, structure = pytree.tree_flatten_with_path(state)
@@ -123,9 +132,9 @@ class HiddenStates:
         self._store = store
 
     def split(self, batch: int, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        """Make several micro-batches of one of token ids of `shape` (B, L): of `sizes` sequences, summing to B.
+        """Split a micro-batch with token ids of `shape` (B, L) into several of `sizes` sequences, summing to B.
 
-        The micro-batches after it move up. The parts share the storage of the original.
+        The indices of later micro-batches grow. The parts share the storage of the original.
         """
         self.drop_prefetch()
         self.synchronize()
@@ -134,7 +143,7 @@ class HiddenStates:
             rows = _rows_per_sequence(leaf, shape)
             if rows is not None:
                 return leaf.narrow(0, first * rows, count * rows)
-            # What all sequences share: a copy each, since each will write its own into it.
+            # A tensor that all sequences share is copied for each part, since each will modify its own.
             return self._store.put(self._store.fetch(leaf, self._store.home)()) if first else leaf
 
         self._states[batch : batch + 1] = [
@@ -149,10 +158,10 @@ class HiddenStates:
 
 
 def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
-    """How many rows of a leaf belong to each of the B sequences of L tokens; None if it is not made of sequences.
+    """How many rows of a leaf belong to each of the B sequences of L tokens; None if it has no rows per sequence.
 
-    The batch comes first in every model's states: (B, …), or flattened with the dimensions behind it (B·L, …). A first
-    dimension of L is that of something which all sequences share, even where L is a multiple of B.
+    The batch is the first dimension of every model's states: (B, …), or flattened with the next one (B·L, …). A leaf
+    with a first dimension of L is shared by all sequences, even if L is a multiple of B.
     """
     sequences, length = shape
     rows = leaf.shape[0] if isinstance(leaf, (torch.Tensor, Written)) and len(leaf.shape) else 0
@@ -170,20 +179,20 @@ class StateStore:
         self.home = home
 
     def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
-        """Begin to bring a leaf to a device; the function that is returned waits for it."""
+        """Start moving a leaf to a device; the returned function waits for it."""
         return lambda: stored.to(device) if isinstance(stored, torch.Tensor) else stored
 
     def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        """What will stand for `new` (in the place of `old` if that suits), and the data still to be filled in."""
+        """The handle for `new` (that of `old` if its storage fits), and the data still to be filled in."""
         if isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype:
             if old is new:
                 return old, None
-            # A strided copy between devices would need memory at a moment when none may be asked for any more.
+            # A strided copy between devices would allocate memory later, when allocation must not fail any more.
             return old, new if old.device == new.device else new.contiguous()
         return self._place(new)
 
     def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # A copy of its own: the layer's output may be a view of something larger that must not stay in memory.
+        # A copy, since the layer's output may be a view of a larger tensor that must not stay in memory.
         return new.to(self.home, copy=True).contiguous(), None
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
@@ -192,7 +201,7 @@ class StateStore:
             stored.copy_(data)
 
     def put(self, leaf: Any) -> Any:
-        """What stands for a fetched leaf, in a place of its own."""
+        """The handle for a fetched leaf, in storage of its own."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         stored, data = self.prepare(None, leaf)
@@ -201,17 +210,17 @@ class StateStore:
         return stored
 
     def drop(self, leaves: Iterable[Any], but: Iterable[Any] = ()) -> None:
-        """Free the places of leaves, except those that others have now. Memory is freed with the last reference."""
+        """Free the storage of leaves, except what `but` still uses. Memory is freed with the last reference."""
 
     def synchronize(self) -> None:
-        """Wait until all that was filled in has arrived. Raises what went wrong on the way."""
+        """Wait until all data that was filled in has arrived. Raises errors of the transfers."""
 
     def close(self) -> None:
         """Free everything."""
 
 
 class OffloadedStateStore(StateStore):
-    """Page-locked RAM for a GPU's states. Two streams of its own carry states in and out while the GPU computes."""
+    """Page-locked RAM for a GPU's states. Two separate streams move states in and out while the GPU computes."""
 
     def __init__(self, gpu: torch.device, busy: Busy) -> None:
         super().__init__(CPU)
@@ -220,7 +229,7 @@ class OffloadedStateStore(StateStore):
 
     def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
         if not isinstance(stored, torch.Tensor) or not is_gpu(device):
-            # (To look at it on the host, call `synchronize` before.)
+            # (To read it on the host, call `synchronize` first.)
             return super().fetch(stored, device)
         with self._inward, self._busy.on_device("states", device):
             moved = stored.to(device, non_blocking=True)
@@ -229,7 +238,7 @@ class OffloadedStateStore(StateStore):
         def arrive() -> torch.Tensor:
             stream = torch.accelerator.current_stream(device)
             stream.wait_event(there)
-            # Its memory is the inward stream's, which must not use it again before this one has done with it.
+            # Its memory belongs to the inward stream, which must not reuse it before this stream has finished with it.
             moved.record_stream(stream)
             return moved
 
@@ -251,7 +260,7 @@ class OffloadedStateStore(StateStore):
 
 
 class FileStateStore(StateStore):
-    """A file, read and written by a thread of its own, in the order in which that was asked for."""
+    """A file, read and written by a separate thread, in the order of the calls."""
 
     def __init__(self, file: StatesFile, busy: Busy) -> None:
         super().__init__(CPU)
@@ -304,7 +313,7 @@ class FileStateStore(StateStore):
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor's place in the file: its first byte, its shape and dtype."""
+    """A tensor's location in the file: its first byte, its shape and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -315,23 +324,23 @@ class Written:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def narrow(self, dim: int, start: int, count: int) -> Written:
-        """The place of `count` rows from row `start` on, as `torch.Tensor.narrow` has it. Only along the first axis."""
+        """The location of `count` rows from row `start` on, like `torch.Tensor.narrow`. Only along the first axis."""
         assert dim == 0
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return Written(self.offset + start * row, (count, *self.shape[1:]), self.dtype)
 
 
 class StatesFile:
-    """Tensors in a file in `folder` without a name, so that it is gone when it is closed, however the process ends.
+    """Tensors in an unnamed temporary file in `folder`, which disappears however the process ends.
 
     Read and written with system calls, not mapped: mapped pages would count as this process's resident memory. Raises
-    ResourceError, with the system's reason, when it cannot be made, written or read.
+    ResourceError, with the system's reason, if it cannot be created, written or read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._end = 0
-        #: Released stretches (first byte, bytes), by position; neighbours are joined.
+        #: Released ranges (first byte, bytes), by position; neighbours are joined.
         self._free: list[tuple[int, int]] = []
         with self._named_errors("be created"):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
@@ -340,7 +349,7 @@ class StatesFile:
         self._file.close()
 
     def reserve(self, tensor: torch.Tensor) -> Written:
-        """A place for a tensor: the first released stretch that is large enough, else the end of the file."""
+        """A location for a tensor: the first released range that is large enough, else the end of the file."""
         found = next((number for number, (_, size) in enumerate(self._free) if size >= tensor.nbytes), None)
         if found is None:
             offset, self._end = self._end, self._end + tensor.nbytes
@@ -351,7 +360,7 @@ class StatesFile:
         return Written(offset, tuple(tensor.shape), tensor.dtype)
 
     def release(self, place: Written) -> None:
-        """Give a place back for other tensors."""
+        """Release a location for other tensors."""
         joined: list[tuple[int, int]] = []
         for offset, size in sorted([*self._free, (place.offset, place.nbytes)]):
             if joined and sum(joined[-1]) == offset:
@@ -361,14 +370,14 @@ class StatesFile:
         self._free = joined
 
     def write(self, place: Written, tensor: torch.Tensor) -> None:
-        """Write a contiguous CPU tensor to its place."""
+        """Write a contiguous CPU tensor to its location."""
         view, done = _bytes_of(tensor), 0
         with self._named_errors("be written"):
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
 
     def read(self, place: Written) -> torch.Tensor:
-        """The tensor at a place, in memory of its own."""
+        """The tensor at a location, in new memory."""
         tensor = torch.empty(place.shape, dtype=place.dtype)
         with self._named_errors("be read"):
             moved = read_into(self._file.fileno(), place.offset, [_bytes_of(tensor)])
@@ -382,8 +391,8 @@ class StatesFile:
             yield
         except OSError as error:
             raise ResourceError(
-                f"The file for the hidden states in {self._folder} could not {what}: {error.strerror or error}. Make "
-                "room on that disk or check it, choose another place with -o, or keep the states in memory with "
+                f"The file for the hidden states in {self._folder} could not {what}: {error.strerror or error}. Free "
+                "space on that disk, or check it, choose another disk with -o, or keep the states in memory with "
                 "--states ram."
             ) from None
 
