@@ -190,7 +190,7 @@ def test_a_model_without_a_known_cache_is_pruned_by_number_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trace(*_: Any) -> None:
-        raise UnsupportedModelError("its cache cannot be worked out")
+        raise UnsupportedModelError("its KV cache size is unknown")
 
     monkeypatch.setattr("streamprune.fit.structure.trace_cache", trace)
     source = make_model(tmp_path / "model", tiny_config(known_family("gpt_oss")))

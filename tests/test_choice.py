@@ -230,7 +230,7 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
             read_keep_file(tmp_path / name, PLAIN, (0,))
     with pytest.raises(SettingsError, match="No such file"):
         read_keep_file(tmp_path / "none", PLAIN, (0,))
-    with pytest.raises(SettingsError, match="no regular file"):
+    with pytest.raises(SettingsError, match="not a regular file"):
         read_keep_file(tmp_path, PLAIN, (0,))
 
 

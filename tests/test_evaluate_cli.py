@@ -113,7 +113,7 @@ def test_models_without_experts_are_measured_too(made: Path, tmp_path: Path) -> 
 
 def test_what_cannot_work_is_one_line(made: Path, tmp_path: Path) -> None:
     data = ["--data", made / "held.jsonl"]
-    assert "Say on what text to measure: --data" in refused(made / "out", status=2)
+    assert "No text to measure on: give --data" in refused(made / "out", status=2)
     other = tiny_config(known_family("qwen3_moe"))
     other.vocab_size = 300
     make_model(tmp_path / "other", other)
@@ -142,7 +142,7 @@ def test_what_compares_with_the_original_is_not_replaced_by_less(made: Path, tmp
     out = shutil.copytree(made / "out", tmp_path / "out")
     compared = called(out, "--against", made / "model", "--data", made / "held.jsonl", "--json", "--quiet")
     alone = called(out, "--data", made / "held.jsonl")
-    assert "text.json stays as it is, since it compares with the original. Add --against, or -o." in alone.stderr
+    assert "text.json is not replaced, since it compares with the original. Add --against, or -o." in alone.stderr
     assert read_result(out / "evaluation", TEXT_NAME) == json.loads(compared.stdout)
 
 

@@ -124,13 +124,13 @@ def test_text_that_was_held_back_is_found_from_within_and_for_this_very_model(
     # Made anew under the same name, and scored on all of it.
     shutil.rmtree(out)
     prune(made / "model", out, keep=4, calibration=(str(made / "ids.jsonl"),))
-    assert "is not what was held back for" in refused(out, status=2)
+    assert "was not held out for" in refused(out, status=2)
     shutil.rmtree(out)
     prune(made / "model", out, keep=4, calibration=(str(made / "held.jsonl"),), evaluate=True)
     assert called(out, "--no-report").exit_code == 0
     shutil.rmtree(tmp_path / "out.held-out")
     shutil.copytree(made / "out.held-out", tmp_path / "out.held-out")
-    assert "is not what was held back for" in refused(out, status=2)
+    assert "was not held out for" in refused(out, status=2)
 
 
 def test_the_folder_of_text_that_was_held_back_may_be_named_itself(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_positions_are_kept_to(tmp_path: Path) -> None:
     save_tokenizer(model, chat=False)
     result, said = health(model, max_new_tokens=9999)
     assert result["settings"]["max_new_tokens"] == 240
-    assert "note: Only 240 new tokens: the model knows 256 positions." in said
+    assert "note: Only 240 new tokens: the model has 256 positions." in said
     with pytest.raises(SettingsError, match="A prompt has 256 tokens"):
         health(model, prompt_tokens=400, data=text("a", sequences=1, length=256))
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, healthy: Path) -> None:
         generation_health(EvalSettings(model=str(healthy)), GenerationSettings(), None, Progress(0, True))
     prompts = tmp_path / "prompts.jsonl"
     for line, words in (
-        ("", "holds no prompts"),
+        ("", "has no prompts"),
         ('{"text": "x"}', "line 1 is .*'prompt'"),
         ("{", "line 1 is not valid JSON"),
         (
@@ -284,7 +284,7 @@ def test_models_that_lack_weights_or_give_no_numbers_are_refused(tmp_path: Path)
     broken = make_walker(tmp_path / "broken", {3: 4}, sharpness=float("nan"))
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         health(broken)
-    with pytest.raises(CheckpointError, match="token 999, but the model knows only 256"):
+    with pytest.raises(CheckpointError, match="token 999, but the model has only 256"):
         health(
             make_walker(tmp_path / "small", straight()),
             data=Calibration((torch.tensor([3, 999]),), ("a",), (0,), "0" * 64),

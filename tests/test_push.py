@@ -132,7 +132,7 @@ def test_weights_of_another_model_in_the_repository_are_told(hub: UploadHub, mad
     repo.branches["main"] = {"model.safetensors": (b"old", None), "logo.png": (b"p", None)}
     done = push(made / "out", "--no-verify")
     assert done.exit_code == 0
-    assert "also has 1 files of weights that are no part of this model, first model.safetensors" in done.stderr
+    assert "also has 1 files of weights that are not part of this model, first model.safetensors" in done.stderr
     assert repo.files() == {**tree_bytes(made / "out"), "model.safetensors": b"old", "logo.png": b"p"}
 
 
@@ -156,7 +156,7 @@ def test_a_dry_run_asks_nobody(hub: UploadHub, made: Path, monkeypatch: pytest.M
     assert told["dry_run"] is True
     assert told["verified"]["kind"] == "files"
     assert told["bytes"] == sum(map(len, tree_bytes(made / "out").values()))
-    assert "--dry-run makes no connection" in refused(made / "out", "--dry-run", "--source", "org/model", status=2)
+    assert "--dry-run does not use the network" in refused(made / "out", "--dry-run", "--source", "org/model", status=2)
     assert hub.requests == []
 
 
@@ -199,7 +199,7 @@ def test_links_that_lead_out_of_the_folder_are_refused(made: Path, output: Path,
         kept = place.rename(tmp_path / "kept")
         place.symlink_to(kept)
         said = refused(output, "--dry-run")
-        assert "is a link that leads out of the folder" in said or "scores.safetensors" in said
+        assert "is a link out of the folder" in said or "scores.safetensors" in said
         place.unlink()
         kept.rename(place)
     # Within it, they are files like any other.
@@ -214,12 +214,12 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (lambda out: (out / "README.md").unlink(), "1 of .* files are missing, first 'README.md'"),
     (lambda out: (out / "scores" / "scores.safetensors").unlink(), "first 'scores/scores.safetensors'"),
     (lambda out: next(out.glob("model-*2-of*")).unlink(), "1 of 3 shards are missing"),
-    (lambda out: cut(next(out.glob("model-*2-of*"))), "no complete model"),
-    (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "no valid YAML"),
+    (lambda out: cut(next(out.glob("model-*2-of*"))), "not a complete model"),
+    (lambda out: (out / "README.md").write_text("---\na: [\n---\n"), "not valid YAML"),
     (lambda out: (out / "model-x.safetensors").write_bytes(b""), "is not listed in the index"),
-    (lambda out: edit(out / "config.json", fewer), "is not what it should be|lists 5 experts"),
+    (lambda out: edit(out / "config.json", fewer), "is not valid|lists 5 experts"),
     (lambda out: edit(out / "streamprune.json", lambda it: it["layers"][1]["kept"].pop()), "lists 4 experts"),
-    (lambda out: edit(out / "streamprune.json", lambda it: it["layers"].pop()), "holds scores of 2 layers"),
+    (lambda out: edit(out / "streamprune.json", lambda it: it["layers"].pop()), "has scores of 2 layers"),
     (lambda out: edit(out / "model.safetensors.index.json", lambda it: it.pop("metadata")), "does not state the"),
     (lambda out: cut(out / "scores" / "scores.safetensors"), "scores.safetensors.*damaged"),
 ]
@@ -258,7 +258,7 @@ def test_a_changed_byte_is_found_with_the_source(hub: UploadHub, made: Path, out
     assert hub.taken == {}
     # Without it nobody can see that, and the message says so.
     done = push(output, "--dry-run")
-    assert "Not proved: that their bytes are the source's, for no --source is given." in done.stdout
+    assert "Not compared with the bytes of the source: no --source is given." in done.stdout
 
 
 def test_computed_tensors_have_their_hash_on_record_or_are_refused(hub: UploadHub, output: Path) -> None:
@@ -304,7 +304,7 @@ def test_uneven_models_are_checked_without_their_source(tmp_path: Path, family: 
     assert "verified without the source" in push(output, "--dry-run").stdout
     code = next(output.glob("modeling_*.py"))
     code.write_text(code.read_text() + "import os\n")
-    assert f"{code.name} is not the code that loads this model" in refused(output, "--dry-run")
+    assert f"{code.name} differs from the modeling code that this version writes" in refused(output, "--dry-run")
 
 
 def test_a_file_that_changes_while_it_is_verified(
@@ -318,7 +318,7 @@ def test_a_file_that_changes_while_it_is_verified(
         return shown
 
     monkeypatch.setattr(push_module, "prove", meanwhile)
-    assert "README.md was changed since it was looked at" in refused(output)
+    assert "README.md has changed since it was verified" in refused(output)
     assert hub.taken == {}
 
 
@@ -327,15 +327,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"fail": {"whoami": (500, "")}}, "Logging in failed: .* answered with HTTP status 500"),
     ({"fail": {"create": (403, "no rights")}}, r"the token may not write to me/small \(no rights\)"),
     ({"fail": {"create": (402, "pay first")}}, r"asks for payment \(pay first\)"),
-    ({"fail": {"create": (400, "bad name")}}, r"refused as not valid \(bad name\)"),
+    ({"fail": {"create": (400, "bad name")}}, r"refused as invalid \(bad name\)"),
     ({"fail": {"preupload": (403, "read-only token")}}, "Uploading was refused: the token may not write to me/small"),
-    ({"fail": {"batch": (500, "out of order")}}, r"HTTP status 500 \(out of order\). Push again: what has arrived"),
+    ({"fail": {"batch": (500, "out of order")}}, r"HTTP status 500 \(out of order\). Push again: uploaded files"),
     ({"fail": {"store": (503, "later")}}, "HTTP status 503"),
     ({"fail": {"store": (403, "signature expired")}}, "Uploading was refused"),
     ({"fail": {"commit": (429, "too many")}}, "too many requests"),
     ({"fail": {"commit": (413, "too large")}}, r"HTTP status 413 \(too large\)"),
-    ({"fail": {"yaml": (400, "")}}, "does not take the model card"),
-    ({"fail": {"tree": (500, "")}}, "Looking at what has arrived failed"),
+    ({"fail": {"yaml": (400, "")}}, "does not accept the model card"),
+    ({"fail": {"tree": (500, "")}}, "Checking the uploaded files failed"),
     ({"broken": {"store"}}, "cannot be reached, or broke off"),
     ({"broken": {"create"}}, "Creating it failed: .* cannot be reached, or broke off"),
     ({"silent": True}, r"Logging in failed: .* does not answer \(ReadTimeout\). Check the connection"),
@@ -384,7 +384,7 @@ def test_without_a_token_or_a_connection(hub: UploadHub, made: Path, monkeypatch
     hub.forget()
     assert "You are not logged in to the Hub. Log in with `hf auth login`" in refused(made / "out", status=2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE=1 forbids to upload" in refused(made / "out", status=2)
+    assert "HF_HUB_OFFLINE=1 forbids uploading" in refused(made / "out", status=2)
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -440,7 +440,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(output: Path, way: signal.Si
     else:
         assert process.returncode == 75
         last = told.strip().splitlines()[-1]
-        assert last.startswith("Error: Interrupted. What has arrived on the Hub is kept; go on with the same command:")
+        assert last.startswith("Error: Interrupted. Uploaded files are kept; resume with the same command:")
         assert last.endswith(f"streamprune push {output} --repo-id {REPO} --no-verify --private")
     before = tree_bytes(output)
     with UploadHub() as second:

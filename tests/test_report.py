@@ -58,7 +58,7 @@ def test_the_tables_hold_the_numbers_of_the_record(reported: Reported) -> None:
 
 def test_memory_retention_calibration_and_course_are_those_of_the_run(reported: Reported) -> None:
     page, (*layers, summary) = tables(reported.output), log_of(reported.output)
-    memory = {row[0]: row[1:] for row in page.rows("Memory, one GPU")}
+    memory = {row[0]: row[1:] for row in page.rows("Memory on one GPU")}
     before = Estimate(read_footprint(str(reported.model)), ServingSpec(context=CONTEXT))
     assert record_of(reported.output)["use"]["budget_bytes"] == summary["memory"]["budget_bytes"]
     for term in summary["memory"]["terms"]:
@@ -67,10 +67,10 @@ def test_memory_retention_calibration_and_course_are_those_of_the_run(reported: 
         name: row[0] for name, row in memory.items()
     }.items()
     assert memory["total"] == [format_bytes(before.total), format_bytes(summary["memory"]["total_bytes"])]
-    budget = f"left of the budget of {format_bytes(summary['memory']['budget_bytes'])}"
+    budget = f"free in the budget of {format_bytes(summary['memory']['budget_bytes'])}"
     missing = before.total - summary["memory"]["budget_bytes"]
     assert memory[budget] == [
-        f"does not fit: {format_bytes(missing)} missing", format_bytes(summary["memory"]["left_bytes"])
+        f"does not fit: {format_bytes(missing)} over", format_bytes(summary["memory"]["left_bytes"])
     ]  # fmt: skip
     kept = {row[0]: row[1:3] for row in page.rows("Saliency kept by source")}
     assert kept == {
@@ -192,7 +192,7 @@ def test_what_is_missing_is_said(copied: Path) -> None:
     assert "Not measured. <code>streamprune eval</code>" in page
     assert not (copied / "README.md").exists()
     assert not (copied / "pictures" / "course.png").exists()
-    assert "Memory, one GPU" in tables(copied).found, "by the names of the tensors alone"
+    assert "Memory on one GPU" in tables(copied).found, "by the names of the tensors alone"
 
 
 def test_the_log_of_another_run_is_not_taken(copied: Path) -> None:
@@ -200,7 +200,7 @@ def test_the_log_of_another_run_is_not_taken(copied: Path) -> None:
     summary["experts_per_layer"] = 7
     Path(f"{copied}.streamprune.log").write_text("".join(json.dumps(event) + "\n" for event in (*layers, summary)))
     write_report(copied)
-    assert "is of another run" in (copied / "report.html").read_text()
+    assert "belongs to another run" in (copied / "report.html").read_text()
     assert "The run by layer" not in tables(copied).found
 
 
@@ -213,7 +213,7 @@ def test_a_choice_by_hand_has_a_report_without_scores(reported: Reported, tmp_pa
     page = tables(tmp_path / "out")
     cells = page.found["Scores by layer and expert; struck out: removed"][2][1:]
     assert [number for number, (_, struck) in enumerate(cells) if not struck] == [3, 4]
-    memory = {row[0]: row[1:] for row in page.rows("Memory, one GPU")}
+    memory = {row[0]: row[1:] for row in page.rows("Memory on one GPU")}
     assert memory["weights: experts"][0] == format_bytes(4 * 8 * 3 * 64 * 32 * 4)
     assert memory["weights: experts"][1] == format_bytes(11 * 3 * 64 * 32 * 4)
     assert "Tokens per expert by layer" not in page.found

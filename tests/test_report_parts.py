@@ -61,7 +61,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "ascending order - at `$.layers[0]`",
     ),
     "protected layer": (
-        changed("streamprune.json", lambda told: {**told, "protected": {"77": [1]}}), "'77' is no layer"
+        changed("streamprune.json", lambda told: {**told, "protected": {"77": [1]}}), "'77' is not a layer"
     ),
     "text without loss": (
         result("text.json", {"sources": [{"name": "x", "tokens": 3}]}),
@@ -89,7 +89,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "tasks": (result("tasks.json", {"results": [1]}), "expected `object`, got `array` - at `$.results`"),
     "scores": (lambda output: (output / "scores" / "scores.safetensors").write_bytes(b"x" * 90), "scores"),
-    "log": (lambda output: Path(f"{output}.streamprune.log").write_text("no log"), "is no log of a run"),
+    "log": (lambda output: Path(f"{output}.streamprune.log").write_text("no log"), "is not a log of a run"),
     "weights": (lambda output: (output / "model.safetensors.index.json").unlink(), "is it a complete model folder"),
     "marker": (
         lambda output: (output / "README.md").write_text(markers("pictures")[0]), "1 lines that begin its section"

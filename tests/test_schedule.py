@@ -203,7 +203,7 @@ def test_a_schedule_that_is_neither_name_nor_file(tmp_path: Path) -> None:
         SettingsError, match=r"'gobal' cannot be read: .*uniform, linear-decrease, linear-increase, global"
     ):
         read_schedule_file(Path("gobal"), QWEN, 3)
-    with pytest.raises(SettingsError, match="no regular file"):
+    with pytest.raises(SettingsError, match="not a regular file"):
         read_schedule_file(tmp_path, QWEN, 3)
     with pytest.raises(SettingsError, match=r"cannot be read|not valid"):
         read_schedule_file(Path("a\0b"), QWEN, 3)

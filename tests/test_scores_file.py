@@ -282,7 +282,7 @@ def test_what_is_no_file_at_all(tmp_path: Path) -> None:
         with pytest.raises(ScoresError, match="No scores can be read"):
             read_scores(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ScoresError, match="no regular file"):
+    with pytest.raises(ScoresError, match="not a regular file"):
         read_scores(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(MOST_BYTES + 1)

@@ -180,7 +180,7 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
         with pytest.raises(TaskError, match=f"The tasks {name} cannot be loaded: .*{words}") as found:
             run(model, [name], include_path=included)
         assert "\n" not in str(found.value)
-    with pytest.raises(SettingsError, match="is no folder"):
+    with pytest.raises(SettingsError, match="is not a folder"):
         run(model, ["local_sums"], include_path=tmp_path / "none")
     with pytest.raises(SettingsError, match="--limit 0"):
         run(model, ["local_sums"], include_path=included, limit=0)

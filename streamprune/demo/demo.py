@@ -1,8 +1,8 @@
-"""The demo: prune a small trained model in four ways, and show what each has lost on held-out text.
+"""The demo: prune a small trained model in four ways, and show what each costs on held-out text.
 
 The model comes with the package, as bfloat16 weights, tokenizer, token sequences and a note of how it was made;
-`tools/train_demo` makes it. All of it is computed on the CPU: the model is tiny, and the figures are then the same with
-and without a GPU.
+`tools/train_demo` makes it. Everything is computed on the CPU: the model is tiny, and the results are the same with and
+without a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from streamprune.tables import Table
 SHIPPED = Path(__file__).resolve().parent / "trained"
 #: In that folder, and in the folder of any trained model.
 MODEL_NAME, SEQUENCES_NAME, RECIPE_NAME = "model", "sequences.npz", "recipe.json"
-#: Disk space for the model and four pruned ones, with room to spare.
+#: Disk space for the model and four pruned ones, with a reserve.
 NEEDED_BYTES = 64 * 1024**2
 #: Tokens that one result is calibrated on, as sequences: of all domains in equal parts, or of code alone.
 CALIBRATION_SEQUENCES = 256
@@ -110,14 +110,14 @@ class DemoResult:
 
     @property
     def damage_is_graded(self) -> bool:
-        """Whether removing more always did more damage."""
+        """Whether the KL divergence always grew with the share removed."""
         return all(less < more for less, more in pairwise(self.damages.values()))
 
 
 def shipped_model(folder: Path, echo: Echo = print) -> DemoModel:
-    """Copy the trained model that comes with the package to `folder`, in float32, unless the copy exists.
+    """Copy the trained model that comes with the package to `folder`, as float32, unless the copy exists.
 
-    The package has its weights in bfloat16, in which CPUs without special instructions compute 60 times slower than in
+    The package has bfloat16 weights, with which CPUs without special instructions compute 60 times slower than with
     float32. Raises OutputError, ResourceError if `folder` cannot be written.
     """
     place = folder / f"shipped-{hashlib.sha256((SHIPPED / RECIPE_NAME).read_bytes()).hexdigest()[:12]}"
@@ -132,7 +132,7 @@ def shipped_model(folder: Path, echo: Echo = print) -> DemoModel:
 
 
 def load_model(place: Path) -> DemoModel:
-    """The model that `saving` put in a folder, with its sequences."""
+    """The model that `saving` saved in a folder, with its sequences."""
     with np.load(place / SEQUENCES_NAME, allow_pickle=False) as arrays:
         parts = {
             part: {name: torch.from_numpy(arrays[f"{part}/{name}"]).long() for name in DOMAINS}
@@ -143,8 +143,8 @@ def load_model(place: Path) -> DemoModel:
 
 @contextmanager
 def saving(place: Path, model: Any, tokenizer: Any) -> Iterator[Path]:
-    """Save a model in a folder to which the caller adds the rest. It is renamed to `place` at the end, so that what is
-    there is complete at any time. Raises OutputError, ResourceError.
+    """Save a model in a folder, to which the caller adds other files. The folder is renamed to `place` at the end, so
+    that `place` is always complete. Raises OutputError, ResourceError.
     """
     with writing(f"Saving the model in {place}", place.parent):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -153,13 +153,13 @@ def saving(place: Path, model: Any, tokenizer: Any) -> Iterator[Path]:
             model.save_pretrained(staging / MODEL_NAME)
             tokenizer.save_pretrained(staging / MODEL_NAME)
             yield staging
-            if not place.is_dir():  # else another process has made the same model meanwhile
+            if not place.is_dir():  # otherwise another process has made the same model meanwhile
                 staging.rename(place)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread, so that sums come out the same every time; the number is restored afterwards."""
+    """Run torch on one thread, so that sums are reproducible; the number of threads is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -248,7 +248,7 @@ def _measured(model: Path, original: Path, held_out: Calibration) -> Measured:
 
 
 def _lines(result: DemoResult) -> list[str]:
-    """What the demo prints at its end."""
+    """The lines that the demo prints at its end."""
     variants = sorted(result.variants.items(), key=lambda item: (item[0][1] != MIX, item[0][0]))
     removed = [(f"{ratio:.0%} removed, {name}", measured) for (ratio, name), measured in variants]
     models = [("before", result.before), *removed]
@@ -258,7 +258,7 @@ def _lines(result: DemoResult) -> list[str]:
         return [name, *(f"{value:.3f}" for value in (*values.values(), fmean(values.values())))]
 
     vocabulary = load_config(result.model).vocab_size
-    title = f"Held-out loss in nats per token, lower is better (knowing nothing: {math.log(vocabulary):.2f})"
+    title = f"Held-out loss in nats per token, lower is better (uniform guess: {math.log(vocabulary):.2f})"
     losses = Table(title, columns, [row(name, each.losses) for name, each in models])
     title = "Damage: KL divergence from the unpruned model's predictions, in nats per token"
     damages = Table(title, columns, [row(name, each.divergences) for name, each in removed])
@@ -269,8 +269,8 @@ def _lines(result: DemoResult) -> list[str]:
     return [
         *(line for table in (losses, damages, sizes) for line in ("", *table.text())),
         "",
-        f"The unpruned model:          {result.model}",
-        f"The model with half of it:   {result.output}",
+        f"The unpruned model:               {result.model}",
+        f"The model with half its experts:  {result.output}",
         "The same from the command line:",
         f"  {shlex.join(command)}",
         "",
@@ -284,22 +284,21 @@ def _findings(result: DemoResult) -> list[str]:
     nats = ", ".join(f"{damage:.3f}" for damage in result.damages.values())
     graded = "the more was removed, the more was lost"
     if not result.damage_is_graded:
-        graded = "the damage did not grow with the share, as it does once a model is trained for long enough"
+        graded = "the divergence did not grow with the share, unlike in models that are trained for longer"
     mix, code = half.divergences, result.variants[0.5, CODE].divergences
     others = [name for name in mix if name != CODE]
     with_mix, with_code = (fmean(damage[name] for name in others) for damage in (mix, code))
     factors = ", ".join(f"{code[name] / mix[name]:.1f} on {name}" for name in mix)
-    verdict = (
-        "experts that the calibration text does not use are the ones that go, so calibrate on what you will ask for"
-    )
+    verdict = "experts unused by the calibration text are removed, so calibrate on text like your workload"
     if with_code <= with_mix:
-        verdict = "it did not hurt the other domains more here, as it does once a model is trained for long enough"
+        verdict = "it did not hurt the other domains more here, unlike in models that are trained for longer"
     return [
-        f"What was seen: with {half.experts} of {before.experts} experts per layer, the weights take "
+        f"Result: with {half.experts} of {before.experts} experts per layer, the weights take "
         f"{half.weight_bytes / before.weight_bytes:.0%} of the space, and the mean held-out loss went from "
         f"{before.mean_loss:.2f} to {half.mean_loss:.2f}.",
         f"Removing {removed} of the experts changed the predictions by {nats} nats per token: {graded}.",
-        f"Calibrated on code alone instead of the mix, the half-size model was damaged this many times as much: "
-        f"{factors}; {with_code / with_mix:.1f} on all but code ({with_code:.3f} against {with_mix:.3f}): {verdict}.",
-        "How much a large model loses is another matter: this one is tiny, and was trained for minutes.",
+        f"Calibrated on code alone instead of the mix, the model with half its experts has this multiple of the KL "
+        f"divergence: {factors}; {with_code / with_mix:.1f} on all but code ({with_code:.3f} against {with_mix:.3f}): "
+        f"{verdict}.",
+        "These numbers do not carry over to large models: this one is tiny, and was trained for minutes.",
     ]

@@ -1,4 +1,4 @@
-"""`streamprune eval`: measure what is asked for, print and save each result."""
+"""`streamprune eval`: run the requested measurements, print and save each result."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Measure a model on text, by its continuations (`generation`), on `tasks`; returns what `--json` prints.
 
-    Text is measured on if `settings.data` names any, or if nothing else is asked for. Each result is saved as soon as
-    it is known, in `output` or else with the model if streamprune made it. `show` takes the lines of the results;
-    without it they go where the notes go. Raises a StreampruneError for whatever cannot work.
+    Text is used if `settings.data` names any, or if nothing else is requested. Each result is saved as soon as it is
+    known, in `output`, or with the model if streamprune made it. `show` prints the lines of the results; without it
+    they are printed like the notes. Raises a StreampruneError if the measurements are impossible.
     """
     folder = output
     if folder is None and (model_folder := pruned_folder(settings.model)) is not None:
         folder = results_folder(model_folder)
     if folder is not None:
-        # Hours may pass until there is something to write.
+        # Checked early: the first result may come after hours.
         check_writable(folder)
     found: dict[str, Any] = {}
     with Progress(0, quiet) as progress:
@@ -59,7 +59,7 @@ def evaluate_model(
 def _results(
     settings: EvalSettings, generation: GenerationSettings | None, tasks: TaskSettings | None, progress: Progress
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The results that are asked for, one after the other, with the names of their files."""
+    """The requested results, one after the other, with the names of their files."""
     on_text = bool(settings.data) or (generation is None and tasks is None)
     data = None
     if on_text or (generation is not None and generation.prompts is None):
@@ -79,7 +79,7 @@ def _save(folder: Path, name: str, result: Mapping[str, Any], replace_better: bo
     stored = read_result(folder, name)
     better = None if replace_better or stored is None else _why_better(stored, result)
     if better is not None:
-        return f"note: {folder / name} stays as it is, since {better}."
+        return f"note: {folder / name} is not replaced, since {better}."
     write_result(folder, name, without_folders(result))
     texts = [_entry(_entry(each, "data"), "fingerprint") for each in (result, stored)]
     replaced = ", which replaces those on other text" if texts[1] is not None and texts[0] != texts[1] else ""
@@ -92,10 +92,10 @@ def _why_better(stored: Mapping[str, Any], result: Mapping[str, Any]) -> str | N
         return "it compares with the original. Add --against, or -o"
     limits = [_entry(each.get("config"), "limit") for each in (result, stored)]
     if limits[0] is not None and limits[1] is None and result.get("tasks") == stored.get("tasks"):
-        return "it is of all examples. Leave out --limit, or add -o"
+        return "it is of all examples. Omit --limit, or add -o"
     return None
 
 
 def _entry(value: Any, name: str) -> Any:
-    """An entry of an object of JSON; None for what is no object."""
+    """An entry of a JSON object; None if `value` is not an object."""
     return value.get(name) if isinstance(value, Mapping) else None

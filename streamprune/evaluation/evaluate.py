@@ -1,4 +1,4 @@
-"""`streamprune eval`: what a model predicts on held-out text, and how that differs from the original's."""
+"""`streamprune eval`: a model's loss on held-out text, and how its predictions differ from the original's."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from streamprune.streaming.stages import ForwardStage, LayerErrors, LayerTask
 
 
 def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """A folder with a model's config and tokenizer, and perhaps no more.
+    """A folder with a model's config and tokenizer, and maybe nothing else.
 
-    Raises UnsupportedModelError where its config already says that it cannot be streamed.
+    Raises UnsupportedModelError if its config already shows that it cannot be streamed.
     """
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     raw = read_json(folder / CONFIG_NAME)
@@ -55,17 +55,17 @@ def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def same_tokenizer(original: Path, model: Path) -> bool:
-    """Whether two models' tokenizers are the same file, as far as both have one."""
+    """Whether two models have identical tokenizer files; True if one of them has none."""
     files = [folder / "tokenizer.json" for folder in (model, original)]
     with reading(files[0]):
         return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
 
 
 def read_data(settings: EvalSettings) -> Calibration:
-    """The text of an evaluation, as tokens of the model's own tokenizer: `settings.data`, or what its run held back.
+    """The text of an evaluation, as tokens of the model's own tokenizer: `settings.data`, or what its run held out.
 
-    Nothing large is downloaded for it. Raises CalibrationError where a source has no sequence of two tokens: nothing
-    could be predicted there; SettingsError where no text is known.
+    Nothing large is downloaded for it. Raises CalibrationError if a source has no sequence of two tokens, since nothing
+    could be predicted, and SettingsError if there is no text.
     """
     if not settings.data:
         return _read_held_out(settings)
@@ -90,18 +90,18 @@ def read_data(settings: EvalSettings) -> Calibration:
 
 
 def _read_held_out(settings: EvalSettings) -> Calibration:
-    """The text that the run which made the model held back.
+    """The text that the model's run held out.
 
-    Raises SettingsError if there is none, or if the text there was held back for another model of that name: this one
-    may have been scored on it.
+    Raises SettingsError if there is none, or if it was held out for another model of that name: this one may have been
+    scored on it.
     """
     recipe = held_out_recipe(Path(settings.model))
     if not recipe.is_file():
-        # Refuse first what is no model at all.
+        # First raise for something that is not a model.
         config_folder(settings.model, settings.revision, settings.trust_remote_code)
         raise SettingsError(
-            "Say on what text to measure: --data FILE or RECIPE, of text that the model was not scored on. "
-            f"(`streamprune run --evaluate` holds some back, and saves it next to its output, here in {recipe.parent}; "
+            "No text to measure on: give --data FILE or RECIPE, with text that the model was not scored on. "
+            f"(`streamprune run --evaluate` holds some out, and saves it next to its output, here in {recipe.parent}; "
             "if the output was moved, name that folder.)"
         )
     data = read_data(replace(settings, data=(str(recipe),)))
@@ -109,8 +109,8 @@ def _read_held_out(settings: EvalSettings) -> Calibration:
     is_whole = settings.samples is None and settings.seq_len is None
     if known is None or (is_whole and data.fingerprint != known):
         raise SettingsError(
-            f"The text in {recipe.parent} is not what was held back for {settings.model} as it is now, which may have "
-            f"been scored on it. Say on what text to measure: --data FILE or RECIPE (or {recipe}, if you know better)."
+            f"The text in {recipe.parent} was not held out for the current {settings.model}, which may have been "
+            f"scored on it. Give text with --data FILE or RECIPE (or {recipe}, if the model was not scored on it)."
         )
     return data
 
@@ -130,7 +130,7 @@ def evaluate_text(settings: EvalSettings, data: Calibration, progress: Progress)
     """Stream a model, and with `against` the original too, over `data`.
 
     Peak memory: a layer of one of them and the next one, the embeddings, the hidden states of `data`, and a slice of
-    the heads. Raises a StreampruneError for whatever cannot work.
+    the heads. Raises a StreampruneError if this is impossible.
     """
     device = choose_device(settings.device)
     settings.check_device(device.type)
@@ -138,16 +138,16 @@ def evaluate_text(settings: EvalSettings, data: Calibration, progress: Progress)
     needs = _combined([needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()])
     plan = plan_memory(settings, needs, 0, device, Path(tempfile.gettempdir()))
     record = read_record_of(settings.model)
-    # By the record; None where there is none, or nothing to compare with.
+    # By the record; None if there is none, or without --against.
     against_source = None
     if record is not None and record.source.fingerprint is not None and ORIGINAL in models:
         against_source = record.source.fingerprint == models[ORIGINAL].checkpoint.fingerprint()
-    # Nothing is printed before all is known to be in order: a refusal is one message and no more.
+    # Nothing is printed before everything is checked, so that a refusal is a single message.
     progress.say(_summary(settings, models, data, device))
     for note in (*data.notes, *_notes(settings, models, against_source)):
         progress.say(f"note: {note}")
     progress.say(plan.describe())
-    # Hidden states can be compared layer by layer where two models have one shape.
+    # Hidden states can only be compared layer by layer if both models have the same shape.
     shapes = [
         (opened.skeleton.layer_count, opened.skeleton.model.config.get_text_config(decoder=True).hidden_size)
         for opened in models.values()
@@ -175,9 +175,9 @@ def measure(
     errors: LayerErrors | None,
     kept: Mapping[int, Sequence[int]] | None = None,
 ) -> list[SequenceFigures]:
-    """Run all layers of one or two models on `data`, with a line for each, and read what they predict.
+    """Run all layers of one or two models on `data`, print a line for each, and compute the predictions.
 
-    `kept` are the experts that stay, by layer, for a stage that prunes. Raises Stopped when the user asks to stop.
+    `kept` are the experts that stay, by layer, for a stage that prunes. Raises Stopped when the user stops the command.
     """
     progress = runtime.progress
     with LayerLoop(runtime, stages, data) as loop:
@@ -191,7 +191,7 @@ def measure(
             shown = f"relative error {means[-1][index]:.4f}, " if means and index < len(means[-1]) else ""
             seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(runtime.device))
             progress.say(f"layer {index}/{last}: {shown}{seconds:.1f} s, peak {peak}")
-        progress.say(f"reading the predictions of {'both models' if len(stages) == 2 else 'the model'} ...")
+        progress.say(f"computing the predictions of {'both models' if len(stages) == 2 else 'the model'} ...")
         return loop.read_predictions(loop.layer_count)
 
 
@@ -212,10 +212,10 @@ def about(
     held_back: bool,
     against_source: bool | None,
 ) -> dict[str, Any]:
-    """What a result is about: the head of its JSON.
+    """The head of a result's JSON: model, original and text.
 
-    `held_back`: the text is what the run that made the model held back. `against_source`: the original is what the
-    model was made from (None where nobody knows).
+    `held_back`: the text is what the model's run held out. `against_source`: the original is the model's source (None
+    if that is unknown).
     """
     return {
         "format": RESULT_FORMAT,
@@ -235,9 +235,9 @@ def about(
 
 
 def _open(settings: EvalSettings) -> Mapping[str, OpenedModel]:
-    """The models by side, the original first, with weights that are all there.
+    """The models by side, the original first, with complete weights.
 
-    Raises a StreampruneError where they are not, where predictions cannot be computed, or are about other tokens.
+    Raises a StreampruneError if weights are missing, predictions cannot be computed, or the vocabularies differ.
     """
     wanted = {PRUNED: (settings.model, settings.revision)}
     if settings.against is not None:
@@ -266,7 +266,7 @@ def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], against_so
     if against_source is False:
         yield (
             f"{settings.against} is not what {settings.model} was made from, by the fingerprint in its {REPORT_NAME}: "
-            "the differences are not those that pruning made."
+            "the differences are not only those of pruning."
         )
     if len(models) == 2 and not same_tokenizer(*(opened.checkpoint.folder for opened in models.values())):
         yield (
@@ -276,7 +276,7 @@ def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], against_so
 
 
 def _combined(needs: Sequence[Needs]) -> Needs:
-    """What models need that are streamed together: one layer at a time, and everything else of all."""
+    """The memory of models that are streamed together: the largest layer of any, and everything else of all."""
     largest = max(needs, key=lambda each: each.layer)
     return replace(
         largest,

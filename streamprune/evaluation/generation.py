@@ -1,6 +1,6 @@
-"""Generation health: how a model's continuations end, by themselves, in a loop, or not at all.
+"""Generation health: whether a model's continuations end with EOS, in a loop, or not at all.
 
-Heavily pruned models may fall into endless loops, above all while they think, when their perplexity still looks fine.
+Heavily pruned models may get into endless loops, especially while thinking, even if their perplexity still looks fine.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from streamprune.reporting.evaluations import RESULT_FORMAT
 
 #: Seconds between two progress lines.
 LINE_SECONDS = 15.0
-#: The settings that shape the distribution that is sampled from; None leaves all tokens as they are.
+#: The settings of the sampling distribution; None disables one.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How generation is tried. Raises SettingsError for numbers that are too small.
+    """The settings of generation. Raises SettingsError for numbers that are too small.
 
     `prompts` is a JSONL file of the user's own; `prompts_per_source` and `prompt_tokens` are about held-out text;
     `max_new_tokens` is the most that is generated for a prompt, `batch` the most prompts at a time.
@@ -118,16 +118,16 @@ def generation_health(
 
 
 def _new_tokens(prompts: Sequence[Prompt], wanted: int, models: Sequence[FullModel]) -> tuple[int, list[str]]:
-    """The most new tokens, within the positions that the models know, and notes about what so few cannot show."""
+    """The most new tokens, within the models' positions, and notes on loops that so few tokens cannot show."""
     positions = min((each.positions for each in models if each.positions is not None), default=None)
     longest = max(len(prompt.ids) for prompt in prompts)
     room = wanted if positions is None else positions - longest
     if room < 1:
         raise SettingsError(
-            f"A prompt has {longest:,} tokens, and the model knows {positions:,} positions: none is left for new "
+            f"A prompt has {longest:,} tokens, and the model has {positions:,} positions: none is left for new "
             "tokens. Use fewer --prompt-tokens, or shorter --prompts."
         )
-    notes = [f"Only {room:,} new tokens: the model knows {positions:,} positions."] if room < wanted else []
+    notes = [f"Only {room:,} new tokens: the model has {positions:,} positions."] if room < wanted else []
     number = min(room, wanted)
     if number < LEAST_TOKENS:
         remedy = "raise --max-new-tokens" if room >= wanted else "use fewer --prompt-tokens"
@@ -166,8 +166,8 @@ class _Trial:
         vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         if largest >= vocabulary:
             raise CheckpointError(
-                f"The prompts have token {largest}, but the model knows only {vocabulary}. Tokenizer and model "
-                "do not belong together."
+                f"The prompts have token {largest}, but the model has only {vocabulary} tokens. The tokenizer does not "
+                "belong to this model."
             )
         made = [each for name in self.decodings for each in self._continuations(loaded, name)]
         device = loaded.device
@@ -177,7 +177,7 @@ class _Trial:
         return made
 
     def facts(self, switch: str | None) -> dict[str, Any]:
-        """What the figures depend on, as JSON; `switch` is the template's for thinking."""
+        """The settings on which the results depend, as JSON; `switch` is the template's variable for thinking."""
         sampled = self.decodings[SAMPLED]
         return {
             "prompts_per_source": self.generation.prompts_per_source,
@@ -192,16 +192,16 @@ class _Trial:
         }
 
     def _decodings(self, stated: GenerationConfig) -> dict[str, GenerationConfig]:
-        """Greedy and sampled decoding by a model's own generation config; temperature 1 where it names none.
+        """Greedy and sampled decoding by a model's own generation config; temperature 1 if it has none.
 
-        Continuations end with the config's tokens, or else the tokenizer's; a note is added where there are none.
+        Continuations end with the config's end tokens, or else the tokenizer's; a note is added if there are none.
         """
         ends = getattr(stated, "eos_token_id", None)
         if ends is None and self.tokenizer is not None:
             ends = self.tokenizer.eos_token_id
         ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
         if not ends:
-            self.notes.append("The model names no token that ends a text, so that nothing could end by itself.")
+            self.notes.append("The model has no end-of-text token, so no continuation could end by itself.")
         decodings = {}
         for name in (GREEDY, SAMPLED):
             config = decodings[name] = copy.deepcopy(stated)
@@ -258,12 +258,12 @@ def _batch(
 ) -> list[list[int]] | None:
     """The new tokens of prompts of one length, padded at their ends; None if memory ran out.
 
-    Raises NonFiniteError for a model whose logits are no numbers.
+    Raises NonFiniteError for logits with NaN or infinity.
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=loaded.device)
     gpus = [loaded.device] if is_gpu(loaded.device) else []
     try:
-        # This batch's random numbers depend on its seed alone, and the global generators stay as they were.
+        # This batch's random numbers only depend on its seed, and the global generators are restored.
         with torch.random.fork_rng(devices=gpus, device_type=loaded.device.type), torch.inference_mode():
             torch.manual_seed(seed)
             made = loaded.model.generate(
@@ -279,12 +279,10 @@ def _batch(
 
 
 class _CheckFinite(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing. Refuses NaN and infinity, which greedy decoding would turn into a loop."""
+    """Changes nothing, but raises NonFiniteError for NaN and infinity, which greedy decoding would turn into a loop."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Minus infinity is how other processors forbid a token.
+        # Other processors exclude a token with minus infinity.
         if bool((scores.isnan() | scores.isposinf()).any()):
-            raise NonFiniteError(
-                "The model gives NaN or infinity for the next token: nothing can be generated with it."
-            )
+            raise NonFiniteError("The model's logits for the next token have NaN or infinity: it cannot generate.")
         return scores

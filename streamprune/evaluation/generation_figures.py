@@ -1,4 +1,4 @@
-"""From continuations to figures, a verdict and advice; and what a loop is. No torch."""
+"""From continuations to statistics, a verdict and advice; and the definition of a loop. No torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamprune.evaluation.prompts import Prompt
 
-#: Tokens that a repetition must last to be called a loop. Text has shorter ones of its own: a rule of dashes, the
-#: columns of a table, a row of zeros; and models repeat something a few times without getting stuck.
+#: The least tokens of a repetition that counts as a loop. Normal text has shorter ones: a rule of dashes, the columns
+#: of a table, a row of zeros; and models repeat something a few times without getting stuck.
 LEAST_TOKENS = 64
-#: Rounds of a loop that must be seen: what occurs twice, such as a refrain or a quoted question, may still end.
+#: The least rounds of a loop: something that occurs twice, such as a refrain or a quoted question, may still end.
 LEAST_ROUNDS = 3
 #: The longest period, in tokens: a paragraph of about a hundred words.
 LONGEST_PERIOD = 160
@@ -24,13 +24,12 @@ GRAM = 4
 
 GREEDY, SAMPLED = "greedy", "sampled"
 HEALTHY, LOOPS, UNKNOWN = "healthy", "loops", "unknown"
-#: A model loops if more than this share of the continuations of some mode do: one in ten spoils any use.
+#: A model loops if more than this share of the continuations of some mode do: one in ten makes it unusable.
 LOOP_SHARE = 0.1
-#: And at least so many (or all, if there are fewer): a single one may be chance.
+#: And at least this many (or all, if there are fewer): a single one may be chance.
 LEAST_LOOPS = 2
-#: Where the original is known, the model must also be worse beyond chance. Of the prompts on which only one of the two
-#: loops it has so many that a fair coin would give it as many or more at most once in 16 times: four to none, eight to
-#: two. (The exact sign test, one-sided.)
+#: If the original was measured too, the model must also loop significantly more often: by the one-sided exact sign test
+#: over the prompts on which only one of the two loops, with this p-value at most (four to none, or eight to two).
 MOST_CHANCE = 1 / 16
 #: Examples that are kept, and characters of each end of their texts.
 MOST_EXAMPLES, EXAMPLE_CHARACTERS = 8, 240
@@ -38,7 +37,7 @@ MOST_EXAMPLES, EXAMPLE_CHARACTERS = 8, 240
 #: How a mode's continuations were made: decoding, form of the prompt, thinking; and the names of these.
 ModeKey = tuple[str, str, bool | None]
 _MODE = ("decoding", "form", "thinking")
-#: The figures of one mode, as they stand in `generation.json`.
+#: The statistics of one mode, as in `generation.json`.
 Mode = Mapping[str, Any]
 
 
@@ -53,7 +52,7 @@ class Continuation:
 
     @cached_property
     def looped(self) -> bool:
-        """Whether it was in a loop when it was cut off. One that ended by itself has not looped."""
+        """Whether it was in a loop when it was cut off. One that ended with EOS has not looped."""
         return not self.ended and loop_period(self.tokens) is not None
 
     @cached_property
@@ -68,11 +67,11 @@ class Continuation:
 
 
 def loop_period(tokens: Sequence[int]) -> int | None:
-    """The shortest period p of the loop in which the tokens end; None if they end in none.
+    """The shortest period p of the loop in which the tokens end; None if they do not end in a loop.
 
     They end in a loop of period p, of at most LONGEST_PERIOD tokens, if the last n = max(LEAST_TOKENS, LEAST_ROUNDS p)
     of them repeat with it: each of the last n - p equals the one p places before. The tokens must be equal, so that a
-    numbered list, or code with similar lines, is no loop. Fewer than n tokens never make a loop of period p.
+    numbered list, or code with similar lines, is not a loop. Fewer than n tokens are never a loop of period p.
     """
     length = len(tokens)
     for period in range(1, min(LONGEST_PERIOD, length // LEAST_ROUNDS) + 1):
@@ -130,7 +129,7 @@ def _differences(mine: Sequence[Continuation], theirs: Sequence[Continuation]) -
 
 
 def verdict_of(modes: Sequence[Mode], longest: int) -> str:
-    """`loops` or `healthy`, by `LOOP_SHARE` and `LEAST_LOOPS`; `unknown` where `longest` tokens are too few to tell."""
+    """`loops` or `healthy`, by `LOOP_SHARE` and `LEAST_LOOPS`; `unknown` if `longest` tokens are too few to tell."""
     if any(mode_loops(mode) for mode in modes):
         return LOOPS
     return HEALTHY if longest >= LEAST_TOKENS else UNKNOWN
@@ -166,7 +165,7 @@ def endless_notes(modes: Sequence[Mode]) -> list[str]:
 
 
 def advice_of(modes: Sequence[Mode], switch: str | None) -> list[str]:
-    """Sentences about what helps, from what was measured; none for a healthy model.
+    """Sentences about what helps, from the measurements; none for a healthy model.
 
     `switch` is the chat template's variable that turns thinking on and off.
     """
@@ -192,7 +191,7 @@ def advice_of(modes: Sequence[Mode], switch: str | None) -> list[str]:
         "As a last resort, repetition_penalty=1.05 to 1.1; it also harms what has to repeat, such as code.",
         _calibration_advice(bad),
     ]
-    return advice if compared else [*advice, "Whether the unpruned model does so too shows with --against."]
+    return advice if compared else [*advice, "Use --against to see whether the unpruned model loops too."]
 
 
 def _better(bad: Sequence[Mode], modes: Sequence[Mode], name: str, now: Any, instead: Any) -> Mode | None:
@@ -206,7 +205,7 @@ def _better(bad: Sequence[Mode], modes: Sequence[Mode], name: str, now: Any, ins
 
 
 def _calibration_advice(bad: Sequence[Mode]) -> str:
-    """Which text to calibrate on: that of which most loops."""
+    """Which text to calibrate on: the sources with the most loops."""
     loops, prompts = Counter[str](), Counter[str]()
     for source in (source for mode in bad for source in mode["sources"]):
         loops[source["name"]] += _count(source)

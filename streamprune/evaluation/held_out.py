@@ -1,4 +1,4 @@
-"""The text that `run --evaluate` holds back: which it is, where it is saved to be measured on again, and for whom."""
+"""The text that `run --evaluate` holds out: choosing it, and saving it for later measurements of the same model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
 from streamprune.reporting.record import HeldBack, Record, read_record
 
-#: The share of each source's sequences that is held back: enough for an interval, and little is missing to score with.
+#: The share of each source's sequences that is held out: enough for an interval, and little is lost for scoring.
 SHARE = 0.1
-#: The folder's name is the output's with this suffix. (Not in the output: that may be published, this need not.)
+#: The folder's name is the output's with this suffix. (Not in the output, which may be published.)
 HELD_OUT_SUFFIX = ".held-out"
 _RECIPE_NAME = "recipe.json"
 #: The names of the files in that folder, finished or not.
@@ -30,8 +30,8 @@ _OURS = re.compile(rf"(\d+\.jsonl|{re.escape(_RECIPE_NAME)})({re.escape(PARTIAL)
 def split_held_out(whole: Calibration) -> Calibration:
     """The calibration without a part of each source's sequences, which become its `held_out`.
 
-    They are spread evenly over the source, the same ones every time. Of text that was packed into sequences, two
-    neighbours may be of one document. Raises CalibrationError for a source with fewer than two sequences of two tokens.
+    They are spread evenly over the source, the same ones every time. In packed text, two neighbouring sequences may be
+    from one document. Raises CalibrationError for a source with fewer than two sequences of two tokens.
     """
     held: set[int] = set()
     for source, name in enumerate(whole.sources):
@@ -43,7 +43,7 @@ def split_held_out(whole: Calibration) -> Calibration:
         if len(numbers) < 2:
             raise CalibrationError(
                 f"{name} has {len(numbers)} sequences of two tokens or more; --evaluate needs one to score with and "
-                "one to measure on. Give more text, a shorter --seq-len, or leave out --evaluate."
+                "one to measure on. Give more text, a shorter --seq-len, or omit --evaluate."
             )
         count = max(1, round(SHARE * len(numbers)))
         held |= {numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)}
@@ -63,16 +63,16 @@ def _part(whole: Calibration, numbers: list[int]) -> Calibration:
 
 
 def held_out_recipe(output: Path) -> Path:
-    """The path of the recipe of the text that was held back for an output."""
+    """The path of the recipe of the text that was held out for an output."""
     output = Path(os.path.expanduser(output))  # noqa: PTH111
     if output.name in ("", ".."):
-        # A way to a folder, and not its name.
+        # A relative path such as `.`, which has no name.
         output = Path(os.path.abspath(output))  # noqa: PTH100
     return sibling_path(output, HELD_OUT_SUFFIX) / _RECIPE_NAME
 
 
 def recipe_within(name: str) -> str:
-    """What --data names; for a folder of text that was held back, the recipe in it."""
+    """The value of --data; for a folder with held-out text, the recipe in it."""
     recipe = Path(os.path.expanduser(name)) / _RECIPE_NAME  # noqa: PTH111
     # (In this order: resolve only what exists.)
     is_ours = os.path.isfile(recipe) and recipe.parent.resolve().name.endswith(HELD_OUT_SUFFIX)  # noqa: PTH113
@@ -86,16 +86,16 @@ def save_held_out(output: Path, held: Calibration, progress: Progress) -> None:
     except StreampruneError as error:
         progress.say(f"note: {error}")
         return
-    progress.say(f"the text that was held back: {recipe}")
+    progress.say(f"held-out text: {recipe}")
 
 
 def write_held_out(output: Path, held: Calibration) -> Path:
     """Save the text next to the output, as token ids; returns its recipe. Raises OutputError, ResourceError."""
     recipe = held_out_recipe(output)
-    # (Ours may lack the recipe, where it was being written when a run was killed.)
+    # (Our folder may lack the recipe, if a run was killed while it was written.)
     if any(_OURS.fullmatch(path.name) is None for path in names_in(recipe.parent)):
         raise OutputError(
-            f"The text that was held back cannot be saved: {recipe.parent} has files that streamprune did not make."
+            f"The held-out text cannot be saved: {recipe.parent} has files that streamprune did not make."
         )
     with writing(f"Saving the held-out text in {recipe.parent}", recipe.parent):
         recipe.parent.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def pruned_folder(model: str) -> Path | None:
 
 
 def read_record_of(model: str) -> Record | None:
-    """The record of a model that streamprune made; None for another model, or where the record says nothing usable."""
+    """The record of a model that streamprune made; None for another model, or if the record is not valid."""
     folder = pruned_folder(model)
     with suppress(ReportError):
         return read_record(folder) if folder is not None else None
@@ -126,6 +126,6 @@ def read_record_of(model: str) -> Record | None:
 
 
 def held_back_fingerprint(record: Record | None) -> str | None:
-    """The fingerprint of the text that the run which wrote the record held back; None if there is none."""
+    """The fingerprint of the text that was held out by the run with this record; None if there is none."""
     held_back = record.calibration.held_back if record is not None and record.calibration is not None else None
     return held_back.fingerprint if isinstance(held_back, HeldBack) else None

@@ -1,4 +1,4 @@
-"""From figures of every token to figures of every source: means and intervals.
+"""From metrics of every token to metrics of every source: means and intervals.
 
 Losses and KL divergence are nats per token; perplexity is e^loss.
 """
@@ -15,7 +15,7 @@ import torch
 from streamprune.errors import NonFiniteError
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures
 
-#: Times that the sequences are drawn anew for an interval, and the share of all draws that lies within it.
+#: Bootstrap resamples, and the confidence level of an interval.
 _DRAWS, _WITHIN = 1000, 0.95
 #: The column of `Sums` that counts tokens.
 TOKENS = "tokens"
@@ -23,9 +23,9 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the tokens of a source, or of several: `columns` by name, and in `drawn` (draws,) of every draw anew.
+    """Sums over the tokens of one or more sources: `columns` by name; `drawn` (draws,) has the same for every resample.
 
-    `kl` are all tokens' (T,). `sequences` is how many there are, `fewest` how many of the source with the fewest.
+    `kl` has the KL of all tokens (T,). `sequences` is their number, `fewest` that of the source with the fewest.
     """
 
     columns: Mapping[str, torch.Tensor]
@@ -39,7 +39,7 @@ class Sums:
         return float(self.columns[name] / self.columns[TOKENS])
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """None where a source has a single sequence: nobody can say how others of it would differ."""
+        """The interval of the mean; None if a source has a single sequence, since the variance is unknown."""
         if self.fewest < 2:
             return None
         means = self.drawn[name] / self.drawn[TOKENS]
@@ -48,10 +48,10 @@ class Sums:
 
 
 def sums_by_source(found: Sequence[SequenceFigures], sources: Sequence[str]) -> list[Sums]:
-    """The sums of each source. Raises NonFiniteError where a model predicts no numbers.
+    """The sums of each source. Raises NonFiniteError if a model predicts NaN or infinity.
 
-    Complete sequences are drawn, since the tokens of one are not independent, each source's among themselves; with
-    a fixed seed, so that the same figures give the same intervals, and any model's draws are of the same sequences.
+    Complete sequences are resampled, since the tokens of one are not independent, within each source; with a fixed
+    seed, so that the intervals are reproducible, and the resamples of all models have the same sequences.
     """
     return [
         _sums([each.figures for each in found if each.source == source], name, seed=source)
@@ -95,11 +95,11 @@ def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
         bad = int((~torch.isfinite(sums)).sum())
         if bad:
             raise NonFiniteError(
-                f"The {column.replace('_', ' ')} of {bad} of {len(sums)} sequences of {name} is no number: the model "
-                "predicts NaN or infinity there. Try --dtype float32, and check that the model itself works."
+                f"The {column.replace('_', ' ')} of {bad} of {len(sums)} sequences of {name} is NaN or infinite. "
+                "Try --dtype float32, and check that the model itself works."
             )
-    # As many sequences are drawn, with repetition, as there are; one draw after the other: all of them together may
-    # take more memory than the model does.
+    # Each resample has as many sequences, with repetition. They are drawn one after the other: all of them together may
+    # take more memory than the model.
     generator, count = torch.Generator().manual_seed(seed), len(figures)
     table = torch.stack(list(summed.values()))
     draws = [table[:, torch.randint(count, (count,), generator=generator)].sum(1) for _ in range(_DRAWS)]
@@ -114,7 +114,7 @@ def _sums(figures: Sequence[TokenFigures], name: str, seed: int) -> Sums:
 
 
 def joined(parts: Sequence[Sums]) -> Sums:
-    """All sources together: a draw of all is one of each."""
+    """All sources together: a resample of all has one of each."""
     known = [part.kl for part in parts if part.kl is not None]
     return Sums(
         {name: torch.stack([part.columns[name] for part in parts]).sum() for name in parts[0].columns},
@@ -136,12 +136,12 @@ def _figures(sums: Sums) -> dict[str, Any]:
             interval = sums.interval(column)
             figures[f"{name}_interval"] = [change(end) for end in interval] if interval is not None else None
     if sums.kl is not None:
-        # (torch.quantile sorts no more than 2**24 values.)
+        # Not torch.quantile: it takes at most 2**24 values.
         rank = max(1, math.ceil(0.99 * len(sums.kl)))
         figures["kl_p99"] = float(sums.kl.kthvalue(rank).values)
     return figures
 
 
 def _exp(loss: float) -> float:
-    # A loss beyond any model's would overflow.
+    # An extremely large loss would overflow.
     return math.exp(min(loss, 700.0))

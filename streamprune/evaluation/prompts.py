@@ -22,7 +22,7 @@ TEXT, CHAT = "text", "chat"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to continue, with their text. `thinking` is None where the template has no switch for it."""
+    """Token ids to continue, with their text. `thinking` is None if the template has no variable for it."""
 
     source: str
     form: str
@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Opening:
-    """What prompts are made of: text (with its own token ids, if it has some), or the messages of a chat.
+    """The source of prompts: text (with its own token ids, if it has some), or the messages of a chat.
 
     `place` is for error messages.
     """
@@ -62,10 +62,10 @@ def collect_prompts(
 ) -> tuple[list[Prompt], str | None, list[str]]:
     """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
-    Returns the prompts, the template's switch for thinking if it has one, and notes for the user. Each opening is text
-    to continue, and also a chat where the tokenizer has a chat template: with thinking off and on if it has a switch
-    for that. Without a tokenizer prompts are only token ids. Where the template fails there are no chats. Raises
-    CalibrationError if there are no prompts, for lines that are none, and for chats of the user that do not render.
+    Returns the prompts, the template's variable for thinking if it has one, and notes for the user. Each opening is
+    text to continue, and also a chat if the tokenizer has a chat template: with thinking off and on if it has a
+    variable for that. Without a tokenizer prompts are only token ids. If the template fails there are no chats. Raises
+    CalibrationError if there are no prompts, for invalid lines, and for chats of the user that do not render.
     """
     openings = [] if path is None else _read_openings(path)
     if data is not None:
@@ -84,7 +84,7 @@ def collect_prompts(
             notes.append(f"No chats were tried: {error}")
     elif given:
         raise CalibrationError(
-            f"{given[0].place} holds a chat, but the model's tokenizer has no chat template. Give lines with 'prompt'."
+            f"{given[0].place} is a chat, but the model's tokenizer has no chat template. Give lines with 'prompt'."
         )
     if not prompts:
         raise CalibrationError("There is no text to continue. Give other --data, or --prompts FILE.")
@@ -103,14 +103,14 @@ def _openings_of(data: Calibration, per_source: int, tokens: int, tokenizer: Any
 
 
 def _read_openings(path: Path) -> list[_Opening]:
-    """The prompts in a JSONL file. Raises CalibrationError, naming the line, for what is none."""
+    """The prompts in a JSONL file. Raises CalibrationError, naming the line, for an invalid one."""
     try:
         with path.open("rb") as stream:
             lines = [(number, line) for number, line in enumerate(stream, 1) if line.strip()]
     except OSError as error:
         raise CalibrationError(f"The prompts {path} cannot be read: {error.strerror}.") from None
     if not lines:
-        raise CalibrationError(f'{path} holds no prompts. Give JSON lines such as {{"prompt": "Once upon a time"}}.')
+        raise CalibrationError(f'{path} has no prompts. Give JSON lines such as {{"prompt": "Once upon a time"}}.')
     return [_opening(f"{path} line {number}", path.stem, line) for number, line in lines]
 
 
@@ -140,15 +140,15 @@ def _text_prompt(opening: _Opening, tokenizer: Any) -> Prompt:
 
 
 def _chat_prompts(openings: Sequence[_Opening], tokenizer: Any) -> tuple[str | None, list[Prompt]]:
-    """The template's switch for thinking, and a chat of every opening for each state of the switch."""
+    """The template's variable for thinking, and a chat of every opening for each of its values."""
     with ChatRenderer(tokenizer) as renderer:
 
         def rendered(opening: _Opening, variables: dict[str, Any]) -> str:
             messages = opening.messages or [{"role": "user", "content": opening.text}]
             return renderer.render(Chat(opening.place, messages, None, {"add_generation_prompt": True, **variables}))
 
-        # Jinja's list of a template's variables would evaluate the template's constants here and not in the renderer's
-        # process, which may never end, and does not say whether a variable makes a difference.
+        # Jinja's list of a template's variables would evaluate the template's constants in this process, not in the
+        # renderer's, and might never end; nor does it show whether a variable makes a difference.
         def makes_a_difference(name: str) -> bool:
             return rendered(openings[0], {name: True}) != rendered(openings[0], {name: False})
 
@@ -166,8 +166,8 @@ def _tokens(opening: _Opening, text: str, tokenizer: Any, special: bool) -> tupl
     try:
         ids = tuple(tokenizer(text, add_special_tokens=special).input_ids)
     except Exception as error:
-        # Tokenizers are programs too, and come with the model.
+        # The tokenizer may be code from the model's folder, and raise anything.
         raise CalibrationError(f"{opening.place}: the model's tokenizer fails on this text: {error}") from None
     if not ids:
-        raise CalibrationError(f"{opening.place}: the model's tokenizer makes no token of this text.")
+        raise CalibrationError(f"{opening.place}: the model's tokenizer returns no tokens for this text.")
     return ids

@@ -30,15 +30,15 @@ from streamprune.models.full_model import FullModel, LoadedModel, find_full_mode
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
-#: Sequences at a time on a CPU. The harness's own "auto" looks for the most that find memory, and the CPU has no such
-#: end: the system kills the process instead. The logits of 4 x 2,048 tokens of a vocabulary of 150,000 take 5 GB in
+#: Batch size on a CPU. The harness's own "auto" looks for the largest batch that does not run out of memory, but on a
+#: CPU the system would kill the process. The logits of 4 x 2,048 tokens of a vocabulary of 150,000 take 5 GB in
 #: float32; the examples of usual tasks are ten times shorter.
 CPU_BATCH = 4
 #: The most that "auto" tries on a GPU, as from the harness's own command line.
 MOST_BATCH = 64
 LIST_OF_TASKS = "https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks"
 _INSTALL = "pip install 'streamprune[tasks]'"
-#: What the harness adds about the machine, which says nothing of the model.
+#: Entries of the harness's result about the machine, which say nothing about the model.
 _LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "git_hash")
 
 
@@ -47,7 +47,7 @@ class TaskSettings:
     """Which tasks to run, and how. Raises SettingsError for an impossible limit.
 
     `tasks` are names or patterns of tasks, groups and tags, or YAML files; with `include_path` also those in that
-    folder (its YAML may name Python code, which is then run). `limit` takes only so many examples of each task, or that
+    folder (its YAML may name Python code, which is then run). `limit` is the number of examples of each task, or a
     share of them. `batch_size` is in examples; None is "auto" on a GPU and CPU_BATCH on a CPU.
     """
 
@@ -66,8 +66,8 @@ class TaskSettings:
 def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness on a model, and return its result as an object of JSON.
 
-    The other settings are those of published model cards: the shots that a task asks for, else 0; `dtype` auto. The
-    result is the harness's own, less samples and facts about the machine; added are `format`, `model` and `tasks`.
+    The other settings are those of published model cards: the shots that a task states, else 0; `dtype` auto. The
+    result is the harness's own, without samples and facts about the machine, and with `format`, `model` and `tasks`.
     Numbers that are not finite are null.
 
     Raises SettingsError without the harness, or for unknown tasks; TaskError for tasks that cannot be loaded or run;
@@ -79,7 +79,7 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
     full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
     tokenizer = load_tokenizer(full.checkpoint.folder, settings.trust_remote_code)
     with _quiet():
-        # Before the model is: what is unknown or out of reach shows in seconds.
+        # Loaded before the model, so that an unknown or unreachable task is reported in seconds.
         manager, names = _load_tasks(tasks.tasks, tasks.include_path)
     loaded = load_full_model(full, settings.device)
     for note in loaded.notes:
@@ -99,8 +99,8 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[s
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():
-        raise SettingsError(f"--include-path {include} is no folder. Give the one that holds the tasks' YAML files.")
-    # To read the harness's own thousands of tasks takes seconds, for which tasks of one's own need not wait.
+        raise SettingsError(f"--include-path {include} is not a folder. Give the folder with the tasks' YAML files.")
+    # Reading the harness's own thousands of tasks takes seconds; skip it if the user's folder has the tasks.
     manager = None if include is None else TaskManager(include_path=str(include), include_defaults=False)
     if manager is None or _unknown(names, manager):
         manager = TaskManager(include_path=None if include is None else str(include))
@@ -117,14 +117,14 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[s
         tasks = manager.load(list(dict.fromkeys(chosen)))
     except StreampruneError:
         raise
-    # Tasks are YAML and Python of many hands, and their data come from anywhere.
+    # Tasks are YAML and Python code from many authors, and may raise anything.
     except Exception as error:
         raise TaskError(
             f"The tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {first_line(str(error))}. Their "
             "data come from the Hub or from the files that they name: check the connection (HF_HUB_OFFLINE), or give "
             "tasks with local data by --include-path."
         ) from error
-    # What it loaded once need not be fetched again.
+    # Do not load the tasks a second time.
     manager.load = lambda _: tasks
     return manager, list(tasks["tasks"])
 
@@ -163,12 +163,12 @@ def _evaluate(
 
 
 def _as_json(value: Any) -> Any:
-    """The same as JSON can hold it: numbers of numpy as numbers, what is not finite as null, functions by name."""
+    """The same as JSON values: numpy's numbers as numbers, NaN and infinity as null, functions by name."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_plain))
 
 
 def _plain(value: Any) -> Any:
-    """What stands in JSON for an object that msgspec does not know."""
+    """The JSON value for an object that msgspec does not support."""
     if callable(getattr(value, "item", None)):
         return value.item()
     return getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)
@@ -178,7 +178,7 @@ def _plain(value: Any) -> Any:
 def _quiet() -> Iterator[None]:
     """Keep the harness, its metrics and `datasets` off the terminal. Their errors still come as exceptions.
 
-    What is running in other processes for it is kept off too: it asks git for the commit of the current folder.
+    The output of its child processes is kept off too: it runs git for the commit of the current folder.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logger = logging.getLogger("lm_eval")

@@ -11,7 +11,7 @@ from streamprune.tables import Table, count, percent
 
 
 def result_lines(name: str, result: Mapping[str, Any]) -> list[str]:
-    """The lines about a result, which is to be saved in the file `name`."""
+    """The lines for a result that is saved in the file `name`."""
     return {TEXT_NAME: text_lines, GENERATION_NAME: generation_lines, TASKS_NAME: tasks_lines}[name](result)
 
 

@@ -1,6 +1,6 @@
-"""An output that is to be published: which files belong to it, which others stay and why, and whether it is complete.
+"""An output for publishing: which files belong to it, which are skipped and why, and whether it is complete.
 
-It is compared with its source, or, without that, checked as far as its own files show it. No torch until it is proved.
+It is compared with its source, or, without the source, checked by its own files. Imports torch only to verify it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from streamprune.work.folder import resume_command
 from streamprune.work.records import has_pruning, has_run
 
 CARD_NAME = "README.md"
-#: What is made of an output later: such files, and those in such folders with such endings. (`reporting.write` names
-#: two of them, but needs matplotlib.)
+#: Files that are added to an output later: these, and those in these folders with these suffixes. (`reporting.write`
+#: defines two of them, but needs matplotlib.)
 _LATER_FILES = {"report.html"}
 _LATER_FOLDERS = {FOLDER_NAME: ".json", "pictures": ".png"}
-#: Why a file with such an ending stays.
+#: Why a file with such a suffix is skipped.
 _KINDS = {".partial": "not finished", ".incomplete": "not finished", ".tmp": "not finished", ".log": "a log"}
 _NO_PART = "belongs to no part of the model"
 
@@ -66,22 +66,22 @@ class PublishedOutput:
         return sum(file.nbytes for file in self.files)
 
     def check_unchanged(self) -> None:
-        """Raise OutputError if a file was changed since: what was verified is what has to be published."""
+        """Raise OutputError if a file has changed since it was verified."""
         for file in self.files:
             path = self.folder / file.name
             try:
                 facts = path.stat()
             except OSError as error:
-                raise OutputError(f"{path} cannot be read any more: {error.strerror or error}. Push again.") from error
+                raise OutputError(f"{path} can no longer be read: {error.strerror or error}. Push again.") from error
             if (facts.st_size, facts.st_mtime_ns) != (file.nbytes, file.changed_ns):
-                raise OutputError(f"{path} was changed since it was looked at. Push again when nothing writes there.")
+                raise OutputError(f"{path} has changed since it was verified. Push again when nothing writes there.")
 
 
 def read_output(output: Path) -> PublishedOutput:
-    """What would be published of an output. Nothing is read but headers and JSON.
+    """The files of an output that would be published. Only headers and JSON are read.
 
-    Raises OutputError for a folder that is no complete output of streamprune, and for a file that is a link out of the
-    folder: whoever made the link may not have meant to publish what it leads to.
+    Raises OutputError for a folder that is not a complete output of streamprune, and for a link out of the folder:
+    whoever made it may not have meant to publish its target.
     """
     _check_output(output)
     try:
@@ -97,7 +97,7 @@ def read_output(output: Path) -> PublishedOutput:
     try:
         checkpoint = open_checkpoint(output)
     except CheckpointError as error:
-        raise OutputError(f"{output} is no complete model: {damage(error)}. Prune again, or restore it.") from None
+        raise OutputError(f"{output} is not a complete model: {damage(error)}. Prune again, or restore it.") from None
     wanted = {CONFIG_NAME, REPORT_NAME, CARD_NAME, INDEX_NAME, *checkpoint.files, *record.files}
     if record.calibration is not None:
         wanted.add(f"{SCORES_FOLDER}/{SCORES_NAME}")
@@ -123,7 +123,7 @@ def _check_output(output: Path) -> None:
     is_folder = output.is_dir()
     work = output if is_folder else sibling_path(output, WORK_SUFFIX)
     if has_run(work) or has_pruning(work):
-        what = "the work folder of something unfinished" if is_folder else "not finished"
+        what = "the work folder of an unfinished run" if is_folder else "not finished"
         raise OutputError(f"{output} is {what}. Resume with: {resume_command(work)}")
     if not is_folder:
         raise OutputError(f"{output} is not a folder. Give the folder of a model that streamprune wrote.")
@@ -134,9 +134,9 @@ def _check_output(output: Path) -> None:
 
 
 def _walk(home: Path) -> Iterator[tuple[Path, str]]:
-    """Every file below a folder with its name in it (of a hidden folder only that, with a slash at the end).
+    """Every file below a folder, and its relative name (for a hidden folder only its name, with a slash at the end).
 
-    Folders that are links are taken for files: what they lead to is not looked at.
+    Links to folders count as files: they are not followed.
     """
     for place, folders, files in os.walk(home):
         hidden = [f"{base}/" for base in folders if base.startswith(".")]
@@ -148,7 +148,7 @@ def _walk(home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _reason(path: Path, name: str, wanted: set[str]) -> str | None:
-    """Why a file stays; None for one that is published."""
+    """Why a file is skipped; None for one that is published."""
     if path.name.startswith("."):
         return "hidden"
     folder, _, base = name.rpartition("/")
@@ -161,12 +161,12 @@ def _reason(path: Path, name: str, wanted: set[str]) -> str | None:
 def _published(path: Path, name: str, output: Path) -> PublishedFile:
     if not path.resolve().is_relative_to(output.resolve()):
         raise OutputError(
-            f"{output / name} is a link that leads out of the folder, to {path.resolve()}. Put a copy in its place if "
-            "it is to be published."
+            f"{output / name} is a link out of the folder, to {path.resolve()}. Replace it by a copy if it is to be "
+            "published."
         )
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):
-        raise OutputError(f"{output / name} is no regular file. Prune again, or restore it.")
+        raise OutputError(f"{output / name} is not a regular file. Prune again, or restore it.")
     return PublishedFile(name, facts.st_size, facts.st_mtime_ns)
 
 
@@ -187,15 +187,15 @@ def prove(output: PublishedOutput, source: str | None, trust_remote_code: bool, 
         origin = _named_source(output, source, trust_remote_code, offline)
     if origin is not None:
         computed = verify(folder, origin, trust_remote_code).computed
-        but = f", but for {computed:,} that were computed and have the hashes on record" if computed else ""
+        but = f", except {computed:,} computed tensors, verified by their hash" if computed else ""
         return {**found, "text": f"verified: {what}, identical to the bytes of the source in {origin}{but}"}
     try:
         _check_files(output, trust_remote_code)
     except CheckpointError as error:
-        raise VerifyError(f"{folder} is not what it should be: {damage(error)}. Prune again, or restore it.") from error
+        raise VerifyError(f"{folder} is not valid: {damage(error)}. Prune again, or restore it.") from error
     text = (
-        f"verified without the source: {what}, all there, of the shapes that config.json and {REPORT_NAME} ask for. "
-        f"Not proved: that their bytes are the source's, for {missing}"
+        f"verified without the source: {what}, complete, with the shapes that config.json and {REPORT_NAME} require. "
+        f"Not compared with the bytes of the source: {missing}"
     )
     return {**found, "kind": "files", "text": text}
 
@@ -209,8 +209,8 @@ def _named_source(output: PublishedOutput, source: str, trust_remote_code: bool,
     cached = cached_model(source, revision, trust_remote_code)
     if cached is None:
         raise SettingsError(
-            f"--source {source} is neither a folder nor in the Hub cache, and --dry-run makes no connection. Leave one "
-            "of the two out."
+            f"--source {source} is neither a folder nor in the Hub cache, and --dry-run does not use the network. Omit "
+            "one of the two."
         )
     return cached
 
@@ -236,10 +236,10 @@ def _check_card_and_scores(output: PublishedOutput) -> None:
     try:
         ModelCard.load(output.folder / CARD_NAME)
     except Exception as error:
-        # Whatever yaml and the card's classes find wrong. The Hub would refuse it too, once all was sent.
+        # Any error of yaml and the card's classes. The Hub would refuse the card too, after all files were sent.
         line = " ".join(str(error).split())[:200]
         raise VerifyError(
-            f"{output.folder / CARD_NAME}: its metadata are no valid YAML ({line}). Correct it."
+            f"{output.folder / CARD_NAME}: its metadata are not valid YAML ({line}). Correct it."
         ) from None
     try:
         read_scores_of(output.folder, output.record)
@@ -250,7 +250,7 @@ def _check_card_and_scores(output: PublishedOutput) -> None:
 
 
 def _check_files(output: PublishedOutput, trust_remote_code: bool) -> None:
-    """Raise CheckpointError or VerifyError unless the files fit together and make the model of their config."""
+    """Raise CheckpointError or VerifyError unless the files match each other and the model of their config."""
     # Imported here: they need torch and transformers.
     from streamprune.models.open import describe_model, open_moe
     from streamprune.models.per_layer_loading import find_loading_facts
@@ -265,8 +265,8 @@ def _check_files(output: PublishedOutput, trust_remote_code: bool) -> None:
     for layer, kept in record.counts.items():
         if kept != model.counts[layer]:
             raise VerifyError(
-                f"{folder / REPORT_NAME} lists {kept} experts for layer {layer}, but by its config.json the model has "
-                f"{model.counts[layer]}. They do not belong together: prune again."
+                f"{folder / REPORT_NAME} lists {kept} experts for layer {layer}, but according to config.json "
+                f"the model has {model.counts[layer]}. Prune again."
             )
     opened = open_moe(checkpoint, trust_remote_code, model=model)
     if has_per_layer_experts(model.counts):
@@ -275,11 +275,10 @@ def _check_files(output: PublishedOutput, trust_remote_code: bool) -> None:
 
 
 def _check_code(output: PublishedOutput, facts: LoadingFacts) -> None:
-    """The code that gives layers different numbers of experts is run by everybody who loads the model: it has to be
-    ours."""
+    """Everybody who loads a model with different numbers of experts per layer runs its code: it has to be ours."""
     path = output.folder / facts.file_name
     if not path.is_file() or path.read_bytes() != modeling_source(facts).encode():
-        raise VerifyError(f"{path} is not the code that loads this model. Prune again.")
+        raise VerifyError(f"{path} differs from the modeling code that this version writes. Prune again.")
     named = output.checkpoint.config.get("auto_map")
     models = {
         str(code).partition(".")[0]

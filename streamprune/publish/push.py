@@ -1,6 +1,6 @@
 """`streamprune push`: an output, verified to be complete, to a model repository on the Hub.
 
-Whatever the Hub's library raises becomes an UploadError of one line that says what to do.
+Errors of the Hub's library become an UploadError of one line that says what to do.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from streamprune.tables import Table
 
 MAIN = "main"
 _TOKENS = "https://huggingface.co/settings/tokens"
-#: Seconds to connect, until an answer begins, for a piece to be taken, and for a free connection. The library itself
-#: would wait for ever. A commit of a large folder is answered after a minute or two.
+#: Timeouts in seconds: connect, read, write, and wait for a free connection. The library itself has none. The response
+#: to a commit of a large folder takes a minute or two.
 TIMEOUTS = (ANSWER_SECONDS, 300.0, 60.0, None)
-#: Weights that loaders find by their names alone.
+#: Names of weights that loaders find without an index.
 _WEIGHTS = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushSettings:
-    """The settings of `streamprune push`. Raises SettingsError for names that the Hub does not take.
+    """The settings of `streamprune push`. Raises SettingsError for names that the Hub does not accept.
 
-    `source` is the model that `output` was made from, a folder or Hub id; None for what its record names, if it is
-    here. `revision` is the branch to write to.
+    `source` is the model that `output` was made from, a folder or Hub id; None for the source in its record, if it is
+    in the Hub cache. `revision` is the branch to write to.
     """
 
     output: Path
@@ -77,15 +77,15 @@ class PushSettings:
 
 
 def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """Verify an output and upload what belongs to it; with `dry_run` only list that, without a connection.
+    """Verify an output and upload its files; with `dry_run` only list them, without network access.
 
-    `say` gets lines for the user. Returns what `--json` prints. Raises a StreampruneError for whatever prevents it;
-    until the output is verified nothing is created on the Hub.
+    `say` prints lines for the user. Returns what `--json` prints. Raises a StreampruneError on any failure; nothing is
+    created on the Hub before the output is verified.
     """
     repository = Repository(settings.repo_id, settings.revision)
     try:
         output = read_output(settings.output)
-        # Before tens of GiB are compared.
+        # Signing in comes before tens of GiB are compared.
         user = None if settings.dry_run else repository.sign_in()
         proof = {"kind": "none", "text": "not verified: --no-verify was given"}
         if settings.verify:
@@ -110,7 +110,7 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
         return result
     output.check_unchanged()
     with _ending_at_once():
-        # Nothing is printed before the Hub has agreed to take it: a refusal is one message and no more.
+        # Nothing is printed before the Hub has accepted it, so that a refusal is a single message.
         private = repository.prepare(settings.private)
         kind = "private" if private else "public"
         _print_plan(f"{settings.output} -> {repository.url} ({kind}), as {user}", output, proof, say)
@@ -118,8 +118,8 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
         others = repository.confirm(output, commit)
     if others:
         say(
-            f"warning: {repository.url} also has {len(others)} files of weights that are no part of this model, first "
-            f"{others[0]}. Loaders may take them instead: delete them there."
+            f"warning: {repository.url} also has {len(others)} files of weights that are not part of this model, first "
+            f"{others[0]}. Loaders may use them instead: delete them there."
         )
     return result | {"private": private, "commit": commit, "other_weights": others}
 
@@ -135,21 +135,18 @@ def _print_plan(where: str, output: PublishedOutput, proof: dict[str, Any], say:
 
 @contextmanager
 def _ending_at_once() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process, and say how to go on.
+    """Let Ctrl-C and SIGTERM end the process, and print how to resume.
 
-    Threads that send files cannot be stopped, and Python would wait for them: for gigabytes. What has arrived on the
-    Hub is safe at any instant.
+    Threads that send files cannot be stopped, and Python would wait for gigabytes. Uploaded files are safe at any time.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     command = shlex.join(["streamprune", *sys.argv[1:]])
-    error = InterruptedRunError(
-        f"Interrupted. What has arrived on the Hub is kept; go on with the same command: {command}"
-    )
+    error = InterruptedRunError(f"Interrupted. Uploaded files are kept; resume with the same command: {command}")
 
     def end(number: int, frame: FrameType | None) -> None:
-        # A bar of progress may stand in the line, or something be written just now.
+        # Begin a new line, since a progress bar may be in this one; and bypass Python's streams, which may be in use.
         os.write(2, f"\nError: {error}\n".encode())
         os._exit(error.exit_code)
 
@@ -170,14 +167,14 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Where people see it."""
+        """Its address on the Hub."""
         place = "" if self.branch == MAIN else f"/tree/{self.branch}"
         return f"{HfApi().endpoint}/{self.repo_id}{place}"
 
     def sign_in(self) -> str:
         """The name of the token's user. Raises SettingsError without a token, UploadError for an invalid one."""
         if is_offline_mode():
-            raise SettingsError("HF_HUB_OFFLINE=1 forbids to upload. Unset it; --dry-run works without a connection.")
+            raise SettingsError("HF_HUB_OFFLINE=1 forbids uploading. Unset it; --dry-run works without network access.")
         if get_token() is None:
             raise SettingsError(
                 "You are not logged in to the Hub. Log in with `hf auth login`, or set HF_TOKEN to a token that may "
@@ -187,9 +184,9 @@ class Repository:
             return str(HfApi().whoami()["name"])
 
     def prepare(self, private: bool) -> bool:
-        """Make the repository and its branch where they are missing; returns whether it is private.
+        """Create the repository and its branch if they do not exist; returns whether it is private.
 
-        Raises UploadError where that is not allowed, and for a public repository where it was to be private.
+        Raises UploadError if that is not allowed, or if the repository is public although --private was given.
         """
         api = HfApi()
         with self._refusals("Creating it"):
@@ -197,10 +194,10 @@ class Repository:
             info = api.model_info(self.repo_id, timeout=ANSWER_SECONDS)
         if private and info.private is False:
             raise UploadError(
-                f"{self.url} exists and is public, but --private was asked for. Nothing was uploaded. Make it private "
+                f"{self.url} exists and is public, but --private was given. Nothing was uploaded. Make it private "
                 "in its settings, or choose another --repo-id."
             )
-        # Such as refs/pr/1, which only a pull request makes.
+        # A branch such as refs/pr/1 is only created by a pull request.
         if self.branch != MAIN and not self.branch.startswith("refs/"):
             with self._refusals(f"Creating the branch {self.branch}"):
                 api.create_branch(self.repo_id, branch=self.branch, exist_ok=True)
@@ -209,8 +206,8 @@ class Repository:
     def upload(self, output: PublishedOutput, message: str) -> str:
         """Send the files, resuming an interrupted call; returns the commit.
 
-        Files that are there already are not sent again: the library asks for each by its hash. (With hf_xet, which it
-        uses if it is installed, that holds for the pieces of files too.)
+        Files that are already uploaded are skipped: the library checks each by its hash. (With hf_xet, if it is
+        installed, even parts of files are.)
         """
         with self._refusals("Uploading"):
             done = HfApi().upload_folder(
@@ -225,9 +222,9 @@ class Repository:
     def confirm(self, output: PublishedOutput, commit: str) -> list[str]:
         """Check that the commit has every file with its size; returns the names of other weights that it has.
 
-        Raises UploadError where something is missing: a .gitignore in the repository makes the Hub leave files out.
+        Raises UploadError if something is missing: a .gitignore in the repository makes the Hub skip files.
         """
-        with self._refusals("Looking at what has arrived"):
+        with self._refusals("Checking the uploaded files"):
             tree = HfApi().list_repo_tree(self.repo_id, recursive=True, revision=commit)
             sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
         lacking = [file for file in output.files if sizes.get(file.name) != file.nbytes]
@@ -236,15 +233,15 @@ class Repository:
             there = f"{sizes[first.name]:,} bytes of {first.nbytes:,}" if first.name in sizes else "not there"
             raise UploadError(
                 f"{self.url} lacks {len(lacking)} of {len(output.files)} files, first {first.name} ({there}). A "
-                ".gitignore in the repository may leave them out; remove it there, and push again."
+                ".gitignore in the repository may exclude them; remove it there, and push again."
             )
         ours = {file.name for file in output.files}
         return sorted(name for name in sizes if name not in ours and _WEIGHTS.fullmatch(name))
 
     @contextmanager
     def _refusals(self, what: str) -> Iterator[None]:
-        """Turn what the Hub library raises into an UploadError that says what to do; give up on a silent server."""
-        # It logs every attempt, with addresses that let whoever reads them write.
+        """Turn errors of the Hub library into an UploadError that says what to do; give up on a silent server."""
+        # The library logs every attempt, with signed addresses that allow writing.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         usual = get_session()
         options = {"event_hooks": usual.event_hooks, "follow_redirects": usual.follow_redirects}
@@ -257,7 +254,7 @@ class Repository:
                 warnings.simplefilter("ignore")
                 yield
         except Exception as error:
-            # Its errors come from several libraries, and have no class in common.
+            # Errors come from several libraries, with no common class.
             raise UploadError(explain(self.repo_id, what, error)) from error
         finally:
             set_client_factory(lambda: kind(timeout=None, **options))
@@ -265,7 +262,7 @@ class Repository:
 
 def explain(repo_id: str, what: str, error: Exception) -> str:
     """Why `what` ("Uploading") failed for a repository, and what to do. No token is in it."""
-    # The error behind one that only says which file was being sent.
+    # The cause of an error that only says which file was being sent.
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     is_answer = isinstance(error, hub_errors.HfHubHTTPError)
@@ -274,31 +271,31 @@ def explain(repo_id: str, what: str, error: Exception) -> str:
 
 
 def _explain_failure(what: str, error: Exception) -> str:
-    hub, kind, again = HfApi().endpoint, type(error).__name__, "Then push again: what has arrived is kept."
+    hub, kind, again = HfApi().endpoint, type(error).__name__, "Then push again: uploaded files are kept."
     if "Timeout" in kind or isinstance(error, TimeoutError):
         return f"{what} failed: {hub} does not answer ({kind}). Check the connection. {again}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in str(error):
-        return f"{what} failed: a disk here is full ({first_line(str(error))}). Free some room. {again}"
+        return f"{what} failed: a disk here is full ({first_line(str(error))}). Free some space. {again}"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{what} failed: {error.filename} is gone. Restore it, and push again."
     if "Invalid metadata in README.md" in str(error):
         said = " ".join(line.strip("- ") for line in str(error).splitlines()[1:] if line.strip())
-        return f"The Hub does not take the model card: {first_line(said)}. Correct the top of README.md."
+        return f"The Hub does not accept the model card: {first_line(said)}. Correct the top of README.md."
     if isinstance(error, json.JSONDecodeError):
-        return f"{what} failed: {hub} answered with something else than JSON. Is it a Hub (HF_ENDPOINT)? {again}"
+        return f"{what} failed: {hub} answered with something other than JSON. Is it a Hub (HF_ENDPOINT)? {again}"
     reason = first_line(str(error)) or kind
-    # The library speaks through httpx or, since its version 2, httpx2.
+    # The library uses httpx or, since its version 2, httpx2.
     if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
         return f"{what} failed: {hub} cannot be reached, or broke off ({reason}). Check the connection. {again}"
     return f"{what} failed: {kind}, {reason}. {again}"
 
 
-#: What is said of an answer of the Hub, by its HTTP status.
+#: Messages for a response of the Hub, by its HTTP status.
 _ANSWERS = {
-    400: "{what} was refused as not valid{said}. Check --repo-id and --revision.",
-    401: "{hub} does not accept the token{said}: it is wrong, has expired or was revoked. Log in anew with `hf auth "
-    "login`, or set HF_TOKEN to a valid one ({tokens}). HF_TOKEN counts before a login.",
+    400: "{what} was refused as invalid{said}. Check --repo-id and --revision.",
+    401: "{hub} does not accept the token{said}: it is wrong, has expired or was revoked. Log in again with `hf auth "
+    "login`, or set HF_TOKEN to a valid one ({tokens}). HF_TOKEN takes precedence over a login.",
     402: "{what} was refused: {hub} asks for payment{said}. Free some storage there, or upgrade the account.",
     403: "{what} was refused: the token may not write to {repo_id}{said}. Use one with the right to write "
     "({tokens}), ask the owner of {owner} for it, or choose another --repo-id.",
@@ -306,7 +303,7 @@ _ANSWERS = {
     "or gone? Choose another --repo-id.",
     429: "{hub} has had too many requests from this account{said}. Wait a while, and push again.",
 }
-_OTHER_ANSWER = "{what} failed: {hub} answered with HTTP status {status}{said}. Push again: what has arrived is kept."
+_OTHER_ANSWER = "{what} failed: {hub} answered with HTTP status {status}{said}. Push again: uploaded files are kept."
 _NO_BRANCH = "{repo_id} has no branch that could be written to under this --revision{said}. Choose another."
 
 

@@ -1,7 +1,7 @@
 """The model card (README.md) of a pruned model, with metadata as the Hub expects it, and the command to reproduce it.
 
-The card is made of the run's record alone, so that the same input and settings give the same card to the byte. What is
-measured of the model later is added at its end (`write`). The text is in `templates/card.md.j2`. No torch.
+The card is made from the run's record alone, so that the same input and settings give a byte-identical card. Later
+measurements are added at its end (`write`). The text is in `templates/card.md.j2`. No torch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from streamprune.selection.settings import SelectionSettings
 from streamprune.tables import plain
 
-#: What the folder of the published model is called in commands that need its files.
+#: The name of the published model's folder in commands that need its files.
 THIS_MODEL = "this-model"
-#: Values of options that are left out of a command, since they are the options' own.
+#: Default values of options, which are omitted from a command.
 _USUAL = {
     "--method": DEFAULT_METHOD,
     "--schedule": DEFAULT_SCHEDULE,
@@ -44,7 +44,7 @@ _USUAL = {
     "--max-shard-size": DEFAULT_SHARD_BYTES,
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-#: What a recipe may say of where a source is from, in the order in which the card shows it.
+#: The keys of a recipe that say where a source is from, in the order in which the card shows them.
 _PLACES = ("dataset", "subset", "split", "commit", "data_files", "data_dir", "path", "builtin")
 
 
@@ -57,8 +57,8 @@ def model_card(
 ) -> str:
     """The card's text, made of the run's record and the source's own card, if it has one.
 
-    `estimate` is the memory that the written model takes, None where it cannot be estimated; `retained` is what the
-    selection keeps of each source of the calibration, empty without scores.
+    `estimate` is the memory of the written model, None if it cannot be estimated; `retained` is how much saliency of
+    each calibration source the selection keeps, empty without scores.
     """
     settings, calibration, use = record.settings, record.calibration, record.use
     recipe = calibration.stated if calibration else Recipe()
@@ -76,7 +76,7 @@ def model_card(
         method=_score_meaning(settings.method) if settings.method else None,
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
-        place_of=_place,
+        place_of=_origin,
         layers_with_unseen=sum(0 in layer.counts for layer in record.layers),
         retained=retained,
         estimate=estimate,
@@ -91,7 +91,7 @@ def model_card(
 
 
 def _score_meaning(method: str) -> str:
-    """What a method's score of an expert is, and where it was published, in Markdown."""
+    """The meaning of a method's score, and its publication, in Markdown."""
     entry = METHODS[method]
     linked = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", entry.publication)
     return f"{entry.meaning} ({linked})" if linked else entry.meaning
@@ -103,7 +103,7 @@ def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
     try:
         inherited = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
     except Exception:
-        # People write anything into their cards; a card that cannot be parsed gives no metadata.
+        # Cards may contain anything; a card that cannot be parsed has no metadata.
         inherited = {}
     base = model if HUB_ID.fullmatch(model) else _texts(inherited.get("base_model"), HUB_ID)
     tags = ["mixture-of-experts", "moe", "pruning", "expert-pruning", "streamprune"]
@@ -120,14 +120,14 @@ def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
 
 
 def _text(value: Any) -> str | None:
-    """A stranger's text, on one line, if it is one. YAML reads `no` as False, which as a language is Norwegian."""
+    """Untrusted text on one line; None for other values. (YAML reads the language `no`, Norwegian, as False.)"""
     if value is False:
         value = "no"
     return (plain(value) or None) if isinstance(value, str) else None
 
 
 def _texts(value: Any, pattern: re.Pattern[str] | None = None) -> Any:
-    """The same of a text or a list of them: those that match the pattern. None where nothing is left."""
+    """`_text` for a string or a list of strings: those that match the pattern. None if nothing is left."""
     found = [text for each in (value if isinstance(value, list) else [value]) if (text := _text(each)) is not None]
     found = [text for text in found if pattern is None or pattern.fullmatch(text)]
     if not found:
@@ -135,7 +135,7 @@ def _texts(value: Any, pattern: re.Pattern[str] | None = None) -> Any:
     return found if isinstance(value, list) else found[0]
 
 
-def _place(source: RecipeSource) -> str:
+def _origin(source: RecipeSource) -> str:
     """Where a source is from: "org/name, split train"."""
     found = []
     for key in _PLACES:
@@ -147,7 +147,7 @@ def _place(source: RecipeSource) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, those that follow one another as a range: 0, 3–7."""
+    """Ascending numbers, consecutive ones as a range: 0, 3–7."""
     parts = []
     for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
@@ -156,13 +156,13 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def can_score_again(record: Record) -> bool:
-    """Whether `streamprune run` makes the model again. Else its own scores and record are needed: the selection was
-    made by hand, or from scores of which the record does not state all."""
+    """Whether `streamprune run` makes the model again. Otherwise its own scores and record are needed: the selection
+    was made by hand, or from scores that the record does not fully describe."""
     settings, given = record.settings, _given(record)
     if settings.method is None or given is None or settings.propagate != "original":
-        # (Scores of --propagate pruned may have been used for another selection than the run's own.)
+        # (Scores made with --propagate pruned may have been used for another selection than the run's own.)
         return False
-    # One --seed is for the calibration and the random method alike.
+    # --seed sets both the calibration's seed and that of the random method.
     return settings.method != "random" or settings.seed == (given.seed or 0)
 
 
@@ -171,10 +171,10 @@ def _given(record: Record) -> GivenCalibration | None:
 
 
 def reproduce_command(record: Record) -> str:
-    """The command that writes the same model, to the byte, from the same source model and calibration text.
+    """The command that writes a byte-identical model from the same source model and calibration text.
 
-    Local files go by the names that they had, without folders; where `can_score_again` is False the files of the model
-    itself are in the folder THIS_MODEL.
+    Local files are given by name only, without folders; if `can_score_again` is False, the model's own files are in the
+    folder THIS_MODEL.
     """
     # Long because it has a line for each option.
     settings, calibration, use = record.settings, record.calibration, record.use
@@ -188,7 +188,7 @@ def reproduce_command(record: Record) -> str:
     ]
     if not is_by_hand:
         options += [
-            # Bytes divided by a power of two: the number comes back the same.
+            # Exact, since the bytes are divided by a power of two.
             ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
             ("--keep", (settings.total or 0) // len(record.layers) if has_keep else None),
             ("--method", settings.method),
@@ -207,9 +207,9 @@ def reproduce_command(record: Record) -> str:
             ("--samples", given.samples),
             ("--seq-len", given.seq_len),
             ("--seed", given.seed),
-            # Text that is held out to be measured on is not scored on.
+            # Held-out text is not used for scoring.
             ("--evaluate", bool(calibration.held_back)),
-            # The last digits of the scores depend on these; a GPU or CPU of another kind may still round otherwise.
+            # The last digits of the scores depend on these; another kind of GPU or CPU may still round differently.
             ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
             ("--device", settings.device or None),
             ("--batch-tokens", settings.batch_tokens or None),
@@ -226,7 +226,7 @@ def reproduce_command(record: Record) -> str:
 
 
 def mix_text(shares: Mapping[str, float]) -> str:
-    """The value of --mix that gives just these shares: simple numbers if they do, else all their digits."""
+    """The value of --mix that gives exactly these shares: with simple numbers if possible, else with all digits."""
     fractions = {name: Fraction(share).limit_denominator(1000) for name, share in shares.items()}
     common = math.lcm(*(each.denominator for each in fractions.values()))
     simple = ",".join(f"{name}={share * common}" for name, share in fractions.items())

@@ -1,7 +1,7 @@
 """The figures of the report. The same facts give the same bytes, as SVG and as PNG.
 
-Colours are those of Okabe and Ito (2008, https://jfly.uni-koeln.de/color/), which the colour-blind tell apart; hatches,
-markers and line styles show the same in black and white.
+Colours are those of Okabe and Ito (2008, https://jfly.uni-koeln.de/color/), which colour-blind readers can distinguish;
+hatches, markers and line styles show the same in black and white.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _PARTS = (
     ("prefill workspace", YELLOW, "\\\\\\", ("prefill workspace",)),
     ("CUDA context, allocator", PURPLE, "xxx", ("CUDA context", "allocator margin")),
 )
-#: The line of a GPU's memory is drawn within so many times the widest bar: else the bars would be too short to be seen.
+#: The line of a GPU's memory is only drawn up to this multiple of the widest bar; otherwise bars would be too short.
 _FARTHEST = 2.5
-#: How far a model and its original are from the middle of their row.
+#: The distance of a model and its original from the middle of their row.
 _APART = 0.15
-#: The map has at most so many experts side by side; of more there are several panels.
+#: The map has at most this many experts in a row; more are divided into panels.
 _ACROSS = 256
-#: A cell's pixels, and how many of them an expert that was removed leaves free at each side.
+#: The size of a cell in pixels, and the margin that the square of a removed expert leaves at each side.
 _CELL, _MARGIN = 8, 2
-#: Scores between these quantiles have colours of their own; those beyond have the first or the last one.
+#: Scores between these quantiles have distinct colours; lower or higher ones have the first or the last colour.
 _DISTINCT = (0.02, 0.98)
 _COLOURS = "cividis"
 #: A figure, and in words what it shows.
@@ -82,11 +82,11 @@ class Picture:
 
 
 def draw_picture(name: str, draw: Callable[[], Drawing]) -> Picture:
-    """Draw a figure and make it bytes. `name` is a short word that no other figure of the page has."""
-    # It writes about its caches.
+    """Draw a figure and render it. `name` is a short word that no other figure of the page has."""
+    # matplotlib logs about its caches.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     style = Path(__file__).parent / "templates" / "report.mplstyle"
-    # Names of what is drawn follow from the figure, and differ from those of the page's other figures.
+    # The ids in the SVG only depend on the figure, and differ from those of the page's other figures.
     salt: Any = {"svg.hashsalt": f"streamprune {name}"}
     with matplotlib.rc_context(salt, str(style)), warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes, in the picture only.
@@ -94,7 +94,7 @@ def draw_picture(name: str, draw: Callable[[], Drawing]) -> Picture:
         figure, alt = draw()
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", metadata={"Software": None})
-        # Where everything is has been worked out by now, which takes half of the time.
+        # The layout is computed by now; do not compute it a second time, which takes half of the time.
         figure.set_layout_engine("none")
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Picture(name, alt, _element(name, alt, svg.getvalue()), png.getvalue())
@@ -178,11 +178,11 @@ def draw_tokens(record: Record) -> Drawing:
         # A single layer would be a band without width.
         ends = [layers[0] - 0.4, layers[0] + 0.4]
         low, first, middle, third, high = np.repeat(quartiles, 2, axis=1)
-    axes.fill_between(ends, low, high, color=SKY, alpha=0.35, linewidth=0, label="least to most")
+    axes.fill_between(ends, low, high, color=SKY, alpha=0.35, linewidth=0, label="min to max")
     axes.fill_between(ends, first, third, color=BLUE, alpha=0.45, linewidth=0, label="middle half")
     axes.plot(ends, middle, color=BLACK, linewidth=1.5, label="median")
     fewest = [min(layer.counts[expert] for expert in layer.kept) for layer in record.layers]
-    axes.plot(layers, fewest, "_", color=RED, markersize=7, markeredgewidth=1.6, label="fewest of a kept one")
+    axes.plot(layers, fewest, "_", color=RED, markersize=7, markeredgewidth=1.6, label="min of kept experts")
     if low.min() * 10 >= high.max():
         axes.set_ylim(0, 1.05 * high.max())
     elif low.min() > 0:
@@ -204,7 +204,7 @@ def draw_retention(retained: Sequence[Retention]) -> Drawing:
     figure, axes = _new_figure(0.9 + 0.34 * len(shown))
     rows = range(len(shown))
     axes.barh(rows, [each.kept for each in shown], 0.62, color=BLUE, label="kept")
-    ideal = "at best: as many experts chosen for this source alone"
+    ideal = "if as many experts were selected for this source alone"
     best = [each.best for each in shown]
     axes.plot(best, rows, "D", color=BLACK, markerfacecolor=ORANGE, markersize=6, label=ideal)
     for row, each in zip(rows, shown, strict=True):
@@ -268,14 +268,14 @@ def draw_losses(text: TextResult) -> Drawing:
     """Loss of the model and of the original by source, and the divergence between them, with intervals."""
     shown = text.rows[::-1]
     if len(text.sources) > MOST_SOURCES:
-        # Those of which most was lost, and all together.
+        # The sources with the largest losses, and all together.
         worst = sorted(text.sources, key=lambda each: -(each.loss if each.kl is None else each.kl))[:MOST_SOURCES]
         shown = [each for each in shown if each in worst or each is text.all]
     height = 1.1 + 0.36 * len(shown)
     figure, axes = _new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
     left = axes[0][0]
     before = {row: each.original_loss for row, each in enumerate(shown) if each.original_loss is not None}
-    # One above the other: they are often so close that one would hide the other.
+    # One above the other, since they are often so close that one would hide the other.
     losses = [(each.loss, each.loss_interval) for each in shown]
     _points(left, losses, ("s", BLUE, "this model"), -_APART if before else 0.0)
     if before:
@@ -329,7 +329,7 @@ def draw_depth(text: TextResult) -> Drawing:
 
 
 def draw_course(course: Course) -> Drawing:
-    """What every layer of a run took, in seconds and in memory."""
+    """The time and memory of every layer of a run."""
     layers = [each.layer for each in course.layers]
     figure, (above, below) = _new_figure(3.6, nrows=2, sharex=True)
     above.bar(layers, [each.seconds for each in course.layers], 0.8, color=GREEN)
@@ -338,7 +338,7 @@ def draw_course(course: Course) -> Drawing:
     unit, name = (GIB, "GiB") if max(peaks) >= GIB else (MIB, "MiB")
     marks = {"marker": "o", "markersize": 4, "markeredgecolor": BLACK, "markevery": max(1, len(layers) // 24)}
     below.plot(layers, [peak / unit for peak in peaks], color=ORANGE, **marks)
-    below.set(title="Peak memory of the process by then", ylabel=name, ylim=(0, 1.12 * max(peaks) / unit))
+    below.set(title="Peak memory of the process so far", ylabel=name, ylim=(0, 1.12 * max(peaks) / unit))
     _layer_axis(below, layers)
     longest = max(course.layers, key=lambda each: each.seconds)
     return figure, f"Time and peak memory by layer; layer {longest.layer} took longest, {longest.seconds:.1f} s."
@@ -385,7 +385,7 @@ def _map_pixels(record: Record) -> tuple[NDArray[np.uint8], matplotlib.cm.Scalar
         values = scores / np.where(means > 0, means, 1.0)
         low, high = (float(end) for end in np.quantile(values, _DISTINCT))
         shares = np.clip((values - low) / (high - low or 1.0), 0, 1)
-        # Few colours make a small file; nobody sees the difference to more.
+        # Few colours make a small file, without a visible difference.
         colours = matplotlib.colormaps[_COLOURS](np.round(shares * 63) / 63)[:, :, :3]
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), _COLOURS)
     else:

@@ -1,13 +1,13 @@
-"""What evaluations leave with a model: JSON files in its folder `evaluation/`. No torch.
+"""The results of evaluations: JSON files in a model's folder `evaluation/`. No torch.
 
-| file | who writes it | what it holds |
+| file | written by | contents |
 |---|---|---|
 | `text.json` | `eval --data`, `run --evaluate` | loss, and against the original KL and agreement, by source |
-| `generation.json` | `eval --generate` | how continuations end: by themselves, in loops, not at all |
-| `tasks.json` | `eval --tasks` | what lm-evaluation-harness gave, as it gave it |
+| `generation.json` | `eval --generate` | how continuations end: with EOS, in loops, not at all |
+| `tasks.json` | `eval --tasks` | the result of lm-evaluation-harness |
 
-The classes say which fields the report reads; the files may hold more. Losses and KL are nats per token. An interval is
-[low, high] of 95 %, null where a source has fewer than two sequences.
+The classes have the fields that the report reads; the files may have more. Losses and KL are nats per token. An
+interval is [low, high] of 95 %, null if a source has fewer than two sequences.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Checked(Struct, frozen=True, kw_only=True):
 
 
 class Losses(_Checked, frozen=True, kw_only=True):
-    """What was measured on the text of one source, or of all.
+    """The measurements on the text of one source, or of all.
 
-    The `original_` fields and those from `loss_increase` on are there where the original was measured too.
+    The `original_` fields and those from `loss_increase` on are present if the original was measured too.
     `hidden_error` is the relative error of the hidden states after each layer.
     """
 
@@ -87,13 +87,13 @@ class Losses(_Checked, frozen=True, kw_only=True):
 
 
 class EvaluatedText(Struct, frozen=True):
-    """The text that was measured on; `held_back` is true for what the run itself held out of its calibration."""
+    """The text of the measurements; `held_back` is true for what the run itself held out of its calibration."""
 
     held_back: bool | None = None
 
 
 class TextResult(_Checked, frozen=True, kw_only=True):
-    """text.json. `against_source` is false where the original is known not to be what the model was made from."""
+    """text.json. `against_source` is false if the original is known not to be the model's source."""
 
     format: Literal[1] = 1
     against: Name | None = None
@@ -126,9 +126,9 @@ class TextResult(_Checked, frozen=True, kw_only=True):
 
 
 class Continuations(_Checked, frozen=True, kw_only=True):
-    """How continuations went: shares that ended by themselves and that looped, and of 4-grams that came before.
+    """How continuations ended: the shares that ended with EOS and that looped, and the share of repeated 4-grams.
 
-    The last is None where they were too short to have any; `prompts` is None where they are those of the mode.
+    The last is None if they were too short to have any; `prompts` is None if they are those of the mode.
     """
 
     name: Name = "all"
@@ -139,7 +139,7 @@ class Continuations(_Checked, frozen=True, kw_only=True):
 
 
 class GenerationMode(Continuations, frozen=True, kw_only=True):
-    """One way to generate, with the original's figures where they were taken, and by source.
+    """One way to generate, with the original's results if it was measured too, and by source.
 
     `form` says what the prompts were: "text" to be continued, or a "chat".
     """
@@ -177,7 +177,7 @@ class TasksResult(_Checked, frozen=True, kw_only=True):
     samples: dict[str, dict[str, Any]] = field(name="n-samples", default_factory=dict)
 
     def figures(self) -> Iterator[tuple[str, str, float, float | None]]:
-        """Task, metric, value, and standard error where there is one, of everything that was measured."""
+        """Task, metric, value, and standard error (if there is one) of all measurements."""
         for task, metrics in self.results.items():
             for key, value in metrics.items():
                 metric, _, variant = key.partition(",")
@@ -223,14 +223,14 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
     if isinstance(value, str) and "/" in value:
-        # Other texts may be too long for a path, or hold what none can.
+        # Other texts may be too long for a path, or contain invalid characters.
         with suppress(OSError, ValueError):
             return public_name(value)
     return value
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OutputError, ResourceError unless results can be written into a folder, which need not be there yet."""
+    """Raise OutputError, ResourceError unless results can be written into a folder, which need not exist yet."""
     with writing(f"Writing results to {folder}", folder):
         there = folder if os.path.lexists(folder) else existing_folder(folder)
         with TemporaryFile(dir=there):
@@ -238,7 +238,7 @@ def check_writable(folder: Path) -> None:
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
-    """Replace a result, or leave the earlier one. Raises OutputError, ResourceError where it cannot be written."""
+    """Replace a result, or leave the earlier one. Raises OutputError, ResourceError if it cannot be written."""
     contents = json.dumps(result, indent=2) + "\n"
     with writing(f"Writing {folder / name}", folder):
         folder.mkdir(parents=True, exist_ok=True)

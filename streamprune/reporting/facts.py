@@ -1,4 +1,4 @@
-"""All that the report is made of: read from an output and the log next to it, and checked against one another.
+"""The facts for the report: read from an output and the log next to it, and checked against each other.
 
 Neither the source model nor the calibration text is needed. No torch.
 """
@@ -39,7 +39,7 @@ from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_sc
 from streamprune.selection.retention import Retention, retentions
 from streamprune.selection.select import LayerSelection, Selection
 
-_ADVICE = "Remove the log: the report does without it."
+_ADVICE = "Remove the log: the report works without it."
 #: The GPUs that models are pruned for, as (label, bytes of memory, bytes of these that CUDA can use).
 GPU_SIZES = tuple(
     (f"{size} GiB GPU", size * 2**30, known_gpu(name).usable_bytes)
@@ -50,7 +50,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 class LayerTiming(Struct, frozen=True, kw_only=True):
-    """A line of the log about one layer: when it was done (from the start), what it took, the peak memory by then."""
+    """A line of the log about one layer: when it was done (from the start), its time, and the peak memory so far."""
 
     layer: Count = msgspec.field(name="block")
     at_seconds: Seconds
@@ -59,7 +59,7 @@ class LayerTiming(Struct, frozen=True, kw_only=True):
 
 
 class BusyShares(Struct, frozen=True):
-    """For how many `seconds` a run was watched, and the share of them in which each resource was at work."""
+    """The `seconds` of a run, and the share of them in which each resource was busy."""
 
     compute: Share
     read: Share
@@ -69,7 +69,7 @@ class BusyShares(Struct, frozen=True):
 
 
 class RunSummary(Struct, frozen=True):
-    """The last line of the log, as far as the report needs it. `verified` is None where the log does not say."""
+    """The fields of the log's last line that the report needs. `verified` is None if the log does not have it."""
 
     seconds: Seconds
     peak_resident_bytes: Count
@@ -87,9 +87,9 @@ class Course:
 
 
 def read_course(output: Path, record: Record, output_bytes: int) -> Course | str:
-    """The course of the run that made `output`, whose tensors have so many bytes; or a sentence why it is not known.
+    """The course of the run that made `output`, with `output_bytes` of tensors; or a sentence why it is unknown.
 
-    Raises ReportError for a log that is none.
+    Raises ReportError for an invalid log.
     """
     path = sibling_path(output, LOG_SUFFIX)
     if not path.is_file():
@@ -99,12 +99,12 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
     summary = events.get(number, {})
     if "output_bytes" not in summary:
         return f"The log next to the model ({path.name}) is not of a run that made a model."
-    # An earlier output of this name, which `prune` replaced, had a log of its own.
+    # The log may be that of an earlier output at this path, which `prune` replaced.
     counts = list(record.counts.values())
     experts = counts[0] if len(set(counts)) == 1 else counts
     here = {"output_bytes": output_bytes, "source_bytes": record.source.bytes, "experts_per_layer": experts}
     if json.dumps({name: summary.get(name) for name in here}) != json.dumps(here):
-        return f"The log next to the model ({path.name}) is of another run: its numbers are not this model's."
+        return f"The log next to the model ({path.name}) belongs to another run: its numbers do not match this model."
     layers = (
         checked(event, LayerTiming, f"{path}, line {line}", _ADVICE)
         for line, event in events.items()
@@ -114,42 +114,42 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
 
 
 def _events(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines of a log that hold something, by their numbers."""
+    """The lines of a log that are not empty, by their numbers."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")
         lines = enumerate(path.read_bytes().splitlines(), 1)
         events = {number: parse_json(line) for number, line in lines if line.strip()}
         if not all(isinstance(event, dict) for event in events.values()):
-            raise ValueError("a line is no JSON object")
+            raise ValueError("a line is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ReportError(f"{path} is no log of a run: {error}. {_ADVICE}") from None
+        raise ReportError(f"{path} is not a log of a run: {error}. {_ADVICE}") from None
     return events
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the model takes, and what its source took in the same use; the latter is None where it is not known."""
+    """The memory of the model, and of its source in the same use; None for the latter if it is unknown."""
 
     after: Estimate
     before: Estimate | None
 
 
 def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint: Checkpoint) -> Memory | str:
-    """The memory of the model in `output`; or a sentence why it is not known.
+    """The memory of the model in `output`; or a sentence why it is unknown.
 
-    Raises CheckpointError where scores and tensors do not go together.
+    Raises CheckpointError if scores and tensors do not match.
     """
-    unknown = "What memory the model takes is not known: "
+    unknown = "The memory of the model is unknown: "
     footprint: Footprint | None
     if scores is not None and scores.layout is not None:
         facts = facts_from_json(scores.layout, scores.spec, str(output), checkpoint.tensors, record.counts)
         footprint = facts.footprint
         if footprint is None:
-            return f"{unknown}its cache cannot be worked out."
+            return f"{unknown}its KV cache size is unknown."
     else:
         try:
-            # By the tensors' names, or, where they leave doubts, by building the model on the meta device.
+            # By the tensors' names, or, if these are ambiguous, by building the model on the meta device.
             footprint = read_footprint(str(output))
         except UnsupportedModelError as error:
             return f"{unknown}{error}"
@@ -160,10 +160,10 @@ def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint:
 
 
 def source_weights(weights: Weights, record: Record) -> Weights | None:
-    """The weights of the source of an output with these weights; None where they do not come to its bytes on record.
+    """The weights of the source of an output with these weights; None if they do not match its bytes on record.
 
-    All experts of a layer have the same size, so that those that stay give the sizes of those that were removed. Bytes
-    that are still missing are those of multi-token prediction, which every output leaves out.
+    All experts of a layer have the same size, so the kept ones show the sizes of the removed ones. Bytes that are still
+    missing are those of multi-token prediction, which every output drops.
     """
     facts: list[WeightFact] = []
     layers = dict.fromkeys(record.counts, record.experts)
@@ -173,7 +173,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
             extent = fact.shape[fact.rows.axis]
             nbytes = nbytes // extent * (fact.rows.stride * record.experts + fact.rows.tail)
         elif fact.layer in layers and fact.expert is not None:
-            # The first one stands for all.
+            # The first expert counts for all.
             nbytes *= record.experts if fact.expert == 0 else 0
         facts.append(replace(fact, nbytes=nbytes))
     left_out = record.source.bytes - sum(fact.nbytes for fact in facts)
@@ -185,7 +185,10 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
 
 
 def read_scores_of(output: Path, record: Record) -> Scores | None:
-    """The scores in `output`, whose record is given; None without any. Raises ReportError for another model's."""
+    """The scores in `output`, whose record is given; None if there are none.
+
+    Raises ReportError if they belong to another model.
+    """
     path = output / SCORES_FOLDER / SCORES_NAME
     if not path.is_file():
         return None
@@ -193,7 +196,7 @@ def read_scores_of(output: Path, record: Record) -> Scores | None:
     layers = tuple(layer.index for layer in record.layers)
     if scores.layer_indices != layers or scores.spec.count != record.experts:
         raise ReportError(
-            f"{path} holds scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
+            f"{path} has scores of {len(scores.layers)} layers with {scores.spec.count} experts, but the model was "
             f"made from {len(layers)} layers with {record.experts}. They belong to another model: remove them, or "
             "prune again."
         )
@@ -202,7 +205,7 @@ def read_scores_of(output: Path, record: Record) -> Scores | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """An output as the report shows it; a text instead of a fact is a sentence why it is not known."""
+    """An output as the report shows it; a string in place of a value says why it is unknown."""
 
     name: str
     record: Record
@@ -220,7 +223,7 @@ def read_facts(output: Path) -> Facts:
 
     Raises ReportError, ScoresError or CheckpointError for a part that is damaged or belongs to another model.
     """
-    # Its own name, wherever it is called from: of `.` there would be none.
+    # Absolute, since `.` has no name.
     output = output.absolute()
     output = output if output.name not in ("", "..") else output.resolve()
     record = read_record(output)

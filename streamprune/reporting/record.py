@@ -1,6 +1,6 @@
 """`streamprune.json`, the record of how an output was made: the same classes write it, check it and read it. No torch.
 
-Outputs and scores files may come from anybody: nothing in a record is believed unchecked.
+Outputs and scores files may be untrusted: everything in a record is checked.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SourceModel(SourceFiles, frozen=True, kw_only=True):
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
-    """How the scores were computed; missing where there are none."""
+    """How the scores were computed; None without scores."""
 
     batch_tokens: Positive | UnsetType = UNSET
     device: Name | UnsetType = UNSET
@@ -79,12 +79,12 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     spread: Number | None = None
     floor: Count | None = None
     protect_super_experts: bool | None = None
-    # Any size may be asked for, however large.
+    # The user may give any size.
     max_shard_bytes: Annotated[int, Meta(ge=1)] | None = None
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):
-    """The use that the memory was planned for; `budget_bytes` is None where no budget was given."""
+    """The use that the memory was planned for; `budget_bytes` is None without a budget."""
 
     context: Positive
     batch: Positive
@@ -111,7 +111,7 @@ class SourceTokens(Struct, frozen=True):
 
 
 class HeldBack(Struct, frozen=True):
-    """The text that was held out of the calibration to be measured on."""
+    """The text that was held out of the calibration for measurements."""
 
     sequences: Count
     tokens: Count
@@ -119,7 +119,7 @@ class HeldBack(Struct, frozen=True):
 
 
 class RecipeSource(Struct, frozen=True):
-    """What a recipe says of a source: where it is from, and its share (of tokens or records, as the recipe has it)."""
+    """A source in a recipe: where it is from, and its share (of tokens or records, as in the recipe)."""
 
     name: str
     dataset: str | None = None
@@ -156,7 +156,7 @@ class Recipe(Struct, frozen=True):
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
-    """The text that the experts were scored on. `recipe` is kept as it is: `stated` is what can be used of it."""
+    """The text that the experts were scored on. `recipe` is stored unchanged; `stated` has its valid fields."""
 
     sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
     sequences: Count
@@ -167,7 +167,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
     @property
     def stated(self) -> Recipe:
-        """What the recipe says; empty for one that is not as documented."""
+        """The parsed recipe; empty if it is not as documented."""
         try:
             return msgspec.convert(self.recipe, Recipe)
         except msgspec.ValidationError:
@@ -231,7 +231,9 @@ class Record(Struct, frozen=True, kw_only=True):
                     raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
-                raise ValueError(f"protected: {index!r} is no layer with experts, or has not all the experts listed")
+                raise ValueError(
+                    f"protected: {index!r} is not a layer with experts, or lacks some of the listed experts"
+                )
 
     @property
     def experts(self) -> int:
@@ -267,13 +269,13 @@ def make_record(
     settings: RunSettings | PruneSettings,
     small_files: Sequence[str],
 ) -> Record:
-    """The record of an output; nothing in it varies between runs of the same input and settings.
+    """The record of an output; it is the same for every run with the same input and settings.
 
-    It is the same whether the scores were computed in the same run or before. (On the CPU the last digits of scores
-    depend on the number of threads, as every matrix product does.) `small_files` are the names of the files of the
-    source that were copied.
+    It does not matter whether the scores were computed in the same run or before. (On the CPU the last digits of scores
+    depend on the number of threads, as in every matrix product.) `small_files` are the names of the files of the source
+    that were copied.
     """
-    # In one order, whether it comes from a run or was read from a file.
+    # In a fixed order, for provenance from a run or from a file.
     origin = json.loads(json.dumps(provenance, sort_keys=True))
     scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
     spec = plan.layout.spec
@@ -291,7 +293,7 @@ def make_record(
         "versions": origin["versions"],
         "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k},
         "calibration": origin["calibration"],
-        # `push` leaves files that are not listed.
+        # `push` skips files that are not listed.
         "files": sorted({*small_files, *plan.files}),
         "dropped": plan.layout.dropped,
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
@@ -306,7 +308,7 @@ def make_record(
 def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
     return {
         **asdict(settings),
-        # The seed changes nothing for other methods.
+        # Other methods do not use the seed.
         "seed": (settings.seed or 0) if METHODS[settings.method].is_random else None,
         "mix": settings.shares,
         "schedule": public_name(settings.schedule) if settings.has_schedule_file else settings.schedule,
@@ -315,7 +317,7 @@ def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
 
 
 def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The provenance of a selection that rests on no scores."""
+    """The provenance of a selection without scores."""
     return {
         "model": public_name(model),
         "revision": revision,
@@ -327,7 +329,7 @@ def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint)
 
 
 def check_provenance(scores: Scores) -> None:
-    """Raise ScoresError unless the provenance of scores holds what the record and the model card need of it."""
+    """Raise ScoresError unless the provenance of scores has all that the record and the model card need."""
     fault = ""
     try:
         found = msgspec.convert(scores.provenance, Provenance)
@@ -350,7 +352,7 @@ def check_provenance(scores: Scores) -> None:
 
 
 def public_name(name: str) -> str:
-    """A Hub id or recipe as it is; of a local path only the last part.
+    """A Hub id or recipe unchanged; only the last part of a local path.
 
     Records are published with the model, and are the same wherever they are made: folders are left out.
     """
@@ -359,7 +361,7 @@ def public_name(name: str) -> str:
 
 
 def read_record(output: Path) -> Record:
-    """Read the record of the model in `output`. Raises ReportError where there is none, or where it is damaged."""
+    """Read the record of the model in `output`. Raises ReportError if it is missing or damaged."""
     path = output / REPORT_NAME
     if not path.is_file():
         raise ReportError(
@@ -370,13 +372,13 @@ def read_record(output: Path) -> Record:
     if value.get("format") != RECORD_FORMAT:
         raise ReportError(
             f"{path} has format {value.get('format')!r:.20}, but this version of streamprune reads {RECORD_FORMAT}. "
-            "Prune again from the same scores, which takes the time of a copy."
+            "Prune again from the same scores, which takes the time of a file copy."
         )
     return checked(value, Record, path, _ADVICE)
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises ReportError, with `advice`, where there is none."""
+    """The JSON object in a file. Raises ReportError, with `advice`, if there is none."""
     try:
         return read_json(path)
     except CheckpointError as error:
@@ -384,7 +386,7 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
 
 
 def checked(value: Any, kind: type[Kind], where: Path | str, advice: str) -> Kind:
-    """JSON as an object of the class `kind`. Raises ReportError, with the place of the fault and `advice`."""
+    """JSON as an object of the class `kind`. Raises ReportError, with the location of the fault and `advice`."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -392,6 +394,6 @@ def checked(value: Any, kind: type[Kind], where: Path | str, advice: str) -> Kin
 
 
 def damage(error: Exception) -> str:
-    """What is wrong by an error about a checkpoint, without its advice, which is for models that were downloaded."""
+    """The cause in an error about a checkpoint, without its advice, which is for downloaded models."""
     said, _, advice = str(error).rpartition(". ")
     return said or advice.rstrip(".")

@@ -1,4 +1,4 @@
-"""The numbers of the report as tables: what was selected and what was measured. Each figure has its numbers in one."""
+"""The numbers of the report as tables: the selection and the measurements. Each figure has a table with its numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamprune.tables import Struck, Table, count, interval, number, percent
 
 
 def layers_table(record: Record) -> Table:
-    """How many experts each layer keeps, and where the line is drawn between scores."""
+    """How many experts each layer keeps, and the scores at the boundary."""
     rows = []
     for layer in record.layers:
         stay = set(layer.kept)
@@ -50,18 +50,21 @@ def tokens_table(record: Record) -> Table:
         quartiles = [f"{value:,.10g}" for value in np.percentile(layer.counts, (0, 25, 50, 75, 100))]
         fewest = min(layer.counts[expert] for expert in layer.kept)
         rows.append((str(layer.index), *quartiles, count(fewest), str(layer.counts.count(0))))
-    quartile_names = "least", "first quarter", "median", "third quarter", "most"
-    columns = ("layer", *quartile_names, "fewest of a kept one", "never routed")
+    columns = "layer", "min", "Q1", "median", "Q3", "max", "min of kept experts", "never routed"
     return Table("Tokens per expert by layer", columns, rows)
 
 
 def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[Table]:
-    """What is kept of each source's saliency, in all layers and in each."""
+    """The share of each source's saliency that is kept, in all layers and in each."""
     rows = [
         (each.source, percent(each.kept), percent(each.best), str(each.worst_layer), percent(each.worst))
         for each in retained
     ]
-    yield Table("Saliency kept by source", ("source", "kept", "at best", "worst layer", "kept there"), rows)
+    yield Table(
+        "Saliency kept by source",
+        ("source", "kept", "kept if selected for it alone", "worst layer", "kept in worst layer"),
+        rows,
+    )
     by_layer = [
         (str(layer.index), *(percent(each.layers[position]) for each in retained))
         for position, layer in enumerate(record.layers)
@@ -70,18 +73,18 @@ def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[
 
 
 def memory_table(memory: Memory, budget: int | None) -> Table:
-    """Each part of the memory before and after, and what that leaves of common GPUs and of the budget."""
+    """Memory of source and pruned model by part, and the memory left free on common GPUs and in the budget."""
     both = [estimate for estimate in (memory.before, memory.after) if estimate is not None]
     names = dict.fromkeys(term.name for estimate in both for term in estimate.terms)
     rows = [(name, *(_term(estimate, name) for estimate in both)) for name in names]
     rows.append(("total", *(format_bytes(estimate.total) for estimate in both)))
-    rows.append(("at least, at most", *(interval(estimate.interval, format_bytes) for estimate in both)))
-    sizes = {f"a {label} (CUDA can use {format_bytes(usable)})": usable for label, _, usable in GPU_SIZES}
+    rows.append(("range", *(interval(estimate.interval, format_bytes) for estimate in both)))
+    sizes = {f"on a {label} (CUDA can use {format_bytes(usable)})": usable for label, _, usable in GPU_SIZES}
     if budget is not None:
-        sizes[f"the budget of {format_bytes(budget)}"] = budget
+        sizes[f"in the budget of {format_bytes(budget)}"] = budget
     for label, nbytes in sizes.items():
-        rows.append((f"left of {label}", *(_left(nbytes - estimate.total) for estimate in both)))
-    return Table("Memory, one GPU", ("part", *(["source"] if memory.before else []), "this model"), rows)
+        rows.append((f"free {label}", *(_left(nbytes - estimate.total) for estimate in both)))
+    return Table("Memory on one GPU", ("part", *(["source"] if memory.before else []), "this model"), rows)
 
 
 def _term(estimate: Estimate, name: str) -> str:
@@ -89,7 +92,7 @@ def _term(estimate: Estimate, name: str) -> str:
 
 
 def _left(nbytes: int) -> str:
-    return format_bytes(nbytes) if nbytes >= 0 else f"does not fit: {format_bytes(-nbytes)} missing"
+    return format_bytes(nbytes) if nbytes >= 0 else f"does not fit: {format_bytes(-nbytes)} over"
 
 
 def calibration_table(calibration: Calibration, mix: dict[str, float] | None) -> Table:
@@ -100,7 +103,7 @@ def calibration_table(calibration: Calibration, mix: dict[str, float] | None) ->
         stated = recipe.get(each.name)
         share = f"{stated.share:g}" if stated and stated.share is not None else "–"
         of_all = percent(each.tokens / calibration.tokens if calibration.tokens else None)
-        weight = percent(mix.get(each.name, 0.0)) if mix else "as it is"
+        weight = percent(mix.get(each.name, 0.0)) if mix else "unweighted"
         rows.append((each.name, share, count(stated.records if stated else None), count(each.tokens), of_all, weight))
     columns = "source", "share in the recipe", "records", "tokens", "share of the tokens", "weight in the selection"
     return Table("Calibration text by source", columns, rows)
@@ -142,14 +145,14 @@ def depth_table(text: TextResult) -> Table:
 
 
 def generation_tables(generation: GenerationResult) -> Iterator[Table]:
-    """How continuations went, by mode, with the original's figures where they were taken; and by source."""
+    """How continuations ended, by mode, with the original's results if it was measured too; and by source."""
     rows, by_source = [], []
     for mode in generation.modes:
         rows.append(_continuations(mode.label, mode, mode.prompts))
         if mode.original is not None:
             rows.append(_continuations(f"{mode.label}, the original", mode.original, mode.prompts))
         by_source += [_continuations(f"{mode.label}, {each.name}", each, each.prompts) for each in mode.sources]
-    columns = "prompts", "ended by themselves", "looped", "repeated 4-grams"
+    columns = "prompts", "ended with EOS", "looped", "repeated 4-grams"
     yield Table("Continuations", ("decoding", *columns), rows)
     if by_source:
         yield Table("Continuations by source", ("decoding and source", *columns), by_source)
@@ -160,7 +163,7 @@ def _continuations(label: str, each: Continuations, prompts: int | None) -> tupl
 
 
 def tasks_table(tasks: TasksResult) -> Table:
-    """What lm-evaluation-harness measured."""
+    """The results of lm-evaluation-harness."""
     rows = []
     for task, metric, value, error in tasks.figures():
         stated = tasks.shots.get(task), tasks.samples.get(task, {}).get("effective")
@@ -170,9 +173,9 @@ def tasks_table(tasks: TasksResult) -> Table:
 
 
 def course_table(course: Course) -> Table:
-    """What every layer of the run took."""
+    """The time and memory of every layer of the run."""
     rows = [
         (str(each.layer), f"{each.at_seconds:.1f}", f"{each.seconds:.2f}", format_bytes(each.peak_bytes))
         for each in course.layers
     ]
-    return Table("The run by layer", ("layer", "done after (s)", "seconds", "peak memory by then"), rows)
+    return Table("The run by layer", ("layer", "finished at (s)", "seconds", "peak memory so far"), rows)

@@ -1,14 +1,14 @@
 """`streamprune report`: an output's report.html, its pictures, and the report's sections in the model card.
 
-The page needs nothing else: no script, no font, no other file, nothing from the net. A section of the card begins and
-ends with a line of its own that no reader sees:
+The page is self-contained: no script, no font, no other file, no network. A section of the card begins and ends with an
+HTML comment on a line of its own:
 
     <!-- streamprune evaluation: made by `streamprune report`, replaced with it -->
     ...
     <!-- streamprune evaluation end -->
 
-Everything outside these markers stays as it is, byte for byte, and a section may be moved with its markers. A card
-without a section's markers gets the section at its end.
+Everything outside these markers stays byte-identical, and a section may be moved with its markers. A card without a
+section's markers gets the section at its end.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "token
 
 
 def write_report(output: Path) -> Path:
-    """Make the report of the model in `output`, in the place of an earlier one; returns its path.
+    """Make the report of the model in `output`, replacing an earlier one; returns its path.
 
-    It is a function of what is in the folder, and of the log next to it. Nothing is written before all of it is made,
-    and no file is ever incomplete; of the card only the report's own sections change. Raises ReportError, ScoresError
-    or CheckpointError for parts that are damaged, OutputError or ResourceError where it cannot be written.
+    It only depends on the folder's files and the log next to it. Nothing is written before everything is made, and no
+    file is ever incomplete; in the card only the report's own sections change. Raises ReportError, ScoresError or
+    CheckpointError for damaged parts, OutputError or ResourceError if it cannot be written.
     """
     facts = read_facts(output)
     sections = {section.name: section for section in sections_of(facts)}
@@ -56,7 +56,7 @@ def write_report(output: Path) -> Path:
         folder.mkdir(exist_ok=True)
         for name, each in pictures.items():
             write_atomically(folder / f"{name}.png", each.png)
-        # Those of an earlier report which this one does not have.
+        # Remove pictures of an earlier report that this one does not have.
         for name in ALL_PICTURES - pictures.keys():
             (folder / f"{name}.png").unlink(missing_ok=True)
         write_atomically(output / PAGE_NAME, page.encode())
@@ -75,7 +75,7 @@ class Section:
 
 
 def sections_of(facts: Facts) -> Iterator[Section]:
-    """Every section for which something is known. Draws nothing yet."""
+    """Every section for which there is data. Draws nothing yet."""
     record, memory, text, course = facts.record, facts.memory, facts.text, facts.course
     yield Section("experts", [tables.layers_table(record)], partial(charts.draw_experts, record))
     yield Section("map", [tables.scores_table(record)], partial(charts.draw_map, record))
@@ -149,8 +149,8 @@ def markers(name: str) -> tuple[str, str]:
 def with_sections(card: bytes, bodies: Mapping[str, str]) -> bytes:
     """The card with these bodies (Markdown) in its sections, which are some of SECTIONS; done twice it gives the same.
 
-    A body that is empty empties its section where there is one, and adds none. Raises ReportError for a card in which
-    a marker is missing or stands twice: then nobody knows what may be replaced.
+    An empty body empties its section if there is one, and adds none. Raises ReportError for a card in which a marker is
+    missing or occurs twice: then it is unclear what may be replaced.
     """
     for name in SECTIONS:
         if name in bodies:
