@@ -72,7 +72,7 @@ class Progress:
         return f"layer {layer}/{self._layers - 1}"
 
     def start(self, label: str, sequences: int) -> None:
-        """Begin something of so many sequences, which `step` counts; on a terminal with a bar."""
+        """Start a step with this many sequences, which `step` counts; on a terminal with a bar."""
         self.end()
         if not self._quiet and self._stream.isatty():
             self._bar = tqdm(total=sequences, desc=label, file=self._stream, leave=False, unit="seq")
@@ -89,7 +89,7 @@ class Progress:
 
     def end_layer(self, done: LayerProgress) -> None:
         self.end()
-        # The log keeps these names, so that reports can be made of earlier outputs.
+        # The log keeps these keys, so that reports of earlier outputs still work.
         values = asdict(done)
         self.log("block", {"block": values.pop("layer"), "blocks": self._layers, **values})
         # Earlier layers may have been done by a run that was interrupted.
@@ -130,7 +130,7 @@ RESOURCES = ("read", "compute", "write", "states")
 
 
 class Busy:
-    """A clock for each of `RESOURCES`. Several threads that use one at a time count once.
+    """A clock for each of `RESOURCES`. Several threads that use one at the same time count once.
 
     Work that is queued on a GPU is measured by events, which `synchronize` adds up.
     """
@@ -174,14 +174,14 @@ class Busy:
         self._events.append((resource, begin, end))
 
     def synchronize(self) -> None:
-        """Add up what was measured by events. Waits for the GPU; call it where the run has waited anyway."""
+        """Add up the times of events. Waits for the GPU; call it where the run waits anyway."""
         events, self._events = self._events, []
         for resource, begin, end in events:
             end.synchronize()
             self._spent[resource] += begin.elapsed_time(end) / 1000
 
     def utilisation(self) -> dict[str, float]:
-        """The share of the time since the beginning in which each resource was at work, and that time in seconds."""
+        """The share of the time since the beginning in which each resource was busy, and that time in seconds."""
         self.synchronize()
         seconds = time.perf_counter() - self._began
         shares = {name: round(min(1.0, spent / seconds), 4) for name, spent in self._spent.items()}

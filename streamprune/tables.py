@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: What Markdown, or HTML within it, would take for more than a character.
+#: Characters with a meaning in Markdown, or in HTML within it.
 _SPECIAL = re.compile(r"[\\`*_{}\[\]#!|~$<>&@]|:(?=//)")
-#: Of these, what HTML or a table would take for more even behind a backslash.
+#: Those of them that keep their meaning in HTML or a table even after a backslash.
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;"}
-#: Names from strangers are cut at this length in Markdown code; no real name is longer.
+#: Untrusted names are cut at this length in Markdown code; no real name is longer.
 _LONGEST_NAME = 300
 
 
@@ -84,18 +84,18 @@ class Table:
 
 
 def markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text escaped for Markdown, on one line."""
     return _SPECIAL.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), plain(text, None))
 
 
 def plain(text: object, longest: int | None = _LONGEST_NAME) -> str:
-    """A stranger's text on one line, without characters that cannot be seen."""
+    """Untrusted text on one line, without unprintable characters."""
     line = " ".join(str(text).split())
     return "".join(char if char.isprintable() else "?" for char in line)[:longest]
 
 
 def code(text: object) -> str:
-    """A stranger's text as Markdown's inline code, also within a table."""
+    """Untrusted text as Markdown's inline code, also within a table."""
     line = plain(text).replace("|", "\\|") or " "
     # A fence longer than any within it. (CommonMark takes off one space at either side.)
     fence = "`" * (longest_fence(line) + 1)

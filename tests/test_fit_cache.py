@@ -230,7 +230,7 @@ def test_other_cache_dtypes() -> None:
 def test_model_that_cannot_be_run_is_named(name: str) -> None:
     """The tiny models of these families have linear attention only, which transformers' cache does not allow."""
     config = tiny_config(next(each for each in FAMILIES if each.id == name))
-    with pytest.raises(UnsupportedModelError, match=r"The size of \w+'s cache cannot be worked out: .*get_seq_length"):
+    with pytest.raises(UnsupportedModelError, match=r"The size of \w+'s cache is unknown: .*get_seq_length"):
         traced(config, torch.float32)
 
 

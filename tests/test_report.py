@@ -77,7 +77,7 @@ def test_memory_retention_calibration_and_course_are_those_of_the_run(reported: 
         name: [f"{each['kept']:.1%}", f"{each['best']:.1%}"] for name, each in summary["domain_retention"].items()
     }
     assert page.rows("Calibration text by source") == [
-        [name, "–", "4", "96", "50.0%", "as it is"] for name in ("one.jsonl", "two.jsonl")
+        [name, "–", "4", "96", "50.0%", "unweighted"] for name in ("one.jsonl", "two.jsonl")
     ]
     course = page.rows("The run by layer")
     assert course == [
@@ -113,7 +113,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
     assert page.rows("Tasks") == [["arc_easy", "acc", "0", "50", "0.7500", "0.013"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()
     card = (copied / "README.md").read_text()
-    assert "runs into loops" in card
+    assert "gets into loops" in card
     assert "enable\\_thinking=False" in card
     one = text["sources"][0]
     assert (
@@ -188,7 +188,7 @@ def test_what_is_missing_is_said(copied: Path) -> None:
     write_report(copied)
     page = (copied / "report.html").read_text()
     assert "There is no log (out.streamprune.log) next to the model" in page
-    assert "Not known: the scores are not with the model" in page
+    assert "Unknown: the model has no scores file" in page
     assert "Not measured. <code>streamprune eval</code>" in page
     assert not (copied / "README.md").exists()
     assert not (copied / "pictures" / "course.png").exists()

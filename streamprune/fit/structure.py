@@ -1,4 +1,4 @@
-"""Footprints of models built on the meta device: where names or config leave doubts, transformers' own code answers.
+"""Footprints of models built on the meta device, by transformers' own code, if names or config are ambiguous.
 
 Caches are read from transformers' cache objects after forwards on shapes alone.
 """
@@ -55,7 +55,7 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.M
     except Exception as error:
         # Model code that looks at values fails on meta tensors in many ways of its own.
         raise UnsupportedModelError(
-            f"The size of {type(model).__name__}'s cache cannot be worked out: its forward does not run on shapes "
+            f"The size of {type(model).__name__}'s cache is unknown: its forward does not run on shapes "
             f"alone ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Please report this model."
         ) from error
     return CacheSizes(tuple(_layer_cache(model, *seen) for seen in zip(*runs, strict=True)), model.dtype.itemsize)

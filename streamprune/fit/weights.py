@@ -20,7 +20,7 @@ from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.models.expert_layout import MTP_ONLY, Cut, Layout
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
-#: In the order in which they are listed.
+#: In the order of display.
 CATEGORIES = ("experts", "router", "shared/dense", "attention", "embeddings", "head", "vision", "MTP")
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -104,7 +104,8 @@ class Weights:
     """All tensors of a model. `count` is the number of experts per layer (0: none), where layers differ the largest.
 
     `measured` says that the bytes were read from a checkpoint's headers, not derived from a config. `counts` are the
-    experts by layer of a model whose layers differ, whose sizes are of these alone; None where all have `count`.
+    experts by layer of a model whose layers differ, whose sizes are known for these counts only; None if all have
+    `count`.
     """
 
     facts: tuple[WeightFact, ...] = field(repr=False)
@@ -181,17 +182,17 @@ def weights_by_name(
     spec: ExpertSpec | None,
     differing: Mapping[int, int] | None = None,
 ) -> Weights | None:
-    """The weights classified by name; None where names do not show for certain which tensors hold experts.
+    """The weights classified by tensor name; None if the names leave a doubt about which tensors hold experts.
 
-    Certain means: every layer that has experts has all `spec.count` of them, or as many as `differing` says, alike and
-    under the usual names, and a router with one row for each.
+    No doubt: every MoE layer has all its experts (`spec.count`, or the layer's number in `differing`), equal in shape
+    and dtype, under the usual names, and a router with one row per expert.
     """
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
     if depth is None:
         return None
     if spec is None:
         facts = tuple(_fact(entry, depth, lambda layer: 0) for entry in tensors.values())
-        return Weights(facts, 0, True) if not any("expert" in name for name in tensors) else None
+        return Weights(facts, count=0, measured=True) if not any("expert" in name for name in tensors) else None
 
     def count_of(layer: int) -> int:
         return (differing or {}).get(layer, spec.count)
@@ -205,7 +206,7 @@ def weights_by_name(
         elif fact.category not in ("MTP", "vision") and fact.layer is not None:
             layers[fact.layer].append(fact)
     if not all(any(MTP_ONLY.search(name) for name in names) for names in unnamed_mtp.values()):
-        # More layers than the config states: it may be wrong.
+        # Layers beyond num_hidden_layers that are not MTP: the config may be wrong.
         return None
     found = {layer: count_of(layer) for layer in sorted(layers) if any("expert" in fact.name for fact in layers[layer])}
     certain = found and all(_complete(layers[layer], count) for layer, count in found.items())
@@ -237,7 +238,7 @@ def _fact(entry: TensorEntry, depth: int, count_of: Callable[[int], int]) -> Wei
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
-    """Whether the tensors of one layer hold `count` like experts, a router for them, and nothing doubtful."""
+    """Whether the tensors of one layer are `count` equal experts, a router, and none that may belong to experts."""
     kinds: dict[str, list[WeightFact]] = defaultdict(list)
     homes = set()
     for fact in members:

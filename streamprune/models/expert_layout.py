@@ -119,7 +119,7 @@ def layout_from_json(
     """The layout from the JSON of `as_json`, for the checkpoint with these tensors: the source's, or an output's.
 
     `counts` are the experts by layer of an output; None for the source, whose layers all have those of the spec.
-    Raises CheckpointError for anything else, or a layout of other tensors: it may come from a stranger.
+    Raises CheckpointError for anything else, or a layout of other tensors: the JSON may be untrusted.
     """
     try:
         found = msgspec.convert(value, _LayoutJson)

@@ -26,7 +26,7 @@ from streamprune.models.per_layer_experts import read_per_layer_experts
 #: Memory for a model and its computation, as a multiple of its weights: caches and activations of a few short
 #: sequences are small, and batches shrink where they are not.
 ROOM = 1.1
-#: transformers' names for weights that no file holds, which it would initialize at random.
+#: transformers' names for weights that are in no file, which it would initialize at random.
 _LACKING = ("missing_keys", "mismatched_keys", "error_msgs")
 
 
@@ -41,12 +41,12 @@ class FullModel:
 
     @property
     def needed_bytes(self) -> int:
-        """Memory that the model takes, with room to compute."""
+        """Memory that the model takes, including its computation."""
         return int(self.checkpoint.nbytes * ROOM)
 
     @property
     def positions(self) -> int | None:
-        """The longest sequence that the model knows, in tokens; None without a limit."""
+        """The model's longest sequence, in tokens; None without a limit."""
         return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -93,7 +93,7 @@ def load_full_model(full: FullModel, device: str = "auto") -> LoadedModel:
         problem = first_line(str(error)) or type(error).__name__
         if not is_out_of_memory(error):
             raise CheckpointError(f"transformers cannot load {full.name}: {problem}.") from error
-    # Out here nothing refers to the half-loaded model any more.
+    # Outside the `except` clause nothing refers to the partly loaded model any more.
     free_after_failure(place)
     raise ResourceError(f"Memory ran out while {full.name} was loaded ({problem}). {_ADVICE}")
 
@@ -141,5 +141,5 @@ def _load(full: FullModel, device_map: Any) -> tuple[Any, tuple[str, ...]]:
         count = sum(map(len, lacking.values()))
         raise CheckpointError(f"{full.name} cannot be loaded: {count} problems, first {problems}.")
     unused = len(info.get("unexpected_keys", ()))
-    note = f"{full.name}: {unused} tensors of its files have no place in the model that transformers builds."
+    note = f"{full.name}: {unused} tensors of its files are not used by the model that transformers builds."
     return model, (note,) if unused else ()

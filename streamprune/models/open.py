@@ -82,7 +82,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     text = textwrap.shorten(said.replace("TypeError: ", "").replace("ValueError: ", ""), 300, placeholder=" …")
     if "trust_remote_code" in said:
         raise UnsupportedModelError(
-            f"{folder} needs Python code of its own to be loaded, which is never run unasked. If you trust its author "
+            f"{folder} needs its own Python code, which is not run without your consent. If you trust its author "
             "and have read the code, add --trust-remote-code."
         ) from error
     if (isinstance(error, (ValueError, KeyError)) and "model_type" in said) or "does not recognize" in said:
