@@ -102,7 +102,7 @@ class Place:
                 raise Stopped
 
         try:
-            with patch("streamprune.work.saved_states.reached", stop):
+            with patch("streamprune.work.saved_states.kill_point", stop):
                 prune(self.model, self.folder / "out", calibration=(str(self.ids),), checkpoint_every=0.0)
         except Stopped:
             return (self.folder / "out.work").rename(self.folder / "half")

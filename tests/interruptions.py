@@ -138,7 +138,7 @@ def ending_at(point: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (streamprune.pipeline.finish, streamprune.output.writer):
-            patch.setattr(module, "reached", reached)
+            patch.setattr(module, "kill_point", reached)
         patch.setattr(WorkFolder, "remove", lambda self: None)
         with pytest.raises(Injected):
             yield

@@ -140,7 +140,7 @@ def test_an_end_between_the_name_and_the_removal(
     changes = {} if place == "beside" else {"work_dir": work}
     for what in ("resume", "clean"):
         command = made[kind].at(tmp_path / "out")
-        with ending_at("output named"):
+        with ending_at("output renamed"):
             command.run(**changes)
         assert command.found() == command.expected
         text = call("status", work).stdout

@@ -71,10 +71,10 @@ def test_an_end_in_the_middle_of_replacing(
     old = tree_bytes(case.output)
 
     def reached(point: str) -> None:
-        if point == {"before": "old output moved aside", "after": "output named"}[when]:
+        if point == {"before": "old output moved aside", "after": "output renamed"}[when]:
             raise Injected
 
-    monkeypatch.setattr("streamprune.output.writer.reached", reached)
+    monkeypatch.setattr("streamprune.output.writer.kill_point", reached)
     with pytest.raises(Injected):
         case.run(overwrite=True, work_dir=tmp_path / "work")
     monkeypatch.undo()
@@ -91,7 +91,7 @@ def test_an_end_in_the_middle_of_replacing(
 def test_resume_is_not_taken_in_by_an_old_output(case: Case) -> None:
     case.run(keep=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.work.records.reached", raise_injected)
+        patch.setattr("streamprune.work.records.kill_point", raise_injected)
         patch.setattr(WorkFolder, "remove", lambda self: None)  # as after a kill
         with pytest.raises(Injected):
             case.run(overwrite=True)
@@ -203,7 +203,7 @@ def test_a_source_shard_that_breaks_in_mid_run(made: Case, tmp_path: Path, monke
             shard.write_bytes(whole[: len(whole) // 2])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.work.folder.reached", cut)
+        patch.setattr("streamprune.work.folder.kill_point", cut)
         with pytest.raises(CheckpointError, match=shard.name):
             case.run()
     assert not case.output.exists()

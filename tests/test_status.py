@@ -114,10 +114,10 @@ def test_a_run_that_ended_before_its_work_folder_was_removed(
     made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reached(point: str) -> None:
-        if point == "output named":
+        if point == "output renamed":
             raise Injected
 
-    monkeypatch.setattr("streamprune.output.writer.reached", reached)
+    monkeypatch.setattr("streamprune.output.writer.kill_point", reached)
     for command in (("status",), ("clean",), ("resume", "--quiet")):
         case = made.at(tmp_path / f"out-{command[0]}")
         with pytest.raises(Injected):

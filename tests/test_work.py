@@ -159,7 +159,7 @@ def test_a_crash_before_the_cursor_moves_leaves_the_old_generation(
             if point == "states saved":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("streamprune.work.saved_states.reached", crash)
+        monkeypatch.setattr("streamprune.work.saved_states.kill_point", crash)
         with pytest.raises(KeyboardInterrupt):
             work.states.save(len(states), states.__getitem__, {"block": 2})
         monkeypatch.undo()

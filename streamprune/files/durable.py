@@ -26,7 +26,7 @@ _MOST_PENDING = 4
 PARTIAL = ".partial"
 
 
-def reached(point: str) -> None:
+def kill_point(point: str) -> None:
     """Does nothing. tools/kill replaces it, to end the process at the named point."""
 
 
@@ -51,14 +51,14 @@ def stream_atomically(path: Path, portions: Iterable[bytes | memoryview]) -> str
                 pending.popleft().result()
         for each in pending:
             each.result()
-        reached(f"{path.name}: written")
+        kill_point(f"{path.name}: written")
         stream.flush()
         os.fsync(stream.fileno())
-    reached(f"{path.name}: flushed")
+    kill_point(f"{path.name}: flushed")
     partial.rename(path)
-    reached(f"{path.name}: renamed")
+    kill_point(f"{path.name}: renamed")
     sync_folder(path.parent)
-    reached(f"{path.name}: durable")
+    kill_point(f"{path.name}: durable")
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, 
 from streamprune.config import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import (
-    reached,
+    kill_point,
     reading,
     stream_atomically,
     sync_file,
@@ -159,7 +159,7 @@ class OutputWriter:
                     continue
                 origin = tensor.slice_of(kept)
                 for data in _read_source(self._checkpoint.folder / origin.file, origin.ranges):
-                    reached("portion of a shard")
+                    kill_point("portion of a shard")
                     yield data
 
         checksum = stream_atomically(self._staging / shard.file, portions())
@@ -217,7 +217,7 @@ class OutputWriter:
             self._check_sizes()
             for folder in {path.parent for path in self._staging.rglob("*")}:
                 sync_folder(folder)
-            reached("all written")
+            kill_point("all written")
             # Hours may have passed: do not replace an output that was created meanwhile.
             check_output(self._output, self._checkpoint.folder, self._overwrite)
             complete = self._on_the_outputs_disk()
@@ -227,9 +227,9 @@ class OutputWriter:
                 replaced = self._output_work / REPLACED_NAME
                 shutil.rmtree(replaced, ignore_errors=True)
                 self._output.rename(replaced)
-                reached("old output moved aside")
+                kill_point("old output moved aside")
             complete.rename(self._output)
-            reached("output named")
+            kill_point("output renamed")
             sync_folder(self._output.absolute().parent)
 
     def _on_the_outputs_disk(self) -> Path:

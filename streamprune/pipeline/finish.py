@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
 from streamprune.errors import InterruptedRunError, VerifyError
-from streamprune.files.durable import reached, sync_folder, writing
+from streamprune.files.durable import kill_point, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
@@ -270,7 +270,7 @@ def complete_scores(settings: OutputSettings, checkpoint: Checkpoint, scores: Sc
         # Hours may have passed: do not replace an output that was created meanwhile.
         check_scores_file(settings.output, checkpoint.folder, settings.overwrite)
         work.record_complete(complete_file)
-        reached("scores written")
+        kill_point("scores written")
         complete_file.rename(settings.output)
-        reached("output named")
+        kill_point("output renamed")
         sync_folder(settings.output.absolute().parent)

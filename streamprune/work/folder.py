@@ -36,8 +36,8 @@ from streamprune.errors import OutputError
 from streamprune.files.durable import (
     PARTIAL,
     checksum_of,
+    kill_point,
     names_in,
-    reached,
     read_record,
     sync_folder,
     write_record,
@@ -133,7 +133,7 @@ class WorkFolder:
         record = FinishedLayer(result, tuple(kept), shards)
         with writing(f"Recording a layer in {self._layers}", self.folder):
             write_record(self._layer_path(index), msgspec.to_builtins(record))
-        reached("block recorded")
+        kill_point("block recorded")
 
     def read_layer(self, index: int | None) -> FinishedLayer | None:
         """The record of a finished layer, whose shards are not checked; None if it is not finished, or damaged."""

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, PruningTarget, RunSettings
 from streamprune.errors import ResumeError, SettingsError
-from streamprune.files.durable import reached, read_record, reading, write_record, writing
+from streamprune.files.durable import kill_point, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
 from streamprune.models.config_json import MOST_LAYERS
 
@@ -227,7 +227,7 @@ def write_run(folder: Path, run: RecordedRun, tokens: Sequence[Sequence[int]]) -
         for names, body in ((TOKENS_NAMES, tokens), (RUN_NAMES, msgspec.to_builtins(run))):
             for name in names:
                 write_record(folder / name, body)
-    reached("run recorded")
+    kill_point("run recorded")
 
 
 def read_run(folder: Path) -> RecordedRun | None:

@@ -22,8 +22,8 @@ from streamprune.checkpoint.safetensors_file import encode_header
 from streamprune.errors import UnsupportedModelError
 from streamprune.files.durable import (
     checksum_of,
+    kill_point,
     names_in,
-    reached,
     read_record,
     stream_atomically,
     sync_folder,
@@ -194,9 +194,9 @@ class Generations:
         with writing(f"Saving the hidden states in {self._states}", self._folder):
             save_states(self._states / str(number), count, load, facts)
             sync_folder(self._states)
-            reached("states saved")
+            kill_point("states saved")
             write_record(self._folder / CURSOR_NAME, {"generations": kept})
-        reached("cursor moved")
+        kill_point("cursor moved")
         self._remove(old for old in numbers if old not in kept)
 
     def intact(self) -> Iterator[SavedStates]:
