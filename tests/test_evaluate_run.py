@@ -248,9 +248,7 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
 
 def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
-    with pytest.raises(
-        TooMuchLostError, match=r"After layer 0/3 .* more than 4 x --stop-if-kl 1e-05\. .*resume"
-    ) as told:
+    with pytest.raises(TooMuchLostError, match=r"After layer 0/3 .* above 4 x --stop-if-kl 1e-05\. .*resume") as told:
         case.run(stop_if_kl=1e-5)
     assert told.value.exit_code == 4
     assert not case.output.exists()
@@ -265,7 +263,7 @@ def test_a_finished_run_that_lost_too_much_leaves_its_scores(
 ) -> None:
     from streamprune.pipeline import run_evaluation as of_run
 
-    monkeypatch.setattr(of_run, "_LOOKS", 1)
+    monkeypatch.setattr(of_run, "_MEASUREMENTS", 1)
     case = made.at(tmp_path / "out")
     with pytest.raises(TooMuchLostError, match="Change the selection with `streamprune prune --scores"):
         case.run(stop_if_kl=1e-5)

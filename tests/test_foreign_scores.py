@@ -113,7 +113,7 @@ def test_scores_of_other_experts_are_refused(qwen: Model, tmp_path: Path) -> Non
     fewer = tuple(replace(layer, values=layer.values[:, :, :6]) for layer in scores.layers)
     forged = replace(scores, layers=fewer, spec=replace(scores.spec, count=6), layout=None)
     write_scores(tmp_path / "forged.safetensors", forged)
-    with pytest.raises(ScoresError, match=r"holds scores of 6 experts \(top-2\), but .* the model has 8 \(top-2\)"):
+    with pytest.raises(ScoresError, match=r"has scores of 6 experts \(top-2\), but .* the model has 8 \(top-2\)"):
         qwen.prune(tmp_path / "out", scores=tmp_path / "forged.safetensors", keep=4)
     # With fewer experts per token than the router really picks, too few could be kept.
     write_scores(tmp_path / "forged.safetensors", replace(scores, spec=replace(scores.spec, top_k=1)))

@@ -267,7 +267,7 @@ def test_scores_are_left_where_no_choice_can_be_made(
     command = made["protected"].at(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(choose, "super_experts", lambda layers, weights: {1: (0, 1, 2)})
-        with pytest.raises(SettingsError, match=rf"Layer 1: .* All layers are scored; .* --scores {tmp_path}/out\."):
+        with pytest.raises(SettingsError, match=rf"Layer 1: .* All layers are scored: .* --scores {tmp_path}/out\."):
             command.run(keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out.scores.safetensors"]
     left, scored = read_scores(tmp_path / "out.scores.safetensors"), read_scores(command.scores)

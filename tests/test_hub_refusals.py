@@ -105,7 +105,10 @@ def test_hub_out_of_order(server: HubServer, model: dict[str, bytes], tmp_path: 
     server.add("org/model", model)
     server.outage = 503
     message = refused(tmp_path, "org/model")
-    assert f"{server.url} answered with HTTP status 503 (The stand-in is out of order)" in message
+    assert (
+        f"{server.url} answered the request for org/model with HTTP status 503 (The stand-in is out of order)"
+        in message
+    )
 
 
 @pytest.mark.parametrize("revision", ["main", "commit"])
@@ -119,7 +122,10 @@ def test_hub_fails_in_between(server: HubServer, model: dict[str, bytes], tmp_pa
     server.before = fail_after_index
     message = refused(tmp_path, "org/model", "--revision", repo.refs["main"] if revision == "commit" else "main")
     # Some versions of the library fall back on the folder that holds nothing but the index.
-    assert "answered with HTTP status 500" in message or "is incomplete: 1 of 1 files are missing" in message
+    assert (
+        "answered the request for org/model with HTTP status 500" in message
+        or "is incomplete: 1 of 1 files are missing" in message
+    )
     server.before, server.outage = None, None
     assert open_checkpoint(resolve_model("org/model")).files == weights(model)
 

@@ -177,7 +177,7 @@ def test_options_that_make_no_sense_for_a_pruning_are_refused(made: dict[str, Co
     refused = call("resume", command.work, "--from-layer", 1, "--device", "cpu")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        f"Error: {command.work} holds an unfinished `streamprune prune`, which computes nothing. Leave out --device, "
+        f"Error: {command.work} has an unfinished `streamprune prune`, which computes nothing. Leave out --device, "
         "--from-layer.\n"
     )
     assert call("resume", command.work, "--verify", "--quiet").exit_code == 0
@@ -197,15 +197,15 @@ def test_one_kind_does_not_take_another_ones_work(made: dict[str, Command], tmp_
         assert tree_bytes(tmp_path / "out.work") == before, "nothing is touched"
 
     made["prune"].at(tmp_path / "out").interrupt(at=4)
-    refused("global", "holds an unfinished `streamprune prune`. Resume it .streamprune resume .* --resume never")
-    refused("score", "holds an unfinished `streamprune prune`")
+    refused("global", "has an unfinished `streamprune prune`. Resume it .streamprune resume .* --resume never")
+    refused("score", "has an unfinished `streamprune prune`")
     with pytest.raises(ResumeError, match=f"Resume with: streamprune resume {tmp_path}/out.work"):
         made["global"].at(tmp_path / "out").resume()
     made["score"].at(tmp_path / "out").run(resume="never")
     made["score"].at(tmp_path / "out").check()
     (tmp_path / "out").unlink()
     made["score"].at(tmp_path / "out").interrupt(at=3)
-    refused("prune", "holds an unfinished run. Resume it")
+    refused("prune", "has an unfinished run. Resume it")
     refused("global", "only-score: True then, False now")
     made["score"].at(tmp_path / "out").resume()
     made["score"].at(tmp_path / "out").check()

@@ -318,7 +318,7 @@ def test_an_unfinished_run_is_not_taken_for_a_pruning(
         patch.setattr(OutputWriter, "write_layer", write_layer)
         with pytest.raises(Injected):
             run(qwen.settings(tmp_path / "out", keep=4), quiet=True)
-    with pytest.raises(ResumeError, match="holds an unfinished run"):
+    with pytest.raises(ResumeError, match="has an unfinished run"):
         qwen.prune(tmp_path / "out", keep=4)
     resume(tmp_path / "out.work", quiet=True)
     assert verify(tmp_path / "out", qwen.folder)

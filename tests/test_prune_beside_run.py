@@ -109,7 +109,7 @@ def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
     other = told("prune", source, "-o", tmp_path / "prune", "--scores", tmp_path / "run", *goal)
     assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
     for words in (
-        "multi-token-prediction (MTP) tensors are left out",
+        "multi-token-prediction (MTP) tensors are dropped",
         "warning: none of the 3 calibration tokens was routed to some experts",
         "  fits the budget of ",
         "domain retention",

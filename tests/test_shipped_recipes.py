@@ -185,5 +185,5 @@ def test_the_default_numbers_are_more_than_stand_ins_have(model: Path) -> None:
         CalibrationError, match=r"Source 'evol-codealpaca' .* is too short: it has .* tokens, \d+% of the"
     ):
         calibrate(model, "evol-codealpaca")
-    with pytest.raises(CalibrationError, match="has 120 of the 700 records"):
+    with pytest.raises(CalibrationError, match="has 120 of the 700 required records"):
         calibrate(model, "code-general-70-30")

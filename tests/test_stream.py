@@ -101,4 +101,4 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1", "LRU_CACHE_CAPACITY": "1"}
     subprocess.run(command, check=True, capture_output=True, timeout=600, env=environment)
     measured = json.loads(figures.read_text())
-    assert measured["depth_growth_in_blocks"] < 1.0, measured
+    assert measured["depth_growth_in_layers"] < 1.0, measured

@@ -169,7 +169,7 @@ def _resume_pruning(workdir: Path, quiet: bool, changes: dict[str, Any]) -> RunR
         unused = sorted(changes.keys() - {"verify", "trust_remote_code"})
         if unused:
             raise SettingsError(
-                f"{workdir} holds an unfinished `streamprune prune`, which computes nothing. Leave out "
+                f"{workdir} has an unfinished `streamprune prune`, which computes nothing. Leave out "
                 f"{', '.join('--' + name.replace('_', '-') for name in unused)}."
             )
         if quiet:

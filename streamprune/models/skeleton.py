@@ -119,9 +119,13 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
 def find_decoder(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Decoder:
     """Build any decoder-only model on meta, with or without experts, and find its layers.
 
-    Raises UnsupportedModelError where they are not one list of as many as the config says.
+    Raises UnsupportedModelError if they are not one list of as many layers as the config says, and for models of
+    UNSUPPORTED_EXPERTS.
     """
     model = build_model(config, dtype, trust_remote_code)
+    reason = next((UNSUPPORTED_EXPERTS[name] for name in _class_names(model) if name in UNSUPPORTED_EXPERTS), None)
+    if reason is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be streamed: {reason}.")
     decoder = model.get_decoder()
     prefix = next((f"{name}." if name else "" for name, module in model.named_modules() if module is decoder), None)
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -136,6 +140,10 @@ def find_decoder(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
             "be streamed."
         )
     return Decoder(model, prefix + lists[0], {})
+
+
+def _class_names(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules()}
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -252,9 +260,6 @@ def _find_experts(decoder: Decoder, rows: Mapping[str, ExpertRows]) -> dict[int,
         path = name.removeprefix(f"{decoder.layers_path}.{layer}.")
         while path := path.rpartition(".")[0]:
             module = inside.get_submodule(path)
-            reason = UNSUPPORTED_EXPERTS.get(type(module).__name__)
-            if reason is not None:
-                raise UnsupportedModelError(f"{model} cannot be scored: {reason}.")
             takes_routing = set(inspect.signature(type(module).forward).parameters) >= EXPERTS_ARGUMENTS
             if takes_routing or dispatches_experts(module) or type(module).__name__ in DENSE_EXPERTS:
                 found.add(path)

@@ -226,7 +226,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     folder, anew = work.folder, settings.resume == "never"
     if has_run(folder) and not anew:
         raise ResumeError(
-            f"{folder} holds an unfinished run. Resume it, discard it with `streamprune clean --all`, or add --resume "
+            f"{folder} has an unfinished run. Resume it, discard it with `streamprune clean --all`, or add --resume "
             "never."
         )
     if not has_pruning(folder) and work.has_progress() and not anew:
