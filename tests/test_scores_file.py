@@ -286,7 +286,7 @@ def test_what_is_no_file_at_all(tmp_path: Path) -> None:
         read_scores(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(MOST_BYTES + 1)
-    with pytest.raises(ScoresError, match="it has .* bytes, more than"):
+    with pytest.raises(ScoresError, match=r"it has .* bytes, more than"):
         read_scores(tmp_path / "large")
 
 
