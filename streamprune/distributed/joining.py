@@ -123,7 +123,8 @@ class DistributedProcesses(Processes):
         try:
             act()
         except RuntimeError as error:
-            # Only rank 0 prints, and only it is certain to reach the store.
+            # Rank 0 reports this, unless the store says that a rank reports its own error. The other ranks may not be
+            # able to reach the store any more.
             if not self.is_first or self._store.check([_FAILED]):
                 raise ReportedElsewhereError(1) from None
             raise ProcessesError(

@@ -33,7 +33,7 @@ def pick_formats(tensors: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
         storage, parts = next(
             (storage, parts) for storage in FORMATS if (parts := storage.parts_of(module)) is not None
         )
-        stored |= {name: StoredTensor(*part, storage) for name, part in parts.items()}
+        stored |= {name: StoredTensor(parameter, part, storage) for name, (parameter, part) in parts.items()}
     return {name: stored[name] for name in tensors}
 
 

@@ -7,8 +7,9 @@ only writes needs neither torch nor transformers. The JSON describes tensors by 
      "model.layers.{block}.mlp.experts.{expert}.up_proj.weight": null,   one tensor for each expert
      "model.layers.{block}.input_layernorm.weight": null}          copied, with its layer
 
-A tensor that fits no pattern lies outside the layers and is copied. Those of them that are named as if they were in a
-layer (rotary frequencies, which no model reads) are listed, so that nothing is copied because a pattern is missing.
+A tensor that fits no pattern lies outside the layers and is copied. If its name begins like those of a layer's tensors
+(rotary frequencies, which no model reads), it must be listed under `outside`: otherwise a pattern is missing, and the
+layout is refused.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ _MOST_NUMBERS = 8
 class Target:
     """What a checkpoint tensor feeds: a parameter or buffer `name` of the model, None where the model ignores it.
 
-    `stored` says which part of a stored parameter the tensor is, `pattern` which conversion leads to the parameter, if
-    any; `also` names the further ones that it feeds when the conversion splits it. `layer` is None outside the layers.
-    `rows` is the expert axis of the parameter, not necessarily of the tensor itself.
+    `stored` says which part of a stored parameter the tensor is; `pattern` is the source pattern of the conversion that
+    leads to the parameter, if any. If the conversion splits the tensor, `also` names the other parameters that it
+    feeds. `layer` is None outside the layers. `rows` is where the experts are in the parameter, not necessarily in the
+    tensor itself.
     """
 
     stored: StoredTensor
@@ -54,8 +56,8 @@ class Target:
 class Cut:
     """How a checkpoint tensor changes when experts are removed. `layer` is None outside the decoder's layers.
 
-    A tensor of one expert has that `expert`'s number, and as `family` its name with EXPERT in the number's place. One
-    that holds all experts has `rows`. Any other is copied.
+    For a tensor of one expert, `expert` is the expert's number, and `family` the tensor's name with EXPERT in place of
+    that number. For a tensor that holds all experts, `rows` says where they are. Any other tensor is copied.
     """
 
     layer: int | None
@@ -80,7 +82,7 @@ class Layout:
     cuts: Mapping[str, Cut] = field(repr=False)
 
     def as_json(self) -> dict[str, Any] | None:
-        """The layout as JSON, less the spec; None where patterns cannot describe it."""
+        """The layout as JSON, without the spec; None if patterns cannot describe it."""
         patterns: dict[str, list[int] | None] = {}
         for name, cut in self.cuts.items():
             if cut.layer is None:
@@ -145,12 +147,13 @@ def layout_from_json(
 
 
 def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> None:
+    """Raise ValueError unless the tensors hold exactly `counts` experts, by layer."""
     families: dict[tuple[str, int], set[int | None]] = defaultdict(set)
     found = set()
     for name, cut in layout.cuts.items():
         if cut.layer is not None and cut.layer >= layout.layer_count:
             raise ValueError(f"{name} is of layer {cut.layer}, but there are {layout.layer_count}")
-        # 0 for a tensor of experts where none should be.
+        # With 0 for a layer that should have no experts, a tensor of experts in it is refused below.
         count = counts.get(cut.layer, 0) if cut.layer is not None else 0
         if cut.family is not None:
             families[cut.family, count].add(cut.expert)
@@ -204,7 +207,7 @@ def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
 def find_cuts(
     tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target], dropped: Iterable[str], counts: Mapping[int, int]
 ) -> dict[str, Cut]:
-    """How every tensor but the `dropped` ones can be cut, in the source's order, in a model of `counts` experts, by
+    """How every tensor except the `dropped` ones can be cut, in the source's order. `counts` are the model's experts by
     layer.
 
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
@@ -212,7 +215,7 @@ def find_cuts(
     groups: dict[tuple[str | None, str | None, str], list[str]] = defaultdict(list)
     for name, target in targets.items():
         if target.rows is not None:
-            # The scales of all experts are a family of their own.
+            # Also by part: the experts' values are one family, their scales another.
             groups[target.name, target.pattern, target.stored.part].append(name)
     numbered: dict[str, tuple[str, int]] = {}
     for (parameter, *_), names in groups.items():
@@ -242,9 +245,9 @@ def _experts_in(target: Target, counts: Mapping[int, int]) -> int:
 
 
 def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, list[str]]:
-    """The names of one tensor per expert by the expert's number, the one segment in which they differ.
+    """The family of tensors that hold one expert each, and their names in the order of the experts.
 
-    Before them, the name that they share, with EXPERT in the number's place.
+    The names differ in a single segment, the expert's number. The family is the name with EXPERT in that place.
     """
     split = [name.split(".") for name in names]
     differing = [place for place, values in enumerate(zip(*split, strict=False)) if len(set(values)) > 1]

@@ -231,13 +231,14 @@ def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:
 
 
 def _check_stored_numbers(skeleton: Skeleton) -> None:
-    """Refuse tables of expert numbers next to the experts: renumbered experts would leave them pointing at others."""
-    places = tuple(
+    """Refuse models with integer tensors in an MoE block: they may be expert indices, which pruning makes wrong."""
+    # The prefixes of the modules that contain the experts modules (`model.layers.3.mlp.`).
+    blocks = tuple(
         f"{skeleton.layers_path}.{layer}.{path.removesuffix(path.rpartition('.')[2])}"
         for layer, path in skeleton.experts.items()
     )
     for name, tensor in skeleton.model.state_dict().items():
-        if not tensor.is_floating_point() and name.startswith(places):
+        if not tensor.is_floating_point() and name.startswith(blocks):
             raise UnsupportedModelError(
                 f"{type(skeleton.model).__name__}: {name} holds whole numbers in a layer with experts, as routers do "
                 "that look their choice up in a table of expert numbers. Those cannot be pruned."

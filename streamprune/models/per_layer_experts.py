@@ -28,8 +28,8 @@ from streamprune.models.config_json import COUNT_NAME, MOST_EXPERTS, MOST_LAYERS
 STANDARD_TABLE: Final = "per_layer_config"
 #: The entry of the same form for models whose own code fails on expert counts in transformers' entry.
 OWN_TABLE: Final = "per_layer_experts"
-#: Goes with transformers' own table, and means nothing without it. Without it the config raises even when the stock
-#: classes ask it whether it has a number of experts.
+#: The key that belongs to transformers' own table. A config with the table but without this key raises when a stock
+#: class reads the number of experts, even with hasattr().
 _ACCESS = "allow_global_per_layer_attribute_access"
 #: The first transformers whose configs know `per_layer_config`.
 _OLDEST_TRANSFORMERS = "5.14"
@@ -50,10 +50,10 @@ _Auto = Annotated[str, _matching("AutoModel(For[A-Za-z0-9]+)?")]
 
 
 class LoadingClass(msgspec.Struct, frozen=True):
-    """A class that transformers takes for this model: the `auto` class it is found by, its name, the module that it is
-    imported from, and the dotted path of the list of decoder layers in it.
+    """A class that transformers loads this model with: `stock` is its name, `auto` the auto class that leads to it,
+    `module` where it is imported from, and `layers` the dotted path of its list of decoder layers.
 
-    `whole` is None, or the name of the config class of a model of which this class takes the text part only.
+    `whole` is the name of the whole model's config class if this class takes the text config only, else None.
     """
 
     auto: _Auto
@@ -69,17 +69,18 @@ class LoadingClass(msgspec.Struct, frozen=True):
 
     @property
     def entry(self) -> str:
-        """The name of the class that `auto_map` names: for a text part one that takes the whole model's config."""
+        """The name of the class that `auto_map` names. For a text-only class it is a subclass that takes the whole
+        model's config."""
         return f"{self.name}OfTextPart" if self.whole else self.name
 
 
 class LoadingFacts(msgspec.Struct, frozen=True):
     """What is needed to write an output of a model that has different numbers of experts per layer.
 
-    `path` leads from config.json to the part that describes the decoder, `inner` further to a part of that which states
-    the number of experts (DBRX's `ffn_config`), or is None; `names` are the keys that state it there, the config
-    class's own first. `table` is the entry for what differs by layer: transformers' own where the model's code allows
-    it. `problem` is why no such output can be loaded, in a sentence; empty where it can.
+    `path` leads from config.json to the decoder's config. `inner` is the sub-config of it that states the number of
+    experts (DBRX's `ffn_config`), or None if the decoder's config states it directly. `names` are the keys that state
+    it there, the config class's own first. `table` is the key of the per-layer entries: transformers' own where the
+    model's code allows it. `problem` says why no such output can be loaded; it is empty if one can.
     """
 
     model_type: Annotated[str, _matching("[A-Za-z0-9_.-]+")]
@@ -142,8 +143,8 @@ def modeling_source(facts: LoadingFacts) -> str:
 
 @dataclass(frozen=True)
 class PerLayerExperts:
-    """A config.json taken apart: `stock` describes the same model with `usual` experts in every layer that has some,
-    and `differing` says how many there are in the layers that have another number."""
+    """A config.json in two parts: `stock` is the config of the same model with `usual` experts in every MoE layer, and
+    `differing` maps the layers that have another number to that number."""
 
     stock: Mapping[str, Any]
     usual: int
@@ -159,7 +160,7 @@ class PerLayerExperts:
 def read_per_layer_experts(config: Mapping[str, Any]) -> PerLayerExperts | None:
     """What a config says of layers with different numbers of experts; None where it gives all the same number.
 
-    Raises CheckpointError for numbers that no model has, and UnsupportedModelError where layers differ in more.
+    Raises CheckpointError for numbers that no model has, and UnsupportedModelError if layers also differ otherwise.
     """
     _, text = text_part(config)
     for table in (OWN_TABLE, STANDARD_TABLE):
@@ -187,9 +188,9 @@ def refuse_per_layer_experts(config: Mapping[str, Any], model: str) -> None:
 
 
 def counts_of(per_layer: PerLayerExperts, layers: Collection[int]) -> dict[int, int]:
-    """The number of experts of each of the `layers` that have some.
+    """The number of experts of each of `layers`, which are the MoE layers.
 
-    Raises CheckpointError for a config that gives some to another layer.
+    Raises CheckpointError for a config that gives experts to another layer.
     """
     for layer, count in sorted(per_layer.differing.items()):
         if layer not in layers:
@@ -217,6 +218,7 @@ def _read_table(config: Mapping[str, Any], table: str, entries: Mapping[str, Any
                 f"{CONFIG_NAME}: {table} gives layer {show(key)} a {show(strange)} of its own, in addition to its "
                 "number of experts. Only models whose layers differ in the number of experts alone are understood."
             )
+        # The number of experts in this layer, and in the layers without an entry.
         numbers = {(number, general.get(place)) for place, number in own.items()}
         if len(numbers) != 1:
             raise _bad(f"{table} states {len(numbers)} numbers of experts for layer {show(key)}")
@@ -233,7 +235,7 @@ def _read_table(config: Mapping[str, Any], table: str, entries: Mapping[str, Any
 def _numbers_and_rest(part: Mapping[str, Any]) -> tuple[dict[tuple[str, ...], int | None], dict[str, Any]]:
     """The numbers of experts in a part of a config, by their path in it, and the part without them.
 
-    They may also stand in a part of the part (DBRX's `ffn_config`), of which an entry for a layer repeats the rest.
+    They may also be in a sub-config (DBRX's `ffn_config`), which an entry for a layer then repeats in full.
     """
     numbers: dict[tuple[str, ...], int | None] = {}
     rest: dict[str, Any] = {}
@@ -250,12 +252,13 @@ def _numbers_and_rest(part: Mapping[str, Any]) -> tuple[dict[tuple[str, ...], in
 
 
 def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict[str, Any]:
-    """The config without the table, and without what goes with it."""
-    gone = {table, _ACCESS} if table == STANDARD_TABLE else {table}
-    stock = _changed(config, path, lambda part: {name: part[name] for name in part if name not in gone})
+    """The stock config: without the table, its `_ACCESS` key, and the `auto_map` entries of the output's module."""
+    removed = {table, _ACCESS} if table == STANDARD_TABLE else {table}
+    stock = _changed(config, path, lambda part: {name: part[name] for name in part if name not in removed})
     code = stock.get("auto_map")
     if isinstance(code, Mapping) and "AutoConfig" not in code:
-        # The classes that give layers other numbers of experts derive from the stock ones, which the rest describes.
+        # Without AutoConfig, the AutoModel entries name classes of an output's module. The stock config must not name
+        # them: it is for the stock classes, from which they derive.
         stock["auto_map"] = {auto: name for auto, name in code.items() if not auto.startswith("AutoModel")}
     return stock
 
@@ -298,10 +301,10 @@ def engines_note(differing: bool) -> str:
 def config_of_per_layer_experts(
     config: Mapping[str, Any], facts: LoadingFacts, counts: Mapping[int, int]
 ) -> dict[str, Any]:
-    """`config.json` for `counts` experts, by the index of every layer that has some.
+    """`config.json` for an output with `counts` experts, by the index of each MoE layer.
 
-    `config` already states the largest of the counts. Where all are equal nothing changes; else the layers that have
-    fewer are listed in the facts' table, and `auto_map` names the module's classes.
+    `config` already states the largest of the counts. If all are equal, nothing changes; else the layers that have
+    fewer are listed under the key `facts.table`, and `auto_map` names the module's classes.
     Raises like `check_per_layer_experts`, and SettingsError for counts or a config that do not go with the model.
     """
     check_per_layer_experts(facts, counts)
@@ -316,13 +319,13 @@ def config_of_per_layer_experts(
         )
     changed = _changed(config, facts.path, lambda part: _with_layers(part, facts, counts))
     code, stated = config.get("auto_map"), config.get("architectures")
-    # The source's own model code would not know of per-layer counts; its tokenizer's and processor's still serve.
+    # The source's own code for the model does not know per-layer counts; that for tokenizer and processor is kept.
     kept = {
         auto: name
         for auto, name in (code.items() if isinstance(code, Mapping) else ())
         if not auto.startswith(("AutoModel", "AutoConfig"))
     }
-    # Other engines choose by this name, and one they do not know is refused by them at once.
+    # Other engines choose their implementation by the names in `architectures`, and refuse unknown ones at once.
     names = {each.stock: each.name for each in facts.classes}
     listed = stated if isinstance(stated, list) else []
     architectures = [names[name] for name in listed if isinstance(name, str) and name in names]

@@ -38,7 +38,7 @@ from streamprune.models.per_layer_experts import (
 )
 from streamprune.models.skeleton import Skeleton, build_model, count_names, with_expert_count
 
-#: How users load models that generate text, and what is within these. Older transformers lack some.
+#: The auto classes for models that generate text, and for their base models. Older transformers lack some.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
 
 
@@ -50,8 +50,8 @@ def find_loading_facts(raw: Mapping[str, Any], config: PreTrainedConfig, skeleto
     """
     facts = _describe(config, skeleton)
     problems = [facts.problem]
-    # Code that uses per_layer_config for something else may expect layers of one type to be alike in it, or fill it in
-    # itself where config.json lacks it (Gemma 4 does both).
+    # Models that use per_layer_config for something else may expect the same entry for all layers of one type, or make
+    # the table themselves if config.json has none (Gemma 4 does both).
     taken = config.get_text_config(decoder=True).is_heterogeneous
     tables = () if facts.problem else (OWN_TABLE,) if taken else (STANDARD_TABLE, OWN_TABLE)
     for table in tables:
@@ -107,7 +107,7 @@ def _classes(config: PreTrainedConfig, skeleton: Skeleton) -> tuple[LoadingClass
         if stock is None:
             continue
         stock = stock[0] if isinstance(stock, (tuple, list)) else stock
-        # Transformers itself gives a class that is made for the text part that part of the config.
+        # If the class is made for the text config, transformers passes it only that part of the whole config.
         text_only = stock.config_class is type(text) and text is not config
         layers = _layers_path(stock, text if text_only else config, skeleton)
         if layers is not None:
@@ -126,7 +126,7 @@ def _layers_path(stock: type[PreTrainedModel], config: PreTrainedConfig, skeleto
         with torch.device("meta"):
             model = stock._from_config(config)
     except Exception:
-        # Such as an image tower that needs a library which is not installed. The class that was pruned can be built.
+        # For example, its image tower needs a library that is not installed. The class that is pruned can be built.
         return None
     paths = [
         path
@@ -142,7 +142,7 @@ def _try(raw: Mapping[str, Any], config: PreTrainedConfig, skeleton: Skeleton, f
     expert_layers, least = sorted(skeleton.experts), minimum_keep(spec)
     if least >= spec.count or len(expert_layers) == 1:
         return ""  # there is no way to keep different numbers
-    # The Thue-Morse sequence has no period, so that layers of every type come with both numbers.
+    # Types of layers often alternate. The Thue-Morse sequence has no period, so layers of every type get both numbers.
     counts = {layer: (least, spec.count)[place.bit_count() % 2] for place, layer in enumerate(expert_layers)}
     changed = config_of_per_layer_experts(raw, facts, counts)
     module = _imported(facts)
@@ -192,7 +192,7 @@ def _compare(model: PreTrainedModel, kind: LoadingClass, expected: list[nn.Modul
 
 
 def _difference(layer: nn.Module, wanted: nn.Module) -> str:
-    """The first thing in which two layers differ, but for their weights; empty if they are alike."""
+    """The first difference between two layers, other than the values of their weights; empty if there is none."""
     mine, theirs = dict(layer.named_modules()), dict(wanted.named_modules())
     for path in [*theirs, *mine]:
         one, other = mine.get(path), theirs.get(path)
@@ -212,7 +212,7 @@ def _difference(layer: nn.Module, wanted: nn.Module) -> str:
 
 @cache
 def _source(kind: type) -> str:
-    # Finding it takes 20 ms: Python parses all of transformers' file.
+    # Cached, since it takes 20 ms: Python parses the complete file of transformers.
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

@@ -40,7 +40,7 @@ from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
-#: Experts modules without it, which `saliency.hooks` knows how to score.
+#: Experts modules without that signature that `saliency.hooks` can score all the same.
 DENSE_EXPERTS = frozenset({"Llama4TextExperts"})
 #: Experts modules with that signature whose own code does not honour it, and why.
 UNSUPPORTED_EXPERTS = {
@@ -189,12 +189,12 @@ def _sub_configs(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]
 
 
 def _values(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config states, by the attributes' own names, and what it states of the router under any usual name."""
+    """A config's values by the names of its attributes, and its router settings by every usual name it accepts."""
     aliases = dict(getattr(config, "attribute_map", {}) or {})
     own = [name for name in (*vars(config), *aliases.values()) if not name.startswith("_")]
     values = {}
     for name in dict.fromkeys((*own, *TOP_K_NAMES, *GROUP_NAMES, *TOPK_GROUP_NAMES)):
-        # Configs with per-layer values refuse to name a global one (transformers' heterogeneous configs).
+        # transformers' heterogeneous configs raise if a value that differs by layer is read for the whole model.
         with suppress(RuntimeError):
             values[name] = getattr(config, name, None)
     return values
@@ -215,13 +215,14 @@ def count_names(config: PreTrainedConfig, spec: ExpertSpec) -> tuple[str, ...]:
     """The keys under which a `config.json` may state the number of experts: the attribute itself and its aliases."""
     part: Any = config
     for name in spec.path:
-        # The model may have been built from its text part alone.
+        # The config of a model that was built from its text config alone has no such part.
         part = getattr(part, name, part)
     aliases = (key for key, value in (getattr(part, "attribute_map", {}) or {}).items() if value == spec.attribute)
     return (spec.attribute, *sorted(aliases))
 
 
 def _expert_rows(model: nn.Module, other: nn.Module, spec: ExpertSpec) -> dict[str, ExpertRows]:
+    """Where the experts are in each parameter whose shape differs in `other`, which has twice as many experts."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     others = {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
     if shapes.keys() != others.keys():
@@ -283,7 +284,7 @@ def dispatches_experts(module: nn.Module) -> bool:
 def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict[str, Target]:
     """For each checkpoint tensor the parameter or buffer that transformers feeds with it.
 
-    All parts of a stored parameter feed what a plain tensor of that parameter's name would feed.
+    The values and the scales of a stored parameter feed what a plain tensor with the parameter's name would feed.
     """
     model = decoder.model
     conversions = get_model_conversion_mapping(model)

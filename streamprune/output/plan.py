@@ -139,7 +139,7 @@ class PrunePlan:
 
 
 def output_tensors(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> list[OutputTensor]:
-    """Every tensor of the output, in the source's order, where `counts` experts stay, by layer."""
+    """Every tensor of the output, in the source's order. `counts` maps each layer to how many of its experts stay."""
     stored = pick_formats(tensors)
     families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
     for name, cut in layout.cuts.items():
@@ -153,6 +153,7 @@ def output_tensors(layout: Layout, tensors: Mapping[str, TensorEntry], counts: M
         sources: tuple[TensorEntry, ...] = (entry,)
         shape = entry.shape
         if cut.family is not None and cut.expert is not None:
+            # The experts that stay are renumbered from 0, so the first `keep` names stay, whichever experts they are.
             if cut.expert >= keep:
                 continue
             sources = ordered[cut.family]

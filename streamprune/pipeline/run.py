@@ -300,7 +300,10 @@ class _Run:
         return selection
 
     def _complete(self, is_written: bool, evaluation: RunEvaluation | None, taken: Mapping[str, Any]) -> RunResult:
-        """Write what is not written yet, verify all, rename it to the output, and print the result. Rank 0."""
+        """Write the layers that are not written yet, verify the output, rename it to its path, and print the result.
+
+        `taken` says how the statistics were made, as JSON. Called in rank 0 only.
+        """
         decided, writer, work, progress = self.decided, self.writer, self.work, self.progress
         assert decided.scores is not None
         assert writer is not None

@@ -118,7 +118,7 @@ def needs_of(
     held_out = calibration.held_out.sequences if calibration.held_out is not None else ()
     longest = max(len(sequence) for sequence in (*calibration.sequences, *held_out))
     read, recast = _as_read(opened)
-    # Of the non-layer weights those that are converted are in memory with what they are made of.
+    # A non-layer weight that is cast to another dtype is in memory in both dtypes for a while.
     loading = sum(size for name, size in recast.items() if _is_non_layer(skeleton, name))
     largest, rows = 0, skeleton.expert_rows
     for index, module in enumerate(skeleton.layers[:layers]):
@@ -148,7 +148,7 @@ def needs_of(
 
 
 def _as_read(opened: OpenedModel) -> tuple[dict[int, int], Counter[str]]:
-    """Bytes of the weights in the checkpoint's own dtypes: of each layer, and of each parameter that is converted."""
+    """Bytes of the weights in the checkpoint's dtypes: by layer, and by parameter that is cast to another dtype."""
     dtypes = {name: DTYPE_NAMES.get(tensor.dtype) for name, tensor in _tensors(opened.skeleton.model)}
     read, recast = dict.fromkeys(range(len(opened.skeleton.layers)), 0), Counter[str]()
     for name, target in opened.targets.items():

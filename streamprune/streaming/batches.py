@@ -28,6 +28,7 @@ from streamprune.work.saved_states import BatchState, SavedStates
 Compute = Callable[[int, MicroBatch, BatchState], BatchState | None]
 #: Takes how many micro-batches are done, and the last of them.
 Commit = Callable[[int, MicroBatch], None]
+#: Whether a micro-batch is among those that are computed.
 Among = Callable[[MicroBatch], bool]
 
 
@@ -56,7 +57,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Memory ran out in a layer with this many sequences of this many tokens at a time; from then on `to` sequences."""
+    """Memory ran out in layer `block` with `sequences` of `tokens` tokens at a time; then it was `to` sequences."""
 
     block: int
     sequences: int
@@ -83,6 +84,7 @@ class MicroBatches:
         self._among: Among = every
         self.batch_tokens = runtime.plan.batch_tokens
         self.shrinks: list[Shrink] = []
+        #: Where the hidden states are: "device", "ram" or "disk".
         self.place = runtime.plan.place
         caps = runtime.settings.vram_bytes, runtime.settings.ram_bytes
         self.watch = MemoryWatch(caps, runtime.device, runtime.progress.say)
@@ -249,7 +251,7 @@ class MicroBatches:
     def _share_out(self, batches: list[MicroBatch]) -> None:
         # Token ids are small: all of them are on the device, so nothing waits for copies of them.
         self._batches = [replace(batch, ids=batch.ids.to(self._device)) for batch in self._processes.mine(batches)]
-        #: The number of each among the micro-batches of all ranks; the parts of one that was split share it.
+        #: For each of them, its number among the micro-batches of all ranks; the parts of a split one share a number.
         self.places = self._processes.mine(range(len(batches)))
 
     def _split(self, number: int) -> None:

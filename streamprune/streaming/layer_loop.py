@@ -144,19 +144,19 @@ class LayerLoop:
         for stage in self._stages:
             stage.reset()
 
-    def _run_stage(self, number: int, stage: ForwardStage, task: LayerTask, layer: nn.Module) -> None:
+    def _run_stage(self, position: int, stage: ForwardStage, task: LayerTask, layer: nn.Module) -> None:
         processes, on_cpu = self._runtime.processes, not is_gpu(self._runtime.device)
-        if number < self.point.stage:
+        if position < self.point.stage:
             stage.finish(task, processes, restored=True)
             return
-        if number > self.point.stage:
-            self.point = ResumePoint(task.index, number)
+        if position > self.point.stage:
+            self.point = ResumePoint(task.index, position)
         with stage.module(task, layer) as module:
 
             def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState | None:
                 after = stage.compute(task, module, number, batch, state)
                 if on_cpu:
-                    # On a GPU, reading a number waits until it is computed.
+                    # On a GPU this would wait for the computation; there, the check comes after all of them.
                     stage.check_finite()
                 return after
 

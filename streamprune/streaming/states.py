@@ -89,8 +89,8 @@ class HiddenStates:
     def load(self, batch: int, device: torch.device) -> BatchState:
         """The state of a micro-batch on `device`. Tensors already on `device` are the stored ones, not copies."""
         stored = self._states[batch]
-        known = self._prefetched
-        if known is None or known.stored is not stored or known.device != device:
+        prefetched = self._prefetched
+        if prefetched is None or prefetched.stored is not stored or prefetched.device != device:
             self.prefetch(batch, device)
         assert self._prefetched is not None
         fetches, self._prefetched = self._prefetched.fetches, None
@@ -210,7 +210,7 @@ class StateStore:
         return stored
 
     def drop(self, leaves: Iterable[Any], but: Iterable[Any] = ()) -> None:
-        """Free the storage of leaves, except what `but` still uses. Memory is freed with the last reference."""
+        """Free the storage of leaves, except what `but` still uses. In memory the last reference frees it."""
 
     def synchronize(self) -> None:
         """Wait until all data that was filled in has arrived. Raises errors of the transfers."""
@@ -229,7 +229,7 @@ class OffloadedStateStore(StateStore):
 
     def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
         if not isinstance(stored, torch.Tensor) or not is_gpu(device):
-            # (To read it on the host, call `synchronize` first.)
+            # (A caller that reads it on the host must call `synchronize` first: it may still be on its way there.)
             return super().fetch(stored, device)
         with self._inward, self._busy.on_device("states", device):
             moved = stored.to(device, non_blocking=True)
