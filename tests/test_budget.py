@@ -197,7 +197,7 @@ def test_a_model_without_a_known_cache_is_pruned_by_number_only(
     result = prune(source, tmp_path / "out", keep=4)
     assert result.summary["memory"] is None
     assert "## Memory" not in (result.output / "README.md").read_text()
-    with pytest.raises(UnsupportedModelError, match="cannot be worked out"):
+    with pytest.raises(UnsupportedModelError, match="its KV cache size is unknown"):
         prune(source, tmp_path / "other", budget_gib=0.5017, context=128)
 
 

@@ -113,7 +113,7 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 3
     assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout
     assert "of 128 in every layer; " in result.stdout
-    assert "of 6,144 in all 48 layers together" in result.stdout
+    assert "of 6,144 in total over all 48 layers" in result.stdout
     options = result.stdout.partition("Nearest settings that fit:\n")[2].splitlines()
     keep = next(line.split() for line in options if line.startswith("  --keep "))[1]
     assert fit(folder, "--gpu", "rtx-3090", "--keep", keep).exit_code == 0
@@ -134,9 +134,9 @@ def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
     ("arguments", "message"),
     [
         (["--budget-gib", "nan"], "--budget-gib nan must be above 0"),
-        (["--budget-gib", "0"], "--budget-gib 0 is not a size"),
-        (["--budget-gib", "-3"], "--budget-gib -3 is not a size"),
-        (["--budget-gib", "inf"], "--budget-gib inf is not a size"),
+        (["--budget-gib", "0"], "--budget-gib 0 must be above 0"),
+        (["--budget-gib", "-3"], "--budget-gib -3 must be above 0"),
+        (["--budget-gib", "inf"], "--budget-gib inf must be above 0 and below 1048576 (GiB)"),
         (["--budget-gib", "24", "--gpu", "rtx-3090"], "either --budget-gib or --gpu, not both"),
         (["--gpu", "voodoo"], "'voodoo' is unknown. Known GPUs: "),
         (["--gpu", ""], "'' is unknown"),

@@ -265,7 +265,7 @@ def _stock(config: Mapping[str, Any], path: tuple[str, ...], table: str) -> dict
 
 def _checked(value: int | None, where: str) -> int:
     if value is None or not 1 <= value <= MOST_EXPERTS:
-        raise _bad(f"{where}: {show(value)} is no number of experts")
+        raise _bad(f"{where}: {show(value)} is not a number of experts")
     return value
 
 
