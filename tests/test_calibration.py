@@ -154,3 +154,10 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_moe"}')
     with pytest.raises(CalibrationError, match="tokenizer"):
         load(tmp_path / "model", "builtin")
+
+
+def test_a_file_s_name_is_made_printable_for_the_source(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b\u00a0b.jsonl"
+    write_lines(path, *[{"text": "some words to calibrate on"}] * 9)
+    (name,) = load(model, path).sources
+    assert name == "a?_b.jsonl"

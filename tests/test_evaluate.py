@@ -11,6 +11,7 @@ import torch
 
 from streamprune.config import EvalSettings
 from streamprune.evaluation.evaluate import evaluate_text, read_data
+from streamprune.planning.memory_needs import SUMS_PER_TOKEN
 from streamprune.progress import Progress
 from streamprune.streaming import predictions as examining
 from streamprune.streaming import predictions as vocabulary
@@ -105,3 +106,7 @@ def test_memory_is_that_of_a_block_and_a_slice_of_the_vocabulary(
         peaks.append(peak.nbytes - embeddings)
     assert peaks[1] < peaks[0] + 4096 * config.hidden_size * 4 / 2
     assert max(peaks) < 4 * 2**20
+
+
+def test_the_memory_plan_counts_the_sums_over_the_vocabulary() -> None:
+    assert vocabulary._WIDTH * 8 == SUMS_PER_TOKEN

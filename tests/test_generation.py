@@ -145,10 +145,15 @@ def test_thinking_that_loops_is_told_from_answering(tmp_path: Path) -> None:
         tmp_path / "model", straight(without=[thinks]) | {thinks: RING} | ring(RING, 60), template=THINKING
     )
     prompts = tmp_path / "prompts.jsonl"
-    lines = [{"messages": [{"role": "user", "content": "hello " * size}], "source": "chats"} for size in (1, 2, 2, 3)]
+    # As exporters write them: every column in every line. (And a source's name that has to be made printable.)
+    lines = [
+        {"prompt": None, "messages": [{"role": "user", "content": "hello " * size}], "source": "chats\n"}
+        for size in (1, 2, 2, 3)
+    ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     result, _ = health(model, prompts=prompts)
     assert result["settings"]["thinking_switch"] == "enable_thinking"
+    assert {source["name"] for source in mode(result, "greedy", "chat", True)["sources"]} == {"chats"}
     for name in ("greedy", "sampled"):
         assert mode(result, name, "chat", True)["looped"] == 1.0
         assert (mode(result, name, "chat", False)["looped"], mode(result, name, "chat", False)["ended"]) == (0.0, 1.0)

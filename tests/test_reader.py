@@ -90,10 +90,10 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("name", sorted(reader._DTYPES))
+@pytest.mark.parametrize("name", sorted(reader.DTYPES))
 def test_every_dtype_equals_safetensors_own_loading(name: str, tmp_path: Path, open_reader: Any) -> None:
     torch.manual_seed(0)
-    dtype = reader._DTYPES[name]
+    dtype = reader.DTYPES[name]
     shapes = {"matrix": (7, 5), "scalar": (), "empty": (3, 0, 2), "nothing": (0,), "one": (1,), "cube": (3, 2, 11)}
     tensors = {key: random_bytes(dtype, shape) for key, shape in shapes.items()}
     checkpoint = make_checkpoint(tmp_path / "model", {"model.safetensors": tensors})
@@ -109,7 +109,7 @@ def test_every_dtype_equals_safetensors_own_loading(name: str, tmp_path: Path, o
 def mixed_files(requests_size: int) -> Files:
     """Three files, dtypes of all sizes mixed, tensors from a byte to several requests."""
     torch.manual_seed(1)
-    dtypes = [dtype for dtype in reader._DTYPES.values() if dtype != torch.bool]
+    dtypes = [dtype for dtype in reader.DTYPES.values() if dtype != torch.bool]
     sizes = [1, 3, 17, requests_size // 8, requests_size, 5 * requests_size // 2]
     return {
         f"{file}.safetensors": {

@@ -13,6 +13,7 @@ import pytest
 
 from streamprune.checkpoint.index import is_small_file
 from streamprune.reporting import write
+from streamprune.reporting.evaluations import without_folders
 from streamprune.reporting.write import markers, with_sections
 from tests.helpers import tree_bytes
 from tests.reports import (
@@ -171,3 +172,8 @@ def test_a_report_that_fails_costs_the_run_a_note(
         assert note in told.stderr.splitlines()[-1]
         assert "is no report" not in call(*words, "--no-report").stderr
         assert call(*words, "--quiet").stderr == ""
+
+
+def test_text_that_begins_like_a_home_folder_is_kept(tmp_path: Path) -> None:
+    given = {"continuation": "~ 3 km/h", "model": str(tmp_path)}
+    assert without_folders(given) == {"continuation": "~ 3 km/h", "model": tmp_path.name}

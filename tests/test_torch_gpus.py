@@ -78,7 +78,12 @@ def test_memory_by_torch_where_nvml_knows_the_card_but_not_its_memory(monkeypatc
     install(monkeypatch, *gpus)
     # torch counts the GPUs the other way round; UUIDs tell which is which.
     fake_torch(monkeypatch, ("NVIDIA GB10", "cc-dd", 90000, 122000), ("a", gpus[0].uuid.removeprefix("GPU-"), 1, 1))
+    asked = []
+    cuda = sys.modules["torch"].cuda
+    answer = cuda.mem_get_info
+    monkeypatch.setattr(cuda, "mem_get_info", lambda index: asked.append(index) or answer(index))
     first, second = list_gpus().gpus
+    assert asked == [0], "asking torch makes a CUDA context on that GPU"
     assert (first.source, second.source) == ("NVML v2", "torch")
     assert (second.free_bytes, second.total_bytes) == (90000 * MIB, 122000 * MIB)
     assert "does not report the memory (the GPU or its driver does not support this query)" in second.notes[0]

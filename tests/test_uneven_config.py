@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.models.per_layer_experts import (
     OWN_TABLE,
@@ -27,8 +29,10 @@ from streamprune.models.per_layer_experts import (
 )
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import build_skeleton
+from streamprune.pipeline.run import run
+from streamprune.saliency.scores_file import read_scores
 from tests.helpers import known_family
-from tests.tiny import EXPERTS, tiny_config
+from tests.tiny import EXPERTS, make_model, tiny_config, write_token_ids
 from tests.uneven import facts_of
 
 
@@ -216,3 +220,16 @@ def test_facts_that_are_none(told: Any) -> None:
 def test_note_tells_which_engines_read_it() -> None:
     assert all(word in engines_note(True) for word in ("trust_remote_code=True", "vLLM", "llama.cpp", "uniform"))
     assert "every engine" in engines_note(False)
+
+
+def test_scoring_in_bfloat16_keeps_what_per_layer_experts_need(tmp_path: Path) -> None:
+    """The facts are found before a weight is loaded: loading makes DeepSeek-V3's correction biases float32."""
+    source = make_model(tmp_path / "model", tiny_config(known_family("deepseek_v3")))
+    text, scores = write_token_ids(tmp_path / "text.jsonl", sequences=1, length=16), tmp_path / "scores.safetensors"
+    settings = RunSettings(
+        model=str(source), output=scores, only_score=True, calibration=(str(text),), dtype="bfloat16", device="cpu"
+    )
+    run(settings, quiet=True)
+    layout = read_scores(scores).layout
+    assert layout is not None
+    assert layout["loading"]["problem"] == ""

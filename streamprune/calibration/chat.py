@@ -78,7 +78,7 @@ class ChatRenderer:
             self._pipe.send_bytes(request)
         try:
             answer = self._pipe.recv_bytes() if self._pipe.poll(MOST_SECONDS) else None
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # OSError: it ended within its answer.
             raise CalibrationError(
                 f"{chat.place}: the model's chat template exceeded the limits of time or memory with this chat, "
                 f"and was killed by the system. {_ADVICE}"

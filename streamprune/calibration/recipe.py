@@ -315,7 +315,7 @@ def _completed(source: Source, folder: Path) -> Source:
     """The source with a name, and with its paths relative to the recipe's folder resolved."""
     paths = [folder / named_path(str(path))[0] for path in source.paths]
     default = source.dataset.rpartition("/")[2] if source.dataset else paths[0].name if paths else source.builtin
-    name = msgspec.convert((source.name or default or "").strip(), Name)
+    name = msgspec.convert(plain(source.name or default or ""), Name)
     return msgspec.structs.replace(source, name=name, path=[str(path) for path in paths] or None)
 
 

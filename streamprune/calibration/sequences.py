@@ -28,6 +28,7 @@ from streamprune.calibration.records import TokenMaker
 from streamprune.calibration.sources import commits_of
 from streamprune.config import DEFAULT_SEQ_LEN
 from streamprune.errors import CalibrationError
+from streamprune.tables import plain
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
     unique: dict[str, Source] = {}
     for name, source in named:
         # Names are written as in `--mix code=0.5,prose=0.5`.
-        base = re.sub(r"[=,:\s]+", "_", name)
+        base = re.sub(r"[=,:\s]+", "_", plain(name))
         numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
         name = next(each for each in numbered if each not in unique)
         unique[name] = msgspec.structs.replace(source, name=name)

@@ -34,7 +34,8 @@ _MOST_PLACES = 512
 #: Alignment of each tensor in a group's memory, enough for any dtype.
 _ALIGNMENT = 64
 
-_DTYPES = {
+#: dtypes by their names in a safetensors header.
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
@@ -76,7 +77,7 @@ class Reading:
         for group, entries in groups.items():
             self.layout[group], end = {}, 0
             for entry in entries:
-                if entry.dtype not in _DTYPES:
+                if entry.dtype not in DTYPES:
                     raise CheckpointError(f"{entry.name} has dtype {entry.dtype}, which torch cannot compute with.")
                 self.layout[group][entry.name] = entry, end
                 end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -91,7 +92,7 @@ class Reading:
         """The tensors of a group by name, which share memory."""
         memory = self.memory.pop(group)
         return {
-            name: memory[offset : offset + entry.nbytes].view(_DTYPES[entry.dtype]).view(entry.shape)
+            name: memory[offset : offset + entry.nbytes].view(DTYPES[entry.dtype]).view(entry.shape)
             for name, (entry, offset) in self.layout[group].items()
         }
 

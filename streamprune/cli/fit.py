@@ -54,7 +54,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
             "Python code in its folder is needed. If you trust its author, add --trust-remote-code."
         )
     answer = Fit(footprint, wanted, budget.nbytes)
-    found = _measured(answer, device, trust_remote_code) if measure else ()
+    found = _measured(answer, revision, device, trust_remote_code) if measure else ()
     if as_json:
         measured = {"measured": measured_object(found)} if measure else {}
         click.echo(opt.json_text({**fit_object(answer, budget), **measured}))
@@ -64,13 +64,14 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
         sys.exit(DoesNotFitError.exit_code)
 
 
-def _measured(answer: Fit, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+def _measured(answer: Fit, revision: str | None, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
     from streamprune.fit.measure import measure
 
     opt.quiet_libraries(downloads=False)
-    return measure(str(resolve_model(answer.footprint.model)), answer, device, trust_remote_code)
+    folder = resolve_model(answer.footprint.model, revision, trust_remote_code)
+    return measure(str(folder), answer, device, trust_remote_code)
 
 
 @click.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,9 @@ from streamprune.cli import options as opt
 from streamprune.cli.outputs import report_after
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSettings, RunSettings
 from streamprune.distributed.processes import is_first, launched
-from streamprune.errors import SettingsError
+from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
-from streamprune.work.records import has_pruning, has_run
+from streamprune.work.records import has_pruning, has_run, read_run
 
 if TYPE_CHECKING:
     from streamprune.pipeline.finish import RunResult
@@ -150,7 +152,7 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     if is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
     else:
-        limit_library_memory(tight="ram_gib" in changes)
+        limit_library_memory(tight=_resumed_ram_gib(workdir, changes) is not None)
         from streamprune.pipeline import run as engine
 
         opt.quiet_libraries(downloads=quiet)
@@ -160,6 +162,16 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
         report_after(result.output, quiet)
     if as_json:
         click.echo(opt.json_text(result.summary))
+
+
+def _resumed_ram_gib(workdir: Path, changes: Mapping[str, Any]) -> float | None:
+    """The cap on RAM of a run to resume: a new one, else the one that it was started with."""
+    recorded = None
+    # A record that cannot be used is refused once the ranks have joined.
+    with suppress(ResumeError):
+        recorded = read_run(workdir)
+    limit: float | None = changes.get("ram_gib", recorded.command.get("ram_gib") if recorded else None)
+    return limit
 
 
 def _resume_pruning(workdir: Path, quiet: bool, changes: dict[str, Any]) -> RunResult:

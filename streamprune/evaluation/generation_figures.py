@@ -9,6 +9,8 @@ from functools import cached_property
 from math import comb
 from typing import TYPE_CHECKING, Any
 
+from streamprune.reporting.evaluations import mode_name
+
 if TYPE_CHECKING:
     from streamprune.evaluation.prompts import Prompt
 
@@ -156,7 +158,7 @@ def endless_notes(modes: Sequence[Mode]) -> list[str]:
     """A note where significantly fewer chats end than with the original. (Plain text need not end.)"""
     return [
         f"Fewer chats end by themselves than with the original, loops or not: {mode['ended']:.0%} instead of "
-        f"{mode['original']['ended']:.0%} ({mode_name(mode)})."
+        f"{mode['original']['ended']:.0%} ({_name(mode)})."
         for mode in modes
         if mode["form"] == "chat"
         and "original" in mode
@@ -221,14 +223,12 @@ def _count(figures: Mode, prompts: int | None = None) -> int:
     return round(float(figures["looped"]) * int(figures["prompts"] if prompts is None else prompts))
 
 
+def _name(mode: Mode) -> str:
+    return mode_name(mode["decoding"], mode["form"], mode["thinking"])
+
+
 def _loops_words(mode: Mode) -> str:
-    return f"{_count(mode)} of {mode['prompts']} continuations ({mode_name(mode)})"
-
-
-def mode_name(mode: Mode) -> str:
-    """A mode in words: "greedy, chat, thinking on"."""
-    thinking = {None: "", True: ", thinking on", False: ", thinking off"}[mode["thinking"]]
-    return f"{mode['decoding']}, {mode['form']}{thinking}"
+    return f"{_count(mode)} of {mode['prompts']} continuations ({_name(mode)})"
 
 
 def examples_of(made: Sequence[Continuation], tokenizer: Any) -> list[dict[str, Any]]:

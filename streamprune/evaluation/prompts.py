@@ -13,6 +13,7 @@ from streamprune.calibration.chat import Chat, ChatRenderer
 from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
+from streamprune.tables import plain
 
 #: Variables of chat templates that switch thinking on and off.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -52,8 +53,8 @@ class _Message(msgspec.Struct):
 class _Line(msgspec.Struct):
     """A line of the user's prompts."""
 
-    prompt: str = ""
-    messages: list[_Message] = []
+    prompt: str | None = None
+    messages: list[_Message] | None = None
     source: str | None = None
 
 
@@ -123,10 +124,11 @@ def _opening(place: str, source: str, text: bytes) -> _Opening:
         line, reason = _Line(), f" ({error})"
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{place} is not valid JSON: {str(error)[:300]}.") from None
-    source = source if line.source is None else line.source
+    # The name becomes that of a source in the result.
+    source = plain(line.source or source) or "prompts"
     if line.messages:
         return _Opening(place, source, messages=row["messages"])
-    if line.prompt.strip():
+    if line.prompt and line.prompt.strip():
         return _Opening(place, source, line.prompt)
     raise CalibrationError(
         f"{place} is {show(row)}{reason}. Each line of prompts is an object with 'prompt' (a string) or 'messages' (a "

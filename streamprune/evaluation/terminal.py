@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from streamprune.evaluation.generation_figures import HEALTHY, LOOPS, UNKNOWN, mode_name
-from streamprune.reporting.evaluations import GENERATION_NAME, TASKS_NAME, TEXT_NAME
+import msgspec
+
+from streamprune.evaluation.generation_figures import HEALTHY, LOOPS, UNKNOWN
+from streamprune.reporting.evaluations import GENERATION_NAME, TASKS_NAME, TEXT_NAME, TasksResult, mode_name
 from streamprune.tables import Table, count, percent
 
 
@@ -42,7 +44,7 @@ def generation_lines(result: Mapping[str, Any]) -> list[str]:
     rows = []
     for mode in modes:
         original = _continuations(mode["original"])[1:] if "original" in mode else []
-        rows.append([mode_name(mode), *_continuations(mode), *original])
+        rows.append([mode_name(mode["decoding"], mode["form"], mode["thinking"]), *_continuations(mode), *original])
         if mode["looped"] and len(mode["sources"]) > 1:
             rows += [[f"  {source['name']}", *_continuations(source)] for source in mode["sources"]]
     columns = ["", "prompts", "ended", "looped", "repeated 4-grams"]
@@ -79,15 +81,9 @@ def tasks_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for name, figures in result["results"].items():
-        examples = str(result.get("n-samples", {}).get(name, {}).get("effective", ""))
-        shots = str(result.get("n-shot", {}).get(name, ""))
-        for key, value in figures.items():
-            metric, _, variant = key.partition(",")
-            # Numbers that are no metric, such as the sample count, have no filter behind their names.
-            if not variant or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = figures.get(f"{metric}_stderr,{variant}")
-            shown = f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
-            label = metric if variant == "none" else f"{metric} ({variant})"
-            yield figures.get("alias", name), label, shown, examples, shots
+    checked = msgspec.convert(result, TasksResult)
+    for name, metric, value, error in checked.figures():
+        examples = str(checked.samples.get(name, {}).get("effective", ""))
+        shots = str(checked.shots.get(name, ""))
+        shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+        yield checked.results[name].get("alias", name), metric, shown, examples, shots

@@ -27,11 +27,12 @@ def uncached_ranges(file: int, begin: int, size: int) -> list[Stretch]:
     flags = cached_flags(file, first, begin + size - first)
     if flags is None:
         return []
-    stretches = []
-    for cached, group in itertools.groupby(range(len(flags)), key=lambda number: flags[number] & 1):
+    stretches, at = [], first
+    for cached, group in itertools.groupby(flags, key=lambda flag: flag & 1):
+        size = sum(page for _ in group)
         if not cached:
-            numbers = list(group)
-            stretches.append((first + numbers[0] * page, len(numbers) * page))
+            stretches.append((at, size))
+        at += size
     return stretches
 
 

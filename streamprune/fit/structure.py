@@ -19,6 +19,7 @@ import torch.fx.experimental._config as fx_config
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from streamprune.checkpoint.reader import DTYPES
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
@@ -33,11 +34,8 @@ from streamprune.models.skeleton import Skeleton, build_model, survey
 
 #: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
 _LENGTHS = (2, 4, 7)
-#: dtypes by their names in a safetensors header.
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+#: Names in a safetensors header by dtype.
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.ModuleList) -> CacheSizes:

@@ -17,7 +17,7 @@ from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import SettingsError
 from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
-from streamprune.models.expert_layout import MTP_ONLY, Cut, Layout
+from streamprune.models.expert_layout import MTP_NAME, MTP_ONLY, Cut, Layout
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order of display.
@@ -31,7 +31,6 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_head|output)\.")
 _VISION = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*vision_tower|multi_modal_projector|mm_projector)\.")
 _ATTENTION = re.compile(r"(^|\.)(\w*attn|\w*attention|mixer|mamba|conv|norm_attn_norm|kda|short_conv)\.")
 _ROUTER = re.compile(r"(^|\.)(gate|router|\w*correction_bias|expert_bias|per_expert_scale)(\.|$)")
-MTP_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 
 #: Block size of the usual FP8 checkpoints (DeepSeek-V3, arXiv:2412.19437, section 3.3.2): one float32 scale per
 #: 128 × 128 weights. Group size of the usual 4-bit ones (GPTQ, AWQ): one 16-bit scale and a 4-bit zero per 128 inputs.

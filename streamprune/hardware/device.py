@@ -1,6 +1,7 @@
-"""The device that a run computes on: choosing it, its memory, streams and events. Only this file names kinds of GPUs.
+"""The device that a run computes on: choosing it, its memory, streams and events.
 
-Everything uses `torch.accelerator`, so that NVIDIA and ROCm (which torch also calls `cuda`) are treated alike.
+Everything here uses `torch.accelerator`, so that NVIDIA and ROCm (which torch also calls `cuda`) are treated alike. In
+addition to this file only `nvml` names a kind of GPU.
 """
 
 from __future__ import annotations

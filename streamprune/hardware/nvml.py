@@ -87,8 +87,8 @@ def gpu_of_device(torch_index: int) -> Gpu | None:
 # Through torch.
 
 
-def _torch_gpus(nvml_note: str) -> Gpus:
-    """The GPUs that torch sees, with a note on why NVML was not used; none if torch sees none either."""
+def _torch_gpus(nvml_note: str, only: str | None = None) -> Gpus:
+    """The GPUs that torch sees (`only`: the one with this UUID), with a note on why NVML was not used."""
     try:
         import torch
     except Exception as error:
@@ -106,6 +106,8 @@ def _torch_gpus(nvml_note: str) -> Gpus:
     )
     gpus, notes = [], [nvml_note, figures_note]
     for index in range(torch.cuda.device_count()):
+        if only is not None and _torch_uuid(index) != only:
+            continue
         try:
             free, total = torch.cuda.mem_get_info(index)
             name = str(torch.cuda.get_device_name(index))
@@ -216,10 +218,10 @@ def _memory(
         figures = ((part.total_bytes, part.free_bytes, part.used_bytes) for part in instances)
         total, free, used = map(sum, zip(*figures, strict=True))
         return MemoryFigures(total, None, free, used, "NVML v1"), None
-    for gpu in _torch_gpus("").gpus:
-        if uuid is not None and gpu.uuid == bare_uuid(uuid):
-            notes.append(f"NVML does not report the memory ({error}): memory sizes come from torch.")
-            return MemoryFigures(gpu.total_bytes, None, gpu.free_bytes, gpu.used_bytes, "torch"), None
+    # Only this GPU: asking torch for a GPU's memory creates a CUDA context there.
+    for gpu in _torch_gpus("", bare_uuid(uuid)).gpus if uuid is not None else ():
+        notes.append(f"NVML does not report the memory ({error}): memory sizes come from torch.")
+        return MemoryFigures(gpu.total_bytes, None, gpu.free_bytes, gpu.used_bytes, "torch"), None
     return None, f"{error}, and torch does not see the GPU"
 
 

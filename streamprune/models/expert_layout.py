@@ -268,7 +268,7 @@ def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, l
     raise UnsupportedModelError(f"Cannot tell which expert is which among {names[0]}, {names[1]}, … for {parameter}.")
 
 
-_MTP_SEGMENT = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
+MTP_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 #: Tensors that only layers for multi-token prediction have.
 MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
@@ -290,7 +290,7 @@ def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers
             continue
         if match is not None and match.group(1) in lists and int(match.group(2)) >= layer_count:
             further[int(match.group(2))].append(name)
-        elif _MTP_SEGMENT.search(name):
+        elif MTP_NAME.search(name):
             found.add(name)
     for number, names in further.items():
         if number >= layer_count + mtp_layers and not any(MTP_ONLY.search(name) for name in names):
@@ -305,4 +305,4 @@ def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers
 def may_be_mtp(name: str, layer_count: int) -> bool:
     """Whether a tensor of this name, which the model ignores, may be found by `find_mtp_tensors`."""
     match = _NUMBERED.match(name)
-    return bool(_MTP_SEGMENT.search(name)) or (match is not None and int(match.group(2)) >= layer_count)
+    return bool(MTP_NAME.search(name)) or (match is not None and int(match.group(2)) >= layer_count)

@@ -299,7 +299,8 @@ class RunLayers:
                 if self._processes.count > 1:
                     # The other ranks have begun to restore these states: it is too late to try older ones.
                     raise ResumeError(
-                        f"The saved hidden states can no longer be read: {error}. Check the disk, then run again."
+                        f"The saved hidden states cannot be restored: {error}. Check the disk and run again, or "
+                        "compute them anew with --from-layer 0."
                     ) from error
                 self._refuse(error)
                 continue

@@ -207,13 +207,18 @@ def facts_of_checkpoint(model: str, checkpoint: Checkpoint, trust_remote_code: b
 
 
 def check_schedule(settings: RunSettings, prepared: PreparedModel) -> None:
-    """Raise UnsupportedModelError if layers may get different numbers, and no output could be loaded with them."""
+    """Raise UnsupportedModelError if layers may get different numbers, and no output could be loaded with them.
+
+    Call before any weight is loaded.
+    """
     spec, counts = prepared.layout.spec, prepared.counts
+    # Always found here: they compare layers with those of the skeleton, whose dtypes change once weights are loaded.
+    loading = prepared.facts.loading
     if counts is None and not settings.has_schedule_file and SCHEDULES[settings.schedule].needs_scores:
         # Unknown before all layers are scored, but most likely different.
         counts = {0: minimum_keep(spec), 1: spec.count}
     if counts is not None:
-        check_per_layer_experts(prepared.facts.loading, counts)
+        check_per_layer_experts(loading, counts)
 
 
 def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:

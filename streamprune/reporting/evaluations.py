@@ -154,8 +154,13 @@ class GenerationMode(Continuations, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """The mode in words."""
-        thinking = {None: "", True: ", thinking on", False: ", thinking off"}[self.thinking]
-        return f"{self.decoding}, {self.form}{thinking}"
+        return mode_name(self.decoding, self.form, self.thinking)
+
+
+def mode_name(decoding: str, form: str, thinking: bool | None) -> str:
+    """A mode of generation in words: "greedy, chat, thinking on"."""
+    words = {None: "", True: ", thinking on", False: ", thinking off"}[thinking]
+    return f"{decoding}, {form}{words}"
 
 
 class GenerationResult(_Checked, frozen=True, kw_only=True):
@@ -223,8 +228,8 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
     if isinstance(value, str) and "/" in value:
-        # Other texts may be too long for a path, or contain invalid characters.
-        with suppress(OSError, ValueError):
+        # Other texts may be too long for a path, contain invalid characters, or seem to name a user (`~`).
+        with suppress(OSError, RuntimeError, ValueError):
             return public_name(value)
     return value
 

@@ -49,8 +49,10 @@ def head_rows(weights: LayerWeights, begin: int, end: int) -> Iterator[None]:
     soft-capping) is then applied to a slice, with the same result, since it treats each logit separately.
     """
     head, path = find_head(weights.model)
-    complete = {name: value for name, value in head._parameters.items() if value is not None}
-    rows = weights.rows([f"{path}.{name}" for name in complete], begin, end)
+    names = [name for name, value in head._parameters.items() if value is not None]
+    rows = weights.rows([f"{path}.{name}" for name in names], begin, end)
+    # Only now: where rows cannot be read alone, `rows` has loaded the complete parameters, which stay for later slices.
+    complete = {name: head._parameters[name] for name in names}
     try:
         head._parameters.update(
             {name: nn.Parameter(values, requires_grad=False) for name, values in zip(complete, rows, strict=True)}

@@ -110,7 +110,7 @@ class SavedStates:
         return len(self._entries)
 
     def load(self, number: int) -> BatchState:
-        """The n-th state, on the CPU, in memory of its own.
+        """The n-th state, on the CPU, in memory of its own. Peak memory: twice the state.
 
         Raises OSError, and ValueError for a file that `save_states` would not write: it may be untrusted.
         """
