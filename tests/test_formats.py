@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from streamprune.checkpoint.index import open_checkpoint
@@ -17,7 +19,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruneSettings
 from streamprune.errors import VerifyError
 from streamprune.formats import pick
-from streamprune.formats.base import ByteRange, ExpertRows, Format, decode_tensors
+from streamprune.formats.base import ByteRange, Bytes, ChannelRows, ExpertRows, Format, KeptExperts, decode_tensors
 from streamprune.formats.plain import PLAIN
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
@@ -41,6 +43,14 @@ class HalvedFormat(Format):
 
     def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows | None:
         return PLAIN.expert_rows(entry, part, of, experts) if not part else None
+
+    def channel_rows(self, shape: tuple[int, ...], part: str, of: ChannelRows, width: int) -> ChannelRows | None:
+        return PLAIN.channel_rows(shape, part, of, width) if not part else None
+
+    def slice_channels(
+        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
+    ) -> Bytes:
+        return PLAIN.slice_channels(expert, shape, rows, kept)
 
     def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
         return PLAIN.slice_experts(entry, rows, kept)
@@ -109,10 +119,10 @@ def test_companions_are_cut_and_renumbered_with_their_experts(model: Path, monke
     assert name.format(4) in names
     assert name.format(5) not in names
     kept = (0, 2, 3, 5, 7)
-    origin, source = names[name.format(3)].slice_of(kept), opened.checkpoint.tensors[name.format(5)]
+    origin, source = names[name.format(3)].slice_of(KeptExperts(kept)), opened.checkpoint.tensors[name.format(5)]
     assert origin.experts == (5,)
-    assert origin.ranges == ((source.begin, source.end),)
-    assert plan.config_for({1: kept})["halved"] == {"1": list(kept)}
+    assert [(part.begin, part.end, part.take) for part in origin.parts] == [(source.begin, source.end, None)]
+    assert plan.config_for({1: KeptExperts(kept)})["halved"] == {"1": list(kept)}
 
 
 def test_a_format_that_nobody_knows_is_refused_by_its_tensors(model: Path) -> None:
@@ -130,7 +140,7 @@ def test_a_tensor_that_cannot_be_sliced_has_to_be_encoded() -> None:
 
     tensor = OutputTensor("w", "F32", (5, 2), 0, (entry,), rows=ExpertRows(0, 1, 0), format=Whole())
     with pytest.raises(Exception, match=r"w cannot be sliced as it is stored \(halved\); it has to be encoded again"):
-        tensor.slice_of((0, 1))
+        tensor.slice_of(KeptExperts((0, 1)))
 
 
 def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_path: Path) -> None:
@@ -147,12 +157,13 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
     plan = replace(plan, shards=tuple(shards))
     tensor = next(each for each in plan.tensors if each.name == name)
     made = StageTensor("refit", torch.rand(tensor.shape).numpy().tobytes())
-    kept = dict.fromkeys(plan.counts, (0, 2, 3, 5, 7))
+    kept = dict.fromkeys(plan.counts, KeptExperts((0, 2, 3, 5, 7)))
     settings = PruneSettings(model=str(model), output=tmp_path / "out", keep_file=tmp_path / "keep.json", verify=True)
     with WorkFolder(settings.work_folder) as work:
         writer = OutputWriter(plan, opened.checkpoint, settings, work)
         for layer in (None, *range(plan.layout.layer_count)):
-            written = writer.write_layer(layer, kept.get(layer, ()) if layer is not None else (), {name: made})
+            stays = kept.get(layer, KeptExperts()) if layer is not None else KeptExperts()
+            written = writer.write_layer(layer, stays, {name: made})
             assert [shard.nbytes for shard in written] == [
                 (work.staging / shard.file).stat().st_size for shard in written
             ]
@@ -160,7 +171,8 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
         again = OutputWriter(plan, opened.checkpoint, settings, work)
         proof = again.verify(kept)
         assert (proof.tensors, proof.nbytes, proof.computed) == (len(plan.tensors), plan.output_bytes, 1)
-        again.finish({"layers": [{"index": layer, "kept": list(each)} for layer, each in kept.items()]}, "card")
+        layers = [{"index": layer, "kept": each.experts} for layer, each in kept.items()]
+        again.finish(kept, {"layers": layers, "settings": {}}, "card")
     output = settings.output
     entries = open_checkpoint(output).tensors
     recorded = json.loads((output / "streamprune.json").read_text())["computed"]
@@ -180,5 +192,5 @@ def test_plain_tensors_have_slices_of_the_source_as_origins(model: Path) -> None
     assert {tensor.stage for tensor in plan.tensors} == {None}
     outputs = output_tensors(opened.layout, opened.checkpoint.tensors, plan.counts)
     for tensor in outputs:
-        origin = tensor.slice_of((0, 2, 3, 5, 7))
-        assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes
+        origin = tensor.slice_of(KeptExperts((0, 2, 3, 5, 7)))
+        assert sum(part.nbytes for part in origin.parts) == tensor.nbytes

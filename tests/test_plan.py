@@ -11,7 +11,7 @@ from streamprune.cli.options import parse_size
 from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.formats import plain
-from streamprune.formats.base import ExpertRows, StoredTensor
+from streamprune.formats.base import ExpertRows, KeptExperts, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
 from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
 from streamprune.output.plan import OutputTensor, output_tensors, plan_shards
@@ -124,11 +124,12 @@ def test_ranges_of_a_sliced_tensor() -> None:
     """Four experts of two rows, then one row that is no expert's; rows of 3 values, along axis 1 of (2, 9, 3)."""
     source = entry("w", (2, 9, 3), begin=1000)
     tensor = OutputTensor("w", "BF16", (2, 5, 3), 0, (source,), rows=ExpertRows(axis=1, stride=2, tail=1))
-    origin = tensor.slice_of((1, 3))
+    origin = tensor.slice_of(KeptExperts((1, 3)))
     assert (origin.file, origin.experts) == ("model.safetensors", (1, 3))
     # Expert 3's rows 6-7 and the tail row 8 are neighbours, hence one range.
-    assert origin.ranges == ((1012, 1024), (1036, 1054), (1066, 1078), (1090, 1108))
-    assert sum(end - begin for begin, end in origin.ranges) == tensor.nbytes
+    ranges = tuple((part.begin, part.end) for part in origin.parts)
+    assert ranges == ((1012, 1024), (1036, 1054), (1066, 1078), (1090, 1108))
+    assert sum(part.nbytes for part in origin.parts) == tensor.nbytes
 
 
 def target(name: str | None, layer: int | None, pattern: str | None = None, rows: ExpertRows | None = None) -> Target:

@@ -16,6 +16,7 @@ import torch
 
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.files.durable import read_record, write_record
+from streamprune.formats.base import KeptExperts
 from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import (
@@ -175,8 +176,8 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
         digest = "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5"
         shard = FinishedShard("a.safetensors", 5, digest)
         layer = LayerStatistics(3, np.full((len(FIELDS), 2, 4), 1 / 3))
-        work.write_layer(3, layer, (1, 2), [shard])
-        work.write_layer(None, None, (), [])
+        work.write_layer(3, layer, KeptExperts((1, 2)), [shard])
+        work.write_layer(None, None, KeptExperts(), [])
         record = work.read_layer(3)
         assert record == FinishedLayer({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])
         assert work.read_layer(None) == FinishedLayer(None, (), [])

@@ -19,6 +19,7 @@ from streamprune.errors import CalibrationError, SettingsError, UnsupportedModel
 from streamprune.evaluation.held_out import held_back_fingerprint, held_out_recipe, read_record_of, recipe_within
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
 from streamprune.files.durable import reading
+from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device, peak_device_bytes
 from streamprune.hardware.memory import format_bytes
@@ -173,18 +174,19 @@ def measure(
     stages: Sequence[ForwardStage],
     data: Calibration,
     errors: LayerErrors | None,
-    kept: Mapping[int, Sequence[int]] | None = None,
+    kept: Mapping[int, KeptExperts] | None = None,
 ) -> list[SequenceFigures]:
     """Run all layers of one or two models on `data`, print a line for each, and compute the predictions.
 
-    `kept` are the experts that stay, by layer, for a stage that prunes. Raises Stopped when the user stops the command.
+    `kept` is what stays of the experts, by layer, for a stage that prunes. Raises Stopped when the user stops the
+    command.
     """
     progress = runtime.progress
     with LayerLoop(runtime, stages, data) as loop:
         last = loop.layer_count - 1
         for index in range(loop.layer_count):
             started = time.monotonic()
-            task = LayerTask(index, replayed=True, kept=tuple((kept or {}).get(index, ())))
+            task = LayerTask(index, replayed=True, kept=(kept or {}).get(index, KeptExperts()))
             loop.run_layer(task, index + 1 if index < last else None)
             loop.drop_cached_pages(index)
             means = mean_errors(errors, data)

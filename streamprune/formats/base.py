@@ -7,10 +7,15 @@ look at names or dtypes themselves. Needs no torch.
 
 from __future__ import annotations
 
+import base64
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 
@@ -37,6 +42,96 @@ class ExpertRows:
     def resized(self, shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
         """The shape of the tensor with so many experts."""
         return (*shape[: self.axis], self.size(experts), *shape[self.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class ChannelRows:
+    """The channels of the experts along `axis` of a tensor.
+
+    All channels lie there `repeats` times, one after the other (2 for gate and up projection joined), with `step`
+    consecutive rows for each channel (2 if gate and up alternate). If the axis holds several experts, each of them does
+    so by itself.
+    """
+
+    axis: int
+    repeats: int = 1
+    step: int = 1
+
+    def resized(self, shape: tuple[int, ...], width: int, new_width: int) -> tuple[int, ...]:
+        """The shape of the tensor with `new_width` channels per expert instead of `width`."""
+        return (*shape[: self.axis], shape[self.axis] // width * new_width, *shape[self.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class ChannelMask:
+    """Which of their `width` channels a layer's kept experts keep: equally many each.
+
+    `bits` has a row of ceil(width / 8) bytes for every kept expert, the first channel in the highest bit.
+    """
+
+    width: int
+    bits: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, indices: NDArray[np.integer[Any]], width: int) -> ChannelMask:
+        """The mask of the channels `indices` (K, W'), in any order, of K kept experts."""
+        mask = np.zeros((len(indices), width), dtype=bool)
+        np.put_along_axis(mask, np.asarray(indices, dtype=np.int64), True, axis=1)
+        return cls(width, np.packbits(mask, axis=1).tobytes())
+
+    @classmethod
+    def from_text(cls, text: str, width: int, experts: int) -> ChannelMask:
+        """The mask that `as_text` gave. Raises ValueError for anything else: the text may be untrusted."""
+        mask = cls(width, base64.b64decode(text, validate=True))
+        if len(mask.bits) != experts * math.ceil(width / 8):
+            raise ValueError(f"{len(mask.bits)} bytes are no channels of {experts} experts of {width}")
+        rows = mask._rows()
+        counts = np.unique(rows.sum(axis=1))
+        if len(counts) != 1 or not counts[0] or rows.shape[0] != experts or mask != cls.of(mask.indices, width):
+            raise ValueError("the experts of a layer keep different numbers of channels, or none")
+        return mask
+
+    def as_text(self) -> str:
+        """The mask for JSON."""
+        return base64.b64encode(self.bits).decode()
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The channels (K, W') that each kept expert keeps, ascending."""
+        rows = self._rows()
+        return np.nonzero(rows)[1].reshape(len(rows), -1)
+
+    def _rows(self) -> NDArray[np.bool_]:
+        packed = np.frombuffer(self.bits, dtype=np.uint8).reshape(-1, math.ceil(self.width / 8))
+        return np.unpackbits(packed, axis=1, count=self.width).astype(bool)
+
+
+@dataclass(frozen=True)
+class KeptExperts:
+    """What stays of a layer's experts: their numbers, ascending, and the channels of each; None if all of them stay."""
+
+    experts: tuple[int, ...] = ()
+    channels: ChannelMask | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bytes:
+    """Bytes `begin` to `end` (exclusive) of a file; with `take`, only some of them.
+
+    They are then an array (A, count, size) of bytes, of which the rows `take`, ascending, of the middle axis are meant.
+    """
+
+    begin: int
+    end: int
+    count: int = 0
+    size: int = 0
+    take: NDArray[np.int64] | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are meant."""
+        total = self.end - self.begin
+        return total if self.take is None else total // self.count * len(self.take)
 
 
 @dataclass(frozen=True)
@@ -75,10 +170,27 @@ class Format(ABC):
         """
 
     @abstractmethod
+    def channel_rows(self, shape: tuple[int, ...], part: str, of: ChannelRows, width: int) -> ChannelRows | None:
+        """Where the channels are in a stored tensor that has this shape for each expert.
+
+        The parameter has them at `of`, from which conversions may have split or joined them (gate, up). None if they
+        cannot be found.
+        """
+
+    @abstractmethod
     def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
         """The bytes of the file that make up the stored tensor with the experts `kept` only, in their order.
 
         None if the bytes cannot be taken from the source, so that the tensor has to be encoded again.
+        """
+
+    @abstractmethod
+    def slice_channels(
+        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
+    ) -> Bytes | None:
+        """The bytes of one expert's stored tensor that belong to its channels `kept`, ascending.
+
+        `expert` are the bytes of its tensor, of this shape, in the file. None if they cannot be taken from the source.
         """
 
     @abstractmethod

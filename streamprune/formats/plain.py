@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import UnsupportedModelError
-from streamprune.formats.base import ByteRange, ExpertRows, Format
+from streamprune.formats.base import ByteRange, Bytes, ChannelRows, ExpertRows, Format
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,13 @@ class PlainFormat(Format):
             raise UnsupportedModelError(f"{entry.name} packs several experts' values into one byte ({entry.dtype}).")
         return ExpertRows(axes[0], of.stride, of.tail)
 
+    def channel_rows(self, shape: tuple[int, ...], part: str, of: ChannelRows, width: int) -> ChannelRows | None:
+        """As in the parameter, or only one of the projections that it joins."""
+        length = shape[of.axis] if of.axis < len(shape) else 0
+        if length == of.repeats * width * of.step:
+            return of
+        return ChannelRows(of.axis) if length == width and of.step == 1 else None
+
     def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange]:
         length = entry.shape[rows.axis]
         outer = math.prod(entry.shape[: rows.axis])
@@ -53,6 +63,14 @@ class PlainFormat(Format):
                 elif end > begin:
                     ranges.append((begin, end))
         return ranges
+
+    def slice_channels(
+        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
+    ) -> Bytes:
+        begin, end = expert
+        outer = math.prod(shape[: rows.axis]) * rows.repeats
+        width = shape[rows.axis] // rows.repeats // rows.step
+        return Bytes(begin, end, width, (end - begin) // (outer * width), kept)
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return parts[""]

@@ -25,7 +25,9 @@ TOP_K_NAMES = (
 )  # fmt: skip
 GROUP_NAMES = ("n_group", "num_expert_group", "num_expert_groups")
 TOPK_GROUP_NAMES = ("topk_group", "num_limited_groups", "topk_groups")
-_EXPERT_WIDTH_NAMES = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+EXPERT_WIDTH_NAMES = ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size")
+#: Names of the factor that the width of shared experts is of that of the routed ones, in models that have one.
+SHARED_COUNT_NAME = re.compile(r"^(moe_)?(n|num)_shared_experts$")
 _ROUTER_SCALE = re.compile(r"^route[rd]_scaling_factor$")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 #: Levels of parts within parts that are looked through; real configs have two at most.
@@ -54,6 +56,26 @@ class ExpertSpec:
     top_k: int
     groups: int = 1
     topk_groups: int = 1
+
+
+@dataclass(frozen=True)
+class WidthSpec:
+    """The width of a model's routed experts, that is their number of channels, as its config states it.
+
+    `path` leads to the part of the config that states it, under one of `names`. In some models the width of the shared
+    experts is a multiple of it: then `shared` is the name of that factor, and `shared_count` its value.
+    """
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    width: int
+    shared: str = ""
+    shared_count: int = 0
+
+    def shared_with(self, width: int) -> int | None:
+        """The factor with which shared experts keep their width if the routed ones get `width`; None if none does."""
+        count, rest = divmod(self.width * self.shared_count, width)
+        return None if rest else count
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ def stated_shape(raw: Mapping[str, Any]) -> ModelShape | None:
     head_dim = latent or first_number((text,), _HEAD_DIM_NAMES) or hidden // heads
     parts = _with_parts(text)
     experts = max((count for part in parts for count in stated_counts(part).values()), default=0)
-    width = first_number(parts, _EXPERT_WIDTH_NAMES) or 0
+    width = first_number(parts, EXPERT_WIDTH_NAMES) or 0
     return ModelShape(
         hidden=hidden,
         attention=heads * head_dim,
@@ -206,13 +228,26 @@ _MTP_NAME = re.compile(r"mtp|nextn")
 _MTP_COUNT = re.compile(r"^num_|^n_|layer|modules")
 
 
-def rewrite_config(raw: Mapping[str, Any], spec: ExpertSpec, names: Iterable[str], count: int) -> dict[str, Any]:
+def rewrite_config(
+    raw: Mapping[str, Any],
+    spec: ExpertSpec,
+    names: Iterable[str],
+    count: int,
+    narrower: tuple[WidthSpec, int] | None = None,
+) -> dict[str, Any]:
     """The source's `config.json` with `count` experts, which `names` may state, and without MTP layers.
 
-    Only those keys change, wherever the file keeps them: the name itself, its aliases, and copies of the same number
-    under another usual name, at the top and in the text part. Key order and everything else stay.
+    With `narrower` also with another number of channels per expert. Only those keys change, wherever the file keeps
+    them: the name itself, its aliases, and copies of the same number of experts under another usual name, at the top
+    and in the text part. Key order and everything else stay.
     """
     stating = set(names)
+    sizes: dict[str, tuple[int, int]] = {}
+    if narrower is not None:
+        old, width = narrower
+        sizes = dict.fromkeys(old.names, (old.width, width))
+        if old.shared:
+            sizes[old.shared] = (old.shared_count, old.shared_with(width) or 0)
 
     def rewrite(node: Mapping[str, Any], depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -220,6 +255,8 @@ def rewrite_config(raw: Mapping[str, Any], spec: ExpertSpec, names: Iterable[str
             named = key in stating or bool(COUNT_NAME.match(key))
             if named and single_number(value) == spec.count:
                 result[key] = [count] * len(value) if isinstance(value, list) else count
+            elif key in sizes and single_number(value) == sizes[key][0]:
+                result[key] = [sizes[key][1]] * len(value) if isinstance(value, list) else sizes[key][1]
             elif _MTP_NAME.search(key):
                 result[key] = _without_mtp(key, value)
             elif isinstance(value, dict) and depth < len(spec.path) and key == spec.path[depth]:

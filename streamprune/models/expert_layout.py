@@ -7,6 +7,10 @@ only writes needs neither torch nor transformers. The JSON describes tensors by 
      "model.layers.{block}.mlp.experts.{expert}.up_proj.weight": null,   one tensor for each expert
      "model.layers.{block}.input_layernorm.weight": null}          copied, with its layer
 
+and in the same way where a single expert's channels are in it:
+
+    {"model.layers.{block}.mlp.experts.{expert}.up_proj.weight": [0, 1, 1]}     along axis 0, once, 1 row each
+
 A tensor that fits no pattern lies outside the layers and is copied. If its name begins like those of a layer's tensors
 (rotary frequencies, which no model reads), it must be listed under `outside`: otherwise a pattern is missing, and the
 layout is refused.
@@ -18,15 +22,15 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Annotated, Any
 
 import msgspec
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import ExpertRows, StoredTensor
-from streamprune.models.config_json import MOST_LAYERS, ExpertSpec
+from streamprune.formats.base import ChannelRows, ExpertRows, StoredTensor
+from streamprune.models.config_json import MOST_LAYERS, ExpertSpec, WidthSpec
 
 #: Stand for a layer's and an expert's number in a pattern.
 LAYER, EXPERT = "{block}", "{expert}"
@@ -41,7 +45,8 @@ class Target:
     `stored` says which part of a stored parameter the tensor is; `pattern` is the source pattern of the conversion that
     leads to the parameter, if any. If the conversion splits the tensor, `also` names the other parameters that it
     feeds. `layer` is None outside the layers. `rows` is where the experts are in the parameter, not necessarily in the
-    tensor itself.
+    tensor itself; `channels` is where each expert's channels are in what the conversion gets, without the axis of the
+    experts (None for a parameter without channels, or where the conversion may move them).
     """
 
     stored: StoredTensor
@@ -50,6 +55,7 @@ class Target:
     also: tuple[str, ...] = ()
     layer: int | None = None
     rows: ExpertRows | None = None
+    channels: ChannelRows | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,15 @@ class Cut:
     """How a checkpoint tensor changes when experts are removed. `layer` is None outside the decoder's layers.
 
     For a tensor of one expert, `expert` is the expert's number, and `family` the tensor's name with EXPERT in place of
-    that number. For a tensor that holds all experts, `rows` says where they are. Any other tensor is copied.
+    that number. For a tensor that holds all experts, `rows` says where they are. Any other tensor is copied. `channels`
+    says where the channels are in the tensor of one expert, without the axis of the experts.
     """
 
     layer: int | None
     family: str | None = None
     expert: int | None = None
     rows: ExpertRows | None = None
+    channels: ChannelRows | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class Layout:
     """What pruning needs of a model: its routed experts, the layers that have some, and how each tensor can be cut.
 
     `count_names` are the keys under which its config may state the number of experts, in addition to the usual ones.
-    `dropped` are the tensors of multi-token prediction (MTP), which are left out.
+    `dropped` are the tensors of multi-token prediction (MTP), which are left out. `width` is None for experts that
+    cannot be made narrower; `fixed_width` says why.
     """
 
     spec: ExpertSpec
@@ -80,10 +89,13 @@ class Layout:
     count_names: tuple[str, ...]
     dropped: tuple[str, ...]
     cuts: Mapping[str, Cut] = field(repr=False)
+    width: WidthSpec | None = None
+    fixed_width: str = ""
 
     def as_json(self) -> dict[str, Any] | None:
         """The layout as JSON, without the spec; None if patterns cannot describe it."""
         patterns: dict[str, list[int] | None] = {}
+        channels: dict[str, list[int]] = {}
         for name, cut in self.cuts.items():
             if cut.layer is None:
                 continue
@@ -91,6 +103,8 @@ class Layout:
             rows = list(astuple(cut.rows)) if cut.rows else None
             if LAYER not in pattern or patterns.setdefault(pattern, rows) != rows:
                 return None
+            if cut.channels is not None:
+                channels[pattern] = list(astuple(cut.channels))
         found = {
             "blocks": self.layer_count,
             "moe_blocks": list(self.expert_layers),
@@ -98,9 +112,12 @@ class Layout:
             "dropped": list(self.dropped),
             "outside": _doubtful(self.cuts, patterns),
             "patterns": patterns,
+            "channels": channels,
+            "width": asdict(self.width) if self.width is not None else None,
+            "fixed_width": self.fixed_width,
         }
         # A run that reads this builds no model: the patterns alone must give the same cuts.
-        return found if _cuts(patterns, [*self.cuts, *self.dropped], self.dropped) == self.cuts else None
+        return found if _cuts(patterns, channels, [*self.cuts, *self.dropped], self.dropped) == self.cuts else None
 
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -113,14 +130,22 @@ class _LayoutJson(msgspec.Struct):
     dropped: list[str]
     outside: list[str]
     patterns: dict[str, tuple[_Size, _Size, _Size] | None]
+    channels: dict[str, tuple[_Size, _Size, _Size]] = {}
+    width: WidthSpec | None = None
+    fixed_width: str = "its scores were made by an earlier version; score the model again"
 
 
 def layout_from_json(
-    value: Any, spec: ExpertSpec, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int] | None = None
+    value: Any,
+    spec: ExpertSpec,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+    width: int | None = None,
 ) -> Layout:
     """The layout from the JSON of `as_json`, for the checkpoint with these tensors: the source's, or an output's.
 
     `counts` are the experts by layer of an output; None for the source, whose layers all have those of the spec.
+    `width` are the channels of an output's experts; None if they have as many as the source's.
     Raises CheckpointError for anything else, or a layout of other tensors: the JSON may be untrusted.
     """
     try:
@@ -131,11 +156,13 @@ def layout_from_json(
         wrong = next((name for name in found.dropped if not may_be_mtp(name, found.layer_count)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is of no multi-token-prediction layer")
-        cuts = _cuts(found.patterns, tensors, found.dropped)
+        cuts = _cuts(found.patterns, found.channels, tensors, found.dropped)
         layout = Layout(
-            spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts
-        )
+            spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
+            found.width, found.fixed_width,
+        )  # fmt: skip
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
+        _check_channels(layout, tensors, width)
         unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in found.outside]
         if unlisted:
             raise ValueError(f"nothing says where {unlisted[0]} belongs")
@@ -168,23 +195,41 @@ def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[i
         raise ValueError("experts are missing")
 
 
+def _check_channels(layout: Layout, tensors: Mapping[str, TensorEntry], width: int | None) -> None:
+    """Raise ValueError unless the tensors hold as many channels per expert as the layout or `width` says."""
+    for name, cut in layout.cuts.items():
+        if cut.channels is None:
+            continue
+        rows, of_experts = cut.channels, tensors[name].shape[cut.rows is not None :]
+        wanted = width if width is not None else layout.width.width if layout.width is not None else 0
+        whole = cut.rows is None or (cut.rows.axis, cut.rows.stride, cut.rows.tail) == (0, 1, 0)
+        length = of_experts[rows.axis] if rows.axis < len(of_experts) else 0
+        if not whole or not wanted or length != rows.repeats * rows.step * wanted:
+            raise ValueError(f"{name} has no {wanted} channels for each expert")
+
+
 def _doubtful(cuts: Mapping[str, Cut], patterns: Iterable[str]) -> list[str]:
     """Tensors outside the layers whose names begin as those of the layers do."""
     prefixes = tuple({pattern.partition(LAYER)[0] for pattern in patterns})
     return [name for name, cut in cuts.items() if cut.layer is None and name.startswith(prefixes)]
 
 
-def _cuts(patterns: Mapping[str, Sequence[int] | None], names: Iterable[str], dropped: Sequence[str]) -> dict[str, Cut]:
+def _cuts(
+    patterns: Mapping[str, Sequence[int] | None],
+    channels: Mapping[str, Sequence[int]],
+    names: Iterable[str],
+    dropped: Sequence[str],
+) -> dict[str, Cut]:
     """The cut of every name that is not dropped, by the one pattern that fits it."""
     for pattern in patterns:
         segments = pattern.split(".")
         if segments.count(LAYER) != 1 or segments.count(EXPERT) > 1:
             raise ValueError("a pattern without one layer")
     left_out = set(dropped)
-    return {name: _cut(patterns, name) for name in names if name not in left_out}
+    return {name: _cut(patterns, channels, name) for name in names if name not in left_out}
 
 
-def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
+def _cut(patterns: Mapping[str, Sequence[int] | None], channels: Mapping[str, Sequence[int]], name: str) -> Cut:
     segments = name.split(".")
     numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()]
     if len(numbers) > _MOST_NUMBERS:
@@ -198,17 +243,23 @@ def _cut(patterns: Mapping[str, Sequence[int] | None], name: str) -> Cut:
         rows = patterns.get(".".join(pattern), ())
         if rows == ():
             continue
+        found = channels.get(".".join(pattern))
+        within = ChannelRows(*found) if found is not None else None
         if expert is not None:
-            return Cut(int(segments[layer]), ".".join(family), int(segments[expert]))
-        return Cut(int(segments[layer]), rows=ExpertRows(*rows) if rows is not None else None)
+            return Cut(int(segments[layer]), ".".join(family), int(segments[expert]), channels=within)
+        return Cut(int(segments[layer]), rows=ExpertRows(*rows) if rows is not None else None, channels=within)
     return Cut(None)
 
 
 def find_cuts(
-    tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target], dropped: Iterable[str], counts: Mapping[int, int]
+    tensors: Mapping[str, TensorEntry],
+    targets: Mapping[str, Target],
+    dropped: Iterable[str],
+    counts: Mapping[int, int],
+    width: int | None = None,
 ) -> dict[str, Cut]:
     """How every tensor except the `dropped` ones can be cut, in the source's order. `counts` are the model's experts by
-    layer.
+    layer, `width` the channels of each (None if they cannot be cut).
 
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
@@ -227,14 +278,19 @@ def find_cuts(
     result, left_out = {}, set(dropped)
     for name, entry in tensors.items():
         target = targets[name]
+        if name in left_out:
+            continue
+        rows, stored = target.rows, target.stored
+        if rows is not None and name not in numbered:
+            rows = stored.format.expert_rows(entry, stored.part, rows, _experts_in(target, counts))
+        channels = None
+        if width is not None and target.channels is not None:
+            shape = entry.shape if name in numbered else entry.shape[1:]
+            channels = stored.format.channel_rows(shape, stored.part, target.channels, width)
         if name in numbered:
-            result[name] = Cut(target.layer, *numbered[name])
-        elif name not in left_out:
-            rows = target.rows
-            if rows is not None:
-                stored = target.stored
-                rows = stored.format.expert_rows(entry, stored.part, rows, _experts_in(target, counts))
-            result[name] = Cut(target.layer, rows=rows)
+            result[name] = Cut(target.layer, *numbered[name], channels=channels)
+        else:
+            result[name] = Cut(target.layer, rows=rows, channels=channels)
     return result
 
 

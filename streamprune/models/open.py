@@ -25,6 +25,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.pick import refuse_unread
 from streamprune.models.config_json import absurdity
+from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
 from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint, survey
@@ -120,9 +121,14 @@ def describe_model(
     if per_layer is not None:
         raw, config = per_layer.stock, config_from_dict(config, per_layer.stock)
     chosen = _chosen_dtype(dtype, config)
-    skeleton = build_skeleton(config, chosen or torch.bfloat16, trust_remote_code)
+    skeleton = _moe_skeleton(config, chosen or torch.bfloat16, trust_remote_code)
     usual = dict.fromkeys(skeleton.experts, skeleton.spec.count)
     return DescribedModel(raw, config, chosen, skeleton, counts_of(per_layer, usual) if per_layer else usual)
+
+
+def _moe_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
+    skeleton = build_skeleton(config, dtype, trust_remote_code)
+    return find_channels(config, skeleton, dtype, trust_remote_code)
 
 
 def open_moe(
@@ -138,7 +144,7 @@ def open_moe(
     chosen, skeleton = model.dtype, model.skeleton
     if chosen is None:
         chosen = dtype_of_weights(checkpoint)
-        skeleton = build_skeleton(model.config, chosen, trust_remote_code)
+        skeleton = _moe_skeleton(model.config, chosen, trust_remote_code)
     targets = map_checkpoint(skeleton, checkpoint.tensors)
     check_fit(skeleton, targets, checkpoint.tensors, model.counts)
     layout = survey(model.raw, skeleton, checkpoint.tensors, targets, model.counts)
@@ -245,17 +251,25 @@ def _check_stored_numbers(skeleton: Skeleton) -> None:
             )
 
 
-def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int) -> None:
-    """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes."""
+def check_pruned(skeleton: Skeleton, pruned: PreTrainedModel, keep: int, width: int | None = None) -> None:
+    """Raise UnsupportedModelError unless the model of the rewritten config has exactly the sliced shapes.
+
+    It has `keep` experts per layer, with `width` channels each (None: as many as before).
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     for name, rows in skeleton.expert_rows.items():
         expected[name] = rows.resized(expected[name], keep)
+    if width is not None and skeleton.width is not None:
+        for name, channels in skeleton.channels.items():
+            of_expert = channels.resized(expected[name][1:], skeleton.width.width, width)
+            expected[name] = (expected[name][0], *of_expert)
     actual = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     differing = [name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)]
     if differing:
         name = min(differing)
         raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__}: with {keep} experts in its config, the model would have {name} as "
+            f"{type(skeleton.model).__name__}: with {keep} experts{f' of {width} channels' if width else ''} in its "
+            f"config, the model would have {name} as "
             f"{actual.get(name)}, but the pruned checkpoint would hold {expected.get(name)}."
         )
 

@@ -13,25 +13,33 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from streamprune.checkpoint.index import CONFIG_NAME
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import ExpertRows
+from streamprune.formats.base import ChannelRows, ExpertRows
 from streamprune.formats.pick import pick_formats
 from streamprune.models.config_json import (
     GROUP_NAMES,
     TOP_K_NAMES,
     TOPK_GROUP_NAMES,
     ExpertSpec,
+    WidthSpec,
     expert_spec,
     mtp_layers,
     stated_counts,
@@ -80,11 +88,16 @@ class Decoder:
 class Skeleton(Decoder):
     """A Mixture-of-Experts model on the meta device, and where its experts are.
 
-    `experts` maps a layer's index to the path, relative to the layer, of its experts module.
+    `experts` maps a layer's index to the path, relative to the layer, of its experts module. `width` is what the config
+    says of the experts' channels, and `channels` where they are in each parameter that has some, without the axis of
+    the experts. `width` is None for experts that cannot be made narrower; `fixed_width` says why.
     """
 
     spec: ExpertSpec
     experts: Mapping[int, str]
+    width: WidthSpec | None = None
+    channels: Mapping[str, ChannelRows] = field(default_factory=dict)
+    fixed_width: str = ""
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -305,8 +318,31 @@ def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict
         outputs = by_pattern[pattern].target_patterns if pattern is not None else [""]
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
         layer, rows = decoder.layer_of(target), decoder.expert_rows.get(target)
-        targets[name] = Target(stored, target, pattern, also, layer, rows)
+        converter = by_pattern[pattern] if pattern is not None else None
+        same_shape = tensors[name].shape == tuple(meta[target].shape)
+        channels = _channels_before(decoder, target, converter, same_shape)
+        targets[name] = Target(stored, target, pattern, also, layer, rows, channels)
     return targets
+
+
+def _channels_before(
+    decoder: Decoder, parameter: str, converter: WeightConverter | None, same_shape: bool
+) -> ChannelRows | None:
+    """Where a parameter's channels are before the conversion that feeds it, without the axis of the experts.
+
+    None for a parameter without channels, and if the conversion may move them in another way than by joining
+    projections and by transposing. `same_shape`: the checkpoint's tensor has the parameter's shape.
+    """
+    rows = decoder.channels.get(parameter) if isinstance(decoder, Skeleton) else None
+    if rows is None or converter is None:
+        return rows
+    for step in converter.operations:
+        if isinstance(step, Transpose) and not (getattr(step, "check_dims", False) and same_shape):
+            # The last two axes, of three; the first is that of the experts.
+            rows = replace(rows, axis=1 - rows.axis)
+        elif not isinstance(step, (Concatenate, MergeModulelist, Transpose)):
+            return None
+    return rows
 
 
 def survey(
@@ -323,6 +359,12 @@ def survey(
     """
     targets = targets or map_checkpoint(skeleton, tensors)
     dropped = tuple(find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config)))
-    cuts = find_cuts(tensors, targets, dropped, counts or dict.fromkeys(skeleton.experts, skeleton.spec.count))
+    counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
+    width, problem = skeleton.width, skeleton.fixed_width
+    cuts = find_cuts(tensors, targets, dropped, counts, width.width if width is not None else None)
+    unknown = [name for name, cut in cuts.items() if targets[name].name in skeleton.channels and cut.channels is None]
+    if unknown:
+        width, problem = None, f"its checkpoint stores {unknown[0]} in a layout in which channels cannot be found"
+        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
     names = count_names(skeleton.model.config, skeleton.spec)
-    return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts)
+    return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts, width, problem)

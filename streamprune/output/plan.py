@@ -2,6 +2,7 @@
 
 The output holds the source's own tensors, in the source's names and layout. A tensor that belongs to one expert is
 kept or left out and renumbered; a tensor that holds all experts along one axis is sliced; everything else is copied.
+If experts become narrower, the rows or columns of the channels that stay are taken from their tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import ByteRange, ExpertRows, Format
+from streamprune.formats.base import Bytes, ChannelMask, ChannelRows, ExpertRows, Format, KeptExperts
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import drop_missing_code, rewrite_config
@@ -35,13 +36,13 @@ REPORT_NAME = "streamprune.json"
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """A written tensor that is bytes of the source, unchanged: `ranges` of a file, in order.
+    """A written tensor that is bytes of the source, unchanged: `parts` of a file, in order.
 
     `experts` are the source's experts in it, in order; empty for a tensor of no expert.
     """
 
     file: str
-    ranges: tuple[ByteRange, ...]
+    parts: tuple[Bytes, ...]
     experts: tuple[int, ...] = ()
 
 
@@ -57,8 +58,9 @@ class OutputTensor:
     """One tensor of the output. `layer` is None for what lies outside the decoder's layers.
 
     Exactly one of these describes it: `rows` (slice `sources[0]`), several `sources` (one per source expert; this
-    output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). If a `stage` is named, that
-    stage computes the tensor, and passes its bytes to the writer.
+    output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). With `channels` only those
+    that stay are taken of each expert. If a `stage` is named, that stage computes the tensor, and passes its bytes to
+    the writer.
     """
 
     name: str
@@ -70,29 +72,57 @@ class OutputTensor:
     rows: ExpertRows | None = None
     format: Format = PLAIN
     stage: str | None = None
+    channels: ChannelRows | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
-    def slice_of(self, kept: Sequence[int]) -> SourceSlice:
-        """The bytes of the source that make up this tensor when the experts `kept` of its layer stay, in order.
+    def slice_of(self, kept: KeptExperts) -> SourceSlice:
+        """The bytes of the source that make up this tensor when `kept` stays of the experts of its layer, in order.
 
         Raises UnsupportedModelError for a format in which the bytes cannot be taken from the source.
         """
         if self.slot is not None:
-            expert = kept[self.slot]
+            expert = kept.experts[self.slot]
             entry = self.sources[expert]
-            return SourceSlice(entry.file, ((entry.begin, entry.end),), (expert,))
+            part = self._narrowed(entry, (entry.begin, entry.end), entry.shape, kept.channels, self.slot)
+            return SourceSlice(entry.file, (part,), (expert,))
         entry = self.sources[0]
         if self.rows is None:
-            return SourceSlice(entry.file, ((entry.begin, entry.end),))
-        ranges = self.format.slice_experts(entry, self.rows, kept)
-        if ranges is None:
-            raise UnsupportedModelError(
-                f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded again."
-            )
-        return SourceSlice(entry.file, tuple(ranges), tuple(kept))
+            return SourceSlice(entry.file, (Bytes(entry.begin, entry.end),))
+        if self.channels is None or kept.channels is None:
+            ranges = self.format.slice_experts(entry, self.rows, kept.experts)
+            if ranges is None:
+                raise self._cannot_slice()
+            return SourceSlice(entry.file, tuple(Bytes(*part) for part in ranges), kept.experts)
+        # Experts are the first axis of every tensor that has channels.
+        size, parts = entry.nbytes // entry.shape[0], []
+        for place, expert in enumerate(kept.experts):
+            begin = entry.begin + expert * size
+            parts.append(self._narrowed(entry, (begin, begin + size), entry.shape[1:], kept.channels, place))
+        return SourceSlice(entry.file, tuple(parts), kept.experts)
+
+    def _narrowed(
+        self,
+        entry: TensorEntry,
+        expert: tuple[int, int],
+        shape: tuple[int, ...],
+        mask: ChannelMask | None,
+        place: int,
+    ) -> Bytes:
+        """The bytes of the channels that stay of the `place`-th kept expert, whose tensor has this shape."""
+        if self.channels is None or mask is None:
+            return Bytes(*expert)
+        part = self.format.slice_channels(expert, shape, self.channels, mask.indices[place])
+        if part is None:
+            raise self._cannot_slice()
+        return part
+
+    def _cannot_slice(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded again."
+        )
 
 
 @dataclass(frozen=True)
@@ -112,11 +142,13 @@ class ShardPlan:
 class PrunePlan:
     """The decided output: how many experts stay (`counts`, by layer that has some), its files and its config.
 
-    `files` are small files that are made for the output, by name.
+    `files` are small files that are made for the output, by name. `width` is the number of channels that each expert
+    keeps; None if they keep all.
     """
 
     layout: Layout
     counts: Mapping[int, int]
+    width: int | None
     config: Mapping[str, Any] = field(repr=False)
     files: Mapping[str, bytes] = field(repr=False)
     shards: tuple[ShardPlan, ...] = field(repr=False)
@@ -130,16 +162,21 @@ class PrunePlan:
         """Bytes of all output tensors: the index's `total_size`."""
         return sum(shard.nbytes for shard in self.shards)
 
-    def config_for(self, kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
+    def config_for(self, kept: Mapping[int, KeptExperts]) -> Mapping[str, Any]:
         """config.json of the output with the experts `kept`, by layer: the formats may name experts in it."""
-        config = self.config
+        config, kept_experts = self.config, {layer: each.experts for layer, each in kept.items()}
         for storage in dict.fromkeys(tensor.format for tensor in self.tensors):
-            config = storage.pruned_config(config, kept)
+            config = storage.pruned_config(config, kept_experts)
         return config
 
 
-def output_tensors(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> list[OutputTensor]:
-    """Every tensor of the output, in the source's order. `counts` maps each layer to how many of its experts stay."""
+def output_tensors(
+    layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int], width: int | None = None
+) -> list[OutputTensor]:
+    """Every tensor of the output, in the source's order. `counts` maps each layer to how many of its experts stay.
+
+    `width` is the number of channels that each of them keeps; None for all.
+    """
     stored = pick_formats(tensors)
     families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
     for name, cut in layout.cuts.items():
@@ -159,26 +196,46 @@ def output_tensors(layout: Layout, tensors: Mapping[str, TensorEntry], counts: M
             sources = ordered[cut.family]
         elif cut.rows is not None:
             shape = cut.rows.resized(shape, keep)
-        storage = stored[name].format
-        result.append(OutputTensor(name, entry.dtype, shape, cut.layer, sources, cut.expert, cut.rows, storage))
+        storage, channels = stored[name].format, None
+        if width is not None and cut.channels is not None and layout.width is not None:
+            channels, experts = cut.channels, () if cut.expert is not None else shape[:1]
+            shape = (*experts, *channels.resized(shape[len(experts) :], layout.width.width, width))
+        result.append(
+            OutputTensor(name, entry.dtype, shape, cut.layer, sources, cut.expert, cut.rows, storage, channels=channels)
+        )
     return result
 
 
 def make_plan(
-    layout: Layout, loading: LoadingFacts, checkpoint: Checkpoint, counts: Mapping[int, int], max_shard_bytes: int
+    layout: Layout,
+    loading: LoadingFacts,
+    checkpoint: Checkpoint,
+    counts: Mapping[int, int],
+    max_shard_bytes: int,
+    width: int | None = None,
 ) -> PrunePlan:
-    """Plan the output for the experts that stay in every layer.
+    """Plan the output for the experts that stay in every layer, and the channels that each of them keeps (None: all).
 
     Raises UnsupportedModelError if layers with different numbers could not be loaded, CheckpointError for a config
-    that does not state the number of experts.
+    that does not state the number of experts, or their width.
     """
-    rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, max(counts.values()))
-    if rewritten == checkpoint.config and max(counts.values()) < layout.spec.count:
+    narrower = (layout.width, width) if width is not None and layout.width is not None else None
+    most = max(counts.values())
+    rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most)
+    if rewritten == checkpoint.config and most < layout.spec.count:
         raise CheckpointError(f"{checkpoint.folder} has a config.json that does not state {layout.spec.count} experts.")
+    if narrower is not None:
+        plain, rewritten = rewritten, rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, narrower)
+        if plain == rewritten:
+            raise CheckpointError(
+                f"{checkpoint.folder} has a config.json that does not state the experts' {narrower[0].width} channels "
+                f"as {narrower[0].names[0]}."
+            )
     config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
     files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
-    tensors = output_tensors(layout, checkpoint.tensors, counts)
-    return PrunePlan(layout, dict(counts), config, files, plan_shards(tensors, layout.layer_count, max_shard_bytes))
+    tensors = output_tensors(layout, checkpoint.tensors, counts, width)
+    shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
+    return PrunePlan(layout, dict(counts), width, config, files, shards)
 
 
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:

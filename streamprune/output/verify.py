@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
+import numpy as np
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
@@ -22,7 +23,9 @@ from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
+from streamprune.formats.base import Bytes, ChannelMask, KeptExperts
 from streamprune.hardware.memory import format_bytes
+from streamprune.models.expert_layout import Layout
 from streamprune.output.plan import REPORT_NAME, Computed, OutputTensor, SourceSlice, make_plan
 
 
@@ -57,13 +60,18 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_extra_weights(output, pruned)
     record = _record_of(output)
-    kept = {layer.index: layer.kept for layer in record.layers}
     opened = open_moe(origin, trust_remote_code)
-    check_kept(output, kept, opened.layout.expert_layers, opened.layout.spec.count)
+    check_kept(
+        output,
+        {layer.index: layer.kept for layer in record.layers},
+        opened.layout.expert_layers,
+        opened.layout.spec.count,
+    )
+    kept = kept_channels(output, record, opened.layout)
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
-    counts = {layer: len(experts) for layer, experts in kept.items()}
-    plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES)
+    counts = {layer: len(each.experts) for layer, each in kept.items()}
+    plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
     for relative in origin.small_files():
@@ -78,7 +86,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
 
 def prove_tensors(
     tensors: Sequence[OutputTensor],
-    kept: Mapping[int, Sequence[int]],
+    kept: Mapping[int, KeptExperts],
     computed: Mapping[str, Computed],
     source: Path,
     folder: Path,
@@ -86,7 +94,7 @@ def prove_tensors(
 ) -> Proof:
     """Verify that the tensors `entries` in `folder` are the expected ones.
 
-    Each is compared with the bytes in the folder `source`, of which the experts `kept` stay by layer; those that are
+    Each is compared with the bytes in the folder `source`, of whose experts `kept` stays by layer; those that are
     `computed` are compared with their hash.
     Raises VerifyError for a tensor that is missing, unexpected, of another shape or dtype, or that differs in a byte.
     """
@@ -110,7 +118,8 @@ def prove_tensors(
         if hashed is not None:
             _check_hash(folder / entry.file, entry, hashed)
         else:
-            origin = tensor.slice_of(kept.get(tensor.layer, ()) if tensor.layer is not None else ())
+            stays = kept.get(tensor.layer) if tensor.layer is not None else None
+            origin = tensor.slice_of(stays or KeptExperts())
             _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
         proof += Proof(1, entry.nbytes, hashed is not None)
     return proof
@@ -122,22 +131,48 @@ def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: Sourc
     with _reading_back(path):
         written = path.open("rb")
     with written as output, reading(original), original.open("rb") as source:
-        for begin, end in origin.ranges:
-            for wanted in read_ranges(source, [(begin, end)]):
+        for part in origin.parts:
+            begin = position
+            for wanted in read_parts(source, [part]):
                 with _reading_back(path):
                     found = _read(output, position, len(wanted))
                 if found != wanted:
                     differing = (at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
-                    at = next(differing, len(found))
+                    at = position + next(differing, len(found))
+                    where = f"byte {part.begin + at - begin:,}" if part.take is None else "the channels that stay"
                     raise VerifyError(
-                        f"{path}: {entry.name} differs from the source at byte {position + at - entry.begin:,} of the "
-                        f"tensor (byte {position + at:,} of this file, byte {begin + at:,} of {original}). If the "
-                        "output was made from that model, prune again; if this happens again, check the disk."
+                        f"{path}: {entry.name} differs from the source at byte {at - entry.begin:,} of the tensor "
+                        f"(byte {at:,} of this file, {where} of {original}). If the output was made from that model, "
+                        "prune again; if this happens again, check the disk."
                     )
                 position += len(wanted)
-                begin += len(wanted)
     if position != entry.end:
         raise VerifyError(f"{path}: {entry.name} is {entry.end - position:,} bytes longer than its source.")
+
+
+#: Bytes of an expert's tensor that are in memory while channels are taken from them.
+_PORTION = 8 * 2**20
+
+
+def read_parts(stream: BinaryIO, parts: Iterable[Bytes]) -> Iterator[memoryview]:
+    """Yield the bytes of `parts` of an open file, a few MiB at a time. Raises CheckpointError and OSError."""
+    for part in parts:
+        if part.take is None:
+            yield from read_ranges(stream, [(part.begin, part.end)])
+            continue
+        row, size = part.count * part.size, part.size
+        if row > _PORTION:
+            # Few rows of many bytes each (gate and up projections): read only the channels that stay.
+            for begin in range(part.begin, part.end, row):
+                yield from read_ranges(stream, ((begin + at * size, begin + (at + 1) * size) for at in part.take))
+            continue
+        rows = _PORTION // row * row
+        for begin in range(part.begin, part.end, rows):
+            end = min(begin + rows, part.end)
+            (data,) = read_ranges(stream, [(begin, end)], chunk_bytes=rows)
+            # One value of `size` bytes for each channel, so that numpy moves them in one step.
+            table = np.frombuffer(data, dtype=f"V{size}").reshape(-1, part.count)
+            yield memoryview(np.take(table, part.take, axis=1).tobytes())
 
 
 def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
@@ -176,12 +211,18 @@ def refuse_extra_weights(output: Path, pruned: Checkpoint) -> None:
 class _KeptLayer(msgspec.Struct):
     index: int
     kept: list[int]
+    channels: str | None = None
+
+
+class _RecordedSettings(msgspec.Struct):
+    width: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class _Record(msgspec.Struct):
     """The fields of streamprune.json that verification reads."""
 
     layers: list[_KeptLayer]
+    settings: _RecordedSettings
     computed: dict[str, Computed] = {}
 
 
@@ -215,6 +256,26 @@ def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int
             raise VerifyError(
                 f"{output / REPORT_NAME}: the experts of layer {layer} must be ascending, unique and below {count}."
             )
+
+
+def kept_channels(output: Path, record: _Record, layout: Layout) -> dict[int, KeptExperts]:
+    """What stays of every layer's experts, by the record of `output`. Raises VerifyError unless that is possible."""
+    width, kept = record.settings.width, {}
+    for layer in record.layers:
+        mask = None
+        try:
+            if (width is None) != (layer.channels is None) or (width is not None and layout.width is None):
+                raise ValueError("width and channels do not belong together")
+            if layer.channels is not None and layout.width is not None:
+                mask = ChannelMask.from_text(layer.channels, layout.width.width, len(layer.kept))
+                if mask.indices.shape[1] != width:
+                    raise ValueError(f"{mask.indices.shape[1]} channels, but the width is {width}")
+        except ValueError as error:
+            raise VerifyError(
+                f"{output / REPORT_NAME}: the channels of layer {layer.index} are not valid ({error}). Was it changed?"
+            ) from None
+        kept[layer.index] = KeptExperts(tuple(layer.kept), mask)
+    return kept
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -31,9 +31,9 @@ from streamprune.files.durable import (
     writing,
 )
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
-from streamprune.formats.base import ByteRange
+from streamprune.formats.base import KeptExperts
 from streamprune.output.plan import REPORT_NAME, Computed, PrunePlan, ShardPlan
-from streamprune.output.verify import Proof, prove_tensors
+from streamprune.output.verify import Proof, prove_tensors, read_parts
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import FinishedLayer, FinishedShard
 
@@ -107,15 +107,15 @@ class OutputWriter:
         # Always on the output's disk, even with --work-dir on another.
         self._output_work = settings.output_work_folder
         #: By layer: the kept experts that were verified, and the proof.
-        self._proofs: dict[int | None, tuple[tuple[int, ...], Proof]] = {}
+        self._proofs: dict[int | None, tuple[KeptExperts, Proof]] = {}
         check_place(settings)
         # After check_place, which may have moved an old output back.
         check_output(self._output, self._checkpoint.folder, self._overwrite)
 
     def write_layer(
-        self, layer: int | None, kept: Sequence[int], computed: Mapping[str, StageTensor] | None = None
+        self, layer: int | None, kept: KeptExperts, computed: Mapping[str, StageTensor] | None = None
     ) -> list[FinishedShard]:
-        """Write the shards of a layer (None: of everything outside the layers), keeping the experts `kept` in order.
+        """Write the shards of a layer (None: of everything outside the layers), of whose experts `kept` stays.
 
         `computed` are the tensors that the plan says a stage computes, by name; all others are copied from the source.
         With `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it
@@ -126,29 +126,31 @@ class OutputWriter:
         sources: dict[Path, list[Stretch]] = defaultdict(list)
         for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
             origin = tensor.slice_of(kept)
-            sources[self._checkpoint.folder / origin.file] += [(begin, end - begin) for begin, end in origin.ranges]
+            sources[self._checkpoint.folder / origin.file] += [
+                (part.begin, part.end - part.begin) for part in origin.parts
+            ]
         with cache_unchanged(sources):
             with writing(f"Writing to {self._staging}", self._staging):
                 shards = [self._write_shard(shard, kept, computed or {}) for shard in plans]
             complete = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
             drop_files_from_cache(complete)
             if self._verify_layers:
-                self._proofs[layer] = tuple(kept), self._prove(plans, {} if layer is None else {layer: kept})
+                self._proofs[layer] = kept, self._prove(plans, {} if layer is None else {layer: kept})
                 drop_files_from_cache(complete)
         return shards
 
-    def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, Sequence[int]]) -> Proof:
+    def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, KeptExperts]) -> Proof:
         tensors = [tensor for shard in plans for tensor in shard.tensors]
         source, computed = self._checkpoint.folder, self._computed(plans)
         return prove_tensors(tensors, kept, computed, source, self._staging, self.headers(plans))
 
-    def has_written(self, layer: int | None, kept: Sequence[int], record: FinishedLayer) -> bool:
-        """Whether the recorded shards are those of a layer with the experts `kept`, and intact on the disk."""
+    def has_written(self, layer: int | None, kept: KeptExperts, record: FinishedLayer) -> bool:
+        """Whether the recorded shards are those of a layer of whose experts `kept` stays, and intact on the disk."""
         sizes = {shard.file: _file_bytes(shard) for shard in self.plan.shards if shard.layer == layer}
-        same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.kept == tuple(kept)
+        same = {shard.file: shard.nbytes for shard in record.shards} == sizes and record.is_of(kept)
         return same and all(map(self._work.is_intact, record.shards))
 
-    def _write_shard(self, shard: ShardPlan, kept: Sequence[int], computed: Mapping[str, StageTensor]) -> FinishedShard:
+    def _write_shard(self, shard: ShardPlan, kept: KeptExperts, computed: Mapping[str, StageTensor]) -> FinishedShard:
         header = _encode_header(shard, {name: tensor.origin for name, tensor in computed.items()})
 
         def portions() -> Iterator[bytes | memoryview]:
@@ -158,9 +160,11 @@ class OutputWriter:
                     yield computed[tensor.name].data
                     continue
                 origin = tensor.slice_of(kept)
-                for data in _read_source(self._checkpoint.folder / origin.file, origin.ranges):
-                    kill_point("portion of a shard")
-                    yield data
+                path = self._checkpoint.folder / origin.file
+                with reading(path), path.open("rb") as source:
+                    for data in read_parts(source, origin.parts):
+                        kill_point("portion of a shard")
+                        yield data
 
         checksum = stream_atomically(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
@@ -187,8 +191,8 @@ class OutputWriter:
                     found |= msgspec.json.decode(reader.metadata()[_COMPUTED], type=dict[str, Computed])
         return found
 
-    def verify(self, kept: Mapping[int, Sequence[int]]) -> Proof:
-        """Verify the written shards byte by byte, with the experts `kept` of each layer.
+    def verify(self, kept: Mapping[int, KeptExperts]) -> Proof:
+        """Verify the written shards byte by byte, with what stays of each layer's experts.
 
         Layers that this writer has verified already are not read again.
         """
@@ -196,24 +200,24 @@ class OutputWriter:
         rest = self._prove([shard for shard in self.plan.shards if shard.layer not in proven], kept)
         return sum(proven.values(), rest)
 
-    def has_proven(self, kept: Mapping[int, Sequence[int]]) -> bool:
+    def has_proven(self, kept: Mapping[int, KeptExperts]) -> bool:
         """Whether `verify` has nothing left to read."""
         return {shard.layer for shard in self.plan.shards} <= self._proven(kept).keys()
 
-    def _proven(self, kept: Mapping[int, Sequence[int]]) -> dict[int | None, Proof]:
+    def _proven(self, kept: Mapping[int, KeptExperts]) -> dict[int | None, Proof]:
         return {
             layer: proof
             for layer, (experts, proof) in self._proofs.items()
-            if experts == (tuple(kept.get(layer, ())) if layer is not None else ())
+            if experts == (kept.get(layer, KeptExperts()) if layer is not None else KeptExperts())
         }
 
-    def finish(self, report: dict[str, Any], card: str) -> None:
+    def finish(self, kept: Mapping[int, KeptExperts], report: dict[str, Any], card: str) -> None:
         """Write index, config, report, card and the source's small files, then rename the folder to the output.
 
-        The report lists the kept experts of every layer; the origins of computed tensors are added to it.
+        The origins of computed tensors are added to the report.
         """
         with writing(f"Completing {self._output}", self._output):
-            self._write_small_files(report, card)
+            self._write_small_files(kept, report, card)
             self._check_sizes()
             for folder in {path.parent for path in self._staging.rglob("*")}:
                 sync_folder(folder)
@@ -250,14 +254,14 @@ class OutputWriter:
         sync_folder(copy)
         return copy
 
-    def _write_small_files(self, report: dict[str, Any], card: str) -> None:
+    def _write_small_files(self, kept: Mapping[int, KeptExperts], report: dict[str, Any], card: str) -> None:
         weight_map = {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for relative in self._checkpoint.small_files():
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_atomically(target, _read_source(self._checkpoint.folder / relative))
-        config = self.plan.config_for({layer["index"]: layer["kept"] for layer in report["layers"]})
+        config = self.plan.config_for(kept)
         computed = self._computed(self.plan.shards)
         full = {**report, "computed": msgspec.to_builtins(computed)} if computed else report
         values = {INDEX_NAME: index, CONFIG_NAME: dict(config), REPORT_NAME: full}
@@ -277,10 +281,10 @@ class OutputWriter:
                 )
 
 
-def _read_source(path: Path, ranges: Sequence[ByteRange] | None = None) -> Iterator[memoryview]:
-    """The bytes of a file of the model, or of some ranges of it. Raises CheckpointError."""
+def _read_source(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file of the model. Raises CheckpointError."""
     with reading(path), path.open("rb") as source:
-        yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)] if ranges is None else ranges)
+        yield from read_ranges(source, [(0, os.fstat(source.fileno()).st_size)])
 
 
 def _can_rename(source: Path, target: Path) -> bool:

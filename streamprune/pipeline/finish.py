@@ -19,6 +19,7 @@ from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import kill_point, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
+from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
@@ -77,11 +78,9 @@ class SelectionResult:
         yield None
         yield from range(self.facts.layout.layer_count)
 
-    def record_layer(
-        self, work: WorkFolder, index: int | None, experts: Sequence[int], shards: list[FinishedShard]
-    ) -> None:
+    def record_layer(self, work: WorkFolder, index: int | None, kept: KeptExperts, shards: list[FinishedShard]) -> None:
         """Record a layer's scores, experts and shards in the work folder (None: the weights outside the layers)."""
-        work.write_layer(index, self._statistics.get(index), experts, shards)
+        work.write_layer(index, self._statistics.get(index), kept, shards)
 
     @cached_property
     def _statistics(self) -> dict[int | None, LayerStatistics]:
@@ -147,17 +146,17 @@ def write_layers(
     """
     for index in decided.layers:
         _check_stop(stop, work)
-        experts = decided.selection.kept.get(index, ()) if index is not None else ()
+        kept = decided.selection.stays.get(index, KeptExperts()) if index is not None else KeptExperts()
         name = "weights outside the layers" if index is None else progress.name_of(index)
         record = work.read_layer(index)
         if record is not None and record.shards:
             # For tens of GiB this takes a while without output.
             progress.say(f"resuming: checking the written files of {name} ...")
-            if writer.has_written(index, experts, record):
+            if writer.has_written(index, kept, record):
                 continue
-        decided.record_layer(work, index, experts, writer.write_layer(index, experts))
-        if experts:
-            progress.say(f"{name}: written with {len(experts)}/{decided.facts.layout.spec.count} experts")
+        decided.record_layer(work, index, kept, writer.write_layer(index, kept))
+        if kept.experts:
+            progress.say(f"{name}: written with {len(kept.experts)}/{decided.facts.layout.spec.count} experts")
     _check_stop(stop, work)
 
 
@@ -179,7 +178,7 @@ def complete(
 
     `evaluation` is the result on held-out text. Returns the memory that the model takes; None if it is unknown.
     """
-    settings, plan, kept = decided.settings, decided.plan, decided.selection.kept
+    settings, plan, kept = decided.settings, decided.plan, decided.selection.stays
     # Everything in the staging folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
@@ -191,7 +190,7 @@ def complete(
         except VerifyError:
             # The records of written shards are no longer valid; the statistics of the experts are not affected.
             for index in decided.layers:
-                decided.record_layer(work, index, (), [])
+                decided.record_layer(work, index, KeptExperts(), [])
             raise
         progress.say(f"verified: {proof.text}")
     if decided.scores is not None:
@@ -201,7 +200,7 @@ def complete(
     small_files = [path.as_posix() for path in decided.checkpoint.small_files()]
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
-    writer.finish(to_builtins(record), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
+    writer.finish(kept, to_builtins(record), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
     return estimate
 
 

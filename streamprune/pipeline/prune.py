@@ -122,7 +122,8 @@ def _decide(settings: PruneSettings) -> SelectionResult:
         return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
     counts, selection = _select(settings, scores, facts.layout.spec, facts.layout.expert_layers, footprint)
-    plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, settings.max_shard_bytes)
+    most = settings.max_shard_bytes
+    plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, most, counts.width)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 

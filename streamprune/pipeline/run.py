@@ -349,7 +349,9 @@ class _Run:
 
     def _new_writer(self, counts: Mapping[int, int]) -> OutputWriter:
         checkpoint, facts = self.prepared.checkpoint, self.prepared.facts
-        plan = make_plan(facts.layout, facts.loading, checkpoint, counts, self.settings.max_shard_bytes)
+        planned, most = self.prepared.plan.counts, self.settings.max_shard_bytes
+        width = planned.width if planned is not None else None
+        plan = make_plan(facts.layout, facts.loading, checkpoint, counts, most, width)
         return OutputWriter(plan, checkpoint, self.settings, self.work)
 
     def _remove_work(self, settings: RunSettings) -> None:

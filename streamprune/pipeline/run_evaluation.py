@@ -101,7 +101,7 @@ class RunEvaluation:
             PrunedForwardStage(weights, prepared.pruned_layer, False, every, self.errors),
         ]
         try:
-            figures = measure(runtime, stages, held_out, self.errors, selection.kept)
+            figures = measure(runtime, stages, held_out, self.errors, selection.stays)
         except Stopped:
             raise InterruptedRunError(
                 "Stopped on request. All layers are scored. Only the evaluation is repeated when you resume with: "

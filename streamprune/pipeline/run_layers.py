@@ -15,6 +15,7 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
 from streamprune.files.json_text import show
+from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import peak_device_bytes
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
@@ -69,9 +70,9 @@ class OutputTarget:
     writer: OutputWriter | None
     selector: Selector
 
-    def kept(self, layer: LayerStatistics | None) -> tuple[int, ...]:
-        """The experts of a layer that stay."""
-        return self.selector.layer(layer).kept if layer is not None else ()
+    def kept(self, layer: LayerStatistics | None) -> KeptExperts:
+        """What stays of a layer's experts."""
+        return self.selector.layer(layer).stays if layer is not None else KeptExperts()
 
 
 class RunLayers:
@@ -198,7 +199,7 @@ class RunLayers:
         self._progress.end_layer(
             LayerProgress(
                 layer=index,
-                kept=len(task.kept) if self._target else None,
+                kept=len(task.kept.experts) if self._target else None,
                 experts=self._layout.spec.count if task.statistics else 0,
                 fewest_tokens=min(routed_tokens(task.statistics)) if task.statistics else None,
                 seconds=time.monotonic() - started,
@@ -210,7 +211,7 @@ class RunLayers:
 
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]
-        kept = self._processes.broadcast(self._target.kept(layer)) if self._target else ()
+        kept = self._processes.broadcast(self._target.kept(layer)) if self._target else KeptExperts()
         self._loop.run_layer(LayerTask(index, replayed=True, statistics=layer, kept=kept), following)
         if self._processes.local_rank == 0:
             self._loop.drop_cached_pages(index)
@@ -226,8 +227,8 @@ class RunLayers:
             self._loop.save(self._work)
             raise
 
-    def _write(self, layer: int | None, statistics: LayerStatistics | None, kept: tuple[int, ...]) -> None:
-        """Write and record a finished layer (None: the non-layer weights) with the experts that stay."""
+    def _write(self, layer: int | None, statistics: LayerStatistics | None, kept: KeptExperts) -> None:
+        """Write and record a finished layer (None: the non-layer weights) with what stays of its experts."""
         assert self._work is not None
         shards: list[FinishedShard] = []
         if self._target is not None and self._target.writer is not None:
@@ -269,7 +270,7 @@ class RunLayers:
             return
         if record is None:
             if index is None:
-                self._write(None, None, ())
+                self._write(None, None, KeptExperts())
             return
         if self._target is not None and self._target.writer is not None:
             kept = self._target.kept(layer)

@@ -33,8 +33,8 @@ from streamprune.selection.select import planned_counts, stated_counts
 class ExpertCounts:
     """How many experts stay: `total` in `layers` layers together; `uniform` if each keeps the same number.
 
-    `per_layer` are the numbers by layer, None if the scores of all layers decide them later. `budget` is None if none
-    was given.
+    `per_layer` are the numbers by layer, None if the scores of all layers decide them later. `width` is the number of
+    channels that each of them keeps; None for all. `budget` is None if none was given.
     """
 
     total: int
@@ -42,6 +42,7 @@ class ExpertCounts:
     uniform: bool
     per_layer: Mapping[int, int] | None = None
     budget: Budget | None = None
+    width: int | None = None
 
     @property
     def keep(self) -> int | None:
@@ -209,11 +210,17 @@ class ModelFacts:
 
 
 def facts_from_json(
-    kept: Any, spec: ExpertSpec, model: str, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int] | None = None
+    kept: Any,
+    spec: ExpertSpec,
+    model: str,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+    width: int | None = None,
 ) -> ModelFacts:
     """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
 
-    `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself.
+    `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself; `width` are the
+    channels of an output's experts, None if they have all.
     Raises CheckpointError for anything else: the JSON may be untrusted.
     """
     try:
@@ -224,7 +231,7 @@ def facts_from_json(
         raise CheckpointError(
             f"The memory facts in the scores file are invalid ({error}). Score the model again."
         ) from None
-    layout = layout_from_json(found.tensors, spec, tensors, counts)
+    layout = layout_from_json(found.tensors, spec, tensors, counts, width)
     loading, memory = loading_facts_from_json(found.loading), found.memory
     if memory is None:
         return ModelFacts(layout, loading, None)

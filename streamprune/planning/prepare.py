@@ -23,6 +23,7 @@ from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelE
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
+from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import DescribedModel, OpenedMoE, check_pruned, config_from_dict, describe_model, open_moe
@@ -134,7 +135,9 @@ class PreparedModel(OpenedMoE):
 
     plan: PruningPlan
     trust_remote_code: bool
-    _pruned: dict[int, PreTrainedModel] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pruned: dict[tuple[int, int | None], PreTrainedModel] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def counts(self) -> Mapping[int, int] | None:
@@ -157,20 +160,28 @@ class PreparedModel(OpenedMoE):
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
             counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
-        return sum(tensor.nbytes for tensor in output_tensors(self.layout, self.checkpoint.tensors, counts))
+        tensors = output_tensors(self.layout, self.checkpoint.tensors, counts, planned.width)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def pruned_model(self, count: int) -> PreTrainedModel:
-        """The model with `count` experts in every layer, on meta, as the rewritten config describes it."""
-        if count not in self._pruned:
+    def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:
+        """The model with `count` experts in every layer, on meta, as the rewritten config describes it.
+
+        Each expert has `width` channels; None for as many as in the source.
+        """
+        if (count, width) not in self._pruned:
             self._pruned.clear()
-            rewritten = rewrite_config(self.checkpoint.config, self.layout.spec, self.layout.count_names, count)
+            layout = self.layout
+            narrower = (layout.width, width) if width is not None and layout.width is not None else None
+            rewritten = rewrite_config(self.checkpoint.config, layout.spec, layout.count_names, count, narrower)
             config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
-            self._pruned[count] = build_model(config, self.dtype, self.trust_remote_code)
-        return self._pruned[count]
+            self._pruned[count, width] = build_model(config, self.dtype, self.trust_remote_code)
+        return self._pruned[count, width]
 
-    def pruned_layer(self, index: int, count: int) -> nn.Module:
-        """Layer `index` of the model with `count` experts in every layer, on meta."""
-        layer: nn.Module = self.pruned_model(count).get_submodule(f"{self.skeleton.layers_path}.{index}")
+    def pruned_layer(self, index: int, kept: KeptExperts) -> nn.Module:
+        """Layer `index` of a model in which every layer keeps as many experts and channels as `kept`, on meta."""
+        width = kept.channels.indices.shape[1] if kept.channels is not None else None
+        pruned = self.pruned_model(len(kept.experts), width)
+        layer: nn.Module = pruned.get_submodule(f"{self.skeleton.layers_path}.{index}")
         return layer
 
 
@@ -188,9 +199,10 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
         settings.trust_remote_code,
     )  # fmt: skip
     counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
+    width = plan.counts.width if plan.counts is not None else None
     # Sizes are linear in the number of experts: what holds for the fewest and the most holds in between.
     for count in sorted({min(counts.values()), max(counts.values())} if counts else {least}):
-        check_pruned(opened.skeleton, prepared.pruned_model(count), count)
+        check_pruned(opened.skeleton, prepared.pruned_model(count, width), count, width)
     return prepared
 
 

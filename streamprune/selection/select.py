@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from streamprune.errors import SettingsError
+from streamprune.formats.base import ChannelMask, KeptExperts
 from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.methods import MixedStatistics, score_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
@@ -28,13 +29,20 @@ FIRST_LAYERS = 0.75
 class LayerSelection:
     """Layer `index`: the experts that stay (ascending), and every expert's score and tokens (empty if unknown).
 
-    `tokens` are all routed tokens of all sources, not weighted by the mix.
+    `tokens` are all routed tokens of all sources, not weighted by the mix. `channels` are those that each kept expert
+    keeps; None for all.
     """
 
     index: int
     kept: tuple[int, ...]
     scores: tuple[float, ...] = field(default=(), repr=False)
     tokens: tuple[int, ...] = field(default=(), repr=False)
+    channels: ChannelMask | None = field(default=None, repr=False)
+
+    @property
+    def stays(self) -> KeptExperts:
+        """What stays of the layer's experts."""
+        return KeptExperts(self.kept, self.channels)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Selection:
     def kept(self) -> dict[int, tuple[int, ...]]:
         """The experts that stay, by layer."""
         return {layer.index: layer.kept for layer in self.layers}
+
+    @property
+    def stays(self) -> dict[int, KeptExperts]:
+        """What stays of the experts, by layer."""
+        return {layer.index: layer.stays for layer in self.layers}
 
     @property
     def counts(self) -> tuple[int, ...]:

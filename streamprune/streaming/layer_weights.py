@@ -5,6 +5,7 @@ This is the only place that turns checkpoint tensors into parameters.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,11 +23,11 @@ from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
-from streamprune.formats.base import ExpertRows, decode_tensors
+from streamprune.formats.base import ChannelRows, ExpertRows, KeptExperts, decode_tensors
 from streamprune.hardware.device import free_after_failure, lack_of_memory
 from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
 from streamprune.models.open import OpenedModel
-from streamprune.models.skeleton import Decoder
+from streamprune.models.skeleton import Decoder, Skeleton
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.forward import LayerForward, layers_replaced
@@ -146,17 +147,20 @@ class LayerWeights:
             self.batches.watch.between_layers()
 
     @contextmanager
-    def pruned_layer(self, index: int, layer: nn.Module, pruned: nn.Module, kept: Sequence[int]) -> Iterator[nn.Module]:
-        """The loaded layer `index` with only the experts `kept`, in `pruned`: that layer of the pruned model, on meta.
+    def pruned_layer(self, index: int, layer: nn.Module, pruned: nn.Module, kept: KeptExperts) -> Iterator[nn.Module]:
+        """The loaded layer `index` with what stays of its experts, in `pruned`: the pruned model's layer, on meta.
 
-        Unsliced weights are shared with `layer`; the sliced ones take keep/count of the experts' memory on top.
+        Unsliced weights are shared with `layer`; the sliced ones take memory on top.
         """
         prefix = f"{self.decoder.layers_path}.{index}."
+        channels = self.decoder.channels if isinstance(self.decoder, Skeleton) else {}
         try:
             for name, tensor in _tensors(layer):
                 rows = self.decoder.expert_rows.get(prefix + name)
-                if rows is not None:
-                    tensor = tensor.index_select(rows.axis, _rows_of_experts(rows, kept, tensor))
+                if kept.channels is not None and prefix + name in channels:
+                    tensor = _narrowed(tensor, channels[prefix + name], kept)
+                elif rows is not None:
+                    tensor = tensor.index_select(rows.axis, _rows_of_experts(rows, kept.experts, tensor))
                 path, _, leaf = name.rpartition(".")
                 owner = pruned.get_submodule(path)
                 if leaf in owner._parameters:
@@ -308,6 +312,20 @@ def _rows_of(entry: TensorEntry, begin: int, end: int) -> TensorEntry:
     size = entry.nbytes // entry.shape[0]
     shape = (end - begin, *entry.shape[1:])
     return replace(entry, shape=shape, begin=entry.begin + begin * size, end=entry.begin + end * size)
+
+
+def _narrowed(tensor: torch.Tensor, rows: ChannelRows, kept: KeptExperts) -> torch.Tensor:
+    """A parameter (E, ...) of the experts that stay, each with the channels that it keeps."""
+    assert kept.channels is not None
+    indices = torch.from_numpy(kept.channels.indices).to(tensor.device)
+    shape, width = tuple(tensor.shape[1:]), kept.channels.width
+    narrow = rows.resized(shape, width, indices.shape[1])
+    result = tensor.new_empty((len(kept.experts), *narrow))
+    for place, expert in enumerate(kept.experts):
+        # One expert at a time: an index for every value of all of them would take more memory than the values.
+        channels = tensor[expert].reshape(-1, width, rows.step * math.prod(shape[rows.axis + 1 :]))
+        result[place] = channels.index_select(1, indices[place]).view(narrow)
+    return result
 
 
 def _rows_of_experts(rows: ExpertRows, kept: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
+from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, pack, read_statistics, unpack
@@ -45,13 +46,13 @@ class LayerTask:
     """A layer on its way through the stages: its results so far.
 
     `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
-    experts, and before it is scored; `kept` are the experts that stay, empty if none are selected.
+    experts, and before it is scored; `kept` is what stays of the experts, nothing if none are selected.
     """
 
     index: int
     replayed: bool = False
     statistics: LayerStatistics | None = None
-    kept: tuple[int, ...] = ()
+    kept: KeptExperts = field(default_factory=KeptExperts)
 
 
 def _is_error(value: Any) -> bool:
@@ -194,8 +195,8 @@ class ForwardStage:
 class ScoreStage(ForwardStage):
     """Sends micro-batches through the original layers, and records what each of their `experts` experts contributes.
 
-    Each source of the calibration has `source_tokens`. `choose` selects the experts of a layer that stay, from its
-    statistics; None if they are selected later. With `pruned_stream` the states of the calibration are not changed in
+    Each source of the calibration has `source_tokens`. `choose` selects what stays of a layer's experts, from its
+    statistics; None if that is selected later. With `pruned_stream` the states of the calibration are not changed in
     layers with experts: the pruned forward continues from them. A replayed layer is not scored again.
     """
 
@@ -206,7 +207,7 @@ class ScoreStage(ForwardStage):
         weights: LayerWeights,
         experts: int,
         source_tokens: Sequence[int],
-        choose: Callable[[LayerStatistics], tuple[int, ...]] | None,
+        choose: Callable[[LayerStatistics], KeptExperts] | None,
         pruned_stream: bool,
     ) -> None:
         super().__init__(weights, ORIGINAL, is_held_out)
@@ -302,7 +303,7 @@ class PrunedForwardStage(ForwardStage):
     """Sends micro-batches through the pruned layers, with only the experts that stay.
 
     These are the held-out ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned` returns
-    a layer of the pruned model on meta, for its index and number of experts.
+    a layer of the pruned model on meta, for its index and what stays of its experts.
     """
 
     name = "pruned"
@@ -310,7 +311,7 @@ class PrunedForwardStage(ForwardStage):
     def __init__(
         self,
         weights: LayerWeights,
-        make_pruned: Callable[[int, int], nn.Module],
+        make_pruned: Callable[[int, KeptExperts], nn.Module],
         pruned_stream: bool,
         measured: Among = is_held_out,
         errors: LayerErrors | None = None,
@@ -329,7 +330,7 @@ class PrunedForwardStage(ForwardStage):
         if task.index not in self._layers:
             yield layer
             return
-        pruned = self._make_pruned(task.index, len(task.kept))
+        pruned = self._make_pruned(task.index, task.kept)
         with self.weights.making_room(
             lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
             f"a copy of layer {task.index} with the experts that stay",

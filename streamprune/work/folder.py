@@ -24,7 +24,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ from streamprune.files.durable import (
     write_record,
     writing,
 )
+from streamprune.formats.base import KeptExperts
 from streamprune.saliency.scores import LayerStatistics, pack
 from streamprune.work.records import (
     MOST_RECORD_BYTES,
@@ -126,11 +127,12 @@ class WorkFolder:
         return (self.folder / REPLACED_NAME).exists()
 
     def write_layer(
-        self, index: int | None, layer: LayerStatistics | None, kept: Sequence[int], shards: list[FinishedShard]
+        self, index: int | None, layer: LayerStatistics | None, kept: KeptExperts, shards: list[FinishedShard]
     ) -> None:
         """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer."""
         result = {"block": layer.index, "statistics": pack(layer.values)} if layer is not None else None
-        record = FinishedLayer(result, tuple(kept), shards)
+        channels = kept.channels.as_text() if kept.channels is not None else None
+        record = FinishedLayer(result, kept.experts, shards, channels)
         with writing(f"Recording a layer in {self._layers}", self.folder):
             write_record(self._layer_path(index), msgspec.to_builtins(record))
         kill_point("block recorded")

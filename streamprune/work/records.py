@@ -19,6 +19,7 @@ from streamprune.config import OutputSettings, PruneSettings, PruningTarget, Run
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import kill_point, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
+from streamprune.formats.base import KeptExperts
 from streamprune.models.config_json import MOST_LAYERS
 
 #: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2; format 3 had another form of states.
@@ -99,15 +100,22 @@ class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FinishedLayer(Struct, frozen=True):
-    """The record of a finished layer: its statistics (None without experts), the experts it keeps, and its shards.
+    """The record of a finished layer: its statistics (None without experts), what stays of them, and its shards.
 
-    If nothing is written while layers are scored, it has no experts and no shards yet. The statistics are as they were
-    read and may be invalid.
+    `channels` are those that the kept experts keep, as text, if they become narrower. If nothing is written while
+    layers are scored, there are no kept experts and no shards yet. The statistics are as they were read and may be
+    invalid.
     """
 
     result: dict[str, Any] | None
     kept: tuple[Count, ...]
     shards: list[FinishedShard]
+    channels: str | None = None
+
+    def is_of(self, kept: KeptExperts) -> bool:
+        """Whether the layer was written with these experts and channels."""
+        channels = kept.channels.as_text() if kept.channels is not None else None
+        return (self.kept, self.channels) == (kept.experts, channels)
 
 
 class RecordedFigures(Struct):
