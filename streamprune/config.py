@@ -234,7 +234,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     """The settings of `streamprune run`, and with `only_score` of `streamprune score`.
 
     With `evaluate` a part of the calibration is held out and measured on; `stop_if_kl` (nats per token) ends a run
-    whose KL divergence there is larger.
+    whose KL divergence there is larger. `channels`: also score the channels of each expert, where that is possible.
     """
 
     only_score: bool = False
@@ -246,6 +246,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
     evaluate: bool = False
     stop_if_kl: float | None = None
+    channels: bool = True
 
     def __post_init__(self) -> None:
         if not self.only_score:

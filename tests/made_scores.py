@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,15 @@ def record(index: int, tokens: Sequence[Token], sources: int, experts: int) -> L
             by_name["relative_energies"][at] += (g * norm) ** 2 / float(token.x @ token.x)
             by_name["cosines"][at] += float(g * f @ output) / (g * norm * np.linalg.norm(output))
             by_name["top_choices"][at] += expert == top
+            by_name["squared_norms"][at] += norm**2
     return LayerStatistics(index, values)
+
+
+def make_channels(layer: LayerStatistics, width: int, seed: int = 0) -> np.ndarray:
+    """Energies (S, E, W) of the channels of the experts of a layer at random; 0 without tokens."""
+    tokens = layer.fields["tokens"]
+    energies = np.random.default_rng(seed).lognormal(sigma=2.0, size=(*tokens.shape, width)) * tokens[:, :, None]
+    return energies.astype(np.float32)
 
 
 def make_scores(
@@ -70,13 +78,16 @@ def make_scores(
     top_k: int = 2,
     per_source: Sequence[int] = (40, 60),
     seed: int = 0,
+    width: int | None = None,
     **spec: Any,
 ) -> Scores:
-    """Scores of so many tokens of sources named `source0`, `source1`, …"""
+    """Scores of so many tokens of sources named `source0`, `source1`, …; with a `width` also of so many channels."""
     recorded = tuple(
         record(index, make_tokens(seed * 1000 + index, experts, top_k, per_source), len(per_source), experts)
         for index in layers
     )
+    if width is not None:
+        recorded = tuple(replace(layer, channels=make_channels(layer, width, seed)) for layer in recorded)
     names = tuple(f"source{number}" for number in range(len(per_source)))
     provenance = {"model": "org/model", "calibration": {"fingerprint": "abc", "recipe": "Größe"}}
     described = ExpertSpec((), "num_experts", experts, top_k, **spec)

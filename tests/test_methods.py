@@ -10,7 +10,7 @@ import pytest
 
 from streamprune.errors import ScoresError
 from streamprune.saliency.methods import METHODS, MixedStatistics, random_scores, score_experts
-from streamprune.saliency.scores import FIELDS, LayerStatistics
+from streamprune.saliency.scores import FIELDS, FIELDS_BEFORE, LayerStatistics
 from tests.made_scores import Token, make_tokens, record
 
 EXPERTS, TOP_K, PER_SOURCE = 12, 3, (70, 50, 30)
@@ -26,7 +26,9 @@ REFERENCE: dict[str, Callable[[list[tuple[float, Token, float, np.ndarray]]], fl
     "frequency": lambda met: sum(w for w, *_ in met),
     "weighted-frequency": lambda met: sum(w * g for w, _, g, _ in met),
     "ean": lambda met: sum(w * np.linalg.norm(f) for w, _, _, f in met),
+    "man": lambda met: mean([np.linalg.norm(f) for *_, f in met], [w for w, *_ in met]),
     "ean-mean": lambda met: mean([np.linalg.norm(f) for *_, f in met], [w for w, *_ in met]),
+    "msan": lambda met: mean([f @ f for *_, f in met], [w for w, *_ in met]),
     "weighted-ean": lambda met: sum(w * g * np.linalg.norm(f) for w, _, g, f in met),
     "max-activation": lambda met: max((np.abs(f).max() for *_, f in met), default=0.0),
     "relative-energy": lambda met: sum(
@@ -113,6 +115,23 @@ def test_random_is_the_same_everywhere_and_for_any_number_of_layers() -> None:
     assert (scores >= 0).all()
     assert (scores < 1).all()
     assert 0.4 < drawn(2000, 0, 0).mean() < 0.6
+
+
+def test_channels_are_mixed_as_the_fields_are() -> None:
+    channels = np.random.default_rng(0).lognormal(size=(3, 4, 5)).astype(np.float32)
+    mixed = LayerStatistics(0, np.zeros((len(FIELDS), 3, 4)), channels).mixed_channels((2.5, 0.0, 0.3))
+    assert mixed.dtype == np.float64
+    assert mixed.tolist() == (2.5 * channels[0].astype(np.float64) + 0.3 * channels[2].astype(np.float64)).tolist()
+
+
+def test_a_method_that_needs_more_than_earlier_versions_recorded_is_refused() -> None:
+    layer = LayerStatistics(3, np.ones((FIELDS_BEFORE, 2, 4)))
+    for method in METHODS:
+        if method != "msan":
+            assert np.isfinite(score_experts(method, MixedStatistics(3, layer.mixed((1, 1))))).all()
+    message = r"^--method msan needs 'squared_norms' \(Σ ‖f‖₂²\), .* did not record\. Score the model again, or"
+    with pytest.raises(ScoresError, match=message):
+        score_experts("msan", MixedStatistics(3, layer.mixed((1, 1))))
 
 
 def test_statistics_too_large_to_rank_are_refused() -> None:

@@ -58,6 +58,7 @@ def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, 
                     sums["gates"][expert] += gate
                     sums["gated_norms"][expert] += gated.norm()
                     sums["norms"][expert] += output.norm()
+                    sums["squared_norms"][expert] += output.norm() ** 2
                     sums["squared_gated_norms"][expert] += gated.norm() ** 2
                     sums["peaks"][expert] = max(sums["peaks"][expert], output.abs().max())
                     sums["relative_energies"][expert] += gated.norm() ** 2 / residual.norm() ** 2

@@ -109,6 +109,10 @@ CALIBRATION = together(
     ),
     SAMPLING,
 )  # fmt: skip
+CHANNELS = click.option(
+    "--channels/--no-channels", default=True, show_default=True,
+    help="Also score the channels of each expert, which makes the scores file larger.",
+)  # fmt: skip
 #: The model's origin, the output and the work folder.
 PLACE = together(
     REVISION,

@@ -49,6 +49,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
     "--propagate", type=click.Choice(PROPAGATE), default="original", show_default=True,
     help="Score each layer on the outputs of the original or of the pruned layers before it.",
 )  # fmt: skip
+@opt.CHANNELS
 @opt.DTYPE
 @opt.SHARD_SIZE
 @opt.PLACE
@@ -80,6 +81,7 @@ def run(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_j
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=opt.PATH, help="File for the scores, such as scores.safetensors.")
 @opt.CALIBRATION
+@opt.CHANNELS
 @opt.DTYPE
 @opt.PLACE
 @_run_options()

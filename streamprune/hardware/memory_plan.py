@@ -25,7 +25,8 @@ class Needs:
     weights go to a GPU, `non_layer` the embeddings and norms outside the layers. `workspace` returns the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
     is the total of their hidden states, divided among `processes`. `itemsize` is the bytes of a computed value; with
-    `sides` 2, some micro-batches have the states of two models.
+    `sides` 2, some micro-batches have the states of two models. `sums` are the scores of a layer's channels while
+    they are summed up, `recorded` those of all layers, which stay in RAM.
     """
 
     layer: int
@@ -41,6 +42,8 @@ class Needs:
     itemsize: int
     sides: int = 1
     processes: int = 1
+    sums: int = 0
+    recorded: int = 0
 
     def states_here(self, batch_tokens: int) -> int:
         """Bytes of one process's share of the hidden states, with micro-batches of so many tokens."""
@@ -103,8 +106,9 @@ class MemoryPlan:
         else:
             # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
             states = self._moving * (1 if self.room.host is None else 1 + MOST_SUBMITTED)
-        working = needs.layer + self.workspace + (needs.reading if self.ahead else 0)
-        return needs.non_layer + states + max(needs.loading, working)
+        working = needs.layer + self.workspace + (needs.reading if self.ahead else 0) + needs.sums
+        recorded = needs.recorded if self.room.host is None else 0
+        return needs.non_layer + recorded + states + max(needs.loading, working)
 
     @property
     def _host_bytes(self) -> int:
@@ -112,8 +116,10 @@ class MemoryPlan:
         if self.place == "ram":
             one = self._moving // 2
             # torch takes page-locked memory in powers of two.
-            return self.needs.staging + self._states * (1 << max(0, one - 1).bit_length()) // max(1, one)
-        return self.needs.staging + (self._moving if self.place == "disk" else 0)
+            states = self._states * (1 << max(0, one - 1).bit_length()) // max(1, one)
+        else:
+            states = self._moving if self.place == "disk" else 0
+        return self.needs.staging + self.needs.recorded + states
 
     @property
     def _states_on_device(self) -> bool:
@@ -139,12 +145,13 @@ class MemoryPlan:
                 f" on {self.device} and {format_bytes(self._host_bytes)} of {format_bytes(room.host.nbytes)} in RAM"
             )
         ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
+        scores = f", scores of channels {format_bytes(needs.recorded)} in RAM" if needs.recorded else ""
         each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
             f"memory for the run: largest layer {format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is "
             f"loaded){ahead}, embeddings {format_bytes(needs.non_layer)}, "
             f"hidden states {format_bytes(self._states)} {place}, "
-            f"workspace {format_bytes(self.workspace)} for {self.tokens_at_a_time:,} tokens at a time; "
+            f"workspace {format_bytes(self.workspace)} for {self.tokens_at_a_time:,} tokens at a time{scores}; "
             f"{each}at most {totals}, in addition to Python and the libraries with their caches "
             f"({format_bytes(resident_bytes())} by now)"
         )
@@ -159,6 +166,8 @@ class MemoryPlan:
             return f"{states} do not fit on the disk: {disk.words}. You can free {missing}, {disk.remedy}."
         if host is not None and self._host_bytes > host.nbytes:
             what, remedy = f"Loading a layer ({format_bytes(needs.staging)})", f"You can {host.remedy}."
+            if needs.recorded:
+                what += f", {self._recorded_text()}"
             if self.place == "ram":
                 what += f" and {self._states_text()}"
                 remedy = "Use --states disk, fewer --samples, or a shorter --seq-len."
@@ -176,6 +185,7 @@ class MemoryPlan:
             f"the embeddings and norms ({format_bytes(needs.non_layer)})",
             f"a workspace for {self.tokens_at_a_time:,} tokens at a time ({format_bytes(self.workspace)})",
             *([self._states_text()] if self._states_on_device else []),
+            *([self._recorded_text()] if self.room.host is None and needs.recorded else []),
         ]
         if needs.non_layer + max(needs.loading, needs.layer) > limit.nbytes:
             remedy = f"Even without hidden states and workspace it would not fit. You can {limit.remedy}."
@@ -188,6 +198,9 @@ class MemoryPlan:
             f"{', '.join(parts[:-1])} and {parts[-1]} need {format_bytes(self.device_bytes)} of memory together, but "
             f"{limit.words}. {remedy}"
         )
+
+    def _recorded_text(self) -> str:
+        return f"the scores of channels ({format_bytes(self.needs.recorded)}; none with --no-channels)"
 
     def _states_text(self) -> str:
         share = f"one of {self.needs.processes} shares: " if self.needs.processes > 1 else ""

@@ -108,5 +108,10 @@ def print_scores(progress: Progress, output: Path, scores: Scores, summary: Mapp
         f"done in {summary['seconds']:.0f} s: {output}, {format_bytes(output.stat().st_size)}: {len(scores.layers)} "
         f"layers, {scores.spec.count} experts each, {len(scores.sources)} sources"
     )
+    if scores.channel_bytes:
+        progress.say(
+            f"the scores of single channels take {format_bytes(scores.channel_bytes)} of it; --no-channels leaves them "
+            "out"
+        )
     name = shlex.quote(str(output))
     progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")

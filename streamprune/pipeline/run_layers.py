@@ -21,6 +21,7 @@ from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
+from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
@@ -112,7 +113,8 @@ class RunLayers:
         pruned_stream = self._target is not None and self._settings.propagate == "pruned"
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
-        stages: list[ForwardStage] = [ScoreStage(weights, experts, tokens, choose, pruned_stream)]
+        self._width = recorded_width(prepared.skeleton) if self._settings.channels else None
+        stages: list[ForwardStage] = [ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)]
         if pruned_stream or errors is not None:
             stages.append(PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors))
         return stages
@@ -288,7 +290,7 @@ class RunLayers:
             return None
         if result["block"] != index:
             raise ValueError("the result of another layer")
-        return read_statistics(result["statistics"], index, self._streamed.tokens_of, self._layout.spec.count)
+        return read_statistics(result, index, self._streamed.tokens_of, self._layout.spec.count, self._width)
 
     def _restore(self, first: int) -> int:
         """Restore the newest states from which layer `first` can be reached; returns the layer that they are of."""

@@ -6,7 +6,8 @@ modules run their plain forward, and a second time for the single experts (`bare
 each other and with the complete model. If the experts work in a latent space (Nemotron-H), f_j is their output there,
 before the projection back.
 
-Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs and padding), E experts, H hidden size.
+Shapes: T tokens, K experts chosen per token, P = T·K pairs, R rows (the pairs and padding), E experts, W channels of
+an expert, H hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.models.skeleton import DENSE_EXPERTS, dispatches_experts
+from streamprune.models.skeleton import DENSE_EXPERTS, Skeleton, dispatches_experts
+from streamprune.saliency.channels import channel_count, squared_column_norms, weighted_squares
 from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype, measure, norms, part_rows
 
 #: On a CPU in half precision an expert's rows are padded to a multiple of this share of the mean: oneDNN compiles a
@@ -38,13 +40,14 @@ class ExpertsTap:
 
     `grouped` means that `plain` is transformers' grouped_mm implementation, whose steps are also computed here, so that
     recording costs little. Otherwise `plain` runs a second time. `residual_T` are the norms of the residual stream that
-    last entered the layer.
+    last entered the layer. `column_norms` are ‖down[:, j]‖² (E, W) of all channels, once they were needed.
     """
 
     plain: Callable[..., torch.Tensor]
     grouped: bool
     statistics: ExpertStatistics | None = None
     residual_T: torch.Tensor | None = None
+    column_norms: torch.Tensor | None = None
 
     @contextmanager
     def listening(self, layer: nn.Module) -> Iterator[None]:
@@ -54,7 +57,7 @@ class ExpertsTap:
             yield
         finally:
             hook.remove()
-            self.statistics = self.residual_T = None
+            self.statistics = self.residual_T = self.column_norms = None
 
     def _entering(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         stream = args[0] if args else named["hidden_states"]
@@ -70,6 +73,33 @@ class ExpertsTap:
                 "cannot be compared. Please report this model."
             )
         self.statistics.add(pairs, self.residual_T)
+
+    def record_channels(self, module: Any, inner_RW: torch.Tensor, rows: Rows, gates_TK: torch.Tensor) -> None:
+        """Add the energies of a micro-batch's channels to the statistics, from the activations of its rows."""
+        assert self.statistics is not None
+        assert self.statistics.channels is not None
+        if self.column_norms is None:
+            self.column_norms = squared_column_norms(module)
+        squares_P = gates_TK.to(exact_dtype(inner_RW)).square().reshape(-1)
+        squares_R = squares_P.new_zeros(len(inner_RW)).index_copy_(0, rows.row_TK.reshape(-1), squares_P)
+        sums_EW = weighted_squares(inner_RW, squares_R, rows.ends_E, rows.counts_E)
+        self.statistics.channels[0] += sums_EW.mul_(self.column_norms)
+
+
+def recorded_width(skeleton: Skeleton) -> int | None:
+    """The channels of each expert whose energies can be recorded; None if they cannot.
+
+    That is so if experts cannot be made narrower (`Skeleton.fixed_width`), if some module does not run transformers'
+    grouped_mm implementation, whose activations are seen here, or if it has a norm behind the down projection, so that
+    channels do not simply add up. The modules may be tapped already.
+    """
+    modules = [skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()]
+    for module in modules:
+        grouped = _make_tap(module).grouped and not getattr(module, "_is_expert_parallel", False)
+        if not grouped or getattr(module, "has_post_expert_norm", False):
+            return None
+    widths = {channel_count(module) for module in modules}
+    return widths.pop() if skeleton.width is not None and len(widths) == 1 else None
 
 
 def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
@@ -119,8 +149,11 @@ def _tapped_forward(
             f"{len(hidden_TH)} tokens, which do not match. Please report this model."
         )
     if tap.grouped and not getattr(module, "_is_expert_parallel", False):
-        output, pairs = forward_with_pairs(module, hidden_TH, index_TK, gates_TK)
+        channels = tap.record_channels if tap.statistics.channels is not None else None
+        output, pairs = forward_with_pairs(module, hidden_TH, index_TK, gates_TK, channels)
     else:
+        # (`recorded_width` has said so.)
+        assert tap.statistics.channels is None
         output = tap.plain(module, hidden_states, *routing, **named)
         pairs = bare_pairs(tap, module, hidden_TH, index_TK, gates_TK, output.reshape(len(hidden_TH), -1))
     tap.record(pairs)
@@ -169,10 +202,22 @@ def bare_pairs(
     return Pairs(index_TK, gates_TK, gates_TK, *measure(output_TKH, gates_TK, sum_TH))
 
 
+#: Gets an experts module, the activations (R, W) that enter its down projection, the rows that they are of, and the
+#: gate weights (T, K).
+OnInner = Callable[[Any, torch.Tensor, "Rows", torch.Tensor], None]
+
+
 def forward_with_pairs(
-    module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
+    module: Any,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    on_inner: OnInner | None = None,
 ) -> tuple[torch.Tensor, Pairs]:
-    """The experts' combined output (T, H), and the measurements of each pair, in float32 or wider."""
+    """The experts' combined output (T, H), and the measurements of each pair, in float32 or wider.
+
+    `on_inner` sees the activations before the output exists, since both together would take more memory.
+    """
     rows = sort_by_expert(index_TK, module.num_experts, tile_of(hidden_TH, index_TK, module.num_experts))
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
@@ -184,6 +229,8 @@ def forward_with_pairs(
 
     inner = linear(hidden_TH.index_select(0, rows.token_R), "gate_up_proj" if module.has_gate else "up_proj")
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    if on_inner is not None:
+        on_inner(module, inner, rows, gates_TK)
     output_RH = linear(inner, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
         output_RH = module.post_expert_norm(output_RH)
@@ -195,12 +242,14 @@ def forward_with_pairs(
 class Rows:
     """Pairs in the order of their experts: each row's token and expert, where each expert's rows end, each pair's row.
 
-    Padding rows have some token and some expert, and belong to no pair.
+    Padding rows have some token and some expert, and belong to no pair: of each expert's rows, `counts_E` pairs come
+    first. (Counts may be floats.)
     """
 
     token_R: torch.Tensor
     expert_R: torch.Tensor
     ends_E: torch.Tensor
+    counts_E: torch.Tensor
     row_TK: torch.Tensor
 
 
@@ -225,11 +274,12 @@ def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
     # As in transformers: histc takes floats on the CPU and integers on CUDA.
     countable_P = expert_P.float() if expert_P.device.type == "cpu" else expert_P.int()
     counts_E = torch.histc(countable_P, bins=experts, min=0, max=experts - 1)
+    filled_E = counts_E
     token_R, expert_R = order_P // chosen, expert_P
     row_P = torch.arange(order_P.numel(), device=order_P.device)
     if tile > 1:
         fill_E = -counts_E.long() % tile
-        counts_E = counts_E + fill_E
+        filled_E = counts_E + fill_E
         before = torch.nn.functional.pad(torch.cumsum(fill_E, dim=0), (1, 0))
         row_P = row_P + before[expert_P.clamp(max=experts)]
         filled = order_P.numel() + int(before[-1])
@@ -237,7 +287,7 @@ def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
             torch.zeros(filled, dtype=torch.long).index_copy_(0, row_P, values) for values in (token_R, expert_R)
         )
     row_TK = torch.empty_like(order_P).index_copy_(0, order_P, row_P).view(index_TK.shape)
-    return Rows(token_R, expert_R, torch.cumsum(counts_E, dim=0, dtype=torch.int32), row_TK)
+    return Rows(token_R, expert_R, torch.cumsum(filled_E, dim=0, dtype=torch.int32), counts_E, row_TK)
 
 
 def _combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamprune.errors import ScoresError
-from streamprune.saliency.scores import Array
+from streamprune.saliency.scores import FIELDS, Array
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Method:
     is_random: bool = False
 
 
+#: The mean activation norm, which has two names.
+_MAN = Method(
+    lambda statistics: statistics.mean("norms"),
+    "the mean, over the tokens routed to it, of the norm of its output before the router weight",
+    "MAN, arXiv:2606.15716",
+)
 #: Every method by its name on the command line, in the order of the help text.
 METHODS: Mapping[str, Method] = {
     # Mean of g·‖f‖: router-weighted expert activation.
@@ -71,8 +77,15 @@ METHODS: Mapping[str, Method] = {
     "ean": Method(
         lambda statistics: statistics.total("norms"), "the sum of the norms of its outputs", "arXiv:2504.05586"
     ),
-    # Mean of ‖f‖ (the mean activation norm of arXiv:2606.15716).
-    "ean-mean": Method(lambda statistics: statistics.mean("norms"), "the mean norm of its outputs"),
+    # Mean of ‖f‖.
+    "man": _MAN,
+    "ean-mean": _MAN,
+    # Mean of ‖f‖².
+    "msan": Method(
+        lambda statistics: statistics.mean("squared_norms"),
+        "the mean, over the tokens routed to it, of the squared norm of its output before the router weight",
+        "MSAN, arXiv:2606.15716",
+    ),
     # Σ g·‖f‖: how often an expert is used counts too.
     "weighted-ean": Method(
         lambda statistics: statistics.total("gated_norms"),
@@ -108,10 +121,17 @@ DEFAULT_METHOD = "reap"
 def score_experts(method: str, statistics: MixedStatistics) -> Array:
     """The scores (E,) of the experts of one layer by a method of METHODS.
 
-    Raises ScoresError if statistics are so large that a score is infinite or NaN.
+    Raises ScoresError if statistics are so large that a score is infinite or NaN, or if they are of an earlier version
+    that did not record what the method needs.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        scores = METHODS[method].score(statistics)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = METHODS[method].score(statistics)
+    except KeyError as error:
+        raise ScoresError(
+            f"--method {method} needs {error.args[0]!r} ({FIELDS[error.args[0]]}), which the version of streamprune "
+            "that made these scores did not record. Score the model again, or choose another --method."
+        ) from None
     if not np.isfinite(scores).all():
         expert = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ScoresError(

@@ -4,7 +4,9 @@ All fields but one are sums over tokens, so that sources can be weighted exactly
 a token routed to expert j, g is the gate weight with which the model combines j's output f (before the gate), o the
 layer's routed output Σ g·f of all experts that the token chose, and x the residual stream that enters the layer.
 
-Shapes: F fields, S sources, E experts.
+Where a model's channels can be told apart, there is also the energy of each channel: see `saliency.channels`.
+
+Shapes: F fields, S sources, E experts, W channels of an expert.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from streamprune.errors import ScoresError
 from streamprune.models.config_json import ExpertSpec
 
 Array = NDArray[np.float64]
+Floats = NDArray[np.float32]
 
 #: Name of each field -> what it is. Their order is that of the first axis of all statistics.
 FIELDS = {
@@ -33,7 +36,10 @@ FIELDS = {
     "relative_energies": "Σ (g·‖f‖₂)² / ‖x‖₂²",
     "cosines": "Σ cos(g·f, o)",
     "top_choices": "tokens whose largest gate weight the expert had",
+    "squared_norms": "Σ ‖f‖₂²",
 }
+#: Scores of format 1 and 2 have no fields but the first so many.
+FIELDS_BEFORE = 9
 #: Fields that count tokens, and those that are maxima instead of sums.
 COUNTS = frozenset({"tokens", "top_choices"})
 MAXIMA = frozenset({"peaks"})
@@ -51,10 +57,20 @@ _SLACK = 1e-2
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """The statistics of the experts of layer `index`: `values` (F, S, E), float64, in the order of FIELDS."""
+    """The statistics of the experts of layer `index`: `values` (F, S, E), float64, in the order of FIELDS.
+
+    `channels` (S, E, W), float32, are the energies of each expert's channels; None if they were not recorded. Scores of
+    earlier versions have FIELDS_BEFORE fields only.
+    """
 
     index: int
     values: Array = field(repr=False)
+    channels: Floats | None = field(default=None, repr=False)
+
+    @property
+    def fields(self) -> dict[str, Array]:
+        """The statistics (S, E) by field: all that were recorded."""
+        return dict(zip(FIELDS, self.values, strict=False))
 
     def mixed(self, weights: Sequence[float]) -> Mapping[str, Array]:
         """The statistics (E,) by field of all sources together, each source weighted by its entry in `weights` (S,).
@@ -62,18 +78,26 @@ class LayerStatistics:
         The weight of a source is how often each of its tokens counts. Sources with weight 0 are ignored, also their
         peaks.
         """
-        factors = np.asarray(weights, dtype=np.float64)
-        used = self.values[:, factors > 0]
-        result = {}
-        for name, values in zip(FIELDS, used, strict=True):
-            if name in MAXIMA:
-                result[name] = values.max(axis=0, initial=0.0)
-                continue
-            # One source after the other, since a matrix product would round differently on other processors.
-            result[name] = np.zeros(values.shape[1])
-            for factor, of_source in zip(factors[factors > 0], values, strict=True):
-                result[name] += factor * of_source
-        return result
+        used = np.asarray(weights, dtype=np.float64) > 0
+        return {
+            name: values[used].max(axis=0, initial=0.0) if name in MAXIMA else _weighted_sum(values, weights)
+            for name, values in self.fields.items()
+        }
+
+    def mixed_channels(self, weights: Sequence[float]) -> Array:
+        """The channels' energies (E, W), float64, with the sources weighted as in `mixed`; they must be recorded."""
+        assert self.channels is not None
+        return _weighted_sum(self.channels, weights)
+
+
+def _weighted_sum(by_source: NDArray[Any], weights: Sequence[float]) -> Array:
+    """Σ weight·values over the sources, the first axis, in float64."""
+    # One source after the other, since a matrix product would round differently on other processors.
+    total = np.zeros(by_source.shape[1:])
+    for weight, values in zip(weights, by_source, strict=True):
+        if weight > 0:
+            total += np.float64(weight) * values
+    return total
 
 
 @dataclass(frozen=True)
@@ -97,28 +121,57 @@ class Scores:
         return tuple(layer.index for layer in self.layers)
 
     @property
+    def channel_bytes(self) -> int:
+        """Bytes of the energies of all channels; 0 if they were not recorded."""
+        return sum(layer.channels.nbytes for layer in self.layers if layer.channels is not None)
+
+    @property
     def tokens(self) -> int:
         """Calibration tokens of all sources together."""
         return sum(self.source_tokens)
 
 
-def pack(values: Array) -> str:
-    """Statistics as text, exact to the bit: base64 of their little-endian float64 values."""
-    return base64.b64encode(values.astype("<f8").tobytes()).decode()
+def pack(values: NDArray[Any]) -> str:
+    """Statistics as text, exact to the bit: base64 of their little-endian values, float64 or float32."""
+    return base64.b64encode(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()).decode()
 
 
 def unpack(text: str, sources: int, experts: int) -> Array:
     """Statistics (F, S, E) from `pack`. Raises ValueError or TypeError for text that is not of this size."""
-    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8")
-    return values.reshape(len(FIELDS), sources, experts).astype(np.float64)
+    return _unpacked(text, "<f8").reshape(len(FIELDS), sources, experts)
 
 
-def read_statistics(text: str, layer: int, source_tokens: Sequence[int], experts: int) -> LayerStatistics:
+def unpack_channels(text: str, shape: Sequence[int], code: str) -> NDArray[Any]:
+    """Energies of channels (S, E, W) from `pack`, of the dtype "f8" or "f4".
+
+    Raises ValueError or TypeError for text that is not of this shape.
+    """
+    return _unpacked(text, f"<{code}").reshape(shape)
+
+
+def _unpacked(text: str, code: str) -> NDArray[Any]:
+    # Bytes that can be written to, as torch wants them.
+    return np.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=code)
+
+
+def read_statistics(
+    facts: Mapping[str, Any],
+    layer: int,
+    source_tokens: Sequence[int],
+    experts: int,
+    width: int | None,
+    code: str = "f4",
+) -> LayerStatistics:
     """Recorded statistics of a layer, complete or not, from `pack`.
 
-    Raises ValueError or TypeError for impossible statistics, early and not after hours, when all are written.
+    `facts` has the `statistics`, and if channels are recorded, `width` for each expert, these `channels` with the dtype
+    `code` ("f8" for sums that are not complete).
+    Raises KeyError, ValueError or TypeError for impossible statistics, early and not after hours, when all are written.
     """
-    statistics = LayerStatistics(layer, unpack(text, len(source_tokens), experts))
+    channels = None
+    if width is not None:
+        channels = unpack_channels(facts["channels"], (len(source_tokens), experts, width), code)
+    statistics = LayerStatistics(layer, unpack(facts["statistics"], len(source_tokens), experts), channels)
     try:
         check_layer(statistics, source_tokens, experts)
     except ScoresError as error:
@@ -131,12 +184,12 @@ def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: i
 
     Values are finite, counts are integers up to the source's tokens, and without tokens all values are 0.
     """
-    shape = (len(FIELDS), len(source_tokens), experts)
+    shape = (FIELDS_BEFORE if len(layer.values) == FIELDS_BEFORE else len(FIELDS), len(source_tokens), experts)
     if layer.values.shape != shape:
         raise ScoresError(
             f"layer {layer.index} has statistics {layer.values.shape} instead of {shape}. Score the model again."
         )
-    fields = dict(zip(FIELDS, layer.values, strict=True))
+    fields = layer.fields
     tokens = fields["tokens"]
     limits = np.asarray(source_tokens, dtype=np.float64)[:, None]
     for name, values in fields.items():
@@ -155,3 +208,23 @@ def check_layer(layer: LayerStatistics, source_tokens: Sequence[int], experts: i
                 f"{tokens[source, expert]:g} tokens of {source_tokens[source]:g}, which is impossible. Score the model "
                 "again."
             )
+    if layer.channels is not None:
+        _check_channels(layer.index, layer.channels, tokens)
+
+
+def _check_channels(index: int, channels: NDArray[Any], tokens: Array) -> None:
+    """Raise ScoresError unless the energies of a layer's channels (S, E, W) are possible for `tokens` (S, E)."""
+    if channels.ndim != 3 or channels.shape[:2] != tokens.shape or not channels.size:
+        raise ScoresError(
+            f"layer {index} has channels {channels.shape} for {tokens.shape[0]} sources and {tokens.shape[1]} experts. "
+            "Score the model again."
+        )
+    wrong = ~((channels >= 0) & (channels < np.inf))
+    wrong |= (tokens == 0)[:, :, None] & (channels != 0)
+    if wrong.any():
+        source, expert, channel = (int(number) for number in np.argwhere(wrong)[0])
+        raise ScoresError(
+            f"layer {index}, expert {expert}, source {source}: the energy of channel {channel} is "
+            f"{channels[source, expert, channel]:g} with {tokens[source, expert]:g} tokens, which is impossible. Score "
+            "the model again."
+        )

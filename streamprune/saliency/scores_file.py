@@ -1,7 +1,9 @@
 """The scores file: one small safetensors file, made to be shared. Imports no torch.
 
 It has a tensor per layer and field of `scores.FIELDS`, for example `layers.3.gated_norms`: a row per source of the
-calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. Its metadata are
+calibration text, a column per expert; int64 for counts of tokens, float64 otherwise. If the experts' channels were
+scored, there is also a tensor `layers.3.channels` per layer, float32: their energies, by source, expert and channel
+(see `saliency.channels`). The metadata are
 
 - `streamprune_scores`: the number of the format;
 - `about`, `fields`: what this is, and what each field is, for people who open the file;
@@ -15,8 +17,9 @@ All but the first two are JSON. The same scores give the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain, pairwise
 from pathlib import Path
@@ -32,22 +35,33 @@ from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_atomically, writing
 from streamprune.files.json_text import parse_json, read_limited, show
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
-from streamprune.saliency.scores import COUNTS, FIELDS, MOST_TOKENS, LayerStatistics, Scores, check_layer
+from streamprune.saliency.scores import (
+    COUNTS,
+    FIELDS,
+    FIELDS_BEFORE,
+    MOST_TOKENS,
+    LayerStatistics,
+    Scores,
+    check_layer,
+)
 
 SCORES_NAME = "scores.safetensors"
 #: Their subfolder in a pruned model: not next to the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
-#: The format that is written. Format 1, of streamprune 0.1.0, only differs in this number.
-FORMAT = 2
-READABLE_FORMATS = ("1", "2")
-#: 94 layers with 512 experts each and 30 sources take 100 MB; a real file has a few.
-MOST_BYTES = 2**29
+#: The format that is written. Format 1, of streamprune 0.1.0, and format 2, of 0.2.0, have no channels and only
+#: FIELDS_BEFORE fields; they are read, and written as format 3 without what they lack.
+FORMAT = 3
+READABLE_FORMATS = ("1", "2", "3")
+#: DeepSeek-V3's channels take 122 MB a source, Qwen3-30B-A3B's 19 MB; without channels a real file has a few MB.
+MOST_BYTES = 2**32
 MOST_HEADER_BYTES = 2**26
 _MARK = "streamprune_scores"
 _ABOUT = (
     "Scores of streamprune: what each expert of a Mixture-of-Experts model did on calibration text, by source. "
-    "Tensors layers.N.FIELD have a row per source and a column per expert."
+    "Tensors layers.N.FIELD have a row per source and a column per expert. Tensors layers.N.channels "
+    "also have an axis for the channels of each expert."
 )
+_CHANNELS = "channels"
 _DTYPES: dict[bool, tuple[str, str]] = {True: ("I64", "<i8"), False: ("F64", "<f8")}
 
 _Index = Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
@@ -131,18 +145,35 @@ def write_scores(path: Path, scores: Scores) -> None:
     _checked_metadata(metadata)
     for layer in scores.layers:
         check_layer(layer, scores.source_tokens, scores.spec.count)
-    shape = [len(scores.sources), scores.spec.count]
-    tensors = ((_tensor_name(index, name), _DTYPES[name in COUNTS][0], shape, 8 * shape[0] * shape[1])
-               for index in scores.layer_indices for name in FIELDS)  # fmt: skip
-    header = encode_header({_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(FIELDS), **metadata}, tensors)
-    values = (
-        np.ascontiguousarray(values, dtype=_DTYPES[name in COUNTS][1]).tobytes()
-        for layer in scores.layers
-        for name, values in zip(FIELDS, layer.values, strict=True)
+    _check_alike(scores)
+    fields = {name: FIELDS[name] for name in scores.layers[0].fields}
+    header = encode_header(
+        {_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(fields), **metadata},
+        ((name, dtype, values.shape, values.nbytes) for name, dtype, values in _tensors_of(scores)),
     )
+    tensors = (np.ascontiguousarray(values).reshape(-1).view(np.uint8).data for _, _, values in _tensors_of(scores))
     with writing("Writing the scores", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream_atomically(path, chain([header], values))
+        stream_atomically(path, chain([header], tensors))
+
+
+def _check_alike(scores: Scores) -> None:
+    """Raise ScoresError unless all layers have the same fields and channels."""
+    kinds = {(len(layer.values), None if layer.channels is None else layer.channels.shape) for layer in scores.layers}
+    if len(kinds) > 1:
+        raise ScoresError("its layers have different fields or channels. Score the model again.")
+
+
+def _tensors_of(scores: Scores) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Name, dtype and values of every tensor, in the order of the file."""
+    for layer in scores.layers:
+        for name, values in layer.fields.items():
+            dtype, code = _DTYPES[name in COUNTS]
+            yield _tensor_name(layer.index, name), dtype, values.astype(code, copy=False)
+    # Last, since they may leave the following tensor at no multiple of 8 bytes.
+    for layer in scores.layers:
+        if layer.channels is not None:
+            yield _tensor_name(layer.index, _CHANNELS), "F32", layer.channels.astype("<f4", copy=False)
 
 
 def _metadata_of(scores: Scores) -> dict[str, str]:
@@ -236,7 +267,7 @@ def _parse(path: Path, data: bytes) -> Scores:
     if metadata[_MARK] not in READABLE_FORMATS:
         raise ScoresError(
             f"the scores have format {show(metadata[_MARK])}, but this version of streamprune reads "
-            f"{' and '.join(READABLE_FORMATS)}. Update streamprune, or score the model again."
+            f"{READABLE_FORMATS[0]} to {READABLE_FORMATS[-1]}. Update streamprune, or score the model again."
         )
     return _scores_of(metadata, {entry.name: entry for entry in entries}, data)
 
@@ -246,28 +277,45 @@ def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
     spec = msgspec.convert(msgspec.structs.asdict(facts.experts), ExpertSpec)
     sources = tuple(source.name for source in facts.sources)
     tokens = tuple(source.tokens for source in facts.sources)
-    expected = {_tensor_name(index, name) for index in facts.blocks for name in FIELDS}
+    fields, width = _contents(metadata[_MARK], facts.blocks[0], entries)
+    names = [*fields, *([_CHANNELS] if width is not None else [])]
+    expected = {_tensor_name(index, name) for index in facts.blocks for name in names}
     if expected != entries.keys():
         missing, more = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
         what = f"lacks {len(missing)} tensors, first {missing[0]}" if missing else f"has the unknown {show(more[0])}"
-        raise _damaged(f"for {len(facts.blocks)} layers with {len(FIELDS)} fields each it {what}")
+        raise _damaged(f"for {len(facts.blocks)} layers with {len(names)} tensors each it {what}")
     layers = []
     for index in facts.blocks:
         shape = (len(sources), spec.count)
-        tensors = [_tensor(entries[_tensor_name(index, name)], name, shape, data) for name in FIELDS]
-        layer = LayerStatistics(index, np.stack(tensors))
+        tensors = [
+            _tensor(entries[_tensor_name(index, name)], *_DTYPES[name in COUNTS], shape, data) for name in fields
+        ]
+        channels = None
+        if width is not None:
+            channels = _tensor(entries[_tensor_name(index, _CHANNELS)], "F32", "<f4", (*shape, width), data)
+        layer = LayerStatistics(index, np.stack([values.astype(np.float64) for values in tensors]), channels)
         check_layer(layer, tokens, spec.count)
         layers.append(layer)
     layout = None if facts.layout is msgspec.UNSET else facts.layout
     return Scores(tuple(layers), sources, tokens, spec, facts.provenance, layout)
 
 
-def _tensor(entry: TensorEntry, name: str, shape: tuple[int, int], data: bytes) -> NDArray[np.float64]:
-    dtype, code = _DTYPES[name in COUNTS]
+def _contents(mark: str, first: int, entries: Mapping[str, TensorEntry]) -> tuple[tuple[str, ...], int | None]:
+    """The fields that a file of this format has, by the tensors of its first layer, and its channels per expert."""
+    if mark != str(FORMAT):
+        return tuple(FIELDS)[:FIELDS_BEFORE], None
+    later = tuple(FIELDS)[FIELDS_BEFORE:]
+    is_old = not any(_tensor_name(first, name) in entries for name in later)
+    channels = entries.get(_tensor_name(first, _CHANNELS))
+    width = channels.shape[-1] if channels is not None and channels.shape else None
+    return tuple(FIELDS)[: FIELDS_BEFORE if is_old else None], width
+
+
+def _tensor(entry: TensorEntry, dtype: str, code: str, shape: tuple[int, ...], data: bytes) -> NDArray[Any]:
+    """The values of a tensor: a view of the file's bytes. Raises ScoresError for another dtype or shape."""
     if entry.dtype != dtype or entry.shape != shape:
         raise _damaged(f"tensor {entry.name} is {entry.dtype} {show(entry.shape)} instead of {dtype} {shape}")
-    values = np.frombuffer(data, dtype=code, count=shape[0] * shape[1], offset=entry.begin)
-    return values.reshape(shape).astype(np.float64)
+    return np.frombuffer(data, dtype=code, count=math.prod(shape), offset=entry.begin).reshape(shape)
 
 
 def _damaged(what: str) -> ScoresError:

@@ -1,6 +1,7 @@
 """Measuring what each chosen expert contributes to a token, and summing it on the device (see `saliency.scores`).
 
-Shapes: T tokens, K experts chosen per token, E experts, H hidden size, F fields of the statistics, S sources.
+Shapes: T tokens, K experts chosen per token, E experts, W channels of an expert, H hidden size, F fields of the
+statistics, S sources.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from streamprune.distributed.processes import Processes
 from streamprune.hardware.device import is_gpu
-from streamprune.saliency.scores import FIELDS, MAXIMA, LayerStatistics
+from streamprune.saliency.scores import FIELDS, MAXIMA, MAXIMA_PLACES, LayerStatistics
 
 #: Values that are converted to float32 at a time, few enough to stay in the caches. Converting all outputs of a
 #: micro-batch at once would allocate new memory each time, which takes a CPU longer than the arithmetic (15 of 33 ms
@@ -38,10 +40,17 @@ class Pairs:
 
 
 class ExpertStatistics:
-    """Statistics of the experts of one layer: `values` (F, S, E), float64, on the layer's device."""
+    """Statistics of the experts of one layer: `values` (F, S, E), float64, on the layer's device.
 
-    def __init__(self, experts: int, device: torch.device, sources: int = 1) -> None:
+    `channels` (S, E, W), float64, are the energies of the `width` channels of each expert (see `saliency.channels`);
+    None if they are not recorded.
+    """
+
+    def __init__(self, experts: int, device: torch.device, sources: int = 1, width: int | None = None) -> None:
         self.values = torch.zeros((len(FIELDS), sources, experts), dtype=torch.float64, device=device)
+        self.channels: torch.Tensor | None = None
+        if width is not None:
+            self.channels = torch.zeros((sources, experts, width), dtype=torch.float64, device=device)
 
     def add(self, pairs: Pairs, residual_T: torch.Tensor, source: int = 0) -> None:
         """Add T tokens of one source; `residual_T` are the norms of the residual stream that enters the layer."""
@@ -67,10 +76,19 @@ class ExpertStatistics:
                 torch.maximum(place, other.values[number, 0], out=place)
             else:
                 place += other.values[number, 0]
+        if self.channels is not None and other.channels is not None:
+            self.channels[source] += other.channels[0]
+
+    def add_up(self, processes: Processes) -> None:
+        """Add up the statistics of all ranks."""
+        processes.add_up(self.values, MAXIMA_PLACES)
+        if self.channels is not None:
+            processes.add_up(self.channels)
 
     def of_layer(self, index: int) -> LayerStatistics:
         """The statistics of layer `index`, as they are recorded."""
-        return LayerStatistics(index, self.values.cpu().numpy())
+        channels = self.channels.float().cpu().numpy() if self.channels is not None else None
+        return LayerStatistics(index, self.values.cpu().numpy(), channels)
 
 
 def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,6 +107,7 @@ def _fields(pairs: Pairs, residual_T: torch.Tensor) -> Iterator[tuple[str, torch
     yield "relative_energies", torch.where(energy_T1 > 0, gated.square() / energy_T1, 0.0)
     yield "cosines", pairs.cosines.double()
     yield "top_choices", torch.zeros_like(gated).scatter_(1, top_T1, 1.0)
+    yield "squared_norms", norms.square()
 
 
 def part_rows(tensor: torch.Tensor, row_values: int) -> int:

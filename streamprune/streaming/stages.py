@@ -28,7 +28,7 @@ from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
-from streamprune.saliency.scores import FIELDS, MAXIMA_PLACES, LayerStatistics, pack, read_statistics, unpack
+from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.batches import Among, every
 from streamprune.streaming.forward import ORIGINAL, PRUNED, non_finite_tokens, relative_errors, side_of, with_side
@@ -197,7 +197,8 @@ class ScoreStage(ForwardStage):
 
     Each source of the calibration has `source_tokens`. `choose` selects what stays of a layer's experts, from its
     statistics; None if that is selected later. With `pruned_stream` the states of the calibration are not changed in
-    layers with experts: the pruned forward continues from them. A replayed layer is not scored again.
+    layers with experts: the pruned forward continues from them. A replayed layer is not scored again. If `width` is not
+    None, the energies of the experts' channels, so many each, are recorded too.
     """
 
     name = "score"
@@ -209,13 +210,13 @@ class ScoreStage(ForwardStage):
         source_tokens: Sequence[int],
         choose: Callable[[LayerStatistics], KeptExperts] | None,
         pruned_stream: bool,
+        width: int | None = None,
     ) -> None:
         super().__init__(weights, ORIGINAL, is_held_out)
         layers = weights.decoder.layers
-        self._taps = tap_experts(
-            {index: layers[index].get_submodule(path) for index, path in _experts_of(weights).items()}
-        )
-        self._experts, self._source_tokens = experts, source_tokens
+        modules = {index: layers[index].get_submodule(path) for index, path in _experts_of(weights).items()}
+        self._taps = tap_experts(modules)
+        self._experts, self._source_tokens, self._width = experts, source_tokens, width
         self._choose, self._pruned_stream = choose, pruned_stream
         #: The sums over the micro-batches that are done, while a layer is scored; and those of the last micro-batch.
         self._total: ExpertStatistics | None = None
@@ -254,9 +255,9 @@ class ScoreStage(ForwardStage):
         if self._total is None or self._tap(task) is None:
             return
         if not restored:
-            processes.add_up(self._total.values, MAXIMA_PLACES)
+            self._total.add_up(processes)
         task.statistics = self._total.of_layer(task.index)
-        if not task.statistics.values[list(FIELDS).index("tokens")].any():
+        if not task.statistics.fields["tokens"].any():
             raise UnsupportedModelError(
                 f"Layer {task.index} has experts, but its forward bypassed them, so they cannot be scored. "
                 "Please report this model."
@@ -270,13 +271,16 @@ class ScoreStage(ForwardStage):
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
         total = copy.deepcopy(self._total)
-        if total is not None and in_work:
-            processes.add_up(total.values, MAXIMA_PLACES)
-        return {"statistics": pack(total.of_layer(0).values) if total is not None else None}
+        if total is None:
+            return {"statistics": None}
+        if in_work:
+            total.add_up(processes)
+        channels = {"channels": pack(total.channels.cpu().numpy())} if total.channels is not None else {}
+        return {"statistics": pack(total.values.cpu().numpy()), **channels}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
         if facts["statistics"] is not None:
-            read_statistics(facts["statistics"], layer, self._source_tokens, self._experts)
+            self._restored(facts, layer)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
         self._total = None
@@ -284,8 +288,14 @@ class ScoreStage(ForwardStage):
             self._total = self._no_statistics(len(self._source_tokens))
             # Sums that are not added up yet are restored in one rank only; complete ones in all.
             if processes.is_first or not in_work:
-                values = unpack(facts["statistics"], len(self._source_tokens), self._experts)
-                self._total.values.copy_(torch.from_numpy(values))
+                found = self._restored(facts, layer)
+                self._total.values.copy_(torch.from_numpy(found.values))
+                if self._total.channels is not None:
+                    self._total.channels.copy_(torch.from_numpy(found.channels))
+
+    def _restored(self, facts: Mapping[str, Any], layer: int) -> LayerStatistics:
+        """The sums that were saved in a layer, with float64 `channels`. Raises as `check`."""
+        return read_statistics(facts, layer, self._source_tokens, self._experts, self._width, "f8")
 
     def _tap(self, task: LayerTask) -> ExpertsTap | None:
         """The hooks on a layer's experts; None if it is not to be scored."""
@@ -296,7 +306,7 @@ class ScoreStage(ForwardStage):
         return self._pruned_stream and task.index in self._taps
 
     def _no_statistics(self, sources: int = 1) -> ExpertStatistics:
-        return ExpertStatistics(self._experts, self.weights.device, sources)
+        return ExpertStatistics(self._experts, self.weights.device, sources, self._width)
 
 
 class PrunedForwardStage(ForwardStage):

@@ -46,6 +46,7 @@ from streamprune.files.durable import (
 from streamprune.formats.base import KeptExperts
 from streamprune.saliency.scores import LayerStatistics, pack
 from streamprune.work.records import (
+    MOST_LAYER_BYTES,
     MOST_RECORD_BYTES,
     RUN_NAMES,
     FinishedLayer,
@@ -130,7 +131,11 @@ class WorkFolder:
         self, index: int | None, layer: LayerStatistics | None, kept: KeptExperts, shards: list[FinishedShard]
     ) -> None:
         """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer."""
-        result = {"block": layer.index, "statistics": pack(layer.values)} if layer is not None else None
+        result: dict[str, Any] | None = None
+        if layer is not None:
+            result = {"block": layer.index, "statistics": pack(layer.values)}
+            if layer.channels is not None:
+                result["channels"] = pack(layer.channels)
         channels = kept.channels.as_text() if kept.channels is not None else None
         record = FinishedLayer(result, kept.experts, shards, channels)
         with writing(f"Recording a layer in {self._layers}", self.folder):
@@ -139,7 +144,7 @@ class WorkFolder:
 
     def read_layer(self, index: int | None) -> FinishedLayer | None:
         """The record of a finished layer, whose shards are not checked; None if it is not finished, or damaged."""
-        return converted(read_record(self._layer_path(index), MOST_RECORD_BYTES), FinishedLayer)
+        return converted(read_record(self._layer_path(index), MOST_LAYER_BYTES), FinishedLayer)
 
     def is_intact(self, shard: FinishedShard) -> bool:
         """Whether a shard has the size and checksum that were recorded."""

@@ -20,7 +20,7 @@ from measuring.watching import SyncWarnings
 from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
 from streamprune.planning.prepare import calibrate, plan_pruning, prepare
 from streamprune.saliency import statistics as recording
-from streamprune.saliency.hooks import ExpertsTap, tap_experts
+from streamprune.saliency.hooks import ExpertsTap, recorded_width, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.forward import LayerForward, non_finite_tokens
 from streamprune.streaming.layer_weights import LayerWeights
@@ -52,7 +52,8 @@ class Layer:
     def record(self) -> torch.Tensor:
         """The micro-batch with what is recorded, from its token ids to the sums. Call it within `listening`."""
         _, _, count = self.total.values.shape
-        self.tap.statistics = ExpertStatistics(count, self.device)
+        width = self.total.channels.shape[-1] if self.total.channels is not None else None
+        self.tap.statistics = ExpertStatistics(count, self.device, width=width)
         ids = self.ids.to(self.device, non_blocking=True)
         after = self.stream.run_layer(self.index, self.module, ids, self.before)
         non_finite_tokens(after)
@@ -125,7 +126,7 @@ def _loaded(settings: RunSettings, device: torch.device) -> Iterator[Layer]:
                 before = weights.forward.run_layer(0, first, ids.to(device), before)
         module = stack.enter_context(weights.layer(index))
         experts = module.get_submodule(skeleton.experts[index])
-        total = ExpertStatistics(prepared.layout.spec.count, device)
+        total = ExpertStatistics(prepared.layout.spec.count, device, width=recorded_width(skeleton))
         yield Layer(weights.forward, module, experts, taps[index], ids, before, index, total, device)
 
 
