@@ -22,6 +22,8 @@ RESUME = ("auto", "required", "never")
 WORK_SUFFIX = ".work"
 #: Most bytes in a file name, on every usual file system.
 LONGEST_NAME = 255
+#: The value of --anchor for no text beside the calibration.
+NO_ANCHOR = "none"
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQ_LEN = 2048
@@ -235,6 +237,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
 
     With `evaluate` a part of the calibration is held out and measured on; `stop_if_kl` (nats per token) ends a run
     whose KL divergence there is larger. `channels`: also score the channels of each expert, where that is possible.
+    With `refit` the down projections of the kept experts are refitted, also to the text `anchor` (as in `calibration`;
+    NO_ANCHOR: to no other text; None: to built-in text if the calibration has a single source).
     """
 
     only_score: bool = False
@@ -247,6 +251,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     evaluate: bool = False
     stop_if_kl: float | None = None
     channels: bool = True
+    refit: bool = False
+    anchor: str | None = None
 
     def __post_init__(self) -> None:
         if not self.only_score:
@@ -260,6 +266,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
             raise SettingsError(
                 f"--checkpoint-every {self.checkpoint_every:g} is not a number of seconds. 0: after every layer."
             )
+        self._check_refit()
         if self.evaluate and self.only_score:
             raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
         if self.stop_if_kl is not None and not self.evaluate:
@@ -267,6 +274,25 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
         if self.stop_if_kl is not None and not 0 < self.stop_if_kl < float("inf"):
             raise SettingsError(
                 f"--stop-if-kl {self.stop_if_kl:g} is not a KL divergence. Give nats per token above 0."
+            )
+
+    def _check_refit(self) -> None:
+        if self.anchor is not None and not self.refit:
+            raise SettingsError(f"--anchor {self.anchor} is the text that --refit also fits to, which is not given.")
+        if not self.refit:
+            return
+        if self.only_score:
+            raise SettingsError("--refit changes weights of a pruned model, and scoring alone makes none.")
+        if self.needs_all_layers:
+            cause = "--protect-super-experts" if self.protect_super_experts else f"--schedule {self.schedule}"
+            raise SettingsError(
+                f"--refit needs each layer's experts selected before the next is scored, but with {cause} they are "
+                "selected once all layers are scored. Leave out one of the two."
+            )
+        if self.propagate == "pruned":
+            raise SettingsError(
+                "--refit fits the pruned layers to the original ones, so it needs the original stream beside the "
+                "pruned one, and scores on it. Leave out --propagate pruned."
             )
 
 

@@ -147,14 +147,6 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
     """A stage hands a tensor to the writer: its hash is proved, a changed byte found, its origin on record."""
     plan, opened = planned(model)
     name = "model.layers.1.mlp.experts.0.down_proj.weight"
-    shards = [
-        replace(
-            shard,
-            tensors=tuple(replace(each, stage="refit") if each.name == name else each for each in shard.tensors),
-        )
-        for shard in plan.shards
-    ]
-    plan = replace(plan, shards=tuple(shards))
     tensor = next(each for each in plan.tensors if each.name == name)
     made = StageTensor("refit", torch.rand(tensor.shape).numpy().tobytes())
     kept = dict.fromkeys(plan.counts, KeptExperts((0, 2, 3, 5, 7)))
@@ -163,12 +155,18 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
         writer = OutputWriter(plan, opened.checkpoint, settings, work)
         for layer in (None, *range(plan.layout.layer_count)):
             stays = kept.get(layer, KeptExperts()) if layer is not None else KeptExperts()
-            written = writer.write_layer(layer, stays, {name: made})
+            computed = {name: made} if layer == 1 else {}
+            written = writer.write_layer(layer, stays, computed)
+            origins = {each: tensor.origin for each, tensor in computed.items()}
+            work.write_layer(layer, None, stays, written, origins)
             assert [shard.nbytes for shard in written] == [
                 (work.staging / shard.file).stat().st_size for shard in written
             ]
-        # Proved again by another process, which knows what the shards themselves say.
+        # Proved again by another process, which knows what is on record.
         again = OutputWriter(plan, opened.checkpoint, settings, work)
+        record = work.read_layer(1)
+        assert record is not None
+        assert again.read_computed(1, record) == {name: made}
         proof = again.verify(kept)
         assert (proof.tensors, proof.nbytes, proof.computed) == (len(plan.tensors), plan.output_bytes, 1)
         layers = [{"index": layer, "kept": each.experts} for layer, each in kept.items()]
@@ -179,6 +177,9 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
     assert recorded == {name: {"stage": "refit", "sha256": made.origin.sha256}}
     computed = {each: Computed(**origin) for each, origin in recorded.items()}
     assert prove_tensors(plan.tensors, kept, computed, model, output, entries).computed == 1
+    norm = "model.layers.1.input_layernorm.weight"
+    with pytest.raises(VerifyError, match=rf"{norm} is on record as computed by refit, which only tensors of experts"):
+        prove_tensors(plan.tensors, kept, {norm: computed[name]}, model, output, entries)
     path = output / entries[name].file
     data = bytearray(path.read_bytes())
     data[entries[name].begin + 5] ^= 1

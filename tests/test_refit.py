@@ -34,7 +34,7 @@ class Problem:
 
     @property
     def fit(self) -> Fit:
-        return Fit(self.activation, EXPERTS, INNER, CPU)
+        return Fit(self.activation, EXPERTS, INNER, HIDDEN, CPU)
 
     def effects(self, changes: torch.Tensor) -> torch.Tensor:
         """What changes (K, I, H) add to the output of every token, (N, H), float64, written as plainly as possible."""

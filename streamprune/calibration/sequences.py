@@ -30,17 +30,33 @@ from streamprune.config import DEFAULT_SEQ_LEN
 from streamprune.errors import CalibrationError
 from streamprune.tables import plain
 
+#: What a sequence is for in a refit: weights are fitted to it, or the fit is judged by it.
+FIT, JUDGE = "fit", "judge"
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences that go through a layer together: token ids (B, L), int64, all of one source (its index).
 
-    With `held_out` they are only used to measure the loss.
+    With `held_out` they are only used to measure the loss. `refit` is FIT or JUDGE if weights are refitted to them, or
+    the refit is judged by them, else empty; `anchor`: they are used for nothing else. All others are scored.
     """
 
     ids: torch.Tensor = field(repr=False)
     source: int
     held_out: bool = False
+    refit: str = ""
+    anchor: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether experts are scored on these sequences."""
+        return not self.held_out and not self.anchor
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether these sequences go through the original and through the pruned model."""
+        return self.held_out or bool(self.refit)
 
 
 @dataclass(frozen=True)
@@ -49,8 +65,9 @@ class Calibration:
 
     `sources` are the unique names of the sources, and `source_of` each sequence's index into them. `fingerprint` is a
     SHA-256 over the tokens and their sources; `notes` are remarks for the user; `recipe` states as JSON how the tokens
-    were made, without local folders. `held_out` is text of the same sources for measuring the loss; the other fields
-    do not include it.
+    were made, without local folders. `held_out` is text of the same sources for measuring the loss, and `anchor` text
+    of other sources that takes part in a refit; the other fields do not include them. `refit` says what each sequence
+    is for in a refit (FIT, JUDGE, or empty); it is empty if nothing is refitted.
     """
 
     sequences: tuple[torch.Tensor, ...] = field(repr=False)
@@ -60,6 +77,8 @@ class Calibration:
     notes: tuple[str, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     held_out: Calibration | None = field(default=None, repr=False)
+    anchor: Calibration | None = field(default=None, repr=False)
+    refit: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def tokens(self) -> int:
@@ -75,38 +94,51 @@ class Calibration:
         return tuple(counts)
 
     def micro_batches(self, max_tokens: int) -> list[MicroBatch]:
-        """Micro-batches of sequences of equal length and source, at most `max_tokens` each (or one sequence).
+        """Micro-batches of sequences of equal length, source and use, at most `max_tokens` each (or one sequence).
 
-        They are sorted by length, then by source; held-out ones come last.
+        They are sorted by length, then by source; then comes the anchor, and held-out ones come last.
         """
-        held_out = self.held_out._sizes(max_tokens) if self.held_out else []
-        return self.micro_batches_of(self._sizes(max_tokens) + held_out)
+        return self.micro_batches_of([size for part, _ in self._parts() for size in part._sizes(max_tokens)])
 
     def micro_batches_of(self, sizes: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches in the order of `micro_batches`, with these numbers of sequences.
 
         Raises ValueError if these sizes do not fit that order.
         """
-        if self.held_out is not None:
-            first = list(itertools.accumulate(sizes)).index(len(self.sequences)) + 1
-            own = replace(self, held_out=None).micro_batches_of(sizes[:first])
-            held_out = self.held_out.micro_batches_of(sizes[first:])
-            return own + [replace(batch, held_out=True) for batch in held_out]
-        ordered = self._ordered()
-        if sum(sizes) != len(ordered) or min(sizes, default=0) < 1:
-            raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {len(ordered)}")
-        remaining = iter(ordered)
+        total = sum(len(part.sequences) for part, _ in self._parts())
+        if sum(sizes) != total or min(sizes, default=0) < 1:
+            raise ValueError(f"{len(sizes)} micro-batches with {sum(sizes)} sequences, not {total}")
+        batches, begin, ends = [], 0, list(itertools.accumulate(sizes))
+        for part, use in self._parts():
+            until = (ends[begin - 1] if begin else 0) + len(part.sequences)
+            end = ends.index(until) + 1
+            batches += [replace(batch, **use) for batch in part._own_batches(sizes[begin:end])]
+            begin = end
+        return batches
+
+    def _parts(self) -> list[tuple[Calibration, dict[str, Any]]]:
+        """The calibration, its anchor and its held-out text, with the use of their micro-batches."""
+        others: tuple[tuple[Calibration | None, dict[str, Any]], ...]
+        others = ((self.anchor, {"anchor": True}), (self.held_out, {"held_out": True}))
+        return [(self, {}), *((part, use) for part, use in others if part is not None)]
+
+    def _own_batches(self, sizes: Sequence[int]) -> list[MicroBatch]:
+        remaining = iter(self._ordered())
         parts = [list(itertools.islice(remaining, size)) for size in sizes]
         if any(self._kind(part[0]) != self._kind(part[-1]) for part in parts):
             raise ValueError("a micro-batch of sequences of different lengths or sources")
         return [
-            MicroBatch(torch.stack([self.sequences[index] for index in part]), self.source_of[part[0]])
+            MicroBatch(
+                torch.stack([self.sequences[index] for index in part]),
+                self.source_of[part[0]],
+                refit=self.refit[part[0]] if self.refit else "",
+            )
             for part in parts
         ]
 
     def _sizes(self, max_tokens: int) -> list[int]:
         sizes: list[int] = []
-        for (length, _), group in itertools.groupby(self._ordered(), key=self._kind):
+        for (length, *_), group in itertools.groupby(self._ordered(), key=self._kind):
             count, size = len(list(group)), max(1, max_tokens // length)
             sizes += [min(size, count - start) for start in range(0, count, size)]
         return sizes
@@ -114,8 +146,8 @@ class Calibration:
     def _ordered(self) -> list[int]:
         return sorted(range(len(self.sequences)), key=self._kind)
 
-    def _kind(self, index: int) -> tuple[int, int]:
-        return len(self.sequences[index]), self.source_of[index]
+    def _kind(self, index: int) -> tuple[int, int, str]:
+        return len(self.sequences[index]), self.source_of[index], self.refit[index] if self.refit else ""
 
 
 #: A larger difference between the requested and the actual share of a source is noted.

@@ -48,7 +48,7 @@ def split_held_out(whole: Calibration) -> Calibration:
         count = max(1, round(SHARE * len(numbers)))
         held |= {numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)}
     rest = [number for number in range(len(whole.sequences)) if number not in held]
-    return replace(_part(whole, rest), held_out=_part(whole, sorted(held)))
+    return replace(_part(whole, rest), held_out=replace(_part(whole, sorted(held)), anchor=None))
 
 
 def _part(whole: Calibration, numbers: list[int]) -> Calibration:

@@ -7,13 +7,12 @@ If experts become narrower, the rows or columns of the channels that stay are ta
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
@@ -29,6 +28,7 @@ from streamprune.models.per_layer_experts import (
     has_per_layer_experts,
     modeling_source,
 )
+from streamprune.work.records import Computed
 
 #: The file in the output that records how it was made.
 REPORT_NAME = "streamprune.json"
@@ -46,11 +46,16 @@ class SourceSlice:
     experts: tuple[int, ...] = ()
 
 
-class Computed(msgspec.Struct, frozen=True):
-    """A written tensor that a stage of the run computed, and the SHA-256 of its bytes, in hex."""
+@dataclass(frozen=True)
+class StageTensor:
+    """A tensor that a stage of the run computed: the stage's name, and the tensor's bytes as they are written."""
 
     stage: str
-    sha256: str
+    data: bytes
+
+    @property
+    def origin(self) -> Computed:
+        return Computed(self.stage, hashlib.sha256(self.data).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ class OutputTensor:
 
     Exactly one of these describes it: `rows` (slice `sources[0]`), several `sources` (one per source expert; this
     output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). With `channels` only those
-    that stay are taken of each expert. If a `stage` is named, that stage computes the tensor, and passes its bytes to
-    the writer.
+    that stay are taken of each expert. A stage of the run may compute other bytes for a tensor of experts.
     """
 
     name: str
@@ -71,8 +75,12 @@ class OutputTensor:
     slot: int | None = None
     rows: ExpertRows | None = None
     format: Format = PLAIN
-    stage: str | None = None
     channels: ChannelRows | None = None
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether the tensor belongs to one expert, or holds all experts of its layer."""
+        return self.slot is not None or self.rows is not None
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,8 @@ from streamprune.files.json_text import show
 from streamprune.formats.base import Bytes, ChannelMask, KeptExperts
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
-from streamprune.output.plan import REPORT_NAME, Computed, OutputTensor, SourceSlice, make_plan
+from streamprune.output.plan import REPORT_NAME, OutputTensor, SourceSlice, make_plan
+from streamprune.work.records import Computed
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ def prove_tensors(
                 f"{tensor.dtype} {list(tensor.shape)}."
             )
         hashed = computed.get(tensor.name)
+        if hashed is not None and not tensor.is_of_experts:
+            raise VerifyError(
+                f"{folder}: {tensor.name} is on record as computed by {hashed.stage}, which only tensors of experts "
+                "can be. Was the record changed?"
+            )
         if hashed is not None:
             _check_hash(folder / entry.file, entry, hashed)
         else:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import errno
 import filecmp
-import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from safetensors import safe_open
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, read_header, read_ranges
@@ -32,13 +29,10 @@ from streamprune.files.durable import (
 )
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.formats.base import KeptExperts
-from streamprune.output.plan import REPORT_NAME, Computed, PrunePlan, ShardPlan
+from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan, StageTensor
 from streamprune.output.verify import Proof, prove_tensors, read_parts
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
-from streamprune.work.records import FinishedLayer, FinishedShard
-
-#: The key of a shard's metadata for the origins of its computed tensors.
-_COMPUTED = "streamprune.computed"
+from streamprune.work.records import Computed, FinishedLayer, FinishedShard
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -82,18 +76,6 @@ def check_place(settings: OutputSettings) -> None:
             )
 
 
-@dataclass(frozen=True)
-class StageTensor:
-    """A tensor that a stage of the run computed: the stage's name, and the tensor's bytes as they are written."""
-
-    stage: str
-    data: bytes | memoryview
-
-    @property
-    def origin(self) -> Computed:
-        return Computed(self.stage, hashlib.sha256(self.data).hexdigest())
-
-
 class OutputWriter:
     """Writes a pruned checkpoint into the work folder, and in `finish` renames it to the output.
 
@@ -117,31 +99,46 @@ class OutputWriter:
     ) -> list[FinishedShard]:
         """Write the shards of a layer (None: of everything outside the layers), of whose experts `kept` stays.
 
-        `computed` are the tensors that the plan says a stage computes, by name; all others are copied from the source.
-        With `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it
-        was.
+        `computed` are the tensors that a stage has computed, by name; all others are copied from the source. With
+        `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it was.
         """
+        computed = computed or {}
         plans = [shard for shard in self.plan.shards if shard.layer == layer]
         files = [self._staging / shard.file for shard in plans]
         sources: dict[Path, list[Stretch]] = defaultdict(list)
-        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.stage is None):
+        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.name not in computed):
             origin = tensor.slice_of(kept)
             sources[self._checkpoint.folder / origin.file] += [
                 (part.begin, part.end - part.begin) for part in origin.parts
             ]
         with cache_unchanged(sources):
             with writing(f"Writing to {self._staging}", self._staging):
-                shards = [self._write_shard(shard, kept, computed or {}) for shard in plans]
+                shards = [self._write_shard(shard, kept, computed) for shard in plans]
             complete = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
             drop_files_from_cache(complete)
             if self._verify_layers:
-                self._proofs[layer] = kept, self._prove(plans, {} if layer is None else {layer: kept})
+                origins = {name: tensor.origin for name, tensor in computed.items()}
+                self._proofs[layer] = kept, self._prove(plans, {} if layer is None else {layer: kept}, origins)
                 drop_files_from_cache(complete)
         return shards
 
-    def _prove(self, plans: Sequence[ShardPlan], kept: Mapping[int, KeptExperts]) -> Proof:
+    def read_computed(self, layer: int, record: FinishedLayer) -> dict[str, StageTensor]:
+        """The computed tensors of a written layer, read from its shards. Raises VerifyError if they were changed."""
+        entries, found = self.headers([shard for shard in self.plan.shards if shard.layer == layer]), {}
+        for name, origin in record.computed.items():
+            entry = entries[name]
+            with reading(self._staging / entry.file), (self._staging / entry.file).open("rb") as stream:
+                tensor = StageTensor(origin.stage, b"".join(read_ranges(stream, [(entry.begin, entry.end)])))
+            if tensor.origin != origin:
+                raise VerifyError(f"{self._staging / entry.file}: {name} has changed since it was written.")
+            found[name] = tensor
+        return found
+
+    def _prove(
+        self, plans: Sequence[ShardPlan], kept: Mapping[int, KeptExperts], computed: Mapping[str, Computed]
+    ) -> Proof:
         tensors = [tensor for shard in plans for tensor in shard.tensors]
-        source, computed = self._checkpoint.folder, self._computed(plans)
+        source = self._checkpoint.folder
         return prove_tensors(tensors, kept, computed, source, self._staging, self.headers(plans))
 
     def has_written(self, layer: int | None, kept: KeptExperts, record: FinishedLayer) -> bool:
@@ -151,20 +148,22 @@ class OutputWriter:
         return same and all(map(self._work.is_intact, record.shards))
 
     def _write_shard(self, shard: ShardPlan, kept: KeptExperts, computed: Mapping[str, StageTensor]) -> FinishedShard:
-        header = _encode_header(shard, {name: tensor.origin for name, tensor in computed.items()})
+        header = _encode_header(shard)
 
         def portions() -> Iterator[bytes | memoryview]:
             yield header
             for tensor in shard.tensors:
-                if tensor.stage is not None:
-                    yield computed[tensor.name].data
+                if tensor.name in computed:
+                    data = computed[tensor.name].data
+                    assert len(data) == tensor.nbytes
+                    yield data
                     continue
                 origin = tensor.slice_of(kept)
                 path = self._checkpoint.folder / origin.file
                 with reading(path), path.open("rb") as source:
-                    for data in read_parts(source, origin.parts):
+                    for portion in read_parts(source, origin.parts):
                         kill_point("portion of a shard")
-                        yield data
+                        yield portion
 
         checksum = stream_atomically(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)
@@ -182,22 +181,20 @@ class OutputWriter:
                 "writes damaged files again."
             ) from error
 
-    def _computed(self, plans: Sequence[ShardPlan]) -> dict[str, Computed]:
-        """The origins of the computed tensors of these shards, from the shards' headers."""
-        found: dict[str, Computed] = {}
-        for shard in plans:
-            if any(tensor.stage is not None for tensor in shard.tensors):
-                with safe_open(self._staging / shard.file, framework="np") as reader:
-                    found |= msgspec.json.decode(reader.metadata()[_COMPUTED], type=dict[str, Computed])
-        return found
+    def _recorded_origins(self) -> dict[str, Computed]:
+        """The origins of all computed tensors, from the records of the layers in the work folder."""
+        records = map(self._work.read_layer, dict.fromkeys(shard.layer for shard in self.plan.shards))
+        return {name: origin for record in records if record is not None for name, origin in record.computed.items()}
 
     def verify(self, kept: Mapping[int, KeptExperts]) -> Proof:
         """Verify the written shards byte by byte, with what stays of each layer's experts.
 
-        Layers that this writer has verified already are not read again.
+        Computed tensors are compared with their hashes on record in the work folder. Layers that this writer has
+        verified already are not read again.
         """
         proven = self._proven(kept)
-        rest = self._prove([shard for shard in self.plan.shards if shard.layer not in proven], kept)
+        unproven = [shard for shard in self.plan.shards if shard.layer not in proven]
+        rest = self._prove(unproven, kept, self._recorded_origins())
         return sum(proven.values(), rest)
 
     def has_proven(self, kept: Mapping[int, KeptExperts]) -> bool:
@@ -262,7 +259,7 @@ class OutputWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_atomically(target, _read_source(self._checkpoint.folder / relative))
         config = self.plan.config_for(kept)
-        computed = self._computed(self.plan.shards)
+        computed = self._recorded_origins()
         full = {**report, "computed": msgspec.to_builtins(computed)} if computed else report
         values = {INDEX_NAME: index, CONFIG_NAME: dict(config), REPORT_NAME: full}
         texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in values.items()}
@@ -303,19 +300,11 @@ def _can_rename(source: Path, target: Path) -> bool:
     return True
 
 
-def _encode_header(shard: ShardPlan, computed: Mapping[str, Computed]) -> bytes:
-    """The safetensors header of a shard. Its metadata has the origins of the tensors that stages compute."""
-    metadata = {"format": "pt"}
-    origins = {
-        tensor.name: msgspec.to_builtins(computed[tensor.name]) for tensor in shard.tensors if tensor.stage is not None
-    }
-    if origins:
-        metadata[_COMPUTED] = json.dumps(origins)
+def _encode_header(shard: ShardPlan) -> bytes:
+    """The safetensors header of a shard."""
     tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
-    return encode_header(metadata, tensors)
+    return encode_header({"format": "pt"}, tensors)
 
 
 def _file_bytes(shard: ShardPlan) -> int:
-    # Every hash has the same length.
-    stages = {tensor.name: Computed(tensor.stage, "0" * 64) for tensor in shard.tensors if tensor.stage is not None}
-    return len(_encode_header(shard, stages)) + shard.nbytes
+    return len(_encode_header(shard)) + shard.nbytes

@@ -190,7 +190,12 @@ def complete(
         except VerifyError:
             # The records of written shards are no longer valid; the statistics of the experts are not affected.
             for index in decided.layers:
-                decided.record_layer(work, index, KeptExperts(), [])
+                written = work.read_layer(index)
+                if written is not None and written.refit is not None:
+                    # Nor can its tensors be computed again without the text.
+                    work.forget_layer(index)
+                else:
+                    decided.record_layer(work, index, KeptExperts(), [])
             raise
         progress.say(f"verified: {proof.text}")
     if decided.scores is not None:

@@ -6,6 +6,7 @@ Also what decided its scores, which is stored with them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from streamprune.work.records import RecordedCalibration, RecordedRun, command_o
 #: budget by the resulting number of experts.
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
-    "checkpoint_every", "from_layer", "verify", "stop_if_kl", "calibration", "budget_gib", "gpu", "keep", "ratio",
-    "context", "batch", "kv_dtype",
+    "checkpoint_every", "from_layer", "verify", "stop_if_kl", "calibration", "anchor", "budget_gib", "gpu", "keep",
+    "ratio", "context", "batch", "kv_dtype",
 }  # fmt: skip
 
 
@@ -49,26 +50,47 @@ def describe_run(
         | {"experts kept": kept, "computed in": str(prepared.dtype)},
         source=source,
         files=file_states(prepared.checkpoint),
-        calibration=RecordedCalibration(
-            fingerprint=calibration.fingerprint,
-            sequences=len(calibration.sequences),
-            tokens=calibration.tokens,
-            sources=list(calibration.sources),
-            source_of=list(calibration.source_of),
-            recipe=dict(calibration.recipe),
-            notes=list(calibration.notes),
-        ),
+        calibration=_recorded(calibration),
         # (torch's version is an instance of its own class.)
         versions={name: str(version) for name, version in versions().items()},
         layers=prepared.layout.layer_count,
         batch_tokens=batch_tokens,
         budget_bytes=counts.budget.nbytes if counts and counts.budget else None,
+        anchor=_recorded(calibration.anchor) if calibration.anchor is not None else None,
     )
 
 
+def _recorded(text: Calibration) -> RecordedCalibration:
+    return RecordedCalibration(
+        fingerprint=text.fingerprint,
+        sequences=len(text.sequences),
+        tokens=text.tokens,
+        sources=list(text.sources),
+        source_of=list(text.source_of),
+        recipe=dict(text.recipe),
+        notes=list(text.notes),
+    )
+
+
+def tokens_of(calibration: Calibration) -> list[list[int]]:
+    """The sequences of a calibration and its anchor, as they are recorded."""
+    anchor = calibration.anchor.sequences if calibration.anchor is not None else ()
+    return [sequence.tolist() for sequence in (*calibration.sequences, *anchor)]
+
+
 def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Calibration:
-    """The recorded calibration. Raises ResumeError unless it is the one that the run started with."""
+    """The recorded calibration and its anchor. Raises ResumeError unless they are those that the run started with."""
     facts, tokens = recorded.calibration, read_tokens(work)
+    count = len(facts.source_of)
+    calibration = _read(facts, tokens[:count], work, vocab_size)
+    if recorded.anchor is None and len(tokens) == count:
+        return calibration
+    if recorded.anchor is None:
+        raise _other_tokens(work)
+    return replace(calibration, anchor=_read(recorded.anchor, tokens[count:], work, vocab_size))
+
+
+def _read(facts: RecordedCalibration, tokens: list[list[int]], work: Path, vocab_size: int) -> Calibration:
     sound = len(facts.source_of) == len(tokens) > 0 and all(source < len(facts.sources) for source in facts.source_of)
     sound = sound and all(
         isinstance(sequence, list)
@@ -78,11 +100,15 @@ def read_calibration(recorded: RecordedRun, work: Path, vocab_size: int) -> Cali
     )
     sequences = tuple(torch.tensor(sequence, dtype=torch.int64) for sequence in tokens) if sound else ()
     if not sound or fingerprint_of(sequences, facts.source_of) != facts.fingerprint:
-        raise ResumeError(
-            f"The calibration tokens in {work} are not those that the run started with. Was the folder changed?"
-        )
+        raise _other_tokens(work)
     sources, notes = tuple(facts.sources), tuple(facts.notes)
     return Calibration(sequences, sources, tuple(facts.source_of), facts.fingerprint, notes, facts.recipe)
+
+
+def _other_tokens(work: Path) -> ResumeError:
+    return ResumeError(
+        f"The calibration tokens in {work} are not those that the run started with. Was the folder changed?"
+    )
 
 
 def check_same(before: RecordedRun, now: RecordedRun, work: Path) -> None:
@@ -111,6 +137,9 @@ def _differences(before: RecordedRun, now: RecordedRun) -> Iterator[str]:
             f"calibration: {before.calibration.tokens:,} tokens then, {now.calibration.tokens:,} now, with other "
             "contents"
         )
+    anchors = [each.anchor.fingerprint if each.anchor is not None else None for each in (before, now)]
+    if anchors[0] != anchors[1]:
+        yield "anchor: another text"
 
 
 def _show(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from streamprune.calibration.refit_text import with_refit
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
@@ -31,9 +32,9 @@ from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline import finish, messages
 from streamprune.pipeline.finish import RunResult, SelectionResult
-from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration
+from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration, tokens_of
 from streamprune.pipeline.run_evaluation import RunEvaluation
-from streamprune.pipeline.run_layers import OutputTarget, RunLayers
+from streamprune.pipeline.run_layers import OutputTarget, RunLayers, down_tensors
 from streamprune.pipeline.status import ended
 from streamprune.planning.facts import ExpertCounts
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
@@ -46,6 +47,7 @@ from streamprune.planning.prepare import (
     read_config,
     with_footprint,
 )
+from streamprune.planning.refit import refit_demand
 from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file
@@ -193,6 +195,10 @@ class _Run:
             self.full_text = calibrate(settings, plan)
         calibration = split_held_out(self.full_text) if settings.evaluate else self.full_text
         self.prepared = prepared = prepare(settings, plan)
+        if settings.refit:
+            assert plan.counts is not None
+            calibration = with_refit(calibration, refit_demand(plan.skeleton, plan.counts))
+            down_tensors(prepared)
         if settings.evaluate:
             find_head(prepared.skeleton.model)
         check_schedule(settings, prepared)
@@ -257,7 +263,7 @@ class _Run:
             check_same(self.recorded, now, self.work.folder)
         else:
             messages.print_work(self.progress, self.settings, self.prepared, plan, self.work)
-            write_run(self.work.folder, now, [sequence.tolist() for sequence in self.full_text.sequences])
+            write_run(self.work.folder, now, tokens_of(self.full_text))
 
     def _selector(self) -> Selector | None:
         """The selector of the experts; None if the run only scores."""

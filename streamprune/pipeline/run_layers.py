@@ -16,7 +16,8 @@ from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
-from streamprune.hardware.device import peak_device_bytes
+from streamprune.hardware.device import CPU, peak_device_bytes
+from streamprune.output.plan import StageTensor
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
@@ -25,8 +26,10 @@ from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
+from streamprune.streaming.down_tensors import DownTensors
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
@@ -115,8 +118,14 @@ class RunLayers:
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
         self._width = recorded_width(prepared.skeleton) if self._settings.channels else None
         stages: list[ForwardStage] = [ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)]
-        if pruned_stream or errors is not None:
-            stages.append(PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors))
+        refitted = None
+        if self._settings.refit:
+            refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
+            stages.append(RefitStage(weights, prepared.pruned_layer, refitted, home))
+        if pruned_stream or errors is not None or refitted is not None:
+            stages.append(
+                PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors, refitted=refitted)
+            )
         return stages
 
     def stream(self) -> tuple[list[LayerStatistics], dict[str, Any]]:
@@ -193,7 +202,7 @@ class RunLayers:
         if runs:
             self._loop.run_layer(task, following)
         if self._work is not None:
-            self._writer.submit(lambda: self._write(index, task.statistics, task.kept))
+            self._writer.submit(lambda: self._write(task))
         elif self._processes.local_rank == 0:
             # This machine is not rank 0's, where the pages are dropped once the layer is written.
             self._loop.drop_cached_pages(index)
@@ -214,11 +223,21 @@ class RunLayers:
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]
         kept = self._processes.broadcast(self._target.kept(layer)) if self._target else KeptExperts()
-        self._loop.run_layer(LayerTask(index, replayed=True, statistics=layer, kept=kept), following)
+        computed = self._processes.on_first(lambda: self._read_computed(index))
+        self._loop.run_layer(LayerTask(index, True, layer, kept, computed), following)
         if self._processes.local_rank == 0:
             self._loop.drop_cached_pages(index)
         self._progress.say(f"{self._progress.name_of(index)}: already done, only its hidden states are recomputed")
         self._save_if_due()
+
+    def _read_computed(self, index: int) -> dict[str, StageTensor]:
+        """The tensors that were computed for a finished layer, as they were written. Rank 0."""
+        record = self._work.read_layer(index) if self._work is not None else None
+        if record is None or not record.computed:
+            return {}
+        assert self._target is not None
+        assert self._target.writer is not None
+        return self._target.writer.read_computed(index, record)
 
     def _read_predictions(self, layer: int, evaluation: RunEvaluation) -> None:
         try:
@@ -229,16 +248,19 @@ class RunLayers:
             self._loop.save(self._work)
             raise
 
-    def _write(self, layer: int | None, statistics: LayerStatistics | None, kept: KeptExperts) -> None:
+    def _write(self, task: LayerTask | None) -> None:
         """Write and record a finished layer (None: the non-layer weights) with what stays of its experts."""
         assert self._work is not None
+        task_of = task or LayerTask(-1)
+        layer = task.index if task is not None else None
         shards: list[FinishedShard] = []
         if self._target is not None and self._target.writer is not None:
             with self._runtime.busy.at("write"):
-                shards = self._target.writer.write_layer(layer, kept)
+                shards = self._target.writer.write_layer(layer, task_of.kept, task_of.computed)
         if layer is not None:
             self._loop.drop_cached_pages(layer)
-        self._work.write_layer(layer, statistics, kept, shards)
+        origins = {name: tensor.origin for name, tensor in task_of.computed.items()}
+        self._work.write_layer(layer, task_of.statistics, task_of.kept, shards, origins, task_of.refit)
 
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
@@ -272,13 +294,17 @@ class RunLayers:
             return
         if record is None:
             if index is None:
-                self._write(None, None, KeptExperts())
+                self._write(None)
             return
         if self._target is not None and self._target.writer is not None:
             kept = self._target.kept(layer)
             if not self._target.writer.has_written(index, kept, record):
+                if record.refit is not None:
+                    self._progress.say(f"note: shards of {_name(index)} are damaged or missing; it is refitted again.")
+                    self._work.forget_layer(index)
+                    return
                 self._progress.say(f"note: shards of {_name(index)} are damaged or missing; they are written again.")
-                self._write(index, layer, kept)
+                self._write(LayerTask(index, statistics=layer, kept=kept) if index is not None else None)
         if index is not None:
             found[index] = layer
 
@@ -349,6 +375,12 @@ class RunLayers:
             f"Stopped on request. {len(self._finished)} of {self._layout.layer_count} layers are done; all finished "
             f"work is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
+
+
+def down_tensors(prepared: PreparedModel) -> DownTensors:
+    """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded."""
+    assert prepared.counts is not None
+    return DownTensors(prepared, prepared.counts)
 
 
 def _name(layer: int | None) -> str:

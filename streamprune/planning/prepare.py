@@ -33,6 +33,7 @@ from streamprune.models.skeleton import Skeleton, build_model
 from streamprune.output.plan import output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.facts import ExpertCounts, ModelFacts, plan_counts
+from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.settings import mix_weights
@@ -93,6 +94,9 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
             f"--propagate pruned needs every layer's experts selected before the next is scored, but with {cause} they "
             "are selected once all layers are scored. Use --propagate original."
         )
+    if settings.refit:
+        # Checked here, before anything large is downloaded.
+        refit_demand(skeleton, counts)
     return replace(plan, counts=counts, footprint=read_footprint() if counts.budget is not None else None)
 
 
@@ -251,4 +255,6 @@ def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
         trust_remote_code=settings.trust_remote_code,
     )
     mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
+    if settings.refit and plan.counts is not None:
+        calibration = with_anchor(settings, calibration, plan.skeleton, plan.counts, folder)
     return calibration

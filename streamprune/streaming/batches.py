@@ -104,18 +104,19 @@ class MicroBatches:
         commit: Commit = lambda done, batch: None,
         start: int = 0,
         among: Among = every,
+        may_stop: bool = True,
     ) -> None:
         """Call `compute` for the micro-batches that `among` selects, from number `start` on, and store its results.
 
         `commit` is called when a micro-batch has succeeded and can no longer fail. One that runs out of memory is
         computed again in halves. Raises ResourceError if memory runs out for a single sequence, and Stopped between two
-        micro-batches when the user stops the run, once all ranks have done the same ones.
+        micro-batches when the user stops the run, once all ranks have done the same ones, unless it may not `may_stop`.
         """
         self._among = among
         number, stopped = start, False
         while number < len(self._batches) and not stopped:
             number = self._advance(number, layer, compute, commit)
-            stopped = self._processes.asked(bool(self._stop))
+            stopped = may_stop and self._processes.asked(bool(self._stop))
         until = self._meet(number, stopped)
         while until is not None and number < len(self._batches) and self.places[number] < until:
             number = self._advance(number, layer, compute, commit)
@@ -126,6 +127,10 @@ class MicroBatches:
     def sequences_among(self, among: Among) -> int:
         """How many sequences of this process `among` selects."""
         return sum(len(batch.ids) for batch in self._batches if among(batch))
+
+    def tokens_among(self, among: Among) -> int:
+        """How many tokens of this process `among` selects."""
+        return sum(batch.ids.numel() for batch in self._batches if among(batch))
 
     def all_shrinks(self) -> list[Shrink]:
         """The shrinks of all ranks, by layer."""

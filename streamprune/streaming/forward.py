@@ -191,7 +191,7 @@ def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
 
     Several residual streams of a token count as one vector. 0 if both are zero.
     """
-    original, pruned = (_hidden(side_of(state, side)).reshape(tokens, -1) for side in (ORIGINAL, PRUNED))
+    original, pruned = (hidden_states_of(side_of(state, side)).reshape(tokens, -1) for side in (ORIGINAL, PRUNED))
     errors = []
     for start in range(0, tokens, _PORTION):
         before, after = (states[start : start + _PORTION].float() for states in (original, pruned))
@@ -218,7 +218,7 @@ def non_finite_tokens(state: BatchState) -> torch.Tensor:
     return torch.stack(counts).max() if counts else torch.zeros((), dtype=torch.int64)
 
 
-def _hidden(state: BatchState) -> torch.Tensor:
+def hidden_states_of(state: BatchState) -> torch.Tensor:
     """The hidden states in what a layer returned: the first floating-point tensor, as in every model."""
     for leaf in pytree.tree_leaves(state.output):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():

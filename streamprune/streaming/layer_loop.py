@@ -109,7 +109,8 @@ class LayerLoop:
         facts: dict[str, Any] = {"layer": point.layer, "stage": self._stages[point.stage].name}
         for number, stage in enumerate(self._stages):
             facts |= stage.saved(number == point.stage, self._runtime.processes)
-        self.batches.save(work, point.done, facts)
+        done = 0 if self._stages[point.stage].restarts else point.done
+        self.batches.save(work, done, facts)
 
     def check(self, saved: SavedStates) -> None:
         """Raise ValueError, KeyError or TypeError for saved states that are not of this run."""
@@ -164,8 +165,10 @@ class LayerLoop:
                 stage.commit(batch)
                 self.point.done = done
 
-            self.batches.run(task.index, compute, commit, self.point.done, partial(stage.takes, task))
-        stage.check_finite()
+            takes, may_stop = partial(stage.takes, task), stage.may_stop(task)
+            self.batches.run(task.index, compute, commit, self.point.done, takes, may_stop)
+            stage.check_finite()
+            stage.conclude(task, module, processes)
         self._runtime.busy.synchronize()
         stage.finish(task, processes)
 

@@ -103,11 +103,12 @@ class _Factor:
 
 @dataclass(frozen=True)
 class Fit:
-    """How to fit: `experts` experts that stay, with `inner` intermediate units, computed on `device`."""
+    """How to fit: `experts` experts that stay, of sizes `inner` (I) and `hidden` (H), computed on `device`."""
 
     activation: Activation
     experts: int
     inner: int
+    hidden: int
     device: torch.device
     processes: Processes = ALONE
 
@@ -117,8 +118,7 @@ class Fit:
         Memory on the device: the changes, the features of one expert's tokens, its Gram matrix, and where the tokens
         are the Cholesky factor of every expert in float64. Raises torch's LinAlgError for infinite or NaN features.
         """
-        hidden = tokens.error.shape[1]
-        changes = torch.zeros(self.experts, self.inner, hidden, device=self.device)
+        changes = torch.zeros(self.experts, self.inner, self.hidden, device=self.device)
         counts = self._count(tokens)
         factors: dict[int, _Factor] = {}
         for _ in range(SWEEPS):
@@ -136,8 +136,7 @@ class Fit:
         gram = torch.zeros(self.experts**2, dtype=torch.float64)
         aim = torch.zeros(self.experts, dtype=torch.float64)
         total = torch.zeros(1, dtype=torch.float64)
-        chosen, hidden = tokens.index.shape[1], tokens.error.shape[1]
-        size = max(1, _EFFECT_VALUES // (chosen * hidden))
+        size = max(1, _EFFECT_VALUES // (tokens.index.shape[1] * self.hidden))
         for begin in range(0, len(tokens), size):
             part = tokens.part(begin, begin + size)
             effects = self._effects(part, changes.values)
@@ -168,6 +167,8 @@ class Fit:
     def _features(self, tokens: RoutedTokens, expert: int) -> Iterator[_Part]:
         """An expert's tokens, in parts. The features have the model's dtype, sums over them at least float32."""
         numbers, slots = (tokens.index == expert).nonzero(as_tuple=True)
+        if not len(numbers):
+            return
         for rows, places in zip(*(torch.split(each, PART_TOKENS) for each in (numbers, slots)), strict=True):
             hidden = tokens.hidden[rows].to(self.device)
             gates = tokens.gates[rows, places].to(self.device).float().unsqueeze(1)
@@ -209,7 +210,7 @@ class Fit:
 
     def _effects(self, tokens: RoutedTokens, changes: torch.Tensor) -> torch.Tensor:
         """What each chosen expert's change adds to the output of each token, (N, k, H), float32, on the device."""
-        effects = torch.zeros(*tokens.index.shape, tokens.error.shape[1], device=self.device)
+        effects = torch.zeros(*tokens.index.shape, self.hidden, device=self.device)
         index = tokens.index
         for expert in range(self.experts):
             rows, slots = (index == expert).nonzero(as_tuple=True)

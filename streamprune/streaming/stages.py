@@ -4,9 +4,10 @@
 |---|---|---|
 | `ForwardStage` | micro-batches, through the layer of a checkpoint | states; with `errors`, their relative errors |
 | `ScoreStage` | the same, with hooks on the layer's experts | statistics, and which experts stay |
+| `RefitStage` (`refit_stage.py`) | text to refit to, through the pruned layer | refitted down projections |
 | `PrunedForwardStage` | text for the pruned model, through the pruned layer | states of the pruned model |
 
-A stage that computes weights (a refit, an encoding) belongs between the last two: it puts its tensors into the
+A stage that computes weights (a refit, an encoding) belongs before the last one: it puts its tensors into the
 `LayerTask`, where the pruned forward and the writer find them.
 """
 
@@ -27,12 +28,15 @@ from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
+from streamprune.output.plan import StageTensor
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.batches import Among, every
+from streamprune.streaming.down_tensors import DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, non_finite_tokens, relative_errors, side_of, with_side
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
 
@@ -41,18 +45,26 @@ def is_held_out(batch: MicroBatch) -> bool:
     return batch.held_out
 
 
+def is_two_sided(batch: MicroBatch) -> bool:
+    """Whether a micro-batch of a run goes through the original and through the pruned model."""
+    return batch.two_sided
+
+
 @dataclass
 class LayerTask:
     """A layer on its way through the stages: its results so far.
 
     `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
-    experts, and before it is scored; `kept` is what stays of the experts, nothing if none are selected.
+    experts, and before it is scored; `kept` is what stays of the experts, nothing if none are selected. `computed` are
+    the checkpoint tensors, by name, that a stage has computed for the pruned layer, and `refit` how.
     """
 
     index: int
     replayed: bool = False
     statistics: LayerStatistics | None = None
     kept: KeptExperts = field(default_factory=KeptExperts)
+    computed: Mapping[str, StageTensor] = field(default_factory=dict)
+    refit: RefittedLayer | None = None
 
 
 def _is_error(value: Any) -> bool:
@@ -107,17 +119,19 @@ class LayerErrors:
 class ForwardStage:
     """Sends micro-batches through the layers of one model (`side`), as they are in its checkpoint.
 
-    Those that are `measured` have states of both sides, the others a single one. `errors` collects the relative errors
-    of this side's states.
+    Those that are `two_sided` have states of both sides, the others a single one. `errors` collects the relative errors
+    of this side's states, but not of text that weights are refitted to.
     """
 
     name = "forward"
+    #: Whether the stage starts at its first micro-batch again if it was interrupted. (Then it must not change states.)
+    restarts = False
 
     def __init__(
-        self, weights: LayerWeights, side: str, measured: Among = every, errors: LayerErrors | None = None
+        self, weights: LayerWeights, side: str, two_sided: Among = every, errors: LayerErrors | None = None
     ) -> None:
         self.weights, self.side, self.errors = weights, side, errors
-        self._measured = measured
+        self._two_sided = two_sided
         self._sum: torch.Tensor | None = None
         #: Layer, number, tokens, and tokens with NaN or infinity of the micro-batches that are not checked yet.
         self._unchecked: list[tuple[int, int, int, torch.Tensor]] = []
@@ -130,6 +144,10 @@ class ForwardStage:
         """Whether a micro-batch goes through this layer."""
         return True
 
+    def may_stop(self, task: LayerTask) -> bool:
+        """Whether the run may stop between two micro-batches of this stage, to resume there."""
+        return True
+
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
         """The module that runs, given the loaded layer; what it needs is freed on exit."""
@@ -139,20 +157,24 @@ class ForwardStage:
         self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
     ) -> BatchState | None:
         """The new state of micro-batch `number` (None: it stays as it is). May fail, and be computed again in parts."""
-        measured = self._measured(batch)
-        before = side_of(state, self.side) if measured else state
+        two_sided = self._two_sided(batch)
+        before = side_of(state, self.side) if two_sided else state
         after = self.weights.forward.run_layer(task.index, layer, batch.ids, before)
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
-        if not measured:
+        if not two_sided:
             return after
         both = with_side(state, self.side, after)
-        self._sum = relative_errors(both, batch.ids.numel()).sum() if self.errors is not None else None
+        counts = self.errors is not None and not batch.refit
+        self._sum = relative_errors(both, batch.ids.numel()).sum() if counts else None
         return both
 
     def commit(self, batch: MicroBatch) -> None:
         """Count the micro-batch that was computed last."""
-        if self.errors is not None and self._sum is not None and self._measured(batch):
+        if self.errors is not None and self._sum is not None and self._two_sided(batch):
             self.errors.add(batch.source, self._sum)
+
+    def conclude(self, task: LayerTask, module: nn.Module, processes: Processes) -> None:
+        """Compute what needs all micro-batches and still the module; then `finish` follows."""
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a state computed since the last call has NaN or infinity. Waits for the GPU."""
@@ -212,9 +234,9 @@ class ScoreStage(ForwardStage):
         pruned_stream: bool,
         width: int | None = None,
     ) -> None:
-        super().__init__(weights, ORIGINAL, is_held_out)
+        super().__init__(weights, ORIGINAL, is_two_sided)
         layers = weights.decoder.layers
-        modules = {index: layers[index].get_submodule(path) for index, path in _experts_of(weights).items()}
+        modules = {index: layers[index].get_submodule(path) for index, path in experts_of(weights).items()}
         self._taps = tap_experts(modules)
         self._experts, self._source_tokens, self._width = experts, source_tokens, width
         self._choose, self._pruned_stream = choose, pruned_stream
@@ -223,7 +245,7 @@ class ScoreStage(ForwardStage):
         self._last: ExpertStatistics | None = None
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
-        return self._measured(batch) or not self._stays(task) or self._tap(task) is not None
+        return self._two_sided(batch) or not self._stays(task) or self._tap(task) is not None
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
@@ -242,9 +264,9 @@ class ScoreStage(ForwardStage):
         tap, self._last = self._tap(task), None
         if tap is not None:
             # Collected separately for every attempt: one that runs out of memory later must not count.
-            tap.statistics = self._last = None if self._measured(batch) else self._no_statistics()
+            tap.statistics = self._last = self._no_statistics() if batch.scored else None
         after = super().compute(task, layer, number, batch, state)
-        return None if self._stays(task) and not self._measured(batch) else after
+        return None if self._stays(task) and not self._two_sided(batch) else after
 
     def commit(self, batch: MicroBatch) -> None:
         if self._last is not None and self._total is not None:
@@ -312,8 +334,9 @@ class ScoreStage(ForwardStage):
 class PrunedForwardStage(ForwardStage):
     """Sends micro-batches through the pruned layers, with only the experts that stay.
 
-    These are the held-out ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned` returns
-    a layer of the pruned model on meta, for its index and what stays of its experts.
+    These are the `two_sided` ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned`
+    returns a layer of the pruned model on meta, for its index and what stays of its experts. `refitted` puts the
+    tensors that were computed for a layer into it.
     """
 
     name = "pruned"
@@ -323,17 +346,23 @@ class PrunedForwardStage(ForwardStage):
         weights: LayerWeights,
         make_pruned: Callable[[int, KeptExperts], nn.Module],
         pruned_stream: bool,
-        measured: Among = is_held_out,
+        two_sided: Among = is_two_sided,
         errors: LayerErrors | None = None,
+        refitted: DownTensors | None = None,
     ) -> None:
-        super().__init__(weights, PRUNED, measured, errors)
-        self._layers, self._make_pruned, self._pruned_stream = _experts_of(weights), make_pruned, pruned_stream
+        super().__init__(weights, PRUNED, two_sided, errors)
+        self._layers, self._make_pruned, self._pruned_stream = experts_of(weights), make_pruned, pruned_stream
+        self._refitted = refitted
 
     def applies(self, task: LayerTask) -> bool:
-        return self.errors is not None or self._streams(task)
+        return self.errors is not None or self._refitted is not None or self._streams(task)
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
-        return self._measured(batch) or self._streams(task)
+        return self._two_sided(batch) or self._streams(task)
+
+    def may_stop(self, task: LayerTask) -> bool:
+        # Computed tensors are not saved before the layer is finished.
+        return not task.computed
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
@@ -345,13 +374,16 @@ class PrunedForwardStage(ForwardStage):
             lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
             f"a copy of layer {task.index} with the experts that stay",
         ) as module:
+            if task.computed:
+                assert self._refitted is not None
+                self._refitted.load(task.index, task.kept, module, task.computed)
             yield module
 
     def _streams(self, task: LayerTask) -> bool:
         return self._pruned_stream and task.index in self._layers
 
 
-def _experts_of(weights: LayerWeights) -> Mapping[int, str]:
+def experts_of(weights: LayerWeights) -> Mapping[int, str]:
     """The layers with experts, and the paths of their experts modules; the model must be opened as a MoE model."""
     assert isinstance(weights.decoder, Skeleton)
     return weights.decoder.experts

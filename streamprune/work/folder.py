@@ -24,7 +24,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -49,9 +49,11 @@ from streamprune.work.records import (
     MOST_LAYER_BYTES,
     MOST_RECORD_BYTES,
     RUN_NAMES,
+    Computed,
     FinishedLayer,
     FinishedShard,
     RecordedEvaluation,
+    RefittedLayer,
     converted,
 )
 
@@ -128,16 +130,25 @@ class WorkFolder:
         return (self.folder / REPLACED_NAME).exists()
 
     def write_layer(
-        self, index: int | None, layer: LayerStatistics | None, kept: KeptExperts, shards: list[FinishedShard]
+        self,
+        index: int | None,
+        layer: LayerStatistics | None,
+        kept: KeptExperts,
+        shards: list[FinishedShard],
+        computed: Mapping[str, Computed] | None = None,
+        refit: RefittedLayer | None = None,
     ) -> None:
-        """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer."""
+        """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer.
+
+        `computed` are the tensors in the shards that a stage has computed, and `refit` says how.
+        """
         result: dict[str, Any] | None = None
         if layer is not None:
             result = {"block": layer.index, "statistics": pack(layer.values)}
             if layer.channels is not None:
                 result["channels"] = pack(layer.channels)
         channels = kept.channels.as_text() if kept.channels is not None else None
-        record = FinishedLayer(result, kept.experts, shards, channels)
+        record = FinishedLayer(result, kept.experts, shards, channels, dict(computed or {}), refit)
         with writing(f"Recording a layer in {self._layers}", self.folder):
             write_record(self._layer_path(index), msgspec.to_builtins(record))
         kill_point("block recorded")

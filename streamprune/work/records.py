@@ -64,7 +64,10 @@ class RecordedCommand(Struct, kw_only=True):
 
 
 class RecordedRun(RecordedCommand, kw_only=True):
-    """run.json: the command, and everything that decides its result. `files` gives size and change time (ns)."""
+    """run.json: the command, and everything that decides its result. `files` gives size and change time (ns).
+
+    The sequences of `anchor`, the text that a refit also fits to, follow those of the calibration in tokens.json.
+    """
 
     settings: dict[str, Any]
     source: str
@@ -73,6 +76,7 @@ class RecordedRun(RecordedCommand, kw_only=True):
     versions: dict[str, Any]
     batch_tokens: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     budget_bytes: Count | None = None
+    anchor: RecordedCalibration | None = None
 
     def settings_in(self, work: Path) -> RunSettings:
         """The settings with which the run in `work` is resumed. Raises ResumeError if they make no sense."""
@@ -101,18 +105,44 @@ class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class Computed(Struct, frozen=True):
+    """A written tensor that a stage of the run computed, and the SHA-256 of its bytes, in hex."""
+
+    stage: str
+    sha256: str
+
+
+class RefittedLayer(Struct, frozen=True):
+    """How the down projections of a layer's kept experts were refitted; each list has one value for each of them.
+
+    `shares` of the fitted change were taken (0: its bytes are the source's), fitted to `tokens` routed tokens, and
+    `changes` is ‖change‖ / ‖weights‖. `before` and `after` are the relative errors of the layer's output on tokens that
+    were not fitted. `catch_up` is the share of the earlier layers' error that was to be mended as well.
+    """
+
+    shares: list[float]
+    tokens: list[Count]
+    changes: list[float]
+    before: float
+    after: float
+    catch_up: float
+
+
 class FinishedLayer(Struct, frozen=True):
     """The record of a finished layer: its statistics (None without experts), what stays of them, and its shards.
 
     `channels` are those that the kept experts keep, as text, if they become narrower. If nothing is written while
     layers are scored, there are no kept experts and no shards yet. The statistics are as they were read and may be
-    invalid.
+    invalid. `computed` are the tensors in the shards, by name, that are not the source's bytes, and `refit` says how
+    they were made.
     """
 
     result: dict[str, Any] | None
     kept: tuple[Count, ...]
     shards: list[FinishedShard]
     channels: str | None = None
+    computed: dict[str, Computed] = {}
+    refit: RefittedLayer | None = None
 
     def is_of(self, kept: KeptExperts) -> bool:
         """Whether the layer was written with these experts and channels."""
@@ -191,6 +221,9 @@ def command_of(settings: OutputSettings) -> dict[str, Any]:
     if "calibration" in command:
         files = [(source, Path(source).expanduser()) for source in command["calibration"]]
         command["calibration"] = [str(path.absolute()) if path.exists() else source for source, path in files]
+    anchor = command.get("anchor")
+    if anchor is not None and Path(anchor).expanduser().exists():
+        command["anchor"] = str(Path(anchor).expanduser().absolute())
     return command
 
 

@@ -1,0 +1,99 @@
+"""Which sequences take part in a refit: how many of the calibration, how many of other text, and which of them judge.
+
+A refit to narrow text harms what that text does not contain, and text held back from it cannot show that. So text of
+other sources, the anchor, is fitted too; experts are not scored on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from streamprune.calibration.pack import divided
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration
+
+#: Routed tokens for each intermediate unit of an expert that stays, on average, that the experts are fitted to. (The
+#: damage left is about a constant plus .24 / this number; below RECOMMENDED it is worth a warning.)
+WANTED_PER_UNIT, RECOMMENDED_PER_UNIT = 48, 32
+#: Every so many sequences of a source one judges.
+JUDGE_EVERY = 5
+#: The share of the anchor in the tokens of a refit.
+ANCHOR_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class RefitDemand:
+    """What a refit needs text for: `kept` experts of `width` units in each layer, of which `top_k` get each token."""
+
+    kept: int
+    width: int
+    top_k: int
+
+    @property
+    def units(self) -> float:
+        """Tokens for one routed token per intermediate unit of every expert that stays."""
+        return self.kept * self.width / self.top_k
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that take part, fitted or judging."""
+        return round(WANTED_PER_UNIT * self.units * JUDGE_EVERY / (JUDGE_EVERY - 1))
+
+    def anchor_tokens(self, calibration: int) -> int:
+        """Tokens of the anchor beside a calibration of so many tokens."""
+        own = min(calibration, round(self.tokens * (1 - ANCHOR_SHARE)))
+        return round(own * ANCHOR_SHARE / (1 - ANCHOR_SHARE))
+
+
+def with_refit(calibration: Calibration, demand: RefitDemand) -> Calibration:
+    """The calibration and its anchor with what each of their sequences is for in a refit."""
+    anchor = calibration.anchor
+    own = demand.tokens
+    if anchor is not None:
+        own -= min(anchor.tokens, demand.anchor_tokens(calibration.tokens))
+        anchor = replace(anchor, refit=_uses(anchor, anchor.tokens))
+    return replace(calibration, refit=_uses(calibration, own), anchor=anchor)
+
+
+def fitted_tokens(calibration: Calibration, use: str = FIT) -> int:
+    """Tokens that weights are fitted to (or that judge), those of the anchor included."""
+    parts = [part for part in (calibration, calibration.anchor) if part is not None]
+    return sum(
+        len(sequence)
+        for part in parts
+        for sequence, found in zip(part.sequences, part.refit, strict=True)
+        if found == use
+    )
+
+
+def _uses(text: Calibration, tokens: int) -> tuple[str, ...]:
+    """For each sequence FIT, JUDGE or "": the first ones of each source, in equal shares, with `tokens` in all."""
+    uses = [""] * len(text.sequences)
+    budgets = _equal_shares(tokens, text.tokens_of)
+    for source, budget in enumerate(budgets):
+        numbers = [number for number, of in enumerate(text.source_of) if of == source]
+        taken: list[int] = []
+        for number in numbers:
+            if budget <= 0:
+                break
+            taken.append(number)
+            budget -= len(text.sequences[number])
+        for place, number in enumerate(taken):
+            # Of a source with few sequences the last one judges.
+            last = len(taken) < JUDGE_EVERY and 0 < place == len(taken) - 1
+            uses[number] = JUDGE if last or place % JUDGE_EVERY == JUDGE_EVERY - 1 else FIT
+    return tuple(uses)
+
+
+def _equal_shares(total: int, available: Sequence[int]) -> list[int]:
+    """`total` in equal parts; what some cannot give is taken from the others, as far as they can."""
+    shares, open_ = [0] * len(available), [index for index, size in enumerate(available) if size]
+    left = min(total, sum(available))
+    while left and open_:
+        parts = divided(left, [1.0] * len(open_))
+        for index, part in zip(open_, parts, strict=True):
+            taken = min(part, available[index] - shares[index])
+            shares[index] += taken
+            left -= taken
+        open_ = [index for index in open_ if shares[index] < available[index]]
+    return shares

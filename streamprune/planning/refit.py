@@ -1,0 +1,67 @@
+"""What a refit needs, decided before a weight is read: that it is possible, how much text, memory and arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from streamprune.calibration.builtin_text import BUILTIN
+from streamprune.calibration.refit_text import RefitDemand
+from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.config import NO_ANCHOR, RunSettings
+from streamprune.errors import CalibrationError, UnsupportedModelError
+from streamprune.models.skeleton import Skeleton
+from streamprune.planning.facts import ExpertCounts
+from streamprune.saliency.activations import down_sizes, why_not_linear
+
+#: Fewest sequences of an anchor: some of each built-in domain, and one that judges.
+_LEAST_SEQUENCES = 8
+
+
+def refit_demand(skeleton: Skeleton, counts: ExpertCounts) -> RefitDemand:
+    """What the refit of the layer that keeps most experts needs. Raises UnsupportedModelError if there can be none."""
+    assert counts.per_layer is not None
+    widths = []
+    for layer, path in skeleton.experts.items():
+        module = skeleton.layers[layer].get_submodule(path)
+        problem = why_not_linear(module)
+        if problem is not None:
+            raise UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {problem}.")
+        widths.append(down_sizes(module)[0])
+    return RefitDemand(max(counts.per_layer.values()), max(widths), skeleton.spec.top_k)
+
+
+def anchor_name(settings: RunSettings, calibration: Calibration) -> str | None:
+    """The text that --refit fits to beside the calibration; None for no text."""
+    if settings.anchor is not None:
+        return None if settings.anchor == NO_ANCHOR else settings.anchor
+    return BUILTIN if len(calibration.sources) == 1 else None
+
+
+def with_anchor(
+    settings: RunSettings, calibration: Calibration, skeleton: Skeleton, counts: ExpertCounts, folder: Path
+) -> Calibration:
+    """The calibration with its anchor, read with the tokenizer in `folder`. Raises CalibrationError."""
+    name = anchor_name(settings, calibration)
+    if name is None:
+        return calibration
+    longest = max(len(sequence) for sequence in calibration.sequences)
+    tokens = refit_demand(skeleton, counts).anchor_tokens(calibration.tokens)
+    text_config = skeleton.model.config.get_text_config(decoder=True)
+    try:
+        anchor = load_calibration(
+            (name,),
+            folder,
+            samples=max(_LEAST_SEQUENCES, math.ceil(tokens / longest)),
+            seq_len=longest,
+            vocab_size=int(skeleton.model.get_input_embeddings().weight.shape[0]),
+            max_positions=getattr(text_config, "max_position_embeddings", None),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"--refit also fits to general text, the anchor ({name}): {error} Name another text with --anchor, or none "
+            "with --anchor none."
+        ) from None
+    return replace(calibration, anchor=anchor)

@@ -1,0 +1,175 @@
+"""The checkpoint tensors of the experts' down projections: reading what stays of them, and encoding refitted ones.
+
+A checkpoint has them as one tensor for each expert or as one for all, with rows and columns as in the model or
+exchanged. Which of these it is follows from their shapes; from their values where both sizes are equal.
+
+Shapes: K experts that stay, (A, B) one expert's down projection as the parameter has it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from streamprune.checkpoint.reader import DTYPES
+from streamprune.errors import UnsupportedModelError
+from streamprune.files.durable import reading
+from streamprune.files.page_cache import Stretch, cache_unchanged
+from streamprune.formats.base import KeptExperts
+from streamprune.models.open import OpenedMoE
+from streamprune.output.plan import OutputTensor, StageTensor, output_tensors
+from streamprune.output.verify import read_parts
+from streamprune.saliency.activations import DOWN, down_sizes, why_not_linear
+
+#: The name of the stage that computes these tensors.
+REFIT = "refit"
+
+
+class DownTensors:
+    """The down projections of all layers with experts, of which `counts` experts stay by layer.
+
+    With `width` each expert keeps so many channels. Raises UnsupportedModelError if they cannot be refitted.
+    """
+
+    def __init__(self, opened: OpenedMoE, counts: Mapping[int, int], width: int | None = None) -> None:
+        self._folder, self._skeleton = opened.checkpoint.folder, opened.skeleton
+        self._tensors: dict[int, list[OutputTensor]] = defaultdict(list)
+        names = {self._parameter(layer): layer for layer in opened.skeleton.experts}
+        for tensor in output_tensors(opened.layout, opened.checkpoint.tensors, counts, width):
+            layer = names.get(opened.targets[tensor.name].name or "")
+            if layer is not None:
+                self._tensors[layer].append(tensor)
+        for layer, path in opened.skeleton.experts.items():
+            # (A checkpoint's names are in no certain order.)
+            self._tensors[layer].sort(key=lambda tensor: tensor.slot or 0)
+            module = opened.skeleton.layers[layer].get_submodule(path)
+            problem = why_not_linear(module) or self._problem(layer, counts[layer], width, module)
+            if problem is not None:
+                raise UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {problem}.")
+
+    def original(self, layer: int, kept: KeptExperts, module: nn.Module) -> torch.Tensor:
+        """The down projections (K, A, B) as they are in the source, in its dtype, on the CPU.
+
+        `module` is the pruned experts module with its weights loaded.
+        """
+        with cache_unchanged(self._sources(layer, kept)):
+            stored = {tensor.name: _tensor_of(tensor, self._read(tensor, kept)) for tensor in self._tensors[layer]}
+        return self._as_parameter(layer, stored, kept, module)
+
+    def encode(
+        self, layer: int, kept: KeptExperts, module: nn.Module, new: torch.Tensor, changed: set[int]
+    ) -> dict[str, StageTensor]:
+        """The tensors, by name, that `new` (K, A, B) changes: those of the `changed` experts, by their places among K.
+
+        A tensor of all experts has the source's bytes for the other ones, as `new` has.
+        """
+        encoded = {}
+        exchanged = self._is_exchanged(layer, kept, module)
+        for tensor in self._tensors[layer]:
+            if not changed or (tensor.slot is not None and tensor.slot not in changed):
+                continue
+            values = new[tensor.slot] if tensor.slot is not None else new
+            values = values.transpose(-1, -2) if exchanged else values
+            data = values.reshape(tensor.shape).contiguous().view(torch.uint8).numpy().tobytes()
+            encoded[tensor.name] = StageTensor(REFIT, data)
+        return encoded
+
+    def load(self, layer: int, kept: KeptExperts, module: nn.Module, computed: Mapping[str, StageTensor]) -> None:
+        """Put computed tensors into the parameter of the pruned layer `module`, which has the source's values."""
+        experts = module.get_submodule(self._skeleton.experts[layer])
+        parameter: torch.Tensor = getattr(experts, DOWN)
+        exchanged = self._is_exchanged(layer, kept, experts)
+        for tensor in self._tensors[layer]:
+            if tensor.name not in computed:
+                continue
+            place = parameter[tensor.slot] if tensor.slot is not None else parameter
+            values = _tensor_of(tensor, computed[tensor.name].data)
+            shape = (*place.shape[:-2], place.shape[-1], place.shape[-2]) if exchanged else place.shape
+            values = values.reshape(shape)
+            place.data.copy_(values.transpose(-1, -2) if exchanged else values)
+
+    def names(self, layer: int) -> list[str]:
+        """The names of the tensors in the output."""
+        return [tensor.name for tensor in self._tensors[layer]]
+
+    def nbytes(self, layer: int) -> int:
+        """Bytes of the tensors in the output."""
+        return sum(tensor.nbytes for tensor in self._tensors[layer])
+
+    def _parameter(self, layer: int) -> str:
+        return f"{self._skeleton.layers_path}.{layer}.{self._skeleton.experts[layer]}.{DOWN}"
+
+    def _problem(self, layer: int, count: int, width: int | None, module: nn.Module) -> str | None:
+        """Why the tensors of a layer cannot be encoded; None if they can. `module` has all experts, on meta."""
+        tensors, (inner, hidden) = self._tensors[layer], down_sizes(module)
+        slots = [tensor.slot for tensor in tensors]
+        if slots not in ([None], list(range(count))):
+            return f"the checkpoint has {len(tensors)} tensors for their down projections, not one, or one for each"
+        for tensor in tensors:
+            if tensor.dtype not in ("F64", "F32", "BF16", "F16"):
+                return f"{tensor.name} is stored as {tensor.dtype}, so it would have to be quantized again"
+            rows = tensor.rows
+            joined = rows is None or (rows.axis == 0 and rows.tail == 0)
+            if not joined or sorted(_expert_shape(tensor, count)) != sorted((width or inner, hidden)):
+                return f"the checkpoint has {tensor.name} {list(tensor.shape)} in a layout that is not known"
+        return None
+
+    def _is_exchanged(self, layer: int, kept: KeptExperts, experts: nn.Module) -> bool:
+        """Whether the checkpoint has an expert's rows where the loaded parameter has its columns."""
+        parameter: torch.Tensor = getattr(experts, DOWN)
+        tensor = self._tensors[layer][0]
+        shape, own = _expert_shape(tensor, len(kept.experts)), tuple(parameter.shape[1:])
+        if own[0] != own[1]:
+            return shape != own
+        # Both sizes are equal, so look at the first expert's values, before anything is put into the parameter.
+        stored = _tensor_of(tensor, self._read(tensor, kept)).reshape(-1, *shape)[0].to(parameter.dtype)
+        first = parameter[0].cpu()
+        if torch.equal(stored, first):
+            return False
+        if torch.equal(stored.T, first):
+            return True
+        raise UnsupportedModelError(f"{tensor.name} is neither the down projection of layer {layer} nor its transpose.")
+
+    def _as_parameter(
+        self, layer: int, stored: Mapping[str, torch.Tensor], kept: KeptExperts, module: nn.Module
+    ) -> torch.Tensor:
+        tensors, count = self._tensors[layer], len(kept.experts)
+        shape = _expert_shape(tensors[0], count)
+        parts = [stored[tensor.name].reshape(-1, *shape) for tensor in tensors]
+        found = torch.cat(parts)
+        found = found.transpose(1, 2) if self._is_exchanged(layer, kept, module) else found
+        parameter: torch.Tensor = getattr(module, DOWN)
+        if not torch.equal(found[0].to(parameter.dtype), parameter[0].cpu()):
+            raise UnsupportedModelError(
+                f"{tensors[0].name} is not what the model computes with as the down projection of an expert of layer "
+                f"{layer}, so a refitted one cannot be written."
+            )
+        return found
+
+    def _sources(self, layer: int, kept: KeptExperts) -> dict[Path, list[Stretch]]:
+        sources: dict[Path, list[Stretch]] = defaultdict(list)
+        for tensor in self._tensors[layer]:
+            origin = tensor.slice_of(kept)
+            sources[self._folder / origin.file] += [(part.begin, part.end - part.begin) for part in origin.parts]
+        return sources
+
+    def _read(self, tensor: OutputTensor, kept: KeptExperts) -> bytes:
+        origin = tensor.slice_of(kept)
+        path = self._folder / origin.file
+        with reading(path), path.open("rb") as source:
+            return b"".join(read_parts(source, origin.parts))
+
+
+def _expert_shape(tensor: OutputTensor, count: int) -> tuple[int, ...]:
+    """The shape of one expert's down projection in a checkpoint tensor of one or of all `count` experts."""
+    if tensor.slot is not None:
+        return tensor.shape
+    return tensor.shape[1:] if len(tensor.shape) == 3 else (tensor.shape[0] // count, *tensor.shape[1:])
+
+
+def _tensor_of(tensor: OutputTensor, data: bytes | memoryview) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[tensor.dtype]).view(tensor.shape)

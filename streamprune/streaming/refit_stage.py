@@ -1,0 +1,240 @@
+"""The stage that refits a layer's down projections: what it collects, what it aims at, and the tensors that it makes.
+
+For each of its tokens the pruned layer's output should be that of the original layer, which got the original states.
+So the target of the refit is what is missing in the pruned layer's output: the error that removing experts made in this
+layer, and that which earlier layers left in the residual stream. The layer must add its experts' output to that stream
+as it is, or times a constant; this is measured in each layer.
+
+Shapes: T tokens of a micro-batch, N of all, k experts chosen per token, K experts that stay, I intermediate size, H
+hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamprune.calibration.sequences import FIT, JUDGE, MicroBatch
+from streamprune.distributed.processes import Processes
+from streamprune.errors import UnsupportedModelError
+from streamprune.formats.base import KeptExperts
+from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
+from streamprune.output.plan import StageTensor
+from streamprune.saliency.activations import activation, down_sizes, listening, output_shifted
+from streamprune.streaming.down_tensors import REFIT, DownTensors
+from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, side_of
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.refit import Changes, Fit, RoutedTokens, Shares
+from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
+from streamprune.work.records import RefittedLayer
+from streamprune.work.saved_states import BatchState
+
+#: The share of the error that earlier layers left in the residual stream that a layer is to mend.
+CATCH_UP = 1.0
+#: How far the change of a layer's output may be from a constant times the change of its experts' output.
+_MOST_DEVIATION = 0.02
+#: Measured factors this close to 1 are taken as 1: with half precision that is the measurement's error.
+_NEAR_ONE = 0.01
+
+
+def _is_for(use: str, batch: MicroBatch) -> bool:
+    return batch.refit == use
+
+
+class _Collected:
+    """The tokens of one use, `size` in all, which come one micro-batch after the other."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._filled = size, 0
+        self._tokens: RoutedTokens | None = None
+        self._energies: list[torch.Tensor] = []
+
+    def make_room(self, like: RoutedTokens, home: torch.device) -> None:
+        """Allocate memory for tokens like these, unless that was done: on `home`, or in RAM if it has too little."""
+        if self._tokens is None and lack_of_memory(lambda: self._allocate(like, home)) is not None:
+            free_after_failure(home)
+            self._allocate(like, CPU)
+
+    def add(self, routed: RoutedTokens, energy: torch.Tensor) -> None:
+        """Add a micro-batch; `energy` is Σ ‖output of the original layer‖² of its tokens."""
+        assert self._tokens is not None
+        place = self._tokens.part(self._filled, self._filled + len(routed))
+        for mine, new in ((place.hidden, routed.hidden), (place.index, routed.index), (place.gates, routed.gates)):
+            mine.copy_(new)
+        place.error.copy_(routed.error)
+        self._filled += len(routed)
+        self._energies.append(energy)
+
+    def take(self) -> tuple[RoutedTokens, float]:
+        """All tokens, and their energy."""
+        none = torch.zeros(0, 1)
+        tokens = self._tokens or RoutedTokens(none, none.long(), none, none)
+        assert self._filled == self._size
+        return tokens, float(sum(self._energies))
+
+    def _allocate(self, like: RoutedTokens, home: torch.device) -> None:
+        self._tokens = RoutedTokens(
+            *(
+                torch.empty((self._size, each.shape[1]), dtype=each.dtype, device=home)
+                for each in (like.hidden, like.index, like.gates, like.error)
+            )
+        )
+
+
+class RefitStage(ForwardStage):
+    """Refits the down projections of each layer's kept experts on the pruned stream, without changing any state.
+
+    `make_pruned` returns a layer of the pruned model on meta, for its index and what stays of its experts. The tokens
+    are collected in the memory of `home`. What it computes is in the task's `computed` and `refit`.
+    """
+
+    name = REFIT
+    restarts = True
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        make_pruned: Callable[[int, KeptExperts], nn.Module],
+        tensors: DownTensors,
+        home: torch.device,
+    ) -> None:
+        super().__init__(weights, PRUNED, is_two_sided)
+        self._layers, self._make_pruned, self._tensors, self._home = experts_of(weights), make_pruned, tensors, home
+        self._collected: dict[str, _Collected] = {}
+        self._last: tuple[RoutedTokens, torch.Tensor] | None = None
+        #: What the layer multiplies its experts' output by, once it is measured.
+        self._factor: float | None = None
+
+    def applies(self, task: LayerTask) -> bool:
+        return task.index in self._layers and not task.replayed
+
+    def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
+        return bool(batch.refit)
+
+    @contextmanager
+    def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
+        batches = self.weights.batches
+        assert batches is not None
+        fitted, judging = (batches.tokens_among(partial(_is_for, use)) for use in (FIT, JUDGE))
+        self._collected = {FIT: _Collected(fitted), JUDGE: _Collected(judging)}
+        self._factor = None
+        pruned = self._make_pruned(task.index, task.kept)
+        try:
+            with self.weights.making_room(
+                lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
+                f"a copy of layer {task.index} with the experts that stay",
+            ) as module:
+                yield module
+        finally:
+            self._collected.clear()
+
+    def compute(
+        self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
+    ) -> BatchState | None:
+        """Collect a micro-batch's tokens; the state stays. (The layer's experts run as in any forward.)"""
+        experts, before = self._experts(task, layer), side_of(state, PRUNED)
+        run = self.weights.forward.run_layer
+        with listening(experts) as heard:
+            after = run(task.index, layer, batch.ids, before)
+        self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
+        wanted, found = hidden_states_of(side_of(state, ORIGINAL)), hidden_states_of(after)
+        hidden = down_sizes(experts)[1]
+        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or found.numel() != batch.ids.numel() * hidden:
+            raise _not_linear(task.index, "its experts' outputs have another size than its own, or are used repeatedly")
+        if self._factor is None:
+            shift = shift_for(found)
+            with output_shifted(experts, shift):
+                shifted = hidden_states_of(run(task.index, layer, batch.ids, before))
+            self._factor = factor_of(found, shifted, shift)
+            if self._factor is None:
+                raise _not_linear(task.index, "it does not add its experts' output to the hidden states as it is")
+        wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))
+        one = heard[0]
+        routed = RoutedTokens(one.hidden, one.index.int(), one.gates.float(), (wanted - found) / self._factor)
+        self._collected[batch.refit].make_room(routed, self._home)
+        self._last = routed, wanted.double().square().sum()
+        return None
+
+    def commit(self, batch: MicroBatch) -> None:
+        assert self._last is not None
+        self._collected[batch.refit].add(*self._last)
+        self._last = None
+
+    def conclude(self, task: LayerTask, module: nn.Module, processes: Processes) -> None:
+        """Fit, and put the new tensors into the task. Rank 0 encodes them, and all ranks get them."""
+        experts = self._experts(task, module)
+        inner, hidden = down_sizes(experts)
+        fit = Fit(
+            lambda *given: activation(experts, *given), len(task.kept.experts), inner, hidden, self.weights.device,
+            processes,
+        )  # fmt: skip
+        changes = fit.changes(self._collected[FIT].take()[0])
+        judging, energy = self._collected[JUDGE].take()
+        shares = fit.shares(judging, changes)
+        energies = torch.tensor([energy], dtype=torch.float64)
+        processes.add_up(energies)
+        self._collected.clear()
+        task.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
+        factor = next(each for each in processes.collect(self._factor) if each is not None)
+        task.refit = RefittedLayer(
+            shares=[round(share, 6) for share in shares.values.tolist()],
+            tokens=list(changes.tokens),
+            changes=[round(size, 6) for size in sizes],
+            before=round(factor * math.sqrt(shares.before / float(energies)), 6),
+            after=round(factor * math.sqrt(shares.after / float(energies)), 6),
+            catch_up=CATCH_UP,
+        )
+
+    def _experts(self, task: LayerTask, layer: nn.Module) -> nn.Module:
+        return layer.get_submodule(self._layers[task.index])
+
+    def _encode(
+        self, task: LayerTask, experts: Any, changes: Changes, shares: Shares
+    ) -> tuple[dict[str, StageTensor], list[float]]:
+        """The refitted tensors as they are written, and ‖change‖ / ‖weights‖ of every expert. Rank 0."""
+        weights = self._tensors.original(task.index, task.kept, experts)
+        sizes, changed = [0.0] * len(weights), set()
+        for place, share in enumerate(shares.values.tolist()):
+            if share == 0:
+                continue
+            change = changes.values[place] if experts.is_transposed else changes.values[place].T
+            old = weights[place].to(change.device).float()
+            new = (old + share * change).to(weights.dtype)
+            sizes[place] = float((new.float() - old).norm() / old.norm())
+            weights[place] = new.cpu()
+            changed.add(place)
+        return self._tensors.encode(task.index, task.kept, experts, weights, changed), sizes
+
+
+def shift_for(output: torch.Tensor) -> torch.Tensor:
+    """What is added to the experts' output to see what becomes of it: ±s for each of H values, float32.
+
+    s is a power of two, and about twice the largest value of the layer's output (..., H), so that it is not lost in the
+    rounding of half precision, and that a norm behind the experts cannot hide.
+    """
+    signs = torch.randint(0, 2, (output.shape[-1],), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    largest = max(float(output.abs().amax()), torch.finfo(torch.float32).tiny)
+    return (signs * 2.0 ** (math.floor(math.log2(largest)) + 1)).to(output.device)
+
+
+def factor_of(output: torch.Tensor, shifted: torch.Tensor, shift: torch.Tensor) -> float | None:
+    """The constant f with shifted - output = f x shift, for all tokens; None if there is none.
+
+    `output` and `shifted` (..., H) are a layer's outputs without and with the shift of its experts' output.
+    """
+    ratios = (shifted.float() - output.float()) / shift
+    factor = float(ratios.mean())
+    deviation = float((ratios - factor).abs().amax())
+    if not deviation <= _MOST_DEVIATION * abs(factor):
+        return None
+    return 1.0 if abs(factor - 1) < _NEAR_ONE else factor
+
+
+def _not_linear(layer: int, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {why}. Run without --refit.")
