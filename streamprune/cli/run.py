@@ -50,6 +50,17 @@ def _run_options(resuming: bool = False) -> opt.Option:
     help="Score each layer on the outputs of the original or of the pruned layers before it.",
 )  # fmt: skip
 @opt.CHANNELS
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Refit the down projections of the experts that stay, so that each layer gives what the original one gave.",
+)
+@click.option(
+    "--anchor",
+    metavar="TEXT|none",
+    help="With --refit: text to fit to beside the calibration, as for --calibration.  "
+    "[default: builtin if the calibration has one source, else none]",
+)
 @opt.DTYPE
 @opt.SHARD_SIZE
 @opt.PLACE
