@@ -16,6 +16,7 @@ from streamprune.selection.settings import SelectionSettings
 
 PROPAGATE = ("original", "pruned")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+BY = ("experts", "channels", "both")
 STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
 #: The work folder is named like the output, with this suffix.
@@ -77,7 +78,8 @@ class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
-    number in all layers together instead, and `widest` the number in the layer that keeps most, if known.
+    number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
+    the number of channels that each expert keeps; None for all.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -87,6 +89,7 @@ class ServingSpec:
     keep: int | None = None
     total: int | None = None
     widest: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         check_least("--context", self.context, 1)
@@ -102,6 +105,10 @@ class PruningTarget(SelectionSettings):
     At most one says how far: `keep` (experts per layer), `ratio` (share removed), or a budget (`budget_gib`, or what
     CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives layers
     different numbers of experts, these are means: as many experts stay in all as with equal numbers.
+
+    `width` is the number of channels that each expert keeps, alone or in addition. Without it, `by` says what a ratio
+    or a budget removes: experts, channels, or both by the same share. Widths found that way are multiples of
+    `width_multiple`.
     """
 
     keep: int | None = None
@@ -111,9 +118,21 @@ class PruningTarget(SelectionSettings):
     context: int = DEFAULT_CONTEXT
     batch: int = 1
     kv_dtype: str = "auto"
+    width: int | None = None
+    by: str = "experts"
+    width_multiple: int | None = None
 
     def __post_init__(self) -> None:
         SelectionSettings.__post_init__(self)
+        check_choice("--by", self.by, BY)
+        check_least("--width", self.width, 1)
+        check_least("--width-multiple", self.width_multiple, 1)
+        if self.by != "experts" and self.width is not None:
+            raise SettingsError(f"--by {self.by} finds the width itself. Omit it, or --width {self.width}.")
+        if self.by != "experts" and (self.keep is not None or self.has_schedule_file):
+            raise SettingsError(f"--by {self.by} is for --ratio and for a budget. Say the width with --width.")
+        if self.by == "experts" and self.width_multiple is not None:
+            raise SettingsError("--width-multiple is for --by channels and --by both.")
         if self.keep is not None and self.keep < 1:
             raise SettingsError(f"--keep {self.keep}: at least one expert per layer must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -141,6 +160,8 @@ class PruningTarget(SelectionSettings):
     def check_one_target(self) -> None:
         """Raise SettingsError unless one setting says how far to prune; with a schedule file, only a budget may."""
         given = self.targets_given
+        if given == 0 and self.width is not None:
+            return
         if self.has_schedule_file and (given > 1 or self.keep is not None or self.ratio is not None):
             raise SettingsError(
                 f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, so it is read as a file that lists how "
@@ -149,7 +170,8 @@ class PruningTarget(SelectionSettings):
         if given != 1 and not self.has_schedule_file:
             raise SettingsError(
                 "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
-                "GPU), --keep N (experts to keep per layer) or --ratio R (share to remove)."
+                "GPU), --keep N (experts to keep per layer) or --ratio R (share to remove). --width W (channels to "
+                "keep per expert) may stand alone, or be added."
             )
 
 
@@ -267,6 +289,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
                 f"--checkpoint-every {self.checkpoint_every:g} is not a number of seconds. 0: after every layer."
             )
         self._check_refit()
+        if not self.channels and (self.width is not None or self.by != "experts"):
+            raise SettingsError("--no-channels leaves out what --width and --by choose by. Omit one of the two.")
         if self.evaluate and self.only_score:
             raise SettingsError("--evaluate is about a pruned model, and scoring alone makes none.")
         if self.stop_if_kl is not None and not self.evaluate:
@@ -314,6 +338,8 @@ class PruneSettings(OutputSettings, PruningTarget):
             self.check_one_target()
         elif self.targets_given:
             raise SettingsError("--keep-file says itself how many experts stay. Omit --keep, --ratio and the budget.")
+        if self.keep_file is not None and (self.width is not None or self.by != "experts"):
+            raise SettingsError("--keep-file lists complete experts. Omit --width and --by, or use --scores.")
         PruningTarget.__post_init__(self)
         OutputSettings.__post_init__(self)
 

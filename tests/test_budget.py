@@ -41,7 +41,7 @@ def test_the_written_files_and_the_other_terms_fill_the_budget(family: Family, t
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
     assert footprint.spec is not None
-    step = int(footprint.spec.groups * footprint.weights.sizes("source").expert_bytes)
+    step = int(footprint.spec.groups * footprint.weights.sizes("source").expert_bytes())
     # Not a byte to spare, and just short of the next number.
     for number, spare in enumerate((0, step - 1)):
         gib = budget_for(footprint, family.keep, spare)
@@ -77,7 +77,7 @@ def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.id == "deepseek_v3")
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
-    one = int(footprint.weights.sizes("source").expert_bytes)
+    one = int(footprint.weights.sizes("source").expert_bytes())
     result = prune(source, tmp_path / "out", budget_gib=budget_for(footprint, 6, one), context=128)
     assert result.summary["experts_per_layer"] == 6, "7 would fit, but not in two equal groups"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
+from streamprune.config import BY, DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
 from streamprune.distributed.processes import is_first
 from streamprune.errors import (
     OtherProcessError,
@@ -141,7 +141,16 @@ TARGET = together(
     BUDGET,
     click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget."),
     click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget."),
-)
+    click.option("--width", type=int, metavar="W", help="Channels to keep of every expert, alone or in addition."),
+    click.option(
+        "--by", type=click.Choice(BY), default="experts", show_default=True,
+        help="What --ratio or a budget removes: whole experts, channels of every expert, or the same share of both.",
+    ),
+    click.option(
+        "--width-multiple", type=int, metavar="N",
+        help="With --by: what the width is a multiple of.  [default: 128, or 64, 32, … for narrow experts]",
+    ),
+)  # fmt: skip
 
 
 def device_option(default: str | None = "auto") -> Option:

@@ -39,7 +39,7 @@ class Footprint:
 
     `spec` is None for a model from which no experts can be removed: it has none, or its layers keep different numbers
     of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
-    longest context that its config names.
+    longest context that its config names. `width` is the number of channels per expert; None if it cannot change.
     """
 
     model: str
@@ -50,6 +50,14 @@ class Footprint:
     itemsize: int
     max_positions: int | None
     notes: tuple[str, ...] = ()
+    width: int | None = None
+
+    def width_share(self, width: int | None) -> float:
+        """The share of its channels that each expert keeps with `width` of them (None: all)."""
+        if width is None:
+            return 1.0
+        assert self.width is not None, "only models whose width can change are planned with another one"
+        return width / self.width
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,8 @@ class Fit(Estimate):
             return spec.count * sizes.expert_layers
         # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
-        fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes)
+        each = sizes.expert_bytes(self.footprint.width_share(self.use.width))
+        fitting = int((self.budget - rest) * sizes.expert_layers // each)
         # Above, the workspace is that of a layer with all experts; if all layers keep equally few, it may be less.
         fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
         # Never all experts: then the model is unpruned and also has its multi-token prediction layers.
@@ -178,13 +187,14 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     weights = footprint.weights
     kept: float = weights.count if use.keep is None else use.keep
     # The pruned model has no multi-token prediction layers: they are not scored and not written.
-    sizes = weights.sizes(use.weights_dtype, with_mtp=use.total is None and kept == weights.count)
+    is_pruned = use.total is not None or kept != weights.count or use.width is not None
+    sizes = weights.sizes(use.weights_dtype, with_mtp=not is_pruned)
     if use.total is not None:
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
         # keep all its experts.
         kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
     exact = weights.measured and use.weights_dtype == "source"
-    for name, size in sizes.bytes_by_category(kept).items():
+    for name, size in sizes.bytes_by_category(kept, footprint.width_share(use.width)).items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)
@@ -192,6 +202,8 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     if state:
         yield Term(STATE, state, "exact", state, state)
     shape = replace(footprint.shape, experts=round(kept) if routed is None else routed)
+    if use.width is not None:
+        shape = replace(shape, expert=use.width)
     workspace = prefill_workspace_bytes(shape, PREFILL_CHUNK, use.context, use.batch, footprint.itemsize)
     allocated = kv_bytes + state + workspace
     for name, bounds in (

@@ -216,7 +216,8 @@ def footprint_of_skeleton(
         cache = replace(stated, itemsize=skeleton.model.dtype.itemsize)
     else:
         cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
-    return _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
+    footprint = _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
+    return replace(footprint, width=skeleton.width.width if skeleton.width is not None else None)
 
 
 def weights_of_checkpoint(

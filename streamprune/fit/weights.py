@@ -43,7 +43,8 @@ class WeightFact:
     """One tensor: its bytes as stored, and how they depend on the number of experts.
 
     `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts are; both are None
-    for a tensor that pruning does not change. `layer` is None outside the decoder's layers.
+    for a tensor that pruning does not change. `layer` is None outside the decoder's layers. `has_channels`: its size is
+    proportional to the experts' width.
     """
 
     name: str
@@ -54,6 +55,7 @@ class WeightFact:
     layer: int | None = None
     expert: int | None = None
     rows: ExpertRows | None = None
+    has_channels: bool = False
 
     @property
     def of_experts(self) -> bool:
@@ -80,22 +82,29 @@ class WeightFact:
 class WeightSizes:
     """Bytes by category as a function of the experts kept: `fixed`, and `per_expert` for each expert and layer.
 
-    `per_expert` sums over all layers that have experts, so that `keep` experts in each take keep × that.
+    `per_expert` sums over all layers that have experts, so that `keep` experts in each take keep × that. `of_channels`
+    is the part of it that is proportional to the experts' width.
     """
 
     fixed: Mapping[str, float]
     per_expert: Mapping[str, float]
+    of_channels: Mapping[str, float]
     expert_layers: int
 
-    def bytes_by_category(self, keep: float) -> dict[str, int]:
-        """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer."""
-        total = {name: round(self.fixed[name] + keep * self.per_expert[name]) for name in CATEGORIES}
+    def bytes_by_category(self, keep: float, width_share: float = 1.0) -> dict[str, int]:
+        """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer.
+
+        Each keeps `width_share` of its channels.
+        """
+        total = {name: round(self.fixed[name] + keep * self._per_expert(name, width_share)) for name in CATEGORIES}
         return {name: count for name, count in total.items() if count}
 
-    @property
-    def expert_bytes(self) -> float:
-        """Bytes of one expert, its router row included, in every layer."""
-        return sum(self.per_expert.values())
+    def expert_bytes(self, width_share: float = 1.0) -> float:
+        """Bytes of one expert, its router row included, in every layer, with `width_share` of its channels."""
+        return sum(self._per_expert(name, width_share) for name in CATEGORIES)
+
+    def _per_expert(self, name: str, width_share: float) -> float:
+        return self.per_expert[name] - (1 - width_share) * self.of_channels[name]
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Weights:
                 f"The model is quantized already ({', '.join(sorted({fact.dtype for fact in self.facts}))}), so its "
                 f"size as {weights_dtype} is unknown. Use --weights-dtype source."
             )
-        fixed, per_expert = dict.fromkeys(CATEGORIES, 0.0), dict.fromkeys(CATEGORIES, 0.0)
+        fixed, per_expert, of_channels = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
         for fact in self.facts:
             if fact.category == "MTP" and not with_mtp:
                 continue
@@ -140,15 +149,18 @@ class Weights:
                 fixed[fact.category] += size
             elif fact.expert is not None:
                 # All experts of a layer have one size, so each tensor is its share of all of them.
-                per_expert[fact.category] += size / self.count
+                share = size / self.count
+                per_expert[fact.category] += share
+                of_channels[fact.category] += share if fact.has_channels else 0.0
             elif fact.rows is not None:
                 share = size * fact.rows.stride / fact.shape[fact.rows.axis]
                 per_expert[fact.category] += share
+                of_channels[fact.category] += share if fact.has_channels else 0.0
                 fixed[fact.category] += size - share * self.count
             else:
                 fixed[fact.category] += size
         layers = {fact.layer for fact in self.facts if fact.of_experts and (with_mtp or fact.category != "MTP")}
-        self._sizes[weights_dtype, with_mtp] = WeightSizes(fixed, per_expert, len(layers))
+        self._sizes[weights_dtype, with_mtp] = WeightSizes(fixed, per_expert, of_channels, len(layers))
         return self._sizes[weights_dtype, with_mtp]
 
 
@@ -268,6 +280,9 @@ def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts
         cut, category = layout.cuts.get(name, Cut(None)), "MTP"
         if name in layout.cuts:
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
-        fact = WeightFact(name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows)
+        fact = WeightFact(
+            name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows,
+            has_channels=cut.channels is not None,
+        )  # fmt: skip
         facts.append(fact)
     return weights_with(facts, counts)

@@ -114,6 +114,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
         try:
             with torch.device("meta"):
                 model = auto.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
+            _avoid_unaligned_products(model)
             return model.eval()
         except ValueError as error:
             problem = problem or error
@@ -127,6 +128,18 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
     raise UnsupportedModelError(
         f"transformers cannot build a {config.model_type} model for text: {problem}"
     ) from problem
+
+
+def _avoid_unaligned_products(model: PreTrainedModel) -> None:
+    """Let experts run one after the other where torch's grouped product would refuse their matrices.
+
+    Its rows must be a multiple of 16 bytes, which experts with an odd number of channels are not.
+    """
+    for module in model.modules():
+        if dispatches_experts(module) and any(
+            tensor.dim() == 3 and tensor.shape[2] * tensor.itemsize % 16 for tensor in module.parameters()
+        ):
+            module.config._experts_implementation = "eager"
 
 
 def find_decoder(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Decoder:

@@ -24,7 +24,8 @@ from streamprune.hardware.memory import check_disk, existing_folder, format_byte
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.writer import OutputWriter
-from streamprune.planning.facts import ExpertCounts, ModelFacts
+from streamprune.planning.counts import ExpertCounts
+from streamprune.planning.facts import ModelFacts
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
@@ -241,8 +242,12 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
 
 
 def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> None:
-    """Print notes on the budget's GPU, and on which engines load layers with different numbers of experts."""
-    notes = [*(counts.budget.notes if counts.budget else ()), *([engines_note(True)] if is_uneven else [])]
+    """Print notes on the budget's GPU, on the width, and on which engines load layers that keep different numbers."""
+    notes = [
+        *(counts.budget.notes if counts.budget else ()),
+        *counts.notes,
+        *([engines_note(True)] if is_uneven else []),
+    ]
     for note in notes:
         progress.say(f"note: {note}")
 

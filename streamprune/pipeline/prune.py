@@ -20,14 +20,15 @@ from streamprune.files.json_text import show
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, format_bytes
-from streamprune.models.config_json import ExpertSpec, stated_experts
+from streamprune.models.config_json import stated_experts
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
-from streamprune.planning.facts import ExpertCounts, ModelFacts, facts_from_json, plan_counts
+from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
+from streamprune.planning.facts import ModelFacts, facts_from_json
 from streamprune.progress import Progress
 from streamprune.reporting.record import check_provenance, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -121,7 +122,9 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     def footprint() -> Footprint:
         return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
-    counts, selection = _select(settings, scores, facts.layout.spec, facts.layout.expert_layers, footprint)
+    layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
+    prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize)
+    counts, selection = _select(settings, scores, prunable, footprint)
     most = settings.max_shard_bytes
     plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, most, counts.width)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
@@ -143,26 +146,29 @@ def _read_scores(settings: PruneSettings) -> Scores | None:
     def footprint() -> Footprint:
         raise AssertionError("nothing but a budget asks for it")
 
-    if settings.budget_gib is None and settings.gpu is None:
-        _select(settings, scores, scores.spec, scores.layer_indices, footprint)
+    narrower = settings.width is not None or settings.by != "experts"
+    if settings.budget_gib is None and settings.gpu is None and not narrower:
+        _select(settings, scores, Prunable(scores.spec, scores.layer_indices, None, ""), footprint)
     return scores
 
 
 def _select(
     settings: PruneSettings,
     scores: Scores | None,
-    spec: ExpertSpec,
-    layers: tuple[int, ...],
+    model: Prunable,
     footprint: Callable[[], Footprint],
 ) -> tuple[ExpertCounts, Selection]:
     """How many experts stay, and which: by the user's own list or by scores. `footprint` is called for a budget."""
     if settings.keep_file is not None:
-        selection = listed_selection(read_keep_file(settings.keep_file, spec, layers), scores, settings.selection)
+        selection = listed_selection(
+            read_keep_file(settings.keep_file, model.spec, model.layers), scores, settings.selection
+        )
         return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
     assert scores is not None  # PruneSettings requires scores or a keep file
-    counts = plan_counts(settings, spec, layers, footprint)
+    counts = plan_counts(settings, model, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
-    return counts, Selector(by, spec, sources, tokens, counts.total, counts.per_layer).all(scores.layers)
+    selector = Selector(by, model.spec, sources, tokens, counts.total, counts.per_layer, counts.width)
+    return counts, selector.all(scores.layers)
 
 
 def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:

@@ -36,7 +36,7 @@ from streamprune.pipeline.resume import check_same, describe_run, provenance_of,
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers, down_tensors
 from streamprune.pipeline.status import ended
-from streamprune.planning.facts import ExpertCounts
+from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
     PreparedModel,
@@ -271,7 +271,7 @@ class _Run:
         if counts is None:
             return None
         by = self.settings.selection
-        return Selector(by, spec, text.sources, text.tokens_of, counts.total, counts.per_layer)
+        return Selector(by, spec, text.sources, text.tokens_of, counts.total, counts.per_layer, counts.width)
 
     def _scores(self, layers: Sequence[LayerStatistics], taken: Mapping[str, Any]) -> Scores:
         text, facts = self.calibration, self.prepared.facts

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,7 +33,8 @@ from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
 from streamprune.output.plan import output_tensors
 from streamprune.output.writer import check_output
-from streamprune.planning.facts import ExpertCounts, ModelFacts, plan_counts
+from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
+from streamprune.planning.facts import ModelFacts
 from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
@@ -87,7 +89,9 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         headers = read_headers(settings.model, plan.folder)
         return footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers)
 
-    counts = plan_counts(settings, skeleton.spec, tuple(skeleton.experts), read_footprint)
+    itemsize = (plan.model.dtype or torch.bfloat16).itemsize
+    prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
+    counts = plan_counts(settings, prunable, read_footprint)
     if settings.needs_all_layers and settings.propagate == "pruned":
         cause = "--protect-super-experts" if settings.protect_super_experts else f"--schedule {settings.schedule}"
         raise SettingsError(

@@ -12,7 +12,7 @@ from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.config import NO_ANCHOR, RunSettings
 from streamprune.errors import CalibrationError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
-from streamprune.planning.facts import ExpertCounts
+from streamprune.planning.counts import ExpertCounts
 from streamprune.saliency.activations import down_sizes, why_not_linear
 
 #: Fewest sequences of an anchor: some of each built-in domain, and one that judges.

@@ -269,6 +269,12 @@ def _check_files(output: PublishedOutput, trust_remote_code: bool) -> None:
                 f"the model has {model.counts[layer]}. Prune again."
             )
     opened = open_moe(checkpoint, trust_remote_code, model=model)
+    width = opened.layout.width.width if opened.layout.width is not None else None
+    if record.settings.width not in (None, width):
+        raise VerifyError(
+            f"{folder / REPORT_NAME} says that each expert keeps {record.settings.width} channels, but according to "
+            f"config.json it has {width}. Prune again."
+        )
     if has_per_layer_experts(model.counts):
         _check_code(output, find_loading_facts(model.raw, model.config, opened.skeleton))
     check_computed(folder, checkpoint.tensors)

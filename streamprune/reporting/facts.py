@@ -143,7 +143,8 @@ def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint:
     unknown = "The memory of the model is unknown: "
     footprint: Footprint | None
     if scores is not None and scores.layout is not None:
-        facts = facts_from_json(scores.layout, scores.spec, str(output), checkpoint.tensors, record.counts)
+        tensors, width = checkpoint.tensors, record.settings.width
+        facts = facts_from_json(scores.layout, scores.spec, str(output), tensors, record.counts, width)
         footprint = facts.footprint
         if footprint is None:
             return f"{unknown}its KV cache size is unknown."
@@ -155,20 +156,30 @@ def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint:
             return f"{unknown}{error}"
     use = record.use.spec if record.use else ServingSpec()
     weights = source_weights(footprint.weights, record)
-    before = replace(footprint, model=record.settings.model, weights=weights) if weights else None
-    return Memory(Estimate(footprint, use), Estimate(before, use) if before else None)
+    if weights is None:
+        return Memory(Estimate(footprint, use), None)
+    shape = footprint.shape
+    if record.source.width is not None:
+        shape = replace(shape, expert=record.source.width)
+    before = replace(footprint, model=record.settings.model, weights=weights, shape=shape)
+    return Memory(Estimate(footprint, use), Estimate(before, use))
 
 
 def source_weights(weights: Weights, record: Record) -> Weights | None:
     """The weights of the source of an output with these weights; None if they do not match its bytes on record.
 
-    All experts of a layer have the same size, so the kept ones show the sizes of the removed ones. Bytes that are still
-    missing are those of multi-token prediction, which every output drops.
+    All experts of a layer have the same size, so the kept ones show the sizes of the removed ones, and so do channels.
+    Bytes that are still missing are those of multi-token prediction, which every output drops.
     """
+    width, full_width = record.settings.width, record.source.width
+    if width is not None and not any(fact.has_channels for fact in weights.facts):
+        return None
     facts: list[WeightFact] = []
     layers = dict.fromkeys(record.counts, record.experts)
     for fact in weights.facts:
         nbytes = fact.nbytes
+        if width is not None and full_width is not None and fact.has_channels:
+            nbytes = nbytes // width * full_width
         if fact.layer in layers and fact.rows is not None:
             extent = fact.shape[fact.rows.axis]
             nbytes = nbytes // extent * (fact.rows.stride * record.experts + fact.rows.tail)

@@ -19,9 +19,10 @@ from streamprune.checkpoint.index import Checkpoint, read_json
 from streamprune.config import PruneSettings, RunSettings, ServingSpec
 from streamprune.errors import CheckpointError, ReportError, ScoresError, SettingsError
 from streamprune.fit.cache import KV_DTYPES
+from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
 from streamprune.output.plan import REPORT_NAME, PrunePlan
-from streamprune.planning.facts import ExpertCounts
+from streamprune.planning.counts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
@@ -50,10 +51,14 @@ class SourceFiles(Struct, frozen=True, kw_only=True):
 
 
 class SourceModel(SourceFiles, frozen=True, kw_only=True):
-    """The same with the experts of each layer, and how many of them are used for each token."""
+    """The same with the experts of each layer, and how many of them are used for each token.
+
+    `width` is the number of channels that each expert has; None if it stays as it was.
+    """
 
     experts: _Experts
     top_k: _Experts
+    width: Positive | None = None
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
@@ -66,12 +71,16 @@ class ScoringSettings(Struct, frozen=True, kw_only=True):
 
 
 class Settings(ScoringSettings, frozen=True, kw_only=True):
-    """The model, how many experts stay, and how they were selected (all None for a user's own list)."""
+    """The model, how many experts stay, and how they were selected (all None for a user's own list).
+
+    `width` is the number of channels that each expert keeps; None if they keep all.
+    """
 
     model: Name
     revision: Name | None = None
     keep: Positive | None = None
     total: Positive | None = None
+    width: Positive | None = None
     method: Name | None = None
     seed: int | None = None
     mix: Annotated[dict[Name, Share], Meta(max_length=MOST_LISTED)] | None = None
@@ -188,13 +197,15 @@ class Provenance(Struct, frozen=True, kw_only=True):
 class RecordedLayer(Struct, frozen=True, kw_only=True):
     """A layer with experts: its number in the checkpoint, and its experts by their numbers in the source.
 
-    `scores` and `counts` (of routed tokens) are those of every expert, or empty without scores.
+    `scores` and `counts` (of routed tokens) are those of every expert, or empty without scores. `channels` are those
+    that each kept expert keeps, as `ChannelMask.as_text` writes them; None if they keep all.
     """
 
     index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
     kept: Annotated[list[Count], Meta(min_length=1, max_length=MOST_EXPERTS)]
     scores: Annotated[list[Number], Meta(max_length=MOST_EXPERTS)]
     counts: Annotated[list[Count], Meta(max_length=MOST_EXPERTS)]
+    channels: str | None = None
 
     def __post_init__(self) -> None:
         if self.kept != sorted(set(self.kept)):
@@ -219,6 +230,9 @@ class Record(Struct, frozen=True, kw_only=True):
         experts = self.source.experts
         if self.source.top_k > experts:
             raise ValueError(f"`$.source.top_k` is {self.source.top_k}, but there are {experts} experts")
+        width = self.settings.width
+        if width is not None and width >= (self.source.width or 0):
+            raise ValueError(f"`$.settings.width` is {width}, but the experts had {self.source.width} channels")
         indices = list(self.counts)
         if len(indices) < len(self.layers) or indices != sorted(indices):
             raise ValueError("layers are not in ascending order of their `index`")
@@ -229,6 +243,7 @@ class Record(Struct, frozen=True, kw_only=True):
             for name, values in (("scores", layer.scores), ("counts", layer.counts)):
                 if len(values) not in (0, experts):
                     raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
+            _check_channels(layer, width, self.source.width, f"`$.layers[{number}].channels`")
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
                 raise ValueError(
@@ -261,6 +276,17 @@ class Record(Struct, frozen=True, kw_only=True):
         return {int(index): experts for index, experts in self.protected.items() if experts}
 
 
+def _check_channels(layer: RecordedLayer, width: int | None, full_width: int | None, where: str) -> None:
+    """Raise ValueError unless each kept expert of a layer keeps `width` of its channels (None: all)."""
+    if layer.channels is None or full_width is None:
+        if layer.channels is not None or width is not None:
+            raise ValueError(f"{where} does not match the width {width}")
+        return
+    kept = ChannelMask.from_text(layer.channels, full_width, len(layer.kept)).indices.shape[1]
+    if kept != width:
+        raise ValueError(f"{where} keeps {kept} channels of each expert instead of {width}")
+
+
 def make_record(
     provenance: Mapping[str, Any],
     selection: Selection,
@@ -287,18 +313,25 @@ def make_record(
             **(_selection_settings(selection.settings) if selection.settings else {}),
             "keep": counts.keep,
             "total": counts.total,
+            "width": counts.width,
             "max_shard_bytes": settings.max_shard_bytes,
         },
         "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],
-        "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k},
+        "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k, "width": counts.full_width or None},
         "calibration": origin["calibration"],
         # `push` skips files that are not listed.
         "files": sorted({*small_files, *plan.files}),
         "dropped": plan.layout.dropped,
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
         "layers": [
-            {"index": each.index, "kept": each.kept, "scores": each.scores, "counts": each.tokens}
+            {
+                "index": each.index,
+                "kept": each.kept,
+                "scores": each.scores,
+                "counts": each.tokens,
+                "channels": each.channels.as_text() if each.channels is not None else None,
+            }
             for each in selection.layers
         ],
     }

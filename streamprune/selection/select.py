@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamprune.errors import SettingsError
+from streamprune.errors import ScoresError, SettingsError
 from streamprune.formats.base import ChannelMask, KeptExperts
 from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.methods import MixedStatistics, score_experts
@@ -87,8 +87,9 @@ class Selection:
 class Selector:
     """Selects the experts of a model that stay: `total` of them in all layers.
 
-    `per_layer` says how many stay in each layer, None if the scores of all layers decide that. `sources` are the
-    calibration's, with the tokens of each. Raises SettingsError for a mix that does not match these sources.
+    `per_layer` says how many stay in each layer, None if the scores of all layers decide that. Each of them keeps
+    `width` channels; None for all. `sources` are the calibration's, with the tokens of each. Raises SettingsError for a
+    mix that does not match these sources.
     """
 
     settings: SelectionSettings
@@ -97,6 +98,7 @@ class Selector:
     source_tokens: tuple[int, ...]
     total: int
     per_layer: Mapping[int, int] | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         # Checked here, not after hours of scoring.
@@ -119,7 +121,8 @@ class Selector:
             kept = keep_highest(scores, keep, self.spec, protected)
         except SettingsError as error:
             raise SettingsError(f"Layer {statistics.index}: {error}") from None
-        return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics))
+        channels = keep_channels(statistics, self.weights, kept, self.width) if self.width is not None else None
+        return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics), channels)
 
     def all(self, layers: Sequence[LayerStatistics]) -> Selection:
         """The selection in all layers. Raises SettingsError, with layer and numbers, if no selection is possible."""
@@ -175,6 +178,23 @@ def keep_highest(
         )
     each = keep // spec.groups
     return tuple(sorted(expert for members in ranked(scores, spec, protected) for expert in members[:each]))
+
+
+def keep_channels(
+    statistics: LayerStatistics, weights: Sequence[float], kept: Sequence[int], width: int
+) -> ChannelMask:
+    """The `width` channels with the highest energy of each expert in `kept`; of equal ones the first.
+
+    Raises ScoresError for statistics without the energies of channels.
+    """
+    if statistics.channels is None:
+        raise ScoresError(
+            "The scores have no energies of channels, which choosing a width needs: they were made with --no-channels, "
+            "or by an earlier version. Score the model again."
+        )
+    energies = statistics.mixed_channels(weights)
+    best = np.argsort(-energies[list(kept)], axis=1, kind="stable")[:, :width]
+    return ChannelMask.of(best, energies.shape[1])
 
 
 def super_experts(layers: Sequence[LayerStatistics], weights: Sequence[float]) -> dict[int, tuple[int, ...]]:

@@ -81,6 +81,12 @@ def read_keep_file(path: Path, spec: ExpertSpec, layers: Sequence[int]) -> dict[
     body = read_json_file(
         path, "--keep-file", 'is a JSON file with the experts of each layer, such as {"0": [1, 5], "1": [0, 2]}'
     )
+    stated = body.get("settings") if isinstance(body, dict) else None
+    if isinstance(stated, dict) and stated.get("width") is not None:
+        raise SettingsError(
+            f"{what} is the record of a model whose experts keep {show(stated['width'])} channels each, which a list "
+            "of experts cannot say. Prune from its scores with --scores, and the same --width."
+        )
     lists = _by_layer(body, what, layers)
     known = f"{layers[0]} to {layers[-1]}"
     if list(layers) != list(range(layers[0], layers[-1] + 1)):

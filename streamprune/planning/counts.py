@@ -1,0 +1,247 @@
+"""How far a model is pruned: how many experts stay, and how many channels each of them keeps. No torch.
+
+Decided before a weight is read: from numbers, from a share, or from the memory that the result must fit.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from streamprune.config import PruningTarget
+from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
+from streamprune.fit.answer import Budget, nearest, resolve_budget
+from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.hardware.memory import format_bytes
+from streamprune.models.config_json import ExpertSpec, WidthSpec, minimum_keep, resolve_keep
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.select import planned_counts, stated_counts
+from streamprune.selection.widths import allowed_widths, check_width, default_multiple, width_for_share, width_notes
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """What can be removed of a model: experts in `layers`, and channels of each expert.
+
+    `width` is None for experts that cannot be made narrower; `fixed_width` says why. `itemsize` is the bytes of a
+    weight.
+    """
+
+    spec: ExpertSpec
+    layers: tuple[int, ...]
+    width: WidthSpec | None
+    fixed_width: str
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """How many experts stay: `total` in `layers` layers together; `uniform` if each keeps the same number.
+
+    `per_layer` are the numbers by layer, None if the scores of all layers decide them later. `width` is the number of
+    channels that each of them keeps of `full_width`; None for all. `budget` is None if none was given; `notes` are
+    remarks for the user.
+    """
+
+    total: int
+    layers: int
+    uniform: bool
+    per_layer: Mapping[int, int] | None = None
+    budget: Budget | None = None
+    width: int | None = None
+    full_width: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def keep(self) -> int | None:
+        """Experts that stay in every layer; None where the layers may differ."""
+        return self.total // self.layers if self.uniform else None
+
+    def text(self, experts: int, selected: Mapping[int, int] | None = None) -> str:
+        """How many of the `experts` of each layer stay, in words; `selected` are the numbers by layer, once known."""
+        narrower = f", each with {self.width:,} of {self.full_width:,} channels" if self.width is not None else ""
+        if self.keep is not None:
+            return f"{self.keep} of {experts}{narrower}"
+        text = f"{self.total:,} of {experts * self.layers:,} in all"
+        numbers = (selected or self.per_layer or {}).values()
+        return f"{text}, {min(numbers)} to {max(numbers)} per layer{narrower}" if numbers else text + narrower
+
+    def estimate(self, target: PruningTarget, unpruned: Footprint) -> Estimate:
+        """The memory of the pruned model, compared with the budget if there is one."""
+        serving = replace(target.serving, keep=self.keep, width=self.width)
+        if not self.uniform:
+            widest = max(self.per_layer.values()) if self.per_layer else None
+            serving = replace(serving, total=self.total, widest=widest)
+        return self.against_budget(Estimate(unpruned, serving))
+
+    def against_budget(self, estimate: Estimate) -> Estimate:
+        """The estimate, as a Fit if there is a budget."""
+        return Fit(estimate.footprint, estimate.use, self.budget.nbytes) if self.budget else estimate
+
+
+def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable[[], Footprint]) -> ExpertCounts:
+    """How many experts stay in a model, and how many channels each of them keeps.
+
+    `read_footprint` is called for a budget only. Raises DoesNotFitError if even the smallest model exceeds the budget,
+    UnsupportedModelError for experts that cannot be made narrower, and SettingsError if the router cannot work with so
+    few experts, nothing would be removed, or the schedule cannot be met.
+    """
+    _check_narrower(target, model)
+    stated = stated_counts(target, model.spec, model.layers)
+    if stated is not None:
+        counts = _stated(target, stated, read_footprint)
+    elif target.budget_gib is not None or target.gpu is not None:
+        counts = _within_budget(target, model, read_footprint())
+    else:
+        keep, width = _asked_for(target, model)
+        total, uniform = keep * len(model.layers), SCHEDULES[target.schedule].is_uniform
+        per_layer = planned_counts(target, model.spec, model.layers, total)
+        counts = ExpertCounts(total, len(model.layers), uniform, per_layer, width=width)
+    if counts.width is None or model.width is None:
+        return counts
+    notes = (*_rounding_note(target, model.width, counts.width), *width_notes(counts.width, model.itemsize))
+    return replace(counts, full_width=model.width.width, notes=notes)
+
+
+def _check_narrower(target: PruningTarget, model: Prunable) -> None:
+    """Raise unless the model allows the target's width, if it asks for one."""
+    if target.width is None and target.by == "experts":
+        return
+    if model.width is None:
+        raise UnsupportedModelError(
+            f"The experts of this model cannot be made narrower: {model.fixed_width}. Remove experts instead: omit "
+            "--width and --by."
+        )
+    if target.width is not None:
+        check_width(model.width, target.width)
+
+
+def _asked_for(target: PruningTarget, model: Prunable) -> tuple[int, int | None]:
+    """Experts per layer and channels per expert (None: all) without a budget."""
+    spec, width = model.spec, target.width
+    if target.by == "experts" or target.ratio is None or model.width is None:
+        if target.keep is None and target.ratio is None:
+            return spec.count, width
+        return resolve_keep(spec, target.keep, target.ratio, narrower=width is not None), width
+    share = 1 - target.ratio
+    if target.by == "channels":
+        return spec.count, width_for_share(model.width, share, target.width_multiple)
+    # Experts and channels by the same share each, as far as their steps allow.
+    width = width_for_share(model.width, math.sqrt(share), target.width_multiple)
+    return _experts_for_share(spec, share * model.width.width / width), width
+
+
+def _experts_for_share(spec: ExpertSpec, share: float) -> int:
+    """The fewest experts that are at least `share` of all, and that the router can work with."""
+    wanted = math.ceil(share * spec.count / spec.groups - 1e-9) * spec.groups
+    return min(spec.count, max(minimum_keep(spec), wanted))
+
+
+def _rounding_note(target: PruningTarget, width: WidthSpec, chosen: int) -> tuple[str, ...]:
+    """A note if the share of channels that is removed differs from what was asked for, because of the multiple."""
+    if target.by != "channels" or target.ratio is None or abs(chosen / width.width - (1 - target.ratio)) < 0.005:
+        return ()
+    return (
+        f"{1 - chosen / width.width:.1%} of the channels are removed instead of {target.ratio:.1%}, because widths are "
+        f"multiples of {target.width_multiple or default_multiple(width.width)} (--width-multiple).",
+    )
+
+
+def _within_budget(target: PruningTarget, model: Prunable, unpruned: Footprint) -> ExpertCounts:
+    """As much as fits the budget."""
+    spec, layers, uniform = model.spec, model.layers, SCHEDULES[target.schedule].is_uniform
+    budget = resolve_budget(target.budget_gib, target.gpu)
+    fit = Fit(unpruned, target.serving, budget.nbytes)
+    if target.width is None and fit.fits:
+        raise SettingsError(
+            f"The unpruned model takes {format_bytes(fit.total)} and already fits {format_bytes(fit.budget)} "
+            f"({budget.label}), so nothing would be removed. Plan for a longer --context or larger --batch, or choose "
+            "with --keep."
+        )
+    width = target.width if target.by == "experts" else _width_that_fits(target, model, fit, budget)
+    fit = fit.changed(width=width)
+    keep = spec.count if target.by == "channels" else _keep_that_fits(fit, budget)
+    # MoE layers have equal sizes: for the memory only the total counts, not which layers keep one expert more.
+    most = fit.max_total_experts or 0
+    total = keep * len(layers) if uniform else most // spec.groups * spec.groups
+    counts = ExpertCounts(total, len(layers), uniform, planned_counts(target, spec, layers, total), budget, width)
+    return counts if uniform or counts.per_layer is None else _filled(target, counts, model, unpruned)
+
+
+def _width_that_fits(target: PruningTarget, model: Prunable, fit: Fit, budget: Budget) -> int:
+    """The largest width that fits: with all experts, or with the same share of the experts.
+
+    Raises DoesNotFitError if none does.
+    """
+    assert model.width is not None
+    full, spec = model.width.width, model.spec
+    widths = allowed_widths(model.width, target.width_multiple)
+
+    def with_width(width: int) -> Fit:
+        keep = None if target.by == "channels" else _experts_for_share(spec, width / full)
+        return fit.changed(width=width, keep=keep)
+
+    fitting = [width for width in widths if with_width(width).fits]
+    if not fitting:
+        smallest = with_width(widths[0])
+        raise DoesNotFitError(
+            f"Even with {widths[0]} of {full} channels per expert the model takes {format_bytes(smallest.total)}, "
+            f"{format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} ({budget.label}). Remove experts "
+            "too (--by both), or plan for a shorter --context."
+        )
+    return fitting[-1]
+
+
+def _filled(target: PruningTarget, counts: ExpertCounts, model: Prunable, unpruned: Footprint) -> ExpertCounts:
+    """As many experts as fit: `counts` were found for a layer that keeps all its experts, which takes more memory."""
+    assert counts.per_layer is not None
+    spec, layers = model.spec, model.layers
+
+    def with_total(total: int) -> ExpertCounts:
+        return replace(counts, total=total, per_layer=planned_counts(target, spec, layers, total))
+
+    def exceeds(total: int) -> bool:
+        fit = with_total(total).estimate(target, unpruned)
+        return not isinstance(fit, Fit) or not fit.fits
+
+    # steps[0] fits.
+    steps = range(counts.total, spec.count * len(layers), spec.groups)
+    return with_total(steps[bisect_left(steps, True, lo=1, key=exceeds) - 1])
+
+
+def _stated(
+    target: PruningTarget, per_layer: Mapping[int, int], read_footprint: Callable[[], Footprint]
+) -> ExpertCounts:
+    """The counts of a schedule file, compared with the budget if there is one."""
+    total = sum(per_layer.values())
+    uniform = len(set(per_layer.values())) == 1
+    counts = ExpertCounts(total, len(per_layer), uniform, per_layer, width=target.width)
+    if target.budget_gib is None and target.gpu is None:
+        return counts
+    counts = replace(counts, budget=resolve_budget(target.budget_gib, target.gpu))
+    fit = counts.estimate(target, read_footprint())
+    assert isinstance(fit, Fit)
+    if not fit.fits:
+        raise DoesNotFitError(
+            f"With the {total:,} experts of {target.schedule} the model takes {format_bytes(fit.total)}, "
+            f"{format_bytes(-fit.left)} more than {format_bytes(fit.budget)}. At most "
+            f"{fit.max_total_experts or 0:,} experts fit."
+        )
+    return counts
+
+
+def _keep_that_fits(fit: Fit, budget: Budget) -> int:
+    spec = fit.footprint.spec
+    assert spec is not None  # only models with experts get here
+    if fit.max_experts is None:
+        least = minimum_keep(spec)
+        smallest = Fit(fit.footprint, replace(fit.use, keep=least), fit.budget)
+        options = "; ".join(f"{option.settings} ({option.meaning})" for option in nearest(smallest))
+        raise DoesNotFitError(
+            f"Even with the minimum that the router needs, {least} of {spec.count} experts, the model takes "
+            f"{format_bytes(smallest.total)}, {format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} "
+            f"({budget.label}). Nearest settings that fit: {options}. `streamprune fit` shows every part."
+        )
+    return fit.max_experts
