@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.checkpoint.index import open_checkpoint
-from streamprune.config import RunSettings
+from streamprune.config import EvalSettings, RunSettings
 from streamprune.demo.demo import DemoModel, shipped_model
+from streamprune.errors import InterruptedRunError, SettingsError, UnsupportedModelError
+from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import run
+from streamprune.progress import Progress
+from streamprune.streaming.refit_stage import RefitStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from tests.faults import Case
+from tests.helpers import known_family, tree_bytes
+from tests.tiny import make_model, tiny_config, write_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +83,119 @@ def test_a_refit_halves_the_damage_and_changes_only_down_projections(demo: DemoM
     # What stays is the same: scores are those of the original model.
     kept = [layer["kept"] for layer in record["layers"]]
     assert kept == [layer["kept"] for layer in json.loads((plain / "streamprune.json").read_text())["layers"]]
+
+
+def small_case(folder: Path, family: str = "qwen3_moe", **settings: Any) -> Case:
+    """A small model whose experts get enough tokens, and what an undisturbed refit makes of it."""
+    kind = known_family(family)
+    model = make_model(folder / "model", tiny_config(kind))
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 256}')
+    tokens = write_token_ids(folder / "ids.jsonl", sequences=30)
+    given = {"keep": kind.keep, "batch_tokens": 120, "checkpoint_every": 0.0, "refit": True, "anchor": "none"}
+    case = Case(model, tokens, folder / "undisturbed", {**given, **settings}, {})
+    case.run()
+    case.expected = tree_bytes(case.output)
+    assert json.loads(case.expected["streamprune.json"])["computed"]
+    return case
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return small_case(tmp_path_factory.mktemp("made"))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("every", [0.0, 1e6], ids=["states saved", "all recomputed"])
+def test_a_refit_that_ended_in_any_layer_goes_on(made: Case, tmp_path: Path, block: int, every: float) -> None:
+    case = made.at(tmp_path / "out")
+    case.interrupt(at=block, checkpoint_every=every)
+    case.resume()
+    case.check()
+
+
+def stop_in(stage: type[ForwardStage], layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the user stop the run once, when `stage` has computed a micro-batch of a layer."""
+    usual, asked = stage.compute, []
+
+    def compute(self: Any, task: LayerTask, *arguments: Any) -> Any:
+        after = usual(self, task, *arguments)
+        if task.index == layer and not asked:
+            asked.append(layer)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after
+
+    monkeypatch.setattr(stage, "compute", compute)
+
+
+@pytest.mark.parametrize("stage", [ScoreStage, RefitStage, PrunedForwardStage])
+def test_a_refit_that_was_stopped_in_any_stage_goes_on(
+    made: Case, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made.at(tmp_path / "out")
+    stop_in(stage, 2, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        case.run(checkpoint_every=1e6)
+    monkeypatch.undo()
+    case.resume()
+    case.check()
+
+
+def test_damaged_shards_of_a_refitted_layer_are_made_again(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    case.interrupt(at=3)
+    record = json.loads((case.work / "layers" / "00001.json").read_text())
+    text = json.dumps(record)
+    name = next(file for file in sorted((case.work / "model").iterdir()) if file.name in text)
+    data = bytearray(name.read_bytes())
+    data[-3] ^= 1
+    name.write_bytes(data)
+    case.resume()
+    case.check()
+
+
+def test_held_out_text_goes_through_the_refitted_layers(tmp_path: Path) -> None:
+    case = small_case(tmp_path, evaluate=True)
+    [result] = [json.loads(data) for name, data in case.expected.items() if name.endswith("text.json")]
+    stated = result["all"]["kl"]
+    recipe = case.output.with_name("undisturbed.held-out") / "recipe.json"
+    settings = EvalSettings(model=str(case.output), against=str(case.model), device="cpu", data=(str(recipe),))
+    with Progress(0, quiet=True) as progress:
+        measured = evaluate_text(settings, read_data(settings), progress)
+    assert measured.result["all"]["kl"] == pytest.approx(stated, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "granitemoe", "deepseek_v3", "qwen3_5_moe_text"])
+def test_other_layouts_are_refitted(family: str, tmp_path: Path) -> None:
+    case = small_case(tmp_path, family)
+    record = json.loads(case.expected["streamprune.json"])
+    assert verify(case.output, case.model).computed == len(record["computed"])
+    for layer in record["refit"]["layers"]:
+        assert layer["after"] < layer["before"]
+    # What streamed on is what was written: the last layer's states are those of the written model.
+    AutoModelForCausalLM.from_pretrained(case.output)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"schedule": "global"}, "--refit needs each layer's experts selected before the next is scored"),
+        ({"protect_super_experts": True}, "with --protect-super-experts"),
+        ({"propagate": "pruned"}, "Leave out --propagate pruned"),
+        ({"only_score": True, "keep": None}, "scoring alone makes none"),
+        ({"refit": False, "anchor": "builtin"}, "--anchor builtin is the text that --refit also fits to"),
+    ],
+)
+def test_settings_that_exclude_a_refit(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=said):
+        RunSettings(**{"model": "model", "output": tmp_path / "out", "keep": 4, "refit": True, **settings})
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("gemma4_text", "does not add its experts' output to the hidden states"), ("llama4_text", "experts interface")],
+)
+def test_models_that_cannot_be_refitted(family: str, said: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tiny_config(known_family(family)))
+    tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=30)
+    with pytest.raises(UnsupportedModelError, match=said):
+        prune(model, tmp_path / "out", (str(tokens),), keep=4, refit=True, anchor="none")

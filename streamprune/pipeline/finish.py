@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from msgspec import to_builtins
+from msgspec import structs, to_builtins
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
@@ -29,7 +29,7 @@ from streamprune.planning.facts import ModelFacts
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
-from streamprune.reporting.record import make_record
+from streamprune.reporting.record import LayerRefit, RecordedRefit, make_record
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.retention import Retention, retention_warnings, retentions
@@ -56,7 +56,8 @@ class RunResult:
 class SelectionResult:
     """Everything that is decided about an output: the source model, which experts stay, and the files to write.
 
-    `scores` is None for the user's own selection without scores.
+    `scores` is None for the user's own selection without scores. `refit` says to what text the down projections are
+    refitted, None if they are not; its layers are in the work folder.
     """
 
     settings: RunSettings | PruneSettings
@@ -67,6 +68,7 @@ class SelectionResult:
     plan: PrunePlan
     provenance: Mapping[str, Any]
     scores: Scores | None
+    refit: RecordedRefit | None = None
 
     @cached_property
     def retained(self) -> tuple[Retention, ...]:
@@ -205,9 +207,20 @@ def complete(
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
     small_files = [path.as_posix() for path in decided.checkpoint.small_files()]
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
+    if decided.refit is not None:
+        record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
     writer.finish(kept, to_builtins(record), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
     return estimate
+
+
+def _refitted_layers(decided: SelectionResult, work: WorkFolder) -> list[LayerRefit]:
+    records = {index: work.read_layer(index) for index in decided.facts.layout.expert_layers}
+    return [
+        LayerRefit(index=index, **structs.asdict(record.refit))
+        for index, record in records.items()
+        if record is not None and record.refit is not None
+    ]
 
 
 def print_result(

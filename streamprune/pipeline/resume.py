@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.sequences import Calibration, fingerprint_of
+from streamprune.calibration.refit_text import fitted_tokens
+from streamprune.calibration.sequences import JUDGE, Calibration, fingerprint_of
 from streamprune.config import RunSettings
 from streamprune.errors import ResumeError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
 from streamprune.models.open import versions
 from streamprune.planning.prepare import PreparedModel
-from streamprune.reporting.record import public_name
+from streamprune.planning.refit import anchor_name
+from streamprune.reporting.record import AnchorText, RecordedRefit, SourceTokens, public_name
 from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens
 
 #: Settings that do not change the result, or whose effect is recorded otherwise: the calibration by its tokens, a
@@ -148,6 +150,23 @@ def _show(value: Any) -> str:
 
 def _file(state: list[int] | None) -> str:
     return "missing" if state is None else f"{state[0]:,} bytes, changed at {state[1] / 1e9:.3f}"
+
+
+def recorded_refit(settings: RunSettings, text: Calibration) -> RecordedRefit:
+    """The text that down projections are refitted to, as it is recorded with the output."""
+    anchor, name = text.anchor, anchor_name(settings, text)
+    used = None
+    if anchor is not None and name is not None:
+        sources = zip(anchor.sources, anchor.tokens_of, strict=True)
+        used = AnchorText(
+            name=public_name(name),
+            sources=[SourceTokens(*each) for each in sources],
+            sequences=len(anchor.sequences),
+            tokens=anchor.tokens,
+            fingerprint=anchor.fingerprint,
+        )
+    fitted, judging = fitted_tokens(text), fitted_tokens(text, JUDGE)
+    return RecordedRefit(anchor=used, fitted_tokens=fitted, judging_tokens=judging)
 
 
 def provenance_of(

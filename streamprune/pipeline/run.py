@@ -32,7 +32,14 @@ from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline import finish, messages
 from streamprune.pipeline.finish import RunResult, SelectionResult
-from streamprune.pipeline.resume import check_same, describe_run, provenance_of, read_calibration, tokens_of
+from streamprune.pipeline.resume import (
+    check_same,
+    describe_run,
+    provenance_of,
+    read_calibration,
+    recorded_refit,
+    tokens_of,
+)
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers, down_tensors
 from streamprune.pipeline.status import ended
@@ -297,7 +304,7 @@ class _Run:
         self.writer = self.writer or self._new_writer(selection.counts_by_layer)
         self.decided = SelectionResult(
             self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
-            scores.provenance, scores,
+            scores.provenance, scores, recorded_refit(self.settings, self.calibration) if self.settings.refit else None,
         )  # fmt: skip
         self.decided.print_retention(self.progress)
         if self.calibration.held_out is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS
+from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
@@ -214,6 +214,9 @@ def reproduce_command(record: Record) -> str:
             ("--device", settings.device or None),
             ("--batch-tokens", settings.batch_tokens or None),
         ]
+    if record.refit and again:
+        anchor = record.refit.anchor
+        options += [("--refit", True), ("--anchor", anchor.name if anchor is not None else NO_ANCHOR)]
     options.append(("--max-shard-size", settings.max_shard_bytes))
     words = ["streamprune", "run" if again else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -27,6 +28,7 @@ from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
 from streamprune.selection.settings import SelectionSettings
+from streamprune.work.records import RefittedLayer
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2
@@ -212,6 +214,45 @@ class RecordedLayer(Struct, frozen=True, kw_only=True):
             raise ValueError("kept does not list experts in ascending order")
 
 
+class AnchorText(Struct, frozen=True, kw_only=True):
+    """The text that a refit also fits to: the name that the user gave, its sources and tokens."""
+
+    name: Name
+    sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
+    sequences: Count
+    tokens: Count
+    fingerprint: str
+
+
+class LayerRefit(RefittedLayer, frozen=True, kw_only=True):
+    """How the down projections of layer `index` were refitted."""
+
+    index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
+
+
+class RecordedRefit(Struct, frozen=True, kw_only=True):
+    """How the down projections of the kept experts were refitted, by layer.
+
+    They were fitted to `fitted_tokens`, and `judging_tokens` decided how much of each change was taken; a part of both
+    is of the `anchor`, if there is one. `layers` are in ascending order.
+    """
+
+    anchor: AnchorText | None
+    fitted_tokens: Count
+    judging_tokens: Count
+    layers: Annotated[list[LayerRefit], Meta(max_length=MOST_LISTED)] = []
+
+    @property
+    def error_before(self) -> float:
+        """The mean over the layers of the relative error of their output before the refit."""
+        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
+
+    @property
+    def error_after(self) -> float:
+        """The same after the refit."""
+        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
+
+
 class Record(Struct, frozen=True, kw_only=True):
     """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights."""
 
@@ -224,6 +265,7 @@ class Record(Struct, frozen=True, kw_only=True):
     files: list[str] | None = None
     dropped: Annotated[list[Any], Meta(max_length=MOST_LISTED)]
     protected: dict[str, list[Count]]
+    refit: RecordedRefit | UnsetType = UNSET
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
 
     def __post_init__(self) -> None:

@@ -182,12 +182,13 @@ class RefitStage(ForwardStage):
         self._collected.clear()
         task.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
         factor = next(each for each in processes.collect(self._factor) if each is not None)
+        scale = abs(factor) / math.sqrt(float(energies) or 1.0)
         task.refit = RefittedLayer(
             shares=[round(share, 6) for share in shares.values.tolist()],
             tokens=list(changes.tokens),
             changes=[round(size, 6) for size in sizes],
-            before=round(factor * math.sqrt(shares.before / float(energies)), 6),
-            after=round(factor * math.sqrt(shares.after / float(energies)), 6),
+            before=round(scale * math.sqrt(shares.before), 6),
+            after=round(scale * math.sqrt(shares.after), 6),
             catch_up=CATCH_UP,
         )
 
