@@ -22,10 +22,15 @@ SCRIPT = (
 )
 
 
+#: Stands for half of the channels that an expert of the measured model has.
+HALF_WIDTH = -1
 #: What two kinds of runs differ in, the usual kind first.
 PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "saving": {"never": {"checkpoint_every": 1e9}, "every layer": {"checkpoint_every": 0.0}},
     "evaluating": {"plain": {}, "evaluated": {"evaluate": True}},
+    "recording": {"without channels": {"channels": False}, "with channels": {}},
+    "narrowing": {"fewer experts": {}, "narrower experts": {"keep": None, "width": HALF_WIDTH}},
+    "refitting": {"plain": {}, "refitted": {"refit": True}},
 }
 
 
@@ -38,12 +43,19 @@ def paired_seconds(job: Job) -> dict[str, Any]:
     for number in range(-1, job.rounds):
         for kind in sorted(seconds, reverse=bool(number % 2)):
             begun = time.perf_counter()
-            run(settings_of(job, **kinds[kind]), quiet=True)
+            run(settings_of(job, **_sized(job, kinds[kind])), quiet=True)
             # The first round warms the caches of kernels and files.
             if number >= 0:
                 seconds[kind].append(time.perf_counter() - begun)
             shutil.rmtree(job.output)
     return {"rounds": seconds}
+
+
+def _sized(job: Job, changes: dict[str, Any]) -> dict[str, Any]:
+    if changes.get("width") != HALF_WIDTH:
+        return changes
+    width = json.loads((job.model / "config.json").read_text())["moe_intermediate_size"]
+    return {**changes, "width": width // 2}
 
 
 def pruning_seconds(job: Job) -> dict[str, Any]:

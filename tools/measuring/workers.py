@@ -11,7 +11,7 @@
 | `matrix` | a large matrix product, again and again |
 | `machine` | that, copies on the device, and the versions of the libraries |
 | `profile` | one micro-batch of one layer in detail (see `profiling`) |
-| `saving`, `evaluating`, `pruning` | several runs that are compared with one another (see `repeated`) |
+| `pruning`, and those of `PAIRED` | several runs that are compared with one another (see `repeated`) |
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from streamprune.errors import StreampruneError
 if TYPE_CHECKING:
     from streamprune.config import RunSettings
 
+#: Jobs that compare two kinds of runs.
+PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting")
 #: What of a run's summary the figures are made from, where it is there.
 SUMMARY = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
@@ -147,7 +149,7 @@ def settings_of(job: Job, **changes: Any) -> RunSettings:
     experts = json.loads((job.model / "config.json").read_text())["num_experts"]
     fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(job.tokens),), "samples": 10**9}
     places: dict[str, Any] = {"device": job.device, "vram_gib": job.vram_gib, "states": job.states}
-    return RunSettings(model=str(job.model), output=job.output, **fixed, **places, **changes)
+    return RunSettings(model=str(job.model), output=job.output, **{**fixed, **places, **changes})
 
 
 def _read(job: Job) -> dict[str, Any]:
@@ -178,8 +180,8 @@ def _pruning(job: Job) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "build": _build, "device": _device, "import": _import, "forward": _forward, "score": _score, "run": _run,
-    "read": _read, "copy": _copy, "matrix": _matrix, "saving": _paired, "evaluating": _paired, "pruning": _pruning,
-    "machine": _machine, "profile": _profile,
+    "read": _read, "copy": _copy, "matrix": _matrix, "pruning": _pruning,
+    "machine": _machine, "profile": _profile, **dict.fromkeys(PAIRED, _paired),
 }  # fmt: skip
 
 
@@ -213,12 +215,12 @@ def do(job: Job) -> dict[str, Any]:
 
     Raises StreampruneError for what streamprune refuses.
     """
-    if job.kind in ("forward", "score", "run", "saving", "evaluating"):
+    if job.kind in ("forward", "score", "run", *PAIRED):
         _import_libraries(limited=job.kind != "forward")
         # transformers imports a model's code when it is first asked for.
         import transformers.models.auto.modeling_auto
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-    if job.kind in ("score", "run", "saving", "evaluating"):
+    if job.kind in ("score", "run", *PAIRED):
         import streamprune.pipeline.run  # noqa: F401
     gpu = GpuPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
