@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from streamprune.streaming import refit
-from streamprune.streaming.refit import LEAST_SHARE, PRIOR, SWEEPS, Fit, RoutedTokens, supported_shares
+from streamprune.refit import least_squares
+from streamprune.refit.least_squares import LEAST_SHARE, PRIOR, SWEEPS, Fit, RoutedTokens, supported_shares
 
 EXPERTS, CHOSEN, INNER, HIDDEN = 6, 2, 24, 40
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def with_error(tokens: RoutedTokens, error: torch.Tensor) -> RoutedTokens:
 
 @pytest.mark.parametrize("part", [64, 8192])
 def test_the_changes_are_those_of_a_plain_float64_solution(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "PART_TOKENS", part)
+    monkeypatch.setattr(least_squares, "PART_TOKENS", part)
     problem = Problem()
     error = problem.effects(problem.down) + 0.5 * problem.noise
     tokens = with_error(problem.tokens, error)
@@ -95,7 +95,7 @@ def test_more_sweeps_come_to_the_joint_solution(monkeypatch: pytest.MonkeyPatch)
     error = problem.effects(problem.down)
     distances = []
     for sweeps in (1, 3, 30):
-        monkeypatch.setattr(refit, "SWEEPS", sweeps)
+        monkeypatch.setattr(least_squares, "SWEEPS", sweeps)
         tokens = with_error(problem.tokens, error)
         problem.fit.changes(tokens)
         distances.append(float(tokens.error.norm() / error.norm()))

@@ -17,6 +17,19 @@ STAGING_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
+class RefitNeeds:
+    """What the refit of a layer needs, in bytes.
+
+    `collected` are its tokens and the factored matrices, which are where the hidden states are (in RAM if those are on
+    disk), `work` what the device has while it fits, `encoded` the new tensors in RAM, before they are written.
+    """
+
+    collected: int = 0
+    work: int = 0
+    encoded: int = 0
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a run needs, in bytes.
 
@@ -44,6 +57,7 @@ class Needs:
     processes: int = 1
     sums: int = 0
     recorded: int = 0
+    refit: RefitNeeds = RefitNeeds()
 
     def states_here(self, batch_tokens: int) -> int:
         """Bytes of one process's share of the hidden states, with micro-batches of so many tokens."""
@@ -106,9 +120,13 @@ class MemoryPlan:
         else:
             # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
             states = self._moving * (1 if self.room.host is None else 1 + MOST_SUBMITTED)
-        working = needs.layer + self.workspace + (needs.reading if self.ahead else 0) + needs.sums
-        recorded = needs.recorded if self.room.host is None else 0
-        return needs.non_layer + recorded + states + max(needs.loading, working)
+        working = (
+            needs.layer + max(self.workspace, needs.refit.work) + (needs.reading if self.ahead else 0) + needs.sums
+        )
+        if self._states_on_device:
+            working += self._collected
+        in_ram = needs.recorded + needs.refit.encoded if self.room.host is None else 0
+        return needs.non_layer + in_ram + states + max(needs.loading, working)
 
     @property
     def _host_bytes(self) -> int:
@@ -119,7 +137,8 @@ class MemoryPlan:
             states = self._states * (1 << max(0, one - 1).bit_length()) // max(1, one)
         else:
             states = self._moving if self.place == "disk" else 0
-        return self.needs.staging + self.needs.recorded + states
+        collected = 0 if self._states_on_device else self._collected
+        return self.needs.staging + self.needs.recorded + self.needs.refit.encoded + collected + states
 
     @property
     def _states_on_device(self) -> bool:
@@ -128,6 +147,10 @@ class MemoryPlan:
     @property
     def _states(self) -> int:
         return self.needs.states_here(self.tokens_at_a_time)
+
+    @property
+    def _collected(self) -> int:
+        return -(-self.needs.refit.collected // self.needs.processes)
 
     @property
     def _moving(self) -> int:
@@ -145,13 +168,17 @@ class MemoryPlan:
                 f" on {self.device} and {format_bytes(self._host_bytes)} of {format_bytes(room.host.nbytes)} in RAM"
             )
         ahead = f", the next one read ahead {format_bytes(needs.reading)}" if self.ahead else ""
+        refit = ""
+        if needs.refit.collected:
+            where = place if self.place != "disk" else "in RAM"
+            refit = f", refit {format_bytes(self._collected)} {where} and {format_bytes(needs.refit.work)} of workspace"
         scores = f", scores of channels {format_bytes(needs.recorded)} in RAM" if needs.recorded else ""
         each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
             f"memory for the run: largest layer {format_bytes(needs.layer)} ({format_bytes(needs.loading)} while it is "
             f"loaded){ahead}, embeddings {format_bytes(needs.non_layer)}, "
             f"hidden states {format_bytes(self._states)} {place}, "
-            f"workspace {format_bytes(self.workspace)} for {self.tokens_at_a_time:,} tokens at a time{scores}; "
+            f"workspace {format_bytes(self.workspace)} for {self.tokens_at_a_time:,} tokens at a time{scores}{refit}; "
             f"{each}at most {totals}, in addition to Python and the libraries with their caches "
             f"({format_bytes(resident_bytes())} by now)"
         )
@@ -185,6 +212,7 @@ class MemoryPlan:
             f"the embeddings and norms ({format_bytes(needs.non_layer)})",
             f"a workspace for {self.tokens_at_a_time:,} tokens at a time ({format_bytes(self.workspace)})",
             *([self._states_text()] if self._states_on_device else []),
+            *([f"what a refit needs ({format_bytes(self._refit_on_device)})"] if self._refit_on_device else []),
             *([self._recorded_text()] if self.room.host is None and needs.recorded else []),
         ]
         if needs.non_layer + max(needs.loading, needs.layer) > limit.nbytes:
@@ -201,6 +229,10 @@ class MemoryPlan:
 
     def _recorded_text(self) -> str:
         return f"the scores of channels ({format_bytes(self.needs.recorded)}; none with --no-channels)"
+
+    @property
+    def _refit_on_device(self) -> int:
+        return self.needs.refit.work + (self._collected if self._states_on_device else 0)
 
     def _states_text(self) -> str:
         share = f"one of {self.needs.processes} shares: " if self.needs.processes > 1 else ""

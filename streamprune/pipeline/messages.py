@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.sequences import Calibration
+from streamprune.calibration.refit_text import JUDGE_EVERY, RECOMMENDED_PER_UNIT, fitted_tokens
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.finish import check_room, print_dropped, print_memory, print_notes
 from streamprune.planning.prepare import PreparedModel, PruningPlan
+from streamprune.planning.refit import anchor_name, refit_demand, refit_sizes
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
 from streamprune.work.folder import WorkFolder
@@ -61,8 +63,57 @@ def print_prepared(
     held = calibration.held_out
     if held is not None:
         progress.say(f"held out for measuring: {len(held.sequences)} sequences, {held.tokens:,} tokens")
+    if settings.refit:
+        _print_refit(progress, settings, prepared, calibration)
     for note in calibration.notes:
         progress.say(f"note: {note}")
+
+
+def _print_refit(progress: Progress, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> None:
+    """Print what text down projections are refitted to, with a warning if it is little or of one kind."""
+    counts, anchor = prepared.plan.counts, calibration.anchor
+    assert counts is not None
+    fitted, judging = (fitted_tokens(calibration, use) for use in (FIT, JUDGE))
+    per_unit = fitted / refit_demand(prepared.skeleton, counts).units
+    general = f", {anchor.tokens:,} of both from {anchor_name(settings, calibration)} (the anchor)" if anchor else ""
+    progress.say(
+        f"refit: fitted to {fitted:,} tokens, {per_unit:.0f} routed ones for each intermediate unit of an expert that "
+        f"stays; {judging:,} others judge{general}"
+    )
+    if per_unit < RECOMMENDED_PER_UNIT:
+        progress.say(
+            f"warning: with {per_unit:.0f} tokens for each unit instead of {RECOMMENDED_PER_UNIT} or more, a refit "
+            "mends less than it could. Give more text: --samples, --calibration."
+        )
+    if anchor is None and len(calibration.sources) == 1:
+        progress.say(
+            "warning: fitted to one source alone, the model loses more of what that source does not contain. Leave out "
+            "--anchor none, or name general text with --anchor."
+        )
+
+
+def print_refit_cost(progress: Progress, plan: PruningPlan) -> dict[str, Any]:
+    """Print the text, memory and arithmetic that a refit would take, from sizes alone; returned as JSON."""
+    assert plan.counts is not None
+    demand = refit_demand(plan.skeleton, plan.counts)
+    itemsize = (plan.model.dtype or torch.bfloat16).itemsize
+    sizes = refit_sizes(plan.skeleton, plan.counts, itemsize, demand.tokens, demand.tokens // JUDGE_EVERY)
+    layers, needs = len(plan.skeleton.experts), sizes.needs
+    per_layer = (sizes.model_flop + sizes.exact_flop) / 1e12
+    as_scoring = (sizes.model_flop + sizes.exact_flop) / sizes.layer_flop
+    progress.say(
+        f"refit: {sizes.tokens:,} tokens; in each of {layers} layers {sizes.model_flop / 1e12:.3g} TFLOP in the "
+        f"model's dtype and {sizes.exact_flop / 1e12:.3g} in float32, {per_layer * layers / 1000:.3g} PFLOP in all: as "
+        f"much as to score {as_scoring:,.0f} tokens more; {format_bytes(needs.collected)} of tokens and "
+        f"{format_bytes(needs.work)} of workspace"
+    )
+    return {
+        "tokens": sizes.tokens,
+        "model_flop": sizes.model_flop * layers,
+        "exact_flop": sizes.exact_flop * layers,
+        "collected_bytes": needs.collected,
+        "workspace_bytes": needs.work,
+    }
 
 
 def print_processes(progress: Progress, processes: Processes, device: torch.device) -> None:

@@ -79,6 +79,7 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     assert planned is not None
     with Progress(plan.skeleton.layer_count, quiet) as progress:
         messages.print_plan(progress, settings, plan)
+        refit = messages.print_refit_cost(progress, plan) if settings.refit else None
         progress.say("dry run: nothing was scored or written")
     if estimate is not None:
         check_disk(settings.output, estimate.weights_bytes)
@@ -90,7 +91,7 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
         "experts_in_all_layers": planned.total,
         "source_experts_per_layer": plan.skeleton.spec.count,
         "memory": estimate_object(estimate) if estimate else None,
-    }
+    } | ({"refit": refit} if refit else {})
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamprune.calibration.sequences import Calibration
+from streamprune.calibration.refit_text import fitted_tokens
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import COMFORTABLE_BATCH_TOKENS, ComputeSettings, RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
@@ -26,6 +28,7 @@ from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
+from streamprune.planning.refit import refit_sizes
 from streamprune.saliency.hooks import recorded_width
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
@@ -80,7 +83,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     last = prepared.layout.expert_layers[-1] if held is None else prepared.skeleton.layer_count - 1
     # Share of each layer's experts in the pruned copy next to it.
     copies: dict[int, float] = {}
-    if settings.propagate == "pruned" or held is not None:
+    if settings.propagate == "pruned" or settings.refit or held is not None:
         # Without counts yet, assume that all experts stay.
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
@@ -92,17 +95,50 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         # all layers in float32, and one layer's as text on the way to the disk.
         sums, recorded = 3 * 8 * energies, (4 * len(prepared.skeleton.experts) + 64) * energies
         needs = replace(needs, sums=sums, recorded=recorded)
+    if settings.refit:
+        needs = _with_refit(needs, prepared, calibration)
     if held is None:
         return needs
-    held_needs = needs_of(prepared, held, last + 1)
     # Held-out text has the states of both models, and sums over the vocabulary.
+    needs = _with_two_sided(needs, needs_of(prepared, held, last + 1))
+    return replace(needs, states=needs.states + held.tokens * SUMS_PER_TOKEN)
+
+
+def _with_two_sided(needs: Needs, more: Needs) -> Needs:
+    """The needs with those of more text, which goes through both models."""
     return replace(
         needs,
-        states=needs.states + 2 * held_needs.states + held.tokens * SUMS_PER_TOKEN,
-        sequences=needs.sequences + held_needs.sequences,
-        tokens=needs.tokens + held_needs.tokens,
+        states=needs.states + 2 * more.states,
+        sequences=needs.sequences + more.sequences,
+        tokens=needs.tokens + more.tokens,
         sides=2,
     )
+
+
+def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration) -> Needs:
+    """The needs with those of a refit: what it computes with, and the second model's states of the text it uses."""
+    assert prepared.plan.counts is not None
+    fitted, judging = (fitted_tokens(calibration, use) for use in (FIT, JUDGE))
+    sizes = refit_sizes(prepared.skeleton, prepared.plan.counts, prepared.dtype.itemsize, fitted + judging, judging)
+    usual = needs.workspace
+    # The outputs of both models and what is missing, in float32, of a micro-batch.
+    collecting = 20 * sizes.hidden
+    used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
+    needs = replace(
+        needs,
+        states=needs.states + _states_bytes(prepared, used),
+        workspace=lambda tokens: usual(tokens) + tokens * collecting,
+        sides=2,
+        refit=sizes.needs,
+    )
+    if calibration.anchor is None:
+        return needs
+    return _with_two_sided(needs, needs_of(prepared, calibration.anchor, 0))
+
+
+def _states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:
+    text, itemsize = opened.skeleton.model.config.get_text_config(decoder=True), opened.dtype.itemsize
+    return sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in sequences)
 
 
 def needs_of(
@@ -122,9 +158,9 @@ def needs_of(
     shape, itemsize = _shape_of(text), opened.dtype.itemsize
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
-    # Held-out sequences go through the same layers, and may be longer.
-    held_out = calibration.held_out.sequences if calibration.held_out is not None else ()
-    longest = max(len(sequence) for sequence in (*calibration.sequences, *held_out))
+    # Held-out sequences and those of an anchor go through the same layers, and may be longer.
+    others = [part.sequences for part in (calibration.held_out, calibration.anchor) if part is not None]
+    longest = max(map(len, chain(calibration.sequences, *others)))
     read, recast = _as_read(opened)
     # A non-layer weight that is cast to another dtype is in memory in both dtypes for a while.
     loading = sum(size for name, size in recast.items() if _is_non_layer(skeleton, name))
@@ -146,7 +182,7 @@ def needs_of(
         loading=loading,
         staging=STAGING_BYTES,
         non_layer=_non_layer_bytes(skeleton),
-        states=sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in calibration.sequences),
+        states=_states_bytes(opened, calibration.sequences),
         workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
         sequences=len(calibration.sequences),
         longest=longest,

@@ -13,7 +13,8 @@ from streamprune.config import NO_ANCHOR, RunSettings
 from streamprune.errors import CalibrationError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
 from streamprune.planning.counts import ExpertCounts
-from streamprune.saliency.activations import down_sizes, why_not_linear
+from streamprune.refit.activations import down_sizes, why_not_linear
+from streamprune.refit.sizes import RefitSizes
 
 #: Fewest sequences of an anchor: some of each built-in domain, and one that judges.
 _LEAST_SEQUENCES = 8
@@ -30,6 +31,19 @@ def refit_demand(skeleton: Skeleton, counts: ExpertCounts) -> RefitDemand:
             raise UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {problem}.")
         widths.append(down_sizes(module)[0])
     return RefitDemand(max(counts.per_layer.values()), max(widths), skeleton.spec.top_k)
+
+
+def refit_sizes(skeleton: Skeleton, counts: ExpertCounts, itemsize: int, tokens: int, judging: int) -> RefitSizes:
+    """The sizes of the refit of the largest layer."""
+    demand = refit_demand(skeleton, counts)
+    index = max(skeleton.experts, key=lambda layer: sum(each.numel() for each in skeleton.layers[layer].parameters()))
+    module = skeleton.layers[index].get_submodule(skeleton.experts[index])
+    experts = sum(each.numel() for each in module.parameters())
+    others = sum(each.numel() for each in skeleton.layers[index].parameters()) - experts
+    # (Attention itself is left out: it is little beside the products with weights, except for long sequences.)
+    used = others + experts * skeleton.spec.top_k // skeleton.spec.count
+    hidden = down_sizes(module)[1]
+    return RefitSizes(demand.kept, demand.width, hidden, skeleton.spec.top_k, tokens, judging, 2 * used, itemsize)
 
 
 def anchor_name(settings: RunSettings, calibration: Calibration) -> str | None:

@@ -23,7 +23,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
 from streamprune.output.plan import OutputTensor, StageTensor, output_tensors
 from streamprune.output.verify import read_parts
-from streamprune.saliency.activations import DOWN, down_sizes, why_not_linear
+from streamprune.refit.activations import DOWN, down_sizes, why_not_linear
 
 #: The name of the stage that computes these tensors.
 REFIT = "refit"

@@ -26,11 +26,11 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
 from streamprune.output.plan import StageTensor
-from streamprune.saliency.activations import activation, down_sizes, listening, output_shifted
+from streamprune.refit.activations import activation, down_sizes, listening, output_shifted
+from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.down_tensors import REFIT, DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, side_of
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.refit import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState

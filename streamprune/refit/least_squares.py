@@ -42,7 +42,7 @@ _SHARE_ROUNDS = 100
 #: Tokens of an expert that are converted to float32 at a time.
 PART_TOKENS = 8192
 #: Values of the experts' effects on judging tokens at a time.
-_EFFECT_VALUES = 1 << 26
+EFFECT_VALUES = 1 << 24
 
 #: Returns an expert's activation (n, I), the input of its down projection before the gate weight, for inputs (n, H).
 Activation = Callable[[int, torch.Tensor], torch.Tensor]
@@ -136,7 +136,7 @@ class Fit:
         gram = torch.zeros(self.experts**2, dtype=torch.float64)
         aim = torch.zeros(self.experts, dtype=torch.float64)
         total = torch.zeros(1, dtype=torch.float64)
-        size = max(1, _EFFECT_VALUES // (tokens.index.shape[1] * self.hidden))
+        size = max(1, EFFECT_VALUES // (tokens.index.shape[1] * self.hidden))
         for begin in range(0, len(tokens), size):
             part = tokens.part(begin, begin + size)
             effects = self._effects(part, changes.values)

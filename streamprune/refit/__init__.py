@@ -1,0 +1,1 @@
+"""Refitting down projections: the mathematics, what enters it, and what it costs."""
