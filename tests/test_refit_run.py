@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.checkpoint.index import open_checkpoint
+from streamprune.cli import main
 from streamprune.config import EvalSettings, RunSettings
 from streamprune.demo.demo import DemoModel, shipped_model
 from streamprune.errors import InterruptedRunError, SettingsError, UnsupportedModelError
@@ -26,6 +29,7 @@ from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
 from tests.faults import Case
 from tests.helpers import known_family, tree_bytes
+from tests.launching import launch
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 
@@ -199,3 +203,64 @@ def test_models_that_cannot_be_refitted(family: str, said: str, tmp_path: Path) 
     tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=30)
     with pytest.raises(UnsupportedModelError, match=said):
         prune(model, tmp_path / "out", (str(tokens),), keep=4, refit=True, anchor="none")
+
+
+def test_two_processes_refit_what_one_does(made: Case, tmp_path: Path) -> None:
+    words: list[object] = [
+        "run", made.model, "-o", tmp_path / "out", "--keep", 5, "--batch-tokens", 120, "--calibration", made.tokens,
+        "--refit", "--anchor", "none", "--device", "cpu",
+    ]  # fmt: skip
+    assert [code for code, *_ in launch(words, [tmp_path] * 2).end()] == [0, 0]
+    one, two = (json.loads((folder / "streamprune.json").read_text()) for folder in (made.output, tmp_path / "out"))
+    assert one["computed"].keys() == two["computed"].keys()
+    before, after = tensors_of(made.output), tensors_of(tmp_path / "out")
+    for name, tensor in before.items():
+        if name in one["computed"]:
+            # The same sums over tokens, added up in another order.
+            torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().amax()))
+        else:
+            assert torch.equal(after[name], tensor)
+    assert verify(tmp_path / "out", made.model).computed == len(one["computed"])
+
+
+def test_general_text_in_the_fit_protects_what_the_calibration_lacks(demo: DemoModel, tmp_path: Path) -> None:
+    code = write_domains(tmp_path, {"code": demo.calibration["code"]}, 96)
+    (tmp_path / "general").mkdir()
+    others = {domain: rows for domain, rows in demo.calibration.items() if domain != "code"}
+    write_domains(tmp_path / "general", others, 12)
+    plain = divergence(demo, prune(demo.folder, tmp_path / "plain", code, ratio=0.5))
+    alone = divergence(demo, prune(demo.folder, tmp_path / "alone", code, ratio=0.5, refit=True, anchor="none"))
+    anchor = str(tmp_path / "general")
+    output = prune(demo.folder, tmp_path / "anchored", code, ratio=0.5, refit=True, anchor=anchor)
+    anchored = divergence(demo, output)
+    # Without general text, a fit to code alone mends nothing in the mean over the domains.
+    assert alone > 0.9 * plain
+    assert anchored < 0.5 * plain
+    refit = json.loads((output / "streamprune.json").read_text())["refit"]
+    text = refit["anchor"]
+    assert text["name"] == "general"
+    assert text["tokens"] >= 0.25 * (refit["fitted_tokens"] + refit["judging_tokens"])
+    assert "--refit --anchor general" in (output / "README.md").read_text()
+
+
+def test_a_single_source_is_anchored_on_built_in_text_by_default(demo: DemoModel, tmp_path: Path) -> None:
+    code = write_domains(tmp_path, {"code": demo.calibration["code"]}, 16)
+    case = Case(demo.folder, Path(code[0]), tmp_path / "out", {"ratio": 0.5, "refit": True}, {})
+    case.interrupt(at=2)
+    # Resuming reads the tokens that are on record, not the text.
+    Path(code[0]).unlink()
+    case.resume()
+    anchor = json.loads((case.output / "streamprune.json").read_text())["refit"]["anchor"]
+    assert anchor["name"] == "builtin"
+    assert [source["name"] for source in anchor["sources"]] == list(DOMAINS)
+
+
+def test_the_cost_is_told_before_anything_is_read(demo: DemoModel, tmp_path: Path) -> None:
+    words = ["run", demo.folder, "-o", tmp_path / "out", "--ratio", 0.5, "--refit", "--dry-run", "--json"]
+    told = CliRunner().invoke(main, list(map(str, words)))
+    assert told.exit_code == 0, told.stderr
+    refit = json.loads(told.stdout)["refit"]
+    # 48 routed tokens for each of 16 x 32 units, 4 experts for each token, and a quarter more that judge.
+    assert refit["tokens"] == 48 * 16 * 32 // 4 * 5 // 4
+    assert "refit: 7,680 tokens; in each of 4 layers" in told.stderr
+    assert not (tmp_path / "out.work").exists()
