@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import RunSettings
+from streamprune.models.expert_channels import find_channels
 from streamprune.models.open import OpenedModel, load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.run import run
 from streamprune.planning.prepare import PreparedModel, plan_pruning, prepare
-from streamprune.saliency.hooks import tap_experts
+from streamprune.saliency.hooks import recorded_width, tap_experts
 from streamprune.saliency.scores import FIELDS, LayerStatistics
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.layer_weights import LayerWeights
@@ -80,6 +81,7 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     skeleton = build_skeleton(load_config(folder), dtype)
     opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton, checkpoint.tensors), dtype)
     weights = LayerWeights(opened, CPU)
+    width = recorded_width(find_channels(load_config(folder), skeleton, dtype))
     taps = tap_experts({index: skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()})
     weights.load_non_layer_weights(head=True)
     state = BatchState()
@@ -88,7 +90,7 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
         with weights.layer(index) as layer, ExitStack() as stack:
             if index in taps:
                 stack.enter_context(taps[index].listening(layer))
-                taps[index].statistics = heard = ExpertStatistics(skeleton.spec.count, CPU)
+                taps[index].statistics = heard = ExpertStatistics(skeleton.spec.count, CPU, width=width)
             state = weights.forward.run_layer(index, layer, ids, state)
             if index in taps:
                 statistics[index] = heard.of_layer(index)

@@ -110,7 +110,7 @@ def test_scores_of_other_blocks_are_refused(
 
 def test_scores_of_other_experts_are_refused(qwen: Model, tmp_path: Path) -> None:
     scores = read_scores(qwen.scores)
-    fewer = tuple(replace(layer, values=layer.values[:, :, :6]) for layer in scores.layers)
+    fewer = tuple(replace(layer, values=layer.values[:, :, :6], channels=None) for layer in scores.layers)
     forged = replace(scores, layers=fewer, spec=replace(scores.spec, count=6), layout=None)
     write_scores(tmp_path / "forged.safetensors", forged)
     with pytest.raises(ScoresError, match=r"has scores of 6 experts \(top-2\), but .* the model has 8 \(top-2\)"):

@@ -22,7 +22,7 @@ from streamprune.errors import (
     VerifyError,
 )
 from streamprune.files.durable import read_record, write_record
-from streamprune.saliency.scores import FIELDS, pack, unpack
+from streamprune.saliency.scores import FIELDS, pack, unpack, unpack_channels
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection import select as choose
 from streamprune.streaming.forward import LayerForward
@@ -107,7 +107,7 @@ def test_records_that_nothing_here_wrote_change_nothing(short: dict[str, Command
         command.check()
 
 
-@pytest.mark.parametrize("field", ["tokens", "gated_norms"])
+@pytest.mark.parametrize("field", ["tokens", "gated_norms", "channels"])
 def test_sums_saved_in_mid_block_that_no_tokens_give_are_not_believed(
     made: dict[str, Command], tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +127,13 @@ def test_sums_saved_in_mid_block_that_no_tokens_give_are_not_believed(
             command.run()
     index = max((command.work / "states").glob("*/index.json"), key=lambda path: int(path.parent.name))
     body = read_record(index)
-    values = unpack(body["facts"]["statistics"], 1, 8)
-    values[list(FIELDS).index(field)] = 1e150 if field == "gated_norms" else 1e6
-    body["facts"]["statistics"] = pack(values)
+    if field == "channels":
+        energies = unpack_channels(body["facts"]["channels"], (1, 8, 32), "f8")
+        body["facts"]["channels"] = pack(-energies)
+    else:
+        values = unpack(body["facts"]["statistics"], 1, 8)
+        values[list(FIELDS).index(field)] = 1e150 if field == "gated_norms" else 1e6
+        body["facts"]["statistics"] = pack(values)
     write_record(index, body)
     command.resume()
     command.check()

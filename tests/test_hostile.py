@@ -27,7 +27,7 @@ from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, ResumeError, StreampruneError
 from streamprune.files.durable import read_record
 from streamprune.pipeline.run import resume
-from streamprune.saliency.scores import FIELDS, pack, unpack
+from streamprune.saliency.scores import FIELDS, pack, unpack, unpack_channels
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 from tests.fuzz_targets import Place, write_signed
 from tests.fuzzing import as_json, resident_bytes
@@ -203,7 +203,8 @@ def test_states_of_another_model_are_told(place: Place) -> None:
         {"kept": [0, 1, 2, 3, 4]}, {"kept": [7, 6, 5, 4, 3]}, {"kept": []}, {"kept": ["0"] * 5}, {"kept": None},
         {"result": None}, {"result": []}, {"block": 3}, {"block": "1"}, {"statistics": None}, {"statistics": ""},
         {"statistics": "AAAA"}, {"statistics": "?" * 768}, {"tokens": -1.0}, {"tokens": 1.5}, {"tokens": 1e300},
-        {"norms": math.nan}, {"norms": -1.0}, {"cosines": math.inf},
+        {"norms": math.nan}, {"norms": -1.0}, {"cosines": math.inf}, {"channels": None}, {"channels": "AAAA"},
+        {"channels": "?" * 1368}, {"channels": [1.0]}, {"energy": math.nan}, {"energy": -1.0}, {"energy": math.inf},
     ],
     ids=str,
 )  # fmt: skip
@@ -214,7 +215,12 @@ def test_a_block_that_no_scoring_gave_is_done_again(change: dict[str, Any], plac
         values = unpack(record["result"]["statistics"], 1, 8)
         values[list(FIELDS).index(name), 0, 3] = value
         name, value = "statistics", pack(values)
-    (record if name in record else record["result"])[name] = value
+    if name == "energy":
+        energies = unpack_channels(record["result"]["channels"], (1, 8, 32), "f4")
+        energies[0, 3, 5] = value
+        name, value = "channels", pack(energies)
+    # (`channels` in the record itself are those that stay.)
+    (record["result"] if name in record["result"] else record)[name] = value
     work = place.work_with("layers/00001.json", record)
     shutil.rmtree(place.folder / "out", ignore_errors=True)
     resume(work, quiet=True)

@@ -152,6 +152,33 @@ def test_what_cannot_be_is_refused_with_numbers_and_a_remedy(space: Room, states
         choose(needs(loading=0), room(127), "disk", 10**4, 24)
 
 
+def test_scores_of_channels_take_memory_where_they_are() -> None:
+    """10 while a layer is scored, where it is computed; 50 for all layers in RAM."""
+    more, plain = needs(sums=10, recorded=50), needs()
+    one, another = (choose(each, room(10**4), "disk", 24, 24) for each in (more, plain))
+    assert one.device_bytes - another.device_bytes == 60
+    one, another = (choose(each, room(10**4, 10**4), "device", 24, 24) for each in (more, plain))
+    assert one.device_bytes - another.device_bytes == 10
+    assert "scores of channels 50 B in RAM" in one.describe()
+    assert "scores of channels" not in another.describe()
+    message = r"Loading a layer \(30 B\), the scores of channels \(50 B; none with --no-channels\) need 80 B"
+    with pytest.raises(ResourceError, match=message):
+        choose(more, room(10**4, 79), "device", 24, 24)
+    with pytest.raises(ResourceError, match=r"and the scores of channels .* need"):
+        choose(more, room(187), "disk", 24, 24)
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_what_channels_take_is_counted(model: Path, tmp_path: Path, channels: bool) -> None:
+    settings = RunSettings(model=str(model), output=tmp_path / "out", keep=4, channels=channels)
+    ids = torch.zeros(8, dtype=torch.long)
+    text = Calibration((ids, ids), ("a", "b"), (0, 1), "")
+    found = memory_facts.find_needs(settings, prepare_whole(settings), text)
+    # Two sources, eight experts, 32 channels; four layers.
+    energies = 2 * 8 * 32 if channels else 0
+    assert (found.sums, found.recorded) == (24 * energies, (4 * 4 + 64) * energies)
+
+
 @pytest.mark.parametrize(
     ("space", "ahead"), [(room(20 + 200 + 100 + 24 + 90), True), (room(20 + 200 + 100 + 24 + 89), False)]
 )

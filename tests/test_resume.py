@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamprune.errors import ResumeError, SettingsError
+from streamprune.errors import InterruptedRunError, ResumeError, SettingsError
+from streamprune.saliency.scores import unpack_channels
+from streamprune.saliency.scores_file import read_scores
+from streamprune.streaming.forward import LayerForward
 from tests.faults import Case, make_case
 from tests.helpers import tree_bytes
 from tests.thorough import crossed, mostly_thorough, thorough
@@ -68,6 +72,36 @@ def test_what_is_carried_from_block_to_block_is_carried_on(
         case.check()
 
 
+@pytest.mark.parametrize("micro_batch", [2, 7, 11])
+def test_the_sums_of_a_layer_go_on_where_they_were(tmp_path: Path, micro_batch: int) -> None:
+    """Two sources with four micro-batches each; the run is stopped within a layer, between the sources and beyond."""
+    first, *others = (write_token_ids(tmp_path / f"{name}.jsonl", seed=seed) for name, seed in (("a", 5), ("b", 6)))
+    case = make_case(tmp_path, blocks=2, calibration=(str(first), *map(str, others)), checkpoint_every=1e6)
+    stopped, usual, calls = case.at(tmp_path / "out"), LayerForward.run_layer, 0
+
+    def run_layer(self: LayerForward, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == micro_batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return usual(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerForward, "run_layer", run_layer)
+        with pytest.raises(InterruptedRunError):
+            stopped.run()
+    (states,) = (stopped.work / "states").iterdir()
+    facts = json.loads((states / "index.json").read_text())["body"]["facts"]
+    sums = unpack_channels(facts["channels"], (2, 8, 32), "f8")
+    assert sums.any(axis=(1, 2)).tolist() == [True, facts["done"] > 4], "the second source comes after the first"
+    stopped.resume()
+    stopped.check()
+    (layer, _) = read_scores(stopped.output).layers
+    assert layer.channels is not None
+    assert layer.channels.shape == (2, 8, 32)
+    assert ((layer.channels > 0).any(axis=2) == (layer.fields["tokens"] > 0)).all()
+
+
 def test_several_interruptions(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     for block in (1, 1, 2, 3):
@@ -113,6 +147,7 @@ CHANGED = [
     ({"samples": 3}, "samples: not set then, 3 now"),
     ({"seq_len": 12}, "seq-len: not set then, 12 now"),
     ({"max_shard_bytes": 10_000}, "max-shard-bytes: 5000000000 then, 10000 now"),
+    ({"channels": False}, "channels: True then, False now"),
     ({"trust_remote_code": True}, "trust-remote-code: False then, True now"),
 ]
 

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from streamprune.checkpoint import reader
 from streamprune.cli import main
 from streamprune.errors import NonFiniteError, OutputError, ResourceError
+from streamprune.hardware.memory import format_bytes
 from streamprune.output.writer import OutputWriter
-from tests.helpers import check_bytes, prune, read_tensors, tree_bytes
+from streamprune.saliency.scores_file import read_scores
+from tests.helpers import check_bytes, known_family, prune, read_tensors, tree_bytes
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 from tests.tokenizer import save_tokenizer
 
@@ -74,6 +76,10 @@ def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: P
     assert [line.split(":")[0] for line in lines] == [f"layer {number}/3" for number in range(4)]
     assert all(word in lines[0] for word in ("kept 5/8", "fewest tokens", " s, ", "peak", "left"))
     assert result.stdout == ""
+    scores = output / "scores" / "scores.safetensors"
+    assert f"scores, for `streamprune prune`: {scores}, {format_bytes(scores.stat().st_size)}\n" in result.stderr
+    # Four layers of eight experts with 32 channels in float32.
+    assert "of these, the scores of channels take 4.00 KiB (--no-channels: none)" in result.stderr
 
     assert AutoModelForCausalLM.from_pretrained(output).config.num_experts == 5
     reloaded = AutoTokenizer.from_pretrained(output)
@@ -82,6 +88,30 @@ def test_run_writes_a_standard_checkpoint_and_tells_about_it(model: Path, ids: P
     assert (output / "LICENSE").read_text() == "do as you like"
     assert (output / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
     assert not (tmp_path / "pruned.work").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "score"])
+def test_channels_are_scored_unless_told_otherwise(model: Path, ids: Path, tmp_path: Path, command: str) -> None:
+    layers = {}
+    for option in ("--channels", "--no-channels"):
+        words = [command, model, "-o", tmp_path / option, "--calibration", ids, option]
+        result = invoke(*words, *(["--keep", 5] if command == "run" else []))
+        assert result.exit_code == 0, result.output
+        assert ("the scores of channels take" in result.stderr) == (option == "--channels")
+        layers[option] = read_scores(tmp_path / option).layers
+    for with_channels, without in zip(layers["--channels"], layers["--no-channels"], strict=True):
+        assert with_channels.channels is not None
+        assert without.channels is None
+        assert with_channels.values.tobytes() == without.values.tobytes()
+
+
+def test_models_whose_channels_cannot_be_told_apart_are_scored_without(ids: Path, tmp_path: Path) -> None:
+    for name in ("llama4_text", "dbrx"):
+        model = make_model(tmp_path / name, tiny_config(known_family(name)))
+        result = invoke("score", model, "-o", tmp_path / f"{name}.safetensors", "--calibration", ids)
+        assert result.exit_code == 0, result.output
+        assert "scores of channels" not in result.stderr
+        assert all(layer.channels is None for layer in read_scores(tmp_path / f"{name}.safetensors").layers)
 
 
 def test_report_holds_scores_counts_and_provenance_and_nothing_that_varies(

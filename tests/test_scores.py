@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,28 +14,47 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.models.skeleton import dispatches_experts
+from streamprune.saliency.channels import channel_count
 from streamprune.saliency.hooks import ExpertsTap, bare_pairs, forward_with_pairs
 from streamprune.saliency.scores import FIELDS, pack, unpack
 from streamprune.saliency.statistics import ExpertStatistics, Pairs
 from tests.helpers import CPU, field_of, known_family, load_whole, prune, streamed, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
+#: The activations (W,) of an expert, its down projection (H, W), and its bias (0 without).
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]
 
-def silu_expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+
+def silu_expert(module: Any, expert: int, x: torch.Tensor) -> Parts:
     """down(silu(gate(x)) · up(x)), the usual expert."""
     gate, up = (module.gate_up_proj[expert].double() @ x).chunk(2)
-    return module.down_proj[expert].double() @ (nn.functional.silu(gate) * up)
+    return nn.functional.silu(gate) * up, module.down_proj[expert].double(), 0.0
 
 
-def gpt_oss_expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+def gpt_oss_expert(module: Any, expert: int, x: torch.Tensor) -> Parts:
     """gpt-oss: transposed weights, biases, gate and up interleaved, clamped at 7, swish with 1.702, up + 1."""
     both = x @ module.gate_up_proj[expert].double() + module.gate_up_proj_bias[expert].double()
     gate, up = both[::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
     hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-    return hidden @ module.down_proj[expert].double() + module.down_proj_bias[expert].double()
+    return hidden, module.down_proj[expert].double().T, module.down_proj_bias[expert].double()
 
 
-def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, dict[str, torch.Tensor]]:
+def relu2_expert(module: Any, expert: int, x: torch.Tensor) -> Parts:
+    """Nemotron-H: down(relu(up(x))²), without a gate."""
+    return nn.functional.relu(module.up_proj[expert].double() @ x).square(), module.down_proj[expert].double(), 0.0
+
+
+def output_of(parts: Parts) -> torch.Tensor:
+    inner, down, bias = parts
+    return down @ inner + bias
+
+
+def experts_of(layer: nn.Module) -> Any:
+    """The experts module of a layer of a loaded model; None without."""
+    return next((module for module in layer.modules() if dispatches_experts(module)), None)
+
+
+def reference(folder: Path, ids: torch.Tensor, expert_parts: Any) -> dict[int, dict[str, torch.Tensor]]:
     """Statistics by block: the whole model runs, and every expert is evaluated token by token in float64."""
     model = load_whole(folder, dtype=torch.float32)
     result: dict[int, dict[str, torch.Tensor]] = {}
@@ -48,10 +68,15 @@ def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, 
         def hook(module: Any, arguments: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
             hidden, chosen, weights = (*arguments, *keywords.values())
             sums = {name: torch.zeros(module.num_experts, dtype=torch.float64) for name in FIELDS}
+            sums["channels"] = torch.zeros((module.num_experts, channel_count(module)), dtype=torch.float64)
             rows = zip(hidden.double(), entering[block], chosen.tolist(), weights.double(), strict=True)
             for x, residual, experts, gates in rows:
-                outputs = [expert_output(module, expert, x) for expert in experts]
+                parts = [expert_parts(module, expert, x) for expert in experts]
+                outputs = list(map(output_of, parts))
                 together = sum(gate * output for gate, output in zip(gates, outputs, strict=True))
+                for expert, gate, (inner, down, _) in zip(experts, gates, parts, strict=True):
+                    # (H, W): what each channel adds to the output.
+                    sums["channels"][expert] += (gate * inner * down).square().sum(dim=0)
                 for expert, gate, output in zip(experts, gates, outputs, strict=True):
                     gated = gate * output
                     sums["tokens"][expert] += 1
@@ -67,10 +92,10 @@ def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, 
             result[block] = sums
 
         layer.register_forward_pre_hook(enters, with_kwargs=True)
-        layer.mlp.experts.register_forward_pre_hook(hook, with_kwargs=True)
+        experts_of(layer).register_forward_pre_hook(hook, with_kwargs=True)
 
     for block, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "experts"):
+        if experts_of(layer) is not None:
             listen(block, layer)
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -78,21 +103,29 @@ def reference(folder: Path, ids: torch.Tensor, expert_output: Any) -> dict[int, 
 
 
 @pytest.mark.parametrize(
-    ("name", "expert_output"),
+    ("name", "expert_parts"),
     [
         ("qwen3_moe", silu_expert),  # softmax
         ("deepseek_v3", silu_expert),  # sigmoid, correction bias, groups, scaling
         ("gpt_oss", gpt_oss_expert),  # softmax over the chosen, biases in the fused experts
+        ("nemotron_h", relu2_expert),  # no gate projection
     ],
 )
-def test_statistics_equal_a_float64_loop(name: str, expert_output: Any, tmp_path: Path) -> None:
+def test_statistics_equal_a_float64_loop(name: str, expert_parts: Any, tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.id == name)
     folder = make_model(tmp_path / "model", tiny_config(family))
     ids = token_ids(batch=2, length=48)
-    expected = reference(folder, ids, expert_output)
+    expected = reference(folder, ids, expert_parts)
     _, statistics = streamed(folder, ids, torch.float32)
     assert statistics.keys() == expected.keys()
     for block, sums in expected.items():
+        channels = statistics[block].channels
+        assert channels is not None
+        wanted = sums.pop("channels")
+        torch.testing.assert_close(
+            torch.from_numpy(channels[0]).double(), wanted, rtol=2e-6, atol=1e-6 * float(wanted.mean())
+        )
+        assert ((wanted > 0).all(dim=1) == torch.tensor(field_of(statistics[block], "tokens")).bool()).all()
         for name, wanted in sums.items():
             found = torch.tensor(field_of(statistics[block], name), dtype=torch.float64)
             torch.testing.assert_close(found, wanted, rtol=2e-6, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
@@ -144,6 +177,21 @@ def pairs_of(index: list[list[int]], gate: float = 0.5, norm: float = 4.0) -> Pa
     chosen = torch.tensor(index)
     gates, norms = torch.full(chosen.shape, gate), torch.full(chosen.shape, norm)
     return Pairs(chosen, gates, gates, norms, norms, torch.ones(chosen.shape))
+
+
+def test_channels_of_sources_are_kept_apart() -> None:
+    total = ExpertStatistics(3, CPU, sources=2, width=4)
+    for source, energy in ((0, 1 / 3), (1, 0.1), (0, 0.7)):
+        part = ExpertStatistics(3, CPU, width=4)
+        assert part.channels is not None
+        part.channels[0, 1, 2] = energy
+        total.merge(part, source)
+    layer = total.of_layer(5)
+    assert layer.channels is not None
+    assert layer.channels.dtype == np.float32
+    expected = np.zeros((2, 3, 4), dtype=np.float32)
+    expected[:, 1, 2] = np.float32(1 / 3 + 0.7), np.float32(0.1)
+    assert layer.channels.tobytes() == expected.tobytes()
 
 
 def test_statistics_do_not_count_indices_beyond_the_experts() -> None:
@@ -233,7 +281,7 @@ def scores_behind_pruned_block(source: Path, result: Any) -> list[float]:
     sums, counts = torch.zeros(8, dtype=torch.float64), torch.zeros(8)
     for x, experts, gates in zip(hidden.double(), chosen.tolist(), weights.double(), strict=True):
         for expert, gate in zip(experts, gates, strict=True):
-            sums[expert] += gate * silu_expert(module, expert, x).norm()
+            sums[expert] += gate * output_of(silu_expert(module, expert, x)).norm()
             counts[expert] += 1
     return (sums / counts.clamp(min=1)).tolist()
 

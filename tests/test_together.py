@@ -76,6 +76,10 @@ def check_close(scores: Scores, expected: Scores) -> None:
     assert scores.layer_indices == expected.layer_indices
     for layer, other in zip(scores.layers, expected.layers, strict=True):
         np.testing.assert_allclose(layer.values, other.values, rtol=CLOSE, atol=0)
+        assert layer.channels is not None
+        assert other.channels is not None
+        # (Kept in float32.)
+        np.testing.assert_allclose(layer.channels, other.channels, rtol=1e-6, atol=0)
     assert scores.provenance == expected.provenance
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from streamprune.errors import OutputError, ResumeError, UnsupportedModelError
 from streamprune.files.durable import read_record, write_record
 from streamprune.formats.base import KeptExperts
-from streamprune.saliency.scores import FIELDS, LayerStatistics, pack
+from streamprune.saliency.scores import FIELDS, LayerStatistics, pack, unpack_channels
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import (
     RUN_FORMAT,
@@ -46,6 +47,7 @@ RUN = {
         "notes": [],
         "recipe": {},
     },
+    "anchor": None,
     "versions": {},
     "layers": 4,
     "budget_bytes": None,
@@ -177,6 +179,12 @@ def test_blocks_and_shards(tmp_path: Path) -> None:
         shard = FinishedShard("a.safetensors", 5, digest)
         layer = LayerStatistics(3, np.full((len(FIELDS), 2, 4), 1 / 3))
         work.write_layer(3, layer, KeptExperts((1, 2)), [shard])
+        channels = np.full((2, 4, 3), 1 / 3, dtype=np.float32)
+        work.write_layer(4, replace(layer, index=4, channels=channels), KeptExperts((1, 2)), [shard])
+        recorded = work.read_layer(4)
+        assert recorded is not None
+        assert recorded.result is not None
+        assert unpack_channels(recorded.result["channels"], (2, 4, 3), "f4").tobytes() == channels.tobytes()
         work.write_layer(None, None, KeptExperts(), [])
         record = work.read_layer(3)
         assert record == FinishedLayer({"block": 3, "statistics": pack(layer.values)}, (1, 2), [shard])

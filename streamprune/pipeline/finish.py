@@ -238,8 +238,20 @@ def print_result(
         f"done in {summary['seconds']:.0f} s: {summary['output']}, {format_bytes(summary['output_bytes'])} of weights "
         f"(source: {format_bytes(summary['source_bytes'])})"
     )
+    if isinstance(decided.settings, RunSettings) and decided.scores is not None:
+        path = decided.settings.output / SCORES_FOLDER / SCORES_NAME
+        progress.say(f"scores, for `streamprune prune`: {path}, {format_bytes(path.stat().st_size)}")
+        print_channel_bytes(progress, decided.scores)
     if estimate is not None:
         print_memory(progress, estimate)
+
+
+def print_channel_bytes(progress: Progress, scores: Scores) -> None:
+    """Print how large a part of a scores file the channels are, if it has any."""
+    if scores.channel_bytes:
+        progress.say(
+            f"of these, the scores of channels take {format_bytes(scores.channel_bytes)} (--no-channels: none)"
+        )
 
 
 def print_memory(progress: Progress, estimate: Estimate) -> None:

@@ -15,7 +15,7 @@ from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.pipeline.finish import check_room, print_dropped, print_memory, print_notes
+from streamprune.pipeline.finish import check_room, print_channel_bytes, print_dropped, print_memory, print_notes
 from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.planning.refit import anchor_name, refit_demand, refit_sizes
 from streamprune.progress import Progress, describe
@@ -159,10 +159,6 @@ def print_scores(progress: Progress, output: Path, scores: Scores, summary: Mapp
         f"done in {summary['seconds']:.0f} s: {output}, {format_bytes(output.stat().st_size)}: {len(scores.layers)} "
         f"layers, {scores.spec.count} experts each, {len(scores.sources)} sources"
     )
-    if scores.channel_bytes:
-        progress.say(
-            f"the scores of single channels take {format_bytes(scores.channel_bytes)} of it; --no-channels leaves them "
-            "out"
-        )
+    print_channel_bytes(progress, scores)
     name = shlex.quote(str(output))
     progress.say(f"Look at them with `streamprune inspect {name}`; use them with `streamprune prune --scores {name}`.")
