@@ -204,8 +204,12 @@ BALANCE_COEFFICIENT = 0.1
 LINE_SECONDS = 10.0
 
 
-def trained_model(folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, echo: Echo = print) -> DemoModel:
+def trained_model(
+    folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, echo: Echo = print, layers: int = 4, experts: int = 32
+) -> DemoModel:
     """Train a model in `folder`, unless one was trained there with the same settings, libraries and code.
+
+    It has `layers` decoder layers with `experts` experts each.
 
     700 steps take minutes. One thread trains, so that the same seed gives the same model bit for bit on machines of one
     kind. Raises SettingsError without a step, CalibrationError if Python's library has too little text, OutputError,
@@ -213,7 +217,8 @@ def trained_model(folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, echo:
     """
     if steps < 1:
         raise SettingsError(f"--steps {steps} is too small: at least 1.")
-    recipe = _recipe(steps, seed)
+    config = model_config(layers, experts)
+    recipe = _recipe(steps, seed, config)
     sources = b"".join(Path(str(module)).read_bytes() for module in (corpus.__file__, __file__))
     place = folder / f"trained-{hashlib.sha256(json.dumps(recipe).encode() + sources).hexdigest()[:12]}"
     if place.is_dir():
@@ -228,7 +233,8 @@ def trained_model(folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, echo:
     with one_thread():
         echo("Reading text from Python's own library and training a tokenizer on it ...")
         tokenizer, domains = prepare_data(seed)
-        model = _train(domains, steps, seed, tokenizer.eos_token_id, echo)
+        config.eos_token_id = tokenizer.eos_token_id
+        model = _train(domains, steps, seed, config, echo)
     recipe["training_seconds"] = round(time.monotonic() - started)
     with saving(place, model, tokenizer) as staging:
         save_sequences(staging / SEQUENCES_NAME, domains)
@@ -236,30 +242,31 @@ def trained_model(folder: Path, steps: int = DEFAULT_STEPS, seed: int = 0, echo:
     return load_model(place)
 
 
-def model_config(eos_token_id: int) -> Any:
-    """The small Qwen3-MoE: about 1.9 million parameters, most of them in 4 layers of 32 experts."""
+def model_config(layers: int = 4, experts: int = 32) -> Any:
+    """The small Qwen3-MoE: with 4 layers of 32 experts about 1.9 million parameters, most of them in the experts."""
     return Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_experts=32,
+        num_experts=experts,
         num_experts_per_tok=4,
         moe_intermediate_size=32,
         norm_topk_prob=True,
         tie_word_embeddings=True,
         max_position_embeddings=SEQ_LEN,
         bos_token_id=None,
-        eos_token_id=eos_token_id,
         dtype="float32",
     )
 
 
-def _recipe(steps: int, seed: int) -> dict[str, Any]:
+def _recipe(steps: int, seed: int, config: Any) -> dict[str, Any]:
     """What a training depends on, besides the code."""
     return {
+        "layers": config.num_hidden_layers,
+        "experts": config.num_experts,
         "steps": steps,
         "seed": seed,
         "threads": 1,
@@ -272,10 +279,10 @@ def _recipe(steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _train(domains: Mapping[str, DomainData], steps: int, seed: int, eos_token_id: int, echo: Echo) -> Any:
+def _train(domains: Mapping[str, DomainData], steps: int, seed: int, config: Any, echo: Echo) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3MoeForCausalLM._from_config(model_config(eos_token_id), experts_implementation="grouped_mm")
+        model = Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
     echo(
         f"Training a Qwen3-MoE of {model.config.num_hidden_layers} layers with {model.config.num_experts} experts "
         f"each, {model.num_parameters():,} parameters, for {steps} steps ..."
