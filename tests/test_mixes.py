@@ -15,12 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from measuring.figures import KL, LOSS, MEAN
 from measuring.mixes import (
     BALANCED,
     GENERAL,
-    KL,
-    LOSS,
-    MEAN,
     MIXES,
     REFERENCE,
     Cell,

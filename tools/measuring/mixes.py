@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import torch
 
+from measuring.figures import KL, LOSS, MEAN, Estimate, check_held_out, combined, estimates, held_out_text
 from measuring.training import HELD_OUT_SEQUENCES
 from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sequences import Calibration
@@ -29,11 +29,9 @@ from streamprune.demo.demo import (
     figures_by_domain,
     measure,
     one_thread,
-    read_held_out,
     write_recipe,
 )
-from streamprune.errors import SettingsError
-from streamprune.evaluation.metrics import TOKENS, Sums, joined
+from streamprune.evaluation.metrics import Sums
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from streamprune.saliency.scores import Array, Scores
@@ -115,11 +113,7 @@ class Study:
 
 def check_setups(setups: Iterable[Setup], held_out: int) -> None:
     """Raise SettingsError for what is impossible, before a model is trained for it."""
-    if not 1 < held_out <= HELD_OUT_SEQUENCES:
-        raise SettingsError(
-            f"{held_out} held-out sequences of each domain: 2 to {HELD_OUT_SEQUENCES} are possible (an interval needs "
-            "two)."
-        )
+    check_held_out(held_out)
     for setup in setups:
         setup.settings(Path(), Path(), Path())
 
@@ -137,12 +131,7 @@ def study(model: DemoModel, setups: Iterable[Setup], echo: Echo = print, held_ou
         scratch = Path(name)
         scores_file = _score(model, scratch)
         scores = read_scores(scores_file)
-        # At equal distances: from as many documents as there are.
-        text = read_held_out(
-            model.folder,
-            {domain: rows[torch.arange(held_out) * len(rows) // held_out] for domain, rows in model.held_out.items()},
-            scratch,
-        )
+        text = held_out_text(model, held_out, scratch)
         evaluation = measure(model.folder, model.folder, text)
         before = Damage(figures_by_domain(evaluation, "loss"), figures_by_domain(evaluation, "kl"))
         cells, sums = [], {}
@@ -283,28 +272,10 @@ def extremes(cell: Cell) -> Extremes:
     return Extremes(cell, max(damage, key=damage.__getitem__), min(kept, key=kept.__getitem__))
 
 
-#: The figure over all domains, which count alike.
-MEAN = "mean"
-#: The columns of `Sums` in the tables.
-KL, LOSS = "kl", "loss"
 #: What the others are compared with: `streamprune run`'s defaults.
 REFERENCE = ("reap", "uniform")
 WIDTH = 120
 _REFERENCE_WORDS = " with ".join(REFERENCE)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tokens, in nats, and its 95 % bootstrap interval: what other text of the kind might have given."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def is_apart_from_zero(self) -> bool:
-        """Whether the interval is all on one side of zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -341,39 +312,12 @@ def outcomes(study: Study, setups: Iterable[Setup]) -> list[Outcome]:
     found = []
     for (ratio, method, schedule), group in grouped.items():
         models = zip(*(study.sums[setup] for setup in group), strict=True)
-        own = [_combined(domain, [1 / len(group)] * len(group)) for domain in models]
+        own = [combined(domain, [1 / len(group)] * len(group)) for domain in models]
         usual = study.sums[replace(group[0], method=REFERENCE[0], schedule=REFERENCE[1], seed=0)]
-        change = [_combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
-        figures = [_estimates(study, sums, column) for sums in (own, change) for column in (KL, LOSS)]
+        change = [combined(pair, [1, -1]) for pair in zip(own, usual, strict=True)]
+        figures = [estimates(study.before.losses, sums, column) for sums in (own, change) for column in (KL, LOSS)]
         found.append(Outcome(ratio, method, schedule, tuple(setup.seed for setup in group), *figures))
     return found
-
-
-def _combined(models: Sequence[Sums], weights: Sequence[float]) -> Sums:
-    """Figures of several models on the same text, added up with weights; 1 and -1 give the difference of two.
-
-    Since the same sequences are drawn of each, its interval is that of a paired bootstrap.
-    """
-
-    def add(name: str, each: Sequence[torch.Tensor]) -> torch.Tensor:
-        total = sum(weight * values for weight, values in zip(weights, each, strict=True))
-        return each[0] if name == TOKENS else torch.as_tensor(total)
-
-    return replace(
-        models[0],
-        columns={name: add(name, [model.columns[name] for model in models]) for name in models[0].columns},
-        drawn={name: add(name, [model.drawn[name] for model in models]) for name in models[0].drawn},
-        kl=None,
-    )
-
-
-def _estimates(study: Study, sums: Sequence[Sums], column: str) -> dict[str, Estimate]:
-    estimates = {}
-    for name, part in zip([*study.before.losses, MEAN], [*sums, joined(sums)], strict=True):
-        interval = part.interval(column)
-        assert interval is not None, "a study measures on two sequences or more of each domain"
-        estimates[name] = Estimate(part.mean(column), *interval)
-    return estimates
 
 
 def outcome_tables(found: Sequence[Outcome]) -> Iterator[str]:
