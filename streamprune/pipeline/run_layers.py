@@ -379,8 +379,10 @@ class RunLayers:
 
 def down_tensors(prepared: PreparedModel) -> DownTensors:
     """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded."""
-    assert prepared.counts is not None
-    return DownTensors(prepared, prepared.counts)
+    planned = prepared.plan.counts
+    assert planned is not None
+    assert planned.per_layer is not None
+    return DownTensors(prepared, planned.per_layer, planned.width)
 
 
 def _name(layer: int | None) -> str:
