@@ -29,6 +29,7 @@ class LayerProgress:
     """A finished layer (`layer` counts from 0). Without experts `experts` is 0 and `fewest_tokens` None.
 
     `kept` is None where layers are only scored. `peak_bytes` is the peak of the device's memory in this layer.
+    `channels` are those that each kept expert keeps, and those that it had; None if it keeps all.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class LayerProgress:
     fewest_tokens: int | None
     seconds: float
     peak_bytes: int
+    channels: tuple[int, int] | None = None
 
 
 class Progress:
@@ -91,13 +93,16 @@ class Progress:
         self.end()
         # The log keeps these keys, so that reports of earlier outputs still work.
         values = asdict(done)
+        if done.channels is None:
+            del values["channels"]
         self.log("block", {"block": values.pop("layer"), "blocks": self._layers, **values})
         # Earlier layers may have been done by a run that was interrupted.
         self._ended += 1
         left = self.seconds / self._ended * (self._layers - done.layer - 1)
         if done.experts:
             scored = f"scored {done.experts}" if done.kept is None else f"kept {done.kept}/{done.experts}"
-            what = f"{scored}, fewest tokens {done.fewest_tokens}"
+            narrower = "" if done.channels is None else f" with {done.channels[0]}/{done.channels[1]} channels"
+            what = f"{scored}{narrower}, fewest tokens {done.fewest_tokens}"
         else:
             what = "no experts" if done.kept is None else "no experts, copied"
         self.say(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.scores_file import read_scores, write_scores
-from streamprune.selection.inspect import changed_settings
+from streamprune.selection.compare import changed_settings
 from streamprune.selection.settings import SelectionSettings, mix_weights
 from streamprune.selection.user_files import read_keep_file, read_schedule_file
 from tests.fuzz_targets import Target

@@ -18,7 +18,8 @@ from streamprune.errors import SettingsError
 from streamprune.models.config_json import ExpertSpec
 from streamprune.saliency.scores import FIELDS, LayerStatistics, Scores
 from streamprune.saliency.scores_file import write_scores
-from streamprune.selection.inspect import BARS, changed_settings, inspect_scores
+from streamprune.selection.compare import changed_settings
+from streamprune.selection.inspect import BARS, inspect_scores
 from streamprune.selection.retention import retentions
 from streamprune.selection.select import Selector
 from streamprune.selection.settings import SelectionSettings
@@ -231,12 +232,16 @@ def test_a_bad_file_is_one_message(tmp_path: Path) -> None:
 
 def test_what_a_comparison_may_change() -> None:
     base = SelectionSettings("ean", "a=1", "linear-decrease", 0.2)
-    assert changed_settings(base, "mix=") == SelectionSettings("ean", None, "linear-decrease", 0.2)
-    assert changed_settings(base, "schedule=global") == SelectionSettings("ean", "a=1", "global")
-    assert changed_settings(base, "schedule=linear-increase") == SelectionSettings("ean", "a=1", "linear-increase", 0.2)
-    assert changed_settings(
-        base, "mix=a=1,b=2; method=reap;floor=3;seed=4;protect-super-experts=yes"
-    ) == SelectionSettings("reap", "a=1,b=2", "linear-decrease", 0.2, 3, True, 4)
+    assert changed_settings(base, "mix=") == (SelectionSettings("ean", None, "linear-decrease", 0.2), None)
+    assert changed_settings(base, "schedule=global") == (SelectionSettings("ean", "a=1", "global"), None)
+    assert changed_settings(base, "schedule=linear-increase") == (
+        SelectionSettings("ean", "a=1", "linear-increase", 0.2),
+        None,
+    )
+    assert changed_settings(base, "mix=a=1,b=2; method=reap;floor=3;seed=4;protect-super-experts=yes;width=8") == (
+        SelectionSettings("reap", "a=1,b=2", "linear-decrease", 0.2, 3, True, 4),
+        8,
+    )
     for text in ("", "=", "mix", "x=1", "method=reap;method=ean", "seed=" + "9" * 5000, "protect-super-experts=maybe"):
         with pytest.raises(SettingsError, match="--compare"):
             changed_settings(base, text)

@@ -309,10 +309,10 @@ def test_an_unfinished_run_is_not_taken_for_a_pruning(
 ) -> None:
     usual = OutputWriter.write_layer
 
-    def write_layer(self: OutputWriter, block: int | None, kept: Any) -> Any:
+    def write_layer(self: OutputWriter, block: int | None, kept: Any, computed: Any) -> Any:
         if block == 2:
             raise Injected
-        return usual(self, block, kept)
+        return usual(self, block, kept, computed)
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputWriter, "write_layer", write_layer)

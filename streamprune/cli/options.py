@@ -124,6 +124,23 @@ PLACE = together(
         help="Resume an earlier run if there is one (auto), fail without one (required), or start over (never).",
     ),
 )  # fmt: skip
+
+
+def width_options(what: str) -> Option:
+    """--width, --by and --width-multiple; `what` says what --by is about."""
+    return together(
+        click.option("--width", type=int, metavar="W", help="Channels to keep of every expert, alone or in addition."),
+        click.option(
+            "--by", type=click.Choice(BY), default="experts", show_default=True,
+            help=f"{what}: whole experts, channels of every expert, or the same share of both.",
+        ),
+        click.option(
+            "--width-multiple", type=int, metavar="N",
+            help="With --by: what the width is a multiple of.  [default: 128, or 64, 32, … for narrow experts]",
+        ),
+    )  # fmt: skip
+
+
 #: The memory that the model has to fit.
 BUDGET = together(
     click.option("--budget-gib", type=float, metavar="G", help="Memory that the model may use, in GiB."),
@@ -141,16 +158,8 @@ TARGET = together(
     BUDGET,
     click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget."),
     click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget."),
-    click.option("--width", type=int, metavar="W", help="Channels to keep of every expert, alone or in addition."),
-    click.option(
-        "--by", type=click.Choice(BY), default="experts", show_default=True,
-        help="What --ratio or a budget removes: whole experts, channels of every expert, or the same share of both.",
-    ),
-    click.option(
-        "--width-multiple", type=int, metavar="N",
-        help="With --by: what the width is a multiple of.  [default: 128, or 64, 32, … for narrow experts]",
-    ),
-)  # fmt: skip
+    width_options("What --ratio or a budget removes"),
+)
 
 
 def device_option(default: str | None = "auto") -> Option:

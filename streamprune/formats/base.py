@@ -101,6 +101,11 @@ class ChannelMask:
         rows = self._rows()
         return np.nonzero(rows)[1].reshape(len(rows), -1)
 
+    @property
+    def kept_width(self) -> int:
+        """How many channels each kept expert keeps."""
+        return int(self.indices.shape[1])
+
     def _rows(self) -> NDArray[np.bool_]:
         packed = np.frombuffer(self.bits, dtype=np.uint8).reshape(-1, math.ceil(self.width / 8))
         return np.unpackbits(packed, axis=1, count=self.width).astype(bool)

@@ -135,6 +135,20 @@ class _LayoutJson(msgspec.Struct):
     fixed_width: str = "its scores were made by an earlier version; score the model again"
 
 
+class _WidthJson(msgspec.Struct):
+    width: WidthSpec | None = None
+    fixed_width: str = ""
+
+
+def width_from_json(value: Any) -> tuple[WidthSpec | None, str]:
+    """The width of the experts from the JSON of `as_json`; None with the reason where they cannot be made narrower.
+
+    The reason is empty in JSON of an earlier version. Raises ValueError for anything else: the JSON may be untrusted.
+    """
+    found = msgspec.convert(value, _WidthJson)
+    return found.width, found.fixed_width
+
+
 def layout_from_json(
     value: Any,
     spec: ExpertSpec,

@@ -32,6 +32,7 @@ from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_r
 from streamprune.reporting.record import LayerRefit, RecordedRefit, make_record
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
+from streamprune.selection.energy import energy_retentions
 from streamprune.selection.retention import Retention, retention_warnings, retentions
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import token_shares
@@ -75,6 +76,15 @@ class SelectionResult:
         """How much saliency of each calibration source the selection keeps; empty without scores."""
         return retentions(self.scores, self.selection) if self.scores is not None else ()
 
+    @cached_property
+    def energy(self) -> tuple[Retention, ...]:
+        """How much energy of the channels each source keeps; empty unless experts become narrower."""
+        return energy_retentions(self.scores, self.selection) if self.scores is not None else ()
+
+    @property
+    def _removes_experts(self) -> bool:
+        return sum(self.selection.counts) < self.plan.layout.spec.count * len(self.selection.counts)
+
     @property
     def layers(self) -> Iterator[int | None]:
         """None for the weights outside the layers, then every layer's index, in the order in which they are written."""
@@ -90,18 +100,24 @@ class SelectionResult:
         return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
 
     def print_retention(self, progress: Progress) -> None:
-        """Print how much saliency of each source the selection keeps, with warnings where that is little."""
+        """Print how much saliency of each source the selection keeps, with warnings where that is little.
+
+        For narrower experts it is the energy of their channels that tells what is lost.
+        """
         if self.scores is None or not self.retained:
             return
-        kept = ", ".join(f"{each.source} {each.kept:.1%} ({each.best:.1%})" for each in self.retained)
-        progress.say(
-            "domain retention, the share of each source's saliency kept (in brackets: if selected for that source "
-            f"alone): {kept}"
-        )
+        shown = [("domain retention, the share of each source's saliency kept", self.retained)]
+        if self.energy:
+            energy = ("energy kept, the share of each source's energy of all channels", self.energy)
+            # Where all experts stay, all of their saliency does.
+            shown = [*(shown if self._removes_experts else []), energy]
+        for title, found in shown:
+            kept = ", ".join(f"{each.source} {each.kept:.1%} ({each.best:.1%})" for each in found)
+            progress.say(f"{title} (in brackets: if selected for that source alone): {kept}")
         settings, shares = self.selection.settings, None
         if settings is not None:
             shares = token_shares(settings.mix, self.scores.sources, self.scores.source_tokens)
-        for warning in retention_warnings(self.retained, shares):
+        for warning in retention_warnings(self.energy or self.retained, shares, bool(self.energy)):
             progress.say(f"warning: {warning}")
 
     def summary(self, estimate: Estimate | None, seconds: float) -> dict[str, Any]:
@@ -121,15 +137,25 @@ class SelectionResult:
                 for layer in self.selection.layers
                 if 0 in layer.tokens
             ],
-            "domain_retention": {
-                each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in self.retained
-            },
+            "domain_retention": _shares_object(self.retained),
+            **self._width_object(),
             "dropped_tensors": len(self.plan.layout.dropped),
             # A difference would have raised an error.
             "verified": self.settings.verify,
             "seconds": round(seconds, 3),
             "memory": estimate_object(estimate) if estimate is not None else None,
         }
+
+    def _width_object(self) -> dict[str, Any]:
+        """What `--json` prints of narrower experts; nothing where they keep their width."""
+        if self.counts.width is None:
+            return {}
+        energy = _shares_object(self.energy)
+        return {"width": self.counts.width, "source_width": self.counts.full_width, "energy_kept": energy}
+
+
+def _shares_object(found: Sequence[Retention]) -> dict[str, Any]:
+    return {each.source: {"kept": round(each.kept, 6), "best": round(each.best, 6)} for each in found}
 
 
 def check_room(settings: OutputSettings, work: WorkFolder, in_work: int, output: int) -> None:
@@ -159,7 +185,9 @@ def write_layers(
                 continue
         decided.record_layer(work, index, kept, writer.write_layer(index, kept))
         if kept.experts:
-            progress.say(f"{name}: written with {len(kept.experts)}/{decided.facts.layout.spec.count} experts")
+            counts = decided.counts
+            each = f" of {counts.width}/{counts.full_width} channels" if kept.channels is not None else ""
+            progress.say(f"{name}: written with {len(kept.experts)}/{decided.facts.layout.spec.count} experts{each}")
     _check_stop(stop, work)
 
 

@@ -90,6 +90,7 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
         "experts_per_layer": planned.keep if planned.uniform else counts,
         "experts_in_all_layers": planned.total,
         "source_experts_per_layer": plan.skeleton.spec.count,
+        **({"width": planned.width, "source_width": planned.full_width} if planned.width is not None else {}),
         "memory": estimate_object(estimate) if estimate else None,
     } | ({"refit": refit} if refit else {})
 

@@ -215,10 +215,14 @@ class RunLayers:
                 fewest_tokens=min(routed_tokens(task.statistics)) if task.statistics else None,
                 seconds=time.monotonic() - started,
                 peak_bytes=peak_device_bytes(self._runtime.device),
+                channels=self._channels_kept(task.kept),
             )
         )
         if runs and following is not None:
             self._save_if_due()
+
+    def _channels_kept(self, kept: KeptExperts) -> tuple[int, int] | None:
+        return (kept.channels.kept_width, kept.channels.width) if kept.channels is not None else None
 
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]

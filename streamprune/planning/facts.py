@@ -13,15 +13,20 @@ import msgspec
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruningTarget
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.weights import weights_by_layout
-from streamprune.models.config_json import ExpertSpec, ModelShape
-from streamprune.models.expert_layout import Layout, layout_from_json
+from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
+from streamprune.models.expert_layout import Layout, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
 from streamprune.output.plan import PrunePlan
-from streamprune.planning.counts import ExpertCounts
+from streamprune.planning.counts import ExpertCounts, Prunable
+from streamprune.saliency.scores import Scores
+from streamprune.selection.select import NO_CHANNELS
+
+#: Bytes of a weight where the scores do not say it.
+_USUAL_ITEMSIZE = 2
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,29 @@ def facts_from_json(
         width=layout.width.width if layout.width is not None else None,
     )
     return ModelFacts(layout, loading, footprint)
+
+
+def prunable_from_scores(scores: Scores) -> Prunable:
+    """What can be removed of a model, channels included, by its scores alone.
+
+    Raises ScoresError for scores without energies of channels, unless they say why the width of the experts is fixed,
+    and for scores that contradict themselves.
+    """
+    layout, energies = scores.layout or {}, scores.layers[0].channels
+    try:
+        width, reason = width_from_json(layout.get("tensors", {}))
+        memory = layout.get("memory")
+        itemsize = msgspec.convert(memory, _Memory).itemsize if memory is not None else _USUAL_ITEMSIZE
+        if width is not None and energies is not None and width.width != energies.shape[2]:
+            raise ValueError(f"{width.width} channels per expert, but scores of {energies.shape[2]}")
+    except ValueError as error:
+        raise ScoresError(f"The layout in the scores file is invalid ({error}). Score the model again.") from None
+    if energies is None and (width is not None or not reason):
+        raise ScoresError(NO_CHANNELS)
+    if energies is not None and width is None and not reason:
+        # The layout is not recorded, since patterns cannot describe it.
+        width = WidthSpec((), (), energies.shape[2])
+    return Prunable(scores.spec, scores.layer_indices, width, reason, itemsize)
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -1,37 +1,42 @@
 """The output of `streamprune inspect`: the objects of `--json`, and the same as tables for the terminal.
 
-It shows each layer's scores, a selection's boundary, how much it keeps of each source, and how two selections differ.
-One line per layer, so that 48 layers of 128 experts stay readable.
+It shows each layer's scores, a selection's boundary, and how much it keeps of each source. (`compare` shows how two
+selections differ.) One line per layer, so that 48 layers of 128 experts stay readable.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from streamprune.errors import SettingsError
-from streamprune.files.json_text import show
 from streamprune.saliency.scores import FIELDS, Scores
+from streamprune.selection.energy import energies_kept, energy_by_width, energy_retentions
 from streamprune.selection.retention import Retention, retention_warnings, retentions
-from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import Selection, routed_tokens, score_layer, super_experts
 from streamprune.selection.settings import SelectionSettings, mix_weights, token_shares
+from streamprune.selection.widths import MULTIPLES
 from streamprune.tables import Table, count, percent
 
 #: Bars of a layer's histogram, from its lowest to its highest score.
 BARS = 10
 _QUARTILES = ("min", "q1", "median", "q3", "max")
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
-#: Differing experts that one line of a comparison names at most; `--layer` names all.
-_NAMED = 8
 
 
-def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selection | None = None) -> dict[str, Any]:
-    """What `--json` prints: `scores` as `settings` rank them and, if there is a selection, what it keeps and loses."""
+def inspect_scores(
+    scores: Scores,
+    settings: SelectionSettings,
+    selection: Selection | None = None,
+    widths: Sequence[int] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What `--json` prints: `scores` as `settings` rank them and, if there is a selection, what it keeps and loses.
+
+    Without a selection, how much energy each of `widths` would keep. `notes` are remarks on the selection's width.
+    """
     weights = mix_weights(settings.mix, scores.sources, scores.source_tokens)
     shares = token_shares(settings.mix, scores.sources, scores.source_tokens)
     ranked = {layer.index: score_layer(layer, settings, weights) for layer in scores.layers}
@@ -42,8 +47,12 @@ def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selec
     outliers = super_experts(scores.layers, weights)
     warnings: list[str] = []
     retained = retentions(scores, selection) if selection else ()
+    energy = energy_retentions(scores, selection) if selection else ()
     if selection:
-        warnings = [*retention_warnings(retained, shares), *_choice_warnings(selection.kept, outliers, unseen)]
+        warnings = [
+            *retention_warnings(energy or retained, shares, bool(energy)),
+            *_choice_warnings(selection.kept, outliers, unseen),
+        ]
     layers = []
     for index, values in ranked.items():
         kept = selection.kept[index] if selection else None
@@ -58,11 +67,25 @@ def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selec
             "never_seen": unseen[index],
             "boundary": _boundary(values, index, selection, scores.spec.groups) if selection else None,
         })  # fmt: skip
+    narrower: dict[str, Any] = {}
+    if selection and energy:
+        for layer, shares_kept in zip(layers, _energy_by_expert(scores, weights, selection), strict=True):
+            layer |= shares_kept
+        width = selection.layers[0].stays.channels
+        narrower = {"width": width.kept_width if width else None, "notes": list(notes)}
+        narrower["energy"] = [_retention_object(each) for each in energy]
+    elif widths:
+        by_width = zip(widths, energy_by_width(scores, weights, widths), strict=True)
+        narrower["widths"] = [
+            {"width": width, "energy": dict(zip(scores.sources, found, strict=True))} for width, found in by_width
+        ]
+    channels = scores.layers[0].channels
     return {
         "model": scores.provenance.get("model"),
         "moe_layers": len(scores.layers),
         "experts_per_layer": scores.spec.count,
         "top_k": scores.spec.top_k,
+        **({"channels_per_expert": channels.shape[2]} if channels is not None else {}),
         "selection": asdict(settings),
         "sources": [
             {"name": name, "tokens": tokens, "share": shares[name]}
@@ -72,8 +95,20 @@ def inspect_scores(scores: Scores, settings: SelectionSettings, selection: Selec
         "layers": layers,
         "super_experts": outliers,
         "retention": [_retention_object(each) for each in retained],
+        **narrower,
         "warnings": warnings,
     }
+
+
+def _energy_by_expert(scores: Scores, weights: Sequence[float], selection: Selection) -> Iterator[dict[str, Any]]:
+    """For each layer the share of its energy that stays, and that each kept expert keeps; by the mix. JSON."""
+    for layer, selected in zip(scores.layers, selection.layers, strict=True):
+        energies = layer.mixed_channels(weights)
+        every, kept = energies.sum(axis=1), energies_kept(energies, selected)
+        own = every[list(selected.kept)]
+        shares = np.divide(kept, own, out=np.ones_like(kept), where=own > 0).tolist()
+        whole = float(kept.sum() / every.sum()) if every.sum() > 0 else None
+        yield {"energy_kept": whole, "energy_kept_by_expert": dict(zip(selected.kept, shares, strict=True))}
 
 
 def _retention_object(retention: Retention) -> dict[str, Any]:
@@ -148,9 +183,18 @@ def inspection_lines(
     if only is not None:
         yield ""
         yield from _experts_table(inspection, scores, selection, scores.layer_indices.index(only)).text()
-    if inspection["retention"]:
+    experts = inspection["experts_per_layer"] * inspection["moe_layers"]
+    # Where all experts stay, all of their saliency does.
+    if inspection["retention"] and inspection["kept"] < experts:
         yield ""
-        yield from _retention_table(inspection, only).text()
+        yield from _retention_table(inspection, "retention", only).text()
+    if "energy" in inspection:
+        yield ""
+        yield from _retention_table(inspection, "energy", only).text()
+        yield from (f"note: {note}" for note in inspection["notes"])
+    if "widths" in inspection:
+        yield ""
+        yield from _widths_table(inspection).text()
     if inspection["super_experts"]:
         yield f"super experts: {_by_layer(inspection['super_experts'])}"
     yield from (f"warning: {warning}" for warning in inspection["warnings"])
@@ -167,7 +211,8 @@ def _head(inspection: Mapping[str, Any], title: str) -> Iterator[str]:
     yield from Table(first, ("source", "tokens", "share of the mix"), rows).text()
     total = inspection["kept"]
     if total is None:
-        yield f"method {settings['method']}; say --keep, --ratio or --total to see a selection"
+        ways = "--keep, --ratio, --total or --width" if "widths" in inspection else "--keep, --ratio or --total"
+        yield f"method {settings['method']}; say {ways} to see a selection"
     else:
         counts = [layer["keep"] for layer in layers]
         least, most = min(counts), max(counts)
@@ -176,11 +221,21 @@ def _head(inspection: Mapping[str, Any], title: str) -> Iterator[str]:
             f"method {settings['method']}, schedule {settings['schedule']}: keeps {total:,} of {every:,} experts, "
             f"{each}; {1 - total / every:.1%} removed"
         )
+    if "width" in inspection:
+        width, full = inspection["width"], inspection["channels_per_expert"]
+        multiple = next((f", a multiple of {size}" for size in MULTIPLES if width % size == 0), "")
+        yield (
+            f"width: each keeps {width:,} of its {full:,} channels{multiple}; {total * width / (every * full):.1%} of "
+            "the experts' parameters stay"
+        )
     yield f"never seen: {sum(len(layer['never_seen']) for layer in layers):,} of {every:,} experts"
 
 
 def _layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["layer", "keep", "unseen", *_QUARTILES, "min..max", "last kept", "first removed", "margin"]
+    columns = ["layer", "keep", "unseen", *_QUARTILES, "min..max"]
+    columns += ["energy"] if "energy_kept" in layers[0] else []
+    # None of the layers has a boundary if all experts stay.
+    columns += ["last kept", "first removed", "margin"] if any(layer["boundary"] for layer in layers) else []
     rows = []
     for layer in layers:
         highest = max(layer["histogram"])
@@ -189,13 +244,14 @@ def _layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         keep = "" if layer["keep"] is None else str(layer["keep"])
         row = [str(layer["index"]), keep, str(len(layer["never_seen"]))]
         row += [*map(_number, layer["quartiles"].values()), bars]
+        row += [percent(layer["energy_kept"])] if "energy_kept" in layer else []
         edge = layer["boundary"]
         if edge is not None:
             row += [f"{_number(edge[f'{which}_score'])} #{edge[which]:<4}" for which in ("last_kept", "first_removed")]
             row.append(percent(edge["margin"]))
         rows.append(row)
     if layers[0]["keep"] is None:
-        columns[1], columns[-3:] = "", []
+        columns[1] = ""
     return Table("", columns, rows, align="r")
 
 
@@ -205,7 +261,7 @@ def _experts_table(inspection: Mapping[str, Any], scores: Scores, selection: Sel
     kept = selection.kept[layer.index] if selection else None
     shielded = selection.protected.get(layer.index, ()) if selection else ()
     saliency = layer.values[list(FIELDS).index("gated_norms")]
-    tokens = routed_tokens(layer)
+    tokens, energy = routed_tokens(layer), inspection["layers"][place].get("energy_kept_by_expert")
     rows = []
     order = sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
     for rank, expert in enumerate(order, start=1):
@@ -213,128 +269,50 @@ def _experts_table(inspection: Mapping[str, Any], scores: Scores, selection: Sel
         if kept is not None:
             state = "protected" if expert in shielded else "kept" if expert in kept else "removed"
         shares = [f"{own[expert] / own.sum():.2%}" if own.sum() else "-" for own in saliency]
-        rows.append((str(rank), str(expert), _number(values[expert]), count(tokens[expert]), state, *shares))
+        # Of a removed expert nothing stays.
+        channels = [percent(energy[expert]) if expert in energy else "-"] if energy is not None else []
+        rows.append((str(rank), str(expert), _number(values[expert]), count(tokens[expert]), state, *channels, *shares))
     title = f"Experts of layer {layer.index}, best first; by source, the share of its saliency that the expert has here"
-    columns = ("rank", "expert", "score", "tokens", "", *(name[:16] for name in scores.sources))
+    more = ["energy"] if energy is not None else []
+    columns = ("rank", "expert", "score", "tokens", "", *more, *(name[:16] for name in scores.sources))
     return Table(title, columns, rows, align="rrrrl")
 
 
-def _retention_table(inspection: Mapping[str, Any], only: int | None) -> Table:
+#: The title of a table of retentions, and what its column "at best" means.
+_TITLES = {
+    "retention": (
+        "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays",
+        "(at best: as many experts per layer, chosen for this source alone by that sum)",
+    ),
+    "energy": (
+        "Energy kept: the share of each source's own energy of all channels that stays",
+        "(at best: as many experts and channels per layer, chosen for this source alone by their energy)",
+    ),
+}
+
+
+def _retention_table(inspection: Mapping[str, Any], key: str, only: int | None) -> Table:
     places = [place for place, layer in enumerate(inspection["layers"]) if layer["index"] == only]
     columns = ["source", "kept", "at best", "worst layer", *(f"layer {only}" for _ in places)]
     rows = []
-    for each in inspection["retention"]:
+    for each in inspection[key]:
         worst = f"{percent(each['worst'])} ({each['worst_block']})"
         shares = [percent(each["layers"][place]) for place in places]
         rows.append([each["source"], percent(each["kept"]), percent(each["best"]), worst, *shares])
-    return Table(
-        "Domain retention: the share of each source's own saliency (sum of gate weight x output norm) that stays",
-        columns,
-        rows,
-        ["(at best: as many experts per layer, chosen for this source alone by that sum)"],
-    )
+    title, note = _TITLES[key]
+    return Table(title, columns, rows, [note])
+
+
+def _widths_table(inspection: Mapping[str, Any]) -> Table:
+    full = inspection["channels_per_expert"]
+    rows = [
+        (f"{each['width']:,}", f"{each['width'] / full:.0%}", *map(percent, each["energy"].values()))
+        for each in inspection["widths"]
+    ]
+    sources = (each["name"][:16] for each in inspection["sources"])
+    title = f"Energy kept with narrower experts (--width; now {full:,} channels each), by source"
+    return Table(title, ("width", "of all", *sources), rows, align="r")
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
-
-
-#: What `--compare` may change, and how its value is read.
-_KEYS = {
-    "method": str,
-    "mix": str,
-    "schedule": str,
-    "spread": float,
-    "floor": int,
-    "seed": int,
-    "protect-super-experts": {"yes": True, "no": False}.__getitem__,
-}
-_BETWEEN = re.compile(rf";\s*(?=(?:{'|'.join(_KEYS)})=)")
-
-
-def changed_settings(base: SelectionSettings, text: str) -> SelectionSettings:
-    """`base` with the changes that `--compare` states: `mix=code=1`, `method=frequency`, or several with `;` between.
-
-    Raises SettingsError for anything else, and for impossible values.
-    """
-    changes: dict[str, Any] = {}
-    for part in _BETWEEN.split(text):
-        key, equals, value = part.strip().partition("=")
-        name = key.strip().replace("-", "_")
-        if not equals or key.strip() not in _KEYS or name in changes:
-            raise SettingsError(
-                f"--compare {show(text)} is not a change of the selection. Write for example --compare mix=code=1, "
-                f'--compare method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
-            )
-        try:
-            changes[name] = _KEYS[key.strip()](value.strip())  # type: ignore[operator]
-        except (ValueError, KeyError):
-            raise SettingsError(f"--compare {show(text)}: {show(value)} is not a value of {key.strip()}.") from None
-    if changes.get("mix") == "":
-        # Without a mix every token counts once.
-        changes["mix"] = None
-    schedule = SCHEDULES.get(changes.get("schedule", base.schedule))
-    if schedule is None or not schedule.has_spread:
-        changes.setdefault("spread", None)
-    return replace(base, **changes)
-
-
-def compare_selections(
-    label: str, settings: SelectionSettings, scores: Scores, selection: Selection, other: Selection
-) -> dict[str, Any]:
-    """What `--json` prints of a comparison: how the selection `other`, made by `settings`, differs from the first.
-
-    By layer: the experts that only one of the two keeps, and the Jaccard index, the number of experts that both keep
-    divided by the number that at least one keeps. By source: how much each of the two keeps.
-    """
-    layers: list[dict[str, Any]] = []
-    for one, another in zip(selection.layers, other.layers, strict=True):
-        first, second = set(one.kept), set(another.kept)
-        layers.append({
-            "index": one.index,
-            "jaccard": len(first & second) / len(first | second),
-            "first_only": sorted(first - second),
-            "second_only": sorted(second - first),
-        })  # fmt: skip
-    return {
-        "compare": label,
-        "selection": asdict(settings),
-        "jaccard": sum(layer["jaccard"] for layer in layers) / len(layers),
-        "changed": sum(len(layer["second_only"]) for layer in layers),
-        "layers": layers,
-        "retention": [
-            {"source": before.source, "first": before.kept, "second": after.kept, "gain": after.kept - before.kept}
-            for before, after in zip(retentions(scores, selection), retentions(scores, other), strict=True)
-        ],
-    }
-
-
-def comparison_lines(comparison: Mapping[str, Any], only: int | None = None) -> Iterator[str]:
-    """A comparison: what each source gains or loses, and by layer which experts differ; of one layer, all of them."""
-    yield ""
-    label = comparison["compare"]
-    far = f"{comparison['changed']:,} experts differ, mean Jaccard {comparison['jaccard']:.3f}"
-    shares = [
-        (each["source"], percent(each["first"]), percent(each["second"]), f"{each['gain']:+.1%}")
-        for each in comparison["retention"]
-    ]
-    yield from Table(f"Compared with {label}: {far}", ("source", "this", "other", "change"), shares).text()
-    layers = comparison["layers"]
-    differing = [layer for layer in layers if layer["jaccard"] < 1 and only in (None, layer["index"])]
-    if not differing:
-        yield f"  Both keep the same experts in {'every layer' if only is None else f'layer {only}'}."
-        return
-    rows = [
-        (str(layer["index"]), f"{layer['jaccard']:.3f}", *(
-            _numbers(layer[which], _NAMED if only is None else None) for which in ("first_only", "second_only")
-        ))
-        for layer in differing
-    ]  # fmt: skip
-    same = len(layers) - len(differing)
-    notes = [f"({same} layers have no difference)"] if same and only is None else []
-    yield from Table("", ("layer", "jaccard", "only this", f"only {label}"), rows, notes, align="rrll").text()
-
-
-def _numbers(experts: Sequence[int], most: int | None) -> str:
-    shown = experts[:most]
-    return " ".join(map(str, shown)) + (f" +{len(experts) - len(shown)}" if len(experts) > len(shown) else "")

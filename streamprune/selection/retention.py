@@ -30,7 +30,8 @@ class Retention:
     """How much of one source's saliency a selection keeps: in all layers together, and in each layer.
 
     `best` is the most that as many experts per layer can keep, if selected for this source alone. Layers in which none
-    of the source's tokens was routed to an expert have no share.
+    of the source's tokens was routed to an expert have no share. The energy of channels is told in the same way: see
+    `selection.energy`.
     """
 
     source: str
@@ -52,37 +53,46 @@ def _retention(source: int, scores: Scores, selection: Selection) -> Retention:
         saliency = np.abs(layer.values[_SALIENCY, source])
         ideal = keep_highest(saliency.tolist(), len(selected.kept), scores.spec)
         sums.append((saliency.sum(), saliency[list(selected.kept)].sum(), saliency[list(ideal)].sum()))
-    every, kept, best = np.array(sums).T
+    return retention_of(scores.sources[source], scores.layer_indices, sums)
+
+
+def retention_of(source: str, layers: Sequence[int], sums: Sequence[tuple[float, float, float]]) -> Retention:
+    """The retention of a source, from its sums in each of `layers`: of all, of what stays, and the best possible."""
+    every, kept, best = np.array(sums, dtype=np.float64).T
     shares = [float(part / total) if total > 0 else None for part, total in zip(kept, every, strict=True)]
     # A source without routed tokens loses nothing.
-    met = [(share, index) for share, index in zip(shares, scores.layer_indices, strict=True) if share is not None]
-    worst, worst_layer = min(met, default=(1.0, scores.layer_indices[0]))
+    met = [(share, index) for share, index in zip(shares, layers, strict=True) if share is not None]
+    worst, worst_layer = min(met, default=(1.0, layers[0]))
     total = every.sum()
     whole = [float(part.sum() / total) if met else 1.0 for part in (kept, best)]
-    return Retention(scores.sources[source], whole[0], whole[1], worst_layer, worst, tuple(shares))
+    return Retention(source, whole[0], whole[1], worst_layer, worst, tuple(shares))
 
 
-def retention_warnings(found: Sequence[Retention], shares: Mapping[str, float] | None = None) -> Iterator[str]:
+def retention_warnings(
+    found: Sequence[Retention], shares: Mapping[str, float] | None = None, of_channels: bool = False
+) -> Iterator[str]:
     """A warning for each source that loses most of its saliency, or far more than another source.
 
     `shares` are the sources' shares of the tokens, weighted by the mix; None without a mix. A source that has all of
-    them cannot get more.
+    them cannot get more. `of_channels`: what was found is the energy of channels.
     """
     if not found:
         return
     shares = dict.fromkeys((each.source for each in found), 1.0) if shares is None else shares
     least = max(found, key=lambda retention: retention.kept)
+    unit, what = ("channels", "channels' energy") if of_channels else ("experts", "saliency")
+    more = "wider experts" if of_channels else "another --method, more experts"
     for each in found:
-        alone = f"as many experts chosen for it alone would keep {each.best:.1%}"
+        alone = f"as many {unit} chosen for it alone would keep {each.best:.1%}"
         mix = "a larger share of --mix, " if shares.get(each.source, 0.0) < 1 else ""
         if each.kept < LEAST_RETENTION:
             reference = f", where {least.source} keeps {least.kept:.1%}" if each is not least else ""
             yield (
-                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its saliency{reference} ({alone}). "
-                f"What may help: {mix}another --method, more experts."
+                f"{each.source} loses most of its own: it keeps {each.kept:.1%} of its {what}{reference} ({alone}). "
+                f"What may help: {mix}{more}."
             )
         elif 1 - each.kept >= max(LEAST_WARNED_LOSS, UNEQUAL * (1 - least.kept)):
             yield (
-                f"{each.source} loses {1 - each.kept:.1%} of its saliency, {least.source} only {1 - least.kept:.1%} "
-                f"({alone}). If it matters, what may help: {mix}another --method, more experts."
+                f"{each.source} loses {1 - each.kept:.1%} of its {what}, {least.source} only {1 - least.kept:.1%} "
+                f"({alone}). If it matters, what may help: {mix}{more}."
             )

@@ -18,6 +18,11 @@ from streamprune.selection.schedules import DEFAULT_SPREAD, SCHEDULES, Division,
 from streamprune.selection.settings import SelectionSettings, mix_weights
 from streamprune.selection.user_files import least_per_layer, read_schedule_file
 
+#: What is said of scores without channels where these are needed.
+NO_CHANNELS = (
+    "The scores have no energies of channels, which choosing a width needs: they were made with --no-channels, or by "
+    "an earlier version. Score the model again."
+)
 #: Super experts: their peaks are above this percentile of all peaks, and above this share of the largest peak.
 PERCENTILE = 99.5
 LEAST_SHARE = 0.1
@@ -76,6 +81,11 @@ class Selection:
     def counts_by_layer(self) -> dict[int, int]:
         """How many experts stay, by layer."""
         return {layer.index: len(layer.kept) for layer in self.layers}
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether the experts that stay keep only some of their channels."""
+        return all(layer.channels is not None for layer in self.layers)
 
     @property
     def is_uniform(self) -> bool:
@@ -188,10 +198,7 @@ def keep_channels(
     Raises ScoresError for statistics without the energies of channels.
     """
     if statistics.channels is None:
-        raise ScoresError(
-            "The scores have no energies of channels, which choosing a width needs: they were made with --no-channels, "
-            "or by an earlier version. Score the model again."
-        )
+        raise ScoresError(NO_CHANNELS)
     energies = statistics.mixed_channels(weights)
     best = np.argsort(-energies[list(kept)], axis=1, kind="stable")[:, :width]
     return ChannelMask.of(best, energies.shape[1])
