@@ -30,7 +30,7 @@ def refit_demand(skeleton: Skeleton, counts: ExpertCounts) -> RefitDemand:
         if problem is not None:
             raise UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {problem}.")
         widths.append(down_sizes(module)[0])
-    return RefitDemand(max(counts.per_layer.values()), max(widths), skeleton.spec.top_k)
+    return RefitDemand(max(counts.per_layer.values()), counts.width or max(widths), skeleton.spec.top_k)
 
 
 def refit_sizes(skeleton: Skeleton, counts: ExpertCounts, itemsize: int, tokens: int, judging: int) -> RefitSizes:
