@@ -33,13 +33,13 @@ class RefitNeeds:
 class Needs:
     """What a run needs, in bytes.
 
-    `layer` is the largest layer's weights (with the pruned copy of --propagate pruned), `reading` the largest layer's
-    as stored in the checkpoint, `loading` the peak while a layer is converted, `staging` the host memory through which
+    `layer` is the largest layer's weights (with its pruned copy, if there is one), `reading` the largest layer's as
+    stored in the checkpoint, `loading` the peak while a layer is converted, `staging` the host memory through which
     weights go to a GPU, `non_layer` the embeddings and norms outside the layers. `workspace` returns the intermediate
     results for a number of tokens at a time. The calibration has `tokens` in `sequences` of up to `longest`; `states`
     is the total of their hidden states, divided among `processes`. `itemsize` is the bytes of a computed value; with
-    `sides` 2, some micro-batches have the states of two models. `sums` are the scores of a layer's channels while
-    they are summed up, `recorded` those of all layers, which stay in RAM.
+    `sides` 2, some micro-batches have the states of two models (3: and their experts' output). `sums` are the scores of
+    a layer's channels while they are summed up, `recorded` those of all layers, which stay in RAM.
     """
 
     layer: int

@@ -32,7 +32,7 @@ from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import FinishedShard
+from streamprune.work.records import FinishedShard, RefittedLayer
 from streamprune.work.saved_states import SavedStates
 
 
@@ -218,11 +218,22 @@ class RunLayers:
                 channels=self._channels_kept(task.kept),
             )
         )
+        if task.refit is not None:
+            self._say_refit(index, task.refit)
         if runs and following is not None:
             self._save_if_due()
 
     def _channels_kept(self, kept: KeptExperts) -> tuple[int, int] | None:
         return (kept.channels.kept_width, kept.channels.width) if kept.channels is not None else None
+
+    def _say_refit(self, index: int, refit: RefittedLayer) -> None:
+        changed = sum(share > 0 for share in refit.shares)
+        # (Other layers do not simply add their experts' output to the hidden states.)
+        aim = "" if refit.catch_up else " of the experts' output alone"
+        self._progress.say(
+            f"{self._progress.name_of(index)}: {changed} of {len(refit.shares)} experts refitted, relative error on "
+            f"text not fitted to {refit.before:.3f} -> {refit.after:.3f}{aim}"
+        )
 
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]

@@ -111,7 +111,7 @@ def _with_two_sided(needs: Needs, more: Needs) -> Needs:
         states=needs.states + 2 * more.states,
         sequences=needs.sequences + more.sequences,
         tokens=needs.tokens + more.tokens,
-        sides=2,
+        sides=max(2, needs.sides),
     )
 
 
@@ -126,14 +126,17 @@ def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration)
     used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
     needs = replace(
         needs,
-        states=needs.states + _states_bytes(prepared, used),
+        # The pruned model's; and what the original experts gave, which some models need.
+        states=needs.states + 2 * _states_bytes(prepared, used),
         workspace=lambda tokens: usual(tokens) + tokens * collecting,
-        sides=2,
+        sides=3,
         refit=sizes.needs,
     )
     if calibration.anchor is None:
         return needs
-    return _with_two_sided(needs, needs_of(prepared, calibration.anchor, 0))
+    anchor = needs_of(prepared, calibration.anchor, 0)
+    needs = _with_two_sided(needs, anchor)
+    return replace(needs, states=needs.states + anchor.states, sides=3)
 
 
 def _states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:

@@ -20,12 +20,13 @@ DOWN = "down_proj"
 
 
 @dataclass(frozen=True)
-class RoutedInput:
-    """One call of an experts module: its input (T, H), the chosen experts (T, K), their weights (T, K)."""
+class ExpertsCall:
+    """One call of an experts module: its input (T, H), the chosen experts and their weights (T, K), and its output."""
 
     hidden: torch.Tensor
     index: torch.Tensor
     gates: torch.Tensor
+    output: torch.Tensor
 
 
 def why_not_linear(module: nn.Module) -> str | None:
@@ -61,15 +62,16 @@ def activation(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def listening(module: nn.Module) -> Iterator[list[RoutedInput]]:
-    """Within the context, every call of the module adds its input to the list. Changes nothing of the computation."""
-    heard: list[RoutedInput] = []
+def listening(module: nn.Module) -> Iterator[list[ExpertsCall]]:
+    """Within the context, every call of the module is added to the list. Changes nothing of the computation."""
+    heard: list[ExpertsCall] = []
 
     def hear(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> None:
         given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | named
         hidden = given["hidden_states"]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        heard.append(RoutedInput(flat, given["top_k_index"], given["top_k_weights"]))
+        # Copies, since the layer may go on to change both in place.
+        flat, output = (each.reshape(-1, each.shape[-1]).clone() for each in (hidden, output))
+        heard.append(ExpertsCall(flat, given["top_k_index"], given["top_k_weights"], output))
 
     hook = module.register_forward_hook(hear, with_kwargs=True)
     try:

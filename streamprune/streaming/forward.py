@@ -186,6 +186,12 @@ def with_side(state: BatchState, side: str, new: BatchState) -> BatchState:
     return BatchState({**(state.output or {}), side: new.output}, others | carried)
 
 
+def without_side(state: BatchState, side: str) -> BatchState:
+    """A state with several sides without one of them; the rest is shared."""
+    carried = {name: values for name, values in state.carried.items() if not name.startswith(side + _MARK)}
+    return BatchState({name: output for name, output in state.output.items() if name != side}, carried)
+
+
 def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
     """For each of a micro-batch's tokens ‖pruned - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
 

@@ -2,8 +2,8 @@
 
 For each of its tokens the pruned layer's output should be that of the original layer, which got the original states.
 So the target of the refit is what is missing in the pruned layer's output: the error that removing experts made in this
-layer, and that which earlier layers left in the residual stream. The layer must add its experts' output to that stream
-as it is, or times a constant; this is measured in each layer.
+layer, and that which earlier layers left in the residual stream. Where a layer does not simply add its experts' output
+to that stream (`refit_target`), the target is what is missing in the experts' output.
 
 Shapes: T tokens of a micro-batch, N of all, k experts chosen per token, K experts that stay, I intermediate size, H
 hidden size.
@@ -26,21 +26,18 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
 from streamprune.output.plan import StageTensor
-from streamprune.refit.activations import activation, down_sizes, listening, output_shifted
+from streamprune.refit.activations import activation, down_sizes, listening
 from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.down_tensors import REFIT, DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, side_of
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.refit_target import EXPERTS, measured_factor
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
 #: The share of the error that earlier layers left in the residual stream that a layer is to mend.
 CATCH_UP = 1.0
-#: How far the change of a layer's output may be from a constant times the change of its experts' output.
-_MOST_DEVIATION = 0.02
-#: Measured factors this close to 1 are taken as 1: with half precision that is the measurement's error.
-_NEAR_ONE = 0.01
 
 
 def _is_for(use: str, batch: MicroBatch) -> bool:
@@ -138,27 +135,26 @@ class RefitStage(ForwardStage):
         self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
     ) -> BatchState | None:
         """Collect a micro-batch's tokens; the state stays. (The layer's experts run as in any forward.)"""
-        experts, before = self._experts(task, layer), side_of(state, PRUNED)
-        run = self.weights.forward.run_layer
+        experts, before, own = self._experts(task, layer), side_of(state, PRUNED), side_of(state, EXPERTS).output
+        forward, hidden = self.weights.forward, down_sizes(experts)[1]
+        if self._factor is None and own is None:
+            self._factor = measured_factor(forward, task.index, layer, experts, batch, before)
         with listening(experts) as heard:
-            after = run(task.index, layer, batch.ids, before)
+            after = forward.run_layer(task.index, layer, batch.ids, before)
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
-        wanted, found = hidden_states_of(side_of(state, ORIGINAL)), hidden_states_of(after)
-        hidden = down_sizes(experts)[1]
-        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or found.numel() != batch.ids.numel() * hidden:
-            raise _not_linear(task.index, "its experts' outputs have another size than its own, or are used repeatedly")
-        if self._factor is None:
-            shift = shift_for(found)
-            with output_shifted(experts, shift):
-                shifted = hidden_states_of(run(task.index, layer, batch.ids, before))
-            self._factor = factor_of(found, shifted, shift)
-            if self._factor is None:
-                raise _not_linear(task.index, "it does not add its experts' output to the hidden states as it is")
+        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or (own is None and self._factor is None):
+            raise UnsupportedModelError(
+                f"--refit cannot refit the experts of layer {task.index}: how their output is used is not known. Run "
+                "without --refit."
+            )
+        call, wanted, found = heard[0], own, heard[0].output
+        if own is None:
+            wanted, found = hidden_states_of(side_of(state, ORIGINAL)), hidden_states_of(after)
         wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))
-        one = heard[0]
-        routed = RoutedTokens(one.hidden, one.index.int(), one.gates.float(), (wanted - found) / self._factor)
+        error = (wanted - found) / (self._factor or 1.0)
+        routed = RoutedTokens(call.hidden, call.index.int(), call.gates.float(), error)
         self._collected[batch.refit].make_room(routed, self._home)
-        self._last = routed, wanted.double().square().sum()
+        self._last = routed, wanted.square().sum(dtype=torch.float64)
         return None
 
     def commit(self, batch: MicroBatch) -> None:
@@ -181,15 +177,16 @@ class RefitStage(ForwardStage):
         processes.add_up(energies)
         self._collected.clear()
         task.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
-        factor = next(each for each in processes.collect(self._factor) if each is not None)
-        scale = abs(factor) / math.sqrt(float(energies) or 1.0)
+        # None: the aim was the output of the experts alone.
+        factor = next((each for each in processes.collect(self._factor) if each is not None), None)
+        scale = abs(factor or 1.0) / math.sqrt(float(energies) or 1.0)
         task.refit = RefittedLayer(
             shares=[round(share, 6) for share in shares.values.tolist()],
             tokens=list(changes.tokens),
             changes=[round(size, 6) for size in sizes],
             before=round(scale * math.sqrt(shares.before), 6),
             after=round(scale * math.sqrt(shares.after), 6),
-            catch_up=CATCH_UP,
+            catch_up=CATCH_UP if factor is not None else 0.0,
         )
 
     def _experts(self, task: LayerTask, layer: nn.Module) -> nn.Module:
@@ -211,31 +208,3 @@ class RefitStage(ForwardStage):
             weights[place] = new.cpu()
             changed.add(place)
         return self._tensors.encode(task.index, task.kept, experts, weights, changed), sizes
-
-
-def shift_for(output: torch.Tensor) -> torch.Tensor:
-    """What is added to the experts' output to see what becomes of it: ±s for each of H values, float32.
-
-    s is a power of two, and about twice the largest value of the layer's output (..., H), so that it is not lost in the
-    rounding of half precision, and that a norm behind the experts cannot hide.
-    """
-    signs = torch.randint(0, 2, (output.shape[-1],), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    largest = max(float(output.abs().amax()), torch.finfo(torch.float32).tiny)
-    return (signs * 2.0 ** (math.floor(math.log2(largest)) + 1)).to(output.device)
-
-
-def factor_of(output: torch.Tensor, shifted: torch.Tensor, shift: torch.Tensor) -> float | None:
-    """The constant f with shifted - output = f x shift, for all tokens; None if there is none.
-
-    `output` and `shifted` (..., H) are a layer's outputs without and with the shift of its experts' output.
-    """
-    ratios = (shifted.float() - output.float()) / shift
-    factor = float(ratios.mean())
-    deviation = float((ratios - factor).abs().amax())
-    if not deviation <= _MOST_DEVIATION * abs(factor):
-        return None
-    return 1.0 if abs(factor - 1) < _NEAR_ONE else factor
-
-
-def _not_linear(layer: int, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {why}. Run without --refit.")

@@ -29,13 +29,23 @@ from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
 from streamprune.output.plan import StageTensor
+from streamprune.refit.activations import listening
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.batches import Among, every
 from streamprune.streaming.down_tensors import DownTensors
-from streamprune.streaming.forward import ORIGINAL, PRUNED, non_finite_tokens, relative_errors, side_of, with_side
+from streamprune.streaming.forward import (
+    ORIGINAL,
+    PRUNED,
+    non_finite_tokens,
+    relative_errors,
+    side_of,
+    with_side,
+    without_side,
+)
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.refit_target import EXPERTS, measured_factor
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
@@ -235,8 +245,11 @@ class ScoreStage(ForwardStage):
         width: int | None = None,
     ) -> None:
         super().__init__(weights, ORIGINAL, is_two_sided)
+        #: Whether the output of the layer's experts is carried to the refit, once that is measured.
+        self._carries: bool | None = None
         layers = weights.decoder.layers
-        modules = {index: layers[index].get_submodule(path) for index, path in experts_of(weights).items()}
+        self._paths = experts_of(weights)
+        modules = {index: layers[index].get_submodule(path) for index, path in self._paths.items()}
         self._taps = tap_experts(modules)
         self._experts, self._source_tokens, self._width = experts, source_tokens, width
         self._choose, self._pruned_stream = choose, pruned_stream
@@ -265,8 +278,28 @@ class ScoreStage(ForwardStage):
         if tap is not None:
             # Collected separately for every attempt: one that runs out of memory later must not count.
             tap.statistics = self._last = self._no_statistics() if batch.scored else None
-        after = super().compute(task, layer, number, batch, state)
+        after = (
+            self._compute_for_refit(task, layer, number, batch, state)
+            if batch.refit and tap is not None
+            else super().compute(task, layer, number, batch, state)
+        )
         return None if self._stays(task) and not self._two_sided(batch) else after
+
+    def _compute_for_refit(
+        self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
+    ) -> BatchState:
+        """The new state, with the output of the layer's experts in a side of its own if the refit aims at that."""
+        tap, experts = self._taps[task.index], layer.get_submodule(self._paths[task.index])
+        if self._carries is None:
+            recorded, tap.statistics = tap.statistics, None
+            before = side_of(state, ORIGINAL)
+            factor = measured_factor(self.weights.forward, task.index, layer, experts, batch, before)
+            self._carries, tap.statistics = factor is None, recorded
+        with listening(experts) as heard:
+            after = super().compute(task, layer, number, batch, state)
+        assert after is not None
+        output = heard[0].output if self._carries and heard else None
+        return with_side(after, EXPERTS, BatchState(output)) if output is not None else without_side(after, EXPERTS)
 
     def commit(self, batch: MicroBatch) -> None:
         if self._last is not None and self._total is not None:
@@ -289,7 +322,7 @@ class ScoreStage(ForwardStage):
             task.kept = processes.broadcast(self._choose(task.statistics))
 
     def reset(self) -> None:
-        self._total = None
+        self._total = self._carries = None
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
         total = copy.deepcopy(self._total)
