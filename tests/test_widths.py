@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import PruneSettings, PruningTarget
-from streamprune.errors import ScoresError, SettingsError, UnsupportedModelError, VerifyError
+from streamprune.errors import ResumeError, ScoresError, SettingsError, UnsupportedModelError, VerifyError
 from streamprune.fit.estimate import Footprint
 from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import ExpertSpec, WidthSpec
@@ -27,6 +27,7 @@ from streamprune.planning.counts import Prunable, plan_counts
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.widths import allowed_widths, check_width, default_multiple, width_for_share, width_notes
 from tests.helpers import known_family, load_as_declared, load_whole, prune, read_tensors, token_ids
+from tests.interruptions import Injected, breaking_at
 from tests.thorough import DISTINCT
 from tests.tiny import FAMILIES, Family, make_model, tiny_config
 
@@ -332,3 +333,16 @@ def call(*words: str) -> str:
     told = CliRunner().invoke(main, words)
     assert told.exit_code == 0, told.output
     return told.stdout
+
+
+def test_another_width_is_not_taken_for_the_same_run(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    output = tmp_path / "out"
+    with pytest.raises(Injected), breaking_at(3):
+        prune(source, output, keep=None, ratio=0.5, by="channels")
+    with pytest.raises(ResumeError, match=r"channels kept.*16.*24"):
+        prune(source, output, keep=None, ratio=0.25, by="channels")
+    result = prune(source, output, keep=None, ratio=0.5, by="channels")
+    again = prune(source, tmp_path / "again", keep=None, ratio=0.5, by="channels")
+    assert files_of(output) == files_of(tmp_path / "again")
+    assert result.layers == again.layers

@@ -49,7 +49,8 @@ def describe_run(
     return RecordedRun(
         command=command,
         settings={name: value for name, value in command.items() if name not in FREE_SETTINGS}
-        | {"experts kept": kept, "computed in": str(prepared.dtype)},
+        | {"experts kept": kept, "channels kept": counts.width if counts else None}
+        | {"computed in": str(prepared.dtype)},
         source=source,
         files=file_states(prepared.checkpoint),
         calibration=_recorded(calibration),
