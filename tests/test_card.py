@@ -76,6 +76,12 @@ WAYS: list[tuple[str, list[Any]]] = [
     ("prune", ["--budget-gib", 0.57402, "--schedule", "global", "--floor", 3, "--kv-dtype", "fp8"]),
     ("prune", ["--keep-file", "list.json"]),
     ("by hand", ["--keep-file", "list.json"]),
+    ("run", ["--keep", 5, "--width", 12, "--schedule", "global", "--mix", "code=1,prose=2"]),
+    ("run", ["--keep", 5, "--no-channels"]),
+    ("run", ["--keep", 5, "--width", 16, "--refit", "--anchor", "my text.jsonl"]),
+    ("prune", ["--ratio", 0.5, "--by", "channels", "--width-multiple", 10]),
+    ("prune", ["--ratio", 0.5, "--by", "both"]),
+    ("prune", ["--budget-gib", 0.584814, "--by", "channels"]),
 ]
 
 
@@ -186,6 +192,68 @@ def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None
     assert "convert_hf_to_gguf.py" not in card
 
 
+def told_of(card: str) -> str:
+    """The title and what was done to the source."""
+    return card.partition("\n# ")[2].partition("\n\n|")[0]
+
+
+def test_narrower_experts_are_told(home: Path, tmp_path: Path) -> None:
+    for name, options in (("narrow", []), ("both", ["--keep", 5]), ("plain", ["--keep", 5])):
+        width = ["--width", 12] if name != "plain" else []
+        done = invoke("prune", home / "model", "-o", tmp_path / name, "--scores", home / "s.safetensors", *options,
+                      *width, "--json", "--quiet")  # fmt: skip
+        card, summary = card_of(tmp_path / name), json.loads(done.stdout)
+        tags = ModelCard(card).data.tags
+        if name == "plain":
+            assert told_of(card).startswith("model, 5 of 8 experts\n")
+            assert "Every remaining tensor is byte-identical to the source's; nothing was retrained.\n\n" in card
+            assert not {"width", "source_width", "energy_kept"} & summary.keys()
+            assert "channel" not in card.lower()
+            continue
+        assert (summary["width"], summary["source_width"]) == (12, 32)
+        kept = {row[0]: row[1:3] for row in rows_of(card, "Energy kept")}
+        assert kept == {
+            name: [f"{each['kept']:.1%}", f"{each['best']:.1%}"] for name, each in summary["energy_kept"].items()
+        }
+        assert 0 < summary["energy_kept"]["prose"]["kept"] < 1
+        told = told_of(card)
+        assert "keeps 12 of its 32 channels (`moe_intermediate_size`), those with the highest energy. " in told
+        assert "What remains of each tensor is byte-identical to the source's" in told
+        assert "| channels per expert | 32 | 12 |" in card
+        assert "12 channels are no multiple of what these need" in card
+        if name == "narrow":
+            assert told_of(card).startswith("model, 12 of 32 channels per expert\n")
+            assert "each of the 16 experts in its 2 Mixture-of-Experts layers keeps" in told_of(card)
+            assert "Every layer keeps all 8 experts." in card
+            assert "removed" not in told_of(card)
+            assert "## Domain retention" not in card, "it is 100 % where all experts stay"
+            assert ("width-pruning" in tags, "expert-pruning" in tags, "reap" in tags) == (True, False, False)
+        else:
+            assert told_of(card).startswith("model, 5 of 8 experts, 12 of 32 channels each\n")
+            assert "6 were removed" in told_of(card)
+            assert "## Domain retention" in card
+            assert {"width-pruning", "expert-pruning", "reap"} <= set(tags)
+
+
+def test_a_refit_is_told_with_its_figures(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    invoke("run", home / "model", "-o", output, *calibration(home), "--keep", 5, "--width", 16, "--refit", "--anchor",
+           "none", "--quiet")  # fmt: skip
+    card, report = card_of(output), json.loads((output / "streamprune.json").read_text())
+    assert "what remains of the gate and up projections and of every other tensor is byte-identical" in told_of(card)
+    assert "retrained" not in card
+    layers = report["refit"]["layers"]
+    shares = [share for layer in layers for share in layer["shares"]]
+    rows = {row[0]: row[1:] for row in rows_of(card, "Refit")}
+    for moment in ("before", "after"):
+        errors = [layer[moment] for layer in layers]
+        assert rows[f"relative error of a layer's output {moment}"] == [
+            f"{value:.1%}" for value in (min(errors), sum(errors) / 2, max(errors))
+        ]
+    found = [float(cell) for cell in rows["share taken of an expert's fitted change"]]
+    assert found == pytest.approx([min(shares), sum(shares) / len(shares), max(shares)], rel=1e-3)
+
+
 def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 5, "--quiet")
@@ -229,7 +297,7 @@ def test_whatever_the_sources_card_says_the_metadata_are_sound(
     tmp_path: Path, metadata: str, expected: dict[str, Any]
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}---\n# Source\n", encoding="utf-8")
-    text = f"---\n{card_metadata('model', None, tmp_path).to_yaml()}\n---\n\n# Ours\n"
+    text = f"---\n{card_metadata('model', ('expert-pruning',), tmp_path).to_yaml()}\n---\n\n# Ours\n"
     card = ModelCard(text)
     found = card.data.to_dict()
     usual = {"library_name": "transformers", "pipeline_tag": "text-generation"}

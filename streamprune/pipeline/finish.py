@@ -238,7 +238,8 @@ def complete(
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
-    writer.finish(kept, to_builtins(record), model_card(plan, record, decided.checkpoint, estimate, decided.retained))
+    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy)
+    writer.finish(kept, to_builtins(record), card)
     return estimate
 
 

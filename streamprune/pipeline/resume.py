@@ -196,6 +196,7 @@ def provenance_of(
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": device.type,
             "batch_tokens": batch_tokens,
+            **({} if settings.channels else {"channels": False}),
         },
         "calibration": calibration,
         "versions": versions(),

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
+from streamprune.checkpoint.safetensors_file import DTYPE_BITS
 from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
@@ -25,11 +26,13 @@ from streamprune.fit.footprint import max_positions
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.reporting.record import GivenCalibration, Recipe, RecipeSource, Record
+from streamprune.reporting.tables import refit_table
 from streamprune.reporting.templates import render
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.retention import Retention
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from streamprune.selection.settings import SelectionSettings
+from streamprune.selection.widths import width_notes
 from streamprune.tables import plain
 
 #: The name of the published model's folder in commands that need its files.
@@ -54,11 +57,13 @@ def model_card(
     source: Checkpoint,
     estimate: Estimate | None = None,
     retained: Sequence[Retention] = (),
+    energy: Sequence[Retention] = (),
 ) -> str:
     """The card's text, made of the run's record and the source's own card, if it has one.
 
     `estimate` is the memory of the written model, None if it cannot be estimated; `retained` is how much saliency of
-    each calibration source the selection keeps, empty without scores.
+    each calibration source the selection keeps, empty without scores; `energy` the same of the channels' energy, empty
+    unless experts become narrower.
     """
     settings, calibration, use = record.settings, record.calibration, record.use
     recipe = calibration.stated if calibration else Recipe()
@@ -66,19 +71,23 @@ def model_card(
     counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
     return render(
         "card.md.j2",
-        metadata=metadata(settings.model, settings.method, source.folder).to_yaml(),
+        metadata=metadata(settings.model, _kinds(record), source.folder).to_yaml(),
         name=plain(settings.model).rpartition("/")[2],
         record=record,
         plan=plan,
         recipe=recipe,
         experts_by_layers=[(ranges([layer for layer, _ in layers]), number) for number, layers in counts],
         layers=ranges(sorted(record.counts)),
-        method=_score_meaning(settings.method) if settings.method else None,
+        method=_score_meaning(settings.method) if settings.method and record.removes_experts else None,
+        width_name=plan.layout.width.names[0] if plan.layout.width is not None else "",
+        width_notes=_width_notes(record, plan),
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_origin,
         layers_with_unseen=sum(0 in layer.counts for layer in record.layers),
-        retained=retained,
+        retained=retained if record.removes_experts else (),
+        energy=energy,
+        refit_table=refit_table,
         estimate=estimate,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
@@ -97,16 +106,32 @@ def _score_meaning(method: str) -> str:
     return f"{entry.meaning} ({linked})" if linked else entry.meaning
 
 
-def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
-    """The card's metadata. (The Hub knows base_model_relation as adapter, merge, quantized or finetune; a pruned model
-    is none of them.)"""
+def _width_notes(record: Record, plan: PrunePlan) -> Sequence[str]:
+    """What kernels and formats will not like about the width of the experts; empty if they keep theirs."""
+    width = record.settings.width
+    bits = next((DTYPE_BITS[tensor.dtype] for tensor in plan.tensors if tensor.channels is not None), 0)
+    return [*width_notes(width, bits // 8)] if width is not None and bits else []
+
+
+def _kinds(record: Record) -> tuple[str, ...]:
+    """Tags of what was done to the source."""
+    removed = ("expert-pruning",) if record.removes_experts else ()
+    narrower = ("width-pruning",) if record.settings.width is not None else ()
+    return (*removed, *narrower, *(["reap"] if removed and record.settings.method == "reap" else []))
+
+
+def metadata(model: str, kinds: Sequence[str], source: Path) -> ModelCardData:
+    """The card's metadata; `kinds` are tags of what was done to the model.
+
+    (The Hub knows base_model_relation as adapter, merge, quantized or finetune; a pruned model is none of them.)
+    """
     try:
         inherited = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
     except Exception:
         # Cards may contain anything; a card that cannot be parsed has no metadata.
         inherited = {}
     base = model if HUB_ID.fullmatch(model) else _texts(inherited.get("base_model"), HUB_ID)
-    tags = ["mixture-of-experts", "moe", "pruning", "expert-pruning", "streamprune"]
+    tags = ["mixture-of-experts", "moe", "pruning", *(kind for kind in kinds if kind != "reap"), "streamprune"]
     return ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -115,7 +140,7 @@ def metadata(model: str, method: str | None, source: Path) -> ModelCardData:
         license_name=_text(inherited.get("license_name")),
         license_link=_text(inherited.get("license_link")),
         language=_texts(inherited.get("language")),
-        tags=[*tags, *(["reap"] if method == "reap" else [])],
+        tags=[*tags, *(["reap"] if "reap" in kinds else [])],
     )
 
 
@@ -190,7 +215,9 @@ def reproduce_command(record: Record) -> str:
         options += [
             # Exact, since the bytes are divided by a power of two.
             ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
-            ("--keep", (settings.total or 0) // len(record.layers) if has_keep else None),
+            ("--keep", (settings.total or 0) // len(record.layers) if has_keep and record.removes_experts else None),
+            # (As --by found it.)
+            ("--width", settings.width),
             ("--method", settings.method),
             ("--seed", settings.seed or None if settings.method == "random" and not again else None),
             ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
@@ -213,6 +240,7 @@ def reproduce_command(record: Record) -> str:
             ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
             ("--device", settings.device or None),
             ("--batch-tokens", settings.batch_tokens or None),
+            ("--no-channels", settings.channels is False),
         ]
     if record.refit and again:
         anchor = record.refit.anchor

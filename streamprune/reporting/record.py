@@ -6,6 +6,7 @@ Outputs and scores files may be untrusted: everything in a record is checked.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.planning.counts import ExpertCounts
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.selection.select import Selection
+from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import SelectionSettings
 from streamprune.work.records import RefittedLayer
 
@@ -64,8 +65,9 @@ class SourceModel(SourceFiles, frozen=True, kw_only=True):
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
-    """How the scores were computed; None without scores."""
+    """How the scores were computed; None without scores. `channels` is only stated where they were left out."""
 
+    channels: bool | UnsetType = UNSET
     batch_tokens: Positive | UnsetType = UNSET
     device: Name | UnsetType = UNSET
     dtype: Name | UnsetType = UNSET
@@ -286,6 +288,8 @@ class Record(Struct, frozen=True, kw_only=True):
                 if len(values) not in (0, experts):
                     raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
             _check_channels(layer, width, self.source.width, f"`$.layers[{number}].channels`")
+        if self.refit:
+            _check_refit(self.refit, self.counts)
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
                 raise ValueError(
@@ -308,6 +312,22 @@ class Record(Struct, frozen=True, kw_only=True):
         return self.experts * len(self.layers)
 
     @property
+    def removes_experts(self) -> bool:
+        """Whether any expert was removed. (Otherwise those that stay have become narrower.)"""
+        return sum(self.counts.values()) < self.all_experts
+
+    @property
+    def selection(self) -> Selection:
+        """What stays of every layer, without scores."""
+        return Selection(tuple(map(self._selected, self.layers)))
+
+    def _selected(self, layer: RecordedLayer) -> LayerSelection:
+        channels = None
+        if layer.channels is not None and self.source.width is not None:
+            channels = ChannelMask.from_text(layer.channels, self.source.width, len(layer.kept))
+        return LayerSelection(layer.index, tuple(layer.kept), channels=channels)
+
+    @property
     def is_scored(self) -> bool:
         """Whether every expert has a score on record."""
         return all(layer.scores for layer in self.layers)
@@ -327,6 +347,20 @@ def _check_channels(layer: RecordedLayer, width: int | None, full_width: int | N
     kept = ChannelMask.from_text(layer.channels, full_width, len(layer.kept)).indices.shape[1]
     if kept != width:
         raise ValueError(f"{where} keeps {kept} channels of each expert instead of {width}")
+
+
+def _check_refit(refit: RecordedRefit, counts: Mapping[int, int]) -> None:
+    """Raise ValueError unless the layers have possible numbers for the experts that they keep, `counts` by layer."""
+    indices = [layer.index for layer in refit.layers]
+    if indices != sorted(counts.keys() & set(indices)):
+        raise ValueError("`$.refit.layers` are not layers with experts in ascending order")
+    for layer in refit.layers:
+        where = f"`$.refit.layers` of layer {layer.index}"
+        if any(len(each) != counts[layer.index] for each in (layer.shares, layer.tokens, layer.changes)):
+            raise ValueError(f"{where} has not one value for each of {counts[layer.index]} experts")
+        values = (*layer.shares, *layer.changes, layer.before, layer.after, layer.catch_up)
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"{where} has values below 0 or that are not finite")
 
 
 def make_record(

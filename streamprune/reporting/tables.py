@@ -10,7 +10,7 @@ from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
-from streamprune.reporting.record import Calibration, Record
+from streamprune.reporting.record import Calibration, Record, RecordedRefit
 from streamprune.selection.retention import Retention
 from streamprune.tables import Struck, Table, count, interval, number, percent
 
@@ -70,6 +70,45 @@ def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[
         for position, layer in enumerate(record.layers)
     ]
     yield Table("Saliency kept by layer and source", ("layer", *(each.source for each in retained)), by_layer)
+
+
+def refit_table(refit: RecordedRefit) -> Table:
+    """What a refit did, over all layers and experts."""
+    shares, changes = ([value for layer in refit.layers for value in getattr(layer, name)] for name in _BY_EXPERT)
+    kinds = (
+        ("relative error of a layer's output before", [layer.before for layer in refit.layers], percent),
+        ("relative error of a layer's output after", [layer.after for layer in refit.layers], percent),
+        ("share taken of an expert's fitted change", shares, number),
+        ("change of an expert's weights", changes, percent),
+    )
+    rows = [
+        (label, *(show(float(of(values))) for of in (np.min, np.mean, np.max)))
+        for label, values, show in kinds
+        if values
+    ]
+    return Table("The refit in all layers", ("", "min", "mean", "max"), rows)
+
+
+#: What a refit records of every expert that stays.
+_BY_EXPERT = ("shares", "changes")
+
+
+def refit_by_layer_table(refit: RecordedRefit) -> Table:
+    """The errors of each layer's output before and after the refit, and what was taken of the fitted changes."""
+    rows = [
+        (
+            str(layer.index), percent(layer.before), percent(layer.after),
+            f"{len(layer.shares) - layer.shares.count(0)} of {len(layer.shares)}",
+            *(number(float(of(layer.shares))) for of in (np.min, np.mean, np.max)),
+            count(min(layer.tokens)), percent(float(np.mean(layer.changes))),
+        )
+        for layer in refit.layers
+    ]  # fmt: skip
+    columns = (
+        "layer", "error before", "error after", "experts changed", "min share", "mean share", "max share",
+        "fewest fitted tokens", "mean change of weights",
+    )  # fmt: skip
+    return Table("The refit by layer", columns, rows)
 
 
 def memory_table(memory: Memory, budget: int | None) -> Table:
