@@ -13,15 +13,15 @@ from tests.thorough import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_CASE = [
-    "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "score", "global schedule", "super experts protected", "prune",
-    "prune",
+    "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "refit", "score", "global schedule", "super experts protected",
+    "prune", "prune",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("cases", "options"),
     [
-        (["gemma4", "global schedule", "prune, gpt_oss"], ["--points", "2", "--kills", "1"]),
+        (["refit", "global schedule", "prune, gpt_oss"], ["--points", "2", "--kills", "1"]),
         pytest.param(EVERY_CASE, ["--kills", "2"], marks=thorough),
     ],
     ids=["a few", "every case"],

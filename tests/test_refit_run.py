@@ -287,3 +287,47 @@ def test_the_cost_is_told_before_anything_is_read(demo: DemoModel, tmp_path: Pat
     assert refit["tokens"] == 48 * 16 * 32 // 4 * 5 // 4
     assert "refit: 7,680 tokens; in each of 4 layers" in told.stderr
     assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "computed_in"),
+    [("qwen3_moe", "float32"), pytest.param("qwen3_moe", "auto", marks=thorough), ("gpt_oss", "float32")],
+)
+def test_half_precision_is_refitted_from_the_sources_own_values(family: str, computed_in: str, tmp_path: Path) -> None:
+    kind = known_family(family)
+    config = tiny_config(kind)
+    config.dtype = torch.bfloat16
+    model = make_model(tmp_path / "model", config)
+    tokens = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=30)),)
+    settings = {"keep": kind.keep, "dtype": computed_in}
+    plain = prune(model, tmp_path / "plain", tokens, **settings)
+    refitted = prune(model, tmp_path / "refitted", tokens, refit=True, anchor="none", **settings)
+    record = json.loads((refitted / "streamprune.json").read_text())
+    assert verify(refitted, model).computed == len(record["computed"]) > 0
+    before, after = tensors_of(plain), tensors_of(refitted)
+    for layer in record["refit"]["layers"]:
+        changes = []
+        for name in (name for name in before if f"layers.{layer['index']}." in name and name in record["computed"]):
+            assert after[name].dtype == before[name].dtype == torch.bfloat16
+            fused = before[name].dim() == 3
+            for old, new in zip(
+                *((each if fused else each[None]) for each in (before[name], after[name])), strict=True
+            ):
+                changes.append(float((new.float() - old.float()).norm() / old.float().norm()))
+        # The recorded changes are those of the rounded weights.
+        stated = [change for change in layer["changes"] if change > 0]
+        assert sorted(change for change in changes if change > 0) == pytest.approx(sorted(stated), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_narrower_experts_are_refitted(family: str, tmp_path: Path) -> None:
+    kind = known_family(family)
+    model = make_model(tmp_path / "model", tiny_config(kind))
+    tokens = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=30)),)
+    plain = prune(model, tmp_path / "plain", tokens, width=16, keep=6)
+    refitted = prune(model, tmp_path / "refitted", tokens, width=16, keep=6, refit=True, anchor="none")
+    record = json.loads((refitted / "streamprune.json").read_text())
+    before, after = tensors_of(plain), tensors_of(refitted)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == record["computed"].keys()
+    assert all(layer["after"] < layer["before"] for layer in record["refit"]["layers"])
+    assert verify(refitted, model).computed == len(record["computed"])

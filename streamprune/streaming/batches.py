@@ -110,7 +110,7 @@ class MicroBatches:
 
         `commit` is called when a micro-batch has succeeded and can no longer fail. One that runs out of memory is
         computed again in halves. Raises ResourceError if memory runs out for a single sequence, and Stopped between two
-        micro-batches when the user stops the run, once all ranks have done the same ones, unless it may not `may_stop`.
+        micro-batches when the user stops the run and it `may_stop` here, once all ranks have done the same ones.
         """
         self._among = among
         number, stopped = start, False
