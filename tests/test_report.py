@@ -15,9 +15,11 @@ from PIL import Image
 from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Estimate
 from streamprune.fit.footprint import read_footprint
+from streamprune.formats.base import ChannelMask
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.facts import read_facts
 from streamprune.reporting.write import ALL_PICTURES, markers, with_sections, write_report
+from streamprune.saliency.scores_file import read_scores
 from tests.helpers import known_family, prune, tree_bytes
 from tests.reports import (
     CONTEXT,
@@ -32,7 +34,10 @@ from tests.reports import (
     tables,
     text_result,
 )
-from tests.tiny import make_model, tiny_config
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+#: Pictures of outputs whose experts became narrower, or were refitted.
+OF_NARROWER = {"energy", "channels", "refit"}
 
 
 def test_the_tables_hold_the_numbers_of_the_record(reported: Reported) -> None:
@@ -121,8 +126,9 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         f"{one['kl_p99']:#.4g} | 87.5% |"
     ) in card
     assert "On text that was held out of the calibration, against the original; " in card
-    assert {path.stem for path in (copied / "pictures").iterdir()} == ALL_PICTURES
-    for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | ALL_PICTURES:
+    drawn = {path.stem for path in (copied / "pictures").iterdir()}
+    assert drawn == ALL_PICTURES - OF_NARROWER
+    for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | drawn:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:
             assert picture.width == 960
 
@@ -232,3 +238,74 @@ def test_the_memory_before_is_the_sources(family: str, settings: dict[str, Any],
     assert [vars(term) for term in memory.after.terms] == result.summary["memory"]["terms"]
     assert memory.before is not None
     assert memory.before.terms == Estimate(read_footprint(str(model)), ServingSpec(context=CONTEXT)).terms
+
+
+@pytest.fixture(scope="module")
+def narrower(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """An output with narrower and refitted experts, of two sources."""
+    home = tmp_path_factory.mktemp("narrower")
+    model = make_model(home / "model", tiny_config(known_family("qwen3_moe")))
+    sources = [write_token_ids(home / f"{name}.jsonl", seed=seed) for seed, name in enumerate(("one", "two"))]
+    words = [word for source in sources for word in ("--calibration", source)]
+    output = home / "out"
+    options = ("--keep", 6, "--width", 12, "--refit", "--mix", "one.jsonl=3,two.jsonl=1", "--report", "--json")
+    told = call("run", model, "-o", output, *words, *options)
+    assert told.exit_code == 0, told.output
+    return Reported(model, output, told)
+
+
+def test_narrower_experts_have_the_energy_that_stays(narrower: Reported) -> None:
+    page, record = tables(narrower.output), record_of(narrower.output)
+    summary = json.loads(narrower.told.stdout)
+    kept = {row[0]: row[1:3] for row in page.rows("Energy kept by source")}
+    assert kept == {
+        name: [f"{each['kept']:.1%}", f"{each['best']:.1%}"] for name, each in summary["energy_kept"].items()
+    }
+    scores = read_scores(narrower.output / "scores" / "scores.safetensors")
+    by_layer = page.rows("Energy kept by layer and source")
+    by_rank = page.rows("Share of the energy in the best of 32 channels of each expert")
+    for layer, told, row, ranks in zip(scores.layers, record["layers"], by_layer, by_rank, strict=True):
+        assert layer.channels is not None
+        channels = ChannelMask.from_text(told["channels"], 32, 6).indices
+        stays = layer.channels[:, np.array(told["kept"])[:, None], channels].astype(float).sum(axis=(1, 2))
+        whole = layer.channels.astype(float).sum(axis=(1, 2))
+        assert row == [str(layer.index), *(f"{share:.1%}" for share in stays / whole)]
+        mixed = 3 * layer.channels[0].astype(float) + layer.channels[1]
+        best = np.sort(mixed, axis=1)[:, ::-1].sum(axis=0)
+        assert ranks[1:] == [f"{best[:width].sum() / best.sum():.1%}" for width in (4, 8, 16, 24, 12)]
+    html = (narrower.output / "report.html").read_text()
+    assert "each expert keeps 12 of 32 (62.5% removed)" in html
+    assert "Each keeps 12 of its 32 channels." in html
+    assert {path.stem for path in (narrower.output / "pictures").iterdir()} == ALL_PICTURES - {"loss", "depth"}
+
+
+def test_a_refit_has_its_errors_and_shares(narrower: Reported) -> None:
+    page, record = tables(narrower.output), record_of(narrower.output)
+    for told, row in zip(record["refit"]["layers"], page.rows("The refit by layer"), strict=True):
+        shares = told["shares"]
+        assert row[:4] == [
+            str(told["index"]), f"{told['before']:.1%}", f"{told['after']:.1%}", f"{6 - shares.count(0)} of 6"
+        ]  # fmt: skip
+        assert [float(cell) for cell in row[4:7]] == pytest.approx(
+            [min(shares), np.mean(shares), max(shares)], rel=1e-3
+        )
+        assert row[7] == f"{min(told['tokens']):,}"
+    html = (narrower.output / "report.html").read_text()
+    names = "<code>model.layers.*.mlp.experts.*.down_proj.weight</code>"
+    assert f"{len(record['computed'])} tensors were computed ({names})" in html
+    assert "without an anchor of general text" in html
+
+
+def test_where_all_experts_stay_only_their_channels_are_told(narrower: Reported, tmp_path: Path) -> None:
+    scores, output = narrower.output / "scores" / "scores.safetensors", tmp_path / "out"
+    told = call("prune", narrower.model, "-o", output, "--scores", scores, "--width", 12, "--report")
+    assert told.exit_code == 0, told.output
+    assert "domain retention" not in told.stderr
+    assert "energy kept, the share of each source's energy of all channels (in brackets: " in told.stderr
+    page = tables(output)
+    assert "Saliency kept by source" not in page.found
+    assert "Energy kept by source" in page.found
+    shutil.rmtree(output / "scores")
+    write_report(output)
+    assert "Unknown: the model has no scores of channels" in (output / "report.html").read_text()
+    assert not OF_NARROWER & {path.stem for path in (output / "pictures").iterdir()}

@@ -40,6 +40,15 @@ def without(value: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: each for name, each in value.items() if name != key}
 
 
+def refitted(told: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """The record of an output with a refit of its first layer, with these facts."""
+    first = told["layers"][0]
+    each = [0.5] * len(first["kept"])
+    layer = {"index": first["index"], "shares": each, "tokens": [9] * len(each), "changes": each, "before": 0.5,
+             "after": 0.25, "catch_up": 1.0, **facts}  # fmt: skip
+    return {**told, "refit": {"anchor": None, "fitted_tokens": 9, "judging_tokens": 9, "layers": [layer]}}
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no record": (lambda output: (output / "streamprune.json").unlink(), "has no streamprune.json"),
     "record no JSON": (lambda output: (output / "streamprune.json").write_text("{"), "cannot be read as JSON"),
@@ -63,6 +72,17 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "protected layer": (
         changed("streamprune.json", lambda told: {**told, "protected": {"77": [1]}}), "'77' is not a layer"
+    ),
+    "channels of experts that keep theirs": (
+        changed("streamprune.json", lambda told: {**told, "layers": [{**told["layers"][0], "channels": "AAAA"}]}),
+        "`$.layers[0].channels` does not match the width None",
+    ),
+    "a refit of another layer": (changed("streamprune.json", lambda told: refitted(told, index=9)), "ascending order"),
+    "a refit of other experts": (
+        changed("streamprune.json", lambda told: refitted(told, shares=[1.0] * 9)), "has not one value for each of"
+    ),
+    "an impossible refit": (
+        changed("streamprune.json", lambda told: refitted(told, before=-1.0)), "values below 0 or that are not finite"
     ),
     "text without loss": (
         result("text.json", {"sources": [{"name": "x", "tokens": 3}]}),

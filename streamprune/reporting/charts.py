@@ -66,7 +66,7 @@ _ACROSS = 256
 _CELL, _MARGIN = 8, 2
 #: Scores between these quantiles have distinct colours; lower or higher ones have the first or the last colour.
 _DISTINCT = (0.02, 0.98)
-_COLOURS = "cividis"
+COLOURS = "cividis"
 #: A figure, and in words what it shows.
 Drawing = tuple[Figure, str]
 
@@ -120,20 +120,25 @@ def _element(name: str, alt: str, svg: bytes) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _new_figure(height: float, **grid: Any) -> tuple[Figure, Any]:
+def new_figure(height: float, **grid: Any) -> tuple[Figure, Any]:
     """A figure of the page's width and `height` inches, and its axes as `Figure.subplots` gives them."""
     figure = Figure(figsize=(WIDTH, height), dpi=PNG_DPI)
     return figure, figure.subplots(**grid)
 
 
-def _layer_axis(axes: Axes, layers: Sequence[int]) -> None:
+def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
     """Name the axis of layers, with whole numbers, and leave half a layer of room at both ends."""
     axes.set(xlabel="layer", xlim=(layers[0] - 0.6, layers[-1] + 0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(False, axis="x")
 
 
-def _legend(figure: Figure, columns: int, *handles: Any, **options: Any) -> None:
+def layer_rows(layers: int) -> float:
+    """The height in inches of each row of a map of so many layers."""
+    return min(0.34, max(0.085, 3.6 / layers))
+
+
+def legend(figure: Figure, columns: int, *handles: Any, **options: Any) -> None:
     """A legend above the axes."""
     figure.legend(*handles, loc="outside upper left", ncols=columns, **options)
 
@@ -149,7 +154,7 @@ def draw_experts(record: Record) -> Drawing:
     layers, counts = list(record.counts), list(record.counts.values())
     removed = [record.experts - count for count in counts]
     mean, protected = sum(counts) / len(counts), list(record.protected_layers)
-    figure, axes = _new_figure(2.9)
+    figure, axes = new_figure(2.9)
     axes.bar(layers, counts, 0.8, color=BLUE, label="kept")
     hatched = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.5, "hatch": "////"}
     axes.bar(layers, removed, 0.8, bottom=counts, label="removed", **hatched)
@@ -157,10 +162,10 @@ def draw_experts(record: Record) -> Drawing:
     if protected:
         heights = [record.counts[layer] for layer in protected]
         axes.plot(protected, heights, "v", color=BLACK, markerfacecolor=YELLOW, label="with protected super experts")
-    _layer_axis(axes, layers)
+    layer_axis(axes, layers)
     axes.set(ylabel="experts", ylim=(0, record.experts))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, 4)
+    legend(figure, 4)
     spread = f"{counts[0]} of {record.experts} in every layer"
     if len(set(counts)) > 1:
         spread = f"{min(counts)} to {max(counts)} of {record.experts} per layer"
@@ -172,7 +177,7 @@ def draw_tokens(record: Record) -> Drawing:
     layers = list(record.counts)
     counts = np.array([layer.counts for layer in record.layers], dtype=np.float64)
     low, first, middle, third, high = quartiles = np.percentile(counts, (0, 25, 50, 75, 100), axis=1)
-    figure, axes = _new_figure(3.0)
+    figure, axes = new_figure(3.0)
     ends: Sequence[float] = layers
     if len(layers) == 1:
         # A single layer would be a band without width.
@@ -191,20 +196,20 @@ def draw_tokens(record: Record) -> Drawing:
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=-0.15)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _layer_axis(axes, layers)
+    layer_axis(axes, layers)
     axes.set_ylabel("tokens per expert")
-    _legend(figure, 4)
+    legend(figure, 4)
     return figure, "Bands by layer: the least, the middle half and the most tokens that an expert was given."
 
 
-def draw_retention(retained: Sequence[Retention]) -> Drawing:
+def draw_retention(retained: Sequence[Retention], what: str = "saliency", unit: str = "experts") -> Drawing:
     """The share of each source's saliency that stays, and the most that as many experts could keep of it."""
     least = sorted(retained, key=lambda each: each.kept)[:MOST_SOURCES]
     shown = [each for each in retained if each in least][::-1]
-    figure, axes = _new_figure(0.9 + 0.34 * len(shown))
+    figure, axes = new_figure(0.9 + 0.34 * len(shown))
     rows = range(len(shown))
     axes.barh(rows, [each.kept for each in shown], 0.62, color=BLUE, label="kept")
-    ideal = "if as many experts were selected for this source alone"
+    ideal = f"if as many {unit} were selected for this source alone"
     best = [each.best for each in shown]
     axes.plot(best, rows, "D", color=BLACK, markerfacecolor=ORANGE, markersize=6, label=ideal)
     for row, each in zip(rows, shown, strict=True):
@@ -212,11 +217,11 @@ def draw_retention(retained: Sequence[Retention]) -> Drawing:
         place = max(each.kept - 0.01, 0.005)
         axes.text(place, row, f"{each.kept:.1%}", ha=side, va="center", color=colour, fontsize=8.5)
     axes.set_yticks(rows, [_shortened(each.source) for each in shown])
-    axes.set(xlabel="share of the source's saliency", xlim=(0, 1.02))
+    axes.set(xlabel=f"share of the source's {what}", xlim=(0, 1.02))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(False, axis="y")
-    _legend(figure, 2)
-    return figure, f"Bars by source: {least[0].source} keeps least of its saliency, {least[0].kept:.1%}."
+    legend(figure, 2)
+    return figure, f"Bars by source: {least[0].source} keeps least of its {what}, {least[0].kept:.1%}."
 
 
 def draw_memory(memory: Memory, budget: int | None) -> Drawing:
@@ -227,7 +232,7 @@ def draw_memory(memory: Memory, budget: int | None) -> Drawing:
     beyond = [label for label, *_ in GPU_SIZES if label not in marks]
     if budget is not None:
         marks["budget"] = budget
-    figure, axes = _new_figure(1.35 + 0.55 * len(bars))
+    figure, axes = new_figure(1.35 + 0.55 * len(bars))
     for row, estimate in enumerate(bars.values()):
         _stack(axes, row, estimate)
     axes.set_yticks(range(len(bars)), list(bars))
@@ -244,7 +249,7 @@ def draw_memory(memory: Memory, budget: int | None) -> Drawing:
     axes.grid(False, axis="y")
     axes.set_xlabel("GiB" + (f"     ({' and '.join(beyond)}: far to the right)" if beyond else ""))
     keys = [Patch(facecolor=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.5) for _, colour, hatch, _ in _PARTS]
-    _legend(figure, 5, keys, [name for name, *_ in _PARTS], columnspacing=1.0, handlelength=1.4)
+    legend(figure, 5, keys, [name for name, *_ in _PARTS], columnspacing=1.0, handlelength=1.4)
     before = f"{format_bytes(memory.before.total)} before, " if memory.before else ""
     return figure, f"Stacked bars of the memory: {before}{format_bytes(memory.after.total)} after."
 
@@ -272,7 +277,7 @@ def draw_losses(text: TextResult) -> Drawing:
         worst = sorted(text.sources, key=lambda each: -(each.loss if each.kl is None else each.kl))[:MOST_SOURCES]
         shown = [each for each in shown if each in worst or each is text.all]
     height = 1.1 + 0.36 * len(shown)
-    figure, axes = _new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
+    figure, axes = new_figure(height, ncols=2 if text.compared else 1, sharey=True, squeeze=False)
     left = axes[0][0]
     before = {row: each.original_loss for row, each in enumerate(shown) if each.original_loss is not None}
     # One above the other, since they are often so close that one would hide the other.
@@ -288,7 +293,7 @@ def draw_losses(text: TextResult) -> Drawing:
         right = axes[0][1]
         _points(right, [(each.kl, each.kl_interval) for each in shown], ("D", RED, "KL divergence"))
         right.set(title="KL divergence from the original, nats per token", xlim=(0, None))
-    _legend(figure, 3, *left.get_legend_handles_labels())
+    legend(figure, 3, *left.get_legend_handles_labels())
     return figure, "Loss of every source, with its interval."
 
 
@@ -312,7 +317,7 @@ def draw_depth(text: TextResult) -> Drawing:
     largest = sorted(known, key=lambda each: -each[1][-1])[: len(LINES)]
     shown = [each for each in known if each in largest]
     of_all = text.all.hidden_error if text.all else None
-    figure, axes = _new_figure(3.0 + 0.17 * (len(shown) // 4))
+    figure, axes = new_figure(3.0 + 0.17 * (len(shown) // 4))
     last = max(len(errors) for errors in (*(errors for _, errors in known), of_all or []))
     every = max(1, last // 12)
     for number, ((name, errors), (colour, style, marker)) in enumerate(zip(shown, LINES, strict=False)):
@@ -322,16 +327,16 @@ def draw_depth(text: TextResult) -> Drawing:
         )  # fmt: skip
     if of_all:
         axes.plot(range(len(of_all)), of_all, ":", color=BLACK, linewidth=2.2, label="all")
-    _layer_axis(axes, range(last))
+    layer_axis(axes, range(last))
     axes.set(ylabel="relative error of the hidden states", ylim=(0, None))
-    _legend(figure, 5 if all(len(name) <= 14 for name, _ in shown) else 4)
+    legend(figure, 5 if all(len(name) <= 14 for name, _ in shown) else 4)
     return figure, "Lines by source: the relative error of the hidden states after each layer."
 
 
 def draw_course(course: Course) -> Drawing:
     """The time and memory of every layer of a run."""
     layers = [each.layer for each in course.layers]
-    figure, (above, below) = _new_figure(3.6, nrows=2, sharex=True)
+    figure, (above, below) = new_figure(3.6, nrows=2, sharex=True)
     above.bar(layers, [each.seconds for each in course.layers], 0.8, color=GREEN)
     above.set(title="Time of each layer", ylabel="seconds")
     peaks = [each.peak_bytes for each in course.layers]
@@ -339,7 +344,7 @@ def draw_course(course: Course) -> Drawing:
     marks = {"marker": "o", "markersize": 4, "markeredgecolor": BLACK, "markevery": max(1, len(layers) // 24)}
     below.plot(layers, [peak / unit for peak in peaks], color=ORANGE, **marks)
     below.set(title="Peak memory of the process so far", ylabel=name, ylim=(0, 1.12 * max(peaks) / unit))
-    _layer_axis(below, layers)
+    layer_axis(below, layers)
     longest = max(course.layers, key=lambda each: each.seconds)
     return figure, f"Time and peak memory by layer; layer {longest.layer} took longest, {longest.seconds:.1f} s."
 
@@ -349,8 +354,8 @@ def draw_map(record: Record) -> Drawing:
     layers = list(record.counts)
     pixels, colours = _map_pixels(record)
     starts = range(0, record.experts, _ACROSS)
-    row = min(0.34, max(0.085, 3.6 / len(layers)))
-    figure, axes = _new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
+    row = layer_rows(len(layers))
+    figure, axes = new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
     panels = list(axes[:, 0])
     for panel, start in zip(panels, starts, strict=True):
         stop = min(start + _ACROSS, record.experts)
@@ -367,7 +372,7 @@ def draw_map(record: Record) -> Drawing:
         bar.set_label("score / mean of its layer")
         bar.outline.set_visible(False)
     keys = [Line2D([], [], marker="s", markersize=size, linestyle="", color=GREY) for size in (8, 3)]
-    _legend(figure, 2, keys, ["kept: the complete cell", "removed: a square within it"])
+    legend(figure, 2, keys, ["kept: the complete cell", "removed: a square within it"])
     return figure, f"Map of {len(layers)} layers by {record.experts} experts: the score of each, and whether it stays."
 
 
@@ -386,8 +391,8 @@ def _map_pixels(record: Record) -> tuple[NDArray[np.uint8], matplotlib.cm.Scalar
         low, high = (float(end) for end in np.quantile(values, _DISTINCT))
         shares = np.clip((values - low) / (high - low or 1.0), 0, 1)
         # Few colours make a small file, without a visible difference.
-        colours = matplotlib.colormaps[_COLOURS](np.round(shares * 63) / 63)[:, :, :3]
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), _COLOURS)
+        colours = matplotlib.colormaps[COLOURS](np.round(shares * 63) / 63)[:, :, :3]
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), COLOURS)
     else:
         colours = np.broadcast_to(matplotlib.colors.to_rgb(BLUE), (*kept.shape, 3))
     cells = np.round(colours * 255).astype(np.uint8).repeat(_CELL, axis=0).repeat(_CELL, axis=1)

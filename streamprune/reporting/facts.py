@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from streamprune.checkpoint.index import Checkpoint, open_checkpoint
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES
@@ -36,8 +38,8 @@ from streamprune.reporting.evaluations import (
 from streamprune.reporting.record import Count, Positive, Record, Share, checked, read_record
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
+from streamprune.selection.energy import energy_by_rank, energy_retentions
 from streamprune.selection.retention import Retention, retentions
-from streamprune.selection.select import LayerSelection, Selection
 
 _ADVICE = "Remove the log: the report works without it."
 #: The GPUs that models are pruned for, as (label, bytes of memory, bytes of these that CUDA can use).
@@ -211,7 +213,25 @@ def read_scores_of(output: Path, record: Record) -> Scores | None:
             f"made from {len(layers)} layers with {record.experts}. They belong to another model: remove them, or "
             "prune again."
         )
+    channels = scores.layers[0].channels
+    if channels is not None and record.source.width not in (None, channels.shape[2]):
+        raise ReportError(
+            f"{path} has scores of {channels.shape[2]} channels per expert, but the model was made from experts with "
+            f"{record.source.width}. They belong to another model: remove them, or prune again."
+        )
     return scores
+
+
+def _energies(scores: Scores, record: Record) -> NDArray[np.float64] | None:
+    """The mean energy (layers, W) of the experts' channels by rank, by the mix; None unless experts became narrower."""
+    if record.settings.width is None or not scores.channel_bytes:
+        return None
+    mix, weights = record.settings.mix, [1.0] * len(scores.sources)
+    if mix is not None:
+        # (The scale does not matter.)
+        named = zip(scores.sources, scores.source_tokens, strict=True)
+        weights = [mix.get(name, 0.0) / tokens if tokens else 0.0 for name, tokens in named]
+    return np.stack([energy_by_rank(layer, weights) for layer in scores.layers])
 
 
 @dataclass(frozen=True)
@@ -222,6 +242,9 @@ class Facts:
     record: Record
     output_bytes: int
     retained: tuple[Retention, ...] = field(repr=False)
+    energy: tuple[Retention, ...] = field(repr=False)
+    #: The mean energy (layers, W) of the experts' channels by rank; None unless they became narrower.
+    channels: NDArray[np.float64] | None = field(repr=False)
     memory: Memory | str
     course: Course | str
     text: TextResult | None
@@ -239,13 +262,15 @@ def read_facts(output: Path) -> Facts:
     output = output if output.name not in ("", "..") else output.resolve()
     record = read_record(output)
     scores = read_scores_of(output, record)
-    selection = Selection(tuple(LayerSelection(layer.index, tuple(layer.kept)) for layer in record.layers))
+    selection = record.selection
     checkpoint = open_checkpoint(output)
     return Facts(
         output.name,
         record,
         checkpoint.nbytes,
         retentions(scores, selection) if scores else (),
+        energy_retentions(scores, selection) if scores else (),
+        _energies(scores, record) if scores else None,
         read_memory(output, record, scores, checkpoint),
         read_course(output, record, checkpoint.nbytes),
         read_checked_result(output, TEXT_NAME, TextResult),

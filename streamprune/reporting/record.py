@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import SelectionSettings
-from streamprune.work.records import RefittedLayer
+from streamprune.work.records import Computed, RefittedLayer
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2
@@ -256,7 +257,10 @@ class RecordedRefit(Struct, frozen=True, kw_only=True):
 
 
 class Record(Struct, frozen=True, kw_only=True):
-    """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights."""
+    """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights.
+
+    `computed` are the tensors that are not the source's bytes, by name; the writer adds them to the file.
+    """
 
     format: int = RECORD_FORMAT
     settings: Settings
@@ -269,6 +273,7 @@ class Record(Struct, frozen=True, kw_only=True):
     protected: dict[str, list[Count]]
     refit: RecordedRefit | UnsetType = UNSET
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
+    computed: dict[str, Computed] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         experts = self.source.experts
@@ -310,6 +315,11 @@ class Record(Struct, frozen=True, kw_only=True):
     def all_experts(self) -> int:
         """Experts of the source in all layers together."""
         return self.experts * len(self.layers)
+
+    @property
+    def computed_names(self) -> list[str]:
+        """The names of the computed tensors, each kind once, with `*` for numbers."""
+        return sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in self.computed or {}})
 
     @property
     def removes_experts(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
@@ -54,14 +55,14 @@ def tokens_table(record: Record) -> Table:
     return Table("Tokens per expert by layer", columns, rows)
 
 
-def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[Table]:
+def retention_tables(record: Record, retained: Sequence[Retention], what: str = "Saliency") -> Iterator[Table]:
     """The share of each source's saliency that is kept, in all layers and in each."""
     rows = [
         (each.source, percent(each.kept), percent(each.best), str(each.worst_layer), percent(each.worst))
         for each in retained
     ]
     yield Table(
-        "Saliency kept by source",
+        f"{what} kept by source",
         ("source", "kept", "kept if selected for it alone", "worst layer", "kept in worst layer"),
         rows,
     )
@@ -69,7 +70,20 @@ def retention_tables(record: Record, retained: Sequence[Retention]) -> Iterator[
         (str(layer.index), *(percent(each.layers[position]) for each in retained))
         for position, layer in enumerate(record.layers)
     ]
-    yield Table("Saliency kept by layer and source", ("layer", *(each.source for each in retained)), by_layer)
+    yield Table(f"{what} kept by layer and source", ("layer", *(each.source for each in retained)), by_layer)
+
+
+def channels_table(record: Record, energies: NDArray[np.float64]) -> Table:
+    """How much of each layer's energy (layers, W) is in the best channels of its experts."""
+    full, kept = energies.shape[1], record.settings.width or energies.shape[1]
+    widths = [max(1, full * eighths // 8) for eighths in (1, 2, 4, 6)]
+    rows = []
+    for layer, ranks in zip(record.layers, energies, strict=True):
+        total = float(ranks.sum())
+        shares = [percent(float(ranks[:width].sum()) / total if total else None) for width in (*widths, kept)]
+        rows.append((str(layer.index), *shares))
+    columns = ("layer", *(f"best {width:,}" for width in widths), f"kept: {kept:,}")
+    return Table(f"Share of the energy in the best of {full:,} channels of each expert", columns, rows)
 
 
 def refit_table(refit: RecordedRefit) -> Table:

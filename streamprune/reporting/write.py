@@ -25,7 +25,7 @@ from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.progress import describe
-from streamprune.reporting import charts, tables
+from streamprune.reporting import channel_charts, charts, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
@@ -35,7 +35,9 @@ CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
 #: The sections of the card that the report writes, in the order in which they are added to a card without them.
 SECTIONS = ("evaluation", "generation", "pictures")
 #: Every picture that a report may have.
-ALL_PICTURES = {"experts", "map", "memory", "retention", "loss", "depth", "tokens", "course"}
+ALL_PICTURES = {
+    "experts", "map", "memory", "retention", "energy", "channels", "refit", "loss", "depth", "tokens", "course",
+}  # fmt: skip
 
 
 def write_report(output: Path) -> Path:
@@ -82,9 +84,11 @@ def sections_of(facts: Facts) -> Iterator[Section]:
     if isinstance(memory, Memory):
         budget = record.use.budget_bytes if record.use else None
         yield Section("memory", [tables.memory_table(memory, budget)], partial(charts.draw_memory, memory, budget))
-    if facts.retained:
+    # Where all experts stay, all of their saliency does.
+    if facts.retained and record.removes_experts:
         shown = [*tables.retention_tables(record, facts.retained)]
         yield Section("retention", shown, partial(charts.draw_retention, facts.retained))
+    yield from _sections_of_narrower(facts)
     if text is not None:
         yield Section("loss", [*tables.loss_tables(text)], partial(charts.draw_losses, text))
         if any(each.hidden_error for each in text.rows):
@@ -99,6 +103,21 @@ def sections_of(facts: Facts) -> Iterator[Section]:
         yield Section("tokens", [tables.tokens_table(record)], partial(charts.draw_tokens, record))
     if isinstance(course, Course) and course.layers:
         yield Section("course", [tables.course_table(course)], partial(charts.draw_course, course))
+
+
+def _sections_of_narrower(facts: Facts) -> Iterator[Section]:
+    """Those of narrower and of refitted experts."""
+    record, width = facts.record, facts.record.settings.width
+    if facts.energy:
+        shown = [*tables.retention_tables(record, facts.energy, "Energy")]
+        drawn = partial(charts.draw_retention, facts.energy, "energy of all channels", "experts and channels")
+        yield Section("energy", shown, drawn)
+    if facts.channels is not None and width is not None:
+        drawn = partial(channel_charts.draw_channels, list(record.counts), facts.channels, width)
+        yield Section("channels", [tables.channels_table(record, facts.channels)], drawn)
+    if record.refit and record.refit.layers:
+        shown = [tables.refit_table(record.refit), tables.refit_by_layer_table(record.refit)]
+        yield Section("refit", shown, partial(channel_charts.draw_refit, record.refit))
 
 
 def _page(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, charts.Picture]) -> str:
