@@ -19,14 +19,14 @@ from measuring.damage import (
     Outcome,
     Setup,
     Study,
+    against_whole,
     all_setups,
     as_json,
     check_setups,
-    findings,
+    figure,
     from_json,
     mixed,
     overviews,
-    small,
 )
 from measuring.figures import KL, MEAN, Estimate, evenly, ratio
 from measuring.mixes import BALANCED, MIXES
@@ -71,10 +71,10 @@ def test_tables_json_and_markdown_have_the_same_figures(demo_run: DemoRun, tmp_p
         assert list(each.kl) == [*DOMAINS, MEAN]
         assert all(0 < estimate.low < estimate.mean < estimate.high for estimate in each.kl.values())
         assert each.of_reference.mean == pytest.approx(each.kl[MEAN].mean / outcomes[EXPERTS, False].kl[MEAN].mean)
-        numbers = f"{small(each.kl[MEAN].mean)} ±"
+        shown_as = figure(each.kl[MEAN])
         row = next(line for line in lines if f"{each.experts} × {each.width}" in line and ("refit" in line) == refit)
-        assert numbers in row
-        assert any(numbers in line for line in shown)
+        assert shown_as in row
+        assert any(shown_as in line for line in shown)
     whole, narrow, refitted = (
         outcomes[key].kl[MEAN] for key in ((EXPERTS, False), (CHANNELS, False), (CHANNELS, True))
     )
@@ -154,7 +154,7 @@ def around(mean: float) -> Estimate:
     return Estimate(mean, mean * 0.9, mean * 1.1)
 
 
-def test_several_models_share_a_table_and_a_finding() -> None:
+def test_several_models_share_tables() -> None:
     whole, narrow = Setup(CODE_ONLY, 0.5), Setup(CODE_ONLY, 0.5, CHANNELS, refit=True)
     bare = replace(narrow, anchored=False)
     studies = [
@@ -168,5 +168,13 @@ def test_several_models_share_a_table_and_a_finding() -> None:
         ["50%", "first", "2.0000 ±.2000", ".1000 ±.0100", ".3000 ±.0300"],
         ["50%", "second", "1.0000 ±.1000", ".1100 ±.0110", ""],
     ]
-    (sentence,) = findings(studies)
-    assert "have 5.0% (4.5% to 5.5%); 11.0% (9.9% to 12.1%). At most 10%: 1 of 2 models." in sentence
+    compared = against_whole(studies)
+    assert list(compared.columns) == ["calibration", "kept", "first", "second", "at most 10%"]
+    assert [list(row) for row in compared.rows] == [
+        ["code only", "50%", "5.0% (4.5% to 5.5%)", "11.0% (9.9% to 12.1%)", "1 of 2"]
+    ]
+    assert [figure(around(mean)) for mean in (12.3456, 0.01, 0.0007)] == [
+        "12.3456 ±1.2346",
+        ".0100 ±.0010",
+        ".00070 ±.00007",
+    ]

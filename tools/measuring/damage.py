@@ -253,14 +253,11 @@ def describe(setup: Setup) -> str:
     return f"{setup.calibration}, {1 - setup.ratio:.0%} kept, {what}"
 
 
-def small(value: float, places: int = 4) -> str:
-    """A figure without the zero before its point, as long columns of them are easier to read."""
-    text = f"{value:.{places}f}"
-    return text.removeprefix("0") if value < 1 else text
-
-
-def _figure(estimate: Estimate) -> str:
-    return f"{small(estimate.mean)} ±{small((estimate.high - estimate.low) / 2)}"
+def figure(estimate: Estimate) -> str:
+    """A mean and half of its interval, without zeros before the points: long columns are easier to read so."""
+    places = 4 if estimate.mean >= 0.01 else 5
+    parts = (f"{value:.{places}f}" for value in (estimate.mean, (estimate.high - estimate.low) / 2))
+    return " ±".join(part.removeprefix("0") if part.startswith("0.") else part for part in parts)
 
 
 def overviews(studies: Sequence[Study]) -> list[Table]:
@@ -279,7 +276,7 @@ def overviews(studies: Sequence[Study]) -> list[Table]:
             [
                 f"{1 - share:.0%}",
                 model,
-                *(_figure(found[key].kl[MEAN]) if (key := (share, model, setup)) in found else "" for setup in setups),
+                *(figure(found[key].kl[MEAN]) if (key := (share, model, setup)) in found else "" for setup in setups),
             ]
             for share, model in sorted(dict.fromkeys((share, model) for share, model, _ in found))
         ]
@@ -299,7 +296,7 @@ def details(study: Study) -> Iterator[Table]:
                 f"{WORDS[each.setup.by]} {each.setup.treatment}".rstrip(),
                 f"{each.experts} × {each.width}",
                 f"{each.kept:.1%}",
-                *map(_figure, each.kl.values()),
+                *map(figure, each.kl.values()),
                 f"{each.of_reference.mean:.1%}",
             ]
             for each in group
@@ -308,20 +305,32 @@ def details(study: Study) -> Iterator[Table]:
         yield Table(f"KL by domain, calibration: {calibration}, {1 - share:.0%} kept", columns, rows)
 
 
-def findings(studies: Sequence[Study]) -> Iterator[str]:
-    """Narrower experts with a refit against whole ones without it: a sentence per calibration and share."""
-    outcomes = [each for study in studies for each in study.outcomes]
-    for calibration in _calibrations(each.setup for each in outcomes):
-        for share in sorted({each.setup.ratio for each in outcomes}):
-            wanted = Setup(calibration, share, CHANNELS, refit=True)
-            found = [each.of_reference for each in outcomes if each.setup == wanted]
-            figures = "; ".join(f"{each.mean:.1%} ({each.low:.1%} to {each.high:.1%})" for each in found)
-            reached = sum(each.mean <= EXPECTED for each in found)
-            if found:
-                yield (
-                    f"{1 - share:.0%} kept, {calibration}: of the KL of whole experts, narrower ones with a refit have "
-                    f"{figures}. At most {EXPECTED:.0%}: {reached} of {len(found)} models."
-                )
+def against_whole(studies: Sequence[Study]) -> Table:
+    """Narrower experts with a refit against whole ones without: the share of their mean KL, and its interval.
+
+    A row per calibration and share kept, a column per model; the last column counts the models that reach EXPECTED.
+    """
+    found = {(each.setup, study.model): each.of_reference for study in studies for each in study.outcomes}
+    setups = sorted({setup for setup, _ in found if setup == narrower_refitted(setup)}, key=_order)
+    rows = []
+    for setup in setups:
+        shares = [found.get((setup, study.model)) for study in studies]
+        known = [each for each in shares if each is not None]
+        reached = sum(each.mean <= EXPECTED for each in known)
+        cells = [f"{each.mean:.1%} ({each.low:.1%} to {each.high:.1%})" if each is not None else "" for each in shares]
+        rows.append([setup.calibration, f"{1 - setup.ratio:.0%}", *cells, f"{reached} of {len(known)}"])
+    columns = ["calibration", "kept", *(study.model for study in studies), f"at most {EXPECTED:.0%}"]
+    title = "Narrower experts with a refit: their mean KL as a share of that of whole experts without one"
+    return Table(title, columns, rows, align="ll")
+
+
+def narrower_refitted(setup: Setup) -> Setup:
+    """Narrower experts with a refit, as many parameters removed with the same calibration."""
+    return Setup(setup.calibration, setup.ratio, CHANNELS, refit=True)
+
+
+def _order(setup: Setup) -> tuple[int, float]:
+    return CALIBRATIONS.index(setup.calibration), setup.ratio
 
 
 INTRODUCTION = (
