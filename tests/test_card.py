@@ -235,6 +235,15 @@ def test_narrower_experts_are_told(home: Path, tmp_path: Path) -> None:
             assert {"width-pruning", "expert-pruning", "reap"} <= set(tags)
 
 
+def test_a_dry_run_tells_the_width(home: Path, tmp_path: Path) -> None:
+    words = ("run", home / "model", "-o", tmp_path / "out", "--dry-run", "--json")
+    told = invoke(*words, "--width", 12)
+    summary = json.loads(told.stdout)
+    assert (summary["width"], summary["source_width"], summary["experts_per_layer"]) == (12, 32, 8)
+    assert "keeping 8 of 8, each with 12 of 32 channels" in told.stderr
+    assert not {"width", "source_width"} & json.loads(invoke(*words, "--keep", 5).stdout).keys()
+
+
 def test_a_refit_is_told_with_its_figures(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     invoke("run", home / "model", "-o", output, *calibration(home), "--keep", 5, "--width", 16, "--refit", "--anchor",

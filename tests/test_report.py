@@ -274,6 +274,8 @@ def test_narrower_experts_have_the_energy_that_stays(narrower: Reported) -> None
         best = np.sort(mixed, axis=1)[:, ::-1].sum(axis=0)
         assert ranks[1:] == [f"{best[:width].sum() / best.sum():.1%}" for width in (4, 8, 16, 24, 12)]
     html = (narrower.output / "report.html").read_text()
+    assert "layer 0/3: kept 6/8 with 12/32 channels, fewest tokens" in narrower.told.stderr
+    assert [each["channels"] for each in log_of(narrower.output)[:-1]] == [[12, 32]] * 4
     assert "each expert keeps 12 of 32 (62.5% removed)" in html
     assert "Each keeps 12 of its 32 channels." in html
     assert {path.stem for path in (narrower.output / "pictures").iterdir()} == ALL_PICTURES - {"loss", "depth"}

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from streamprune.errors import OutputError, ScoresError
-from streamprune.reporting.record import check_provenance
+from streamprune.reporting.make_record import check_provenance
 from streamprune.saliency.scores import COUNTS, FIELDS, FIELDS_BEFORE, LayerStatistics, Scores
 from streamprune.saliency.scores_file import MOST_BYTES, SCORES_FOLDER, SCORES_NAME, read_scores, write_scores
 from tests.made_scores import make_channels, make_scores

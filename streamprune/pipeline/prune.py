@@ -30,7 +30,7 @@ from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
 from streamprune.planning.facts import ModelFacts, facts_from_json
 from streamprune.progress import Progress
-from streamprune.reporting.record import check_provenance, provenance_by_hand
+from streamprune.reporting.make_record import check_provenance, provenance_by_hand
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.select import Selection, Selector, listed_selection

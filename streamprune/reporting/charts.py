@@ -19,16 +19,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from streamprune.fit.estimate import KV_CACHE, STATE, WEIGHTS, Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Interval, TextResult
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
-from streamprune.reporting.record import Record
+from streamprune.reporting.record import Record, RecordedRefit
 from streamprune.selection.retention import Retention
 from streamprune.tables import plain
 
@@ -60,13 +58,6 @@ _PARTS = (
 _FARTHEST = 2.5
 #: The distance of a model and its original from the middle of their row.
 _APART = 0.15
-#: The map has at most this many experts in a row; more are divided into panels.
-_ACROSS = 256
-#: The size of a cell in pixels, and the margin that the square of a removed expert leaves at each side.
-_CELL, _MARGIN = 8, 2
-#: Scores between these quantiles have distinct colours; lower or higher ones have the first or the last colour.
-_DISTINCT = (0.02, 0.98)
-COLOURS = "cividis"
 #: A figure, and in words what it shows.
 Drawing = tuple[Figure, str]
 
@@ -131,11 +122,6 @@ def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
     axes.set(xlabel="layer", xlim=(layers[0] - 0.6, layers[-1] + 0.6))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(False, axis="x")
-
-
-def layer_rows(layers: int) -> float:
-    """The height in inches of each row of a map of so many layers."""
-    return min(0.34, max(0.085, 3.6 / layers))
 
 
 def legend(figure: Figure, columns: int, *handles: Any, **options: Any) -> None:
@@ -333,6 +319,31 @@ def draw_depth(text: TextResult) -> Drawing:
     return figure, "Lines by source: the relative error of the hidden states after each layer."
 
 
+def draw_refit(refit: RecordedRefit) -> Drawing:
+    """The error of each layer's output before and after the refit, and the shares that were taken of the changes."""
+    layers = [layer.index for layer in refit.layers]
+    figure, (above, below) = new_figure(3.9, nrows=2, sharex=True)
+    above.plot(layers, [layer.before for layer in refit.layers], "--s", color=RED, markersize=4.5, label="before")
+    above.plot(
+        layers, [layer.after for layer in refit.layers], "-o", color=BLUE, markersize=4.5, label="after the refit"
+    )
+    highest = max(max(layer.before, layer.after) for layer in refit.layers)
+    above.set(title="Relative error of each layer's output, on the judging tokens", ylim=(0, 1.12 * highest or 1))
+    above.grid(False, axis="x")
+    above.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    means = [float(np.mean(layer.shares)) for layer in refit.layers]
+    ends = [
+        [mean - min(layer.shares) for mean, layer in zip(means, refit.layers, strict=True)],
+        [max(layer.shares) - mean for mean, layer in zip(means, refit.layers, strict=True)],
+    ]
+    below.errorbar(layers, means, yerr=np.maximum(ends, 0), fmt="D", color=BLACK, ecolor=GREY, markersize=4, capsize=3)
+    below.set(title="Share taken of each expert's change: mean, min and max", ylim=(-0.04, 1.04))
+    layer_axis(below, layers)
+    legend(figure, 2)
+    first, last = refit.error_before, refit.error_after
+    return figure, f"Errors by layer before and after the refit: {first:.1%} and {last:.1%} in the mean."
+
+
 def draw_course(course: Course) -> Drawing:
     """The time and memory of every layer of a run."""
     layers = [each.layer for each in course.layers]
@@ -347,56 +358,3 @@ def draw_course(course: Course) -> Drawing:
     layer_axis(below, layers)
     longest = max(course.layers, key=lambda each: each.seconds)
     return figure, f"Time and peak memory by layer; layer {longest.layer} took longest, {longest.seconds:.1f} s."
-
-
-def draw_map(record: Record) -> Drawing:
-    """Which experts stay, and the score of each if they have scores."""
-    layers = list(record.counts)
-    pixels, colours = _map_pixels(record)
-    starts = range(0, record.experts, _ACROSS)
-    row = layer_rows(len(layers))
-    figure, axes = new_figure(0.95 + len(starts) * (0.45 + row * len(layers)), nrows=len(starts), squeeze=False)
-    panels = list(axes[:, 0])
-    for panel, start in zip(panels, starts, strict=True):
-        stop = min(start + _ACROSS, record.experts)
-        extent = (start - 0.5, stop - 0.5, len(layers) - 0.5, -0.5)
-        panel.imshow(pixels[:, start * _CELL : stop * _CELL], interpolation="none", aspect="auto", extent=extent)
-        panel.set(ylabel="layer", xlim=(start - 0.5, start + min(_ACROSS, record.experts) - 0.5))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(False)
-        step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 10_000) if len(layers) / step <= 16)
-        panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    panels[-1].set_xlabel("expert (its number in the source)")
-    if colours is not None:
-        bar = figure.colorbar(colours, ax=panels, extend="both", fraction=0.04, pad=0.01, aspect=18)
-        bar.set_label("score / mean of its layer")
-        bar.outline.set_visible(False)
-    keys = [Line2D([], [], marker="s", markersize=size, linestyle="", color=GREY) for size in (8, 3)]
-    legend(figure, 2, keys, ["kept: the complete cell", "removed: a square within it"])
-    return figure, f"Map of {len(layers)} layers by {record.experts} experts: the score of each, and whether it stays."
-
-
-def _map_pixels(record: Record) -> tuple[NDArray[np.uint8], matplotlib.cm.ScalarMappable | None]:
-    """The map (layers, experts) in pixels (_CELL of each), and its scale of colours if there are scores."""
-    kept = np.zeros((len(record.layers), record.experts), dtype=bool)
-    for row, layer in enumerate(record.layers):
-        kept[row, layer.kept] = True
-    scale = None
-    if record.is_scored:
-        scores = np.array([layer.scores for layer in record.layers], dtype=np.float64)
-        means = scores.mean(axis=1, keepdims=True)
-        # Over the mean of their layer, so that layers of any scale can be seen on one map; but layers whose mean is not
-        # positive (a method may give negative scores) are left as they are.
-        values = scores / np.where(means > 0, means, 1.0)
-        low, high = (float(end) for end in np.quantile(values, _DISTINCT))
-        shares = np.clip((values - low) / (high - low or 1.0), 0, 1)
-        # Few colours make a small file, without a visible difference.
-        colours = matplotlib.colormaps[COLOURS](np.round(shares * 63) / 63)[:, :, :3]
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), COLOURS)
-    else:
-        colours = np.broadcast_to(matplotlib.colors.to_rgb(BLUE), (*kept.shape, 3))
-    cells = np.round(colours * 255).astype(np.uint8).repeat(_CELL, axis=0).repeat(_CELL, axis=1)
-    square = np.zeros((_CELL, _CELL), dtype=bool)
-    square[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = True
-    filled = kept.repeat(_CELL, axis=0).repeat(_CELL, axis=1) | np.tile(square, kept.shape)
-    return np.where(filled[:, :, None], cells, np.uint8(255)), scale

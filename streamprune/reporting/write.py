@@ -25,7 +25,7 @@ from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.progress import describe
-from streamprune.reporting import channel_charts, charts, tables
+from streamprune.reporting import charts, maps, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
@@ -80,7 +80,7 @@ def sections_of(facts: Facts) -> Iterator[Section]:
     """Every section for which there is data. Draws nothing yet."""
     record, memory, text, course = facts.record, facts.memory, facts.text, facts.course
     yield Section("experts", [tables.layers_table(record)], partial(charts.draw_experts, record))
-    yield Section("map", [tables.scores_table(record)], partial(charts.draw_map, record))
+    yield Section("map", [tables.scores_table(record)], partial(maps.draw_map, record))
     if isinstance(memory, Memory):
         budget = record.use.budget_bytes if record.use else None
         yield Section("memory", [tables.memory_table(memory, budget)], partial(charts.draw_memory, memory, budget))
@@ -113,11 +113,11 @@ def _sections_of_narrower(facts: Facts) -> Iterator[Section]:
         drawn = partial(charts.draw_retention, facts.energy, "energy of all channels", "experts and channels")
         yield Section("energy", shown, drawn)
     if facts.channels is not None and width is not None:
-        drawn = partial(channel_charts.draw_channels, list(record.counts), facts.channels, width)
+        drawn = partial(maps.draw_channels, list(record.counts), facts.channels, width)
         yield Section("channels", [tables.channels_table(record, facts.channels)], drawn)
     if record.refit and record.refit.layers:
         shown = [tables.refit_table(record.refit), tables.refit_by_layer_table(record.refit)]
-        yield Section("refit", shown, partial(channel_charts.draw_refit, record.refit))
+        yield Section("refit", shown, partial(charts.draw_refit, record.refit))
 
 
 def _page(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, charts.Picture]) -> str:

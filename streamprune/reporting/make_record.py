@@ -1,0 +1,120 @@
+"""The record of an output, made of what was decided; and where its scores come from. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from streamprune import __version__
+from streamprune.checkpoint.index import Checkpoint
+from streamprune.config import PruneSettings, RunSettings
+from streamprune.errors import ScoresError
+from streamprune.output.plan import PrunePlan
+from streamprune.planning.counts import ExpertCounts
+from streamprune.reporting.record import Provenance, Record, ScoringSettings, public_name
+from streamprune.saliency.methods import METHODS
+from streamprune.saliency.scores import Scores
+from streamprune.selection.select import Selection
+from streamprune.selection.settings import SelectionSettings
+
+
+def make_record(
+    provenance: Mapping[str, Any],
+    selection: Selection,
+    plan: PrunePlan,
+    counts: ExpertCounts,
+    settings: RunSettings | PruneSettings,
+    small_files: Sequence[str],
+) -> Record:
+    """The record of an output; it is the same for every run with the same input and settings.
+
+    It does not matter whether the scores were computed in the same run or before. (On the CPU the last digits of scores
+    depend on the number of threads, as in every matrix product.) `small_files` are the names of the files of the source
+    that were copied.
+    """
+    # In a fixed order, for provenance from a run or from a file.
+    origin = json.loads(json.dumps(provenance, sort_keys=True))
+    scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
+    spec = plan.layout.spec
+    found = {
+        "settings": {
+            "model": origin["model"],
+            "revision": origin["revision"],
+            **scoring,
+            **(_selection_settings(selection.settings) if selection.settings else {}),
+            "keep": counts.keep,
+            "total": counts.total,
+            "width": counts.width,
+            "max_shard_bytes": settings.max_shard_bytes,
+        },
+        "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
+        "versions": origin["versions"],
+        "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k, "width": counts.full_width or None},
+        "calibration": origin["calibration"],
+        # `push` skips files that are not listed.
+        "files": sorted({*small_files, *plan.files}),
+        "dropped": plan.layout.dropped,
+        "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
+        "layers": [
+            {
+                "index": each.index,
+                "kept": each.kept,
+                "scores": each.scores,
+                "counts": each.tokens,
+                "channels": each.channels.as_text() if each.channels is not None else None,
+            }
+            for each in selection.layers
+        ],
+    }
+    return msgspec.convert(found, Record)
+
+
+def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:
+    return {
+        **asdict(settings),
+        # Other methods do not use the seed.
+        "seed": (settings.seed or 0) if METHODS[settings.method].is_random else None,
+        "mix": settings.shares,
+        "schedule": public_name(settings.schedule) if settings.has_schedule_file else settings.schedule,
+        "spread": settings.spread_used,
+    }
+
+
+def provenance_by_hand(model: str, revision: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The provenance of a selection without scores."""
+    return {
+        "model": public_name(model),
+        "revision": revision,
+        "source": {"fingerprint": checkpoint.fingerprint(), "bytes": checkpoint.nbytes},
+        "settings": {},
+        "calibration": None,
+        "versions": {"streamprune": __version__},
+    }
+
+
+def check_provenance(scores: Scores) -> None:
+    """Raise ScoresError unless the provenance of scores has all that the record and the model card need."""
+    fault = ""
+    try:
+        found = msgspec.convert(scores.provenance, Provenance)
+    except msgspec.ValidationError as error:
+        fault = str(error)
+    else:
+        sources = found.calibration.sources if found.calibration else []
+        stated = [(source.name, source.tokens) for source in sources]
+        if stated != list(zip(scores.sources, scores.source_tokens, strict=True)):
+            fault = "its sources are not those of the scores"
+        elif not isinstance(found.versions.get("streamprune"), str) or not isinstance(found.source.fingerprint, str):
+            fault = "no version of streamprune, or no fingerprint of the source"
+        elif found.settings.propagate is UNSET:
+            fault = "no `propagate` in its settings"
+    if fault:
+        raise ScoresError(
+            f"The scores do not say where they come from (provenance: {fault}). Score the model again with "
+            "`streamprune score`."
+        )
