@@ -20,7 +20,7 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import EvalSettings, RunSettings
 from streamprune.demo.demo import DemoModel, shipped_model
-from streamprune.errors import InterruptedRunError, SettingsError, UnsupportedModelError
+from streamprune.errors import CalibrationError, InterruptedRunError, SettingsError, UnsupportedModelError
 from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import run
@@ -331,3 +331,9 @@ def test_narrower_experts_are_refitted(family: str, tmp_path: Path) -> None:
     assert {name for name in before if not torch.equal(before[name], after[name])} == record["computed"].keys()
     assert all(layer["after"] < layer["before"] for layer in record["refit"]["layers"])
     assert verify(refitted, model).computed == len(record["computed"])
+
+
+def test_text_without_a_second_sequence_is_refused(made: Case, tmp_path: Path) -> None:
+    tokens = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=1)),)
+    with pytest.raises(CalibrationError, match="judges the fit by others, but no source has two"):
+        prune(made.model, tmp_path / "out", tokens, keep=5, refit=True, anchor="none")

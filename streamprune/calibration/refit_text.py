@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from streamprune.calibration.pack import divided
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
+from streamprune.errors import CalibrationError
 
 #: Routed tokens for each intermediate unit of an expert that stays, on average, that the experts are fitted to. (The
 #: damage left is about a constant plus .24 / this number; below RECOMMENDED it is worth a warning.)
@@ -46,13 +47,22 @@ class RefitDemand:
 
 
 def with_refit(calibration: Calibration, demand: RefitDemand) -> Calibration:
-    """The calibration and its anchor with what each of their sequences is for in a refit."""
+    """The calibration and its anchor with what each of their sequences is for in a refit.
+
+    Raises CalibrationError if there are too few to fit to some and to judge by others.
+    """
     anchor = calibration.anchor
     own = demand.tokens
     if anchor is not None:
         own -= min(anchor.tokens, demand.anchor_tokens(calibration.tokens))
         anchor = replace(anchor, refit=_uses(anchor, anchor.tokens))
-    return replace(calibration, refit=_uses(calibration, own), anchor=anchor)
+    found = replace(calibration, refit=_uses(calibration, own), anchor=anchor)
+    if not fitted_tokens(found, FIT) or not fitted_tokens(found, JUDGE):
+        raise CalibrationError(
+            "--refit fits to some sequences of a source and judges the fit by others, but no source has two. Give more "
+            "text, --samples, or a shorter --seq-len."
+        )
+    return found
 
 
 def fitted_tokens(calibration: Calibration, use: str = FIT) -> int:
