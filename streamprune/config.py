@@ -260,7 +260,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     With `evaluate` a part of the calibration is held out and measured on; `stop_if_kl` (nats per token) ends a run
     whose KL divergence there is larger. `channels`: also score the channels of each expert, where that is possible.
     With `refit` the down projections of the kept experts are refitted, also to the text `anchor` (as in `calibration`;
-    NO_ANCHOR: to no other text; None: to built-in text if the calibration has a single source).
+    NO_ANCHOR: to no other text; None: to built-in text if the calibration has a single source). With `scores` (a file,
+    or a folder with one) nothing is scored anew: they select, and the calibration is only for the refit.
     """
 
     only_score: bool = False
@@ -275,6 +276,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     channels: bool = True
     refit: bool = False
     anchor: str | None = None
+    scores: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.only_score:
@@ -303,16 +305,12 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     def _check_refit(self) -> None:
         if self.anchor is not None and not self.refit:
             raise SettingsError(f"--anchor {self.anchor} is the text that --refit also fits to, which is not given.")
+        if self.scores is not None and not self.refit:
+            raise SettingsError("--scores is for --refit. Without it use `streamprune prune`, which needs no text.")
         if not self.refit:
             return
         if self.only_score:
             raise SettingsError("--refit changes weights of a pruned model, and scoring alone makes none.")
-        if self.needs_all_layers:
-            cause = "--protect-super-experts" if self.protect_super_experts else f"--schedule {self.schedule}"
-            raise SettingsError(
-                f"--refit needs each layer's experts selected before the next is scored, but with {cause} they are "
-                "selected once all layers are scored. Leave out one of the two."
-            )
         if self.propagate == "pruned":
             raise SettingsError(
                 "--refit fits the pruned layers to the original ones, so it needs the original stream beside the "

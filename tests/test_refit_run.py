@@ -205,8 +205,6 @@ def test_other_families_are_refitted(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"schedule": "global"}, "--refit needs each layer's experts selected before the next is scored"),
-        ({"protect_super_experts": True}, "with --protect-super-experts"),
         ({"propagate": "pruned"}, "Leave out --propagate pruned"),
         ({"only_score": True, "keep": None}, "scoring alone makes none"),
         ({"refit": False, "anchor": "builtin"}, "--anchor builtin is the text that --refit also fits to"),

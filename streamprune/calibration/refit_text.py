@@ -65,6 +65,17 @@ def with_refit(calibration: Calibration, demand: RefitDemand) -> Calibration:
     return found
 
 
+def only_refitted(calibration: Calibration) -> Calibration:
+    """The calibration with only the sequences that take part in the refit, its anchor, and its held-out text."""
+    used = [number for number, use in enumerate(calibration.refit) if use]
+    return replace(
+        calibration,
+        sequences=tuple(calibration.sequences[number] for number in used),
+        source_of=tuple(calibration.source_of[number] for number in used),
+        refit=tuple(calibration.refit[number] for number in used),
+    )
+
+
 def fitted_tokens(calibration: Calibration, use: str = FIT) -> int:
     """Tokens that weights are fitted to (or that judge), those of the anchor included."""
     parts = [part for part in (calibration, calibration.anchor) if part is not None]

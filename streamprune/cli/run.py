@@ -65,6 +65,11 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @opt.SHARD_SIZE
 @opt.PLACE
 @_run_options()
+@click.option(
+    "--scores",
+    type=opt.PATH,
+    help="With --refit: select by these scores (of `score`, or an earlier output) instead of scoring anew.",
+)
 @click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
 @opt.STOP_IF_KL
 @opt.verify_option(True)

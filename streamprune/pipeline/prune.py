@@ -16,11 +16,9 @@ from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsError
-from streamprune.files.json_text import show
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, format_bytes
-from streamprune.models.config_json import stated_experts
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
@@ -30,7 +28,7 @@ from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
 from streamprune.planning.facts import ModelFacts, facts_from_json
 from streamprune.progress import Progress
-from streamprune.reporting.make_record import check_provenance, provenance_by_hand
+from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
 from streamprune.selection.select import Selection, Selector, listed_selection
@@ -192,7 +190,8 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
     """The model's facts: read from the scores if they hold them, else found by building the model."""
     if scores is not None:
-        _check_source(settings, checkpoint, scores)
+        assert settings.scores is not None
+        check_scores_of(settings.scores, checkpoint, scores)
     if scores is not None and scores.layout is not None:
         facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
     else:
@@ -209,23 +208,6 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
             f"(top-{layout.spec.top_k}), or other layers have experts. Score the model again."
         )
     return facts
-
-
-def _check_source(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores) -> None:
-    """Raise ScoresError unless the scores are of this checkpoint, by their fingerprint."""
-    scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
-    if scored != here:
-        raise ScoresError(
-            f"{settings.scores} has the scores of {show(scores.provenance['model'])} with the fingerprint "
-            f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the model that was scored, or score this "
-            "one."
-        )
-    stated = stated_experts(checkpoint.config)
-    if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
-        raise ScoresError(
-            f"{settings.scores} has scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but according to "
-            f"its config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
-        )
 
 
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:

@@ -16,12 +16,13 @@ from streamprune.calibration.refit_text import fitted_tokens
 from streamprune.calibration.sequences import JUDGE, Calibration, fingerprint_of
 from streamprune.config import RunSettings
 from streamprune.errors import ResumeError
-from streamprune.files.durable import reading
+from streamprune.files.durable import checksum_of, reading
 from streamprune.files.json_text import show
 from streamprune.models.open import versions
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
 from streamprune.reporting.record import AnchorText, RecordedRefit, SourceTokens, public_name
+from streamprune.saliency.scores_file import scores_path
 from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens
 
 #: Settings that do not change the result, or whose effect is recorded otherwise: the calibration by its tokens, a
@@ -50,7 +51,8 @@ def describe_run(
         command=command,
         settings={name: value for name, value in command.items() if name not in FREE_SETTINGS}
         | {"experts kept": kept, "channels kept": counts.width if counts else None}
-        | {"computed in": str(prepared.dtype)},
+        | {"computed in": str(prepared.dtype)}
+        | ({"contents of the scores": checksum_of(scores_path(settings.scores))} if settings.scores else {}),
         source=source,
         files=file_states(prepared.checkpoint),
         calibration=_recorded(calibration),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.refit_text import with_refit
+from streamprune.calibration.refit_text import only_refitted, with_refit
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
@@ -56,8 +56,9 @@ from streamprune.planning.prepare import (
 )
 from streamprune.planning.refit import refit_demand
 from streamprune.progress import LOG_SUFFIX, Progress
+from streamprune.reporting.make_record import check_provenance, check_scores_of
 from streamprune.saliency.scores import LayerStatistics, Scores
-from streamprune.saliency.scores_file import check_scores_file
+from streamprune.saliency.scores_file import check_scores_file, read_scores
 from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.predictions import find_head
@@ -170,6 +171,8 @@ class _Run:
     recorded: RecordedRun | None
     writer: OutputWriter | None = None
     decided: SelectionResult
+    #: The scores of --scores.
+    given: Scores | None = None
     #: In all ranks.
     prepared: PreparedModel
     settings: RunSettings
@@ -208,6 +211,7 @@ class _Run:
             assert plan.counts is not None
             calibration = with_refit(calibration, refit_demand(plan.skeleton, plan.counts))
             down_tensors(prepared)
+        self.given = self._read_scores(settings) if settings.scores is not None else None
         if settings.evaluate:
             find_head(prepared.skeleton.model)
         check_schedule(settings, prepared)
@@ -225,9 +229,9 @@ class _Run:
         self.settings, self.calibration = job.settings, job.calibration
         is_first = self.processes.is_first
         self.prepared = self.processes.on_each(lambda: self.prepared if is_first else _open_alike(job))
-        # If the selection needs the scores of all layers, the held-out text is measured afterwards, not here.
-        after_all = self.settings.needs_all_layers
-        streamed = replace(self.calibration, held_out=None) if after_all else self.calibration
+        # If the selection needs the scores of all layers, or has them already, everything else comes after it.
+        after_all = self.settings.needs_all_layers or self.settings.scores is not None
+        streamed = replace(self.calibration, held_out=None, anchor=None, refit=()) if after_all else self.calibration
         self.runtime = self._plan(streamed)
         selector = self._selector()
         target = evaluation = None
@@ -237,15 +241,61 @@ class _Run:
             target = OutputTarget(self.writer, selector)
         work = self.work if is_first else None
         if self.calibration.held_out is not None:
-            evaluation = RunEvaluation(self.runtime, self.prepared, self.calibration.held_out, work, not after_all)
-        layers = RunLayers(self.runtime, self.prepared, streamed, target, work, evaluation)
-        found, taken = layers.stream()
-        if selector is None:
-            return self.processes.on_first(lambda: self._complete_scores(self._scores(found, taken), taken))
-        selection = self.processes.on_first(lambda: self._select(self._scores(found, taken), selector))
-        if evaluation is not None:
+            during = not after_all or self.settings.refit
+            evaluation = RunEvaluation(self.runtime, self.prepared, self.calibration.held_out, work, during)
+        if self.settings.scores is None:
+            during_scoring = None if after_all else evaluation
+            layers = RunLayers(self.runtime, self.prepared, streamed, target, work, during_scoring)
+            found, taken = layers.stream()
+            if selector is None:
+                return self.processes.on_first(lambda: self._complete_scores(self._scores(found, taken), taken))
+            selection = self.processes.on_first(lambda: self._select(self._scores(found, taken), selector))
+        else:
+            selection = self.processes.on_first(self._select_by_scores)
+        if self.settings.refit and after_all:
+            taken = self._refit(selection, work, evaluation)
+        elif evaluation is not None:
             evaluation.complete(selection)
-        return self.processes.on_first(lambda: self._complete(target is not None, evaluation, taken))
+        is_written = target is not None or (self.settings.refit and after_all)
+        return self.processes.on_first(lambda: self._complete(is_written, evaluation, taken))
+
+    def _refit(self, selection: Selection, work: WorkFolder | None, evaluation: RunEvaluation | None) -> dict[str, Any]:
+        """Refit and write the layers in a sweep of its own, because all of them are scored before one is pruned.
+
+        Returns how it was done, as JSON. All ranks.
+        """
+        counts = self.prepared.plan.counts
+        assert counts is not None
+        chosen = replace(counts, total=sum(selection.counts), per_layer=selection.counts_by_layer)
+        prepared = replace(self.prepared, plan=replace(self.prepared.plan, counts=chosen))
+        scored = self.processes.on_first(self._scored_layers)
+        selector = Selector(self.settings.selection, prepared.layout.spec, (), (), chosen.total)
+        target = OutputTarget(self.writer, selector, selection.stays)
+        self.progress.say("all experts are selected; refitting the layers ...")
+        layers = RunLayers(self.runtime, prepared, only_refitted(self.calibration), target, work, evaluation, scored)
+        return layers.stream()[1]
+
+    def _scored_layers(self) -> Sequence[LayerStatistics]:
+        assert self.decided.scores is not None
+        return self.decided.scores.layers
+
+    def _read_scores(self, settings: RunSettings) -> Scores:
+        """The scores of --scores. Raises ScoresError unless they are of this model."""
+        assert settings.scores is not None
+        scores = read_scores(settings.scores)
+        check_provenance(scores)
+        check_scores_of(settings.scores, self.prepared.checkpoint, scores)
+        return scores
+
+    def _select_by_scores(self) -> Selection:
+        counts, scores = self.prepared.plan.counts, self.given
+        assert counts is not None
+        assert scores is not None
+        by, spec = self.settings.selection, scores.spec
+        selector = Selector(
+            by, spec, scores.sources, scores.source_tokens, counts.total, counts.per_layer, counts.width
+        )
+        return self._select(scores, selector)
 
     def _plan(self, streamed: Calibration) -> Runtime:
         """Plan the use of memory together with the other ranks, and record the run."""
@@ -277,7 +327,7 @@ class _Run:
     def _selector(self) -> Selector | None:
         """The selector of the experts; None if the run only scores."""
         counts, text, spec = self.prepared.plan.counts, self.calibration, self.prepared.layout.spec
-        if counts is None:
+        if counts is None or self.settings.scores is not None:
             return None
         by = self.settings.selection
         return Selector(by, spec, text.sources, text.tokens_of, counts.total, counts.per_layer, counts.width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -27,10 +27,18 @@ from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.down_tensors import DownTensors
+from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
+from streamprune.streaming.stages import (
+    ForwardStage,
+    LayerTask,
+    PrunedForwardStage,
+    ScoreStage,
+    is_held_out,
+    is_two_sided,
+)
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard, RefittedLayer
 from streamprune.work.saved_states import SavedStates
@@ -69,18 +77,27 @@ class BackgroundWriter:
 
 @dataclass(frozen=True)
 class OutputTarget:
-    """The output, if layers are written while others are still scored. Only rank 0 has a `writer`."""
+    """The output, if layers are written while they are streamed. Only rank 0 has a `writer`.
+
+    What stays is decided by `selector`, from a layer's statistics; or `selection` says what stays by layer, because all
+    layers have been scored before.
+    """
 
     writer: OutputWriter | None
     selector: Selector
+    selection: Mapping[int, KeptExperts] | None = None
 
     def kept(self, layer: LayerStatistics | None) -> KeptExperts:
         """What stays of a layer's experts."""
-        return self.selector.layer(layer).stays if layer is not None else KeptExperts()
+        if layer is None:
+            return KeptExperts()
+        return self.selector.layer(layer).stays if self.selection is None else self.selection[layer.index]
 
 
 class RunLayers:
     """Finishes all layers of a run, scored on the calibration `streamed`.
+
+    If the target knows what stays in every layer, they are not scored again: `scored` are their statistics.
 
     A layer is finished when its record, and with a `target` its shards, are on the disk; they are written while the
     next layer is scored. Hidden states are saved from time to time. Resuming replays the layers that were finished
@@ -96,8 +113,10 @@ class RunLayers:
         target: OutputTarget | None,
         work: WorkFolder | None,
         evaluation: RunEvaluation | None,
+        scored: Sequence[LayerStatistics] = (),
     ) -> None:
         assert isinstance(runtime.settings, RunSettings)
+        self._scored = {layer.index: layer for layer in scored}
         self._settings, self._runtime, self._processes = runtime.settings, runtime, runtime.processes
         self._progress, self._stop = runtime.progress, runtime.stop
         self._layout, self._streamed, self._target, self._work = prepared.layout, streamed, target, work
@@ -117,9 +136,13 @@ class RunLayers:
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
         self._width = recorded_width(prepared.skeleton) if self._settings.channels else None
-        stages: list[ForwardStage] = [ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)]
+        stages: list[ForwardStage]
+        if self._scored:
+            stages = [ForwardStage(weights, ORIGINAL, is_two_sided)]
+        else:
+            stages = [ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)]
         refitted = None
-        if self._settings.refit:
+        if self._settings.refit and self._target is not None:
             refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
             stages.append(RefitStage(weights, prepared.pruned_layer, refitted, home))
         if pruned_stream or errors is not None or refitted is not None:
@@ -198,7 +221,9 @@ class RunLayers:
 
     def _finish(self, index: int, runs: bool, following: int | None) -> None:
         started = time.monotonic()
-        task = LayerTask(index)
+        layer = self._scored.get(index)
+        kept = self._target.kept(layer) if self._target is not None and layer is not None else KeptExperts()
+        task = LayerTask(index, statistics=layer, kept=kept)
         if runs:
             self._loop.run_layer(task, following)
         if self._work is not None:
@@ -248,9 +273,9 @@ class RunLayers:
     def _read_computed(self, index: int) -> dict[str, StageTensor]:
         """The tensors that were computed for a finished layer, as they were written. Rank 0."""
         record = self._work.read_layer(index) if self._work is not None else None
-        if record is None or not record.computed:
+        # (Without a target no pruned layer runs, though one may be written already.)
+        if record is None or not record.computed or self._target is None:
             return {}
-        assert self._target is not None
         assert self._target.writer is not None
         return self._target.writer.read_computed(index, record)
 
@@ -281,11 +306,13 @@ class RunLayers:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
         assert self._work is not None
         first, count = self._settings.from_layer, self._layout.layer_count
-        if self._work.has_progress():
+        if self._work.has_progress() and not self._scored:
             self._progress.say("resuming: checking the finished layers ...")
         found: dict[int, LayerStatistics | None] = {}
         for layer in (None, *range(count)):
             if first is not None and layer is not None and layer >= first:
+                if self._scored:
+                    continue
                 self._work.forget_layer(layer)
             if self._stop:
                 # Checking tens of GiB takes a while. There is nothing new to save.
@@ -314,6 +341,9 @@ class RunLayers:
         if self._target is not None and self._target.writer is not None:
             kept = self._target.kept(layer)
             if not self._target.writer.has_written(index, kept, record):
+                if self._scored and index is not None:
+                    # Not written yet, or damaged. Its record also has the statistics.
+                    return
                 if record.refit is not None:
                     self._progress.say(f"note: shards of {_name(index)} are damaged or missing; it is refitted again.")
                     self._work.forget_layer(index)
@@ -325,6 +355,8 @@ class RunLayers:
 
     def _recorded(self, index: int | None, result: dict[str, Any] | None) -> LayerStatistics | None:
         """The recorded statistics of a layer. Raises ValueError, KeyError or TypeError if they are invalid."""
+        if self._scored:
+            return self._scored.get(index) if index is not None else None
         if (result is None) == (index in self._layout.expert_layers):
             raise ValueError("statistics of a layer without experts, or none of a layer with experts")
         if result is None or index is None:
@@ -361,7 +393,8 @@ class RunLayers:
                 self._loop.check(saved)
                 facts = saved.facts
                 # States saved within a layer that is to be scored also need the sums up to there.
-                complete = self._loop.begins_layer(facts) or facts["statistics"] is not None
+                complete = self._loop.begins_layer(facts) or facts.get("statistics") is not None
+                complete = complete or bool(self._scored)
                 complete = complete or first not in self._layout.expert_layers
                 if facts["layer"] < first or (facts["layer"] == first and complete):
                     yield saved
@@ -393,11 +426,14 @@ class RunLayers:
 
 
 def down_tensors(prepared: PreparedModel) -> DownTensors:
-    """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded."""
-    planned = prepared.plan.counts
+    """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded.
+
+    As long as it is unknown how many experts stay in each layer, all do.
+    """
+    planned, layout = prepared.plan.counts, prepared.layout
     assert planned is not None
-    assert planned.per_layer is not None
-    return DownTensors(prepared, planned.per_layer, planned.width)
+    counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
+    return DownTensors(prepared, counts, planned.width)
 
 
 def _name(layer: int | None) -> str:

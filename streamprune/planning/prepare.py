@@ -258,7 +258,8 @@ def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
     )
-    mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
+    if settings.scores is None:
+        mix_weights(settings.mix, calibration.sources, calibration.tokens_of)
     if settings.refit and plan.counts is not None:
         calibration = with_anchor(settings, calibration, plan.skeleton, plan.counts, folder)
     return calibration

@@ -21,8 +21,10 @@ _LEAST_SEQUENCES = 8
 
 
 def refit_demand(skeleton: Skeleton, counts: ExpertCounts) -> RefitDemand:
-    """What the refit of the layer that keeps most experts needs. Raises UnsupportedModelError if there can be none."""
-    assert counts.per_layer is not None
+    """What the refit of the layer that keeps most experts needs. Raises UnsupportedModelError if there can be none.
+
+    Before that is known, a layer may keep all.
+    """
     widths = []
     for layer, path in skeleton.experts.items():
         module = skeleton.layers[layer].get_submodule(path)
@@ -30,7 +32,8 @@ def refit_demand(skeleton: Skeleton, counts: ExpertCounts) -> RefitDemand:
         if problem is not None:
             raise UnsupportedModelError(f"--refit cannot refit the experts of layer {layer}: {problem}.")
         widths.append(down_sizes(module)[0])
-    return RefitDemand(max(counts.per_layer.values()), counts.width or max(widths), skeleton.spec.top_k)
+    most = max(counts.per_layer.values()) if counts.per_layer is not None else skeleton.spec.count
+    return RefitDemand(most, counts.width or max(widths), skeleton.spec.top_k)
 
 
 def refit_sizes(skeleton: Skeleton, counts: ExpertCounts, itemsize: int, tokens: int, judging: int) -> RefitSizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from streamprune import __version__
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import ScoresError
+from streamprune.files.json_text import show
+from streamprune.models.config_json import stated_experts
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts
 from streamprune.reporting.record import Provenance, Record, ScoringSettings, public_name
@@ -117,4 +120,21 @@ def check_provenance(scores: Scores) -> None:
         raise ScoresError(
             f"The scores do not say where they come from (provenance: {fault}). Score the model again with "
             "`streamprune score`."
+        )
+
+
+def check_scores_of(path: Path, checkpoint: Checkpoint, scores: Scores) -> None:
+    """Raise ScoresError unless the scores in `path` are of this checkpoint, by their fingerprint."""
+    scored, here = scores.provenance["source"]["fingerprint"], checkpoint.fingerprint()
+    if scored != here:
+        raise ScoresError(
+            f"{path} has the scores of {show(scores.provenance['model'])} with the fingerprint "
+            f"{scored[:12]}…, but {checkpoint.folder} has {here[:12]}…. Give the model that was scored, or score this "
+            "one."
+        )
+    stated = stated_experts(checkpoint.config)
+    if stated is not None and (stated.count, stated.top_k) != (scores.spec.count, scores.spec.top_k):
+        raise ScoresError(
+            f"{path} has scores of {scores.spec.count} experts (top-{scores.spec.top_k}), but according to "
+            f"its config.json the model has {stated.count} (top-{stated.top_k}). Score the model again."
         )

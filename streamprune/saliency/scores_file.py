@@ -223,15 +223,21 @@ def _tensor_name(index: int, name: str) -> str:
     return f"layers.{index}.{name}"
 
 
+def scores_path(path: Path) -> Path:
+    """The file that `read_scores` reads."""
+    # Unlike pathlib's method, this accepts any name.
+    if not os.path.isdir(path):  # noqa: PTH112
+        return path
+    inside = path / SCORES_FOLDER / SCORES_NAME
+    return inside if os.path.isfile(inside) else path / SCORES_NAME  # noqa: PTH113
+
+
 def read_scores(path: Path) -> Scores:
     """The scores in `path`: a file, a folder that has one named SCORES_NAME, or the folder of a pruned model.
 
     Trusts nothing in the file: raises ScoresError for anything that `write_scores` would not write.
     """
-    # Unlike pathlib's method, this accepts any name.
-    if os.path.isdir(path):  # noqa: PTH112
-        inside = path / SCORES_FOLDER / SCORES_NAME
-        path = inside if os.path.isfile(inside) else path / SCORES_NAME  # noqa: PTH113
+    path = scores_path(path)
     try:
         data = read_limited(path, MOST_BYTES)
     except (OSError, ValueError) as error:
