@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from streamprune.errors import InterruptedRunError, OutputError, ResourceError
+from streamprune.output.background import BackgroundWriter
 from streamprune.output.writer import OutputWriter
-from streamprune.pipeline.run_layers import BackgroundWriter
 from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.work.folder import WorkFolder

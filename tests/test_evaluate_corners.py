@@ -19,8 +19,8 @@ from streamprune.evaluation.metrics import summary_of, sums_by_source
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import TEXT_NAME, read_result
 from streamprune.streaming.forward import ORIGINAL, PRUNED
+from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures, add_slice, figures_of, find_head, no_sums
-from streamprune.streaming.stages import LayerErrors
 from tests.helpers import known_family, load_whole, prune, tree_bytes
 from tests.hub_model import hub_for_this_process, published_model
 from tests.test_evaluate import in_memory, measured

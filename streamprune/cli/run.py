@@ -84,9 +84,10 @@ def run(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_j
         return
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.pipeline import run as engine
+    from streamprune.pipeline.dry_run import print_dry_run
 
     opt.quiet_libraries(downloads=quiet)
-    summary = engine.print_dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
+    summary = print_dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
     if with_report and not dry_run:
         report_after(settings.output, quiet)
     if as_json:

@@ -33,10 +33,11 @@ from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.forward import ORIGINAL, PRUNED
+from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures, find_head
-from streamprune.streaming.stages import ForwardStage, LayerErrors, LayerTask
+from streamprune.streaming.stages import ForwardStage, LayerTask
 
 
 def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> Path:

@@ -5,7 +5,7 @@ Also what decided its scores, which is stored with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,23 @@ from streamprune.errors import ResumeError
 from streamprune.files.durable import checksum_of, reading
 from streamprune.files.json_text import show
 from streamprune.models.open import versions
+from streamprune.pipeline.finish import RunResult
+from streamprune.pipeline.status import ended
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
 from streamprune.reporting.record import AnchorText, RecordedRefit, SourceTokens, public_name
 from streamprune.saliency.scores_file import scores_path
-from streamprune.work.records import RecordedCalibration, RecordedRun, command_of, file_states, read_tokens
+from streamprune.work.folder import resume_command
+from streamprune.work.records import (
+    RecordedCalibration,
+    RecordedRun,
+    command_of,
+    file_states,
+    has_pruning,
+    read_run,
+    read_tokens,
+    with_changes,
+)
 
 #: Settings that do not change the result, or whose effect is recorded otherwise: the calibration by its tokens, a
 #: budget by the resulting number of experts.
@@ -203,3 +215,19 @@ def provenance_of(
         "calibration": calibration,
         "versions": versions(),
     }
+
+
+def settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSettings | RunResult:
+    """The settings of a recorded run, or its result if the output is complete already."""
+    recorded = read_run(work_folder)
+    if recorded is None and has_pruning(work_folder):
+        raise ResumeError(
+            f"{work_folder} has an unfinished `streamprune prune`, not a run. Resume with: "
+            f"{resume_command(work_folder)}"
+        )
+    if recorded is None:
+        raise ResumeError(f"{work_folder} has no run to resume. The work folder of an unfinished run is OUT.work.")
+    settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
+    if ended(work_folder, settings.output):
+        return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
+    return settings

@@ -20,12 +20,10 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
-from streamprune.errors import ProcessesError, ResumeError, SettingsError
+from streamprune.errors import ProcessesError, SettingsError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
-from streamprune.fit.answer import estimate_object
-from streamprune.fit.footprint import read_headers
 from streamprune.hardware.device import choose_device, describe_host
-from streamprune.hardware.memory import check_disk, peak_resident_bytes
+from streamprune.hardware.memory import peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.open import versions
 from streamprune.output.plan import make_plan
@@ -38,11 +36,11 @@ from streamprune.pipeline.resume import (
     provenance_of,
     read_calibration,
     recorded_refit,
+    settings_to_resume,
     tokens_of,
 )
 from streamprune.pipeline.run_evaluation import RunEvaluation
-from streamprune.pipeline.run_layers import OutputTarget, RunLayers, down_tensors
-from streamprune.pipeline.status import ended
+from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
@@ -52,7 +50,6 @@ from streamprune.planning.prepare import (
     plan_pruning,
     prepare,
     read_config,
-    with_footprint,
 )
 from streamprune.planning.refit import refit_demand
 from streamprune.progress import LOG_SUFFIX, Progress
@@ -61,39 +58,11 @@ from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file, read_scores
 from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
+from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.predictions import find_head
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
-from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import RecordedRun, has_pruning, read_run, with_changes, write_run
-
-
-def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
-    """Plan and print what `run` would do, from config and headers alone. Downloads and writes nothing large.
-
-    Returns what `--dry-run --json` prints. Raises like `run`, also if the disk is too small for the output.
-    """
-    settings.check_device(choose_device(settings.device).type)
-    plan = plan_pruning(settings)
-    if plan.footprint is None:
-        plan = with_footprint(plan, settings.model, plan.skeleton, read_headers(settings.model, plan.folder))
-    planned, estimate = plan.counts, plan.estimate(settings)
-    assert planned is not None
-    with Progress(plan.skeleton.layer_count, quiet) as progress:
-        messages.print_plan(progress, settings, plan)
-        refit = messages.print_refit_cost(progress, plan) if settings.refit else None
-        progress.say("dry run: nothing was scored or written")
-    if estimate is not None:
-        check_disk(settings.output, estimate.weights_bytes)
-    counts = list(planned.per_layer.values()) if planned.per_layer else None
-    return {
-        "model": settings.model,
-        "output": str(settings.output),
-        "experts_per_layer": planned.keep if planned.uniform else counts,
-        "experts_in_all_layers": planned.total,
-        "source_experts_per_layer": plan.skeleton.spec.count,
-        **({"width": planned.width, "source_width": planned.full_width} if planned.width is not None else {}),
-        "memory": estimate_object(estimate) if estimate else None,
-    } | ({"refit": refit} if refit else {})
+from streamprune.work.folder import WorkFolder
+from streamprune.work.records import RecordedRun, write_run
 
 
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
@@ -113,24 +82,8 @@ def resume(work_folder: Path, quiet: bool = False, **changes: Any) -> RunResult:
     each has to call this, as for `run`.
     """
     with joined(changes.get("device", "auto")) as processes:
-        found = processes.on_first(lambda: _settings_to_resume(work_folder, changes))
+        found = processes.on_first(lambda: settings_to_resume(work_folder, changes))
         return found if isinstance(found, RunResult) else _run(found, quiet, processes, resuming=True)
-
-
-def _settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSettings | RunResult:
-    """The settings of a recorded run, or its result if the output is complete already."""
-    recorded = read_run(work_folder)
-    if recorded is None and has_pruning(work_folder):
-        raise ResumeError(
-            f"{work_folder} has an unfinished `streamprune prune`, not a run. Resume with: "
-            f"{resume_command(work_folder)}"
-        )
-    if recorded is None:
-        raise ResumeError(f"{work_folder} has no run to resume. The work folder of an unfinished run is OUT.work.")
-    settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
-    if ended(work_folder, settings.output):
-        return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})
-    return settings
 
 
 def _run(settings: RunSettings, quiet: bool, processes: Processes, resuming: bool = False) -> RunResult:
@@ -270,9 +223,9 @@ class _Run:
         prepared = replace(self.prepared, plan=replace(self.prepared.plan, counts=chosen))
         scored = self.processes.on_first(self._scored_layers)
         selector = Selector(self.settings.selection, prepared.layout.spec, (), (), chosen.total)
-        target = OutputTarget(self.writer, selector, selection.stays)
+        target = OutputTarget(self.writer, selector, selection.stays, scored)
         self.progress.say("all experts are selected; refitting the layers ...")
-        layers = RunLayers(self.runtime, prepared, only_refitted(self.calibration), target, work, evaluation, scored)
+        layers = RunLayers(self.runtime, prepared, only_refitted(self.calibration), target, work, evaluation)
         return layers.stream()[1]
 
     def _scored_layers(self) -> Sequence[LayerStatistics]:

@@ -19,9 +19,10 @@ from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
 from streamprune.streaming.batches import Runtime, Stopped, every
 from streamprune.streaming.forward import ORIGINAL
+from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
-from streamprune.streaming.stages import ForwardStage, LayerErrors, PrunedForwardStage
+from streamprune.streaming.stages import ForwardStage, PrunedForwardStage
 from streamprune.work.folder import WorkFolder, resume_command
 
 #: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each measurement costs

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, NoReturn
 
 from streamprune.calibration.sequences import Calibration
@@ -17,6 +14,7 @@ from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostErro
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, peak_device_bytes
+from streamprune.output.background import BackgroundWriter
 from streamprune.output.plan import StageTensor
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run_evaluation import RunEvaluation
@@ -26,7 +24,7 @@ from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
-from streamprune.streaming.down_tensors import DownTensors
+from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
@@ -44,48 +42,18 @@ from streamprune.work.records import FinishedShard, RefittedLayer
 from streamprune.work.saved_states import SavedStates
 
 
-class BackgroundWriter:
-    """Runs one function at a time in a thread. Use as a context manager: leaving it waits for the function.
-
-    An error of the function is raised by the next call here; but if the `with` block raises one, only that is raised.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._running: Future[None] | None = None
-
-    def __enter__(self) -> BackgroundWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._thread, suppress(Exception) if error is not None else nullcontext():
-            self.wait()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Wait for the previous function, and start this one."""
-        self.wait()
-        self._running = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Wait until everything that was submitted is done."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
-
 @dataclass(frozen=True)
 class OutputTarget:
     """The output, if layers are written while they are streamed. Only rank 0 has a `writer`.
 
     What stays is decided by `selector`, from a layer's statistics; or `selection` says what stays by layer, because all
-    layers have been scored before.
+    layers have been scored before: `scored` are their statistics.
     """
 
     writer: OutputWriter | None
     selector: Selector
     selection: Mapping[int, KeptExperts] | None = None
+    scored: Sequence[LayerStatistics] = ()
 
     def kept(self, layer: LayerStatistics | None) -> KeptExperts:
         """What stays of a layer's experts."""
@@ -97,7 +65,7 @@ class OutputTarget:
 class RunLayers:
     """Finishes all layers of a run, scored on the calibration `streamed`.
 
-    If the target knows what stays in every layer, they are not scored again: `scored` are their statistics.
+    If the target knows what stays in every layer, they are not scored again.
 
     A layer is finished when its record, and with a `target` its shards, are on the disk; they are written while the
     next layer is scored. Hidden states are saved from time to time. Resuming replays the layers that were finished
@@ -113,10 +81,9 @@ class RunLayers:
         target: OutputTarget | None,
         work: WorkFolder | None,
         evaluation: RunEvaluation | None,
-        scored: Sequence[LayerStatistics] = (),
     ) -> None:
         assert isinstance(runtime.settings, RunSettings)
-        self._scored = {layer.index: layer for layer in scored}
+        self._scored = {layer.index: layer for layer in target.scored} if target is not None else {}
         self._settings, self._runtime, self._processes = runtime.settings, runtime, runtime.processes
         self._progress, self._stop = runtime.progress, runtime.stop
         self._layout, self._streamed, self._target, self._work = prepared.layout, streamed, target, work
@@ -423,17 +390,6 @@ class RunLayers:
             f"Stopped on request. {len(self._finished)} of {self._layout.layer_count} layers are done; all finished "
             f"work is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
-
-
-def down_tensors(prepared: PreparedModel) -> DownTensors:
-    """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded.
-
-    As long as it is unknown how many experts stay in each layer, all do.
-    """
-    planned, layout = prepared.plan.counts, prepared.layout
-    assert planned is not None
-    counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
-    return DownTensors(prepared, counts, planned.width)
 
 
 def _name(layer: int | None) -> str:

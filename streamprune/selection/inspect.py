@@ -45,28 +45,12 @@ def inspect_scores(
         for layer in scores.layers
     }
     outliers = super_experts(scores.layers, weights)
-    warnings: list[str] = []
     retained = retentions(scores, selection) if selection else ()
     energy = energy_retentions(scores, selection) if selection else ()
+    warnings = list(retention_warnings(energy or retained, shares, bool(energy)))
     if selection:
-        warnings = [
-            *retention_warnings(energy or retained, shares, bool(energy)),
-            *_choice_warnings(selection.kept, outliers, unseen),
-        ]
-    layers = []
-    for index, values in ranked.items():
-        kept = selection.kept[index] if selection else None
-        quartiles = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
-        layers.append({
-            "index": index,
-            "keep": None if kept is None else len(kept),
-            "kept": kept,
-            "scores": values,
-            "quartiles": dict(zip(_QUARTILES, quartiles, strict=True)),
-            "histogram": _histogram(values, quartiles[0], quartiles[-1]),
-            "never_seen": unseen[index],
-            "boundary": _boundary(values, index, selection, scores.spec.groups) if selection else None,
-        })  # fmt: skip
+        warnings += _choice_warnings(selection.kept, outliers, unseen)
+    layers = [_layer_object(index, values, scores, selection, unseen[index]) for index, values in ranked.items()]
     narrower: dict[str, Any] = {}
     if selection and energy:
         for layer, shares_kept in zip(layers, _energy_by_expert(scores, weights, selection), strict=True):
@@ -97,6 +81,24 @@ def inspect_scores(
         "retention": [_retention_object(each) for each in retained],
         **narrower,
         "warnings": warnings,
+    }
+
+
+def _layer_object(
+    index: int, values: Sequence[float], scores: Scores, selection: Selection | None, unseen: Sequence[int]
+) -> dict[str, Any]:
+    """What `--json` prints of a layer with these scores: how they are spread, and where the selection ends."""
+    kept = selection.kept[index] if selection else None
+    quartiles = np.percentile(values, (0, 25, 50, 75, 100)).tolist()
+    return {
+        "index": index,
+        "keep": None if kept is None else len(kept),
+        "kept": kept,
+        "scores": values,
+        "quartiles": dict(zip(_QUARTILES, quartiles, strict=True)),
+        "histogram": _histogram(values, quartiles[0], quartiles[-1]),
+        "never_seen": unseen,
+        "boundary": _boundary(values, index, selection, scores.spec.groups) if selection else None,
     }
 
 

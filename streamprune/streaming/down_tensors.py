@@ -23,6 +23,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
 from streamprune.output.plan import OutputTensor, StageTensor, output_tensors
 from streamprune.output.verify import read_parts
+from streamprune.planning.prepare import PreparedModel
 from streamprune.refit.activations import DOWN, down_sizes, why_not_linear
 
 #: The name of the stage that computes these tensors.
@@ -173,3 +174,14 @@ def _expert_shape(tensor: OutputTensor, count: int) -> tuple[int, ...]:
 
 def _tensor_of(tensor: OutputTensor, data: bytes | memoryview) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def down_tensors(prepared: PreparedModel) -> DownTensors:
+    """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded.
+
+    As long as it is unknown how many experts stay in each layer, all do.
+    """
+    planned, layout = prepared.plan.counts, prepared.layout
+    assert planned is not None
+    counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
+    return DownTensors(prepared, counts, planned.width)
