@@ -14,8 +14,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS
+from streamprune.saliency.scores_file import read_scores
 from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines, norms
-from tests.helpers import prune
+from tests.helpers import prune, read_tensors
 from tests.test_evaluate import measured
 from tests.test_evaluate_run import found
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
@@ -150,3 +151,27 @@ def check_against_dense(experts: Qwen3MoeExperts, given: Given, statistics: Expe
         else:
             # Sums of many tokens: roundings to bfloat16 on the way even out.
             torch.testing.assert_close(ours, dense, rtol=0.02, atol=0.002 * float(dense.abs().max()), msg=field)
+
+
+@pytest.mark.parametrize("family", SOME, ids=lambda family: family.id)
+def test_energies_of_channels_on_the_gpu_equal_those_on_the_cpu(family: Family, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(family))
+    energies = []
+    for device in ("cpu", "cuda:0"):
+        prune(source, tmp_path / device[:4], keep=family.keep, device=device)
+        energies.append([layer.channels for layer in read_scores(tmp_path / device[:4]).layers])
+    for on_cpu, on_gpu in zip(*energies, strict=True):
+        torch.testing.assert_close(torch.from_numpy(on_gpu), torch.from_numpy(on_cpu), rtol=1e-2, atol=1e-6)
+
+
+def test_a_refit_of_narrower_experts_on_the_gpu(tmp_path: Path) -> None:
+    """The same bytes each time, and nearly those of the CPU."""
+    source = make_model(tmp_path / "model", tiny_config(SOME[0]))
+    text = (str(write_token_ids(tmp_path / "ids.jsonl", sequences=30)),)
+    settings = {"keep": 5, "width": 16, "refit": True, "anchor": "none", "calibration": text}
+    for name, device in (("cpu", "cpu"), ("one", "cuda:0"), ("two", "cuda:0")):
+        prune(source, tmp_path / name, device=device, **settings)
+    cpu, one, two = (read_tensors(tmp_path / name) for name in ("cpu", "one", "two"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+        torch.testing.assert_close(tensor, cpu[name], rtol=1e-2, atol=1e-3)
