@@ -346,3 +346,16 @@ def test_another_width_is_not_taken_for_the_same_run(tmp_path: Path) -> None:
     again = prune(source, tmp_path / "again", keep=None, ratio=0.5, by="channels")
     assert files_of(output) == files_of(tmp_path / "again")
     assert result.layers == again.layers
+
+
+def test_a_config_alone_gives_the_same_width_for_a_budget(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("mixtral")))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((source / "config.json").read_bytes())
+    found = []
+    for model in (source, alone):
+        words = ["run", str(model), "-o", str(tmp_path / "out"), "--by", "channels", "--width-multiple", "4"]
+        found.append(json.loads(call(*words, "--budget-gib", "0.5014", "--context", "128", "--dry-run", "--json")))
+    assert found[0]["width"] == found[1]["width"] < 96
+    assert found[0]["memory"]["total_bytes"] == found[1]["memory"]["total_bytes"]

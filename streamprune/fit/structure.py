@@ -217,7 +217,8 @@ def footprint_of_skeleton(
     else:
         cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
     footprint = _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
-    return replace(footprint, width=skeleton.width.width if skeleton.width is not None else None)
+    known = skeleton.width is not None and any(fact.has_channels for fact in weights.facts)
+    return replace(footprint, width=skeleton.width.width if known and skeleton.width is not None else None)
 
 
 def weights_of_checkpoint(
@@ -261,5 +262,11 @@ def _weights_of(
         if rows is not None and layer is not None and counts is not None:
             shape[rows.axis] = rows.size(counts[layer])
         size = math.prod(shape) * tensor.element_size()
-        facts.append(WeightFact(name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, layer, rows=rows))
+        has_channels = skeleton is not None and name in skeleton.channels
+        facts.append(
+            WeightFact(
+                name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, layer, rows=rows,
+                has_channels=has_channels,
+            )
+        )  # fmt: skip
     return weights_with(facts, counts or {}, measured=False)
