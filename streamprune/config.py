@@ -137,7 +137,7 @@ class PruningTarget(SelectionSettings):
             raise SettingsError(f"--keep {self.keep}: at least one expert per layer must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise SettingsError(
-                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share of experts to remove; 0.5 is half."
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share to remove; 0.5 is half."
             )
         # Creating it checks its values.
         _ = self.serving

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import PruneSettings, PruningTarget
-from streamprune.errors import ResumeError, ScoresError, SettingsError, UnsupportedModelError, VerifyError
+from streamprune.config import PruneSettings, PruningTarget, RunSettings
+from streamprune.errors import (
+    CheckpointError,
+    ResumeError,
+    ScoresError,
+    SettingsError,
+    StreampruneError,
+    UnsupportedModelError,
+    VerifyError,
+)
 from streamprune.fit.estimate import Footprint
 from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import ExpertSpec, WidthSpec
@@ -23,13 +32,14 @@ from streamprune.models.open import open_moe
 from streamprune.output.verify import verify
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.prune import prune as prune_from_scores
+from streamprune.pipeline.run import run
 from streamprune.planning.counts import Prunable, plan_counts
-from streamprune.saliency.scores_file import read_scores
+from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.widths import allowed_widths, check_width, default_multiple, width_for_share, width_notes
 from tests.helpers import known_family, load_as_declared, load_whole, prune, read_tensors, token_ids
 from tests.interruptions import Injected, breaking_at
 from tests.thorough import DISTINCT
-from tests.tiny import FAMILIES, Family, make_model, tiny_config
+from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
 #: Families whose experts cannot be made narrower, and words of the reason.
 FIXED = {
@@ -179,8 +189,6 @@ def test_held_out_text_goes_through_the_narrower_layers(tmp_path: Path) -> None:
 def test_a_width_that_kernels_do_not_like_is_taken_with_a_note(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
     output = tmp_path / "out"
-    from tests.tiny import write_token_ids
-
     text = write_token_ids(tmp_path / "text.jsonl", sequences=20)
     words = ["run", str(source), "-o", str(output), "--width", "23", "--calibration", str(text), "--evaluate"]
     told = CliRunner().invoke(main, words)
@@ -359,3 +367,89 @@ def test_a_config_alone_gives_the_same_width_for_a_budget(tmp_path: Path) -> Non
         found.append(json.loads(call(*words, "--budget-gib", "0.5014", "--context", "128", "--dry-run", "--json")))
     assert found[0]["width"] == found[1]["width"] < 96
     assert found[0]["memory"]["total_bytes"] == found[1]["memory"]["total_bytes"]
+
+
+def without_down(layout: dict[str, Any]) -> None:
+    channels = layout["tensors"]["channels"]
+    for name in [name for name in channels if "down_proj" in name]:
+        del channels[name]
+
+
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (lambda layout: layout["tensors"].update(channels={}), "nothing says where the channels of"),
+        (without_down, "nothing says where the channels of"),
+        (lambda layout: layout["tensors"]["width"].update(names=[]), "no width of experts"),
+        (lambda layout: layout["tensors"]["width"].update(shared="num_hidden_layers", shared_count=4), "no width of"),
+        (lambda layout: layout["tensors"]["width"].update(width=2**62), "no width of experts"),
+        (lambda layout: layout["tensors"]["width"].update(width=64), "64 channels"),
+        (lambda layout: layout["memory"].update(itemsize=0), "weights of 0 bytes"),
+    ],
+)
+def test_forged_scores_cannot_make_a_wrong_model(forge: Any, words: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    prune(source, tmp_path / "out")
+    scores = read_scores(tmp_path / "out")
+    layout = json.loads(json.dumps(scores.layout))
+    forge(layout)
+    write_scores(tmp_path / "forged.safetensors", replace(scores, layout=layout))
+    settings = PruneSettings(
+        model=str(source), output=tmp_path / "narrow", scores=tmp_path / "forged.safetensors", width=16
+    )
+    with pytest.raises(StreampruneError, match=words):
+        prune_from_scores(settings, quiet=True)
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_scores_of_another_width_are_refused(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    prune(source, tmp_path / "out")
+    scores = read_scores(tmp_path / "out")
+    layers = tuple(
+        replace(layer, channels=np.concatenate([layer.channels, layer.channels], axis=2))  # type: ignore[arg-type, list-item]
+        for layer in scores.layers
+    )
+    forged = tmp_path / "forged.safetensors"
+    write_scores(forged, replace(scores, layers=layers, layout=None))
+    with pytest.raises(ScoresError, match="scores of 64 channels for each expert, but the model has 32"):
+        prune_from_scores(
+            PruneSettings(model=str(source), output=tmp_path / "narrow", scores=forged, width=16), quiet=True
+        )
+    with pytest.raises(ScoresError, match="scores of 64 channels for each expert, but the model has 32"):
+        prune(source, tmp_path / "narrow", keep=None, width=16, refit=True, scores=forged, anchor="none")
+
+
+def test_a_factor_that_the_config_leaves_to_its_default_has_to_be_stated(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("deepseek_v3")))
+    config = json.loads((source / "config.json").read_text())
+    del config["n_shared_experts"]
+    (source / "config.json").write_text(json.dumps(config))
+    run(
+        RunSettings(
+            model=str(source), output=tmp_path / "s.safetensors", only_score=True, calibration=text_of(tmp_path)
+        )
+    )
+    settings = PruneSettings(model=str(source), output=tmp_path / "out", scores=scores, width=16)
+    with pytest.raises(CheckpointError, match=r'leaves "n_shared_experts": 1 to the model\'s defaults'):
+        prune_from_scores(settings, quiet=True)
+
+
+def test_channels_that_cannot_be_scored_are_refused_before_scoring(tmp_path: Path) -> None:
+    config = tiny_config(known_family("qwen3_moe"))
+    config.moe_intermediate_size = 30
+    source = make_model(tmp_path / "model", config)
+    with pytest.raises(UnsupportedModelError, match="their channels cannot be scored"):
+        prune(source, tmp_path / "out", keep=None, width=16)
+
+
+def test_only_down_projections_of_refitted_layers_may_be_computed(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    output = tmp_path / "out"
+    prune(source, output, width=16)
+    record = json.loads((output / "streamprune.json").read_text())
+    for name in ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.0.down_proj.weight"):
+        forged = {**record, "computed": {name: {"stage": "refit", "sha256": "0" * 64}}}
+        (output / "streamprune.json").write_text(json.dumps(forged))
+        with pytest.raises(VerifyError, match="a refit computes the down projections of refitted layers only"):
+            verify(output, source)

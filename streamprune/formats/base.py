@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class ChannelMask:
         """The mask for JSON."""
         return base64.b64encode(self.bits).decode()
 
-    @property
+    @cached_property
     def indices(self) -> NDArray[np.int64]:
         """The channels (K, W') that each kept expert keeps, ascending."""
         rows = self._rows()

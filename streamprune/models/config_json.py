@@ -34,6 +34,8 @@ _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _DEEPEST = 8
 #: Layers or heads that a model may have, experts (Doge has 16,384) and labels: building takes time and memory for each.
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
+#: Channels that an expert may have.
+MOST_WIDTH = 1_000_000
 _DEEPEST_CONFIG = 50
 #: What is counted, and what may be listed one by one.
 _COUNTED = re.compile(r"^(\w+_)?(n|num)_(\w+_)?(layers?|blocks?|experts|heads?|groups?|labels|stages)(_|$)|^depths?$")
@@ -266,6 +268,21 @@ def rewrite_config(
         return result
 
     return rewrite(raw, 0)
+
+
+def unstated_width(raw: Mapping[str, Any], spec: WidthSpec) -> str | None:
+    """What a `config.json` leaves to the model's defaults of what changes with the experts' width, as `key: value`.
+
+    None if it states the width, and the factor of the shared experts' width if there is one.
+    """
+    parts = [raw]
+    for name in spec.path:
+        parts.append(parts[-1].get(name) or {})
+    wanted = [(spec.names, spec.width), *([((spec.shared,), spec.shared_count)] if spec.shared else [])]
+    for names, value in wanted:
+        if not any(single_number(part.get(name)) == value for part in parts for name in names):
+            return f'"{names[0]}": {value}'
+    return None
 
 
 def _without_mtp(key: str, value: Any) -> Any:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from streamprune.errors import StreampruneError
 from streamprune.formats.base import ChannelRows, ExpertRows
 from streamprune.models.config_json import EXPERT_WIDTH_NAMES, SHARED_COUNT_NAME, WidthSpec
 from streamprune.models.skeleton import Skeleton, build_model, dispatches_experts
@@ -130,10 +129,14 @@ def _find_width(
         width = spec.width // 2 if spec.width % 2 == 0 else 1
         try:
             other = _shapes(build_model(with_width(config, spec, width), dtype, trust_remote_code))
-        except StreampruneError as error:
+        except Exception as error:
+            # Configs check their own values, and may raise anything.
             problem = f"with another {spec.names[0]} the model cannot be built ({error})"
             continue
-        changed = [name for name in shapes if shapes[name] != other.get(name)]
+        if shapes.keys() != other.keys():
+            problem = f"with another {spec.names[0]} the model has other parameters"
+            continue
+        changed = [name for name in shapes if shapes[name] != other[name]]
         outside = [name for name in changed if not _is_projection(name, skeleton)]
         if outside and len(outside) < len(changed):
             problem = f"{spec.names[0]} is also the width of {outside[0]}"
@@ -178,8 +181,8 @@ def _changed_axis(
     name: str, before: tuple[int, ...], after: tuple[int, ...], width: int, new_width: int
 ) -> ChannelRows:
     """The axis that changed with the width, without that of the experts, and its rows for each channel."""
-    axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-    rows, rest = divmod(before[axes[0]], width)
-    if len(axes) != 1 or rest or after[axes[0]] != rows * new_width or not axes[0]:
+    axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
+    rows, rest = divmod(before[axes[0]], width) if axes else (0, 1)
+    if len(before) != len(after) or len(axes) != 1 or rest or after[axes[0]] != rows * new_width or not axes[0]:
         raise _FixedWidthError(f"{name} {list(before)} becomes {list(after)} with {new_width} channels")
     return ChannelRows(axes[0] - 1, repeats=rows)

@@ -29,8 +29,16 @@ import msgspec
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.files.json_text import show
 from streamprune.formats.base import ChannelRows, ExpertRows, StoredTensor
-from streamprune.models.config_json import MOST_LAYERS, ExpertSpec, WidthSpec
+from streamprune.models.config_json import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    SHARED_COUNT_NAME,
+    ExpertSpec,
+    WidthSpec,
+)
 
 #: Stand for a layer's and an expert's number in a pattern.
 LAYER, EXPERT = "{block}", "{expert}"
@@ -131,13 +139,24 @@ class _LayoutJson(msgspec.Struct):
     outside: list[str]
     patterns: dict[str, tuple[_Size, _Size, _Size] | None]
     channels: dict[str, tuple[_Size, _Size, _Size]] = {}
-    width: WidthSpec | None = None
-    fixed_width: str = "its scores were made by an earlier version; score the model again"
+
+
+#: Why a width cannot be changed by scores of formats 1 and 2.
+_OLD_SCORES = "its scores were made by an earlier version; score the model again"
 
 
 class _WidthJson(msgspec.Struct):
     width: WidthSpec | None = None
     fixed_width: str = ""
+
+    def __post_init__(self) -> None:
+        spec = self.width
+        if spec is None:
+            return
+        named = spec.names and all(name.isidentifier() and name.endswith("_size") for name in spec.names)
+        shared = not spec.shared or (SHARED_COUNT_NAME.match(spec.shared) and 0 < spec.shared_count <= MOST_EXPERTS)
+        if not named or not shared or not 1 < spec.width <= MOST_WIDTH:
+            raise ValueError(f"no width of experts: {show(asdict(spec))}")
 
 
 def width_from_json(value: Any) -> tuple[WidthSpec | None, str]:
@@ -163,7 +182,7 @@ def layout_from_json(
     Raises CheckpointError for anything else, or a layout of other tensors: the JSON may be untrusted.
     """
     try:
-        found = msgspec.convert(value, _LayoutJson)
+        found, (width_spec, fixed) = msgspec.convert(value, _LayoutJson), width_from_json(value)
         last = found.expert_layers[-1]
         if found.expert_layers != sorted(set(found.expert_layers)) or last >= found.layer_count:
             raise ValueError("its layers with experts are not ascending, or beyond the last layer")
@@ -173,7 +192,7 @@ def layout_from_json(
         cuts = _cuts(found.patterns, found.channels, tensors, found.dropped)
         layout = Layout(
             spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
-            found.width, found.fixed_width,
+            width_spec, "" if width_spec is not None else fixed or _OLD_SCORES,
         )  # fmt: skip
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
         _check_channels(layout, tensors, width)
@@ -213,6 +232,10 @@ def _check_channels(layout: Layout, tensors: Mapping[str, TensorEntry], width: i
     """Raise ValueError unless the tensors hold as many channels per expert as the layout or `width` says."""
     for name, cut in layout.cuts.items():
         if cut.channels is None:
+            # The matrices of experts; a router has one row for each of them.
+            axes = len(tensors[name].shape) - (cut.rows is not None)
+            if layout.width is not None and axes > 1 and (cut.family is not None or cut.rows is not None):
+                raise ValueError(f"nothing says where the channels of {name} are")
             continue
         rows, of_experts = cut.channels, tensors[name].shape[cut.rows is not None :]
         wanted = width if width is not None else layout.width.width if layout.width is not None else 0

@@ -332,28 +332,31 @@ def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict
         also = tuple(target.replace(outputs[0], output) for output in outputs[1:])
         layer, rows = decoder.layer_of(target), decoder.expert_rows.get(target)
         converter = by_pattern[pattern] if pattern is not None else None
-        same_shape = tensors[name].shape == tuple(meta[target].shape)
-        channels = _channels_before(decoder, target, converter, same_shape)
+        channels = _channels_before(decoder, target, converter, tensors[name].shape)
         targets[name] = Target(stored, target, pattern, also, layer, rows, channels)
     return targets
 
 
 def _channels_before(
-    decoder: Decoder, parameter: str, converter: WeightConverter | None, same_shape: bool
+    decoder: Decoder, parameter: str, converter: WeightConverter | None, shape: tuple[int, ...]
 ) -> ChannelRows | None:
     """Where a parameter's channels are before the conversion that feeds it, without the axis of the experts.
 
     None for a parameter without channels, and if the conversion may move them in another way than by joining
-    projections and by transposing. `same_shape`: the checkpoint's tensor has the parameter's shape.
+    projections and by transposing. `shape` is that of the checkpoint's tensor.
     """
     rows = decoder.channels.get(parameter) if isinstance(decoder, Skeleton) else None
     if rows is None or converter is None:
         return rows
     for step in converter.operations:
-        if isinstance(step, Transpose) and not (getattr(step, "check_dims", False) and same_shape):
-            # The last two axes, of three; the first is that of the experts.
-            rows = replace(rows, axis=1 - rows.axis)
-        elif not isinstance(step, (Concatenate, MergeModulelist, Transpose)):
+        if isinstance(step, Transpose):
+            if {step.dim0, step.dim1} != {len(shape) - 2, len(shape) - 1}:
+                return None
+            # With check_dims, tensors that have the parameter's shape already stay as they are.
+            as_it_is = shape == tuple(decoder.model.get_parameter(parameter).shape)
+            if not (getattr(step, "check_dims", False) and as_it_is):
+                rows = replace(rows, axis=1 - rows.axis)
+        elif not isinstance(step, (Concatenate, MergeModulelist)):
             return None
     return rows
 

@@ -20,7 +20,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import Bytes, ChannelMask, ChannelRows, ExpertRows, Format, KeptExperts
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.plain import PLAIN
-from streamprune.models.config_json import drop_missing_code, rewrite_config
+from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
 from streamprune.models.per_layer_experts import (
     LoadingFacts,
@@ -227,18 +227,21 @@ def make_plan(
     Raises UnsupportedModelError if layers with different numbers could not be loaded, CheckpointError for a config
     that does not state the number of experts, or their width.
     """
+    if width is not None and layout.width is None:
+        raise UnsupportedModelError(f"The experts of this model cannot be made narrower: {layout.fixed_width}.")
     narrower = (layout.width, width) if width is not None and layout.width is not None else None
     most = max(counts.values())
     rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most)
     if rewritten == checkpoint.config and most < layout.spec.count:
         raise CheckpointError(f"{checkpoint.folder} has a config.json that does not state {layout.spec.count} experts.")
     if narrower is not None:
-        plain, rewritten = rewritten, rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, narrower)
-        if plain == rewritten:
+        unstated = unstated_width(checkpoint.config, narrower[0])
+        if unstated is not None:
             raise CheckpointError(
-                f"{checkpoint.folder} has a config.json that does not state the experts' {narrower[0].width} channels "
-                f"as {narrower[0].names[0]}."
+                f"{checkpoint.folder} has a config.json that leaves {unstated} to the model's defaults, and it has to "
+                "change with the experts' width. Add it there."
             )
+        rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, narrower)
     config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
     files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
     tensors = output_tensors(layout, checkpoint.tensors, counts, width)

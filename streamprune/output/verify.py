@@ -26,7 +26,7 @@ from streamprune.files.json_text import show
 from streamprune.formats.base import Bytes, ChannelMask, KeptExperts
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
-from streamprune.output.plan import REPORT_NAME, OutputTensor, SourceSlice, make_plan
+from streamprune.output.plan import REPORT_NAME, OutputTensor, PrunePlan, SourceSlice, make_plan
 from streamprune.work.records import Computed
 
 
@@ -42,7 +42,8 @@ class Proof:
     def text(self) -> str:
         """The result for people."""
         text = f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source"
-        return f"{text} except {self.computed:,} computed tensors, verified by their hash" if self.computed else text
+        tensors = "1 computed tensor" if self.computed == 1 else f"{self.computed:,} computed tensors"
+        return f"{text} except {tensors}, verified by their hash" if self.computed else text
 
     def __add__(self, other: Proof) -> Proof:
         return Proof(self.tensors + other.tensors, self.nbytes + other.nbytes, self.computed + other.computed)
@@ -74,6 +75,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     counts = {layer: len(each.experts) for layer, each in kept.items()}
     plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
+    _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
     for relative in origin.small_files():
         ours = output / relative
@@ -83,6 +85,18 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
         if not (output / name).is_file() or (output / name).read_bytes() != contents:
             raise VerifyError(f"{output / name} differs from the modeling code that this version writes. Prune again.")
     return proof
+
+
+def _check_computed_kinds(output: Path, record: _Record, feeds: Mapping[str, str], plan: PrunePlan) -> None:
+    """Raise VerifyError for computed tensors that no refit computes. `feeds` are the parameters by tensor."""
+    refitted = {layer.index for layer in record.refit.layers} if record.refit is not None else set()
+    layers = {tensor.name: tensor.layer for tensor in plan.tensors}
+    for name, origin in record.computed.items():
+        if layers.get(name) not in refitted or not feeds.get(name, "").endswith(".down_proj"):
+            raise VerifyError(
+                f"{output / REPORT_NAME}: {name} is on record as computed by {origin.stage}, but a refit computes the "
+                "down projections of refitted layers only. Was the record changed?"
+            )
 
 
 def prove_tensors(
@@ -224,12 +238,21 @@ class _RecordedSettings(msgspec.Struct):
     width: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
+class _RefittedLayer(msgspec.Struct):
+    index: int
+
+
+class _RecordedRefit(msgspec.Struct):
+    layers: list[_RefittedLayer]
+
+
 class _Record(msgspec.Struct):
     """The fields of streamprune.json that verification reads."""
 
     layers: list[_KeptLayer]
     settings: _RecordedSettings
     computed: dict[str, Computed] = {}
+    refit: _RecordedRefit | None = None
 
 
 def _record_of(output: Path) -> _Record:
@@ -274,8 +297,8 @@ def kept_channels(output: Path, record: _Record, layout: Layout) -> dict[int, Ke
                 raise ValueError("width and channels do not belong together")
             if layer.channels is not None and layout.width is not None:
                 mask = ChannelMask.from_text(layer.channels, layout.width.width, len(layer.kept))
-                if mask.indices.shape[1] != width:
-                    raise ValueError(f"{mask.indices.shape[1]} channels, but the width is {width}")
+                if mask.kept_width != width:
+                    raise ValueError(f"{mask.kept_width} channels, but the width is {width}")
         except ValueError as error:
             raise VerifyError(
                 f"{output / REPORT_NAME}: the channels of layer {layer.index} are not valid ({error}). Was it changed?"

@@ -15,7 +15,7 @@ from typing import Any
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.config import PruneSettings
-from streamprune.errors import OutputError, ResumeError, ScoresError, SettingsError
+from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, format_bytes
@@ -26,7 +26,7 @@ from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
-from streamprune.planning.facts import ModelFacts, facts_from_json
+from streamprune.planning.facts import ModelFacts, check_scores_match, facts_from_json, prunable_from_scores
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -144,9 +144,11 @@ def _read_scores(settings: PruneSettings) -> Scores | None:
     def footprint() -> Footprint:
         raise AssertionError("nothing but a budget asks for it")
 
-    narrower = settings.width is not None or settings.by != "experts"
-    if settings.budget_gib is None and settings.gpu is None and not narrower:
-        _select(settings, scores, Prunable(scores.spec, scores.layer_indices, None, ""), footprint)
+    prunable = Prunable(scores.spec, scores.layer_indices, None, "")
+    if settings.width is not None or settings.by != "experts":
+        prunable = prunable_from_scores(scores)
+    if settings.budget_gib is None and settings.gpu is None:
+        _select(settings, scores, prunable, footprint)
     return scores
 
 
@@ -199,14 +201,9 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
         from streamprune.planning.prepare import facts_of_checkpoint
 
         facts = facts_of_checkpoint(settings.model, checkpoint, settings.trust_remote_code)
-    layout = facts.layout
-    # A matching fingerprint is not enough: the scores file may have been edited.
-    if scores is not None and (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
-        raise ScoresError(
-            f"{settings.scores} has scores of {len(scores.layers)} layers with {scores.spec.count} experts "
-            f"(top-{scores.spec.top_k}), but the model has {len(layout.expert_layers)} with {layout.spec.count} "
-            f"(top-{layout.spec.top_k}), or other layers have experts. Score the model again."
-        )
+    if scores is not None:
+        assert settings.scores is not None
+        check_scores_match(settings.scores, scores, facts.layout)
     return facts
 
 
@@ -226,6 +223,11 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         "source": decided.provenance["source"]["fingerprint"],
         "files": records.file_states(decided.checkpoint),
         "kept": {str(layer.index): list(layer.kept) for layer in decided.selection.layers},
+        "channels": {
+            str(layer.index): layer.channels.as_text()
+            for layer in decided.selection.layers
+            if layer.channels is not None
+        },
         "max_shard_bytes": settings.max_shard_bytes,
     }
     recorded = records.read_pruning(folder) if not anew else None

@@ -42,6 +42,7 @@ from streamprune.pipeline.resume import (
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_layers import OutputTarget, RunLayers
 from streamprune.planning.counts import ExpertCounts
+from streamprune.planning.facts import check_scores_match
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
     PreparedModel,
@@ -238,6 +239,7 @@ class _Run:
         scores = read_scores(settings.scores)
         check_provenance(scores)
         check_scores_of(settings.scores, self.prepared.checkpoint, scores)
+        check_scores_match(settings.scores, scores, self.prepared.layout)
         return scores
 
     def _select_by_scores(self) -> Selection:

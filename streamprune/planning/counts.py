@@ -101,7 +101,8 @@ def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable
         counts = ExpertCounts(total, len(model.layers), uniform, per_layer, width=width)
     if counts.width is None or model.width is None:
         return counts
-    notes = (*_rounding_note(target, model.width, counts.width), *width_notes(counts.width, model.itemsize))
+    share = counts.total / counts.layers / model.spec.count * counts.width / model.width.width
+    notes = (*_rounding_note(target, model.width, share), *width_notes(counts.width, model.itemsize))
     return replace(counts, full_width=model.width.width, notes=notes)
 
 
@@ -139,13 +140,14 @@ def _experts_for_share(spec: ExpertSpec, share: float) -> int:
     return min(spec.count, max(minimum_keep(spec), wanted))
 
 
-def _rounding_note(target: PruningTarget, width: WidthSpec, chosen: int) -> tuple[str, ...]:
-    """A note if the share of channels that is removed differs from what was asked for, because of the multiple."""
-    if target.by != "channels" or target.ratio is None or abs(chosen / width.width - (1 - target.ratio)) < 0.005:
+def _rounding_note(target: PruningTarget, width: WidthSpec, share: float) -> tuple[str, ...]:
+    """A note if another share of the experts' weights stays than was asked for, because of the steps of widths."""
+    if target.by == "experts" or target.ratio is None or abs(share - (1 - target.ratio)) < 0.005:
         return ()
     return (
-        f"{1 - chosen / width.width:.1%} of the channels are removed instead of {target.ratio:.1%}, because widths are "
-        f"multiples of {target.width_multiple or default_multiple(width.width)} (--width-multiple).",
+        f"{1 - share:.1%} of the experts' weights are removed instead of {target.ratio:.1%}, because widths are "
+        f"multiples of {target.width_multiple or default_multiple(width.width)} (--width-multiple), and the router "
+        "needs some experts.",
     )
 
 
@@ -189,7 +191,8 @@ def _width_that_fits(target: PruningTarget, model: Prunable, fit: Fit, budget: B
         raise DoesNotFitError(
             f"Even with {widths[0]} of {full} channels per expert the model takes {format_bytes(smallest.total)}, "
             f"{format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} ({budget.label}). Remove experts "
-            "too (--by both), or plan for a shorter --context."
+            f"{'too (--by both)' if target.by == 'channels' else 'alone (--by experts)'}, or plan for a shorter "
+            "--context."
         )
     return fitting[-1]
 

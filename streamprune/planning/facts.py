@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -104,6 +105,8 @@ def facts_from_json(
         found = msgspec.convert(kept, _FactsJson)
         if not all(0 <= number < 2**40 for number in _numbers(msgspec.to_builtins(found.memory))):
             raise ValueError("a number out of range")
+        if found.memory is not None:
+            _check_itemsize(found.memory)
     except ValueError as error:
         raise CheckpointError(
             f"The memory facts in the scores file are invalid ({error}). Score the model again."
@@ -127,6 +130,25 @@ def facts_from_json(
     return ModelFacts(layout, loading, footprint)
 
 
+def check_scores_match(path: Path, scores: Scores, layout: Layout) -> None:
+    """Raise ScoresError unless scores and model have the same layers, experts and channels.
+
+    A matching fingerprint is not enough: the scores file may have been edited.
+    """
+    if (scores.spec, scores.layer_indices) != (layout.spec, layout.expert_layers):
+        raise ScoresError(
+            f"{path} has scores of {len(scores.layers)} layers with {scores.spec.count} experts "
+            f"(top-{scores.spec.top_k}), but the model has {len(layout.expert_layers)} with {layout.spec.count} "
+            f"(top-{layout.spec.top_k}), or other layers have experts. Score the model again."
+        )
+    energies = scores.layers[0].channels
+    if energies is not None and layout.width is not None and energies.shape[2] != layout.width.width:
+        raise ScoresError(
+            f"{path} has scores of {energies.shape[2]} channels for each expert, but the model has "
+            f"{layout.width.width}. Score the model again."
+        )
+
+
 def prunable_from_scores(scores: Scores) -> Prunable:
     """What can be removed of a model, channels included, by its scores alone.
 
@@ -137,7 +159,9 @@ def prunable_from_scores(scores: Scores) -> Prunable:
     try:
         width, reason = width_from_json(layout.get("tensors", {}))
         memory = layout.get("memory")
-        itemsize = msgspec.convert(memory, _Memory).itemsize if memory is not None else _USUAL_ITEMSIZE
+        itemsize = _USUAL_ITEMSIZE
+        if memory is not None:
+            itemsize = _check_itemsize(msgspec.convert(memory, _Memory))
         if width is not None and energies is not None and width.width != energies.shape[2]:
             raise ValueError(f"{width.width} channels per expert, but scores of {energies.shape[2]}")
     except ValueError as error:
@@ -148,6 +172,13 @@ def prunable_from_scores(scores: Scores) -> Prunable:
         # The layout is not recorded, since patterns cannot describe it.
         width = WidthSpec((), (), energies.shape[2])
     return Prunable(scores.spec, scores.layer_indices, width, reason, itemsize)
+
+
+def _check_itemsize(memory: _Memory) -> int:
+    """The bytes of a weight. Raises ValueError if no dtype has so many."""
+    if memory.itemsize not in (1, 2, 4, 8):
+        raise ValueError(f"weights of {memory.itemsize} bytes")
+    return memory.itemsize
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -27,7 +27,15 @@ from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoi
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
-from streamprune.models.open import DescribedModel, OpenedMoE, check_pruned, config_from_dict, describe_model, open_moe
+from streamprune.models.open import (
+    DescribedModel,
+    OpenedMoE,
+    check_pruned,
+    config_from_dict,
+    declared_dtype,
+    describe_model,
+    open_moe,
+)
 from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
@@ -36,6 +44,7 @@ from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
 from streamprune.planning.facts import ModelFacts
 from streamprune.planning.refit import refit_demand, with_anchor
+from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.settings import mix_weights
@@ -89,9 +98,15 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         headers = read_headers(settings.model, plan.folder)
         return footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers)
 
-    itemsize = (plan.model.dtype or torch.bfloat16).itemsize
+    itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
     counts = plan_counts(settings, prunable, read_footprint)
+    if counts.width is not None and recorded_width(skeleton) is None:
+        raise UnsupportedModelError(
+            f"The experts of this {plan.model.config.model_type} model cannot be made narrower, because their channels "
+            "cannot be scored: they do not run through transformers' grouped matrix product (whose rows must be a "
+            "multiple of 16 bytes), or have a norm behind them. Remove experts instead: omit --width and --by."
+        )
     if settings.needs_all_layers and settings.propagate == "pruned":
         cause = "--protect-super-experts" if settings.protect_super_experts else f"--schedule {settings.schedule}"
         raise SettingsError(
@@ -187,7 +202,7 @@ class PreparedModel(OpenedMoE):
 
     def pruned_layer(self, index: int, kept: KeptExperts) -> nn.Module:
         """Layer `index` of a model in which every layer keeps as many experts and channels as `kept`, on meta."""
-        width = kept.channels.indices.shape[1] if kept.channels is not None else None
+        width = kept.channels.kept_width if kept.channels is not None else None
         pruned = self.pruned_model(len(kept.experts), width)
         layer: nn.Module = pruned.get_submodule(f"{self.skeleton.layers_path}.{index}")
         return layer
@@ -201,6 +216,11 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
             f"The config of {settings.model} changed while it was being opened. Run the same command again."
         )
     opened = open_moe(checkpoint, settings.trust_remote_code, model=plan.model)
+    if plan.counts is not None and plan.counts.width is not None and opened.layout.width is None:
+        raise UnsupportedModelError(
+            f"The experts of this checkpoint cannot be made narrower: {opened.layout.fixed_width}. Remove experts "
+            "instead: omit --width and --by."
+        )
     plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,

@@ -157,6 +157,10 @@ def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint:
         except UnsupportedModelError as error:
             return f"{unknown}{error}"
     use = record.use.spec if record.use else ServingSpec()
+    if record.settings.width is not None:
+        # With scores, the shape is the source's.
+        shape = replace(footprint.shape, expert=record.settings.width)
+        footprint = replace(footprint, shape=shape, width=record.settings.width)
     weights = source_weights(footprint.weights, record)
     if weights is None:
         return Memory(Estimate(footprint, use), None)

@@ -347,7 +347,7 @@ def _check_channels(layer: RecordedLayer, width: int | None, full_width: int | N
         if layer.channels is not None or width is not None:
             raise ValueError(f"{where} does not match the width {width}")
         return
-    kept = ChannelMask.from_text(layer.channels, full_width, len(layer.kept)).indices.shape[1]
+    kept = ChannelMask.from_text(layer.channels, full_width, len(layer.kept)).kept_width
     if kept != width:
         raise ValueError(f"{where} keeps {kept} channels of each expert instead of {width}")
 

@@ -164,7 +164,8 @@ def _choice_warnings(
     if any(kept_unseen):
         yield (
             f"{sum(kept_unseen):,} experts in {sum(map(bool, kept_unseen))} layers would stay that no token was routed "
-            "to, so their scores mean nothing. Use more or other calibration text, or keep fewer experts."
+            "to, so their scores and those of their channels mean nothing. Use more or other calibration text, or keep "
+            "fewer experts."
         )
 
 

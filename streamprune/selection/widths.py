@@ -1,7 +1,7 @@
 """How wide experts may become: the widths that a model allows, and which formats and kernels take them. No torch.
 
-Channels are a channel's row of the gate and up projections, and its column of the down projection; the width of an
-expert is its number of channels, `moe_intermediate_size` in most configs.
+A channel is a row of the gate and up projections and a column of the down projection; the width of an expert is its
+number of channels, `moe_intermediate_size` in most configs.
 """
 
 from __future__ import annotations
