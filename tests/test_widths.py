@@ -425,11 +425,8 @@ def test_a_factor_that_the_config_leaves_to_its_default_has_to_be_stated(tmp_pat
     config = json.loads((source / "config.json").read_text())
     del config["n_shared_experts"]
     (source / "config.json").write_text(json.dumps(config))
-    run(
-        RunSettings(
-            model=str(source), output=tmp_path / "s.safetensors", only_score=True, calibration=text_of(tmp_path)
-        )
-    )
+    scores, text = tmp_path / "scores.safetensors", (str(write_token_ids(tmp_path / "text.jsonl")),)
+    run(RunSettings(model=str(source), output=scores, only_score=True, calibration=text), quiet=True)
     settings = PruneSettings(model=str(source), output=tmp_path / "out", scores=scores, width=16)
     with pytest.raises(CheckpointError, match=r'leaves "n_shared_experts": 1 to the model\'s defaults'):
         prune_from_scores(settings, quiet=True)
