@@ -27,6 +27,7 @@ from streamprune.pipeline.run import run
 from streamprune.progress import Progress
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.work.records import read_run
 from tests.faults import Case
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
@@ -274,6 +275,30 @@ def test_a_single_source_is_anchored_on_built_in_text_by_default(demo: DemoModel
     anchor = json.loads((case.output / "streamprune.json").read_text())["refit"]["anchor"]
     assert anchor["name"] == "builtin"
     assert [source["name"] for source in anchor["sources"]] == list(DOMAINS)
+
+
+def test_the_anchor_has_nothing_of_the_calibration(demo: DemoModel, tmp_path: Path) -> None:
+    settings = {"ratio": 0.5, "refit": True, "evaluate": True, "samples": 60, "seq_len": 64}
+    case = Case(demo.folder, tmp_path, tmp_path / "out", {**settings, "calibration": ("builtin:code",)}, {})
+    case.interrupt(at=1)
+    recorded = read_run(case.work)
+    assert recorded is not None
+    assert recorded.anchor is not None
+    assert recorded.anchor.sources == [domain for domain in DOMAINS if domain != "code"]
+    with pytest.raises(CalibrationError, match="has only text that the calibration has too"):
+        case.at(tmp_path / "none").run(anchor="builtin:code")
+
+
+def test_sequences_of_the_calibration_are_left_out_of_a_users_anchor(made: Case, tmp_path: Path) -> None:
+    lines = made.tokens.read_text().splitlines(keepends=True)
+    part, anchor = tmp_path / "part.jsonl", tmp_path / "anchor.jsonl"
+    part.write_text("".join(lines[:20]))
+    anchor.write_text("".join(lines))
+    case = Case(made.model, part, tmp_path / "out", {**made.settings, "anchor": str(anchor)}, {})
+    case.run()
+    refit = json.loads((case.output / "streamprune.json").read_text())["refit"]
+    assert 0 < refit["anchor"]["sequences"] <= 10
+    assert refit["anchor"]["name"] == "anchor.jsonl"
 
 
 def test_the_cost_is_told_before_anything_is_read(demo: DemoModel, tmp_path: Path) -> None:

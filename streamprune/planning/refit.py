@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamprune.calibration.builtin_text import BUILTIN
+from streamprune.calibration.recipe import builtin_domains, named_path
 from streamprune.calibration.refit_text import RefitDemand
-from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.calibration.sequences import Calibration, fingerprint_of, load_calibration
 from streamprune.config import NO_ANCHOR, RunSettings
 from streamprune.errors import CalibrationError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
@@ -59,16 +60,20 @@ def anchor_name(settings: RunSettings, calibration: Calibration) -> str | None:
 def with_anchor(
     settings: RunSettings, calibration: Calibration, skeleton: Skeleton, counts: ExpertCounts, folder: Path
 ) -> Calibration:
-    """The calibration with its anchor, read with the tokenizer in `folder`. Raises CalibrationError."""
+    """The calibration with its anchor, read with the tokenizer in `folder`. Raises CalibrationError.
+
+    The anchor has nothing of the calibration: the same text must not be fitted to and also held out, or judge.
+    """
     name = anchor_name(settings, calibration)
     if name is None:
         return calibration
+    text = _other_text(name, calibration)
     longest = max(len(sequence) for sequence in calibration.sequences)
     tokens = refit_demand(skeleton, counts).anchor_tokens(calibration.tokens)
     text_config = skeleton.model.config.get_text_config(decoder=True)
     try:
         anchor = load_calibration(
-            (name,),
+            (text,),
             folder,
             samples=max(_LEAST_SEQUENCES, math.ceil(tokens / longest)),
             seq_len=longest,
@@ -81,4 +86,40 @@ def with_anchor(
             f"--refit also fits to general text, the anchor ({name}): {error} Name another text with --anchor, or none "
             "with --anchor none."
         ) from None
-    return replace(calibration, anchor=anchor)
+    return replace(calibration, anchor=_without(anchor, calibration, name))
+
+
+def _other_text(name: str, calibration: Calibration) -> str:
+    """The anchor `name`; of built-in text only the domains that the calibration does not use. Raises CalibrationError.
+
+    (Equal sequences are not all: other lengths or amounts divide the same documents otherwise.)
+    """
+    if name.partition(":")[0] != BUILTIN or named_path(name)[1]:
+        return name
+    stated = [source.get("builtin") or [] for source in calibration.recipe.get("sources", [])]
+    used = {domain for each in stated for domain in ([each] if isinstance(each, str) else each)}
+    others = [domain for domain in builtin_domains(name) if domain not in used]
+    if not others:
+        raise _nothing_new(name)
+    return f"{BUILTIN}:{','.join(others)}"
+
+
+def _without(anchor: Calibration, calibration: Calibration, name: str) -> Calibration:
+    """The anchor without the sequences that the calibration has too. Raises CalibrationError if none is left."""
+    known = {tuple(sequence.tolist()) for sequence in calibration.sequences}
+    kept = [number for number, ids in enumerate(anchor.sequences) if tuple(ids.tolist()) not in known]
+    if not kept:
+        raise _nothing_new(name)
+    if len(kept) == len(anchor.sequences):
+        return anchor
+    sequences = tuple(anchor.sequences[number] for number in kept)
+    source_of = tuple(anchor.source_of[number] for number in kept)
+    fingerprint = fingerprint_of(sequences, source_of)
+    return replace(anchor, sequences=sequences, source_of=source_of, fingerprint=fingerprint)
+
+
+def _nothing_new(name: str) -> CalibrationError:
+    return CalibrationError(
+        f"The anchor {name} has only text that the calibration has too. Name another text with --anchor, or none with "
+        "--anchor none."
+    )
