@@ -26,7 +26,7 @@ from streamprune.output.plan import OutputTensor, PrunePlan, StageTensor, make_p
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import Computed
+from streamprune.work.records import Computed, converted
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config
 
@@ -176,6 +176,10 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
     recorded = json.loads((output / "streamprune.json").read_text())["computed"]
     assert recorded == {name: {"stage": "refit", "sha256": made.origin.sha256}}
     computed = {each: Computed(**origin) for each, origin in recorded.items()}
+    # Messages state the stage, and the record may be someone else's.
+    assert converted(recorded[name] | {"stage": "refit\x1b[2J"}, Computed) is None
+    assert converted(recorded[name] | {"stage": "refit\n"}, Computed) is None
+    assert converted(recorded[name], Computed) == computed[name]
     assert prove_tensors(plan.tensors, kept, computed, model, output, entries).computed == 1
     norm = "model.layers.1.input_layernorm.weight"
     with pytest.raises(VerifyError, match=rf"{norm} is on record as computed by refit, which only tensors of experts"):

@@ -147,6 +147,38 @@ def test_small_shares_are_dropped_and_the_others_adapted() -> None:
     assert supported_shares(torch.zeros(2, 2, dtype=torch.float64), aim).tolist() == [0, 0]
 
 
+def test_no_share_is_small_after_the_others_were_adapted() -> None:
+    found = []
+    for seed in range(300):
+        make = torch.Generator().manual_seed(seed)
+        effects = torch.randn(12, 8, generator=make, dtype=torch.float64) + torch.rand(12, 1, generator=make)
+        shares = supported_shares(effects.T @ effects, effects.T @ torch.randn(12, generator=make).double())
+        found += shares.tolist()
+    assert all(share == 0 or share >= LEAST_SHARE for share in found)
+    assert sum(share > 0 for share in found) > 100
+
+
+def test_features_that_float16_cannot_hold_are_fitted() -> None:
+    problem = Problem()
+    tokens = with_error(problem.tokens, problem.effects(problem.down))
+    # Activations of up to some thousands, which the layer's output scales down again.
+    tokens.hidden, tokens.gates = (100 * tokens.hidden).half(), 1000 * tokens.gates
+    assert float(problem.activation(0, tokens.hidden.float()).abs().amax() * tokens.gates.amax()) > 65504
+    before = tokens.error.norm()
+    changes = problem.fit.changes(tokens)
+    assert bool(changes.values.isfinite().all())
+    assert tokens.error.norm() < 0.8 * before
+
+
+def test_a_token_that_names_an_expert_twice_is_noticed() -> None:
+    tokens = Problem(20).tokens
+    assert not tokens.names_twice(EXPERTS)
+    tokens.index[3] = EXPERTS
+    assert not tokens.names_twice(EXPERTS), "removed experts may be there several times"
+    tokens.index[3] = 2
+    assert tokens.names_twice(EXPERTS)
+
+
 def test_a_target_of_noise_changes_nothing() -> None:
     for seed in range(3):
         problem, judging = Problem(3000, seed), Problem(750, seed + 10)

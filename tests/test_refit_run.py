@@ -146,6 +146,26 @@ def test_a_refit_that_was_stopped_in_any_stage_goes_on(
     case.check()
 
 
+def test_a_refit_that_changed_nothing_is_on_record_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=2)
+    settings = {"keep": 5, "batch_tokens": 24, "refit": True, "anchor": "none", "checkpoint_every": 1e6}
+    case = Case(model, tokens, tmp_path / "undisturbed", settings, {})
+    case.run()
+    case.expected = tree_bytes(case.output)
+    record = json.loads(case.expected["streamprune.json"])
+    assert not any(share for layer in record["refit"]["layers"] for share in layer["shares"])
+    case = case.at(tmp_path / "out")
+    stop_in(PrunedForwardStage, 2, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        case.run()
+    monkeypatch.undo()
+    case.resume()
+    case.check()
+
+
 def test_damaged_shards_of_a_refitted_layer_are_made_again(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     case.interrupt(at=3)

@@ -56,8 +56,8 @@ class RoutedTokens:
     """What the experts that stay got, and what the layer's output lacks, for N tokens.
 
     `hidden` (N, H) is the input of the experts (which may have another size than H), `index` (N, k) the chosen experts
-    (K or more: none) and `gates` (N, k) their weights. `error` (N, H), float32, is what should be added to the experts'
-    output. All on one device, which may be another than the one that computes.
+    (K or more: none), none of them twice, and `gates` (N, k) their weights. `error` (N, H), float32, is what should be
+    added to the experts' output. All on one device, which may be another than the one that computes.
     """
 
     hidden: torch.Tensor
@@ -67,6 +67,11 @@ class RoutedTokens:
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def names_twice(self, experts: int) -> bool:
+        """Whether a token was routed to one of the `experts` that stay more than once."""
+        index = self.index.sort(dim=1).values
+        return bool(((index[:, 1:] == index[:, :-1]) & (index[:, 1:] < experts)).any())
 
     def part(self, begin: int, end: int) -> RoutedTokens:
         """The tokens from `begin` to `end`, as views."""
@@ -165,14 +170,18 @@ class Fit:
         return tuple(int(count) for count in counts)
 
     def _features(self, tokens: RoutedTokens, expert: int) -> Iterator[_Part]:
-        """An expert's tokens, in parts. The features have the model's dtype, sums over them at least float32."""
+        """An expert's tokens, in parts. The features have the model's dtype, sums over them at least float32.
+
+        In a float16 model they are bfloat16: it is as small, and a product with a large gate weight cannot overflow.
+        """
         numbers, slots = (tokens.index == expert).nonzero(as_tuple=True)
         if not len(numbers):
             return
         for rows, places in zip(*(torch.split(each, PART_TOKENS) for each in (numbers, slots)), strict=True):
             hidden = tokens.hidden[rows].to(self.device)
             gates = tokens.gates[rows, places].to(self.device).float().unsqueeze(1)
-            yield rows, (self.activation(expert, hidden).float() * gates).to(hidden.dtype)
+            dtype = torch.bfloat16 if hidden.dtype == torch.float16 else hidden.dtype
+            yield rows, (self.activation(expert, hidden).float() * gates).to(dtype)
 
     def _factor(self, parts: _Parts, count: int, home: torch.device) -> _Factor:
         """An expert's Gram matrix plus ridge, factored; kept in the memory of `home`."""
@@ -224,11 +233,16 @@ def supported_shares(gram: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
     """The shares (K,) in [0, 1] that minimise shares·gram·shares - 2 aim·shares; those below LEAST_SHARE become 0.
 
     `gram` (K, K) and `aim` (K,) are the products of the experts' effects with each other and with the errors, float64
-    on the CPU. By coordinate descent; the others are adapted once those that are too small have been dropped.
+    on the CPU. By coordinate descent; once those that are too small have been dropped, the others are adapted, until
+    none is too small.
     """
     allowed = gram.diagonal() > 0
-    shares = _shares_in_box(gram, aim, allowed)
-    return _shares_in_box(gram, aim, allowed & (shares >= LEAST_SHARE))
+    while True:
+        shares = _shares_in_box(gram, aim, allowed)
+        large = allowed & (shares >= LEAST_SHARE)
+        if torch.equal(large, allowed):
+            return shares
+        allowed = large
 
 
 def _shares_in_box(gram: torch.Tensor, aim: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

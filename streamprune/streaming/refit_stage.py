@@ -22,7 +22,8 @@ from torch import nn
 
 from streamprune.calibration.sequences import FIT, JUDGE, MicroBatch
 from streamprune.distributed.processes import Processes
-from streamprune.errors import UnsupportedModelError
+from streamprune.errors import NonFiniteError, UnsupportedModelError
+from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
 from streamprune.output.plan import StageTensor
@@ -170,8 +171,20 @@ class RefitStage(ForwardStage):
             lambda *given: activation(experts, *given), len(task.kept.experts), inner, hidden, self.weights.device,
             processes,
         )  # fmt: skip
-        changes = fit.changes(self._collected[FIT].take()[0])
-        judging, energy = self._collected[JUDGE].take()
+        fitted, (judging, energy) = self._collected[FIT].take()[0], self._collected[JUDGE].take()
+        if any(tokens.names_twice(fit.experts) for tokens in (fitted, judging)):
+            raise UnsupportedModelError(
+                f"--refit cannot refit the experts of layer {task.index}: its router sends a token to the same expert "
+                "more than once. Run without --refit."
+            )
+        try:
+            changes = fit.changes(fitted)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NonFiniteError(
+                f"Layer {task.index} cannot be refitted: its experts' activations in {self.weights.dtype} are not "
+                f"finite, or too large or too small to be summed ({show(str(error))}). Try --dtype float32, or run "
+                "without --refit."
+            ) from error
         shares = fit.shares(judging, changes)
         energies = torch.tensor([energy], dtype=torch.float64)
         processes.add_up(energies)
@@ -204,7 +217,9 @@ class RefitStage(ForwardStage):
             change = changes.values[place] if experts.is_transposed else changes.values[place].T
             old = weights[place].to(change.device).float()
             new = (old + share * change).to(weights.dtype)
-            sizes[place] = float((new.float() - old).norm() / old.norm())
+            length = float(old.norm())
+            # (A projection of zeros has no relative change, and JSON no infinity.)
+            sizes[place] = float((new.float() - old).norm()) / length if length else 0.0
             weights[place] = new.cpu()
             changed.add(place)
         return self._tensors.encode(task.index, task.kept, experts, weights, changed), sizes

@@ -345,8 +345,8 @@ class PrunedForwardStage(ForwardStage):
         return self._two_sided(batch) or self._streams(task)
 
     def may_stop(self, task: LayerTask) -> bool:
-        # Computed tensors are not saved before the layer is finished.
-        return not task.computed
+        # Computed tensors are not saved before the layer is finished, nor is what is on record of a refit.
+        return task.refit is None and not task.computed
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:

@@ -108,7 +108,8 @@ class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
 class Computed(Struct, frozen=True):
     """A written tensor that a stage of the run computed, and the SHA-256 of its bytes, in hex."""
 
-    stage: str
+    #: (Error messages state it, and it may come from someone else's output.)
+    stage: Annotated[str, Meta(pattern=r"\A[a-z_]{1,40}\Z")]
     sha256: str
 
 
