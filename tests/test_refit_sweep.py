@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError
+from streamprune.config import RunSettings
+from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError, TooMuchLostError
 from streamprune.output.verify import verify
+from streamprune.pipeline.run import resume, run
+from streamprune.pipeline.run_layers import both_sweeps
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
-from tests.faults import Case, Injected
+from streamprune.work.saved_states import Generations
+from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
 from tests.test_refit_run import small_case, stop_in, tensors_of
@@ -83,11 +88,72 @@ def test_a_stop_in_any_stage_goes_on(
     case.check()
 
 
+def test_states_of_the_scoring_are_gone_once_all_layers_are_scored(
+    made: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = made.at(tmp_path / "out")
+    forget = Generations.forget
+    with pytest.MonkeyPatch.context() as patch:
+        # As if the run were killed right before they are removed.
+        patch.setattr(Generations, "forget", lambda _: None)
+        end_in_refit(case, 0)
+    assert Generations.forget is forget
+    assert list((case.work / "states").iterdir())
+    capfd.readouterr()
+    resume(case.work)
+    assert "cannot be used" not in capfd.readouterr().err
+    case.check()
+    end_in_refit(case := made.at(tmp_path / "other"), 0)
+    assert not list((case.work / "states").iterdir())
+
+
+def test_layers_that_are_to_be_refitted_again_stay_so_after_another_kill(once: Case, tmp_path: Path) -> None:
+    case = once.at(tmp_path / "out")
+    end_in_refit(case, 3, scores=once.output)
+    written = [json.loads(path.read_text()) for path in sorted((case.work / "layers").iterdir())]
+    with breaking_at(1), pytest.raises(Injected):
+        case.resume(from_layer=1)
+    left = [json.loads(path.read_text()) for path in sorted((case.work / "layers").iterdir())]
+    shards = [[bool(each["body"]["shards"]) for each in found] for found in (written, left)]
+    assert shards == [[True, True, True, True], [True, False, False, True]]
+    case.resume()
+    assert weights_of(tree_bytes(case.output)) == weights_of(once.expected)
+
+
 def test_a_layer_can_be_refitted_again(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     end_in_refit(case, 3)
     case.resume(from_layer=1)
     case.check()
+
+
+def test_the_summary_is_of_both_sweeps(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    record = json.loads(made.expected["streamprune.json"])
+    assert case.run().summary["calibration_tokens"] == record["calibration"]["tokens"]
+    one = {"calibration_tokens": 9, "states": "ram", "shrinks": [{"layer": 1}]}
+    both = both_sweeps(one, {"calibration_tokens": 4, "states": "disk", "shrinks": [{"layer": 2}]})
+    assert both == {"calibration_tokens": 9, "states": "disk", "shrinks": [{"layer": 1}, {"layer": 2}]}
+
+
+def test_too_much_lost_while_refitting_offers_the_scores(made: Case, tmp_path: Path) -> None:
+    case = made.at(tmp_path / "out")
+    scores = tmp_path / "out.scores.safetensors"
+    with pytest.raises(TooMuchLostError, match=re.escape(f"`streamprune run --refit --scores {scores}`")):
+        case.run(stop_if_kl=1e-9)
+    assert scores.is_file()
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_text_counts_as_held_back_only_if_the_scores_say_so(
+    made: Case, once: Case, tmp_path: Path, apart: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(made.model, made.tokens, tmp_path / "out", {**once.settings, "evaluate": True}, {})
+    settings = {"calibration": (str(made.tokens),), **case.settings, "scores": (made if apart else once).output}
+    run(RunSettings(model=str(case.model), output=case.output, **settings))
+    assert ("may have been scored on the text" in capfd.readouterr().err) is not apart
+    [result] = [json.loads(data) for name, data in tree_bytes(case.output).items() if name.endswith("text.json")]
+    assert result["data"]["held_back"] is apart
 
 
 @pytest.fixture(scope="module")

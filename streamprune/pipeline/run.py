@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -20,7 +20,7 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
-from streamprune.errors import ProcessesError, SettingsError
+from streamprune.errors import SettingsError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
 from streamprune.hardware.device import choose_device, describe_host
 from streamprune.hardware.memory import peak_resident_bytes
@@ -30,6 +30,8 @@ from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline import finish, messages
 from streamprune.pipeline.finish import RunResult, SelectionResult
+from streamprune.pipeline.job import Job, open_alike
+from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.resume import (
     check_same,
     describe_run,
@@ -39,9 +41,8 @@ from streamprune.pipeline.resume import (
     settings_to_resume,
     tokens_of,
 )
-from streamprune.pipeline.run_evaluation import RunEvaluation
-from streamprune.pipeline.run_layers import OutputTarget, RunLayers
-from streamprune.planning.counts import ExpertCounts
+from streamprune.pipeline.run_evaluation import RunEvaluation, was_held_back
+from streamprune.pipeline.run_layers import RunLayers, both_sweeps
 from streamprune.planning.facts import check_scores_match
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
@@ -50,7 +51,6 @@ from streamprune.planning.prepare import (
     check_schedule,
     plan_pruning,
     prepare,
-    read_config,
 )
 from streamprune.planning.refit import refit_demand
 from streamprune.progress import LOG_SUFFIX, Progress
@@ -102,17 +102,6 @@ def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.devi
     return device
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What rank 0 reads and decides, and broadcasts to all ranks."""
-
-    settings: RunSettings
-    calibration: Calibration
-    counts: ExpertCounts | None
-    fingerprint: str
-    versions: Mapping[str, str]
-
-
 class _Run:
     """A run in one process: `begin` in rank 0, then `go` in all. They call the other methods in the order below.
 
@@ -125,7 +114,7 @@ class _Run:
     recorded: RecordedRun | None
     writer: OutputWriter | None = None
     decided: SelectionResult
-    #: The scores of --scores.
+    #: The scores of --scores; only in rank 0.
     given: Scores | None = None
     #: In all ranks.
     prepared: PreparedModel
@@ -141,7 +130,7 @@ class _Run:
             self.stop: StopRequest = stack.enter_context(listening())
             self.stop.patient = True
 
-    def begin(self, settings: RunSettings, quiet: bool, resuming: bool) -> _Job:
+    def begin(self, settings: RunSettings, quiet: bool, resuming: bool) -> Job:
         """Decide what to prune, lock the work folder, read the calibration, open the model. Rank 0."""
         plan = plan_pruning(settings)
         self.progress = self.stack.enter_context(Progress(plan.skeleton.layer_count, quiet))
@@ -176,13 +165,13 @@ class _Run:
             # With the same micro-batches the result has the same digits.
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
         fingerprint = prepared.checkpoint.fingerprint() if self.processes.count > 1 else ""
-        return _Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
+        return Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
 
-    def go(self, job: _Job) -> RunResult:
+    def go(self, job: Job) -> RunResult:
         """Stream the layers, select, and complete the output. All ranks."""
         self.settings, self.calibration = job.settings, job.calibration
         is_first = self.processes.is_first
-        self.prepared = self.processes.on_each(lambda: self.prepared if is_first else _open_alike(job))
+        self.prepared = self.processes.on_each(lambda: self.prepared if is_first else open_alike(job))
         # If the selection needs the scores of all layers, or has them already, everything else comes after it.
         after_all = self.settings.needs_all_layers or self.settings.scores is not None
         streamed = replace(self.calibration, held_out=None, anchor=None, refit=()) if after_all else self.calibration
@@ -196,7 +185,9 @@ class _Run:
         work = self.work if is_first else None
         if self.calibration.held_out is not None:
             during = not after_all or self.settings.refit
-            evaluation = RunEvaluation(self.runtime, self.prepared, self.calibration.held_out, work, during)
+            held_out, given = self.calibration.held_out, self.given
+            held_back = self.processes.on_first(lambda: was_held_back(held_out, given, self.progress))
+            evaluation = RunEvaluation(self.runtime, self.prepared, held_out, work, during, held_back)
         if self.settings.scores is None:
             during_scoring = None if after_all else evaluation
             layers = RunLayers(self.runtime, self.prepared, streamed, target, work, during_scoring)
@@ -206,8 +197,11 @@ class _Run:
             selection = self.processes.on_first(lambda: self._select(self._scores(found, taken), selector))
         else:
             selection = self.processes.on_first(self._select_by_scores)
+        if evaluation is not None and is_first:
+            evaluation.scores = self.decided.scores
         if self.settings.refit and after_all:
-            taken = self._refit(selection, work, evaluation)
+            refitted = self._refit(selection, work, evaluation)
+            taken = both_sweeps(taken, refitted) if self.settings.scores is None else refitted
         elif evaluation is not None:
             evaluation.complete(selection)
         is_written = target is not None or (self.settings.refit and after_all)
@@ -325,10 +319,9 @@ class _Run:
         `taken` says how the statistics were made, as JSON. Called in rank 0 only.
         """
         decided, writer, work, progress = self.decided, self.writer, self.work, self.progress
-        assert decided.scores is not None
         assert writer is not None
         if evaluation is not None:
-            evaluation.judge(decided.scores)
+            evaluation.judge()
         if not is_written:
             with self.runtime.busy.at("write"):
                 finish.write_layers(decided, writer, work, progress, self.stop)
@@ -379,20 +372,3 @@ class _Run:
         self.stop.patient = True
         self.work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
-
-
-def _open_alike(job: _Job) -> PreparedModel:
-    """The model as rank 0 opened it. Raises ProcessesError if this machine has another model or library version."""
-    prepared = prepare(job.settings, replace(read_config(job.settings), counts=job.counts))
-    if prepared.checkpoint.fingerprint() != job.fingerprint:
-        raise ProcessesError(
-            f"The files of {job.settings.model} on this machine differ from those on the machine of rank 0. Copy them, "
-            "or give a --revision."
-        )
-    here = versions()
-    for name, there in job.versions.items():
-        if here[name] != there:
-            raise ProcessesError(
-                f"{name} is {here[name]} here, but {there} on the machine of rank 0. Install the same version."
-            )
-    return prepared

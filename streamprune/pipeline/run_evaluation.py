@@ -14,7 +14,7 @@ from streamprune.evaluation.metrics import mean_kl, summary_of, sums_by_source
 from streamprune.evaluation.terminal import text_lines
 from streamprune.pipeline.finish import save_scores
 from streamprune.planning.prepare import PreparedModel
-from streamprune.progress import Busy
+from streamprune.progress import Busy, Progress
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
 from streamprune.streaming.batches import Runtime, Stopped, every
@@ -33,13 +33,32 @@ _MEASUREMENTS = 8
 _ABORT_FACTOR = 4
 
 
+def was_held_back(held_out: Calibration, given: Scores | None, progress: Progress) -> bool:
+    """Whether the experts were scored without the held-out text; prints a warning if they may have been scored on it.
+
+    `given` are the scores of --scores; None if the run scores without that text.
+    """
+    if given is None:
+        return True
+    stated = (given.provenance["calibration"] or {}).get("held_back") or {}
+    if stated.get("fingerprint") == held_out.fingerprint:
+        return True
+    progress.say(
+        "warning: the experts may have been scored on the text that is held out here, since the scores of --scores do "
+        "not state that it was held out of them: the pruned model may look better on it than it is. To measure "
+        "elsewhere, use `streamprune eval --data` with other text."
+    )
+    return False
+
+
 class RunEvaluation:
     """The measurements of `run --evaluate`, stored in the work folder. `result` is None until they are complete.
 
     With `during_run` they are made while the layers are scored, else by `complete`, after the selection. With
     --stop-if-kl predictions are also measured within the model, as if it ended after the current layer: through the
-    final norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112). Every
-    rank has one and gets the same result; only rank 0 has `work` and prints.
+    final norm and the head (the "logit lens": nostalgebraist 2020, and Belrose et al. 2023, arXiv:2303.08112).
+    `held_back` says whether the experts were scored without the held-out text. Every rank has one and gets the same
+    result; only rank 0 has `work` and prints.
     """
 
     def __init__(
@@ -49,9 +68,12 @@ class RunEvaluation:
         held_out: Calibration,
         work: WorkFolder | None,
         during_run: bool,
+        held_back: bool = True,
     ) -> None:
         assert isinstance(runtime.settings, RunSettings)
-        self.during_run = during_run
+        self.during_run, self._held_back = during_run, held_back
+        #: Once all layers are scored, in rank 0: what another selection can be made from.
+        self.scores: Scores | None = None
         self.errors = LayerErrors(len(held_out.sources))
         self._settings, self._runtime, self._prepared, self._held_out = runtime.settings, runtime, prepared, held_out
         self._work, self._progress, self._processes = work, runtime.progress, runtime.processes
@@ -83,7 +105,7 @@ class RunEvaluation:
         place = f"layer {layer - 1}/{self._layers - 1}"
         self._progress.say(f"predictions after {place}: KL divergence {kl:.4f} nats per token")
         if most is not None and kl > _ABORT_FACTOR * most:
-            advice = "Keep more experts, try another --method or other calibration text"
+            advice = self._advice() or "Keep more experts, try another --method or other calibration text"
             raise self._too_much_lost(f"After {place} the KL", kl, f"{_ABORT_FACTOR} x --stop-if-kl {most:g}", advice)
 
     def complete(self, selection: Selection) -> None:
@@ -110,7 +132,7 @@ class RunEvaluation:
             ) from None
         self._keep(figures)
 
-    def judge(self, scores: Scores) -> None:
+    def judge(self) -> None:
         """Print the result. If it is above --stop-if-kl, saves the scores and raises TooMuchLostError. Rank 0."""
         assert self.result is not None
         self._progress.say("on held-out text:")
@@ -118,15 +140,21 @@ class RunEvaluation:
             self._progress.say(line)
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
-            path = save_scores(self._settings, scores)
-            advice = f"Change the selection with `streamprune prune --scores {path}`"
-            raise self._too_much_lost("The KL", kl, f"--stop-if-kl {most:g}", advice)
+            raise self._too_much_lost("The KL", kl, f"--stop-if-kl {most:g}", self._advice())
+
+    def _advice(self) -> str:
+        """How to select anew without scoring again, from the scores, which are saved; empty if there are none yet."""
+        if self.scores is None:
+            return ""
+        path = self._settings.scores or save_scores(self._settings, self.scores)
+        command = "run --refit" if self._settings.refit else "prune"
+        return f"Change the selection with `streamprune {command} --scores {path}`"
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:
         sources = self._held_out.sources
         self.result = {
             # model=None: the result is stored in the model's own folder.
-            **about(None, self._settings.model, self._prepared, self._held_out, held_back=True, against_source=True),
+            **about(None, self._settings.model, self._prepared, self._held_out, self._held_back, against_source=True),
             **summary_of(sums_by_source(figures, sources), sources, mean_errors(self.errors, self._held_out)),
         }
         if self._work is not None:

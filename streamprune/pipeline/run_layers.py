@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -16,13 +16,13 @@ from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, peak_device_bytes
 from streamprune.output.background import BackgroundWriter
 from streamprune.output.plan import StageTensor
-from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
 from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import LayerStatistics, read_statistics
-from streamprune.selection.select import Selector, routed_tokens
+from streamprune.selection.select import routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.forward import ORIGINAL
@@ -40,26 +40,6 @@ from streamprune.streaming.stages import (
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard, RefittedLayer
 from streamprune.work.saved_states import SavedStates
-
-
-@dataclass(frozen=True)
-class OutputTarget:
-    """The output, if layers are written while they are streamed. Only rank 0 has a `writer`.
-
-    What stays is decided by `selector`, from a layer's statistics; or `selection` says what stays by layer, because all
-    layers have been scored before: `scored` are their statistics.
-    """
-
-    writer: OutputWriter | None
-    selector: Selector
-    selection: Mapping[int, KeptExperts] | None = None
-    scored: Sequence[LayerStatistics] = ()
-
-    def kept(self, layer: LayerStatistics | None) -> KeptExperts:
-        """What stays of a layer's experts."""
-        if layer is None:
-            return KeptExperts()
-        return self.selector.layer(layer).stays if self.selection is None else self.selection[layer.index]
 
 
 class RunLayers:
@@ -152,6 +132,9 @@ class RunLayers:
         with self._writer:
             self._go_through(run, start, evaluation)
             self._writer.wait()
+        if run and self._target is None and self._work is not None:
+            # All layers are scored and recorded: the states take up the disk for nothing.
+            self._work.states.forget()
         if self._asked_to_stop():
             self._stop_run()
 
@@ -278,9 +261,9 @@ class RunLayers:
         found: dict[int, LayerStatistics | None] = {}
         for layer in (None, *range(count)):
             if first is not None and layer is not None and layer >= first:
+                self._forget(layer)
                 if self._scored:
                     continue
-                self._work.forget_layer(layer)
             if self._stop:
                 # Checking tens of GiB takes a while. There is nothing new to save.
                 self._finished = found
@@ -289,6 +272,14 @@ class RunLayers:
         if found:
             self._progress.say(f"resuming: {len(found)} of {count} layers are done")
         return found
+
+    def _forget(self, index: int) -> None:
+        """Let a layer count as unfinished, also for a later resume. (If it is scored already, its scores stay.)"""
+        assert self._work is not None
+        if not self._scored:
+            self._work.forget_layer(index)
+        elif (record := self._work.read_layer(index)) is not None and record.shards:
+            self._work.write_layer(index, self._scored.get(index), KeptExperts(), [])
 
     def _load_finished_layer(self, index: int | None, found: dict[int, LayerStatistics | None]) -> None:
         assert self._work is not None
@@ -356,9 +347,12 @@ class RunLayers:
         """The saved states, newest first, from which layer `first` can be reached. Rank 0."""
         assert self._work is not None
         for saved in self._work.states.intact():
+            facts = saved.facts
+            if self._scored and facts.get("stage") == ScoreStage.name:
+                # Left from the scoring by a run that was killed right after it.
+                continue
             try:
                 self._loop.check(saved)
-                facts = saved.facts
                 # States saved within a layer that is to be scored also need the sums up to there.
                 complete = self._loop.begins_layer(facts) or facts.get("statistics") is not None
                 complete = complete or bool(self._scored)
@@ -390,6 +384,14 @@ class RunLayers:
             f"Stopped on request. {len(self._finished)} of {self._layout.layer_count} layers are done; all finished "
             f"work is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
+
+
+def both_sweeps(scored: Mapping[str, Any], refitted: Mapping[str, Any]) -> dict[str, Any]:
+    """How the layers were scored and then refitted in a sweep of their own, from what `stream` returned of each.
+
+    The calibration is what was scored on; the sequences that are refitted to are a part of it.
+    """
+    return {**scored, "states": refitted["states"], "shrinks": [*scored["shrinks"], *refitted["shrinks"]]}
 
 
 def _name(layer: int | None) -> str:

@@ -1,0 +1,31 @@
+"""The output of a run whose layers are written while they are streamed, and what stays of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streamprune.formats.base import KeptExperts
+from streamprune.output.writer import OutputWriter
+from streamprune.saliency.scores import LayerStatistics
+from streamprune.selection.select import Selector
+
+
+@dataclass(frozen=True)
+class OutputTarget:
+    """The output, if layers are written while they are streamed. Only rank 0 has a `writer`.
+
+    What stays is decided by `selector`, from a layer's statistics; or `selection` says what stays by layer, because all
+    layers have been scored before: `scored` are their statistics.
+    """
+
+    writer: OutputWriter | None
+    selector: Selector
+    selection: Mapping[int, KeptExperts] | None = None
+    scored: Sequence[LayerStatistics] = ()
+
+    def kept(self, layer: LayerStatistics | None) -> KeptExperts:
+        """What stays of a layer's experts."""
+        if layer is None:
+            return KeptExperts()
+        return self.selector.layer(layer).stays if self.selection is None else self.selection[layer.index]
