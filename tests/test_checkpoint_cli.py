@@ -104,12 +104,12 @@ def test_shard_cut_in_the_middle_of_a_run(
     shutil.copytree(sharded, folder)
     write_layer = OutputWriter.write_layer
 
-    def cut(self: OutputWriter, block: int | None, kept: Any) -> Any:
-        shards = write_layer(self, block, kept) if when == "after" else None
+    def cut(self: OutputWriter, block: int | None, *what: Any) -> Any:
+        shards = write_layer(self, block, *what) if when == "after" else None
         if block == 1:
             for path in folder.glob("*.safetensors"):
                 os.truncate(path, 100)
-        return write_layer(self, block, kept) if when == "before" else shards
+        return write_layer(self, block, *what) if when == "before" else shards
 
     monkeypatch.setattr(OutputWriter, "write_layer", cut)
     message = invoke(folder, tmp_path, keeps_work=True)
