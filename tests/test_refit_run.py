@@ -25,6 +25,7 @@ from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress
+from streamprune.streaming import refit_target
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
 from streamprune.work.records import read_run
@@ -221,6 +222,57 @@ def test_other_families_are_refitted(
     monkeypatch.undo()
     case.resume()
     case.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_experts_reach_the_output_is_decided_once_in_a_layer(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(known_family("granitemoe"))
+    # In half precision a small factor is measured with large errors.
+    config.dtype, config.residual_multiplier, config.num_hidden_layers = torch.bfloat16, 0.22, 2
+    model = make_model(tmp_path / "model", config, seed=seed)
+    tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=30, seed=seed)
+    measure, found = refit_target.measured_factor, []
+
+    def measured(*given: Any) -> float | None:
+        found.append(measure(*given))
+        return found[-1]
+
+    monkeypatch.setattr(refit_target, "measured_factor", measured)
+    settings = {"keep": 5, "refit": True, "anchor": "none", "dtype": "auto"}
+    case = Case(model, tokens, tmp_path / "one", {**settings, "batch_tokens": 120}, {})
+    case.run()
+    assert found == pytest.approx([0.22, 0.22], rel=0.02)
+    record = json.loads((case.output / "streamprune.json").read_text())
+    assert [layer["catch_up"] for layer in record["refit"]["layers"]] == [1, 1]
+    # The same for other micro-batches and after a stop, where it is not measured again.
+    case = Case(model, tokens, tmp_path / "two", {**settings, "batch_tokens": 48}, {})
+    stop_in(RefitStage, 1, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        case.run()
+    case.resume()
+    assert found[2:] == pytest.approx(found[:2], rel=0.01)
+
+
+def test_a_factor_that_rounding_hides_is_none() -> None:
+    output = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    for dtype, factor, known in (
+        (torch.float32, 0.22, True),
+        (torch.float32, 1e-3, True),
+        (torch.bfloat16, 0.22, True),
+        (torch.bfloat16, 0.05, True),
+        (torch.bfloat16, 1e-3, False),
+        (torch.float32, 0.0, False),
+    ):
+        rest = output.to(dtype)
+        shift = refit_target.shift_for(rest)
+        found = refit_target.factor_of(rest, (rest + factor * shift).to(dtype), shift)
+        assert found == (pytest.approx(factor, rel=0.02) if known else None), (dtype, factor)
+    # Behind a norm there is no factor.
+    shift = refit_target.shift_for(output)
+    given = [each / each.norm(dim=-1, keepdim=True) for each in (output, output + shift)]
+    assert refit_target.factor_of(*given, shift) is None
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,27 @@ def test_text_counts_as_held_back_only_if_the_scores_say_so(
     assert result["data"]["held_back"] is apart
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "granitemoe"])
+def test_both_kinds_of_sweep_refit_what_one_sweep_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # (Behind the experts of the first is a norm.)
+    once = small_case(tmp_path, family)
+    again = once.at(tmp_path / "again")
+    stop_in(RefitStage, 1, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        again.run(scores=once.output)
+    monkeypatch.undo()
+    again.resume()
+    assert weights_of(tree_bytes(again.output)) == weights_of(once.expected)
+    ranked = once.at(tmp_path / "ranked")
+    ranked.run(schedule="global")
+    record, before = (json.loads((each / "streamprune.json").read_text()) for each in (ranked.output, once.output))
+    for layer, one in zip(record["refit"]["layers"], before["refit"]["layers"], strict=True):
+        assert layer["catch_up"] == one["catch_up"] == float(family == "granitemoe")
+        assert layer["after"] < layer["before"]
+
+
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return small_case(tmp_path_factory.mktemp("once"))

@@ -29,6 +29,7 @@ from streamprune.streaming.forward import ORIGINAL
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_stage import RefitStage
+from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.stages import (
     ForwardStage,
     LayerTask,
@@ -91,6 +92,7 @@ class RunLayers:
         refitted = None
         if self._settings.refit and self._target is not None:
             refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
+            stages[0].target = RefitTarget(weights)
             stages.append(RefitStage(weights, prepared.pruned_layer, refitted, home))
         if pruned_stream or errors is not None or refitted is not None:
             stages.append(

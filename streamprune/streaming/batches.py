@@ -19,7 +19,7 @@ from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MOST_SUBMITTED, MemoryPlan
 from streamprune.progress import Busy, Progress
-from streamprune.streaming.states import HiddenStates
+from streamprune.streaming.states import HiddenStates, first_of
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
 from streamprune.work.saved_states import BatchState, SavedStates
@@ -123,6 +123,11 @@ class MicroBatches:
         if until is not None:
             raise Stopped
         self._states.synchronize()
+
+    def first_sequence(self) -> tuple[MicroBatch, BatchState]:
+        """This process's first sequence, and its state, which must not be changed. In rank 0 it is the first of all."""
+        batch, state = self._batches[0], self._states.load(0, self._device)
+        return replace(batch, ids=batch.ids[:1]), first_of(state, batch.ids.shape)
 
     def sequences_among(self, among: Among) -> int:
         """How many sequences of this process `among` selects."""

@@ -153,6 +153,7 @@ class LayerLoop:
         if position > self.point.stage:
             self.point = ResumePoint(task.index, position)
         with stage.module(task, layer) as module:
+            stage.begin(task, module, processes)
 
             def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState | None:
                 after = stage.compute(task, module, number, batch, state)

@@ -32,7 +32,7 @@ from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.down_tensors import REFIT, DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, side_of
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.refit_target import EXPERTS, measured_factor
+from streamprune.streaming.refit_target import EXPERTS
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
@@ -106,8 +106,6 @@ class RefitStage(ForwardStage):
         self._layers, self._make_pruned, self._tensors, self._home = experts_of(weights), make_pruned, tensors, home
         self._collected: dict[str, _Collected] = {}
         self._last: tuple[RoutedTokens, torch.Tensor] | None = None
-        #: What the layer multiplies its experts' output by, once it is measured.
-        self._factor: float | None = None
 
     def applies(self, task: LayerTask) -> bool:
         return task.index in self._layers and not task.replayed
@@ -121,7 +119,6 @@ class RefitStage(ForwardStage):
         assert batches is not None
         fitted, judging = (batches.tokens_among(partial(_is_for, use)) for use in (FIT, JUDGE))
         self._collected = {FIT: _Collected(fitted), JUDGE: _Collected(judging)}
-        self._factor = None
         pruned = self._make_pruned(task.index, task.kept)
         try:
             with self.weights.making_room(
@@ -136,23 +133,21 @@ class RefitStage(ForwardStage):
         self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
     ) -> BatchState | None:
         """Collect a micro-batch's tokens; the state stays. (The layer's experts run as in any forward.)"""
-        experts, before, own = self._experts(task, layer), side_of(state, PRUNED), side_of(state, EXPERTS).output
-        forward, hidden = self.weights.forward, down_sizes(experts)[1]
-        if self._factor is None and own is None:
-            self._factor = measured_factor(forward, task.index, layer, experts, batch, before)
+        experts, factor, hidden = self._experts(task, layer), task.factor, down_sizes(self._experts(task, layer))[1]
+        own: Any = side_of(state, EXPERTS).output if factor is None else None
         with listening(experts) as heard:
-            after = forward.run_layer(task.index, layer, batch.ids, before)
+            after = self.weights.forward.run_layer(task.index, layer, batch.ids, side_of(state, PRUNED))
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
-        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or (own is None and self._factor is None):
+        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or (own is None and factor is None):
             raise UnsupportedModelError(
                 f"--refit cannot refit the experts of layer {task.index}: how their output is used is not known. Run "
                 "without --refit."
             )
         call, wanted, found = heard[0], own, heard[0].output
-        if own is None:
+        if factor is not None:
             wanted, found = hidden_states_of(side_of(state, ORIGINAL)), hidden_states_of(after)
         wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))
-        error = (wanted - found) / (self._factor or 1.0)
+        error = wanted - found if factor is None else (wanted - found) / factor
         routed = RoutedTokens(call.hidden, call.index.int(), call.gates.float(), error)
         self._collected[batch.refit].make_room(routed, self._home)
         self._last = routed, wanted.square().sum(dtype=torch.float64)
@@ -190,16 +185,15 @@ class RefitStage(ForwardStage):
         processes.add_up(energies)
         self._collected.clear()
         task.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
-        # None: the aim was the output of the experts alone.
-        factor = next((each for each in processes.collect(self._factor) if each is not None), None)
-        scale = abs(factor or 1.0) / math.sqrt(float(energies) or 1.0)
+        scale = abs(task.factor or 1.0) / math.sqrt(float(energies) or 1.0)
         task.refit = RefittedLayer(
             shares=[round(share, 6) for share in shares.values.tolist()],
             tokens=list(changes.tokens),
             changes=[round(size, 6) for size in sizes],
             before=round(scale * math.sqrt(shares.before), 6),
             after=round(scale * math.sqrt(shares.after), 6),
-            catch_up=CATCH_UP if factor is not None else 0.0,
+            # Without a factor the aim was the output of the experts alone.
+            catch_up=CATCH_UP if task.factor is not None else 0.0,
         )
 
     def _experts(self, task: LayerTask, layer: nn.Module) -> nn.Module:

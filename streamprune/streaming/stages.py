@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,6 @@ from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
 from streamprune.output.plan import StageTensor
-from streamprune.refit.activations import listening
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
@@ -41,11 +40,10 @@ from streamprune.streaming.forward import (
     relative_errors,
     side_of,
     with_side,
-    without_side,
 )
 from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.refit_target import EXPERTS, measured_factor
+from streamprune.streaming.refit_target import RefitTarget
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
@@ -66,7 +64,8 @@ class LayerTask:
 
     `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
     experts, and before it is scored; `kept` is what stays of the experts, nothing if none are selected. `computed` are
-    the checkpoint tensors, by name, that a stage has computed for the pruned layer, and `refit` how.
+    the checkpoint tensors, by name, that a stage has computed for the pruned layer, and `refit` how. `factor` is what
+    the original layer multiplies its experts' output by, as `refit_target` measures it for the refit.
     """
 
     index: int
@@ -75,6 +74,7 @@ class LayerTask:
     kept: KeptExperts = field(default_factory=KeptExperts)
     computed: Mapping[str, StageTensor] = field(default_factory=dict)
     refit: RefittedLayer | None = None
+    factor: float | None = None
 
 
 class ForwardStage:
@@ -93,6 +93,8 @@ class ForwardStage:
     ) -> None:
         self.weights, self.side, self.errors = weights, side, errors
         self._two_sided = two_sided
+        #: Set if what goes through these layers is also what weights are refitted to.
+        self.target: RefitTarget | None = None
         self._sum: torch.Tensor | None = None
         #: Layer, number, tokens, and tokens with NaN or infinity of the micro-batches that are not checked yet.
         self._unchecked: list[tuple[int, int, int, torch.Tensor]] = []
@@ -114,17 +116,25 @@ class ForwardStage:
         """The module that runs, given the loaded layer; what it needs is freed on exit."""
         yield layer
 
+    def begin(self, task: LayerTask, layer: nn.Module, processes: Processes) -> None:
+        """Decide what the pass needs, with the module that runs; after a stop within the pass, it is known already."""
+        if self.target is not None and not task.replayed:
+            self.target.decide(task.index, layer, processes)
+
     def compute(
         self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
     ) -> BatchState | None:
         """The new state of micro-batch `number` (None: it stays as it is). May fail, and be computed again in parts."""
         two_sided = self._two_sided(batch)
         before = side_of(state, self.side) if two_sided else state
-        after = self.weights.forward.run_layer(task.index, layer, batch.ids, before)
+        with self.target.listening(task.index, layer, batch) if self.target is not None else nullcontext([]) as heard:
+            after = self.weights.forward.run_layer(task.index, layer, batch.ids, before)
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
         if not two_sided:
             return after
         both = with_side(state, self.side, after)
+        if self.target is not None:
+            both = self.target.carried(both, heard)
         counts = self.errors is not None and not batch.refit
         self._sum = relative_errors(both, batch.ids.numel()).sum() if counts else None
         return both
@@ -156,23 +166,32 @@ class ForwardStage:
         """
         if self.errors is not None and not restored:
             self.errors.end_layer(task.index, processes)
+        if self.target is not None:
+            task.factor = self.target.factor
 
     def reset(self) -> None:
         """Forget the data of the current layer, before the next one."""
+        if self.target is not None:
+            self.target.reset()
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
         """The data to resume this stage, as JSON, over all ranks. `in_work`: its pass has not ended."""
-        return {"errors": self.errors.saved(processes)} if self.errors is not None else {}
+        errors = {"errors": self.errors.saved(processes)} if self.errors is not None else {}
+        return errors | (self.target.saved() if self.target is not None else {})
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
         """Raise ValueError, KeyError or TypeError unless `facts` may be the result of `saved` in layer `layer`."""
         if self.errors is not None:
             self.errors.check(facts["errors"], layer)
+        if self.target is not None:
+            self.target.check(facts)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
         """Restore what was saved in layer `layer`."""
         if self.errors is not None:
             self.errors.restore(facts["errors"], layer, processes.is_first)
+        if self.target is not None:
+            self.target.restore(facts)
 
 
 class ScoreStage(ForwardStage):
@@ -196,11 +215,8 @@ class ScoreStage(ForwardStage):
         width: int | None = None,
     ) -> None:
         super().__init__(weights, ORIGINAL, is_two_sided)
-        #: Whether the output of the layer's experts is carried to the refit, once that is measured.
-        self._carries: bool | None = None
         layers = weights.decoder.layers
-        self._paths = experts_of(weights)
-        modules = {index: layers[index].get_submodule(path) for index, path in self._paths.items()}
+        modules = {index: layers[index].get_submodule(path) for index, path in experts_of(weights).items()}
         self._taps = tap_experts(modules)
         self._experts, self._source_tokens, self._width = experts, source_tokens, width
         self._choose, self._pruned_stream = choose, pruned_stream
@@ -229,28 +245,8 @@ class ScoreStage(ForwardStage):
         if tap is not None:
             # Collected separately for every attempt: one that runs out of memory later must not count.
             tap.statistics = self._last = self._no_statistics() if batch.scored else None
-        after = (
-            self._compute_for_refit(task, layer, number, batch, state)
-            if batch.refit and tap is not None
-            else super().compute(task, layer, number, batch, state)
-        )
+        after = super().compute(task, layer, number, batch, state)
         return None if self._stays(task) and not self._two_sided(batch) else after
-
-    def _compute_for_refit(
-        self, task: LayerTask, layer: nn.Module, number: int, batch: MicroBatch, state: BatchState
-    ) -> BatchState:
-        """The new state, with the output of the layer's experts in a side of its own if the refit aims at that."""
-        tap, experts = self._taps[task.index], layer.get_submodule(self._paths[task.index])
-        if self._carries is None:
-            recorded, tap.statistics = tap.statistics, None
-            before = side_of(state, ORIGINAL)
-            factor = measured_factor(self.weights.forward, task.index, layer, experts, batch, before)
-            self._carries, tap.statistics = factor is None, recorded
-        with listening(experts) as heard:
-            after = super().compute(task, layer, number, batch, state)
-        assert after is not None
-        output = heard[0].output if self._carries and heard else None
-        return with_side(after, EXPERTS, BatchState(output)) if output is not None else without_side(after, EXPERTS)
 
     def commit(self, batch: MicroBatch) -> None:
         if self._last is not None and self._total is not None:
@@ -258,6 +254,7 @@ class ScoreStage(ForwardStage):
 
     def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
         """Set the task's statistics and experts. Raises UnsupportedModelError if no token reached the hooks."""
+        super().finish(task, processes, restored)
         if self._total is None or self._tap(task) is None:
             return
         if not restored:
@@ -273,22 +270,25 @@ class ScoreStage(ForwardStage):
             task.kept = processes.broadcast(self._choose(task.statistics))
 
     def reset(self) -> None:
-        self._total = self._carries = None
+        super().reset()
+        self._total = None
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
-        total = copy.deepcopy(self._total)
+        facts, total = super().saved(in_work, processes), copy.deepcopy(self._total)
         if total is None:
-            return {"statistics": None}
+            return facts | {"statistics": None}
         if in_work:
             total.add_up(processes)
         channels = {"channels": pack(total.channels.cpu().numpy())} if total.channels is not None else {}
-        return {"statistics": pack(total.values.cpu().numpy()), **channels}
+        return {**facts, "statistics": pack(total.values.cpu().numpy()), **channels}
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
+        super().check(facts, layer)
         if facts["statistics"] is not None:
             self._restored(facts, layer)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
+        super().restore(facts, layer, in_work, processes)
         self._total = None
         if facts["statistics"] is not None:
             self._total = self._no_statistics(len(self._source_tokens))

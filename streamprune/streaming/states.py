@@ -157,6 +157,16 @@ class HiddenStates:
         return StateStore(home)
 
 
+def first_of(state: BatchState, shape: Sequence[int]) -> BatchState:
+    """The state of the first sequence of a micro-batch with token ids of `shape` (B, L), as views."""
+
+    def piece(leaf: Any) -> Any:
+        rows = _rows_per_sequence(leaf, shape)
+        return leaf[:rows] if rows is not None else leaf
+
+    return pytree.tree_map(piece, state)  # type: ignore[no-any-return]
+
+
 def _rows_per_sequence(leaf: Any, shape: Sequence[int]) -> int | None:
     """How many rows of a leaf belong to each of the B sequences of L tokens; None if it has no rows per sequence.
 
