@@ -13,9 +13,12 @@ import torch
 
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, ScoresError, SettingsError, TooMuchLostError
+from streamprune.evaluation.held_out import held_back_fingerprint
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import resume, run
 from streamprune.pipeline.run_layers import both_sweeps
+from streamprune.reporting.card import THIS_MODEL
+from streamprune.reporting.record import read_record
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
@@ -24,7 +27,7 @@ from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
 from tests.test_refit_run import small_case, stop_in, tensors_of
-from tests.tiny import make_model, tiny_config
+from tests.tiny import make_model, tiny_config, write_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,28 @@ def test_saved_scores_give_the_same_refit_without_scoring_again(
     record, before = (json.loads((each / "streamprune.json").read_text()) for each in (case.output, once.output))
     assert record == before
     assert result.summary["experts_per_layer"] == 5
+
+
+def test_other_text_of_a_refit_is_told_and_repeated(once: Case, tmp_path: Path) -> None:
+    other = write_token_ids(tmp_path / "other.jsonl", sequences=25)
+    lines = other.read_text().splitlines(keepends=True)
+    other.write_text("".join(reversed(lines)))
+    case = once.at(tmp_path / "out")
+    case.run(scores=once.output, calibration=(str(other),), evaluate=True)
+    record = json.loads((case.output / "streamprune.json").read_text())
+    assert [source["name"] for source in record["calibration"]["sources"]] == ["ids.jsonl"]
+    told = record["refit"]["calibration"]
+    assert told["sources"] == [{"name": "other.jsonl", "tokens": told["tokens"]}]
+    assert told["held_back"]["sequences"] == 2
+    assert told["recipe"]["given"]["calibration"] == ["other.jsonl"]
+    card = (case.output / "README.md").read_text()
+    assert f"not what the experts were scored on, but from `other.jsonl` ({told['tokens']:,} tokens)." in card
+    command = next(line for line in card.splitlines() if line.startswith("streamprune run"))
+    assert f"--scores {THIS_MODEL} --keep 5" in command
+    assert "--calibration other.jsonl --evaluate" in command
+    assert "--refit --anchor none" in command
+    # It was held out of the refit, but not of the scores.
+    assert held_back_fingerprint(read_record(case.output)) is None
 
 
 def test_another_size_and_width_are_refitted_from_the_same_scores(once: Case, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import UNSET, convert
 
 from streamprune.calibration.refit_text import fitted_tokens
 from streamprune.calibration.sequences import JUDGE, Calibration, fingerprint_of
@@ -24,6 +25,7 @@ from streamprune.pipeline.status import ended
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
 from streamprune.reporting.record import AnchorText, RecordedRefit, SourceTokens, public_name
+from streamprune.reporting.record import Calibration as RecordedText
 from streamprune.saliency.scores_file import scores_path
 from streamprune.work.folder import resume_command
 from streamprune.work.records import (
@@ -167,8 +169,11 @@ def _file(state: list[int] | None) -> str:
     return "missing" if state is None else f"{state[0]:,} bytes, changed at {state[1] / 1e9:.3f}"
 
 
-def recorded_refit(settings: RunSettings, text: Calibration) -> RecordedRefit:
-    """The text that down projections are refitted to, as it is recorded with the output."""
+def recorded_refit(settings: RunSettings, text: Calibration, scored: Mapping[str, Any]) -> RecordedRefit:
+    """The text that down projections are refitted to, as it is recorded with the output.
+
+    `scored` is the text that the experts were scored on, as the provenance of the scores states it.
+    """
     anchor, name = text.anchor, anchor_name(settings, text)
     used = None
     if anchor is not None and name is not None:
@@ -181,14 +186,13 @@ def recorded_refit(settings: RunSettings, text: Calibration) -> RecordedRefit:
             fingerprint=anchor.fingerprint,
         )
     fitted, judging = fitted_tokens(text), fitted_tokens(text, JUDGE)
-    return RecordedRefit(anchor=used, fitted_tokens=fitted, judging_tokens=judging)
+    other = UNSET if text.fingerprint == scored["fingerprint"] else convert(calibration_facts(text), RecordedText)
+    return RecordedRefit(anchor=used, calibration=other, fitted_tokens=fitted, judging_tokens=judging)
 
 
-def provenance_of(
-    settings: RunSettings, prepared: PreparedModel, text: Calibration, device: torch.device, batch_tokens: int
-) -> dict[str, Any]:
-    """What decided the scores of a run, as JSON. It has nothing about which experts stay."""
-    calibration = {
+def calibration_facts(text: Calibration) -> dict[str, Any]:
+    """A calibration as JSON: what it is made of, and what was held out of it."""
+    facts = {
         "sources": [
             {"name": name, "tokens": tokens} for name, tokens in zip(text.sources, text.tokens_of, strict=True)
         ],
@@ -199,8 +203,15 @@ def provenance_of(
     }
     held = text.held_out
     if held is not None:
-        facts = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
-        calibration["held_back"] = facts
+        stated = {"sequences": len(held.sequences), "tokens": held.tokens, "fingerprint": held.fingerprint}
+        facts["held_back"] = stated
+    return facts
+
+
+def provenance_of(
+    settings: RunSettings, prepared: PreparedModel, text: Calibration, device: torch.device, batch_tokens: int
+) -> dict[str, Any]:
+    """What decided the scores of a run, as JSON. It has nothing about which experts stay."""
     return {
         "model": public_name(settings.model),
         "revision": settings.revision,
@@ -212,7 +223,7 @@ def provenance_of(
             "batch_tokens": batch_tokens,
             **({} if settings.channels else {"channels": False}),
         },
-        "calibration": calibration,
+        "calibration": calibration_facts(text),
         "versions": versions(),
     }
 

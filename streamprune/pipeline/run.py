@@ -303,9 +303,11 @@ class _Run:
                 f"{error} All layers are scored: change the selection with `streamprune prune --scores {kept}`."
             ) from None
         self.writer = self.writer or self._new_writer(selection.counts_by_layer)
+        scored = scores.provenance["calibration"]
+        refit = recorded_refit(self.settings, self.calibration, scored) if self.settings.refit else None
         self.decided = SelectionResult(
             self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
-            scores.provenance, scores, recorded_refit(self.settings, self.calibration) if self.settings.refit else None,
+            scores.provenance, scores, refit,
         )  # fmt: skip
         self.decided.print_retention(self.progress)
         if self.calibration.held_out is not None:

@@ -25,7 +25,7 @@ from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import REPORT_NAME, PrunePlan
-from streamprune.reporting.record import GivenCalibration, Recipe, RecipeSource, Record
+from streamprune.reporting.record import Calibration, GivenCalibration, Recipe, RecipeSource, Record
 from streamprune.reporting.tables import refit_table
 from streamprune.reporting.templates import render
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
@@ -93,6 +93,7 @@ def model_card(
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
         context=min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS),
         again=can_score_again(record),
+        reads_text=bool(record.refit) or can_score_again(record),
         this_model=THIS_MODEL,
         command=reproduce_command(record),
         versions=", ".join(f"{plain(name)} {plain(version)}" for name, version in record.versions.items()),
@@ -184,6 +185,9 @@ def can_score_again(record: Record) -> bool:
     """Whether `streamprune run` makes the model again. Otherwise its own scores and record are needed: the selection
     was made by hand, or from scores that the record does not fully describe."""
     settings, given = record.settings, _given(record)
+    if record.refit and record.refit.calibration:
+        # One run does not score on one text and refit to another.
+        return False
     if settings.method is None or given is None or settings.propagate != "original":
         # (Scores made with --propagate pruned may have been used for another selection than the run's own.)
         return False
@@ -192,7 +196,13 @@ def can_score_again(record: Record) -> bool:
 
 
 def _given(record: Record) -> GivenCalibration | None:
-    return record.calibration.stated.given if record.calibration else None
+    text = _text_of_run(record)
+    return text.stated.given if text else None
+
+
+def _text_of_run(record: Record) -> Calibration | None:
+    """The text that a run which makes the model reads: the refit's, if that is not what the experts were scored on."""
+    return (record.refit.calibration if record.refit else None) or record.calibration
 
 
 def reproduce_command(record: Record) -> str:
@@ -202,8 +212,10 @@ def reproduce_command(record: Record) -> str:
     folder THIS_MODEL.
     """
     # Long because it has a line for each option.
-    settings, calibration, use = record.settings, record.calibration, record.use
+    settings, calibration, use = record.settings, _text_of_run(record), record.use
     given, again = _given(record), can_score_again(record)
+    # A refit needs its text, even if the scores are there.
+    reads_text = again or bool(record.refit)
     budget = use.budget_bytes if use else None
     is_by_hand, has_keep = settings.method is None, budget is None and settings.schedule in SCHEDULES
     options: list[tuple[str, Any]] = [
@@ -228,25 +240,26 @@ def reproduce_command(record: Record) -> str:
         ]
     if use is not None:
         options += [("--context", use.context), ("--batch", use.batch), ("--kv-dtype", use.kv_dtype)]
-    if again and given is not None and calibration is not None:
+    if reads_text and given is not None and calibration is not None:
         options += [("--calibration", text) for text in given.calibration]
         options += [
             ("--samples", given.samples),
             ("--seq-len", given.seq_len),
-            ("--seed", given.seed),
+            # (With saved scores it may be stated above, for the selection.)
+            ("--seed", given.seed if again or settings.method != "random" else None),
             # Held-out text is not used for scoring.
             ("--evaluate", bool(calibration.held_back)),
             # The last digits of the scores depend on these; another kind of GPU or CPU may still round differently.
             ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
             ("--device", settings.device or None),
             ("--batch-tokens", settings.batch_tokens or None),
-            ("--no-channels", settings.channels is False),
+            ("--no-channels", again and settings.channels is False),
         ]
-    if record.refit and again:
+    if record.refit:
         anchor = record.refit.anchor
         options += [("--refit", True), ("--anchor", anchor.name if anchor is not None else NO_ANCHOR)]
     options.append(("--max-shard-size", settings.max_shard_bytes))
-    words = ["streamprune", "run" if again else "prune", settings.model]
+    words = ["streamprune", "run" if reads_text else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]
     for name, value in options:
         if value is True:

@@ -143,7 +143,7 @@ class RecipeSource(Struct, frozen=True):
 
 
 class GivenCalibration(Struct, frozen=True):
-    """The options of the command line that say what text the experts are scored on."""
+    """The options of the command line that say what text the experts are scored on (or refitted to)."""
 
     calibration: Annotated[list[str], Meta(min_length=1)]
     samples: int | None = None
@@ -163,7 +163,10 @@ class Recipe(Struct, frozen=True):
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
-    """The text that the experts were scored on. `recipe` is stored unchanged; `stated` has its valid fields."""
+    """The text that the experts were scored on (or refitted to).
+
+    `recipe` is stored unchanged; `stated` has its valid fields.
+    """
 
     sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
     sequences: Count
@@ -230,10 +233,12 @@ class RecordedRefit(Struct, frozen=True, kw_only=True):
     """How the down projections of the kept experts were refitted, by layer.
 
     They were fitted to `fitted_tokens`, and `judging_tokens` decided how much of each change was taken; a part of both
-    is of the `anchor`, if there is one. `layers` are in ascending order.
+    is of the `anchor`, if there is one. `calibration` is only stated for a refit from saved scores with text other than
+    they were made on: the text of which all the rest is. `layers` are in ascending order.
     """
 
     anchor: AnchorText | None
+    calibration: Calibration | UnsetType = UNSET
     fitted_tokens: Count
     judging_tokens: Count
     layers: Annotated[list[LayerRefit], Meta(max_length=MOST_LISTED)] = []
