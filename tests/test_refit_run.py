@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,12 +21,21 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import EvalSettings, RunSettings
 from streamprune.demo.demo import DemoModel, shipped_model
-from streamprune.errors import CalibrationError, InterruptedRunError, SettingsError, UnsupportedModelError
+from streamprune.errors import (
+    CalibrationError,
+    InterruptedRunError,
+    NonFiniteError,
+    ResourceError,
+    SettingsError,
+    UnsupportedModelError,
+)
 from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress
+from streamprune.refit.least_squares import Changes, Fit, RoutedTokens
 from streamprune.streaming import refit_target
+from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
 from streamprune.work.records import read_run
@@ -164,6 +174,45 @@ def test_a_refit_that_changed_nothing_is_on_record_after_a_stop(
         case.run()
     monkeypatch.undo()
     case.resume()
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("problem", "error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("no 3 GiB"),
+            ResourceError,
+            r"refit of layer 2, .* \(no 3 GiB\)\. Use fewer --s",
+        ),
+        (torch.linalg.LinAlgError("not positive"), NonFiniteError, "Layer 2 cannot be refitted.*Try --dtype float32"),
+    ],
+)
+def test_a_fit_that_fails_says_why_even_after_a_resume(
+    problem: Exception, error: type[Exception], said: str, made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made.at(tmp_path / "out")
+    stop_in(RefitStage, 2, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        case.run(checkpoint_every=1e6)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "changes", Mock(side_effect=problem))
+        with pytest.raises(error, match=said):
+            case.resume()
+    # If hidden states or prefetched weights can leave the memory, the layer is fitted again.
+    usual = Fit.changes
+    with monkeypatch.context() as patch:
+        patch.setattr(MicroBatches, "offload_states", lambda *_: True)
+        outcomes = iter([torch.OutOfMemoryError("once")])
+
+        def changes(fit: Fit, tokens: RoutedTokens) -> Changes:
+            for outcome in outcomes:
+                raise outcome
+            return usual(fit, tokens)
+
+        patch.setattr(Fit, "changes", changes)
+        case.resume()
     case.check()
 
 

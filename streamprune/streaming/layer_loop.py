@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from streamprune.calibration.sequences import Calibration, MicroBatch
-from streamprune.hardware.device import is_gpu
+from streamprune.errors import ResourceError
+from streamprune.hardware.device import free_after_failure, is_gpu, lack_of_memory
 from streamprune.streaming.batches import Among, MicroBatches, Runtime, every
 from streamprune.streaming.predictions import SequenceFigures, read_predictions
 from streamprune.streaming.stages import ForwardStage, LayerTask
@@ -146,12 +147,20 @@ class LayerLoop:
             stage.reset()
 
     def _run_stage(self, position: int, stage: ForwardStage, task: LayerTask, layer: nn.Module) -> None:
-        processes, on_cpu = self._runtime.processes, not is_gpu(self._runtime.device)
+        processes = self._runtime.processes
         if position < self.point.stage:
             stage.finish(task, processes, restored=True)
             return
         if position > self.point.stage:
             self.point = ResumePoint(task.index, position)
+        while not self._run_pass(stage, task, layer):
+            self.point.done = 0
+        self._runtime.busy.synchronize()
+        stage.finish(task, processes)
+
+    def _run_pass(self, stage: ForwardStage, task: LayerTask, layer: nn.Module) -> bool:
+        """One pass of the micro-batches; False if it has to be made again, since there is more memory now."""
+        processes, on_cpu = self._runtime.processes, not is_gpu(self._runtime.device)
         with stage.module(task, layer) as module:
             stage.begin(task, module, processes)
 
@@ -169,9 +178,23 @@ class LayerLoop:
             takes, may_stop = partial(stage.takes, task), stage.may_stop(task)
             self.batches.run(task.index, compute, commit, self.point.done, takes, may_stop)
             stage.check_finite()
-            stage.conclude(task, module, processes)
-        self._runtime.busy.synchronize()
-        stage.finish(task, processes)
+            return self._conclude(stage, task, module)
+
+    def _conclude(self, stage: ForwardStage, task: LayerTask, module: nn.Module) -> bool:
+        """Conclude a pass. False if memory ran out, but hidden states were moved, and the pass can be made again."""
+        processes, device = self._runtime.processes, self._runtime.device
+        problem = lack_of_memory(lambda: stage.conclude(task, module, processes))
+        if problem is None:
+            return True
+        free_after_failure(device)
+        what = f"in the {stage.name} of layer {task.index}, behind its last micro-batch"
+        # (Other processes are in the middle of what this one left.)
+        alone = processes.count == 1 and stage.restarts
+        if alone and (self._drop_prefetch() or self.batches.offload_states(f"out of memory {what}")):
+            return False
+        raise ResourceError(
+            f"Out of memory on {device} {what} ({problem}). Use {self.batches.advice()}.{self.batches.watch.holders()}"
+        )
 
     def _prefetch(self, index: int) -> None:
         task = LayerTask(index)
