@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.cli import main
 from streamprune.config import RunSettings
 from streamprune.errors import ResourceError, SettingsError
-from streamprune.hardware.memory_plan import Limit, Needs, Room, choose
+from streamprune.hardware.memory_plan import Limit, Needs, RefitNeeds, Room, choose
 from streamprune.planning import memory_needs as memory_facts
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.states import HiddenStates
@@ -214,3 +215,13 @@ def test_the_run_says_beforehand_what_it_will_need(model: Path, tmp_path: Path) 
     assert "for 48 tokens at a time" in line
     assert "largest layer 242.62 KiB (498.62 KiB while it is loaded), the next one read ahead 242.62 KiB" in line
     assert "embeddings 64.31 KiB" in line
+
+
+def test_each_process_has_all_factors_of_a_refit_and_the_largest_share_of_its_tokens() -> None:
+    refit = RefitNeeds(collected=2000, tokens=200, factors=70)
+    # 800 tokens in 10 micro-batches of 80: of 4 processes one has 3, and all 200 tokens may be among their 240.
+    shared = replace(needs(), processes=4, refit=refit)
+    assert shared.collected_here(80) == 70 + 2000
+    # In 100 micro-batches of 8, it has 25, with 200 tokens; of 10 processes 10, with 80.
+    assert replace(shared, processes=10).collected_here(8) == 70 + 800
+    assert needs().collected_here(8) == 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamprune.calibration.pack import divided
-from streamprune.calibration.sequences import FIT, JUDGE, Calibration
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration, fingerprint_of
 from streamprune.errors import CalibrationError
 
 #: Routed tokens for each intermediate unit of an expert that stays, on average, that the experts are fitted to. (The
@@ -68,10 +68,13 @@ def with_refit(calibration: Calibration, demand: RefitDemand) -> Calibration:
 def only_refitted(calibration: Calibration) -> Calibration:
     """The calibration with only the sequences that take part in the refit, its anchor, and its held-out text."""
     used = [number for number, use in enumerate(calibration.refit) if use]
+    sequences = tuple(calibration.sequences[number] for number in used)
+    source_of = tuple(calibration.source_of[number] for number in used)
     return replace(
         calibration,
-        sequences=tuple(calibration.sequences[number] for number in used),
-        source_of=tuple(calibration.source_of[number] for number in used),
+        sequences=sequences,
+        source_of=source_of,
+        fingerprint=fingerprint_of(sequences, source_of),
         refit=tuple(calibration.refit[number] for number in used),
     )
 

@@ -20,11 +20,14 @@ STAGING_BYTES = 64 * 2**20
 class RefitNeeds:
     """What the refit of a layer needs, in bytes.
 
-    `collected` are its tokens and the factored matrices, which are where the hidden states are (in RAM if those are on
-    disk), `work` what the device has while it fits, `encoded` the new tensors in RAM, before they are written.
+    `collected` is what it keeps of `tokens` tokens, divided among the processes, and `factors` are the factored
+    matrices, which each process has all of. Both are where the hidden states are (in RAM if those are on disk). `work`
+    is what the device has while it fits, `encoded` the new tensors in RAM, before they are written.
     """
 
     collected: int = 0
+    tokens: int = 0
+    factors: int = 0
     work: int = 0
     encoded: int = 0
 
@@ -63,6 +66,13 @@ class Needs:
         """Bytes of one process's share of the hidden states, with micro-batches of so many tokens."""
         batches = max(1, -(-self.tokens // max(batch_tokens, self.longest)))
         return self.states * -(-batches // self.processes) // batches
+
+    def collected_here(self, batch_tokens: int) -> int:
+        """Bytes of a refit that one process has, if its share of the micro-batches is refitted to more than others."""
+        size, refit = max(batch_tokens, self.longest), self.refit
+        batches = max(1, -(-self.tokens // size))
+        most = min(refit.tokens, -(-batches // self.processes) * size)
+        return refit.factors + (-(-refit.collected * most // refit.tokens) if refit.tokens else 0)
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ class MemoryPlan:
 
     @property
     def _collected(self) -> int:
-        return -(-self.needs.refit.collected // self.needs.processes)
+        return self.needs.collected_here(self.tokens_at_a_time)
 
     @property
     def _moving(self) -> int:

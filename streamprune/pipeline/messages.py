@@ -75,7 +75,8 @@ def _print_refit(progress: Progress, settings: RunSettings, prepared: PreparedMo
     assert counts is not None
     fitted, judging = (fitted_tokens(calibration, use) for use in (FIT, JUDGE))
     per_unit = fitted / refit_demand(prepared.skeleton, counts).units
-    general = f", {anchor.tokens:,} of both from {anchor_name(settings, calibration)} (the anchor)" if anchor else ""
+    name = anchor_name(settings, calibration)
+    general = f"; {anchor.tokens:,} of all these tokens are from {name}, the anchor" if anchor else ""
     progress.say(
         f"refit: fitted to {fitted:,} tokens, {per_unit:.0f} routed ones for each intermediate unit of an expert that "
         f"stays; {judging:,} others judge{general}"
@@ -100,18 +101,19 @@ def print_refit_cost(progress: Progress, plan: PruningPlan) -> dict[str, Any]:
     sizes = refit_sizes(plan.skeleton, plan.counts, itemsize, demand.tokens, demand.tokens // JUDGE_EVERY)
     layers, needs = len(plan.skeleton.experts), sizes.needs
     per_layer = (sizes.model_flop + sizes.exact_flop) / 1e12
-    as_scoring = (sizes.model_flop + sizes.exact_flop) / sizes.layer_flop
     progress.say(
         f"refit: {sizes.tokens:,} tokens; in each of {layers} layers {sizes.model_flop / 1e12:.3g} TFLOP in the "
-        f"model's dtype and {sizes.exact_flop / 1e12:.3g} in float32, {per_layer * layers / 1000:.3g} PFLOP in all: as "
-        f"much as to score {as_scoring:,.0f} tokens more; {format_bytes(needs.collected)} of tokens and "
-        f"{format_bytes(needs.work)} of workspace"
+        f"model's dtype and {sizes.exact_flop / 1e12:.3g} in float32 and float64, which are slower; "
+        f"{per_layer * layers / 1000:.3g} PFLOP in all. Those in the model's dtype are as many as to score "
+        f"{sizes.model_flop / sizes.layer_flop:,.0f} tokens. Memory for one layer: "
+        f"{format_bytes(needs.collected + needs.factors)} of tokens and matrices, and {format_bytes(needs.work)} of "
+        "workspace"
     )
     return {
         "tokens": sizes.tokens,
         "model_flop": sizes.model_flop * layers,
         "exact_flop": sizes.exact_flop * layers,
-        "collected_bytes": needs.collected,
+        "collected_bytes": needs.collected + needs.factors,
         "workspace_bytes": needs.work,
     }
 

@@ -54,7 +54,9 @@ class RefitSizes:
         effects = 12 * min(EFFECT_VALUES, self.judging * self.top_k * self.hidden)
         work = 4 * self.kept * each + self.fitted * self.inner * self.itemsize + 24 * self.inner**2 + 32 * each
         return RefitNeeds(
-            collected=self.tokens * token + 8 * self.kept * self.inner**2,
+            collected=self.tokens * token,
+            tokens=self.tokens,
+            factors=8 * self.kept * self.inner**2,
             work=work + max(part, effects),
             # The source's values and their bytes, and those of the layer before, which may still be written.
             encoded=3 * self.kept * each * max(2, self.itemsize),
