@@ -51,18 +51,9 @@ def inspect_scores(
     if selection:
         warnings += _choice_warnings(selection.kept, outliers, unseen)
     layers = [_layer_object(index, values, scores, selection, unseen[index]) for index, values in ranked.items()]
-    narrower: dict[str, Any] = {}
+    narrower = _narrower_object(scores, weights, selection, energy, layers, widths)
     if selection and energy:
-        for layer, shares_kept in zip(layers, _energy_by_expert(scores, weights, selection), strict=True):
-            layer |= shares_kept
-        width = selection.layers[0].stays.channels
-        narrower = {"width": width.kept_width if width else None, "notes": list(notes)}
-        narrower["energy"] = [_retention_object(each) for each in energy]
-    elif widths:
-        by_width = zip(widths, energy_by_width(scores, weights, widths), strict=True)
-        narrower["widths"] = [
-            {"width": width, "energy": dict(zip(scores.sources, found, strict=True))} for width, found in by_width
-        ]
+        narrower["notes"] = list(notes)
     channels = scores.layers[0].channels
     return {
         "model": scores.provenance.get("model"),
@@ -81,6 +72,33 @@ def inspect_scores(
         "retention": [_retention_object(each) for each in retained],
         **narrower,
         "warnings": warnings,
+    }
+
+
+def _narrower_object(
+    scores: Scores,
+    weights: Sequence[float],
+    selection: Selection | None,
+    energy: Sequence[Retention],
+    layers: Sequence[dict[str, Any]],
+    widths: Sequence[int],
+) -> dict[str, Any]:
+    """What `--json` prints of narrower experts: of the selection's, whose `layers` get their energy, or of `widths`."""
+    if selection and energy:
+        for layer, shares_kept in zip(layers, _energy_by_expert(scores, weights, selection), strict=True):
+            layer |= shares_kept
+        mask = selection.layers[0].channels
+        return {
+            "width": mask.kept_width if mask else None,
+            "energy": [_retention_object(each) for each in energy],
+        }
+    if not widths:
+        return {}
+    by_width = zip(widths, energy_by_width(scores, weights, widths), strict=True)
+    return {
+        "widths": [
+            {"width": width, "energy": dict(zip(scores.sources, found, strict=True))} for width, found in by_width
+        ]
     }
 
 
