@@ -204,5 +204,6 @@ def test_what_cannot_be_shown_is_refused(
 
 
 def test_shared_experts_limit_the_widths_that_are_shown(scores: Scores, tmp_path: Path) -> None:
-    body = as_json(tmp_path, laid_out(scores, width=WidthSpec((), ("n",), 8, "shared", 1).__dict__))
+    width = WidthSpec((), ("moe_intermediate_size",), 8, "n_shared_experts", 1)
+    body = as_json(tmp_path, laid_out(scores, width=width.__dict__))
     assert [each["width"] for each in body["widths"]] == [4, 2]
