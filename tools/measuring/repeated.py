@@ -30,7 +30,7 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "evaluating": {"plain": {}, "evaluated": {"evaluate": True}},
     "recording": {"without channels": {"channels": False}, "with channels": {}},
     "narrowing": {"fewer experts": {}, "narrower experts": {"keep": None, "width": HALF_WIDTH}},
-    "refitting": {"plain": {}, "refitted": {"refit": True}},
+    "refitting": {"plain": {}, "refitted": {"refit": True, "anchor": "none"}},
 }
 
 
