@@ -23,7 +23,7 @@ RESUME = ("auto", "required", "never")
 WORK_SUFFIX = ".work"
 #: Most bytes in a file name, on every usual file system.
 LONGEST_NAME = 255
-#: The value of --anchor for no text beside the calibration.
+#: The value of --anchor for no text in addition to the calibration.
 NO_ANCHOR = "none"
 #: Enough for a first result; the published REAP runs use 512 to 1,024 sequences of 2,048 tokens.
 DEFAULT_SAMPLES = 512
@@ -313,7 +313,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
             raise SettingsError("--refit changes weights of a pruned model, and scoring alone makes none.")
         if self.propagate == "pruned":
             raise SettingsError(
-                "--refit fits the pruned layers to the original ones, so it needs the original stream beside the "
+                "--refit fits the pruned layers to the original ones, so it needs the original stream next to the "
                 "pruned one, and scores on it. Leave out --propagate pruned."
             )
 

@@ -144,17 +144,21 @@ def stop_in(stage: type[ForwardStage], layer: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stage, "compute", compute)
 
 
-@pytest.mark.parametrize("stage", [ScoreStage, RefitStage, PrunedForwardStage])
-def test_a_refit_that_was_stopped_in_any_stage_goes_on(
-    made: Case, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = made.at(tmp_path / "out")
+def check_stop_in(stage: type[ForwardStage], case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped in a stage of layer 2 resumes to the same bytes."""
     stop_in(stage, 2, monkeypatch)
     with pytest.raises(InterruptedRunError):
         case.run(checkpoint_every=1e6)
     monkeypatch.undo()
     case.resume()
     case.check()
+
+
+@pytest.mark.parametrize("stage", [ScoreStage, RefitStage, PrunedForwardStage])
+def test_a_refit_that_was_stopped_in_any_stage_goes_on(
+    made: Case, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_stop_in(stage, made.at(tmp_path / "out"), monkeypatch)
 
 
 def test_a_refit_that_changed_nothing_is_on_record_after_a_stop(

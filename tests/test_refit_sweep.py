@@ -26,7 +26,7 @@ from streamprune.work.saved_states import Generations
 from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
-from tests.test_refit_run import small_case, stop_in, tensors_of
+from tests.test_refit_run import check_stop_in, small_case, stop_in, tensors_of
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 
@@ -82,13 +82,7 @@ def test_a_kill_while_refitting_goes_on(made: Case, tmp_path: Path, layer: int, 
 def test_a_stop_in_any_stage_goes_on(
     made: Case, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = made.at(tmp_path / "out")
-    stop_in(stage, 2, monkeypatch)
-    with pytest.raises(InterruptedRunError):
-        case.run(checkpoint_every=1e6)
-    monkeypatch.undo()
-    case.resume()
-    case.check()
+    check_stop_in(stage, made.at(tmp_path / "out"), monkeypatch)
 
 
 def test_states_of_the_scoring_are_gone_once_all_layers_are_scored(

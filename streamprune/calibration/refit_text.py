@@ -41,7 +41,7 @@ class RefitDemand:
         return round(WANTED_PER_UNIT * self.units * JUDGE_EVERY / (JUDGE_EVERY - 1))
 
     def anchor_tokens(self, calibration: int) -> int:
-        """Tokens of the anchor beside a calibration of so many tokens."""
+        """Tokens of the anchor for a calibration of so many tokens."""
         own = min(calibration, round(self.tokens * (1 - ANCHOR_SHARE)))
         return round(own * ANCHOR_SHARE / (1 - ANCHOR_SHARE))
 

@@ -58,7 +58,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @click.option(
     "--anchor",
     metavar="TEXT|none",
-    help="With --refit: text to fit to beside the calibration, as for --calibration.  "
+    help="With --refit: text to fit to in addition to the calibration, as for --calibration.  "
     "[default: builtin if the calibration has one source, else none]",
 )
 @opt.DTYPE

@@ -44,14 +44,14 @@ def refit_sizes(skeleton: Skeleton, counts: ExpertCounts, itemsize: int, tokens:
     module = skeleton.layers[index].get_submodule(skeleton.experts[index])
     experts = sum(each.numel() for each in module.parameters())
     others = sum(each.numel() for each in skeleton.layers[index].parameters()) - experts
-    # (Attention itself is left out: it is little beside the products with weights, except for long sequences.)
+    # (Attention itself is left out: it is little compared with the products with weights, except for long sequences.)
     used = others + experts * skeleton.spec.top_k // skeleton.spec.count
     hidden = down_sizes(module)[1]
     return RefitSizes(demand.kept, demand.width, hidden, skeleton.spec.top_k, tokens, judging, 2 * used, itemsize)
 
 
 def anchor_name(settings: RunSettings, calibration: Calibration) -> str | None:
-    """The text that --refit fits to beside the calibration; None for no text."""
+    """The text that --refit fits to in addition to the calibration; None for no text."""
     if settings.anchor is not None:
         return None if settings.anchor == NO_ANCHOR else settings.anchor
     return BUILTIN if len(calibration.sources) == 1 else None

@@ -30,7 +30,7 @@ class ExpertsCall:
 
 
 def why_not_linear(module: nn.Module) -> str | None:
-    """Why a layer's output is not linear in these experts' down projections, as far as can be told; None if it is."""
+    """Why a layer's output is not linear in these experts' down projections, as far as can be seen; None if it is."""
     name = type(module).__name__
     if not dispatches_experts(module):
         return f"{name} does not run through transformers' experts interface, so its activations cannot be seen"
@@ -64,18 +64,18 @@ def activation(module: Any, expert: int, hidden: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def listening(module: nn.Module) -> Iterator[list[ExpertsCall]]:
     """Within the context, every call of the module is added to the list. Changes nothing of the computation."""
-    heard: list[ExpertsCall] = []
+    calls: list[ExpertsCall] = []
 
-    def hear(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> None:
         given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | named
         hidden = given["hidden_states"]
         # Copies, since the layer may go on to change both in place.
         flat, output = (each.reshape(-1, each.shape[-1]).clone() for each in (hidden, output))
-        heard.append(ExpertsCall(flat, given["top_k_index"], given["top_k_weights"], output))
+        calls.append(ExpertsCall(flat, given["top_k_index"], given["top_k_weights"], output))
 
-    hook = module.register_forward_hook(hear, with_kwargs=True)
+    hook = module.register_forward_hook(record, with_kwargs=True)
     try:
-        yield heard
+        yield calls
     finally:
         hook.remove()
 

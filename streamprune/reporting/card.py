@@ -211,7 +211,6 @@ def reproduce_command(record: Record) -> str:
     Local files are given by name only, without folders; if `can_score_again` is False, the model's own files are in the
     folder THIS_MODEL.
     """
-    # Long because it has a line for each option.
     settings, calibration, use = record.settings, _text_of_run(record), record.use
     given, again = _given(record), can_score_again(record)
     # A refit needs its text, even if the scores are there.
@@ -241,20 +240,7 @@ def reproduce_command(record: Record) -> str:
     if use is not None:
         options += [("--context", use.context), ("--batch", use.batch), ("--kv-dtype", use.kv_dtype)]
     if reads_text and given is not None and calibration is not None:
-        options += [("--calibration", text) for text in given.calibration]
-        options += [
-            ("--samples", given.samples),
-            ("--seq-len", given.seq_len),
-            # (With saved scores it may be stated above, for the selection.)
-            ("--seed", given.seed if again or settings.method != "random" else None),
-            # Held-out text is not used for scoring.
-            ("--evaluate", bool(calibration.held_back)),
-            # The last digits of the scores depend on these; another kind of GPU or CPU may still round differently.
-            ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
-            ("--device", settings.device or None),
-            ("--batch-tokens", settings.batch_tokens or None),
-            ("--no-channels", again and settings.channels is False),
-        ]
+        options += _text_options(record, given, bool(calibration.held_back))
     if record.refit:
         anchor = record.refit.anchor
         options += [("--refit", True), ("--anchor", anchor.name if anchor is not None else NO_ANCHOR)]
@@ -267,6 +253,25 @@ def reproduce_command(record: Record) -> str:
         elif value is not None and value is not False and value != _USUAL.get(name):
             words += [name, str(value)]
     return shlex.join(words)
+
+
+def _text_options(record: Record, given: GivenCalibration, evaluates: bool) -> list[tuple[str, Any]]:
+    """The options of a run that say what text it reads, and how it computes."""
+    settings, again = record.settings, can_score_again(record)
+    return [
+        *(("--calibration", text) for text in given.calibration),
+        ("--samples", given.samples),
+        ("--seq-len", given.seq_len),
+        # (With saved scores it may be stated above, for the selection.)
+        ("--seed", given.seed if again or settings.method != "random" else None),
+        # Held-out text is not used for scoring.
+        ("--evaluate", evaluates),
+        # The last digits of the scores depend on these; another kind of GPU or CPU may still round differently.
+        ("--dtype", settings.dtype if settings.dtype in DTYPES else None),
+        ("--device", settings.device or None),
+        ("--batch-tokens", settings.batch_tokens or None),
+        ("--no-channels", again and settings.channels is False),
+    ]
 
 
 def mix_text(shares: Mapping[str, float]) -> str:

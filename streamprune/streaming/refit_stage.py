@@ -135,15 +135,15 @@ class RefitStage(ForwardStage):
         """Collect a micro-batch's tokens; the state stays. (The layer's experts run as in any forward.)"""
         experts, factor, hidden = self._experts(task, layer), task.factor, down_sizes(self._experts(task, layer))[1]
         own: Any = side_of(state, EXPERTS).output if factor is None else None
-        with listening(experts) as heard:
+        with listening(experts) as calls:
             after = self.weights.forward.run_layer(task.index, layer, batch.ids, side_of(state, PRUNED))
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
-        if len(heard) != 1 or len(heard[0].hidden) != batch.ids.numel() or (own is None and factor is None):
+        if len(calls) != 1 or len(calls[0].hidden) != batch.ids.numel() or (own is None and factor is None):
             raise UnsupportedModelError(
                 f"--refit cannot refit the experts of layer {task.index}: how their output is used is not known. Run "
                 "without --refit."
             )
-        call, wanted, found = heard[0], own, heard[0].output
+        call, wanted, found = calls[0], own, calls[0].output
         if factor is not None:
             wanted, found = hidden_states_of(side_of(state, ORIGINAL)), hidden_states_of(after)
         wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))

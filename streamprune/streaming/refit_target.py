@@ -2,7 +2,7 @@
 
 If the layer adds their output to the residual stream as it is, or times a constant, the refit can aim at the layer's
 whole output, and mend what earlier layers left there. If there is something else behind the experts (a norm), it aims
-at their own output, which is then carried in a side of its own beside those of the two models. Which of the two it is
+at their own output, which is then carried in a side of its own, next to those of the two models. Which of the two it is
 is measured: what is added to the experts' output must appear in the layer's output, for all tokens and values alike.
 
 It is measured once in a layer, by rank 0, on the first sequence of all, before anything else goes through the original
@@ -49,8 +49,9 @@ class RefitTarget:
     def __init__(self, weights: LayerWeights) -> None:
         assert isinstance(weights.decoder, Skeleton)
         self._weights, self._paths = weights, weights.decoder.experts
-        #: Whether the factor of the current layer is known, and the factor (see `measured_factor`).
-        self._known, self.factor = False, None  # type: bool, float | None
+        #: The factor of the current layer (see `measured_factor`), once it is known.
+        self.factor: float | None = None
+        self._known = False
 
     def decide(self, index: int, layer: nn.Module, processes: Processes) -> None:
         """Measure the factor of the loaded, original layer `index`, unless it is known; all ranks get that of rank 0.
@@ -66,9 +67,9 @@ class RefitTarget:
         carries = bool(batch.refit) and self._known and self.factor is None
         return listening(layer.get_submodule(self._paths[index])) if carries else nullcontext([])
 
-    def carried(self, state: BatchState, heard: list[ExpertsCall]) -> BatchState:
+    def carried(self, state: BatchState, calls: list[ExpertsCall]) -> BatchState:
         """The state after the layer, with its experts' output in a side of its own if the refit aims at that."""
-        return with_side(state, EXPERTS, BatchState(heard[0].output)) if heard else without_side(state, EXPERTS)
+        return with_side(state, EXPERTS, BatchState(calls[0].output)) if calls else without_side(state, EXPERTS)
 
     def reset(self) -> None:
         """Forget the current layer."""

@@ -127,14 +127,14 @@ class ForwardStage:
         """The new state of micro-batch `number` (None: it stays as it is). May fail, and be computed again in parts."""
         two_sided = self._two_sided(batch)
         before = side_of(state, self.side) if two_sided else state
-        with self.target.listening(task.index, layer, batch) if self.target is not None else nullcontext([]) as heard:
+        with self.target.listening(task.index, layer, batch) if self.target is not None else nullcontext([]) as calls:
             after = self.weights.forward.run_layer(task.index, layer, batch.ids, before)
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
         if not two_sided:
             return after
         both = with_side(state, self.side, after)
         if self.target is not None:
-            both = self.target.carried(both, heard)
+            both = self.target.carried(both, calls)
         counts = self.errors is not None and not batch.refit
         self._sum = relative_errors(both, batch.ids.numel()).sum() if counts else None
         return both
