@@ -79,7 +79,7 @@ def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch
     """Logits of a model streamed layer by layer, with every MoE layer scored on the way."""
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(load_config(folder), dtype)
-    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton, checkpoint.tensors), dtype)
+    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton, checkpoint.tensors, checkpoint.config), dtype)
     weights = LayerWeights(opened, CPU)
     width = recorded_width(find_channels(load_config(folder), skeleton, dtype))
     taps = tap_experts({index: skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()})

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from streamprune.checkpoint.index import open_checkpoint
-from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruneSettings
 from streamprune.errors import VerifyError
 from streamprune.formats import pick
-from streamprune.formats.base import ByteRange, Bytes, ChannelRows, ExpertRows, Format, KeptExperts, decode_tensors
-from streamprune.formats.plain import PLAIN
+from streamprune.formats.base import Format, KeptExperts, decode_tensors
+from streamprune.formats.quantization import Module, Quantization, Recognized
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.output.plan import OutputTensor, PrunePlan, StageTensor, make_plan, output_tensors
+from streamprune.output.plan import PrunePlan, StageTensor, make_plan, output_tensors
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
 from streamprune.work.folder import WorkFolder
@@ -31,42 +29,26 @@ from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config
 
 
+@dataclass(frozen=True)
 class HalvedFormat(Format):
     """For these tests: a weight is stored as whole numbers beside a `weight_step` to multiply them with."""
 
     name = "halved"
 
-    def parts_of(self, module: Mapping[str, TensorEntry]) -> Mapping[str, tuple[str, str]] | None:
-        if not any(name.endswith("weight_step") for name in module):
-            return None
-        return {name: (name.removesuffix("_step"), "step" if name.endswith("_step") else "") for name in module}
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return (parts[""].float() * parts["step"]).to(dtype)
 
-    def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows | None:
-        return PLAIN.expert_rows(entry, part, of, experts) if not part else None
-
-    def channel_rows(self, shape: tuple[int, ...], part: str, of: ChannelRows, width: int) -> ChannelRows | None:
-        return PLAIN.channel_rows(shape, part, of, width) if not part else None
-
-    def slice_channels(
-        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
-    ) -> Bytes:
-        return PLAIN.slice_channels(expert, shape, rows, kept)
-
-    def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
-        return PLAIN.slice_experts(entry, rows, kept)
-
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return parts[""].float() * parts["step"]
-
-    def encode(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        step = tensor.abs().max().reshape(1) / 127
-        return {parameter: (tensor / step).round().to(torch.int8), f"{parameter}_step": step}
-
-    def pruned_config(self, config: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
-        return {**config, "halved": {str(layer): list(experts) for layer, experts in kept.items()}}
+    def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return {"": ("I8", shape), "step": ("F32", (1,))}
 
 
 HALVED = HalvedFormat()
+
+
+def recognize(module: Module, stated: Quantization) -> Recognized | None:
+    if "weight_step" not in module.tensors:
+        return None
+    return Recognized(HALVED, {"weight": ("weight", ""), "weight_step": ("weight", "step")})
 
 
 @pytest.fixture
@@ -79,11 +61,15 @@ def halve_experts(model: Path) -> dict[str, torch.Tensor]:
     path = model / "model.safetensors"
     plain, stored = load_file(path), {}
     for name, tensor in list(plain.items()):
-        parts = HALVED.encode(name, tensor) if ".experts." in name else {name: tensor}
-        stored.update(parts)
-        if len(parts) == 2:
-            plain[name] = HALVED.decode({"": parts[name], "step": parts[f"{name}_step"]})
+        if ".experts." in name:
+            step = tensor.abs().max().reshape(1) / 127
+            stored |= {name: (tensor / step).round().to(torch.int8), f"{name}_step": step}
+            plain[name] = stored[name] * step
+        else:
+            stored[name] = tensor
     save_file(stored, path, {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "halved"}}))
     return plain
 
 
@@ -97,21 +83,21 @@ def planned(model: Path, kept: int = 5) -> tuple[PrunePlan, Any]:
 
 def test_a_module_s_companions_are_one_parameter(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the module's own tensors: the experts are in the other format, everything else is plain."""
-    monkeypatch.setattr(pick, "FORMATS", (HALVED, PLAIN))
+    monkeypatch.setattr(pick, "RECOGNIZERS", (recognize,))
     expected = halve_experts(model)
     checkpoint = open_checkpoint(model)
-    stored = pick.pick_formats(checkpoint.tensors)
+    stored = pick.pick_formats(checkpoint.tensors, checkpoint.config)
     assert {each.format.name for name, each in stored.items() if ".experts." in name} == {"halved"}
     assert {each.format.name for name, each in stored.items() if ".experts." not in name} == {"plain"}
     raw = load_file(model / "model.safetensors")
-    decoded = decode_tensors(raw, stored)
+    decoded = decode_tensors(raw, stored, torch.float32)
     assert not raw, "decoded tensors are taken out, so that their memory is free"
     assert decoded.keys() == expected.keys()
     assert all(torch.equal(decoded[name], tensor) for name, tensor in expected.items())
 
 
 def test_companions_are_cut_and_renumbered_with_their_experts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pick, "FORMATS", (HALVED, PLAIN))
+    monkeypatch.setattr(pick, "RECOGNIZERS", (recognize,))
     halve_experts(model)
     plan, opened = planned(model)
     names = {tensor.name: tensor for tensor in plan.tensors}
@@ -122,25 +108,12 @@ def test_companions_are_cut_and_renumbered_with_their_experts(model: Path, monke
     origin, source = names[name.format(3)].slice_of(KeptExperts(kept)), opened.checkpoint.tensors[name.format(5)]
     assert origin.experts == (5,)
     assert [(part.begin, part.end, part.take) for part in origin.parts] == [(source.begin, source.end, None)]
-    assert plan.config_for({1: KeptExperts(kept)})["halved"] == {"1": list(kept)}
 
 
 def test_a_format_that_nobody_knows_is_refused_by_its_tensors(model: Path) -> None:
     halve_experts(model)
-    with pytest.raises(Exception, match=r"quantized: .*experts.* has the dtype I8"):
+    with pytest.raises(Exception, match=r"experts.* has the dtype I8"):
         open_moe(open_checkpoint(model))
-
-
-def test_a_tensor_that_cannot_be_sliced_has_to_be_encoded() -> None:
-    class Whole(HalvedFormat):
-        def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> None:
-            return None
-
-    entry = TensorEntry("w", "f", "F32", (8, 2), 0, 64)
-
-    tensor = OutputTensor("w", "F32", (5, 2), 0, (entry,), rows=ExpertRows(0, 1, 0), format=Whole())
-    with pytest.raises(Exception, match=r"w cannot be sliced as it is stored \(halved\); it has to be encoded again"):
-        tensor.slice_of(KeptExperts((0, 1)))
 
 
 def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from tests.helpers import CPU
 @contextmanager
 def loader_of(model: Path) -> Iterator[LayerWeights]:
     checkpoint, skeleton = open_checkpoint(model), build_skeleton(load_config(model), torch.float32)
-    opened = OpenedModel(checkpoint, skeleton, map_checkpoint(skeleton, checkpoint.tensors), torch.float32)
+    targets = map_checkpoint(skeleton, checkpoint.tensors, checkpoint.config)
+    opened = OpenedModel(checkpoint, skeleton, targets, torch.float32)
     loader = LayerWeights(opened, CPU, Busy())
     try:
         yield loader

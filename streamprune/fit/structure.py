@@ -26,8 +26,8 @@ from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_with
-from streamprune.formats.pick import quantization_method
-from streamprune.models.config_json import ExpertSpec, stated_shape, states_experts, text_part
+from streamprune.formats.quantization import Quantization
+from streamprune.models.config_json import ExpertSpec, stated_shape, states_experts
 from streamprune.models.open import declared_dtype, describe_model, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, survey
@@ -180,8 +180,8 @@ def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[s
             pass
         else:
             facts += tuple(fact for fact in _weights_of(built).facts if fact.category == "vision")
-    method = quantization_method(raw) or quantization_method(text_part(raw)[1])
-    if method is not None:
+    method = Quantization.of(raw).method
+    if method:
         notes = (*notes, f"The published weights are quantized ({method}), but the sizes are of plain ones, as the "
                  "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
     return replace(footprint, weights=replace(footprint.weights, facts=facts), notes=notes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
-
-#: First and last (exclusive) byte of a part of a file.
-ByteRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -120,32 +118,12 @@ class KeptExperts:
     channels: ChannelMask | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Bytes:
-    """Bytes `begin` to `end` (exclusive) of a file; with `take`, only some of them.
-
-    They are then an array (A, count, size) of bytes, of which the rows `take`, ascending, of the middle axis are meant.
-    """
-
-    begin: int
-    end: int
-    count: int = 0
-    size: int = 0
-    take: NDArray[np.int64] | None = field(default=None, repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes are meant."""
-        total = self.end - self.begin
-        return total if self.take is None else total // self.count * len(self.take)
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """What a stored tensor is: one part of a parameter, stored in a format.
 
     `parameter` is the name that the parameter has in a plain checkpoint of the same model (`...up_proj.weight`). `part`
-    is "" for the values, else the name of the companion (`scale_inv`).
+    is "" for values that lie there as one tensor of the parameter's own shape, else the part's name (`scale`).
     """
 
     parameter: str
@@ -154,74 +132,58 @@ class StoredTensor:
 
 
 class Format(ABC):
-    """One way to store parameters. Implementations have no state and no side effects."""
+    """One way to store parameters. An instance is a value: it holds what config.json says of it (block size, bits)."""
 
-    #: The name of the format for messages.
-    name: str
-
+    @property
     @abstractmethod
-    def parts_of(self, module: Mapping[str, TensorEntry]) -> Mapping[str, tuple[str, str]] | None:
-        """For each tensor of one module (by its full name) the parameter it is a part of, and the part's name.
+    def name(self) -> str:
+        """The format for people: `FP8 (blocks of 128 x 128)`."""
 
-        None if the module is not stored in this format. Decided by the module's own tensors, since one checkpoint may
-        mix formats: experts packed, attention plain.
-        """
-
-    @abstractmethod
     def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows | None:
-        """Where the experts are in a stored tensor of a parameter whose own experts are at `of`.
+        """Where the experts are in a stored tensor of a parameter that holds all of them, its own being at `of`.
 
-        None for a part that is the same for all experts, such as a scale of the complete tensor. Raises
+        None for a part that is the same for all experts, such as one scale of the complete tensor. Raises
         UnsupportedModelError if the axis cannot be found.
-        """
 
-    @abstractmethod
+        Here: quantized experts are one after the other along the first axis of every part.
+        """
+        if len(entry.shape) <= 1 and math.prod(entry.shape) == 1:
+            return None
+        if (of.stride, of.tail) != (1, 0) or entry.shape[:1] != (experts,):
+            raise UnsupportedModelError(
+                f"{entry.name} {list(entry.shape)}, stored as {self.name}, does not hold its {experts} experts along "
+                "its first axis, so none can be cut out."
+            )
+        return ExpertRows(0, 1, 0)
+
     def channel_rows(self, shape: tuple[int, ...], part: str, of: ChannelRows, width: int) -> ChannelRows | None:
         """Where the channels are in a stored tensor that has this shape for each expert.
 
         The parameter has them at `of`, from which conversions may have split or joined them (gate, up). None if they
-        cannot be found.
+        cannot be found, or not be cut: in quantized tensors, several channels share a scale or a byte.
+        """
+        return None
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The plain parameter in `dtype`, from its stored parts by their names, on their device.
+
+        Happens before transformers' own conversion, which then sees a plain checkpoint. Quantized values are computed
+        in float32, and rounded once; of a tensor that holds all experts, one expert at a time.
         """
 
     @abstractmethod
-    def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange] | None:
-        """The bytes of the file that make up the stored tensor with the experts `kept` only, in their order.
-
-        None if the bytes cannot be taken from the source, so that the tensor has to be encoded again.
-        """
-
-    @abstractmethod
-    def slice_channels(
-        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
-    ) -> Bytes | None:
-        """The bytes of one expert's stored tensor that belong to its channels `kept`, ascending.
-
-        `expert` are the bytes of its tensor, of this shape, in the file. None if they cannot be taken from the source.
-        """
-
-    @abstractmethod
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The plain parameter, from its stored parts by their names, on their device.
-
-        Happens before transformers' own conversion, which then sees a plain checkpoint.
-        """
-
-    @abstractmethod
-    def encode(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stored tensors, by name, of a parameter with these values."""
-
-    @abstractmethod
-    def pruned_config(self, config: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
-        """config.json of the output, with the expert indices in its quantization section renumbered.
-
-        `kept` are the experts that stay, by layer.
-        """
+    def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors dtype and the shape of every part of a weight of this shape (out, in)."""
 
 
-def decode_tensors(tensors: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+def decode_tensors(
+    tensors: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The parameters, under their plain names, of stored tensors that hold all parts of each.
 
-    Takes the tensors out of the dict, one parameter after the other: a stored tensor is freed once it is decoded.
+    Quantized ones get `dtype`. Takes the tensors out of the dict, one parameter after the other: a stored tensor is
+    freed once it is decoded.
     """
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
@@ -229,5 +191,5 @@ def decode_tensors(tensors: dict[str, torch.Tensor], stored: Mapping[str, Stored
     decoded = {}
     for parameter, names in groups.items():
         storage = stored[next(iter(names.values()))].format
-        decoded[parameter] = storage.decode({part: tensors.pop(name) for part, name in names.items()})
+        decoded[parameter] = storage.decode({part: tensors.pop(name) for part, name in names.items()}, dtype)
     return decoded

@@ -4,37 +4,71 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.errors import UnsupportedModelError
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats import fp4, fp8, mxfp4
 from streamprune.formats.base import Format, StoredTensor
 from streamprune.formats.plain import PLAIN
+from streamprune.formats.quantization import Module, Quantization, Recognized
 
-#: The formats in the order in which they are tried; the plain format takes all remaining tensors.
-FORMATS: tuple[Format, ...] = (PLAIN,)
+#: Each takes the tensors of a module that are stored in its format, if there are some. Asked in this order.
+RECOGNIZERS: tuple[Callable[[Module, Quantization], Recognized | None], ...] = (
+    fp8.recognize,
+    fp4.recognize,
+    mxfp4.recognize,
+)
+#: Values of `quant_method` for what the recognizers read.
+METHODS = frozenset({"fp8", "mxfp8", "mxfp4"})
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _QUANTIZATION_NAME = re.compile(
-    r"(scales?|scale_inv|scale_2|zero_points?|qweight|qzeros|g_idx|packed|blocks|absmax|quant_map|quant_state[\w.]*)$"
+    r"(scales?|scale_inv|scale_2|scale_ub|qscale_\w+|zero_points?|qweight|qzeros|g_idx|packed|weight_shape|blocks|absmax|"
+    r"quant_map|quant_state[\w.]*)$"
 )
-_ADVICE = "Quantized weights cannot be streamed yet: prune the bfloat16 or float16 original and quantize the result."
+_WAY_OUT = "Prune the bfloat16 or float16 original instead, and quantize the result."
+#: Why a method is refused.
+_REFUSED = {
+    "bitsandbytes": "no program loads cut bitsandbytes weights of experts: transformers 5 keeps experts in 16 bits",
+    "modelopt": "transformers does not load it, so what its tensors mean could not be checked",
+    "hqq": "its weights are pickled objects rather than tensors of a known layout",
+    "torchao": "its weights are serialized tensor subclasses rather than tensors of a known layout",
+}
 
 
-def pick_formats(tensors: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
-    """How every tensor of a checkpoint is stored, by its name; decided module by module."""
+def pick_formats(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """How every tensor of a checkpoint is stored, by its name; decided module by module.
+
+    `config` is the checkpoint's config.json, which says what tensors cannot: block sizes, bits. Raises
+    UnsupportedModelError for tensors that look like those of a format, but are not.
+    """
+    stated = Quantization.of(config)
     modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in tensors.items():
-        modules[name.rpartition(".")[0]][name] = entry
+        path, _, leaf = name.rpartition(".")
+        modules[path][leaf] = entry
     stored: dict[str, StoredTensor] = {}
-    for module in modules.values():
-        storage, parts = next(
-            (storage, parts) for storage in FORMATS if (parts := storage.parts_of(module)) is not None
-        )
-        stored |= {name: StoredTensor(parameter, part, storage) for name, (parameter, part) in parts.items()}
+    for path, members in modules.items():
+        module = Module(path, members)
+        for leaf, (plain, part, storage) in _parts_of(module, stated).items():
+            stored[module.of(leaf)] = StoredTensor(module.of(plain), part, storage)
     return {name: stored[name] for name in tensors}
+
+
+def _parts_of(module: Module, stated: Quantization) -> dict[str, tuple[str, str, Format]]:
+    """For each tensor of a module the plain name of its parameter in the module, the part's name, and the format."""
+    found: dict[str, tuple[str, str, Format]] = {}
+    rest = dict(module.tensors)
+    if not all(entry.dtype in _FLOATS and not _QUANTIZATION_NAME.search(leaf) for leaf, entry in rest.items()):
+        for recognize in RECOGNIZERS:
+            recognized = recognize(Module(module.path, rest), stated) if rest else None
+            if recognized is not None:
+                found |= {leaf: (*part, recognized.format) for leaf, part in recognized.parts.items()}
+                rest = {leaf: entry for leaf, entry in rest.items() if leaf not in found}
+    return found | {leaf: (leaf, "", PLAIN) for leaf in rest}
 
 
 def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None) -> None:
@@ -45,27 +79,38 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
     """
     if stored.format is not PLAIN:
         return
+    what = None
     if feeds_floats is None and _QUANTIZATION_NAME.search(entry.name):
-        raise UnsupportedModelError(
-            f"The checkpoint is quantized: {entry.name} belongs to quantized weights. {_ADVICE}"
-        )
-    if feeds_floats and entry.dtype not in _FLOATS:
-        raise UnsupportedModelError(f"The checkpoint is quantized: {entry.name} has the dtype {entry.dtype}. {_ADVICE}")
-
-
-def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """The quantization method in a config.json, at its top level or in its text part; None for plain weights."""
-    for part in (config, config.get("text_config")):
-        stated = part if isinstance(part, Mapping) else {}
-        quantization = stated.get("quantization_config") or stated.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-            return str(method)
-    return None
+        what = f"{entry.name} ({entry.dtype} {list(entry.shape)}) belongs to quantized weights"
+    elif feeds_floats and entry.dtype not in _FLOATS:
+        what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
+    if what is not None:
+        raise UnsupportedModelError(f"{what}, but in no format that is known here. {_WAY_OUT}")
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose config says that its weights are quantized."""
-    method = quantization_method(config)
-    if method is not None:
-        raise UnsupportedModelError(f"The model in {folder} is quantized ({method}). {_ADVICE}")
+    """Raise UnsupportedModelError for a checkpoint whose config says that its weights are in a format not read here."""
+    method = Quantization.of(config).method
+    if not method or method in METHODS:
+        return
+    reason = next((text for name, text in _REFUSED.items() if method.startswith(name)), None)
+    raise UnsupportedModelError(
+        f"The model in {folder} is quantized ({method}), which is not supported: "
+        f"{reason or 'this format is not known here'}. {_WAY_OUT}"
+    )
+
+
+def check_stated(config: Mapping[str, Any], stored: Iterable[StoredTensor], folder: Path) -> None:
+    """Raise CheckpointError if the config calls the weights quantized, and no tensor is, or the other way round."""
+    stated = Quantization.of(config)
+    formats = {each.format.name for each in stored} - {PLAIN.name}
+    if stated.method and not formats:
+        raise CheckpointError(
+            f"{folder}/config.json says that the weights are quantized ({stated.method}), but no tensor is. Was it "
+            f"dequantized? Then remove {'.'.join(stated.path)} from config.json."
+        )
+    if formats and not stated.method:
+        raise CheckpointError(
+            f"{folder} has weights stored as {min(formats)}, but its config.json says nothing of it, so no program "
+            "would load them. Add the model's quantization_config (it may lie beside, in quantize_config.json)."
+        )

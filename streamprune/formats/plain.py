@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import UnsupportedModelError
-from streamprune.formats.base import ByteRange, Bytes, ChannelRows, ExpertRows, Format
+from streamprune.formats.base import ChannelRows, ExpertRows, Format
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
 class PlainFormat(Format):
     """One tensor per parameter, its values as they are computed with."""
 
     name = "plain"
-
-    def parts_of(self, module: Mapping[str, TensorEntry]) -> Mapping[str, tuple[str, str]]:
-        return {name: (name, "") for name in module}
 
     def expert_rows(self, entry: TensorEntry, part: str, of: ExpertRows, experts: int) -> ExpertRows:
         """Conversions may transpose or join tensors, but none moves experts apart: the axis is the parameter's own if
@@ -47,39 +43,12 @@ class PlainFormat(Format):
             return of
         return ChannelRows(of.axis) if length == width and of.step == 1 else None
 
-    def slice_experts(self, entry: TensorEntry, rows: ExpertRows, kept: Sequence[int]) -> list[ByteRange]:
-        length = entry.shape[rows.axis]
-        outer = math.prod(entry.shape[: rows.axis])
-        row_bytes = entry.nbytes // (outer * length)
-        wanted = [(expert * rows.stride, (expert + 1) * rows.stride) for expert in kept]
-        wanted.append((length - rows.tail, length))
-        ranges: list[ByteRange] = []
-        for index in range(outer):
-            start = entry.begin + index * length * row_bytes
-            for first, last in wanted:
-                begin, end = start + first * row_bytes, start + last * row_bytes
-                if ranges and ranges[-1][1] == begin:
-                    ranges[-1] = (ranges[-1][0], end)
-                elif end > begin:
-                    ranges.append((begin, end))
-        return ranges
-
-    def slice_channels(
-        self, expert: ByteRange, shape: tuple[int, ...], rows: ChannelRows, kept: NDArray[np.int64]
-    ) -> Bytes:
-        begin, end = expert
-        outer = math.prod(shape[: rows.axis]) * rows.repeats
-        width = shape[rows.axis] // rows.repeats // rows.step
-        return Bytes(begin, end, width, (end - begin) // (outer * width), kept)
-
-    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor as it is: transformers knows which parameters have another dtype than the model."""
         return parts[""]
 
-    def encode(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {parameter: tensor}
-
-    def pruned_config(self, config: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> Mapping[str, Any]:
-        return config
+    def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return {"": ("BF16", shape)}
 
 
 PLAIN = PlainFormat()

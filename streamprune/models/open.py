@@ -21,9 +21,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
-from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.pick import refuse_unread
+from streamprune.formats.pick import check_stated, refuse_unread
 from streamprune.models.config_json import absurdity
 from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
@@ -145,8 +144,8 @@ def open_moe(
     if chosen is None:
         chosen = dtype_of_weights(checkpoint)
         skeleton = _moe_skeleton(model.config, chosen, trust_remote_code)
-    targets = map_checkpoint(skeleton, checkpoint.tensors)
-    check_fit(skeleton, targets, checkpoint.tensors, model.counts)
+    targets = map_checkpoint(skeleton, checkpoint.tensors, checkpoint.config)
+    check_fit(skeleton, targets, checkpoint, model.counts)
     layout = survey(model.raw, skeleton, checkpoint.tensors, targets, model.counts)
     return OpenedMoE(checkpoint, skeleton, targets, chosen, model.config, layout)
 
@@ -159,8 +158,8 @@ def open_model(checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: s
     config = load_config(checkpoint.folder, trust_remote_code)
     chosen = _chosen_dtype(dtype, config) or dtype_of_weights(checkpoint)
     decoder = find_decoder(config, chosen, trust_remote_code)
-    targets = map_checkpoint(decoder, checkpoint.tensors)
-    check_fit(decoder, targets, checkpoint.tensors)
+    targets = map_checkpoint(decoder, checkpoint.tensors, checkpoint.config)
+    check_fit(decoder, targets, checkpoint)
     return OpenedModel(checkpoint, decoder, targets, chosen)
 
 
@@ -185,7 +184,7 @@ def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
 def check_fit(
     decoder: Decoder,
     targets: Mapping[str, Target],
-    tensors: Mapping[str, TensorEntry],
+    checkpoint: Checkpoint,
     counts: Mapping[int, int] | None = None,
 ) -> None:
     """Raise unless the checkpoint's tensors feed the whole decoder, in a format that is read.
@@ -195,6 +194,7 @@ def check_fit(
     the way are checked by the conversion itself). UnsupportedModelError: weights are quantized, or a layer's routing
     rests on expert numbers that are stored as data.
     """
+    tensors = checkpoint.tensors
     missing = _unfed(decoder, targets)
     if missing:
         raise CheckpointError(
@@ -217,6 +217,7 @@ def check_fit(
                 f"The checkpoint's {name} is {list(tensors[name].shape)}, but config.json describes {target.name} as "
                 f"{list(shape)}. Config and shards do not belong together; download both again."
             )
+    check_stated(checkpoint.config, (target.stored for target in targets.values()), checkpoint.folder)
 
 
 def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:

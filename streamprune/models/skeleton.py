@@ -34,6 +34,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ChannelRows, ExpertRows
 from streamprune.formats.pick import pick_formats
+from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import (
     GROUP_NAMES,
     TOP_K_NAMES,
@@ -307,8 +308,10 @@ def dispatches_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 
 
-def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict[str, Target]:
-    """For each checkpoint tensor the parameter or buffer that transformers feeds with it.
+def map_checkpoint(
+    decoder: Decoder, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
+) -> dict[str, Target]:
+    """For each tensor of a checkpoint with this config.json the parameter or buffer that transformers feeds with it.
 
     The values and the scales of a stored parameter feed what a plain tensor with the parameter's name would feed.
     """
@@ -320,7 +323,7 @@ def map_checkpoint(decoder: Decoder, tensors: Mapping[str, TensorEntry]) -> dict
     prefix = model.base_model_prefix
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     targets = {}
-    for name, stored in pick_formats(tensors).items():
+    for name, stored in pick_formats(tensors, config).items():
         target, pattern = rename_source_key(stored.parameter, renamings, converters, prefix, meta)
         if target not in meta and stored.parameter in meta:
             # The loader falls back the same way for names that should not have been renamed.
@@ -373,14 +376,18 @@ def survey(
     `counts` are the experts by layer; None where each has as many as the skeleton.
     Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
-    targets = targets or map_checkpoint(skeleton, tensors)
+    targets = targets or map_checkpoint(skeleton, tensors, config)
     dropped = tuple(find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config)))
     counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
     width, problem = skeleton.width, skeleton.fixed_width
     cuts = find_cuts(tensors, targets, dropped, counts, width.width if width is not None else None)
     unknown = [name for name, cut in cuts.items() if targets[name].name in skeleton.channels and cut.channels is None]
     if unknown:
-        width, problem = None, f"its checkpoint stores {unknown[0]} in a layout in which channels cannot be found"
+        storage = targets[unknown[0]].stored.format
+        problem = f"its checkpoint stores {unknown[0]} in a layout in which channels cannot be found"
+        if storage is not PLAIN:
+            problem = f"its checkpoint stores them as {storage.name}, where several channels share a scale or a byte"
+        width = None
         cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
     names = count_names(skeleton.model.config, skeleton.spec)
     return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts, width, problem)

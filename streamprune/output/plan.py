@@ -17,9 +17,8 @@ from typing import Any
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import Bytes, ChannelMask, ChannelRows, ExpertRows, Format, KeptExperts
-from streamprune.formats.pick import pick_formats
-from streamprune.formats.plain import PLAIN
+from streamprune.formats.base import ChannelMask, ChannelRows, ExpertRows, KeptExperts
+from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
 from streamprune.models.per_layer_experts import (
@@ -74,7 +73,6 @@ class OutputTensor:
     sources: tuple[TensorEntry, ...] = field(repr=False)
     slot: int | None = None
     rows: ExpertRows | None = None
-    format: Format = PLAIN
     channels: ChannelRows | None = None
 
     @property
@@ -87,10 +85,7 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     def slice_of(self, kept: KeptExperts) -> SourceSlice:
-        """The bytes of the source that make up this tensor when `kept` stays of the experts of its layer, in order.
-
-        Raises UnsupportedModelError for a format in which the bytes cannot be taken from the source.
-        """
+        """The bytes of the source that make up this tensor when `kept` stays of the experts of its layer, in order."""
         if self.slot is not None:
             expert = kept.experts[self.slot]
             entry = self.sources[expert]
@@ -100,10 +95,7 @@ class OutputTensor:
         if self.rows is None:
             return SourceSlice(entry.file, (Bytes(entry.begin, entry.end),))
         if self.channels is None or kept.channels is None:
-            ranges = self.format.slice_experts(entry, self.rows, kept.experts)
-            if ranges is None:
-                raise self._cannot_slice()
-            return SourceSlice(entry.file, tuple(Bytes(*part) for part in ranges), kept.experts)
+            return SourceSlice(entry.file, tuple(slice_experts(entry, self.rows, kept.experts)), kept.experts)
         # Experts are the first axis of every tensor that has channels.
         size, parts = entry.nbytes // entry.shape[0], []
         for place, expert in enumerate(kept.experts):
@@ -122,15 +114,7 @@ class OutputTensor:
         """The bytes of the channels that stay of the `place`-th kept expert, whose tensor has this shape."""
         if self.channels is None or mask is None:
             return Bytes(*expert)
-        part = self.format.slice_channels(expert, shape, self.channels, mask.indices[place])
-        if part is None:
-            raise self._cannot_slice()
-        return part
-
-    def _cannot_slice(self) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self.name} cannot be sliced as it is stored ({self.format.name}); it has to be encoded again."
-        )
+        return slice_channels(*expert, shape, self.channels, mask.indices[place])
 
 
 @dataclass(frozen=True)
@@ -172,10 +156,7 @@ class PrunePlan:
 
     def config_for(self, kept: Mapping[int, KeptExperts]) -> Mapping[str, Any]:
         """config.json of the output with the experts `kept`, by layer: the formats may name experts in it."""
-        config, kept_experts = self.config, {layer: each.experts for layer, each in kept.items()}
-        for storage in dict.fromkeys(tensor.format for tensor in self.tensors):
-            config = storage.pruned_config(config, kept_experts)
-        return config
+        return self.config
 
 
 def output_tensors(
@@ -185,7 +166,6 @@ def output_tensors(
 
     `width` is the number of channels that each of them keeps; None for all.
     """
-    stored = pick_formats(tensors)
     families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
     for name, cut in layout.cuts.items():
         if cut.family is not None and cut.expert is not None:
@@ -204,13 +184,11 @@ def output_tensors(
             sources = ordered[cut.family]
         elif cut.rows is not None:
             shape = cut.rows.resized(shape, keep)
-        storage, channels = stored[name].format, None
+        channels = None
         if width is not None and cut.channels is not None and layout.width is not None:
             channels, experts = cut.channels, () if cut.expert is not None else shape[:1]
             shape = (*experts, *channels.resized(shape[len(experts) :], layout.width.width, width))
-        result.append(
-            OutputTensor(name, entry.dtype, shape, cut.layer, sources, cut.expert, cut.rows, storage, channels=channels)
-        )
+        result.append(OutputTensor(name, entry.dtype, shape, cut.layer, sources, cut.expert, cut.rows, channels))
     return result
 
 

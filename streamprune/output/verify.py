@@ -23,7 +23,8 @@ from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
-from streamprune.formats.base import Bytes, ChannelMask, KeptExperts
+from streamprune.formats.base import ChannelMask, KeptExperts
+from streamprune.formats.slicing import Bytes
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.plan import REPORT_NAME, OutputTensor, PrunePlan, SourceSlice, make_plan

@@ -19,6 +19,7 @@ from streamprune.config import COMFORTABLE_BATCH_TOKENS, ComputeSettings, RunSet
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
 from streamprune.fit.structure import DTYPE_NAMES
+from streamprune.formats.plain import PLAIN
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware.device import all_gpus, context_bytes, is_gpu
@@ -33,6 +34,8 @@ from streamprune.saliency.hooks import recorded_width
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
 SUMS_PER_TOKEN = 9 * 8
+#: Bytes for each value of a matrix that is being decoded: float32, and as much again for codes and scales twice.
+DECODING_BYTES = 16
 #: Reserve on a GPU: for cuBLAS's workspaces, and fragmentation in torch's allocator.
 DEVICE_MARGIN = 256 * 1024**2
 #: Reserve below --ram-gib: for libraries' growth during the run (15 MiB were measured), and fragmentation when hidden
@@ -157,7 +160,7 @@ def needs_of(
     config does so under unusual names.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
-    sources = Counter(target.name for target in opened.targets.values())
+    joined = Counter(name for name, _ in {(target.name, target.stored.parameter) for target in opened.targets.values()})
     shape, itemsize = _shape_of(text), opened.dtype.itemsize
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)
@@ -165,6 +168,7 @@ def needs_of(
     others = [part.sequences for part in (calibration.held_out, calibration.anchor) if part is not None]
     longest = max(map(len, chain(calibration.sequences, *others)))
     read, recast = _as_read(opened)
+    decoding = _decoding_bytes(opened)
     # A non-layer weight that is cast to another dtype is in memory in both dtypes for a while.
     loading = sum(size for name, size in recast.items() if _is_non_layer(skeleton, name))
     largest, rows = 0, skeleton.expert_rows
@@ -173,8 +177,9 @@ def needs_of(
         sizes = {prefix + name: tensor.nbytes for name, tensor in _tensors(module)}
         # While a parameter's tensors (one per expert) are joined, its memory is needed twice more. If the checkpoint
         # has it in another dtype, it is in memory in both for a while; all but the experts' together.
-        more = [2 * size for name, size in sizes.items() if sources[name] > 1]
+        more = [2 * size for name, size in sizes.items() if joined[name] > 1]
         more += [min(size, recast[name]) for name, size in sizes.items() if name in recast and name in rows]
+        more += [decoding[name] for name in sizes if name in decoding]
         small = sum(size for name, size in sizes.items() if name in recast and name not in rows)
         pruned = sum(size for name, size in sizes.items() if name in rows) * (copies or {}).get(index, 0.0)
         largest = max(largest, sum(sizes.values()) + round(pruned))
@@ -205,6 +210,22 @@ def _as_read(opened: OpenedModel) -> tuple[dict[int, int], Counter[str]]:
         if target.name is not None and entry.dtype != dtypes.get(target.name):
             recast[target.name] += entry.nbytes
     return read, recast
+
+
+def _decoding_bytes(opened: OpenedModel) -> dict[str, int]:
+    """For each parameter that is stored in a quantized format, what decoding it takes on top of its plain values.
+
+    That is its stored bytes, and the values of one matrix (one expert's, where there are several) on the way from codes
+    to the computing dtype.
+    """
+    parameters, stored, matrices = dict(_tensors(opened.skeleton.model)), Counter[str](), dict[str, int]()
+    for name, target in opened.targets.items():
+        if target.name is None or target.stored.format is PLAIN:
+            continue
+        stored[target.name] += opened.checkpoint.tensors[name].nbytes
+        shape = parameters[target.name].shape
+        matrices[target.name] = math.prod(shape[-2:])
+    return {name: stored[name] + DECODING_BYTES * size for name, size in matrices.items()}
 
 
 def _is_non_layer(skeleton: Decoder, name: str) -> bool:

@@ -265,7 +265,7 @@ class LayerWeights:
             self._reader.sync_with_compute()
             for group in self._reading_groups(groups):
                 # One after the other, so that the memory of each is freed before the next is converted.
-                self._convert(decode_tensors(reading.take(group), self._stored))
+                self._convert(decode_tensors(reading.take(group), self._stored, self.dtype))
         except BaseException:
             # If memory ran out, this has to be freed first.
             self._reader.discard(reading)

@@ -1,0 +1,139 @@
+"""8-bit floating point: values in F8_E4M3 or F8_E5M2 beside a scale for each block, row or tensor.
+
+DeepSeek-V3's block format (arXiv:2412.19437, section 3.3.2), as Qwen, MiniMax and others publish it; one scale per row
+or per tensor, as vLLM and compressed-tensors write it; blocks of 1 x 32 with powers of two for scales (MXFP8, OCP
+Microscaling Formats v1.0). The plain weight is value x scale in all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.errors import UnsupportedModelError
+from streamprune.formats.base import Format
+from streamprune.formats.quantization import Module, Quantization, Recognized
+
+if TYPE_CHECKING:
+    import torch
+
+_VALUES = {"F8_E4M3", "F8_E5M2"}
+#: U8 is F8_E8M0 written by programs that lack that dtype.
+_POWERS = {"F8_E8M0", "U8"}
+_SCALES = {"F32", "BF16", "F16", *_POWERS}
+
+
+@dataclass(frozen=True)
+class Fp8(Format):
+    """Values beside one scale for each block of `block` (rows, columns) values; None: for each row, or one for all."""
+
+    block: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"FP8 (blocks of {self.block[0]} x {self.block[1]})" if self.block else "FP8"
+
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        values, scale = parts[""], scale_values(parts["scale"])
+        if values.dim() == 3:
+            result = values.new_empty(values.shape, dtype=dtype)
+            for expert, each in enumerate(values):
+                result[expert] = self._decoded(each, scale[expert] if len(scale.shape) and scale.numel() > 1 else scale)
+            return result
+        return self._decoded(values, scale).to(dtype)
+
+    def _decoded(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """One matrix (out, in) in float32."""
+        result = values.float()
+        if self.block is not None:
+            return multiply_blocks(result, scale, self.block)
+        return result.mul_(scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
+
+    def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        *outer, rows, columns = shape
+        if self.block is None:
+            return {"": ("F8_E4M3", shape), "scale": ("F32", (*outer, rows, 1))}
+        blocks = (math.ceil(rows / self.block[0]), math.ceil(columns / self.block[1]))
+        # Blocks of one row are those of MXFP8, whose scales are powers of two.
+        return {"": ("F8_E4M3", shape), "scale": ("U8" if self.block[0] == 1 else "F32", (*outer, *blocks))}
+
+
+def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """`values` (rows, columns), float32, multiplied in place with the scale of each block.
+
+    The last blocks of rows and columns may be smaller: `scale` has ceil(rows / block[0]) x ceil(columns / block[1]).
+    """
+    rows, columns = values.shape
+    if columns % block[1]:
+        return values.mul_(scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns])
+    full = rows // block[0]
+    in_blocks = values[: full * block[0]].view(full, block[0], -1, block[1])
+    in_blocks.mul_(scale[:full, None, :, None])
+    if rows % block[0]:
+        values[full * block[0] :].view(-1, scale.shape[1], block[1]).mul_(scale[full:, :, None])
+    return values
+
+
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
+    """Scales in float32; bytes are exponents of two with a bias of 127 (E8M0, OCP Microscaling Formats v1.0)."""
+    import torch
+
+    if scale.dtype in (torch.float8_e8m0fnu, torch.uint8):
+        return torch.exp2(scale.view(torch.uint8).float() - 127)
+    return scale.float()
+
+
+def recognize(module: Module, stated: Quantization) -> Recognized | None:
+    """FP8 values with their scales; `weight_block_size` of the config is the blocks' size."""
+    parts: dict[str, tuple[str, str]] = {}
+    formats: set[Fp8] = set()
+    for leaf, entry in module.tensors.items():
+        scale = _companion(module, leaf, ("_scale_inv", "_scale"), ("scale", "qscale_weight"))
+        if entry.dtype not in _VALUES or scale is None:
+            continue
+        formats.add(_format_of(entry, module.tensors[scale], stated))
+        parts |= {leaf: (leaf, ""), scale: (leaf, "scale")}
+        activation = _companion(module, leaf, ("_activation_scale",), ("activation_scale", "input_scale", "qscale_act"))
+        if activation is not None:
+            parts[activation] = (leaf, "activation_scale")
+    if len(formats) > 1:
+        raise UnsupportedModelError(f"{module.path} has FP8 tensors with different kinds of scales.")
+    return Recognized(formats.pop(), parts) if formats else None
+
+
+def _companion(module: Module, leaf: str, suffixes: tuple[str, ...], of_weight: tuple[str, ...]) -> str | None:
+    """The name, in the module, of a companion of the tensor `leaf`: with one of the suffixes, or of the `weight`."""
+    names = [leaf + suffix for suffix in suffixes] + list(of_weight if leaf == "weight" else ())
+    return next((name for name in names if name in module.tensors), None)
+
+
+def _format_of(values: TensorEntry, scale: TensorEntry, stated: Quantization) -> Fp8:
+    """Which values share a scale, by the shapes of both. Raises UnsupportedModelError if they do not go together."""
+    block = block_size(stated.values)
+    *outer, rows, columns = values.shape if len(values.shape) > 1 else (1, *values.shape)
+    if scale.dtype in _SCALES and len(values.shape) in (2, 3):
+        if math.prod(scale.shape) == 1 or scale.shape == tuple(outer) or scale.shape == (*outer, *(1 for _ in "rc")):
+            return Fp8()
+        if block is not None:
+            blocks = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+            if scale.shape == (*outer, *blocks):
+                return Fp8(block)
+        if scale.shape in ((*outer, rows), (*outer, rows, 1)):
+            return Fp8()
+    wanted = f"{list(block)} (weight_block_size)" if block else "a weight_block_size, which config.json does not state"
+    raise UnsupportedModelError(
+        f"{scale.name} ({scale.dtype} {list(scale.shape)}) does not fit {values.name} {list(values.shape)}: neither "
+        f"one scale, nor one for each row, nor one for each block of {wanted}. Download config.json and "
+        "shards again."
+    )
+
+
+def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The `weight_block_size` (rows, columns) of a quantization section; None if it states none."""
+    block = values.get("weight_block_size")
+    if isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        return block[0], block[1]
+    return None
