@@ -58,3 +58,10 @@ def recognize(module: Module, stated: Quantization) -> Recognized | None:
             f"scale for {GROUP // 2} bytes. Download config.json and shards again."
         )
     return Recognized(Fp4(), {"weight": ("weight", "packed"), "scale": ("weight", "scale")})
+
+
+def stated(path: str, quantization: Quantization) -> Format | None:
+    """How a config.json says that the Linear weight of the module at `path` is stored; None: not in this format."""
+    if quantization.method != "fp8" or quantization.expert_dtype != "fp4" or quantization.leaves_plain(path):
+        return None
+    return Fp4() if "experts" in path.split(".") else None

@@ -20,6 +20,11 @@ from streamprune.formats.quantization import Module, Quantization, Recognized
 if TYPE_CHECKING:
     import torch
 
+#: Values of `quant_method`.
+METHODS = frozenset({"fp8", "mxfp8"})
+#: The blocks of MXFP8.
+MX_BLOCK = (1, 32)
+
 _VALUES = {"F8_E4M3", "F8_E5M2"}
 #: U8 is F8_E8M0 written by programs that lack that dtype.
 _POWERS = {"F8_E8M0", "U8"}
@@ -102,6 +107,13 @@ def recognize(module: Module, stated: Quantization) -> Recognized | None:
     if len(formats) > 1:
         raise UnsupportedModelError(f"{module.path} has FP8 tensors with different kinds of scales.")
     return Recognized(formats.pop(), parts) if formats else None
+
+
+def stated(path: str, quantization: Quantization) -> Format | None:
+    """How a config.json says that the Linear weight of the module at `path` is stored; None: not in this format."""
+    if quantization.method not in METHODS or quantization.leaves_plain(path):
+        return None
+    return Fp8(block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None))
 
 
 def _companion(module: Module, leaf: str, suffixes: tuple[str, ...], of_weight: tuple[str, ...]) -> str | None:

@@ -17,6 +17,9 @@ from streamprune.formats.quantization import Module, Quantization, Recognized
 if TYPE_CHECKING:
     import torch
 
+#: Values of `quant_method`.
+METHODS = frozenset({"mxfp4"})
+
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
@@ -53,3 +56,13 @@ def recognize(module: Module, stated: Quantization) -> Recognized | None:
             )
         parts |= {leaf: (plain, "blocks"), f"{plain}_scales": (plain, "scales")}
     return Recognized(Mxfp4(), parts) if parts else None
+
+
+def stated(path: str, quantization: Quantization) -> Format | None:
+    """How a config.json says that the weights of the module at `path` are stored; None: not in this format.
+
+    Only modules `experts`, which hold those of all experts of a layer, are.
+    """
+    if quantization.method not in METHODS or path.rpartition(".")[2] != "experts" or quantization.leaves_plain(path):
+        return None
+    return Mxfp4()

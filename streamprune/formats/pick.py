@@ -21,8 +21,11 @@ RECOGNIZERS: tuple[Callable[[Module, Quantization], Recognized | None], ...] = (
     fp4.recognize,
     mxfp4.recognize,
 )
+#: Each tells from the config alone whether the weight of a module is stored in its format. Asked in this order: experts
+#: in FP4 belong to the method fp8.
+STATED: tuple[Callable[[str, Quantization], Format | None], ...] = (fp4.stated, fp8.stated, mxfp4.stated)
 #: Values of `quant_method` for what the recognizers read.
-METHODS = frozenset({"fp8", "mxfp8", "mxfp4"})
+METHODS = fp8.METHODS | mxfp4.METHODS
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _QUANTIZATION_NAME = re.compile(
@@ -69,6 +72,17 @@ def _parts_of(module: Module, stated: Quantization) -> dict[str, tuple[str, str,
                 found |= {leaf: (*part, recognized.format) for leaf, part in recognized.parts.items()}
                 rest = {leaf: entry for leaf, entry in rest.items() if leaf not in found}
     return found | {leaf: (leaf, "", PLAIN) for leaf in rest}
+
+
+def stated_format(path: str, config: Mapping[str, Any]) -> Format | None:
+    """The format in which, by the config.json alone, the weight of a Linear module or of joined experts is stored.
+
+    `path` is the module's in the checkpoint; of experts in one tensor that of the module which holds it (`...experts`).
+    None if the weight is plain. Which modules are Linear, and what the model itself keeps in float32, the caller knows:
+    embeddings, norms and most routers are never quantized, and not always listed.
+    """
+    quantization = Quantization.of(config)
+    return next((found for each in STATED if (found := each(path, quantization)) is not None), None)
 
 
 def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
@@ -19,12 +21,13 @@ class Quantization:
     """The quantization section of a config.json.
 
     `method` is its `quant_method`: empty for plain weights, `unknown` where the section names none. `values` is the
-    section, and `path` where it stands.
+    section, and `path` where it stands. `expert_dtype` is stated in the section or, by DeepSeek-V4, beside it.
     """
 
     method: str = ""
     values: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: tuple[str, ...] = ()
+    expert_dtype: str = ""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Quantization:
@@ -39,8 +42,21 @@ class Quantization:
                 section = part.get(key)
                 if section:
                     values = section if isinstance(section, Mapping) else {}
-                    return cls(str(values.get("quant_method") or "unknown"), values, (*path, key))
+                    experts = str(values.get("expert_dtype") or part.get("expert_dtype") or "")
+                    return cls(str(values.get("quant_method") or "unknown"), values, (*path, key), experts)
         return cls()
+
+    def leaves_plain(self, path: str) -> bool:
+        """Whether the module at `path` is among those that the section calls not converted.
+
+        Without a list only the output layer is, as in transformers.
+        """
+        names = self.values.get("modules_to_not_convert")
+        if names is None:
+            names = self.values.get("ignored_layers")
+        if not isinstance(names, (list, tuple)):
+            names = ("lm_head",)
+        return any_name_matches(path, names)
 
     def without(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json without this section: that of plain weights."""
@@ -74,3 +90,26 @@ class Recognized:
 
     format: Format
     parts: Mapping[str, tuple[str, str]]
+
+
+def any_name_matches(path: str, names: Iterable[Any]) -> bool:
+    """Whether one of `names` stands for the module at `path`, as transformers reads lists of modules not to convert.
+
+    A name stands for all modules that it is the beginning of, up to a dot, read as a regular expression; or that end
+    with it (transformers 5.23, `quantizers_utils.should_convert_module`).
+    """
+    patterns = _patterns(tuple(name for name in names if isinstance(name, str)))
+    return any(path.endswith(name) or pattern.match(path) for name, pattern in patterns)
+
+
+@lru_cache(maxsize=8)
+def _patterns(names: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    return tuple((name, _beginning(name)) for name in names)
+
+
+def _beginning(name: str) -> re.Pattern[str]:
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    try:
+        return re.compile(f"(?:{name}){boundary}")
+    except re.error:
+        return re.compile(re.escape(name) + boundary)
