@@ -41,6 +41,9 @@ class HalvedFormat(Format):
     def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         return {"": ("I8", shape), "step": ("F32", (1,))}
 
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        return shapes[""]
+
 
 HALVED = HalvedFormat()
 

@@ -176,6 +176,10 @@ class Format(ABC):
     def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """The safetensors dtype and the shape of every part of a weight of this shape (out, in)."""
 
+    @abstractmethod
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape that `decode` gives for parts of these shapes."""
+
 
 def decode_tensors(
     tensors: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor], dtype: torch.dtype

@@ -36,6 +36,10 @@ class Fp4(Format):
         *outer, columns = shape
         return {"packed": ("I8", (*outer, columns // 2)), "scale": ("F8_E8M0", (*outer, columns // GROUP))}
 
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        *outer, bytes_of_two = shapes["packed"]
+        return (*outer, 2 * bytes_of_two)
+
 
 def decode_e2m1(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The matrix (rows, columns) in float32 of packed codes (rows, columns / 2) and scales (rows, columns / 32)."""

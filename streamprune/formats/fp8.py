@@ -65,6 +65,9 @@ class Fp8(Format):
         # Blocks of one row are those of MXFP8, whose scales are powers of two.
         return {"": ("F8_E4M3", shape), "scale": ("U8" if self.block[0] == 1 else "F32", (*outer, *blocks))}
 
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        return shapes[""]
+
 
 def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """`values` (rows, columns), float32, multiplied in place with the scale of each block.

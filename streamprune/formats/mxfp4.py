@@ -40,6 +40,10 @@ class Mxfp4(Format):
         groups = (*outer, columns // GROUP)
         return {"blocks": ("U8", (*groups, GROUP // 2)), "scales": ("U8", groups)}
 
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        experts, rows, groups = shapes["scales"]
+        return (experts, groups * GROUP, rows)
+
 
 def recognize(module: Module, stated: Quantization) -> Recognized | None:
     """`..._blocks` with their `..._scales`; biases and routers stay plain."""

@@ -50,5 +50,8 @@ class PlainFormat(Format):
     def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         return {"": ("BF16", shape)}
 
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        return shapes[""]
+
 
 PLAIN = PlainFormat()
