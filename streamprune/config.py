@@ -19,6 +19,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BY = ("experts", "channels", "both")
 STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
+#: How the output stores weights: as the source does, or plain, in bfloat16, where the source has them quantized.
+WEIGHTS = ("source", "bf16")
 #: The work folder is named like the output, with this suffix.
 WORK_SUFFIX = ".work"
 #: Most bytes in a file name, on every usual file system.
@@ -177,7 +179,10 @@ class PruningTarget(SelectionSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What model, where the result goes, and where the work is done."""
+    """What model, where the result goes, and where the work is done.
+
+    `weights`: as the source stores them, or one of WEIGHTS.
+    """
 
     model: str
     output: Path
@@ -188,8 +193,10 @@ class OutputSettings:
     resume: str = "auto"
     verify: bool = True
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    weights: str = "source"
 
     def __post_init__(self) -> None:
+        check_choice("--weights", self.weights, WEIGHTS)
         check_choice("--resume", self.resume, RESUME)
         check_least("--max-shard-size", self.max_shard_bytes, 1)
         for path in (self.output, self.work_dir or self.output):

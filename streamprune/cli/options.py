@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from streamprune.config import BY, DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
+from streamprune.config import BY, DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, WEIGHTS
 from streamprune.distributed.processes import is_first
 from streamprune.errors import (
     OtherProcessError,
@@ -52,6 +52,10 @@ KEEP_FILE = click.option(
 DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
+WRITTEN_AS = click.option(
+    "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
+    help="How quantized weights are written: as the source stores them, or decoded.",
+)  # fmt: skip
 SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")
 STOP_IF_KL = click.option(
     "--stop-if-kl", type=float, metavar="X",

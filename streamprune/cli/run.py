@@ -63,6 +63,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
 )
 @opt.DTYPE
 @opt.SHARD_SIZE
+@opt.WRITTEN_AS
 @opt.PLACE
 @_run_options()
 @click.option(
@@ -128,6 +129,7 @@ def score(quiet: bool, as_json: bool, **given: Any) -> None:
 @click.option("--seed", type=int, help="For --method random.  [default: 0]")
 @opt.KEEP_FILE
 @opt.SHARD_SIZE
+@opt.WRITTEN_AS
 @opt.PLACE
 @opt.verify_option(False)
 @opt.REPORT

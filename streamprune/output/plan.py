@@ -18,6 +18,7 @@ from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ChannelMask, ChannelRows, ExpertRows, KeptExperts
+from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
@@ -83,6 +84,25 @@ class OutputTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the tensor is plain, but quantized in the source."""
+        return isinstance(self.sources[0], DecodedEntry)
+
+    def decoded_from(self, kept: KeptExperts) -> list[DecodedEntry]:
+        """What is decoded to make up this tensor, in order, when `kept` stays of the experts of its layer.
+
+        Empty for a tensor that is copied: see `slice_of`.
+        """
+        entry = self.sources[0]
+        if not isinstance(entry, DecodedEntry):
+            return []
+        if self.rows is not None:
+            return [entry.expert(expert, entry.shape[0]) for expert in kept.experts]
+        source = self.sources[kept.experts[self.slot]] if self.slot is not None else entry
+        assert isinstance(source, DecodedEntry)
+        return [source]
 
     def slice_of(self, kept: KeptExperts) -> SourceSlice:
         """The bytes of the source that make up this tensor when `kept` stays of the experts of its layer, in order."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
-import numpy as np
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
@@ -24,30 +23,44 @@ from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
 from streamprune.formats.base import ChannelMask, KeptExperts
-from streamprune.formats.slicing import Bytes
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
+from streamprune.output.dequantized import dequantized, dequantized_layout
 from streamprune.output.plan import REPORT_NAME, OutputTensor, PrunePlan, SourceSlice, make_plan
+from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.work.records import Computed
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was verified: the number of tensors and of bytes; `computed` of these tensors only by their hash."""
+    """What was verified: the number of tensors and of bytes.
+
+    `computed` of these tensors only by their hash; `decoded` of them against the quantized source, decoded again.
+    """
 
     tensors: int
     nbytes: int
     computed: int = 0
+    decoded: int = 0
 
     @property
     def text(self) -> str:
         """The result for people."""
-        text = f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source"
-        tensors = "1 computed tensor" if self.computed == 1 else f"{self.computed:,} computed tensors"
-        return f"{text} except {tensors}, verified by their hash" if self.computed else text
+        copied = f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source"
+        rest = []
+        if self.decoded:
+            rest.append(f"{_counted(self.decoded, 'decoded')}, identical to the source decoded again")
+        if self.computed:
+            rest.append(f"{_counted(self.computed, 'computed')}, verified by their hash")
+        return f"{copied} except {' and '.join(rest)}" if rest else copied
 
     def __add__(self, other: Proof) -> Proof:
-        return Proof(self.tensors + other.tensors, self.nbytes + other.nbytes, self.computed + other.computed)
+        sums = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        return Proof(*sums)
+
+
+def _counted(number: int, kind: str) -> str:
+    return f"1 {kind} tensor" if number == 1 else f"{number:,} {kind} tensors"
 
 
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
@@ -74,7 +87,11 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
     counts = {layer: len(each.experts) for layer, each in kept.items()}
-    plan = make_plan(opened.layout, loading, origin, counts, DEFAULT_SHARD_BYTES, record.settings.width)
+    layout, stored = opened.layout, origin
+    if record.settings.weights == "bf16":
+        stored = dequantized(origin)
+        layout = dequantized_layout(layout, stored)
+    plan = make_plan(layout, loading, stored, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
@@ -139,10 +156,13 @@ def prove_tensors(
         if hashed is not None:
             _check_hash(folder / entry.file, entry, hashed)
         else:
-            stays = kept.get(tensor.layer) if tensor.layer is not None else None
-            origin = tensor.slice_of(stays or KeptExperts())
-            _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
-        proof += Proof(1, entry.nbytes, hashed is not None)
+            stays = (kept.get(tensor.layer) if tensor.layer is not None else None) or KeptExperts()
+            if tensor.is_decoded:
+                _compare_decoded(folder / entry.file, entry, tensor, stays, source)
+            else:
+                origin = tensor.slice_of(stays)
+                _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
+        proof += Proof(1, entry.nbytes, hashed is not None, hashed is None and tensor.is_decoded)
     return proof
 
 
@@ -171,29 +191,21 @@ def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: Sourc
         raise VerifyError(f"{path}: {entry.name} is {entry.end - position:,} bytes longer than its source.")
 
 
-#: Bytes of an expert's tensor that are in memory while channels are taken from them.
-_PORTION = 8 * 2**20
-
-
-def read_parts(stream: BinaryIO, parts: Iterable[Bytes]) -> Iterator[memoryview]:
-    """Yield the bytes of `parts` of an open file, a few MiB at a time. Raises CheckpointError and OSError."""
-    for part in parts:
-        if part.take is None:
-            yield from read_ranges(stream, [(part.begin, part.end)])
-            continue
-        row, size = part.count * part.size, part.size
-        if row > _PORTION:
-            # Few rows of many bytes each (gate and up projections): read only the channels that stay.
-            for begin in range(part.begin, part.end, row):
-                yield from read_ranges(stream, ((begin + at * size, begin + (at + 1) * size) for at in part.take))
-            continue
-        rows = _PORTION // row * row
-        for begin in range(part.begin, part.end, rows):
-            end = min(begin + rows, part.end)
-            (data,) = read_ranges(stream, [(begin, end)], chunk_bytes=rows)
-            # One value of `size` bytes for each channel, so that numpy moves them in one step.
-            table = np.frombuffer(data, dtype=f"V{size}").reshape(-1, part.count)
-            yield memoryview(np.take(table, part.take, axis=1).tobytes())
+def _compare_decoded(path: Path, entry: TensorEntry, tensor: OutputTensor, kept: KeptExperts, source: Path) -> None:
+    """Raise VerifyError unless `entry` in `path` has the values that the quantized tensors in `source` decode to."""
+    position = entry.begin
+    with _reading_back(path):
+        written = path.open("rb")
+    with written as output:
+        for wanted in source_bytes(tensor, kept, source):
+            with _reading_back(path):
+                found = _read(output, position, len(wanted))
+            if found != wanted:
+                raise VerifyError(
+                    f"{path}: {entry.name} differs from what {source} decodes to. If the output was made from that "
+                    "model, prune again; if this happens again, check the disk."
+                )
+            position += len(wanted)
 
 
 def _check_hash(path: Path, entry: TensorEntry, origin: Computed) -> None:
@@ -237,6 +249,7 @@ class _KeptLayer(msgspec.Struct):
 
 class _RecordedSettings(msgspec.Struct):
     width: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    weights: Literal["source", "bf16"] = "source"
 
 
 class _RefittedLayer(msgspec.Struct):

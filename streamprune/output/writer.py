@@ -30,7 +30,8 @@ from streamprune.files.durable import (
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.formats.base import KeptExperts
 from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan, StageTensor
-from streamprune.output.verify import Proof, prove_tensors, read_parts
+from streamprune.output.source_bytes import source_bytes, stretches
+from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import Computed, FinishedLayer, FinishedShard
 
@@ -107,10 +108,8 @@ class OutputWriter:
         files = [self._staging / shard.file for shard in plans]
         sources: dict[Path, list[Stretch]] = defaultdict(list)
         for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.name not in computed):
-            origin = tensor.slice_of(kept)
-            sources[self._checkpoint.folder / origin.file] += [
-                (part.begin, part.end - part.begin) for part in origin.parts
-            ]
+            for file, begin, end in stretches(tensor, kept):
+                sources[self._checkpoint.folder / file].append((begin, end - begin))
         with cache_unchanged(sources):
             with writing(f"Writing to {self._staging}", self._staging):
                 shards = [self._write_shard(shard, kept, computed) for shard in plans]
@@ -158,12 +157,9 @@ class OutputWriter:
                     assert len(data) == tensor.nbytes
                     yield data
                     continue
-                origin = tensor.slice_of(kept)
-                path = self._checkpoint.folder / origin.file
-                with reading(path), path.open("rb") as source:
-                    for portion in read_parts(source, origin.parts):
-                        kill_point("portion of a shard")
-                        yield portion
+                for portion in source_bytes(tensor, kept, self._checkpoint.folder):
+                    kill_point("portion of a shard")
+                    yield portion
 
         checksum = stream_atomically(self._staging / shard.file, portions())
         return FinishedShard(shard.file, len(header) + shard.nbytes, checksum)

@@ -20,13 +20,14 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk, format_bytes
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
+from streamprune.output.dequantized import dequantized
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
-from streamprune.planning.facts import ModelFacts, check_scores_match, facts_from_json, prunable_from_scores
+from streamprune.planning.facts import ModelFacts, check_scores_match, facts_from_json, prunable_from_scores, weights_of
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -112,19 +113,25 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     check_output(settings.output, config_folder, settings.overwrite)
     refuse_per_layer_experts(read_json(config_folder / CONFIG_NAME), settings.model)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    facts = _facts(settings, checkpoint, scores)
+    facts, written = _facts(settings, checkpoint, scores), checkpoint
+    if settings.weights == "bf16":
+        written = dequantized(checkpoint)
+        facts = facts.dequantized(written)
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
     )
 
     def footprint() -> Footprint:
-        return facts.footprint or read_footprint(settings.model, settings.revision, settings.trust_remote_code)
+        if facts.footprint is not None:
+            return facts.footprint
+        found = read_footprint(settings.model, settings.revision, settings.trust_remote_code)
+        return found if written is checkpoint else replace(found, weights=weights_of(facts.layout, written.tensors))
 
     layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
     prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize)
     counts, selection = _select(settings, scores, prunable, footprint)
     most = settings.max_shard_bytes
-    plan = make_plan(facts.layout, facts.loading, checkpoint, selection.counts_by_layer, most, counts.width)
+    plan = make_plan(facts.layout, facts.loading, written, selection.counts_by_layer, most, counts.width)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
@@ -229,6 +236,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
             if layer.channels is not None
         },
         "max_shard_bytes": settings.max_shard_bytes,
+        **({} if settings.weights == "source" else {"weights": settings.weights}),
     }
     recorded = records.read_pruning(folder) if not anew else None
     if recorded is None or recorded.decided != now:

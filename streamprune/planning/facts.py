@@ -12,15 +12,17 @@ from typing import Any
 
 import msgspec
 
+from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruningTarget
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
-from streamprune.fit.weights import weights_by_layout
+from streamprune.fit.weights import Weights, weights_by_layout
 from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
 from streamprune.models.expert_layout import Layout, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
+from streamprune.output.dequantized import dequantized_layout
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts, Prunable
 from streamprune.saliency.scores import Scores
@@ -68,6 +70,13 @@ class ModelFacts:
             memory = asdict(_Memory(known.cache, known.shape, known.itemsize, known.max_positions))
         return {"tensors": tensors, "loading": msgspec.to_builtins(self.loading), "memory": memory}
 
+    def dequantized(self, plain: Checkpoint) -> ModelFacts:
+        """The facts of `plain`, the checkpoint that this model's quantized one decodes to."""
+        layout, footprint = dequantized_layout(self.layout, plain), self.footprint
+        if footprint is not None:
+            footprint = replace(footprint, weights=weights_of(layout, plain.tensors))
+        return replace(self, layout=layout, footprint=footprint)
+
     def estimate(
         self,
         output: str,
@@ -85,6 +94,11 @@ class ModelFacts:
         if plan.width is not None:
             footprint = replace(footprint, width=plan.width, shape=replace(footprint.shape, expert=plan.width))
         return counts.against_budget(Estimate(footprint, target.serving))
+
+
+def weights_of(layout: Layout, tensors: Mapping[str, TensorEntry]) -> Weights:
+    """The weights of a complete model with these tensors."""
+    return weights_by_layout(tensors, layout, dict.fromkeys(layout.expert_layers, layout.spec.count))
 
 
 def facts_from_json(

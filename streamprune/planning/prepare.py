@@ -25,7 +25,9 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
 from streamprune.formats.base import KeptExperts
+from streamprune.formats.decoded import decoded_entries
 from streamprune.formats.pick import refuse_quantized
+from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import (
     DescribedModel,
@@ -39,6 +41,7 @@ from streamprune.models.open import (
 from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
+from streamprune.output.dequantized import dequantized
 from streamprune.output.plan import output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
@@ -95,8 +98,11 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
     @cache
     def read_footprint() -> Footprint:
-        headers = read_headers(settings.model, plan.folder)
-        return footprint_of_skeleton(settings.model, plan.model.raw, skeleton, headers)
+        headers, raw = read_headers(settings.model, plan.folder), plan.model.raw
+        if settings.weights == "bf16":
+            headers = decoded_entries(headers, raw) if headers is not None else None
+            raw = Quantization.of(raw).without(raw)
+        return footprint_of_skeleton(settings.model, raw, skeleton, headers)
 
     itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
@@ -153,11 +159,13 @@ def with_footprint(
 class PreparedModel(OpenedMoE):
     """A Mixture-of-Experts model that is opened for pruning or scoring.
 
-    `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors.
+    `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. With
+    `plain_output`, quantized weights are written decoded.
     """
 
     plan: PruningPlan
     trust_remote_code: bool
+    plain_output: bool = False
     _pruned: dict[tuple[int, int | None], PreTrainedModel] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -174,6 +182,14 @@ class PreparedModel(OpenedMoE):
         return ModelFacts(self.layout, loading, self.plan.footprint)
 
     @cached_property
+    def written(self) -> tuple[ModelFacts, Checkpoint]:
+        """The facts and the checkpoint of what is written: the source, or the plain checkpoint that it decodes to."""
+        if not self.plain_output:
+            return self.facts, self.checkpoint
+        plain = dequantized(self.checkpoint)
+        return self.facts.dequantized(plain), plain
+
+    @cached_property
     def planned_bytes(self) -> int:
         """Bytes of the weights that will be written. (MoE layers have equal sizes, so only the total number counts.)"""
         planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
@@ -183,7 +199,8 @@ class PreparedModel(OpenedMoE):
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
             counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
-        tensors = output_tensors(self.layout, self.checkpoint.tensors, counts, planned.width)
+        facts, checkpoint = self.written
+        tensors = output_tensors(facts.layout, checkpoint.tensors, counts, planned.width)
         return sum(tensor.nbytes for tensor in tensors)
 
     def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:
@@ -224,7 +241,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,
-        settings.trust_remote_code,
+        settings.trust_remote_code, settings.weights == "bf16",
     )  # fmt: skip
     counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
     width = plan.counts.width if plan.counts is not None else None

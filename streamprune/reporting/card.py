@@ -244,7 +244,7 @@ def reproduce_command(record: Record) -> str:
     if record.refit:
         anchor = record.refit.anchor
         options += [("--refit", True), ("--anchor", anchor.name if anchor is not None else NO_ANCHOR)]
-    options.append(("--max-shard-size", settings.max_shard_bytes))
+    options += [("--max-shard-size", settings.max_shard_bytes), ("--weights", settings.weights or None)]
     words = ["streamprune", "run" if reads_text else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]
     for name, value in options:

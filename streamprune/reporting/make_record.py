@@ -54,6 +54,7 @@ def make_record(
             "total": counts.total,
             "width": counts.width,
             "max_shard_bytes": settings.max_shard_bytes,
+            **({} if settings.weights == "source" else {"weights": settings.weights}),
         },
         "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],

@@ -88,6 +88,8 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     protect_super_experts: bool | None = None
     # The user may give any size.
     max_shard_bytes: Annotated[int, Meta(ge=1)] | None = None
+    # Only stated where quantized weights were decoded.
+    weights: Annotated[str, Meta(pattern="^bf16$")] | UnsetType = UNSET
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):

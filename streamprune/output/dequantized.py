@@ -1,0 +1,48 @@
+"""A plain output of a quantized source: the checkpoint that the source decodes to, and how it is cut. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streamprune.checkpoint.index import Checkpoint
+from streamprune.errors import SettingsError
+from streamprune.formats.decoded import DecodedEntry, decoded_entries
+from streamprune.formats.quantization import Quantization
+from streamprune.models.expert_layout import EXPERT, Cut, Layout
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The plain checkpoint that a quantized one decodes to: its tensors, in no file yet, and its config.json.
+
+    Raises SettingsError for a checkpoint that is plain already.
+    """
+    stated = Quantization.of(checkpoint.config)
+    if not stated.method:
+        raise SettingsError(
+            f"--weights bf16 decodes quantized weights, but those of {checkpoint.folder} are plain "
+            "already. Leave it out."
+        )
+    tensors = decoded_entries(checkpoint.tensors, checkpoint.config)
+    return Checkpoint(checkpoint.folder, stated.without(checkpoint.config), tensors)
+
+
+def dequantized_layout(layout: Layout, plain: Checkpoint) -> Layout:
+    """How the tensors of `dequantized` are cut, by the `layout` of the quantized checkpoint."""
+    cuts = {}
+    for name, entry in plain.tensors.items():
+        parts = [part.name for part in entry.parts.values()] if isinstance(entry, DecodedEntry) else [name]
+        of_parts = [layout.cuts[part] for part in parts if part in layout.cuts]
+        if of_parts:
+            cuts[name] = _plain_cut(name, of_parts)
+    return replace(layout, cuts=cuts, dropped=tuple(name for name in plain.tensors if name not in cuts))
+
+
+def _plain_cut(name: str, of_parts: list[Cut]) -> Cut:
+    """The cut of a parameter, by those of its stored parts; a part that all experts share is not cut."""
+    cut = next((each for each in of_parts if each.family is not None or each.rows is not None), of_parts[0])
+    if cut.family is None:
+        return cut
+    # Parts lie in the same module as the parameter, so that the expert's number stands in the same place.
+    segments = name.split(".")
+    segments[cut.family.split(".").index(EXPERT)] = EXPERT
+    return replace(cut, family=".".join(segments))
