@@ -297,8 +297,9 @@ def _summary(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Ca
     named = ", ".join(f"{name} ({tokens:,})" for name, tokens in zip(data.sources, data.tokens_of, strict=True))
     against = f" against {settings.against}" if settings.against is not None else ""
     opened = models[PRUNED]
+    stored = f", {' and '.join(opened.formats)}" if opened.formats else ""
     return (
-        f"{settings.model}{against}: {opened.skeleton.layer_count} layers, {_vocabulary_size(opened):,} tokens in the "
-        f"vocabulary; {len(data.sequences)} sequences, {data.tokens:,} tokens from {named}; "
-        f"{str(opened.dtype).removeprefix('torch.')} on {device}"
+        f"{settings.model}{against}: {opened.skeleton.layer_count} layers{stored}, "
+        f"{_vocabulary_size(opened):,} tokens in the vocabulary; {len(data.sequences)} sequences, "
+        f"{data.tokens:,} tokens from {named}; {str(opened.dtype).removeprefix('torch.')} on {device}"
     )

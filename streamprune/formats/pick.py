@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,23 @@ def stated_format(path: str, config: Mapping[str, Any]) -> Format | None:
     """
     quantization = Quantization.of(config)
     return next((found for each in STATED if (found := each(path, quantization)) is not None), None)
+
+
+def format_names(tensors: Mapping[str, TensorEntry], stored: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """The formats of the quantized tensors, for people; first the one that most bytes are stored in."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name, each in stored.items():
+        if each.format is not PLAIN:
+            sizes[each.format.name] += tensors[name].nbytes
+    return tuple(sorted(sizes, key=lambda name: (-sizes[name], name)))
+
+
+def storage_text(formats: Sequence[str], decoded: bool) -> str:
+    """How an output stores what its source has in these formats, for people; empty for a plain source."""
+    if not formats:
+        return ""
+    text = " and ".join(formats)
+    return f"bfloat16, decoded from {text}" if decoded else f"{text}, as in the source"
 
 
 def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None) -> None:

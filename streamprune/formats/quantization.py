@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -32,18 +32,11 @@ class Quantization:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Quantization:
         """The section of a config.json, at its top level or in its text part."""
-        for path in _PARTS:
-            part: Any = config
-            for name in path:
-                part = part.get(name)
-            if not isinstance(part, Mapping):
-                continue
-            for key in SECTIONS:
-                section = part.get(key)
-                if section:
-                    values = section if isinstance(section, Mapping) else {}
-                    experts = str(values.get("expert_dtype") or part.get("expert_dtype") or "")
-                    return cls(str(values.get("quant_method") or "unknown"), values, (*path, key), experts)
+        for path, section in sections_of(config):
+            part = _part(config, path[:-1])
+            values = section if isinstance(section, Mapping) else {}
+            experts = str(values.get("expert_dtype") or part.get("expert_dtype") or "")
+            return cls(str(values.get("quant_method") or "unknown"), values, path, experts)
         return cls()
 
     def leaves_plain(self, path: str) -> bool:
@@ -67,6 +60,32 @@ class Quantization:
                 part[name] = part = dict(part[name])
             del part[self.path[-1]]
         return result
+
+
+def sections_of(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every quantization section of a config.json: its path and its contents."""
+    for path in _PARTS:
+        part = _part(config, path)
+        yield from (((*path, key), part[key]) for key in SECTIONS if part.get(key))
+
+
+def _part(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    """The part of a config at `path`; empty if there is none."""
+    for name in path:
+        found = config.get(name)
+        config = found if isinstance(found, Mapping) else {}
+    return config
+
+
+def with_sections(config: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A config.json with every quantization section changed, wherever it stands."""
+    result = dict(config)
+    for path, section in sections_of(config):
+        part = result
+        for name in path[:-1]:
+            part[name] = part = dict(part[name])
+        part[path[-1]] = change(section)
+    return result
 
 
 @dataclass(frozen=True)

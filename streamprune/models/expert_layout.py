@@ -30,7 +30,7 @@ import msgspec
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.files.json_text import show
-from streamprune.formats.base import ChannelRows, ExpertRows, StoredTensor
+from streamprune.formats.base import ChannelRows, ExpertRows, Format, StoredTensor
 from streamprune.models.config_json import (
     MOST_EXPERTS,
     MOST_LAYERS,
@@ -306,6 +306,7 @@ def find_cuts(
             # Also by part: the experts' values are one family, their scales another.
             groups[target.name, target.pattern, target.stored.part].append(name)
     numbered: dict[str, tuple[str, int]] = {}
+    _check_alike(targets, groups)
     for (parameter, *_), names in groups.items():
         if len(names) > 1:
             family, ordered = _by_expert(str(parameter), names, _experts_in(targets[names[0]], counts))
@@ -329,6 +330,25 @@ def find_cuts(
         else:
             result[name] = Cut(target.layer, rows=rows, channels=channels)
     return result
+
+
+def _check_alike(
+    targets: Mapping[str, Target], groups: Mapping[tuple[str | None, str | None, str], Sequence[str]]
+) -> None:
+    """Raise UnsupportedModelError if some experts of a parameter are quantized, and others not or in another way.
+
+    `groups` are the tensors by parameter, pattern and part. Cut, their tensors would differ by which experts stay.
+    """
+    firsts: dict[tuple[str | None, str | None], tuple[str, Format]] = {}
+    for (parameter, pattern, _), names in groups.items():
+        for name in names:
+            storage = targets[name].stored.format
+            first, other = firsts.setdefault((parameter, pattern), (name, storage))
+            if storage != other:
+                raise UnsupportedModelError(
+                    f"The experts of {parameter} are not stored alike: {first} as {other.name}, {name} as "
+                    f"{storage.name}. Prune the bfloat16 or float16 original instead, and quantize the result."
+                )
 
 
 def _experts_in(target: Target, counts: Mapping[int, int]) -> int:

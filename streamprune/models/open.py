@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.pick import check_stated, refuse_unread
+from streamprune.formats.pick import check_stated, format_names, refuse_unread
 from streamprune.models.config_json import absurdity
 from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
@@ -53,6 +53,11 @@ class OpenedModel:
     skeleton: Decoder
     targets: Mapping[str, Target] = field(repr=False)
     dtype: torch.dtype
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """How the quantized tensors are stored, for people; empty if all are plain."""
+        return format_names(self.checkpoint.tensors, {name: each.stored for name, each in self.targets.items()})
 
 
 @dataclass(frozen=True)

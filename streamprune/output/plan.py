@@ -19,6 +19,7 @@ from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ChannelMask, ChannelRows, ExpertRows, KeptExperts
 from streamprune.formats.decoded import DecodedEntry
+from streamprune.formats.pick import storage_text
 from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
@@ -28,6 +29,7 @@ from streamprune.models.per_layer_experts import (
     has_per_layer_experts,
     modeling_source,
 )
+from streamprune.output.quantized import QuantizedSource
 from streamprune.work.records import Computed
 
 #: The file in the output that records how it was made.
@@ -155,7 +157,7 @@ class PrunePlan:
     """The decided output: how many experts stay (`counts`, by layer that has some), its files and its config.
 
     `files` are small files that are made for the output, by name. `width` is the number of channels that each expert
-    keeps; None if they keep all.
+    keeps; None if they keep all. `quantized` is None if the source's weights are plain, or written decoded.
     """
 
     layout: Layout
@@ -164,10 +166,27 @@ class PrunePlan:
     config: Mapping[str, Any] = field(repr=False)
     files: Mapping[str, bytes] = field(repr=False)
     shards: tuple[ShardPlan, ...] = field(repr=False)
+    quantized: QuantizedSource | None = None
 
     @property
     def tensors(self) -> list[OutputTensor]:
         return [tensor for shard in self.shards for tensor in shard.tensors]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """How the source stores its quantized tensors, for people; empty if all are plain."""
+        if self.quantized is not None:
+            return self.quantized.formats
+        return tuple(
+            dict.fromkeys(
+                each.sources[0].format.name for each in self.tensors if isinstance(each.sources[0], DecodedEntry)
+            )
+        )
+
+    @property
+    def storage(self) -> str:
+        """How the output stores what the source has quantized, for people; empty if nothing is."""
+        return storage_text(self.formats, decoded=self.quantized is None)
 
     @property
     def output_bytes(self) -> int:
@@ -175,8 +194,16 @@ class PrunePlan:
         return sum(shard.nbytes for shard in self.shards)
 
     def config_for(self, kept: Mapping[int, KeptExperts]) -> Mapping[str, Any]:
-        """config.json of the output with the experts `kept`, by layer: the formats may name experts in it."""
-        return self.config
+        """config.json of the output with the experts `kept`, by layer: its quantization section may name some."""
+        return self.quantized.config_for(self.config, kept) if self.quantized is not None else self.config
+
+    def files_for(self, kept: Mapping[int, KeptExperts]) -> Mapping[str, bytes]:
+        """`files`, and those of the source that name experts: renumbered, in place of the source's own."""
+        return {**self.files, **(self.quantized.files_for(kept) if self.quantized is not None else {})}
+
+    def notes_for(self, kept: Mapping[int, KeptExperts]) -> Sequence[str]:
+        """What to know before the output is served, with the experts `kept` by layer."""
+        return self.quantized.notes_for(self.config_for(kept), kept) if self.quantized is not None else ()
 
 
 def output_tensors(
@@ -222,8 +249,9 @@ def make_plan(
 ) -> PrunePlan:
     """Plan the output for the experts that stay in every layer, and the channels that each of them keeps (None: all).
 
-    Raises UnsupportedModelError if layers with different numbers could not be loaded, CheckpointError for a config
-    that does not state the number of experts, or their width.
+    Raises UnsupportedModelError if layers with different numbers could not be loaded, or JSON of a quantized source
+    names experts in a way that cannot be renumbered; CheckpointError for a config that does not state the number of
+    experts, or their width.
     """
     if width is not None and layout.width is None:
         raise UnsupportedModelError(f"The experts of this model cannot be made narrower: {layout.fixed_width}.")
@@ -244,7 +272,8 @@ def make_plan(
     files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
     tensors = output_tensors(layout, checkpoint.tensors, counts, width)
     shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
-    return PrunePlan(layout, dict(counts), width, config, files, shards)
+    quantized = QuantizedSource.of(checkpoint, layout)
+    return PrunePlan(layout, dict(counts), width, config, files, shards, quantized)
 
 
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:

@@ -23,6 +23,7 @@ from streamprune.errors import CheckpointError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import show
 from streamprune.formats.base import ChannelMask, KeptExperts
+from streamprune.formats.pick import pick_formats
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.dequantized import dequantized, dequantized_layout
@@ -95,13 +96,18 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
+    check_formats(plan, kept, output, pruned.tensors, pruned.config)
+    own = plan.files_for(kept)
     for relative in origin.small_files():
         ours = output / relative
+        if relative.as_posix() in own:
+            continue
         if not ours.is_file() or not filecmp.cmp(ours, source / relative, shallow=False):
             raise VerifyError(f"{ours} is not the same as {source / relative}.")
-    for name, contents in plan.files.items():
+    for name, contents in own.items():
         if not (output / name).is_file() or (output / name).read_bytes() != contents:
-            raise VerifyError(f"{output / name} differs from the modeling code that this version writes. Prune again.")
+            what = "modeling code" if name in plan.files else "renumbered experts"
+            raise VerifyError(f"{output / name} differs from the {what} that this version writes. Prune again.")
     return proof
 
 
@@ -164,6 +170,36 @@ def prove_tensors(
                 _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
         proof += Proof(1, entry.nbytes, hashed is not None, hashed is None and tensor.is_decoded)
     return proof
+
+
+def check_formats(
+    plan: PrunePlan,
+    kept: Mapping[int, KeptExperts],
+    folder: Path,
+    entries: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+) -> None:
+    """Raise VerifyError unless the tensors in `folder` decode to the source's weights, if these are quantized.
+
+    A parameter is decoded from the bytes of its parts by its format, which holds what config.json says. So besides
+    equal bytes (`prove_tensors`) it takes the same parts, and an equal format by the output's own config.json.
+    """
+    if plan.quantized is None:
+        return
+    source, found = plan.quantized.stored, pick_formats(entries, config)
+    # Each parameter is one of the source's, and each of those is a single one here.
+    origins: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for tensor in plan.tensors:
+        number = kept[tensor.layer].experts[tensor.slot] if tensor.slot is not None and tensor.layer is not None else 0
+        here, there = found[tensor.name], source[tensor.sources[number].name]
+        same = origins.setdefault(here.parameter, there.parameter) == there.parameter
+        same &= copies.setdefault(there.parameter, here.parameter) == here.parameter
+        if (here.part, here.format) != (there.part, there.format) or not same:
+            raise VerifyError(
+                f"{folder}: by its {CONFIG_NAME}, {tensor.name} is stored as {here.format.name}, but in the source as "
+                f"{there.format.name}, or with other settings or companions. Was it changed? Prune again."
+            )
 
 
 def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: SourceSlice) -> None:

@@ -250,7 +250,10 @@ class OutputWriter:
     def _write_small_files(self, kept: Mapping[int, KeptExperts], report: dict[str, Any], card: str) -> None:
         weight_map = {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        own = self.plan.files_for(kept)
         for relative in self._checkpoint.small_files():
+            if relative.as_posix() in own:
+                continue
             target = self._staging / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             stream_atomically(target, _read_source(self._checkpoint.folder / relative))
@@ -260,7 +263,7 @@ class OutputWriter:
         values = {INDEX_NAME: index, CONFIG_NAME: dict(config), REPORT_NAME: full}
         texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in values.items()}
         files = {name: text.encode() for name, text in (texts | {"README.md": card}).items()}
-        for name, contents in {**files, **self.plan.files}.items():
+        for name, contents in {**files, **own}.items():
             write_atomically(self._staging / name, contents)
 
     def _check_sizes(self) -> None:

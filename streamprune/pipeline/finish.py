@@ -23,6 +23,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
+from streamprune.output.verify import check_formats
 from streamprune.output.writer import OutputWriter
 from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.facts import ModelFacts
@@ -121,6 +122,11 @@ class SelectionResult:
         for warning in retention_warnings(self.energy or self.retained, shares, bool(self.energy)):
             progress.say(f"warning: {warning}")
 
+    def print_serving_notes(self, progress: Progress) -> None:
+        """Print what to know of the selected experts before the output is served."""
+        for note in self.plan.notes_for(self.selection.stays):
+            progress.say(f"note: {note}")
+
     def summary(self, estimate: Estimate | None, seconds: float) -> dict[str, Any]:
         """What `--json` prints of an output, except how the scores were made."""
         counts = list(self.plan.counts.values())
@@ -141,6 +147,7 @@ class SelectionResult:
             "domain_retention": _shares_object(self.retained),
             **self._width_object(),
             "dropped_tensors": len(self.plan.layout.dropped),
+            **({"formats": list(self.plan.formats)} if self.plan.formats else {}),
             # A difference would have raised an error.
             "verified": self.settings.verify,
             "seconds": round(seconds, 3),
@@ -230,6 +237,9 @@ def complete(
                     decided.record_layer(work, index, KeptExperts(), [])
             raise
         progress.say(f"verified: {proof.text}")
+    entries = writer.headers()
+    if settings.verify:
+        check_formats(plan, kept, work.staging, entries, plan.config_for(kept))
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:
@@ -238,8 +248,9 @@ def complete(
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
-    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, writer.headers())
-    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy)
+    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, entries)
+    notes = plan.notes_for(kept)
+    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy, notes)
     writer.finish(kept, to_builtins(record), card)
     return estimate
 
@@ -305,6 +316,11 @@ def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> No
     ]
     for note in notes:
         progress.say(f"note: {note}")
+
+
+def print_weights(progress: Progress, source: int, output: int, storage: str) -> None:
+    """Print the bytes of the weights before and after pruning, and how quantized ones are stored."""
+    progress.say(f"weights: {format_bytes(source)} -> {format_bytes(output)}{f'; {storage}' if storage else ''}")
 
 
 def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:

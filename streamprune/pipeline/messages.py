@@ -13,9 +13,17 @@ from streamprune.calibration.refit_text import JUDGE_EVERY, RECOMMENDED_PER_UNIT
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
+from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
-from streamprune.pipeline.finish import check_room, print_channel_bytes, print_dropped, print_memory, print_notes
+from streamprune.pipeline.finish import (
+    check_room,
+    print_channel_bytes,
+    print_dropped,
+    print_memory,
+    print_notes,
+    print_weights,
+)
 from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.planning.refit import anchor_name, refit_demand, refit_sizes
 from streamprune.progress import Progress, describe
@@ -47,7 +55,8 @@ def print_prepared(
 ) -> None:
     """Print the size of the weights before and after pruning, and the calibration."""
     if prepared.plan.counts is not None:
-        progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)} -> {format_bytes(prepared.planned_bytes)}")
+        storage = storage_text(prepared.formats, prepared.plain_output)
+        print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
         print_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):
         progress.say(

@@ -18,7 +18,7 @@ from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
-from streamprune.hardware.memory import check_disk, format_bytes
+from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.dequantized import dequantized
 from streamprune.output.plan import make_plan
@@ -26,7 +26,7 @@ from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
-from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
+from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts, check_scores_match, facts_from_json, prunable_from_scores, weights_of
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
@@ -111,7 +111,9 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     # For a model on the Hub only the config is fetched at first, so that errors come before the download.
     config_folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     check_output(settings.output, config_folder, settings.overwrite)
-    refuse_per_layer_experts(read_json(config_folder / CONFIG_NAME), settings.model)
+    raw = read_json(config_folder / CONFIG_NAME)
+    refuse_per_layer_experts(raw, settings.model)
+    refuse_new_values(raw, settings)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     facts, written = _facts(settings, checkpoint, scores), checkpoint
     if settings.weights == "bf16":
@@ -192,7 +194,8 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
             "for that run's selection only."
         )
     decided.print_retention(progress)
-    progress.say(f"weights: {format_bytes(decided.checkpoint.nbytes)} -> {format_bytes(plan.output_bytes)}")
+    decided.print_serving_notes(progress)
+    finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
     finish.print_dropped(progress, plan.layout.dropped)
 
 

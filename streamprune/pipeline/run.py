@@ -310,6 +310,7 @@ class _Run:
             scores.provenance, scores, refit,
         )  # fmt: skip
         self.decided.print_retention(self.progress)
+        self.decided.print_serving_notes(self.progress)
         if self.calibration.held_out is not None:
             # Saved before the output is complete or --stop-if-kl ends the run, to allow measuring again.
             save_held_out(self.settings.output, self.calibration.held_out, self.progress)

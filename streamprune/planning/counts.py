@@ -9,11 +9,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from streamprune.config import PruningTarget
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import Budget, nearest, resolve_budget
 from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.formats.quantization import Quantization
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.config_json import ExpertSpec, WidthSpec, minimum_keep, resolve_keep
 from streamprune.selection.schedules import SCHEDULES
@@ -104,6 +106,24 @@ def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable
     share = counts.total / counts.layers / model.spec.count * counts.width / model.width.width
     notes = (*_rounding_note(target, model.width, share), *width_notes(counts.width, model.itemsize))
     return replace(counts, full_width=model.width.width, notes=notes)
+
+
+def refuse_new_values(config: Mapping[str, Any], target: PruningTarget, refit: bool = False) -> None:
+    """Raise UnsupportedModelError for a target that cuts or changes quantized weights, by the source's config.json."""
+    method = Quantization.of(config).method
+    if not method:
+        return
+    advice = "or prune the bfloat16 or float16 original, and quantize the result."
+    if target.width is not None or target.by != "experts":
+        raise UnsupportedModelError(
+            f"The model's weights are quantized ({method}), so its experts cannot be made narrower: several channels "
+            f"share a scale or a byte. Remove whole experts instead (omit --width and --by); {advice}"
+        )
+    if refit:
+        raise UnsupportedModelError(
+            f"The model's weights are quantized ({method}), so --refit cannot change them: the new down projections "
+            f"would have to be quantized again, which loses what they mend. Omit --refit; {advice}"
+        )
 
 
 def _check_narrower(target: PruningTarget, model: Prunable) -> None:

@@ -43,8 +43,9 @@ from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
 from streamprune.output.dequantized import dequantized
 from streamprune.output.plan import output_tensors
+from streamprune.output.quantized import QuantizedSource
 from streamprune.output.writer import check_output
-from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
+from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts
 from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.saliency.hooks import recorded_width
@@ -90,6 +91,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
     fewest experts exceed the budget, or SettingsError if nothing would be removed.
     """
     plan = read_config(settings, check_output_too=True)
+    refuse_new_values(plan.model.raw, settings, settings.refit)
     first, skeleton = settings.from_layer, plan.skeleton
     if first is not None and first >= skeleton.layer_count:
         raise SettingsError(f"--from-layer {first}: the model's layers are 0 to {skeleton.layer_count - 1}.")
@@ -238,6 +240,9 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
             f"The experts of this checkpoint cannot be made narrower: {opened.layout.fixed_width}. Remove experts "
             "instead: omit --width and --by."
         )
+    if plan.counts is not None and settings.weights == "source":
+        # Only for what it refuses: the plan of the output may be made hours later.
+        QuantizedSource.of(checkpoint, opened.layout)
     plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,

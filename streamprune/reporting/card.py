@@ -58,12 +58,13 @@ def model_card(
     estimate: Estimate | None = None,
     retained: Sequence[Retention] = (),
     energy: Sequence[Retention] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The card's text, made of the run's record and the source's own card, if it has one.
 
     `estimate` is the memory of the written model, None if it cannot be estimated; `retained` is how much saliency of
     each calibration source the selection keeps, empty without scores; `energy` the same of the channels' energy, empty
-    unless experts become narrower.
+    unless experts become narrower. `notes` are what to know before it is served.
     """
     settings, calibration, use = record.settings, record.calibration, record.use
     recipe = calibration.stated if calibration else Recipe()
@@ -80,7 +81,7 @@ def model_card(
         layers=ranges(sorted(record.counts)),
         method=_score_meaning(settings.method) if settings.method and record.removes_experts else None,
         width_name=plan.layout.width.names[0] if plan.layout.width is not None else "",
-        width_notes=_width_notes(record, plan),
+        notes=[*_width_notes(record, plan), *notes],
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_origin,

@@ -58,7 +58,13 @@ def make_record(
         },
         "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],
-        "source": {**origin["source"], "experts": spec.count, "top_k": spec.top_k, "width": counts.full_width or None},
+        "source": {
+            **origin["source"],
+            "experts": spec.count,
+            "top_k": spec.top_k,
+            "width": counts.full_width or None,
+            **({"formats": plan.formats} if plan.formats else {}),
+        },
         "calibration": origin["calibration"],
         # `push` skips files that are not listed.
         "files": sorted({*small_files, *plan.files}),

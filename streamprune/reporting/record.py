@@ -50,12 +50,14 @@ class SourceFiles(Struct, frozen=True, kw_only=True):
 class SourceModel(SourceFiles, frozen=True, kw_only=True):
     """The same with the experts of each layer, and how many of them are used for each token.
 
-    `width` is the number of channels that each expert has; None if it stays as it was.
+    `width` is the number of channels that each expert has; None if it stays as it was. `formats` is how the quantized
+    weights are stored, for people; not stated for plain weights.
     """
 
     experts: _Experts
     top_k: _Experts
     width: Positive | None = None
+    formats: Annotated[list[Name], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):

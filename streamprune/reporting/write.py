@@ -24,6 +24,7 @@ from streamprune import __version__
 from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
+from streamprune.formats.pick import storage_text
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
@@ -126,6 +127,7 @@ def _page(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, 
     return render(
         "report.html.j2",
         facts=facts,
+        storage_text=storage_text,
         use=record.use.spec if record.use else ServingSpec(),
         gpu_sizes=GPU_SIZES,
         describe_busy=lambda busy: describe(asdict(busy)).removeprefix("busy: "),
