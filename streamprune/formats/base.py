@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.errors import UnsupportedModelError
+from streamprune.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,8 @@ class Format(ABC):
         """The plain parameter in `dtype`, from its stored parts by their names, on their device.
 
         Happens before transformers' own conversion, which then sees a plain checkpoint. Quantized values are computed
-        in float32, and rounded once; of a tensor that holds all experts, one expert at a time.
+        in float32, and rounded once; of a tensor that holds all experts, one expert at a time. Raises CheckpointError
+        for values that cannot be right.
         """
 
     @abstractmethod
@@ -195,5 +196,8 @@ def decode_tensors(
     decoded = {}
     for parameter, names in groups.items():
         storage = stored[next(iter(names.values()))].format
-        decoded[parameter] = storage.decode({part: tensors.pop(name) for part, name in names.items()}, dtype)
+        try:
+            decoded[parameter] = storage.decode({part: tensors.pop(name) for part, name in names.items()}, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{parameter} cannot be decoded. {error}") from error
     return decoded

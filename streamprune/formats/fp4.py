@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from streamprune.errors import UnsupportedModelError
 from streamprune.formats.base import Format
-from streamprune.formats.fp8 import multiply_blocks, scale_values
+from streamprune.formats.codes import look_up, multiply_blocks
+from streamprune.formats.fp8 import scale_values
 from streamprune.formats.quantization import Module, Quantization, Recognized
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 #: Values that share a scale.
 GROUP = 32
+#: Those of NVFP4.
+NV_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,38 @@ class Fp4(Format):
         return (*outer, 2 * bytes_of_two)
 
 
-def decode_e2m1(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The matrix (rows, columns) in float32 of packed codes (rows, columns / 2) and scales (rows, columns / 32)."""
+@dataclass(frozen=True)
+class Nvfp4(Format):
+    """A matrix (out, in) as `Fp4`, with a scale in F8_E4M3 for every 16 values, divided by one for all of them.
+
+    As compressed-tensors writes it: the scale of the whole tensor is the reciprocal of what NVIDIA's ModelOpt stores.
+    """
+
+    name = "NVFP4"
+
+    def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        scale = parts["scale"].float() / parts["global_scale"]
+        return decode_e2m1(parts["packed"], scale, NV_GROUP).to(dtype)
+
+    def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        *outer, columns = shape
+        return {
+            "packed": ("U8", (*outer, columns // 2)),
+            "scale": ("F8_E4M3", (*outer, columns // NV_GROUP)),
+            "global_scale": ("F32", (*outer[:-1], 1)),
+        }
+
+    def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        *outer, bytes_of_two = shapes["packed"]
+        return (*outer, 2 * bytes_of_two)
+
+
+def decode_e2m1(packed: torch.Tensor, scale: torch.Tensor, group: int = GROUP) -> torch.Tensor:
+    """The matrix (rows, columns) in float32 of packed codes (rows, columns / 2) and scales (rows, columns / group)."""
     import torch
 
-    # Both values of a byte by one look-up.
     pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], device=packed.device)
-    values = torch.nn.functional.embedding(packed.view(torch.uint8).int(), pairs).flatten(1)
-    return multiply_blocks(values, scale_values(scale), (1, GROUP))
+    return multiply_blocks(look_up(packed, pairs), scale_values(scale), (1, group))
 
 
 def recognize(module: Module, stated: Quantization) -> Recognized | None:

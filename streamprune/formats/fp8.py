@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import UnsupportedModelError
+from streamprune.formats import auto_round
 from streamprune.formats.base import Format
+from streamprune.formats.codes import look_up, multiply_blocks
 from streamprune.formats.quantization import Module, Quantization, Recognized
 
 if TYPE_CHECKING:
@@ -52,7 +54,10 @@ class Fp8(Format):
 
     def _decoded(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """One matrix (out, in) in float32."""
-        result = values.float()
+        import torch
+
+        table = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype).float()
+        result = look_up(values, table[:, None])
         if self.block is not None:
             return multiply_blocks(result, scale, self.block)
         return result.mul_(scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
@@ -67,22 +72,6 @@ class Fp8(Format):
 
     def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[""]
-
-
-def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """`values` (rows, columns), float32, multiplied in place with the scale of each block.
-
-    The last blocks of rows and columns may be smaller: `scale` has ceil(rows / block[0]) x ceil(columns / block[1]).
-    """
-    rows, columns = values.shape
-    if columns % block[1]:
-        return values.mul_(scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns])
-    full = rows // block[0]
-    in_blocks = values[: full * block[0]].view(full, block[0], -1, block[1])
-    in_blocks.mul_(scale[:full, None, :, None])
-    if rows % block[0]:
-        values[full * block[0] :].view(-1, scale.shape[1], block[1]).mul_(scale[full:, :, None])
-    return values
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
@@ -114,6 +103,8 @@ def recognize(module: Module, stated: Quantization) -> Recognized | None:
 
 def stated(path: str, quantization: Quantization) -> Format | None:
     """How a config.json says that the Linear weight of the module at `path` is stored; None: not in this format."""
+    if auto_round.packing(quantization) == auto_round.FP8:
+        return Fp8(block_size(quantization.values)) if auto_round.settings(path, quantization) else None
     if quantization.method not in METHODS or quantization.leaves_plain(path):
         return None
     return Fp8(block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None))
@@ -147,8 +138,11 @@ def _format_of(values: TensorEntry, scale: TensorEntry, stated: Quantization) ->
 
 
 def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The `weight_block_size` (rows, columns) of a quantization section; None if it states none."""
-    block = values.get("weight_block_size")
+    """The `weight_block_size` (rows, columns) of a quantization section; None if it states none.
+
+    AutoRound states it as `group_size`.
+    """
+    block = values.get("weight_block_size") or values.get("group_size")
     if isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
         return block[0], block[1]
     return None

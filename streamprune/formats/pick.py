@@ -10,28 +10,47 @@ from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats import fp4, fp8, mxfp4
+from streamprune.formats import auto_round, awq, compressed_tensors, fp4, fp8, gptq, mxfp4
 from streamprune.formats.base import Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 from streamprune.formats.quantization import Module, Quantization, Recognized
 
 #: Each takes the tensors of a module that are stored in its format, if there are some. Asked in this order.
 RECOGNIZERS: tuple[Callable[[Module, Quantization], Recognized | None], ...] = (
+    compressed_tensors.recognize,
+    gptq.recognize,
+    awq.recognize,
     fp8.recognize,
     fp4.recognize,
     mxfp4.recognize,
 )
 #: Each tells from the config alone whether the weight of a module is stored in its format. Asked in this order: experts
 #: in FP4 belong to the method fp8.
-STATED: tuple[Callable[[str, Quantization], Format | None], ...] = (fp4.stated, fp8.stated, mxfp4.stated)
+STATED: tuple[Callable[[str, Quantization], Format | None], ...] = (
+    compressed_tensors.stated,
+    gptq.stated,
+    awq.stated,
+    fp4.stated,
+    fp8.stated,
+    mxfp4.stated,
+)
+#: Each tells by the config alone why weights in its format cannot be read, if so.
+UNSUPPORTED: tuple[Callable[[Quantization], str | None], ...] = (
+    compressed_tensors.unsupported,
+    gptq.unsupported,
+    awq.unsupported,
+    auto_round.unsupported,
+)
 #: Values of `quant_method` for what the recognizers read.
-METHODS = fp8.METHODS | mxfp4.METHODS
+METHODS = frozenset().union(*(each.METHODS for each in (auto_round, awq, compressed_tensors, fp8, gptq, mxfp4)))
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _QUANTIZATION_NAME = re.compile(
     r"(scales?|scale_inv|scale_2|scale_ub|qscale_\w+|zero_points?|qweight|qzeros|g_idx|packed|weight_shape|blocks|absmax|"
     r"quant_map|quant_state[\w.]*)$"
 )
+#: Scales for quantized caches, which programs use only if asked to; they change no weight.
+_OF_CACHES = re.compile(r"(^|\.)[qkv]_scale$")
 _WAY_OUT = "Prune the bfloat16 or float16 original instead, and quantize the result."
 #: Why a method is refused.
 _REFUSED = {
@@ -49,6 +68,7 @@ def pick_formats(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) 
     UnsupportedModelError for tensors that look like those of a format, but are not.
     """
     stated = Quantization.of(config)
+    _refuse(stated)
     modules: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for name, entry in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -78,10 +98,12 @@ def stated_format(path: str, config: Mapping[str, Any]) -> Format | None:
     """The format in which, by the config.json alone, the weight of a Linear module or of joined experts is stored.
 
     `path` is the module's in the checkpoint; of experts in one tensor that of the module which holds it (`...experts`).
-    None if the weight is plain. Which modules are Linear, and what the model itself keeps in float32, the caller knows:
-    embeddings, norms and most routers are never quantized, and not always listed.
+    None if the weight is plain, or the method is none of METHODS. Which modules are Linear, and what the model itself
+    keeps in float32, the caller knows: embeddings, norms and most routers are never quantized, and not always listed.
+    Raises UnsupportedModelError if the config contradicts itself, or describes what is not read here.
     """
     quantization = Quantization.of(config)
+    _refuse(quantization)
     return next((found for each in STATED if (found := each(path, quantization)) is not None), None)
 
 
@@ -111,7 +133,7 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
     if stored.format is not PLAIN:
         return
     what = None
-    if feeds_floats is None and _QUANTIZATION_NAME.search(entry.name):
+    if feeds_floats is None and _QUANTIZATION_NAME.search(entry.name) and not _OF_CACHES.search(entry.name):
         what = f"{entry.name} ({entry.dtype} {list(entry.shape)}) belongs to quantized weights"
     elif feeds_floats and entry.dtype not in _FLOATS:
         what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
@@ -121,14 +143,31 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     """Raise UnsupportedModelError for a checkpoint whose config says that its weights are in a format not read here."""
-    method = Quantization.of(config).method
-    if not method or method in METHODS:
+    stated = Quantization.of(config)
+    method = stated.method
+    if not method:
         return
-    reason = next((text for name, text in _REFUSED.items() if method.startswith(name)), None)
+    reason = _unsupported(stated)
+    if method in METHODS and reason is None:
+        return
     raise UnsupportedModelError(
         f"The model in {folder} is quantized ({method}), which is not supported: "
         f"{reason or 'this format is not known here'}. {_WAY_OUT}"
     )
+
+
+def _refuse(stated: Quantization) -> None:
+    """Raise UnsupportedModelError if a method that is read here is stated in a way that is not."""
+    reason = _unsupported(stated) if stated.method in METHODS else None
+    if reason is not None:
+        raise UnsupportedModelError(f"config.json says that the model is quantized ({stated.method}), but {reason}.")
+
+
+def _unsupported(stated: Quantization) -> str | None:
+    """Why the weights are not read, as far as the config tells."""
+    found = (each(stated) for each in UNSUPPORTED)
+    reason = next((text for text in found if text is not None), None)
+    return reason or next((text for name, text in _REFUSED.items() if stated.method.startswith(name)), None)
 
 
 def check_stated(config: Mapping[str, Any], stored: Iterable[StoredTensor], folder: Path) -> None:
