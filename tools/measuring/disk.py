@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,14 @@ def read_all(files: Sequence[Path]) -> int:
             while count := stream.readinto(buffer):
                 total += count
     return total
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def copy_and_sync(source: Path, target: Path) -> int:

@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any
 
-from measuring.disk import copy_and_sync, read_all
+from measuring.disk import copy_and_sync, read_all, remove
 from measuring.processes import Job
-from measuring.shapes import weight_files
+from measuring.shapes import quantize, weight_files
 from measuring.workers import settings_of
 
 #: Runs a command of streamprune, which ends by printing the most memory it had resident.
@@ -24,6 +24,10 @@ SCRIPT = (
 
 #: Stands for half of the channels that an expert of the measured model has.
 HALF_WIDTH = -1
+#: Stands for the measured model with its matrices in FP8.
+FP8_MODEL = "FP8"
+#: Settings for scoring alone.
+SCORING = {"only_score": True, "keep": None}
 #: What two kinds of runs differ in, the usual kind first.
 PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "saving": {"never": {"checkpoint_every": 1e9}, "every layer": {"checkpoint_every": 0.0}},
@@ -31,6 +35,7 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "recording": {"without channels": {"channels": False}, "with channels": {}},
     "narrowing": {"fewer experts": {}, "narrower experts": {"keep": None, "width": HALF_WIDTH}},
     "refitting": {"plain": {}, "refitted": {"refit": True, "anchor": "none"}},
+    "decoding": {"plain": SCORING, "FP8": {**SCORING, "model": FP8_MODEL}},
 }
 
 
@@ -47,11 +52,16 @@ def paired_seconds(job: Job) -> dict[str, Any]:
             # The first round warms the caches of kernels and files.
             if number >= 0:
                 seconds[kind].append(time.perf_counter() - begun)
-            shutil.rmtree(job.output)
+            remove(job.output)
     return {"rounds": seconds}
 
 
 def _sized(job: Job, changes: dict[str, Any]) -> dict[str, Any]:
+    if changes.get("model") == FP8_MODEL:
+        quantized = job.model.with_name("model-fp8")
+        if not quantized.exists():
+            quantize(job.model, quantized)
+        return {**changes, "model": str(quantized)}
     if changes.get("width") != HALF_WIDTH:
         return changes
     width = json.loads((job.model / "config.json").read_text())["moe_intermediate_size"]

@@ -113,6 +113,40 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+#: Values that share a scale in FP8 (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
+_FP8_BLOCK = 128
+
+
+def quantize(plain: Path, folder: Path) -> None:
+    """Write a checkpoint of `build` again, with the matrices of attention and experts in FP8, as published ones are."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    index: dict[str, str] = {}
+    for path in weight_files(plain):
+        stored = {}
+        for name, weight in load_file(path).items():
+            stored |= _in_fp8(name, weight) if "_proj." in name else {name: weight}
+        save_file(stored, folder / path.name, metadata={"format": "pt"})
+        index |= dict.fromkeys(stored, path.name)
+    section = {"quant_method": "fp8", "weight_block_size": [_FP8_BLOCK, _FP8_BLOCK], "activation_scheme": "dynamic"}
+    config = {**json.loads((plain / "config.json").read_text()), "quantization_config": section}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _in_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    import torch
+    from torch.nn.functional import pad
+
+    rows, columns = weight.shape
+    padded = pad(weight.float(), (0, -columns % _FP8_BLOCK, 0, -rows % _FP8_BLOCK))
+    blocks = padded.unflatten(1, (-1, _FP8_BLOCK)).unflatten(0, (-1, _FP8_BLOCK))
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    values = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+    return {name: values.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scale}
+
+
 def _drawn(sizes: Mapping[str, tuple[int, ...]], dtype: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Tensors of these sizes: vectors of ones, all else random."""
     import torch

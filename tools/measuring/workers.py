@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from streamprune.config import RunSettings
 
 #: Jobs that compare two kinds of runs.
-PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting")
+PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting", "decoding")
 #: What of a run's summary the figures are made from, where it is there.
 SUMMARY = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
@@ -149,7 +149,7 @@ def settings_of(job: Job, **changes: Any) -> RunSettings:
     experts = json.loads((job.model / "config.json").read_text())["num_experts"]
     fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(job.tokens),), "samples": 10**9}
     places: dict[str, Any] = {"device": job.device, "vram_gib": job.vram_gib, "states": job.states}
-    return RunSettings(model=str(job.model), output=job.output, **{**fixed, **places, **changes})
+    return RunSettings(**{"model": str(job.model), "output": job.output, **fixed, **places, **changes})
 
 
 def _read(job: Job) -> dict[str, Any]:
