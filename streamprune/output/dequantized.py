@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.errors import SettingsError
@@ -11,19 +14,22 @@ from streamprune.formats.quantization import Quantization
 from streamprune.models.expert_layout import EXPERT, Cut, Layout
 
 
+def refuse_plain(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise SettingsError for a checkpoint that is plain already, by its config.json."""
+    if not Quantization.of(config).method:
+        raise SettingsError(
+            f"--weights bf16 decodes quantized weights, but those of {folder} are plain already. Leave it out."
+        )
+
+
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """The plain checkpoint that a quantized one decodes to: its tensors, in no file yet, and its config.json.
 
     Raises SettingsError for a checkpoint that is plain already.
     """
-    stated = Quantization.of(checkpoint.config)
-    if not stated.method:
-        raise SettingsError(
-            f"--weights bf16 decodes quantized weights, but those of {checkpoint.folder} are plain "
-            "already. Leave it out."
-        )
+    refuse_plain(checkpoint.config, checkpoint.folder)
     tensors = decoded_entries(checkpoint.tensors, checkpoint.config)
-    return Checkpoint(checkpoint.folder, stated.without(checkpoint.config), tensors)
+    return Checkpoint(checkpoint.folder, Quantization.of(checkpoint.config).without(checkpoint.config), tensors)
 
 
 def dequantized_layout(layout: Layout, plain: Checkpoint) -> Layout:

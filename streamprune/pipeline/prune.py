@@ -20,7 +20,7 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
-from streamprune.output.dequantized import dequantized
+from streamprune.output.dequantized import dequantized, refuse_plain
 from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
@@ -114,6 +114,8 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     raw = read_json(config_folder / CONFIG_NAME)
     refuse_per_layer_experts(raw, settings.model)
     refuse_new_values(raw, settings)
+    if settings.weights == "bf16":
+        refuse_plain(raw, config_folder)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     facts, written = _facts(settings, checkpoint, scores), checkpoint
     if settings.weights == "bf16":

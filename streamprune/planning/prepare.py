@@ -41,7 +41,7 @@ from streamprune.models.open import (
 from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
-from streamprune.output.dequantized import dequantized
+from streamprune.output.dequantized import dequantized, refuse_plain
 from streamprune.output.plan import output_tensors
 from streamprune.output.quantized import QuantizedSource
 from streamprune.output.writer import check_output
@@ -97,6 +97,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         raise SettingsError(f"--from-layer {first}: the model's layers are 0 to {skeleton.layer_count - 1}.")
     if settings.only_score:
         return plan
+    if settings.weights == "bf16":
+        refuse_plain(plan.model.raw, plan.folder)
 
     @cache
     def read_footprint() -> Footprint:
@@ -161,13 +163,13 @@ def with_footprint(
 class PreparedModel(OpenedMoE):
     """A Mixture-of-Experts model that is opened for pruning or scoring.
 
-    `plan` is what was decided before it was opened, with the footprint of the checkpoint's own tensors. With
-    `plain_output`, quantized weights are written decoded.
+    `plan` is what was decided before it was opened, with the footprint of the tensors that are written: those of
+    `output_checkpoint`, which is the plain checkpoint that a quantized one decodes to, or the checkpoint itself.
     """
 
     plan: PruningPlan
     trust_remote_code: bool
-    plain_output: bool = False
+    output_checkpoint: Checkpoint
     _pruned: dict[tuple[int, int | None], PreTrainedModel] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -185,11 +187,9 @@ class PreparedModel(OpenedMoE):
 
     @cached_property
     def written(self) -> tuple[ModelFacts, Checkpoint]:
-        """The facts and the checkpoint of what is written: the source, or the plain checkpoint that it decodes to."""
-        if not self.plain_output:
-            return self.facts, self.checkpoint
-        plain = dequantized(self.checkpoint)
-        return self.facts.dequantized(plain), plain
+        """The facts and the checkpoint of what is written."""
+        plain = self.output_checkpoint
+        return self.facts if plain is self.checkpoint else self.facts.dequantized(plain), plain
 
     @cached_property
     def planned_bytes(self) -> int:
@@ -243,10 +243,11 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     if plan.counts is not None and settings.weights == "source":
         # Only for what it refuses: the plan of the output may be made hours later.
         QuantizedSource.of(checkpoint, opened.layout)
-    plan = with_footprint(plan, settings.model, opened.skeleton, checkpoint.tensors)
+    written = dequantized(checkpoint) if settings.weights == "bf16" else checkpoint
+    plan = with_footprint(plan, settings.model, opened.skeleton, written.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,
-        settings.trust_remote_code, settings.weights == "bf16",
+        settings.trust_remote_code, written,
     )  # fmt: skip
     counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
     width = plan.counts.width if plan.counts is not None else None
