@@ -38,9 +38,12 @@ def fp8(tmp_path: Path) -> Quantized:
 )
 def test_the_output_is_the_pruned_plain_model(scheme: str, family: str, tmp_path: Path) -> None:
     made, keep = make_quantized(tmp_path, scheme, family), known_family(family).keep
+    (made.source / "quantize_config.json").write_text('{"bits": 8}')
     result = prune(made.source, tmp_path / "out", keep=keep, weights="bf16")
     assert prune(made.reference, tmp_path / "wanted", keep=keep).layers == result.layers
     same_as_pruned_reference(tmp_path / "out", tmp_path / "wanted")
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    assert (tmp_path / "out" / "generation_config.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     _, info = load_as_declared(tmp_path / "out")
     assert not info["missing_keys"]

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.index import Checkpoint
@@ -20,6 +21,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ChannelMask, ChannelRows, ExpertRows, KeptExperts
 from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.pick import storage_text
+from streamprune.formats.renumber import BESIDE
 from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
@@ -156,8 +158,9 @@ class ShardPlan:
 class PrunePlan:
     """The decided output: how many experts stay (`counts`, by layer that has some), its files and its config.
 
-    `files` are small files that are made for the output, by name. `width` is the number of channels that each expert
-    keeps; None if they keep all. `quantized` is None if the source's weights are plain, or written decoded.
+    `files` are small files that are made for the output, by name; `copied` are those of the source that it gets.
+    `width` is the number of channels that each expert keeps; None if they keep all. `quantized`
+    is None if the source's weights are plain, or written decoded.
     """
 
     layout: Layout
@@ -166,6 +169,7 @@ class PrunePlan:
     config: Mapping[str, Any] = field(repr=False)
     files: Mapping[str, bytes] = field(repr=False)
     shards: tuple[ShardPlan, ...] = field(repr=False)
+    copied: tuple[Path, ...] = field(repr=False)
     quantized: QuantizedSource | None = None
 
     @property
@@ -273,7 +277,9 @@ def make_plan(
     tensors = output_tensors(layout, checkpoint.tensors, counts, width)
     shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
     quantized = QuantizedSource.of(checkpoint, layout)
-    return PrunePlan(layout, dict(counts), width, config, files, shards, quantized)
+    is_decoded = any(tensor.is_decoded for tensor in tensors)
+    copied = tuple(path for path in checkpoint.small_files() if not (is_decoded and path.name in BESIDE))
+    return PrunePlan(layout, dict(counts), width, config, files, shards, copied, quantized)
 
 
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:

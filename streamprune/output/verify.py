@@ -98,7 +98,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
     check_formats(plan, kept, output, pruned.tensors, pruned.config)
     own = plan.files_for(kept)
-    for relative in origin.small_files():
+    for relative in plan.copied:
         ours = output / relative
         if relative.as_posix() in own:
             continue

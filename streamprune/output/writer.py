@@ -251,7 +251,7 @@ class OutputWriter:
         weight_map = {tensor.name: shard.file for shard in self.plan.shards for tensor in shard.tensors}
         index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         own = self.plan.files_for(kept)
-        for relative in self._checkpoint.small_files():
+        for relative in self.plan.copied:
             if relative.as_posix() in own:
                 continue
             target = self._staging / relative

@@ -55,7 +55,7 @@ def print_prepared(
 ) -> None:
     """Print the size of the weights before and after pruning, and the calibration."""
     if prepared.plan.counts is not None:
-        storage = storage_text(prepared.formats, prepared.plain_output)
+        storage = storage_text(prepared.formats, prepared.output_checkpoint is not prepared.checkpoint)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
         print_dropped(progress, prepared.layout.dropped)
     if settings.calibration == ("builtin",):

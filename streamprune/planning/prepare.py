@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,10 +103,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
     @cache
     def read_footprint() -> Footprint:
-        headers, raw = read_headers(settings.model, plan.folder), plan.model.raw
-        if settings.weights == "bf16":
-            headers = decoded_entries(headers, raw) if headers is not None else None
-            raw = Quantization.of(raw).without(raw)
+        raw, headers = _as_written(settings, plan.model.raw, read_headers(settings.model, plan.folder))
         return footprint_of_skeleton(settings.model, raw, skeleton, headers)
 
     itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
@@ -140,17 +138,30 @@ def read_config(settings: RunSettings, check_output_too: bool = False) -> Prunin
     return PruningPlan(folder, describe_model(folder, raw, settings.trust_remote_code, settings.dtype))
 
 
+def _as_written(
+    settings: RunSettings, raw: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None
+) -> tuple[Mapping[str, Any], Mapping[str, TensorEntry] | None]:
+    """The config.json and the tensors of a model as `settings.weights` has them written, less what is pruned."""
+    if settings.weights == "source":
+        return raw, tensors
+    return Quantization.of(raw).without(raw), decoded_entries(tensors, raw) if tensors is not None else None
+
+
 def with_footprint(
-    plan: PruningPlan, model: str, skeleton: Skeleton, tensors: Mapping[str, TensorEntry] | None
+    plan: PruningPlan, settings: RunSettings, skeleton: Skeleton, tensors: Mapping[str, TensorEntry] | None
 ) -> PruningPlan:
-    """The plan with the footprint of `model`, whose tensors are known (None: as its config describes them)."""
+    """The plan with the footprint of the unpruned model, in the format in which weights are written.
+
+    `tensors` are its checkpoint's; None if they are known from its config alone.
+    """
     known = plan.footprint
+    raw, tensors = _as_written(settings, plan.model.raw, tensors)
     if known is not None and tensors is not None and plan.model.dtype is not None:
         # Only the weights may have changed; tracing the cache again would take a second.
-        weights = weights_of_checkpoint(plan.model.raw, skeleton, tensors)
+        weights = weights_of_checkpoint(raw, skeleton, tensors)
         return replace(plan, footprint=replace(known, weights=weights))
     try:
-        footprint = footprint_of_skeleton(model, plan.model.raw, skeleton, tensors)
+        footprint = footprint_of_skeleton(settings.model, raw, skeleton, tensors)
     except UnsupportedModelError:
         # Only a budget needs it: without one, a model that can be pruned is pruned, and no estimate is printed.
         if plan.counts is not None and plan.counts.budget is not None:
@@ -244,7 +255,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
         # Only for what it refuses: the plan of the output may be made hours later.
         QuantizedSource.of(checkpoint, opened.layout)
     written = dequantized(checkpoint) if settings.weights == "bf16" else checkpoint
-    plan = with_footprint(plan, settings.model, opened.skeleton, written.tensors)
+    plan = with_footprint(plan, settings, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,
         settings.trust_remote_code, written,
