@@ -12,11 +12,15 @@ from measuring.shapes import build, config_of, write_tokens
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from streamprune.checkpoint.index import open_checkpoint
+from streamprune.models.open import open_model
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS
 from streamprune.saliency.scores_file import read_scores
 from streamprune.saliency.statistics import ExpertStatistics, Pairs, cosines, norms
+from streamprune.streaming.layer_weights import LayerWeights
 from tests.helpers import prune, read_tensors
+from tests.quantized import make_quantized
 from tests.test_evaluate import measured
 from tests.test_evaluate_run import found
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
@@ -175,3 +179,21 @@ def test_a_refit_of_narrower_experts_on_the_gpu(tmp_path: Path) -> None:
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name])
         torch.testing.assert_close(tensor, cpu[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "family"),
+    [("fp8", "qwen3_moe"), ("deepseek-v4", "deepseek_v3"), ("mxfp4", "gpt_oss"), ("ct-w4", "qwen3_moe"),
+     ("ct-nvfp4", "qwen3_moe"), ("gptq-act-order", "qwen3_moe"), ("awq", "qwen3_moe")],
+)  # fmt: skip
+def test_quantized_weights_are_decoded_on_the_gpu_as_on_the_cpu(scheme: str, family: str, tmp_path: Path) -> None:
+    opened = open_model(open_checkpoint(make_quantized(tmp_path, scheme, family).source))
+    layers = []
+    for device in ("cpu", "cuda:0"):
+        weights = LayerWeights(opened, torch.device(device))
+        with weights.layer(1) as layer:
+            layers.append({name: tensor.cpu() for name, tensor in layer.state_dict().items()})
+        weights.close()
+    on_cpu, on_gpu = layers
+    assert on_cpu.keys() == on_gpu.keys()
+    assert all(torch.equal(tensor, on_gpu[name]) for name, tensor in on_cpu.items())
