@@ -131,7 +131,8 @@ def _settings(path: str, quantization: Quantization) -> Mapping[str, Any] | None
     """`bits` and `group_size` of the module at `path`; None if it stays plain."""
     if quantization.method not in METHODS:
         return auto_round.settings(path, quantization)
-    if quantization.leaves_plain(path):
+    # The output layer is plain whether or not it is listed.
+    if path.endswith("lm_head") or quantization.leaves_plain(path):
         return None
     values = quantization.values
     # Older files state these under AutoAWQ's own names.

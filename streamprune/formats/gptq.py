@@ -207,8 +207,8 @@ def _settings(path: str, quantization: Quantization) -> Mapping[str, Any] | None
     for pattern, own in dynamic.items() if isinstance(dynamic, Mapping) else ():
         if _matches(pattern.removeprefix("-:").removeprefix("+:"), path):
             return None if pattern.startswith("-:") else {**_general(values), **(own if isinstance(own, dict) else {})}
-    if re.search(r"\.\d+\.", path) is None and not values.get("lm_head"):
-        return None
+    if re.search(r"\.\d+\.", path) is None:
+        return _general(values) if values.get("lm_head") and path.endswith("lm_head") else None
     only = values.get("modules_in_block_to_quantize")
     if isinstance(only, list) and only:
         names = [name for each in only for name in (each if isinstance(each, list) else [each])]
