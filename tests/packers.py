@@ -86,11 +86,11 @@ def gptq(
 
     Version 1 stores zero points less one, version 2 (GPTQModel's `gptq_v2`) as they are. GPTQModel makes one from the
     other by words, whose 0x11111111 it adds or subtracts: in version 1 a zero point of 0 borrows from the next one.
-    `g_idx` says which group each column is in: "plain" (in order), "shuffled" (as `desc_act` leaves it) or "none" (not
-    stored, as by AutoRound).
+    A `group` of -1 is one for all columns. `g_idx` says which group each column is in: "plain" (in order), "shuffled"
+    (as `desc_act` leaves it) or "none" (not stored, as by AutoRound).
     """
     columns = weight.shape[1]
-    groups = np.arange(columns) // group
+    groups = np.arange(columns) // (columns if group < 0 else group)
     if g_idx == "shuffled":
         groups = np.random.default_rng(seed).permutation(groups)
     codes, zeros, scales = _integers(weight, groups, bits, symmetric)

@@ -14,7 +14,7 @@ from tests.thorough import thorough
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_CASE = [
     "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "refit", "score", "global schedule", "super experts protected",
-    "prune", "prune",
+    "quantized", "quantized", "prune", "prune",
 ]  # fmt: skip
 
 

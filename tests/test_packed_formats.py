@@ -19,7 +19,7 @@ from streamprune.formats.integers import Int8, PackedIntegers
 from streamprune.formats.mxfp4 import Mxfp4
 from streamprune.formats.pick import stated_format
 from tests import packers
-from tests.quantized import SCHEMES
+from tests.schemes import SCHEMES
 from tests.stored import AUTO_ROUND, PATH, PRESETS, matrix, preset, read
 
 fuzz = settings(max_examples=25, deadline=None)

@@ -13,7 +13,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.pick import pick_formats, refuse_quantized, refuse_unread, stated_format
 from streamprune.formats.plain import PLAIN
 from tests import compressed, packers
-from tests.quantized import SCHEMES
+from tests.schemes import SCHEMES
 from tests.stored import AUTO_ROUND, PATH, entries, matrix, preset, read
 
 Parts = dict[str, torch.Tensor]
