@@ -208,6 +208,7 @@ FAMILIES = [family for family in ALL_FAMILIES if family.name in CONFIG_MAPPING]
 
 #: Families that cannot be scored, and words of the reason that the user is told.
 REFUSED = [
+    (Family("deepseek_v4"), "a table of expert numbers"),
     (
         Family(
             "longcat_flash",
