@@ -210,10 +210,10 @@ def test_offline_with_half_a_copy(
 def test_what_the_config_rules_out_costs_no_download(
     server: HubServer, model: dict[str, bytes], tmp_path: Path
 ) -> None:
-    quantized = json.loads(model["config.json"]) | {"quantization_config": {"quant_method": "awq"}}
+    quantized = json.loads(model["config.json"]) | {"quantization_config": {"quant_method": "bitsandbytes"}}
     server.add("org/quantized", model | {"config.json": json.dumps(quantized).encode()})
     server.add("org/model", model)
-    assert "is quantized (awq)" in refused(tmp_path, "org/quantized")
+    assert "is quantized (bitsandbytes)" in refused(tmp_path, "org/quantized")
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").write_text("x")

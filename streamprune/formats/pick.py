@@ -138,7 +138,7 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
     elif feeds_floats and entry.dtype not in _FLOATS:
         what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
     if what is not None:
-        raise UnsupportedModelError(f"{what}, but in no format that is known here. {_WAY_OUT}")
+        raise UnsupportedModelError(f"The checkpoint is quantized: {what}, in no format that is known here. {_WAY_OUT}")
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:

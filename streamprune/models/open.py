@@ -17,7 +17,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
@@ -75,11 +75,15 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     Raises UnsupportedModelError when transformers does not know the model, and CheckpointError for values that no model
     has.
     """
-    absurd = absurdity(read_json(folder / CONFIG_NAME))
+    raw = read_json(folder / CONFIG_NAME)
+    absurd = absurdity(raw)
     if absurd is not None:
         raise CheckpointError(f"{folder / CONFIG_NAME} names {absurd}. No model has that: download it again.")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        stock = _config_class_by_architecture(raw)
+        if stock is None:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return _read_config(stock, folder)
     except Exception as problem:
         # Configs are validated by each model's own code, which may raise anything on bad values.
         error = problem
@@ -98,12 +102,38 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     raise CheckpointError(f"{folder / CONFIG_NAME} is not a usable model config: {text}") from error
 
 
+def _config_class_by_architecture(raw: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
+    """The config class of a model whose `model_type` transformers does not know, but whose architecture it does.
+
+    Kimi-K2 is a DeepseekV3ForCausalLM with a `model_type` of its own, and code of its own that keeps every expert in a
+    module. vLLM goes by the architecture too. None for all other models.
+    """
+    if raw.get("model_type") in CONFIG_MAPPING:
+        return None
+    names = raw.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.endswith("ForCausalLM") else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            config_class: type[PreTrainedConfig] = getattr(found, "config_class")  # noqa: B009
+            return config_class
+    return None
+
+
+def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = config_class.from_pretrained(folder)
+    if config.model_type not in CONFIG_MAPPING:
+        # A model that is known by its architecture: conversions go by the type, and its own code is not needed.
+        config.model_type = config_class.model_type
+        vars(config).pop("auto_map", None)
+    return config
+
+
 def config_from_dict(like: PreTrainedConfig, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """Build a config of the same class as `like` from the contents of a `config.json`."""
     # Through a file, since only that way transformers decodes values that JSON cannot express (infinity).
     with tempfile.TemporaryDirectory(prefix="streamprune-") as folder:
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(raw), encoding="utf-8")
-        return type(like).from_pretrained(folder)
+        return _read_config(type(like), Path(folder))
 
 
 def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from streamprune.calibration.refit_text import JUDGE_EVERY, RECOMMENDED_PER_UNIT, fitted_tokens
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
@@ -40,6 +41,12 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
         f"{settings.model}: {skeleton.layer_count} layers, {len(skeleton.experts)} with {spec.count} experts "
         f"(top-{spec.top_k}){kept}"
     )
+    stated, known = plan.model.raw.get("model_type"), plan.model.config.model_type
+    if stated != known:
+        progress.say(
+            f"note: {stated} is unknown to transformers {transformers.__version__}; it is read as {known}, by its "
+            f"architecture {type(skeleton.model).__name__}."
+        )
     if counts is None:
         return
     print_notes(progress, counts, not counts.uniform)
