@@ -15,20 +15,25 @@ from streamprune.streaming.layer_weights import LayerWeights
 from tests.helpers import CPU, known_family, prepare_whole
 from tests.peak import Peak
 from tests.quantized import make_quantized
+from tests.thorough import crossed
 
 LARGE: dict[str, Any] = {"hidden_size": 128, "moe_intermediate_size": 96, "intermediate_size": 96}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("scheme", "family"),
-    [("fp8", "qwen3_moe"), ("fp8-fused", "qwen3_moe"), ("mxfp4", "gpt_oss"), ("deepseek-v4", "deepseek_v3")],
+    ("scheme", "dtype"),
+    crossed(
+        ["fp8", "fp8-fused", "mxfp4", "deepseek-v4", "ct-w4", "ct-nvfp4", "gptq-act-order", "awq"],
+        ["bfloat16", "float32"],
+        usual=[("fp8", "float32"), ("mxfp4", "bfloat16"), ("ct-w4", "float32"), ("gptq-act-order", "bfloat16")],
+    ),
 )
 def test_decoding_takes_no_more_than_planned(
-    scheme: str, family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As the command line sets it: what other threads make would not be seen here.
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    family = "gpt_oss" if scheme == "mxfp4" else "qwen3_moe"
     source = make_quantized(tmp_path, scheme, family, LARGE, dtype=torch.bfloat16).source
     settings = RunSettings(model=str(source), output=tmp_path / "out", keep=known_family(family).keep, dtype=dtype)
     prepared = prepare_whole(settings)
@@ -43,4 +48,4 @@ def test_decoding_takes_no_more_than_planned(
     # What is read is smaller than what it decodes to, and both are known apart.
     assert predicted.reading < plain <= predicted.layer
     # (Between tensors that lie in one memory there are gaps of up to 63 bytes.)
-    assert 0.65 * predicted.loading < largest < predicted.loading + 64 * len(prepared.targets)
+    assert 0.7 * predicted.loading < largest < predicted.loading + 64 * len(prepared.targets)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,13 @@ MORE = SIMILAR + [
 @pytest.mark.parametrize(
     "case", [*CASES, *(pytest.param(case, marks=thorough) for case in MORE)], ids=lambda case: case.id
 )
-def test_pruned_like_the_plain_model(case: Case, tmp_path: Path) -> None:
+def test_pruned_like_the_plain_model(
+    case: Case, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Each layer by itself, the scores, the bytes of the output and the model that it loads as."""
+    # The README's table of formats is made from these.
+    for name in ("scheme", "family", "reads"):
+        record_property(name, getattr(case, name))
     made, keep = case.make(tmp_path), known_family(case.family).keep
     assert made.parts
     check_layers(made.source, made.reference)
