@@ -6,8 +6,10 @@ AutoRound has no layout of its own: it uses those of GPTQ, AWQ and compressed-te
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from streamprune.formats.quantization import Quantization
@@ -70,20 +72,23 @@ def settings(path: str, quantization: Quantization) -> Mapping[str, Any] | None:
 
 
 def _own(path: str, extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if isinstance(extra.get(path), Mapping):
-        return extra[path]  # type: ignore[no-any-return]
-    for name, each in extra.items():
-        # Names of other modules, of which there may be thousands, are no patterns.
-        if each and isinstance(each, Mapping) and re.search(r"[*+?\\|^$(\[]", name) and _found(name, path):
-            return each
-    return None
+    own = extra.get(path)
+    if own is None:
+        found = (name for name, pattern in _patterns(tuple(extra)) if extra[name] and pattern.search(path))
+        own = extra.get(next(found, path))
+    return own if isinstance(own, Mapping) else None
 
 
-def _found(pattern: str, path: str) -> bool:
-    try:
-        return re.search(pattern, path) is not None
-    except re.error:
-        return False
+@lru_cache(maxsize=4)
+def _patterns(names: tuple[str, ...]) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Those names that are patterns. Most are names of modules, thousands of them."""
+    patterns = []
+    for name in names:
+        # AutoRound leaves out what is no regular expression.
+        with contextlib.suppress(re.error):
+            if re.search(r"[*+?\\|^$(\[]", name):
+                patterns.append((name, re.compile(name)))
+    return tuple(patterns)
 
 
 def _in_blocks(path: str, values: Mapping[str, Any]) -> bool:
@@ -93,4 +98,5 @@ def _in_blocks(path: str, values: Mapping[str, Any]) -> bool:
     if not blocks:
         # All decoder layers, which are numbered.
         return re.search(r"\.\d+\.", path) is not None
-    return isinstance(blocks, list) and any(path.startswith(str(name).strip()) for name in blocks)
+    names = [name for each in blocks for name in (each if isinstance(each, list) else [each])]
+    return any(path.startswith(str(name).strip()) for name in names)

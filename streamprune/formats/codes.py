@@ -7,6 +7,7 @@ four bytes for each value. Works on any device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,16 +46,24 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     if bits == 8:
         return codes[:, :columns].float()
     if bits in (2, 4):
-        each = range(0, 8, bits)
-        # Half precision holds these codes exactly, and four of them are eight bytes.
-        dtype = torch.float16 if bits == 2 else torch.float32
-        table = [[byte >> shift & (1 << bits) - 1 for shift in each] for byte in range(256)]
-        return look_up(codes, torch.tensor(table, dtype=dtype, device=codes.device))[:, :columns]
+        return look_up(codes, _codes_of_bytes(bits, codes.device))[:, :columns]
     begin = torch.arange(columns, device=codes.device) * bits
     # No code reaches over more than two bytes.
     pairs = torch.nn.functional.pad(codes, (0, 1)).int()
     pairs = pairs[:, begin // 8] | pairs[:, begin // 8 + 1] << 8
     return (pairs >> begin % 8 & (1 << bits) - 1).float()
+
+
+@lru_cache(maxsize=16)
+def _codes_of_bytes(bits: int, device: torch.device) -> torch.Tensor:
+    """The codes (256, 8 / bits) in each byte, the first in its lowest bits. Kept: made of a list, it takes longer than
+    the look-up of a small matrix."""
+    import torch
+
+    # Half precision holds codes of two bits exactly, and four of them are eight bytes.
+    dtype = torch.float16 if bits == 2 else torch.float32
+    table = [[byte >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)] for byte in range(256)]
+    return torch.tensor(table, dtype=dtype, device=device)
 
 
 def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

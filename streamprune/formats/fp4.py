@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from streamprune.errors import UnsupportedModelError
@@ -72,10 +73,15 @@ class Nvfp4(Format):
 
 def decode_e2m1(packed: torch.Tensor, scale: torch.Tensor, group: int = GROUP) -> torch.Tensor:
     """The matrix (rows, columns) in float32 of packed codes (rows, columns / 2) and scales (rows, columns / group)."""
+    return multiply_blocks(look_up(packed, _pairs(packed.device)), scale_values(scale), (1, group))
+
+
+@lru_cache(maxsize=16)
+def _pairs(device: torch.device) -> torch.Tensor:
+    """The two values (256, 2) of each byte."""
     import torch
 
-    pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], device=packed.device)
-    return multiply_blocks(look_up(packed, pairs), scale_values(scale), (1, group))
+    return torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], device=device)
 
 
 def recognize(module: Module, stated: Quantization) -> Recognized | None:
