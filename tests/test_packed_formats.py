@@ -117,11 +117,18 @@ def test_awq_by_definition(rows: int, columns: int, group: int, symmetric: bool,
 
 @pytest.mark.parametrize(
     ("packing", "version"),
-    [("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), ("auto_round:gptqmodel", 2), ("auto_round", 2), (None, 1)],
+    [
+        ({"packing_format": "auto_round:auto_gptq"}, 1),
+        ({"packing_format": "auto_round:gptq"}, 1),
+        ({"packing_format": "auto_round:gptqmodel"}, 2),
+        ({"packing_format": "auto_round"}, 2),
+        ({"backend": "auto_round:gptq:exllamav2"}, 1),
+        ({}, 1),
+    ],
 )
-def test_autoround_s_packings_say_how_zero_points_are_stored(packing: str | None, version: int) -> None:
+def test_autoround_s_packings_say_how_zero_points_are_stored(packing: dict[str, str], version: int) -> None:
     packed = packers.gptq(matrix(32, 64, 1), symmetric=False, version=version, g_idx="none")
-    section = {**AUTO_ROUND, "bits": 4, "group_size": 32, "sym": False, "packing_format": packing}
+    section = {**AUTO_ROUND, "bits": 4, "group_size": 32, "sym": False, **packing}
     assert torch.equal(read(packed.parts, {"quantization_config": section}).values, packed.values)
 
 
@@ -169,6 +176,11 @@ def section_of(scheme: str, plain: tuple[str, ...] = ()) -> dict[str, Any]:
     """The config.json of a published scheme, with the names of modules that stay plain."""
     made = SCHEMES[scheme]
     return {**made.outer, "quantization_config": made.section(list(plain))}
+
+
+def autoround_fp8(group: Any) -> dict[str, Any]:
+    """AutoRound's FP8: one scale a row, or for each block."""
+    return {"quantization_config": {**AUTO_ROUND, "data_type": "fp", "bits": 8, "group_size": group}}
 
 
 MINIMAX = {
@@ -235,6 +247,9 @@ AUTO = {
         (AUTO, "model.layers.1.self_attn.q_proj", Gptq(8, 128, symmetric=True, indexed=False)),
         (AUTO, "lm_head", Gptq(4, 128, symmetric=True, indexed=False)),
         (AUTO, "model.visual.merger", None),
+        (autoround_fp8(-1), PATH, Fp8()),
+        (autoround_fp8([128, 128]), PATH, Fp8((128, 128))),
+        (autoround_fp8(-1), "lm_head", None),
     ],
 )
 def test_the_config_alone_says_how_a_module_is_stored(config: dict[str, Any], path: str, expected: object) -> None:
