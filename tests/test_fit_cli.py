@@ -251,13 +251,13 @@ def test_absurd_configs_get_an_answer_or_a_message(
     assert len(result.stderr) < 2000
 
 
-def test_quantized_config_alone_is_said(grouped: str, tmp_path: Path) -> None:
+def test_config_alone_of_an_unread_format_is_said(grouped: str, tmp_path: Path) -> None:
     config = json.loads((Path(grouped) / "config.json").read_text())
-    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    quantization = {"quant_method": "hqq", "quant_config": {}}
     folder = config_in(tmp_path / "model", **config, quantization_config=quantization)
     found, plain = answer(folder, "--budget-gib", "24"), answer(grouped, "--budget-gib", "24")
     assert found["weights_bytes"] == plain["weights_bytes"]
-    assert any("published weights are quantized (fp8)" in note for note in found["notes"])
+    assert any("published weights are quantized (hqq)" in note for note in found["notes"])
 
 
 def test_deeply_nested_config(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
+from streamprune.fit.loading import decoded_bytes, loading_note
 from streamprune.hardware.gpus import GPUS, budget_on_gpu, known_gpu
 from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
@@ -109,8 +110,11 @@ def _options(fit: Fit) -> Iterator[Option]:
     if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1 and fit.changed(kv_dtype="fp8").fits:
         yield Option("--kv-dtype fp8", "8-bit KV cache")
     smaller_dtypes = {"fp8": ["int4"], "int4": []}.get(fit.use.weights_dtype, ["fp8", "int4"])
-    for dtype in [] if fit.footprint.weights.quantized else smaller_dtypes:
-        smaller, words = fit.changed(weights_dtype=dtype), f"weights quantized to {dtype[-1]} bits"
+    if fit.footprint.weights.quantized:
+        smaller_dtypes = ["source"] if fit.use.weights_dtype != "source" else []
+    for dtype in smaller_dtypes:
+        smaller = fit.changed(weights_dtype=dtype)
+        words = "weights as stored" if dtype == "source" else f"weights quantized to {dtype[-1]} bits"
         if smaller.fits:
             yield Option(f"--weights-dtype {dtype}", words)
             break
@@ -128,7 +132,9 @@ def table(fit: Fit) -> list[Cell]:
     spec, weights = fit.footprint.spec, fit.footprint.weights
     longest = min(fit.footprint.max_positions or max(CONTEXTS), MOST_TOKENS // fit.use.batch)
     contexts = sorted({context for context in (*CONTEXTS, fit.use.context) if context <= longest} or {longest})
-    dtypes = ["source"] if weights.quantized else ["source", "fp8", "int4"]
+    dtypes = ["source", "fp8", "int4"]
+    if weights.quantized:
+        dtypes = sorted({"source", fit.use.weights_dtype}, reverse=True)
     cells = []
     for ratio in RATIOS if spec else RATIOS[:1]:
         keep = None
@@ -145,7 +151,8 @@ def table(fit: Fit) -> list[Cell]:
 def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes; numbers of experts are null for a model without experts.
 
-    For a model whose layers have different numbers they are lists, and what could be removed is null.
+    For a model whose layers have different numbers they are lists, and what could be removed is null. The formats of
+    quantized weights are listed with the one of most bytes first; what these take when decoded is null for plain ones.
     """
     weights = fit.footprint.weights
     can_be_pruned = fit.footprint.spec is not None
@@ -154,6 +161,8 @@ def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
         **estimate_object(fit),
         "budget_from": budget.label,
         "weights_dtype": fit.use.weights_dtype,
+        "weights_formats": list(weights.formats),
+        "decoded_weights_bytes": decoded_bytes(fit),
         "source_experts_per_layer": _listed(weights.counts) if weights.counts else weights.count or None,
         "max_experts_per_layer": (fit.max_experts or 0) if can_be_pruned else None,
         "max_experts_in_all_layers": (fit.max_total_experts or 0) if can_be_pruned else None,
@@ -221,7 +230,7 @@ def terms_lines(estimate: Estimate) -> list[str]:
     use = estimate.use
     sequences = "" if use.batch == 1 else f"{use.batch} sequences of "
     title = (
-        f"{estimate.footprint.model}{_experts_text(estimate)}; weights {use.weights_dtype}, "
+        f"{estimate.footprint.model}{_experts_text(estimate)}; weights {_weights_text(estimate)}, "
         f"{sequences}{use.context:,} tokens, cache {use.kv_dtype}"
     )
     rows = [
@@ -230,6 +239,13 @@ def terms_lines(estimate: Estimate) -> list[str]:
     ]
     rows.append(("total", format_bytes(estimate.total), "", bounds(*estimate.interval)))
     return Table(title, [""] * 4, rows, align="lrll").text()
+
+
+def _weights_text(estimate: Estimate) -> str:
+    formats = estimate.footprint.weights.formats
+    if not formats or estimate.use.weights_dtype != "source":
+        return estimate.use.weights_dtype
+    return f"as stored: {' and '.join(formats)}"
 
 
 def _listed(counts: Mapping[int, int]) -> list[int]:
@@ -275,6 +291,9 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
 
 def _notes(fit: Fit, budget: Budget) -> Iterator[str]:
     yield from (*fit.footprint.notes, *budget.notes)
+    loaded = loading_note(fit)
+    if loaded is not None:
+        yield loaded
     if fit.footprint.weights.counts is not None:
         note = per_layer_note(fit.footprint)
         yield f"{note[0].upper()}{note[1:]}"

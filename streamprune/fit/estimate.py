@@ -40,6 +40,7 @@ class Footprint:
     `spec` is None for a model from which no experts can be removed: it has none, or its layers keep different numbers
     of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
     longest context that its config names. `width` is the number of channels per expert; None if it cannot change.
+    `quantization` is the config's `quant_method`; empty for plain weights.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Footprint:
     max_positions: int | None
     notes: tuple[str, ...] = ()
     width: int | None = None
+    quantization: str = ""
 
     def width_share(self, width: int | None) -> float:
         """The share of its channels that each expert keeps with `width` of them (None: all)."""

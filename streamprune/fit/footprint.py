@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.hub import read_hub_headers, resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.weights import weights_by_name
+from streamprune.formats.base import StoredTensor
+from streamprune.formats.pick import pick_formats, refuse_quantized
+from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
 from streamprune.models.per_layer_experts import read_per_layer_experts
 
@@ -37,16 +41,30 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     tensors, per_layer = read_headers(model, folder), read_per_layer_experts(raw)
     config = per_layer.stock if per_layer else raw
     spec, weights = stated_experts(config), None
+    stored, notes = _stored(tensors or {}, config, folder)
     if tensors is not None and (spec is not None or not states_experts(config)):
-        weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None)
+        weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None, stored)
     if tensors is not None and weights is not None:
         cache, shape = stated_cache(config, tensors), stated_shape(config)
         if cache is not None and shape is not None:
-            spec = None if weights.counts else spec
-            return Footprint(model, weights, spec, cache, shape, cache.itemsize, max_positions(config))
+            spec, method = None if weights.counts else spec, Quantization.of(config).method
+            most = max_positions(config)
+            return Footprint(model, weights, spec, cache, shape, cache.itemsize, most, notes, quantization=method)
     from streamprune.fit.structure import footprint_of_model
 
-    return footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)
+    footprint = footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)
+    return replace(footprint, notes=(*notes, *footprint.notes))
+
+
+def _stored(
+    tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], folder: Path
+) -> tuple[Mapping[str, StoredTensor], tuple[str, ...]]:
+    """How the tensors are stored. In a format that cannot be pruned: nothing, and a note that says why."""
+    try:
+        refuse_quantized(config, folder)
+        return pick_formats(tensors, config), ()
+    except UnsupportedModelError as error:
+        return {}, (f"This model can be served, but not pruned. {error}",)
 
 
 def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:

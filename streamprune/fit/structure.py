@@ -6,7 +6,6 @@ Caches are read from transformers' cache objects after forwards on shapes alone.
 from __future__ import annotations
 
 import copy
-import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,23 +18,22 @@ import torch.fx.experimental._config as fx_config
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from streamprune.checkpoint.reader import DTYPES
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
-from streamprune.fit.weights import WeightFact, Weights, category_of, weights_by_layout, weights_with
+from streamprune.fit.published import published_facts
+from streamprune.fit.weights import Weights, is_vision, weights_by_layout, weights_with
+from streamprune.formats.pick import is_read
 from streamprune.formats.quantization import Quantization
-from streamprune.models.config_json import ExpertSpec, stated_shape, states_experts
+from streamprune.models.config_json import ExpertSpec, mtp_layers, stated_shape, states_experts
 from streamprune.models.open import declared_dtype, describe_model, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
-from streamprune.models.skeleton import Skeleton, build_model, survey
+from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint, survey
 
 #: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
 _LENGTHS = (2, 4, 7)
-#: Names in a safetensors header by dtype.
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.ModuleList) -> CacheSizes:
@@ -157,13 +155,13 @@ def footprint_of_model(
         footprint = footprint_of_skeleton(model, raw, described.skeleton, tensors, weights, described.counts)
     else:
         built = build_model(config, declared_dtype(config) or torch.bfloat16, trust_remote_code)
-        weights = _weights_of(built) if tensors is None else weights
+        weights = _weights_of(built, raw) if tensors is None else weights
         if weights is None:
             raise UnsupportedModelError(
                 f"{model}: its tensors are named after experts, but its config states no number of them, so its "
                 "weights cannot be told apart."
             )
-        footprint = _footprint(model, config, weights, None, trace_cache(built, {}, nn.ModuleList()))
+        footprint = _footprint(model, config, raw, weights, None, trace_cache(built, {}, nn.ModuleList()))
     return footprint if tensors is not None else _as_published(footprint, config, raw)
 
 
@@ -179,11 +177,15 @@ def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[s
             # Not every multimodal config has such a class, and its constructor may refuse the config in any way.
             pass
         else:
-            facts += tuple(fact for fact in _weights_of(built).facts if fact.category == "vision")
+            facts += tuple(published_facts(built, raw, wanted=is_vision))
     method = Quantization.of(raw).method
-    if method:
+    if not is_read(raw):
         notes = (*notes, f"The published weights are quantized ({method}), but the sizes are of plain ones, as the "
                  "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
+    if predicting := mtp_layers(raw):
+        layers = "1 layer" if predicting == 1 else f"{predicting} layers"
+        notes = (*notes, f"Not counted: {layers} for multi-token prediction, which config.json names, transformers "
+                 "does not load, and pruning drops.")  # fmt: skip
     return replace(footprint, weights=replace(footprint.weights, facts=facts), notes=notes)
 
 
@@ -203,7 +205,7 @@ def footprint_of_skeleton(
     if weights is None and tensors:
         weights = weights_of_checkpoint(raw, skeleton, tensors, counts)
     elif weights is None:
-        weights = _weights_of(skeleton.model, skeleton, counts)
+        weights = _weights_of(skeleton.model, raw, skeleton, counts)
     layers = {fact.layer for fact in weights.facts if fact.category == "experts"}
     if len(layers) != len(skeleton.experts):
         raise CheckpointError(
@@ -216,7 +218,7 @@ def footprint_of_skeleton(
         cache = replace(stated, itemsize=skeleton.model.dtype.itemsize)
     else:
         cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
-    footprint = _footprint(model, skeleton.model.config, weights, skeleton.spec, cache)
+    footprint = _footprint(model, skeleton.model.config, raw, weights, skeleton.spec, cache)
     known = skeleton.width is not None and any(fact.has_channels for fact in weights.facts)
     return replace(footprint, width=skeleton.width.width if known and skeleton.width is not None else None)
 
@@ -229,11 +231,18 @@ def weights_of_checkpoint(
 ) -> Weights:
     """The weights by what each tensor feeds in the model, with `counts` experts by layer (None: as the skeleton)."""
     counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
-    return weights_by_layout(tensors, survey(raw, skeleton, tensors, counts=counts), counts)
+    targets = map_checkpoint(skeleton, tensors, raw)
+    stored = {name: target.stored for name, target in targets.items()}
+    return weights_by_layout(tensors, survey(raw, skeleton, tensors, targets, counts), counts, stored)
 
 
 def _footprint(
-    model: str, config: PreTrainedConfig, weights: Weights, spec: ExpertSpec | None, cache: CacheSizes
+    model: str,
+    config: PreTrainedConfig,
+    raw: Mapping[str, Any],
+    weights: Weights,
+    spec: ExpertSpec | None,
+    cache: CacheSizes,
 ) -> Footprint:
     known = config.to_dict()
     shape = stated_shape(known)
@@ -243,30 +252,19 @@ def _footprint(
             "workspace cannot be worked out. Please report this model."
         )
     itemsize = (declared_dtype(config) or torch.bfloat16).itemsize
-    return Footprint(model, weights, None if weights.counts else spec, cache, shape, itemsize, max_positions(known))
+    return Footprint(
+        model, weights, None if weights.counts else spec, cache, shape, itemsize, max_positions(known),
+        quantization=Quantization.of(raw).method,
+    )  # fmt: skip
 
 
 def _weights_of(
-    model: PreTrainedModel, skeleton: Skeleton | None = None, counts: Mapping[int, int] | None = None
+    model: PreTrainedModel,
+    raw: Mapping[str, Any],
+    skeleton: Skeleton | None = None,
+    counts: Mapping[int, int] | None = None,
 ) -> Weights:
-    """The weights as transformers would hold them, with `counts` experts by layer; tied ones count once."""
+    """The weights of a checkpoint with the config.json `raw`, with `counts` experts by layer; tied ones count once."""
     if skeleton is not None and counts is None:
         counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
-    facts, seen = [], set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        layer, rows = (skeleton.layer_of(name), skeleton.expert_rows.get(name)) if skeleton else (None, None)
-        category, shape = category_of(name, rows is not None, layer), list(tensor.shape)
-        if rows is not None and layer is not None and counts is not None:
-            shape[rows.axis] = rows.size(counts[layer])
-        size = math.prod(shape) * tensor.element_size()
-        has_channels = skeleton is not None and name in skeleton.channels
-        facts.append(
-            WeightFact(
-                name, DTYPE_NAMES[tensor.dtype], tuple(shape), size, category, layer, rows=rows,
-                has_channels=has_channels,
-            )
-        )  # fmt: skip
-    return weights_with(facts, counts or {}, measured=False)
+    return weights_with(published_facts(model, raw, skeleton, counts), counts or {}, measured=False)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import SettingsError
-from streamprune.formats.base import ExpertRows
+from streamprune.formats.base import ExpertRows, Format, StoredTensor
+from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.models.expert_layout import MTP_NAME, MTP_ONLY, Cut, Layout
 
@@ -45,6 +47,9 @@ class WeightFact:
     `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts are; both are None
     for a tensor that pruning does not change. `layer` is None outside the decoder's layers. `has_channels`: its size is
     proportional to the experts' width.
+
+    `format` names the format in which a quantized parameter is stored; it is empty for a plain one. Of the tensors that
+    make up a quantized parameter, the largest has the shape of the plain parameter as `decoded_shape`, the others None.
     """
 
     name: str
@@ -56,6 +61,8 @@ class WeightFact:
     expert: int | None = None
     rows: ExpertRows | None = None
     has_channels: bool = False
+    format: str = ""
+    decoded_shape: tuple[int, ...] | None = None
 
     @property
     def of_experts(self) -> bool:
@@ -126,19 +133,44 @@ class Weights:
     def nbytes(self) -> int:
         return sum(fact.nbytes for fact in self.facts)
 
-    @property
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        """The formats of the quantized parameters, the one with most bytes first; empty for plain weights."""
+        sizes: Counter[str] = Counter()
+        for fact in self.facts:
+            sizes[fact.format] += fact.nbytes
+        return tuple(name for name, _ in sizes.most_common() if name)
+
+    @cached_property
     def quantized(self) -> bool:
-        """Whether most bytes are in another form than plain floating-point numbers."""
-        return 2 * sum(fact.nbytes for fact in self.facts if fact.dtype in _FLOATS) < self.nbytes
+        """Whether any parameter is quantized. In an unknown format: whether most bytes are not floating-point."""
+        floats = sum(fact.nbytes for fact in self.facts if fact.dtype in _FLOATS)
+        return bool(self.formats) or 2 * floats < self.nbytes
+
+    def decoded(self, itemsize: int) -> Weights:
+        """The same weights with `itemsize` bytes (2 or 4) for each value of the quantized parameters."""
+        facts = []
+        for fact in self.facts:
+            if fact.format and fact.decoded_shape is not None:
+                shape, dtype = fact.decoded_shape, {2: "BF16", 4: "F32"}[itemsize]
+                fact = replace(fact, dtype=dtype, shape=shape, nbytes=math.prod(shape) * itemsize)
+            elif fact.format:
+                continue
+            facts.append(replace(fact, format="", decoded_shape=None))
+        return replace(self, facts=tuple(facts))
 
     def sizes(self, weights_dtype: str, with_mtp: bool = True) -> WeightSizes:
-        """The sizes in one of WEIGHTS_DTYPES. SettingsError for another dtype of a model that is quantized already."""
+        """The sizes in one of WEIGHTS_DTYPES. Raises SettingsError for what is unknown of a quantized model."""
         if (weights_dtype, with_mtp) in self._sizes:
             return self._sizes[weights_dtype, with_mtp]
+        if weights_dtype == "bf16" and self.formats:
+            self._sizes[weights_dtype, with_mtp] = self.decoded(2).sizes(weights_dtype, with_mtp)
+            return self._sizes[weights_dtype, with_mtp]
         if weights_dtype != "source" and self.quantized:
+            known = self.formats or sorted({fact.dtype for fact in self.facts})
             raise SettingsError(
-                f"The model is quantized already ({', '.join(sorted({fact.dtype for fact in self.facts}))}), so its "
-                f"size as {weights_dtype} is unknown. Use --weights-dtype source."
+                f"The model is quantized already ({', '.join(known)}), so its size as {weights_dtype} is unknown. Use "
+                f"--weights-dtype source{', or bf16 for its size when decoded' if self.formats else ''}."
             )
         fixed, per_expert, of_channels = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
         for fact in self.facts:
@@ -164,11 +196,16 @@ class Weights:
         return self._sizes[weights_dtype, with_mtp]
 
 
+def is_vision(name: str) -> bool:
+    """Whether a parameter of this name belongs to another tower than the text decoder."""
+    return _VISION.search(name) is not None
+
+
 def category_of(name: str, expert_indexed: bool, layer: int | None) -> str:
     """The kind of a tensor by its name, in one of CATEGORIES."""
     if MTP_NAME.search(name):
         return "MTP"
-    if _VISION.search(name):
+    if is_vision(name):
         return "vision"
     if expert_indexed:
         return "router" if _ROUTER.search(name) else "experts"
@@ -192,8 +229,11 @@ def weights_by_name(
     config: Mapping[str, object],
     spec: ExpertSpec | None,
     differing: Mapping[int, int] | None = None,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> Weights | None:
     """The weights classified by tensor name; None if the names leave a doubt about which tensors hold experts.
+
+    `stored` says how tensors are stored; without it, all are counted as plain.
 
     No doubt: every MoE layer has all its experts (`spec.count`, or the layer's number in `differing`), equal in shape
     and dtype, under the usual names, and a router with one row per expert.
@@ -201,14 +241,15 @@ def weights_by_name(
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
     if depth is None:
         return None
+    quantized = _quantized(tensors, stored)
     if spec is None:
-        facts = tuple(_fact(entry, depth, lambda layer: 0) for entry in tensors.values())
+        facts = tuple(_fact(entry, depth, lambda layer: 0, quantized) for entry in tensors.values())
         return Weights(facts, count=0, measured=True) if not any("expert" in name for name in tensors) else None
 
     def count_of(layer: int) -> int:
         return (differing or {}).get(layer, spec.count)
 
-    facts = tuple(_fact(entry, depth, count_of) for entry in tensors.values())
+    facts = tuple(_fact(entry, depth, count_of, quantized) for entry in tensors.values())
     layers: dict[int, list[WeightFact]] = defaultdict(list)
     unnamed_mtp: dict[int | None, list[str]] = defaultdict(list)
     for fact in facts:
@@ -230,7 +271,31 @@ def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measure
     return Weights(tuple(facts), max(counts.values(), default=0), measured, dict(counts) if differ else None)
 
 
-def _fact(entry: TensorEntry, depth: int, count_of: Callable[[int], int]) -> WeightFact:
+def _quantized(
+    tensors: Mapping[str, TensorEntry], stored: Mapping[str, StoredTensor] | None
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """For each tensor of a quantized parameter its format, and the decoded shape that `WeightFact` notes."""
+    groups: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    formats: dict[str, Format] = {}
+    for name, each in (stored or {}).items():
+        if each.format is not PLAIN:
+            groups[each.parameter][each.part] = tensors[name]
+            formats[each.parameter] = each.format
+    found: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    for parameter, parts in groups.items():
+        decoded = formats[parameter].plain_shape({part: entry.shape for part, entry in parts.items()})
+        largest = max(parts.values(), key=lambda entry: entry.nbytes)
+        for entry in parts.values():
+            found[entry.name] = formats[parameter].name, decoded if entry is largest else None
+    return found
+
+
+def _fact(
+    entry: TensorEntry,
+    depth: int,
+    count_of: Callable[[int], int],
+    quantized: Mapping[str, tuple[str, tuple[int, ...] | None]],
+) -> WeightFact:
     match = _LAYER.match(entry.name)
     layer, rest = (int(match["layer"]), match["rest"]) if match else (None, entry.name)
     expert = rows = None
@@ -245,7 +310,11 @@ def _fact(entry: TensorEntry, depth: int, count_of: Callable[[int], int]) -> Wei
         elif count and joined and entry.shape[:1] == (count,):
             rows = ExpertRows(0, 1, 0)
     category = "MTP" if is_mtp else category_of(entry.name, expert is not None or rows is not None, layer)
-    return WeightFact(entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows)
+    storage, decoded = quantized.get(entry.name, ("", None))
+    return WeightFact(
+        entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows, format=storage,
+        decoded_shape=decoded,
+    )  # fmt: skip
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
@@ -273,16 +342,25 @@ def _complete(members: Sequence[WeightFact], count: int) -> bool:
     return alike and len(homes) == 1 and len(routers) == 1 and not doubtful
 
 
-def weights_by_layout(tensors: Mapping[str, TensorEntry], layout: Layout, counts: Mapping[int, int]) -> Weights:
-    """The weights as the model uses them, with `counts` experts by layer. Tensors without a cut are MTP."""
-    facts = []
+def weights_by_layout(
+    tensors: Mapping[str, TensorEntry],
+    layout: Layout,
+    counts: Mapping[int, int],
+    stored: Mapping[str, StoredTensor] | None = None,
+) -> Weights:
+    """The weights as the model uses them, with `counts` experts by layer. Tensors without a cut are MTP.
+
+    `stored` says how tensors are stored; without it, all are counted as plain.
+    """
+    facts, quantized = [], _quantized(tensors, stored)
     for name, entry in tensors.items():
         cut, category = layout.cuts.get(name, Cut(None)), "MTP"
         if name in layout.cuts:
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
+        storage, decoded = quantized.get(name, ("", None))
         fact = WeightFact(
             name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows,
-            has_channels=cut.channels is not None,
+            has_channels=cut.channels is not None, format=storage, decoded_shape=decoded,
         )  # fmt: skip
         facts.append(fact)
     return weights_with(facts, counts)

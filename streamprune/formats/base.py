@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +133,10 @@ class StoredTensor:
 
 class Format(ABC):
     """One way to store parameters. An instance is a value: it holds what config.json says of it (block size, bits)."""
+
+    #: Whether one tensor may hold all experts of a layer, as some models have them. Else each projection of each expert
+    #: is stored by itself.
+    joins_experts: ClassVar[bool] = False
 
     @property
     @abstractmethod

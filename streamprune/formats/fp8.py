@@ -37,6 +37,8 @@ _SCALES = {"F32", "BF16", "F16", *_POWERS}
 class Fp8(Format):
     """Values beside one scale for each block of `block` (rows, columns) values; None: for each row, or one for all."""
 
+    joins_experts = True
+
     block: tuple[int, int] | None = None
 
     @property

@@ -26,6 +26,7 @@ class Mxfp4(Format):
     """`blocks` U8 (experts, out, in / 32, 16), `scales` U8 (experts, out, in / 32) of (experts, in, out)."""
 
     name = "MXFP4"
+    joins_experts = True
 
     def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         blocks, scales = parts["blocks"], parts["scales"]

@@ -143,17 +143,19 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     """Raise UnsupportedModelError for a checkpoint whose config says that its weights are in a format not read here."""
+    if is_read(config):
+        return
     stated = Quantization.of(config)
-    method = stated.method
-    if not method:
-        return
-    reason = _unsupported(stated)
-    if method in METHODS and reason is None:
-        return
     raise UnsupportedModelError(
-        f"The model in {folder} is quantized ({method}), which is not supported: "
-        f"{reason or 'this format is not known here'}. {_WAY_OUT}"
+        f"The model in {folder} is quantized ({stated.method}), which is not supported: "
+        f"{_unsupported(stated) or 'this format is not known here'}. {_WAY_OUT}"
     )
+
+
+def is_read(config: Mapping[str, Any]) -> bool:
+    """Whether the weights are plain, or in a format that is read here, as far as the config tells."""
+    stated = Quantization.of(config)
+    return not stated.method or (stated.method in METHODS and _unsupported(stated) is None)
 
 
 def _refuse(stated: Quantization) -> None:

@@ -237,9 +237,9 @@ def complete(
                     decided.record_layer(work, index, KeptExperts(), [])
             raise
         progress.say(f"verified: {proof.text}")
-    entries = writer.headers()
+    entries, config = writer.headers(), plan.config_for(kept)
     if settings.verify:
-        check_formats(plan, kept, work.staging, entries, plan.config_for(kept))
+        check_formats(plan, kept, work.staging, entries, config)
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:
@@ -248,7 +248,8 @@ def complete(
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
-    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, entries)
+    output = Checkpoint(work.staging, config, entries)
+    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
     notes = plan.notes_for(kept)
     card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy, notes)
     writer.finish(kept, to_builtins(record), card)

@@ -207,7 +207,7 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
         assert settings.scores is not None
         check_scores_of(settings.scores, checkpoint, scores)
     if scores is not None and scores.layout is not None:
-        facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint.tensors)
+        facts = facts_from_json(scores.layout, scores.spec, settings.model, checkpoint)
     else:
         # Imported only here: it imports torch and transformers, which takes seconds.
         from streamprune.planning.prepare import facts_of_checkpoint

@@ -19,6 +19,8 @@ from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.weights import Weights, weights_by_layout
+from streamprune.formats.pick import pick_formats
+from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
 from streamprune.models.expert_layout import Layout, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
@@ -83,12 +85,13 @@ class ModelFacts:
         plan: PrunePlan,
         target: PruningTarget,
         counts: ExpertCounts,
-        written: Mapping[str, TensorEntry],
+        written: Checkpoint,
     ) -> Estimate | None:
         """The memory of the finished model, with its weights counted in the written files."""
         if self.footprint is None:
             return None
-        weights = weights_by_layout(written, self.layout, plan.counts)
+        stored = pick_formats(written.tensors, written.config)
+        weights = weights_by_layout(written.tensors, self.layout, plan.counts, stored)
         spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
         footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
         if plan.width is not None:
@@ -105,11 +108,11 @@ def facts_from_json(
     kept: Any,
     spec: ExpertSpec,
     model: str,
-    tensors: Mapping[str, TensorEntry],
+    checkpoint: Checkpoint,
     counts: Mapping[int, int] | None = None,
     width: int | None = None,
 ) -> ModelFacts:
-    """The facts that `ModelFacts.as_json` gave, for a checkpoint with these tensors: the source's, or an output's.
+    """The facts that `ModelFacts.as_json` gave, for a checkpoint with those tensors: the source's, or an output's.
 
     `spec` is the source's; `counts` are the experts by layer of an output, None for the source itself; `width` are the
     channels of an output's experts, None if they have all.
@@ -125,11 +128,13 @@ def facts_from_json(
         raise CheckpointError(
             f"The memory facts in the scores file are invalid ({error}). Score the model again."
         ) from None
+    tensors, config = checkpoint.tensors, checkpoint.config
     layout = layout_from_json(found.tensors, spec, tensors, counts, width)
     loading, memory = loading_facts_from_json(found.loading), found.memory
     if memory is None:
         return ModelFacts(layout, loading, None)
-    weights = weights_by_layout(tensors, layout, counts or dict.fromkeys(layout.expert_layers, spec.count))
+    counts = counts or dict.fromkeys(layout.expert_layers, spec.count)
+    weights = weights_by_layout(tensors, layout, counts, pick_formats(tensors, config))
     of_them = None if weights.counts else replace(spec, count=weights.count)
     footprint = Footprint(
         model,
@@ -140,6 +145,7 @@ def facts_from_json(
         itemsize=memory.itemsize,
         max_positions=memory.max_positions,
         width=layout.width.width if layout.width is not None else None,
+        quantization=Quantization.of(config).method,
     )
     return ModelFacts(layout, loading, footprint)
 

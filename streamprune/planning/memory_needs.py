@@ -18,7 +18,7 @@ from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import COMFORTABLE_BATCH_TOKENS, ComputeSettings, RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
-from streamprune.fit.structure import DTYPE_NAMES
+from streamprune.fit.published import DTYPE_NAMES
 from streamprune.formats.plain import PLAIN
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine

@@ -145,8 +145,8 @@ def read_memory(output: Path, record: Record, scores: Scores | None, checkpoint:
     unknown = "The memory of the model is unknown: "
     footprint: Footprint | None
     if scores is not None and scores.layout is not None and not record.settings.weights:
-        tensors, width = checkpoint.tensors, record.settings.width
-        facts = facts_from_json(scores.layout, scores.spec, str(output), tensors, record.counts, width)
+        width = record.settings.width
+        facts = facts_from_json(scores.layout, scores.spec, str(output), checkpoint, record.counts, width)
         footprint = facts.footprint
         if footprint is None:
             return f"{unknown}its KV cache size is unknown."
