@@ -125,8 +125,8 @@ def test_what_cannot_work_is_one_line(made: Path, tmp_path: Path) -> None:
     assert "has no sequence of two tokens" in refused(made / "out", "--data", tmp_path / "short.jsonl")
     quantized = shutil.copytree(made / "model", tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    assert "is quantized (fp8)" in refused(made / "out", "--against", quantized, *data)
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    assert "is quantized (hqq)" in refused(made / "out", "--against", quantized, *data)
 
 
 def test_code_of_uneven_models_runs_only_when_it_is_trusted(made: Path, tmp_path: Path) -> None:

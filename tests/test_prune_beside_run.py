@@ -141,13 +141,13 @@ def test_a_keep_file_alone_says_which_experts_stay(qwen: Model, tmp_path: Path, 
 
 
 def test_a_quantized_model_is_refused_by_hand_too(qwen: Model, tmp_path: Path) -> None:
-    shutil.copytree(qwen.folder, tmp_path / "fp8")
-    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(qwen.folder, tmp_path / "hqq")
+    config = json.loads((tmp_path / "hqq" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "hqq"}
+    (tmp_path / "hqq" / "config.json").write_text(json.dumps(config))
     (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2]] * 4))
-    settings = PruneSettings(model=str(tmp_path / "fp8"), output=tmp_path / "out", keep_file=tmp_path / "list.json")
-    with pytest.raises(UnsupportedModelError, match=r"is quantized \(fp8\)"):
+    settings = PruneSettings(model=str(tmp_path / "hqq"), output=tmp_path / "out", keep_file=tmp_path / "list.json")
+    with pytest.raises(UnsupportedModelError, match=r"is quantized \(hqq\)"):
         prune(settings, quiet=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.files.json_text import differences
 from streamprune.formats.quantization import Quantization, sections_of, with_sections
 from streamprune.formats.renumber import ExpertNames, check_names, partly_plain, renumber
 
@@ -212,3 +213,15 @@ def test_layers_of_which_only_some_experts_are_plain() -> None:
     assert partly_plain({"extra_config": {some.format(1): {"bits": 8}}}, NAMES, counts) == []
     assert partly_plain({"targets": [some.format(1)]}, NAMES, counts) == []
     assert partly_plain("none", NAMES, counts) == []
+
+
+def test_json_that_is_nested_without_sense() -> None:
+    value: Any = "model.layers.1.mlp.experts.5"
+    for _ in range(60):
+        value = [value]
+    with pytest.raises(UnsupportedModelError, match="nested more than 50 deep"):
+        renumber(value, NAMES, KEPT, WHERE)
+    config: dict[str, Any] = {"quantization_config": value}
+    other = json.loads(json.dumps(config).replace("experts.5", "experts.6"))
+    ((where, ours, theirs),) = differences(config, other)
+    assert (where, ours == theirs) == ("quantization_config" + "[0]" * 49, False)

@@ -410,8 +410,8 @@ def test_out_of_memory_names_the_place_and_the_remedy(
 
 def test_quantized_models_are_refused(model: Path, ids: Path, tmp_path: Path, no_weights: None) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    refused(invoke("run", model, "-o", tmp_path / "out", "--keep", 4), "is quantized (gptq)")
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    refused(invoke("run", model, "-o", tmp_path / "out", "--keep", 4), "is quantized (hqq)")
 
 
 def test_remote_code_is_never_run_unasked(model: Path, ids: Path, tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamprune.errors import SettingsError
+
+#: How deep the values of a model's JSON are nested at most. Real ones have a tenth of that.
+MOST_LEVELS = 50
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,3 +65,30 @@ def read_json_file(path: Path, option: str, means: str) -> Any:
         return parse_json(data, unique=True)
     except (ValueError, RecursionError):
         raise SettingsError(f"{option} {show(str(path))} is not valid JSON. The option {means}.") from None
+
+
+def differences(found: Any, wanted: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, str, str]]:
+    """Where two JSON values differ, as a path into them (`layers[2].width`), and what `show` says of both there.
+
+    Paths have MOST_LEVELS steps at most: `where` has `depth` already.
+    """
+    if depth == MOST_LEVELS:
+        if found != wanted:
+            yield where, show(found), show(wanted)
+        return
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        paths = {key: f"{where}.{key}".lstrip(".") for key in sorted(found.keys() | wanted.keys())}
+    elif isinstance(found, list) and isinstance(wanted, list):
+        paths = {place: f"{where}[{place}]" for place in range(max(len(found), len(wanted)))}
+        found, wanted = dict(enumerate(found)), dict(enumerate(wanted))
+    else:
+        # In JSON, 1 and 1.0 and true are not the same.
+        if json.dumps(found) != json.dumps(wanted):
+            yield where, show(found), show(wanted)
+        return
+    for key, path in paths.items():
+        if key in found and key in wanted:
+            yield from differences(found[key], wanted[key], path, depth + 1)
+        else:
+            ours, theirs = (show(value[key]) if key in value else "missing" for value in (found, wanted))
+            yield path, ours, theirs

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.files.json_text import show
+from streamprune.files.json_text import MOST_LEVELS, show
 
 #: Files beside a config.json that repeat its quantization section, or extend it.
 BESIDE = ("quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json")
@@ -134,13 +134,15 @@ class _Renumbering:
         self._names, self._where = names, where
         self._new = {layer: {old: new for new, old in enumerate(experts)} for layer, experts in kept.items()}
 
-    def of(self, value: Any) -> Any:
+    def of(self, value: Any, depth: int = 0) -> Any:
+        if depth > MOST_LEVELS:
+            raise UnsupportedModelError(f"{self._where} is nested more than {MOST_LEVELS} deep. Download it again.")
         if isinstance(value, str):
             return self._text(value)
         if isinstance(value, list):
-            return [new for each in value if (new := self.of(each)) is not _GONE]
+            return [new for each in value if (new := self.of(each, depth + 1)) is not _GONE]
         if isinstance(value, dict):
-            pairs = ((self._text(key), self.of(each)) for key, each in value.items())
+            pairs = ((self._text(key), self.of(each, depth + 1)) for key, each in value.items())
             return {key: each for key, each in pairs if key is not _GONE and each is not _GONE}
         return value
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import SettingsError
-from streamprune.files.json_text import show
+from streamprune.files.json_text import MOST_LEVELS, show
 
 #: A name found by this is only a candidate for the expert count: `skeleton` proves it by building the model with
 #: another count and looking which parameters change their shape.
@@ -36,7 +36,6 @@ _DEEPEST = 8
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS = 10_000, 20_000, 1_000_000
 #: Channels that an expert may have.
 MOST_WIDTH = 1_000_000
-_DEEPEST_CONFIG = 50
 #: What is counted, and what may be listed one by one.
 _COUNTED = re.compile(r"^(\w+_)?(n|num)_(\w+_)?(layers?|blocks?|experts|heads?|groups?|labels|stages)(_|$)|^depths?$")
 _LISTED = re.compile(r"layer|block|pattern|expert|depth")
@@ -109,8 +108,8 @@ def absurdity(raw: Mapping[str, Any]) -> str | None:
     parts: list[tuple[Any, int]] = [(raw, 0)]
     while parts:
         part, depth = parts.pop()
-        if depth > _DEEPEST_CONFIG:
-            return f"parts nested more than {_DEEPEST_CONFIG} deep"
+        if depth > MOST_LEVELS:
+            return f"parts nested more than {MOST_LEVELS} deep"
         if isinstance(part, list):
             parts += [(item, depth + 1) for item in part if isinstance(item, (Mapping, list))]
             continue

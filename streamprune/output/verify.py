@@ -19,9 +19,9 @@ import msgspec
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
 from streamprune.config import DEFAULT_SHARD_BYTES
-from streamprune.errors import CheckpointError, VerifyError
+from streamprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
-from streamprune.files.json_text import show
+from streamprune.files.json_text import differences, show
 from streamprune.formats.base import ChannelMask, KeptExperts
 from streamprune.formats.pick import pick_formats
 from streamprune.hardware.memory import format_bytes
@@ -47,13 +47,17 @@ class Proof:
     @property
     def text(self) -> str:
         """The result for people."""
-        copied = f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source"
+        return f"{self.tensors:,} tensors, {format_bytes(self.nbytes)}, byte-identical to the source{self.exceptions}"
+
+    @property
+    def exceptions(self) -> str:
+        """What is not byte-identical to the source, for people, and how it was verified."""
         rest = []
         if self.decoded:
             rest.append(f"{_counted(self.decoded, 'decoded')}, identical to the source decoded again")
         if self.computed:
             rest.append(f"{_counted(self.computed, 'computed')}, verified by their hash")
-        return f"{copied} except {' and '.join(rest)}" if rest else copied
+        return f" except {' and '.join(rest)}" if rest else ""
 
     def __add__(self, other: Proof) -> Proof:
         sums = (mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
@@ -186,7 +190,11 @@ def check_formats(
     """
     if plan.quantized is None:
         return
-    source, found = plan.quantized.stored, pick_formats(entries, config)
+    source = plan.quantized.stored
+    try:
+        found = pick_formats(entries, config)
+    except UnsupportedModelError as error:
+        raise VerifyError(f"{folder}: the {CONFIG_NAME} does not fit the tensors. {error}") from None
     # Each parameter is one of the source's, and each of those is a single one here.
     origins: dict[str, str] = {}
     copies: dict[str, str] = {}
@@ -358,12 +366,8 @@ def kept_channels(output: Path, record: _Record, layout: Layout) -> dict[int, Ke
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key in sorted(found.keys() | wanted.keys()):
-        ours, theirs = (show(config[key]) if key in config else "missing" for config in (found, wanted))
-        if ours != theirs or found.get(key) != wanted.get(key):
-            raise VerifyError(
-                f"{output / CONFIG_NAME}: {show(key)} is {ours}, but {theirs} is expected from the source."
-            )
+    for where, ours, theirs in differences(found, wanted):
+        raise VerifyError(f"{output / CONFIG_NAME}: {show(where)} is {ours}, but {theirs} is expected from the source.")
 
 
 def _few(numbers: Sequence[int]) -> str:

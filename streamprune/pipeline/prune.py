@@ -18,6 +18,7 @@ from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.dequantized import dequantized, refuse_plain
@@ -113,6 +114,7 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     check_output(settings.output, config_folder, settings.overwrite)
     raw = read_json(config_folder / CONFIG_NAME)
     refuse_per_layer_experts(raw, settings.model)
+    refuse_quantized(raw, config_folder)
     refuse_new_values(raw, settings)
     if settings.weights == "bf16":
         refuse_plain(raw, config_folder)

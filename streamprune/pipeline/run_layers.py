@@ -20,7 +20,6 @@ from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
-from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
@@ -83,7 +82,7 @@ class RunLayers:
         pruned_stream = self._target is not None and self._settings.propagate == "pruned"
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
-        self._width = recorded_width(prepared.skeleton) if self._settings.channels else None
+        self._width = prepared.recorded_width if self._settings.channels else None
         stages: list[ForwardStage]
         if self._scored:
             stages = [ForwardStage(weights, ORIGINAL, is_two_sided)]

@@ -30,7 +30,6 @@ from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import refit_sizes
-from streamprune.saliency.hooks import recorded_width
 
 #: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
 SUMS_PER_TOKEN = 9 * 8
@@ -91,7 +90,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
     needs = needs_of(prepared, calibration, last + 1, copies, spec)
-    width = recorded_width(prepared.skeleton) if settings.channels else None
+    width = prepared.recorded_width if settings.channels else None
     if width is not None:
         energies = len(calibration.sources) * spec.count * width
         # A layer's in float64: in all, of the last micro-batch, and copied where they are saved or added up. Those of

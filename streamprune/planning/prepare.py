@@ -196,6 +196,11 @@ class PreparedModel(OpenedMoE):
         loading = find_loading_facts(self.checkpoint.config, self.config, self.skeleton)
         return ModelFacts(self.layout, loading, self.plan.footprint)
 
+    @property
+    def recorded_width(self) -> int | None:
+        """How many channels of each expert are scored; None if none are, since the experts keep their width."""
+        return recorded_width(self.skeleton) if self.layout.width is not None else None
+
     @cached_property
     def written(self) -> tuple[ModelFacts, Checkpoint]:
         """The facts and the checkpoint of what is written."""
