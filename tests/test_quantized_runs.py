@@ -200,22 +200,6 @@ def test_killed_runs_and_pruning_from_scores_give_the_same_bytes(case: Case, tmp
     assert tree_bytes(tmp_path / "later") == expected
 
 
-@pytest.mark.parametrize(
-    "case",
-    [Case("fp8", "deepseek_v3", {}), Case("mxfp4", "gpt_oss"), Case("ct-w4-asymmetric")],
-    ids=lambda case: case.id,
-)
-def test_a_plain_result_is_the_plain_model_s(case: Case, tmp_path: Path) -> None:
-    made, keep = case.make(tmp_path, dtype=torch.bfloat16), known_family(case.family).keep
-    # Without rounding in between, the sources differ, and may keep other experts.
-    result = prune(made.source, tmp_path / "out", keep=keep, weights="bf16", dtype="float32")
-    prune(made.reference, tmp_path / "plain-out", keep=keep, dtype="float32")
-    kept = {layer.index: list(layer.kept) for layer in result.layers}
-    check_tensors(made.reference, tmp_path / "out", kept)
-    found, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "plain-out"))
-    assert found == expected
-
-
 def test_layers_for_multi_token_prediction_are_left_out_with_their_scales(tmp_path: Path) -> None:
     """DeepSeek-V3 has them as a layer behind the last one, quantized too, with a projection of their own."""
     made = Case("fp8", "deepseek_v3", {}).make(tmp_path)

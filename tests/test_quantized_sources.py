@@ -68,7 +68,7 @@ class Case:
 
 
 #: Where `reads` is false, transformers refuses, fails, or is silently wrong: blocks that are no quotient of the rows,
-#: scales of joined experts, zero points, global scales, several groups.
+#: scales of joined experts, zero points, global scales, several groups. Versions before 5.23 round activations to FP8.
 CASES = [
     Case("fp8", reads=True),
     Case("fp8", "deepseek_v3", reads=True),
@@ -83,8 +83,8 @@ CASES = [
     Case("deepseek-v4", "deepseek_v3", reads=True),
     Case("mxfp8", "minimax_m2", reads=True),
     Case("mxfp4", "gpt_oss", reads=True),
-    Case("ct-fp8-channel", "glm4_moe", reads=True),
-    Case("ct-fp8-tensor", reads=True, unread="input_scale"),
+    Case("ct-fp8-channel", "glm4_moe", reads=True, since="5.23"),
+    Case("ct-fp8-tensor", reads=True, unread="input_scale", since="5.23"),
     Case("ct-fp8-block"),
     Case("ct-w4", "minimax_m2", reads=True),
     Case("ct-w4-g128", sizes=WIDE, reads=True),
@@ -94,7 +94,7 @@ CASES = [
     Case("ct-mxfp4", reads=True),
     Case("ct-int8"),
     Case("ct-two-bits"),
-    Case("ct-fp8-w4", reads=True),
+    Case("ct-fp8-w4", reads=True, since="5.23"),
     Case("kimi-k2", "deepseek_v3", reads=True),
     Case("gptq"),
     Case("gptq-asymmetric", "deepseek_v3"),
@@ -114,7 +114,7 @@ SIMILAR = [
 _NAMES = {case.id for case in (*CASES, *SIMILAR)}
 #: Schemes whose config names modules of some families only.
 _OF_FAMILIES = {
-    "fp8-fused": ("qwen3_moe",), "mxfp4": ("gpt_oss",), "ct-w4-g128": ("qwen3_moe",), "ct-two-bits": ("qwen3_moe",),
+    "fp8-fused": ("qwen3_moe",), "mxfp4": ("gpt_oss",), "ct-w4-g128": (), "ct-two-bits": ("qwen3_moe",),
     "ct-fp8-w4": ("qwen3_moe", "deepseek_v3", "glm4_moe"), "kimi-k2": ("qwen3_moe", "deepseek_v3", "glm4_moe"),
 }  # fmt: skip
 #: All other crossings of schemes and families.
