@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from streamprune.cli import main
+from tests.quantized import SCHEMES
 from tests.test_widths import FIXED
 from tests.tiny import ALL_FAMILIES, FAMILIES, REFUSED
 
@@ -28,6 +30,14 @@ def test_the_table_of_families_lists_exactly_the_tested_ones_and_all_pass() -> N
     }
     assert all(f"`{family.id}`" in table for family, _ in REFUSED)
     assert "fails" not in table
+
+
+def test_the_table_of_formats_has_every_tested_one_and_all_pass() -> None:
+    table = README.read_text().partition("<!-- formats: made by tools/families -->")[2]
+    rows = re.findall(r"^\| (.+) \| exact \| (?:exact|partly|no) \| ([\w, ]+) \|$", table, re.MULTILINE)
+    titles = runpy.run_path(str(README.with_name("tools") / "families"))["FORMATS"]
+    assert [title for title, _ in rows] == list(titles)
+    assert all(any(re.fullmatch(schemes, scheme) for schemes in titles.values()) for scheme in SCHEMES)
 
 
 def test_the_installed_transformers_knows_enough_families() -> None:
