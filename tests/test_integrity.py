@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.checkpoint import reader
+from streamprune.config import PruneSettings
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from tests.helpers import prune, token_ids
+from streamprune.output.verify import verify
+from streamprune.pipeline.prune import prune as prune_from_scores
+from tests.helpers import prune, read_tensors, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 QWEN, DEEPSEEK_V3 = (next(f for f in FAMILIES if f.id == name) for name in ("qwen3_moe", "deepseek_v3"))
@@ -127,3 +130,40 @@ def test_encoder_decoders_are_refused(tmp_path: Path, no_weights: None) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "switch_transformers"}')
     with pytest.raises(UnsupportedModelError, match="switch_transformers is an encoder-decoder"):
         prune(tmp_path / "model", tmp_path / "out")
+
+
+BIAS = "model.layers.{}.mlp.experts.{}.up_proj.bias"
+
+
+def biases(model: Path, experts: int = 8) -> dict[str, torch.Tensor | None]:
+    """Biases of experts as some GPTQ releases have them, although the model has none."""
+    layers = range(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+    return {BIAS.format(layer, each): torch.full((32,), float(each)) for layer in layers for each in range(experts)}
+
+
+def test_tensors_of_experts_that_the_model_does_not_use_stay_with_their_experts(model: Path, tmp_path: Path) -> None:
+    change(model, biases(model))
+    layers = prune(model, tmp_path / "out", keep=5).layers
+    prune_from_scores(
+        PruneSettings(model=str(model), output=tmp_path / "again", scores=tmp_path / "out" / "scores", keep=5),
+        quiet=True,
+    )
+    for output in (tmp_path / "out", tmp_path / "again"):
+        found = {name: tensor for name, tensor in read_tensors(output).items() if name.endswith("up_proj.bias")}
+        assert found.keys() == {BIAS.format(layer.index, expert) for layer in layers for expert in range(5)}
+        for layer in layers:
+            numbers = [int(found[BIAS.format(layer.index, place)][0]) for place in range(5)]
+            assert numbers == list(layer.kept)
+        verify(output, model)
+
+
+def test_only_some_experts_with_such_a_tensor(model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, biases(model, experts=6))
+    with pytest.raises(UnsupportedModelError, match=r"experts\.0\.up_proj\.bias .* does not use it, and 2 of the 8"):
+        prune(model, tmp_path / "out")
+
+
+def test_such_experts_cannot_be_narrower(model: Path, tmp_path: Path, no_weights: None) -> None:
+    change(model, biases(model))
+    with pytest.raises(UnsupportedModelError, match=r"tensors that the model does not use, such as .*up_proj\.bias"):
+        prune(model, tmp_path / "out", keep=None, width=16)

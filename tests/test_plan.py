@@ -13,7 +13,8 @@ from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelE
 from streamprune.formats import plain
 from streamprune.formats.base import ExpertRows, KeptExperts, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
-from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
+from streamprune.models.expert_layout import Layout, Target, find_cuts
+from streamprune.models.mtp import find_mtp_tensors
 from streamprune.output.plan import OutputTensor, output_tensors, plan_shards
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)

@@ -19,7 +19,8 @@ from streamprune.errors import SettingsError
 from streamprune.formats.base import ExpertRows, Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
-from streamprune.models.expert_layout import MTP_NAME, MTP_ONLY, Cut, Layout
+from streamprune.models.expert_layout import Cut, Layout
+from streamprune.models.mtp import MTP_NAME, MTP_ONLY
 
 WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order of display.

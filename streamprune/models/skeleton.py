@@ -45,7 +45,8 @@ from streamprune.models.config_json import (
     mtp_layers,
     stated_counts,
 )
-from streamprune.models.expert_layout import Layout, Target, find_cuts, find_mtp_tensors
+from streamprune.models.expert_layout import Layout, Target, find_cuts
+from streamprune.models.mtp import find_mtp_tensors
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -388,6 +389,10 @@ def survey(
         if storage is not PLAIN:
             problem = f"its checkpoint stores them as {storage.name}, where several channels share a scale or a byte"
         width = None
+        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
+    unused = next((name for name, cut in cuts.items() if cut.family is not None and targets[name].name is None), None)
+    if unused is not None and width is not None:
+        width, problem = None, f"its experts have tensors that the model does not use, such as {unused}"
         cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
     names = count_names(skeleton.model.config, skeleton.spec)
     return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts, width, problem)

@@ -22,7 +22,8 @@ from streamprune.fit.weights import Weights, weights_by_layout
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
-from streamprune.models.expert_layout import Layout, layout_from_json, width_from_json
+from streamprune.models.expert_layout import Layout
+from streamprune.models.layout_json import layout_as_json, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
 from streamprune.output.dequantized import dequantized_layout
 from streamprune.output.plan import PrunePlan
@@ -63,7 +64,7 @@ class ModelFacts:
 
     def as_json(self) -> dict[str, Any] | None:
         """The facts as JSON, less the spec; None for a checkpoint whose tensor names fit no pattern."""
-        tensors = self.layout.as_json()
+        tensors = layout_as_json(self.layout)
         if tensors is None:
             return None
         known = self.footprint

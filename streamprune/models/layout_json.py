@@ -1,0 +1,229 @@
+"""The JSON of a layout, which is kept with the scores: it describes tensors by patterns of their names. No torch.
+
+    {"model.layers.{block}.mlp.gate.weight": [0, 1, 0],            experts along axis 0, 1 row each, 0 rows of no expert
+     "model.layers.{block}.mlp.experts.{expert}.up_proj.weight": null,   one tensor for each expert
+     "model.layers.{block}.input_layernorm.weight": null}          copied, with its layer
+
+and in the same way where a single expert's channels are in it:
+
+    {"model.layers.{block}.mlp.experts.{expert}.up_proj.weight": [0, 1, 1]}     along axis 0, once, 1 row each
+
+A tensor that fits no pattern lies outside the layers and is copied. If its name begins like those of a layer's tensors
+(rotary frequencies, which no model reads), it must be listed under `outside`: otherwise a pattern is missing, and the
+layout is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple
+from typing import Annotated, Any
+
+import msgspec
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.errors import CheckpointError
+from streamprune.files.json_text import show
+from streamprune.formats.base import ChannelRows, ExpertRows
+from streamprune.models.config_json import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    SHARED_COUNT_NAME,
+    ExpertSpec,
+    WidthSpec,
+)
+from streamprune.models.expert_layout import EXPERT, LAYER, Cut, Layout
+from streamprune.models.mtp import may_be_mtp
+
+#: Numbers in a name that may be the layer's or the expert's; real names have three. A name with more fits no pattern.
+_MOST_NUMBERS = 8
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _LayoutJson(msgspec.Struct):
+    layer_count: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)] = msgspec.field(name="blocks")
+    expert_layers: Annotated[list[_Size], msgspec.Meta(min_length=1)] = msgspec.field(name="moe_blocks")
+    count_names: list[str]
+    dropped: list[str]
+    outside: list[str]
+    patterns: dict[str, tuple[_Size, _Size, _Size] | None]
+    channels: dict[str, tuple[_Size, _Size, _Size]] = {}
+
+
+#: Why a width cannot be changed by scores of formats 1 and 2.
+_OLD_SCORES = "its scores were made by an earlier version; score the model again"
+
+
+class _WidthJson(msgspec.Struct):
+    width: WidthSpec | None = None
+    fixed_width: str = ""
+
+    def __post_init__(self) -> None:
+        spec = self.width
+        if spec is None:
+            return
+        named = spec.names and all(name.isidentifier() and name.endswith("_size") for name in spec.names)
+        shared = not spec.shared or (SHARED_COUNT_NAME.match(spec.shared) and 0 < spec.shared_count <= MOST_EXPERTS)
+        if not named or not shared or not 1 < spec.width <= MOST_WIDTH:
+            raise ValueError(f"no width of experts: {show(asdict(spec))}")
+
+
+def width_from_json(value: Any) -> tuple[WidthSpec | None, str]:
+    """The width of the experts from the JSON of `as_json`; None with the reason where they cannot be made narrower.
+
+    The reason is empty in JSON of an earlier version. Raises ValueError for anything else: the JSON may be untrusted.
+    """
+    found = msgspec.convert(value, _WidthJson)
+    return found.width, found.fixed_width
+
+
+def layout_as_json(layout: Layout) -> dict[str, Any] | None:
+    """The layout as JSON, without the spec; None if patterns cannot describe it."""
+    patterns: dict[str, list[int] | None] = {}
+    channels: dict[str, list[int]] = {}
+    for name, cut in layout.cuts.items():
+        if cut.layer is None:
+            continue
+        pattern = (cut.family or name).replace(f".{cut.layer}.", f".{LAYER}.", 1)
+        rows = list(astuple(cut.rows)) if cut.rows else None
+        if LAYER not in pattern or patterns.setdefault(pattern, rows) != rows:
+            return None
+        if cut.channels is not None:
+            channels[pattern] = list(astuple(cut.channels))
+    found = {
+        "blocks": layout.layer_count,
+        "moe_blocks": list(layout.expert_layers),
+        "count_names": list(layout.count_names),
+        "dropped": list(layout.dropped),
+        "outside": _doubtful(layout.cuts, patterns),
+        "patterns": patterns,
+        "channels": channels,
+        "width": asdict(layout.width) if layout.width is not None else None,
+        "fixed_width": layout.fixed_width,
+    }
+    # A run that reads this builds no model: the patterns alone must give the same cuts.
+    return found if _cuts(patterns, channels, [*layout.cuts, *layout.dropped], layout.dropped) == layout.cuts else None
+
+
+def layout_from_json(
+    value: Any,
+    spec: ExpertSpec,
+    tensors: Mapping[str, TensorEntry],
+    counts: Mapping[int, int] | None = None,
+    width: int | None = None,
+) -> Layout:
+    """The layout from the JSON of `as_json`, for the checkpoint with these tensors: the source's, or an output's.
+
+    `counts` are the experts by layer of an output; None for the source, whose layers all have those of the spec.
+    `width` are the channels of an output's experts; None if they have as many as the source's.
+    Raises CheckpointError for anything else, or a layout of other tensors: the JSON may be untrusted.
+    """
+    try:
+        found, (width_spec, fixed) = msgspec.convert(value, _LayoutJson), width_from_json(value)
+        last = found.expert_layers[-1]
+        if found.expert_layers != sorted(set(found.expert_layers)) or last >= found.layer_count:
+            raise ValueError("its layers with experts are not ascending, or beyond the last layer")
+        wrong = next((name for name in found.dropped if not may_be_mtp(name, found.layer_count)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is of no multi-token-prediction layer")
+        cuts = _cuts(found.patterns, found.channels, tensors, found.dropped)
+        layout = Layout(
+            spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
+            width_spec, "" if width_spec is not None else fixed or _OLD_SCORES,
+        )  # fmt: skip
+        _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
+        _check_channels(layout, tensors, width)
+        unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in found.outside]
+        if unlisted:
+            raise ValueError(f"nothing says where {unlisted[0]} belongs")
+    except ValueError as error:
+        raise CheckpointError(
+            f"The tensors that the scores describe are not those of the checkpoint ({error}). Score the model again."
+        ) from None
+    return layout
+
+
+def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> None:
+    """Raise ValueError unless the tensors hold exactly `counts` experts, by layer."""
+    families: dict[tuple[str, int], set[int | None]] = defaultdict(set)
+    found = set()
+    for name, cut in layout.cuts.items():
+        if cut.layer is not None and cut.layer >= layout.layer_count:
+            raise ValueError(f"{name} is of layer {cut.layer}, but there are {layout.layer_count}")
+        # With 0 for a layer that should have no experts, a tensor of experts in it is refused below.
+        count = counts.get(cut.layer, 0) if cut.layer is not None else 0
+        if cut.family is not None:
+            families[cut.family, count].add(cut.expert)
+        if cut.rows is not None:
+            shape, axis = tensors[name].shape, cut.rows.axis
+            if axis >= len(shape) or shape[axis] != cut.rows.size(count):
+                raise ValueError(f"{name} has no {count} experts along axis {axis}")
+        if cut.family is not None or cut.rows is not None:
+            found.add(cut.layer)
+    missing = any(numbers != set(range(count)) for (_, count), numbers in families.items())
+    if missing or found != set(layout.expert_layers):
+        raise ValueError("experts are missing")
+
+
+def _check_channels(layout: Layout, tensors: Mapping[str, TensorEntry], width: int | None) -> None:
+    """Raise ValueError unless the tensors hold as many channels per expert as the layout or `width` says."""
+    for name, cut in layout.cuts.items():
+        if cut.channels is None:
+            # The matrices of experts; a router has one row for each of them.
+            axes = len(tensors[name].shape) - (cut.rows is not None)
+            if layout.width is not None and axes > 1 and (cut.family is not None or cut.rows is not None):
+                raise ValueError(f"nothing says where the channels of {name} are")
+            continue
+        rows, of_experts = cut.channels, tensors[name].shape[cut.rows is not None :]
+        wanted = width if width is not None else layout.width.width if layout.width is not None else 0
+        whole = cut.rows is None or (cut.rows.axis, cut.rows.stride, cut.rows.tail) == (0, 1, 0)
+        length = of_experts[rows.axis] if rows.axis < len(of_experts) else 0
+        if not whole or not wanted or length != rows.repeats * rows.step * wanted:
+            raise ValueError(f"{name} has no {wanted} channels for each expert")
+
+
+def _doubtful(cuts: Mapping[str, Cut], patterns: Iterable[str]) -> list[str]:
+    """Tensors outside the layers whose names begin as those of the layers do."""
+    prefixes = tuple({pattern.partition(LAYER)[0] for pattern in patterns})
+    return [name for name, cut in cuts.items() if cut.layer is None and name.startswith(prefixes)]
+
+
+def _cuts(
+    patterns: Mapping[str, Sequence[int] | None],
+    channels: Mapping[str, Sequence[int]],
+    names: Iterable[str],
+    dropped: Sequence[str],
+) -> dict[str, Cut]:
+    """The cut of every name that is not dropped, by the one pattern that fits it."""
+    for pattern in patterns:
+        segments = pattern.split(".")
+        if segments.count(LAYER) != 1 or segments.count(EXPERT) > 1:
+            raise ValueError("a pattern without one layer")
+    left_out = set(dropped)
+    return {name: _cut(patterns, channels, name) for name in names if name not in left_out}
+
+
+def _cut(patterns: Mapping[str, Sequence[int] | None], channels: Mapping[str, Sequence[int]], name: str) -> Cut:
+    segments = name.split(".")
+    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()]
+    if len(numbers) > _MOST_NUMBERS:
+        return Cut(None)
+    for layer, expert in itertools.product(numbers, (None, *numbers)):
+        family = segments.copy()
+        if expert is not None:
+            family[expert] = EXPERT
+        pattern = family.copy()
+        pattern[layer] = LAYER
+        rows = patterns.get(".".join(pattern), ())
+        if rows == ():
+            continue
+        found = channels.get(".".join(pattern))
+        within = ChannelRows(*found) if found is not None else None
+        if expert is not None:
+            return Cut(int(segments[layer]), ".".join(family), int(segments[expert]), channels=within)
+        return Cut(int(segments[layer]), rows=ExpertRows(*rows) if rows is not None else None, channels=within)
+    return Cut(None)
