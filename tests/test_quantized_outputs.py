@@ -108,6 +108,8 @@ def test_json_names_the_experts_that_stay(made: Made) -> None:
 def test_everything_says_how_the_weights_are_stored(made: Made, tmp_path: Path) -> None:
     record = read_record(made.output)
     assert record.source.formats == [FORMAT]
+    # Its layers keep different numbers.
+    assert "FineGrainedFP8Config(dequantize=True)" in (made.output / "README.md").read_text()
     assert f"| quantized weights | {FORMAT} | as in the source |" in (made.output / "README.md").read_text()
     text = write_token_ids(tmp_path / "ids.jsonl")
     report = call("report", made.output)
@@ -117,8 +119,23 @@ def test_everything_says_how_the_weights_are_stored(made: Made, tmp_path: Path) 
     assert f"; {FORMAT}, as in the source\n" in ran.stderr
     assert "scores of channels" not in ran.stderr, "no width can be chosen by them"
     assert json.loads(ran.stdout)["formats"] == [FORMAT]
-    pruned = call("prune", made.source, "--scores", made.output, "--keep", 4, "-o", tmp_path / "small")
+    assert "dequantize=True" not in ran.stderr
+    pruned = call(
+        "prune",
+        made.source,
+        "--scores",
+        made.output,
+        "--schedule",
+        "linear-decrease",
+        "--keep",
+        4,
+        "-o",
+        tmp_path / "small",
+    )
     assert f"; {FORMAT}, as in the source\n" in pruned.stderr
+    assert "note: On a GPU, transformers gives all layers the same number of quantized experts" in pruned.stderr
+    scored = call("score", made.source, "-o", tmp_path / "scores.safetensors", "--calibration", text)
+    assert f" KiB; {FORMAT}\n" in scored.stderr
     measured = call("eval", made.output, "--against", made.source, "--data", text, "--trust-remote-code")
     assert measured.exit_code == 0, measured.output
     assert f"layers, {FORMAT}, 256 tokens" in measured.stderr

@@ -16,9 +16,13 @@ from streamprune.formats.pick import format_names, pick_formats
 from streamprune.formats.quantization import Quantization, sections_of, with_sections
 from streamprune.formats.renumber import BESIDE, ExpertNames, check_names, partly_plain, renumber
 from streamprune.models.expert_layout import EXPERT, Layout
+from streamprune.models.per_layer_experts import has_per_layer_experts
 
 #: What may be an expert's number in the name of a tensor.
 _EXPERT_NUMBER = re.compile(r".*?\.experts\.\d+(?=\.)")
+#: The methods whose experts transformers 5.23 builds anew on a GPU, by the model's config rather than the layer's, and
+#: the class of config that lets it decode them instead (`replace_with_fp8_linear`, `replace_with_mxfp4_linear`).
+_WITHOUT_UNEVEN = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,20 @@ class QuantizedSource:
         counts = {layer: len(each.experts) for layer, each in kept.items()}
         sections = (section for _, section in sections_of(config))
         layers = sorted({layer for section in sections for layer in partly_plain(section, self.names, counts)})
+        notes, loader = [], _WITHOUT_UNEVEN.get(Quantization.of(config).method)
+        if loader is not None and has_per_layer_experts(counts):
+            notes.append(
+                "On a GPU, transformers gives all layers the same number of quantized experts. There, load this model "
+                f"with quantization_config={loader}(dequantize=True), which takes the memory of 16-bit weights."
+            )
         if not layers:
-            return []
+            return notes
         listed = ", ".join(map(str, layers[:5])) + (", …" if len(layers) > 5 else "")
         return [
+            *notes,
             f"In {'layer' if len(layers) == 1 else 'layers'} {listed}, {CONFIG_NAME} calls some experts not quantized, "
             "but not all, as that of the source does. vLLM takes all experts of a layer for unquantized as soon as one "
-            "is in such a list, so it may refuse this model."
+            "is in such a list, so it may refuse this model.",
         ]
 
 

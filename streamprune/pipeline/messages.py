@@ -65,6 +65,8 @@ def print_prepared(
         storage = storage_text(prepared.formats, prepared.output_checkpoint is not prepared.checkpoint)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
         print_dropped(progress, prepared.layout.dropped)
+    elif prepared.formats:
+        progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)}; {' and '.join(prepared.formats)}")
     if settings.calibration == ("builtin",):
         progress.say(
             "note: the built-in calibration text is meant for a first try. For a model that you will use, calibrate on "
