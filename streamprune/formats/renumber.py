@@ -171,8 +171,8 @@ class _Renumbering:
             if _NUMBER.search(name) and not self._names.is_other(segments):
                 raise UnsupportedModelError(
                     f"{self._where} names {show(name)}, but not in which layer, and every layer keeps other experts. "
-                    "Write the full names there, as the checkpoint has them; or remove the entry if no such module "
-                    "exists."
+                    "Write the full names there, as the checkpoint has them; or remove the entry if what reads the "
+                    "model can do without."
                 )
             return name
         layer, place = found
