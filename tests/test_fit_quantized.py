@@ -38,13 +38,20 @@ HIDDEN, VOCABULARY = 7168, 129_280
 #: A scheme and a family; those of which config.json says everything that the sizes depend on.
 EXACT = [
     ("fp8", "qwen3_moe"), ("fp8-16", "deepseek_v3"), ("fp8-128", "glm4_moe"), ("fp8", "minimax_m2"),
-    ("fp8-channel", "qwen3_moe"), ("mxfp8", "minimax_m2"), ("mxfp4", "gpt_oss"),
+    ("fp8-channel", "qwen3_moe"), ("deepseek-v4", "qwen3_moe"), ("mxfp8", "minimax_m2"), ("mxfp4", "gpt_oss"),
+    ("ct-fp8-channel", "qwen3_moe"), ("ct-fp8-block", "deepseek_v3"), ("ct-w4", "minimax_m2"),
+    ("ct-w4-asymmetric", "qwen3_moe"), ("ct-w8", "glm4_moe"), ("ct-nvfp4a16", "qwen3_moe"), ("ct-mxfp4", "qwen3_moe"),
+    ("ct-int8", "qwen3_moe"), ("ct-two-bits", "qwen3_moe"), ("ct-fp8-w4", "qwen3_moe"), ("kimi-k2", "deepseek_v3"),
+    ("gptq", "qwen3_moe"), ("gptq-8", "minimax_m2"), ("awq", "glm4_moe"), ("autoround", "qwen3_moe"),
+    ("autoround-awq", "qwen3_moe"),
 ]  # fmt: skip
-#: Those whose scales have a dtype, or a number, that config.json does not state: the bytes are these parts too many.
+#: Those of which it does not: the dtype of scales, a scale for activations, g_idx.
 NEARLY = [
-    ("fp8-bf16-scales", "qwen3_moe", 0.001), ("fp8-u8-scales", "deepseek_v3", 0.002),
-    ("fp8-tensor", "qwen3_moe", 0.04), ("deepseek-v4", "qwen3_moe", 0.0005),
+    ("fp8-bf16-scales", "qwen3_moe"), ("fp8-u8-scales", "deepseek_v3"), ("fp8-tensor", "qwen3_moe"),
+    ("ct-fp8-tensor", "qwen3_moe"), ("ct-nvfp4", "qwen3_moe"), ("gptq-no-g_idx", "qwen3_moe"),
 ]  # fmt: skip
+#: Tried in short runs too.
+USUAL = {"fp8", "mxfp4", "deepseek-v4", "ct-fp8-channel", "ct-w4", "ct-int8", "kimi-k2", "gptq", "awq", "autoround"}
 
 
 def alone(model: Path, folder: Path) -> Path:
@@ -62,9 +69,9 @@ def decoded(footprint: Footprint) -> int:
     return footprint.weights.decoded(footprint.itemsize).nbytes
 
 
-@pytest.mark.parametrize(("scheme", "family"), EXACT)
+@pytest.mark.parametrize(("scheme", "family"), mostly_thorough(EXACT, [case for case in EXACT if case[0] in USUAL]))
 def test_headers_and_config_alone_give_the_stored_bytes(scheme: str, family: str, tmp_path: Path) -> None:
-    made = make_quantized(tmp_path, scheme, family)
+    made = make_quantized(tmp_path, scheme, family, dtype=torch.bfloat16)
     stored, plain = (open_checkpoint(folder).nbytes for folder in (made.source, made.reference))
     for folder in (made.source, alone(made.source, tmp_path / "config")):
         footprint = read_footprint(str(folder))
@@ -73,18 +80,20 @@ def test_headers_and_config_alone_give_the_stored_bytes(scheme: str, family: str
         assert decoded(footprint) == plain
 
 
-@pytest.mark.parametrize(("scheme", "family", "share"), NEARLY)
-def test_config_alone_may_not_say_everything(scheme: str, family: str, share: float, tmp_path: Path) -> None:
-    made = make_quantized(tmp_path, scheme, family)
+@pytest.mark.parametrize(("scheme", "family"), mostly_thorough(NEARLY, NEARLY[:1] + NEARLY[3:4]))
+def test_config_alone_may_not_say_everything(scheme: str, family: str, tmp_path: Path) -> None:
+    made = make_quantized(tmp_path, scheme, family, dtype=torch.bfloat16)
     stored = open_checkpoint(made.source).nbytes
     assert weights_bytes(read_footprint(str(made.source))) == stored
     estimated = weights_bytes(read_footprint(str(alone(made.source, tmp_path / "config"))))
-    assert stored < estimated <= (1 + share) * stored
+    # g_idx takes a part of matrices of 32 rows that it does not of larger ones.
+    assert estimated != stored
+    assert abs(estimated - stored) < (0.09 if scheme == "gptq-no-g_idx" else 0.005) * stored
 
 
-@pytest.mark.parametrize(("scheme", "family"), mostly_thorough(EXACT, EXACT[:1] + EXACT[-1:]))
+@pytest.mark.parametrize(("scheme", "family"), mostly_thorough(EXACT, EXACT[:1] + EXACT[7:8]))
 def test_pruned_bytes_are_those_of_the_output(scheme: str, family: str, tmp_path: Path) -> None:
-    made = make_quantized(tmp_path, scheme, family)
+    made = make_quantized(tmp_path, scheme, family, dtype=torch.bfloat16)
     result = prune(made.source, tmp_path / "out", keep=4)
     output = open_checkpoint(tmp_path / "out").nbytes
     assert result.summary["memory"]["weights_bytes"] == output

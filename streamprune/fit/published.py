@@ -30,6 +30,8 @@ from streamprune.models.skeleton import Decoder, Skeleton, map_checkpoint
 
 #: Names in a safetensors header by dtype.
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: The bias of the router's choice is published in float32, also where transformers loads all in 16 bits (MiniMax-M2).
+_CORRECTION = "correction_bias"
 #: Where the experts are in a tensor that holds them one after the other, and nothing else.
 _ALL = ExpertRows(0, 1, 0)
 
@@ -111,12 +113,10 @@ def _published(
         name: TensorEntry(name, "", DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in tensors.items()
     }
-    plan = model._get_dtype_plan(model.dtype)
-    in_float32 = build_glob_alternation(list(plan))[0] if plan else None
+    in_float32 = build_glob_alternation([*model._get_dtype_plan(model.dtype), _CORRECTION])[0]
     for name, target in map_checkpoint(skeleton or Decoder(model, "", {}), entries, {}).items():
         entry, shape = entries[name], entries[name].shape
-        is_float = tensors[name].is_floating_point() and target.name is not None
-        kept = is_float and in_float32 is not None and in_float32.search(str(target.name))
+        kept = tensors[name].is_floating_point() and in_float32.search(target.name or name)
         has_channels = skeleton is not None and target.name in skeleton.channels
         result = _Published(name, "F32" if kept else entry.dtype, shape, target, has_channels)
         if target.name in inside and target.layer is not None:

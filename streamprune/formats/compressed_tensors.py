@@ -244,7 +244,8 @@ def _format(scheme: Scheme) -> Format:
         return PackedIntegers(scheme.bits, scheme.group, scheme.symmetric)
     if scheme.bits == 4:
         return Nvfp4() if scheme.group == NV_GROUP else Fp4()
-    return Fp8(scheme.shared)
+    # llm-compressor writes scales in the model's dtype.
+    return Fp8(scheme.shared, "BF16", scheme.strategy == "tensor")
 
 
 def _fit(module: Module, values: TensorEntry, scheme: Scheme) -> Recognized | str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
@@ -35,11 +35,16 @@ _SCALES = {"F32", "BF16", "F16", *_POWERS}
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """Values beside one scale for each block of `block` (rows, columns) values; None: for each row, or one for all."""
+    """Values beside one scale for each block of `block` (rows, columns) values; None: for each row, or one for all.
+
+    Tensors show the rest, but without them config.json may: the scales' dtype, and whether all values have `one`.
+    """
 
     joins_experts = True
 
     block: tuple[int, int] | None = None
+    scale_dtype: str = field(default="F32", compare=False)
+    one: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -66,11 +71,12 @@ class Fp8(Format):
 
     def stored_as(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         *outer, rows, columns = shape
-        if self.block is None:
-            return {"": ("F8_E4M3", shape), "scale": ("F32", (*outer, rows, 1))}
-        blocks = (math.ceil(rows / self.block[0]), math.ceil(columns / self.block[1]))
-        # Blocks of one row are those of MXFP8, whose scales are powers of two.
-        return {"": ("F8_E4M3", shape), "scale": ("U8" if self.block[0] == 1 else "F32", (*outer, *blocks))}
+        blocks: tuple[int, ...] = (1,) if self.one else (rows, 1)
+        if self.block is not None:
+            blocks = (math.ceil(rows / self.block[0]), math.ceil(columns / self.block[1]))
+        # MXFP8's scales are powers of two.
+        dtype = "U8" if self.block == MX_BLOCK else self.scale_dtype
+        return {"": ("F8_E4M3", shape), "scale": (dtype, (*outer, *blocks))}
 
     def plain_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[""]
@@ -109,7 +115,10 @@ def stated(path: str, quantization: Quantization) -> Format | None:
         return Fp8(block_size(quantization.values)) if auto_round.settings(path, quantization) else None
     if quantization.method not in METHODS or quantization.leaves_plain(path):
         return None
-    return Fp8(block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None))
+    block = block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None)
+    # DeepSeek-V4, whose experts are in FP4, has E8M0 scales everywhere; a `scale_fmt` does not tell the dtype.
+    dtype = "F8_E8M0" if quantization.expert_dtype == "fp4" else "F32"
+    return Fp8(block, dtype, quantization.values.get("activation_scheme") == "static")
 
 
 def _companion(module: Module, leaf: str, suffixes: tuple[str, ...], of_weight: tuple[str, ...]) -> str | None:
