@@ -244,8 +244,7 @@ def complete(
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
     if evaluation is not None:
         write_result(results_folder(work.staging), TEXT_NAME, evaluation)
-    small_files = [path.as_posix() for path in plan.copied]
-    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, small_files)
+    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     output = Checkpoint(work.staging, config, entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,17 @@ def make_record(
     plan: PrunePlan,
     counts: ExpertCounts,
     settings: RunSettings | PruneSettings,
-    small_files: Sequence[str],
 ) -> Record:
     """The record of an output; it is the same for every run with the same input and settings.
 
     It does not matter whether the scores were computed in the same run or before. (On the CPU the last digits of scores
-    depend on the number of threads, as in every matrix product.) `small_files` are the names of the files of the source
-    that were copied.
+    depend on the number of threads, as in every matrix product.)
     """
     # In a fixed order, for provenance from a run or from a file.
     origin = json.loads(json.dumps(provenance, sort_keys=True))
     scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
-    spec = plan.layout.spec
+    spec, formats = plan.layout.spec, {"formats": plan.formats} if plan.formats else {}
+    sizes = {"experts": spec.count, "top_k": spec.top_k, "width": counts.full_width or None}
     found = {
         "settings": {
             "model": origin["model"],
@@ -58,16 +57,10 @@ def make_record(
         },
         "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],
-        "source": {
-            **origin["source"],
-            "experts": spec.count,
-            "top_k": spec.top_k,
-            "width": counts.full_width or None,
-            **({"formats": plan.formats} if plan.formats else {}),
-        },
+        "source": {**origin["source"], **sizes, **formats},
         "calibration": origin["calibration"],
         # `push` skips files that are not listed.
-        "files": sorted({*small_files, *plan.files}),
+        "files": sorted({*(path.as_posix() for path in plan.copied), *plan.files}),
         "dropped": plan.layout.dropped,
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
         "layers": [
