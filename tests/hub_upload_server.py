@@ -108,8 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self._body()
         status, answer = hub.fail.get(route) or self._answer(route, known, body)
-        with hub.lock:
-            hub.requests.append(Asked(self.command, path, status, route, None, len(body)))
+        # What huggingface_hub itself asks once a day, by whatever command, is not counted.
+        if path != "/api/agent-harnesses":
+            with hub.lock:
+                hub.requests.append(Asked(self.command, path, status, route, None, len(body)))
         if isinstance(answer, str):
             answer = {"error": answer}
         data = json.dumps(answer).encode()
