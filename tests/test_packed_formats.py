@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamprune.formats import codes
@@ -55,6 +55,7 @@ def test_what_compressed_tensors_writes_means_what_it_reads(
 
 
 @given(rows=st.integers(1, 90), columns=st.integers(1, 90), seed=seeds)
+@example(rows=8, columns=64, seed=0)  # fewer rows than a block has
 @fuzz
 def test_blocks_and_rows_need_not_be_whole(rows: int, columns: int, seed: int) -> None:
     weight = matrix(rows, columns, seed)

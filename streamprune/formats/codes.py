@@ -94,7 +94,7 @@ def _with_blocks(
         change(values, each.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns])
         return values
     full = rows // block[0]
-    change(values[: full * block[0]].view(full, block[0], -1, block[1]), each[:full, None, :, None])
+    change(values[: full * block[0]].view(full, block[0], each.shape[1], block[1]), each[:full, None, :, None])
     if rows % block[0]:
         change(values[full * block[0] :].view(-1, each.shape[1], block[1]), each[full:, :, None])
     return values
