@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
@@ -26,7 +27,7 @@ from streamprune.fit.weights import Weights, weights_with
 from streamprune.models.open import describe_model, load_config
 from streamprune.models.skeleton import build_skeleton
 from tests.full_size import config_only
-from tests.helpers import prune, tree_bytes
+from tests.helpers import prune, read_tensors, tree_bytes
 from tests.hub_model import hub_for_this_process
 from tests.quantized import Quantized, make_quantized, quantize
 from tests.thorough import mostly_thorough
@@ -225,22 +226,46 @@ def test_a_list_leaves_modules_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantized", "formats"),
-    [(["visual"], {""}), ([], {"", "FP8 (blocks of 32 x 32)"})],
+    ("part", "listed", "formats"),
+    [("", ["model.visual"], {""}), ("", [], {"", "FP8 (blocks of 32 x 32)"}), ("text_config", [], {""})],
 )
-def test_towers_of_multimodal_models(quantized: list[str], formats: set[str], tmp_path: Path) -> None:
+def test_towers_of_multimodal_models(part: str, listed: list[str], formats: set[str], tmp_path: Path) -> None:
     """Names in lists have the prefix of the published model, which transformers' text class leaves out."""
     family = next(family for family in FAMILIES if family.id == "qwen3_5_moe")
     tiny_config(family).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    names = ["lm_head", "model.language_model.layers.0.mlp.shared_expert", *(f"model.{name}" for name in quantized)]
+    names = ["lm_head", "model.language_model.layers.0.mlp.shared_expert", *listed]
     section = {"quant_method": "fp8", "weight_block_size": [32, 32], "modules_to_not_convert": names}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    (config[part] if part else config)["quantization_config"] = section
+    (tmp_path / "config.json").write_text(json.dumps(config))
     facts = read_footprint(str(tmp_path)).weights.facts
     assert {fact.format for fact in facts if fact.category == "vision"} == formats
     shared = {fact.layer for fact in facts if "shared_expert.up_proj" in fact.name and fact.format}
     assert shared == {1, 2, 3}
     assert {fact.format for fact in facts if fact.category == "router"} == {""}
+
+
+def test_prediction_layers_in_headers(tmp_path: Path) -> None:
+    """Quantized as the others, with companions; they count until the model is pruned."""
+    made = make_quantized(tmp_path, "fp8", "glm4_moe")
+    last = "model.layers.2."
+    more = {
+        name.replace(last, "model.layers.3."): tensor
+        for name, tensor in read_tensors(made.source).items()
+        if name.startswith(last)
+    }
+    more["model.layers.3.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(more, made.source / "mtp.safetensors", {"format": "pt"})
+    path = made.source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(more, "mtp.safetensors")
+    path.write_text(json.dumps(index))
+    footprint = read_footprint(str(made.source))
+    mtp = sum(tensor.nbytes for tensor in more.values())
+    assert {term.name: term.bytes for term in Fit(footprint, ServingSpec(), GIB).terms}["weights: MTP"] == mtp
+    assert weights_bytes(footprint) == open_checkpoint(made.source).nbytes
+    whole = weights_bytes(footprint, keep=7) + mtp
+    assert weights_bytes(footprint) - whole == footprint.weights.sizes("source", with_mtp=False).expert_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "granitemoe"])

@@ -21,7 +21,7 @@ from transformers.core_model_loading import build_glob_alternation, revert_weigh
 from streamprune.checkpoint.reader import DTYPES
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
 from streamprune.errors import UnsupportedModelError
-from streamprune.fit.weights import WeightFact, category_of
+from streamprune.fit.weights import WeightFact, category_of, is_vision
 from streamprune.formats.base import ExpertRows, Format
 from streamprune.formats.pick import is_read, stated_format
 from streamprune.formats.quantization import Quantization, any_name_matches
@@ -87,7 +87,9 @@ def published_facts(
     raw = raw if is_read(raw) else Quantization.of(raw).without(raw)
     facts: list[WeightFact] = []
     for tensor in _published(model, raw, skeleton, counts or {}, wanted):
-        for storage, one in _stored(tensor, model, raw):
+        # A section in the text part of the config says nothing of other towers (Kimi-K2.5).
+        plain = len(Quantization.of(raw).path) > 1 and is_vision(tensor.name)
+        for storage, one in [(None, tensor)] if plain else _stored(tensor, model, raw):
             facts += [one.fact(one.dtype, one.shape)] if storage is None else _parts(one, storage)
     if any(fact.format and fact.of_experts for fact in facts):
         # Several channels share a scale or a byte of a quantized expert, so that none can be removed.
