@@ -52,6 +52,18 @@ def test_the_output_is_the_pruned_plain_model(scheme: str, family: str, tmp_path
     assert 0 < proof.decoded < proof.tensors
 
 
+def test_no_section_is_left(tmp_path: Path) -> None:
+    """Of a config.json that has the section under both of its names."""
+    made = make_quantized(tmp_path, "ct-w4")
+    path = made.source / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "compression_config": config["quantization_config"]}))
+    prune(made.source, tmp_path / "out", weights="bf16")
+    assert not [name for name in json.loads((tmp_path / "out" / "config.json").read_text()) if "tion_config" in name]
+    _, info = load_as_declared(tmp_path / "out")
+    assert not info["missing_keys"]
+
+
 def test_prune_from_scores_writes_the_same(fp8: Quantized, tmp_path: Path) -> None:
     prune(fp8.source, tmp_path / "out", weights="bf16")
     scores = tmp_path / "out" / "scores"

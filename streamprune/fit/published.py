@@ -24,7 +24,7 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.fit.weights import WeightFact, category_of, is_vision
 from streamprune.formats.base import ExpertRows, Format
 from streamprune.formats.pick import is_read, stated_format
-from streamprune.formats.quantization import Quantization, any_name_matches
+from streamprune.formats.quantization import any_name_matches, without_sections
 from streamprune.models.expert_layout import Target
 from streamprune.models.skeleton import Decoder, Skeleton, map_checkpoint
 
@@ -84,7 +84,7 @@ def published_facts(
     model does not have is missing, such as layers for multi-token prediction. Weights in a format that is not read here
     are counted as plain. Raises UnsupportedModelError where transformers cannot take the parameters back.
     """
-    raw = raw if is_read(raw) else Quantization.of(raw).without(raw)
+    raw = raw if is_read(raw) else without_sections(raw)
     facts: list[WeightFact] = []
     for tensor in _published(model, raw, skeleton, counts or {}, wanted):
         # A section in the text part of the config says nothing of other towers (Kimi-K2.5).

@@ -51,16 +51,6 @@ class Quantization:
             names = ("lm_head",)
         return any_name_matches(path, names)
 
-    def without(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json without this section: that of plain weights."""
-        result = dict(config)
-        if self.path:
-            part = result
-            for name in self.path[:-1]:
-                part[name] = part = dict(part[name])
-            del part[self.path[-1]]
-        return result
-
 
 def sections_of(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every quantization section of a config.json: its path and its contents."""
@@ -78,14 +68,21 @@ def _part(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]
 
 
 def with_sections(config: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A config.json with every quantization section changed, wherever it stands."""
+    """A config.json with every quantization section changed, wherever it stands; left out where `change` gives None."""
     result = dict(config)
     for path, section in sections_of(config):
         part = result
         for name in path[:-1]:
             part[name] = part = dict(part[name])
         part[path[-1]] = change(section)
+        if part[path[-1]] is None:
+            del part[path[-1]]
     return result
+
+
+def without_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization sections: that of plain weights."""
+    return with_sections(config, lambda section: None)
 
 
 @dataclass(frozen=True)

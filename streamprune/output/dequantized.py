@@ -10,7 +10,7 @@ from typing import Any
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.errors import SettingsError
 from streamprune.formats.decoded import DecodedEntry, decoded_entries
-from streamprune.formats.quantization import Quantization
+from streamprune.formats.quantization import Quantization, without_sections
 from streamprune.models.expert_layout import EXPERT, Cut, Layout
 
 
@@ -29,7 +29,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """
     refuse_plain(checkpoint.config, checkpoint.folder)
     tensors = decoded_entries(checkpoint.tensors, checkpoint.config)
-    return Checkpoint(checkpoint.folder, Quantization.of(checkpoint.config).without(checkpoint.config), tensors)
+    return Checkpoint(checkpoint.folder, without_sections(checkpoint.config), tensors)
 
 
 def dequantized_layout(layout: Layout, plain: Checkpoint) -> Layout:

@@ -28,7 +28,7 @@ from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoi
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import decoded_entries
 from streamprune.formats.pick import refuse_quantized
-from streamprune.formats.quantization import Quantization
+from streamprune.formats.quantization import without_sections
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import (
     DescribedModel,
@@ -144,7 +144,7 @@ def _as_written(
     """The config.json and the tensors of a model as `settings.weights` has them written, less what is pruned."""
     if settings.weights == "source":
         return raw, tensors
-    return Quantization.of(raw).without(raw), decoded_entries(tensors, raw) if tensors is not None else None
+    return without_sections(raw), decoded_entries(tensors, raw) if tensors is not None else None
 
 
 def with_footprint(
