@@ -16,7 +16,7 @@ from streamprune.config import PruneSettings
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.output.verify import verify
 from streamprune.pipeline.prune import prune as prune_from_scores
-from tests.helpers import prune, read_tensors, token_ids
+from tests.helpers import known_family, prune, read_tensors, token_ids
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 QWEN, DEEPSEEK_V3 = (next(f for f in FAMILIES if f.id == name) for name in ("qwen3_moe", "deepseek_v3"))
@@ -50,6 +50,21 @@ def test_missing_tensors(name: str, model: Path, tmp_path: Path, no_weights: Non
     change(model, {name: None})
     with pytest.raises(CheckpointError, match=r"lacks the tensors|only 7 of the 8 experts"):
         prune(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4", "qwen3_vl_moe"])
+def test_experts_apart_that_transformers_does_not_join(family: str, tmp_path: Path, no_weights: None) -> None:
+    """As most programs that quantize them write these models; nothing is missing."""
+    source = make_model(tmp_path / "model", tiny_config(known_family(family)), max_shard_size="1GB")
+    joined = {name: each for name, each in load_file(source / "model.safetensors").items() if ".experts." in name}
+    apart = {
+        name.replace(".experts.", f".experts.{number}.") + ".weight": each.clone()
+        for name, experts in joined.items()
+        for number, each in enumerate(experts)
+    }
+    change(source, {**dict.fromkeys(joined), **apart})
+    with pytest.raises(UnsupportedModelError, match=r"every expert apart \(.*experts\.0\..*original"):
+        prune(source, tmp_path / "out")
 
 
 def test_a_missing_correction_bias(tmp_path: Path, no_weights: None) -> None:

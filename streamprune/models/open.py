@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import tempfile
 import textwrap
 from collections.abc import Mapping
@@ -232,6 +233,7 @@ def check_fit(
     tensors = checkpoint.tensors
     missing = _unfed(decoder, targets)
     if missing:
+        _refuse_experts_apart(decoder, targets, missing[0])
         raise CheckpointError(
             f"The checkpoint lacks the tensors for {len(missing)} parameters that config.json describes, first "
             f"{missing[0]}. Complete the download."
@@ -270,6 +272,23 @@ def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:
         for name, tensor in decoder.model.state_dict(keep_vars=True).items()
         if (name.startswith(inside) or id(tensor) in head) and name not in fed
     ]
+
+
+def _refuse_experts_apart(decoder: Decoder, targets: Mapping[str, Target], missing: str) -> None:
+    """Raise UnsupportedModelError if a `missing` parameter of all experts is there in another form: one tensor each.
+
+    Programs that quantize Llama 4, gpt-oss or Qwen3-VL divide the tensors of their experts, and transformers does not
+    join them again.
+    """
+    layer, parts = decoder.layer_of(missing), missing.split(".")
+    numbered = re.compile(rf"\.{layer}\.(.+\.)?experts\.\d+\.")
+    apart = next((name for name, each in targets.items() if each.name is None and numbered.search(name)), None)
+    if "experts" in parts and apart is not None:
+        raise UnsupportedModelError(
+            f"The checkpoint has the tensors of every expert apart ({apart}), but transformers {transformers.__version__} "
+            f"reads those of {type(decoder.model).__name__} only where one tensor has all experts ({missing}). Prune the "
+            "original, from which this one was made."
+        )
 
 
 def _check_stored_numbers(skeleton: Skeleton) -> None:
