@@ -24,7 +24,7 @@ from streamprune.errors import UnsupportedModelError
 from streamprune.fit.weights import WeightFact, category_of, is_vision
 from streamprune.formats.base import ExpertRows, Format
 from streamprune.formats.pick import is_read, stated_format
-from streamprune.formats.quantization import any_name_matches, without_sections
+from streamprune.formats.quantization import Quantization, any_name_matches, without_sections
 from streamprune.models.expert_layout import Target
 from streamprune.models.skeleton import Decoder, Skeleton, map_checkpoint
 

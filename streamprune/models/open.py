@@ -285,9 +285,9 @@ def _refuse_experts_apart(decoder: Decoder, targets: Mapping[str, Target], missi
     apart = next((name for name, each in targets.items() if each.name is None and numbered.search(name)), None)
     if "experts" in parts and apart is not None:
         raise UnsupportedModelError(
-            f"The checkpoint has the tensors of every expert apart ({apart}), but transformers {transformers.__version__} "
-            f"reads those of {type(decoder.model).__name__} only where one tensor has all experts ({missing}). Prune the "
-            "original, from which this one was made."
+            f"The checkpoint has the tensors of every expert apart ({apart}), but transformers "
+            f"{transformers.__version__} reads those of {type(decoder.model).__name__} only where one tensor has all "
+            f"experts ({missing}). Prune the original, from which this one was made."
         )
 
 
