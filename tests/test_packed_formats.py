@@ -74,6 +74,14 @@ def test_codes_of_any_width_are_taken_out_of_words(bits: int, rows: int, columns
     assert torch.equal(codes.unpack(pack_to_int32(given, bits), bits, columns), given.float() + half)
 
 
+def test_mxfp8_has_its_blocks_whether_or_not_they_are_stated() -> None:
+    packed = packers.fp8(matrix(32, 64, 1), (1, 32), scale_dtype=torch.uint8)
+    for section in ({"quant_method": "mxfp8"}, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}):
+        found = read(packed.parts, {"quantization_config": section})
+        assert torch.equal(found.values, packed.values)
+        assert found.format == stated_format(PATH, {"quantization_config": section})
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_all_codes_of_fp8_are_decoded(dtype: torch.dtype) -> None:
     values = torch.arange(256, dtype=torch.uint8).view(dtype)[None]
@@ -248,6 +256,7 @@ AUTO = {
         (AUTO, "model.layers.1.self_attn.q_proj", Gptq(8, 128, symmetric=True, indexed=False)),
         (AUTO, "lm_head", Gptq(4, 128, symmetric=True, indexed=False)),
         (AUTO, "model.visual.merger", None),
+        ({"quantization_config": {**AUTO_ROUND, "block_name_to_quantize": 5}}, "lm_head", None),
         (autoround_fp8(-1), PATH, Fp8()),
         (autoround_fp8([128, 128]), PATH, Fp8((128, 128))),
         (autoround_fp8(-1), "lm_head", None),

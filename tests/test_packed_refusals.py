@@ -157,6 +157,13 @@ def test_groups_that_do_not_agree_with_the_tensors(
         pick_formats(entries(parts), config)
 
 
+@pytest.mark.parametrize("values", [torch.ones(()), torch.ones(4), torch.ones(1, 1, 1, 1)])
+def test_fp8_that_is_no_matrix(values: torch.Tensor) -> None:
+    parts = {"weight": values.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1)}
+    with pytest.raises(UnsupportedModelError, match=r"weight_scale_inv \(F32 \[1\]\) does not fit"):
+        pick_formats(entries(parts), {"quantization_config": {"quant_method": "fp8"}})
+
+
 def two_groups(*targets: list[str]) -> dict[str, Any]:
     """Words of 4 or of 8 bits, one scale a row: the same shapes, as the header tells no number of columns."""
     scheme = compressed.scheme_of("W4A16", group_size=None, strategy="channel")
@@ -216,6 +223,7 @@ def compressed_section(**changes: Any) -> dict[str, Any]:
         ({**AUTO_ROUND, "data_type": "mx_int"}, r"data_type mx_int is not known here"),
         ({**AUTO_ROUND, "rotation_config": {"hadamard_type": "quarot"}}, r"rotated, which AutoRound undoes"),
         (compressed_section(format="marlin-24"), r"the format marlin-24 of compressed-tensors is not known here"),
+        (compressed_section(format=["pack-quantized"]), r"the format \['pack-quantized'\] of compressed-tensors"),
         (compressed_section(sparsity_config={"format": "sparse-24-bitmask"}), r"stored sparse \(sparse-24-bitmask\)"),
         (compressed_section(transform_config={"config_groups": {"u": {}}}), r"weights are rotated.*transform_config"),
         (compressed_section(weights={"actorder": "group"}), r"in the order of activations \(actorder: group\)"),
@@ -245,9 +253,10 @@ def test_published_schemes_are_not_refused_by_their_config(scheme: str) -> None:
     assert stated_format("lm_head", {"quantization_config": SCHEMES[scheme].section(["lm_head"])}) is None
 
 
-def test_scales_of_caches_belong_to_no_weight() -> None:
+@pytest.mark.parametrize("name", ["k_scale", "kv_scale"])
+def test_scales_of_caches_belong_to_no_weight(name: str) -> None:
     """Programs use them only where asked to; every other scale that nothing consumes is fatal."""
-    scale = entries({"k_scale": torch.ones(1), "weight_scale": torch.ones(1)}, "model.layers.0.self_attn")
+    scale = entries({name: torch.ones(1), "weight_scale": torch.ones(1)}, "model.layers.0.self_attn")
     stored = pick_formats(scale, {"quantization_config": SCHEMES["ct-fp8-channel"].section([])})
     assert {each.format for each in stored.values()} == {PLAIN}
     cache, weight = scale

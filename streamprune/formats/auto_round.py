@@ -95,7 +95,7 @@ def _in_blocks(path: str, values: Mapping[str, Any]) -> bool:
     blocks = values.get("block_name_to_quantize") or values.get("to_quant_block_names")
     if isinstance(blocks, str):
         blocks = blocks.split(",")
-    if not blocks:
+    if not blocks or not isinstance(blocks, list):
         # All decoder layers, which are numbered.
         return re.search(r"\.\d+\.", path) is not None
     names = [name for each in blocks for name in (each if isinstance(each, list) else [each])]

@@ -129,7 +129,7 @@ def unsupported(quantization: Quantization) -> str | None:
         if isinstance(groups, Mapping)
         else []
     )
-    unknown = [each for each in (values.get("format"), *named) if each is not None and each not in _FORMATS]
+    unknown = [each for each in (values.get("format"), *named) if each is not None and str(each) not in _FORMATS]
     if unknown:
         return f"the format {unknown[0]} of compressed-tensors is not known here"
     try:

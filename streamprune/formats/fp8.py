@@ -115,10 +115,14 @@ def stated(path: str, quantization: Quantization) -> Format | None:
         return Fp8(block_size(quantization.values)) if auto_round.settings(path, quantization) else None
     if quantization.method not in METHODS or quantization.leaves_plain(path):
         return None
-    block = block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None)
     # DeepSeek-V4, whose experts are in FP4, has E8M0 scales everywhere; a `scale_fmt` does not tell the dtype.
     dtype = "F8_E8M0" if quantization.expert_dtype == "fp4" else "F32"
-    return Fp8(block, dtype, quantization.values.get("activation_scheme") == "static")
+    return Fp8(_stated_block(quantization), dtype, quantization.values.get("activation_scheme") == "static")
+
+
+def _stated_block(quantization: Quantization) -> tuple[int, int] | None:
+    """The blocks' size by config.json, which for MXFP8 need not state it."""
+    return block_size(quantization.values) or (MX_BLOCK if quantization.method == "mxfp8" else None)
 
 
 def _companion(module: Module, leaf: str, suffixes: tuple[str, ...], of_weight: tuple[str, ...]) -> str | None:
@@ -129,10 +133,11 @@ def _companion(module: Module, leaf: str, suffixes: tuple[str, ...], of_weight: 
 
 def _format_of(values: TensorEntry, scale: TensorEntry, stated: Quantization) -> Fp8:
     """Which values share a scale, by the shapes of both. Raises UnsupportedModelError if they do not go together."""
-    block = block_size(stated.values)
-    *outer, rows, columns = values.shape if len(values.shape) > 1 else (1, *values.shape)
+    block = _stated_block(stated)
     if scale.dtype in _SCALES and len(values.shape) in (2, 3):
-        if math.prod(scale.shape) == 1 or scale.shape == tuple(outer) or scale.shape == (*outer, *(1 for _ in "rc")):
+        # Of a tensor that holds all experts, `outer` is their number; else it is empty.
+        *outer, rows, columns = values.shape
+        if math.prod(scale.shape) == 1 or scale.shape in ((*outer,), (*outer, 1, 1)):
             return Fp8()
         if block is not None:
             blocks = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))

@@ -50,7 +50,7 @@ _QUANTIZATION_NAME = re.compile(
     r"quant_map|quant_state[\w.]*)$"
 )
 #: Scales for quantized caches, which programs use only if asked to; they change no weight.
-_OF_CACHES = re.compile(r"(^|\.)[qkv]_scale$")
+_OF_CACHES = re.compile(r"(^|\.)(q|k|v|kv)_scale$")
 _WAY_OUT = "Prune the bfloat16 or float16 original instead, and quantize the result."
 #: Why a method is refused.
 _REFUSED = {

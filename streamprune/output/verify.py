@@ -72,7 +72,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     """Verify a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
 
     The expected contents follow from the source and from streamprune.json: which experts were kept, and which tensors
-    were computed. Memory: two portions of a file, for any sizes.
+    were computed. Memory: two portions of a file, for any sizes; of a decoded tensor, one matrix and its stored parts.
     """
     # Imported only here: verifying the files of a run needs neither torch nor transformers.
     from streamprune.models.open import open_moe
