@@ -239,6 +239,10 @@ SCHEMES: dict[str, Scheme] = {
         (LINEAR, "pack-quantized", compressed.scheme_of("W4A16", strategy="channel", group_size=None))
     ),
     "ct-w3": _compressed((LINEAR, "pack-quantized", compressed.scheme_of("W3A16", group_size=32))),
+    "ct-w4-everywhere": _compressed((
+        r"(_proj|lm_head|embed_tokens)\.weight$", "pack-quantized",
+        compressed.scheme_of("W4A16", ("Linear", "Embedding"), group_size=32),
+    )),
     "ct-mxfp8": _compressed((LINEAR, "mxfp8-quantized", compressed.scheme_of("MXFP8A16"))),
     "kimi-k2": _compressed((EXPERT, "pack-quantized", _W4), ignore=_KIMI, stated=False),
     "gptq": _gptq(),

@@ -35,6 +35,8 @@ LEFT = [
     NAME.format(*where) for expert in (5, 2, 7, 0, 6, 1, 4, 3) for where in ((0, expert, "down"), (1, expert, "up"))
 ]
 
+TIED = {"tie_word_embeddings": True}
+
 Tensors = dict[str, torch.Tensor]
 Section = dict[str, Any]
 
@@ -217,11 +219,14 @@ def test_layers_for_multi_token_prediction_are_left_out_with_their_scales(tmp_pa
 
 @pytest.mark.parametrize(
     "case",
-    mostly_thorough([Case("mxfp4", "gpt_oss"), Case("ct-nvfp4")], [Case("ct-nvfp4").id]),
+    mostly_thorough(
+        [Case("mxfp4", "gpt_oss"), Case("ct-nvfp4"), Case("ct-w4-everywhere"), Case("ct-w4-everywhere", sizes=TIED)],
+        [Case("ct-nvfp4").id, Case("ct-w4-everywhere").id],
+    ),
     ids=lambda case: case.id,
 )
 def test_a_quantized_model_is_measured_as_the_plain_one(case: Case, tmp_path: Path) -> None:
-    """Against another quantized model, of which it was made; both are decoded."""
+    """Against another quantized model, of which it was made; both are decoded, embeddings and output head too."""
     made, held_out = case.make(tmp_path), write_token_ids(tmp_path / "held-out.jsonl", seed=7)
     keep = known_family(case.family).keep
     prune(made.source, tmp_path / "out", keep=keep)
@@ -244,7 +249,7 @@ def test_a_changed_byte_of_any_part_is_found(part: str, tmp_path: Path) -> None:
         verify(output, source)
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "modelopt"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "modelopt", "hqq", "torchao", "fbgemm_fp8"])
 def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     made = make_quantized(tmp_path, "fp8")
     write_config(made.source, {"quant_method": method})

@@ -249,8 +249,7 @@ def complete(
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     output = Checkpoint(work.staging, config, entries)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
-    notes = plan.notes_for(kept)
-    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy, notes)
+    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy)
     writer.finish(kept, to_builtins(record), card)
     return estimate
 

@@ -23,6 +23,7 @@ from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
+from streamprune.formats.base import KeptExperts
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.reporting.record import Calibration, GivenCalibration, Recipe, RecipeSource, Record
@@ -58,18 +59,18 @@ def model_card(
     estimate: Estimate | None = None,
     retained: Sequence[Retention] = (),
     energy: Sequence[Retention] = (),
-    notes: Sequence[str] = (),
 ) -> str:
     """The card's text, made of the run's record and the source's own card, if it has one.
 
     `estimate` is the memory of the written model, None if it cannot be estimated; `retained` is how much saliency of
     each calibration source the selection keeps, empty without scores; `energy` the same of the channels' energy, empty
-    unless experts become narrower. `notes` are what to know before it is served.
+    unless experts become narrower.
     """
     settings, calibration, use = record.settings, record.calibration, record.use
     recipe = calibration.stated if calibration else Recipe()
     stated = {each.name: each for each in recipe.sources}
     counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
+    kept = {layer.index: KeptExperts(tuple(layer.kept)) for layer in record.layers}
     return render(
         "card.md.j2",
         metadata=metadata(settings.model, _kinds(record), source.folder).to_yaml(),
@@ -81,7 +82,7 @@ def model_card(
         layers=ranges(sorted(record.counts)),
         method=_score_meaning(settings.method) if settings.method and record.removes_experts else None,
         width_name=plan.layout.width.names[0] if plan.layout.width is not None else "",
-        notes=[*_width_notes(record, plan), *notes],
+        notes=[*_width_notes(record, plan), *plan.notes_for(kept)],
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_origin,
