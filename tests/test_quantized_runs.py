@@ -137,6 +137,17 @@ def test_experts_that_are_not_stored_alike_are_refused(tmp_path: Path) -> None:
         prune(made.source, tmp_path / "out")
 
 
+def test_a_router_whose_experts_share_scales_is_refused(tmp_path: Path) -> None:
+    """A row for each expert, in blocks of several rows."""
+    source = make_quantized(tmp_path, "fp8").source
+    tensors, name = read_tensors(source), "model.layers.1.mlp.gate"
+    packed = packers.fp8(tensors.pop(f"{name}.weight"), (32, 32))
+    tensors |= {f"{name}.{leaf}": part for leaf, part in packed.parts.items()}
+    write_checkpoint(tmp_path / "changed", tensors, json.loads((source / "config.json").read_text()))
+    with pytest.raises(UnsupportedModelError, match=r"gate\.weight_scale_inv .* 8 experts .*original"):
+        prune(tmp_path / "changed", tmp_path / "out")
+
+
 def test_a_pattern_for_all_experts_stays(tmp_path: Path) -> None:
     made = make_quantized(tmp_path, "ct-w4", leave=LEFT)
     section = section_of(made.source)

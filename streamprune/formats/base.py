@@ -24,6 +24,9 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+#: What to do where quantized weights cannot be pruned.
+WAY_OUT = "Prune the bfloat16 or float16 original instead, and quantize the result."
+
 
 @dataclass(frozen=True)
 class ExpertRows:
@@ -156,7 +159,7 @@ class Format(ABC):
         if (of.stride, of.tail) != (1, 0) or entry.shape[:1] != (experts,):
             raise UnsupportedModelError(
                 f"{entry.name} {list(entry.shape)}, stored as {self.name}, does not hold its {experts} experts along "
-                "its first axis, so none can be cut out."
+                f"its first axis, so none can be cut out. {WAY_OUT}"
             )
         return ExpertRows(0, 1, 0)
 

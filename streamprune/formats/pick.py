@@ -11,7 +11,7 @@ from typing import Any
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats import auto_round, awq, compressed_tensors, fp4, fp8, gptq, mxfp4
-from streamprune.formats.base import Format, StoredTensor
+from streamprune.formats.base import WAY_OUT, Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 from streamprune.formats.quantization import Module, Quantization, Recognized
 
@@ -51,7 +51,6 @@ _QUANTIZATION_NAME = re.compile(
 )
 #: Scales for quantized caches, which programs use only if asked to; they change no weight.
 _OF_CACHES = re.compile(r"(^|\.)(q|k|v|kv)_scale$")
-_WAY_OUT = "Prune the bfloat16 or float16 original instead, and quantize the result."
 #: Why a method is refused.
 _REFUSED = {
     "bitsandbytes": "no program loads cut bitsandbytes weights of experts: transformers 5 keeps experts in 16 bits",
@@ -138,7 +137,7 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
     elif feeds_floats and entry.dtype not in _FLOATS:
         what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
     if what is not None:
-        raise UnsupportedModelError(f"The checkpoint is quantized: {what}, in no format that is known here. {_WAY_OUT}")
+        raise UnsupportedModelError(f"The checkpoint is quantized: {what}, in no format that is known here. {WAY_OUT}")
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
@@ -148,7 +147,7 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     stated = Quantization.of(config)
     raise UnsupportedModelError(
         f"The model in {folder} is quantized ({stated.method}), which is not supported: "
-        f"{_unsupported(stated) or 'this format is not known here'}. {_WAY_OUT}"
+        f"{_unsupported(stated) or 'this format is not known here'}. {WAY_OUT}"
     )
 
 

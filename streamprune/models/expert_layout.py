@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.formats.base import ChannelRows, ExpertRows, Format, StoredTensor
+from streamprune.formats.base import WAY_OUT, ChannelRows, ExpertRows, Format, StoredTensor
 from streamprune.models.config_json import ExpertSpec, WidthSpec
 
 #: Stand for a layer's and an expert's number in a pattern.
@@ -172,7 +172,7 @@ def _check_alike(
             if storage != other:
                 raise UnsupportedModelError(
                     f"The experts of {parameter} are not stored alike: {first} as {other.name}, {name} as "
-                    f"{storage.name}. Prune the bfloat16 or float16 original instead, and quantize the result."
+                    f"{storage.name}. {WAY_OUT}"
                 )
 
 
