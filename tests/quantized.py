@@ -110,10 +110,8 @@ def cut_experts(
     return result
 
 
-def write_checkpoint(
-    folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any], limit: int = 100_000
-) -> None:
-    """A checkpoint in shards of some `limit` bytes: in the order of names, so that companions may be in the next."""
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """A checkpoint in shards of some 100 kB: in the order of names, so that companions may be in the next."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     for name in sorted(tensors):
         if sum(each.nbytes for each in shards[-1].values()) > 100_000:

@@ -43,8 +43,9 @@ class LayerWeights:
 
     Peak memory of a load: the layer's weights, in the checkpoint's or the computing dtype, plus those of its largest
     converted parameter: twice while its tensors are joined (one per expert into one for all), once while its dtype is
-    converted. A prefetched layer takes its weights' memory in addition. Set `batches` to the micro-batches whose hidden
-    states may be offloaded for weights. Close it to end the reader threads.
+    converted. A quantized parameter is in memory as stored until it is decoded, one matrix of it in float32 too. A
+    prefetched layer takes its weights' stored bytes in addition. Set `batches` to the micro-batches whose hidden states
+    may be offloaded for weights. Close it to end the reader threads.
     """
 
     def __init__(
