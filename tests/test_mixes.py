@@ -42,6 +42,7 @@ from streamprune.evaluation.metrics import sums_by_source
 from streamprune.selection.settings import parse_mix
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures
 from tests.conftest import DemoRun
+from tests.thorough import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Held-out sequences of each domain: a quarter of what the tool takes, enough for what is asserted here.
@@ -217,6 +218,7 @@ def test_scores_beat_chance_by_more_than_the_luck_of_the_text(study: tuple[str, 
             assert verdict == f"{others}random with every schedule"
 
 
+@thorough
 def test_second_run_prints_the_same_digits(
     study: tuple[str, dict[str, Any]], demo_run: DemoRun, tmp_path: Path
 ) -> None:

@@ -286,9 +286,18 @@ def state(**values: Any) -> Callable[[Tensors, Section], Any]:
     return lambda tensors, section: section.update(values)
 
 
+def other_shape(tensors: Tensors, section: Section) -> None:
+    """Keys get the tensors of queries, which are twice as many."""
+    path = "model.layers.1.self_attn.{}_proj."
+    for name in [name for name in tensors if name.startswith(path.format("q"))]:
+        tensors[name.replace(path.format("q"), path.format("k"))] = tensors[name].clone()
+
+
 @pytest.mark.parametrize(
     ("scheme", "change", "words"),
     [
+        ("gptq", other_shape, "k_proj.weight is [64, 64], but config.json describes"),
+        ("ct-w4", other_shape, "k_proj.weight is [64, 64], but config.json describes"),
         ("fp8", drop("weight_scale_inv"), UP),
         ("fp8", add("weight_scale_2", torch.ones(1)), UP),
         ("fp8", state(weight_block_size=[64, 64]), "weight_block_size"),

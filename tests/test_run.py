@@ -416,6 +416,8 @@ def test_quantized_models_are_refused(model: Path, ids: Path, tmp_path: Path, no
 
 def test_remote_code_is_never_run_unasked(model: Path, ids: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
+    # (With an architecture of transformers, that would be used: see test_architecture.)
+    config |= {"architectures": ["MyOwnForCausalLM"]}
     config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (model / "config.json").write_text(json.dumps(config))
     trap = tmp_path / "trap"
@@ -427,7 +429,7 @@ def test_remote_code_is_never_run_unasked(model: Path, ids: Path, tmp_path: Path
 def test_unknown_and_broken_configs(model: Path, ids: Path, tmp_path: Path, no_weights: None) -> None:
     original = json.loads((model / "config.json").read_text())
     for change, words in (
-        ({"model_type": "not_a_model"}, "does not know the model"),
+        ({"model_type": "not_a_model", "architectures": ["NotAModel"]}, "does not know the model"),
         ({"hidden_size": "many"}, "not a usable model config"),
         ({"num_attention_heads": 0}, f"cannot be built from {model}/config.json"),
         ({"hidden_size": 128}, "Config and shards do not belong together"),

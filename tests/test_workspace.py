@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.fit.cache import layer_workspace_bytes, prefill_workspace_bytes, scoring_workspace_bytes
 from streamprune.models.config_json import ModelShape, stated_shape
+from tests.thorough import thorough
 from tests.tiny import FAMILIES, tiny_config
 
 SHAPE = ModelShape(
@@ -56,14 +57,16 @@ def measured_peak(config: Any, batch: int, length: int) -> int:
     ("name", "sizes"),
     [
         ("qwen3_moe", {"moe_intermediate_size": 256}),
-        ("mixtral", {}),
-        ("qwen2_moe", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}),
+        pytest.param("mixtral", {}, marks=thorough),
+        pytest.param(
+            "qwen2_moe", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}, marks=thorough
+        ),
         ("qwen3_5_moe_text", {
             "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "linear_num_key_heads": 4,
             "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         }),
         ("glm4_moe", {"moe_intermediate_size": 256, "n_routed_experts": 16}),
-        ("solar_open", {"moe_intermediate_size": 256, "n_routed_experts": 16}),
+        pytest.param("solar_open", {"moe_intermediate_size": 256, "n_routed_experts": 16}, marks=thorough),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("batch", "length"), [(1, 512), (4, 512)])

@@ -189,6 +189,18 @@ class Format(ABC):
         """The shape that `decode` gives for parts of these shapes."""
 
 
+def plain_shapes(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters, by their plain names, that stored tensors of these shapes decode to."""
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    formats: dict[str, Format] = {}
+    for name, each in stored.items():
+        parts.setdefault(each.parameter, {})[each.part] = shapes[name]
+        formats[each.parameter] = each.format
+    return {parameter: formats[parameter].plain_shape(found) for parameter, found in parts.items()}
+
+
 def decode_tensors(
     tensors: dict[str, torch.Tensor], stored: Mapping[str, StoredTensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:

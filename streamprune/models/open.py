@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats.base import plain_shapes
 from streamprune.formats.pick import check_stated, format_names, refuse_unread
 from streamprune.models.config_json import absurdity
 from streamprune.models.expert_channels import find_channels
@@ -241,20 +242,23 @@ def check_fit(
     if isinstance(decoder, Skeleton):
         _check_stored_numbers(decoder)
     parameters = decoder.model.state_dict()
+    stored = {name: target.stored for name, target in targets.items()}
+    plain = plain_shapes({name: entry.shape for name, entry in tensors.items()}, stored)
     for name, target in targets.items():
         parameter = parameters[target.name] if target.name is not None else None
         refuse_unread(tensors[name], target.stored, parameter.is_floating_point() if parameter is not None else None)
-        if parameter is None or target.pattern is not None or target.stored.part:
+        if parameter is None or target.pattern is not None:
             continue
         shape, rows = tuple(parameter.shape), target.rows
         if rows is not None and counts is not None and target.layer is not None:
             shape = rows.resized(shape, counts[target.layer])
-        if tensors[name].shape != shape:
+        found = plain[target.stored.parameter]
+        if found != shape:
             raise CheckpointError(
-                f"The checkpoint's {name} is {list(tensors[name].shape)}, but config.json describes {target.name} as "
-                f"{list(shape)}. Config and shards do not belong together; download both again."
+                f"The checkpoint's {target.stored.parameter} is {list(found)}, but config.json describes {target.name} "
+                f"as {list(shape)}. Config and shards do not belong together; download both again."
             )
-    check_stated(checkpoint.config, (target.stored for target in targets.values()), checkpoint.folder)
+    check_stated(checkpoint.config, stored.values(), checkpoint.folder)
 
 
 def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:

@@ -42,7 +42,7 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
         f"(top-{spec.top_k}){kept}"
     )
     stated, known = plan.model.raw.get("model_type"), plan.model.config.model_type
-    if stated != known:
+    if stated is not None and stated != known:
         progress.say(
             f"note: {stated} is unknown to transformers {transformers.__version__}; it is read as {known}, by its "
             f"architecture {type(skeleton.model).__name__}."
