@@ -178,12 +178,21 @@ def _scheme(name: str, group: Any, whole: Any) -> Scheme | None:
             f"The group {name} of config_groups in config.json is not understood: {kind} of {bits} bits, strategy "
             f"{strategy}, group_size {size}, block_structure {block}."
         )
-    packed = "pack" in str(form) or (form not in _FORMATS - {"mixed-precision"} and not group.get("input_activations"))
     targets = tuple(target for target in group["targets"] if isinstance(target, str))
     return Scheme(
         name, targets, int(bits), kind, strategy, size if grouped else None, pair,
-        weights.get("symmetric", True) is not False, packed,
+        weights.get("symmetric", True) is not False, _is_packed(str(form), group),
     )  # fmt: skip
+
+
+def _is_packed(form: str, group: Mapping[str, Any]) -> bool:
+    """Whether a group's values are packed into words or bytes: by its format, where that is stated for the group.
+
+    Otherwise compressed-tensors packs weights whose activations stay plain (W4A16), and no others (W8A8).
+    """
+    if form in _FORMATS - {"mixed-precision"}:
+        return "pack" in form
+    return not group.get("input_activations")
 
 
 def _sizes(values: Iterable[Any]) -> bool:

@@ -257,7 +257,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
             "instead: omit --width and --by."
         )
     if plan.counts is not None and settings.weights == "source":
-        # Only for what it refuses: the plan of the output may be made hours later.
+        # Refuses what cannot be renumbered now: the plan of the output may be made hours later.
         QuantizedSource.of(checkpoint, opened.layout)
     written = dequantized(checkpoint) if settings.weights == "bf16" else checkpoint
     plan = with_footprint(plan, settings, opened.skeleton, checkpoint.tensors)
