@@ -296,6 +296,9 @@ def other_shape(tensors: Tensors, section: Section) -> None:
 @pytest.mark.parametrize(
     ("scheme", "change", "words"),
     [
+        ("fp8", state(quant_method="mxfp4"), "quantized by mxfp4, which stores them in another way"),
+        ("fp8", state(quant_method="gptq"), "quantized by gptq, which stores them in another way"),
+        ("awq", state(quant_method="fp8"), "config.json"),
         ("gptq", other_shape, "k_proj.weight is [64, 64], but config.json describes"),
         ("ct-w4", other_shape, "k_proj.weight is [64, 64], but config.json describes"),
         ("fp8", drop("weight_scale_inv"), UP),

@@ -11,7 +11,13 @@ from typing import Any
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats import auto_round, awq, compressed_tensors, fp4, fp8, gptq, mxfp4
+from streamprune.formats.awq import Awq
 from streamprune.formats.base import WAY_OUT, Format, StoredTensor
+from streamprune.formats.fp4 import Fp4, Nvfp4
+from streamprune.formats.fp8 import Fp8
+from streamprune.formats.gptq import Gptq
+from streamprune.formats.integers import Int8, PackedIntegers
+from streamprune.formats.mxfp4 import Mxfp4
 from streamprune.formats.plain import PLAIN
 from streamprune.formats.quantization import Module, Quantization, Recognized
 
@@ -43,6 +49,18 @@ UNSUPPORTED: tuple[Callable[[Quantization], str | None], ...] = (
 )
 #: Values of `quant_method` for what the recognizers read.
 METHODS = frozenset().union(*(each.METHODS for each in (auto_round, awq, compressed_tensors, fp8, gptq, mxfp4)))
+
+#: Values of `quant_method` of checkpoints that have weights in a format.
+METHODS_OF: Mapping[type[Format], frozenset[str]] = {
+    Fp8: fp8.METHODS | compressed_tensors.METHODS | auto_round.METHODS,
+    Fp4: fp8.METHODS | compressed_tensors.METHODS | auto_round.METHODS,
+    Mxfp4: mxfp4.METHODS,
+    Nvfp4: compressed_tensors.METHODS | auto_round.METHODS,
+    Int8: compressed_tensors.METHODS,
+    PackedIntegers: compressed_tensors.METHODS,
+    Gptq: gptq.METHODS | auto_round.METHODS,
+    Awq: awq.METHODS | auto_round.METHODS,
+}
 
 _FLOATS = {"BF16", "F16", "F32", "F64"}
 _QUANTIZATION_NAME = re.compile(
@@ -172,9 +190,11 @@ def _unsupported(stated: Quantization) -> str | None:
 
 
 def check_stated(config: Mapping[str, Any], stored: Iterable[StoredTensor], folder: Path) -> None:
-    """Raise CheckpointError if the config calls the weights quantized, and no tensor is, or the other way round."""
+    """Raise CheckpointError if the config calls the weights quantized, and no tensor is, or the other way round, or if
+    it names a method that does not store them so: programs go by it, and would load something else."""
     stated = Quantization.of(config)
-    formats = {each.format.name for each in stored} - {PLAIN.name}
+    found = {each.format for each in stored} - {PLAIN}
+    formats = {each.name for each in found}
     if stated.method and not formats:
         raise CheckpointError(
             f"{folder}/config.json says that the weights are quantized ({stated.method}), but no tensor is. Was it "
@@ -184,4 +204,10 @@ def check_stated(config: Mapping[str, Any], stored: Iterable[StoredTensor], fold
         raise CheckpointError(
             f"{folder} has weights stored as {min(formats)}, but its config.json says nothing of it, so no program "
             "would load them. Add the model's quantization_config (it may lie beside, in quantize_config.json)."
+        )
+    others = {each.name for each in found if stated.method not in METHODS_OF.get(type(each), {stated.method})}
+    if others:
+        raise CheckpointError(
+            f"{folder} has weights stored as {min(others)}, but its config.json says that they are quantized by "
+            f"{stated.method}, which stores them in another way. Compare config.json with the original's."
         )
