@@ -155,7 +155,10 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
     elif feeds_floats and entry.dtype not in _FLOATS:
         what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
     if what is not None:
-        raise UnsupportedModelError(f"The checkpoint is quantized: {what}, in no format that is known here. {WAY_OUT}")
+        alone = "; a scale of it would have another name, or is missing" if entry.dtype.startswith("F8_E") else ""
+        raise UnsupportedModelError(
+            f"The checkpoint is quantized: {what}, in no format that is known here{alone}. {WAY_OUT}"
+        )
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:

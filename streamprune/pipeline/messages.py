@@ -49,7 +49,9 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
         )
     if counts is None:
         return
-    print_notes(progress, counts, not counts.uniform)
+    # A schedule may give all layers of a small model the same number.
+    differ = counts.per_layer is None or len(set(counts.per_layer.values())) > 1
+    print_notes(progress, counts, not counts.uniform and differ)
     estimate = plan.estimate(settings)
     if estimate is not None:
         print_memory(progress, estimate)
