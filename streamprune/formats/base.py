@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -189,16 +189,23 @@ class Format(ABC):
         """The shape that `decode` gives for parts of these shapes."""
 
 
+def group_parts(names: Iterable[str], stored: Mapping[str, StoredTensor]) -> dict[str, tuple[Format, dict[str, str]]]:
+    """For each parameter, by its plain name, its format and which of the tensors `names` is each of its parts."""
+    groups: dict[str, tuple[Format, dict[str, str]]] = {}
+    for name in names:
+        each = stored[name]
+        groups.setdefault(each.parameter, (each.format, {}))[1][each.part] = name
+    return groups
+
+
 def plain_shapes(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters, by their plain names, that stored tensors of these shapes decode to."""
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    formats: dict[str, Format] = {}
-    for name, each in stored.items():
-        parts.setdefault(each.parameter, {})[each.part] = shapes[name]
-        formats[each.parameter] = each.format
-    return {parameter: formats[parameter].plain_shape(found) for parameter, found in parts.items()}
+    return {
+        parameter: storage.plain_shape({part: shapes[name] for part, name in names.items()})
+        for parameter, (storage, names) in group_parts(stored, stored).items()
+    }
 
 
 def decode_tensors(
@@ -209,12 +216,8 @@ def decode_tensors(
     Quantized ones get `dtype`. Takes the tensors out of the dict, one parameter after the other: a stored tensor is
     freed once it is decoded.
     """
-    groups: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        groups.setdefault(stored[name].parameter, {})[stored[name].part] = name
     decoded = {}
-    for parameter, names in groups.items():
-        storage = stored[next(iter(names.values()))].format
+    for parameter, (storage, names) in group_parts(tensors, stored).items():
         try:
             decoded[parameter] = storage.decode({part: tensors.pop(name) for part, name in names.items()}, dtype)
         except CheckpointError as error:

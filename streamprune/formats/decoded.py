@@ -13,7 +13,7 @@ from typing import Any
 
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry, read_ranges
 from streamprune.files.durable import reading
-from streamprune.formats.base import ExpertRows, Format
+from streamprune.formats.base import ExpertRows, Format, group_parts
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.plain import PLAIN
 
@@ -46,14 +46,10 @@ class DecodedEntry(TensorEntry):
 
 def decoded_entries(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, TensorEntry]:
     """The tensors of the plain checkpoint that a checkpoint with this config.json decodes to; plain ones stay."""
-    groups: dict[str, dict[str, TensorEntry]] = {}
-    formats: dict[str, Format] = {}
-    for name, stored in pick_formats(tensors, config).items():
-        groups.setdefault(stored.parameter, {})[stored.part] = tensors[name]
-        formats[stored.parameter] = stored.format
+    stored = pick_formats(tensors, config)
     result: dict[str, TensorEntry] = {}
-    for name, parts in groups.items():
-        storage = formats[name]
+    for name, (storage, names) in group_parts(stored, stored).items():
+        parts = {part: tensors[each] for part, each in names.items()}
         if storage is PLAIN:
             result[name] = parts[""]
             continue
