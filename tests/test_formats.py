@@ -20,7 +20,8 @@ from streamprune.formats.base import Format, KeptExperts, decode_tensors
 from streamprune.formats.quantization import Module, Quantization, Recognized
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.output.plan import PrunePlan, StageTensor, make_plan, output_tensors
+from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.output.tensors import StageTensor, output_tensors
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
 from streamprune.work.folder import WorkFolder

@@ -15,7 +15,8 @@ from streamprune.formats.base import ExpertRows, KeptExperts, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
 from streamprune.models.expert_layout import Layout, Target, find_cuts
 from streamprune.models.mtp import find_mtp_tensors
-from streamprune.output.plan import OutputTensor, output_tensors, plan_shards
+from streamprune.output.plan import plan_shards
+from streamprune.output.tensors import OutputTensor, output_tensors
 
 PLAIN = ExpertSpec((), "num_experts", 128, 8)
 GROUPED = ExpertSpec((), "n_routed_experts", 256, 8, groups=8, topk_groups=4)

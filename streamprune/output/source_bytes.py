@@ -13,7 +13,7 @@ from streamprune.files.durable import reading
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import read_decoded
 from streamprune.formats.slicing import Bytes
-from streamprune.output.plan import OutputTensor
+from streamprune.output.tensors import OutputTensor
 
 
 def source_bytes(tensor: OutputTensor, kept: KeptExperts, folder: Path) -> Iterator[memoryview]:

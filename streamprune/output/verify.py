@@ -27,8 +27,9 @@ from streamprune.formats.pick import pick_formats
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.dequantized import dequantized, dequantized_layout
-from streamprune.output.plan import REPORT_NAME, OutputTensor, PrunePlan, SourceSlice, make_plan
+from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
+from streamprune.output.tensors import OutputTensor, SourceSlice
 from streamprune.work.records import Computed
 
 

@@ -29,8 +29,9 @@ from streamprune.files.durable import (
 )
 from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_from_cache
 from streamprune.formats.base import KeptExperts
-from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan, StageTensor
+from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan
 from streamprune.output.source_bytes import source_bytes, stretches
+from streamprune.output.tensors import StageTensor
 from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import Computed, FinishedLayer, FinishedShard

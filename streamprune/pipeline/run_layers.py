@@ -15,7 +15,7 @@ from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, peak_device_bytes
 from streamprune.output.background import BackgroundWriter
-from streamprune.output.plan import StageTensor
+from streamprune.output.tensors import StageTensor
 from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.planning.prepare import PreparedModel

@@ -43,8 +43,8 @@ from streamprune.models.per_layer_experts import check_per_layer_experts, refuse
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
 from streamprune.output.dequantized import dequantized, refuse_plain
-from streamprune.output.plan import output_tensors
 from streamprune.output.quantized import QuantizedSource
+from streamprune.output.tensors import output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts

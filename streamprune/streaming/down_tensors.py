@@ -21,8 +21,8 @@ from streamprune.files.durable import reading
 from streamprune.files.page_cache import Stretch, cache_unchanged
 from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
-from streamprune.output.plan import OutputTensor, StageTensor, output_tensors
 from streamprune.output.source_bytes import read_parts
+from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
 from streamprune.planning.prepare import PreparedModel
 from streamprune.refit.activations import DOWN, down_sizes, why_not_linear
 

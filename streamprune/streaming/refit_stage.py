@@ -26,7 +26,7 @@ from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
-from streamprune.output.plan import StageTensor
+from streamprune.output.tensors import StageTensor
 from streamprune.refit.activations import activation, down_sizes, listening
 from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.down_tensors import REFIT, DownTensors

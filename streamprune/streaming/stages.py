@@ -27,7 +27,7 @@ from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
-from streamprune.output.plan import StageTensor
+from streamprune.output.tensors import StageTensor
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
