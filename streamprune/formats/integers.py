@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streamprune.errors import CheckpointError
@@ -52,12 +52,14 @@ class PackedIntegers(Format):
     """A matrix (out, in): codes of `bits` along `in` in 32-bit words, with an offset of half their range.
 
     A scale for every `group` columns of a row; None: for each row, or one for all. Zero points are codes too, along
-    `out`. `shape` is that of the matrix: rows are filled up to words.
+    `out`. `shape` is that of the matrix: rows are filled up to words. The scales' dtype, which only tensors show, is
+    the model's.
     """
 
     bits: int
     group: int | None
     symmetric: bool = True
+    scale_dtype: str = field(default="BF16", compare=False)
 
     @property
     def name(self) -> str:
@@ -86,7 +88,7 @@ class PackedIntegers(Format):
         groups = columns // self.group if self.group else 1
         stored = {
             "packed": ("I32", (*outer, rows, math.ceil(columns * self.bits / 32))),
-            "scale": ("BF16", (*outer, rows, groups)),
+            "scale": (self.scale_dtype, (*outer, rows, groups)),
             "shape": ("I64", (*outer, 2)),
         }
         zero = (*outer, math.ceil(rows * self.bits / 32), groups)
