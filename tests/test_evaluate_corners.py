@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_tokens_that_a_model_rules_out_and_ties_change_nothing(size: int) -> Non
     sums = no_sums(ids, 2)
     for begin in range(0, 16, size):
         part = {side: logits[..., begin : begin + size] for side, logits in both.items()}
-        sums = add_slice(sums, ids, part, begin)
+        sums = add_slice(sums, ids, begin, [part[PRUNED]], part[ORIGINAL])
     found = figures_of(sums)
     before, after = (both[side][:, :-1].double().log_softmax(-1) for side in (ORIGINAL, PRUNED))
     expected = -after.gather(-1, ids[:, 1:, None])[..., 0]
@@ -61,6 +62,25 @@ def test_tokens_that_a_model_rules_out_and_ties_change_nothing(size: int) -> Non
     torch.testing.assert_close(found.kl, divergence, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.agrees, (before.argmax(-1) == after.argmax(-1)).double())
     assert torch.equal(sums[0, :, 3], torch.full((6,), 5.0, dtype=torch.float64))
+
+
+def test_several_models_against_one_original_have_the_figures_of_each_alone() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 16, (2, 6))
+    original, *models = torch.randn(4, 2, 6, 16)
+    models[1][..., 3] = original[..., 3] = -torch.inf
+    together, alone = no_sums(ids, 4), [no_sums(ids, 2) for _ in models]
+    for begin in (0, 5, 10, 15):
+        part = slice(begin, begin + 5)
+        of_original = original[..., part]
+        together = add_slice(together, ids, begin, (model[..., part] for model in models), of_original)
+        alone = [
+            add_slice(sums, ids, begin, [model[..., part]], of_original)
+            for sums, model in zip(alone, models, strict=True)
+        ]
+    for place, sums in enumerate(alone):
+        for found, expected in zip(astuple(figures_of(together, place)), astuple(figures_of(sums)), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("asked", [{"output_router_logits": True}, {"return_dict": False}], ids=str)

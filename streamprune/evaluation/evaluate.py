@@ -37,7 +37,7 @@ from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures, find_head
-from streamprune.streaming.stages import ForwardStage, LayerTask
+from streamprune.streaming.stages import ForwardStage, LayerTask, LayerVersion
 
 
 def config_folder(model: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -187,7 +187,8 @@ def measure(
         last = loop.layer_count - 1
         for index in range(loop.layer_count):
             started = time.monotonic()
-            task = LayerTask(index, replayed=True, kept=(kept or {}).get(index, KeptExperts()))
+            version = LayerVersion((kept or {}).get(index, KeptExperts()))
+            task = LayerTask.of(index, version, replayed=True)
             loop.run_layer(task, index + 1 if index < last else None)
             loop.drop_cached_pages(index)
             means = mean_errors(errors, data)
@@ -195,7 +196,7 @@ def measure(
             seconds, peak = time.monotonic() - started, format_bytes(peak_device_bytes(runtime.device))
             progress.say(f"layer {index}/{last}: {shown}{seconds:.1f} s, peak {peak}")
         progress.say(f"computing the predictions of {'both models' if len(stages) == 2 else 'the model'} ...")
-        return loop.read_predictions(loop.layer_count)
+        return loop.read_predictions(loop.layer_count)[PRUNED]
 
 
 def mean_errors(errors: LayerErrors | None, data: Calibration) -> list[list[float]] | None:

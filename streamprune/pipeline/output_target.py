@@ -9,6 +9,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.output.writer import OutputWriter
 from streamprune.saliency.scores import LayerStatistics
 from streamprune.selection.select import Selector
+from streamprune.streaming.forward import PRUNED
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class OutputTarget:
     selector: Selector
     selection: Mapping[int, KeptExperts] | None = None
     scored: Sequence[LayerStatistics] = ()
+
+    def versions(self, layer: LayerStatistics) -> Mapping[str, KeptExperts]:
+        """What stays of the experts of a layer that was just scored, by side."""
+        return {PRUNED: self.kept(layer)}
 
     def kept(self, layer: LayerStatistics | None) -> KeptExperts:
         """What stays of a layer's experts."""

@@ -24,7 +24,7 @@ from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.down_tensors import down_tensors
-from streamprune.streaming.forward import ORIGINAL
+from streamprune.streaming.forward import ORIGINAL, PRUNED
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_stage import RefitStage
@@ -32,6 +32,7 @@ from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.stages import (
     ForwardStage,
     LayerTask,
+    LayerVersion,
     PrunedForwardStage,
     ScoreStage,
     is_held_out,
@@ -78,7 +79,7 @@ class RunLayers:
         """Score each layer, and also run the pruned layer if any text goes through the pruned model."""
         runtime = self._runtime
         weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
-        choose = self._target.kept if self._target is not None else None
+        choose = self._target.versions if self._target is not None else None
         pruned_stream = self._target is not None and self._settings.propagate == "pruned"
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
@@ -174,7 +175,7 @@ class RunLayers:
         started = time.monotonic()
         layer = self._scored.get(index)
         kept = self._target.kept(layer) if self._target is not None and layer is not None else KeptExperts()
-        task = LayerTask(index, statistics=layer, kept=kept)
+        task = LayerTask.of(index, LayerVersion(kept), layer)
         if runs:
             self._loop.run_layer(task, following)
         if self._work is not None:
@@ -183,19 +184,20 @@ class RunLayers:
             # This machine is not rank 0's, where the pages are dropped once the layer is written.
             self._loop.drop_cached_pages(index)
         self._finished[index] = task.statistics
+        version = task.versions[PRUNED]
         self._progress.end_layer(
             LayerProgress(
                 layer=index,
-                kept=len(task.kept.experts) if self._target else None,
+                kept=len(version.kept.experts) if self._target else None,
                 experts=self._layout.spec.count if task.statistics else 0,
                 fewest_tokens=min(routed_tokens(task.statistics)) if task.statistics else None,
                 seconds=time.monotonic() - started,
                 peak_bytes=peak_device_bytes(self._runtime.device),
-                channels=self._channels_kept(task.kept),
+                channels=self._channels_kept(version.kept),
             )
         )
-        if task.refit is not None:
-            self._say_refit(index, task.refit)
+        if version.refit is not None:
+            self._say_refit(index, version.refit)
         if runs and following is not None:
             self._save_if_due()
 
@@ -215,7 +217,7 @@ class RunLayers:
         layer = self._finished[index]
         kept = self._processes.broadcast(self._target.kept(layer)) if self._target else KeptExperts()
         computed = self._processes.on_first(lambda: self._read_computed(index))
-        self._loop.run_layer(LayerTask(index, True, layer, kept, computed), following)
+        self._loop.run_layer(LayerTask.of(index, LayerVersion(kept, computed), layer, replayed=True), following)
         if self._processes.local_rank == 0:
             self._loop.drop_cached_pages(index)
         self._progress.say(f"{self._progress.name_of(index)}: already done, only its hidden states are recomputed")
@@ -232,7 +234,7 @@ class RunLayers:
 
     def _read_predictions(self, layer: int, evaluation: RunEvaluation) -> None:
         try:
-            evaluation.on_predictions(layer, self._loop.read_predictions(layer, is_held_out))
+            evaluation.on_predictions(layer, self._loop.read_predictions(layer, is_held_out)[PRUNED])
         except TooMuchLostError:
             # Saved so that resuming with another limit does not compute it again.
             self._writer.wait()
@@ -242,16 +244,16 @@ class RunLayers:
     def _write(self, task: LayerTask | None) -> None:
         """Write and record a finished layer (None: the non-layer weights) with what stays of its experts."""
         assert self._work is not None
-        task_of = task or LayerTask(-1)
-        layer = task.index if task is not None else None
+        version = task.versions[PRUNED] if task is not None else LayerVersion()
+        layer, statistics = (task.index, task.statistics) if task is not None else (None, None)
         shards: list[FinishedShard] = []
         if self._target is not None and self._target.writer is not None:
             with self._runtime.busy.at("write"):
-                shards = self._target.writer.write_layer(layer, task_of.kept, task_of.computed)
+                shards = self._target.writer.write_layer(layer, version.kept, version.computed)
         if layer is not None:
             self._loop.drop_cached_pages(layer)
-        origins = {name: tensor.origin for name, tensor in task_of.computed.items()}
-        self._work.write_layer(layer, task_of.statistics, task_of.kept, shards, origins, task_of.refit)
+        origins = {name: tensor.origin for name, tensor in version.computed.items()}
+        self._work.write_layer(layer, statistics, version.kept, shards, origins, version.refit)
 
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
@@ -308,7 +310,7 @@ class RunLayers:
                     self._work.forget_layer(index)
                     return
                 self._progress.say(f"note: shards of {_name(index)} are damaged or missing; they are written again.")
-                self._write(LayerTask(index, statistics=layer, kept=kept) if index is not None else None)
+                self._write(LayerTask.of(index, LayerVersion(kept), layer) if index is not None else None)
         if index is not None:
             found[index] = layer
 

@@ -5,7 +5,7 @@ layer i-1, and the one for layer i runs the real layer and leaves the forward. S
 the head are the model's own, and only the layers' outputs are stored between layers.
 
 In an evaluation a micro-batch has the states of both models ("sides"). The measured model is `PRUNED`, even if it is
-the only one; it is compared with `ORIGINAL`.
+the only one; it is compared with `ORIGINAL`. A search measures several at once, each a side with a name of its own.
 """
 
 from __future__ import annotations
@@ -169,6 +169,11 @@ _MARK = "/"
 _PORTION = 1024
 
 
+def of_side(what: str, side: str) -> str:
+    """The name of something that each side but the original has of its own; in a run there is one side, `PRUNED`."""
+    return what if side == PRUNED else f"{what} of {side}"
+
+
 def side_of(state: BatchState, side: str) -> BatchState:
     """One side of a state with both, as input for that model's layers."""
     carried = {
@@ -192,12 +197,12 @@ def without_side(state: BatchState, side: str) -> BatchState:
     return BatchState({name: output for name, output in state.output.items() if name != side}, carried)
 
 
-def relative_errors(state: BatchState, tokens: int) -> torch.Tensor:
-    """For each of a micro-batch's tokens ‖pruned - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
+def relative_errors(state: BatchState, side: str, tokens: int) -> torch.Tensor:
+    """For each of a micro-batch's tokens ‖side - original‖ / ‖original‖ of its hidden states, (tokens,) float64.
 
     Several residual streams of a token count as one vector. 0 if both are zero.
     """
-    original, pruned = (hidden_states_of(side_of(state, side)).reshape(tokens, -1) for side in (ORIGINAL, PRUNED))
+    original, pruned = (hidden_states_of(side_of(state, each)).reshape(tokens, -1) for each in (ORIGINAL, side))
     errors = []
     for start in range(0, tokens, _PORTION):
         before, after = (states[start : start + _PORTION].float() for states in (original, pruned))

@@ -89,8 +89,8 @@ class LayerLoop:
                     self._run_stage(number, stage, task, layer)
         self._go_to(task.index + 1)
 
-    def read_predictions(self, layer: int, among: Among = every) -> list[SequenceFigures]:
-        """The predictions of all stages' models from the states that enter `layer`; see `predictions`."""
+    def read_predictions(self, layer: int, among: Among = every) -> dict[str, list[SequenceFigures]]:
+        """The predictions of all stages' models but the original, by side, from the states that enter `layer`."""
         weights = {stage.side: stage.weights for stage in self._stages}
         return read_predictions(self._runtime, weights, self.batches, layer, among)
 

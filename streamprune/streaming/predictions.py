@@ -1,18 +1,19 @@
-"""Computing next-token predictions from hidden states, a slice of the vocabulary at a time, for one or two models.
+"""Computing next-token predictions from hidden states, a slice of the vocabulary at a time, for one or more models.
 
 The logits are never all in memory: sums over them are computed slice by slice. Per token, with logits x
-over the vocabulary, P of the original and Q of the pruned model:
+over the vocabulary, P of the original and Q of a pruned model:
 
     log Z  = m + log Σ e^(x-m)                                   (m the largest so far; online as in arXiv:1805.02867)
     loss   = log Z - x[next token]                               in nats, and perplexity = e^loss
     KL     = Σ p (x_P - x_Q) - (log Z_P - log Z_Q)               in nats: Kullback and Leibler (1951), p = e^(x_P) / Z_P
 
-All sums are float64. Shapes: B sequences, L tokens each, v tokens of the vocabulary, K numbers per token.
+Any number of models are compared with the original, whose logits are computed once. All sums are float64. Shapes: B
+sequences, L tokens each, v tokens of the vocabulary, K numbers per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.errors import UnsupportedModelError
 from streamprune.streaming.batches import Among, MicroBatches, Runtime, every
-from streamprune.streaming.forward import ORIGINAL, PRUNED, side_of
+from streamprune.streaming.forward import ORIGINAL, side_of
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 
@@ -63,14 +64,11 @@ def head_rows(weights: LayerWeights, begin: int, end: int) -> Iterator[None]:
         head._parameters.update(complete)
 
 
-#: The key of a micro-batch's sums, (B, L, K) float64, in its state, next to the outputs of both sides.
+#: The key of a micro-batch's sums, (B, L, K) float64, in its state, next to the outputs of all sides.
 _SUMS = "sums"
-#: Of each model: the largest logit, the sum of exponentials relative to it, the next token's logit, the top token.
+#: Of each model, the original last: the largest logit, the sum of exponentials relative to it, the next token's logit,
+#: the top token. With an original then follows for each of the others: Σ e^(x_P-m) (x_P - x_Q).
 _LARGEST, _TOTAL, _TARGET, _TOP, _PER_SIDE = range(5)
-#: With two models, after the columns of both: Σ e^(x_P-m) (x_P - x_Q).
-_CROSS = 2 * _PER_SIDE
-#: Float64 values per token for the sums of two models.
-_WIDTH = _CROSS + 1
 #: Least and most tokens of the vocabulary in a slice: fewer make matrix products slow, more gain nothing.
 _LEAST_SLICE, _LARGEST_SLICE = 64, 16384
 #: Values that are converted to float64 at a time.
@@ -87,54 +85,93 @@ class TokenFigures:
     agrees: torch.Tensor | None = None
 
 
+def sums_width(compared: int) -> int:
+    """Float64 values per token for the sums of so many models that are compared with an original."""
+    return (compared + 1) * _PER_SIDE + compared
+
+
 def no_sums(ids: torch.Tensor, sides: int) -> torch.Tensor:
-    """Initial sums, (B, L, K), before any slice, for token ids (B, L) and one or two models."""
-    sums = torch.zeros((*ids.shape, _WIDTH if sides == 2 else _PER_SIDE), dtype=torch.float64, device=ids.device)
+    """Initial sums, (B, L, K), before any slice, for token ids (B, L) and one model, or several with the original."""
+    width = sums_width(sides - 1) if sides > 1 else _PER_SIDE
+    sums = torch.zeros((*ids.shape, width), dtype=torch.float64, device=ids.device)
     for first in range(0, sides * _PER_SIDE, _PER_SIDE):
         sums[..., first + _LARGEST] = -torch.inf
     return sums
 
 
-def add_slice(sums: torch.Tensor, ids: torch.Tensor, logits: Mapping[str, torch.Tensor], begin: int) -> torch.Tensor:
-    """New sums with the logits (B, L, v) of the tokens from `begin` on added, by model."""
-    flat = sums.flatten(0, 1).clone()
+def add_slice(
+    sums: torch.Tensor, ids: torch.Tensor, begin: int, models: Iterable[torch.Tensor], original: torch.Tensor | None
+) -> torch.Tensor:
+    """New sums with the logits (B, L, v) of the tokens from `begin` on added: of `models`, and of the original.
+
+    `models` may compute them one after the other, so that those of two models are in memory at a time.
+    """
+    before, compared = sums.flatten(0, 1), _compared(sums)
+    flat = before.clone()
     # The token after each; -1 after the last.
     following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1).flatten() - begin
-    sides = [logits[side].flatten(0, 1) for side in (PRUNED, ORIGINAL) if side in logits]
-    width = sides[0].shape[-1]
-    rows = max(1, _PORTION // width)
-    for start in range(0, len(flat), rows):
-        part = slice(start, start + rows)
-        portions = [side[part].double() for side in sides]
-        here = (following[part] >= 0) & (following[part] < width)
-        target = following[part].clamp(0, width - 1)[:, None]
-        for number, values in enumerate(portions):
-            own = flat[part, number * _PER_SIDE : (number + 1) * _PER_SIDE]
-            highest = values.amax(-1)
-            largest = torch.maximum(own[:, _LARGEST], highest)
-            # If all logits so far are -inf (tokens that a model excludes), any number can be subtracted.
-            base = torch.where(largest == -torch.inf, 0.0, largest)
-            weights = (values - base[:, None]).exp()
-            shrunk = (own[:, _LARGEST] - base).exp()
-            if number == 1:
-                differences = torch.where(weights > 0, values - portions[0], 0.0)
-                flat[part, _CROSS] = flat[part, _CROSS] * shrunk + (weights * differences).sum(-1)
-            own[:, _TOP] = torch.where(highest > own[:, _LARGEST], (values.argmax(-1) + begin).double(), own[:, _TOP])
-            own[:, _TOTAL] = own[:, _TOTAL] * shrunk + weights.sum(-1)
-            own[:, _TARGET] = torch.where(here, values.gather(-1, target)[:, 0], own[:, _TARGET])
-            own[:, _LARGEST] = largest
+    for place, model in enumerate(models):
+        rows = max(1, _PORTION // model.shape[-1])
+        for start in range(0, len(flat), rows):
+            part = slice(start, start + rows)
+            own, values = _columns(place), model.flatten(0, 1)[part].double()
+            flat[part, own], *_ = _added(before[part, own], values, following[part], begin)
+            if original is None:
+                continue
+            # (The original's columns are the same with each model.)
+            own, others, values = _columns(compared), values, original.flatten(0, 1)[part].double()
+            flat[part, own], weights, shrunk = _added(before[part, own], values, following[part], begin)
+            cross = (compared + 1) * _PER_SIDE + place
+            differences = torch.where(weights > 0, values - others, 0.0)
+            flat[part, cross] = before[part, cross] * shrunk + (weights * differences).sum(-1)
     return flat.view(sums.shape)
 
 
-def figures_of(sums: torch.Tensor) -> TokenFigures:
-    """Loss, KL and top-1 agreement of each token, from sums over the complete vocabulary, as CPU tensors."""
-    sums = sums[:, :-1].cpu()
-    pruned, original = sums[..., :_PER_SIDE], sums[..., _PER_SIDE:_CROSS]
+def _added(
+    old: torch.Tensor, values: torch.Tensor, following: torch.Tensor, begin: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A model's columns (T, 4) with the logits (T, v) added, e^(logits - m) (T, v), and e^(old m - m) (T,)."""
+    width = values.shape[-1]
+    highest = values.amax(-1)
+    largest = torch.maximum(old[:, _LARGEST], highest)
+    # If all logits so far are -inf (tokens that a model excludes), any number can be subtracted.
+    base = torch.where(largest == -torch.inf, 0.0, largest)
+    weights = (values - base[:, None]).exp()
+    shrunk = (old[:, _LARGEST] - base).exp()
+    here = (following >= 0) & (following < width)
+    target = values.gather(-1, following.clamp(0, width - 1)[:, None])[:, 0]
+    new = torch.empty_like(old)
+    new[:, _TOP] = torch.where(highest > old[:, _LARGEST], (values.argmax(-1) + begin).double(), old[:, _TOP])
+    new[:, _TOTAL] = old[:, _TOTAL] * shrunk + weights.sum(-1)
+    new[:, _TARGET] = torch.where(here, target, old[:, _TARGET])
+    new[:, _LARGEST] = largest
+    return new, weights, shrunk
+
+
+def _columns(place: int) -> slice:
+    """The columns of a model in sums (..., K)."""
+    return slice(place * _PER_SIDE, (place + 1) * _PER_SIDE)
+
+
+def _compared(sums: torch.Tensor) -> int:
+    """How many models are compared with the original in sums (..., K); 0 for a model alone."""
+    return (sums.shape[-1] - _PER_SIDE) // (_PER_SIDE + 1)
+
+
+def figures_of(sums: torch.Tensor, place: int = 0) -> TokenFigures:
+    """Loss, KL and top-1 agreement of each token, from sums over the complete vocabulary, as CPU tensors.
+
+    `place` is the model's among those that are compared with the original.
+    """
+    sums, compared = sums[:, :-1].cpu(), _compared(sums)
+    pruned = sums[..., _columns(place)]
     loss, normal = _loss(pruned)
-    if sums.shape[-1] == _PER_SIDE:
+    if not compared:
         return TokenFigures(loss)
+    original = sums[..., _columns(compared)]
     original_loss, original_normal = _loss(original)
-    kl = sums[..., _CROSS] / original[..., _TOTAL] - (original_normal - normal)
+    cross = sums[..., (compared + 1) * _PER_SIDE + place]
+    kl = cross / original[..., _TOTAL] - (original_normal - normal)
     agrees = (pruned[..., _TOP] == original[..., _TOP]).double()
     # Rounding may make the KL of equal predictions slightly negative.
     return TokenFigures(loss, original_loss, kl.clamp(min=0.0), agrees)
@@ -159,21 +196,23 @@ class SequenceFigures:
 
 def read_predictions(
     runtime: Runtime, weights: Mapping[str, LayerWeights], batches: MicroBatches, layer: int, among: Among = every
-) -> list[SequenceFigures]:
+) -> dict[str, list[SequenceFigures]]:
     """Predictions from the states that enter `layer`, by sequence; from the number of layers on, the model's own.
 
-    Those of all ranks, in the order of a single process, for the micro-batches that `among` selects. `weights` are the
-    models' by side. Peak memory: a slice of each head, and its logits for a micro-batch. Raises Stopped between two
-    micro-batches; then call it again from the start.
+    Those of all ranks, in the order of a single process, for the micro-batches that `among` selects, for every side but
+    the original, with which it is compared. `weights` are the models' by side. Peak memory: a slice of each head, and
+    its logits of two models for a micro-batch. Raises Stopped between two micro-batches; then call it again from the
+    start.
     """
     # (Two sides may share one head.)
     heads = [find_head(each.model)[0].weight for each in dict.fromkeys(weights.values())]
     # Two models are only compared if both have the same vocabulary.
     vocabulary = len(heads[0])
     # No layer is in memory now: a slice of the heads may take its memory, and the logits that of its intermediate
-    # results. There are two copies of the logits: before and after the model's own scaling.
+    # results. There are two copies of the logits: before and after the model's own scaling. Of several models, those of
+    # the original and of one other are in memory at a time.
     plan, row_bytes = runtime.plan, sum(head[0].nbytes for head in heads)
-    logits = 2 * len(weights) * plan.tokens_at_a_time * plan.needs.itemsize
+    logits = 2 * min(2, len(weights)) * plan.tokens_at_a_time * plan.needs.itemsize
     size = min(plan.needs.layer // max(1, row_bytes), plan.workspace // max(1, logits))
     size = max(1, min(max(size, _LEAST_SLICE), _LARGEST_SLICE, vocabulary))
     begins = range(0, vocabulary, size)
@@ -181,9 +220,17 @@ def read_predictions(
     runtime.progress.start("predictions", (len(begins) + 1) * batches.sequences_among(among))
     for begin in begins:
         _sum_slice(weights, batches, layer, among, begin, min(begin + size, vocabulary))
-    found = _gather(batches, layer, among)
+    sides = _compared_sides(weights)
+    gathered = runtime.processes.collect(_gather(sides, batches, layer, among))
     runtime.progress.end()
-    return sorted(chain.from_iterable(runtime.processes.collect(found)), key=lambda each: each.order)
+    return {
+        side: sorted(chain.from_iterable(found[side] for found in gathered), key=lambda each: each.order)
+        for side in sides
+    }
+
+
+def _compared_sides(weights: Mapping[str, LayerWeights]) -> list[str]:
+    return [side for side in weights if side != ORIGINAL]
 
 
 def _sum_slice(
@@ -194,8 +241,14 @@ def _sum_slice(
     def compute(number: int, batch: MicroBatch, state: BatchState) -> BatchState:
         # The first slice starts from zero: older sums may be from an earlier layer, or a stopped attempt.
         sums = state.output[_SUMS] if begin else no_sums(batch.ids, len(weights))
-        logits = {side: each.forward.logits(batch.ids, side_of(state, side)) for side, each in weights.items()}
-        return BatchState({**state.output, _SUMS: add_slice(sums, batch.ids, logits, begin)}, state.carried)
+
+        def logits(side: str) -> torch.Tensor:
+            return weights[side].forward.logits(batch.ids, side_of(state, side))
+
+        original = logits(ORIGINAL) if ORIGINAL in weights else None
+        models = map(logits, _compared_sides(weights))
+        sums = add_slice(sums, batch.ids, begin, models, original)
+        return BatchState({**state.output, _SUMS: sums}, state.carried)
 
     def load() -> ExitStack:
         with ExitStack() as stack:
@@ -203,12 +256,12 @@ def _sum_slice(
                 stack.enter_context(head_rows(each, begin, end))
             return stack.pop_all()
 
-    with weights[PRUNED].making_room(load, "a slice of the output head"):
+    with next(iter(weights.values())).making_room(load, "a slice of the output head"):
         batches.run(layer, compute, among=among)
 
 
-def _gather(batches: MicroBatches, layer: int, among: Among) -> list[SequenceFigures]:
-    found: list[SequenceFigures] = []
+def _gather(sides: Sequence[str], batches: MicroBatches, layer: int, among: Among) -> dict[str, list[SequenceFigures]]:
+    found: dict[str, list[SequenceFigures]] = {side: [] for side in sides}
     sums: list[torch.Tensor] = []
 
     def look(number: int, batch: MicroBatch, state: BatchState) -> None:
@@ -218,7 +271,9 @@ def _gather(batches: MicroBatches, layer: int, among: Among) -> list[SequenceFig
         number = done - 1
         for row in range(len(batch.ids)):
             order = (batches.places[number], number, row)
-            found.append(SequenceFigures(order, batch.source, figures_of(sums[0][row : row + 1])))
+            for place, side in enumerate(sides):
+                figures = figures_of(sums[0][row : row + 1], place)
+                found[side].append(SequenceFigures(order, batch.source, figures))
 
     batches.run(layer, look, keep, among=among)
     return found

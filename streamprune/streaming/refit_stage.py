@@ -30,7 +30,7 @@ from streamprune.output.tensors import StageTensor
 from streamprune.refit.activations import activation, down_sizes, listening
 from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.down_tensors import REFIT, DownTensors
-from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, side_of
+from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, of_side, side_of
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import EXPERTS
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
@@ -41,8 +41,9 @@ from streamprune.work.saved_states import BatchState
 CATCH_UP = 1.0
 
 
-def _is_for(use: str, batch: MicroBatch) -> bool:
-    return batch.refit == use
+def own_use(batch: MicroBatch) -> str:
+    """What a micro-batch is for in the only refit of a run."""
+    return batch.refit
 
 
 class _Collected:
@@ -86,13 +87,13 @@ class _Collected:
 
 
 class RefitStage(ForwardStage):
-    """Refits the down projections of each layer's kept experts on the pruned stream, without changing any state.
+    """Refits the down projections of each layer's kept experts on a side's stream, without changing any state.
 
     `make_pruned` returns a layer of the pruned model on meta, for its index and what stays of its experts. The tokens
-    are collected in the memory of `home`. What it computes is in the task's `computed` and `refit`.
+    are collected in the memory of `home`. `use_of` says what a micro-batch is for in this refit: FIT, JUDGE or nothing.
+    What it computes is in the side's version of the layer.
     """
 
-    name = REFIT
     restarts = True
 
     def __init__(
@@ -101,8 +102,11 @@ class RefitStage(ForwardStage):
         make_pruned: Callable[[int, KeptExperts], nn.Module],
         tensors: DownTensors,
         home: torch.device,
+        side: str = PRUNED,
+        use_of: Callable[[MicroBatch], str] = own_use,
     ) -> None:
-        super().__init__(weights, PRUNED, is_two_sided)
+        super().__init__(weights, side, is_two_sided)
+        self.name, self._use_of = of_side(REFIT, side), use_of
         self._layers, self._make_pruned, self._tensors, self._home = experts_of(weights), make_pruned, tensors, home
         self._collected: dict[str, _Collected] = {}
         self._last: tuple[RoutedTokens, torch.Tensor] | None = None
@@ -111,18 +115,18 @@ class RefitStage(ForwardStage):
         return task.index in self._layers and not task.replayed
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
-        return bool(batch.refit)
+        return bool(self._use_of(batch))
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
         batches = self.weights.batches
         assert batches is not None
-        fitted, judging = (batches.tokens_among(partial(_is_for, use)) for use in (FIT, JUDGE))
-        self._collected = {FIT: _Collected(fitted), JUDGE: _Collected(judging)}
-        pruned = self._make_pruned(task.index, task.kept)
+        self._collected = {use: _Collected(batches.tokens_among(partial(self._is_for, use))) for use in (FIT, JUDGE)}
+        kept = task.versions[self.side].kept
+        pruned = self._make_pruned(task.index, kept)
         try:
             with self.weights.making_room(
-                lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
+                lambda: self.weights.pruned_layer(task.index, layer, pruned, kept),
                 f"a copy of layer {task.index} with the experts that stay",
             ) as module:
                 yield module
@@ -136,7 +140,7 @@ class RefitStage(ForwardStage):
         experts, factor, hidden = self._experts(task, layer), task.factor, down_sizes(self._experts(task, layer))[1]
         own: Any = side_of(state, EXPERTS).output if factor is None else None
         with listening(experts) as calls:
-            after = self.weights.forward.run_layer(task.index, layer, batch.ids, side_of(state, PRUNED))
+            after = self.weights.forward.run_layer(task.index, layer, batch.ids, side_of(state, self.side))
         self._unchecked.append((task.index, number, batch.ids.numel(), non_finite_tokens(after)))
         if len(calls) != 1 or len(calls[0].hidden) != batch.ids.numel() or (own is None and factor is None):
             raise UnsupportedModelError(
@@ -149,21 +153,22 @@ class RefitStage(ForwardStage):
         wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))
         error = wanted - found if factor is None else (wanted - found) / factor
         routed = RoutedTokens(call.hidden, call.index.int(), call.gates.float(), error)
-        self._collected[batch.refit].make_room(routed, self._home)
+        self._collected[self._use_of(batch)].make_room(routed, self._home)
         self._last = routed, wanted.square().sum(dtype=torch.float64)
         return None
 
     def commit(self, batch: MicroBatch) -> None:
         assert self._last is not None
-        self._collected[batch.refit].add(*self._last)
+        self._collected[self._use_of(batch)].add(*self._last)
         self._last = None
 
     def conclude(self, task: LayerTask, module: nn.Module, processes: Processes) -> None:
         """Fit, and put the new tensors into the task. Rank 0 encodes them, and all ranks get them."""
         experts = self._experts(task, module)
         inner, hidden = down_sizes(experts)
+        version = task.versions[self.side]
         fit = Fit(
-            lambda *given: activation(experts, *given), len(task.kept.experts), inner, hidden, self.weights.device,
+            lambda *given: activation(experts, *given), len(version.kept.experts), inner, hidden, self.weights.device,
             processes,
         )  # fmt: skip
         fitted, (judging, energy) = self._collected[FIT].take()[0], self._collected[JUDGE].take()
@@ -184,9 +189,9 @@ class RefitStage(ForwardStage):
         energies = torch.tensor([energy], dtype=torch.float64)
         processes.add_up(energies)
         self._collected.clear()
-        task.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
+        version.computed, sizes = processes.on_first(lambda: self._encode(task, experts, changes, shares))
         scale = abs(task.factor or 1.0) / math.sqrt(float(energies) or 1.0)
-        task.refit = RefittedLayer(
+        version.refit = RefittedLayer(
             shares=[round(share, 6) for share in shares.values.tolist()],
             tokens=list(changes.tokens),
             changes=[round(size, 6) for size in sizes],
@@ -196,6 +201,9 @@ class RefitStage(ForwardStage):
             catch_up=CATCH_UP if task.factor is not None else 0.0,
         )
 
+    def _is_for(self, use: str, batch: MicroBatch) -> bool:
+        return self._use_of(batch) == use
+
     def _experts(self, task: LayerTask, layer: nn.Module) -> nn.Module:
         return layer.get_submodule(self._layers[task.index])
 
@@ -203,7 +211,8 @@ class RefitStage(ForwardStage):
         self, task: LayerTask, experts: Any, changes: Changes, shares: Shares
     ) -> tuple[dict[str, StageTensor], list[float]]:
         """The refitted tensors as they are written, and ‖change‖ / ‖weights‖ of every expert. Rank 0."""
-        weights = self._tensors.original(task.index, task.kept, experts)
+        kept = task.versions[self.side].kept
+        weights = self._tensors.original(task.index, kept, experts)
         sizes, changed = [0.0] * len(weights), set()
         for place, share in enumerate(shares.values.tolist()):
             if share == 0:
@@ -216,4 +225,4 @@ class RefitStage(ForwardStage):
             sizes[place] = float((new.float() - old).norm()) / length if length else 0.0
             weights[place] = new.cpu()
             changed.add(place)
-        return self._tensors.encode(task.index, task.kept, experts, weights, changed), sizes
+        return self._tensors.encode(task.index, kept, experts, weights, changed), sizes

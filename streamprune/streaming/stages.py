@@ -7,13 +7,15 @@
 | `RefitStage` (`refit_stage.py`) | text to refit to, through the pruned layer | refitted down projections |
 | `PrunedForwardStage` | text for the pruned model, through the pruned layer | states of the pruned model |
 
-A stage that computes weights (a refit, an encoding) belongs before the last one: it puts its tensors into the
-`LayerTask`, where the pruned forward and the writer find them.
+The stages after scoring belong to a side: `PRUNED` in a run, and one for each candidate in a search. What the layer
+becomes for a side is its `LayerVersion`. A stage that computes weights (a refit, an encoding) belongs before the
+side's pruned forward: it puts its tensors into the version, where the pruned forward and the writer find them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from streamprune.streaming.forward import (
     ORIGINAL,
     PRUNED,
     non_finite_tokens,
+    of_side,
     relative_errors,
     side_of,
     with_side,
@@ -59,22 +62,42 @@ def is_two_sided(batch: MicroBatch) -> bool:
 
 
 @dataclass
+class LayerVersion:
+    """What a layer becomes for a side that is not the original.
+
+    `kept` is what stays of the experts, nothing if none are selected. `computed` are the checkpoint tensors, by name,
+    that a stage has computed for it, and `refit` how.
+    """
+
+    kept: KeptExperts = field(default_factory=KeptExperts)
+    computed: Mapping[str, StageTensor] = field(default_factory=dict)
+    refit: RefittedLayer | None = None
+
+
+@dataclass
 class LayerTask:
     """A layer on its way through the stages: its results so far.
 
     `replayed`: it was finished before, and only the states have to go through it. `statistics` are None without
-    experts, and before it is scored; `kept` is what stays of the experts, nothing if none are selected. `computed` are
-    the checkpoint tensors, by name, that a stage has computed for the pruned layer, and `refit` how. `factor` is what
-    the original layer multiplies its experts' output by, as `refit_target` measures it for the refit.
+    experts, and before it is scored. `versions` are what it becomes, by side; one that is asked for before anything is
+    selected keeps nothing. `factor` is what the original layer multiplies its experts' output by, as `refit_target`
+    measures it for the refit.
     """
 
     index: int
     replayed: bool = False
     statistics: LayerStatistics | None = None
-    kept: KeptExperts = field(default_factory=KeptExperts)
-    computed: Mapping[str, StageTensor] = field(default_factory=dict)
-    refit: RefittedLayer | None = None
+    versions: defaultdict[str, LayerVersion] = field(default_factory=lambda: defaultdict(LayerVersion))
     factor: float | None = None
+
+    @classmethod
+    def of(
+        cls, index: int, version: LayerVersion, statistics: LayerStatistics | None = None, replayed: bool = False
+    ) -> LayerTask:
+        """A task of a layer that is pruned in one way only, the side `PRUNED`."""
+        task = cls(index, replayed, statistics)
+        task.versions[PRUNED] = version
+        return task
 
 
 class ForwardStage:
@@ -136,7 +159,7 @@ class ForwardStage:
         if self.target is not None:
             both = self.target.carried(both, calls)
         counts = self.errors is not None and not batch.refit
-        self._sum = relative_errors(both, batch.ids.numel()).sum() if counts else None
+        self._sum = relative_errors(both, self.side, batch.ids.numel()).sum() if counts else None
         return both
 
     def commit(self, batch: MicroBatch) -> None:
@@ -176,30 +199,34 @@ class ForwardStage:
 
     def saved(self, in_work: bool, processes: Processes) -> dict[str, Any]:
         """The data to resume this stage, as JSON, over all ranks. `in_work`: its pass has not ended."""
-        errors = {"errors": self.errors.saved(processes)} if self.errors is not None else {}
+        errors = {self._errors_key: self.errors.saved(processes)} if self.errors is not None else {}
         return errors | (self.target.saved() if self.target is not None else {})
 
     def check(self, facts: Mapping[str, Any], layer: int) -> None:
         """Raise ValueError, KeyError or TypeError unless `facts` may be the result of `saved` in layer `layer`."""
         if self.errors is not None:
-            self.errors.check(facts["errors"], layer)
+            self.errors.check(facts[self._errors_key], layer)
         if self.target is not None:
             self.target.check(facts)
 
     def restore(self, facts: Mapping[str, Any], layer: int, in_work: bool, processes: Processes) -> None:
         """Restore what was saved in layer `layer`."""
         if self.errors is not None:
-            self.errors.restore(facts["errors"], layer, processes.is_first)
+            self.errors.restore(facts[self._errors_key], layer, processes.is_first)
         if self.target is not None:
             self.target.restore(facts)
+
+    @property
+    def _errors_key(self) -> str:
+        return of_side("errors", self.side)
 
 
 class ScoreStage(ForwardStage):
     """Sends micro-batches through the original layers, and records what each of their `experts` experts contributes.
 
-    Each source of the calibration has `source_tokens`. `choose` selects what stays of a layer's experts, from its
-    statistics; None if that is selected later. With `pruned_stream` the states of the calibration are not changed in
-    layers with experts: the pruned forward continues from them. A replayed layer is not scored again. If `width` is not
+    Each source of the calibration has `source_tokens`. `choose` selects what stays of a layer's experts, by side, from
+    its statistics; None if that is selected later. With `pruned_stream` layers with experts do not change the states of
+    the calibration: the pruned forward continues from them. A replayed layer is not scored again. If `width` is not
     None, the energies of the experts' channels, so many each, are recorded too.
     """
 
@@ -210,7 +237,7 @@ class ScoreStage(ForwardStage):
         weights: LayerWeights,
         experts: int,
         source_tokens: Sequence[int],
-        choose: Callable[[LayerStatistics], KeptExperts] | None,
+        choose: Callable[[LayerStatistics], Mapping[str, KeptExperts]] | None,
         pruned_stream: bool,
         width: int | None = None,
     ) -> None:
@@ -267,7 +294,8 @@ class ScoreStage(ForwardStage):
             )
         if self._choose is not None:
             # Rank 0 decides, since on another kind of processor the last digit of a score may differ.
-            task.kept = processes.broadcast(self._choose(task.statistics))
+            for side, kept in processes.broadcast(self._choose(task.statistics)).items():
+                task.versions[side].kept = kept
 
     def reset(self) -> None:
         super().reset()
@@ -316,14 +344,12 @@ class ScoreStage(ForwardStage):
 
 
 class PrunedForwardStage(ForwardStage):
-    """Sends micro-batches through the pruned layers, with only the experts that stay.
+    """Sends micro-batches through the pruned layers of a side, with only the experts that stay.
 
     These are the `two_sided` ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned`
     returns a layer of the pruned model on meta, for its index and what stays of its experts. `refitted` puts the
     tensors that were computed for a layer into it.
     """
-
-    name = "pruned"
 
     def __init__(
         self,
@@ -333,8 +359,10 @@ class PrunedForwardStage(ForwardStage):
         two_sided: Among = is_two_sided,
         errors: LayerErrors | None = None,
         refitted: DownTensors | None = None,
+        side: str = PRUNED,
     ) -> None:
-        super().__init__(weights, PRUNED, two_sided, errors)
+        super().__init__(weights, side, two_sided, errors)
+        self.name = of_side("pruned", side)
         self._layers, self._make_pruned, self._pruned_stream = experts_of(weights), make_pruned, pruned_stream
         self._refitted = refitted
 
@@ -346,21 +374,23 @@ class PrunedForwardStage(ForwardStage):
 
     def may_stop(self, task: LayerTask) -> bool:
         # Computed tensors are not saved before the layer is finished, nor is what is on record of a refit.
-        return task.refit is None and not task.computed
+        version = task.versions[self.side]
+        return version.refit is None and not version.computed
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
         if task.index not in self._layers:
             yield layer
             return
-        pruned = self._make_pruned(task.index, task.kept)
+        version = task.versions[self.side]
+        pruned = self._make_pruned(task.index, version.kept)
         with self.weights.making_room(
-            lambda: self.weights.pruned_layer(task.index, layer, pruned, task.kept),
+            lambda: self.weights.pruned_layer(task.index, layer, pruned, version.kept),
             f"a copy of layer {task.index} with the experts that stay",
         ) as module:
-            if task.computed:
+            if version.computed:
                 assert self._refitted is not None
-                self._refitted.load(task.index, task.kept, module, task.computed)
+                self._refitted.load(task.index, version.kept, module, version.computed)
             yield module
 
     def _streams(self, task: LayerTask) -> bool:
