@@ -11,7 +11,7 @@ import torch
 
 from streamprune.config import EvalSettings
 from streamprune.evaluation.evaluate import evaluate_text, read_data
-from streamprune.planning.memory_needs import SUMS_PER_TOKEN
+from streamprune.planning.memory_needs import sums_per_token
 from streamprune.progress import Progress
 from streamprune.streaming import predictions as examining
 from streamprune.streaming import predictions as vocabulary
@@ -109,4 +109,5 @@ def test_memory_is_that_of_a_block_and_a_slice_of_the_vocabulary(
 
 
 def test_the_memory_plan_counts_the_sums_over_the_vocabulary() -> None:
-    assert vocabulary._WIDTH * 8 == SUMS_PER_TOKEN
+    for compared in (1, 3):
+        assert vocabulary.sums_width(compared) * 8 == sums_per_token(compared)

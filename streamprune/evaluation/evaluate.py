@@ -27,7 +27,7 @@ from streamprune.hardware.memory_plan import Needs
 from streamprune.models.open import OpenedModel, load_config, open_model, versions
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.output.plan import REPORT_NAME
-from streamprune.planning.memory_needs import SUMS_PER_TOKEN, needs_of, plan_memory
+from streamprune.planning.memory_needs import needs_of, plan_memory, sums_per_token
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 from streamprune.reporting.record import public_name
@@ -287,7 +287,7 @@ def _combined(needs: Sequence[Needs]) -> Needs:
         reading=max(each.reading for each in needs),
         loading=max(each.loading for each in needs),
         non_layer=sum(each.non_layer for each in needs),
-        states=sum(each.states for each in needs) + largest.tokens * SUMS_PER_TOKEN,
+        states=sum(each.states for each in needs) + largest.tokens * sums_per_token(),
         workspace=lambda tokens: max(each.workspace(tokens) for each in needs),
         itemsize=max(each.itemsize for each in needs),
         sides=len(needs),

@@ -31,8 +31,6 @@ from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import refit_sizes
 
-#: Bytes that are summed up for each token over the vocabulary of two models (`streaming.predictions`).
-SUMS_PER_TOKEN = 9 * 8
 #: Bytes for each value of a matrix that is being decoded: float32, and as much again for codes and scales twice.
 DECODING_BYTES = 16
 #: Reserve on a GPU: for cuBLAS's workspaces, and fragmentation in torch's allocator.
@@ -40,6 +38,14 @@ DEVICE_MARGIN = 256 * 1024**2
 #: Reserve below --ram-gib: for libraries' growth during the run (15 MiB were measured), and fragmentation when hidden
 #: states are loaded and stored in a thread of their own. (With 32 MiB a test's run went 14 to 17 MiB over its cap.)
 HOST_MARGIN = 80 * 1024**2
+
+
+def sums_per_token(compared: int = 1) -> int:
+    """Bytes that are summed up for each token over the vocabulary of so many models and the original.
+
+    `streaming.predictions` has four numbers for each of them, and one more for each that is compared.
+    """
+    return 8 * (4 * (compared + 1) + compared)
 
 
 def plan_memory(
@@ -103,7 +109,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         return needs
     # Held-out text has the states of both models, and sums over the vocabulary.
     needs = _with_two_sided(needs, needs_of(prepared, held, last + 1))
-    return replace(needs, states=needs.states + held.tokens * SUMS_PER_TOKEN)
+    return replace(needs, states=needs.states + held.tokens * sums_per_token())
 
 
 def _with_two_sided(needs: Needs, more: Needs) -> Needs:
