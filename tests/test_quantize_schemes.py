@@ -107,7 +107,7 @@ def test_codes_are_the_nearest_for_the_scales_as_stored(name: str) -> None:
     if name.startswith("fp8"):
         # The bytes 0x7f and 0xff are no numbers.
         codes = torch.from_numpy(E4M3[np.arange(256) & 127 != 127])
-    each = made.spread(scales, tuple(weight.shape)).double()
+    each = made.rounded(torch.ones(weight.shape).to(made.code_dtype), scales).double()
     errors = (weight.double()[..., None] - codes * each[..., None]).abs()
     chosen = (weight.double() - rounded(made, weight).double()).abs()
     # A value in the middle of two codes may go to either: its quotient is rounded to float32, as is what codes mean.
@@ -138,7 +138,6 @@ def test_experts_together_are_rounded_as_each_alone(name: str) -> None:
         assert torch.equal(alone, scales[expert])
         assert torch.equal(made.round(weight, alone).float(), codes[expert].float())
         assert torch.equal(rounded(made, weight), together[expert])
-        assert torch.equal(made.spread(alone, weight.shape), made.spread(scales, weights.shape)[expert])
 
 
 @pytest.mark.parametrize("name", SCHEMES)

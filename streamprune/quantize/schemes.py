@@ -20,7 +20,6 @@ A weight's codes and scales are the same bytes on every device: they come of sin
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,6 +76,20 @@ class Scheme:
         """Bits of a code."""
         return self.format.bits if isinstance(self.format, PackedIntegers) else 8
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype of codes."""
+        import torch
+
+        return torch.float8_e4m3fn if isinstance(self.format, Fp8) else torch.int8
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many rows and columns of weights of this shape (..., R, C) share a scale; the last blocks may have
+        fewer."""
+        if isinstance(self.format, PackedIntegers):
+            return 1, self.format.group or shape[-1]
+        return self.format.block or (1, shape[-1])
+
     def stored(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """The safetensors dtype and the shape of each part of one matrix of this shape."""
         return self.format.stored_as(shape)
@@ -129,34 +142,23 @@ class Scheme:
     def round(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The nearest codes (..., R, C), float8_e4m3fn or int8, of weights by scales (..., r, c)."""
         values = self.nearest(self._blocks(weight), scales.float()[..., :, None, :, None])
-        return self.as_codes(_whole(values, weight.shape))
+        return _whole(values, weight.shape).to(self.code_dtype)
 
     def rounded(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The weights (..., R, C), float32, that codes and scales mean."""
-        return _whole(self._blocks(codes) * scales.float()[..., :, None, :, None], codes.shape)
+        import torch
+
+        values = self._blocks(codes.to(torch.float32, copy=True))
+        return _whole(values.mul_(scales.float()[..., :, None, :, None]), codes.shape)
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The nearest codes of weights in float32, by a scale for each, float32 and broadcast; as float32 values."""
-        import torch
-
         codes = weight / scales
         if isinstance(self.format, Fp8):
             # Beyond its range, the cast gives NaN.
-            return codes.clamp_(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+            return codes.clamp_(-_E4M3_MAX, _E4M3_MAX).to(self.code_dtype).float()
         half = 1 << (self.bits - 1)
         return codes.round_().clamp_(-half, half - 1)
-
-    def as_codes(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of `nearest` in the dtype of codes."""
-        import torch
-
-        return values.to(torch.float8_e4m3fn if isinstance(self.format, Fp8) else torch.int8)
-
-    def spread(self, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """The scale of each value of weights of this shape (..., R, C), float32."""
-        _, high, _, wide = self._block_shape(shape)
-        each = scales.float()[..., :, None, :, None]
-        return _whole(each.expand(*scales.shape[:-1], high, scales.shape[-1], wide), shape)
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts, as they are stored, of one matrix from its codes (R, C) and scales (r, c).
@@ -215,26 +217,17 @@ class Scheme:
         """What the largest magnitude is divided by."""
         return _E4M3_MAX if isinstance(self.format, Fp8) else ((1 << self.bits) - 1) / 2
 
-    def _block_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Rows and columns of a matrix in blocks: (r, height of a block, c, its width)."""
-        rows, columns = shape[-2:]
-        high, wide = 1, columns
-        if isinstance(self.format, PackedIntegers):
-            wide = self.format.group or columns
-        elif self.format.block is not None:
-            high, wide = self.format.block
-        return math.ceil(rows / high), high, math.ceil(columns / wide), wide
-
     def _blocks(self, values: torch.Tensor) -> torch.Tensor:
         """Values (..., R, C) in float32 by blocks (..., r, height, c, width), filled up with zeros."""
         import torch
 
-        down, high, across, wide = blocks = self._block_shape(values.shape)
+        high, wide = self.block(values.shape)
+        missing = -values.shape[-2] % high, -values.shape[-1] % wide
         values = values.float()
-        missing = (down * high - values.shape[-2], across * wide - values.shape[-1])
         if any(missing):
             values = torch.nn.functional.pad(values, (0, missing[1], 0, missing[0]))
-        return values.reshape(*values.shape[:-2], *blocks)
+        *outer, rows, columns = values.shape
+        return values.reshape(*outer, rows // high, high, columns // wide, wide)
 
 
 def _whole(blocks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
