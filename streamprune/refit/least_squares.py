@@ -68,6 +68,11 @@ class RoutedTokens:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The four tensors, in the order of the fields."""
+        return self.hidden, self.index, self.gates, self.error
+
     def names_twice(self, experts: int) -> bool:
         """Whether a token was routed to one of the `experts` that stay more than once."""
         index = self.index.sort(dim=1).values
@@ -75,7 +80,7 @@ class RoutedTokens:
 
     def part(self, begin: int, end: int) -> RoutedTokens:
         """The tokens from `begin` to `end`, as views."""
-        return RoutedTokens(*(each[begin:end] for each in (self.hidden, self.index, self.gates, self.error)))
+        return RoutedTokens(*(each[begin:end] for each in self.values))
 
 
 @dataclass(frozen=True)

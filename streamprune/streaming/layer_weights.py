@@ -1,6 +1,6 @@
 """A layer's weights on the device: loaded, prefetched, pruned, and freed again.
 
-This is the only place that turns checkpoint tensors into parameters.
+This and `written_tensors.py`, which does it for what is written, turn checkpoint tensors into parameters.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
 from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
@@ -25,11 +22,12 @@ from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
 from streamprune.formats.base import ChannelRows, ExpertRows, KeptExperts, decode_tensors
 from streamprune.hardware.device import free_after_failure, lack_of_memory
-from streamprune.hardware.memory import release_freed_memory, says_out_of_memory
+from streamprune.hardware.memory import release_freed_memory
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder, Skeleton
 from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
+from streamprune.streaming.conversion import Conversion
 from streamprune.streaming.forward import LayerForward, layers_replaced
 
 #: The group of small tensors, which are each a parameter of their own.
@@ -61,13 +59,7 @@ class LayerWeights:
         self._reader = ShardReader(opened.checkpoint, device, busy or Busy())
         self._prefetched: dict[int, Reading] = {}
         self._read: dict[int | None, Reading] = {}
-        self._config = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(self.model),
-            dtype=opened.dtype,
-            # Some parameters (router biases) must stay in float32 whatever the dtype.
-            dtype_plan=self.model._get_dtype_plan(opened.dtype),
-            device_map={"": device},
-        )
+        self._conversion = Conversion(self.model, opened.dtype, device, opened.checkpoint.folder)
         # Checkpoint tensors by layer and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         #: How each tensor is stored: all parts of a parameter are read together, and decoded before the conversion.
@@ -266,25 +258,12 @@ class LayerWeights:
             self._reader.sync_with_compute()
             for group in self._reading_groups(groups):
                 # One after the other, so that the memory of each is freed before the next is converted.
-                self._convert(decode_tensors(reading.take(group), self._stored, self.dtype))
+                self._conversion.load(decode_tensors(reading.take(group), self._stored, self.dtype))
         except BaseException:
             # If memory ran out, this has to be freed first.
             self._reader.discard(reading)
             raise
         self._read[index] = reading
-
-    def _convert(self, tensors: dict[str, torch.Tensor]) -> None:
-        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self._config)
-        problems = [*info.conversion_errors.values(), *info.mismatched_keys, *info.error_msgs]
-        # transformers catches all errors of the conversion, and keeps their text.
-        for line in "\n".join(map(str, problems)).splitlines():
-            if says_out_of_memory(line):
-                raise MemoryError(line)
-        if problems:
-            raise CheckpointError(
-                f"{self._checkpoint.folder}: {len(problems)} tensors do not fit the model that config.json describes, "
-                f"first: {problems[0]}"
-            )
 
     def _materialize_buffers(self, root: nn.Module, root_path: str) -> None:
         """Create the buffers that are in no checkpoint (rotary frequencies, masks) like from_pretrained."""

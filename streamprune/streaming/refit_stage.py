@@ -25,10 +25,10 @@ from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
-from streamprune.hardware.device import CPU, free_after_failure, lack_of_memory
 from streamprune.output.tensors import StageTensor
 from streamprune.refit.activations import activation, down_sizes, listening
 from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
+from streamprune.streaming.collected import CollectedTokens
 from streamprune.streaming.down_tensors import REFIT, DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, of_side, side_of
 from streamprune.streaming.layer_weights import LayerWeights
@@ -47,43 +47,17 @@ def own_use(batch: MicroBatch) -> str:
 
 
 class _Collected:
-    """The tokens of one use, `size` in all, which come one micro-batch after the other."""
+    """The tokens of one use, `size` in all."""
 
     def __init__(self, size: int) -> None:
-        self._size, self._filled = size, 0
-        self._tokens: RoutedTokens | None = None
-        self._energies: list[torch.Tensor] = []
-
-    def make_room(self, like: RoutedTokens, home: torch.device) -> None:
-        """Allocate memory for tokens like these, unless that was done: on `home`, or in RAM if it has too little."""
-        if self._tokens is None and lack_of_memory(lambda: self._allocate(like, home)) is not None:
-            free_after_failure(home)
-            self._allocate(like, CPU)
-
-    def add(self, routed: RoutedTokens, energy: torch.Tensor) -> None:
-        """Add a micro-batch; `energy` is Σ ‖output of the original layer‖² of its tokens."""
-        assert self._tokens is not None
-        place = self._tokens.part(self._filled, self._filled + len(routed))
-        for mine, new in ((place.hidden, routed.hidden), (place.index, routed.index), (place.gates, routed.gates)):
-            mine.copy_(new)
-        place.error.copy_(routed.error)
-        self._filled += len(routed)
-        self._energies.append(energy)
+        self.tokens = CollectedTokens(size)
+        #: Σ ‖output of the original layer‖² of the tokens of each micro-batch.
+        self.energies: list[torch.Tensor] = []
 
     def take(self) -> tuple[RoutedTokens, float]:
         """All tokens, and their energy."""
         none = torch.zeros(0, 1)
-        tokens = self._tokens or RoutedTokens(none, none.long(), none, none)
-        assert self._filled == self._size
-        return tokens, float(sum(self._energies))
-
-    def _allocate(self, like: RoutedTokens, home: torch.device) -> None:
-        self._tokens = RoutedTokens(
-            *(
-                torch.empty((self._size, each.shape[1]), dtype=each.dtype, device=home)
-                for each in (like.hidden, like.index, like.gates, like.error)
-            )
-        )
+        return RoutedTokens(*(self.tokens.take() or (none, none.long(), none, none))), float(sum(self.energies))
 
 
 class RefitStage(ForwardStage):
@@ -153,13 +127,16 @@ class RefitStage(ForwardStage):
         wanted, found = (states.reshape(-1, hidden).float() for states in (wanted, found))
         error = wanted - found if factor is None else (wanted - found) / factor
         routed = RoutedTokens(call.hidden, call.index.int(), call.gates.float(), error)
-        self._collected[self._use_of(batch)].make_room(routed, self._home)
+        self._collected[self._use_of(batch)].tokens.make_room(routed.values, self._home)
         self._last = routed, wanted.square().sum(dtype=torch.float64)
         return None
 
     def commit(self, batch: MicroBatch) -> None:
         assert self._last is not None
-        self._collected[self._use_of(batch)].add(*self._last)
+        routed, energy = self._last
+        collected = self._collected[self._use_of(batch)]
+        collected.tokens.add(routed.values)
+        collected.energies.append(energy)
         self._last = None
 
     def conclude(self, task: LayerTask, module: nn.Module, processes: Processes) -> None:
