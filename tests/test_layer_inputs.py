@@ -68,9 +68,9 @@ def test_the_size_of_micro_batches_changes_no_bit(sizes: list[int], block: Block
     for name, sums in collect(block, [3, 4]).sums(ALONE).items():
         same = collect(block, sizes).sums(ALONE)[name]
         assert sums.tokens == same.tokens
-        # (The module itself may round differently for other sizes, so only what enters the first is the same.)
-        compare: Any = torch.testing.assert_close if name == "out" else lambda a, b: torch.equal(a, b) or pytest.fail()
-        compare(same.products, sums.products)
+        # (The first modules round differently for other sizes, so only what enters them is the same.)
+        exact = 0.0 if name in ("query", "key") else 1e-6
+        torch.testing.assert_close(same.products, sums.products, rtol=exact, atol=exact)
 
 
 def test_a_micro_batch_that_is_repeated_in_parts_counts_once(block: Block) -> None:
@@ -100,7 +100,7 @@ def test_modules_that_share_their_input_only_sometimes_are_refused(block: Block)
     with torch.no_grad(), inputs.listening(block, 7):
         block(TEXT)
     inputs.commit(7)
-    with inputs.listening(block, 7), pytest.raises(UnsupportedModelError, match="key .*--rounding rtn"):
+    with inputs.listening(block, 7), pytest.raises(UnsupportedModelError, match=r"key .*--rounding rtn"):
         block.key(TEXT.clone())
 
 
