@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from streamprune.errors import SettingsError
+from streamprune.quantize.schemes import SCHEMES
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.settings import SelectionSettings
 
@@ -19,8 +21,13 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BY = ("experts", "channels", "both")
 STATES = ("auto", "device", "ram", "disk")
 RESUME = ("auto", "required", "never")
-#: How the output stores weights: as the source does, or plain, in bfloat16, where the source has them quantized.
-WEIGHTS = ("source", "bf16")
+#: How the output stores weights: as the source does; plain, in bfloat16, where the source has them quantized; or newly
+#: quantized by a scheme.
+WEIGHTS = ("source", "bf16", *SCHEMES)
+#: What a scheme quantizes: the routed experts, or every Linear module in the layers but for routers and the like.
+QUANTIZE = ("experts", "all-linear")
+#: How it rounds: each value to the nearest, or GPTQ, which needs text.
+ROUNDING = ("rtn", "gptq")
 #: The work folder is named like the output, with this suffix.
 WORK_SUFFIX = ".work"
 #: Most bytes in a file name, on every usual file system.
@@ -155,6 +162,11 @@ class PruningTarget(SelectionSettings):
         return SelectionSettings(**{each.name: getattr(self, each.name) for each in fields(SelectionSettings)})
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether an output with all experts would differ from the source."""
+        return False
+
+    @property
     def targets_given(self) -> int:
         """How many of the settings say how far to prune."""
         return sum(value is not None for value in (self.keep, self.ratio, self.budget_gib, self.gpu))
@@ -162,7 +174,7 @@ class PruningTarget(SelectionSettings):
     def check_one_target(self) -> None:
         """Raise SettingsError unless one setting says how far to prune; with a schedule file, only a budget may."""
         given = self.targets_given
-        if given == 0 and self.width is not None:
+        if given == 0 and (self.width is not None or self.changes_weights):
             return
         if self.has_schedule_file and (given > 1 or self.keep is not None or self.ratio is not None):
             raise SettingsError(
@@ -177,11 +189,38 @@ class PruningTarget(SelectionSettings):
             )
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How an output stores weights: `weights` is one of WEIGHTS; the rest is only for those that quantize.
+
+    `quantize` is one of QUANTIZE, `rounding` one of ROUNDING, and `tensor_parallel` the number of GPUs that an engine
+    will divide the matrices among.
+    """
+
+    weights: str = "source"
+    quantize: str = QUANTIZE[-1]
+    rounding: str = ROUNDING[0]
+    tensor_parallel: int = 1
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether weights are quantized anew."""
+        return self.weights in SCHEMES
+
+    def as_json(self) -> dict[str, Any]:
+        """What is recorded of it; nothing for the source's own way."""
+        if self.is_quantizing:
+            return asdict(self)
+        return {"weights": self.weights} if self.weights != "source" else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """What model, where the result goes, and where the work is done.
+    """What model, where the result goes, how it is stored, and where the work is done.
 
-    `weights`: as the source stores them, or one of WEIGHTS.
+    `weights` is one of WEIGHTS. Only for those that quantize: `quantize` (one of QUANTIZE; None: all-linear),
+    `rounding` (one of ROUNDING; None: see `rounds_by`), and `tensor_parallel`, the number of GPUs that an engine will
+    divide the matrices among (None: 1).
     """
 
     model: str
@@ -194,14 +233,52 @@ class OutputSettings:
     verify: bool = True
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     weights: str = "source"
+    quantize: str | None = None
+    rounding: str | None = None
+    tensor_parallel: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("--weights", self.weights, WEIGHTS)
+        self._check_quantizing()
         check_choice("--resume", self.resume, RESUME)
         check_least("--max-shard-size", self.max_shard_bytes, 1)
         for path in (self.output, self.work_dir or self.output):
             if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
                 raise SettingsError(f"{path} has a name longer than the {LONGEST_NAME} bytes that file systems take.")
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether the output is quantized anew."""
+        return self.weights in SCHEMES
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether an output with all experts would differ from the source."""
+        return self.weights != "source"
+
+    @property
+    def storage(self) -> Storage:
+        """How the output stores weights."""
+        return Storage(self.weights, self.quantize or QUANTIZE[-1], self.rounds_by, self.tensor_parallel or 1)
+
+    @property
+    def rounds_by(self) -> str:
+        """How weights are rounded: one of ROUNDING. By default 8 bits to the nearest, and 4 bits by GPTQ."""
+        return self.rounding or ("gptq" if self.weights == "w4a16" else "rtn")
+
+    def _check_quantizing(self) -> None:
+        options = (("--quantize", self.quantize, QUANTIZE), ("--rounding", self.rounding, ROUNDING))
+        for name, value, choices in options:
+            if value is not None:
+                check_choice(name, value, choices)
+        check_least("--tensor-parallel", self.tensor_parallel, 1)
+        given = [*options, ("--tensor-parallel", self.tensor_parallel, ())]
+        unused = next((name for name, value, _ in given if value is not None), None)
+        if unused is not None and not self.is_quantizing:
+            raise SettingsError(
+                f"{unused} is for weights that are quantized anew: --weights {', '.join(SCHEMES)}. With --weights "
+                f"{self.weights} leave it out."
+            )
 
     @property
     def work_folder(self) -> Path:
@@ -309,11 +386,19 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
                 f"--stop-if-kl {self.stop_if_kl:g} is not a KL divergence. Give nats per token above 0."
             )
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether weights are rounded by what flows through them."""
+        return self.is_quantizing and self.rounds_by == "gptq"
+
     def _check_refit(self) -> None:
         if self.anchor is not None and not self.refit:
             raise SettingsError(f"--anchor {self.anchor} is the text that --refit also fits to, which is not given.")
-        if self.scores is not None and not self.refit:
-            raise SettingsError("--scores is for --refit. Without it use `streamprune prune`, which needs no text.")
+        if self.scores is not None and not (self.refit or self.needs_text):
+            raise SettingsError(
+                "--scores is for --refit and --rounding gptq. Without them use `streamprune prune`, which needs no "
+                "text."
+            )
         if not self.refit:
             return
         if self.only_score:
@@ -334,7 +419,7 @@ class PruneSettings(OutputSettings, PruningTarget):
     verify: bool = False
 
     def __post_init__(self) -> None:
-        if self.scores is None and self.keep_file is None:
+        if self.scores is None and self.keep_file is None and (self.targets_given or not self.changes_weights):
             raise SettingsError(
                 "Say which experts stay: --scores FILE (from `streamprune score` or an earlier run) with --keep, "
                 "--ratio or --budget-gib, or --keep-file FILE."
@@ -343,6 +428,12 @@ class PruneSettings(OutputSettings, PruningTarget):
             self.check_one_target()
         elif self.targets_given:
             raise SettingsError("--keep-file says itself how many experts stay. Omit --keep, --ratio and the budget.")
+        if self.is_quantizing and self.rounds_by != "rtn":
+            raise SettingsError(
+                f"--weights {self.weights} rounds by {self.rounds_by}, which needs text: use `streamprune run --scores "
+                f"FILE --weights {self.weights}`, or round each weight to the nearest with --rounding rtn, which loses "
+                "about twice as much."
+            )
         if self.keep_file is not None and (self.width is not None or self.by != "experts"):
             raise SettingsError("--keep-file lists complete experts. Omit --width and --by, or use --scores.")
         PruningTarget.__post_init__(self)

@@ -20,7 +20,7 @@ from streamprune.formats.base import Format, KeptExperts, decode_tensors
 from streamprune.formats.quantization import Module, Quantization, Recognized
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.output.plan import OutputSource, PrunePlan, make_plan
 from streamprune.output.tensors import StageTensor, output_tensors
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
@@ -82,7 +82,7 @@ def planned(model: Path, kept: int = 5) -> tuple[PrunePlan, Any]:
     opened = open_moe(checkpoint)
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
     counts = dict.fromkeys(opened.layout.expert_layers, kept)
-    return make_plan(opened.layout, loading, checkpoint, counts, 10**9), opened
+    return make_plan(OutputSource(checkpoint, opened.layout, loading), counts, 10**9), opened
 
 
 def test_a_module_s_companions_are_one_parameter(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

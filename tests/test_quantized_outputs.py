@@ -22,7 +22,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.formats.fp8 import Fp8
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
-from streamprune.output.plan import PrunePlan, make_plan
+from streamprune.output.plan import OutputSource, PrunePlan, make_plan
 from streamprune.output.verify import check_formats, verify
 from streamprune.pipeline import prune as pruning
 from streamprune.planning.prepare import plan_pruning
@@ -168,7 +168,7 @@ def planned(source: Path, kept: int) -> tuple[PrunePlan, dict[int, KeptExperts]]
     opened = open_moe(checkpoint)
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
     counts = dict.fromkeys(opened.layout.expert_layers, kept)
-    plan = make_plan(opened.layout, loading, checkpoint, counts, 10**9)
+    plan = make_plan(OutputSource(checkpoint, opened.layout, loading), counts, 10**9)
     return plan, {layer: KeptExperts(tuple(range(kept))) for layer in counts}
 
 

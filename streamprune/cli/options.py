@@ -14,7 +14,18 @@ from typing import Any
 
 import click
 
-from streamprune.config import BY, DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, WEIGHTS
+from streamprune.config import (
+    BY,
+    DEFAULT_CONTEXT,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    DTYPES,
+    QUANTIZE,
+    RESUME,
+    ROUNDING,
+    STATES,
+    WEIGHTS,
+)
 from streamprune.distributed.processes import is_first
 from streamprune.errors import (
     OtherProcessError,
@@ -52,9 +63,27 @@ KEEP_FILE = click.option(
 DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
-WRITTEN_AS = click.option(
-    "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
-    help="How quantized weights are written: as the source stores them, or decoded.",
+#: How the output stores its weights.
+WRITTEN_AS = together(
+    click.option(
+        "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
+        help="How weights are written: as the source stores them; bf16: decoded, where it has them quantized; or "
+        "quantized to 8 bits (fp8: blocks as DeepSeek's; fp8-dynamic and w8a16: compressed-tensors) or 4 (w4a16).",
+    ),
+    click.option(
+        "--quantize", type=click.Choice(QUANTIZE),
+        help="What is quantized: only the routed experts, or every linear layer but routers and the like.  "
+        f"[default: {QUANTIZE[-1]}]",
+    ),
+    click.option(
+        "--rounding", type=click.Choice(ROUNDING),
+        help="How weights are rounded: each to the nearest value (rtn), or so that outputs on the calibration change "
+        "least (gptq).  [default: gptq for w4a16, else rtn]",
+    ),
+    click.option(
+        "--tensor-parallel", type=int, metavar="N",
+        help="GPUs among which an engine will divide each weight: w4a16's groups must fit.  [default: 1]",
+    ),
 )  # fmt: skip
 SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")
 STOP_IF_KL = click.option(

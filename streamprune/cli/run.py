@@ -69,7 +69,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @click.option(
     "--scores",
     type=opt.PATH,
-    help="With --refit: select by these scores (of `score`, or an earlier output) instead of scoring anew.",
+    help="With --refit or --rounding gptq: select by these scores (of `score`, or an earlier output), not by new ones.",
 )
 @click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
 @opt.STOP_IF_KL

@@ -158,7 +158,7 @@ def _selected(scores: Scores, settings: SelectionSettings, targets: Targets, cou
     total = targets.total
     per_layer = targets.keep is not None or targets.ratio is not None
     if per_layer and (counts is None or settings.has_schedule_file):
-        keep = resolve_keep(scores.spec, targets.keep, targets.ratio, narrower=counts is not None)
+        keep = resolve_keep(scores.spec, targets.keep, targets.ratio, all_may_stay=counts is not None)
         total = keep * len(scores.layers)
     elif counts is not None and total is None:
         total = counts.total

@@ -41,7 +41,7 @@ class _Published:
     """A tensor of the checkpoint as it would be without quantization, and what it feeds.
 
     `experts` is None outside the experts modules. Inside, the tensor holds that many experts along its first axis, or,
-    with `single`, only the first one of them; it then stands for the tensors of the others too. `has_channels`: its
+    with `single`, only the first one of them; it then stands for the tensors of the others too. `channel_axis`: its
     size is proportional to the experts' width.
     """
 
@@ -49,7 +49,7 @@ class _Published:
     dtype: str
     shape: tuple[int, ...]
     target: Target
-    has_channels: bool = False
+    channel_axis: int | None = None
     experts: int | None = None
     single: bool = False
 
@@ -67,7 +67,7 @@ class _Published:
         category = category_of(self.target.name or self.name, rows is not None, self.target.layer)
         name = f"{self.name}_{part}" if part else self.name
         return WeightFact(
-            name, dtype, shape, nbytes, category, self.target.layer, rows=rows, has_channels=self.has_channels, **stored
+            name, dtype, shape, nbytes, category, self.target.layer, rows=rows, channel_axis=self.channel_axis, **stored
         )
 
 
@@ -93,7 +93,7 @@ def published_facts(
             facts += [one.fact(one.dtype, one.shape)] if storage is None else _parts(one, storage)
     if any(fact.format and fact.of_experts for fact in facts):
         # Several channels share a scale or a byte of a quantized expert, so that none can be removed.
-        facts = [replace(fact, has_channels=False) for fact in facts]
+        facts = [replace(fact, channel_axis=None) for fact in facts]
     return facts
 
 
@@ -119,8 +119,8 @@ def _published(
     for name, target in map_checkpoint(skeleton or Decoder(model, "", {}), entries, {}).items():
         entry, shape = entries[name], entries[name].shape
         kept = tensors[name].is_floating_point() and in_float32.search(target.name or name)
-        has_channels = skeleton is not None and target.name in skeleton.channels
-        result = _Published(name, "F32" if kept else entry.dtype, shape, target, has_channels)
+        channels = target.channels if skeleton is not None and target.name in skeleton.channels else None
+        result = _Published(name, "F32" if kept else entry.dtype, shape, target, channels.axis if channels else None)
         if target.name in inside and target.layer is not None:
             single = len(shape) < state[target.name].dim()
             experts = counts[target.layer]

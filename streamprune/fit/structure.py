@@ -219,7 +219,7 @@ def footprint_of_skeleton(
     else:
         cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
     footprint = _footprint(model, skeleton.model.config, raw, weights, skeleton.spec, cache)
-    known = skeleton.width is not None and any(fact.has_channels for fact in weights.facts)
+    known = skeleton.width is not None and any(fact.channel_axis is not None for fact in weights.facts)
     return replace(footprint, width=skeleton.width.width if known and skeleton.width is not None else None)
 
 

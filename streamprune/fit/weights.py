@@ -46,8 +46,8 @@ class WeightFact:
     """One tensor: its bytes as stored, and how they depend on the number of experts.
 
     `expert` is the number of the one expert that it belongs to; `rows` says where in it all experts are; both are None
-    for a tensor that pruning does not change. `layer` is None outside the decoder's layers. `has_channels`: its size is
-    proportional to the experts' width.
+    for a tensor that pruning does not change. `layer` is None outside the decoder's layers. `channel_axis` is the axis
+    of one expert's tensor along which its channels lie, to whose number its size is proportional; None if it has none.
 
     `format` names the format in which a quantized parameter is stored; it is empty for a plain one. Of the tensors that
     make up a quantized parameter, the largest has the shape of the plain parameter as `decoded_shape`, the others None.
@@ -61,7 +61,7 @@ class WeightFact:
     layer: int | None = None
     expert: int | None = None
     rows: ExpertRows | None = None
-    has_channels: bool = False
+    channel_axis: int | None = None
     format: str = ""
     decoded_shape: tuple[int, ...] | None = None
 
@@ -184,11 +184,11 @@ class Weights:
                 # All experts of a layer have one size, so each tensor is its share of all of them.
                 share = size / self.count
                 per_expert[fact.category] += share
-                of_channels[fact.category] += share if fact.has_channels else 0.0
+                of_channels[fact.category] += share if fact.channel_axis is not None else 0.0
             elif fact.rows is not None:
                 share = size * fact.rows.stride / fact.shape[fact.rows.axis]
                 per_expert[fact.category] += share
-                of_channels[fact.category] += share if fact.has_channels else 0.0
+                of_channels[fact.category] += share if fact.channel_axis is not None else 0.0
                 fixed[fact.category] += size - share * self.count
             else:
                 fixed[fact.category] += size
@@ -361,7 +361,7 @@ def weights_by_layout(
         storage, decoded = quantized.get(name, ("", None))
         fact = WeightFact(
             name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows,
-            has_channels=cut.channels is not None, format=storage, decoded_shape=decoded,
+            channel_axis=cut.channels.axis if cut.channels is not None else None, format=storage, decoded_shape=decoded,
         )  # fmt: skip
         facts.append(fact)
     return weights_with(facts, counts)

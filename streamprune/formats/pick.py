@@ -133,11 +133,16 @@ def format_names(tensors: Mapping[str, TensorEntry], stored: Mapping[str, Stored
     return tuple(sorted(sizes, key=lambda name: (-sizes[name], name)))
 
 
-def storage_text(formats: Sequence[str], decoded: bool) -> str:
-    """How an output stores what its source has in these formats, for people; empty for a plain source."""
+def storage_text(formats: Sequence[str], decoded: bool, new: str = "") -> str:
+    """How an output stores what its source has in these formats, for people; empty if both are plain.
+
+    `new` is the format that the output is quantized to, if it is.
+    """
+    text = " and ".join(formats)
+    if new:
+        return f"quantized to {new}{f' from {text}' if text else ''}"
     if not formats:
         return ""
-    text = " and ".join(formats)
     return f"bfloat16, decoded from {text}" if decoded else f"{text}, as in the source"
 
 

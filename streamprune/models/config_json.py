@@ -319,10 +319,10 @@ def drop_missing_code(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key != "auto_map"}
 
 
-def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None, narrower: bool = False) -> int:
+def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None, all_may_stay: bool = False) -> int:
     """How many experts stay per layer. Raises SettingsError when the router could not work with so few.
 
-    All may stay if they become `narrower`. With a ratio, floor(ratio × count) are removed, or as many fewer as the
+    `all_may_stay` if something else changes. With a ratio, floor(ratio × count) are removed, or as many fewer as the
     router's equal groups require.
     """
     least = minimum_keep(spec)
@@ -339,7 +339,7 @@ def resolve_keep(spec: ExpertSpec, keep: int | None, ratio: float | None, narrow
             f"{asked}, but the router picks {spec.top_k} experts per token. Keep at least {least} of {spec.count} "
             f"(--keep {least})."
         )
-    if keep > spec.count or (keep == spec.count and not narrower):
+    if keep > spec.count or (keep == spec.count and not all_may_stay):
         raise SettingsError(
             f"{asked}: the model has {spec.count} experts per layer, so nothing would be removed. "
             f"Keep between {least} and {spec.count - spec.groups}."

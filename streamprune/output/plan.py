@@ -13,6 +13,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.pick import storage_text
+from streamprune.formats.quantization import SECTIONS
 from streamprune.formats.renumber import BESIDE
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
@@ -22,11 +23,27 @@ from streamprune.models.per_layer_experts import (
     has_per_layer_experts,
     modeling_source,
 )
+from streamprune.output.encoded import Encoding, encode_tensors
 from streamprune.output.quantized import QuantizedSource
 from streamprune.output.tensors import OutputTensor, output_tensors
+from streamprune.quantize.schemes import Scheme
 
 #: The file in the output that records how it was made.
 REPORT_NAME = "streamprune.json"
+
+
+@dataclass(frozen=True)
+class OutputSource:
+    """What an output is cut from: a checkpoint with its layout, and how a pruned model is loaded.
+
+    `checkpoint` is the source's own, or one that its bytes decode to (`output/dequantized.py`). `encoding` says what of
+    it is quantized on the way; None if nothing is.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout = field(repr=False)
+    loading: LoadingFacts = field(repr=False)
+    encoding: Encoding | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -47,8 +64,8 @@ class PrunePlan:
     """The decided output: how many experts stay (`counts`, by layer that has some), its files and its config.
 
     `files` are small files that are made for the output, by name; `copied` are those of the source that it gets.
-    `width` is the number of channels that each expert keeps; None if they keep all. `quantized`
-    is None if the source's weights are plain, or written decoded.
+    `width` is the number of channels that each expert keeps; None if they keep all. `quantized` is None if the source's
+    weights are plain, or written decoded. `scheme` is that of `encoding`, which says what is quantized on the way.
     """
 
     layout: Layout
@@ -59,6 +76,8 @@ class PrunePlan:
     shards: tuple[ShardPlan, ...] = field(repr=False)
     copied: tuple[Path, ...] = field(repr=False)
     quantized: QuantizedSource | None = None
+    encoding: Encoding | None = field(default=None, repr=False)
+    scheme: Scheme | None = None
 
     @property
     def tensors(self) -> list[OutputTensor]:
@@ -77,8 +96,9 @@ class PrunePlan:
 
     @property
     def storage(self) -> str:
-        """How the output stores what the source has quantized, for people; empty if nothing is."""
-        return storage_text(self.formats, decoded=self.quantized is None)
+        """How the output stores what it or the source has quantized, for people; empty if nothing is."""
+        new = self.scheme.format.name if self.scheme is not None else ""
+        return storage_text(self.formats, decoded=self.quantized is None, new=new)
 
     @property
     def output_bytes(self) -> int:
@@ -99,42 +119,45 @@ class PrunePlan:
 
 
 def make_plan(
-    layout: Layout,
-    loading: LoadingFacts,
-    checkpoint: Checkpoint,
-    counts: Mapping[int, int],
-    max_shard_bytes: int,
-    width: int | None = None,
+    source: OutputSource, counts: Mapping[int, int], max_shard_bytes: int, width: int | None = None
 ) -> PrunePlan:
     """Plan the output for the experts that stay in every layer, and the channels that each of them keeps (None: all).
 
     Raises UnsupportedModelError if layers with different numbers could not be loaded, or JSON of a quantized source
     names experts in a way that cannot be renumbered; CheckpointError for a config that does not state the number of
-    experts, or their width.
+    experts, or their width; SettingsError if experts cannot be quantized so.
     """
+    layout, loading, checkpoint = source.layout, source.loading, source.checkpoint
+    rewritten = _rewritten_config(layout, checkpoint, max(counts.values()), width)
+    config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
+    files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
+    tensors, scheme = output_tensors(layout, checkpoint.tensors, counts, width), None
+    is_decoded = any(tensor.is_decoded for tensor in tensors)
+    if source.encoding is not None:
+        tensors, scheme = encode_tensors(tensors, source.encoding)
+        config = {**config, SECTIONS[0]: source.encoding.config_section(tensors, scheme)}
+    shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
+    quantized = QuantizedSource.of(checkpoint, layout)
+    copied = tuple(path for path in checkpoint.small_files() if not (is_decoded and path.name in BESIDE))
+    return PrunePlan(layout, dict(counts), width, config, files, shards, copied, quantized, source.encoding, scheme)
+
+
+def _rewritten_config(layout: Layout, checkpoint: Checkpoint, most: int, width: int | None) -> Mapping[str, Any]:
+    """The source's config.json with `most` experts per layer, of `width` channels each (None: as many as before)."""
     if width is not None and layout.width is None:
         raise UnsupportedModelError(f"The experts of this model cannot be made narrower: {layout.fixed_width}.")
-    narrower = (layout.width, width) if width is not None and layout.width is not None else None
-    most = max(counts.values())
     rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most)
     if rewritten == checkpoint.config and most < layout.spec.count:
         raise CheckpointError(f"{checkpoint.folder} has a config.json that does not state {layout.spec.count} experts.")
-    if narrower is not None:
-        unstated = unstated_width(checkpoint.config, narrower[0])
-        if unstated is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} has a config.json that leaves {unstated} to the model's defaults, and it has to "
-                "change with the experts' width. Add it there."
-            )
-        rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, narrower)
-    config = config_of_per_layer_experts(drop_missing_code(rewritten, checkpoint.folder), loading, counts)
-    files = {loading.file_name: modeling_source(loading).encode()} if has_per_layer_experts(counts) else {}
-    tensors = output_tensors(layout, checkpoint.tensors, counts, width)
-    shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
-    quantized = QuantizedSource.of(checkpoint, layout)
-    is_decoded = any(tensor.is_decoded for tensor in tensors)
-    copied = tuple(path for path in checkpoint.small_files() if not (is_decoded and path.name in BESIDE))
-    return PrunePlan(layout, dict(counts), width, config, files, shards, copied, quantized)
+    if width is None or layout.width is None:
+        return rewritten
+    unstated = unstated_width(checkpoint.config, layout.width)
+    if unstated is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has a config.json that leaves {unstated} to the model's defaults, and it has to "
+            "change with the experts' width. Add it there."
+        )
+    return rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, (layout.width, width))
 
 
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:

@@ -1,4 +1,4 @@
-"""The bytes of the source that make up a tensor of the output: copied, or decoded from quantized ones."""
+"""The bytes of a tensor of the output, from the source: copied, decoded from quantized ones, or quantized."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from streamprune.files.durable import reading
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import read_decoded
 from streamprune.formats.slicing import Bytes
-from streamprune.output.tensors import OutputTensor
+from streamprune.output.encoded import SHAPE, encoded_bytes
+from streamprune.output.tensors import EncodedPart, OutputTensor
 
 
 def source_bytes(tensor: OutputTensor, kept: KeptExperts, folder: Path) -> Iterator[memoryview]:
     """Yield the bytes of a tensor when `kept` stays of the experts of its layer, from the shards in `folder`.
 
-    A few MiB at a time, or one decoded expert. Raises CheckpointError for shards that cannot be read.
+    A few MiB at a time; one expert where it is decoded, one matrix where it is quantized. Raises CheckpointError for
+    shards that cannot be read, NonFiniteError for weights that cannot be quantized.
     """
+    if tensor.encoded is not None:
+        yield encoded_bytes(tensor.encoded, bytearray().join(_plain_bytes(tensor.encoded, kept, folder)))
+        return
     if tensor.is_decoded:
         for entry in tensor.decoded_from(kept):
             yield read_decoded(entry, folder)
@@ -31,8 +36,16 @@ def source_bytes(tensor: OutputTensor, kept: KeptExperts, folder: Path) -> Itera
         yield from read_parts(stream, origin.parts)
 
 
+def _plain_bytes(encoded: EncodedPart, kept: KeptExperts, folder: Path) -> Iterator[memoryview]:
+    # Every matrix has its shape as a part, for which nothing need be read.
+    return source_bytes(encoded.plain, kept, folder) if encoded.part != SHAPE else iter(())
+
+
 def stretches(tensor: OutputTensor, kept: KeptExperts) -> Iterator[tuple[str, int, int]]:
     """The file, first and last (exclusive) byte of everything that `source_bytes` reads."""
+    if tensor.encoded is not None:
+        yield from stretches(tensor.encoded.plain, kept)
+        return
     for entry in tensor.decoded_from(kept):
         for part in entry.parts.values():
             yield part.file, part.begin, part.end

@@ -18,6 +18,7 @@ from streamprune.formats.base import ChannelMask, ChannelRows, ExpertRows, KeptE
 from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.expert_layout import Layout
+from streamprune.quantize.schemes import Scheme
 from streamprune.work.records import Computed
 
 
@@ -46,12 +47,22 @@ class StageTensor:
 
 
 @dataclass(frozen=True)
+class EncodedPart:
+    """A part of the matrix `plain` of the output, which is quantized on the way to it by `scheme`."""
+
+    plain: OutputTensor
+    part: str
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
 class OutputTensor:
     """One tensor of the output. `layer` is None for what lies outside the decoder's layers.
 
     Exactly one of these describes it: `rows` (slice `sources[0]`), several `sources` (one per source expert; this
     output tensor is that of the `slot`-th kept expert), or neither (copy `sources[0]`). With `channels` only those
-    that stay are taken of each expert. A stage of the run may compute other bytes for a tensor of experts.
+    that stay are taken of each expert. `encoded` says which part of a quantized matrix the tensor is; the others
+    describe the plain matrix then, and `dtype` and `shape` the part. A stage of the run may compute other bytes.
     """
 
     name: str
@@ -62,6 +73,7 @@ class OutputTensor:
     slot: int | None = None
     rows: ExpertRows | None = None
     channels: ChannelRows | None = None
+    encoded: EncodedPart | None = field(default=None, repr=False)
 
     @property
     def is_of_experts(self) -> bool:

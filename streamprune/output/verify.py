@@ -12,21 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
-from streamprune.config import DEFAULT_SHARD_BYTES
+from streamprune.config import DEFAULT_SHARD_BYTES, QUANTIZE, ROUNDING, WEIGHTS, Storage
 from streamprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show
-from streamprune.formats.base import ChannelMask, KeptExperts
+from streamprune.formats.base import ChannelMask, KeptExperts, StoredTensor
 from streamprune.formats.pick import pick_formats
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
-from streamprune.output.dequantized import dequantized, dequantized_layout
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
@@ -37,13 +36,15 @@ from streamprune.work.records import Computed
 class Proof:
     """What was verified: the number of tensors and of bytes.
 
-    `computed` of these tensors only by their hash; `decoded` of them against the quantized source, decoded again.
+    `computed` of these tensors only by their hash; `decoded` of them against the quantized source, decoded again;
+    `encoded` of them against the source, quantized again.
     """
 
     tensors: int
     nbytes: int
     computed: int = 0
     decoded: int = 0
+    encoded: int = 0
 
     @property
     def text(self) -> str:
@@ -56,6 +57,8 @@ class Proof:
         rest = []
         if self.decoded:
             rest.append(f"{_counted(self.decoded, 'decoded')}, identical to the source decoded again")
+        if self.encoded:
+            rest.append(f"{_counted(self.encoded, 'quantized')}, identical to the source rounded again")
         if self.computed:
             rest.append(f"{_counted(self.computed, 'computed')}, verified by their hash")
         return f" except {' and '.join(rest)}" if rest else ""
@@ -78,6 +81,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     # Imported only here: verifying the files of a run needs neither torch nor transformers.
     from streamprune.models.open import open_moe
     from streamprune.models.per_layer_loading import find_loading_facts
+    from streamprune.output.source import output_source
 
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_extra_weights(output, pruned)
@@ -93,11 +97,8 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
     counts = {layer: len(each.experts) for layer, each in kept.items()}
-    layout, stored = opened.layout, origin
-    if record.settings.weights == "bf16":
-        stored = dequantized(origin)
-        layout = dequantized_layout(layout, stored)
-    plan = make_plan(layout, loading, stored, counts, DEFAULT_SHARD_BYTES, record.settings.width)
+    written = output_source(opened, loading, record.settings.storage)
+    plan = make_plan(written, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
     proof = prove_tensors(plan.tensors, kept, record.computed, source, output, pruned.tensors)
@@ -159,21 +160,23 @@ def prove_tensors(
                 f"{tensor.dtype} {list(tensor.shape)}."
             )
         hashed = computed.get(tensor.name)
-        if hashed is not None and not tensor.is_of_experts:
+        if hashed is not None and not tensor.is_of_experts and tensor.encoded is None:
             raise VerifyError(
                 f"{folder}: {tensor.name} is on record as computed by {hashed.stage}, which only tensors of experts "
-                "can be. Was the record changed?"
+                "and quantized ones can be. Was the record changed?"
             )
         if hashed is not None:
             _check_hash(folder / entry.file, entry, hashed)
         else:
             stays = (kept.get(tensor.layer) if tensor.layer is not None else None) or KeptExperts()
-            if tensor.is_decoded:
-                _compare_decoded(folder / entry.file, entry, tensor, stays, source)
+            if tensor.is_decoded or tensor.encoded is not None:
+                _compare_made(folder / entry.file, entry, tensor, stays, source)
             else:
                 origin = tensor.slice_of(stays)
                 _compare_bytes(folder / entry.file, entry, source / origin.file, origin)
-        proof += Proof(1, entry.nbytes, hashed is not None, hashed is None and tensor.is_decoded)
+        made = hashed is None
+        is_encoded = made and tensor.encoded is not None
+        proof += Proof(1, entry.nbytes, not made, made and tensor.is_decoded and not is_encoded, is_encoded)
     return proof
 
 
@@ -184,24 +187,23 @@ def check_formats(
     entries: Mapping[str, TensorEntry],
     config: Mapping[str, Any],
 ) -> None:
-    """Raise VerifyError unless the tensors in `folder` decode to the source's weights, if these are quantized.
+    """Raise VerifyError unless quantized tensors in `folder` decode to the weights that they were made of.
 
     A parameter is decoded from the bytes of its parts by its format, which holds what config.json says. So besides
     equal bytes (`prove_tensors`) it takes the same parts, and an equal format by the output's own config.json.
     """
-    if plan.quantized is None:
+    if plan.quantized is None and plan.encoding is None:
         return
-    source = plan.quantized.stored
     try:
         found = pick_formats(entries, config)
     except UnsupportedModelError as error:
         raise VerifyError(f"{folder}: the {CONFIG_NAME} does not fit the tensors. {error}") from None
+    planned = _planned_storage(plan, kept)
     # Each parameter is one of the source's, and each of those is a single one here.
     origins: dict[str, str] = {}
     copies: dict[str, str] = {}
     for tensor in plan.tensors:
-        number = kept[tensor.layer].experts[tensor.slot] if tensor.slot is not None and tensor.layer is not None else 0
-        here, there = found[tensor.name], source[tensor.sources[number].name]
+        here, there = found[tensor.name], planned[tensor.name]
         same = origins.setdefault(here.parameter, there.parameter) == there.parameter
         same &= copies.setdefault(there.parameter, here.parameter) == here.parameter
         if (here.part, here.format) != (there.part, there.format) or not same:
@@ -209,6 +211,18 @@ def check_formats(
                 f"{folder}: by its {CONFIG_NAME}, {tensor.name} is stored as {here.format.name}, but in the source as "
                 f"{there.format.name}, or with other settings or companions. Was it changed? Prune again."
             )
+
+
+def _planned_storage(plan: PrunePlan, kept: Mapping[int, KeptExperts]) -> Mapping[str, StoredTensor]:
+    """How every tensor of the output has to be stored, under the parameters' names in what it was made of."""
+    if plan.quantized is None:
+        entries = (TensorEntry(each.name, "", each.dtype, each.shape, 0, each.nbytes) for each in plan.tensors)
+        return pick_formats({each.name: each for each in entries}, plan.config)
+    source, found = plan.quantized.stored, {}
+    for tensor in plan.tensors:
+        number = kept[tensor.layer].experts[tensor.slot] if tensor.slot is not None and tensor.layer is not None else 0
+        found[tensor.name] = source[tensor.sources[number].name]
+    return found
 
 
 def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: SourceSlice) -> None:
@@ -236,8 +250,8 @@ def _compare_bytes(path: Path, entry: TensorEntry, original: Path, origin: Sourc
         raise VerifyError(f"{path}: {entry.name} is {entry.end - position:,} bytes longer than its source.")
 
 
-def _compare_decoded(path: Path, entry: TensorEntry, tensor: OutputTensor, kept: KeptExperts, source: Path) -> None:
-    """Raise VerifyError unless `entry` in `path` has the values that the quantized tensors in `source` decode to."""
+def _compare_made(path: Path, entry: TensorEntry, tensor: OutputTensor, kept: KeptExperts, source: Path) -> None:
+    """Raise VerifyError unless `entry` in `path` has what tensors in `source` decode to, or are rounded to."""
     position = entry.begin
     with _reading_back(path):
         written = path.open("rb")
@@ -246,9 +260,10 @@ def _compare_decoded(path: Path, entry: TensorEntry, tensor: OutputTensor, kept:
             with _reading_back(path):
                 found = _read(output, position, len(wanted))
             if found != wanted:
+                how = "decodes to" if tensor.encoded is None else f"is rounded to as {tensor.encoded.scheme.name}"
                 raise VerifyError(
-                    f"{path}: {entry.name} differs from what {source} decodes to. If the output was made from that "
-                    "model, prune again; if this happens again, check the disk."
+                    f"{path}: {entry.name} differs from what {source} {how}. If the output was made from that model, "
+                    "prune again; if this happens again, check the disk."
                 )
             position += len(wanted)
 
@@ -294,7 +309,19 @@ class _KeptLayer(msgspec.Struct):
 
 class _RecordedSettings(msgspec.Struct):
     width: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    weights: Literal["source", "bf16"] = "source"
+    weights: str = "source"
+    quantize: str = QUANTIZE[-1]
+    rounding: str = ROUNDING[0]
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        for value, choices in ((self.weights, WEIGHTS), (self.quantize, QUANTIZE), (self.rounding, ROUNDING)):
+            if value not in choices:
+                raise ValueError(f"{value} is none of {', '.join(choices)}")
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.weights, self.quantize, self.rounding, self.tensor_parallel)
 
 
 class _RefittedLayer(msgspec.Struct):

@@ -64,7 +64,7 @@ def print_prepared(
 ) -> None:
     """Print the size of the weights before and after pruning, and the calibration."""
     if prepared.plan.counts is not None:
-        storage = storage_text(prepared.formats, prepared.output_checkpoint is not prepared.checkpoint)
+        storage = storage_text(prepared.formats, settings.weights == "bf16", prepared.new_format)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
         print_dropped(progress, prepared.layout.dropped)
     elif prepared.formats:

@@ -21,14 +21,20 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
-from streamprune.output.dequantized import dequantized, refuse_plain
-from streamprune.output.plan import make_plan
+from streamprune.output.dequantized import dequantized, dequantized_layout, refuse_plain
+from streamprune.output.plan import OutputSource, make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
-from streamprune.planning.facts import ModelFacts, check_scores_match, facts_from_json, prunable_from_scores, weights_of
+from streamprune.planning.facts import (
+    ModelFacts,
+    check_scores_match,
+    facts_from_json,
+    prunable_from_scores,
+    written_weights,
+)
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -119,25 +125,30 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     if settings.weights == "bf16":
         refuse_plain(raw, config_folder)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    facts, written = _facts(settings, checkpoint, scores), checkpoint
-    if settings.weights == "bf16":
-        written = dequantized(checkpoint)
-        facts = facts.dequantized(written)
+    facts = _facts(settings, checkpoint, scores)
+    written = _written(settings, checkpoint, facts)
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
     )
 
     def footprint() -> Footprint:
-        if facts.footprint is not None:
-            return facts.footprint
-        found = read_footprint(settings.model, settings.revision, settings.trust_remote_code)
-        return found if written is checkpoint else replace(found, weights=weights_of(facts.layout, written.tensors))
+        found = facts.footprint
+        if found is None:
+            found = read_footprint(settings.model, settings.revision, settings.trust_remote_code)
+        if written.checkpoint is checkpoint and written.encoding is None:
+            return found
+        tensors, encoding = written.checkpoint.tensors, written.encoding
+        return replace(
+            found,
+            weights=written_weights(written.layout, tensors, encoding),
+            quantization=encoding.scheme(tensors.values()).method if encoding is not None else "",
+        )
 
     layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
     prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize)
     counts, selection = _select(settings, scores, prunable, footprint)
     most = settings.max_shard_bytes
-    plan = make_plan(facts.layout, facts.loading, written, selection.counts_by_layer, most, counts.width)
+    plan = make_plan(written, selection.counts_by_layer, most, counts.width)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
@@ -177,7 +188,11 @@ def _select(
             read_keep_file(settings.keep_file, model.spec, model.layers), scores, settings.selection
         )
         return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
-    assert scores is not None  # PruneSettings requires scores or a keep file
+    if scores is None:
+        # Only the way in which weights are stored changes (PruneSettings).
+        every = tuple(range(model.spec.count))
+        selection = listed_selection(dict.fromkeys(model.layers, every), None, settings.selection)
+        return ExpertCounts(sum(selection.counts), len(selection.counts), True, selection.counts_by_layer), selection
     counts = plan_counts(settings, model, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
     selector = Selector(by, model.spec, sources, tokens, counts.total, counts.per_layer, counts.width)
@@ -221,6 +236,20 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
     return facts
 
 
+def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts) -> OutputSource:
+    """What the output is cut from."""
+    if settings.is_quantizing:
+        # Imported only here, as in `_facts`: what is quantized follows from the model's modules.
+        from streamprune.models.open import open_moe
+        from streamprune.output.source import output_source
+
+        return output_source(open_moe(checkpoint, settings.trust_remote_code), facts.loading, settings.storage)
+    if settings.weights == "source":
+        return OutputSource(checkpoint, facts.layout, facts.loading)
+    plain = dequantized(checkpoint)
+    return OutputSource(plain, dequantized_layout(facts.layout, plain), facts.loading)
+
+
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:
     """Keep the finished work of an earlier call if its selection was the same; otherwise start over."""
     folder, anew = work.folder, settings.resume == "never"
@@ -243,7 +272,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
             if layer.channels is not None
         },
         "max_shard_bytes": settings.max_shard_bytes,
-        **({} if settings.weights == "source" else {"weights": settings.weights}),
+        **settings.storage.as_json(),
     }
     recorded = records.read_pruning(folder) if not anew else None
     if recorded is None or recorded.decided != now:

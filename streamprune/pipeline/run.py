@@ -306,7 +306,7 @@ class _Run:
         scored = scores.provenance["calibration"]
         refit = recorded_refit(self.settings, self.calibration, scored) if self.settings.refit else None
         self.decided = SelectionResult(
-            self.settings, self.prepared.checkpoint, self.prepared.written[0], counts, selection, self.writer.plan,
+            self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
             scores.provenance, scores, refit,
         )  # fmt: skip
         self.decided.print_retention(self.progress)
@@ -364,11 +364,10 @@ class _Run:
         return summary
 
     def _new_writer(self, counts: Mapping[int, int]) -> OutputWriter:
-        facts, checkpoint = self.prepared.written
         planned, most = self.prepared.plan.counts, self.settings.max_shard_bytes
         width = planned.width if planned is not None else None
-        plan = make_plan(facts.layout, facts.loading, checkpoint, counts, most, width)
-        return OutputWriter(plan, checkpoint, self.settings, self.work)
+        plan = make_plan(self.prepared.written, counts, most, width)
+        return OutputWriter(plan, self.prepared.checkpoint, self.settings, self.work)
 
     def _remove_work(self, settings: RunSettings) -> None:
         """Remove the work folder: the output is complete, so nothing is left to stop or resume."""

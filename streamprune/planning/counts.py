@@ -145,7 +145,7 @@ def _asked_for(target: PruningTarget, model: Prunable) -> tuple[int, int | None]
     if target.by == "experts" or target.ratio is None or model.width is None:
         if target.keep is None and target.ratio is None:
             return spec.count, width
-        return resolve_keep(spec, target.keep, target.ratio, narrower=width is not None), width
+        return resolve_keep(spec, target.keep, target.ratio, width is not None or target.changes_weights), width
     share = 1 - target.ratio
     if target.by == "channels":
         return spec.count, width_for_share(model.width, share, target.width_multiple)
@@ -176,13 +176,13 @@ def _within_budget(target: PruningTarget, model: Prunable, unpruned: Footprint) 
     spec, layers, uniform = model.spec, model.layers, SCHEDULES[target.schedule].is_uniform
     budget = resolve_budget(target.budget_gib, target.gpu)
     fit = Fit(unpruned, target.serving, budget.nbytes)
-    if target.width is None and fit.fits:
+    if target.width is None and fit.fits and not target.changes_weights:
         raise SettingsError(
             f"The unpruned model takes {format_bytes(fit.total)} and already fits {format_bytes(fit.budget)} "
             f"({budget.label}), so nothing would be removed. Plan for a longer --context or larger --batch, or choose "
             "with --keep."
         )
-    width = target.width if target.by == "experts" else _width_that_fits(target, model, fit, budget)
+    width = target.width if target.by == "experts" or fit.fits else _width_that_fits(target, model, fit, budget)
     fit = fit.changed(width=width)
     keep = spec.count if target.by == "channels" else _keep_that_fits(fit, budget)
     # MoE layers have equal sizes: for the memory only the total counts, not which layers keep one expert more.

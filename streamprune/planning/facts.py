@@ -18,6 +18,7 @@ from streamprune.config import PruningTarget
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
+from streamprune.fit.quantized import quantized_weights
 from streamprune.fit.weights import Weights, weights_by_layout
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import Quantization
@@ -25,7 +26,7 @@ from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
 from streamprune.models.expert_layout import Layout
 from streamprune.models.layout_json import layout_as_json, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
-from streamprune.output.dequantized import dequantized_layout
+from streamprune.output.encoded import Encoding, encoded_layout
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts, Prunable
 from streamprune.saliency.scores import Scores
@@ -73,13 +74,6 @@ class ModelFacts:
             memory = asdict(_Memory(known.cache, known.shape, known.itemsize, known.max_positions))
         return {"tensors": tensors, "loading": msgspec.to_builtins(self.loading), "memory": memory}
 
-    def dequantized(self, plain: Checkpoint) -> ModelFacts:
-        """The facts of `plain`, the checkpoint that this model's quantized one decodes to."""
-        layout, footprint = dequantized_layout(self.layout, plain), self.footprint
-        if footprint is not None:
-            footprint = replace(footprint, weights=weights_of(layout, plain.tensors))
-        return replace(self, layout=layout, footprint=footprint)
-
     def estimate(
         self,
         output: str,
@@ -92,7 +86,8 @@ class ModelFacts:
         if self.footprint is None:
             return None
         stored = pick_formats(written.tensors, written.config)
-        weights = weights_by_layout(written.tensors, self.layout, plan.counts, stored)
+        layout = encoded_layout(plan.layout, plan.tensors) if plan.encoding is not None else plan.layout
+        weights = weights_by_layout(written.tensors, layout, plan.counts, stored)
         spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
         footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
         if plan.width is not None:
@@ -100,9 +95,13 @@ class ModelFacts:
         return counts.against_budget(Estimate(footprint, target.serving))
 
 
-def weights_of(layout: Layout, tensors: Mapping[str, TensorEntry]) -> Weights:
-    """The weights of a complete model with these tensors."""
-    return weights_by_layout(tensors, layout, dict.fromkeys(layout.expert_layers, layout.spec.count))
+def written_weights(layout: Layout, tensors: Mapping[str, TensorEntry], encoding: Encoding | None) -> Weights:
+    """The weights of a complete model that is written from these plain tensors, and quantized by `encoding`."""
+    weights = weights_by_layout(tensors, layout, dict.fromkeys(layout.expert_layers, layout.spec.count))
+    if encoding is None:
+        return weights
+    scheme = encoding.scheme(tensors.values())
+    return quantized_weights(weights, scheme, lambda fact: encoding.why_plain(fact.name, fact.shape, scheme) is None)
 
 
 def facts_from_json(

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +23,9 @@ from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_headers
-from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
+from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.formats.base import KeptExperts
-from streamprune.formats.decoded import decoded_entries
 from streamprune.formats.pick import refuse_quantized
-from streamprune.formats.quantization import without_sections
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import (
     DescribedModel,
@@ -39,16 +36,24 @@ from streamprune.models.open import (
     describe_model,
     open_moe,
 )
-from streamprune.models.per_layer_experts import check_per_layer_experts, refuse_per_layer_experts
+from streamprune.models.per_layer_experts import (
+    LoadingFacts,
+    check_per_layer_experts,
+    refuse_per_layer_experts,
+)
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.models.skeleton import Skeleton, build_model
-from streamprune.output.dequantized import dequantized, refuse_plain
+from streamprune.output.dequantized import refuse_plain
+from streamprune.output.encoded import encode_tensors
+from streamprune.output.plan import OutputSource
 from streamprune.output.quantized import QuantizedSource
+from streamprune.output.source import output_source
 from streamprune.output.tensors import output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts
 from streamprune.planning.refit import refit_demand, with_anchor
+from streamprune.planning.written import written_footprint
 from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
@@ -103,8 +108,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
     @cache
     def read_footprint() -> Footprint:
-        raw, headers = _as_written(settings, plan.model.raw, read_headers(settings.model, plan.folder))
-        return footprint_of_skeleton(settings.model, raw, skeleton, headers)
+        return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder))
 
     itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
@@ -138,15 +142,6 @@ def read_config(settings: RunSettings, check_output_too: bool = False) -> Prunin
     return PruningPlan(folder, describe_model(folder, raw, settings.trust_remote_code, settings.dtype))
 
 
-def _as_written(
-    settings: RunSettings, raw: Mapping[str, Any], tensors: Mapping[str, TensorEntry] | None
-) -> tuple[Mapping[str, Any], Mapping[str, TensorEntry] | None]:
-    """The config.json and the tensors of a model as `settings.weights` has them written, less what is pruned."""
-    if settings.weights == "source":
-        return raw, tensors
-    return without_sections(raw), decoded_entries(tensors, raw) if tensors is not None else None
-
-
 def with_footprint(
     plan: PruningPlan, settings: RunSettings, skeleton: Skeleton, tensors: Mapping[str, TensorEntry] | None
 ) -> PruningPlan:
@@ -154,14 +149,10 @@ def with_footprint(
 
     `tensors` are its checkpoint's; None if they are known from its config alone.
     """
-    known = plan.footprint
-    raw, tensors = _as_written(settings, plan.model.raw, tensors)
-    if known is not None and tensors is not None and plan.model.dtype is not None:
-        # Only the weights may have changed; tracing the cache again would take a second.
-        weights = weights_of_checkpoint(raw, skeleton, tensors)
-        return replace(plan, footprint=replace(known, weights=weights))
+    # (Without a dtype in the config, the plan was made for another one.)
+    known = plan.footprint if plan.model.dtype is not None else None
     try:
-        footprint = footprint_of_skeleton(settings.model, raw, skeleton, tensors)
+        footprint = written_footprint(settings, plan.model.raw, skeleton, tensors, known)
     except UnsupportedModelError:
         # Only a budget needs it: without one, a model that can be pruned is pruned, and no estimate is printed.
         if plan.counts is not None and plan.counts.budget is not None:
@@ -174,13 +165,13 @@ def with_footprint(
 class PreparedModel(OpenedMoE):
     """A Mixture-of-Experts model that is opened for pruning or scoring.
 
-    `plan` is what was decided before it was opened, with the footprint of the tensors that are written: those of
-    `output_checkpoint`, which is the plain checkpoint that a quantized one decodes to, or the checkpoint itself.
+    `plan` is what was decided before it was opened, with the footprint of what is `written`.
     """
 
     plan: PruningPlan
     trust_remote_code: bool
-    output_checkpoint: Checkpoint
+    loading: LoadingFacts
+    written: OutputSource
     _pruned: dict[tuple[int, int | None], PreTrainedModel] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -193,19 +184,18 @@ class PreparedModel(OpenedMoE):
     @cached_property
     def facts(self) -> ModelFacts:
         """The facts that are needed to write an output of the model, now or later."""
-        loading = find_loading_facts(self.checkpoint.config, self.config, self.skeleton)
-        return ModelFacts(self.layout, loading, self.plan.footprint)
+        return ModelFacts(self.layout, self.loading, self.plan.footprint)
+
+    @property
+    def new_format(self) -> str:
+        """The format that weights are quantized to, for people; empty if none are."""
+        encoding = self.written.encoding
+        return encoding.scheme(self.written.checkpoint.tensors.values()).format.name if encoding is not None else ""
 
     @property
     def recorded_width(self) -> int | None:
         """How many channels of each expert are scored; None if none are, since the experts keep their width."""
         return recorded_width(self.skeleton) if self.layout.width is not None else None
-
-    @cached_property
-    def written(self) -> tuple[ModelFacts, Checkpoint]:
-        """The facts and the checkpoint of what is written."""
-        plain = self.output_checkpoint
-        return self.facts if plain is self.checkpoint else self.facts.dequantized(plain), plain
 
     @cached_property
     def planned_bytes(self) -> int:
@@ -217,8 +207,10 @@ class PreparedModel(OpenedMoE):
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
             counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
-        facts, checkpoint = self.written
-        tensors = output_tensors(facts.layout, checkpoint.tensors, counts, planned.width)
+        written = self.written
+        tensors = output_tensors(written.layout, written.checkpoint.tensors, counts, planned.width)
+        if written.encoding is not None:
+            tensors = encode_tensors(tensors, written.encoding)[0]
         return sum(tensor.nbytes for tensor in tensors)
 
     def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:
@@ -259,11 +251,12 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
     if plan.counts is not None and settings.weights == "source":
         # Refuses what cannot be renumbered now: the plan of the output may be made hours later.
         QuantizedSource.of(checkpoint, opened.layout)
-    written = dequantized(checkpoint) if settings.weights == "bf16" else checkpoint
+    loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
+    written = output_source(opened, loading, settings.storage)
     plan = with_footprint(plan, settings, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,
-        settings.trust_remote_code, written,
+        settings.trust_remote_code, loading, written,
     )  # fmt: skip
     counts, least = prepared.counts, minimum_keep(opened.skeleton.spec)
     width = plan.counts.width if plan.counts is not None else None

@@ -90,6 +90,11 @@ class Scheme:
             return 1, self.format.group or shape[-1]
         return self.format.block or (1, shape[-1])
 
+    @property
+    def method(self) -> str:
+        """The `quant_method` of a config.json."""
+        return "compressed-tensors" if self.name in _PRESETS else "fp8"
+
     def stored(self, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """The safetensors dtype and the shape of each part of one matrix of this shape."""
         return self.format.stored_as(shape)
@@ -193,7 +198,7 @@ class Scheme:
                 "activation_scheme": "dynamic",
                 "fmt": "e4m3",
                 "modules_to_not_convert": list(ignored),
-                "quant_method": "fp8",
+                "quant_method": self.method,
                 "weight_block_size": list(BLOCK),
             }
         require_library(self.name)

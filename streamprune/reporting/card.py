@@ -222,7 +222,7 @@ def reproduce_command(record: Record) -> str:
     options: list[tuple[str, Any]] = [
         ("--revision", settings.revision),
         ("--scores", THIS_MODEL if not again and calibration else None),
-        ("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}" if is_by_hand else None),
+        ("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}" if is_by_hand and record.removes_experts else None),
     ]
     if not is_by_hand:
         options += [
@@ -246,7 +246,13 @@ def reproduce_command(record: Record) -> str:
     if record.refit:
         anchor = record.refit.anchor
         options += [("--refit", True), ("--anchor", anchor.name if anchor is not None else NO_ANCHOR)]
-    options += [("--max-shard-size", settings.max_shard_bytes), ("--weights", settings.weights or None)]
+    options += [
+        ("--max-shard-size", settings.max_shard_bytes),
+        ("--weights", settings.weights or None),
+        ("--quantize", settings.quantize or None),
+        ("--rounding", settings.rounding or None),
+        ("--tensor-parallel", settings.tensor_parallel or None),
+    ]
     words = ["streamprune", "run" if reads_text else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]
     for name, value in options:

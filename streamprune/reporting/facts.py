@@ -178,13 +178,13 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     Bytes that are still missing are those of multi-token prediction, which every output drops.
     """
     width, full_width = record.settings.width, record.source.width
-    if width is not None and not any(fact.has_channels for fact in weights.facts):
+    if width is not None and not any(fact.channel_axis is not None for fact in weights.facts):
         return None
     facts: list[WeightFact] = []
     layers = dict.fromkeys(record.counts, record.experts)
     for fact in weights.facts:
         nbytes = fact.nbytes
-        if width is not None and full_width is not None and fact.has_channels:
+        if width is not None and full_width is not None and fact.channel_axis is not None:
             nbytes = nbytes // width * full_width
         if fact.layer in layers and fact.rows is not None:
             extent = fact.shape[fact.rows.axis]

@@ -53,7 +53,7 @@ def make_record(
             "total": counts.total,
             "width": counts.width,
             "max_shard_bytes": settings.max_shard_bytes,
-            **({} if settings.weights == "source" else {"weights": settings.weights}),
+            **settings.storage.as_json(),
         },
         "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, TypeVar
@@ -16,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from streamprune.checkpoint.index import read_json
-from streamprune.config import ServingSpec
+from streamprune.config import QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
 from streamprune.errors import CheckpointError, ReportError, SettingsError
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.formats.base import ChannelMask
@@ -37,6 +37,13 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(min_length=1, max_length=5000)]
 Kind = TypeVar("Kind")
 _Experts = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
+
+
+def _one_of(names: Sequence[str]) -> str:
+    """A pattern for these names alone."""
+    return f"^({'|'.join(map(re.escape, names))})$"
+
+
 _ADVICE = "Was it changed? Prune again, or restore it."
 
 
@@ -90,8 +97,12 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     protect_super_experts: bool | None = None
     # The user may give any size.
     max_shard_bytes: Annotated[int, Meta(ge=1)] | None = None
-    # Only stated where quantized weights were decoded.
-    weights: Annotated[str, Meta(pattern="^bf16$")] | UnsetType = UNSET
+    # Only stated where the weights are not stored as in the source.
+    weights: Annotated[str, Meta(pattern=_one_of(WEIGHTS))] | UnsetType = UNSET
+    # Only stated for weights that were quantized anew.
+    quantize: Annotated[str, Meta(pattern=_one_of(QUANTIZE))] | UnsetType = UNSET
+    rounding: Annotated[str, Meta(pattern=_one_of(ROUNDING))] | UnsetType = UNSET
+    tensor_parallel: Positive | UnsetType = UNSET
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):

@@ -1,0 +1,170 @@
+"""Quantizing what is written: every plain matrix that is chosen for it becomes the parts of a scheme.
+
+Rounded to nearest, the parts are a function of the plain bytes: they are made while they are written, and made again to
+verify them. Needs torch only when bytes are encoded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.config import Storage
+from streamprune.errors import SettingsError
+from streamprune.models.expert_layout import Cut, Layout
+from streamprune.output.tensors import EncodedPart, OutputTensor
+from streamprune.quantize.schemes import Scheme, scheme_of
+
+if TYPE_CHECKING:
+    from streamprune.models.linear_weights import LinearWeights
+
+#: The part that holds the shape of a matrix, whatever its values.
+SHAPE = "shape"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is quantized of a plain checkpoint, in the scheme `weights`: its tensors `experts` and `others`, by name.
+
+    Engines that serve the output on `ranks` GPUs divide the columns of the `split` ones among these. `plain` are other
+    matrices, with the reason why they stay. `modules` are the model's names for the modules of `others` and `plain`;
+    `head` is that of its output head.
+    """
+
+    weights: str
+    experts: frozenset[str] = field(repr=False)
+    others: frozenset[str] = field(repr=False)
+    split: frozenset[str] = field(repr=False)
+    plain: Mapping[str, str] = field(repr=False)
+    modules: Mapping[str, str] = field(repr=False)
+    head: str | None = None
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, storage: Storage, found: LinearWeights) -> Encoding:
+        """What is quantized of the matrices `found`."""
+        others, plain = found.others, dict(found.plain)
+        if storage.quantize == "experts":
+            others, plain = frozenset(), plain | dict.fromkeys(others, "all but experts (--quantize experts)")
+        ranks = storage.tensor_parallel
+        return cls(storage.weights, found.experts, others, found.split, plain, found.modules, found.head, ranks)
+
+    def scheme(self, matrices: Iterable[TensorEntry | OutputTensor]) -> Scheme:
+        """The scheme for a checkpoint with these plain tensors.
+
+        The experts decide how large groups are. Raises SettingsError if it cannot store them, or a program that reads
+        it would misread them.
+        """
+        experts = [each for each in matrices if each.name in self.experts]
+        split = {each.shape[1] for each in experts if each.name in self.split}
+        whole = {each.shape[1] for each in experts if each.name not in self.split}
+        dtype = Counter(each.dtype for each in experts).most_common(1)[0][0]
+        scheme = scheme_of(self.weights, whole, split, tensor_parallel=self.ranks, dtype=dtype)
+        for shape in sorted({each.shape for each in experts}):
+            problem = scheme.problem(shape) or scheme.caution(shape)
+            if problem is not None:
+                raise SettingsError(
+                    f"--weights {self.weights} is not possible for experts of {list(shape)}: {problem}. Use another "
+                    "--weights: fp8-dynamic takes any shape."
+                )
+        return scheme
+
+    def why_plain(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Why a tensor of this name and shape stays plain; None if it is quantized."""
+        if name in self.experts:
+            return None
+        if name not in self.others:
+            return self.plain.get(name, "")
+        rows, columns = shape
+        if name in self.split and columns % self.ranks == 0:
+            columns //= self.ranks
+        problem = scheme.problem((rows, columns)) or scheme.caution((rows, columns))
+        return f"matrices that {self.weights} cannot store: {problem}" if problem is not None else None
+
+    def config_section(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, Any]:
+        """The `quantization_config` of the output's config.json, which lists every module that stays plain."""
+        names = {self.head} if self.head is not None else set()
+        for tensor in tensors:
+            if tensor.encoded is None and tensor.name in self.modules:
+                # Under both names: transformers goes by those of its modules, engines by the checkpoint's.
+                names |= {tensor.name.removesuffix(".weight"), self.modules[tensor.name]}
+        return scheme.config_section(sorted(names))
+
+    def notes(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> list[str]:
+        """What of the output stays plain, and why, for people."""
+        counts, sizes = Counter[str](), Counter[str]()
+        for tensor in tensors:
+            reason = self.why_plain(tensor.name, tensor.shape, scheme) if tensor.encoded is None else None
+            if reason:
+                counts[reason] += 1
+                sizes[reason] += tensor.nbytes
+        return [f"{counts[reason]} {reason}" for reason, _ in sizes.most_common()]
+
+
+def encode_tensors(tensors: Sequence[OutputTensor], encoding: Encoding) -> tuple[list[OutputTensor], Scheme]:
+    """The tensors of the output with the parts of those that are quantized in their place, and the scheme.
+
+    Raises SettingsError if experts cannot be stored so.
+    """
+    scheme = encoding.scheme(tensors)
+    result: list[OutputTensor] = []
+    for tensor in tensors:
+        if encoding.why_plain(tensor.name, tensor.shape, scheme) is None:
+            result += parts_of(tensor, scheme)
+        else:
+            result.append(tensor)
+    return result, scheme
+
+
+def parts_of(tensor: OutputTensor, scheme: Scheme) -> Iterator[OutputTensor]:
+    """The parts, as tensors of the output, of a plain matrix that is quantized."""
+    for part, (dtype, shape) in scheme.stored(tensor.shape).items():
+        encoded = EncodedPart(tensor, part, scheme)
+        yield replace(
+            tensor, name=part_name(tensor.name, part, scheme), dtype=dtype, shape=shape, channels=None, encoded=encoded
+        )
+
+
+def part_name(name: str, part: str, scheme: Scheme) -> str:
+    """The name of a part of the matrix `name` (`….weight`)."""
+    return f"{name.removesuffix('weight')}{scheme.leaves[part]}"
+
+
+def encoded_layout(layout: Layout, tensors: Iterable[OutputTensor]) -> Layout:
+    """`layout` for the names of the output's tensors: those of the parts in place of the quantized matrices'."""
+    cuts: dict[str, Cut] = {}
+    for tensor in tensors:
+        plain = tensor.encoded.plain.name if tensor.encoded is not None else tensor.name
+        cut = layout.cuts[plain]
+        if tensor.encoded is not None and cut.family is not None:
+            family = part_name(cut.family, tensor.encoded.part, tensor.encoded.scheme)
+            cut = replace(cut, family=family, channels=None)
+        cuts[tensor.name] = cut
+    return replace(layout, cuts=cuts)
+
+
+def encoded_bytes(encoded: EncodedPart, plain: bytearray) -> memoryview:
+    """The bytes of a part of a matrix with these plain bytes, rounded to nearest. Needs torch.
+
+    Memory: some eight times the matrix in float32. Raises NonFiniteError for NaN and infinity.
+    """
+    import torch
+
+    from streamprune.checkpoint.reader import DTYPES
+
+    matrix = encoded.plain
+    if encoded.part == SHAPE:
+        return memoryview(torch.tensor(matrix.shape).numpy().tobytes())
+    weight = torch.frombuffer(plain, dtype=DTYPES[matrix.dtype]).reshape(matrix.shape).float()
+    return tensor_bytes(encoded.scheme.encode(weight)[encoded.part])
+
+
+def tensor_bytes(tensor: Any) -> memoryview:
+    """The bytes of a torch tensor, as they lie in a file."""
+    import torch
+
+    array: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
