@@ -10,8 +10,9 @@ H = M D Mᵀ, M unit upper triangular and D diagonal,
 
     q_k = nearest(w_k + Σ_{i<k} e_i M_ik),    e_k = w_k - q_k
 
-It needs one Cholesky factor of H, where the paper inverts H and factors the inverse. As there, columns are taken in
-blocks: what earlier blocks did to a block is one matrix product.
+where q_k in e_k is what programs decode the code to (`Scheme.as_run`). It needs one Cholesky factor of H, where the
+paper inverts H and factors the inverse. As there, columns are taken in blocks: what earlier blocks did to a block is
+one matrix product. `tools/gptq_oracle` compares the codes with llm-compressor's.
 
 Experts do not depend on each other, to the bit: what is batched over them are single operations on values, and factors
 and products are made one expert at a time. So a chunk of any size gives the same bytes, on the same kind of device with
@@ -55,7 +56,7 @@ def gptq(weights: torch.Tensor, hessians: torch.Tensor, scheme: Scheme) -> Round
 
     A Hessian is XᵀX of an expert's inputs X (tokens, C), or any multiple of it; it is left as it is. Weights with the
     same inputs (gate and up projections) can be joined along R; with `fp8`, if the rows of each are whole blocks.
-    The column of an input that was always 0 is rounded to nearest.
+    The column of an input that was always 0 is rounded to nearest: other text may need it. (llm-compressor makes it 0.)
 
     Memory: `memory_bytes`. Raises NonFiniteError for weights that cannot be rounded.
     """
@@ -119,7 +120,7 @@ def _round_block(
     """
     for each in range(block.shape[1]):
         code = scheme.nearest(block[:, each], scales[:, each])
-        error = columns[:, each].sub_(code * scales[:, each])
+        error = columns[:, each].sub_(scheme.as_run(code, scales[:, each]))
         # Two operations: fused into one, as addcmul may be or not, they would round differently.
         block[:, each + 1 :] += factors[:, each, each + 1 :, None] * error[:, None]
         block[:, each] = code

@@ -131,13 +131,14 @@ class Scheme:
         """
         import torch
 
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[self.format.scale_dtype]
+        dtype = self._scale_dtype
         largest = self._blocks(weight).abs().amax((-3, -1))
         # A tensor, since CUDA multiplies with the reciprocal of a number instead, which rounds differently.
         scales = (largest / torch.full_like(largest, self._largest)).to(dtype)
-        if not torch.isfinite(scales).all():
+        # The largest code decodes to a little more than the largest magnitude.
+        if not torch.isfinite((scales.float() * self._largest_code).to(dtype)).all():
             raise NonFiniteError(
-                f"Weights {list(weight.shape)} hold NaN or infinity, or values beyond what scales in "
+                f"Weights {list(weight.shape)} hold NaN or infinity, or values beyond what codes and scales in "
                 f"{self.format.scale_dtype} reach (largest magnitude {largest.max().item():g}), so they cannot be "
                 f"stored as {self.name}. Check the source's file; if it is sound, use other --weights."
             )
@@ -164,6 +165,15 @@ class Scheme:
             return codes.clamp_(-_E4M3_MAX, _E4M3_MAX).to(self.code_dtype).float()
         half = 1 << (self.bits - 1)
         return codes.round_().clamp_(-half, half - 1)
+
+    def as_run(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """What codes of `nearest` are for the programs that run a model, by a scale for each; float32.
+
+        They decode integers to the scales' dtype, which rounds once more (in bfloat16, codes of 8 bits by up to a
+        quarter of a step). FP8 is multiplied as it is, and the result scaled.
+        """
+        values = codes * scales
+        return values.to(self._scale_dtype).float() if isinstance(self.format, PackedIntegers) else values
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts, as they are stored, of one matrix from its codes (R, C) and scales (r, c).
@@ -218,9 +228,19 @@ class Scheme:
         return {**config.model_dump(mode="json"), **beside}
 
     @property
+    def _scale_dtype(self) -> torch.dtype:
+        import torch
+
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[self.format.scale_dtype]
+
+    @property
     def _largest(self) -> float:
         """What the largest magnitude is divided by."""
         return _E4M3_MAX if isinstance(self.format, Fp8) else ((1 << self.bits) - 1) / 2
+
+    @property
+    def _largest_code(self) -> float:
+        return _E4M3_MAX if isinstance(self.format, Fp8) else float(1 << (self.bits - 1))
 
     def _blocks(self, values: torch.Tensor) -> torch.Tensor:
         """Values (..., R, C) in float32 by blocks (..., r, height, c, width), filled up with zeros."""
