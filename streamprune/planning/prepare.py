@@ -227,11 +227,19 @@ class PreparedModel(OpenedMoE):
             self._pruned[count, width] = build_model(config, self.dtype, self.trust_remote_code)
         return self._pruned[count, width]
 
-    def pruned_layer(self, index: int, kept: KeptExperts) -> nn.Module:
-        """Layer `index` of a model in which every layer keeps as many experts and channels as `kept`, on meta."""
+    def model_of(self, kept: KeptExperts) -> PreTrainedModel:
+        """The model, on meta, whose layers keep as many experts and channels as `kept`; any, if that is nothing.
+
+        (A layer without experts is the same in all of them.)
+        """
+        if not kept.experts:
+            return next(iter(self._pruned.values()), None) or self.pruned_model(self.layout.spec.count, None)
         width = kept.channels.kept_width if kept.channels is not None else None
-        pruned = self.pruned_model(len(kept.experts), width)
-        layer: nn.Module = pruned.get_submodule(f"{self.skeleton.layers_path}.{index}")
+        return self.pruned_model(len(kept.experts), width)
+
+    def pruned_layer(self, index: int, kept: KeptExperts) -> nn.Module:
+        """Layer `index` of `model_of`, on meta."""
+        layer: nn.Module = self.model_of(kept).get_submodule(f"{self.skeleton.layers_path}.{index}")
         return layer
 
 

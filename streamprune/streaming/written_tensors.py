@@ -1,0 +1,212 @@
+"""What is written of each layer, as weights: read from the source or computed, rounded, and loaded into a pruned layer.
+
+A matrix of the output is plain, or it is rounded and stored in the parts of a scheme. Its values are those that its
+bytes decode to, and they reach the model through transformers' own conversion: as they will when the output is loaded.
+
+Shapes: a matrix is (R, C) = (out, in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from streamprune.checkpoint.reader import DTYPES
+from streamprune.files.page_cache import Stretch, cache_unchanged
+from streamprune.formats.base import KeptExperts
+from streamprune.models.open import OpenedMoE
+from streamprune.models.skeleton import map_checkpoint
+from streamprune.output.encoded import encode_tensors
+from streamprune.output.source_bytes import source_bytes, stretches
+from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
+from streamprune.planning.prepare import PreparedModel
+from streamprune.quantize.schemes import Scheme
+from streamprune.streaming.conversion import Conversion
+
+#: What stages have computed, by the name of the tensor in the output, or of the plain matrix before it is rounded.
+Computed = Mapping[str, StageTensor]
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor of the output as a plain checkpoint would have it (`plain`), and the `parameter` that it feeds.
+
+    If it is rounded, `scheme` says how, and `parts` are its tensors in the output, by their names in the format.
+    """
+
+    plain: OutputTensor
+    parameter: str
+    scheme: Scheme | None = None
+    parts: Mapping[str, OutputTensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the plain tensor."""
+        return self.plain.name
+
+    def is_changed(self, computed: Computed) -> bool:
+        """Whether its values are not simply the source's."""
+        return self.scheme is not None or self.name in computed
+
+    def stage_tensors(self, parts: Mapping[str, torch.Tensor], stage: str) -> dict[str, StageTensor]:
+        """Its tensors in the output with the values that a stage has computed, by part."""
+        return {self.parts[part].name: StageTensor(stage, bytes_of(values)) for part, values in parts.items()}
+
+
+class WrittenTensors:
+    """The tensors of an output of the model `opened`, by layer, and the pruned layers that they make.
+
+    `tensors` are the output's, and `config` the config.json of the plain checkpoint that they are, or are rounded
+    from. `make_model` returns the pruned model, on meta, whose layers keep what is given.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedMoE,
+        tensors: Iterable[OutputTensor],
+        config: Mapping[str, Any],
+        make_model: Callable[[KeptExperts], PreTrainedModel],
+        device: torch.device,
+    ) -> None:
+        self.dtype, self.device = opened.dtype, device
+        self._folder, self._make_model = opened.checkpoint.folder, make_model
+        found = _plain_tensors(tensors)
+        entries = {plain.name: plain.sources[plain.slot or 0] for plain, _ in found}
+        targets = map_checkpoint(opened.skeleton, entries, config)
+        self._layers: dict[int, dict[str, list[WrittenTensor]]] = defaultdict(lambda: defaultdict(list))
+        for plain, encoded in found:
+            target = targets[plain.name]
+            if target.layer is None or target.name is None:
+                continue
+            parts = {each.encoded.part: each for each in encoded if each.encoded is not None}
+            scheme = next((each.encoded.scheme for each in encoded if each.encoded is not None), None)
+            written = WrittenTensor(plain, target.name, scheme, parts)
+            self._layers[target.layer][target.name].append(written)
+
+    def of_layer(self, layer: int) -> list[WrittenTensor]:
+        """All tensors that feed a layer."""
+        return [each for feeding in self._layers[layer].values() for each in feeding]
+
+    def feeding(self, parameter: str, layer: int) -> Sequence[WrittenTensor]:
+        """The tensors that feed a parameter, by its full name."""
+        return self._layers[layer].get(parameter, ())
+
+    def is_changed(self, layer: int, computed: Computed) -> bool:
+        """Whether anything in a layer is not simply the source's values."""
+        return any(each.is_changed(computed) for each in self.of_layer(layer))
+
+    def plain_values(self, tensor: OutputTensor, kept: KeptExperts, computed: Computed) -> torch.Tensor:
+        """A plain tensor as a stage has computed it, else as the source has it, decoded or cut; on the CPU."""
+        data: bytes | bytearray
+        if tensor.name in computed:
+            data = computed[tensor.name].data
+        else:
+            data = bytearray().join(source_bytes(tensor, kept, self._folder))
+        return tensor_of(tensor, data)
+
+    def values(self, written: WrittenTensor, kept: KeptExperts, computed: Computed) -> torch.Tensor:
+        """What a tensor of the output means, in the model's dtype on the device.
+
+        That is what its parts decode to, computed ones or those of its plain values rounded to nearest; or these
+        themselves, in their own dtype, if it is not rounded.
+        """
+        scheme, parts = written.scheme, written.parts
+        if scheme is None:
+            return self.plain_values(written.plain, kept, computed).to(self.device)
+        if all(part.name in computed for part in parts.values()):
+            found = {name: tensor_of(part, computed[part.name].data) for name, part in parts.items()}
+            return scheme.format.decode({name: each.to(self.device) for name, each in found.items()}, self.dtype)
+        weight = self.plain_values(written.plain, kept, computed).to(self.device).float()
+        scales = scheme.scales(weight)
+        # (The same values as the decoded parts have, but not packed on the way.)
+        return scheme.rounded(scheme.round(weight, scales), scales).to(self.dtype)
+
+    def load(
+        self, layer: int, kept: KeptExperts, computed: Computed, parameters: Collection[str] | None = None
+    ) -> None:
+        """Put what is written into the loaded, pruned layer: into `parameters`, by default all that are changed.
+
+        Memory on top of the layer: the largest parameter's tensors. Raises CheckpointError, and MemoryError or
+        torch's error if memory runs out.
+        """
+        model = self._make_model(kept)
+        conversion = Conversion(model, self.dtype, self.device, self._folder)
+        for parameter, feeding in self._layers[layer].items():
+            if parameter not in parameters if parameters is not None else not _any_changed(feeding, computed):
+                continue
+            _free(model, parameter)
+            with self.reading(feeding, kept, computed):
+                conversion.load({each.name: self.values(each, kept, computed) for each in feeding})
+
+    @contextmanager
+    def reading(self, written: Iterable[WrittenTensor], kept: KeptExperts, computed: Computed) -> Iterator[None]:
+        """Within the context the plain values of these tensors may be read; it leaves the page cache as it was."""
+        sources: dict[Path, list[Stretch]] = defaultdict(list)
+        for each in written:
+            if each.name not in computed:
+                for file, begin, end in stretches(each.plain, kept):
+                    sources[self._folder / file].append((begin, end - begin))
+        with cache_unchanged(sources):
+            yield
+
+
+def written_tensors(prepared: PreparedModel, device: torch.device) -> WrittenTensors:
+    """The tensors of the output of a run, loaded on `device`.
+
+    As long as it is unknown how many experts stay in each layer, all do.
+    """
+    planned, source = prepared.plan.counts, prepared.written
+    assert planned is not None
+    counts = planned.per_layer or dict.fromkeys(source.layout.expert_layers, source.layout.spec.count)
+    tensors = output_tensors(source.layout, source.checkpoint.tensors, counts, planned.width)
+    if source.encoding is not None:
+        tensors, _ = encode_tensors(tensors, source.encoding)
+    return WrittenTensors(prepared, tensors, source.checkpoint.config, prepared.model_of, device)
+
+
+def tensor_of(tensor: OutputTensor, data: bytes | bytearray | memoryview) -> torch.Tensor:
+    """The values of a tensor of the output with these bytes, on the CPU."""
+    if not math.prod(tensor.shape):
+        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    writable = data if isinstance(data, bytearray) else bytearray(data)
+    return torch.frombuffer(writable, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def bytes_of(values: torch.Tensor) -> bytes:
+    """The bytes of a tensor as they are written."""
+    array: Any = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    data: bytes = array.tobytes()
+    return data
+
+
+def _plain_tensors(tensors: Iterable[OutputTensor]) -> list[tuple[OutputTensor, list[OutputTensor]]]:
+    """The plain tensors of an output, each with the tensors that have its parts: none if it is not rounded."""
+    found: dict[str, tuple[OutputTensor, list[OutputTensor]]] = {}
+    for tensor in tensors:
+        plain = tensor if tensor.encoded is None else tensor.encoded.plain
+        parts = found.setdefault(plain.name, (plain, []))[1]
+        if tensor.encoded is not None:
+            parts.append(tensor)
+    return list(found.values())
+
+
+def _any_changed(written: Iterable[WrittenTensor], computed: Computed) -> bool:
+    return any(each.is_changed(computed) for each in written)
+
+
+def _free(model: nn.Module, parameter: str) -> None:
+    """Free a parameter of a pruned layer that is about to be set anew."""
+    path, _, leaf = parameter.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner._parameters.get(leaf)
+    if old is not None:
+        owner._parameters[leaf] = nn.Parameter(old.to("meta"), requires_grad=False)
