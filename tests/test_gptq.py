@@ -194,3 +194,18 @@ def test_memory_is_as_stated(name: str, experts: int, rows: int, columns: int) -
     stated = memory_bytes(experts, rows, columns)
     assert result.values.isfinite().all()
     assert 0.6 * stated < peak.nbytes - given <= stated
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_gpu_rounds_experts_alone_as_together_and_as_well_as_a_cpu(name: str) -> None:
+    weights, hessians = problem(20, seed=5)
+    on_gpu = gptq(weights.cuda(), hessians.cuda(), scheme(name))
+    assert on_gpu.codes.is_cuda
+    for begin, end in [(0, 1), (7, 8), (3, 19)]:
+        part = gptq(weights[begin:end].cuda(), hessians[begin:end].cuda(), scheme(name))
+        assert torch.equal(part.codes.view(torch.int8), on_gpu.codes[begin:end].view(torch.int8))
+    on_cpu = gptq(weights, hessians, scheme(name))
+    for weight, hessian, here, there in zip(weights, hessians, on_cpu.values, on_gpu.values.cpu(), strict=True):
+        ours, theirs = (loss(weight, each, hessian, scheme(name)) for each in (here, there))
+        assert ours == pytest.approx(theirs, rel=0.02)

@@ -164,8 +164,8 @@ def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
 
 def test_magnitudes_beyond_the_scales_dtype_are_refused() -> None:
     for name in ("w8a16", "w4a16"):
-        with pytest.raises(NonFiniteError, match=r"scales in F16 reach \(largest magnitude 65500\)"):
-            scheme(name, dtype="F16").encode(torch.full((1, 32), 65500.0, dtype=torch.float16))
+        with pytest.raises(NonFiniteError, match=r"scales in F16 reach \(largest magnitude 65504\)"):
+            scheme(name, dtype="F16").encode(torch.full((1, 32), 65504.0, dtype=torch.float16))
         assert rounded(scheme(name, dtype="F16"), torch.full((1, 32), 6e4)).half().isfinite().all()
 
 
@@ -255,3 +255,16 @@ def test_ignored_modules_are_plain_for_the_config_alone(name: str) -> None:
     assert stated_format("lm_head", written) is None
     assert stated_format("model.layers.1.mlp.gate_proj", written) == made.format
     assert stated_format("model.layers.11.mlp.gate", written) == made.format
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_a_gpu_writes_the_same_bytes(name: str, dtype: str) -> None:
+    weight, made = matrix(300, 2048, 9, DTYPES[dtype]), scheme(name, 2048, dtype)
+    weight[5], weight[6, 7] = 0, 1e-7
+    ours = made.encode(weight)
+    theirs = made.encode(weight.cuda())
+    for part, tensor in ours.items():
+        assert theirs[part].is_cuda
+        assert torch.equal(theirs[part].cpu().view(torch.uint8), tensor.view(torch.uint8))
