@@ -46,6 +46,9 @@ COMFORTABLE_BATCH_TOKENS = {"cpu": 1024, "gpu": 8192}
 #: Seconds between two saves of the hidden states. A save writes all of them to the disk; what was computed since the
 #: last one is computed again after a kill.
 DEFAULT_CHECKPOINT_EVERY = 60.0
+#: A candidate of a search is given up if its KL divergence within the model is so many times the best one's. It may
+#: overstate that of the last layer 2.6 times (on the demo's model), and not by the same factor for all candidates.
+DEFAULT_DROP_ABOVE = 8.0
 #: Tokens per sequence that a model is planned for.
 DEFAULT_CONTEXT = 32768
 #: Tokens of all sequences together that can be planned for: far beyond any GPU.
@@ -408,6 +411,46 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
                 "--refit fits the pruned layers to the original ones, so it needs the original stream next to the "
                 "pruned one, and scores on it. Leave out --propagate pruned."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(RunSettings):
+    """The settings of `streamprune search`: a budget, and the `candidates` that are measured.
+
+    Each of them is the text of a candidate, or "auto". Those whose KL divergence within the model is above
+    `drop_above` times the best one's are given up; 0: none.
+    """
+
+    candidates: tuple[str, ...] = ("auto",)
+    drop_above: float = DEFAULT_DROP_ABOVE
+
+    def __post_init__(self) -> None:
+        if self.keep is not None or self.ratio is not None or self.width is not None or self.by != "experts":
+            raise SettingsError("search finds out how much stays. Give a budget: --budget-gib or --gpu.")
+        if (self.budget_gib is None) == (self.gpu is None):
+            raise SettingsError("Give the memory that the model must fit: --budget-gib G, or --gpu NAME.")
+        if self.schedule != "uniform" or self.protect_super_experts or self.floor is not None:
+            raise SettingsError(
+                "search measures only candidates of which all layers keep equally many experts: omit --schedule, "
+                "--floor and --protect-super-experts."
+            )
+        if not self.candidates:
+            raise SettingsError("--candidates names no candidate. Omit it, or write --candidates auto.")
+        if "auto" in self.candidates and len(self.candidates) > 1:
+            raise SettingsError("--candidates auto lays candidates out itself. Give it alone, or name all of them.")
+        if not (self.drop_above == 0 or 1 < self.drop_above < float("inf")):
+            raise SettingsError(f"--drop-above {self.drop_above:g}: a factor above 1, or 0 to measure all to the end.")
+        RunSettings.__post_init__(self)
+
+    def _check_refit(self) -> None:
+        if self.propagate == "pruned" or self.scores is not None:
+            raise SettingsError("search scores all candidates on the original model's stream, and anew.")
+
+    def one_by_one(self) -> RunSettings:
+        """The settings of a run without a candidate, from which the runs of candidates differ."""
+        own = {each.name for each in fields(SearchSettings)} - {each.name for each in fields(RunSettings)}
+        given = {each.name: getattr(self, each.name) for each in fields(SearchSettings) if each.name not in own}
+        return RunSettings(**given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from streamprune.cli.fit import calibration, devices, fit
 from streamprune.cli.outputs import clean, push, report, status, verify
 from streamprune.cli.run import prune, resume, run, score
 from streamprune.cli.scores import inspect
+from streamprune.cli.search import search
 from streamprune.distributed.processes import is_first
 from streamprune.hardware.memory import limit_library_memory
 
@@ -48,6 +49,7 @@ def demo(output: Path) -> None:
 
 
 for command in (
-    run, score, prune, resume, status, verify, clean, fit, devices, inspect, calibration, evaluate, report, push,
+    run, score, prune, search, resume, status, verify, clean, fit, devices, inspect, calibration, evaluate, report,
+    push,
 ):  # fmt: skip
     main.add_command(command)

@@ -142,6 +142,11 @@ CALIBRATION = together(
     ),
     SAMPLING,
 )  # fmt: skip
+ANCHOR = click.option(
+    "--anchor", metavar="TEXT|none",
+    help="With --refit: text to fit to in addition to the calibration, as for --calibration.  "
+    "[default: builtin if the calibration has one source, else none]",
+)  # fmt: skip
 CHANNELS = click.option(
     "--channels/--no-channels", default=True, show_default=True,
     help="Also score the channels of each expert, which makes the scores file larger.",

@@ -11,6 +11,7 @@ import click
 
 from streamprune.cli import options as opt
 from streamprune.cli.outputs import report_after
+from streamprune.cli.search import resume_search
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSettings, RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
@@ -55,12 +56,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
     is_flag=True,
     help="Refit the down projections of the experts that stay, so that each layer gives what the original one gave.",
 )
-@click.option(
-    "--anchor",
-    metavar="TEXT|none",
-    help="With --refit: text to fit to in addition to the calibration, as for --calibration.  "
-    "[default: builtin if the calibration has one source, else none]",
-)
+@opt.ANCHOR
 @opt.DTYPE
 @opt.SHARD_SIZE
 @opt.WRITTEN_AS
@@ -164,11 +160,14 @@ def prune(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
 @opt.REPORT
 def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Resume the `run`, `score` or `prune` in WORKDIR (usually OUT.work) where it stopped.
+    """Resume the `run`, `score`, `prune` or `search` in WORKDIR (usually OUT.work) where it stopped.
 
     Settings that decide the result stay as they were. The options below may be changed.
     """
     changes = {name: value for name, value in options.items() if value is not None}
+    if is_first() and _has_search(workdir):
+        resume_search(workdir, quiet, as_json, changes)
+        return
     # Only the first process looks: the folder may be on its machine only.
     if is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
@@ -183,6 +182,14 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
         report_after(result.output, quiet)
     if as_json:
         click.echo(opt.json_text(result.summary))
+
+
+def _has_search(workdir: Path) -> bool:
+    """Whether a work folder has a `search`. (A record that cannot be used is refused later.)"""
+    with suppress(ResumeError):
+        recorded = read_run(workdir)
+        return recorded is not None and "candidates" in recorded.command
+    return False
 
 
 def _resumed_ram_gib(workdir: Path, changes: Mapping[str, Any]) -> float | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streamprune.errors import ResumeError
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
+from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.output.writer import put_back
 from streamprune.work.folder import LOCK_NAME, REPLACED_NAME, WorkFolder, finished_inode, folder_bytes, resume_command
 from streamprune.work.records import RecordedPruning, RecordedRun, has_pruning, has_run, read_pruning, read_run
@@ -36,7 +38,7 @@ def status_of(folder: Path) -> dict[str, Any]:
     done = [index for index, record in found.items() if record.shards or not pruning]
     return {
         "work_folder": str(folder),
-        "command": "prune" if pruning else "score" if command.get("only_score") is True else "run",
+        "command": "prune" if pruning else _kind(command),
         "model": command["model"],
         "output": command["output"],
         "stop_if_kl": command.get("stop_if_kl"),
@@ -52,15 +54,22 @@ def status_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def _kind(command: Mapping[str, Any]) -> str:
+    """Which command a recorded run is."""
+    if "candidates" in command:
+        return "search"
+    return "score" if command.get("only_score") is True else "run"
+
+
 def status_text(status: dict[str, Any]) -> str:
     """The result of `status_of` as text."""
     done, left, written = (len(status[name]) for name in ("done", "left", "written"))
     count, command = status["blocks"], status["command"]
-    what = {"run": "done", "score": "scored", "prune": "written"}[command]
+    what = {"run": "done", "score": "scored", "prune": "written", "search": "measured"}[command]
     finished = f"{done} of {count} {what}, {left} left"
     if command == "run" and written < done:
         finished = f"{done} of {count} scored, {written} of {count} written"
-    of = {"run": "", "score": " (scores)", "prune": " (`streamprune prune`)"}[command]
+    of = {"run": "", "score": " (scores)", "prune": " (`streamprune prune`)", "search": " (search)"}[command]
     lines = [
         f"{status['work_folder']}: {status['model']} -> {status['output']}{of}",
         f"layers: {finished}; {format_bytes(status['bytes'])} on disk",
@@ -131,10 +140,10 @@ def ended(folder: Path, output: Path) -> bool:
 
 
 def is_complete(folder: Path, output: Path) -> bool:
-    """Whether the output of a work folder is complete at its path: a model, or a scores file."""
+    """Whether the output of a work folder is complete at its path: a model, a scores file, or a search."""
     try:
         # Compared by inode, not by contents: with --overwrite an earlier output was there before.
-        there = output.is_file() or (output / REPORT_NAME).is_file()
+        there = output.is_file() or any((output / name).is_file() for name in (REPORT_NAME, SEARCH_NAME))
         return there and output.stat().st_ino == finished_inode(folder)
     except OSError:
         return False

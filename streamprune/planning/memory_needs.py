@@ -96,13 +96,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
     needs = needs_of(prepared, calibration, last + 1, copies, spec)
-    width = prepared.recorded_width if settings.channels else None
-    if width is not None:
-        energies = len(calibration.sources) * spec.count * width
-        # A layer's in float64: in all, of the last micro-batch, and copied where they are saved or added up. Those of
-        # all layers in float32, and one layer's as text on the way to the disk.
-        sums, recorded = 3 * 8 * energies, (4 * len(prepared.skeleton.experts) + 64) * energies
-        needs = replace(needs, sums=sums, recorded=recorded)
+    needs = channel_sums(needs, settings, prepared, calibration)
     if settings.refit:
         needs = _with_refit(needs, prepared, calibration)
     if held is None:
@@ -110,6 +104,17 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     # Held-out text has the states of both models, and sums over the vocabulary.
     needs = _with_two_sided(needs, needs_of(prepared, held, last + 1))
     return replace(needs, states=needs.states + held.tokens * sums_per_token())
+
+
+def channel_sums(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
+    """The needs with those of the scores of channels, if they are recorded."""
+    width = prepared.recorded_width if settings.channels else None
+    if width is None:
+        return needs
+    energies = len(calibration.sources) * prepared.skeleton.spec.count * width
+    # A layer's in float64: in all, of the last micro-batch, and copied where they are saved or added up. Those of all
+    # layers in float32, and one layer's as text on the way to the disk.
+    return replace(needs, sums=3 * 8 * energies, recorded=(4 * len(prepared.skeleton.experts) + 64) * energies)
 
 
 def _with_two_sided(needs: Needs, more: Needs) -> Needs:
@@ -135,7 +140,7 @@ def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration)
     needs = replace(
         needs,
         # The pruned model's; and what the original experts gave, which some models need.
-        states=needs.states + 2 * _states_bytes(prepared, used),
+        states=needs.states + 2 * states_bytes(prepared, used),
         workspace=lambda tokens: usual(tokens) + tokens * collecting,
         sides=3,
         refit=sizes.needs,
@@ -147,7 +152,8 @@ def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration)
     return replace(needs, states=needs.states + anchor.states, sides=3)
 
 
-def _states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:
+def states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:
+    """Bytes of the hidden states of some sequences, of one model."""
     text, itemsize = opened.skeleton.model.config.get_text_config(decoder=True), opened.dtype.itemsize
     return sum(len(ids) * states_per_token(text, itemsize, len(ids)) for ids in sequences)
 
@@ -195,7 +201,7 @@ def needs_of(
         loading=loading,
         staging=STAGING_BYTES,
         non_layer=_non_layer_bytes(skeleton),
-        states=_states_bytes(opened, calibration.sequences),
+        states=states_bytes(opened, calibration.sequences),
         workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
         sequences=len(calibration.sequences),
         longest=longest,

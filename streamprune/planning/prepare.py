@@ -220,12 +220,16 @@ class PreparedModel(OpenedMoE):
         """
         if (count, width) not in self._pruned:
             self._pruned.clear()
-            layout = self.layout
-            narrower = (layout.width, width) if width is not None and layout.width is not None else None
-            rewritten = rewrite_config(self.checkpoint.config, layout.spec, layout.count_names, count, narrower)
-            config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
-            self._pruned[count, width] = build_model(config, self.dtype, self.trust_remote_code)
+            self._pruned[count, width] = self.build_pruned(count, width)
         return self._pruned[count, width]
+
+    def build_pruned(self, count: int, width: int | None) -> PreTrainedModel:
+        """As `pruned_model`, but one of the caller's own, so that many can be used in turn."""
+        layout = self.layout
+        narrower = (layout.width, width) if width is not None and layout.width is not None else None
+        rewritten = rewrite_config(self.checkpoint.config, layout.spec, layout.count_names, count, narrower)
+        config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
+        return build_model(config, self.dtype, self.trust_remote_code)
 
     def model_of(self, kept: KeptExperts) -> PreTrainedModel:
         """The model, on meta, whose layers keep as many experts and channels as `kept`; any, if that is nothing.

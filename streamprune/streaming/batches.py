@@ -19,6 +19,7 @@ from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import MOST_SUBMITTED, MemoryPlan
 from streamprune.progress import Busy, Progress
+from streamprune.streaming.forward import without_side
 from streamprune.streaming.states import HiddenStates, first_of
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder
@@ -181,6 +182,10 @@ class MicroBatches:
     def own(self, places: int) -> int:
         """How many of the first `places` micro-batches of all ranks are this rank's."""
         return sum(place < places for place in self.places)
+
+    def leave_out(self, side: str) -> None:
+        """Free the states of a side."""
+        self._states.change(lambda state: without_side(state, side) if isinstance(state.output, dict) else state)
 
     def offload_states(self, why: str) -> bool:
         """Move the states from the GPU to RAM, if that is allowed and they fit. False if nothing was moved."""

@@ -49,6 +49,8 @@ class LayerLoop:
         for weights in self._weights:
             weights.batches = self.batches
         self.point = ResumePoint()
+        #: Sides whose stages are left out from now on.
+        self.given_up: set[str] = set()
 
     def __enter__(self) -> LayerLoop:
         try:
@@ -75,7 +77,11 @@ class LayerLoop:
         """
         if self.point.layer != task.index:
             self._go_to(task.index)
-        stages = [(number, stage) for number, stage in enumerate(self._stages) if stage.applies(task)]
+        stages = [
+            (number, stage)
+            for number, stage in enumerate(self._stages)
+            if stage.side not in self.given_up and stage.applies(task)
+        ]
         sequences = sum(self.batches.sequences_among(partial(stage.takes, task)) for _, stage in stages)
         self._runtime.progress.start(f"layer {task.index}/{self.layer_count - 1}", sequences)
         groups = [(weights, list(group)) for weights, group in groupby(stages, key=lambda item: item[1].weights)]
@@ -91,8 +97,13 @@ class LayerLoop:
 
     def read_predictions(self, layer: int, among: Among = every) -> dict[str, list[SequenceFigures]]:
         """The predictions of all stages' models but the original, by side, from the states that enter `layer`."""
-        weights = {stage.side: stage.weights for stage in self._stages}
+        weights = {stage.side: stage.weights for stage in self._stages if stage.side not in self.given_up}
         return read_predictions(self._runtime, weights, self.batches, layer, among)
+
+    def give_up(self, side: str) -> None:
+        """Leave out the stages of a side from now on, and free its states."""
+        self.given_up.add(side)
+        self.batches.leave_out(side)
 
     def drop_cached_pages(self, index: int) -> None:
         """Drop the pages from the system's page cache that reading layer `index` added."""
@@ -110,6 +121,8 @@ class LayerLoop:
         facts: dict[str, Any] = {"layer": point.layer, "stage": self._stages[point.stage].name}
         for number, stage in enumerate(self._stages):
             facts |= stage.saved(number == point.stage, self._runtime.processes)
+        if self.given_up:
+            facts["given_up"] = sorted(self.given_up)
         done = 0 if self._stages[point.stage].restarts else point.done
         self.batches.save(work, done, facts)
 

@@ -348,7 +348,8 @@ class PrunedForwardStage(ForwardStage):
 
     These are the `two_sided` ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned`
     returns a layer of the pruned model on meta, for its index and what stays of its experts. `refitted` puts the
-    tensors that were computed for a layer into it.
+    tensors that were computed for a layer into it. In a run, without any text that needs it, it is left out; a `side`
+    of a search always has some.
     """
 
     def __init__(
@@ -367,7 +368,7 @@ class PrunedForwardStage(ForwardStage):
         self._refitted = refitted
 
     def applies(self, task: LayerTask) -> bool:
-        return self.errors is not None or self._refitted is not None or self._streams(task)
+        return bool(self.errors or self._refitted or self.side != PRUNED or self._streams(task))
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
         return self._two_sided(batch) or self._streams(task)

@@ -121,6 +121,14 @@ class HiddenStates:
         self._store.drop(old.values(), but=stored)
         self._states[batch] = pytree.tree_unflatten(stored, structure)
 
+    def change(self, change: Callable[[BatchState], BatchState]) -> None:
+        """Leave something out of all states: `change` returns a state with some of the tensors, as they are stored."""
+        self.drop_prefetch()
+        self.synchronize()
+        for number, state in enumerate(self._states):
+            self._states[number] = change(state)
+            self._store.drop(pytree.tree_leaves(state), but=pytree.tree_leaves(self._states[number]))
+
     def move(self, home: torch.device) -> None:
         """Move all states into the memory of another device."""
         self.drop_prefetch()

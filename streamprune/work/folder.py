@@ -10,6 +10,7 @@
 | `layers/` | one record per finished layer: its statistics, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
 | `evaluation.json` | the result of `--evaluate`, once it is complete |
+| `search.json` | of `streamprune search`: the candidates that were given up |
 | `cursor.json` | which generation of states is valid; replaced atomically |
 | `model/` | the finished shards |
 | `finished.json` | the inode of the complete output (a folder or a scores file), before it is renamed |
@@ -53,6 +54,7 @@ from streamprune.work.records import (
     FinishedLayer,
     FinishedShard,
     RecordedEvaluation,
+    RecordedSearch,
     RefittedLayer,
     converted,
 )
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = "streamprune.lock"
 _FINISHED = "finished.json"
-_EVALUATION = "evaluation.json"
+_EVALUATION, _SEARCH = "evaluation.json", "search.json"
 REPLACED_NAME = "replaced"
 #: The name of the record of shards that belong to no layer.
 OUTSIDE = "outside"
@@ -197,6 +199,16 @@ class WorkFolder:
         """Remove what `write_evaluation` recorded."""
         with writing(f"Removing the evaluation in {self.folder}", self.folder):
             (self.folder / _EVALUATION).unlink(missing_ok=True)
+
+    def write_search(self, given_up: Mapping[str, Any]) -> None:
+        """Record the candidates that a search has given up, by name."""
+        with writing(f"Recording the search in {self.folder}", self.folder):
+            write_record(self.folder / _SEARCH, {"given_up": given_up})
+
+    def read_search(self) -> dict[str, dict[str, Any]]:
+        """What `write_search` recorded; nothing if it is missing or damaged."""
+        found = converted(read_record(self.folder / _SEARCH, MOST_RECORD_BYTES), RecordedSearch)
+        return msgspec.to_builtins(found.given_up) if found is not None else {}
 
     def record_complete(self, result: Path) -> None:
         """Record that `result`, a folder or a file, is complete and about to be renamed to the output."""

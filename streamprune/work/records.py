@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, PruningTarget, RunSettings
+from streamprune.config import OutputSettings, PruneSettings, PruningTarget, RunSettings, SearchSettings
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import kill_point, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
@@ -84,7 +84,8 @@ class RecordedRun(RecordedCommand, kw_only=True):
         # Use the budget as recorded, since free GPU memory changes.
         if self.budget_bytes is not None:
             changes |= {"budget_gib": self.budget_bytes / 2**30, "gpu": None}
-        return _settings_from(RunSettings, {**self.command, **changes}, work)
+        kind = SearchSettings if "candidates" in self.command else RunSettings
+        return _settings_from(kind, {**self.command, **changes}, work)
 
 
 class RecordedPruning(RecordedCommand, kw_only=True):
@@ -173,6 +174,20 @@ class RecordedEvaluation(Struct):
     sources: list[RecordedFigures]
     against: str
     all: RecordedFigures
+
+
+class GivenUp(Struct):
+    """Why a candidate of a search was given up: the KL divergence, its own and the best one's, after a layer."""
+
+    layer: Count
+    kl: float
+    best_kl: float
+
+
+class RecordedSearch(Struct):
+    """search.json: the candidates that were given up, by name."""
+
+    given_up: dict[str, GivenUp]
 
 
 class Cursor(Struct):
