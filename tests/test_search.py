@@ -1,0 +1,268 @@
+"""`search`: every candidate has the figures of its own run, in one pass; interrupted anywhere, to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from streamprune.checkpoint.index import open_checkpoint, read_json
+from streamprune.cli import main
+from streamprune.config import EvalSettings, PruneSettings, RunSettings, SearchSettings
+from streamprune.errors import DoesNotFitError, InterruptedRunError, OutputError, ResumeError, SettingsError
+from streamprune.evaluation.evaluate import evaluate_text, read_data
+from streamprune.fit.estimate import Fit
+from streamprune.fit.structure import footprint_of_skeleton
+from streamprune.hardware.memory import GIB
+from streamprune.models.open import describe_model
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
+from streamprune.pipeline.search import resume_search, search
+from streamprune.planning.candidates import Candidate, Searchable, lay_out
+from streamprune.progress import Progress
+from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.refit_stage import RefitStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from tests.faults import Injected, tree_bytes
+from tests.helpers import known_family
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+CONTEXT = 64
+NAMED = ("keep=5", "keep=5,refit", "keep=8,width=16", "keep=6,width=24,refit")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its text, and `out`, the search of NAMED candidates, all measured to the end."""
+    folder = tmp_path_factory.mktemp("made")
+    make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
+    write_token_ids(folder / "ids.jsonl", sequences=30)
+    search(settings(folder, folder / "out"), quiet=True)
+    return folder
+
+
+def settings(made: Path, output: Path, **changes: Any) -> SearchSettings:
+    given: dict[str, Any] = {
+        "candidates": NAMED, "budget_gib": 2.0, "context": CONTEXT, "drop_above": 0.0, "anchor": "none",
+        "calibration": (str(made / "ids.jsonl"),), "checkpoint_every": 0.0, "batch_tokens": 48, "device": "cpu",
+    }  # fmt: skip
+    return SearchSettings(model=str(made / "model"), output=output, **given | changes)
+
+
+def read(output: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((output / "search.json").read_text())
+    return result
+
+
+def on_its_own(made: Path, candidate: dict[str, Any], output: Path) -> float:
+    """The KL of a candidate that is pruned and evaluated on its own, on the text that the search held out."""
+    model, whole = str(made / "model"), candidate["keep"] == 8 and candidate["width"] is not None
+    size: dict[str, Any] = {"keep": None if whole else candidate["keep"], "width": candidate["width"]}
+    if candidate["refit"]:
+        text = (str(made / "ids.jsonl"),)
+        run(
+            RunSettings(
+                model=model, output=output, **size, refit=True, evaluate=True, anchor="none", calibration=text,
+                device="cpu",
+            ),
+            quiet=True,
+        )  # fmt: skip
+    else:
+        prune(PruneSettings(model=model, output=output, scores=made / "out", **size), quiet=True)
+    data = EvalSettings(model=str(output), against=model, data=(str(made / "out.held-out"),), device="cpu")
+    with Progress(0, quiet=True) as progress:
+        return float(evaluate_text(data, read_data(data), progress).result["all"]["kl"])
+
+
+def test_every_candidate_has_the_damage_of_a_run_of_its_own(made: Path, tmp_path: Path) -> None:
+    found = read(made / "out")
+    damages = {each["name"]: each["all"]["kl"] for each in found["candidates"]}
+    assert list(damages.values()) == sorted(damages.values())
+    assert len(set(damages.values())) == len(NAMED)
+    own = {
+        each["name"]: on_its_own(made, each, tmp_path / str(number)) for number, each in enumerate(found["candidates"])
+    }
+    assert own == pytest.approx(damages, abs=1e-6)
+    assert found["best"] == min(own, key=lambda name: own[name])
+
+
+def test_each_layer_is_read_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, loaded = LayerWeights.loaded, []
+
+    def counted(self: LayerWeights, index: int) -> Any:
+        loaded.append(index)
+        return usual(self, index)
+
+    monkeypatch.setattr(LayerWeights, "loaded", counted)
+    search(settings(made, tmp_path / "out"), quiet=True)
+    assert loaded == [0, 1, 2, 3]
+    assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
+
+
+@pytest.mark.parametrize("every", [0.0, 1e6], ids=["states saved", "all recomputed"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_killed_search_goes_on_to_the_same_bytes(
+    made: Path, tmp_path: Path, layer: int, every: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, ran = LayerLoop.run_layer, []
+
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        if task.index == layer and "killed" not in ran:
+            ran.append("killed")
+            raise Injected
+        ran.append(str(task.index))
+        usual(self, task, following)
+
+    monkeypatch.setattr(LayerLoop, "run_layer", run_layer)
+    given = settings(made, tmp_path / "out", checkpoint_every=every)
+    with pytest.raises(Injected):
+        search(given, quiet=True)
+    before = len(ran)
+    search(given, quiet=True)
+    assert ran[before] == (str(layer) if every == 0.0 else "0")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("stage", [ScoreStage, RefitStage, PrunedForwardStage])
+def test_a_search_that_was_stopped_in_any_stage_goes_on(
+    made: Path, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, asked = stage.compute, []
+
+    def compute(self: Any, task: LayerTask, *arguments: Any) -> Any:
+        after = usual(self, task, *arguments)
+        if task.index == 2 and not asked:
+            asked.append(2)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after
+
+    monkeypatch.setattr(stage, "compute", compute)
+    with pytest.raises(InterruptedRunError, match="Resume with: streamprune resume"):
+        search(settings(made, tmp_path / "out", checkpoint_every=1e6), quiet=True)
+    monkeypatch.undo()
+    resume_search(tmp_path / "out.work", quiet=True)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
+
+
+def test_hopeless_candidates_are_given_up_and_change_nothing_else(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random models lose so little that the harmless is not passed over, unless a lower bound says so."""
+    monkeypatch.setattr("streamprune.pipeline.search_layers._HARMLESS", 0.0)
+    best, *_, worst = (each["name"] for each in read(made / "out")["candidates"])
+    given = settings(made, tmp_path / "out", drop_above=1.05, checkpoint_every=1e6)
+    usual = LayerLoop.run_layer
+
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        usual(self, task, following)
+        if task.index == 2:
+            raise Injected
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerLoop, "run_layer", run_layer)
+        with pytest.raises(Injected):
+            search(given, quiet=True)
+    search(given, quiet=True)
+    search(settings(made, tmp_path / "whole", drop_above=1.05), quiet=True)
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
+    rows = {each["name"]: each for each in read(tmp_path / "out")["candidates"]}
+    assert rows[worst]["given_up"]["kl"] > 1.05 * rows[worst]["given_up"]["best_kl"] > 0
+    expected = {each["name"]: each["all"] for each in read(made / "out")["candidates"]}
+    assert {name: row["all"] for name, row in rows.items() if "all" in row} == {
+        name: expected[name] for name, row in rows.items() if "all" in row
+    }
+    assert best in {name for name, row in rows.items() if "all" in row}
+
+
+def test_other_candidates_do_not_resume(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        if task.index == 1:
+            raise Injected
+        usual(self, task, following)
+
+    usual = LayerLoop.run_layer
+    monkeypatch.setattr(LayerLoop, "run_layer", run_layer)
+    with pytest.raises(Injected):
+        search(settings(made, tmp_path / "out"), quiet=True)
+    with pytest.raises(ResumeError, match=r"candidates: 5 experts; .* then, 5 experts now"):
+        search(settings(made, tmp_path / "out", candidates=("keep=5",)), quiet=True)
+
+
+def searchable(made: Path, budget: int, **use: Any) -> Searchable:
+    folder = made / "model"
+    raw = read_json(folder / "config.json")
+    skeleton = describe_model(folder, raw, False, "auto").skeleton
+    footprint = footprint_of_skeleton(str(folder), raw, skeleton, open_checkpoint(folder).tensors)
+    fit = Fit(footprint, settings(made, made / "x").serving, budget)
+    return Searchable(skeleton.spec, skeleton.width, {"source": fit}, **use)
+
+
+def test_candidates_are_laid_out_from_whole_experts_to_whole_width(made: Path) -> None:
+    unpruned = searchable(made, 0).fits["source"]
+    half = unpruned.changed(keep=4).total
+    model = searchable(made, half)
+    found = lay_out(model)
+    plain = [each for each in found.candidates if not each.refit]
+    assert plain[0] == Candidate(4)
+    assert plain[-1].keep == 8
+    assert plain[-1].width is not None
+    assert 2 < len(plain) <= 4
+    assert [each.keep for each in plain] == sorted({each.keep for each in plain})
+    assert {(each.keep, each.width) for each in found.candidates if each.refit} == {each.shape for each in plain}
+    for each in found.candidates:
+        assert model.fit_of(each).fits
+    refused = lay_out(searchable(made, half, fixed_width="said why", no_refit="said so"))
+    assert refused.candidates == (Candidate(4),)
+    assert refused.left_out == ("refitted ones: said so.", "narrower experts: said why.")
+    with pytest.raises(SettingsError, match="already fits"):
+        lay_out(searchable(made, unpruned.total))
+    with pytest.raises(DoesNotFitError, match=r"Nothing fits .* even with 2 experts"):
+        lay_out(searchable(made, half // 100))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kind", "words"),
+    [
+        (("keep=9",), SettingsError, "choose from 2 to 8 experts"),
+        (("keep=8",), SettingsError, "removes nothing"),
+        (("keep=five",), SettingsError, "'five' is not a number"),
+        (("experts=5",), SettingsError, "'experts=5' is not understood"),
+        (("keep=5", "keep=5,weights=source"), SettingsError, "given twice"),
+        (("keep=5,weights=bf16",), SettingsError, "the source does not have them quantized"),
+        (("width=33",), SettingsError, "each expert has 32 channels"),
+        (("auto", "keep=5"), SettingsError, "Give it alone"),
+        (("auto",), SettingsError, "already fits"),
+    ],
+)
+def test_candidates_that_cannot_be_are_refused(
+    made: Path, tmp_path: Path, candidates: tuple[str, ...], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        search(settings(made, tmp_path / "out", candidates=candidates), quiet=True)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def test_the_command_prints_the_table_and_json(made: Path, tmp_path: Path) -> None:
+    budget = searchable(made, 0).fits["source"].changed(keep=4).total / GIB
+    given = {"--budget-gib": budget, "--context": CONTEXT, "--calibration": made / "ids.jsonl", "--anchor": "none"}
+    options = [str(part) for item in given.items() for part in item]
+    arguments = ["search", str(made / "model"), "--device", "cpu", *options, "-o"]
+    shown = CliRunner().invoke(main, [*arguments, str(tmp_path / "a")])
+    assert shown.exit_code == 0, shown.stderr
+    assert "cost: about" in shown.stderr
+    assert "\nbest: " in shown.stdout
+    printed = CliRunner().invoke(main, [*arguments, str(tmp_path / "b"), "--json", "--quiet"])
+    result = json.loads(printed.stdout)
+    assert result["candidates"] == read(tmp_path / "a")["candidates"]
+    assert f"best: {result['best']} " in shown.stdout
+    assert "<svg" in (tmp_path / "a" / "report.html").read_text()
+    again = CliRunner().invoke(main, [*arguments, str(tmp_path / "a")])
+    assert again.exit_code == OutputError.exit_code
+    assert "--overwrite" in again.stderr
