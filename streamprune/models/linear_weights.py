@@ -83,7 +83,7 @@ def find_linear_weights(
 def _why_plain(target: Target, module: nn.Module | None, path: str) -> str | None:
     """Why the matrix that feeds the weight of the module at `path` stays plain; None if it can be quantized."""
     if target.layer is None or module is None:
-        return "weights outside the decoder's layers"
+        return "outside the decoder's layers"
     if target.rows is not None:
         return "routers and gates"
     leaf = path.rpartition(".")[2]

@@ -93,15 +93,15 @@ class Encoding:
                 names |= {tensor.name.removesuffix(".weight"), self.modules[tensor.name]}
         return scheme.config_section(sorted(names))
 
-    def notes(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> list[str]:
-        """What of the output stays plain, and why, for people."""
+    def left_plain(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, int]:
+        """How many matrices of the output stay plain, by the reason; first the one with most bytes."""
         counts, sizes = Counter[str](), Counter[str]()
         for tensor in tensors:
             reason = self.why_plain(tensor.name, tensor.shape, scheme) if tensor.encoded is None else None
             if reason:
                 counts[reason] += 1
                 sizes[reason] += tensor.nbytes
-        return [f"{counts[reason]} {reason}" for reason, _ in sizes.most_common()]
+        return {reason: counts[reason] for reason, _ in sizes.most_common()}
 
 
 def encode_tensors(tensors: Sequence[OutputTensor], encoding: Encoding) -> tuple[list[OutputTensor], Scheme]:

@@ -13,7 +13,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.pick import storage_text
-from streamprune.formats.quantization import SECTIONS
+from streamprune.formats.quantization import SECTIONS, Quantization
 from streamprune.formats.renumber import BESIDE
 from streamprune.models.config_json import drop_missing_code, rewrite_config, unstated_width
 from streamprune.models.expert_layout import Layout
@@ -104,6 +104,23 @@ class PrunePlan:
     def output_bytes(self) -> int:
         """Bytes of all output tensors: the index's `total_size`."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def method(self) -> str:
+        """The `quant_method` of the output's config.json; empty for plain weights."""
+        return Quantization.of(self.config).method
+
+    @property
+    def quantized_matrices(self) -> int:
+        """How many matrices are quantized on the way."""
+        return len({each.encoded.plain.name for each in self.tensors if each.encoded is not None})
+
+    @property
+    def left_plain(self) -> Mapping[str, int]:
+        """How many matrices stay plain beside quantized ones, by the reason, for people."""
+        if self.encoding is None or self.scheme is None:
+            return {}
+        return self.encoding.left_plain(self.tensors, self.scheme)
 
     def config_for(self, kept: Mapping[int, KeptExperts]) -> Mapping[str, Any]:
         """config.json of the output with the experts `kept`, by layer: its quantization section may name some."""

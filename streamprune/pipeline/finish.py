@@ -126,6 +126,9 @@ class SelectionResult:
         """Print what to know of the selected experts before the output is served."""
         for note in self.plan.notes_for(self.selection.stays):
             progress.say(f"note: {note}")
+        if self.plan.left_plain:
+            plain = "; ".join(f"{number:,} {reason}" for reason, number in self.plan.left_plain.items())
+            progress.say(f"{self.plan.quantized_matrices:,} matrices are quantized; these stay plain: {plain}")
 
     def summary(self, estimate: Estimate | None, seconds: float) -> dict[str, Any]:
         """What `--json` prints of an output, except how the scores were made."""

@@ -59,6 +59,7 @@ def make_record(
         "versions": origin["versions"],
         "source": {**origin["source"], **sizes, **formats},
         "calibration": origin["calibration"],
+        **_quantized(plan),
         # `push` skips files that are not listed.
         "files": sorted({*(path.as_posix() for path in plan.copied), *plan.files}),
         "dropped": plan.layout.dropped,
@@ -75,6 +76,14 @@ def make_record(
         ],
     }
     return msgspec.convert(found, Record)
+
+
+def _quantized(plan: PrunePlan) -> dict[str, Any]:
+    """What was quantized on the way to the output; nothing if nothing was."""
+    if plan.scheme is None:
+        return {}
+    found = {"format": plan.scheme.format.name, "matrices": plan.quantized_matrices, "plain": plan.left_plain}
+    return {"quantized": found}
 
 
 def _selection_settings(settings: SelectionSettings) -> dict[str, Any]:

@@ -269,6 +269,17 @@ class RecordedRefit(Struct, frozen=True, kw_only=True):
         return fmean(layer.after for layer in self.layers) if self.layers else 0.0
 
 
+class RecordedQuantization(Struct, frozen=True, kw_only=True):
+    """What was quantized on the way to the output: the format for people, and the number of matrices.
+
+    `plain` are the numbers of matrices that were not, by the reason.
+    """
+
+    format: Name
+    matrices: Positive
+    plain: Annotated[dict[Name, Positive], Meta(max_length=100)]
+
+
 class Record(Struct, frozen=True, kw_only=True):
     """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights.
 
@@ -285,6 +296,7 @@ class Record(Struct, frozen=True, kw_only=True):
     dropped: Annotated[list[Any], Meta(max_length=MOST_LISTED)]
     protected: dict[str, list[Count]]
     refit: RecordedRefit | UnsetType = UNSET
+    quantized: RecordedQuantization | UnsetType = UNSET
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
     computed: dict[str, Computed] | UnsetType = UNSET
 
