@@ -16,7 +16,7 @@ import torch
 from msgspec import structs
 
 from streamprune.checkpoint.hub import resolve_model
-from streamprune.config import SearchSettings
+from streamprune.config import RunSettings, SearchSettings
 from streamprune.distributed.processes import launched
 from streamprune.errors import ProcessesError, ResumeError, UnsupportedModelError
 from streamprune.evaluation.evaluate import about
@@ -29,7 +29,9 @@ from streamprune.fit.footprint import read_headers
 from streamprune.formats.quantization import Quantization
 from streamprune.hardware.device import describe_host
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes
+from streamprune.output.plan import OutputSource
 from streamprune.output.search_folder import check_search_output
+from streamprune.output.source import output_source
 from streamprune.output.writer import check_place
 from streamprune.pipeline.messages import print_prepared
 from streamprune.pipeline.resume import check_same, describe_run, provenance_of, tokens_of
@@ -56,7 +58,7 @@ from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_NAME, write_scores
 from streamprune.streaming.batches import Runtime
-from streamprune.streaming.down_tensors import DownTensors
+from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.predictions import find_head
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
@@ -131,11 +133,11 @@ class _Search:
         tokenizer = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
         text = search_text(settings, whole, layout.candidates, plan.skeleton, tokenizer)
         prepared = prepare(replace(settings, only_score=True), plan)
-        self._check(prepared, layout)
+        candidates = self._prepare(prepared, layout)
         decided = _Decided(model, layout, budget, text)
         self._print(decided, prepared)
         runtime = self._plan(decided, prepared, recorded, whole)
-        layers = SearchLayers(runtime, prepared, text, layout.candidates, work)
+        layers = SearchLayers(runtime, prepared, text, candidates, work)
         taken = layers.stream()
         return self._complete(decided, prepared, layers, taken)
 
@@ -157,17 +159,35 @@ class _Search:
             return model, lay_out(model)
         return model, read_candidates(settings.candidates, model)
 
-    def _check(self, prepared: PreparedModel, layout: Layout) -> None:
-        """Raise UnsupportedModelError for what the checkpoint, unlike the config, does not allow."""
+    def _prepare(self, prepared: PreparedModel, layout: Layout) -> dict[Candidate, PreparedModel]:
+        """The model prepared for each candidate.
+
+        Raises UnsupportedModelError for what the checkpoint, unlike the config, does not allow.
+        """
         find_head(prepared.skeleton.model)
+        found: dict[Candidate, PreparedModel] = {}
+        sources: dict[str, OutputSource] = {}
         for candidate in layout.candidates:
             if candidate.width is not None and prepared.layout.width is None:
                 raise UnsupportedModelError(
                     f"The experts of this checkpoint cannot be made narrower: {prepared.layout.fixed_width}. Name "
                     "candidates without a width: --candidates keep=N."
                 )
+            settings = self._run_of(candidate, prepared.layout.spec.count)
+            if candidate.weights not in sources:
+                # (Finding what of it is quantized takes a while.)
+                sources[candidate.weights] = output_source(prepared, prepared.loading, settings.storage)
+            full = prepared.layout.width.width if prepared.layout.width is not None else 0
+            counts = candidate.counts(prepared.layout.expert_layers, full)
+            found[candidate] = prepared.for_counts(counts, sources[candidate.weights])
             if candidate.refit:
-                DownTensors(prepared, dict.fromkeys(prepared.layout.expert_layers, candidate.keep), candidate.width)
+                down_tensors(found[candidate])
+        return found
+
+    def _run_of(self, candidate: Candidate, experts: int) -> RunSettings:
+        """The settings of a run of a candidate's own."""
+        keep = candidate.keep if candidate.keep < experts else None
+        return self.settings.run_of(keep, candidate.width, candidate.weights, candidate.refit)
 
     def _print(self, decided: _Decided, prepared: PreparedModel) -> None:
         """Print the candidates, what was left out, the text, and what the search will cost."""

@@ -7,11 +7,9 @@ search that was interrupted goes on from the last saved states, and computes the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
-
-from torch import nn
 
 from streamprune.calibration.sequences import MicroBatch
 from streamprune.config import SearchSettings
@@ -27,7 +25,7 @@ from streamprune.progress import LayerProgress
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Among, Runtime, Stopped
-from streamprune.streaming.down_tensors import DownTensors
+from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
@@ -45,21 +43,13 @@ _HARMLESS = 0.01
 def candidate_stages(
     weights: LayerWeights, prepared: PreparedModel, candidate: Candidate, text: SearchText, runtime: Runtime
 ) -> Iterator[ForwardStage]:
-    """What is done with a layer for a candidate, whose name is its side."""
-    use_of, name = text.use_of(candidate), candidate.name
-    pruned, layers = prepared.build_pruned(candidate.keep, candidate.width), prepared.skeleton.layers_path
-
-    def make_pruned(index: int, kept: KeptExperts) -> nn.Module:
-        module: nn.Module = pruned.get_submodule(f"{layers}.{index}")
-        return module
-
-    refitted = None
+    """What is done with a layer for a candidate, whose name is its side. `prepared` is the model for it."""
+    use_of, name, refitted = text.use_of(candidate), candidate.name, None
     if candidate.refit:
-        counts = dict.fromkeys(prepared.layout.expert_layers, candidate.keep)
-        refitted = DownTensors(prepared, counts, candidate.width)
-        home = runtime.device if runtime.plan.place == "device" else CPU
-        yield RefitStage(weights, make_pruned, refitted, home, name, use_of)
-    yield PrunedForwardStage(weights, make_pruned, False, _measured_or_used(use_of), refitted=refitted, side=name)
+        refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
+        yield RefitStage(weights, prepared.pruned_layer, refitted, home, name, use_of)
+    among = _measured_or_used(use_of)
+    yield PrunedForwardStage(weights, prepared.pruned_layer, False, among, refitted=refitted, side=name)
 
 
 def _measured_or_used(use_of: Callable[[MicroBatch], str]) -> Among:
@@ -68,6 +58,8 @@ def _measured_or_used(use_of: Callable[[MicroBatch], str]) -> Among:
 
 class SearchLayers:
     """Sends the text of a search through all layers, the original ones and those of every candidate.
+
+    `candidates` has the model as it is prepared for each of them.
 
     `measured` then has the predictions on the held-out text by candidate, and `given_up` says of the others at which
     layer they were given up, with the KL divergence within the model there, and the best one's.
@@ -78,7 +70,7 @@ class SearchLayers:
         runtime: Runtime,
         prepared: PreparedModel,
         text: SearchText,
-        candidates: Sequence[Candidate],
+        candidates: Mapping[Candidate, PreparedModel],
         work: WorkFolder,
     ) -> None:
         assert isinstance(runtime.settings, SearchSettings)
@@ -93,8 +85,8 @@ class SearchLayers:
         if any(candidate.refit for candidate in candidates):
             score.target = RefitTarget(weights)
         stages: list[ForwardStage] = [score]
-        for candidate in candidates:
-            stages += candidate_stages(weights, prepared, candidate, text, runtime)
+        for candidate, of_candidate in candidates.items():
+            stages += candidate_stages(weights, of_candidate, candidate, text, runtime)
         self._loop = LayerLoop(runtime, stages, text.calibration)
         self._saved_at = time.monotonic()
         self.scored: dict[int, LayerStatistics] = {}
@@ -238,7 +230,7 @@ class SearchLayers:
 
 
 def _selectors(
-    settings: SearchSettings, prepared: PreparedModel, text: SearchText, candidates: Sequence[Candidate]
+    settings: SearchSettings, prepared: PreparedModel, text: SearchText, candidates: Iterable[Candidate]
 ) -> dict[str, Selector]:
     """What selects each candidate's experts and channels, by its name."""
     layout, calibration = prepared.layout, text.calibration

@@ -220,16 +220,12 @@ class PreparedModel(OpenedMoE):
         """
         if (count, width) not in self._pruned:
             self._pruned.clear()
-            self._pruned[count, width] = self.build_pruned(count, width)
+            layout = self.layout
+            narrower = (layout.width, width) if width is not None and layout.width is not None else None
+            rewritten = rewrite_config(self.checkpoint.config, layout.spec, layout.count_names, count, narrower)
+            config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
+            self._pruned[count, width] = build_model(config, self.dtype, self.trust_remote_code)
         return self._pruned[count, width]
-
-    def build_pruned(self, count: int, width: int | None) -> PreTrainedModel:
-        """As `pruned_model`, but one of the caller's own, so that many can be used in turn."""
-        layout = self.layout
-        narrower = (layout.width, width) if width is not None and layout.width is not None else None
-        rewritten = rewrite_config(self.checkpoint.config, layout.spec, layout.count_names, count, narrower)
-        config = config_from_dict(self.config, drop_missing_code(rewritten, self.checkpoint.folder))
-        return build_model(config, self.dtype, self.trust_remote_code)
 
     def model_of(self, kept: KeptExperts) -> PreTrainedModel:
         """The model, on meta, whose layers keep as many experts and channels as `kept`; any, if that is nothing.
@@ -245,6 +241,16 @@ class PreparedModel(OpenedMoE):
         """Layer `index` of `model_of`, on meta."""
         layer: nn.Module = self.model_of(kept).get_submodule(f"{self.skeleton.layers_path}.{index}")
         return layer
+
+    def for_counts(self, counts: ExpertCounts, written: OutputSource) -> PreparedModel:
+        """The model prepared for other numbers of experts or channels, and to be written otherwise.
+
+        Raises UnsupportedModelError if it cannot be pruned that way.
+        """
+        found = replace(self, plan=replace(self.plan, counts=counts), written=written)
+        assert counts.keep is not None
+        check_pruned(self.skeleton, found.pruned_model(counts.keep, counts.width), counts.keep, counts.width)
+        return found
 
 
 def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
