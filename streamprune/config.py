@@ -392,7 +392,12 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     @property
     def needs_text(self) -> bool:
         """Whether weights are rounded by what flows through them."""
-        return self.is_quantizing and self.rounds_by == "gptq"
+        return self.is_quantizing and self.rounds_by == "gptq" and not self.only_score
+
+    @property
+    def computes_weights(self) -> bool:
+        """Whether weights are computed from text that flows through the pruned layers."""
+        return self.refit or self.needs_text
 
     def _check_refit(self) -> None:
         if self.anchor is not None and not self.refit:
@@ -401,6 +406,11 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
             raise SettingsError(
                 "--scores is for --refit and --rounding gptq. Without them use `streamprune prune`, which needs no "
                 "text."
+            )
+        if self.needs_text and self.propagate == "pruned":
+            raise SettingsError(
+                "--rounding gptq rounds the pruned layers by text of which the original stream is kept too, and scores "
+                "on that. Leave out --propagate pruned, or round to nearest with --rounding rtn."
             )
         if not self.refit:
             return

@@ -33,6 +33,26 @@ class RefitNeeds:
 
 
 @dataclass(frozen=True)
+class RoundingNeeds:
+    """What rounding the matrices of a layer needs, in bytes.
+
+    `collected` is what it keeps of `tokens` tokens, as a refit does. On the device are `sums` over the inputs of Linear
+    modules, `single` while one of these is rounded, and `each` for one of up to `experts` experts that are rounded
+    together; `copy` is what the rounded layer takes on top of the pruned one. `encoded` are the new tensors in RAM,
+    before they are written.
+    """
+
+    collected: int = 0
+    tokens: int = 0
+    sums: int = 0
+    single: int = 0
+    each: int = 0
+    experts: int = 0
+    copy: int = 0
+    encoded: int = 0
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a run needs, in bytes.
 
@@ -61,6 +81,7 @@ class Needs:
     sums: int = 0
     recorded: int = 0
     refit: RefitNeeds = RefitNeeds()
+    rounding: RoundingNeeds = RoundingNeeds()
 
     def states_here(self, batch_tokens: int) -> int:
         """Bytes of one process's share of the hidden states, with micro-batches of so many tokens."""
@@ -68,11 +89,22 @@ class Needs:
         return self.states * -(-batches // self.processes) // batches
 
     def collected_here(self, batch_tokens: int) -> int:
-        """Bytes of a refit that one process has, if its share of the micro-batches is refitted to more than others."""
-        size, refit = max(batch_tokens, self.longest), self.refit
-        batches = max(1, -(-self.tokens // size))
-        most = min(refit.tokens, -(-batches // self.processes) * size)
-        return refit.factors + (-(-refit.collected * most // refit.tokens) if refit.tokens else 0)
+        """Bytes of a refit, or of rounding after it, that one process has.
+
+        That is if more of its share of the micro-batches takes part than of others.
+        """
+        size = max(batch_tokens, self.longest)
+        own = -(-max(1, -(-self.tokens // size)) // self.processes) * size
+        refit, rounding = (
+            -(-each.collected * min(each.tokens, own) // each.tokens) if each.tokens else 0
+            for each in (self.refit, self.rounding)
+        )
+        return max(self.refit.factors + refit, rounding)
+
+    @property
+    def encoded(self) -> int:
+        """Bytes of computed tensors in RAM before they are written: those of the refit are rounded one by one."""
+        return self.refit.encoded + self.rounding.encoded
 
 
 @dataclass(frozen=True)
@@ -122,6 +154,12 @@ class MemoryPlan:
         return self.needs.workspace(self.tokens_at_a_time)
 
     @property
+    def experts_at_a_time(self) -> int:
+        """How many experts are rounded at a time: as many as an eighth of the memory is enough for, at least one."""
+        each, most = self.needs.rounding.each, self.needs.rounding.experts
+        return max(1, min(most, self.room.device.nbytes // 8 // max(1, each)))
+
+    @property
     def device_bytes(self) -> int:
         """Most bytes that the run takes of the memory that computes."""
         needs = self.needs
@@ -130,12 +168,11 @@ class MemoryPlan:
         else:
             # On a GPU, the micro-batches that were submitted have theirs there too, before and after them.
             states = self._moving * (1 if self.room.host is None else 1 + MOST_SUBMITTED)
-        working = (
-            needs.layer + max(self.workspace, needs.refit.work) + (needs.reading if self.ahead else 0) + needs.sums
-        )
+        stage = max(self.workspace, needs.refit.work, self._rounding_work)
+        working = needs.layer + stage + (needs.reading if self.ahead else 0) + needs.sums
         if self._states_on_device:
             working += self._collected
-        in_ram = needs.recorded + needs.refit.encoded if self.room.host is None else 0
+        in_ram = needs.recorded + needs.encoded if self.room.host is None else 0
         return needs.non_layer + in_ram + states + max(needs.loading, working)
 
     @property
@@ -148,7 +185,16 @@ class MemoryPlan:
         else:
             states = self._moving if self.place == "disk" else 0
         collected = 0 if self._states_on_device else self._collected
-        return self.needs.staging + self.needs.recorded + self.needs.refit.encoded + collected + states
+        return self.needs.staging + self.needs.recorded + self.needs.encoded + collected + states
+
+    @property
+    def _rounding_work(self) -> int:
+        """Bytes on the device while a layer is rounded, or after that, beside the collected tokens; 0 if none is."""
+        rounding = self.needs.rounding
+        if not rounding.copy:
+            return 0
+        experts = self.experts_at_a_time * rounding.each
+        return rounding.sums + rounding.copy + max(self.workspace, rounding.single, experts)
 
     @property
     def _states_on_device(self) -> bool:
@@ -182,6 +228,11 @@ class MemoryPlan:
         if needs.refit.collected:
             where = place if self.place != "disk" else "in RAM"
             refit = f", refit {format_bytes(self._collected)} {where} and {format_bytes(needs.refit.work)} of workspace"
+        if needs.rounding.each:
+            refit += (
+                f", rounding {format_bytes(self._rounding_work)} of workspace for {self.experts_at_a_time} experts at "
+                "a time"
+            )
         scores = f", scores of channels {format_bytes(needs.recorded)} in RAM" if needs.recorded else ""
         each = f"in each of {needs.processes} processes " if needs.processes > 1 else ""
         return (
@@ -222,6 +273,7 @@ class MemoryPlan:
             f"the embeddings and norms ({format_bytes(needs.non_layer)})",
             f"a workspace for {self.tokens_at_a_time:,} tokens at a time ({format_bytes(self.workspace)})",
             *([self._states_text()] if self._states_on_device else []),
+            *([f"what rounding needs ({format_bytes(self._rounding_work)})"] if self._rounding_work else []),
             *([f"what a refit needs ({format_bytes(self._refit_on_device)})"] if self._refit_on_device else []),
             *([self._recorded_text()] if self.room.host is None and needs.recorded else []),
         ]

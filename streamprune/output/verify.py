@@ -118,14 +118,23 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
 
 
 def _check_computed_kinds(output: Path, record: _Record, feeds: Mapping[str, str], plan: PrunePlan) -> None:
-    """Raise VerifyError for computed tensors that no refit computes. `feeds` are the parameters by tensor."""
+    """Raise VerifyError for computed tensors that no stage computes. `feeds` are the parameters by plain tensor."""
     refitted = {layer.index for layer in record.refit.layers} if record.refit is not None else set()
-    layers = {tensor.name: tensor.layer for tensor in plan.tensors}
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
     for name, origin in record.computed.items():
-        if layers.get(name) not in refitted or not feeds.get(name, "").endswith(".down_proj"):
+        tensor = tensors.get(name)
+        plain = tensor.encoded.plain if tensor is not None and tensor.encoded is not None else tensor
+        if origin.stage == "gptq":
+            # Only quantized matrices are rounded, and only their values and scales are computed.
+            possible = plain is not tensor and record.settings.rounding == "gptq"
+        else:
+            possible = plain is not None and plain.layer in refitted
+            # (Where a tensor of all experts is taken apart, the source has no tensor of this name.)
+            possible &= plain is not None and feeds.get(plain.name, ".down_proj").endswith(".down_proj")
+        if not possible:
             raise VerifyError(
                 f"{output / REPORT_NAME}: {name} is on record as computed by {origin.stage}, but a refit computes the "
-                "down projections of refitted layers only. Was the record changed?"
+                "down projections of refitted layers only, and GPTQ quantized matrices. Was the record changed?"
             )
 
 

@@ -233,7 +233,7 @@ def complete(
             # The records of written shards are no longer valid; the statistics of the experts are not affected.
             for index in decided.layers:
                 written = work.read_layer(index)
-                if written is not None and written.refit is not None:
+                if written is not None and (written.refit or written.rounded):
                     # Nor can its tensors be computed again without the text.
                     work.forget_layer(index)
                 else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.refit_text import only_refitted, with_refit
+from streamprune.calibration.refit_text import only_refitted, with_refit, with_rounding
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
@@ -53,6 +53,7 @@ from streamprune.planning.prepare import (
     prepare,
 )
 from streamprune.planning.refit import refit_demand
+from streamprune.planning.rounding import rounding_demand
 from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of
 from streamprune.saliency.scores import LayerStatistics, Scores
@@ -61,6 +62,7 @@ from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.predictions import find_head
+from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import RecordedRun, write_run
@@ -150,10 +152,8 @@ class _Run:
             self.full_text = calibrate(settings, plan)
         calibration = split_held_out(self.full_text) if settings.evaluate else self.full_text
         self.prepared = prepared = prepare(settings, plan)
-        if settings.refit:
-            assert plan.counts is not None
-            calibration = with_refit(calibration, refit_demand(plan.skeleton, plan.counts))
-            down_tensors(prepared)
+        if settings.computes_weights:
+            calibration = self._with_uses(settings, calibration)
         self.given = self._read_scores(settings) if settings.scores is not None else None
         if settings.evaluate:
             find_head(prepared.skeleton.model)
@@ -184,7 +184,7 @@ class _Run:
             target = OutputTarget(self.writer, selector)
         work = self.work if is_first else None
         if self.calibration.held_out is not None:
-            during = not after_all or self.settings.refit
+            during = not after_all or self.settings.computes_weights
             held_out, given = self.calibration.held_out, self.given
             held_back = self.processes.on_first(lambda: was_held_back(held_out, given, self.progress))
             evaluation = RunEvaluation(self.runtime, self.prepared, held_out, work, during, held_back)
@@ -199,29 +199,55 @@ class _Run:
             selection = self.processes.on_first(self._select_by_scores)
         if evaluation is not None and is_first:
             evaluation.scores = self.decided.scores
-        if self.settings.refit and after_all:
-            refitted = self._refit(selection, work, evaluation)
-            taken = both_sweeps(taken, refitted) if self.settings.scores is None else refitted
+        if self.settings.computes_weights and after_all:
+            computed = self._compute_weights(selection, work, evaluation)
+            taken = both_sweeps(taken, computed) if self.settings.scores is None else computed
         elif evaluation is not None:
-            evaluation.complete(selection)
-        is_written = target is not None or (self.settings.refit and after_all)
+            evaluation.complete(self._chosen(selection), selection)
+        is_written = target is not None or (self.settings.computes_weights and after_all)
         return self.processes.on_first(lambda: self._complete(is_written, evaluation, taken))
 
-    def _refit(self, selection: Selection, work: WorkFolder | None, evaluation: RunEvaluation | None) -> dict[str, Any]:
-        """Refit and write the layers in a sweep of its own, because all of them are scored before one is pruned.
+    def _with_uses(self, settings: RunSettings, calibration: Calibration) -> Calibration:
+        """The calibration with what its sequences are for where weights are computed. Rank 0.
 
-        Returns how it was done, as JSON. All ranks.
+        Raises CalibrationError for too little text, UnsupportedModelError for weights that cannot be computed.
         """
+        prepared, counts = self.prepared, self.prepared.plan.counts
+        assert counts is not None
+        rounding = rounding_demand(prepared.skeleton, counts) if settings.needs_text else None
+        if settings.refit:
+            down_tensors(prepared, written_tensors(prepared, self.device))
+            least = rounding.tokens if rounding is not None else 0
+            return with_refit(calibration, refit_demand(prepared.skeleton, counts), least)
+        assert rounding is not None
+        return with_rounding(calibration, rounding)
+
+    def _chosen(self, selection: Selection) -> PreparedModel:
+        """The prepared model with the numbers of experts that were selected."""
         counts = self.prepared.plan.counts
         assert counts is not None
         chosen = replace(counts, total=sum(selection.counts), per_layer=selection.counts_by_layer)
-        prepared = replace(self.prepared, plan=replace(self.prepared.plan, counts=chosen))
+        return replace(self.prepared, plan=replace(self.prepared.plan, counts=chosen))
+
+    def _compute_weights(
+        self, selection: Selection, work: WorkFolder | None, evaluation: RunEvaluation | None
+    ) -> dict[str, Any]:
+        """Compute and write the layers in a sweep of its own, because all of them are scored before one is pruned.
+
+        Returns how it was done, as JSON. All ranks.
+        """
+        prepared = self._chosen(selection)
         scored = self.processes.on_first(self._scored_layers)
-        selector = Selector(self.settings.selection, prepared.layout.spec, (), (), chosen.total)
+        selector = Selector(self.settings.selection, prepared.layout.spec, (), (), sum(selection.counts))
         target = OutputTarget(self.writer, selector, selection.stays, scored)
-        self.progress.say("all experts are selected; refitting the layers ...")
+        self.progress.say(f"all experts are selected; {self._computing} the layers ...")
         layers = RunLayers(self.runtime, prepared, only_refitted(self.calibration), target, work, evaluation)
         return layers.stream()[1]
+
+    @property
+    def _computing(self) -> str:
+        parts = ["refitting"] * self.settings.refit + ["rounding"] * self.settings.needs_text
+        return " and ".join(parts)
 
     def _scored_layers(self) -> Sequence[LayerStatistics]:
         assert self.decided.scores is not None

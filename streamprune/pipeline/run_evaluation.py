@@ -23,6 +23,7 @@ from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.stages import ForwardStage, PrunedForwardStage
+from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.folder import WorkFolder, resume_command
 
 #: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each measurement costs
@@ -108,20 +109,23 @@ class RunEvaluation:
             advice = self._advice() or "Keep more experts, try another --method or other calibration text"
             raise self._too_much_lost(f"After {place} the KL", kl, f"{_ABORT_FACTOR} x --stop-if-kl {most:g}", advice)
 
-    def complete(self, selection: Selection) -> None:
+    def complete(self, prepared: PreparedModel, selection: Selection) -> None:
         """Measure the pruned model in one more pass over all layers, by all ranks, unless the result is complete.
+
+        `prepared` has the numbers of experts that were selected. What is rounded, is rounded to nearest.
 
         Raises InterruptedRunError when the user stops the run.
         """
         if self.result is not None:
             return
-        prepared, held_out = self._prepared, self._held_out
+        held_out, settings = self._held_out, self._settings
         runtime = replace(self._runtime, busy=Busy())
+        written = written_tensors(prepared, runtime.device) if settings.is_quantizing else None
         weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
         self._progress.say("measuring the pruned model on the held-out text ...")
         stages = [
             ForwardStage(weights, ORIGINAL),
-            PrunedForwardStage(weights, prepared.pruned_layer, False, every, self.errors),
+            PrunedForwardStage(weights, prepared.pruned_layer, False, every, self.errors, written),
         ]
         try:
             figures = measure(runtime, stages, held_out, self.errors, selection.stays)
@@ -147,7 +151,9 @@ class RunEvaluation:
         if self.scores is None:
             return ""
         path = self._settings.scores or save_scores(self._settings, self.scores)
-        command = "run --refit" if self._settings.refit else "prune"
+        command = "run" if self._settings.computes_weights else "prune"
+        if self._settings.refit:
+            command += " --refit"
         return f"Change the selection with `streamprune {command} --scores {path}`"
 
     def _keep(self, figures: Sequence[SequenceFigures]) -> None:

@@ -13,33 +13,30 @@ from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, ResumeError, TooMuchLostError
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
-from streamprune.hardware.device import CPU, peak_device_bytes
+from streamprune.hardware.device import peak_device_bytes
 from streamprune.output.background import BackgroundWriter
 from streamprune.output.tensors import StageTensor
 from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
+from streamprune.pipeline.run_stages import pruning_stages
 from streamprune.planning.prepare import PreparedModel
 from streamprune.progress import LayerProgress
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import routed_tokens
 from streamprune.streaming.batches import Runtime, Stopped
-from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.stages import (
     ForwardStage,
     LayerTask,
     LayerVersion,
-    PrunedForwardStage,
     ScoreStage,
     is_held_out,
     is_two_sided,
 )
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import FinishedShard, RefittedLayer
+from streamprune.work.records import FinishedShard, RefittedLayer, RoundedLayer
 from streamprune.work.saved_states import SavedStates
 
 
@@ -84,21 +81,11 @@ class RunLayers:
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
         experts, tokens = self._layout.spec.count, self._streamed.tokens_of
         self._width = prepared.recorded_width if self._settings.channels else None
-        stages: list[ForwardStage]
         if self._scored:
-            stages = [ForwardStage(weights, ORIGINAL, is_two_sided)]
+            first = ForwardStage(weights, ORIGINAL, is_two_sided)
         else:
-            stages = [ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)]
-        refitted = None
-        if self._settings.refit and self._target is not None:
-            refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
-            stages[0].target = RefitTarget(weights)
-            stages.append(RefitStage(weights, prepared.pruned_layer, refitted, home))
-        if pruned_stream or errors is not None or refitted is not None:
-            stages.append(
-                PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors, refitted=refitted)
-            )
-        return stages
+            first = ScoreStage(weights, experts, tokens, choose, pruned_stream, self._width)
+        return [first, *pruning_stages(runtime, prepared, first, self._target, errors)]
 
     def stream(self) -> tuple[list[LayerStatistics], dict[str, Any]]:
         """Finish all layers. Returns the statistics of those with experts, and how they were made, as JSON.
@@ -120,8 +107,9 @@ class RunLayers:
     def _stream(self) -> None:
         self._finished = self._processes.on_first(self._load_finished)
         count, evaluation = self._layout.layer_count, self._evaluation
-        # After the last layer with experts nothing is computed, unless predictions are measured.
-        last = count - 1 if self._measures else self._layout.expert_layers[-1]
+        # After the last layer with experts nothing is computed, unless predictions are measured, or matrices rounded.
+        rounds = self._target is not None and self._settings.needs_text
+        last = count - 1 if self._measures or rounds else self._layout.expert_layers[-1]
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
         if evaluation is not None and unscored:
             evaluation.forget()
@@ -198,6 +186,8 @@ class RunLayers:
         )
         if version.refit is not None:
             self._say_refit(index, version.refit)
+        if version.rounded is not None:
+            self._say_rounded(index, version.rounded)
         if runs and following is not None:
             self._save_if_due()
 
@@ -211,6 +201,16 @@ class RunLayers:
         self._progress.say(
             f"{self._progress.name_of(index)}: {changed} of {len(refit.shares)} experts refitted, relative error on "
             f"text not fitted to {refit.before:.3f} -> {refit.after:.3f}{aim}"
+        )
+
+    def _say_rounded(self, index: int, rounded: RoundedLayer) -> None:
+        few = ""
+        if rounded.nearest or rounded.nearest_linears:
+            linears = f" and {', '.join(rounded.nearest_linears)}" if rounded.nearest_linears else ""
+            few = f"; {len(rounded.nearest)} of {len(rounded.tokens)} experts{linears} to nearest"
+        self._progress.say(
+            f"{self._progress.name_of(index)}: rounded, relative error of a matrix's output {rounded.before:.3f} -> "
+            f"{rounded.after:.3f}{few}"
         )
 
     def _replay(self, index: int, following: int | None) -> None:
@@ -253,7 +253,7 @@ class RunLayers:
         if layer is not None:
             self._loop.drop_cached_pages(layer)
         origins = {name: tensor.origin for name, tensor in version.computed.items()}
-        self._work.write_layer(layer, statistics, version.kept, shards, origins, version.refit)
+        self._work.write_layer(layer, statistics, version.kept, shards, origins, version.refit, version.rounded)
 
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
@@ -305,8 +305,8 @@ class RunLayers:
                 if self._scored and index is not None:
                     # Not written yet, or damaged. Its record also has the statistics.
                     return
-                if record.refit is not None:
-                    self._progress.say(f"note: shards of {_name(index)} are damaged or missing; it is refitted again.")
+                if record.refit is not None or record.rounded is not None:
+                    self._progress.say(f"note: shards of {_name(index)} are damaged or missing; it is computed again.")
                     self._work.forget_layer(index)
                     return
                 self._progress.say(f"note: shards of {_name(index)} are damaged or missing; they are written again.")
@@ -389,12 +389,12 @@ class RunLayers:
         )
 
 
-def both_sweeps(scored: Mapping[str, Any], refitted: Mapping[str, Any]) -> dict[str, Any]:
-    """How the layers were scored and then refitted in a sweep of their own, from what `stream` returned of each.
+def both_sweeps(scored: Mapping[str, Any], computed: Mapping[str, Any]) -> dict[str, Any]:
+    """How the layers were scored and then computed in a sweep of their own, from what `stream` returned of each.
 
-    The calibration is what was scored on; the sequences that are refitted to are a part of it.
+    The calibration is what was scored on; the sequences that weights are computed from are a part of it.
     """
-    return {**scored, "states": refitted["states"], "shrinks": [*scored["shrinks"], *refitted["shrinks"]]}
+    return {**scored, "states": computed["states"], "shrinks": [*scored["shrinks"], *computed["shrinks"]]}
 
 
 def _name(layer: int | None) -> str:

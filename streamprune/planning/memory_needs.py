@@ -24,12 +24,14 @@ from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware.device import all_gpus, context_bytes, is_gpu
 from streamprune.hardware.memory import format_bytes
-from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, choose
+from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, RoundingNeeds, choose
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import refit_sizes
+from streamprune.planning.rounding import rounding_needs
+from streamprune.refit.activations import down_sizes
 
 #: Bytes for each value of a matrix that is being decoded: float32, and as much again for codes and scales twice.
 DECODING_BYTES = 16
@@ -91,7 +93,7 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     last = prepared.layout.expert_layers[-1] if held is None else prepared.skeleton.layer_count - 1
     # Share of each layer's experts in the pruned copy next to it.
     copies: dict[int, float] = {}
-    if settings.propagate == "pruned" or settings.refit or held is not None:
+    if settings.propagate == "pruned" or settings.computes_weights or held is not None:
         # Without counts yet, assume that all experts stay.
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
@@ -99,6 +101,8 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     needs = channel_sums(needs, settings, prepared, calibration)
     if settings.refit:
         needs = _with_refit(needs, prepared, calibration)
+    if copies and settings.is_quantizing:
+        needs = _with_rounding(needs, settings, prepared, calibration)
     if held is None:
         return needs
     # Held-out text has the states of both models, and sums over the vocabulary.
@@ -150,6 +154,27 @@ def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration)
     anchor = needs_of(prepared, calibration.anchor, 0)
     needs = _with_two_sided(needs, anchor)
     return replace(needs, states=needs.states + anchor.states, sides=3)
+
+
+def _with_rounding(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
+    """The needs with those of rounded layers, and of rounding them by text, which goes through both models."""
+    counts, spec = prepared.counts, prepared.skeleton.spec
+    kept = max(counts.values()) if counts else spec.count
+    tensors, itemsize = prepared.planned_tensors, prepared.dtype.itemsize
+    if not settings.needs_text:
+        rounding = rounding_needs(tensors, kept, spec.top_k, 0, 0, itemsize)
+        return replace(needs, rounding=RoundingNeeds(copy=rounding.copy))
+    tokens = sum(fitted_tokens(calibration, use) for use in (FIT, JUDGE))
+    hidden = max(
+        down_sizes(prepared.skeleton.layers[layer].get_submodule(path))[1]
+        for layer, path in prepared.skeleton.experts.items()
+    )
+    rounding = rounding_needs(tensors, kept, spec.top_k, hidden, tokens, itemsize)
+    if settings.refit:
+        return replace(needs, rounding=rounding)
+    used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
+    states = needs.states + states_bytes(prepared, used)
+    return replace(needs, rounding=rounding, states=states, sides=max(2, needs.sides))
 
 
 def states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -48,11 +48,12 @@ from streamprune.output.encoded import encode_tensors
 from streamprune.output.plan import OutputSource
 from streamprune.output.quantized import QuantizedSource
 from streamprune.output.source import output_source
-from streamprune.output.tensors import output_tensors
+from streamprune.output.tensors import OutputTensor, output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts
 from streamprune.planning.refit import refit_demand, with_anchor
+from streamprune.planning.rounding import rounding_demand
 from streamprune.planning.written import written_footprint
 from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores_file import check_scores_file
@@ -125,9 +126,11 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
             f"--propagate pruned needs every layer's experts selected before the next is scored, but with {cause} they "
             "are selected once all layers are scored. Use --propagate original."
         )
+    # Checked here, before anything large is downloaded.
     if settings.refit:
-        # Checked here, before anything large is downloaded.
         refit_demand(skeleton, counts)
+    if settings.needs_text:
+        rounding_demand(skeleton, counts)
     return replace(plan, counts=counts, footprint=read_footprint() if counts.budget is not None else None)
 
 
@@ -197,12 +200,20 @@ class PreparedModel(OpenedMoE):
         """How many channels of each expert are scored; None if none are, since the experts keep their width."""
         return recorded_width(self.skeleton) if self.layout.width is not None else None
 
-    @cached_property
+    @property
     def planned_bytes(self) -> int:
         """Bytes of the weights that will be written. (MoE layers have equal sizes, so only the total number counts.)"""
+        return sum(tensor.nbytes for tensor in self.planned_tensors)
+
+    @cached_property
+    def planned_tensors(self) -> Sequence[OutputTensor]:
+        """The tensors that will be written, with experts divided evenly among the layers if that is not decided yet.
+
+        Nothing if the run only scores.
+        """
         planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
         if planned is None:
-            return 0
+            return ()
         counts = planned.per_layer
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
@@ -211,7 +222,7 @@ class PreparedModel(OpenedMoE):
         tensors = output_tensors(written.layout, written.checkpoint.tensors, counts, planned.width)
         if written.encoding is not None:
             tensors = encode_tensors(tensors, written.encoding)[0]
-        return sum(tensor.nbytes for tensor in tensors)
+        return tensors
 
     def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:
         """The model with `count` experts in every layer, on meta, as the rewritten config describes it.

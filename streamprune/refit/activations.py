@@ -29,11 +29,21 @@ class ExpertsCall:
     output: torch.Tensor
 
 
+def why_unseen(module: nn.Module) -> str | None:
+    """Why what enters each of these experts cannot be seen; None if it can."""
+    if dispatches_experts(module):
+        return None
+    return (
+        f"{type(module).__name__} does not run through transformers' experts interface, so its activations cannot be "
+        "seen"
+    )
+
+
 def why_not_linear(module: nn.Module) -> str | None:
     """Why a layer's output is not linear in these experts' down projections, as far as can be seen; None if it is."""
-    name = type(module).__name__
-    if not dispatches_experts(module):
-        return f"{name} does not run through transformers' experts interface, so its activations cannot be seen"
+    name, unseen = type(module).__name__, why_unseen(module)
+    if unseen is not None:
+        return unseen
     down = getattr(module, DOWN, None)
     if not isinstance(down, torch.Tensor) or down.dim() != 3:
         return f"{name} has no {DOWN} of all experts"

@@ -15,38 +15,36 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from streamprune.checkpoint.reader import DTYPES
 from streamprune.errors import UnsupportedModelError
 from streamprune.files.durable import reading
 from streamprune.files.page_cache import Stretch, cache_unchanged
 from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
 from streamprune.output.source_bytes import read_parts
-from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
+from streamprune.output.tensors import OutputTensor, StageTensor
 from streamprune.planning.prepare import PreparedModel
 from streamprune.refit.activations import DOWN, down_sizes, why_not_linear
+from streamprune.streaming.written_tensors import WrittenTensors, bytes_of, tensor_of
 
 #: The name of the stage that computes these tensors.
 REFIT = "refit"
 
 
 class DownTensors:
-    """The down projections of all layers with experts, of which `counts` experts stay by layer.
+    """The down projections, before any rounding, of all layers with experts, of which `counts` stay by layer.
 
     With `width` each expert keeps so many channels. Raises UnsupportedModelError if they cannot be refitted.
     """
 
-    def __init__(self, opened: OpenedMoE, counts: Mapping[int, int], width: int | None = None) -> None:
+    def __init__(
+        self, opened: OpenedMoE, written: WrittenTensors, counts: Mapping[int, int], width: int | None = None
+    ) -> None:
         self._folder, self._skeleton = opened.checkpoint.folder, opened.skeleton
-        self._tensors: dict[int, list[OutputTensor]] = defaultdict(list)
-        names = {self._parameter(layer): layer for layer in opened.skeleton.experts}
-        for tensor in output_tensors(opened.layout, opened.checkpoint.tensors, counts, width):
-            layer = names.get(opened.targets[tensor.name].name or "")
-            if layer is not None:
-                self._tensors[layer].append(tensor)
+        self._tensors: dict[int, list[OutputTensor]] = {}
         for layer, path in opened.skeleton.experts.items():
+            found = [each.plain for each in written.feeding(self._parameter(layer), layer)]
             # (A checkpoint's names are in no certain order.)
-            self._tensors[layer].sort(key=lambda tensor: tensor.slot or 0)
+            self._tensors[layer] = sorted(found, key=lambda tensor: tensor.slot or 0)
             module = opened.skeleton.layers[layer].get_submodule(path)
             problem = why_not_linear(module) or self._problem(layer, counts[layer], width, module)
             if problem is not None:
@@ -58,7 +56,7 @@ class DownTensors:
         `module` is the pruned experts module with its weights loaded.
         """
         with cache_unchanged(self._sources(layer, kept)):
-            stored = {tensor.name: _tensor_of(tensor, self._read(tensor, kept)) for tensor in self._tensors[layer]}
+            stored = {tensor.name: tensor_of(tensor, self._read(tensor, kept)) for tensor in self._tensors[layer]}
         return self._as_parameter(layer, stored, kept, module)
 
     def encode(
@@ -75,23 +73,8 @@ class DownTensors:
                 continue
             values = new[tensor.slot] if tensor.slot is not None else new
             values = values.transpose(-1, -2) if exchanged else values
-            data = values.reshape(tensor.shape).contiguous().view(torch.uint8).numpy().tobytes()
-            encoded[tensor.name] = StageTensor(REFIT, data)
+            encoded[tensor.name] = StageTensor(REFIT, bytes_of(values.reshape(tensor.shape)))
         return encoded
-
-    def load(self, layer: int, kept: KeptExperts, module: nn.Module, computed: Mapping[str, StageTensor]) -> None:
-        """Put computed tensors into the parameter of the pruned layer `module`, which has the source's values."""
-        experts = module.get_submodule(self._skeleton.experts[layer])
-        parameter: torch.Tensor = getattr(experts, DOWN)
-        exchanged = self._is_exchanged(layer, kept, experts)
-        for tensor in self._tensors[layer]:
-            if tensor.name not in computed:
-                continue
-            place = parameter[tensor.slot] if tensor.slot is not None else parameter
-            values = _tensor_of(tensor, computed[tensor.name].data)
-            shape = (*place.shape[:-2], place.shape[-1], place.shape[-2]) if exchanged else place.shape
-            values = values.reshape(shape)
-            place.data.copy_(values.transpose(-1, -2) if exchanged else values)
 
     def names(self, layer: int) -> list[str]:
         """The names of the tensors in the output."""
@@ -127,7 +110,7 @@ class DownTensors:
         if own[0] != own[1]:
             return shape != own
         # Both sizes are equal, so look at the first expert's values, before anything is put into the parameter.
-        stored = _tensor_of(tensor, self._read(tensor, kept)).reshape(-1, *shape)[0].to(parameter.dtype)
+        stored = tensor_of(tensor, self._read(tensor, kept)).reshape(-1, *shape)[0].to(parameter.dtype)
         first = parameter[0].cpu()
         if torch.equal(stored, first):
             return False
@@ -172,11 +155,7 @@ def _expert_shape(tensor: OutputTensor, count: int) -> tuple[int, ...]:
     return tensor.shape[1:] if len(tensor.shape) == 3 else (tensor.shape[0] // count, *tensor.shape[1:])
 
 
-def _tensor_of(tensor: OutputTensor, data: bytes | memoryview) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[tensor.dtype]).view(tensor.shape)
-
-
-def down_tensors(prepared: PreparedModel) -> DownTensors:
+def down_tensors(prepared: PreparedModel, written: WrittenTensors) -> DownTensors:
     """The tensors that a refit computes. Raises UnsupportedModelError if they cannot be refitted or encoded.
 
     As long as it is unknown how many experts stay in each layer, all do.
@@ -184,4 +163,4 @@ def down_tensors(prepared: PreparedModel) -> DownTensors:
     planned, layout = prepared.plan.counts, prepared.layout
     assert planned is not None
     counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
-    return DownTensors(prepared, counts, planned.width)
+    return DownTensors(prepared, written, counts, planned.width)

@@ -1,12 +1,15 @@
-"""What enters the Linear modules of a layer: their tokens, and the sums of squares and products of their inputs.
+"""What enters the matrices of a layer: how many tokens, and the sums of squares and products of their inputs.
 
-A Linear's weight is rounded (GPTQ), or its importance stated (llama.cpp's imatrix), by these sums over the text that
-goes through the layer. Those of routed experts come from the tokens that are kept for them (`collected.py`).
+A weight is rounded (GPTQ), or its importance stated (llama.cpp's imatrix), by these sums over the text that goes
+through the layer. Those of Linear modules are added up in every forward; those of routed experts are made later from
+the tokens that are kept for them (`collected.py`).
 
-Products are computed in float32 for one sequence at a time, and added in float64: so that the sums depend neither on
-the size of micro-batches nor, beyond float64's last digits, on the order of the sequences or the number of processes.
+Products of a Linear's inputs are computed in float32 for one sequence at a time, and added in float64: so that the sums
+depend neither on the size of micro-batches nor, beyond float64's last digits, on the order of the sequences or the
+number of processes.
 
-Shapes: B sequences of a micro-batch, n rows of the input for one sequence, C its columns.
+Shapes: B sequences of a micro-batch, n rows of the input for one sequence, C its columns; N tokens, k experts chosen
+for each, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torch import nn
 
 from streamprune.distributed.processes import Processes
 from streamprune.errors import UnsupportedModelError
+from streamprune.refit.activations import activation
+from streamprune.refit.least_squares import PART_TOKENS
 
 
 @dataclass
@@ -155,3 +160,40 @@ class _Forward:
                 return owner
         self._seen.append((weakref.ref(given), given._version, path))
         return path
+
+
+@dataclass(frozen=True)
+class RoutedInputs:
+    """What this process's tokens bring to the experts of the loaded, pruned `module`, computed on `device`.
+
+    `tokens` are their input (N, H), and the places (N, k) of the experts chosen; empty if there are none.
+    """
+
+    module: nn.Module
+    tokens: tuple[torch.Tensor, ...]
+    device: torch.device
+
+    def count(self, experts: int, processes: Processes) -> list[int]:
+        """How many tokens of all processes are routed to each of the experts."""
+        found = torch.zeros(experts, dtype=torch.float64)
+        if self.tokens:
+            index = self.tokens[1].long().clamp(max=experts).reshape(-1).cpu()
+            found += torch.bincount(index, minlength=experts + 1)[:-1]
+        processes.add_up(found)
+        return [int(count) for count in found]
+
+    def products(self, expert: int, columns: int, of_down: bool) -> torch.Tensor:
+        """XᵀX (C, C), float64, of what enters an expert, or its down projection before the gate weight.
+
+        Products are made in float32 of some thousand tokens at a time, in their order, and added in float64.
+        """
+        total = torch.zeros(columns, columns, dtype=torch.float64, device=self.device)
+        if not self.tokens:
+            return total
+        hidden, index = self.tokens
+        rows = (index == expert).any(dim=1).nonzero().flatten()
+        for part in torch.split(rows, PART_TOKENS):
+            given = hidden[part].to(self.device)
+            exact = (activation(self.module, expert, given) if of_down else given).float()
+            total += exact.T @ exact
+        return total

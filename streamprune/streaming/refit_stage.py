@@ -33,7 +33,7 @@ from streamprune.streaming.down_tensors import REFIT, DownTensors
 from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, non_finite_tokens, of_side, side_of
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import EXPERTS
-from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided
+from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided, pruned_module
 from streamprune.work.records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
@@ -99,10 +99,7 @@ class RefitStage(ForwardStage):
         kept = task.versions[self.side].kept
         pruned = self._make_pruned(task.index, kept)
         try:
-            with self.weights.making_room(
-                lambda: self.weights.pruned_layer(task.index, layer, pruned, kept),
-                f"a copy of layer {task.index} with the experts that stay",
-            ) as module:
+            with pruned_module(self.weights, task.index, layer, pruned, kept) as module:
                 yield module
         finally:
             self._collected.clear()

@@ -5,6 +5,7 @@
 | `ForwardStage` | micro-batches, through the layer of a checkpoint | states; with `errors`, their relative errors |
 | `ScoreStage` | the same, with hooks on the layer's experts | statistics, and which experts stay |
 | `RefitStage` (`refit_stage.py`) | text to refit to, through the pruned layer | refitted down projections |
+| `QuantizeStage` (`quantize_stage.py`) | text to round by, through the pruned layer | rounded matrices |
 | `PrunedForwardStage` | text for the pruned model, through the pruned layer | states of the pruned model |
 
 The stages after scoring belong to a side: `PRUNED` in a run, and one for each candidate in a search. What the layer
@@ -34,7 +35,6 @@ from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.batches import Among, every
-from streamprune.streaming.down_tensors import DownTensors
 from streamprune.streaming.forward import (
     ORIGINAL,
     PRUNED,
@@ -47,7 +47,8 @@ from streamprune.streaming.forward import (
 from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import RefitTarget
-from streamprune.work.records import RefittedLayer
+from streamprune.streaming.written_tensors import WrittenTensors
+from streamprune.work.records import RefittedLayer, RoundedLayer
 from streamprune.work.saved_states import BatchState
 
 
@@ -66,12 +67,13 @@ class LayerVersion:
     """What a layer becomes for a side that is not the original.
 
     `kept` is what stays of the experts, nothing if none are selected. `computed` are the checkpoint tensors, by name,
-    that a stage has computed for it, and `refit` how.
+    that a stage has computed for it; `refit` and `rounded` say how.
     """
 
     kept: KeptExperts = field(default_factory=KeptExperts)
     computed: Mapping[str, StageTensor] = field(default_factory=dict)
     refit: RefittedLayer | None = None
+    rounded: RoundedLayer | None = None
 
 
 @dataclass
@@ -347,9 +349,9 @@ class PrunedForwardStage(ForwardStage):
     """Sends micro-batches through the pruned layers of a side, with only the experts that stay.
 
     These are the `two_sided` ones, and with `pruned_stream` the calibration in layers with experts. `make_pruned`
-    returns a layer of the pruned model on meta, for its index and what stays of its experts. `refitted` puts the
-    tensors that were computed for a layer into it. In a run, without any text that needs it, it is left out; a `side`
-    of a search always has some.
+    returns a layer of the pruned model on meta, for its index and what stays of its experts. `written` puts what is
+    computed or rounded of a layer into it; it may be None if nothing is. In a run, without any text that needs it, it
+    is left out; a `side` of a search always has some.
     """
 
     def __init__(
@@ -359,39 +361,40 @@ class PrunedForwardStage(ForwardStage):
         pruned_stream: bool,
         two_sided: Among = is_two_sided,
         errors: LayerErrors | None = None,
-        refitted: DownTensors | None = None,
+        written: WrittenTensors | None = None,
         side: str = PRUNED,
     ) -> None:
         super().__init__(weights, side, two_sided, errors)
         self.name = of_side("pruned", side)
         self._layers, self._make_pruned, self._pruned_stream = experts_of(weights), make_pruned, pruned_stream
-        self._refitted = refitted
+        self._written = written
 
     def applies(self, task: LayerTask) -> bool:
-        return bool(self.errors or self._refitted or self.side != PRUNED or self._streams(task))
+        has_text = self.errors is not None or self._written is not None or self.side != PRUNED
+        return has_text or self._streams(task)
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
         return self._two_sided(batch) or self._streams(task)
 
     def may_stop(self, task: LayerTask) -> bool:
-        # Computed tensors are not saved before the layer is finished, nor is what is on record of a refit.
+        # Computed tensors are not saved before the layer is finished, nor what is on record of them.
         version = task.versions[self.side]
-        return version.refit is None and not version.computed
+        return version.refit is None and version.rounded is None and not version.computed
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:
-        if task.index not in self._layers:
+        version, written = task.versions[self.side], self._written
+        changed = written is not None and written.is_changed(task.index, version.computed)
+        if task.index not in self._layers and not changed:
             yield layer
             return
-        version = task.versions[self.side]
+
+        def fill() -> None:
+            if written is not None and changed:
+                written.load(task.index, version.kept, version.computed)
+
         pruned = self._make_pruned(task.index, version.kept)
-        with self.weights.making_room(
-            lambda: self.weights.pruned_layer(task.index, layer, pruned, version.kept),
-            f"a copy of layer {task.index} with the experts that stay",
-        ) as module:
-            if version.computed:
-                assert self._refitted is not None
-                self._refitted.load(task.index, version.kept, module, version.computed)
+        with pruned_module(self.weights, task.index, layer, pruned, version.kept, fill) as module:
             yield module
 
     def _streams(self, task: LayerTask) -> bool:
@@ -402,3 +405,27 @@ def experts_of(weights: LayerWeights) -> Mapping[int, str]:
     """The layers with experts, and the paths of their experts modules; the model must be opened as a MoE model."""
     assert isinstance(weights.decoder, Skeleton)
     return weights.decoder.experts
+
+
+@contextmanager
+def pruned_module(
+    weights: LayerWeights,
+    index: int,
+    layer: nn.Module,
+    pruned: nn.Module,
+    kept: KeptExperts,
+    fill: Callable[[], None] = lambda: None,
+) -> Iterator[nn.Module]:
+    """The loaded layer `index` with what stays of its experts, in `pruned`, to which `fill` gives other weights.
+
+    Hidden states are offloaded if memory is short.
+    """
+
+    @contextmanager
+    def filled() -> Iterator[nn.Module]:
+        with weights.pruned_layer(index, layer, pruned, kept) as module:
+            fill()
+            yield module
+
+    with weights.making_room(filled, f"a copy of layer {index} with the experts that stay") as module:
+        yield module

@@ -25,7 +25,7 @@ from streamprune.files.page_cache import Stretch, cache_unchanged
 from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
 from streamprune.models.skeleton import map_checkpoint
-from streamprune.output.encoded import encode_tensors
+from streamprune.output.encoded import SHAPE, encode_tensors
 from streamprune.output.source_bytes import source_bytes, stretches
 from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
 from streamprune.planning.prepare import PreparedModel
@@ -58,8 +58,12 @@ class WrittenTensor:
         return self.scheme is not None or self.name in computed
 
     def stage_tensors(self, parts: Mapping[str, torch.Tensor], stage: str) -> dict[str, StageTensor]:
-        """Its tensors in the output with the values that a stage has computed, by part."""
-        return {self.parts[part].name: StageTensor(stage, bytes_of(values)) for part, values in parts.items()}
+        """Its tensors in the output, of the parts that a stage has computed; its shape is not among them."""
+        return {
+            self.parts[part].name: StageTensor(stage, bytes_of(values))
+            for part, values in parts.items()
+            if part != SHAPE
+        }
 
 
 class WrittenTensors:
@@ -114,17 +118,23 @@ class WrittenTensors:
         return tensor_of(tensor, data)
 
     def values(self, written: WrittenTensor, kept: KeptExperts, computed: Computed) -> torch.Tensor:
-        """What a tensor of the output means, in the model's dtype on the device.
+        """What a tensor of the output means.
 
-        That is what its parts decode to, computed ones or those of its plain values rounded to nearest; or these
-        themselves, in their own dtype, if it is not rounded.
+        That is what its parts decode to, computed ones or those of its plain values rounded to nearest, in the model's
+        dtype on the device; if it is not rounded, its plain values.
         """
         scheme, parts = written.scheme, written.parts
         if scheme is None:
-            return self.plain_values(written.plain, kept, computed).to(self.device)
-        if all(part.name in computed for part in parts.values()):
-            found = {name: tensor_of(part, computed[part.name].data) for name, part in parts.items()}
-            return scheme.format.decode({name: each.to(self.device) for name, each in found.items()}, self.dtype)
+            return self.plain_values(written.plain, kept, computed)
+        found = {
+            name: tensor_of(part, computed[part.name].data).to(self.device)
+            for name, part in parts.items()
+            if part.name in computed
+        }
+        if found:
+            if SHAPE in parts:
+                found[SHAPE] = torch.tensor(written.plain.shape)
+            return scheme.format.decode(found, self.dtype)
         weight = self.plain_values(written.plain, kept, computed).to(self.device).float()
         scales = scheme.scales(weight)
         # (The same values as the decoded parts have, but not packed on the way.)
@@ -138,14 +148,29 @@ class WrittenTensors:
         Memory on top of the layer: the largest parameter's tensors. Raises CheckpointError, and MemoryError or
         torch's error if memory runs out.
         """
+        changed = {each.parameter for each in self.of_layer(layer) if each.is_changed(computed)}
+        self._load(layer, kept, computed, changed if parameters is None else parameters, self.values)
+
+    def load_plain(self, layer: int, kept: KeptExperts, computed: Computed) -> None:
+        """Put what a refit has computed into the loaded, pruned layer, before anything is rounded. Raises as `load`."""
+        changed = {each.parameter for each in self.of_layer(layer) if each.name in computed}
+        self._load(layer, kept, computed, changed, lambda each, *given: self.plain_values(each.plain, *given))
+
+    def _load(
+        self,
+        layer: int,
+        kept: KeptExperts,
+        computed: Computed,
+        parameters: Collection[str],
+        values: Callable[[WrittenTensor, KeptExperts, Computed], torch.Tensor],
+    ) -> None:
         model = self._make_model(kept)
         conversion = Conversion(model, self.dtype, self.device, self._folder)
-        for parameter, feeding in self._layers[layer].items():
-            if parameter not in parameters if parameters is not None else not _any_changed(feeding, computed):
-                continue
+        for parameter in sorted(parameters):
+            feeding = self.feeding(parameter, layer)
             _free(model, parameter)
             with self.reading(feeding, kept, computed):
-                conversion.load({each.name: self.values(each, kept, computed) for each in feeding})
+                conversion.load({each.name: values(each, kept, computed).to(self.device) for each in feeding})
 
     @contextmanager
     def reading(self, written: Iterable[WrittenTensor], kept: KeptExperts, computed: Computed) -> Iterator[None]:
@@ -197,10 +222,6 @@ def _plain_tensors(tensors: Iterable[OutputTensor]) -> list[tuple[OutputTensor, 
         if tensor.encoded is not None:
             parts.append(tensor)
     return list(found.values())
-
-
-def _any_changed(written: Iterable[WrittenTensor], computed: Computed) -> bool:
-    return any(each.is_changed(computed) for each in written)
 
 
 def _free(model: nn.Module, parameter: str) -> None:

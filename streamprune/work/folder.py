@@ -56,6 +56,7 @@ from streamprune.work.records import (
     RecordedEvaluation,
     RecordedSearch,
     RefittedLayer,
+    RoundedLayer,
     converted,
 )
 
@@ -139,10 +140,11 @@ class WorkFolder:
         shards: list[FinishedShard],
         computed: Mapping[str, Computed] | None = None,
         refit: RefittedLayer | None = None,
+        rounded: RoundedLayer | None = None,
     ) -> None:
         """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer.
 
-        `computed` are the tensors in the shards that a stage has computed, and `refit` says how.
+        `computed` are the tensors in the shards that a stage has computed; `refit` and `rounded` say how.
         """
         result: dict[str, Any] | None = None
         if layer is not None:
@@ -150,7 +152,7 @@ class WorkFolder:
             if layer.channels is not None:
                 result["channels"] = pack(layer.channels)
         channels = kept.channels.as_text() if kept.channels is not None else None
-        record = FinishedLayer(result, kept.experts, shards, channels, dict(computed or {}), refit)
+        record = FinishedLayer(result, kept.experts, shards, channels, dict(computed or {}), refit, rounded)
         with writing(f"Recording a layer in {self._layers}", self.folder):
             write_record(self._layer_path(index), msgspec.to_builtins(record))
         kill_point("block recorded")

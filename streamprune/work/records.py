@@ -130,13 +130,29 @@ class RefittedLayer(Struct, frozen=True):
     catch_up: float
 
 
+class RoundedLayer(Struct, frozen=True):
+    """How the matrices of a layer were rounded by GPTQ, from the text that went through the pruned layer.
+
+    `tokens` were routed to each kept expert. `nearest` are those, by their places, of which a matrix was rounded to
+    nearest, for too few tokens or a singular Hessian; `nearest_linears` are the weights of such other modules. `before`
+    and `after` are the mean relative errors, over all others, of a matrix's output on that text: if it had been rounded
+    to nearest, and as it is.
+    """
+
+    tokens: list[Count]
+    nearest: list[Count]
+    nearest_linears: list[str]
+    before: float
+    after: float
+
+
 class FinishedLayer(Struct, frozen=True):
     """The record of a finished layer: its statistics (None without experts), what stays of them, and its shards.
 
     `channels` are those that the kept experts keep, as text, if they become narrower. If nothing is written while
     layers are scored, there are no kept experts and no shards yet. The statistics are as they were read and may be
-    invalid. `computed` are the tensors in the shards, by name, that are not the source's bytes, and `refit` says how
-    they were made.
+    invalid. `computed` are the tensors in the shards, by name, that cannot be made from the source alone; `refit` and
+    `rounded` say how they were made.
     """
 
     result: dict[str, Any] | None
@@ -145,6 +161,7 @@ class FinishedLayer(Struct, frozen=True):
     channels: str | None = None
     computed: dict[str, Computed] = {}
     refit: RefittedLayer | None = None
+    rounded: RoundedLayer | None = None
 
     def is_of(self, kept: KeptExperts) -> bool:
         """Whether the layer was written with these experts and channels."""

@@ -1,0 +1,168 @@
+"""Rounding the matrices of a layer by what enters them (GPTQ), and encoding what a refit has computed.
+
+The results are tensors of the output, as they are written. What GPTQ cannot round well is left to rounding to nearest:
+matrices without a factored Hessian, and experts with few tokens. These are made again from the source when they are
+written, or from the refitted values.
+
+Shapes: K matrices or experts at a time, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from streamprune.distributed.processes import Processes
+from streamprune.formats.base import KeptExperts
+from streamprune.hardware.device import free_after_failure, lack_of_memory
+from streamprune.output.tensors import StageTensor
+from streamprune.quantize.gptq import gptq
+from streamprune.quantize.schemes import Scheme
+from streamprune.streaming.written_tensors import Computed, WrittenTensor, WrittenTensors
+
+#: The name of the stage that computes these tensors.
+GPTQ = "gptq"
+#: Experts with fewer routed tokens are rounded to nearest. (With about 100, GPTQ still halved the loss of the demo's
+#: model; fewer were not measured.)
+LEAST_TOKENS = 64
+
+#: Matrices with the same input, which are rounded by one Hessian.
+Group = Sequence[WrittenTensor]
+
+
+@dataclass
+class Outcome:
+    """What came of rounding some groups: `computed` tensors, the places of those that `failed`, and relative `errors`.
+
+    Each error is ‖X(W - Q)ᵀ‖ / ‖XWᵀ‖ over the tokens that the group was rounded by: rounded to nearest, and by GPTQ.
+    """
+
+    computed: dict[str, StageTensor] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    errors: list[tuple[float, float]] = field(default_factory=list)
+
+    def __iadd__(self, other: Outcome) -> Outcome:
+        self.computed |= other.computed
+        self.failed |= other.failed
+        self.errors += other.errors
+        return self
+
+
+class LayerRounding:
+    """Rounds the matrices of one layer, of whose experts `kept` stays; `refitted` are plain tensors of the refit.
+
+    All processes call its methods alike; rank 0 rounds, and all get the result.
+    """
+
+    def __init__(
+        self, written: WrittenTensors, layer: int, kept: KeptExperts, refitted: Computed, processes: Processes
+    ) -> None:
+        self._written, self._layer, self._kept, self._refitted = written, layer, kept, refitted
+        self._processes = processes
+        self.outcome = Outcome()
+
+    @property
+    def computed(self) -> dict[str, StageTensor]:
+        """All that is computed of the layer so far, refitted plain tensors included."""
+        return {**self._refitted, **self.outcome.computed}
+
+    def add(self, groups: Sequence[Group], hessians: torch.Tensor) -> set[int]:
+        """Round groups of equal shapes by XᵀX (K, C, C) over all processes, on the device; returns which failed.
+
+        Raises torch's error if memory runs out.
+        """
+        outcome = self._processes.on_first(lambda: self._round(groups, hessians.float()))
+        self.outcome += Outcome(outcome.computed, set(), outcome.errors)
+        return outcome.failed
+
+    def add_experts(self, groups: Sequence[Group], hessian: Callable[[int], torch.Tensor], chunk: int) -> set[int]:
+        """Round a group of each of some experts, `chunk` of them at a time; returns the places of those that failed.
+
+        `hessian` returns this process's XᵀX (C, C), float64, for a place. If the memory of the only process runs out,
+        chunks are halved.
+        """
+        failed: set[int] = set()
+        begin = 0
+        while begin < len(groups):
+            places = range(begin, min(begin + chunk, len(groups)))
+            attempt = partial(self._add_chunk, [groups[place] for place in places], hessian, places, failed)
+            if self._processes.count > 1 or chunk == 1:
+                attempt()
+            elif lack_of_memory(attempt) is not None:
+                free_after_failure(self._written.device)
+                chunk //= 2
+                continue
+            begin = places.stop
+        return failed
+
+    def _add_chunk(
+        self, groups: Sequence[Group], hessian: Callable[[int], torch.Tensor], places: range, failed: set[int]
+    ) -> None:
+        hessians = torch.stack([hessian(place) for place in places])
+        self._processes.add_up(hessians)
+        failed |= {places[place] for place in self.add(groups, hessians)}
+
+    def _round(self, groups: Sequence[Group], hessians: torch.Tensor) -> Outcome:
+        """The same for this process alone."""
+        scheme = groups[0][0].scheme
+        assert scheme is not None
+        outcome = Outcome()
+        with self._written.reading([each for group in groups for each in group], self._kept, self._refitted):
+            if all(_is_joinable(each, scheme) for each in groups[0]):
+                return self._round_joined(groups, hessians, scheme)
+            for place in range(len(groups[0])):
+                outcome += self._round_joined([[group[place]] for group in groups], hessians, scheme)
+        return outcome
+
+    def _round_joined(self, groups: Sequence[Group], hessians: torch.Tensor, scheme: Scheme) -> Outcome:
+        weights = torch.stack([torch.cat([self._weight(each) for each in group]) for group in groups])
+        rounding = gptq(weights, hessians, scheme)
+        outcome = Outcome(failed=set(rounding.failed))
+        nearest = scheme.rounded(scheme.round(weights, rounding.scales), rounding.scales)
+        for place, group in enumerate(groups):
+            if place in outcome.failed:
+                continue
+            errors = [
+                _relative_error(weights[place], each[place], hessians[place]) for each in (nearest, rounding.values)
+            ]
+            outcome.errors.append((errors[0], errors[1]))
+            begin = 0
+            for each in group:
+                rows = each.plain.shape[0]
+                high, _ = scheme.block(each.plain.shape)
+                own = slice(begin // high, -(-(begin + rows) // high))
+                parts = scheme.pack(rounding.codes[place, begin : begin + rows], rounding.scales[place, own])
+                outcome.computed |= each.stage_tensors(parts, GPTQ)
+                begin += rows
+        return outcome
+
+    def _weight(self, written: WrittenTensor) -> torch.Tensor:
+        plain = self._written.plain_values(written.plain, self._kept, self._refitted)
+        return plain.to(self._written.device).float()
+
+
+def encode_refitted(written: WrittenTensors, layer: int, computed: Computed) -> dict[str, StageTensor]:
+    """Computed tensors of a layer as the output has them: plain ones that it rounds are rounded to nearest."""
+    result = dict(computed)
+    for each in written.of_layer(layer):
+        if each.scheme is not None and each.name in result:
+            plain = result.pop(each.name)
+            weight = written.plain_values(each.plain, KeptExperts(), computed).to(written.device).float()
+            result = each.stage_tensors(each.scheme.encode(weight), plain.stage) | result
+    return result
+
+
+def _is_joinable(written: WrittenTensor, scheme: Scheme) -> bool:
+    """Whether the rows of a matrix are whole blocks, so that others can be put below it."""
+    return written.plain.shape[0] % scheme.block(written.plain.shape)[0] == 0
+
+
+def _relative_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    """‖X(W - Q)ᵀ‖ / ‖XWᵀ‖ of W and Q (R, C), from XᵀX (C, C)."""
+    error = weight - rounded
+    energy, lost = (float(((each @ hessian) * each).sum(dtype=torch.float64)) for each in (weight, error))
+    return math.sqrt(max(0.0, lost) / energy) if energy > 0 else 0.0
