@@ -60,6 +60,7 @@ from streamprune.saliency.scores_file import SCORES_NAME, write_scores
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.predictions import find_head
+from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import RecordedRun, read_run, with_changes, write_run
@@ -181,7 +182,7 @@ class _Search:
             counts = candidate.counts(prepared.layout.expert_layers, full)
             found[candidate] = prepared.for_counts(counts, sources[candidate.weights])
             if candidate.refit:
-                down_tensors(found[candidate])
+                down_tensors(found[candidate], written_tensors(found[candidate], self.device))
         return found
 
     def _run_of(self, candidate: Candidate, experts: int) -> RunSettings:

@@ -32,6 +32,7 @@ from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
+from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.folder import WorkFolder, resume_command
 
 #: How often predictions are measured within the model to give up candidates, evenly over its depth.
@@ -44,12 +45,14 @@ def candidate_stages(
     weights: LayerWeights, prepared: PreparedModel, candidate: Candidate, text: SearchText, runtime: Runtime
 ) -> Iterator[ForwardStage]:
     """What is done with a layer for a candidate, whose name is its side. `prepared` is the model for it."""
-    use_of, name, refitted = text.use_of(candidate), candidate.name, None
-    if candidate.refit:
-        refitted, home = down_tensors(prepared), runtime.device if runtime.plan.place == "device" else CPU
+    use_of, name, written = text.use_of(candidate), candidate.name, None
+    if candidate.refit or prepared.written.encoding is not None:
+        written = written_tensors(prepared, runtime.device)
+    if candidate.refit and written is not None:
+        refitted, home = down_tensors(prepared, written), runtime.device if runtime.plan.place == "device" else CPU
         yield RefitStage(weights, prepared.pruned_layer, refitted, home, name, use_of)
     among = _measured_or_used(use_of)
-    yield PrunedForwardStage(weights, prepared.pruned_layer, False, among, refitted=refitted, side=name)
+    yield PrunedForwardStage(weights, prepared.pruned_layer, False, among, written=written, side=name)
 
 
 def _measured_or_used(use_of: Callable[[MicroBatch], str]) -> Among:

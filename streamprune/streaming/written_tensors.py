@@ -189,9 +189,10 @@ def written_tensors(prepared: PreparedModel, device: torch.device) -> WrittenTen
 
     As long as it is unknown how many experts stay in each layer, all do.
     """
-    planned, source = prepared.plan.counts, prepared.written
+    planned, layout = prepared.plan.counts, prepared.layout
     assert planned is not None
-    counts = planned.per_layer or dict.fromkeys(source.layout.expert_layers, source.layout.spec.count)
+    counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
+    source = prepared.written
     tensors = output_tensors(source.layout, source.checkpoint.tensors, counts, planned.width)
     if source.encoding is not None:
         tensors, _ = encode_tensors(tensors, source.encoding)
