@@ -116,6 +116,16 @@ def test_codes_are_the_nearest_for_the_scales_as_stored(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+def test_values_beyond_the_codes_get_the_last_one(name: str) -> None:
+    made = scheme(name)
+    high = {"w8a16": 127.0, "w4a16": 7.0}.get(name, 448.0)
+    low = -448.0 if high == 448 else -high - 1
+    # GPTQ asks for such values: earlier columns move later ones.
+    codes = made.nearest(torch.tensor([500.0, 1e30, -500, -1e30]) * 0.5, torch.tensor(0.25))
+    assert codes.tolist() == [high, high, low, low]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
 def test_scales_are_of_the_largest_magnitude(name: str) -> None:
     weight, made = matrix(130, 160, 8), scheme(name, 160)
     high, wide = {"fp8": (128, 128), "fp8-dynamic": (1, 160)}.get(name, (1, 32))
