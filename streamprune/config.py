@@ -348,7 +348,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     whose KL divergence there is larger. `channels`: also score the channels of each expert, where that is possible.
     With `refit` the down projections of the kept experts are refitted, also to the text `anchor` (as in `calibration`;
     NO_ANCHOR: to no other text; None: to built-in text if the calibration has a single source). With `scores` (a file,
-    or a folder with one) nothing is scored anew: they select, and the calibration is only for the refit.
+    or a folder with one) nothing is scored anew: they select, and the calibration is only for the refit. `imatrix` is
+    the file for an importance matrix of the pruned model.
     """
 
     only_score: bool = False
@@ -364,6 +365,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     refit: bool = False
     anchor: str | None = None
     scores: Path | None = None
+    imatrix: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.only_score:
@@ -378,6 +380,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
                 f"--checkpoint-every {self.checkpoint_every:g} is not a number of seconds. 0: after every layer."
             )
         self._check_refit()
+        self._check_imatrix()
         if not self.channels and (self.width is not None or self.by != "experts"):
             raise SettingsError("--no-channels leaves out what --width and --by choose by. Omit one of the two.")
         if self.evaluate and self.only_score:
@@ -395,17 +398,40 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
         return self.is_quantizing and self.rounds_by == "gptq" and not self.only_score
 
     @property
-    def computes_weights(self) -> bool:
-        """Whether weights are computed from text that flows through the pruned layers."""
-        return self.refit or self.needs_text
+    def sends_text(self) -> bool:
+        """Whether text goes through the pruned layers: weights, or an importance matrix, are made from it."""
+        return self.refit or self.needs_text or self.imatrix is not None
+
+    @property
+    def changes_weights(self) -> bool:
+        """Also if an importance matrix is wanted, for which all experts may stay."""
+        return super().changes_weights or self.imatrix is not None
+
+    def _check_imatrix(self) -> None:
+        if self.imatrix is None:
+            return
+        if self.only_score:
+            raise SettingsError("--imatrix is about a pruned model, and scoring alone makes none.")
+        if self.propagate == "pruned":
+            raise SettingsError(
+                "--imatrix sends a part of the text through the pruned layers, next to the original stream that the "
+                "experts are scored on. Leave out --propagate pruned."
+            )
+        path = self.imatrix.absolute()
+        for name, folder in (("the output", self.output), ("the work folder", self.work_folder)):
+            if folder.absolute() in (path, *path.parents):
+                raise SettingsError(
+                    f"--imatrix {self.imatrix} is in {name}, which has only the files of the model, or is removed. "
+                    f"Put it beside, such as {sibling_path(self.output, '.imatrix.gguf')}."
+                )
 
     def _check_refit(self) -> None:
         if self.anchor is not None and not self.refit:
             raise SettingsError(f"--anchor {self.anchor} is the text that --refit also fits to, which is not given.")
-        if self.scores is not None and not (self.refit or self.needs_text):
+        if self.scores is not None and not self.sends_text:
             raise SettingsError(
-                "--scores is for --refit and --rounding gptq. Without them use `streamprune prune`, which needs no "
-                "text."
+                "--scores is for --refit, --rounding gptq and --imatrix. Without them use `streamprune prune`, which "
+                "needs no text."
             )
         if self.needs_text and self.propagate == "pruned":
             raise SettingsError(

@@ -19,6 +19,9 @@ WANTED_PER_UNIT, RECOMMENDED_PER_UNIT = 48, 32
 #: Routed tokens for each input column of an expert that stays, on average, that its matrices are rounded by. (On the
 #: demo's model, GPTQ left .47 of the loss of rounding to nearest with 1 token a column, .39 with 16.)
 WANTED_PER_COLUMN = 16
+#: Tokens for an importance matrix, if no more go through the pruned layers anyway: llama.cpp's users take 100 to 512
+#: chunks of 512 tokens. Below the second it is worth a warning.
+IMATRIX_TOKENS, LEAST_IMATRIX_TOKENS = 256 * 512, 100 * 512
 #: Every so many sequences of a source one judges.
 JUDGE_EVERY = 5
 #: The share of the anchor in the tokens of a refit.
@@ -71,9 +74,9 @@ class RoundingDemand:
         return round(WANTED_PER_COLUMN * self.per_column)
 
 
-def with_rounding(calibration: Calibration, demand: RoundingDemand) -> Calibration:
-    """The calibration with the sequences that its weights are rounded by, which are not refitted to."""
-    uses = _uses(calibration, demand.tokens)
+def with_text(calibration: Calibration, tokens: int) -> Calibration:
+    """The calibration with so many tokens marked as text for the pruned layers, if nothing is refitted to them."""
+    uses = _uses(calibration, tokens)
     return replace(calibration, refit=tuple(FIT if use else "" for use in uses))
 
 

@@ -65,8 +65,13 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @click.option(
     "--scores",
     type=opt.PATH,
-    help="With --refit or --rounding gptq: select by these scores (of `score`, or an earlier output), not by new ones.",
+    help="With --refit, --rounding gptq or --imatrix: select by these scores (of `score`, or an earlier output), not "
+    "by new ones.",
 )
+@click.option(
+    "--imatrix", type=opt.PATH, metavar="FILE",
+    help="Also write an importance matrix of the result, for llama.cpp's llama-quantize. (All experts may stay.)",
+)  # fmt: skip
 @click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
 @opt.STOP_IF_KL
 @opt.verify_option(True)

@@ -25,6 +25,7 @@ from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.verify import check_formats
 from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.imatrix import PlannedImatrix, write_imatrix
 from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.facts import ModelFacts
 from streamprune.progress import Progress
@@ -60,7 +61,8 @@ class SelectionResult:
     """Everything that is decided about an output: the source model, which experts stay, and the files to write.
 
     `scores` is None for the user's own selection without scores. `refit` says to what text the down projections are
-    refitted, None if they are not; its layers are in the work folder.
+    refitted, None if they are not; its layers are in the work folder. `imatrix` is the importance matrix to be written,
+    if any.
     """
 
     settings: RunSettings | PruneSettings
@@ -72,6 +74,7 @@ class SelectionResult:
     provenance: Mapping[str, Any]
     scores: Scores | None
     refit: RecordedRefit | None = None
+    imatrix: PlannedImatrix | None = None
 
     @cached_property
     def retained(self) -> tuple[Retention, ...]:
@@ -151,6 +154,7 @@ class SelectionResult:
             **self._width_object(),
             "dropped_tensors": len(self.plan.layout.dropped),
             **({"formats": list(self.plan.formats)} if self.plan.formats else {}),
+            **({"imatrix": str(self.imatrix.path)} if self.imatrix is not None else {}),
             # A difference would have raised an error.
             "verified": self.settings.verify,
             "seconds": round(seconds, 3),
@@ -233,7 +237,7 @@ def complete(
             # The records of written shards are no longer valid; the statistics of the experts are not affected.
             for index in decided.layers:
                 written = work.read_layer(index)
-                if written is not None and (written.refit or written.rounded):
+                if written is not None and written.need_text:
                     # Nor can its tensors be computed again without the text.
                     work.forget_layer(index)
                 else:
@@ -250,6 +254,10 @@ def complete(
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
+    if decided.imatrix is not None:
+        # Before the output gets its name, which ends the run.
+        layers = decided.facts.layout.layer_count
+        record = structs.replace(record, imatrix=write_imatrix(decided.imatrix, layers, work, progress))
     output = Checkpoint(work.staging, config, entries)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
     card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from streamprune.calibration.refit_text import JUDGE_EVERY, RECOMMENDED_PER_UNIT, fitted_tokens
+from streamprune.calibration.refit_text import JUDGE_EVERY, LEAST_IMATRIX_TOKENS, RECOMMENDED_PER_UNIT, fitted_tokens
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
@@ -85,8 +85,21 @@ def print_prepared(
         progress.say(f"held out for measuring: {len(held.sequences)} sequences, {held.tokens:,} tokens")
     if settings.refit:
         _print_refit(progress, settings, prepared, calibration)
+    if settings.imatrix is not None:
+        _print_imatrix(progress, calibration)
     for note in calibration.notes:
         progress.say(f"note: {note}")
+
+
+def _print_imatrix(progress: Progress, calibration: Calibration) -> None:
+    """Print what text the importance matrix is made from, with a warning if it is little."""
+    tokens = sum(fitted_tokens(calibration, use) for use in (FIT, JUDGE))
+    progress.say(f"importance matrix: of the pruned layers as they are written, from {tokens:,} tokens")
+    if tokens < LEAST_IMATRIX_TOKENS:
+        progress.say(
+            f"warning: that is less than the {LEAST_IMATRIX_TOKENS:,} tokens that are usual for an importance matrix. "
+            "Give more text: --samples, --calibration."
+        )
 
 
 def _print_refit(progress: Progress, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> None:

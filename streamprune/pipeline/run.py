@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.refit_text import only_refitted, with_refit, with_rounding
+from streamprune.calibration.refit_text import IMATRIX_TOKENS, only_refitted, with_refit, with_text
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
@@ -30,6 +30,7 @@ from streamprune.output.plan import make_plan
 from streamprune.output.writer import OutputWriter, check_place
 from streamprune.pipeline import finish, messages
 from streamprune.pipeline.finish import RunResult, SelectionResult
+from streamprune.pipeline.imatrix import PlannedImatrix, planned_imatrix
 from streamprune.pipeline.job import Job, open_alike
 from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.resume import (
@@ -44,6 +45,7 @@ from streamprune.pipeline.resume import (
 from streamprune.pipeline.run_evaluation import RunEvaluation, was_held_back
 from streamprune.pipeline.run_layers import RunLayers, both_sweeps
 from streamprune.planning.facts import check_scores_match
+from streamprune.planning.imatrix import check_imatrix_file, gguf_names
 from streamprune.planning.memory_needs import agree_on_batch_tokens, find_needs, plan_memory
 from streamprune.planning.prepare import (
     PreparedModel,
@@ -145,6 +147,9 @@ class _Run:
             # Checked again: locking the work folder may have moved an old output back.
             check_scores_file(settings.output, plan.folder, settings.overwrite)
         self.recorded = recorded = begin(settings, work)
+        if settings.imatrix is not None:
+            # (One that is there already may be that of this very run, which was killed before its output was renamed.)
+            check_imatrix_file(settings.imatrix, settings.overwrite or recorded is not None)
         # Read the text before tens of GiB are downloaded, so that errors in it come early.
         if recorded is not None and resuming:
             self.full_text = read_calibration(recorded, work.folder, plan.vocabulary)
@@ -152,7 +157,7 @@ class _Run:
             self.full_text = calibrate(settings, plan)
         calibration = split_held_out(self.full_text) if settings.evaluate else self.full_text
         self.prepared = prepared = prepare(settings, plan)
-        if settings.computes_weights:
+        if settings.sends_text:
             calibration = self._with_uses(settings, calibration)
         self.given = self._read_scores(settings) if settings.scores is not None else None
         if settings.evaluate:
@@ -184,7 +189,7 @@ class _Run:
             target = OutputTarget(self.writer, selector)
         work = self.work if is_first else None
         if self.calibration.held_out is not None:
-            during = not after_all or self.settings.computes_weights
+            during = not after_all or self.settings.sends_text
             held_out, given = self.calibration.held_out, self.given
             held_back = self.processes.on_first(lambda: was_held_back(held_out, given, self.progress))
             evaluation = RunEvaluation(self.runtime, self.prepared, held_out, work, during, held_back)
@@ -199,12 +204,12 @@ class _Run:
             selection = self.processes.on_first(self._select_by_scores)
         if evaluation is not None and is_first:
             evaluation.scores = self.decided.scores
-        if self.settings.computes_weights and after_all:
+        if self.settings.sends_text and after_all:
             computed = self._compute_weights(selection, work, evaluation)
             taken = both_sweeps(taken, computed) if self.settings.scores is None else computed
         elif evaluation is not None:
             evaluation.complete(self._chosen(selection), selection)
-        is_written = target is not None or (self.settings.computes_weights and after_all)
+        is_written = target is not None or (self.settings.sends_text and after_all)
         return self.processes.on_first(lambda: self._complete(is_written, evaluation, taken))
 
     def _with_uses(self, settings: RunSettings, calibration: Calibration) -> Calibration:
@@ -214,13 +219,12 @@ class _Run:
         """
         prepared, counts = self.prepared, self.prepared.plan.counts
         assert counts is not None
-        rounding = rounding_demand(prepared.skeleton, counts) if settings.needs_text else None
+        rounding = rounding_demand(prepared.skeleton, counts).tokens if settings.needs_text else 0
+        tokens = max(rounding, IMATRIX_TOKENS if settings.imatrix is not None else 0)
         if settings.refit:
             down_tensors(prepared, written_tensors(prepared, self.device))
-            least = rounding.tokens if rounding is not None else 0
-            return with_refit(calibration, refit_demand(prepared.skeleton, counts), least)
-        assert rounding is not None
-        return with_rounding(calibration, rounding)
+            return with_refit(calibration, refit_demand(prepared.skeleton, counts), tokens)
+        return with_text(calibration, tokens)
 
     def _chosen(self, selection: Selection) -> PreparedModel:
         """The prepared model with the numbers of experts that were selected."""
@@ -247,7 +251,7 @@ class _Run:
     @property
     def _computing(self) -> str:
         parts = ["refitting"] * self.settings.refit + ["rounding"] * self.settings.needs_text
-        return " and ".join(parts)
+        return " and ".join(parts) or "sending text through"
 
     def _scored_layers(self) -> Sequence[LayerStatistics]:
         assert self.decided.scores is not None
@@ -333,7 +337,7 @@ class _Run:
         refit = recorded_refit(self.settings, self.calibration, scored) if self.settings.refit else None
         self.decided = SelectionResult(
             self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
-            scores.provenance, scores, refit,
+            scores.provenance, scores, refit, self._planned_imatrix(),
         )  # fmt: skip
         self.decided.print_retention(self.progress)
         self.decided.print_serving_notes(self.progress)
@@ -341,6 +345,11 @@ class _Run:
             # Saved before the output is complete or --stop-if-kl ends the run, to allow measuring again.
             save_held_out(self.settings.output, self.calibration.held_out, self.progress)
         return selection
+
+    def _planned_imatrix(self) -> PlannedImatrix | None:
+        if self.settings.imatrix is None:
+            return None
+        return planned_imatrix(self.settings.imatrix, gguf_names(self.prepared.skeleton), self.calibration)
 
     def _complete(self, is_written: bool, evaluation: RunEvaluation | None, taken: Mapping[str, Any]) -> RunResult:
         """Write the layers that are not written yet, verify the output, rename it to its path, and print the result.

@@ -151,7 +151,7 @@ class RunEvaluation:
         if self.scores is None:
             return ""
         path = self._settings.scores or save_scores(self._settings, self.scores)
-        command = "run" if self._settings.computes_weights else "prune"
+        command = "run" if self._settings.sends_text else "prune"
         if self._settings.refit:
             command += " --refit"
         return f"Change the selection with `streamprune {command} --scores {path}`"

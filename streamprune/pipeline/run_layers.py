@@ -36,7 +36,7 @@ from streamprune.streaming.stages import (
     is_two_sided,
 )
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import FinishedShard, RefittedLayer, RoundedLayer
+from streamprune.work.records import FinishedShard, RefittedLayer, RoundedLayer, StageResults
 from streamprune.work.saved_states import SavedStates
 
 
@@ -107,9 +107,11 @@ class RunLayers:
     def _stream(self) -> None:
         self._finished = self._processes.on_first(self._load_finished)
         count, evaluation = self._layout.layer_count, self._evaluation
-        # After the last layer with experts nothing is computed, unless predictions are measured, or matrices rounded.
-        rounds = self._target is not None and self._settings.needs_text
-        last = count - 1 if self._measures or rounds else self._layout.expert_layers[-1]
+        # After the last layer with experts nothing is computed, unless predictions are measured, or text is needed
+        # there: to round matrices by, or for an importance matrix.
+        needs_text = self._settings.needs_text or self._settings.imatrix is not None
+        through = self._measures or (self._target is not None and needs_text)
+        last = count - 1 if through else self._layout.expert_layers[-1]
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
         if evaluation is not None and unscored:
             evaluation.forget()
@@ -252,8 +254,13 @@ class RunLayers:
                 shards = self._target.writer.write_layer(layer, version.kept, version.computed)
         if layer is not None:
             self._loop.drop_cached_pages(layer)
-        origins = {name: tensor.origin for name, tensor in version.computed.items()}
-        self._work.write_layer(layer, statistics, version.kept, shards, origins, version.refit, version.rounded)
+        made = StageResults(
+            computed={name: tensor.origin for name, tensor in version.computed.items()},
+            refit=version.refit,
+            rounded=version.rounded,
+            inputs=dict(version.inputs),
+        )
+        self._work.write_layer(layer, statistics, version.kept, shards, made)
 
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
@@ -305,7 +312,7 @@ class RunLayers:
                 if self._scored and index is not None:
                     # Not written yet, or damaged. Its record also has the statistics.
                     return
-                if record.refit is not None or record.rounded is not None:
+                if record.need_text:
                     self._progress.say(f"note: shards of {_name(index)} are damaged or missing; it is computed again.")
                     self._work.forget_layer(index)
                     return

@@ -8,6 +8,7 @@ from streamprune.pipeline.output_target import OutputTarget
 from streamprune.planning.prepare import PreparedModel
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.down_tensors import down_tensors
+from streamprune.streaming.imatrix_stage import ImatrixForwardStage
 from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.quantize_stage import EncodeStage, QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
@@ -25,20 +26,21 @@ def pruning_stages(
 ) -> list[ForwardStage]:
     """The stages after the `first`, which sends text through the original layers.
 
-    With a `target` whatever is to be computed of the pruned layers is; `errors` collects what they lose, if it is
-    measured. Without any of it, no pruned layer runs.
+    With a `target` whatever is to be computed of the pruned layers, or summed in them, is; `errors` collects what they
+    lose, if it is measured. Without any of it, no pruned layer runs.
     """
     settings, weights = runtime.settings, first.weights
     assert isinstance(settings, RunSettings)
     pruned_stream = target is not None and settings.propagate == "pruned"
-    computes = target is not None and settings.computes_weights
+    computes = target is not None and settings.sends_text
     if not pruned_stream and not computes and errors is None:
         return []
     written = None
     if settings.is_quantizing or computes:
         written = written_tensors(prepared, runtime.device)
     stages = _computing_stages(runtime, prepared, first, written) if computes and written is not None else []
-    stages.append(PrunedForwardStage(weights, prepared.pruned_layer, pruned_stream, errors=errors, written=written))
+    forward = ImatrixForwardStage if computes and settings.imatrix is not None else PrunedForwardStage
+    stages.append(forward(weights, prepared.pruned_layer, pruned_stream, errors=errors, written=written))
     return stages
 
 

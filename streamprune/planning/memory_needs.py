@@ -90,10 +90,11 @@ def agree_on_batch_tokens(processes: Processes, calibration: Calibration, plan: 
 def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
     """The memory that a run needs, from the model on the meta device and the calibration text."""
     held, spec = calibration.held_out, prepared.skeleton.spec
-    last = prepared.layout.expert_layers[-1] if held is None else prepared.skeleton.layer_count - 1
+    through = held is not None or settings.needs_text or settings.imatrix is not None
+    last = prepared.skeleton.layer_count - 1 if through else prepared.layout.expert_layers[-1]
     # Share of each layer's experts in the pruned copy next to it.
     copies: dict[int, float] = {}
-    if settings.propagate == "pruned" or settings.computes_weights or held is not None:
+    if settings.propagate == "pruned" or settings.sends_text or held is not None:
         # Without counts yet, assume that all experts stay.
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
@@ -103,6 +104,8 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         needs = _with_refit(needs, prepared, calibration)
     if copies and settings.is_quantizing:
         needs = _with_rounding(needs, settings, prepared, calibration)
+    if settings.imatrix is not None:
+        needs = _with_imatrix(needs, settings, prepared, calibration)
     if held is None:
         return needs
     # Held-out text has the states of both models, and sums over the vocabulary.
@@ -175,6 +178,31 @@ def _with_rounding(needs: Needs, settings: RunSettings, prepared: PreparedModel,
     used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
     states = needs.states + states_bytes(prepared, used)
     return replace(needs, rounding=rounding, states=states, sides=max(2, needs.sides))
+
+
+def _with_imatrix(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
+    """The needs with those of an importance matrix: sums, and the pruned model's states of the text, if it is not
+    there for something else."""
+    counts, skeleton, sums = prepared.counts, prepared.skeleton, 0
+    kept, width = max(counts.values()) if counts else skeleton.spec.count, 0
+    for index, layer in enumerate(skeleton.layers):
+        columns = sum(each.in_features for each in layer.modules() if isinstance(each, nn.Linear))
+        if index in skeleton.experts:
+            sizes = down_sizes(layer.get_submodule(skeleton.experts[index]))
+            # In all, and over the last micro-batch.
+            columns += 2 * kept * sum(sizes)
+            width = max(width, *sizes)
+        sums = max(sums, 8 * columns)
+    needs = replace(needs, sums=needs.sums + sums)
+    if settings.refit:
+        return needs
+    usual = needs.workspace
+    # The experts' inputs and outputs of a micro-batch, and what enters one of them, in float32.
+    needs = replace(needs, workspace=lambda tokens: usual(tokens) + 20 * tokens * width)
+    if settings.needs_text:
+        return needs
+    used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
+    return replace(needs, states=needs.states + states_bytes(prepared, used), sides=max(2, needs.sides))
 
 
 def states_bytes(opened: OpenedModel, sequences: Iterable[torch.Tensor]) -> int:

@@ -52,6 +52,7 @@ from streamprune.output.tensors import OutputTensor, output_tensors
 from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts
+from streamprune.planning.imatrix import gguf_names
 from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.planning.rounding import rounding_demand
 from streamprune.planning.written import written_footprint
@@ -131,6 +132,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         refit_demand(skeleton, counts)
     if settings.needs_text:
         rounding_demand(skeleton, counts)
+    if settings.imatrix is not None:
+        gguf_names(skeleton)
     return replace(plan, counts=counts, footprint=read_footprint() if counts.budget is not None else None)
 
 

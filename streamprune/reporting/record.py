@@ -280,6 +280,17 @@ class RecordedQuantization(Struct, frozen=True, kw_only=True):
     plain: Annotated[dict[Name, Positive], Meta(max_length=100)]
 
 
+class RecordedImatrix(Struct, frozen=True, kw_only=True):
+    """The importance matrix that was made with an output, beside it: the name and SHA-256 of its file, the weights that
+    it has, and the text of the calibration (and anchor) that it is made from."""
+
+    file: Name
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    weights: Positive
+    sequences: Count
+    tokens: Count
+
+
 class Record(Struct, frozen=True, kw_only=True):
     """All of streamprune.json. `files` are the files that belong to the model, in addition to its weights.
 
@@ -297,6 +308,7 @@ class Record(Struct, frozen=True, kw_only=True):
     protected: dict[str, list[Count]]
     refit: RecordedRefit | UnsetType = UNSET
     quantized: RecordedQuantization | UnsetType = UNSET
+    imatrix: RecordedImatrix | UnsetType = UNSET
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
     computed: dict[str, Computed] | UnsetType = UNSET
 

@@ -149,6 +149,11 @@ def unpack_channels(text: str, shape: Sequence[int], code: str) -> NDArray[Any]:
     return _unpacked(text, f"<{code}").reshape(shape)
 
 
+def unpack_squares(text: str, rows: int) -> NDArray[np.float32]:
+    """float32 values (rows, C) from `pack`. Raises ValueError or TypeError for text that is not of so many rows."""
+    return _unpacked(text, "<f4").reshape(rows, -1)
+
+
 def _unpacked(text: str, code: str) -> NDArray[Any]:
     # Bytes that can be written to, as torch wants them.
     return np.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=code)

@@ -48,7 +48,7 @@ from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.written_tensors import WrittenTensors
-from streamprune.work.records import RefittedLayer, RoundedLayer
+from streamprune.work.records import RefittedLayer, RoundedLayer, WeightInputs
 from streamprune.work.saved_states import BatchState
 
 
@@ -67,13 +67,15 @@ class LayerVersion:
     """What a layer becomes for a side that is not the original.
 
     `kept` is what stays of the experts, nothing if none are selected. `computed` are the checkpoint tensors, by name,
-    that a stage has computed for it; `refit` and `rounded` say how.
+    that a stage has computed for it; `refit` and `rounded` say how. `inputs` are sums of what enters its weights, by
+    module or parameter, if an importance matrix is made.
     """
 
     kept: KeptExperts = field(default_factory=KeptExperts)
     computed: Mapping[str, StageTensor] = field(default_factory=dict)
     refit: RefittedLayer | None = None
     rounded: RoundedLayer | None = None
+    inputs: Mapping[str, WeightInputs] = field(default_factory=dict)
 
 
 @dataclass

@@ -50,13 +50,11 @@ from streamprune.work.records import (
     MOST_LAYER_BYTES,
     MOST_RECORD_BYTES,
     RUN_NAMES,
-    Computed,
     FinishedLayer,
     FinishedShard,
     RecordedEvaluation,
     RecordedSearch,
-    RefittedLayer,
-    RoundedLayer,
+    StageResults,
     converted,
 )
 
@@ -138,13 +136,11 @@ class WorkFolder:
         layer: LayerStatistics | None,
         kept: KeptExperts,
         shards: list[FinishedShard],
-        computed: Mapping[str, Computed] | None = None,
-        refit: RefittedLayer | None = None,
-        rounded: RoundedLayer | None = None,
+        made: StageResults | None = None,
     ) -> None:
         """Record a layer whose shards are written and flushed. `index` None: the weights that belong to no layer.
 
-        `computed` are the tensors in the shards that a stage has computed; `refit` and `rounded` say how.
+        `made` is what stages behind the scoring made of it.
         """
         result: dict[str, Any] | None = None
         if layer is not None:
@@ -152,7 +148,8 @@ class WorkFolder:
             if layer.channels is not None:
                 result["channels"] = pack(layer.channels)
         channels = kept.channels.as_text() if kept.channels is not None else None
-        record = FinishedLayer(result, kept.experts, shards, channels, dict(computed or {}), refit, rounded)
+        stages = msgspec.structs.asdict(made or StageResults())
+        record = FinishedLayer(result, kept.experts, shards, channels, **stages)
         with writing(f"Recording a layer in {self._layers}", self.folder):
             write_record(self._layer_path(index), msgspec.to_builtins(record))
         kill_point("block recorded")

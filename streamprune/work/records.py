@@ -146,22 +146,44 @@ class RoundedLayer(Struct, frozen=True):
     after: float
 
 
-class FinishedLayer(Struct, frozen=True):
+class WeightInputs(Struct, frozen=True):
+    """What enters a weight's columns: over `tokens` of each expert that stays (or one number for another weight), the
+    `squares`, float32 (experts or 1, columns), as `pack` writes them."""
+
+    tokens: list[Count]
+    squares: str
+
+
+class StageResults(Struct, frozen=True, kw_only=True):
+    """What the stages behind the scoring made of a layer.
+
+    `computed` are the tensors in the shards, by name, that cannot be made from the source alone; `refit` and `rounded`
+    say how they were made. `inputs` are what enters its weights, by module or parameter, for an importance matrix.
+    """
+
+    computed: dict[str, Computed] = {}
+    refit: RefittedLayer | None = None
+    rounded: RoundedLayer | None = None
+    inputs: dict[str, WeightInputs] = {}
+
+    @property
+    def need_text(self) -> bool:
+        """Whether they cannot be made again without the text and the hidden states before the layer."""
+        return self.refit is not None or self.rounded is not None or bool(self.inputs)
+
+
+class FinishedLayer(StageResults, frozen=True):
     """The record of a finished layer: its statistics (None without experts), what stays of them, and its shards.
 
     `channels` are those that the kept experts keep, as text, if they become narrower. If nothing is written while
     layers are scored, there are no kept experts and no shards yet. The statistics are as they were read and may be
-    invalid. `computed` are the tensors in the shards, by name, that cannot be made from the source alone; `refit` and
-    `rounded` say how they were made.
+    invalid.
     """
 
     result: dict[str, Any] | None
     kept: tuple[Count, ...]
     shards: list[FinishedShard]
     channels: str | None = None
-    computed: dict[str, Computed] = {}
-    refit: RefittedLayer | None = None
-    rounded: RoundedLayer | None = None
 
     def is_of(self, kept: KeptExperts) -> bool:
         """Whether the layer was written with these experts and channels."""
