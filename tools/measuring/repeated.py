@@ -35,6 +35,7 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "recording": {"without channels": {"channels": False}, "with channels": {}},
     "narrowing": {"fewer experts": {}, "narrower experts": {"keep": None, "width": HALF_WIDTH}},
     "refitting": {"plain": {}, "refitted": {"refit": True, "anchor": "none"}},
+    "quantizing": {"plain": {}, "quantized": {"weights": "w4a16"}},
     "decoding": {"plain": SCORING, "FP8": {**SCORING, "model": FP8_MODEL}},
 }
 
@@ -54,6 +55,19 @@ def paired_seconds(job: Job) -> dict[str, Any]:
                 seconds[kind].append(time.perf_counter() - begun)
             remove(job.output)
     return {"rounds": seconds}
+
+
+def rounding_shares(job: Job) -> dict[str, float]:
+    """What shares of a run that rounds by GPTQ its parts take. (Waiting for each makes the run a little slower.)"""
+    from measuring.rounding import shares, timed_parts
+    from streamprune.pipeline.run import run
+
+    with timed_parts(job.device) as seconds:
+        begun = time.perf_counter()
+        run(settings_of(job, **PAIRS["quantizing"]["quantized"]), quiet=True)
+        whole = time.perf_counter() - begun
+    remove(job.output)
+    return shares(seconds, whole)
 
 
 def _sized(job: Job, changes: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from streamprune.config import RunSettings
 
 #: Jobs that compare two kinds of runs.
-PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting", "decoding")
+PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting", "quantizing", "decoding")
 #: What of a run's summary the figures are made from, where it is there.
 SUMMARY = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
@@ -167,9 +167,10 @@ def _matrix(job: Job) -> dict[str, Any]:
 
 
 def _paired(job: Job) -> dict[str, Any]:
-    from measuring.repeated import paired_seconds
+    from measuring.repeated import paired_seconds, rounding_shares
 
-    return paired_seconds(job)
+    found = paired_seconds(job)
+    return {**found, "shares": rounding_shares(job)} if job.kind == "quantizing" else found
 
 
 def _pruning(job: Job) -> dict[str, Any]:
