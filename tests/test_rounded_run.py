@@ -20,6 +20,8 @@ from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.output.verify import verify
 from streamprune.progress import Progress
+from streamprune.reporting.card import reproduce_command
+from streamprune.reporting.record import read_record
 from streamprune.streaming import layer_rounding, quantize_stage
 from streamprune.streaming.quantize_stage import QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
@@ -192,11 +194,12 @@ def test_experts_with_few_tokens_are_rounded_to_nearest(made: Case, tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize_stage, "LEAST_TOKENS", 290)
         case.interrupt(at=3)
-        record = json.loads((case.work / "layers" / "00001.json").read_text())
         case.resume()
-    rounded = record["body"]["rounded"] if "body" in record else record["rounded"]
-    thin = [place for place, tokens in enumerate(rounded["tokens"]) if tokens < 290]
-    assert rounded["nearest"] == thin
+    record = read_record(case.output)
+    assert record.rounding
+    rounded = record.rounding.layers[1]
+    thin = [place for place, tokens in enumerate(rounded.tokens) if tokens < 290]
+    assert rounded.nearest == thin
     assert 0 < len(thin) < 5
     nearest = case.at(tmp_path / "nearest")
     nearest.run(rounding="rtn")
@@ -207,6 +210,31 @@ def test_experts_with_few_tokens_are_rounded_to_nearest(made: Case, tmp_path: Pa
         assert (name in computed) is (place not in thin)
         assert torch.equal(ours[name], theirs[name]) is (place in thin)
     assert verify(case.output, case.model).computed == len(computed)
+    card = (case.output / "README.md").read_text()
+    assert f"as it is for {record.rounding.nearest} experts with too few of these tokens" in card
+
+
+def test_what_was_rounded_by_which_text_is_on_record(made: Case, tmp_path: Path) -> None:
+    record = read_record(made.output)
+    assert record.rounding
+    assert [layer.index for layer in record.rounding.layers] == [0, 1, 2, 3]
+    assert record.rounding.tokens == 30 * 24
+    assert 0 < record.rounding.error_after < 0.7 * record.rounding.error_before
+    assert record.rounding.nearest == 0
+    # By the calibration that the experts were scored on.
+    assert record.other_text is None
+    command = reproduce_command(record)
+    assert command.startswith("streamprune run ")
+    assert "--weights w4a16" in command
+    assert "--calibration ids.jsonl" in command
+    other = write_token_ids(tmp_path / "other.jsonl", sequences=30, seed=9)
+    case = made.at(tmp_path / "out")
+    case.run(scores=made.output, calibration=(str(other),))
+    record = read_record(case.output)
+    assert record.other_text is not None
+    command = reproduce_command(record)
+    assert "--scores" in command
+    assert "--calibration other.jsonl" in command
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "rtn"])

@@ -128,10 +128,10 @@ def read_record_of(model: str) -> Record | None:
 def held_back_fingerprint(record: Record | None) -> str | None:
     """The fingerprint of the text that was held out by the run with this record; None if there is none.
 
-    A refit to other text than the experts were scored on must have held out the same.
+    If weights were computed from other text than the experts were scored on, it must have held out the same.
     """
     if record is None or record.calibration is None:
         return None
-    texts = [record.calibration, *([record.refit.calibration] if record.refit and record.refit.calibration else [])]
+    texts = [record.calibration, *([record.other_text] if record.other_text is not None else [])]
     found = {each.held_back.fingerprint if isinstance(each.held_back, HeldBack) else None for each in texts}
     return found.pop() if len(found) == 1 else None

@@ -32,7 +32,7 @@ from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
 from streamprune.reporting.make_record import make_record
-from streamprune.reporting.record import LayerRefit, RecordedRefit
+from streamprune.reporting.record import LayerRefit, LayerRounding, RecordedRefit, RecordedRounding
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.energy import energy_retentions
@@ -61,7 +61,8 @@ class SelectionResult:
     """Everything that is decided about an output: the source model, which experts stay, and the files to write.
 
     `scores` is None for the user's own selection without scores. `refit` says to what text the down projections are
-    refitted, None if they are not; its layers are in the work folder. `imatrix` is the importance matrix to be written,
+    refitted, and `rounding` by what text matrices are rounded, None if they are not; the layers of both are in the work
+    folder. `imatrix` is the importance matrix to be written,
     if any.
     """
 
@@ -74,6 +75,7 @@ class SelectionResult:
     provenance: Mapping[str, Any]
     scores: Scores | None
     refit: RecordedRefit | None = None
+    rounding: RecordedRounding | None = None
     imatrix: PlannedImatrix | None = None
 
     @cached_property
@@ -254,6 +256,9 @@ def complete(
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
+    if decided.rounding is not None:
+        rounding = structs.replace(decided.rounding, layers=_rounded_layers(decided, work))
+        record = structs.replace(record, rounding=rounding)
     if decided.imatrix is not None:
         # Before the output gets its name, which ends the run.
         layers = decided.facts.layout.layer_count
@@ -271,6 +276,15 @@ def _refitted_layers(decided: SelectionResult, work: WorkFolder) -> list[LayerRe
         LayerRefit(index=index, **structs.asdict(record.refit))
         for index, record in records.items()
         if record is not None and record.refit is not None
+    ]
+
+
+def _rounded_layers(decided: SelectionResult, work: WorkFolder) -> list[LayerRounding]:
+    records = {index: work.read_layer(index) for index in range(decided.facts.layout.layer_count)}
+    return [
+        LayerRounding(index=index, **structs.asdict(record.rounded))
+        for index, record in records.items()
+        if record is not None and record.rounded is not None
     ]
 
 

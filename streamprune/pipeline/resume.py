@@ -14,7 +14,7 @@ import torch
 from msgspec import UNSET, convert
 
 from streamprune.calibration.refit_text import fitted_tokens
-from streamprune.calibration.sequences import JUDGE, Calibration, fingerprint_of
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration, fingerprint_of
 from streamprune.config import RunSettings
 from streamprune.errors import ResumeError
 from streamprune.files.durable import checksum_of, reading
@@ -24,7 +24,7 @@ from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
-from streamprune.reporting.record import AnchorText, RecordedRefit, SourceTokens, public_name
+from streamprune.reporting.record import AnchorText, RecordedRefit, RecordedRounding, SourceTokens, public_name
 from streamprune.reporting.record import Calibration as RecordedText
 from streamprune.saliency.scores_file import scores_path
 from streamprune.work.folder import resume_command
@@ -188,6 +188,13 @@ def recorded_refit(settings: RunSettings, text: Calibration, scored: Mapping[str
     fitted, judging = fitted_tokens(text), fitted_tokens(text, JUDGE)
     other = UNSET if text.fingerprint == scored["fingerprint"] else convert(calibration_facts(text), RecordedText)
     return RecordedRefit(anchor=used, calibration=other, fitted_tokens=fitted, judging_tokens=judging)
+
+
+def recorded_rounding(text: Calibration, scored: Mapping[str, Any]) -> RecordedRounding:
+    """The text that matrices are rounded by, as it is recorded with the output; `scored` as in `recorded_refit`."""
+    tokens = sum(fitted_tokens(text, use) for use in (FIT, JUDGE))
+    other = UNSET if text.fingerprint == scored["fingerprint"] else convert(calibration_facts(text), RecordedText)
+    return RecordedRounding(calibration=other, tokens=tokens)
 
 
 def calibration_facts(text: Calibration) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from streamprune.pipeline.resume import (
     provenance_of,
     read_calibration,
     recorded_refit,
+    recorded_rounding,
     settings_to_resume,
     tokens_of,
 )
@@ -335,9 +336,10 @@ class _Run:
         self.writer = self.writer or self._new_writer(selection.counts_by_layer)
         scored = scores.provenance["calibration"]
         refit = recorded_refit(self.settings, self.calibration, scored) if self.settings.refit else None
+        rounding = recorded_rounding(self.calibration, scored) if self.settings.needs_text else None
         self.decided = SelectionResult(
             self.settings, self.prepared.checkpoint, self.prepared.facts, counts, selection, self.writer.plan,
-            scores.provenance, scores, refit, self._planned_imatrix(),
+            scores.provenance, scores, refit, rounding, self._planned_imatrix(),
         )  # fmt: skip
         self.decided.print_retention(self.progress)
         self.decided.print_serving_notes(self.progress)

@@ -95,7 +95,7 @@ def model_card(
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
         context=min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS),
         again=can_score_again(record),
-        reads_text=bool(record.refit) or can_score_again(record),
+        reads_text=record.needs_text or can_score_again(record),
         this_model=THIS_MODEL,
         command=reproduce_command(record),
         versions=", ".join(f"{plain(name)} {plain(version)}" for name, version in record.versions.items()),
@@ -187,8 +187,8 @@ def can_score_again(record: Record) -> bool:
     """Whether `streamprune run` makes the model again. Otherwise its own scores and record are needed: the selection
     was made by hand, or from scores that the record does not fully describe."""
     settings, given = record.settings, _given(record)
-    if record.refit and record.refit.calibration:
-        # One run does not score on one text and refit to another.
+    if record.other_text is not None:
+        # One run does not score on one text and compute weights from another.
         return False
     if settings.method is None or given is None or settings.propagate != "original":
         # (Scores made with --propagate pruned may have been used for another selection than the run's own.)
@@ -203,8 +203,8 @@ def _given(record: Record) -> GivenCalibration | None:
 
 
 def _text_of_run(record: Record) -> Calibration | None:
-    """The text that a run which makes the model reads: the refit's, if that is not what the experts were scored on."""
-    return (record.refit.calibration if record.refit else None) or record.calibration
+    """The text that a run which makes the model reads: what weights are computed from, if the scores are of another."""
+    return record.other_text or record.calibration
 
 
 def reproduce_command(record: Record) -> str:
@@ -215,8 +215,8 @@ def reproduce_command(record: Record) -> str:
     """
     settings, calibration, use = record.settings, _text_of_run(record), record.use
     given, again = _given(record), can_score_again(record)
-    # A refit needs its text, even if the scores are there.
-    reads_text = again or bool(record.refit)
+    # Weights that are computed need their text, even if the scores are there.
+    reads_text = again or record.needs_text
     budget = use.budget_bytes if use else None
     is_by_hand, has_keep = settings.method is None, budget is None and settings.schedule in SCHEDULES
     options: list[tuple[str, Any]] = [

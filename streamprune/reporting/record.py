@@ -23,7 +23,7 @@ from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
 from streamprune.output.plan import REPORT_NAME
 from streamprune.selection.select import LayerSelection, Selection
-from streamprune.work.records import Computed, RefittedLayer
+from streamprune.work.records import Computed, RefittedLayer, RoundedLayer
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2
@@ -269,6 +269,39 @@ class RecordedRefit(Struct, frozen=True, kw_only=True):
         return fmean(layer.after for layer in self.layers) if self.layers else 0.0
 
 
+class LayerRounding(RoundedLayer, frozen=True, kw_only=True):
+    """How the matrices of layer `index` were rounded by GPTQ."""
+
+    index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
+
+
+class RecordedRounding(Struct, frozen=True, kw_only=True):
+    """How matrices were rounded by GPTQ, by layer: by what entered them on `tokens` tokens.
+
+    `calibration` is only stated where the experts were scored before, on other text: that of which these are. `layers`
+    are in ascending order.
+    """
+
+    calibration: Calibration | UnsetType = UNSET
+    tokens: Count
+    layers: Annotated[list[LayerRounding], Meta(max_length=MOST_LISTED)] = []
+
+    @property
+    def error_before(self) -> float:
+        """The mean over the layers of the relative error of a matrix's output if it had been rounded to nearest."""
+        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
+
+    @property
+    def error_after(self) -> float:
+        """The same as it was rounded."""
+        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
+
+    @property
+    def nearest(self) -> int:
+        """How many experts have a matrix that was rounded to nearest, in all layers."""
+        return sum(len(layer.nearest) for layer in self.layers)
+
+
 class RecordedQuantization(Struct, frozen=True, kw_only=True):
     """What was quantized on the way to the output: the format for people, and the number of matrices.
 
@@ -308,6 +341,7 @@ class Record(Struct, frozen=True, kw_only=True):
     protected: dict[str, list[Count]]
     refit: RecordedRefit | UnsetType = UNSET
     quantized: RecordedQuantization | UnsetType = UNSET
+    rounding: RecordedRounding | UnsetType = UNSET
     imatrix: RecordedImatrix | UnsetType = UNSET
     layers: Annotated[list[RecordedLayer], Meta(min_length=1, max_length=MOST_LISTED)]
     computed: dict[str, Computed] | UnsetType = UNSET
@@ -332,11 +366,24 @@ class Record(Struct, frozen=True, kw_only=True):
             _check_channels(layer, width, self.source.width, f"`$.layers[{number}].channels`")
         if self.refit:
             _check_refit(self.refit, self.counts)
+        if self.rounding:
+            _check_rounding(self.rounding, self.counts)
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
                 raise ValueError(
                     f"protected: {index!r} is not a layer with experts, or lacks some of the listed experts"
                 )
+
+    @property
+    def other_text(self) -> Calibration | None:
+        """The text that weights were computed from, if it is not that which the experts were scored on."""
+        found = (each.calibration for each in (self.refit, self.rounding) if each and each.calibration)
+        return next(found, None)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether weights were computed from text, so that scores alone do not make them again."""
+        return bool(self.refit or self.rounding)
 
     @property
     def experts(self) -> int:
@@ -407,6 +454,19 @@ def _check_refit(refit: RecordedRefit, counts: Mapping[int, int]) -> None:
             raise ValueError(f"{where} has not one value for each of {counts[layer.index]} experts")
         values = (*layer.shares, *layer.changes, layer.before, layer.after, layer.catch_up)
         if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"{where} has values below 0 or that are not finite")
+
+
+def _check_rounding(rounding: RecordedRounding, counts: Mapping[int, int]) -> None:
+    """Raise ValueError unless the layers have possible numbers for the experts that they keep, `counts` by layer."""
+    indices = [layer.index for layer in rounding.layers]
+    if indices != sorted(set(indices)):
+        raise ValueError("`$.rounding.layers` are not in ascending order")
+    for layer in rounding.layers:
+        where, count = f"`$.rounding.layers` of layer {layer.index}", counts.get(layer.index, 0)
+        if len(layer.tokens) != count or any(place >= count for place in layer.nearest):
+            raise ValueError(f"{where} does not have {count} experts")
+        if not all(0 <= value < math.inf for value in (layer.before, layer.after)):
             raise ValueError(f"{where} has values below 0 or that are not finite")
 
 
