@@ -89,6 +89,7 @@ def sibling_path(output: Path, suffix: str) -> Path:
 class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
+    `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is.
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
     number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
     the number of channels that each expert keeps; None for all.
@@ -97,7 +98,7 @@ class ServingSpec:
     context: int = DEFAULT_CONTEXT
     batch: int = 1
     kv_dtype: str = "auto"
-    weights_dtype: str = "source"
+    weights: str = "source"
     keep: int | None = None
     total: int | None = None
     widest: int | None = None
@@ -157,7 +158,7 @@ class PruningTarget(SelectionSettings):
     @property
     def serving(self) -> ServingSpec:
         """How the pruned model is to be used."""
-        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=self.stored_as)
 
     @property
     def selection(self) -> SelectionSettings:
@@ -165,9 +166,14 @@ class PruningTarget(SelectionSettings):
         return SelectionSettings(**{each.name: getattr(self, each.name) for each in fields(SelectionSettings)})
 
     @property
+    def stored_as(self) -> str:
+        """How the pruned model stores its weights: one of WEIGHTS."""
+        return "source"
+
+    @property
     def changes_weights(self) -> bool:
         """Whether an output with all experts would differ from the source."""
-        return False
+        return self.stored_as != "source"
 
     @property
     def targets_given(self) -> int:
@@ -205,6 +211,29 @@ class Storage:
     rounding: str = ROUNDING[0]
     tensor_parallel: int = 1
 
+    @classmethod
+    def of(cls, weights: str, quantize: str | None, rounding: str | None, tensor_parallel: int | None) -> Storage:
+        """The storage for options that may not be given (None).
+
+        Raises SettingsError for unknown values, and for options that only count for quantized weights without these.
+        """
+        check_choice("--weights", weights, WEIGHTS)
+        options = (("--quantize", quantize, QUANTIZE), ("--rounding", rounding, ROUNDING))
+        for name, value, choices in options:
+            if value is not None:
+                check_choice(name, value, choices)
+        check_least("--tensor-parallel", tensor_parallel, 1)
+        given = [*options, ("--tensor-parallel", tensor_parallel, ())]
+        unused = next((name for name, value, _ in given if value is not None), None)
+        if unused is not None and weights not in SCHEMES:
+            raise SettingsError(
+                f"{unused} is for weights that are quantized anew: --weights {', '.join(SCHEMES)}. With --weights "
+                f"{weights} leave it out."
+            )
+        # By default 8 bits are rounded to the nearest, and 4 bits by GPTQ.
+        rounding = rounding or ("gptq" if weights == "w4a16" else "rtn")
+        return cls(weights, quantize or QUANTIZE[-1], rounding, tensor_parallel or 1)
+
     @property
     def is_quantizing(self) -> bool:
         """Whether weights are quantized anew."""
@@ -241,8 +270,8 @@ class OutputSettings:
     tensor_parallel: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("--weights", self.weights, WEIGHTS)
-        self._check_quantizing()
+        # Creating it checks its values.
+        _ = self.storage
         check_choice("--resume", self.resume, RESUME)
         check_least("--max-shard-size", self.max_shard_bytes, 1)
         for path in (self.output, self.work_dir or self.output):
@@ -255,33 +284,19 @@ class OutputSettings:
         return self.weights in SCHEMES
 
     @property
-    def changes_weights(self) -> bool:
-        """Whether an output with all experts would differ from the source."""
-        return self.weights != "source"
+    def stored_as(self) -> str:
+        """How the output stores its weights: one of WEIGHTS."""
+        return self.weights
 
     @property
     def storage(self) -> Storage:
         """How the output stores weights."""
-        return Storage(self.weights, self.quantize or QUANTIZE[-1], self.rounds_by, self.tensor_parallel or 1)
+        return Storage.of(self.weights, self.quantize, self.rounding, self.tensor_parallel)
 
     @property
     def rounds_by(self) -> str:
-        """How weights are rounded: one of ROUNDING. By default 8 bits to the nearest, and 4 bits by GPTQ."""
-        return self.rounding or ("gptq" if self.weights == "w4a16" else "rtn")
-
-    def _check_quantizing(self) -> None:
-        options = (("--quantize", self.quantize, QUANTIZE), ("--rounding", self.rounding, ROUNDING))
-        for name, value, choices in options:
-            if value is not None:
-                check_choice(name, value, choices)
-        check_least("--tensor-parallel", self.tensor_parallel, 1)
-        given = [*options, ("--tensor-parallel", self.tensor_parallel, ())]
-        unused = next((name for name, value, _ in given if value is not None), None)
-        if unused is not None and not self.is_quantizing:
-            raise SettingsError(
-                f"{unused} is for weights that are quantized anew: --weights {', '.join(SCHEMES)}. With --weights "
-                f"{self.weights} leave it out."
-            )
+        """How weights are rounded: one of ROUNDING."""
+        return self.storage.rounding
 
     @property
     def work_folder(self) -> Path:

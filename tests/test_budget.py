@@ -41,7 +41,7 @@ def test_the_written_files_and_the_other_terms_fill_the_budget(family: Family, t
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
     assert footprint.spec is not None
-    step = int(footprint.spec.groups * footprint.weights.sizes("source").expert_bytes())
+    step = int(footprint.spec.groups * footprint.weights.sizes().expert_bytes())
     # Not a byte to spare, and just short of the next number.
     for number, spare in enumerate((0, step - 1)):
         gib = budget_for(footprint, family.keep, spare)
@@ -77,7 +77,7 @@ def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.id == "deepseek_v3")
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
-    one = int(footprint.weights.sizes("source").expert_bytes())
+    one = int(footprint.weights.sizes().expert_bytes())
     result = prune(source, tmp_path / "out", budget_gib=budget_for(footprint, 6, one), context=128)
     assert result.summary["experts_per_layer"] == 6, "7 would fit, but not in two equal groups"
 
@@ -95,7 +95,7 @@ def test_every_schedule_fills_the_budget(name: str, schedule: str, tmp_path: Pat
     family = next(family for family in FAMILIES if family.id == name)
     source = make_model(tmp_path / "model", tiny_config(family))
     footprint = read_footprint(str(source))
-    spec, blocks = footprint.spec, footprint.weights.sizes("source").expert_layers
+    spec, blocks = footprint.spec, footprint.weights.sizes().expert_layers
     assert spec is not None
     # With the steep one a block keeps all.
     goal = {"uniform": {}, "linear-decrease": {"spread": 0.1}, "linear-increase": {"spread": 0.45}, "global": {}}[

@@ -12,7 +12,7 @@ import pytest
 
 from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError
-from streamprune.fit.answer import CONTEXTS, RATIOS, nearest, table
+from streamprune.fit.answer import CONTEXTS, RATIOS, table
 from streamprune.fit.cache import CacheSizes, LayerCache, prefill_workspace_bytes
 from streamprune.fit.estimate import (
     ALLOCATOR_SHARE,
@@ -24,7 +24,8 @@ from streamprune.fit.estimate import (
     check_keep,
 )
 from streamprune.fit.footprint import read_footprint
-from streamprune.fit.weights import WeightFact, Weights
+from streamprune.fit.nearest import nearest
+from streamprune.fit.weights import WeightFact, Weights, WeightSizes
 from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
 from tests.full_size import config_only
@@ -34,6 +35,19 @@ BLOCKS = 6
 #: Values of one expert's matrix in the models below.
 EXPERT = 4096 * 256
 MTP = 4096 * 4096 * 2
+
+
+class Scaled:
+    """Other forms of weights, as if everything were quantized."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._plain = weights.sizes(with_mtp=False)
+
+    def sizes(self, weights: str, width: int | None) -> WeightSizes:
+        share = {"fp8": 0.5, "w4a16": 0.26}[weights]
+        plain = self._plain
+        fixed, each = ({name: size * share for name, size in of.items()} for of in (plain.fixed, plain.per_expert))
+        return replace(plain, fixed=fixed, per_expert=each)
 
 
 def made_up(count: int = 32, top_k: int = 4, groups: int = 1, topk_groups: int = 1, **changed: Any) -> Footprint:
@@ -52,7 +66,8 @@ def made_up(count: int = 32, top_k: int = 4, groups: int = 1, topk_groups: int =
     cache = CacheSizes((LayerCache(1024), LayerCache(1024, 4095), LayerCache(0, None, 500_000)) * 2, 2)
     spec = ExpertSpec((), "num_experts", count, top_k, groups, topk_groups) if count else None
     shape = ModelShape(4096, 4096, 0, 256 if count else 0, top_k if count else 0, count, 8192, 8000)
-    known = Footprint("made-up", Weights(tuple(facts), count, True), spec, cache, shape, 2, 200_000)
+    weights = Weights(tuple(facts), count, True)
+    known = Footprint("made-up", weights, spec, cache, shape, 2, 200_000, forms=Scaled(weights))
     return replace(known, **changed)
 
 
@@ -143,7 +158,7 @@ def test_total_grows_with_everything() -> None:
         "batch": [1, 2, 3, 50],
         "keep": [4, 5, 20, 31, 32],
         "kv_dtype": ["fp8", "bf16"],
-        "weights_dtype": ["int4", "fp8", "bf16"],
+        "weights": ["w4a16", "fp8", "source"],
     }.items():
         totals = [total(footprint, **{name: value}) for value in values]
         assert all(one < other for one, other in pairwise(totals)), name
@@ -165,14 +180,14 @@ def test_nearest_settings_do_fit(footprint: Footprint) -> None:
                 if field == "budget_gib":
                     held = int(float(value) * GIB)
                 else:
-                    use = replace(use, **{field: value if field.endswith("dtype") else int(value)})
+                    use = replace(use, **{field: value if field in ("kv_dtype", "weights") else int(value)})
             seen.add(tuple(named))
             if use.keep is not None:
                 check_keep(footprint, use.keep)
             assert Fit(footprint, use, held).fits, option
-    kinds = {("--budget-gib",), ("--weights-dtype",)}
+    kinds = {("--budget-gib",), ("--weights",)}
     if footprint is MODELS["plain"]:
-        kinds |= {("--keep",), ("--context",), ("--kv-dtype",), ("--weights-dtype", "--keep")}
+        kinds |= {("--keep",), ("--context",), ("--kv-dtype",), ("--weights", "--keep")}
     assert kinds <= seen
 
 
@@ -185,16 +200,16 @@ def test_table_holds_what_fit_says() -> None:
         for cell in cells:
             same = Fit(
                 footprint,
-                replace(fit.use, keep=cell.experts, weights_dtype=cell.weights_dtype, context=cell.context),
+                replace(fit.use, keep=cell.experts, weights=cell.weights, context=cell.context),
                 fit.budget,
             )
             assert (cell.total_bytes, cell.fits) == (same.total, same.fits)
             check_keep(footprint, cell.experts)
             assert 0 <= cell.experts - (1 - cell.ratio) * spec.count < spec.groups
         assert {cell.context for cell in cells} == {1000, *CONTEXTS}
-        assert {cell.weights_dtype for cell in cells} == {"source", "fp8", "int4"}
+        assert {cell.weights for cell in cells} == {"source", "fp8", "w4a16"}
         assert {cell.ratio for cell in cells} <= set(RATIOS)
-        assert len({(cell.ratio, cell.weights_dtype, cell.context) for cell in cells}) == len(cells)
+        assert len({(cell.ratio, cell.weights, cell.context) for cell in cells}) == len(cells)
 
 
 def test_terms_are_what_they_say() -> None:

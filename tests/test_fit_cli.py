@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
-from streamprune.fit.footprint import read_footprint
+from streamprune.fit.footprint import read_model
 from tests.full_size import config_only, write_header
 from tests.thorough import crossed
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -88,7 +88,7 @@ def test_json_when_it_does_not_fit(model: str) -> None:
     assert not found["fits"]
     assert (found["experts_per_layer"], found["max_experts_per_layer"]) == (4, 0)
     assert found["kv_cache_bytes"] == 3 * 4 * 2 * 2 * 16 * 32768
-    assert (found["batch"], found["kv_dtype"], found["weights_dtype"]) == (3, "fp8", "source")
+    assert (found["batch"], found["kv_dtype"], found["weights"]) == (3, "fp8", "source")
     assert found["max_context"] == 0
     assert found["nearest"][-1]["settings"].startswith("--budget-gib ")
 
@@ -108,7 +108,7 @@ def test_text_that_fits(model: str) -> None:
 def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
     # The same model three times, whose tracing takes seconds.
-    monkeypatch.setattr("streamprune.fit.footprint.read_footprint", cache(read_footprint))
+    monkeypatch.setattr("streamprune.planning.sizes.read_model", cache(read_model))
     result = fit(folder, "--gpu", "rtx-3090")
     assert result.exit_code == 3
     assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout
@@ -118,7 +118,7 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     keep = next(line.split() for line in options if line.startswith("  --keep "))[1]
     assert fit(folder, "--gpu", "rtx-3090", "--keep", keep).exit_code == 0
     assert fit(folder, "--gpu", "rtx-3090", "--keep", str(int(keep) + 1)).exit_code == 3
-    assert any(line.startswith("  --weights-dtype int4") for line in options)
+    assert any(line.startswith("  --weights w4a16") for line in options)
     assert "estimated from config.json" in result.stdout
 
 
@@ -148,7 +148,7 @@ def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
         (["--budget-gib", "24", "--context", str(10**30)], "more than any GPU could hold"),
         (["--budget-gib", "24", "--revision", "main"], "is a local folder"),
         (["--budget-gib", "24", "--kv-dtype", "fp4"], "'fp4' is not one of"),
-        (["--budget-gib", "24", "--weights-dtype", "fp4"], "'fp4' is not one of"),
+        (["--budget-gib", "24", "--weights", "fp4"], "'fp4' is not one of"),
         (["--budget-gib", "much"], "'much' is not a valid float"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -293,14 +293,9 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_help_and_headers_need_no_torch(model: str) -> None:
+def test_help_and_refusals_need_no_torch(model: str) -> None:
     for arguments in (["--help"], ["fit", "--help"], ["--version"]):
         done = without_torch(*arguments)
         assert done.returncode == 0, done.stderr
-    done = without_torch("fit", model, "--budget-gib", "24", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == answer(model, "--budget-gib", "24")
-    assert without_torch("fit", model, "--gpu", "rtx-4090").returncode == 0
-    assert without_torch("fit", model, "--budget-gib", "0.1").returncode == 3
     assert without_torch("fit", "./missing", "--budget-gib", "1").returncode == 1
     assert without_torch("fit", model, "--budget-gib", "-1").returncode == 2

@@ -18,9 +18,10 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError, UnsupportedModelError
-from streamprune.fit.answer import fit_object, nearest, resolve_budget, table
+from streamprune.fit.answer import fit_object, resolve_budget, table
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.fit.nearest import nearest
 from streamprune.fit.published import published_facts
 from streamprune.fit.structure import weights_of_checkpoint
 from streamprune.fit.weights import Weights, weights_with
@@ -126,13 +127,13 @@ def test_names_and_roles_agree(scheme: str, family: str, tmp_path: Path) -> None
     by_role = weights_of_checkpoint(checkpoint.config, skeleton, checkpoint.tensors)
     by_name = read_footprint(str(made.source)).weights
     assert by_name.facts == by_role.facts
-    sizes = by_role.sizes("source").bytes_by_category(8)
+    sizes = by_role.sizes().bytes_by_category(8)
     experts = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if ".experts." in name)
     assert sizes["experts"] == experts
     # A companion belongs to its expert: half of the experts take half of the bytes.
-    assert by_role.sizes("source").bytes_by_category(4)["experts"] * 2 == experts
+    assert by_role.sizes().bytes_by_category(4)["experts"] * 2 == experts
     config = read_footprint(str(alone(made.source, tmp_path / "config")))
-    assert config.weights.sizes("source").bytes_by_category(8) == sizes
+    assert config.weights.sizes().bytes_by_category(8) == sizes
     predicting = [note for note in config.notes if "Not counted: 1 layer for multi-token prediction" in note]
     assert len(predicting) == (family == "deepseek_v3")
 
@@ -146,7 +147,7 @@ def stated_weights(folder: Path) -> Weights:
 
 
 def kept_bytes(weights: Weights, keep: int) -> int:
-    return sum(weights.sizes("source").bytes_by_category(keep).values())
+    return sum(weights.sizes().bytes_by_category(keep).values())
 
 
 def test_gpt_oss_20b(tmp_path: Path) -> None:
@@ -265,7 +266,7 @@ def test_prediction_layers_in_headers(tmp_path: Path) -> None:
     assert {term.name: term.bytes for term in Fit(footprint, ServingSpec(), GIB).terms}["weights: MTP"] == mtp
     assert weights_bytes(footprint) == open_checkpoint(made.source).nbytes
     whole = weights_bytes(footprint, keep=7) + mtp
-    assert weights_bytes(footprint) - whole == footprint.weights.sizes("source", with_mtp=False).expert_bytes()
+    assert weights_bytes(footprint) - whole == footprint.weights.sizes(with_mtp=False).expert_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "granitemoe"])
@@ -302,18 +303,18 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
 
 def test_other_dtypes_of_quantized_weights(gpt_oss: Quantized) -> None:
     footprint = read_footprint(str(gpt_oss.source))
-    # The reference is in float32.
-    assert weights_bytes(footprint, weights_dtype="bf16") * 2 == open_checkpoint(gpt_oss.reference).nbytes
-    for dtype in ("fp8", "int4"):
-        with pytest.raises(SettingsError, match=rf"already \(MXFP4\), so its size as {dtype} is .*source, or bf16 for"):
-            weights_bytes(footprint, weights_dtype=dtype)
+    # Plain tensors stay as they are, in float32.
+    reference = open_checkpoint(gpt_oss.reference).tensors
+    decoded = sum(each.nbytes // (2 if name in gpt_oss.parts else 1) for name, each in reference.items())
+    assert weights_bytes(footprint, weights="bf16") == decoded
+    with pytest.raises(SettingsError, match="with --weights fp8 is unknown here"):
+        weights_bytes(footprint, weights="fp8")
     small = Fit(footprint, ServingSpec(context=128), 0)
-    assert {cell.weights_dtype for cell in table(small)} == {"source"}
-    assert not any("dtype" in option.settings for option in nearest(replace(small, budget=small.total - 1)) if
-                   "weights" in option.settings)  # fmt: skip
-    wide = replace(small.changed(weights_dtype="bf16"), budget=small.total)
-    assert {cell.weights_dtype for cell in table(wide)} == {"source", "bf16"}
-    assert any(option.settings == "--weights-dtype source" for option in nearest(wide))
+    assert {cell.weights for cell in table(small)} == {"source"}
+    assert not any("weights" in option.settings for option in nearest(replace(small, budget=small.total - 1)))
+    wide = replace(small.changed(weights="bf16"), budget=small.total)
+    assert {cell.weights for cell in table(wide)} == {"source", "bf16"}
+    assert any(option.settings == "--weights source" for option in nearest(wide))
 
 
 def test_the_answer_names_the_format(gpt_oss: Quantized) -> None:
@@ -322,9 +323,9 @@ def test_the_answer_names_the_format(gpt_oss: Quantized) -> None:
     assert "8 of 8 experts per layer; weights as stored: MXFP4, 128 tokens" in text
     assert "note: transformers keeps weights in MXFP4 only on a GPU of compute capability 7.5" in text
     found = json.loads(CliRunner().invoke(main, [*command, "--json", "--keep", "4"]).stdout)
-    assert (found["weights_dtype"], found["weights_formats"]) == ("source", ["MXFP4"])
+    assert (found["weights"], found["weights_formats"]) == ("source", ["MXFP4"])
     assert found["decoded_weights_bytes"] > 2 * found["weights_bytes"]
-    decoded_text = CliRunner().invoke(main, [*command, "--weights-dtype", "bf16"]).stdout
+    decoded_text = CliRunner().invoke(main, [*command, "--weights", "bf16"]).stdout
     assert "weights bf16, 128 tokens" in decoded_text
     assert "transformers keeps" not in decoded_text
 
@@ -345,8 +346,8 @@ def test_formats_that_cannot_be_pruned_are_still_counted(tmp_path: Path) -> None
     footprint = read_footprint(str(made.source))
     assert weights_bytes(footprint) == open_checkpoint(made.source).nbytes
     assert any(note.startswith("This model can be served, but not pruned. The model in") for note in footprint.notes)
-    with pytest.raises(SettingsError, match=r"already \(BF16, F32, F8_E4M3\), .* as bf16 is unknown"):
-        weights_bytes(footprint, weights_dtype="bf16")
+    with pytest.raises(SettingsError, match=r"not read here \(BF16, F32, F8_E4M3\), .* --weights bf16 is unknown"):
+        weights_bytes(footprint, weights="bf16")
     unread = read_footprint(str(alone(made.source, tmp_path / "config")))
     assert any("quantized (bitsandbytes), but the sizes are of plain ones" in note for note in unread.notes)
 

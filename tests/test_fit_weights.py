@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import ServingSpec
-from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.structure import weights_of_checkpoint
-from streamprune.fit.weights import CATEGORIES, WEIGHTS_DTYPES, WeightFact, Weights, weights_by_name
+from streamprune.fit.weights import WeightFact, Weights, weights_by_name
 from streamprune.models.config_json import ExpertSpec, stated_experts
 from streamprune.models.open import load_config
 from streamprune.models.skeleton import build_skeleton
@@ -39,8 +38,8 @@ def test_names_and_roles_agree(family: Family, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", tiny_config(family)))
     skeleton = build_skeleton(load_config(checkpoint.folder), torch.float32)
     by_role = weights_of_checkpoint(checkpoint.config, skeleton, checkpoint.tensors)
-    assert sum(by_role.sizes("source").bytes_by_category(8).values()) == checkpoint.nbytes == by_role.nbytes
-    assert by_role.sizes("source").expert_layers == len(skeleton.experts)
+    assert sum(by_role.sizes().bytes_by_category(8).values()) == checkpoint.nbytes == by_role.nbytes
+    assert by_role.sizes().expert_layers == len(skeleton.experts)
 
     by_name = weights_by_name(checkpoint.tensors, checkpoint.config, stated_experts(checkpoint.config))
     assert (by_name is None) == (family.id in BY_ROLE)
@@ -59,9 +58,7 @@ def test_config_alone_gives_the_same_parts(family: Family, tmp_path: Path) -> No
     alone = read_footprint(str(tmp_path / "config"))
     files = read_footprint(str(make_model(tmp_path / "model", tiny_config(family))))
     for keep in (8, family.keep):
-        assert alone.weights.sizes("source").bytes_by_category(keep) == files.weights.sizes("source").bytes_by_category(
-            keep
-        )
+        assert alone.weights.sizes().bytes_by_category(keep) == files.weights.sizes().bytes_by_category(keep)
     assert not alone.weights.measured
     assert files.weights.measured
     assert (alone.cache, alone.itemsize, alone.max_positions) == (files.cache, files.itemsize, files.max_positions)
@@ -94,11 +91,11 @@ def test_pruned_sizes_are_those_of_the_written_files(family: Family, tmp_path: P
     result = prune(source, tmp_path / "pruned", keep=family.keep)
     fit = Fit(read_footprint(str(source)), ServingSpec(keep=family.keep), GIB)
     assert fit.weights_bytes == result.summary["output_bytes"] == open_checkpoint(tmp_path / "pruned").nbytes
-    predicted = fit.footprint.weights.sizes("source").bytes_by_category(family.keep)
+    predicted = fit.footprint.weights.sizes().bytes_by_category(family.keep)
     assert predicted == category_bytes(tmp_path / "pruned")
     # And the pruned model, asked about as a whole, has the same parts.
     again = Fit(read_footprint(str(tmp_path / "pruned")), ServingSpec(), GIB)
-    assert again.footprint.weights.sizes("source").bytes_by_category(family.keep) == predicted
+    assert again.footprint.weights.sizes().bytes_by_category(family.keep) == predicted
     assert again.total == fit.total
 
 
@@ -131,9 +128,9 @@ def test_prediction_layers_count_until_the_model_is_pruned(tmp_path: Path) -> No
     assert pruned.weights_bytes == prune(source, tmp_path / "pruned").summary["output_bytes"]
     skeleton = build_skeleton(load_config(source), torch.float32)
     checkpoint = open_checkpoint(source)
-    assert weights_of_checkpoint(checkpoint.config, skeleton, checkpoint.tensors).sizes("source").bytes_by_category(
+    assert weights_of_checkpoint(checkpoint.config, skeleton, checkpoint.tensors).sizes().bytes_by_category(
         8
-    ) == footprint.weights.sizes("source").bytes_by_category(8)
+    ) == footprint.weights.sizes().bytes_by_category(8)
 
 
 CONFIG = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
@@ -156,11 +153,11 @@ def block(**changed: tuple[int, ...] | None) -> dict[str, TensorEntry]:
 def test_names_that_are_certain() -> None:
     weights = weights_by_name(block(), CONFIG, SPEC)
     assert weights is not None
-    assert weights.sizes("source").bytes_by_category(3) == {"experts": 3 * 512, "router": 96, "shared/dense": 256}
+    assert weights.sizes().bytes_by_category(3) == {"experts": 3 * 512, "router": 96, "shared/dense": 256}
     joined = {f"experts__{expert}__{kind}_proj__weight": None for expert in range(4) for kind in ("gate", "up")}
     weights = weights_by_name(block(**joined, experts__gate_up_proj=(4, 16, 16)), CONFIG, SPEC)
     assert weights is not None
-    assert weights.sizes("source").bytes_by_category(3) == {"experts": 3 * 512, "router": 96, "shared/dense": 256}
+    assert weights.sizes().bytes_by_category(3) == {"experts": 3 * 512, "router": 96, "shared/dense": 256}
 
 
 @pytest.mark.parametrize(
@@ -191,9 +188,9 @@ def test_more_blocks_than_the_config_states() -> None:
     joint = TensorEntry("model.layers.1.eh_proj.weight", "model.safetensors", "BF16", (8, 16), 0, 256)
     weights = weights_by_name(block() | further | {joint.name: joint}, CONFIG, SPEC)
     assert weights is not None
-    sizes = weights.sizes("source").bytes_by_category(4)
+    sizes = weights.sizes().bytes_by_category(4)
     assert sizes.pop("MTP") == 256 + sum(sizes.values())
-    assert weights.sizes("source", with_mtp=False).bytes_by_category(4) == sizes
+    assert weights.sizes(with_mtp=False).bytes_by_category(4) == sizes
 
 
 def test_names_need_a_number_of_blocks_and_experts() -> None:
@@ -253,25 +250,7 @@ def test_quantized_checkpoint(kind: str, tmp_path: Path) -> None:
     assert checkpoint.nbytes - kept.weights_bytes == (experts + gates) // 2
     assert {term.kind for term in kept.terms if term.name.startswith("weights")} == {"exact"}
     assert kept.kv_cache_bytes > 0
-    for dtype in ("fp8", "int4"):
-        with pytest.raises(SettingsError, match=rf"quantized already \((MX)?FP.*\).*as {dtype} .*dtype source"):
-            _ = Fit(footprint, ServingSpec(weights_dtype=dtype), GIB).total
     assert Fit(footprint, ServingSpec(kv_dtype="bf16"), GIB).kv_cache_bytes == kept.kv_cache_bytes
-
-
-def test_bytes_in_other_forms() -> None:
-    def fact(dtype: str, shape: tuple[int, ...], category: str) -> WeightFact:
-        bits = {"BF16": 16, "F32": 32, "U8": 8}[dtype]
-        return WeightFact("name", dtype, shape, torch.Size(shape).numel() * bits // 8, category)
-
-    expert = fact("F32", (3, 130, 256), "experts")
-    assert expert.bytes_as("bf16") == 3 * 130 * 256 * 2
-    assert expert.bytes_as("fp8") == 3 * 130 * 256 + 3 * 2 * 2 * 4
-    assert expert.bytes_as("int4") == 3 * 130 * 256 * (0.5 + 20 / 128 / 8)
-    assert fact("F32", (130,), "shared/dense").bytes_as("fp8") == 260
-    for category in set(CATEGORIES) - {"experts", "shared/dense", "attention"}:
-        assert fact("F32", (256, 256), category).bytes_as("int4") == 256 * 256 * 2
-    assert [fact("U8", (256, 256), "experts").bytes_as(dtype) for dtype in WEIGHTS_DTYPES] == [65536] * 4
 
 
 def test_model_is_quantized_when_most_bytes_are() -> None:

@@ -20,10 +20,10 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import PruneSettings, RunSettings, ServingSpec
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
-from streamprune.fit.answer import fit_object, nearest, terms_lines
+from streamprune.fit.answer import fit_object, terms_lines
 from streamprune.fit.estimate import Fit, Footprint, check_keep, per_layer_note
 from streamprune.fit.footprint import read_footprint
-from streamprune.fit.weights import WEIGHTS_DTYPES
+from streamprune.fit.nearest import nearest
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.pipeline.prune import prune
@@ -86,8 +86,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_uneven(known_family(request.param), tmp_path_factory.mktemp("made"))
 
 
-def total(footprint: Footprint, weights_dtype: str = "source") -> int:
-    return sum(footprint.weights.sizes(weights_dtype).bytes_by_category(0).values())
+def total(footprint: Footprint) -> int:
+    return sum(footprint.weights.sizes().bytes_by_category(0).values())
 
 
 @pytest.mark.parametrize("trusted", [False, True])
@@ -101,12 +101,11 @@ def test_weights_and_cache_are_exact(made: Uneven, trusted: bool) -> None:
     assert footprint.cache == source.cache
     assert (footprint.itemsize, footprint.max_positions) == (source.itemsize, source.max_positions)
     # What of the source's weights is no expert's stays, and of the experts what was kept.
-    for dtype in WEIGHTS_DTYPES:
-        sizes = source.weights.sizes(dtype, with_mtp=False)
-        share = sum(made.counts.values()) / sizes.expert_layers
-        # The scales of quantized weights stand for blocks of rows, which experts in one matrix share.
-        near = {"rel": 1e-3} if dtype in ("fp8", "int4") else {"abs": 1}
-        assert total(footprint, dtype) == pytest.approx(sum(sizes.bytes_by_category(share).values()), **near)
+    sizes = source.weights.sizes(with_mtp=False)
+    share = sum(made.counts.values()) / sizes.expert_layers
+    assert total(footprint) == pytest.approx(sum(sizes.bytes_by_category(share).values()), abs=1)
+    with pytest.raises(SettingsError, match=r"--weights fp8 is not possible: the layers of .* cannot be pruned again"):
+        footprint.sizes("fp8")
 
 
 def test_a_config_alone_tells_the_same(made: Uneven, tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_a_config_alone_tells_the_same(made: Uneven, tmp_path: Path) -> None:
     alone, files = read_footprint(str(tmp_path)), read_footprint(str(made.output))
     assert (alone.weights.counts, alone.cache, alone.shape) == (files.weights.counts, files.cache, files.shape)
     assert not alone.weights.measured
-    assert alone.weights.sizes("source").bytes_by_category(0) == files.weights.sizes("source").bytes_by_category(0)
+    assert alone.weights.sizes().bytes_by_category(0) == files.weights.sizes().bytes_by_category(0)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
-from streamprune.config import ServingSpec, check_amounts
+from streamprune.config import WEIGHTS, ServingSpec, Storage, check_amounts
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
 from streamprune.fit.estimate import Fit, check_keep
-from streamprune.fit.weights import WEIGHTS_DTYPES
 from streamprune.hardware.memory import limit_library_memory
 
 
@@ -22,10 +21,12 @@ from streamprune.hardware.memory import limit_library_memory
 @click.argument("model")
 @opt.BUDGET
 @click.option(
-    "--weights-dtype", type=click.Choice(WEIGHTS_DTYPES), default="source", show_default=True,
-    help="Data type of the weights: as they are, or quantized afterwards.",
+    "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
+    help="How weights are stored: as they are, or as `run --weights` writes them. (Formerly --weights-dtype.)",
 )  # fmt: skip
+@opt.QUANTIZED
 @click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
+@click.option("--width", type=int, help="Channels kept of each expert.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU for --measure.")
 @opt.REVISION
@@ -41,13 +42,16 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
+    storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"))
     wanted = ServingSpec(**given)
     budget = resolve_budget(budget_gib, gpu)
-    from streamprune.fit.footprint import read_footprint
+    from streamprune.planning.sizes import read_forms
 
-    footprint = read_footprint(model, revision, trust_remote_code)
+    footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width)
     if wanted.keep is not None:
         check_keep(footprint, wanted.keep)
+    # Refused before anything else is said of it.
+    footprint.sizes(wanted.weights, wanted.width)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
         raise SettingsError(
             f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "

@@ -63,6 +63,18 @@ KEEP_FILE = click.option(
 DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
+#: What schemes quantize, and for how many GPUs.
+QUANTIZED = together(
+    click.option(
+        "--quantize", type=click.Choice(QUANTIZE),
+        help="What is quantized: only the routed experts, or every linear layer but routers and the like.  "
+        f"[default: {QUANTIZE[-1]}]",
+    ),
+    click.option(
+        "--tensor-parallel", type=int, metavar="N",
+        help="GPUs among which an engine will divide each weight: w4a16's groups must fit.  [default: 1]",
+    ),
+)  # fmt: skip
 #: How the output stores its weights.
 WRITTEN_AS = together(
     click.option(
@@ -70,19 +82,11 @@ WRITTEN_AS = together(
         help="How weights are written: as the source stores them; bf16: decoded, where it has them quantized; or "
         "quantized to 8 bits (fp8: blocks as DeepSeek's; fp8-dynamic and w8a16: compressed-tensors) or 4 (w4a16).",
     ),
-    click.option(
-        "--quantize", type=click.Choice(QUANTIZE),
-        help="What is quantized: only the routed experts, or every linear layer but routers and the like.  "
-        f"[default: {QUANTIZE[-1]}]",
-    ),
+    QUANTIZED,
     click.option(
         "--rounding", type=click.Choice(ROUNDING),
         help="How weights are rounded: each to the nearest value (rtn), or so that outputs on the calibration change "
         "least (gptq).  [default: gptq for w4a16, else rtn]",
-    ),
-    click.option(
-        "--tensor-parallel", type=int, metavar="N",
-        help="GPUs among which an engine will divide each weight: w4a16's groups must fit.  [default: 1]",
     ),
 )  # fmt: skip
 SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")

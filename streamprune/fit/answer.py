@@ -6,6 +6,7 @@ For people as terminal text, for programs as JSON. No torch.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
@@ -15,7 +16,8 @@ from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.fit.loading import decoded_bytes, loading_note
-from streamprune.hardware.gpus import GPUS, budget_on_gpu, known_gpu
+from streamprune.fit.nearest import COMPARED, nearest
+from streamprune.hardware.gpus import budget_on_gpu, known_gpu
 from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
@@ -39,23 +41,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Option:
-    """Settings that fit: what to add to the command, and in words what it means."""
-
-    settings: str
-    meaning: str
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One entry of the table: the total with `experts` per layer, one dtype of the weights and one context (tokens).
+    """One entry of the table: the total with `experts` per layer, one form of the weights and one context (tokens).
 
     `experts` is 0 for a model without experts, and None where its layers have different numbers.
     """
 
     ratio: float
     experts: int | None
-    weights_dtype: str
+    weights: str
     context: int
     total_bytes: int
     fits: bool
@@ -96,45 +90,12 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
     return replace(budget, notes=(note,))
 
 
-def nearest(fit: Fit) -> list[Option]:
-    """For a model that does not fit, the smallest changes that make it fit, one setting at a time; else nothing."""
-    return [] if fit.fits else list(_options(fit))
-
-
-def _options(fit: Fit) -> Iterator[Option]:
-    count = fit.footprint.weights.count
-    if fit.max_experts is not None and fit.experts is not None and fit.max_experts < fit.experts:
-        yield Option(f"--keep {fit.max_experts}", f"{fit.max_experts} of {count} experts in every layer")
-    if fit.max_context:
-        yield Option(f"--context {fit.max_context}", f"a context of {fit.max_context:,} tokens")
-    if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1 and fit.changed(kv_dtype="fp8").fits:
-        yield Option("--kv-dtype fp8", "8-bit KV cache")
-    smaller_dtypes = {"fp8": ["int4"], "int4": []}.get(fit.use.weights_dtype, ["fp8", "int4"])
-    if fit.footprint.weights.quantized:
-        smaller_dtypes = ["source"] if fit.use.weights_dtype != "source" else []
-    for dtype in smaller_dtypes:
-        smaller = fit.changed(weights_dtype=dtype)
-        words = "weights as stored" if dtype == "source" else f"weights quantized to {dtype[-1]} bits"
-        if smaller.fits:
-            yield Option(f"--weights-dtype {dtype}", words)
-            break
-        if smaller.max_experts:
-            keep = f"--keep {smaller.max_experts}"
-            yield Option(f"--weights-dtype {dtype} {keep}", f"{words}, and {smaller.max_experts} of {count} experts")
-    large = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
-    smallest = min(large, key=lambda gpu: gpu.usable_bytes, default=None)
-    such = f", such as the {smallest.names[0].removeprefix('NVIDIA ')}" if smallest else ""
-    yield Option(f"--budget-gib {math.ceil(fit.total / GIB * 10) / 10:g}", f"a larger GPU{such}")
-
-
 def table(fit: Fit) -> list[Cell]:
-    """Totals over RATIOS × dtypes of the weights × CONTEXTS, as far as the model allows them."""
-    spec, weights = fit.footprint.spec, fit.footprint.weights
+    """Totals over RATIOS × forms of the weights × CONTEXTS, as far as the model allows them."""
+    spec = fit.footprint.spec
     longest = min(fit.footprint.max_positions or max(CONTEXTS), MOST_TOKENS // fit.use.batch)
     contexts = sorted({context for context in (*CONTEXTS, fit.use.context) if context <= longest} or {longest})
-    dtypes = ["source", "fp8", "int4"]
-    if weights.quantized:
-        dtypes = sorted({"source", fit.use.weights_dtype}, reverse=True)
+    forms = [each for each in _forms(fit) if fit.footprint.why_not(each, fit.use.width) is None]
     cells = []
     for ratio in RATIOS if spec else RATIOS[:1]:
         keep = None
@@ -142,10 +103,28 @@ def table(fit: Fit) -> list[Cell]:
             keep = math.ceil((spec.count - math.floor(ratio * spec.count + 1e-9)) / spec.groups) * spec.groups
             if keep < minimum_keep(spec):
                 continue
-        for dtype, context in product(dtypes, contexts):
-            cell = fit.changed(keep=keep, weights_dtype=dtype, context=context)
-            cells.append(Cell(ratio, cell.experts, dtype, context, cell.total, cell.fits))
+        for form, context in product(forms, contexts):
+            cell = fit.changed(keep=keep, weights=form, context=context)
+            cells.append(Cell(ratio, cell.experts, form, context, cell.total, cell.fits))
     return cells
+
+
+def _forms(fit: Fit) -> list[str]:
+    """The forms of the weights that the table is to show: the source's, those that are compared, and the asked one."""
+    return list(dict.fromkeys(("source", *COMPARED, fit.use.weights)))
+
+
+def _left_out(fit: Fit) -> Iterator[str]:
+    """Which forms of the weights the table leaves out, and why, if the other notes do not say it."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for form in _forms(fit):
+        reason = fit.footprint.why_not(form, fit.use.width)
+        if reason is not None:
+            reasons[reason].append(form)
+    known = " ".join(fit.footprint.notes)
+    for reason, forms in reasons.items():
+        if fit.footprint.weights.counts is None and reason not in known:
+            yield f"The table leaves out --weights {' and '.join(forms)}. {reason}"
 
 
 def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
@@ -160,7 +139,7 @@ def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
         "model": fit.footprint.model,
         **estimate_object(fit),
         "budget_from": budget.label,
-        "weights_dtype": fit.use.weights_dtype,
+        "weights": fit.use.weights,
         "weights_formats": list(weights.formats),
         "decoded_weights_bytes": decoded_bytes(fit),
         "source_experts_per_layer": _listed(weights.counts) if weights.counts else weights.count or None,
@@ -243,8 +222,8 @@ def terms_lines(estimate: Estimate) -> list[str]:
 
 def _weights_text(estimate: Estimate) -> str:
     formats = estimate.footprint.weights.formats
-    if not formats or estimate.use.weights_dtype != "source":
-        return estimate.use.weights_dtype
+    if not formats or estimate.use.weights != "source":
+        return estimate.use.weights
     return f"as stored: {' and '.join(formats)}"
 
 
@@ -258,7 +237,7 @@ def _experts_text(estimate: Estimate) -> str:
         numbers = weights.counts.values()
         return f", {min(numbers)} to {max(numbers)} experts per layer, {estimate.total_experts:,} in all"
     if estimate.use.total is not None:
-        layers = weights.sizes(estimate.use.weights_dtype).expert_layers
+        layers = weights.sizes().expert_layers
         return f", {estimate.total_experts:,} of {weights.count * layers:,} experts in all"
     return f", {estimate.experts} of {weights.count} experts per layer" if weights.count else ""
 
@@ -271,7 +250,7 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
             yield f"Tight: in the worst case it is {format_bytes(fit.interval[1] - fit.budget)} over."
     else:
         yield f"It does not fit {of}: {format_bytes(-fit.left)} over."
-    spec, layers = fit.footprint.spec, fit.footprint.weights.sizes("source").expert_layers
+    spec, layers = fit.footprint.spec, fit.footprint.weights.sizes().expert_layers
     if spec is not None and fit.max_experts is None:
         yield f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
     elif spec is not None and fit.max_experts == spec.count:
@@ -305,6 +284,7 @@ def _notes(fit: Fit, budget: Budget) -> Iterator[str]:
             "Weight sizes are estimated from config.json; the checkpoint may have more, such as a multi-token-"
             "prediction layer."
         )
+    yield from _left_out(fit)
 
 
 def _table_lines(cells: Sequence[Cell]) -> list[str]:
@@ -312,8 +292,8 @@ def _table_lines(cells: Sequence[Cell]) -> list[str]:
     for (ratio, experts), group in groupby(cells, key=lambda cell: (cell.ratio, cell.experts)):
         totals = [f"{cell.total_bytes / GIB:.1f}{'*' if cell.fits else ' '}" for cell in group]
         rows.append([f"{ratio:.1%}", str(experts or "-"), *totals])
-    columns = dict.fromkeys((cell.weights_dtype, cell.context) for cell in cells)
-    headings = [f"{dtype} {_thousands(context)} " for dtype, context in columns]
+    columns = dict.fromkeys((cell.weights, cell.context) for cell in cells)
+    headings = [f"{form} {_thousands(context)} " for form, context in columns]
     title = "Totals in GiB by experts removed; * fits the budget:"
     return Table(title, ["removed", "experts", *headings], rows, align="r").text()
 

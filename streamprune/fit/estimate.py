@@ -10,12 +10,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from streamprune.config import MOST_TOKENS, ServingSpec
-from streamprune.errors import SettingsError
+from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
-from streamprune.fit.weights import Weights
+from streamprune.fit.weights import Weights, WeightSizes
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
 
 MIB = 1024**2
@@ -33,6 +33,17 @@ ALLOCATOR_SHARE = (0.0, 0.01, 0.03)
 WORKSPACE_SHARE = (0.5, 1.0, 2.0)
 
 
+class Forms(Protocol):
+    """The sizes of a model's weights as its outputs would have them (`planning/sizes.py`)."""
+
+    def sizes(self, weights: str, width: int | None) -> WeightSizes:
+        """Sizes with weights that are quantized by the scheme `weights`, plain in the source's dtype ("source"), or
+        decoded ("bf16"), and with `width` channels per expert (None: all). Without multi-token prediction.
+
+        Raises SettingsError or UnsupportedModelError where that cannot be.
+        """
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Everything that determines a model's memory.
@@ -40,7 +51,8 @@ class Footprint:
     `spec` is None for a model from which no experts can be removed: it has none, or its layers keep different numbers
     of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
     longest context that its config names. `width` is the number of channels per expert; None if it cannot change.
-    `quantization` is the config's `quant_method`; empty for plain weights.
+    `quantization` is the config's `quant_method`; empty for plain weights. `forms` tells what other forms of weights
+    take; None where it is unknown.
     """
 
     model: str
@@ -53,6 +65,44 @@ class Footprint:
     notes: tuple[str, ...] = ()
     width: int | None = None
     quantization: str = ""
+    forms: Forms | None = field(default=None, repr=False, compare=False)
+
+    def sizes(self, weights: str = "source", width: int | None = None, with_mtp: bool = True) -> WeightSizes:
+        """Sizes of the weights in one of config.WEIGHTS, with `width` channels per expert (None: all).
+
+        `with_mtp` only counts for the model as it is: outputs have no multi-token prediction. Raises SettingsError or
+        UnsupportedModelError where the weights cannot be so.
+        """
+        if weights == "source" and (width is None or self.width is not None or self.forms is None):
+            return self.weights.sizes(with_mtp).narrowed(self.width_share(width))
+        if self.weights.counts is not None:
+            raise SettingsError(f"--weights {weights} is not possible: {per_layer_note(self)}")
+        if weights == "bf16":
+            return self._decoded()
+        if self.forms is None:
+            raise SettingsError(f"The size of {self.model} with --weights {weights} is unknown here.")
+        return self.forms.sizes(weights, width)
+
+    def why_not(self, weights: str, width: int | None = None) -> str | None:
+        """Why the weights cannot be in this form; None if they can."""
+        try:
+            self.sizes(weights, width)
+        except StreampruneError as error:
+            return str(error)
+        return None
+
+    def _decoded(self) -> WeightSizes:
+        if self.weights.formats:
+            return self.weights.decoded(2).sizes(with_mtp=False)
+        if self.weights.quantized:
+            dtypes = ", ".join(sorted({fact.dtype for fact in self.weights.facts}))
+            raise SettingsError(
+                f"The weights of {self.model} are quantized in a format that is not read here ({dtypes}), so their "
+                "size with --weights bf16 is unknown. Leave it out."
+            )
+        raise SettingsError(
+            f"--weights bf16 decodes quantized weights, but those of {self.model} are plain already. Leave it out."
+        )
 
     def width_share(self, width: int | None) -> float:
         """The share of its channels that each expert keeps with `width` of them (None: all)."""
@@ -118,7 +168,7 @@ class Estimate:
             return sum(weights.counts.values())
         if self.use.total is not None:
             return self.use.total
-        return (self.experts or 0) * weights.sizes(self.use.weights_dtype).expert_layers
+        return (self.experts or 0) * weights.sizes().expert_layers
 
     @property
     def experts(self) -> int | None:
@@ -164,13 +214,12 @@ class Fit(Estimate):
         spec = self.footprint.spec
         if spec is None:
             return None
-        sizes = self.footprint.weights.sizes(self.use.weights_dtype, with_mtp=False)
+        sizes = self.footprint.sizes(self.use.weights, self.use.width, with_mtp=False)
         if not sizes.expert_layers or self.changed(keep=None).fits:
             return spec.count * sizes.expert_layers
         # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
-        each = sizes.expert_bytes(self.footprint.width_share(self.use.width))
-        fitting = int((self.budget - rest) * sizes.expert_layers // each)
+        fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes())
         # Above, the workspace is that of a layer with all experts; if all layers keep equally few, it may be less.
         fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
         # Never all experts: then the model is unpruned and also has its multi-token prediction layers.
@@ -190,14 +239,13 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     kept: float = weights.count if use.keep is None else use.keep
     # The pruned model has no multi-token prediction layers: they are not scored and not written.
     is_pruned = use.total is not None or kept != weights.count or use.width is not None
-    sizes = weights.sizes(use.weights_dtype, with_mtp=not is_pruned)
+    sizes = footprint.sizes(use.weights, use.width, with_mtp=not is_pruned)
     if use.total is not None:
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
         # keep all its experts.
         kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
-    exact = weights.measured and use.weights_dtype == "source"
-    for name, size in sizes.bytes_by_category(kept, footprint.width_share(use.width)).items():
-        yield Term(f"{WEIGHTS}{name}", size, "exact" if exact else "modelled", size, size)
+    for name, size in sizes.bytes_by_category(kept).items():
+        yield Term(f"{WEIGHTS}{name}", size, "exact" if weights.measured else "modelled", size, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)
     state = footprint.cache.state_bytes(use.batch)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.hub import read_hub_headers, resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_checkpoint, read_json
@@ -24,6 +24,9 @@ from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
 from streamprune.models.per_layer_experts import read_per_layer_experts
 
+if TYPE_CHECKING:
+    from streamprune.models.open import DescribedModel
+
 _LENGTH_NAMES = (
     "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
 )  # fmt: skip
@@ -31,8 +34,28 @@ _LENGTH_NAMES = (
 _WEIGHT_FILES = ("*.safetensors", INDEX_NAME, "*.bin", "*.pt", "*.gguf")
 
 
+@dataclass(frozen=True)
+class ReadModel:
+    """A model of which config and headers have been read: `folder` has its config.json, whose content `raw` is.
+
+    `tensors` are its checkpoint's, None for a config alone; `described` is its model on the meta device, if the names
+    of its tensors did not suffice, and it has experts.
+    """
+
+    footprint: Footprint
+    folder: Path
+    raw: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorEntry] | None = field(repr=False)
+    described: DescribedModel | None = field(default=None, repr=False)
+
+
 def read_footprint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Footprint:
-    """The footprint of `model`: a checkpoint folder, a Hub id, or a folder with only a config.json.
+    """The footprint of `model`, as of `read_model`."""
+    return read_model(model, revision, trust_remote_code).footprint
+
+
+def read_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ReadModel:
+    """Config, headers and footprint of `model`: a checkpoint folder, a Hub id, or a folder with only a config.json.
 
     Raises CheckpointError or UnsupportedModelError when it cannot be read or understood.
     """
@@ -49,11 +72,12 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
         if cache is not None and shape is not None:
             spec, method = None if weights.counts else spec, Quantization.of(config).method
             most = max_positions(config)
-            return Footprint(model, weights, spec, cache, shape, cache.itemsize, most, notes, quantization=method)
+            found = Footprint(model, weights, spec, cache, shape, cache.itemsize, most, notes, quantization=method)
+            return ReadModel(found, folder, raw, tensors)
     from streamprune.fit.structure import footprint_of_model
 
-    footprint = footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)
-    return replace(footprint, notes=(*notes, *footprint.notes))
+    footprint, described = footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)
+    return ReadModel(replace(footprint, notes=(*notes, *footprint.notes)), folder, raw, tensors, described)
 
 
 def _stored(

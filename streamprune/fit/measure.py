@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from streamprune.config import ServingSpec
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.fit.estimate import PREFILL_CHUNK, Estimate
 from streamprune.hardware.device import choose_device, is_gpu
@@ -78,8 +79,8 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
     Raises SettingsError without a CUDA device or for weights in another form than they are stored in, ResourceError
     when the GPU runs out of memory.
     """
-    if estimate.use.weights_dtype != "source" or estimate.use.kv_dtype != "auto" or estimate.use.keep is not None:
-        raise SettingsError("--measure loads the model as it is: leave out --weights-dtype, --kv-dtype and --keep.")
+    if replace(estimate.use, context=1, batch=1) != ServingSpec(context=1):
+        raise SettingsError("--measure loads the model as it is: leave out --weights, --kv-dtype, --keep and --width.")
     device = choose_device(device_name)
     if not is_gpu(device):
         raise SettingsError("--measure reads a GPU's memory: give a CUDA --device.")

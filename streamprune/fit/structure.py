@@ -28,7 +28,7 @@ from streamprune.fit.weights import Weights, is_vision, weights_by_layout, weigh
 from streamprune.formats.pick import is_read
 from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, mtp_layers, stated_shape, states_experts
-from streamprune.models.open import declared_dtype, describe_model, load_config
+from streamprune.models.open import DescribedModel, declared_dtype, describe_model, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint, survey
 
@@ -141,13 +141,15 @@ def footprint_of_model(
     tensors: Mapping[str, TensorEntry] | None,
     weights: Weights | None,
     trust_remote_code: bool,
-) -> Footprint:
+) -> tuple[Footprint, DescribedModel | None]:
     """Build the model of `folder`'s config.json (`raw`) on the meta device, and read its footprint from it.
+
+    The model itself is None if it has no experts.
 
     `tensors` are the checkpoint's; None for a config alone, whose weights are then those of the built model. `weights`
     are those that the tensors' names show for certain.
     """
-    config = load_config(folder, trust_remote_code)
+    config, described = load_config(folder, trust_remote_code), None
     if read_per_layer_experts(raw) is not None or states_experts(config.to_dict()):
         # Built with the same number everywhere: its caches are the same, and names and axes of its tensors too.
         described = describe_model(folder, raw, trust_remote_code)
@@ -162,7 +164,7 @@ def footprint_of_model(
                 "weights cannot be told apart."
             )
         footprint = _footprint(model, config, raw, weights, None, trace_cache(built, {}, nn.ModuleList()))
-    return footprint if tensors is not None else _as_published(footprint, config, raw)
+    return footprint if tensors is not None else _as_published(footprint, config, raw), described
 
 
 def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[str, Any]) -> Footprint:

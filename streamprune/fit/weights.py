@@ -1,4 +1,4 @@
-"""Weights as bytes: the kind of each tensor, what depends on the number of experts, other dtypes. No torch.
+"""Weights as bytes: the kind of each tensor, and what depends on the number of experts. No torch.
 
 The facts come from a checkpoint's headers or from a model built on the meta device. By the tensors' names takes
 milliseconds (`weights_by_name`), but names are a convention: where they leave a doubt, the caller builds the model and
@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from streamprune.checkpoint.safetensors_file import DTYPE_BITS, TensorEntry
-from streamprune.errors import SettingsError
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.formats.base import ExpertRows, Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.models.expert_layout import Cut, Layout
 from streamprune.models.mtp import MTP_NAME, MTP_ONLY
 
-WEIGHTS_DTYPES = ("source", "bf16", "fp8", "int4")
 #: In the order of display.
 CATEGORIES = ("experts", "router", "shared/dense", "attention", "embeddings", "head", "vision", "MTP")
 
@@ -34,11 +32,6 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_head|output)\.")
 _VISION = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*vision_tower|multi_modal_projector|mm_projector)\.")
 _ATTENTION = re.compile(r"(^|\.)(\w*attn|\w*attention|mixer|mamba|conv|norm_attn_norm|kda|short_conv)\.")
 _ROUTER = re.compile(r"(^|\.)(gate|router|\w*correction_bias|expert_bias|per_expert_scale)(\.|$)")
-
-#: Block size of the usual FP8 checkpoints (DeepSeek-V3, arXiv:2412.19437, section 3.3.2): one float32 scale per
-#: 128 × 128 weights. Group size of the usual 4-bit ones (GPTQ, AWQ): one 16-bit scale and a 4-bit zero per 128 inputs.
-_FP8_BLOCK = 128
-_INT4_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -70,21 +63,6 @@ class WeightFact:
         """Whether the tensor belongs to one routed expert, or holds all of a layer."""
         return self.expert is not None or self.rows is not None
 
-    def bytes_as(self, weights_dtype: str) -> float:
-        """Bytes of the tensor in one of WEIGHTS_DTYPES. Only matrices of experts, feed-forward layers and attention are
-        quantized, as the usual tools do; the rest is kept in 16 bits."""
-        if weights_dtype == "source" or self.dtype not in _FLOATS:
-            return self.nbytes
-        elements = self.nbytes * 8 // DTYPE_BITS[self.dtype]
-        matrix = len(self.shape) >= 2 and self.category in ("experts", "shared/dense", "attention")
-        if weights_dtype == "bf16" or not matrix:
-            return elements * 2
-        rows, columns = self.shape[-2:]
-        if weights_dtype == "fp8":
-            scales = math.ceil(rows / _FP8_BLOCK) * math.ceil(columns / _FP8_BLOCK)
-            return elements + math.prod(self.shape[:-2]) * scales * 4
-        return elements * (4 + (16 + 4) / _INT4_GROUP) / 8
-
 
 @dataclass(frozen=True)
 class WeightSizes:
@@ -99,20 +77,20 @@ class WeightSizes:
     of_channels: Mapping[str, float]
     expert_layers: int
 
-    def bytes_by_category(self, keep: float, width_share: float = 1.0) -> dict[str, int]:
-        """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer.
-
-        Each keeps `width_share` of its channels.
-        """
-        total = {name: round(self.fixed[name] + keep * self._per_expert(name, width_share)) for name in CATEGORIES}
+    def bytes_by_category(self, keep: float) -> dict[str, int]:
+        """Bytes of each category that the model has, with `keep` experts in every layer, or in the mean layer."""
+        total = {name: round(self.fixed[name] + keep * self.per_expert[name]) for name in CATEGORIES}
         return {name: count for name, count in total.items() if count}
 
-    def expert_bytes(self, width_share: float = 1.0) -> float:
-        """Bytes of one expert, its router row included, in every layer, with `width_share` of its channels."""
-        return sum(self._per_expert(name, width_share) for name in CATEGORIES)
+    def expert_bytes(self) -> float:
+        """Bytes of one expert, its router row included, in every layer."""
+        return sum(self.per_expert.values())
 
-    def _per_expert(self, name: str, width_share: float) -> float:
-        return self.per_expert[name] - (1 - width_share) * self.of_channels[name]
+    def narrowed(self, share: float) -> WeightSizes:
+        """The sizes of plain weights whose experts keep this share of their channels."""
+        per_expert = {name: size - (1 - share) * self.of_channels[name] for name, size in self.per_expert.items()}
+        of_channels = {name: size * share for name, size in self.of_channels.items()}
+        return replace(self, per_expert=per_expert, of_channels=of_channels)
 
 
 @dataclass(frozen=True)
@@ -128,7 +106,7 @@ class Weights:
     count: int
     measured: bool
     counts: Mapping[int, int] | None = None
-    _sizes: dict[tuple[str, bool], WeightSizes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sizes: dict[bool, WeightSizes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -160,24 +138,15 @@ class Weights:
             facts.append(replace(fact, format="", decoded_shape=None))
         return replace(self, facts=tuple(facts))
 
-    def sizes(self, weights_dtype: str, with_mtp: bool = True) -> WeightSizes:
-        """The sizes in one of WEIGHTS_DTYPES. Raises SettingsError for what is unknown of a quantized model."""
-        if (weights_dtype, with_mtp) in self._sizes:
-            return self._sizes[weights_dtype, with_mtp]
-        if weights_dtype == "bf16" and self.formats:
-            self._sizes[weights_dtype, with_mtp] = self.decoded(2).sizes(weights_dtype, with_mtp)
-            return self._sizes[weights_dtype, with_mtp]
-        if weights_dtype != "source" and self.quantized:
-            known = self.formats or sorted({fact.dtype for fact in self.facts})
-            raise SettingsError(
-                f"The model is quantized already ({', '.join(known)}), so its size as {weights_dtype} is unknown. Use "
-                f"--weights-dtype source{', or bf16 for its size when decoded' if self.formats else ''}."
-            )
+    def sizes(self, with_mtp: bool = True) -> WeightSizes:
+        """The sizes as a function of the experts kept; of all tensors, or without multi-token prediction."""
+        if with_mtp in self._sizes:
+            return self._sizes[with_mtp]
         fixed, per_expert, of_channels = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
         for fact in self.facts:
             if fact.category == "MTP" and not with_mtp:
                 continue
-            size = fact.bytes_as(weights_dtype)
+            size = fact.nbytes
             if self.counts is not None:
                 fixed[fact.category] += size
             elif fact.expert is not None:
@@ -193,8 +162,8 @@ class Weights:
             else:
                 fixed[fact.category] += size
         layers = {fact.layer for fact in self.facts if fact.of_experts and (with_mtp or fact.category != "MTP")}
-        self._sizes[weights_dtype, with_mtp] = WeightSizes(fixed, per_expert, of_channels, len(layers))
-        return self._sizes[weights_dtype, with_mtp]
+        self._sizes[with_mtp] = WeightSizes(fixed, per_expert, of_channels, len(layers))
+        return self._sizes[with_mtp]
 
 
 def is_vision(name: str) -> bool:

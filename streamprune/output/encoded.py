@@ -31,10 +31,11 @@ class Encoding:
 
     Engines that serve the output on `ranks` GPUs divide the columns of the `split` ones among these. `plain` are other
     matrices, with the reason why they stay. `modules` are the model's names for the modules of `others` and `plain`;
-    `head` is that of its output head.
+    `head` is that of its output head. `dtype` is the experts' own, which scales get that are not float32.
     """
 
     weights: str
+    dtype: str
     experts: frozenset[str] = field(repr=False)
     others: frozenset[str] = field(repr=False)
     split: frozenset[str] = field(repr=False)
@@ -44,13 +45,14 @@ class Encoding:
     ranks: int = 1
 
     @classmethod
-    def of(cls, storage: Storage, found: LinearWeights) -> Encoding:
-        """What is quantized of the matrices `found`."""
+    def of(cls, storage: Storage, found: LinearWeights, tensors: Mapping[str, TensorEntry]) -> Encoding:
+        """What is quantized of the matrices `found` among the plain `tensors`."""
+        dtype = Counter(tensors[name].dtype for name in found.experts).most_common(1)[0][0]
         others, plain = found.others, dict(found.plain)
         if storage.quantize == "experts":
             others, plain = frozenset(), plain | dict.fromkeys(others, "all but experts (--quantize experts)")
         ranks = storage.tensor_parallel
-        return cls(storage.weights, found.experts, others, found.split, plain, found.modules, found.head, ranks)
+        return cls(storage.weights, dtype, found.experts, others, found.split, plain, found.modules, found.head, ranks)
 
     def scheme(self, matrices: Iterable[TensorEntry | OutputTensor]) -> Scheme:
         """The scheme for a checkpoint with these plain tensors.
@@ -61,8 +63,7 @@ class Encoding:
         experts = [each for each in matrices if each.name in self.experts]
         split = {each.shape[1] for each in experts if each.name in self.split}
         whole = {each.shape[1] for each in experts if each.name not in self.split}
-        dtype = Counter(each.dtype for each in experts).most_common(1)[0][0]
-        scheme = scheme_of(self.weights, whole, split, tensor_parallel=self.ranks, dtype=dtype)
+        scheme = scheme_of(self.weights, whole, split, tensor_parallel=self.ranks, dtype=self.dtype)
         for shape in sorted({each.shape for each in experts}):
             problem = scheme.problem(shape) or scheme.caution(shape)
             if problem is not None:

@@ -52,7 +52,7 @@ def quantizing(
     if apart is not plain:
         targets = map_checkpoint(skeleton, apart, config)
     found = find_linear_weights(skeleton, targets, apart)
-    encoding = Encoding.of(storage, found)
+    encoding = Encoding.of(storage, found, apart)
     return apart, encoding, survey(config, skeleton, apart, targets)
 
 

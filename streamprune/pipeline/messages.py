@@ -14,6 +14,8 @@ from streamprune.calibration.refit_text import JUDGE_EVERY, LEAST_IMATRIX_TOKENS
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
+from streamprune.fit.estimate import Fit
+from streamprune.fit.nearest import other_formats
 from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
@@ -55,6 +57,9 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
     estimate = plan.estimate(settings)
     if estimate is not None:
         print_memory(progress, estimate)
+        others = other_formats(estimate) if isinstance(estimate, Fit) else None
+        if others is not None:
+            progress.say(f"note: {others}")
     else:
         progress.say("note: the memory of the result cannot be estimated, because the size of its cache is unknown.")
 

@@ -33,8 +33,8 @@ from streamprune.planning.facts import (
     check_scores_match,
     facts_from_json,
     prunable_from_scores,
-    written_weights,
 )
+from streamprune.planning.sizes import PlainTensors, WrittenSizes
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -125,24 +125,17 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     if settings.weights == "bf16":
         refuse_plain(raw, config_folder)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
-    facts = _facts(settings, checkpoint, scores)
+    facts = _with_forms(settings, checkpoint, _facts(settings, checkpoint, scores))
     written = _written(settings, checkpoint, facts)
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
     )
 
     def footprint() -> Footprint:
-        found = facts.footprint
-        if found is None:
-            found = read_footprint(settings.model, settings.revision, settings.trust_remote_code)
-        if written.checkpoint is checkpoint and written.encoding is None:
-            return found
-        tensors, encoding = written.checkpoint.tensors, written.encoding
-        return replace(
-            found,
-            weights=written_weights(written.layout, tensors, encoding),
-            quantization=encoding.scheme(tensors.values()).method if encoding is not None else "",
-        )
+        if facts.footprint is not None:
+            return facts.footprint
+        # A model whose memory cannot be found is refused here, with the reason.
+        return read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
     layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
     prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize)
@@ -234,6 +227,23 @@ def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | Non
         assert settings.scores is not None
         check_scores_match(settings.scores, scores, facts.layout)
     return facts
+
+
+def _with_forms(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts) -> ModelFacts:
+    """The facts, with what the weights take in every form."""
+    footprint = facts.footprint
+    if footprint is None:
+        return facts
+
+    def load() -> PlainTensors:
+        # Imported only here, as in `_facts`.
+        from streamprune.models.open import open_moe
+        from streamprune.planning.written import plain_tensors
+
+        skeleton = open_moe(checkpoint, settings.trust_remote_code).skeleton
+        return plain_tensors(settings.storage, checkpoint.config, skeleton, checkpoint.tensors, footprint.weights)
+
+    return replace(facts, footprint=replace(footprint, forms=WrittenSizes(load)))
 
 
 def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts) -> OutputSource:

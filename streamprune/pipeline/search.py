@@ -153,7 +153,7 @@ class _Search:
                     f"The memory that {settings.model} takes cannot be estimated, because the size of its cache is "
                     "unknown. Prune it by --keep instead."
                 )
-            fits[weights] = Fit(found.footprint, settings.serving, budget.nbytes)
+            fits[weights] = Fit(found.footprint, replace(settings.serving, weights=weights), budget.nbytes)
         fixed_width, no_refit = _impossible(plan, settings)
         model = Searchable(skeleton.spec, skeleton.width, fits, fixed_width, no_refit)
         if settings.candidates == (AUTO,):

@@ -13,8 +13,9 @@ from typing import Any
 
 from streamprune.config import PruningTarget
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
-from streamprune.fit.answer import Budget, nearest, resolve_budget
+from streamprune.fit.answer import Budget, resolve_budget
 from streamprune.fit.estimate import Estimate, Fit, Footprint
+from streamprune.fit.nearest import nearest
 from streamprune.formats.quantization import Quantization
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.config_json import ExpertSpec, WidthSpec, minimum_keep, resolve_keep
@@ -205,14 +206,16 @@ def _width_that_fits(target: PruningTarget, model: Prunable, fit: Fit, budget: B
         keep = None if target.by == "channels" else _experts_for_share(spec, width / full)
         return fit.changed(width=width, keep=keep)
 
-    fitting = [width for width in widths if with_width(width).fits]
+    # A scheme may not take every width: then what is wrong with the smallest is said below.
+    possible = [width for width in widths if fit.footprint.why_not(fit.use.weights, width) is None]
+    fitting = [width for width in possible if with_width(width).fits]
     if not fitting:
-        smallest = with_width(widths[0])
+        smallest = with_width((possible or widths)[0])
+        instead = "too (--by both)" if target.by == "channels" else "alone (--by experts)"
         raise DoesNotFitError(
-            f"Even with {widths[0]} of {full} channels per expert the model takes {format_bytes(smallest.total)}, "
-            f"{format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} ({budget.label}). Remove experts "
-            f"{'too (--by both)' if target.by == 'channels' else 'alone (--by experts)'}, or plan for a shorter "
-            "--context."
+            f"Even with {smallest.use.width} of {full} channels per expert the model takes "
+            f"{format_bytes(smallest.total)}, {format_bytes(-smallest.left)} more than {format_bytes(fit.budget)} "
+            f"({budget.label}). Remove experts {instead}, or plan for a shorter --context."
         )
     return fitting[-1]
 

@@ -13,20 +13,18 @@ from typing import Any
 import msgspec
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import PruningTarget
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
-from streamprune.fit.quantized import quantized_weights
-from streamprune.fit.weights import Weights, weights_by_layout
+from streamprune.fit.weights import weights_by_layout
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, ModelShape, WidthSpec
 from streamprune.models.expert_layout import Layout
 from streamprune.models.layout_json import layout_as_json, layout_from_json, width_from_json
 from streamprune.models.per_layer_experts import LoadingFacts, loading_facts_from_json
-from streamprune.output.encoded import Encoding, encoded_layout
+from streamprune.output.encoded import encoded_layout
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts, Prunable
 from streamprune.saliency.scores import Scores
@@ -89,19 +87,12 @@ class ModelFacts:
         layout = encoded_layout(plan.layout, plan.tensors) if plan.encoding is not None else plan.layout
         weights = weights_by_layout(written.tensors, layout, plan.counts, stored)
         spec = None if weights.counts else replace(self.layout.spec, count=weights.count)
-        footprint = replace(self.footprint, model=output, weights=weights, spec=spec)
+        method = Quantization.of(written.config).method
+        footprint = replace(self.footprint, model=output, weights=weights, spec=spec, quantization=method, forms=None)
         if plan.width is not None:
             footprint = replace(footprint, width=plan.width, shape=replace(footprint.shape, expert=plan.width))
-        return counts.against_budget(Estimate(footprint, target.serving))
-
-
-def written_weights(layout: Layout, tensors: Mapping[str, TensorEntry], encoding: Encoding | None) -> Weights:
-    """The weights of a complete model that is written from these plain tensors, and quantized by `encoding`."""
-    weights = weights_by_layout(tensors, layout, dict.fromkeys(layout.expert_layers, layout.spec.count))
-    if encoding is None:
-        return weights
-    scheme = encoding.scheme(tensors.values())
-    return quantized_weights(weights, scheme, lambda fact: encoding.why_plain(fact.name, fact.shape, scheme) is None)
+        # What is written is the source of this estimate.
+        return counts.against_budget(Estimate(footprint, replace(target.serving, weights="source")))
 
 
 def facts_from_json(

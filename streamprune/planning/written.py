@@ -1,21 +1,22 @@
-"""The memory of a model as it will be written: its weights decoded, or quantized, before it is opened."""
+"""The plain tensors of a model, from which every form of its weights is made, and footprints that know all forms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import OutputSettings, Storage
 from streamprune.fit.estimate import Footprint
+from streamprune.fit.published import published_facts
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
-from streamprune.fit.weights import Weights
+from streamprune.fit.weights import WeightFact, Weights
 from streamprune.formats.decoded import decoded_entries
-from streamprune.formats.quantization import without_sections
+from streamprune.formats.quantization import Quantization, without_sections
 from streamprune.models.skeleton import Skeleton
 from streamprune.output.source import quantizing
-from streamprune.planning.facts import written_weights
+from streamprune.planning.sizes import PlainTensors, WrittenSizes
 
 #: In the name of the first expert's tensors.
 _FIRST = ".experts.0."
@@ -28,38 +29,55 @@ def written_footprint(
     tensors: Mapping[str, TensorEntry] | None,
     known: Footprint | None = None,
 ) -> Footprint:
-    """The footprint of the unpruned model, in the format in which weights are written.
+    """The footprint of the unpruned model, with what its weights take in every form.
 
     `raw` is the source's config.json, `tensors` its checkpoint's; None if they are known from the config alone. Of a
     footprint that is `known`, only the weights are counted again: tracing the cache takes a second.
     """
-    if settings.weights != "source":
-        tensors = decoded_entries(tensors, raw) if tensors is not None else None
-        raw = without_sections(raw)
     if known is not None and tensors is not None:
         footprint = replace(known, weights=weights_of_checkpoint(raw, skeleton, tensors))
     else:
         footprint = footprint_of_skeleton(settings.model, raw, skeleton, tensors)
-    return _quantized(settings.storage, raw, skeleton, tensors, footprint) if settings.is_quantizing else footprint
+
+    def load() -> PlainTensors:
+        return plain_tensors(settings.storage, raw, skeleton, tensors, footprint.weights)
+
+    return replace(footprint, forms=WrittenSizes(load))
 
 
-def _quantized(
+def plain_tensors(
     storage: Storage,
-    config: Mapping[str, Any],
+    raw: Mapping[str, Any],
     skeleton: Skeleton,
-    plain: Mapping[str, TensorEntry] | None,
-    footprint: Footprint,
-) -> Footprint:
-    """`footprint`, that of the plain weights, with those that are quantized as they will be stored."""
-    entries = plain if plain is not None else {each.name: each for each in _entries(footprint.weights)}
-    apart, encoding, layout = quantizing(storage, skeleton, config, entries)
-    weights = replace(written_weights(layout, apart, encoding), measured=footprint.weights.measured)
-    return replace(footprint, weights=weights, quantization=encoding.scheme(apart.values()).method)
+    tensors: Mapping[str, TensorEntry] | None,
+    weights: Weights,
+) -> PlainTensors:
+    """The plain tensors of a model with the config.json `raw`, and what `storage` quantizes of them.
+
+    `tensors` are its checkpoint's; None if only the config is known, from which its `weights` follow then. Raises
+    UnsupportedModelError where experts have no matrices of their own.
+    """
+    plain, stored = without_sections(raw), frozenset(fact.format for fact in weights.facts if fact.of_experts)
+    if tensors is None:
+        entries = {each.name: each for each in _entries(_plain_facts(plain, skeleton, weights))}
+    else:
+        entries = dict(decoded_entries(tensors, raw) if Quantization.of(raw).method else tensors)
+    apart, encoding, layout = quantizing(storage, skeleton, plain, entries)
+    return PlainTensors(apart, layout, encoding, stored - {""})
 
 
-def _entries(weights: Weights) -> Iterator[TensorEntry]:
-    """The tensors, in no file, of weights that are known from a config: those of every expert where it has its own."""
-    for fact in weights.facts:
+def _plain_facts(plain: Mapping[str, Any], skeleton: Skeleton, weights: Weights) -> Iterable[WeightFact]:
+    """The tensors of weights that a config alone tells; of quantized ones, as they would be plain."""
+    if not weights.formats:
+        return weights.facts
+    counts = dict.fromkeys(skeleton.experts, skeleton.spec.count)
+    others = [fact for fact in weights.facts if fact.category == "vision" and not fact.format]
+    return [*published_facts(skeleton.model, plain, skeleton, counts), *others]
+
+
+def _entries(facts: Iterable[WeightFact]) -> Iterator[TensorEntry]:
+    """The tensors, in no file, that facts of a config stand for: those of every expert where it has its own."""
+    for fact in facts:
         if fact.rows is None or len(fact.shape) != 3 or _FIRST not in fact.name:
             yield TensorEntry(fact.name, "", fact.dtype, fact.shape, 0, fact.nbytes)
             continue
