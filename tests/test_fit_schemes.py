@@ -203,11 +203,12 @@ def test_groups_follow_tensor_parallelism(sources: Sources) -> None:
         read_forms(str(model), None, False, Storage("w4a16", tensor_parallel=16)).sizes("w4a16")
 
 
-def test_experts_in_one_tensor_say_why(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", tiny_config(known_family("gpt_oss")))
+@pytest.mark.parametrize("name", ["gpt_oss", "dbrx"])
+def test_experts_in_one_tensor_say_why(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tiny_config(known_family(name)))
     result = CliRunner().invoke(main, ["fit", str(model), "--budget-gib", "24", "--weights", "fp8"])
     assert result.exit_code == UnsupportedModelError.exit_code
-    assert "experts of this gpt_oss model cannot be quantized" in result.stderr
+    assert f"experts of this {name} model cannot be quantized" in result.stderr
     told = json.loads(CliRunner().invoke(main, ["fit", str(model), "--budget-gib", "24", "--json"]).stdout)
     assert {cell["weights"] for cell in told["table"]} == {"source"}
     assert [note for note in told["notes"] if note.startswith("The table leaves out --weights fp8 and w4a16. The expe")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import Storage
-from streamprune.errors import SettingsError
+from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.formats.quantization import Quantization
 from streamprune.models.expert_layout import Layout
 from streamprune.models.linear_weights import find_linear_weights
@@ -52,6 +52,11 @@ def quantizing(
     if apart is not plain:
         targets = map_checkpoint(skeleton, apart, config)
     found = find_linear_weights(skeleton, targets, apart)
+    if not found.experts:
+        raise UnsupportedModelError(
+            f"The experts of this {skeleton.model.config.model_type} model cannot be quantized: its checkpoint has no "
+            "matrices of single experts, nor tensors that transformers takes apart into such. Use --weights source."
+        )
     encoding = Encoding.of(storage, found, apart)
     return apart, encoding, survey(config, skeleton, apart, targets)
 

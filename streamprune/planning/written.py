@@ -62,7 +62,8 @@ def plain_tensors(
         entries = {each.name: each for each in _entries(_plain_facts(plain, skeleton, weights))}
     else:
         entries = dict(decoded_entries(tensors, raw) if Quantization.of(raw).method else tensors)
-    apart, encoding, layout = quantizing(storage, skeleton, plain, entries)
+    # In the order of names, so that a refusal names the same tensor wherever the headers come from.
+    apart, encoding, layout = quantizing(storage, skeleton, plain, dict(sorted(entries.items())))
     return PlainTensors(apart, layout, encoding, stored - {""})
 
 
