@@ -314,6 +314,6 @@ def test_experts_that_cannot_be_seen_are_refused(tmp_path: Path) -> None:
 def test_too_little_memory_is_refused_with_what_rounding_needs(made: Case, tmp_path: Path) -> None:
     case = made.at(tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.planning.memory_needs.machine.available_memory_bytes", lambda: 1500 * 2**10)
+        patch.setattr("streamprune.planning.memory_needs.machine.available_memory_bytes", lambda: 600 * 2**10)
         with pytest.raises(ResourceError, match="what rounding needs"):
             case.run()

@@ -37,9 +37,9 @@ class RoundingNeeds:
     """What rounding the matrices of a layer needs, in bytes.
 
     `collected` is what it keeps of `tokens` tokens, as a refit does. On the device are `sums` over the inputs of Linear
-    modules, `single` while one of these is rounded, and `each` for one of up to `experts` experts that are rounded
-    together; `copy` is what the rounded layer takes on top of the pruned one. `encoded` are the new tensors in RAM,
-    before they are written.
+    modules, `single` while one of these or of the experts is rounded, and `each` more for every other one of up to
+    `experts` experts that are rounded together; `copy` is what the rounded layer takes on top of the pruned one.
+    `encoded` are the new tensors in RAM, before they are written.
     """
 
     collected: int = 0
@@ -156,8 +156,9 @@ class MemoryPlan:
     @property
     def experts_at_a_time(self) -> int:
         """How many experts are rounded at a time: as many as an eighth of the memory is enough for, at least one."""
-        each, most = self.needs.rounding.each, self.needs.rounding.experts
-        return max(1, min(most, self.room.device.nbytes // 8 // max(1, each)))
+        rounding = self.needs.rounding
+        more = (self.room.device.nbytes // 8 - rounding.single) // max(1, rounding.each)
+        return max(1, min(rounding.experts, 1 + more))
 
     @property
     def device_bytes(self) -> int:
@@ -193,8 +194,8 @@ class MemoryPlan:
         rounding = self.needs.rounding
         if not rounding.copy:
             return 0
-        experts = self.experts_at_a_time * rounding.each
-        return rounding.sums + rounding.copy + max(self.workspace, rounding.single, experts)
+        experts = rounding.single + (self.experts_at_a_time - 1) * rounding.each
+        return rounding.sums + rounding.copy + max(self.workspace, experts)
 
     @property
     def _states_on_device(self) -> bool:

@@ -48,21 +48,23 @@ def rounding_needs(
         if tensor.encoded is not None and tensor.layer is not None:
             layers[tensor.layer][tensor.encoded.plain.name] = tensor.encoded.plain
             encoded[tensor.layer] += tensor.nbytes
-    each, sums, single, copy = 0, 0, 0, 0
+    sums, single, copy, one, all_of_them = 0, 0, 0, 0, 0
     for found in layers.values():
         linears = [plain.shape for plain in found.values() if plain.slot is None]
         sums = max(sums, sum(8 * columns**2 for _, columns in linears))
         copy = max(copy, itemsize * sum(rows * columns for rows, columns in linears))
         single = max(single, *(rounding_bytes(1, rows, columns) for rows, columns in _joined(linears)), 0)
         experts = [plain.shape for plain in found.values() if plain.slot == 0]
-        each = max(each, *(rounding_bytes(1, rows, columns) for rows, columns in _joined(experts)), 0)
+        one = max(one, *(rounding_bytes(1, rows, columns) for rows, columns in _joined(experts)), 0)
+        all_of_them = max(all_of_them, *(rounding_bytes(kept, *sizes) for sizes in _joined(experts)), 0)
     largest = max((values for found in layers.values() for values in _parameters(found).values()), default=0)
     return RoundingNeeds(
         collected=tokens * (hidden * itemsize + 4 * top_k),
         tokens=tokens,
         sums=sums,
-        single=single,
-        each=each,
+        single=max(single, one),
+        # (It grows at most evenly from one expert to all.)
+        each=-(-(all_of_them - one) // max(1, kept - 1)) if kept > 1 else one,
         experts=kept,
         # What a parameter is converted from, and to.
         copy=copy + 2 * itemsize * largest,
@@ -73,10 +75,11 @@ def rounding_needs(
 
 def rounding_bytes(experts: int, rows: int, columns: int) -> int:
     """The most bytes on the device while matrices (R, C) of so many experts are rounded, their Hessians included."""
-    values = experts * rows * columns
-    # XᵀX in float64, twice while several are put together, and in float32; weights, and what rounding to nearest makes
-    # of them; an error and its product with a Hessian.
-    return memory_bytes(experts, rows, columns) + 20 * experts * columns**2 + 8 * values + 12 * rows * columns
+    values, square = experts * rows * columns, columns**2
+    # XᵀX in float64 and float32, while that of one expert is summed up; then in float32, with the weights, what
+    # rounding to nearest gives, and an error with its product with a Hessian.
+    summing = 12 * experts * square + 16 * square
+    return max(summing, memory_bytes(experts, rows, columns) + 4 * experts * square + 8 * values + 12 * rows * columns)
 
 
 def _joined(shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, int]]:

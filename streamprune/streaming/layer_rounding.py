@@ -71,11 +71,11 @@ class LayerRounding:
         return {**self._refitted, **self.outcome.computed}
 
     def add(self, groups: Sequence[Group], hessians: torch.Tensor) -> set[int]:
-        """Round groups of equal shapes by XᵀX (K, C, C) over all processes, on the device; returns which failed.
+        """Round groups of equal shapes by XᵀX (K, C, C) over all processes, float32; returns which failed.
 
         Raises torch's error if memory runs out.
         """
-        outcome = self._processes.on_first(lambda: self._round(groups, hessians.float()))
+        outcome = self._processes.on_first(lambda: self._round(groups, hessians))
         self.outcome += Outcome(outcome.computed, set(), outcome.errors)
         return outcome.failed
 
@@ -102,8 +102,13 @@ class LayerRounding:
     def _add_chunk(
         self, groups: Sequence[Group], hessian: Callable[[int], torch.Tensor], places: range, failed: set[int]
     ) -> None:
-        hessians = torch.stack([hessian(place) for place in places])
-        self._processes.add_up(hessians)
+        columns = groups[0][0].plain.shape[1]
+        exact = torch.empty((len(places), columns, columns), dtype=torch.float64, device=self._written.device)
+        for number, place in enumerate(places):
+            exact[number] = hessian(place)
+        self._processes.add_up(exact)
+        hessians = exact.float()
+        del exact
         failed |= {places[place] for place in self.add(groups, hessians)}
 
     def _round(self, groups: Sequence[Group], hessians: torch.Tensor) -> Outcome:
@@ -126,10 +131,10 @@ class LayerRounding:
         for place, group in enumerate(groups):
             if place in outcome.failed:
                 continue
-            errors = [
-                _relative_error(weights[place], each[place], hessians[place]) for each in (nearest, rounding.values)
-            ]
-            outcome.errors.append((errors[0], errors[1]))
+            found = [weights[place], weights[place] - nearest[place], weights[place] - rounding.values[place]]
+            whole, *lost = (_energy(each, hessians[place]) for each in found)
+            before, after = (math.sqrt(each / whole) if whole else 0.0 for each in lost)
+            outcome.errors.append((before, after))
             begin = 0
             for each in group:
                 rows = each.plain.shape[0]
@@ -161,8 +166,6 @@ def _is_joinable(written: WrittenTensor, scheme: Scheme) -> bool:
     return written.plain.shape[0] % scheme.block(written.plain.shape)[0] == 0
 
 
-def _relative_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """‖X(W - Q)ᵀ‖ / ‖XWᵀ‖ of W and Q (R, C), from XᵀX (C, C)."""
-    error = weight - rounded
-    energy, lost = (float(((each @ hessian) * each).sum(dtype=torch.float64)) for each in (weight, error))
-    return math.sqrt(max(0.0, lost) / energy) if energy > 0 else 0.0
+def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """‖XWᵀ‖² of W (R, C), from XᵀX (C, C)."""
+    return max(0.0, float(((weight @ hessian) * weight).sum(dtype=torch.float64)))

@@ -155,7 +155,7 @@ class QuantizeStage(ForwardStage):
         for key, group in groups.items():
             hessian = products[key]
             assert hessian is not None
-            if rounding.add([group], hessian.unsqueeze(0)):
+            if rounding.add([group], hessian.float().unsqueeze(0)):
                 nearest += [each.name for each in group]
         return sorted(nearest)
 
