@@ -1,0 +1,72 @@
+"""What a program answers for a model, and how far two of them are apart. Needs neither torch nor a client."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+#: Tokens of the tiny models, the lengths of the prompts, and how many tokens are generated behind each.
+VOCABULARY = 320
+LENGTHS = (17, 48, 40)
+GENERATED = 12
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To each prompt: log-probabilities of all tokens behind each of its own (None: not asked), and greedy tokens."""
+
+    log_probabilities: list[list[list[float] | None]]
+    greedy: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no answer; `no_kernel` where the client understood the model and has no kernel for this machine."""
+
+    reason: str
+    no_kernel: bool = False
+
+
+def prompts() -> list[list[int]]:
+    """The token ids that every program is asked with."""
+    draw = random.Random(5)
+    return [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in LENGTHS]
+
+
+def save(result: Answer | Failure, path: Path) -> None:
+    """Write a result, which `load` reads."""
+    path.write_text(json.dumps({"kind": type(result).__name__, **asdict(result)}), encoding="utf-8")
+
+
+def load(path: Path) -> Answer | Failure:
+    """The result that `save` wrote."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Answer(**values) if values.pop("kind") == "Answer" else Failure(**values)
+
+
+def difference(one: Answer, other: Answer) -> float:
+    """The largest difference of a log-probability that both have; infinite where there is none, and for NaN."""
+    largest = None
+    for first, second in zip(one.log_probabilities, other.log_probabilities, strict=True):
+        # One may lack the rows behind a prompt's last tokens.
+        for row, against in zip(first, second, strict=False):
+            for a, b in zip(row, against, strict=True) if row is not None and against is not None else ():
+                largest = max(abs(a - b), largest or 0.0)
+                # Comparisons with NaN are false.
+                if not largest < float("inf"):
+                    return float("inf")
+    return float("inf") if largest is None else largest
+
+
+def same_tokens(one: Answer, other: Answer, end: int = 2) -> bool:
+    """Whether the greedy tokens are the same, up to the first `end`."""
+    return all(
+        _until(first, end) == _until(second, end) for first, second in zip(one.greedy, other.greedy, strict=True)
+    )
+
+
+def _until(tokens: Sequence[int], end: int) -> list[int]:
+    return list(tokens[: tokens.index(end)]) if end in tokens else list(tokens)
