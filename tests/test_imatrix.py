@@ -81,6 +81,8 @@ def test_the_file_is_as_llama_cpp_reads_it(tmp_path: Path) -> None:
     }
     matrix = Imatrix.of(names, layers)
     assert matrix.unnamed == ("self_attn.kv_b_proj",)
+    assert "--tensor-type 'attn_(k|v)_b=q8_0'" in matrix.notes[0]
+    assert Imatrix.of(names, {0: layers[0]}).notes == ()
     for name in ("a.gguf", "b.gguf"):
         matrix.write(tmp_path / name, ImatrixText(["code", "prose"], 12, 512))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -103,6 +103,8 @@ def _print(
         f"importance matrix, for llama-quantize --imatrix: {planned.path}, {record.weights:,} weights, from "
         f"{record.tokens:,} tokens; without an entry: {', '.join(without)}"
     )
+    for note in matrix.notes:
+        progress.say(f"note: {note}")
     missing = {
         layer: max(int((each.counts == 0).sum()) for each in sums.values() if len(each.counts) > 1)
         for layer, sums in layers.items()

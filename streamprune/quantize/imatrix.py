@@ -50,8 +50,12 @@ _EXPERTS = {
     "up_proj": ("FFN_UP_EXP",),
     "down_proj": ("FFN_DOWN_EXP",),
 }
-#: Modules without a weight of their own in a GGUF file, by the last part of their names, although it has that name.
+#: Modules without a weight of their own in a converted model, although the package has a name for it.
 _SPLIT = frozenset({"kv_b_proj"})
+_SPLIT_NOTE = (
+    "llama.cpp splits kv_b_proj into attn_k_b and attn_v_b, which llama-quantize refuses to round to the smallest "
+    "types without an entry. For IQ3_XXS and below, or Q2_K_S, give them another: --tensor-type 'attn_(k|v)_b=q8_0'."
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,12 @@ class Imatrix:
                 if not own:
                     unnamed.add(path)
         return cls(entries, tuple(sorted(unnamed)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know where modules have no entry."""
+        leaves = {path.rpartition(".")[2] for path in self.unnamed}
+        return (_SPLIT_NOTE,) if leaves & _SPLIT else ()
 
     def write(self, path: Path, text: ImatrixText) -> None:
         """Write the file. The same matrix and text give the same bytes. Raises OSError."""
