@@ -127,7 +127,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
     ) in card
     assert "On text that was held out of the calibration, against the original; " in card
     drawn = {path.stem for path in (copied / "pictures").iterdir()}
-    assert drawn == ALL_PICTURES - OF_NARROWER
+    assert drawn == ALL_PICTURES - OF_NARROWER - {"search"}
     for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | drawn:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:
             assert picture.width == 960
@@ -278,7 +278,11 @@ def test_narrower_experts_have_the_energy_that_stays(narrower: Reported) -> None
     assert [each["channels"] for each in log_of(narrower.output)[:-1]] == [[12, 32]] * 4
     assert "each expert keeps 12 of 32 (62.5% removed)" in html
     assert "Each keeps 12 of its 32 channels." in html
-    assert {path.stem for path in (narrower.output / "pictures").iterdir()} == ALL_PICTURES - {"loss", "depth"}
+    assert {path.stem for path in (narrower.output / "pictures").iterdir()} == ALL_PICTURES - {
+        "loss",
+        "depth",
+        "search",
+    }
 
 
 def test_a_refit_has_its_errors_and_shares(narrower: Reported) -> None:

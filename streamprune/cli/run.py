@@ -43,6 +43,10 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @click.argument("model")
 @opt.MODEL_OUTPUT
 @opt.TARGET
+@click.option(
+    "--best", is_flag=True,
+    help="With a budget: measure many ways to fit it, as `search` does, and write the one that loses least.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, without doing it.")
 @opt.CALIBRATION
 @opt.SELECTION
@@ -76,20 +80,32 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @opt.STOP_IF_KL
 @opt.verify_option(True)
 @opt.REPORT
-def run(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **given: Any) -> None:
+def run(
+    max_shard_size: str, best: bool, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **given: Any
+) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
     MODEL is read one layer at a time, so that memory does not grow with its size.
     """
+    # (In a run without --refit there is no anchor; with --best candidates are refitted.)
+    anchor = given.pop("anchor") if best else None
     settings = RunSettings(max_shard_bytes=opt.parse_size(max_shard_size), **given)
+    if best and dry_run:
+        raise SettingsError(
+            "--best is found by measuring, so --dry-run cannot say what it is. Use `streamprune search`."
+        )
     if dry_run and not is_first():
         return
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.pipeline import run as engine
+    from streamprune.pipeline.best import run_best
     from streamprune.pipeline.dry_run import print_dry_run
 
     opt.quiet_libraries(downloads=quiet)
-    summary = print_dry_run(settings, quiet) if dry_run else engine.run(settings, quiet).summary
+    if dry_run:
+        summary = print_dry_run(settings, quiet)
+    else:
+        summary = (run_best(settings, quiet, anchor) if best else engine.run(settings, quiet)).summary
     if with_report and not dry_run:
         report_after(settings.output, quiet)
     if as_json:

@@ -84,7 +84,7 @@ def _print(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(opt.json_text(result))
     elif "candidates" in result:
-        from streamprune.reporting.search import search_lines
+        from streamprune.reporting.search import search_lines, search_result
 
-        for line in search_lines(result):
+        for line in search_lines(search_result(result)):
             click.echo(line)

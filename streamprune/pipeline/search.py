@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from msgspec import structs
 
+from streamprune.calibration.sequences import Calibration
 from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import RunSettings, SearchSettings
 from streamprune.distributed.processes import launched
 from streamprune.errors import ProcessesError, ResumeError, UnsupportedModelError
@@ -34,7 +36,7 @@ from streamprune.output.search_folder import check_search_output
 from streamprune.output.source import output_source
 from streamprune.output.writer import check_place
 from streamprune.pipeline.messages import print_prepared
-from streamprune.pipeline.resume import check_same, describe_run, provenance_of, tokens_of
+from streamprune.pipeline.resume import FREE_SETTINGS, check_same, describe_run, provenance_of, tokens_of
 from streamprune.pipeline.run import device_of
 from streamprune.pipeline.search_layers import SearchLayers
 from streamprune.pipeline.search_text import SearchText, search_text
@@ -53,7 +55,8 @@ from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, 
 from streamprune.planning.refit import refit_demand
 from streamprune.planning.search_needs import search_needs
 from streamprune.progress import Progress
-from streamprune.reporting.search import marked, write_search_result
+from streamprune.reporting.search import marked
+from streamprune.reporting.search_page import write_search_result
 from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_NAME, write_scores
@@ -63,7 +66,10 @@ from streamprune.streaming.predictions import find_head
 from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_work_folder
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import RecordedRun, read_run, with_changes, write_run
+from streamprune.work.records import RecordedRun, command_of, file_states, read_run, with_changes, write_run
+
+#: Settings that do not decide a run, where they are recorded otherwise, but a search.
+_DECIDING = {"budget_gib", "gpu", "context", "batch", "kv_dtype", "anchor"}
 
 
 def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:
@@ -91,6 +97,17 @@ def resume_search(work_folder: Path, quiet: bool = False, **changes: Any) -> dic
     if ended(work_folder, settings.output):
         return {"output": str(settings.output), "complete": True}
     return search(settings, quiet)
+
+
+def request_of(settings: SearchSettings, whole: Calibration) -> dict[str, Any]:
+    """What decides the result of a search, as JSON: its settings, the files of the model, and the text."""
+    model = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
+    free = FREE_SETTINGS - _DECIDING
+    return {
+        "settings": {name: value for name, value in command_of(settings).items() if name not in free},
+        "files": file_states(open_checkpoint(model)),
+        "calibration": whole.fingerprint,
+    }
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,7 @@ class _Search:
         runtime = self._plan(decided, prepared, recorded, whole)
         layers = SearchLayers(runtime, prepared, text, candidates, work)
         taken = layers.stream()
-        return self._complete(decided, prepared, layers, taken)
+        return self._complete(decided, prepared, layers, {**taken, "request": request_of(settings, whole)})
 
     def _candidates(self, plan: PruningPlan, budget: Budget) -> tuple[Searchable, Layout]:
         settings, skeleton = self.settings, plan.skeleton
@@ -215,7 +232,9 @@ class _Search:
         refits = [used[candidate.shape] for candidate in candidates if candidate.refit]
         return SearchCost(calibration.tokens, held.tokens, len(candidates), tuple(refits))
 
-    def _plan(self, decided: _Decided, prepared: PreparedModel, recorded: RecordedRun | None, whole: Any) -> Runtime:
+    def _plan(
+        self, decided: _Decided, prepared: PreparedModel, recorded: RecordedRun | None, whole: Calibration
+    ) -> Runtime:
         """Plan the memory, and record the search, or check that it equals the recorded one."""
         settings, text, work = self.settings, decided.text, self.work
         refitted = {each: text.parts[each.shape] for each in decided.layout.candidates if each.refit}
@@ -244,7 +263,7 @@ class _Search:
         settings, work, text = self.settings, self.work, decided.text.calibration
         held = text.held_out
         assert held is not None
-        result = self._result(decided, prepared, layers)
+        result = {**self._result(decided, prepared, layers), "request": taken["request"]}
         provenance = provenance_of(settings, prepared, text, self.device, taken["batch_tokens"])
         facts, found = prepared.facts, tuple(each for _, each in sorted(layers.scored.items()))
         scores = Scores(found, text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
@@ -252,6 +271,7 @@ class _Search:
         write_scores(work.staging / SCORES_NAME, scores)
         write_search_result(work.staging, result)
         self._rename(prepared.checkpoint.folder)
+        taken = {name: value for name, value in taken.items() if name != "request"}
         run = {**taken, "peak_resident_bytes": peak_resident_bytes(), "seconds": round(self.progress.seconds, 3)}
         self.progress.say(
             f"done in {self.progress.seconds:.0f} s: {settings.output}, with the scores for `streamprune prune`"
@@ -354,7 +374,7 @@ class SearchCost:
                 "held_out_tokens": self.held_out, "refit_tokens": list(self.refits)}  # fmt: skip
 
 
-def _tokens_used(text: Any) -> int:
+def _tokens_used(text: Calibration) -> int:
     parts = [part for part in (text, text.anchor) if part is not None]
     return sum(len(ids) for part in parts for ids, use in zip(part.sequences, part.refit, strict=True) if use)
 

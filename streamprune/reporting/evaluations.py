@@ -4,6 +4,7 @@
 |---|---|---|
 | `text.json` | `eval --data`, `run --evaluate` | loss, and against the original KL and agreement, by source |
 | `generation.json` | `eval --generate` | how continuations end: with EOS, in loops, not at all |
+| `search.json` | `run --best` | the candidates of which this model is the best: `reporting.search` |
 | `tasks.json` | `eval --tasks` | the result of lm-evaluation-harness |
 
 The classes have the fields that the report reads; the files may have more. Losses and KL are nats per token. An

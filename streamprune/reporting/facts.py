@@ -24,6 +24,7 @@ from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights
 from streamprune.hardware.gpus import known_gpu
+from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.planning.facts import facts_from_json
 from streamprune.progress import LOG_SUFFIX
 from streamprune.reporting.evaluations import (
@@ -36,6 +37,7 @@ from streamprune.reporting.evaluations import (
     read_checked_result,
 )
 from streamprune.reporting.record import Count, Positive, Record, Share, checked, read_record
+from streamprune.reporting.search import SearchResult
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
 from streamprune.selection.energy import energy_by_rank, energy_retentions
@@ -254,6 +256,8 @@ class Facts:
     text: TextResult | None
     generation: GenerationResult | None
     tasks: TasksResult | None
+    #: The search that this model is the best candidate of.
+    search: SearchResult | None
 
 
 def read_facts(output: Path) -> Facts:
@@ -280,4 +284,5 @@ def read_facts(output: Path) -> Facts:
         read_checked_result(output, TEXT_NAME, TextResult),
         read_checked_result(output, GENERATION_NAME, GenerationResult),
         read_checked_result(output, TASKS_NAME, TasksResult),
+        read_checked_result(output, SEARCH_NAME, SearchResult),
     )

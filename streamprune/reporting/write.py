@@ -28,6 +28,8 @@ from streamprune.formats.pick import storage_text
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
+from streamprune.reporting.search import search_tables
+from streamprune.reporting.search_page import draw_search
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.tables import Table
@@ -37,7 +39,8 @@ CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
 SECTIONS = ("evaluation", "generation", "pictures")
 #: Every picture that a report may have.
 ALL_PICTURES = {
-    "experts", "map", "memory", "retention", "energy", "channels", "refit", "loss", "depth", "tokens", "course",
+    "experts", "map", "memory", "search", "retention", "energy", "channels", "refit", "loss", "depth", "tokens",
+    "course",
 }  # fmt: skip
 
 
@@ -85,6 +88,8 @@ def sections_of(facts: Facts) -> Iterator[Section]:
     if isinstance(memory, Memory):
         budget = record.use.budget_bytes if record.use else None
         yield Section("memory", [tables.memory_table(memory, budget)], partial(charts.draw_memory, memory, budget))
+    if facts.search is not None:
+        yield Section("search", [*search_tables(facts.search)], partial(draw_search, facts.search))
     # Where all experts stay, all of their saliency does.
     if facts.retained and record.removes_experts:
         shown = [*tables.retention_tables(record, facts.retained)]

@@ -1,0 +1,110 @@
+"""`run --best`: a search of the candidates for a memory, then the one that loses least is written.
+
+The search is kept next to the output, so that it is not made again if writing is interrupted, or a second candidate is
+wanted later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import read_json
+from streamprune.config import PruneSettings, RunSettings, SearchSettings, sibling_path
+from streamprune.errors import OutputError, SettingsError
+from streamprune.output.search_folder import SEARCH_NAME
+from streamprune.output.writer import check_output
+from streamprune.pipeline.finish import RunResult
+from streamprune.pipeline.prune import prune
+from streamprune.pipeline.run import run
+from streamprune.pipeline.search import request_of, search
+from streamprune.planning.prepare import calibrate, read_config
+from streamprune.progress import Progress
+from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
+from streamprune.reporting.search import Measured, search_result
+
+#: The folder of the search is named like the output, with this suffix.
+SEARCH_SUFFIX = ".search"
+#: The entries of a candidate in search.json that are a result on held-out text, with those of the head.
+_FIGURES, _HEAD = ("sources", "all"), ("format", "model", "against", "against_source", "dtype", "data", "versions")
+
+
+def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = None) -> RunResult:
+    """Search the candidates for the settings' budget, unless that was done, and write the best one.
+
+    `anchor` is the text that refits also fit to, as in the settings of a run with a refit. Raises a StreampruneError; finished work is kept, and the same command goes on.
+    """
+    searched = settings_of_search(settings, anchor)
+    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+    check_output(settings.output, folder, settings.overwrite)
+    found = _finished(searched)
+    with Progress(0, quiet) as progress:
+        if found is not None:
+            progress.say(f"the candidates were measured already: {searched.output}")
+    if found is None:
+        found = search(searched, quiet)
+    best = search_result(found).best
+    with Progress(0, quiet) as progress:
+        progress.say(f"writing the best candidate: {best.name}, KL divergence {best.kl:.4f} nats per token")
+    result = _write(searched, settings, best, int(found["experts_per_layer"]), quiet)
+    results = results_folder(settings.output)
+    kept = {name: value for name, value in found.items() if name not in ("output", "run", "request")}
+    write_result(results, SEARCH_NAME, kept)
+    if not (results / TEXT_NAME).is_file():
+        # (`prune` measures nothing.)
+        row = next(each for each in found["candidates"] if each["name"] == best.name)
+        text = {**{name: found[name] for name in _HEAD}, **{name: row[name] for name in _FIGURES}}
+        write_result(results, TEXT_NAME, text)
+    return replace(result, summary={**result.summary, "best": best.name, "search": str(searched.output)})
+
+
+def settings_of_search(settings: RunSettings, anchor: str | None = None) -> SearchSettings:
+    """The settings of the search for a run's budget. Raises SettingsError for what the search decides itself."""
+    if settings.refit:
+        raise SettingsError("--best tries every candidate with and without a refit. Leave out --refit.")
+    if settings.from_layer is not None or settings.stop_if_kl is not None:
+        raise SettingsError(
+            "--best measures all layers, and writes what loses least. Leave out --from-layer and --stop-if-kl."
+        )
+    given = {each.name: getattr(settings, each.name) for each in fields(RunSettings)}
+    output = sibling_path(settings.output, SEARCH_SUFFIX)
+    return SearchSettings(**{**given, "output": output, "work_dir": None, "evaluate": False, "anchor": anchor})
+
+
+def _finished(settings: SearchSettings) -> Mapping[str, Any] | None:
+    """The result of a search with these settings that was finished before; None if there is none.
+
+    Raises OutputError if the folder has another search.
+    """
+    path = settings.output / SEARCH_NAME
+    if not path.is_file() or settings.resume == "never":
+        return None
+    found = read_json(path)
+    plan = read_config(replace(settings, only_score=True))
+    if found.get("request") == request_of(settings, calibrate(settings, plan)):
+        search_result(found)
+        return found
+    if settings.overwrite:
+        return None
+    raise OutputError(
+        f"{settings.output} has a search with other settings, of another model or on other text. Remove it, or add "
+        "--overwrite to replace it and the output."
+    )
+
+
+def _write(searched: SearchSettings, settings: RunSettings, best: Measured, experts: int, quiet: bool) -> RunResult:
+    """Write a candidate, by the scores of the search."""
+    keep = best.keep if best.keep < experts else None
+    own = replace(
+        searched.run_of(keep, best.width, best.weights, best.refit),
+        output=settings.output,
+        work_dir=settings.work_dir,
+        scores=None,
+    )
+    if own.refit or own.needs_text:
+        # (The held-out text is held out of what weights are computed from, as in the search.)
+        return run(replace(own, scores=searched.output), quiet)
+    given = {each.name: getattr(own, each.name) for each in fields(PruneSettings) if hasattr(own, each.name)}
+    return prune(PruneSettings(**{**given, "scores": searched.output}), quiet)

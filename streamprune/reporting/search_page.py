@@ -1,0 +1,63 @@
+"""The chart of a search, and the page with it in the search's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamprune import __version__
+from streamprune.files.durable import write_atomically, writing
+from streamprune.hardware.memory import GIB
+from streamprune.output.search_folder import SEARCH_NAME
+from streamprune.reporting import charts
+from streamprune.reporting.search import Measured, SearchResult, search_result, search_tables
+from streamprune.reporting.templates import render
+
+#: The page with table and chart, in the folder of a search.
+PAGE_NAME = "report.html"
+
+
+def draw_search(result: SearchResult) -> charts.Drawing:
+    """Damage over memory, with intervals, and the Pareto front as a line."""
+    measured = result.measured
+    figure, axes = charts.new_figure(4.2)
+    for number, kind in enumerate(sorted({_kind(each) for each in measured})):
+        colour, _, marker = charts.LINES[number % len(charts.LINES)]
+        rows = [each for each in measured if _kind(each) == kind]
+        for row in rows:
+            low, high = row.all.kl_interval if row.all and row.all.kl_interval else (row.kl, row.kl)
+            axes.plot([row.total_bytes / GIB] * 2, [low, high], color=colour, linewidth=1.0)
+            text = f"{row.keep} x {row.width or result.width or 'all'}"
+            axes.annotate(text, (row.total_bytes / GIB, row.kl), (4, 3), textcoords="offset points", fontsize=7)
+        points = [row.total_bytes / GIB for row in rows], [row.kl for row in rows]
+        axes.plot(*points, marker, color=colour, label=kind)
+    front = sorted((each.total_bytes / GIB, each.kl) for each in measured if each.on_front)
+    if front:
+        axes.plot(*zip(*front, strict=True), color=charts.GREY, linestyle=":", linewidth=1.2, label="Pareto front")
+    axes.set(xlabel="memory, GiB", ylabel="KL divergence, nats per token")
+    if all(each.kl > 0 for each in measured):
+        axes.set_yscale("log")
+    charts.legend(figure, 3)
+    best = result.best
+    return figure, (
+        f"{len(measured)} candidates by memory and KL divergence; the best, {best.name}, loses {best.kl:.4f} nats per "
+        "token."
+    )
+
+
+def _kind(each: Measured) -> str:
+    return f"weights {each.weights}{', refitted' if each.refit else ''}"
+
+
+def write_search_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write `search.json` and the page in a folder. Raises OutputError, ResourceError."""
+    found = search_result(result)
+    picture = charts.draw_picture("search", lambda: draw_search(found))
+    page = render(
+        "search.html.j2", result=found, tables=search_tables(found), picture=picture, version=__version__
+    )  # fmt: skip
+    with writing(f"Writing the result to {folder}", folder):
+        write_atomically(folder / SEARCH_NAME, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(folder / PAGE_NAME, page.encode())

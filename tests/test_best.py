@@ -1,0 +1,106 @@
+"""`run --best`: the candidate that loses least is written; its search is not made twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamprune.config import RunSettings
+from streamprune.errors import OutputError, SettingsError
+from streamprune.output.verify import verify
+from streamprune.pipeline import best
+from streamprune.pipeline.best import run_best
+from streamprune.reporting.evaluations import TEXT_NAME, results_folder
+from streamprune.reporting.write import write_report
+from tests.faults import Injected
+from tests.helpers import known_family
+from tests.test_search import searchable
+from tests.tiny import make_model, tiny_config, write_token_ids
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and its text."""
+    folder = tmp_path_factory.mktemp("made")
+    make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
+    # (Two sources need no anchor.)
+    for number, name in enumerate(("ids", "more")):
+        write_token_ids(folder / f"{name}.jsonl", sequences=20, seed=number)
+    return folder
+
+
+def settings(made: Path, output: Path, **changes: Any) -> RunSettings:
+    budget = searchable(made, 0).fits["source"].changed(keep=4).total / GIB
+    given: dict[str, Any] = {
+        "budget_gib": budget,
+        "context": 64,
+        "calibration": (str(made / "ids.jsonl"), str(made / "more.jsonl")),
+    }
+    return RunSettings(model=str(made / "model"), output=output, device="cpu", **given | changes)
+
+
+def kl_of(output: Path) -> float:
+    return float(json.loads((results_folder(output) / TEXT_NAME).read_text())["all"]["kl"])
+
+
+def test_the_best_candidate_is_written_and_the_search_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise Injected
+
+    with monkeypatch.context() as patch, pytest.raises(Injected):  # noqa: PT012
+        patch.setattr(best, "_write", broken)
+        run_best(settings(made, tmp_path / "out"), quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "search", broken)
+        result = run_best(settings(made, tmp_path / "out"), quiet=True)
+    found = json.loads((tmp_path / "out.search" / "search.json").read_text())
+    first = found["candidates"][0]
+    assert result.summary["best"] == found["best"] == first["name"]
+    assert kl_of(tmp_path / "out") == pytest.approx(first["all"]["kl"], abs=1e-6)
+    assert result.summary["output_bytes"] == first["weights_bytes"]
+    verify(tmp_path / "out", made / "model")
+    html = write_report(tmp_path / "out").read_text()
+    assert f"<b>{first['name']}</b>" not in html
+    assert 'id="search"' in html
+    assert first["name"] in html
+    with pytest.raises(OutputError, match="has a search with other settings"):
+        run_best(settings(made, tmp_path / "out", overwrite=False, method="frequency", resume="auto"), quiet=True)
+
+
+def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of the search are the output's then."""
+    usual = best.settings_of_search
+    monkeypatch.setattr(
+        best, "settings_of_search", lambda *given: best.replace(usual(*given), candidates=("keep=3", "keep=4"))
+    )
+    run_best(settings(made, tmp_path / "out"), quiet=True)
+    found = json.loads((tmp_path / "out.search" / "search.json").read_text())
+    assert found["best"] == "4 experts"
+    assert kl_of(tmp_path / "out") == found["candidates"][0]["all"]["kl"]
+    record = json.loads((tmp_path / "out" / "streamprune.json").read_text())
+    assert [len(layer["kept"]) for layer in record["layers"]] == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget_gib": None, "keep": 4}, "Give a budget"),
+        ({"refit": True}, "Leave out --refit"),
+        ({"by": "channels"}, "Give a budget"),
+        ({"schedule": "global"}, "omit --schedule"),
+        ({"weights": "fp8"}, "Name those of candidates"),
+    ],
+    ids=str,
+)
+def test_what_the_search_decides_is_refused(made: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        run_best(settings(made, tmp_path / "out", **changes), quiet=True)
