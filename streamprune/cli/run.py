@@ -102,6 +102,7 @@ def run(
     from streamprune.pipeline.dry_run import print_dry_run
 
     opt.quiet_libraries(downloads=quiet)
+    summary: Mapping[str, Any]
     if dry_run:
         summary = print_dry_run(settings, quiet)
     else:

@@ -34,7 +34,8 @@ _FIGURES, _HEAD = ("sources", "all"), ("format", "model", "against", "against_so
 def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = None) -> RunResult:
     """Search the candidates for the settings' budget, unless that was done, and write the best one.
 
-    `anchor` is the text that refits also fit to, as in the settings of a run with a refit. Raises a StreampruneError; finished work is kept, and the same command goes on.
+    `anchor` is the text that refits also fit to, as in the settings of a run with a refit. Raises a StreampruneError;
+    finished work is kept, and the same command goes on.
     """
     searched = settings_of_search(settings, anchor)
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)

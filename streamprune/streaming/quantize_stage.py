@@ -239,6 +239,10 @@ class EncodeStage(ForwardStage):
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
         return False
 
+    def may_stop(self, task: LayerTask) -> bool:
+        # What a refit has computed is not saved before the layer is finished.
+        return False
+
     def conclude(self, task: LayerTask, module: nn.Module, processes: Processes) -> None:
         """Put the encoded tensors in the place of the plain ones. Rank 0 encodes them, and all ranks get them."""
         version = task.versions[self.side]
