@@ -494,6 +494,8 @@ class SearchSettings(RunSettings):
         RunSettings.__post_init__(self)
 
     def _check_refit(self) -> None:
+        if self.imatrix is not None:
+            raise SettingsError("--imatrix is about one pruned model: write the best one, then ask for it.")
         if self.propagate == "pruned" or self.scores is not None:
             raise SettingsError("search scores all candidates on the original model's stream, and anew.")
 

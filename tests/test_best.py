@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def test_the_best_candidate_is_written_and_the_search_kept(
     assert f"<b>{first['name']}</b>" not in html
     assert 'id="search"' in html
     assert first["name"] in html
+    shutil.rmtree(tmp_path / "out")
     with pytest.raises(OutputError, match="has a search with other settings"):
-        run_best(settings(made, tmp_path / "out", overwrite=False, method="frequency", resume="auto"), quiet=True)
+        run_best(settings(made, tmp_path / "out", method="frequency"), quiet=True)
 
 
 def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(

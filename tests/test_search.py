@@ -27,6 +27,7 @@ from streamprune.planning.candidates import Candidate, Searchable, lay_out
 from streamprune.progress import Progress
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.quantize_stage import QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
 from tests.faults import Injected, tree_bytes
@@ -35,15 +36,18 @@ from tests.tiny import make_model, tiny_config, write_token_ids
 
 CONTEXT = 64
 NAMED = ("keep=5", "keep=5,refit", "keep=8,width=16", "keep=6,width=24,refit")
+#: The same number of candidates that are quantized, by GPTQ too, and after a refit.
+ROUNDED = ("keep=5,weights=fp8-dynamic,refit", "weights=w4a16", "keep=6,weights=w4a16,refit", "keep=6,weights=w8a16")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its text, and `out`, the search of NAMED candidates, all measured to the end."""
+    """A folder with a model, its text, and the searches of NAMED (`out`) and ROUNDED candidates (`rounded`)."""
     folder = tmp_path_factory.mktemp("made")
     make_model(folder / "model", tiny_config(known_family("qwen3_moe")))
     write_token_ids(folder / "ids.jsonl", sequences=30)
     search(settings(folder, folder / "out"), quiet=True)
+    search(settings(folder, folder / "rounded", candidates=ROUNDED), quiet=True)
     return folder
 
 
@@ -60,36 +64,42 @@ def read(output: Path) -> dict[str, Any]:
     return result
 
 
-def on_its_own(made: Path, candidate: dict[str, Any], output: Path) -> float:
-    """The KL of a candidate that is pruned and evaluated on its own, on the text that the search held out."""
-    model, whole = str(made / "model"), candidate["keep"] == 8 and candidate["width"] is not None
-    size: dict[str, Any] = {"keep": None if whole else candidate["keep"], "width": candidate["width"]}
-    if candidate["refit"]:
-        text = (str(made / "ids.jsonl"),)
-        run(
-            RunSettings(
-                model=model, output=output, **size, refit=True, evaluate=True, anchor="none", calibration=text,
-                device="cpu",
-            ),
-            quiet=True,
+def on_its_own(made: Path, searched: str, candidate: dict[str, Any], output: Path) -> tuple[float, int]:
+    """The KL of a candidate that is pruned and evaluated on its own, on the text that the search `searched` held out;
+    and the bytes of its weights.
+    """
+    model, text = str(made / "model"), (str(made / "ids.jsonl"),)
+    size: dict[str, Any] = {"keep": candidate["keep"] if candidate["keep"] < 8 else None, "width": candidate["width"]}
+    size |= {"weights": candidate["weights"], "rounding": candidate["rounding"]}
+    if candidate["refit"] or candidate["rounding"] == "gptq":
+        anchor = "none" if candidate["refit"] else None
+        own = RunSettings(
+            model=model, output=output, **size, refit=candidate["refit"], evaluate=True, anchor=anchor,
+            calibration=text, device="cpu",
         )  # fmt: skip
+        result = run(own, quiet=True)
     else:
-        prune(PruneSettings(model=model, output=output, scores=made / "out", **size), quiet=True)
-    data = EvalSettings(model=str(output), against=model, data=(str(made / "out.held-out"),), device="cpu")
+        result = prune(PruneSettings(model=model, output=output, scores=made / searched, **size), quiet=True)
+    data = EvalSettings(model=str(output), against=model, data=(str(made / f"{searched}.held-out"),), device="cpu")
     with Progress(0, quiet=True) as progress:
-        return float(evaluate_text(data, read_data(data), progress).result["all"]["kl"])
+        kl = float(evaluate_text(data, read_data(data), progress).result["all"]["kl"])
+    return kl, result.summary["output_bytes"]
 
 
-def test_every_candidate_has_the_damage_of_a_run_of_its_own(made: Path, tmp_path: Path) -> None:
-    found = read(made / "out")
+@pytest.mark.parametrize("searched", ["out", "rounded"])
+def test_every_candidate_has_the_damage_and_the_bytes_of_a_run_of_its_own(
+    made: Path, tmp_path: Path, searched: str
+) -> None:
+    found = read(made / searched)
     damages = {each["name"]: each["all"]["kl"] for each in found["candidates"]}
     assert list(damages.values()) == sorted(damages.values())
     assert len(set(damages.values())) == len(NAMED)
-    own = {
-        each["name"]: on_its_own(made, each, tmp_path / str(number)) for number, each in enumerate(found["candidates"])
-    }
+    own, sizes = {}, {}
+    for number, each in enumerate(found["candidates"]):
+        own[each["name"]], sizes[each["name"]] = on_its_own(made, searched, each, tmp_path / str(number))
     assert own == pytest.approx(damages, abs=1e-6)
     assert found["best"] == min(own, key=lambda name: own[name])
+    assert sizes == {each["name"]: each["weights_bytes"] for each in found["candidates"]}
 
 
 def test_each_layer_is_read_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +140,15 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
     assert not (tmp_path / "out.work").exists()
 
 
-@pytest.mark.parametrize("stage", [ScoreStage, RefitStage, PrunedForwardStage])
+@pytest.mark.parametrize(
+    ("stage", "searched"),
+    [(ScoreStage, "out"), (RefitStage, "out"), (PrunedForwardStage, "out"), (RefitStage, "rounded"),
+     (QuantizeStage, "rounded"), (PrunedForwardStage, "rounded")],
+)  # fmt: skip
 def test_a_search_that_was_stopped_in_any_stage_goes_on(
-    made: Path, tmp_path: Path, stage: type[ForwardStage], monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, stage: type[ForwardStage], searched: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, asked = stage.compute, []
+    usual, asked, named = stage.compute, [], NAMED if searched == "out" else ROUNDED
 
     def compute(self: Any, task: LayerTask, *arguments: Any) -> Any:
         after = usual(self, task, *arguments)
@@ -145,10 +159,10 @@ def test_a_search_that_was_stopped_in_any_stage_goes_on(
 
     monkeypatch.setattr(stage, "compute", compute)
     with pytest.raises(InterruptedRunError, match="Resume with: streamprune resume"):
-        search(settings(made, tmp_path / "out", checkpoint_every=1e6), quiet=True)
+        search(settings(made, tmp_path / "out", checkpoint_every=1e6, candidates=named), quiet=True)
     monkeypatch.undo()
     resume_search(tmp_path / "out.work", quiet=True)
-    assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(made / searched)
 
 
 def test_hopeless_candidates_are_given_up_and_change_nothing_else(

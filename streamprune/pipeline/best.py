@@ -6,6 +6,7 @@ wanted later.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -84,7 +85,8 @@ def _finished(settings: SearchSettings) -> Mapping[str, Any] | None:
         return None
     found = read_json(path)
     plan = read_config(replace(settings, only_score=True))
-    if found.get("request") == request_of(settings, calibrate(settings, plan)):
+    # (As it is read back: JSON has no tuples.)
+    if found.get("request") == json.loads(json.dumps(request_of(settings, calibrate(settings, plan)))):
         search_result(found)
         return found
     if settings.overwrite:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.refit_text import IMATRIX_TOKENS, only_refitted, with_refit, with_text
+from streamprune.calibration.refit_text import only_refitted
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
@@ -55,8 +55,7 @@ from streamprune.planning.prepare import (
     plan_pruning,
     prepare,
 )
-from streamprune.planning.refit import refit_demand
-from streamprune.planning.rounding import rounding_demand
+from streamprune.planning.text_uses import with_uses
 from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of
 from streamprune.saliency.scores import LayerStatistics, Scores
@@ -220,12 +219,9 @@ class _Run:
         """
         prepared, counts = self.prepared, self.prepared.plan.counts
         assert counts is not None
-        rounding = rounding_demand(prepared.skeleton, counts).tokens if settings.needs_text else 0
-        tokens = max(rounding, IMATRIX_TOKENS if settings.imatrix is not None else 0)
         if settings.refit:
             down_tensors(prepared, written_tensors(prepared, self.device))
-            return with_refit(calibration, refit_demand(prepared.skeleton, counts), tokens)
-        return with_text(calibration, tokens)
+        return with_uses(settings, calibration, prepared.skeleton, counts)
 
     def _chosen(self, selection: Selection) -> PreparedModel:
         """The prepared model with the numbers of experts that were selected."""

@@ -7,17 +7,18 @@ search that was interrupted goes on from the last saved states, and computes the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from streamprune.calibration.sequences import MicroBatch
-from streamprune.config import SearchSettings
+from streamprune.config import RunSettings, SearchSettings
 from streamprune.errors import InterruptedRunError
 from streamprune.evaluation.metrics import mean_kl
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
-from streamprune.hardware.device import CPU, peak_device_bytes
+from streamprune.hardware.device import peak_device_bytes
+from streamprune.pipeline.run_stages import computing_stages
 from streamprune.pipeline.search_text import SearchText
 from streamprune.planning.candidates import Candidate
 from streamprune.planning.prepare import PreparedModel
@@ -25,11 +26,9 @@ from streamprune.progress import LayerProgress
 from streamprune.saliency.scores import LayerStatistics, read_statistics
 from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Among, Runtime, Stopped
-from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
-from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
 from streamprune.streaming.written_tensors import written_tensors
@@ -41,18 +40,28 @@ _MEASUREMENTS = 4
 _HARMLESS = 0.01
 
 
-def candidate_stages(
-    weights: LayerWeights, prepared: PreparedModel, candidate: Candidate, text: SearchText, runtime: Runtime
-) -> Iterator[ForwardStage]:
-    """What is done with a layer for a candidate, whose name is its side. `prepared` is the model for it."""
-    use_of, name, written = text.use_of(candidate), candidate.name, None
-    if candidate.refit or prepared.written.encoding is not None:
-        written = written_tensors(prepared, runtime.device)
-    if candidate.refit and written is not None:
-        refitted, home = down_tensors(prepared, written), runtime.device if runtime.plan.place == "device" else CPU
-        yield RefitStage(weights, prepared.pruned_layer, refitted, home, name, use_of)
-    among = _measured_or_used(use_of)
-    yield PrunedForwardStage(weights, prepared.pruned_layer, False, among, written=written, side=name)
+@dataclass(frozen=True)
+class Side:
+    """A candidate, the settings of a run of its own, and the model as it is prepared for that."""
+
+    candidate: Candidate
+    settings: RunSettings
+    prepared: PreparedModel
+
+    @property
+    def name(self) -> str:
+        """The name of the candidate, and of its states."""
+        return self.candidate.name
+
+    def stages(self, runtime: Runtime, weights: LayerWeights, text: SearchText) -> Iterator[ForwardStage]:
+        """What is done with a layer for it."""
+        use_of, written = text.use_of(self.candidate), None
+        if self.settings.computes_weights or self.settings.is_quantizing:
+            written = written_tensors(self.prepared, runtime.device)
+        if self.settings.computes_weights and written is not None:
+            yield from computing_stages(runtime, self.settings, self.prepared, weights, written, self.name, use_of)
+        among, make_pruned = _measured_or_used(use_of), self.prepared.pruned_layer
+        yield PrunedForwardStage(weights, make_pruned, False, among, written=written, side=self.name)
 
 
 def _measured_or_used(use_of: Callable[[MicroBatch], str]) -> Among:
@@ -61,8 +70,6 @@ def _measured_or_used(use_of: Callable[[MicroBatch], str]) -> Among:
 
 class SearchLayers:
     """Sends the text of a search through all layers, the original ones and those of every candidate.
-
-    `candidates` has the model as it is prepared for each of them.
 
     `measured` then has the predictions on the held-out text by candidate, and `given_up` says of the others at which
     layer they were given up, with the KL divergence within the model there, and the best one's.
@@ -73,23 +80,23 @@ class SearchLayers:
         runtime: Runtime,
         prepared: PreparedModel,
         text: SearchText,
-        candidates: Mapping[Candidate, PreparedModel],
+        sides: Sequence[Side],
         work: WorkFolder,
     ) -> None:
         assert isinstance(runtime.settings, SearchSettings)
         self._settings, self._runtime, self._work = runtime.settings, runtime, work
         self._progress, self._layout = runtime.progress, prepared.layout
-        self._calibration, self._selectors = text.calibration, _selectors(runtime.settings, prepared, text, candidates)
+        self._calibration, self._selectors = text.calibration, _selectors(runtime.settings, prepared, text, sides)
         self._width = prepared.recorded_width if self._settings.channels else None
         weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
         score = ScoreStage(
             weights, self._layout.spec.count, self._calibration.tokens_of, self._versions, False, self._width
         )
-        if any(candidate.refit for candidate in candidates):
+        if any(side.candidate.refit for side in sides):
             score.target = RefitTarget(weights)
         stages: list[ForwardStage] = [score]
-        for candidate, of_candidate in candidates.items():
-            stages += candidate_stages(weights, of_candidate, candidate, text, runtime)
+        for side in sides:
+            stages += side.stages(runtime, weights, text)
         self._loop = LayerLoop(runtime, stages, text.calibration)
         self._saved_at = time.monotonic()
         self.scored: dict[int, LayerStatistics] = {}
@@ -233,15 +240,15 @@ class SearchLayers:
 
 
 def _selectors(
-    settings: SearchSettings, prepared: PreparedModel, text: SearchText, candidates: Iterable[Candidate]
+    settings: SearchSettings, prepared: PreparedModel, text: SearchText, sides: Sequence[Side]
 ) -> dict[str, Selector]:
     """What selects each candidate's experts and channels, by its name."""
     layout, calibration = prepared.layout, text.calibration
     found = {}
-    for candidate in candidates:
-        counts = candidate.counts(layout.expert_layers, 0)
-        found[candidate.name] = Selector(
+    for side in sides:
+        counts = side.candidate.counts(layout.expert_layers, 0)
+        found[side.name] = Selector(
             settings.selection, layout.spec, calibration.sources, calibration.tokens_of, counts.total,
-            counts.per_layer, candidate.width,
+            counts.per_layer, side.candidate.width,
         )  # fmt: skip
     return found

@@ -1,7 +1,7 @@
-"""The text of a search: what is scored and measured on, and what each candidate's refit takes of it.
+"""The text of a search: what is scored and measured on, and what each candidate's weights are computed from.
 
-A refit takes as much text as its size needs. So that a candidate is refitted to the same text here as in a run of its
-own, a sequence notes what it is for in each refit.
+A refit, and rounding by GPTQ, take as much text as the candidate's size needs. So that it is the same text here as in a
+run of the candidate's own, a sequence notes what it is for in each of them.
 """
 
 from __future__ import annotations
@@ -10,56 +10,72 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from streamprune.calibration.refit_text import with_refit
 from streamprune.calibration.sequences import Calibration, MicroBatch, fingerprint_of
-from streamprune.config import SearchSettings
+from streamprune.config import RunSettings, SearchSettings
 from streamprune.evaluation.held_out import split_held_out
 from streamprune.models.skeleton import Skeleton
 from streamprune.planning.candidates import Candidate
-from streamprune.planning.refit import refit_demand, with_anchor
+from streamprune.planning.refit import with_anchor
+from streamprune.planning.text_uses import with_uses
 
 #: Between the uses of a sequence in the refits, in `Calibration.refit`.
 _BETWEEN = "/"
 
-#: Experts and channels of a candidate.
-Shape = tuple[int, int | None]
+#: What decides the text that a candidate's weights are computed from: experts, channels, refitted, rounded by text.
+Kind = tuple[int, int | None, bool, bool]
 
 
 @dataclass(frozen=True)
 class SearchText:
-    """`calibration` with its held-out text; its `refit` and that of its anchor have the uses in all refits.
+    """`calibration` with its held-out text; its `refit` and that of its anchor have the uses in all candidates.
 
-    `parts` is the text that each refit takes, by the candidates' shape, as a run of its own would have it.
+    `kinds` says of the candidates whose weights are computed from text which of the `parts` they use, as runs of their
+    own would have it.
     """
 
     calibration: Calibration
-    parts: Mapping[Shape, Calibration] = field(default_factory=dict, repr=False)
+    kinds: Mapping[Candidate, Kind] = field(default_factory=dict, repr=False)
+    parts: Mapping[Kind, Calibration] = field(default_factory=dict, repr=False)
 
     def use_of(self, candidate: Candidate) -> Callable[[MicroBatch], str]:
-        """What a micro-batch is for in a candidate's refit: FIT, JUDGE or nothing; nothing in that of none."""
-        if not candidate.refit:
+        """What a micro-batch is for in computing a candidate's weights: FIT, JUDGE or nothing."""
+        if candidate not in self.kinds:
             return lambda batch: ""
-        place = list(self.parts).index(candidate.shape)
+        place = list(self.parts).index(self.kinds[candidate])
         return lambda batch: batch.refit.split(_BETWEEN)[place] if batch.refit else ""
+
+    def part_of(self, candidate: Candidate) -> Calibration | None:
+        """The text that a candidate's weights are computed from; None if they are not."""
+        return self.parts[self.kinds[candidate]] if candidate in self.kinds else None
 
 
 def search_text(
-    settings: SearchSettings, whole: Calibration, candidates: Sequence[Candidate], skeleton: Skeleton, folder: Path
+    settings: SearchSettings,
+    whole: Calibration,
+    runs: Mapping[Candidate, RunSettings],
+    skeleton: Skeleton,
+    folder: Path,
 ) -> SearchText:
-    """Divide the text. `folder` has the tokenizer. Raises CalibrationError if it does not suffice."""
-    parts: dict[Shape, Calibration] = {}
-    for candidate in candidates:
-        if not candidate.refit or candidate.shape in parts:
+    """Divide the text among candidates, given with the settings of runs of their own. `folder` has the tokenizer.
+
+    Raises CalibrationError if it does not suffice.
+    """
+    kinds: dict[Candidate, Kind] = {}
+    parts: dict[Kind, Calibration] = {}
+    for candidate, own in runs.items():
+        if not own.computes_weights:
             continue
-        counts = candidate.counts(tuple(skeleton.experts), 0)
-        anchored = with_anchor(settings, whole, skeleton, counts, folder)
-        parts[candidate.shape] = with_refit(split_held_out(anchored), refit_demand(skeleton, counts))
+        kinds[candidate] = kind = (*candidate.shape, own.refit, own.needs_text)
+        if kind not in parts:
+            counts = candidate.counts(tuple(skeleton.experts), 0)
+            text = with_anchor(settings, whole, skeleton, counts, folder) if own.refit else whole
+            parts[kind] = with_uses(own, split_held_out(text), skeleton, counts)
     scored = split_held_out(whole)
     if not parts:
         return SearchText(scored)
     uses = _joined([part.refit for part in parts.values()])
     anchors = [part.anchor for part in parts.values()]
-    return SearchText(replace(scored, refit=uses, anchor=_union(anchors)), parts)
+    return SearchText(replace(scored, refit=uses, anchor=_union(anchors)), kinds, parts)
 
 
 def _joined(uses: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ All layers keep equally many experts: only such candidates are searched.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamprune.config import WEIGHTS
@@ -20,6 +20,8 @@ from streamprune.selection.widths import allowed_widths, check_width
 
 #: The value of --candidates for those that are laid out from the budget.
 AUTO = "auto"
+#: Formats of about the same size.
+EIGHT_BITS = ("fp8", "fp8-dynamic", "w8a16")
 #: Between whole experts and full width, so many mixtures of both are laid out.
 _MIXTURES = 2
 _FORM = "Write for example keep=83,weights=fp8 or width=384,refit, with keep, width, weights and refit as for `run`."
@@ -43,10 +45,9 @@ class Candidate:
         size = f"{self.keep} experts" + (f" x {self.width}" if self.width is not None else "")
         return ", ".join([size, *([self.weights] if self.weights != "source" else []), *["refit"] * self.refit])
 
-    @property
-    def options(self) -> str:
-        """The options of `run` that make it."""
-        parts = [f"--keep {self.keep}"]
+    def options(self, experts: int) -> str:
+        """The options of `run` that make it of a model with so many experts per layer."""
+        parts = [f"--keep {self.keep}"] if self.keep < experts else []
         parts += [f"--width {self.width}"] if self.width is not None else []
         parts += [f"--weights {self.weights}"] if self.weights != "source" else []
         return " ".join([*parts, *["--refit"] * self.refit])
@@ -67,8 +68,9 @@ class Candidate:
 class Searchable:
     """What can be varied of a model.
 
-    `fits` are the unpruned model in each way in which its weights can be stored, against the budget. `fixed_width` says
-    why the width cannot change, `no_refit` why experts cannot be refitted; empty if they can.
+    `fits` are the unpruned model in each way in which its weights can be stored, against the budget; `no_format` says
+    why not in others. `fixed_width` says why the width cannot change, `no_refit` why experts cannot be refitted; empty
+    if they can. `why_not_so` says why experts of a width cannot be stored in a format; empty if they can.
     """
 
     spec: ExpertSpec
@@ -76,16 +78,14 @@ class Searchable:
     fits: Mapping[str, Fit] = field(repr=False)
     fixed_width: str = ""
     no_refit: str = ""
+    no_format: Mapping[str, str] = field(default_factory=dict)
+    why_not_so: Callable[[str, int], str] = field(default=lambda weights, width: "", repr=False)
 
     def fit_of(self, candidate: Candidate) -> Fit:
         """The memory of a candidate against the budget."""
         # All experts is no number to the planner: the model is unpruned then.
         keep = candidate.keep if candidate.keep < self.spec.count else None
         return self.fits[candidate.weights].changed(keep=keep, width=candidate.width)
-
-    def removes_nothing(self, candidate: Candidate) -> bool:
-        """Whether a candidate is the source itself."""
-        return candidate == Candidate(self.spec.count)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def lay_out(model: Searchable, multiple: int | None = None) -> Layout:
     """The candidates that fit the budget: in each format of the weights the most experts of full width, the widest
     experts of which all stay, and mixtures of both; each with and without a refit.
 
-    Widths are multiples of `multiple` (None: the default). Raises SettingsError if the unpruned model fits as it is,
+    Formats of 8 bits take about as much as one another: mixtures and refits are laid out for one of them. Widths are
+    multiples of `multiple` (None: the default). Raises SettingsError if the unpruned model fits as it is,
     DoesNotFitError if nothing fits.
     """
     fit = model.fits["source"]
@@ -110,10 +111,16 @@ def lay_out(model: Searchable, multiple: int | None = None) -> Layout:
             "nothing has to be lost. Search for a smaller budget, a longer --context or a larger --batch."
         )
     shapes: list[Candidate] = []
-    left_out: list[str] = []
+    left_out = [f"weights {weights}: {reason}" for weights, reason in model.no_format.items()]
+    _, *others = [weights for weights in EIGHT_BITS if weights in model.fits] or [""]
+    if others:
+        left_out.append(
+            f"other shapes, and refits, with weights {' and '.join(others)}: they take about as much as in the other "
+            "8-bit format. Name them with --candidates."
+        )
     for weights in model.fits:
         found = list(_shapes(model, weights, multiple))
-        shapes += found
+        shapes += found[:1] if weights in others else found
         if not found:
             least = minimum_keep(model.spec)
             over = model.fit_of(Candidate(least, weights=weights))
@@ -123,7 +130,8 @@ def lay_out(model: Searchable, multiple: int | None = None) -> Layout:
             )
     if not shapes:
         raise DoesNotFitError(f"Nothing fits {format_bytes(fit.budget)}. {' '.join(left_out)}")
-    refitted = [] if model.no_refit else [replace(each, refit=True) for each in shapes if _is_cut(model, each)]
+    cut = [each for each in shapes if _is_cut(model, each) and each.weights not in others]
+    refitted = [] if model.no_refit else [replace(each, refit=True) for each in cut]
     if model.no_refit:
         left_out.append(f"refitted ones: {model.no_refit}.")
     if model.fixed_width and any(each.keep < model.spec.count for each in shapes):
@@ -141,7 +149,9 @@ def _shapes(model: Searchable, weights: str, multiple: int | None) -> Iterator[C
     fit, full = model.fits[weights], model.spec.count
     widths: list[int | None] = [None]
     if model.width is not None and not model.fixed_width:
-        widths += reversed(allowed_widths(model.width, multiple))
+        widths += [
+            width for width in reversed(allowed_widths(model.width, multiple)) if not model.why_not_so(weights, width)
+        ]
     found: list[Candidate] = []
     for width in widths:
         keep = fit.changed(width=width).max_experts
@@ -188,6 +198,8 @@ def _parsed(text: str, model: Searchable) -> Candidate:
 def _checked(text: str, candidate: Candidate, model: Searchable) -> Candidate:
     """A candidate that the model allows. Raises as `read_candidates`."""
     spec, least, said = model.spec, minimum_keep(model.spec), f"--candidates {text}"
+    if candidate.weights in model.no_format:
+        raise UnsupportedModelError(f"{said}: {model.no_format[candidate.weights]}")
     if candidate.weights not in model.fits:
         known = candidate.weights in WEIGHTS
         why = "the source does not have them quantized" if known else f"choose one of {', '.join(model.fits)}"
@@ -201,6 +213,8 @@ def _checked(text: str, candidate: Candidate, model: Searchable) -> Candidate:
         if model.width is None or model.fixed_width:
             raise UnsupportedModelError(f"{said}: the experts cannot be made narrower: {model.fixed_width}.")
         check_width(model.width, candidate.width)
+        if problem := model.why_not_so(candidate.weights, candidate.width):
+            raise SettingsError(f"{said}: {problem}")
     if candidate.refit and model.no_refit:
         raise UnsupportedModelError(f"{said}: {model.no_refit}.")
     fit = model.fit_of(candidate)

@@ -161,23 +161,27 @@ def _with_refit(needs: Needs, prepared: PreparedModel, calibration: Calibration)
 
 def _with_rounding(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
     """The needs with those of rounded layers, and of rounding them by text, which goes through both models."""
+    rounding = rounding_of(settings, prepared, calibration)
+    if settings.refit or not settings.needs_text:
+        return replace(needs, rounding=rounding)
+    used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
+    states = needs.states + states_bytes(prepared, used)
+    return replace(needs, rounding=rounding, states=states, sides=max(2, needs.sides))
+
+
+def rounding_of(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> RoundingNeeds:
+    """What rounding the layers of a model needs, by text if the settings say so."""
     counts, spec = prepared.counts, prepared.skeleton.spec
     kept = max(counts.values()) if counts else spec.count
     tensors, itemsize = prepared.planned_tensors, prepared.dtype.itemsize
     if not settings.needs_text:
-        rounding = rounding_needs(tensors, kept, spec.top_k, 0, 0, itemsize)
-        return replace(needs, rounding=RoundingNeeds(copy=rounding.copy))
+        return RoundingNeeds(copy=rounding_needs(tensors, kept, spec.top_k, 0, 0, itemsize).copy)
     tokens = sum(fitted_tokens(calibration, use) for use in (FIT, JUDGE))
     hidden = max(
         down_sizes(prepared.skeleton.layers[layer].get_submodule(path))[1]
         for layer, path in prepared.skeleton.experts.items()
     )
-    rounding = rounding_needs(tensors, kept, spec.top_k, hidden, tokens, itemsize)
-    if settings.refit:
-        return replace(needs, rounding=rounding)
-    used = [ids for ids, use in zip(calibration.sequences, calibration.refit, strict=True) if use]
-    states = needs.states + states_bytes(prepared, used)
-    return replace(needs, rounding=rounding, states=states, sides=max(2, needs.sides))
+    return rounding_needs(tensors, kept, spec.top_k, hidden, tokens, itemsize)
 
 
 def _with_imatrix(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
