@@ -56,9 +56,9 @@ class Side:
     def stages(self, runtime: Runtime, weights: LayerWeights, text: SearchText) -> Iterator[ForwardStage]:
         """What is done with a layer for it."""
         use_of, written = text.use_of(self.candidate), None
-        if self.settings.computes_weights or self.settings.is_quantizing:
+        if self.settings.sends_text or self.settings.is_quantizing:
             written = written_tensors(self.prepared, runtime.device)
-        if self.settings.computes_weights and written is not None:
+        if self.settings.sends_text and written is not None:
             yield from computing_stages(runtime, self.settings, self.prepared, weights, written, self.name, use_of)
         among, make_pruned = _measured_or_used(use_of), self.prepared.pruned_layer
         yield PrunedForwardStage(weights, make_pruned, False, among, written=written, side=self.name)

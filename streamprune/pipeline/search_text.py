@@ -63,7 +63,7 @@ def search_text(
     kinds: dict[Candidate, Kind] = {}
     parts: dict[Kind, Calibration] = {}
     for candidate, own in runs.items():
-        if not own.computes_weights:
+        if not own.sends_text:
             continue
         kinds[candidate] = kind = (*candidate.shape, own.refit, own.needs_text)
         if kind not in parts:
