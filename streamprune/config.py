@@ -485,6 +485,8 @@ class SearchSettings(RunSettings):
                 "search measures only candidates of which all layers keep equally many experts: omit --schedule, "
                 "--floor and --protect-super-experts."
             )
+        if self.weights != "source":
+            raise SettingsError("search tries several formats. Name those of candidates in --candidates.")
         if not self.candidates:
             raise SettingsError("--candidates names no candidate. Omit it, or write --candidates auto.")
         if "auto" in self.candidates and len(self.candidates) > 1:
@@ -499,23 +501,12 @@ class SearchSettings(RunSettings):
         if self.propagate == "pruned" or self.scores is not None:
             raise SettingsError("search scores all candidates on the original model's stream, and anew.")
 
-    def _check_quantizing(self) -> None:
-        # They are for the candidates that quantize.
-        if self.weights != "source":
-            raise SettingsError("search tries several formats. Name those of candidates in --candidates.")
-        for name, value, choices in (("--quantize", self.quantize, QUANTIZE), ("--rounding", self.rounding, ROUNDING)):
-            if value is not None:
-                check_choice(name, value, choices)
-        check_least("--tensor-parallel", self.tensor_parallel, 1)
-
     def run_of(self, keep: int | None, width: int | None, weights: str, refit: bool) -> RunSettings:
         """The settings of a run of a candidate's own, with the text that the search holds out held out."""
         given = {each.name: getattr(self, each.name) for each in fields(RunSettings)}
         how = {"keep": keep, "width": width, "weights": weights, "refit": refit, "budget_gib": None, "gpu": None}
         if not refit:
             how["anchor"] = None
-        if weights not in SCHEMES:
-            how |= {"quantize": None, "rounding": None, "tensor_parallel": None}
         return RunSettings(**{**given, **how, "evaluate": True})
 
 

@@ -59,7 +59,7 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
         print_memory(progress, estimate)
         others = other_formats(estimate) if isinstance(estimate, Fit) else None
         if others is not None:
-            progress.say(f"note: {others}")
+            progress.say(f"note: {others}: try --best")
     else:
         progress.say("note: the memory of the result cannot be estimated, because the size of its cache is unknown.")
 

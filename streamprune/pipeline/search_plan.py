@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamprune.calibration.sequences import Calibration
@@ -14,7 +13,6 @@ from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.formats.quantization import Quantization
 from streamprune.hardware.device import CPU
-from streamprune.models.config_json import minimum_keep
 from streamprune.output.plan import OutputSource
 from streamprune.output.source import output_source
 from streamprune.pipeline.search_layers import Side
@@ -24,7 +22,7 @@ from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.planning.refit import refit_demand
 from streamprune.planning.rounding import rounding_demand
 from streamprune.planning.written import written_footprint
-from streamprune.quantize.schemes import SCHEMES, require_library, scheme_of
+from streamprune.quantize.schemes import SCHEMES, require_library
 from streamprune.saliency.hooks import recorded_width
 from streamprune.streaming.down_tensors import down_tensors
 from streamprune.streaming.written_tensors import written_tensors
@@ -35,17 +33,18 @@ def candidates_for(settings: SearchSettings, plan: PruningPlan, budget: Budget) 
 
     Raises a StreampruneError if there are none.
     """
-    skeleton, fits, no_format = plan.skeleton, {}, {}
-    for weights, found in _footprints(settings, plan):
-        if isinstance(found, Footprint):
-            fits[weights] = Fit(found, settings.serving, budget.nbytes)
+    skeleton, footprint = plan.skeleton, _footprint(settings, plan)
+    fits, no_format = {}, {}
+    for weights in ("source", *(("bf16",) if footprint.quantization else ()), *SCHEMES):
+        reason = _why_not_written(footprint, weights)
+        if reason is None:
+            fits[weights] = Fit(footprint, replace(settings.serving, weights=weights), budget.nbytes)
         else:
-            no_format[weights] = found
+            no_format[weights] = reason
     fixed_width, no_refit = _impossible(settings, plan)
-    hidden = int(skeleton.model.config.get_text_config(decoder=True).hidden_size)
 
     def why_not_so(weights: str, width: int) -> str:
-        return _why_not_stored(weights, width, hidden, settings.tensor_parallel or 1)
+        return footprint.why_not(weights, width) or ""
 
     model = Searchable(skeleton.spec, skeleton.width, fits, fixed_width, no_refit, no_format, why_not_so)
     if settings.candidates == (AUTO,):
@@ -106,37 +105,19 @@ def _side(
     return Side(candidate, own, found)
 
 
-def _footprints(settings: SearchSettings, plan: PruningPlan) -> Iterator[tuple[str, Footprint | str]]:
-    """The unpruned model in each format in which weights can be written, or why it cannot be written so."""
-    skeleton, raw = plan.skeleton, plan.model.raw
-    headers = read_headers(settings.model, plan.folder)
-    known: Footprint | None = None
-    for weights in ("source", *(("bf16",) if Quantization.of(raw).method else ()), *SCHEMES):
-        own = settings.run_of(minimum_keep(skeleton.spec), None, weights, False)
-        try:
-            if weights in SCHEMES:
-                require_library(weights)
-            found = written_footprint(own, raw, skeleton, headers, known)
-        except (SettingsError, UnsupportedModelError) as error:
-            if weights == "source":
-                # It is needed in any case.
-                raise
-            yield weights, str(error)
-            continue
-        known = known or found
-        yield weights, found
+def _footprint(settings: SearchSettings, plan: PruningPlan) -> Footprint:
+    """The unpruned model, with what it takes in every format. Raises UnsupportedModelError if its cache is unknown."""
+    return written_footprint(settings, plan.model.raw, plan.skeleton, read_headers(settings.model, plan.folder))
 
 
-def _why_not_stored(weights: str, width: int, hidden: int, ranks: int) -> str:
-    """Why experts with so many channels cannot be stored in a format; empty if they can."""
-    if weights not in SCHEMES:
-        return ""
+def _why_not_written(footprint: Footprint, weights: str) -> str | None:
+    """Why weights cannot be written in a format here; None if they can."""
     try:
-        scheme = scheme_of(weights, {hidden}, {width}, tensor_parallel=ranks)
+        if weights in SCHEMES:
+            require_library(weights)
     except SettingsError as error:
         return str(error)
-    problems = (scheme.problem(shape) or scheme.caution(shape) for shape in ((width, hidden), (hidden, width)))
-    return next((problem for problem in problems if problem), "")
+    return footprint.why_not(weights)
 
 
 def _impossible(settings: SearchSettings, plan: PruningPlan) -> tuple[str, str]:

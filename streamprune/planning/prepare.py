@@ -53,7 +53,6 @@ from streamprune.output.writer import check_output
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import ModelFacts
 from streamprune.planning.imatrix import gguf_names
-from streamprune.planning.other_formats import other_formats_note
 from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.planning.rounding import rounding_demand
 from streamprune.planning.written import written_footprint
@@ -110,12 +109,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         refuse_plain(plan.model.raw, plan.folder)
 
     @cache
-    def tensors() -> Mapping[str, TensorEntry] | None:
-        return read_headers(settings.model, plan.folder)
-
-    @cache
     def read_footprint() -> Footprint:
-        return written_footprint(settings, plan.model.raw, skeleton, tensors())
+        return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder))
 
     itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
@@ -139,11 +134,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         rounding_demand(skeleton, counts)
     if settings.imatrix is not None:
         gguf_names(skeleton)
-    if counts.budget is None:
-        return replace(plan, counts=counts)
-    note = other_formats_note(settings, plan.model.raw, skeleton, tensors(), read_footprint(), counts)
-    counts = replace(counts, notes=(*counts.notes, *([note] if note is not None else [])))
-    return replace(plan, counts=counts, footprint=read_footprint())
+    return replace(plan, counts=counts, footprint=read_footprint() if counts.budget is not None else None)
 
 
 def read_config(settings: RunSettings, check_output_too: bool = False) -> PruningPlan:
