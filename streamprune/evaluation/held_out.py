@@ -16,7 +16,8 @@ from streamprune.errors import CalibrationError, OutputError, ReportError, Strea
 from streamprune.files.durable import PARTIAL, names_in, write_atomically, writing
 from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
-from streamprune.reporting.record import HeldBack, Record, read_record
+from streamprune.reporting.record import Record, read_record
+from streamprune.reporting.record_text import HeldBack
 
 #: The share of each source's sequences that is held out: enough for an interval, and little is lost for scoring.
 SHARE = 0.1

@@ -32,7 +32,7 @@ from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
 from streamprune.reporting.make_record import make_record
-from streamprune.reporting.record import LayerRefit, LayerRounding, RecordedRefit, RecordedRounding
+from streamprune.reporting.record_computed import LayerRefit, LayerRounding, RecordedRefit, RecordedRounding
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.energy import energy_retentions

@@ -13,7 +13,7 @@ from streamprune.errors import ResumeError
 from streamprune.files.durable import PARTIAL, checksum_of, sync_file, sync_folder, writing
 from streamprune.progress import Progress
 from streamprune.quantize.imatrix import GgufNames, Imatrix, ImatrixText, InputSquares
-from streamprune.reporting.record import RecordedImatrix
+from streamprune.reporting.record_computed import RecordedImatrix
 from streamprune.saliency.scores import unpack_squares
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import WeightInputs

@@ -24,8 +24,10 @@ from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.status import ended
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
-from streamprune.reporting.record import AnchorText, RecordedRefit, RecordedRounding, SourceTokens, public_name
-from streamprune.reporting.record import Calibration as RecordedText
+from streamprune.reporting.record import public_name
+from streamprune.reporting.record_computed import AnchorText, RecordedRefit, RecordedRounding
+from streamprune.reporting.record_text import Calibration as RecordedText
+from streamprune.reporting.record_text import SourceTokens
 from streamprune.saliency.scores_file import scores_path
 from streamprune.work.folder import resume_command
 from streamprune.work.records import (

@@ -26,7 +26,8 @@ from streamprune.fit.footprint import max_positions
 from streamprune.formats.base import KeptExperts
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import REPORT_NAME, PrunePlan
-from streamprune.reporting.record import Calibration, GivenCalibration, Recipe, RecipeSource, Record
+from streamprune.reporting.record import Record
+from streamprune.reporting.record_text import Calibration, GivenCalibration, Recipe, RecipeSource
 from streamprune.reporting.tables import refit_table
 from streamprune.reporting.templates import render
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS

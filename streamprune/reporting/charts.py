@@ -26,7 +26,8 @@ from streamprune.fit.estimate import KV_CACHE, STATE, WEIGHTS, Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Interval, TextResult
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
-from streamprune.reporting.record import Record, RecordedRefit
+from streamprune.reporting.record import Record
+from streamprune.reporting.record_computed import RecordedRefit
 from streamprune.selection.retention import Retention
 from streamprune.tables import plain
 

@@ -27,17 +27,8 @@ from msgspec import Meta, Struct, field
 from streamprune.checkpoint.index import read_json
 from streamprune.files.durable import write_atomically, writing
 from streamprune.hardware.memory import existing_folder
-from streamprune.reporting.record import (
-    MOST_LISTED,
-    Count,
-    Kind,
-    Name,
-    Number,
-    Share,
-    checked,
-    public_name,
-    read_object,
-)
+from streamprune.reporting.record import Kind, checked, public_name, read_object
+from streamprune.reporting.record_text import MOST_LISTED, Count, Name, Number, Share
 
 FOLDER_NAME = "evaluation"
 TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"

@@ -36,7 +36,8 @@ from streamprune.reporting.evaluations import (
     TextResult,
     read_checked_result,
 )
-from streamprune.reporting.record import Count, Positive, Record, Share, checked, read_record
+from streamprune.reporting.record import Record, checked, read_record
+from streamprune.reporting.record_text import Count, Positive, Share
 from streamprune.reporting.search import SearchResult
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores

@@ -5,11 +5,9 @@ Outputs and scores files may be untrusted: everything in a record is checked.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -22,19 +20,28 @@ from streamprune.fit.cache import KV_DTYPES
 from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
 from streamprune.output.plan import REPORT_NAME
+from streamprune.reporting.record_computed import (
+    RecordedImatrix,
+    RecordedQuantization,
+    RecordedRefit,
+    RecordedRounding,
+    check_refit,
+    check_rounding,
+)
+from streamprune.reporting.record_text import (
+    MOST_LISTED,
+    Calibration,
+    Count,
+    Name,
+    Number,
+    Positive,
+    Share,
+)
 from streamprune.selection.select import LayerSelection, Selection
-from streamprune.work.records import Computed, RefittedLayer, RoundedLayer
+from streamprune.work.records import Computed
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2
-MOST_LISTED = 100_000
-#: Whole numbers that are exact in every language's JSON, finite numbers, and names that can be shown.
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Positive = Annotated[int, Meta(ge=1, le=2**53)]
-Number = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-#: A name or a path, which may have 4,096 bytes.
-Name = Annotated[str, Meta(min_length=1, max_length=5000)]
 Kind = TypeVar("Kind")
 _Experts = Annotated[int, Meta(ge=1, le=MOST_EXPERTS)]
 
@@ -125,80 +132,6 @@ class PlannedUse(Struct, frozen=True, kw_only=True):
         return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
 
 
-class SourceTokens(Struct, frozen=True):
-    """A source of the calibration text, and how many tokens it has."""
-
-    name: Name
-    tokens: Count
-
-
-class HeldBack(Struct, frozen=True):
-    """The text that was held out of the calibration for measurements."""
-
-    sequences: Count
-    tokens: Count
-    fingerprint: str
-
-
-class RecipeSource(Struct, frozen=True):
-    """A source in a recipe: where it is from, and its share (of tokens or records, as in the recipe)."""
-
-    name: str
-    dataset: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    commit: str | None = None
-    data_files: str | list[str] | None = None
-    data_dir: str | None = None
-    path: str | list[str] | None = None
-    builtin: str | list[str] | None = None
-    share: Annotated[float, Meta(ge=0, le=1.7e308)] | None = None
-    records: Count | None = None
-    sequences: Count | None = None
-
-
-class GivenCalibration(Struct, frozen=True):
-    """The options of the command line that say what text the experts are scored on (or refitted to)."""
-
-    calibration: Annotated[list[str], Meta(min_length=1)]
-    samples: int | None = None
-    seq_len: int | None = None
-    seed: int | None = None
-
-
-class Recipe(Struct, frozen=True):
-    """How the calibration text was made."""
-
-    name: str | None = None
-    description: str | None = None
-    mode: str | None = None
-    sequence_length: Positive | None = None
-    sources: Annotated[list[RecipeSource], Meta(max_length=MOST_LISTED)] = []
-    given: GivenCalibration | None = None
-
-
-class Calibration(Struct, frozen=True, kw_only=True):
-    """The text that the experts were scored on (or refitted to).
-
-    `recipe` is stored unchanged; `stated` has its valid fields.
-    """
-
-    sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
-    sequences: Count
-    tokens: Count
-    fingerprint: str | None = None
-    recipe: Any = None
-    held_back: HeldBack | UnsetType | None = UNSET
-
-    @property
-    def stated(self) -> Recipe:
-        """The parsed recipe; empty if it is not as documented."""
-        try:
-            return msgspec.convert(self.recipe, Recipe)
-        except msgspec.ValidationError:
-            return Recipe()
-
-
 class Provenance(Struct, frozen=True, kw_only=True):
     """Where scores come from, as a scores file states it. `versions` are of the software, by name."""
 
@@ -226,102 +159,6 @@ class RecordedLayer(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.kept != sorted(set(self.kept)):
             raise ValueError("kept does not list experts in ascending order")
-
-
-class AnchorText(Struct, frozen=True, kw_only=True):
-    """The text that a refit also fits to: the name that the user gave, its sources and tokens."""
-
-    name: Name
-    sources: Annotated[list[SourceTokens], Meta(max_length=MOST_LISTED)]
-    sequences: Count
-    tokens: Count
-    fingerprint: str
-
-
-class LayerRefit(RefittedLayer, frozen=True, kw_only=True):
-    """How the down projections of layer `index` were refitted."""
-
-    index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
-
-
-class RecordedRefit(Struct, frozen=True, kw_only=True):
-    """How the down projections of the kept experts were refitted, by layer.
-
-    They were fitted to `fitted_tokens`, and `judging_tokens` decided how much of each change was taken; a part of both
-    is of the `anchor`, if there is one. `calibration` is only stated for a refit from saved scores with text other than
-    they were made on: the text of which all the rest is. `layers` are in ascending order.
-    """
-
-    anchor: AnchorText | None
-    calibration: Calibration | UnsetType = UNSET
-    fitted_tokens: Count
-    judging_tokens: Count
-    layers: Annotated[list[LayerRefit], Meta(max_length=MOST_LISTED)] = []
-
-    @property
-    def error_before(self) -> float:
-        """The mean over the layers of the relative error of their output before the refit."""
-        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
-
-    @property
-    def error_after(self) -> float:
-        """The same after the refit."""
-        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
-
-
-class LayerRounding(RoundedLayer, frozen=True, kw_only=True):
-    """How the matrices of layer `index` were rounded by GPTQ."""
-
-    index: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
-
-
-class RecordedRounding(Struct, frozen=True, kw_only=True):
-    """How matrices were rounded by GPTQ, by layer: by what entered them on `tokens` tokens.
-
-    `calibration` is only stated where the experts were scored before, on other text: that of which these are. `layers`
-    are in ascending order.
-    """
-
-    calibration: Calibration | UnsetType = UNSET
-    tokens: Count
-    layers: Annotated[list[LayerRounding], Meta(max_length=MOST_LISTED)] = []
-
-    @property
-    def error_before(self) -> float:
-        """The mean over the layers of the relative error of a matrix's output if it had been rounded to nearest."""
-        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
-
-    @property
-    def error_after(self) -> float:
-        """The same as it was rounded."""
-        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
-
-    @property
-    def nearest(self) -> int:
-        """How many experts have a matrix that was rounded to nearest, in all layers."""
-        return sum(len(layer.nearest) for layer in self.layers)
-
-
-class RecordedQuantization(Struct, frozen=True, kw_only=True):
-    """What was quantized on the way to the output: the format for people, and the number of matrices.
-
-    `plain` are the numbers of matrices that were not, by the reason.
-    """
-
-    format: Name
-    matrices: Positive
-    plain: Annotated[dict[Name, Positive], Meta(max_length=100)]
-
-
-class RecordedImatrix(Struct, frozen=True, kw_only=True):
-    """The importance matrix that was made with an output, beside it: the name and SHA-256 of its file, the weights that
-    it has, and the text of the calibration (and anchor) that it is made from."""
-
-    file: Name
-    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-    weights: Positive
-    sequences: Count
-    tokens: Count
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -365,9 +202,9 @@ class Record(Struct, frozen=True, kw_only=True):
                     raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
             _check_channels(layer, width, self.source.width, f"`$.layers[{number}].channels`")
         if self.refit:
-            _check_refit(self.refit, self.counts)
+            check_refit(self.refit, self.counts)
         if self.rounding:
-            _check_rounding(self.rounding, self.counts)
+            check_rounding(self.rounding, self.counts)
         for index, numbers in self.protected.items():
             if index not in map(str, indices) or any(number >= experts for number in numbers):
                 raise ValueError(
@@ -441,33 +278,6 @@ def _check_channels(layer: RecordedLayer, width: int | None, full_width: int | N
     kept = ChannelMask.from_text(layer.channels, full_width, len(layer.kept)).kept_width
     if kept != width:
         raise ValueError(f"{where} keeps {kept} channels of each expert instead of {width}")
-
-
-def _check_refit(refit: RecordedRefit, counts: Mapping[int, int]) -> None:
-    """Raise ValueError unless the layers have possible numbers for the experts that they keep, `counts` by layer."""
-    indices = [layer.index for layer in refit.layers]
-    if indices != sorted(counts.keys() & set(indices)):
-        raise ValueError("`$.refit.layers` are not layers with experts in ascending order")
-    for layer in refit.layers:
-        where = f"`$.refit.layers` of layer {layer.index}"
-        if any(len(each) != counts[layer.index] for each in (layer.shares, layer.tokens, layer.changes)):
-            raise ValueError(f"{where} has not one value for each of {counts[layer.index]} experts")
-        values = (*layer.shares, *layer.changes, layer.before, layer.after, layer.catch_up)
-        if not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"{where} has values below 0 or that are not finite")
-
-
-def _check_rounding(rounding: RecordedRounding, counts: Mapping[int, int]) -> None:
-    """Raise ValueError unless the layers have possible numbers for the experts that they keep, `counts` by layer."""
-    indices = [layer.index for layer in rounding.layers]
-    if indices != sorted(set(indices)):
-        raise ValueError("`$.rounding.layers` are not in ascending order")
-    for layer in rounding.layers:
-        where, count = f"`$.rounding.layers` of layer {layer.index}", counts.get(layer.index, 0)
-        if len(layer.tokens) != count or any(place >= count for place in layer.nearest):
-            raise ValueError(f"{where} does not have {count} experts")
-        if not all(0 <= value < math.inf for value in (layer.before, layer.after)):
-            raise ValueError(f"{where} has values below 0 or that are not finite")
 
 
 def public_name(name: str) -> str:

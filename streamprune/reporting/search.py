@@ -16,7 +16,8 @@ from msgspec import Meta, Struct
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.reporting.evaluations import Losses
-from streamprune.reporting.record import Count, Name, Number, checked
+from streamprune.reporting.record import checked
+from streamprune.reporting.record_text import Count, Name, Number
 from streamprune.tables import Table, count, plain
 
 #: What the speed column is.

@@ -11,7 +11,9 @@ from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
-from streamprune.reporting.record import Calibration, Record, RecordedRefit
+from streamprune.reporting.record import Record
+from streamprune.reporting.record_computed import RecordedRefit
+from streamprune.reporting.record_text import Calibration
 from streamprune.selection.retention import Retention
 from streamprune.tables import Struck, Table, count, interval, number, percent
 
