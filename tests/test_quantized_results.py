@@ -163,6 +163,24 @@ def test_narrow_projections_and_routers_stay_plain(tmp_path: Path) -> None:
     assert record["settings"]["rounding"] == "rtn"
 
 
+def test_of_projections_that_engines_join_all_are_quantized_or_none(tmp_path: Path) -> None:
+    """Keys and values of 192 rows cannot be read by all programs, so queries of 384 rows stay plain with them."""
+    source = source_of(tmp_path, head_dim=96)
+    for scheme, expected in (("fp8", {"o_proj"}), ("fp8-dynamic", {"q_proj", "k_proj", "v_proj", "o_proj"})):
+        output = tmp_path / scheme
+        settings = PruneSettings(model=str(source), output=output, weights=scheme)
+        told = dry_run(settings, quiet=True)
+        prune_by_scores(settings, quiet=True)
+        tensors = read_tensors(output)
+        assert tensors["model.layers.0.self_attn.q_proj.weight"].shape == (384, 64)
+        packed = {name for name, each in tensors.items() if each.dtype == torch.float8_e4m3fn and "attn" in name}
+        assert packed == {f"model.layers.{layer}.self_attn.{leaf}.weight" for layer in range(4) for leaf in expected}
+        section = json.loads((output / "config.json").read_text())["quantization_config"]
+        ignored = section.get("modules_to_not_convert", section.get("ignore"))
+        assert ("model.layers.0.self_attn.q_proj" in ignored) == ("q_proj" not in expected)
+        assert told["output_bytes"] == open_checkpoint(output).nbytes
+
+
 @pytest.mark.parametrize("how", [{"schedule": "global", "ratio": 0.375}, {"width": 16}, {"width": 16, "keep": 5}])
 def test_uneven_and_narrower_results_can_be_quantized(how: dict[str, Any], tmp_path: Path) -> None:
     source, output = source_of(tmp_path), tmp_path / "out"

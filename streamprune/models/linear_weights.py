@@ -26,6 +26,9 @@ _STAYS_PLAIN = (
     (re.compile(r"in_proj_(a|b|ba)|[bfg]_[ab]_proj|(a|b|dt|x)_proj"), "small projections of linear attention"),
     (re.compile(r"(.*_)?(gate|router|weights_proj)"), "routers and gates"),
 )
+#: Projections of one input, by the last part of their name, that engines join to one matrix (vLLM: `qkv_proj`,
+#: `gate_up_proj`; its `is_layer_skipped` refuses models that quantize only some of those).
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class LinearWeights:
 
     Engines with tensor parallelism divide the columns of the `split` ones among GPUs. `modules` are the names that the
     model has for the modules of `others` and `plain`, which the checkpoint may name otherwise; `head` is that of its
-    output head, which has no tensor of its own where it is tied to the embeddings.
+    output head, which has no tensor of its own where it is tied to the embeddings. `rows` has the numbers of rows of a
+    matrix of `others` and of those that engines join with it.
     """
 
     experts: frozenset[str] = field(repr=False)
@@ -42,6 +46,7 @@ class LinearWeights:
     split: frozenset[str] = field(repr=False)
     plain: Mapping[str, str] = field(repr=False)
     modules: Mapping[str, str] = field(repr=False)
+    rows: Mapping[str, tuple[int, ...]] = field(repr=False)
     head: str | None = None
 
 
@@ -77,7 +82,15 @@ def find_linear_weights(
             plain[name] = reason
     output = skeleton.model.get_output_embeddings()
     head = next((path for path, module in skeleton.model.named_modules() if module is output), None)
-    return LinearWeights(frozenset(experts), frozenset(others), frozenset(split), plain, modules, head)
+    rows = {name: tuple(tensors[each].shape[0] for each in _joined(name) if each in others) for name in others}
+    return LinearWeights(frozenset(experts), frozenset(others), frozenset(split), plain, modules, rows, head)
+
+
+def _joined(name: str) -> tuple[str, ...]:
+    """The names of a matrix (`….weight`) and of those that engines join with it, as far as they exist."""
+    path, _, leaf = name.removesuffix(".weight").rpartition(".")
+    leaves = next((each for each in _JOINED if leaf in each), (leaf,))
+    return tuple(f"{path}.{each}.weight" for each in leaves)
 
 
 def _why_plain(target: Target, module: nn.Module | None, path: str) -> str | None:

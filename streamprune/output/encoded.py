@@ -31,7 +31,8 @@ class Encoding:
 
     Engines that serve the output on `ranks` GPUs divide the columns of the `split` ones among these. `plain` are other
     matrices, with the reason why they stay. `modules` are the model's names for the modules of `others` and `plain`;
-    `head` is that of its output head. `dtype` is the experts' own, which scales get that are not float32.
+    `head` is that of its output head. `dtype` is the experts' own, which scales get that are not float32. `rows` has
+    the numbers of rows of each of `others` and of those that engines join with it: all are quantized, or none.
     """
 
     weights: str
@@ -41,6 +42,7 @@ class Encoding:
     split: frozenset[str] = field(repr=False)
     plain: Mapping[str, str] = field(repr=False)
     modules: Mapping[str, str] = field(repr=False)
+    rows: Mapping[str, tuple[int, ...]] = field(repr=False)
     head: str | None = None
     ranks: int = 1
 
@@ -52,7 +54,10 @@ class Encoding:
         if storage.quantize == "experts":
             others, plain = frozenset(), plain | dict.fromkeys(others, "all but experts (--quantize experts)")
         ranks = storage.tensor_parallel
-        return cls(storage.weights, dtype, found.experts, others, found.split, plain, found.modules, found.head, ranks)
+        return cls(
+            storage.weights, dtype, found.experts, others, found.split, plain, found.modules, found.rows, found.head,
+            ranks,
+        )  # fmt: skip
 
     def scheme(self, matrices: Iterable[TensorEntry | OutputTensor]) -> Scheme:
         """The scheme for a checkpoint with these plain tensors.
@@ -79,11 +84,15 @@ class Encoding:
             return None
         if name not in self.others:
             return self.plain.get(name, "")
-        rows, columns = shape
+        columns = shape[1]
         if name in self.split and columns % self.ranks == 0:
             columns //= self.ranks
-        problem = scheme.problem((rows, columns)) or scheme.caution((rows, columns))
-        return f"matrices that {self.weights} cannot store: {problem}" if problem is not None else None
+        for rows in (shape[0], *self.rows[name]):
+            problem = scheme.problem((rows, columns)) or scheme.caution((rows, columns))
+            if problem is not None:
+                joined = "" if rows == shape[0] else " (of a matrix that engines join with them)"
+                return f"matrices that {self.weights} cannot store: {problem}{joined}"
+        return None
 
     def config_section(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, Any]:
         """The `quantization_config` of the output's config.json, which lists every module that stays plain."""
