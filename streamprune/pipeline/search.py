@@ -107,7 +107,7 @@ class _Decided:
 
     def memory_of(self, side: Side) -> tuple[Fit, int, int]:
         """The memory of a candidate against the budget, with the bytes of its weights and of all."""
-        fit, weights = self.model.fit_of(side.candidate), side.prepared.planned_bytes
+        fit, weights = self.model.fit_of(side.candidate), side.nbytes
         # Counted to the byte now that the checkpoint is open.
         return fit, weights, fit.total - fit.weights_bytes + weights
 

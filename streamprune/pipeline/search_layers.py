@@ -42,11 +42,12 @@ _HARMLESS = 0.01
 
 @dataclass(frozen=True)
 class Side:
-    """A candidate, the settings of a run of its own, and the model as it is prepared for that."""
+    """A candidate, the settings of a run of its own, and the model as it is prepared for that; `nbytes` of weights."""
 
     candidate: Candidate
     settings: RunSettings
     prepared: PreparedModel
+    nbytes: int
 
     @property
     def name(self) -> str:

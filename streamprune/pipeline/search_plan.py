@@ -100,9 +100,9 @@ def _side(
         rounding_demand(prepared.skeleton, counts)
     if own.refit:
         down_tensors(found, written_tensors(found, CPU))
-    # Decides the scheme of each matrix, or refuses.
-    _ = found.planned_tensors
-    return Side(candidate, own, found)
+    # Refuses what cannot be stored so. (Of a copy, which does not keep the list: one of each candidate is much.)
+    nbytes = replace(found).planned_bytes
+    return Side(candidate, own, found, nbytes)
 
 
 def _footprint(settings: SearchSettings, plan: PruningPlan) -> Footprint:

@@ -68,7 +68,8 @@ def _with_computing(needs: Needs, candidates: Sequence[OwnNeeds]) -> Needs:
     """The needs with those of the largest refit and the largest rounding: they are made one after the other."""
     sizes = [_refit_sizes(own, own.text) for own in candidates if own.settings.refit and own.text is not None]
     rounded = [
-        rounding_of(own.settings, own.prepared, own.text or _NO_TEXT)
+        # (Of a copy, which does not keep the list of tensors.)
+        rounding_of(own.settings, replace(own.prepared), own.text or _NO_TEXT)
         for own in candidates
         if own.settings.is_quantizing
     ]
