@@ -75,9 +75,11 @@ class RoundingDemand:
 
 
 def with_text(calibration: Calibration, tokens: int) -> Calibration:
-    """The calibration with so many tokens marked as text for the pruned layers, if nothing is refitted to them."""
-    uses = _uses(calibration, tokens)
-    return replace(calibration, refit=tuple(FIT if use else "" for use in uses))
+    """The calibration with so many tokens marked as text for the pruned layers, if nothing is refitted to them.
+
+    (They have the order then in which a refit would have them: GPTQ gives the same result beside one.)
+    """
+    return replace(calibration, refit=_uses(calibration, tokens))
 
 
 def with_refit(calibration: Calibration, demand: RefitDemand, least: int = 0) -> Calibration:

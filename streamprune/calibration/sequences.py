@@ -144,7 +144,17 @@ class Calibration:
         return sizes
 
     def _ordered(self) -> list[int]:
-        return sorted(range(len(self.sequences)), key=self._kind)
+        """The sequences by length, source, and what they are for; then in their own order.
+
+        A search notes several uses of a sequence. Those of each use have the order then that they have alone, in which
+        they are summed up, except where one fits in one refit and judges in another.
+        """
+
+        def place(index: int) -> tuple[int, int, str]:
+            length, source, refit = self._kind(index)
+            return length, source, JUDGE if JUDGE in refit else FIT if refit else ""
+
+        return sorted(range(len(self.sequences)), key=place)
 
     def _kind(self, index: int) -> tuple[int, int, str]:
         return len(self.sequences[index]), self.source_of[index], self.refit[index] if self.refit else ""
