@@ -103,6 +103,15 @@ def test_decoded_weights_decide_where_there_is_no_kernel(tool, case) -> None:  #
     assert not tool.judge(case("d", transformers=good, vllm=Failure("crash"), vllm_decoded=good), 1e-3)[0]
 
 
+def test_what_failed_is_tried_again(tool, case, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    good, refused = answer([-1.0]), Failure("no kernel", no_kernel=True)
+    kept = case("kept", transformers=good, vllm=refused, vllm_decoded=good)
+    failed = case("failed", transformers=good, vllm=refused, vllm_decoded=Failure("the process died"))
+    tool.forget_failures(tmp_path.parent)
+    assert all(tool.beside(kept.folder, by).exists() for by in tool.PROGRAMS)
+    assert not any(tool.beside(failed.folder, by).exists() for by in tool.PROGRAMS)
+
+
 def test_options(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     options = tool.parse(["--vllm", sys.executable])
     assert "qwen3_moe" in options.families

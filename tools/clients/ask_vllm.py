@@ -20,15 +20,18 @@ from clients.answers import GENERATED, VOCABULARY, Answer, Failure, prompts, sav
 
 #: How vLLM 0.32 says that it knows a format and has no kernel for it here.
 NO_KERNEL = re.compile(r"No \w+ MoE backend supports|[Ff]ailed to find a kernel|Unsupported FP8 MoE backend: NONE")
+#: vLLM 0.32's own rotary embedding on CPUs rotates (tokens, heads, 64), as multi-head latent attention has it, wrongly.
+_OPS = ["all", "-rotary_embedding"]
 
 
 def ask(folder: Path, dtype: str) -> Answer:
     """What vLLM answers, computing in a dtype."""
     from vllm import LLM, SamplingParams
 
+    options = {"compilation_config": {"custom_ops": _OPS}, "enforce_eager": True, "enable_prefix_caching": False}
     engine = LLM(
-        model=str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=128,
-        max_num_seqs=4, max_logprobs=VOCABULARY, enable_prefix_caching=False, seed=0,
+        model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=128, max_num_seqs=4,
+        max_logprobs=VOCABULARY, seed=0, **options,
     )  # fmt: skip
     how = SamplingParams(
         temperature=0, max_tokens=GENERATED, prompt_logprobs=VOCABULARY, ignore_eos=True, detokenize=False
@@ -51,7 +54,7 @@ def result(folder: Path, context: AbstractContextManager[None], dtype: str) -> A
     except Exception as error:
         traceback.print_exc()
         lines = [line for line in str(error).splitlines() if line.strip()] or ["(no message)"]
-        found = next((line for line in lines if NO_KERNEL.search(line)), None)
+        found = next((line.removesuffix(" Reasons: ") for line in lines if NO_KERNEL.search(line)), None)
         return Failure(f"{type(error).__name__}: {found or lines[0]}", no_kernel=found is not None)
     finally:
         cleanup_dist_env_and_memory()

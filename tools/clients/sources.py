@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 #: What published config.json files say, and transformers' config classes neither need nor write.
 _SAID = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
+_NO_CORRECTION = ("ernie4_5_moe",)
 #: Calibration: sequences, and tokens in each.
 SEQUENCES, LENGTH = 24, 48
 
@@ -68,9 +69,10 @@ def make_source(family: str, folder: Path, seed: int = 0) -> None:
             parameter.data.normal_(0, 0.08)
         elif name.endswith("bias"):
             parameter.data.normal_(0, 0.05)
-    for name, buffer in model.named_buffers():
+    for name, tensor in model.state_dict().items():
+        # vLLM's router for CPUs leaves it out where scores are a softmax.
         if name.endswith("correction_bias"):
-            buffer.data.normal_(0, 0.05)
+            tensor.normal_(0, 0.05) if family not in _NO_CORRECTION else tensor.zero_()
     model.save_pretrained(folder, max_shard_size="1MB")
     path = folder / "config.json"
     said = json.loads(path.read_text(encoding="utf-8")) | _SAID.get(family, {})
