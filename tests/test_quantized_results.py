@@ -24,9 +24,10 @@ from streamprune.output.verify import verify
 from streamprune.pipeline.dry_run import print_dry_run
 from streamprune.pipeline.prune import dry_run
 from streamprune.pipeline.prune import prune as prune_by_scores
+from streamprune.pipeline.run import run
 from tests.helpers import known_family, prepare_whole, prune, read_tensors, token_ids
 from tests.thorough import thorough
-from tests.tiny import make_model, tiny_config
+from tests.tiny import make_model, tiny_config, write_token_ids
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "glm4_moe", "qwen2_moe", "olmoe", "mixtral", "ernie4_5_moe", "qwen3_5_moe_text")
 SCHEMES = ("fp8", "fp8-dynamic", "w8a16", "w4a16")
@@ -273,3 +274,16 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=message):
         PruneSettings(model="model", output=tmp_path / "out", scores=tmp_path / "scores", keep=5, **given)
+
+
+def test_too_little_text_to_round_by_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = source_of(tmp_path)
+    few, enough = (write_token_ids(tmp_path / f"{number}.jsonl", number) for number in (2, 40))
+    for text, told in ((few, True), (enough, False)):
+        settings = RunSettings(
+            model=str(source), output=tmp_path / text.stem, keep=5, weights="w4a16", calibration=(str(text),)
+        )
+        run(settings)
+        said = capsys.readouterr().err
+        assert "rounding: GPTQ by" in said
+        assert ("warning: that is less than 1 for each column" in said) == told

@@ -17,8 +17,9 @@ from streamprune.errors import CalibrationError
 #: damage left is about a constant plus .24 / this number; below RECOMMENDED it is worth a warning.)
 WANTED_PER_UNIT, RECOMMENDED_PER_UNIT = 48, 32
 #: Routed tokens for each input column of an expert that stays, on average, that its matrices are rounded by. (On the
-#: demo's model, GPTQ left .47 of the loss of rounding to nearest with 1 token a column, .39 with 16.)
-WANTED_PER_COLUMN = 16
+#: demo's model, GPTQ left .47 of the loss of rounding to nearest with 1 token a column, .39 with 16; fewer than
+#: RECOMMENDED are worth a warning.)
+WANTED_PER_COLUMN, RECOMMENDED_PER_COLUMN = 16, 1
 #: Tokens for an importance matrix, if no more go through the pruned layers anyway: llama.cpp's users take 100 to 512
 #: chunks of 512 tokens. Below the second it is worth a warning.
 IMATRIX_TOKENS, LEAST_IMATRIX_TOKENS = 256 * 512, 100 * 512

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import transformers
 
-from streamprune.calibration.refit_text import JUDGE_EVERY, LEAST_IMATRIX_TOKENS, RECOMMENDED_PER_UNIT, fitted_tokens
+from streamprune.calibration.refit_text import (
+    JUDGE_EVERY,
+    LEAST_IMATRIX_TOKENS,
+    RECOMMENDED_PER_COLUMN,
+    RECOMMENDED_PER_UNIT,
+    fitted_tokens,
+)
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
@@ -29,6 +35,7 @@ from streamprune.pipeline.finish import (
 )
 from streamprune.planning.prepare import PreparedModel, PruningPlan
 from streamprune.planning.refit import anchor_name, refit_demand, refit_sizes
+from streamprune.planning.rounding import rounding_demand
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
 from streamprune.work.folder import WorkFolder
@@ -90,10 +97,29 @@ def print_prepared(
         progress.say(f"held out for measuring: {len(held.sequences)} sequences, {held.tokens:,} tokens")
     if settings.refit:
         _print_refit(progress, settings, prepared, calibration)
+    if settings.needs_text:
+        _print_rounding(progress, prepared, calibration)
     if settings.imatrix is not None:
         _print_imatrix(progress, calibration)
     for note in calibration.notes:
         progress.say(f"note: {note}")
+
+
+def _print_rounding(progress: Progress, prepared: PreparedModel, calibration: Calibration) -> None:
+    """Print what text weights are rounded by, with a warning if it is little."""
+    counts = prepared.plan.counts
+    assert counts is not None
+    tokens = sum(fitted_tokens(calibration, use) for use in (FIT, JUDGE))
+    per_column = tokens / rounding_demand(prepared.skeleton, counts).per_column
+    progress.say(
+        f"rounding: GPTQ by {tokens:,} tokens, {per_column:.2g} routed ones for each input column of an expert that "
+        "stays"
+    )
+    if per_column < RECOMMENDED_PER_COLUMN:
+        progress.say(
+            f"warning: that is less than {RECOMMENDED_PER_COLUMN} for each column, so GPTQ helps less than it could, "
+            "and many experts may be rounded to nearest. Give more text: --samples, --calibration."
+        )
 
 
 def _print_imatrix(progress: Progress, calibration: Calibration) -> None:
