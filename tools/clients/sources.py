@@ -46,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "glm4_moe": {"head_dim": 64, "num_key_value_heads": 2},
     "deepseek_v3": {**_MLA, "head_dim": 64, "q_lora_rank": 128, "n_group": 4, "topk_group": 2},
+    # Full attention only: vLLM's kernels for linear attention want bfloat16.
+    "qwen3_next": {"head_dim": 64, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 4},
     "ernie4_5_moe": {"moe_k": 4},
 }
 #: What published config.json files say, and transformers' config classes neither need nor write.
