@@ -11,12 +11,13 @@ from click.testing import CliRunner
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import RunSettings, ServingSpec
+from streamprune.config import RunSettings
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.selection.select import layer_counts
 from streamprune.selection.settings import SelectionSettings
+from streamprune.targets import ServingSpec
 from tests.helpers import known_family, prune
 from tests.thorough import by_family, crossed
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError
 from streamprune.fit.answer import CONTEXTS, RATIOS, table
 from streamprune.fit.cache import CacheSizes, LayerCache, prefill_workspace_bytes
@@ -28,6 +27,7 @@ from streamprune.fit.nearest import nearest
 from streamprune.fit.weights import WeightFact, Weights, WeightSizes
 from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
+from streamprune.targets import ServingSpec
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3

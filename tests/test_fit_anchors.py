@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.targets import ServingSpec
 from tests.full_size import config_only, published
 from tests.thorough import mostly_thorough
 

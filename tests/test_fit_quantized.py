@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import ServingSpec
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.fit.answer import fit_object, resolve_budget, table
 from streamprune.fit.estimate import Fit, Footprint
@@ -27,6 +26,7 @@ from streamprune.fit.structure import weights_of_checkpoint
 from streamprune.fit.weights import Weights, weights_with
 from streamprune.models.open import describe_model, load_config
 from streamprune.models.skeleton import build_skeleton
+from streamprune.targets import ServingSpec
 from tests.full_size import config_only
 from tests.helpers import prune, read_tensors, tree_bytes
 from tests.hub_model import hub_for_this_process

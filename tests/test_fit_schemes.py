@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import PruneSettings, RunSettings, ServingSpec, Storage
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import fit_object, resolve_budget, table
 from streamprune.fit.estimate import Estimate, Fit, Footprint
@@ -24,6 +24,7 @@ from streamprune.pipeline.prune import dry_run, prune
 from streamprune.pipeline.run import run
 from streamprune.planning.sizes import read_forms
 from streamprune.quantize.schemes import SCHEMES
+from streamprune.targets import ServingSpec, Storage
 from tests.full_size import config_only, published
 from tests.helpers import known_family
 from tests.quantized import make_quantized

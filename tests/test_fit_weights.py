@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.structure import weights_of_checkpoint
@@ -22,6 +21,7 @@ from streamprune.fit.weights import WeightFact, Weights, weights_by_name
 from streamprune.models.config_json import ExpertSpec, stated_experts
 from streamprune.models.open import load_config
 from streamprune.models.skeleton import build_skeleton
+from streamprune.targets import ServingSpec
 from tests.fit_families import CACHED
 from tests.full_size import Tensors, write_sparse
 from tests.helpers import prune

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.cli import main
-from streamprune.config import ServingSpec
 from streamprune.fit import measure as measuring
 from streamprune.fit.estimate import Fit
 from streamprune.fit.footprint import read_footprint
+from streamprune.targets import ServingSpec
 from tests.helpers import CPU
 from tests.tiny import FAMILIES, make_model, tiny_config
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamprune.config import ServingSpec
 from streamprune.fit.estimate import Estimate
 from streamprune.fit.footprint import read_footprint
 from streamprune.formats.base import ChannelMask
@@ -20,6 +19,7 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.facts import read_facts
 from streamprune.reporting.write import ALL_PICTURES, markers, with_sections, write_report
 from streamprune.saliency.scores_file import read_scores
+from streamprune.targets import ServingSpec
 from tests.helpers import known_family, prune, tree_bytes
 from tests.reports import (
     CONTEXT,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import PruneSettings, RunSettings, ServingSpec
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import fit_object, terms_lines
 from streamprune.fit.estimate import Fit, Footprint, check_keep, per_layer_note
@@ -28,6 +28,7 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
+from streamprune.targets import ServingSpec
 from tests.fuzzing import Tally, judge, mutated_json
 from tests.helpers import known_family, tree_bytes
 from tests.hub_model import hub_for_this_process

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.config import PruneSettings, PruningTarget, RunSettings
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import (
     CheckpointError,
     ResumeError,
@@ -36,6 +36,7 @@ from streamprune.pipeline.run import run
 from streamprune.planning.counts import Prunable, plan_counts
 from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.widths import allowed_widths, check_width, default_multiple, width_for_share, width_notes
+from streamprune.targets import PruningTarget
 from tests.helpers import known_family, load_as_declared, load_whole, prune, read_tensors, token_ids
 from tests.interruptions import Injected, breaking_at
 from tests.thorough import DISTINCT

@@ -15,11 +15,11 @@ import yaml
 
 from streamprune.calibration.builtin_text import BUILTIN, DOMAINS
 from streamprune.calibration.templates import compiled, parse_path
-from streamprune.config import MOST_TOKENS
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
 from streamprune.hardware.memory import format_bytes
 from streamprune.tables import plain
+from streamprune.targets import MOST_TOKENS
 
 SUFFIXES = (".yaml", ".yml", ".json")
 #: Recipes have a few kilobytes, and parsing a megabyte of YAML takes a minute.

@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
-from streamprune.config import WEIGHTS, ServingSpec, Storage, check_amounts
+from streamprune.config import check_amounts
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
 from streamprune.fit.estimate import Fit, check_keep
 from streamprune.hardware.memory import limit_library_memory
+from streamprune.targets import WEIGHTS, ServingSpec, Storage
 
 
 @click.command()

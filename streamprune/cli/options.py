@@ -14,18 +14,7 @@ from typing import Any
 
 import click
 
-from streamprune.config import (
-    BY,
-    DEFAULT_CONTEXT,
-    DEFAULT_SAMPLES,
-    DEFAULT_SEQ_LEN,
-    DTYPES,
-    QUANTIZE,
-    RESUME,
-    ROUNDING,
-    STATES,
-    WEIGHTS,
-)
+from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
 from streamprune.distributed.processes import is_first
 from streamprune.errors import (
     OtherProcessError,
@@ -37,6 +26,7 @@ from streamprune.errors import (
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
+from streamprune.targets import BY, DEFAULT_CONTEXT, QUANTIZE, ROUNDING, WEIGHTS
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 PATH = click.Path(path_type=Path)

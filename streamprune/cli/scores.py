@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
-from streamprune.config import PruningTarget
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
 from streamprune.fit.estimate import Footprint
@@ -28,6 +27,7 @@ from streamprune.selection.select import Selection, Selector, listed_selection, 
 from streamprune.selection.settings import SelectionSettings
 from streamprune.selection.user_files import read_keep_file
 from streamprune.selection.widths import width_for_share
+from streamprune.targets import PruningTarget
 
 #: Shares of the channels, of which the energy is shown where nothing says how many stay.
 _SHOWN_SHARES = (0.75, 0.5, 0.25)

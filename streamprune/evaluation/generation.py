@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 from streamprune.calibration.records import load_tokenizer
 from streamprune.calibration.sequences import Calibration
-from streamprune.config import EvalSettings, check_least
+from streamprune.config import EvalSettings
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
 from streamprune.evaluation.generation_figures import (
     GREEDY,
@@ -38,6 +38,7 @@ from streamprune.hardware.device import free_after_failure, is_gpu, is_out_of_me
 from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
+from streamprune.targets import check_least
 
 #: Seconds between two progress lines.
 LINE_SECONDS = 15.0

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
-from streamprune.config import MOST_TOKENS
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.fit.loading import decoded_bytes, loading_note
@@ -22,6 +21,7 @@ from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
 from streamprune.tables import Table
+from streamprune.targets import MOST_TOKENS
 
 if TYPE_CHECKING:
     from streamprune.fit.measure import Measured

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from streamprune.config import MOST_TOKENS, ServingSpec
 from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
 from streamprune.fit.weights import Weights, WeightSizes
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
+from streamprune.targets import MOST_TOKENS, ServingSpec
 
 MIB = 1024**2
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.

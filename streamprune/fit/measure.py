@@ -11,12 +11,12 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from streamprune.config import ServingSpec
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.fit.estimate import PREFILL_CHUNK, Estimate
 from streamprune.hardware.device import choose_device, is_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import gpu_of_device
+from streamprune.targets import ServingSpec
 
 
 class GpuMeter:

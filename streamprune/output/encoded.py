@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import Storage
 from streamprune.errors import SettingsError
 from streamprune.models.expert_layout import Cut, Layout
 from streamprune.output.tensors import EncodedPart, OutputTensor
 from streamprune.quantize.schemes import Scheme, scheme_of
+from streamprune.targets import Storage
 
 if TYPE_CHECKING:
     from streamprune.models.linear_weights import LinearWeights

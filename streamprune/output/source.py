@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import Storage
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.formats.quantization import Quantization
 from streamprune.models.expert_layout import Layout
@@ -20,6 +19,7 @@ from streamprune.output.dequantized import dequantized, dequantized_layout
 from streamprune.output.encoded import Encoding
 from streamprune.output.plan import OutputSource
 from streamprune.quantize.schemes import Scheme, require_library
+from streamprune.targets import Storage
 
 
 def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage) -> OutputSource:

@@ -18,7 +18,7 @@ import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
-from streamprune.config import DEFAULT_SHARD_BYTES, QUANTIZE, ROUNDING, WEIGHTS, Storage
+from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show
@@ -30,6 +30,7 @@ from streamprune.output.encoded import SHAPE
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
+from streamprune.targets import QUANTIZE, ROUNDING, WEIGHTS, Storage
 from streamprune.work.records import Computed
 
 

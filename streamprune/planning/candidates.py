@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from streamprune.config import WEIGHTS
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import WEIGHTS as OF_WEIGHTS
 from streamprune.fit.estimate import Fit
@@ -17,6 +16,7 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.models.config_json import ExpertSpec, WidthSpec, minimum_keep
 from streamprune.planning.counts import ExpertCounts
 from streamprune.selection.widths import allowed_widths, check_width
+from streamprune.targets import WEIGHTS
 
 #: The value of --candidates for those that are laid out from the budget.
 AUTO = "auto"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streamprune.config import PruningTarget
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import Budget, resolve_budget
 from streamprune.fit.estimate import Estimate, Fit, Footprint
@@ -22,6 +21,7 @@ from streamprune.models.config_json import ExpertSpec, WidthSpec, minimum_keep, 
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.select import planned_counts, stated_counts
 from streamprune.selection.widths import allowed_widths, check_width, default_multiple, width_for_share, width_notes
+from streamprune.targets import PruningTarget
 
 
 @dataclass(frozen=True)

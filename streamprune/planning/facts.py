@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import PruningTarget
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
@@ -29,6 +28,7 @@ from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts, Prunable
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import NO_CHANNELS
+from streamprune.targets import PruningTarget
 
 #: Bytes of a weight where the scores do not say it.
 _USUAL_ITEMSIZE = 2

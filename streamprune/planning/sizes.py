@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import PruningTarget, Storage
 from streamprune.errors import SettingsError, StreampruneError, UnsupportedModelError
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_model
@@ -25,6 +24,7 @@ from streamprune.output.tensors import OutputTensor, output_tensors
 from streamprune.planning.counts import refuse_new_values
 from streamprune.quantize.schemes import SCHEMES
 from streamprune.selection.widths import check_width
+from streamprune.targets import PruningTarget, Storage
 
 _NOT_NARROWER = "The experts of this model cannot be made narrower: {}."
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import OutputSettings, Storage
+from streamprune.config import OutputSettings
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.published import published_facts
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint
@@ -17,6 +17,7 @@ from streamprune.formats.quantization import Quantization, without_sections
 from streamprune.models.skeleton import Skeleton
 from streamprune.output.source import quantizing
 from streamprune.planning.sizes import PlainTensors, WrittenSizes
+from streamprune.targets import Storage
 
 #: In the name of the first expert's tensors.
 _FIRST = ".experts.0."

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS
-from streamprune.config import DEFAULT_CONTEXT, DEFAULT_SHARD_BYTES, DTYPES, MOST_TOKENS, NO_ANCHOR
+from streamprune.config import DEFAULT_SHARD_BYTES, DTYPES, NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
@@ -36,6 +36,7 @@ from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from streamprune.selection.settings import SelectionSettings
 from streamprune.selection.widths import width_notes
 from streamprune.tables import plain
+from streamprune.targets import DEFAULT_CONTEXT, MOST_TOKENS
 
 #: The name of the published model's folder in commands that need its files.
 THIS_MODEL = "this-model"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from streamprune.checkpoint.index import Checkpoint, open_checkpoint
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES
-from streamprune.config import ServingSpec, sibling_path
+from streamprune.config import sibling_path
 from streamprune.errors import ReportError, UnsupportedModelError
 from streamprune.files.json_text import parse_json
 from streamprune.fit.estimate import Estimate, Footprint
@@ -43,6 +43,7 @@ from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, read_scores
 from streamprune.selection.energy import energy_by_rank, energy_retentions
 from streamprune.selection.retention import Retention, retentions
+from streamprune.targets import ServingSpec
 
 _ADVICE = "Remove the log: the report works without it."
 #: The GPUs that models are pruned for, as (label, bytes of memory, bytes of these that CUDA can use).

@@ -14,7 +14,6 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from streamprune.checkpoint.index import read_json
-from streamprune.config import QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
 from streamprune.errors import CheckpointError, ReportError, SettingsError
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.formats.base import ChannelMask
@@ -38,6 +37,7 @@ from streamprune.reporting.record_text import (
     Share,
 )
 from streamprune.selection.select import LayerSelection, Selection
+from streamprune.targets import QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
 from streamprune.work.records import Computed
 
 #: The format of streamprune.json.

@@ -21,7 +21,6 @@ from pathlib import Path
 from msgspec.structs import asdict
 
 from streamprune import __version__
-from streamprune.config import ServingSpec
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.formats.pick import storage_text
@@ -33,6 +32,7 @@ from streamprune.reporting.search_page import draw_search
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.tables import Table
+from streamprune.targets import ServingSpec
 
 CARD_NAME, PAGE_NAME, PICTURES_FOLDER = "README.md", "report.html", "pictures"
 #: The sections of the card that the report writes, in the order in which they are added to a card without them.

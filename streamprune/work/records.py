@@ -15,12 +15,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, PruningTarget, RunSettings, SearchSettings
+from streamprune.config import OutputSettings, PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import kill_point, read_record, reading, write_record, writing
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.models.config_json import MOST_LAYERS
+from streamprune.targets import PruningTarget
 
 #: The format of the files in a work folder. Version 0.1.0 wrote formats 1 and 2; format 3 had another form of states;
 #: format 4 (0.2.0) had no statistics of channels.

@@ -18,7 +18,7 @@ from measuring.mixes import BALANCED, MIXES
 from measuring.training import HELD_OUT_SEQUENCES
 from streamprune.calibration.builtin_text import DOMAINS
 from streamprune.calibration.sequences import Calibration
-from streamprune.config import BY, NO_ANCHOR, PruneSettings, RunSettings
+from streamprune.config import NO_ANCHOR, PruneSettings, RunSettings
 from streamprune.demo.demo import (
     CALIBRATION_SEQUENCES,
     RECIPE_NAME,
@@ -34,6 +34,7 @@ from streamprune.models.open import load_config
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from streamprune.tables import Table
+from streamprune.targets import BY
 
 RATIOS = (0.25, 0.5, 0.75)
 CALIBRATIONS = (BALANCED, "70/30", "code only")

@@ -1,0 +1,200 @@
+"""What an output is to be: how far it is pruned, for what use, and how its weights are stored.
+
+Each class raises SettingsError for values that are impossible whatever the model and the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from streamprune.errors import SettingsError
+from streamprune.quantize.schemes import SCHEMES
+from streamprune.selection.schedules import SCHEDULES
+from streamprune.selection.settings import SelectionSettings
+
+BY = ("experts", "channels", "both")
+#: How the output stores weights: as the source does; plain, in bfloat16, where the source has them quantized; or newly
+#: quantized by a scheme.
+WEIGHTS = ("source", "bf16", *SCHEMES)
+#: What a scheme quantizes: the routed experts, or every Linear module in the layers but for routers and the like.
+QUANTIZE = ("experts", "all-linear")
+#: How it rounds: each value to the nearest, or GPTQ, which needs text.
+ROUNDING = ("rtn", "gptq")
+#: Tokens per sequence that a model is planned for.
+DEFAULT_CONTEXT = 32768
+#: Tokens of all sequences together that can be planned for: far beyond any GPU.
+MOST_TOKENS = 2**40
+
+
+def check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise SettingsError unless an option has one of its values."""
+    if choice not in choices:
+        raise SettingsError(f"{name} {choice!r} is unknown. Choose one of: {', '.join(choices)}.")
+
+
+def check_least(name: str, value: int | None, least: int) -> None:
+    """Raise SettingsError for a number that is too small; None is an option that was not given."""
+    if value is not None and value < least:
+        raise SettingsError(f"{name} {value} is too small: at least {least}.")
+
+
+@dataclass(frozen=True)
+class ServingSpec:
+    """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
+
+    `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is.
+    `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
+    number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
+    the number of channels that each expert keeps; None for all.
+    """
+
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
+    weights: str = "source"
+    keep: int | None = None
+    total: int | None = None
+    widest: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        check_least("--context", self.context, 1)
+        check_least("--batch", self.batch, 1)
+        if self.context * self.batch > MOST_TOKENS:
+            raise SettingsError(f"--context {self.context} with --batch {self.batch} is more than any GPU could hold.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningTarget(SelectionSettings):
+    """How far to prune, for what use, and which experts to keep.
+
+    At most one says how far: `keep` (experts per layer), `ratio` (share removed), or a budget (`budget_gib`, or what
+    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives layers
+    different numbers of experts, these are means: as many experts stay in all as with equal numbers.
+
+    `width` is the number of channels that each expert keeps, alone or in addition. Without it, `by` says what a ratio
+    or a budget removes: experts, channels, or both by the same share. Widths found that way are multiples of
+    `width_multiple`.
+    """
+
+    keep: int | None = None
+    ratio: float | None = None
+    budget_gib: float | None = None
+    gpu: str | None = None
+    context: int = DEFAULT_CONTEXT
+    batch: int = 1
+    kv_dtype: str = "auto"
+    width: int | None = None
+    by: str = "experts"
+    width_multiple: int | None = None
+
+    def __post_init__(self) -> None:
+        SelectionSettings.__post_init__(self)
+        check_choice("--by", self.by, BY)
+        check_least("--width", self.width, 1)
+        check_least("--width-multiple", self.width_multiple, 1)
+        if self.by != "experts" and self.width is not None:
+            raise SettingsError(f"--by {self.by} finds the width itself. Omit it, or --width {self.width}.")
+        if self.by != "experts" and (self.keep is not None or self.has_schedule_file):
+            raise SettingsError(f"--by {self.by} is for --ratio and for a budget. Say the width with --width.")
+        if self.by == "experts" and self.width_multiple is not None:
+            raise SettingsError("--width-multiple is for --by channels and --by both.")
+        if self.keep is not None and self.keep < 1:
+            raise SettingsError(f"--keep {self.keep}: at least one expert per layer must stay.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise SettingsError(
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share to remove; 0.5 is half."
+            )
+        # Creating it checks its values.
+        _ = self.serving
+
+    @property
+    def serving(self) -> ServingSpec:
+        """How the pruned model is to be used."""
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=self.stored_as)
+
+    @property
+    def selection(self) -> SelectionSettings:
+        """How the experts that stay are selected."""
+        return SelectionSettings(**{each.name: getattr(self, each.name) for each in fields(SelectionSettings)})
+
+    @property
+    def stored_as(self) -> str:
+        """How the pruned model stores its weights: one of WEIGHTS."""
+        return "source"
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether an output with all experts would differ from the source."""
+        return self.stored_as != "source"
+
+    @property
+    def targets_given(self) -> int:
+        """How many of the settings say how far to prune."""
+        return sum(value is not None for value in (self.keep, self.ratio, self.budget_gib, self.gpu))
+
+    def check_one_target(self) -> None:
+        """Raise SettingsError unless one setting says how far to prune; with a schedule file, only a budget may."""
+        given = self.targets_given
+        if given == 0 and (self.width is not None or self.changes_weights):
+            return
+        if self.has_schedule_file and (given > 1 or self.keep is not None or self.ratio is not None):
+            raise SettingsError(
+                f"--schedule {self.schedule} is none of {', '.join(SCHEDULES)}, so it is read as a file that lists how "
+                "many experts stay. Omit --keep and --ratio; a budget is only checked."
+            )
+        if given != 1 and not self.has_schedule_file:
+            raise SettingsError(
+                "Say in one way how far to prune: --budget-gib G (memory that it must fit), --gpu NAME (the same, by "
+                "GPU), --keep N (experts to keep per layer) or --ratio R (share to remove). --width W (channels to "
+                "keep per expert) may stand alone, or be added."
+            )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How an output stores weights: `weights` is one of WEIGHTS; the rest is only for those that quantize.
+
+    `quantize` is one of QUANTIZE, `rounding` one of ROUNDING, and `tensor_parallel` the number of GPUs that an engine
+    will divide the matrices among.
+    """
+
+    weights: str = "source"
+    quantize: str = QUANTIZE[-1]
+    rounding: str = ROUNDING[0]
+    tensor_parallel: int = 1
+
+    @classmethod
+    def of(cls, weights: str, quantize: str | None, rounding: str | None, tensor_parallel: int | None) -> Storage:
+        """The storage for options that may not be given (None).
+
+        Raises SettingsError for unknown values, and for options that only count for quantized weights without these.
+        """
+        check_choice("--weights", weights, WEIGHTS)
+        options = (("--quantize", quantize, QUANTIZE), ("--rounding", rounding, ROUNDING))
+        for name, value, choices in options:
+            if value is not None:
+                check_choice(name, value, choices)
+        check_least("--tensor-parallel", tensor_parallel, 1)
+        given = [*options, ("--tensor-parallel", tensor_parallel, ())]
+        unused = next((name for name, value, _ in given if value is not None), None)
+        if unused is not None and weights not in SCHEMES:
+            raise SettingsError(
+                f"{unused} is for weights that are quantized anew: --weights {', '.join(SCHEMES)}. With --weights "
+                f"{weights} leave it out."
+            )
+        # By default 8 bits are rounded to the nearest, and 4 bits by GPTQ.
+        rounding = rounding or ("gptq" if weights == "w4a16" else "rtn")
+        return cls(weights, quantize or QUANTIZE[-1], rounding, tensor_parallel or 1)
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether weights are quantized anew."""
+        return self.weights in SCHEMES
+
+    def as_json(self) -> dict[str, Any]:
+        """What is recorded of it; nothing for the source's own way."""
+        if self.is_quantizing:
+            return asdict(self)
+        return {"weights": self.weights} if self.weights != "source" else {}
