@@ -25,6 +25,7 @@ from streamprune.pipeline.run import run
 from streamprune.pipeline.search import resume_search, search
 from streamprune.planning.candidates import Candidate, Searchable, lay_out
 from streamprune.progress import Progress
+from streamprune.streaming import predictions
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.quantize_stage import QuantizeStage
@@ -193,6 +194,28 @@ def test_hopeless_candidates_are_given_up_and_change_nothing_else(
         name: expected[name] for name, row in rows.items() if "all" in row
     }
     assert best in {name for name, row in rows.items() if "all" in row}
+
+
+def test_a_measurement_within_the_model_that_was_stopped_is_made_after_all(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamprune.pipeline.search_layers._HARMLESS", 0.0)
+    search(settings(made, tmp_path / "whole", drop_above=1.05), quiet=True)
+    given_up = [each["given_up"]["layer"] for each in read(tmp_path / "whole")["candidates"] if "given_up" in each]
+    assert 0 in given_up
+    usual, asked = predictions.add_slice, []
+
+    def add_slice(*arguments: Any) -> Any:
+        if not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*arguments)
+
+    monkeypatch.setattr(predictions, "add_slice", add_slice)
+    with pytest.raises(InterruptedRunError, match="1 of 4 layers are done"):
+        search(settings(made, tmp_path / "out", drop_above=1.05, checkpoint_every=1e6), quiet=True)
+    resume_search(tmp_path / "out.work", quiet=True)
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
 
 
 def test_other_candidates_do_not_resume(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

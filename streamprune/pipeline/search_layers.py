@@ -110,10 +110,13 @@ class SearchLayers:
         Raises InterruptedRunError, with the states saved, when the user stops the search.
         """
         with self._loop:
-            start = self._restore()
+            start, begins = self._restore()
             for name in self.given_up:
                 self._loop.give_up(name)
             try:
+                if begins and self._is_due(start - 1):
+                    # The search may have been stopped within this measurement. Made twice it gives up the same ones.
+                    self._give_up_hopeless(start - 1)
                 self._go_through(start)
             except Stopped:
                 self._progress.say("stopping: saving the hidden states ...")
@@ -172,7 +175,7 @@ class SearchLayers:
         step = max(1, count // _MEASUREMENTS)
         # (A single candidate has nothing to be compared with.)
         several = len(self._selectors) - len(self.given_up) > 1
-        return bool(self._settings.drop_above) and several and (layer + 1) % step == 0 and layer + 1 < count
+        return bool(self._settings.drop_above) and several and (layer + 1) % step == 0 and 0 < layer + 1 < count
 
     def _give_up_hopeless(self, layer: int) -> None:
         """Give up the candidates whose predictions, as if the model ended here, are far worse than the best ones."""
@@ -195,8 +198,8 @@ class SearchLayers:
         for name in hopeless:
             self._loop.give_up(name)
 
-    def _restore(self) -> int:
-        """Restore the newest usable states; returns the layer to go on with."""
+    def _restore(self) -> tuple[int, bool]:
+        """Restore the newest usable states; returns the layer to go on with, and whether nothing of it is done."""
         recorded = self._recorded()
         for saved in self._work.states.intact():
             try:
@@ -210,10 +213,10 @@ class SearchLayers:
                 continue
             self.scored = {index: each for index, each in enumerate(recorded[:layer]) if each is not None}
             self._progress.say(f"resuming: {layer} layers are done")
-            return layer
+            return layer, self._loop.begins_layer(saved.facts)
         if recorded:
             self._progress.say("resuming: no usable hidden states are saved, so all layers are computed again")
-        return 0
+        return 0, True
 
     def _recorded(self) -> list[LayerStatistics | None]:
         """The statistics of the first layers, as far as they are on record."""
