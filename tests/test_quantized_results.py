@@ -5,6 +5,7 @@ The values are decoded by compressed-tensors or by transformers' own arithmetic,
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import warnings
 from pathlib import Path
@@ -287,3 +288,56 @@ def test_too_little_text_to_round_by_is_told(tmp_path: Path, capsys: pytest.Capt
         said = capsys.readouterr().err
         assert "rounding: GPTQ by" in said
         assert ("warning: that is less than 1 for each column" in said) == told
+
+
+def test_another_version_of_the_library_is_no_difference(tmp_path: Path) -> None:
+    """What is compared is what the config says of the weights, not which patch version wrote it."""
+    source, output = source_of(tmp_path), tmp_path / "out"
+    prune(source, output, weights="w8a16")
+    config = json.loads((output / "config.json").read_text())
+    config["quantization_config"]["version"] = "0.20.99"
+    (output / "config.json").write_text(json.dumps(config))
+    assert verify(output, source).encoded
+    config["quantization_config"]["ignore"].pop()
+    (output / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match="ignore"):
+        verify(output, source)
+
+
+def test_blocks_of_fp8_must_be_whole_on_every_gpu(tmp_path: Path) -> None:
+    source = source_of(tmp_path, moe_intermediate_size=256, hidden_size=128)
+    with pytest.raises(SettingsError, match=r"256 .*, over 4 GPUs, are no whole blocks of 128"):
+        prune(source, tmp_path / "out", weights="fp8", tensor_parallel=4)
+    prune(source, tmp_path / "out", weights="fp8", tensor_parallel=2)
+    tensors = read_tensors(tmp_path / "out")
+    # 64 rows of queries are no whole blocks on either GPU.
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
+    assert tensors["model.layers.0.mlp.experts.0.down_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_a_missing_library_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    source = source_of(tmp_path)
+    for shard in source.glob("*.safetensors"):
+        shard.write_bytes(b"not read")
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    told = r"pip install 'streamprune\[quantize\]'"
+    with pytest.raises(SettingsError, match=told):
+        prune(source, tmp_path / "out", weights="w4a16")
+    with pytest.raises(SettingsError, match=told):
+        prune_by_scores(PruneSettings(model=str(source), output=tmp_path / "out", weights="w8a16"), quiet=True)
+
+
+def test_sizes_tell_equal_matrices_apart_that_are_treated_differently(tmp_path: Path) -> None:
+    """Queries stay plain for the sake of their keys of 192 rows; the output projection has their shape."""
+    source = source_of(tmp_path, hidden_size=384, head_dim=96, moe_intermediate_size=128)
+    settings = RunSettings(model=str(source), output=tmp_path / "out", weights="fp8", keep=5)
+    told = print_dry_run(settings, quiet=True)["memory"]
+    prune(source, settings.output, weights="fp8")
+    tensors = read_tensors(settings.output)
+    query, out = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"] for name in ("q", "o"))
+    assert (query.shape, query.dtype) == (out.shape, torch.float32)
+    assert out.dtype == torch.float8_e4m3fn
+    assert told["weights_bytes"] == open_checkpoint(settings.output).nbytes

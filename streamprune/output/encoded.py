@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import SettingsError
+from streamprune.formats.fp8 import Fp8
 from streamprune.models.expert_layout import Cut, Layout
 from streamprune.output.tensors import EncodedPart, OutputTensor
 from streamprune.quantize.schemes import Scheme, scheme_of
@@ -69,8 +70,9 @@ class Encoding:
         split = {each.shape[1] for each in experts if each.name in self.split}
         whole = {each.shape[1] for each in experts if each.name not in self.split}
         scheme = scheme_of(self.weights, whole, split, tensor_parallel=self.ranks, dtype=self.dtype)
-        for shape in sorted({each.shape for each in experts}):
-            problem = scheme.problem(shape) or scheme.caution(shape)
+        kinds = {(each.shape, each.name in self.split): each.name for each in experts}
+        for (shape, _), name in sorted(kinds.items()):
+            problem = self._misfit(name, shape, scheme)
             if problem is not None:
                 raise SettingsError(
                     f"--weights {self.weights} is not possible for experts of {list(shape)}: {problem}. Use another "
@@ -84,15 +86,22 @@ class Encoding:
             return None
         if name not in self.others:
             return self.plain.get(name, "")
-        columns = shape[1]
-        if name in self.split and columns % self.ranks == 0:
-            columns //= self.ranks
         for rows in (shape[0], *self.rows[name]):
-            problem = scheme.problem((rows, columns)) or scheme.caution((rows, columns))
+            problem = self._misfit(name, (rows, shape[1]), scheme)
             if problem is not None:
                 joined = "" if rows == shape[0] else " (of a matrix that engines join with them)"
                 return f"matrices that {self.weights} cannot store: {problem}{joined}"
         return None
+
+    def _misfit(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        """Why a matrix of this shape cannot be stored by the scheme, or not be divided among the GPUs."""
+        axis = 1 if name in self.split else 0
+        own = tuple(size // self.ranks if place == axis == 1 else size for place, size in enumerate(shape))
+        blocks = isinstance(scheme.format, Fp8) and scheme.format.block is not None
+        if self.ranks > 1 and blocks and shape[axis] % (scheme.block(shape)[axis] * self.ranks):
+            size, what = scheme.block(shape)[axis], "columns" if axis else "rows"
+            return f"its {shape[axis]} {what}, over {self.ranks} GPUs, are no whole blocks of {size}"
+        return scheme.problem(own if shape[1] % self.ranks == 0 else shape) or scheme.caution(shape)
 
     def config_section(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, Any]:
         """The `quantization_config` of the output's config.json, which lists every module that stays plain."""

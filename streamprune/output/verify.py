@@ -24,6 +24,7 @@ from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show
 from streamprune.formats.base import ChannelMask, KeptExperts, StoredTensor
 from streamprune.formats.pick import pick_formats
+from streamprune.formats.quantization import SECTIONS, Quantization
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
 from streamprune.output.encoded import SHAPE
@@ -131,13 +132,20 @@ def _check_computed_kinds(output: Path, record: _Record, feeds: Mapping[str, str
             possible = plain is not tensor and record.settings.rounding == "gptq"
         else:
             possible = plain is not None and plain.layer in refitted
-            # (Where a tensor of all experts is taken apart, the source has no tensor of this name.)
-            possible &= plain is not None and feeds.get(plain.name, ".down_proj").endswith(".down_proj")
+            possible &= plain is not None and _is_down(plain.name, feeds, plan)
         if not possible:
             raise VerifyError(
                 f"{output / REPORT_NAME}: {name} is on record as computed by {origin.stage}, but a refit computes the "
                 "down projections of refitted layers only, and GPTQ quantized matrices. Was the record changed?"
             )
+
+
+def _is_down(name: str, feeds: Mapping[str, str], plan: PrunePlan) -> bool:
+    """Whether a plain tensor is a down projection of experts."""
+    if name in feeds:
+        return feeds[name].endswith(".down_proj")
+    # Where a tensor of all experts is taken apart, the source has no tensor of this name.
+    return plan.encoding is not None and name in plan.encoding.experts & plan.encoding.split
 
 
 def prove_tensors(
@@ -406,6 +414,13 @@ def kept_channels(output: Path, record: _Record, layout: Layout) -> dict[int, Ke
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise VerifyError unless the config of an output is the expected one.
+
+    But for the version of the library that its quantization section was made with: another one may be installed now.
+    """
+    made, section = Quantization.of(found), wanted.get(SECTIONS[0])
+    if isinstance(section, Mapping) and "version" in section and "version" in made.values:
+        wanted = {**wanted, SECTIONS[0]: {**section, "version": made.values["version"]}}
     for where, ours, theirs in differences(found, wanted):
         raise VerifyError(f"{output / CONFIG_NAME}: {show(where)} is {ours}, but {theirs} is expected from the source.")
 

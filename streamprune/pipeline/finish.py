@@ -62,8 +62,7 @@ class SelectionResult:
 
     `scores` is None for the user's own selection without scores. `refit` says to what text the down projections are
     refitted, and `rounding` by what text matrices are rounded, None if they are not; the layers of both are in the work
-    folder. `imatrix` is the importance matrix to be written,
-    if any.
+    folder. `imatrix` is the importance matrix to be written, if any.
     """
 
     settings: RunSettings | PruneSettings

@@ -36,6 +36,7 @@ from streamprune.planning.facts import (
 )
 from streamprune.planning.sizes import PlainTensors, WrittenSizes
 from streamprune.progress import Progress
+from streamprune.quantize.schemes import require_library
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
@@ -124,6 +125,8 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     refuse_new_values(raw, settings)
     if settings.weights == "bf16":
         refuse_plain(raw, config_folder)
+    # (Before tens of GiB are downloaded.)
+    require_library(settings.weights)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     facts = _with_forms(settings, checkpoint, _facts(settings, checkpoint, scores))
     written = _written(settings, checkpoint, facts)

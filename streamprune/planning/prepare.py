@@ -56,6 +56,7 @@ from streamprune.planning.imatrix import gguf_names
 from streamprune.planning.refit import refit_demand, with_anchor
 from streamprune.planning.rounding import rounding_demand
 from streamprune.planning.written import written_footprint
+from streamprune.quantize.schemes import require_library
 from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
@@ -107,6 +108,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         return plan
     if settings.weights == "bf16":
         refuse_plain(plan.model.raw, plan.folder)
+    # (Before tens of GiB are downloaded.)
+    require_library(settings.weights)
 
     @cache
     def read_footprint() -> Footprint:

@@ -130,7 +130,10 @@ class WrittenSizes:
         for name, cut in plain.layout.cuts.items():
             entry, encoding = plain.tensors[name], plain.encoding
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
-            quantized = name in encoding.experts, name in encoding.others, name in encoding.split
+            # (Of equal matrices, those that engines join with others may stay plain for the others' sake.)
+            quantized = (
+                name in encoding.experts, name in encoding.others, name in encoding.split, encoding.rows.get(name)
+            )  # fmt: skip
             single = cut.expert is not None
             kind = category, single, entry.dtype, entry.shape, cut.rows, cut.channels, quantized
             numbers[kind] += 1

@@ -76,14 +76,6 @@ class DownTensors:
             encoded[tensor.name] = StageTensor(REFIT, bytes_of(values.reshape(tensor.shape)))
         return encoded
 
-    def names(self, layer: int) -> list[str]:
-        """The names of the tensors in the output."""
-        return [tensor.name for tensor in self._tensors[layer]]
-
-    def nbytes(self, layer: int) -> int:
-        """Bytes of the tensors in the output."""
-        return sum(tensor.nbytes for tensor in self._tensors[layer])
-
     def _parameter(self, layer: int) -> str:
         return f"{self._skeleton.layers_path}.{layer}.{self._skeleton.experts[layer]}.{DOWN}"
 
