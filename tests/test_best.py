@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamprune.config import RunSettings
-from streamprune.errors import OutputError, SettingsError
+from streamprune.config import RunSettings, SearchSettings
+from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.output.verify import verify
 from streamprune.pipeline import best
-from streamprune.pipeline.best import run_best
+from streamprune.pipeline.best import run_best, settings_of_search
+from streamprune.pipeline.search import resume_search
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder
 from streamprune.reporting.write import write_report
+from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.streaming.stages import LayerTask
 from tests.faults import Injected
 from tests.helpers import known_family
 from tests.test_search import searchable
@@ -45,6 +49,15 @@ def settings(made: Path, output: Path, **changes: Any) -> RunSettings:
     return RunSettings(model=str(made / "model"), output=output, device="cpu", **given | changes)
 
 
+def broken(*_: Any) -> None:
+    raise Injected
+
+
+def only_plain(*given: Any) -> SearchSettings:
+    """The settings of a search of candidates without a refit."""
+    return replace(settings_of_search(*given), candidates=("keep=3", "keep=4"))
+
+
 def kl_of(output: Path) -> float:
     return float(json.loads((results_folder(output) / TEXT_NAME).read_text())["all"]["kl"])
 
@@ -52,9 +65,6 @@ def kl_of(output: Path) -> float:
 def test_the_best_candidate_is_written_and_the_search_kept(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
-        raise Injected
-
     with monkeypatch.context() as patch, pytest.raises(Injected):  # noqa: PT012
         patch.setattr(best, "_write", broken)
         run_best(settings(made, tmp_path / "out"), quiet=True)
@@ -76,14 +86,36 @@ def test_the_best_candidate_is_written_and_the_search_kept(
         run_best(settings(made, tmp_path / "out", method="frequency"), quiet=True)
 
 
+def test_a_search_that_resume_finished_is_not_made_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its work folder has the budget in bytes; the command has GiB, in a number that no bytes come to."""
+    budget = searchable(made, 0).fits["source"].changed(keep=4).total / GIB + 0.4 / GIB
+    monkeypatch.setattr(best, "settings_of_search", only_plain)
+    given = settings(made, tmp_path / "out", budget_gib=budget, checkpoint_every=0.0)
+    usual = LayerLoop.run_layer
+
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        if task.index == 2:
+            raise Injected
+        usual(self, task, following)
+
+    with monkeypatch.context() as patch, pytest.raises(Injected):  # noqa: PT012
+        patch.setattr(LayerLoop, "run_layer", run_layer)
+        run_best(given, quiet=True)
+    with pytest.raises(ResumeError, match="is for a budget of"):
+        run_best(settings(made, tmp_path / "out", budget_gib=budget * 1.1), quiet=True)
+    resume_search(tmp_path / "out.search.work", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "search", broken)
+        assert run_best(given, quiet=True).summary["best"] == "4 experts"
+
+
 def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figures of the search are the output's then."""
-    usual = best.settings_of_search
-    monkeypatch.setattr(
-        best, "settings_of_search", lambda *given: best.replace(usual(*given), candidates=("keep=3", "keep=4"))
-    )
+    monkeypatch.setattr(best, "settings_of_search", only_plain)
     run_best(settings(made, tmp_path / "out"), quiet=True)
     found = json.loads((tmp_path / "out.search" / "search.json").read_text())
     assert found["best"] == "4 experts"

@@ -53,8 +53,10 @@ from streamprune.work.enter import StopRequest, begin, listening, on_exit, open_
 from streamprune.work.folder import WorkFolder
 from streamprune.work.records import RecordedRun, command_of, file_states, read_run, with_changes, write_run
 
+#: The settings that give the budget.
+_BUDGET = ("budget_gib", "gpu")
 #: Settings that do not decide a run, where they are recorded otherwise, but a search.
-_DECIDING = {"budget_gib", "gpu", "context", "batch", "kv_dtype", "anchor"}
+_DECIDING = {*_BUDGET, "context", "batch", "kv_dtype", "anchor"}
 
 
 def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class _Search:
         budget = resolve_budget(settings.budget_gib, settings.gpu)
         if recorded is not None and recorded.budget_bytes is not None:
             # Free GPU memory changes.
-            budget = replace(budget, nbytes=recorded.budget_bytes)
+            budget = replace(budget, nbytes=_same_budget(settings, budget, recorded))
         model, layout = candidates_for(settings, plan, budget)
         # Read before tens of GiB are downloaded.
         whole = calibrate(settings, plan)
@@ -149,7 +151,11 @@ class _Search:
         runtime = self._plan(decided, prepared, recorded, whole)
         layers = SearchLayers(runtime, prepared, text, sides, work)
         taken = layers.stream()
-        return self._complete(decided, prepared, layers, {**taken, "request": request_of(settings, whole)})
+        request = request_of(settings, whole)
+        if recorded is not None:
+            # As the user wrote it: `resume` is given the bytes that it came to.
+            request["settings"] |= {name: recorded.command.get(name) for name in _BUDGET}
+        return self._complete(decided, prepared, layers, {**taken, "request": request})
 
     def _text(
         self, whole: Calibration, sides: list[Side], plan: PruningPlan
@@ -273,6 +279,19 @@ class _Search:
         self.stop.patient = True
         self.work.remove()
         shutil.rmtree(self.settings.output_work_folder, ignore_errors=True)
+
+
+def _same_budget(settings: SearchSettings, budget: Budget, recorded: RecordedRun) -> int:
+    """The bytes of the budget of the search that is resumed. Raises ResumeError if another one is asked for."""
+    before = recorded.budget_bytes
+    assert before is not None
+    asked = {name: getattr(settings, name) for name in _BUDGET}
+    if budget.nbytes != before and asked != {name: recorded.command.get(name) for name in _BUDGET}:
+        raise ResumeError(
+            f"The search in {settings.work_folder} is for a budget of {before:,} bytes, and now {budget.nbytes:,} are "
+            "asked for. Give the budget that it was started with, or start over with --resume never."
+        )
+    return before
 
 
 def _runs(sides: Sequence[Side]) -> dict[Candidate, RunSettings]:
