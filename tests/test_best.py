@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from streamprune.config import RunSettings, SearchSettings
-from streamprune.errors import OutputError, ResumeError, SettingsError
+from streamprune.config import PruneSettings, RunSettings, SearchSettings
+from streamprune.errors import OutputError, ReportError, ResumeError, SettingsError
 from streamprune.output.verify import verify
+from streamprune.output.writer import OutputWriter
 from streamprune.pipeline import best
+from streamprune.pipeline import prune as prune_module
+from streamprune.pipeline import run as run_module
 from streamprune.pipeline.best import run_best, settings_of_search
 from streamprune.pipeline.search import resume_search
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder
@@ -109,6 +112,50 @@ def test_a_search_that_resume_finished_is_not_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(best, "search", broken)
         assert run_best(given, quiet=True).summary["best"] == "4 experts"
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_an_output_that_resume_finishes_has_the_search(
+    made: Path, tmp_path: Path, refit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there as soon as the output has its name."""
+    names = ("keep=4,refit",) if refit else ("keep=3", "keep=4")
+    monkeypatch.setattr(
+        best, "settings_of_search", lambda *given: replace(settings_of_search(*given), candidates=names)
+    )
+    with monkeypatch.context() as patch, pytest.raises(Injected):  # noqa: PT012
+        patch.setattr(OutputWriter, "finish", broken)
+        run_best(settings(made, tmp_path / "out", checkpoint_every=0.0), quiet=True)
+    resumed = run_module.resume if refit else prune_module.resume
+    resumed(tmp_path / "out.work", quiet=True)
+    found = json.loads((tmp_path / "out.search" / "search.json").read_text())
+    kept = json.loads((results_folder(tmp_path / "out") / "search.json").read_text())
+    assert kept == {name: value for name, value in found.items() if name != "request"}
+    assert kl_of(tmp_path / "out") == pytest.approx(found["candidates"][0]["all"]["kl"], abs=1e-6)
+    # Another output by the same scores is not the best candidate.
+    prune_module.prune(
+        PruneSettings(
+            model=str(made / "model"), output=tmp_path / "other", scores=tmp_path / "out.search", keep=4, resume="never"
+        ),
+        quiet=True,
+    )
+    assert not results_folder(tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["experts_per_layer", "data", "candidates"])
+def test_a_search_that_was_changed_by_hand_is_refused(
+    made: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "settings_of_search", only_plain)
+    with monkeypatch.context() as patch, pytest.raises(Injected):  # noqa: PT012
+        patch.setattr(best, "_write", broken)
+        run_best(settings(made, tmp_path / "out"), quiet=True)
+    path = tmp_path / "out.search" / "search.json"
+    found = json.loads(path.read_text())
+    del found[name]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ReportError, match=name):
+        run_best(settings(made, tmp_path / "out"), quiet=True)
 
 
 def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(

@@ -17,19 +17,17 @@ from streamprune.config import PruneSettings, RunSettings, SearchSettings, sibli
 from streamprune.errors import OutputError, SettingsError
 from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.output.writer import check_output
+from streamprune.pipeline.best_results import note_results
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.run import run
 from streamprune.pipeline.search import request_of, search
 from streamprune.planning.prepare import calibrate, read_config
 from streamprune.progress import Progress
-from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
-from streamprune.reporting.search import Measured, search_result
+from streamprune.reporting.search import search_result
 
 #: The folder of the search is named like the output, with this suffix.
 SEARCH_SUFFIX = ".search"
-#: The entries of a candidate in search.json that are a result on held-out text, with those of the head.
-_FIGURES, _HEAD = ("sources", "all"), ("format", "model", "against", "against_source", "dtype", "data", "versions")
 
 
 def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = None) -> RunResult:
@@ -50,15 +48,7 @@ def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = No
     best = search_result(found).best
     with Progress(0, quiet) as progress:
         progress.say(f"writing the best candidate: {best.name}, KL divergence {best.kl:.4f} nats per token")
-    result = _write(searched, settings, best, int(found["experts_per_layer"]), quiet)
-    results = results_folder(settings.output)
-    kept = {name: value for name, value in found.items() if name not in ("output", "run", "request")}
-    write_result(results, SEARCH_NAME, kept)
-    if not (results / TEXT_NAME).is_file():
-        # (`prune` measures nothing.)
-        row = next(each for each in found["candidates"] if each["name"] == best.name)
-        text = {**{name: found[name] for name in _HEAD}, **{name: row[name] for name in _FIGURES}}
-        write_result(results, TEXT_NAME, text)
+    result = _write(searched, settings, found, quiet)
     return replace(result, summary={**result.summary, "best": best.name, "search": str(searched.output)})
 
 
@@ -97,17 +87,24 @@ def _finished(settings: SearchSettings) -> Mapping[str, Any] | None:
     )
 
 
-def _write(searched: SearchSettings, settings: RunSettings, best: Measured, experts: int, quiet: bool) -> RunResult:
-    """Write a candidate, by the scores of the search."""
-    keep = best.keep if best.keep < experts else None
+def _write(searched: SearchSettings, settings: RunSettings, found: Mapping[str, Any], quiet: bool) -> RunResult:
+    """Write the best candidate, by the scores of the search, with its results."""
+    result = search_result(found)
+    best = result.best
     own = replace(
-        searched.run_of(keep, best.width, best.weights, best.refit),
+        searched.run_of(
+            best.keep if best.keep < result.experts_per_layer else None, best.width, best.weights, best.refit
+        ),
         output=settings.output,
         work_dir=settings.work_dir,
         scores=None,
     )
     if own.refit or own.needs_text:
         # (The held-out text is held out of what weights are computed from, as in the search.)
-        return run(replace(own, scores=searched.output), quiet)
+        own = replace(own, scores=searched.output)
+        note_results(own, found, best)
+        return run(own, quiet)
     given = {each.name: getattr(own, each.name) for each in fields(PruneSettings) if hasattr(own, each.name)}
-    return prune(PruneSettings(**{**given, "scores": searched.output}), quiet)
+    pruning = PruneSettings(**{**given, "scores": searched.output})
+    note_results(pruning, found, best)
+    return prune(pruning, quiet)

@@ -25,6 +25,7 @@ from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.verify import check_formats
 from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.best_results import noted_results
 from streamprune.pipeline.imatrix import PlannedImatrix, write_imatrix
 from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.facts import ModelFacts
@@ -226,6 +227,7 @@ def complete(
     `evaluation` is the result on held-out text. Returns the memory that the model takes; None if it is unknown.
     """
     settings, plan, kept = decided.settings, decided.plan, decided.selection.stays
+    noted = noted_results(settings)
     # Everything in the staging folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
@@ -250,8 +252,9 @@ def complete(
         check_formats(plan, kept, work.staging, entries, config)
     if decided.scores is not None:
         write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
-    if evaluation is not None:
-        write_result(results_folder(work.staging), TEXT_NAME, evaluation)
+    results = {**noted, **({TEXT_NAME: evaluation} if evaluation is not None else {})}
+    for name, result in results.items():
+        write_result(results_folder(work.staging), name, result)
     record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))

@@ -78,6 +78,7 @@ class SearchResult(Struct, frozen=True, kw_only=True):
     dtype: Name
     budget_bytes: Count
     use: Use
+    experts_per_layer: Count
     width: Count | None = None
     left_out: Annotated[list[Name], Meta(max_length=_MOST)] = []
     candidates: Annotated[list[Measured], Meta(min_length=1, max_length=_MOST)]
