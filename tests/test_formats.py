@@ -21,11 +21,11 @@ from streamprune.formats.quantization import Module, Quantization, Recognized
 from streamprune.models.open import open_moe
 from streamprune.models.per_layer_loading import find_loading_facts
 from streamprune.output.plan import OutputSource, PrunePlan, make_plan
-from streamprune.output.tensors import StageTensor, output_tensors
+from streamprune.output.tensors import ComputedTensors, StageTensor, output_tensors
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import Computed, converted
+from streamprune.work.records import Computed, StageResults, converted
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config
 
@@ -135,7 +135,7 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
             computed = {name: made} if layer == 1 else {}
             written = writer.write_layer(layer, stays, computed)
             origins = {each: tensor.origin for each, tensor in computed.items()}
-            work.write_layer(layer, None, stays, written, origins)
+            work.write_layer(layer, None, stays, written, StageResults(computed=origins))
             assert [shard.nbytes for shard in written] == [
                 (work.staging / shard.file).stat().st_size for shard in written
             ]
@@ -143,7 +143,7 @@ def test_a_computed_tensor_is_written_and_proved_by_its_hash(model: Path, tmp_pa
         again = OutputWriter(plan, opened.checkpoint, settings, work)
         record = work.read_layer(1)
         assert record is not None
-        assert again.read_computed(1, record) == {name: made}
+        assert again.read_computed(1, record) == ComputedTensors({name: made})
         proof = again.verify(kept)
         assert (proof.tensors, proof.nbytes, proof.computed) == (len(plan.tensors), plan.output_bytes, 1)
         layers = [{"index": layer, "kept": each.experts} for layer, each in kept.items()]

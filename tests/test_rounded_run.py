@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings, RunSettings
 from streamprune.demo.demo import shipped_model
-from streamprune.errors import InterruptedRunError, ResourceError, SettingsError, UnsupportedModelError
+from streamprune.errors import InterruptedRunError, ResourceError, SettingsError, UnsupportedModelError, VerifyError
 from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.output.verify import verify
@@ -28,9 +30,11 @@ from streamprune.streaming import layer_rounding, quantize_stage
 from streamprune.streaming.quantize_stage import QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.streaming.written_tensors import bytes_of
 from tests.faults import Case
 from tests.helpers import known_family, read_tensors, streamed, token_ids, tree_bytes
 from tests.launching import launch
+from tests.test_quantized_results import load
 from tests.thorough import thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -62,42 +66,37 @@ def weights_of(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.endswith(".safetensors") and "scores" not in name}
 
 
-def load_stock(folder: Path) -> Any:
-    """The output in stock transformers, decoded; nothing may be missing or unexpected."""
-    how = transformers.CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, quantization_config=how
-        )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
 @pytest.mark.parametrize(
-    "family",
-    ["qwen3_moe", "deepseek_v3"]
+    ("family", "settings"),
+    [("qwen3_moe", {}), ("deepseek_v3", {})]
+    + [("qwen3_moe", {"weights": weights}) for weights in ("w8a16", "fp8", "fp8-dynamic")]
+    + [("qwen3_moe", {"weights": weights, "refit": True, "anchor": "none"}) for weights in ("fp8", "fp8-dynamic")]
     + [
-        pytest.param(name, marks=thorough)
+        pytest.param(name, {}, marks=thorough)
         for name in ("glm4_moe", "qwen2_moe", "olmoe", "mixtral", "ernie4_5_moe", "qwen3_5_moe_text")
     ],
 )
-def test_what_is_measured_is_what_stock_transformers_loads(family: str, tmp_path: Path) -> None:
-    case = rounded_case(tmp_path, family, evaluate=True)
+def test_what_is_measured_is_what_stock_transformers_loads(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    case = rounded_case(tmp_path, family, evaluate=True, rounding="gptq", **settings)
     stages = {origin["stage"] for origin in computed_of(case).values()}
     assert stages == {"gptq"}
-    assert all(name.endswith(("_packed", "_scale")) for name in computed_of(case))
+    # Codes alone, but scales too of what was refitted: the others are made again from the source.
+    scales = [name for name in computed_of(case) if name.endswith(("_scale", "_scale_inv"))]
+    assert all(".down_proj." in name for name in scales)
+    assert bool(scales) is ("refit" in settings)
     assert verify(case.output, case.model).computed == len(computed_of(case)) > 50
     [stated] = [json.loads(data) for name, data in case.expected.items() if name.endswith("text.json")]
     recipe = case.output.with_name("undisturbed.held-out") / "recipe.json"
-    settings = EvalSettings(model=str(case.output), against=str(case.model), device="cpu", data=(str(recipe),))
+    given = EvalSettings(model=str(case.output), against=str(case.model), device="cpu", data=(str(recipe),))
     with Progress(0, quiet=True) as progress:
-        measured = evaluate_text(settings, read_data(settings), progress)
+        measured = evaluate_text(given, read_data(given), progress)
     assert measured.result["all"]["kl"] == pytest.approx(stated["all"]["kl"], rel=1e-3)
     ids = token_ids()
     logits, _ = streamed(case.output, ids, torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(load_stock(case.output)(ids).logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(load(case.output)(ids).logits, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_gptq_does_less_damage_than_rounding_to_nearest(made: Case, tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_gptq_leaves_less_than_0_6_of_the_divergence_that_rounding_to_nearest_ma
         )
         run(settings, quiet=True)
         with torch.no_grad():
-            wanted, given = (model(ids).logits.log_softmax(-1) for model in (whole, load_stock(output)))
+            wanted, given = (model(ids).logits.log_softmax(-1) for model in (whole, load(output)))
         found[rounding] = float((wanted.exp() * (wanted - given)).sum(-1).mean())
     assert found["gptq"] < 0.6 * found["rtn"]
 
@@ -239,6 +238,56 @@ def test_experts_with_few_tokens_are_rounded_to_nearest(made: Case, tmp_path: Pa
     assert f"as it is for {record.rounding.nearest} experts with too few of these tokens" in card
 
 
+@pytest.mark.parametrize("weights", ["w4a16", "fp8-dynamic"])
+def test_codes_of_exchanged_experts_do_not_fit_their_scales(weights: str, tmp_path: Path) -> None:
+    """As a fault of the writer would exchange them, with the hashes that fit."""
+    case = rounded_case(tmp_path, weights=weights, rounding="gptq")
+    name = "model.layers.1.mlp.experts.{}.up_proj.{}"
+    codes, scales = ("weight_packed", "weight_scale") if weights == "w4a16" else ("weight", "weight_scale")
+    assert verify(case.output, case.model).computed
+    record = json.loads((case.output / "streamprune.json").read_text())
+    entries = open_checkpoint(case.output).tensors
+    assert name.format(2, codes) in record["computed"]
+
+    def exchange(part: str) -> None:
+        one, two = entries[name.format(2, part)], entries[name.format(3, part)]
+        data = bytearray((case.output / one.file).read_bytes())
+        other = data if two.file == one.file else bytearray((case.output / two.file).read_bytes())
+        first, second = data[one.begin : one.end], other[two.begin : two.end]
+        data[one.begin : one.end], other[two.begin : two.end] = second, first
+        (case.output / one.file).write_bytes(data)
+        (case.output / two.file).write_bytes(other)
+
+    for part in (codes, scales):
+        exchange(part)
+    computed = record["computed"]
+    one, two = name.format(2, codes), name.format(3, codes)
+    computed[one], computed[two] = computed[two], computed[one]
+    (case.output / "streamprune.json").write_text(json.dumps(record))
+    with pytest.raises(VerifyError, match=rf"{re.escape(name.format(2, scales))} differs from what .* is rounded to"):
+        verify(case.output, case.model)
+    # Nor does a record help that says that the scales were computed.
+    data = read_tensors(case.output)[name.format(2, scales)]
+    computed[name.format(2, scales)] = {"stage": "gptq", "sha256": hashlib.sha256(bytes_of(data)).hexdigest()}
+    (case.output / "streamprune.json").write_text(json.dumps(record))
+    with pytest.raises(VerifyError, match="on record as computed by gptq"):
+        verify(case.output, case.model)
+
+
+def test_a_stage_that_exchanges_experts_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = layer_rounding.gptq
+
+    def gptq(*given: Any) -> Any:
+        found = usual(*given)
+        return replace(found, codes=found.codes.flip(0), scales=found.scales.flip(0), values=found.values.flip(0))
+
+    monkeypatch.setattr(layer_rounding, "gptq", gptq)
+    with pytest.raises(
+        VerifyError, match=r"layers\.0\.mlp\.experts\..*weight_scale differs from what .* is rounded to"
+    ):
+        rounded_case(tmp_path)
+
+
 def test_what_was_rounded_by_which_text_is_on_record(made: Case, tmp_path: Path) -> None:
     record = read_record(made.output)
     assert record.rounding
@@ -275,7 +324,7 @@ def test_refitted_weights_are_rounded(rounding: str, tmp_path: Path, monkeypatch
     plain.run(weights="source", rounding=None)
     # In the first layer, whose refit knows of no rounding.
     wanted = read_tensors(plain.output)["model.layers.0.mlp.experts.0.down_proj.weight"]
-    found = load_stock(case.output).model.layers[0].mlp.experts.down_proj[0].detach()
+    found = load(case.output).model.layers[0].mlp.experts.down_proj[0].detach()
     assert float((found - wanted).norm() / wanted.norm()) < 0.15
     check_stop_in(RefitStage, case.at(tmp_path / "stopped"), monkeypatch)
     again = case.at(tmp_path / "again")

@@ -116,6 +116,33 @@ def test_each_layer_is_read_once(made: Path, tmp_path: Path, monkeypatch: pytest
     assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
 
 
+def test_computed_tensors_are_freed_with_their_side(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never those of two candidates are in memory, nor any after a layer."""
+    usual, load, most = LayerLoop.run_layer, LayerWeights.making_room, list[int]()
+    tasks: list[LayerTask] = []
+
+    def held() -> int:
+        return sum(bool(version.computed) for version in tasks[-1].versions.values())
+
+    def making_room(self: LayerWeights, *given: Any) -> Any:
+        most.append(held())
+        return load(self, *given)
+
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        tasks.append(task)
+        usual(self, task, following)
+        assert held() == 0
+        assert len(task.versions) == len(ROUNDED)
+
+    monkeypatch.setattr(LayerLoop, "run_layer", run_layer)
+    monkeypatch.setattr(LayerWeights, "making_room", making_room)
+    search(settings(made, tmp_path / "out", candidates=ROUNDED), quiet=True)
+    assert len(tasks) == 4
+    assert max(most) == 1
+
+
 @pytest.mark.parametrize("every", [0.0, 1e6], ids=["states saved", "all recomputed"])
 @pytest.mark.parametrize("layer", [1, 3])
 def test_a_killed_search_goes_on_to_the_same_bytes(

@@ -16,8 +16,8 @@ from streamprune.config import RunSettings
 from streamprune.formats.base import KeptExperts
 from streamprune.models.separate_experts import with_separate_experts
 from streamprune.models.skeleton import map_checkpoint, survey
-from streamprune.output.encoded import parts_of
-from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
+from streamprune.output.encoded import SCALE, parts_of
+from streamprune.output.tensors import ComputedTensors, OutputTensor, StageTensor, output_tensors
 from streamprune.planning.prepare import PreparedModel
 from streamprune.quantize.schemes import Scheme, scheme_of
 from streamprune.streaming.layer_weights import LayerWeights
@@ -90,7 +90,7 @@ def test_unchanged_values_make_the_layer_that_is_cut_from_the_source(family: str
         with opened.pruned(layer) as (module, kept):
             before = state_of(module)
             parameters = {each.parameter for each in opened.written.of_layer(layer)}
-            opened.written.load(layer, kept, {}, parameters)
+            opened.written.load(layer, kept, NOTHING, parameters)
             after = state_of(module)
         assert before.keys() == after.keys()
         for name, tensor in before.items():
@@ -100,6 +100,7 @@ def test_unchanged_values_make_the_layer_that_is_cut_from_the_source(family: str
     assert loaded > 8
 
 
+NOTHING = ComputedTensors()
 SCHEMES = {
     "w4a16": scheme_of("w4a16", [32], dtype="F32"),
     "w8a16": scheme_of("w8a16", [32], dtype="F32"),
@@ -114,16 +115,21 @@ def test_rounded_values_are_what_the_parts_decode_to(name: str, dtype: str, tmp_
     opened = open_tiny(tmp_path, "qwen3_moe", SCHEMES[name], dtype)
     with opened.pruned(0) as (module, kept):
         before = state_of(module)
-        opened.written.load(0, kept, {})
+        opened.written.load(0, kept, NOTHING)
         after = state_of(module)
         found = 0
         for each in opened.written.of_layer(0):
             if each.scheme is None:
                 continue
-            weight = opened.written.plain_values(each.plain, kept, {})
-            parts = each.stage_tensors(each.scheme.encode(weight.float()), "gptq")
-            computed = opened.written.values(each, kept, parts)
-            assert torch.equal(opened.written.values(each, kept, {}), computed)
+            weight = opened.written.plain_values(each.plain, kept, NOTHING)
+            parts = each.scheme.encode(weight.float())
+            computed = ComputedTensors(parts=each.stage_tensors(parts, "gptq"))
+            wanted = opened.written.values(each, kept, NOTHING)
+            assert torch.equal(opened.written.values(each, kept, computed), wanted)
+            # Scales that are not computed are those of the source.
+            del parts[SCALE]
+            codes = ComputedTensors(parts=each.stage_tensors(parts, "gptq"))
+            assert torch.equal(opened.written.values(each, kept, codes), wanted)
             found += 1
     assert found > 12
     changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
@@ -133,21 +139,23 @@ def test_rounded_values_are_what_the_parts_decode_to(name: str, dtype: str, tmp_
         torch.testing.assert_close(after[key], before[key], rtol=0.3, atol=0.05)
 
 
-def test_computed_values_come_before_the_sources(tmp_path: Path) -> None:
-    opened = open_tiny(tmp_path, "qwen3_moe", SCHEMES["w4a16"])
+@pytest.mark.parametrize("scheme", ["w4a16", "fp8"])
+def test_computed_values_come_before_the_sources(scheme: str, tmp_path: Path) -> None:
+    opened = open_tiny(tmp_path, "qwen3_moe", SCHEMES[scheme])
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
     with opened.pruned(1) as (module, kept):
         tensor = next(each for each in opened.written.of_layer(1) if each.name == name)
         assert tensor.scheme is not None
         # What a refit has computed is rounded like the source's values ...
         refitted = torch.randn(tensor.plain.shape, generator=torch.Generator().manual_seed(0))
-        computed = {name: StageTensor("refit", bytes_of(refitted))}
+        computed = ComputedTensors({name: StageTensor("refit", bytes_of(refitted))})
         opened.written.load(1, kept, computed, ["model.layers.1.mlp.experts.down_proj"])
         found = module.get_parameter("mlp.experts.down_proj")[2].detach().clone()
         codes = tensor.scheme.round(refitted, tensor.scheme.scales(refitted))
         torch.testing.assert_close(found, tensor.scheme.rounded(codes, tensor.scheme.scales(refitted)), rtol=0, atol=0)
         # ... and parts that were computed are taken as they are.
-        computed |= tensor.stage_tensors(tensor.scheme.encode(-refitted), "gptq")
+        parts = tensor.stage_tensors(tensor.scheme.encode(-refitted), "gptq")
+        computed = ComputedTensors(computed.plain, parts)
         opened.written.load(1, kept, computed, ["model.layers.1.mlp.experts.down_proj"])
         assert not torch.equal(module.get_parameter("mlp.experts.down_proj")[2], found)
-    assert opened.written.is_changed(1, {})
+    assert opened.written.is_changed(1, NOTHING)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: The part that holds the shape of a matrix, whatever its values.
 SHAPE = "shape"
+#: The part that holds the scales, which follow from the plain values alone, however the codes are rounded.
+SCALE = "scale"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def encoded_layout(layout: Layout, tensors: Iterable[OutputTensor]) -> Layout:
 def encoded_bytes(encoded: EncodedPart, plain: bytearray) -> memoryview:
     """The bytes of a part of a matrix with these plain bytes, rounded to nearest. Needs torch.
 
-    Memory: some eight times the matrix in float32. Raises NonFiniteError for NaN and infinity.
+    Each part is made by itself, and scales without rounding. Memory: some eight times the matrix in float32. Raises
+    NonFiniteError for NaN and infinity.
     """
     import torch
 
@@ -178,6 +181,8 @@ def encoded_bytes(encoded: EncodedPart, plain: bytearray) -> memoryview:
     if encoded.part == SHAPE:
         return memoryview(torch.tensor(matrix.shape).numpy().tobytes())
     weight = torch.frombuffer(plain, dtype=DTYPES[matrix.dtype]).reshape(matrix.shape).float()
+    if encoded.part == SCALE:
+        return tensor_bytes(encoded.scheme.scales(weight))
     return tensor_bytes(encoded.scheme.encode(weight)[encoded.part])
 
 

@@ -36,14 +36,45 @@ class SourceSlice:
 
 @dataclass(frozen=True)
 class StageTensor:
-    """A tensor that a stage of the run computed: the stage's name, and the tensor's bytes as they are written."""
+    """A tensor that a stage of the run computed: the stage's name, and the tensor's bytes as they are written.
+
+    `from_source`: they are what rounding the source's values gives. So they are not on record as computed, but verified
+    against the source, like those that no stage computes.
+    """
 
     stage: str
     data: bytes
+    from_source: bool = False
 
     @property
     def origin(self) -> Computed:
         return Computed(self.stage, hashlib.sha256(self.data).hexdigest())
+
+
+def origins_of(computed: Mapping[str, StageTensor]) -> dict[str, Computed]:
+    """What is on record of computed tensors."""
+    return {name: tensor.origin for name, tensor in computed.items() if not tensor.from_source}
+
+
+@dataclass(frozen=True)
+class ComputedTensors:
+    """What stages of the run have computed of a layer.
+
+    `plain` are plain tensors by their names; those of them that are to be quantized are not rounded yet. `parts` are
+    parts of quantized matrices, by their names in the output. They are kept apart, since the codes of an FP8 matrix
+    have the name of the plain one. For a matrix whose codes are computed, but not its scales, these are its source's.
+    """
+
+    plain: Mapping[str, StageTensor] = field(default_factory=dict)
+    parts: Mapping[str, StageTensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.plain or self.parts)
+
+    @property
+    def written(self) -> dict[str, StageTensor]:
+        """All of them as the output has them, once nothing in `plain` is to be quantized."""
+        return {**self.plain, **self.parts}
 
 
 @dataclass(frozen=True)

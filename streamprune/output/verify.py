@@ -27,7 +27,7 @@ from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import SECTIONS, Quantization
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.expert_layout import Layout
-from streamprune.output.encoded import SHAPE
+from streamprune.output.encoded import SCALE, SHAPE
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
@@ -124,19 +124,22 @@ def _check_computed_kinds(output: Path, record: _Record, feeds: Mapping[str, str
     """Raise VerifyError for computed tensors that no stage computes. `feeds` are the parameters by plain tensor."""
     refitted = {layer.index for layer in record.refit.layers} if record.refit is not None else set()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
+    scales = {tensor.name for tensor in plan.tensors if tensor.encoded is not None and tensor.encoded.part == SCALE}
     for name, origin in record.computed.items():
         tensor = tensors.get(name)
         plain = tensor.encoded.plain if tensor is not None and tensor.encoded is not None else tensor
+        is_refittable = plain is not None and plain.layer in refitted and _is_down(plain.name, feeds, plan)
         if origin.stage == "gptq":
-            # Only quantized matrices are rounded, and only their values and scales are computed.
+            # Only quantized matrices are rounded, and their scales are the source's if nothing was refitted.
             possible = plain is not tensor and record.settings.rounding == "gptq"
+            possible &= is_refittable or name not in scales
         else:
-            possible = plain is not None and plain.layer in refitted
-            possible &= plain is not None and _is_down(plain.name, feeds, plan)
+            possible = is_refittable
         if not possible:
             raise VerifyError(
                 f"{output / REPORT_NAME}: {name} is on record as computed by {origin.stage}, but a refit computes the "
-                "down projections of refitted layers only, and GPTQ quantized matrices. Was the record changed?"
+                "down projections of refitted layers only, and GPTQ the codes of quantized matrices. Was the record "
+                "changed?"
             )
 
 

@@ -31,7 +31,7 @@ from streamprune.files.page_cache import Stretch, cache_unchanged, drop_files_fr
 from streamprune.formats.base import KeptExperts
 from streamprune.output.plan import REPORT_NAME, PrunePlan, ShardPlan
 from streamprune.output.source_bytes import source_bytes, stretches
-from streamprune.output.tensors import StageTensor
+from streamprune.output.tensors import ComputedTensors, StageTensor, origins_of
 from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import Computed, FinishedLayer, FinishedShard
@@ -105,10 +105,11 @@ class OutputWriter:
         `settings.verify` the shards are then read back from the disk and verified. The page cache is left as it was.
         """
         computed = computed or {}
+        origins = origins_of(computed)
         plans = [shard for shard in self.plan.shards if shard.layer == layer]
         files = [self._staging / shard.file for shard in plans]
         sources: dict[Path, list[Stretch]] = defaultdict(list)
-        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.name not in computed):
+        for tensor in (tensor for shard in plans for tensor in shard.tensors if tensor.name not in origins):
             for file, begin, end in stretches(tensor, kept):
                 sources[self._checkpoint.folder / file].append((begin, end - begin))
         with cache_unchanged(sources):
@@ -117,22 +118,23 @@ class OutputWriter:
             complete = {path: [(0, shard.nbytes)] for path, shard in zip(files, shards, strict=True)}
             drop_files_from_cache(complete)
             if self._verify_layers:
-                origins = {name: tensor.origin for name, tensor in computed.items()}
                 self._proofs[layer] = kept, self._prove(plans, {} if layer is None else {layer: kept}, origins)
                 drop_files_from_cache(complete)
         return shards
 
-    def read_computed(self, layer: int, record: FinishedLayer) -> dict[str, StageTensor]:
+    def read_computed(self, layer: int, record: FinishedLayer) -> ComputedTensors:
         """The computed tensors of a written layer, read from its shards. Raises VerifyError if they were changed."""
-        entries, found = self.headers([shard for shard in self.plan.shards if shard.layer == layer]), {}
+        plans = [shard for shard in self.plan.shards if shard.layer == layer]
+        encoded = {each.name for shard in plans for each in shard.tensors if each.encoded is not None}
+        entries, plain, parts = self.headers(plans), dict[str, StageTensor](), dict[str, StageTensor]()
         for name, origin in record.computed.items():
             entry = entries[name]
             with reading(self._staging / entry.file), (self._staging / entry.file).open("rb") as stream:
                 tensor = StageTensor(origin.stage, b"".join(read_ranges(stream, [(entry.begin, entry.end)])))
             if tensor.origin != origin:
                 raise VerifyError(f"{self._staging / entry.file}: {name} has changed since it was written.")
-            found[name] = tensor
-        return found
+            (parts if name in encoded else plain)[name] = tensor
+        return ComputedTensors(plain, parts)
 
     def _prove(
         self, plans: Sequence[ShardPlan], kept: Mapping[int, KeptExperts], computed: Mapping[str, Computed]

@@ -15,7 +15,7 @@ from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import peak_device_bytes
 from streamprune.output.background import BackgroundWriter
-from streamprune.output.tensors import StageTensor
+from streamprune.output.tensors import ComputedTensors, origins_of
 from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_stages import pruning_stages
@@ -225,12 +225,12 @@ class RunLayers:
         self._progress.say(f"{self._progress.name_of(index)}: already done, only its hidden states are recomputed")
         self._save_if_due()
 
-    def _read_computed(self, index: int) -> dict[str, StageTensor]:
+    def _read_computed(self, index: int) -> ComputedTensors:
         """The tensors that were computed for a finished layer, as they were written. Rank 0."""
         record = self._work.read_layer(index) if self._work is not None else None
         # (Without a target no pruned layer runs, though one may be written already.)
         if record is None or not record.computed or self._target is None:
-            return {}
+            return ComputedTensors()
         assert self._target.writer is not None
         return self._target.writer.read_computed(index, record)
 
@@ -248,14 +248,14 @@ class RunLayers:
         assert self._work is not None
         version = task.versions[PRUNED] if task is not None else LayerVersion()
         layer, statistics = (task.index, task.statistics) if task is not None else (None, None)
-        shards: list[FinishedShard] = []
+        computed, shards = version.computed.written, list[FinishedShard]()
         if self._target is not None and self._target.writer is not None:
             with self._runtime.busy.at("write"):
-                shards = self._target.writer.write_layer(layer, version.kept, version.computed)
+                shards = self._target.writer.write_layer(layer, version.kept, computed)
         if layer is not None:
             self._loop.drop_cached_pages(layer)
         made = StageResults(
-            computed={name: tensor.origin for name, tensor in version.computed.items()},
+            computed=origins_of(computed),
             refit=version.refit,
             rounded=version.rounded,
             inputs=dict(version.inputs),

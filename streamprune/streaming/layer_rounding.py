@@ -2,7 +2,8 @@
 
 The results are tensors of the output, as they are written. What GPTQ cannot round well is left to rounding to nearest:
 matrices without a factored Hessian, and experts with few tokens. These are made again from the source when they are
-written, or from the refitted values.
+written, or from the refitted values. GPTQ leaves scales as they are: made again from the source to verify them, they
+prove which matrix the codes beside them were computed of.
 
 Shapes: K matrices or experts at a time, R rows, C columns.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,10 +20,11 @@ import torch
 from streamprune.distributed.processes import Processes
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import free_after_failure, lack_of_memory
-from streamprune.output.tensors import StageTensor
+from streamprune.output.encoded import SCALE
+from streamprune.output.tensors import ComputedTensors, StageTensor
 from streamprune.quantize.gptq import gptq
 from streamprune.quantize.schemes import Scheme
-from streamprune.streaming.written_tensors import Computed, WrittenTensor, WrittenTensors
+from streamprune.streaming.written_tensors import WrittenTensor, WrittenTensors
 
 #: The name of the stage that computes these tensors.
 GPTQ = "gptq"
@@ -36,39 +38,39 @@ Group = Sequence[WrittenTensor]
 
 @dataclass
 class Outcome:
-    """What came of rounding some groups: `computed` tensors, the places of those that `failed`, and relative `errors`.
+    """What came of rounding some groups: computed `parts`, the places of those that `failed`, and relative `errors`.
 
     Each error is ‖X(W - Q)ᵀ‖ / ‖XWᵀ‖ over the tokens that the group was rounded by: rounded to nearest, and by GPTQ.
     """
 
-    computed: dict[str, StageTensor] = field(default_factory=dict)
+    parts: dict[str, StageTensor] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     errors: list[tuple[float, float]] = field(default_factory=list)
 
     def __iadd__(self, other: Outcome) -> Outcome:
-        self.computed |= other.computed
+        self.parts |= other.parts
         self.failed |= other.failed
         self.errors += other.errors
         return self
 
 
 class LayerRounding:
-    """Rounds the matrices of one layer, of whose experts `kept` stays; `refitted` are plain tensors of the refit.
+    """Rounds the matrices of one layer, of whose experts `kept` stays; `refitted` has plain tensors of the refit.
 
     All processes call its methods alike; rank 0 rounds, and all get the result.
     """
 
     def __init__(
-        self, written: WrittenTensors, layer: int, kept: KeptExperts, refitted: Computed, processes: Processes
+        self, written: WrittenTensors, layer: int, kept: KeptExperts, refitted: ComputedTensors, processes: Processes
     ) -> None:
         self._written, self._layer, self._kept, self._refitted = written, layer, kept, refitted
         self._processes = processes
         self.outcome = Outcome()
 
     @property
-    def computed(self) -> dict[str, StageTensor]:
+    def computed(self) -> ComputedTensors:
         """All that is computed of the layer so far, refitted plain tensors included."""
-        return {**self._refitted, **self.outcome.computed}
+        return ComputedTensors(self._refitted.plain, self.outcome.parts)
 
     def add(self, groups: Sequence[Group], hessians: torch.Tensor) -> set[int]:
         """Round groups of equal shapes by XᵀX (K, C, C) over all processes, float32; returns which failed.
@@ -76,7 +78,7 @@ class LayerRounding:
         Raises torch's error if memory runs out.
         """
         outcome = self._processes.on_first(lambda: self._round(groups, hessians))
-        self.outcome += Outcome(outcome.computed, set(), outcome.errors)
+        self.outcome += Outcome(outcome.parts, set(), outcome.errors)
         return outcome.failed
 
     def add_experts(self, groups: Sequence[Group], hessian: Callable[[int], torch.Tensor], chunk: int) -> set[int]:
@@ -141,7 +143,11 @@ class LayerRounding:
                 high, _ = scheme.block(each.plain.shape)
                 own = slice(begin // high, -(-(begin + rows) // high))
                 parts = scheme.pack(rounding.codes[place, begin : begin + rows], rounding.scales[place, own])
-                outcome.computed |= each.stage_tensors(parts, GPTQ)
+                made = each.stage_tensors(parts, GPTQ)
+                if each.name not in self._refitted.plain:
+                    scale = each.parts[SCALE].name
+                    made[scale] = replace(made[scale], from_source=True)
+                outcome.parts |= made
                 begin += rows
         return outcome
 
@@ -150,15 +156,18 @@ class LayerRounding:
         return plain.to(self._written.device).float()
 
 
-def encode_refitted(written: WrittenTensors, layer: int, computed: Computed) -> dict[str, StageTensor]:
-    """Computed tensors of a layer as the output has them: plain ones that it rounds are rounded to nearest."""
-    result = dict(computed)
+def encode_refitted(written: WrittenTensors, layer: int, computed: ComputedTensors) -> ComputedTensors:
+    """Computed tensors of a layer as the output has them: plain ones that it rounds, and that have no parts yet, are
+    rounded to nearest."""
+    plain, parts = dict(computed.plain), dict(computed.parts)
     for each in written.of_layer(layer):
-        if each.scheme is not None and each.name in result:
-            plain = result.pop(each.name)
+        if each.scheme is None or each.name not in plain:
+            continue
+        refitted = plain.pop(each.name)
+        if not each.has_parts(computed):
             weight = written.plain_values(each.plain, KeptExperts(), computed).to(written.device).float()
-            result = each.stage_tensors(each.scheme.encode(weight), plain.stage) | result
-    return result
+            parts |= each.stage_tensors(each.scheme.encode(weight), refitted.stage)
+    return ComputedTensors(plain, parts)
 
 
 def _is_joinable(written: WrittenTensor, scheme: Scheme) -> bool:

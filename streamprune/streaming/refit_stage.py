@@ -25,7 +25,7 @@ from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.files.json_text import show
 from streamprune.formats.base import KeptExperts
-from streamprune.output.tensors import StageTensor
+from streamprune.output.tensors import ComputedTensors
 from streamprune.refit.activations import activation, down_sizes, listening
 from streamprune.refit.least_squares import Changes, Fit, RoutedTokens, Shares
 from streamprune.streaming.collected import CollectedTokens
@@ -183,7 +183,7 @@ class RefitStage(ForwardStage):
 
     def _encode(
         self, task: LayerTask, experts: Any, changes: Changes, shares: Shares
-    ) -> tuple[dict[str, StageTensor], list[float]]:
+    ) -> tuple[ComputedTensors, list[float]]:
         """The refitted tensors as they are written, and ‖change‖ / ‖weights‖ of every expert. Rank 0."""
         kept = task.versions[self.side].kept
         weights = self._tensors.original(task.index, kept, experts)
@@ -199,4 +199,4 @@ class RefitStage(ForwardStage):
             sizes[place] = float((new.float() - old).norm()) / length if length else 0.0
             weights[place] = new.cpu()
             changed.add(place)
-        return self._tensors.encode(task.index, kept, experts, weights, changed), sizes
+        return ComputedTensors(self._tensors.encode(task.index, kept, experts, weights, changed)), sizes

@@ -30,7 +30,7 @@ from streamprune.distributed.processes import Processes
 from streamprune.errors import NonFiniteError, UnsupportedModelError
 from streamprune.formats.base import KeptExperts
 from streamprune.models.skeleton import Skeleton
-from streamprune.output.tensors import StageTensor
+from streamprune.output.tensors import ComputedTensors
 from streamprune.saliency.hooks import ExpertsTap, tap_experts
 from streamprune.saliency.scores import LayerStatistics, pack, read_statistics
 from streamprune.saliency.statistics import ExpertStatistics
@@ -66,13 +66,13 @@ def is_two_sided(batch: MicroBatch) -> bool:
 class LayerVersion:
     """What a layer becomes for a side that is not the original.
 
-    `kept` is what stays of the experts, nothing if none are selected. `computed` are the checkpoint tensors, by name,
-    that a stage has computed for it; `refit` and `rounded` say how. `inputs` are sums of what enters its weights, by
+    `kept` is what stays of the experts, nothing if none are selected. `computed` are the tensors that stages
+    have computed for it; `refit` and `rounded` say how. `inputs` are sums of what enters its weights, by
     module or parameter, if an importance matrix is made.
     """
 
     kept: KeptExperts = field(default_factory=KeptExperts)
-    computed: Mapping[str, StageTensor] = field(default_factory=dict)
+    computed: ComputedTensors = field(default_factory=ComputedTensors)
     refit: RefittedLayer | None = None
     rounded: RoundedLayer | None = None
     inputs: Mapping[str, WeightInputs] = field(default_factory=dict)
@@ -382,6 +382,12 @@ class PrunedForwardStage(ForwardStage):
         # Computed tensors are not saved before the layer is finished, nor what is on record of them.
         version = task.versions[self.side]
         return version.refit is None and version.rounded is None and not version.computed
+
+    def finish(self, task: LayerTask, processes: Processes, restored: bool = False) -> None:
+        super().finish(task, processes, restored)
+        if self.side != PRUNED:
+            # Nothing of a search is written. (All candidates' tensors at once are more than the memory plan counts.)
+            task.versions[self.side].computed = ComputedTensors()
 
     @contextmanager
     def module(self, task: LayerTask, layer: nn.Module) -> Iterator[nn.Module]:

@@ -25,15 +25,12 @@ from streamprune.files.page_cache import Stretch, cache_unchanged
 from streamprune.formats.base import KeptExperts
 from streamprune.models.open import OpenedMoE
 from streamprune.models.skeleton import map_checkpoint
-from streamprune.output.encoded import SHAPE, encode_tensors
+from streamprune.output.encoded import SCALE, SHAPE, encode_tensors
 from streamprune.output.source_bytes import source_bytes, stretches
-from streamprune.output.tensors import OutputTensor, StageTensor, output_tensors
+from streamprune.output.tensors import ComputedTensors, OutputTensor, StageTensor, output_tensors
 from streamprune.planning.prepare import PreparedModel
 from streamprune.quantize.schemes import Scheme
 from streamprune.streaming.conversion import Conversion
-
-#: What stages have computed, by the name of the tensor in the output, or of the plain matrix before it is rounded.
-Computed = Mapping[str, StageTensor]
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,13 @@ class WrittenTensor:
         """The name of the plain tensor."""
         return self.plain.name
 
-    def is_changed(self, computed: Computed) -> bool:
+    def is_changed(self, computed: ComputedTensors) -> bool:
         """Whether its values are not simply the source's."""
-        return self.scheme is not None or self.name in computed
+        return self.scheme is not None or self.name in computed.plain
+
+    def has_parts(self, computed: ComputedTensors) -> bool:
+        """Whether parts of it are computed."""
+        return any(part.name in computed.parts for part in self.parts.values())
 
     def stage_tensors(self, parts: Mapping[str, torch.Tensor], stage: str) -> dict[str, StageTensor]:
         """Its tensors in the output, of the parts that a stage has computed; its shape is not among them."""
@@ -104,44 +105,47 @@ class WrittenTensors:
         """The tensors that feed a parameter, by its full name."""
         return self._layers[layer].get(parameter, ())
 
-    def is_changed(self, layer: int, computed: Computed) -> bool:
+    def is_changed(self, layer: int, computed: ComputedTensors) -> bool:
         """Whether anything in a layer is not simply the source's values."""
         return any(each.is_changed(computed) for each in self.of_layer(layer))
 
-    def plain_values(self, tensor: OutputTensor, kept: KeptExperts, computed: Computed) -> torch.Tensor:
+    def plain_values(self, tensor: OutputTensor, kept: KeptExperts, computed: ComputedTensors) -> torch.Tensor:
         """A plain tensor as a stage has computed it, else as the source has it, decoded or cut; on the CPU."""
         data: bytes | bytearray
-        if tensor.name in computed:
-            data = computed[tensor.name].data
+        if tensor.name in computed.plain:
+            data = computed.plain[tensor.name].data
         else:
             data = bytearray().join(source_bytes(tensor, kept, self._folder))
         return tensor_of(tensor, data)
 
-    def values(self, written: WrittenTensor, kept: KeptExperts, computed: Computed) -> torch.Tensor:
+    def values(self, written: WrittenTensor, kept: KeptExperts, computed: ComputedTensors) -> torch.Tensor:
         """What a tensor of the output means.
 
-        That is what its parts decode to, computed ones or those of its plain values rounded to nearest, in the model's
-        dtype on the device; if it is not rounded, its plain values.
+        That is what its parts decode to, in the model's dtype on the device: computed ones, or those of its plain
+        values rounded to nearest; computed codes may have the scales of the plain values. If it is not rounded, it
+        means its plain values.
         """
         scheme, parts = written.scheme, written.parts
         if scheme is None:
             return self.plain_values(written.plain, kept, computed)
         found = {
-            name: tensor_of(part, computed[part.name].data).to(self.device)
+            name: tensor_of(part, computed.parts[part.name].data).to(self.device)
             for name, part in parts.items()
-            if part.name in computed
+            if part.name in computed.parts
         }
-        if found:
-            if SHAPE in parts:
-                found[SHAPE] = torch.tensor(written.plain.shape)
+        if found and SHAPE in parts:
+            found[SHAPE] = torch.tensor(written.plain.shape)
+        if SCALE in found:
             return scheme.format.decode(found, self.dtype)
         weight = self.plain_values(written.plain, kept, computed).to(self.device).float()
         scales = scheme.scales(weight)
+        if found:
+            return scheme.format.decode(found | {SCALE: scales}, self.dtype)
         # (The same values as the decoded parts have, but not packed on the way.)
         return scheme.rounded(scheme.round(weight, scales), scales).to(self.dtype)
 
     def load(
-        self, layer: int, kept: KeptExperts, computed: Computed, parameters: Collection[str] | None = None
+        self, layer: int, kept: KeptExperts, computed: ComputedTensors, parameters: Collection[str] | None = None
     ) -> None:
         """Put what is written into the loaded, pruned layer: into `parameters`, by default all that are changed.
 
@@ -151,18 +155,18 @@ class WrittenTensors:
         changed = {each.parameter for each in self.of_layer(layer) if each.is_changed(computed)}
         self._load(layer, kept, computed, changed if parameters is None else parameters, self.values)
 
-    def load_plain(self, layer: int, kept: KeptExperts, computed: Computed) -> None:
+    def load_plain(self, layer: int, kept: KeptExperts, computed: ComputedTensors) -> None:
         """Put what a refit has computed into the loaded, pruned layer, before anything is rounded. Raises as `load`."""
-        changed = {each.parameter for each in self.of_layer(layer) if each.name in computed}
+        changed = {each.parameter for each in self.of_layer(layer) if each.name in computed.plain}
         self._load(layer, kept, computed, changed, lambda each, *given: self.plain_values(each.plain, *given))
 
     def _load(
         self,
         layer: int,
         kept: KeptExperts,
-        computed: Computed,
+        computed: ComputedTensors,
         parameters: Collection[str],
-        values: Callable[[WrittenTensor, KeptExperts, Computed], torch.Tensor],
+        values: Callable[[WrittenTensor, KeptExperts, ComputedTensors], torch.Tensor],
     ) -> None:
         model = self._make_model(kept)
         conversion = Conversion(model, self.dtype, self.device, self._folder)
@@ -173,11 +177,11 @@ class WrittenTensors:
                 conversion.load({each.name: values(each, kept, computed).to(self.device) for each in feeding})
 
     @contextmanager
-    def reading(self, written: Iterable[WrittenTensor], kept: KeptExperts, computed: Computed) -> Iterator[None]:
+    def reading(self, written: Iterable[WrittenTensor], kept: KeptExperts, computed: ComputedTensors) -> Iterator[None]:
         """Within the context the plain values of these tensors may be read; it leaves the page cache as it was."""
         sources: dict[Path, list[Stretch]] = defaultdict(list)
         for each in written:
-            if each.name not in computed:
+            if each.name not in computed.plain:
                 for file, begin, end in stretches(each.plain, kept):
                     sources[self._folder / file].append((begin, end - begin))
         with cache_unchanged(sources):
