@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from streamprune.cli import main
 from streamprune.config import PruneSettings, RunSettings, SearchSettings
-from streamprune.errors import OutputError, ReportError, ResumeError, SettingsError
+from streamprune.errors import OutputError, ProcessesError, ReportError, ResumeError, SettingsError
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline import best
 from streamprune.pipeline import prune as prune_module
 from streamprune.pipeline import run as run_module
 from streamprune.pipeline.best import run_best, settings_of_search
+from streamprune.pipeline.resume import settings_to_resume
 from streamprune.pipeline.search import resume_search
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder
 from streamprune.reporting.write import write_report
@@ -108,6 +111,8 @@ def test_a_search_that_resume_finished_is_not_made_again(
         run_best(given, quiet=True)
     with pytest.raises(ResumeError, match="is for a budget of"):
         run_best(settings(made, tmp_path / "out", budget_gib=budget * 1.1), quiet=True)
+    with pytest.raises(ProcessesError, match="Resume it without a launcher"):
+        settings_to_resume(tmp_path / "out.search.work", {})
     resume_search(tmp_path / "out.search.work", quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr(best, "search", broken)
@@ -185,3 +190,22 @@ def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(
 def test_what_the_search_decides_is_refused(made: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         run_best(settings(made, tmp_path / "out", **changes), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quantize", "experts"], "does not offer --quantize yet"),
+        (["--rounding", "rtn", "--tensor-parallel", "2"], "does not offer --rounding, --tensor-parallel yet"),
+        (["--weights", "w4a16"], "Leave out --weights"),
+        (["--dry-run"], "cannot say what it is"),
+    ],
+    ids=str,
+)
+def test_options_that_the_search_decides_or_lacks_are_refused(
+    made: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    given = ["run", str(made / "model"), "-o", str(tmp_path / "out"), "--budget-gib", "1", "--best", *options]
+    shown = CliRunner().invoke(main, given)
+    assert shown.exit_code == SettingsError.exit_code
+    assert words in " ".join(shown.stderr.split())

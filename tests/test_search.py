@@ -25,6 +25,7 @@ from streamprune.pipeline.run import run
 from streamprune.pipeline.search import resume_search, search
 from streamprune.planning.candidates import Candidate, Searchable, lay_out
 from streamprune.progress import Progress
+from streamprune.reporting.search import ACTIVATIONS, search_lines, search_result
 from streamprune.streaming import predictions
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
@@ -101,6 +102,15 @@ def test_every_candidate_has_the_damage_and_the_bytes_of_a_run_of_its_own(
     assert own == pytest.approx(damages, abs=1e-6)
     assert found["best"] == min(own, key=lambda name: own[name])
     assert sizes == {each["name"]: each["weights_bytes"] for each in found["candidates"]}
+
+
+@pytest.mark.parametrize(("searched", "notes"), [("out", []), ("rounded", [ACTIVATIONS])])
+def test_formats_whose_activations_are_rounded_too_are_noted(made: Path, searched: str, notes: list[str]) -> None:
+    found = read(made / searched)
+    assert found["notes"] == notes
+    shown = "\n".join(search_lines(search_result(found)))
+    assert ("engines also round activations" in shown.replace("\n", " ")) == bool(notes)
+    assert ("engines also round activations" in (made / searched / "report.html").read_text()) == bool(notes)
 
 
 def test_each_layer_is_read_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,13 +87,11 @@ def run(
 
     MODEL is read one layer at a time, so that memory does not grow with its size.
     """
+    if best:
+        _refuse_with_best(given, dry_run)
     # (In a run without --refit there is no anchor; with --best candidates are refitted.)
     anchor = given.pop("anchor") if best else None
     settings = RunSettings(max_shard_bytes=opt.parse_size(max_shard_size), **given)
-    if best and dry_run:
-        raise SettingsError(
-            "--best is found by measuring, so --dry-run cannot say what it is. Use `streamprune search`."
-        )
     if dry_run and not is_first():
         return
     limit_library_memory(tight=settings.ram_gib is not None)
@@ -111,6 +109,28 @@ def run(
         report_after(settings.output, quiet)
     if as_json:
         click.echo(opt.json_text(summary))
+
+
+def _refuse_with_best(given: Mapping[str, Any], dry_run: bool) -> None:
+    """Raise SettingsError for what --best decides itself, or does not offer."""
+    if dry_run:
+        raise SettingsError(
+            "--best is found by measuring, so --dry-run cannot say what it is. Use `streamprune search`."
+        )
+    # (Before the settings are made, which would advise about --weights.)
+    names = [name for name in ("quantize", "rounding", "tensor_parallel") if given[name] is not None]
+    if names:
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise SettingsError(
+            f"--best does not offer {listed} yet: candidates in a format are stored with its defaults. Omit {listed}, "
+            "or find a size with `streamprune search` and write it with `streamprune run --keep N --weights FORMAT`, "
+            "which takes these options."
+        )
+    if given["weights"] != "source":
+        raise SettingsError(
+            f"--best tries the formats that MODEL can be stored in, {given['weights']} among them. Leave out "
+            "--weights. For candidates in one format, use `streamprune search --candidates`."
+        )
 
 
 @click.command()
@@ -187,7 +207,8 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     Settings that decide the result stay as they were. The options below may be changed.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    if is_first() and _has_search(workdir):
+    # (Among several processes the refusal has to reach all.)
+    if launched().count == 1 and _has_search(workdir):
         resume_search(workdir, quiet, as_json, changes)
         return
     # Only the first process looks: the folder may be on its machine only.

@@ -16,7 +16,7 @@ from msgspec import UNSET, convert
 from streamprune.calibration.refit_text import fitted_tokens
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration, fingerprint_of
 from streamprune.config import RunSettings
-from streamprune.errors import ResumeError
+from streamprune.errors import ProcessesError, ResumeError
 from streamprune.files.durable import checksum_of, reading
 from streamprune.files.json_text import show
 from streamprune.models.open import versions
@@ -247,6 +247,11 @@ def settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSett
         )
     if recorded is None:
         raise ResumeError(f"{work_folder} has no run to resume. The work folder of an unfinished run is OUT.work.")
+    if "candidates" in recorded.command:
+        raise ProcessesError(
+            f"{work_folder} has an unfinished `streamprune search`, which runs in one process. Resume it without a "
+            f"launcher: {resume_command(work_folder)}"
+        )
     settings = with_changes(recorded.settings_in(work_folder), work_folder, changes)
     if ended(work_folder, settings.output):
         return RunResult(settings.output, (), {"output": str(settings.output), "complete": True})

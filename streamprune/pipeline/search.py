@@ -43,7 +43,7 @@ from streamprune.planning.memory_needs import plan_memory
 from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, prepare, read_config
 from streamprune.planning.search_needs import OwnNeeds, search_needs
 from streamprune.progress import Progress
-from streamprune.reporting.search import marked
+from streamprune.reporting.search import marked, notes_on
 from streamprune.reporting.search_page import write_search_result
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_NAME, write_scores
@@ -254,6 +254,7 @@ class _Search:
             "width": prepared.skeleton.width.width if prepared.skeleton.width is not None else None,
             "cost": SearchCost.of(decided.text, list(decided.sides)).as_json(),
             "left_out": list(decided.left_out),
+            "notes": notes_on(side.candidate.weights for side in decided.sides),
             **marked(rows),
         }
 

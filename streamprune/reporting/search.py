@@ -3,12 +3,13 @@
 Next to the head of an evaluation (`reporting.evaluations`) it has the budget and `candidates`, best first. Each has its
 settings, `weights_bytes`, `total_bytes` (memory for the planned use), `max_context` (tokens that fit the budget),
 `bytes_per_token`, and the figures of an evaluation, `sources` and `all`; or `given_up` instead of these, if it was
-hopeless. `on_front`: no other candidate takes as little memory and loses as little.
+hopeless. `notes` say what the figures leave out. `on_front`: no other candidate takes as little memory and
+loses as little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -26,6 +27,12 @@ SPEED = (
     "are about the GPU's memory bandwidth divided by it"
 )
 UNIFORM = "All layers keep equally many experts: schedules that give layers different numbers are not searched."
+#: What the measurement leaves out, where one of these formats is among the candidates.
+_EIGHT_BIT_ACTIVATIONS = ("fp8", "fp8-dynamic")
+ACTIVATIONS = (
+    "The KL divergence of fp8 and fp8-dynamic is that of their weights alone: engines also round activations to 8 bits "
+    "for them, which loses a little more. For w4a16 and w8a16 activations keep their 16 bits."
+)
 _ADVICE = "Search again with `streamprune search`, or remove the file."
 #: Most candidates that a file may have.
 _MOST = 1000
@@ -117,6 +124,11 @@ def marked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"best": measured[0]["name"], "candidates": listed}
 
 
+def notes_on(weights: Iterable[str]) -> list[str]:
+    """What to know of the measurements of candidates in these formats."""
+    return [ACTIVATIONS] if any(each in _EIGHT_BIT_ACTIVATIONS for each in weights) else []
+
+
 def search_lines(result: SearchResult) -> list[str]:
     """The tables for a terminal, and what the best candidate is made with."""
     best = result.best
@@ -134,6 +146,7 @@ def search_tables(result: SearchResult) -> list[Table]:
     )
     columns = ["candidate", "KL", "interval", "weights", "memory", "longest context", "read per token", "front"]
     notes = ["front: no other takes as little memory and loses as little", SPEED, UNIFORM]
+    notes += notes_on(each.weights for each in result.candidates)
     tables = [Table(title, columns, [_row(each) for each in result.candidates], notes)]
     names = [source.name for source in result.best.sources]
     if len(names) > 1:
