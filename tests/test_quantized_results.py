@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.compressors import unpack_from_int32
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import PruneSettings, RunSettings
-from streamprune.errors import SettingsError, UnsupportedModelError, VerifyError
+from streamprune.errors import NonFiniteError, SettingsError, UnsupportedModelError, VerifyError
 from streamprune.output.verify import verify
 from streamprune.pipeline.dry_run import print_dry_run
 from streamprune.pipeline.prune import dry_run
@@ -341,3 +342,24 @@ def test_sizes_tell_equal_matrices_apart_that_are_treated_differently(tmp_path: 
     assert (query.shape, query.dtype) == (out.shape, torch.float32)
     assert out.dtype == torch.float8_e4m3fn
     assert told["weights_bytes"] == open_checkpoint(settings.output).nbytes
+
+
+def test_the_card_of_a_quantized_result_is_plain_markdown(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    text = write_token_ids(tmp_path / "ids.jsonl", 40)
+    prune(source, tmp_path / "out", weights="w4a16", calibration=(str(text),))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "rounded by GPTQ ([arXiv:2210.17323](https://arxiv.org/abs/2210.17323))" in card
+    assert "With transformers, which needs `pip install 'compressed-tensors>=0.20,<0.21'`:" in card
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    source, name = source_of(tmp_path), "model.layers.1.mlp.experts.5.up_proj.weight"
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name][3, 4] = float("nan")
+            save_file(tensors, shard, {"format": "pt"})
+    settings = PruneSettings(model=str(source), output=tmp_path / "out", weights="fp8")
+    with pytest.raises(NonFiniteError, match=re.escape(name)):
+        prune_by_scores(settings, quiet=True)

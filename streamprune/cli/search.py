@@ -31,7 +31,8 @@ _NOT_OF_SEARCH = ("from_layer", "stop_if_kl", "verify")
 )  # fmt: skip
 @click.option(
     "--drop-above", type=float, default=DEFAULT_DROP_ABOVE, show_default=True, metavar="FACTOR",
-    help="Give up candidates whose KL divergence within the model is so many times the best one's. 0: none.",
+    help="Give up candidates whose KL divergence within the model is so many times the best one's, and above 0.01. "
+    "0: none.",
 )  # fmt: skip
 @opt.CALIBRATION
 @click.option(

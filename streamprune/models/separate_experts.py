@@ -23,7 +23,7 @@ from streamprune.models.skeleton import Skeleton
 
 #: Stands for the expert's number in transformers' patterns of names.
 _NUMBER = "*"
-_WAY_OUT = "Use --weights source or bf16."
+_WAY_OUT = "Leave out --weights (or, of a quantized source, write --weights bf16)."
 
 
 def with_separate_experts(

@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from streamprune.checkpoint.safetensors_file import read_ranges
+from streamprune.errors import NonFiniteError
 from streamprune.files.durable import reading
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.decoded import read_decoded
@@ -24,7 +25,12 @@ def source_bytes(tensor: OutputTensor, kept: KeptExperts, folder: Path) -> Itera
     shards that cannot be read, NonFiniteError for weights that cannot be quantized.
     """
     if tensor.encoded is not None:
-        yield encoded_bytes(tensor.encoded, bytearray().join(_plain_bytes(tensor.encoded, kept, folder)))
+        plain = bytearray().join(_plain_bytes(tensor.encoded, kept, folder))
+        try:
+            yield encoded_bytes(tensor.encoded, plain)
+        except NonFiniteError as error:
+            source = tensor.sources[kept.experts[tensor.slot] if tensor.slot is not None else 0]
+            raise NonFiniteError(f"{source.name} in {folder / source.file}: {error}") from error
         return
     if tensor.is_decoded:
         for entry in tensor.decoded_from(kept):
