@@ -324,9 +324,9 @@ def test_what_is_chosen_at_the_end_is_in_the_plan_of_memory(
 
     usual, plans = RunEvaluation.complete, []
 
-    def complete(self: RunEvaluation, choice: Any) -> None:
+    def complete(self: RunEvaluation, *given: Any) -> None:
         plans.append(self._runtime.plan)
-        usual(self, choice)
+        usual(self, *given)
 
     monkeypatch.setattr(RunEvaluation, "complete", complete)
     for place, choice in (("during", {}), ("after", {"schedule": "global"})):

@@ -21,6 +21,7 @@ from streamprune.hardware import memory as machine
 from streamprune.models.open import OpenedModel, load_config
 from streamprune.models.skeleton import build_skeleton, map_checkpoint
 from streamprune.progress import Busy
+from streamprune.streaming.conversion import Conversion
 from streamprune.streaming.layer_weights import LayerWeights
 from tests.helpers import CPU
 
@@ -119,16 +120,16 @@ def test_a_block_whose_loading_failed_is_freed_before_the_next_attempt(
     model: Path, memories: Memories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights that were read, and not only those that were being converted when memory ran out."""
-    plain, calls = LayerWeights._convert, 0
+    plain, calls = Conversion.load, 0
 
-    def convert(self: LayerWeights, tensors: Any) -> None:
+    def convert(self: Conversion, tensors: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError("2.00 GiB")
         plain(self, tensors)
 
-    monkeypatch.setattr(LayerWeights, "_convert", convert)
+    monkeypatch.setattr(Conversion, "load", convert)
     with loader_of(model) as loader:
         try:
             with loader.layer(0):

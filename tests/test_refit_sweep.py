@@ -261,7 +261,7 @@ def test_scores_of_another_model_are_refused(once: Case, tmp_path: Path) -> None
 
 def test_scores_without_a_refit_belong_to_prune(once: Case, tmp_path: Path) -> None:
     case = once.at(tmp_path / "out")
-    with pytest.raises(SettingsError, match=r"--scores is for --refit\. Without it use `streamprune prune`"):
+    with pytest.raises(SettingsError, match=r"--scores is for --refit, .* Without them use `streamprune prune`"):
         case.run(scores=once.output, refit=False, anchor=None)
 
 
