@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,3 +42,14 @@ def test_imports_point_from_the_first_rows_to_the_last() -> None:
             if room in rank and rank[room] > rank[there.split(".")[0]]:
                 against.add((here, there))
     assert not against
+
+
+def test_types_of_every_program_in_tools_are_checked() -> None:
+    """What a program imports within its functions is found missing by mypy, not by the user."""
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    programs = {
+        f"tools/{path.name}"
+        for path in (ROOT / "tools").iterdir()
+        if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env python3")
+    }
+    assert {"streamprune", *programs} == set(checked)
