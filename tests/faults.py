@@ -62,7 +62,7 @@ class Case:
         assert not self.output.exists()
 
 
-def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, **settings: Any) -> Case:
+def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, sequences: int = 4, **settings: Any) -> Case:
     kind = known_family(family)
     config = tiny_config(kind)
     if blocks != 4:
@@ -70,7 +70,7 @@ def make_case(folder: Path, family: str = "qwen3_moe", blocks: int = 4, **settin
     model = make_model(folder / "model", config)
     (model / "tokenizer_config.json").write_text('{"model_max_length": 256}')
     given = {"keep": kind.keep, "batch_tokens": 24, "checkpoint_every": 0.0, **settings}
-    case = Case(model, write_token_ids(folder / "ids.jsonl"), folder / "undisturbed", given, {})
+    case = Case(model, write_token_ids(folder / "ids.jsonl", sequences), folder / "undisturbed", given, {})
     case.run()
     case.expected = tree_bytes(case.output)
     return case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -129,17 +130,17 @@ def breaking_at(record: int) -> Iterator[None]:
 @contextmanager
 def ending_at(point: str) -> Iterator[None]:
     """End a command when it comes to a critical point, as a kill would: nothing is tidied up."""
-    import streamprune.output.writer
-    import streamprune.pipeline.finish
 
     def reached(name: str) -> None:
         if name == point:
             raise Injected
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (streamprune.pipeline.finish, streamprune.output.writer):
-            patch.setattr(module, "kill_point", reached)
-        patch.setattr(WorkFolder, "remove", lambda self: None)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("streamprune.") and hasattr(module, "kill_point"):
+                patch.setattr(module, "kill_point", reached)
+        if not point.startswith("work folder"):
+            patch.setattr(WorkFolder, "remove", lambda self: None)
         with pytest.raises(Injected):
             yield
 

@@ -83,12 +83,16 @@ def test_the_best_candidate_is_written_and_the_search_kept(
     assert kl_of(tmp_path / "out") == pytest.approx(first["all"]["kl"], abs=1e-6)
     assert result.summary["output_bytes"] == first["weights_bytes"]
     verify(tmp_path / "out", made / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerLoop, "run_layer", broken)
+        again = run_best(settings(made, tmp_path / "out"), quiet=True).summary
+    assert (again["complete"], again["best"]) == (True, first["name"])
     html = write_report(tmp_path / "out").read_text()
     assert f"<b>{first['name']}</b>" not in html
     assert 'id="search"' in html
     assert first["name"] in html
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutputError, match="has a search with other settings"):
+    with pytest.raises(OutputError, match=r"settings\.method: 'reap' there(.|\n)*--best keeps its search there"):
         run_best(settings(made, tmp_path / "out", method="frequency"), quiet=True)
 
 

@@ -14,7 +14,7 @@ from tests.thorough import thorough
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_CASE = [
     "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "refit", "w4a16", "w4a16", "score", "global schedule",
-    "super experts protected", "quantized", "quantized", "prune", "prune",
+    "super experts protected", "quantized", "quantized", "prune", "prune", "search",
 ]  # fmt: skip
 
 

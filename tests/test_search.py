@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
     before = len(ran)
     search(given, quiet=True)
     assert ran[before] == (str(layer) if every == 0.0 else "0")
+    # Once more, and nothing is computed.
+    (tmp_path / "out.work").mkdir()
+    number = len(ran)
+    again = search(given, quiet=True)
+    assert again["complete"] is True
+    assert again["candidates"] == read(tmp_path / "out")["candidates"]
+    assert len(ran) == number
+    with pytest.raises(OutputError, match=r"is not empty[^\n]*\n.*\n  settings\.drop_above: 0\.0 there, 3\.0 now"):
+        search(replace(given, drop_above=3.0), quiet=True)
     assert tree_bytes(tmp_path / "out") == tree_bytes(made / "out")
     assert not (tmp_path / "out.work").exists()
 

@@ -16,6 +16,7 @@ from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSetting
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
+from streamprune.pipeline.status import output_of
 from streamprune.work.records import has_pruning, has_run, read_run
 
 if TYPE_CHECKING:
@@ -207,6 +208,9 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     Settings that decide the result stay as they were. The options below may be changed.
     """
     changes = {name: value for name, value in options.items() if value is not None}
+    if launched().count == 1 and (finished := output_of(workdir)) is not None:
+        _nothing_left(workdir, finished, quiet, as_json)
+        return
     # (Among several processes the refusal has to reach all.)
     if launched().count == 1 and _has_search(workdir):
         resume_search(workdir, quiet, as_json, changes)
@@ -220,11 +224,21 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
 
         opt.quiet_libraries(downloads=quiet)
         result = engine.resume(workdir, quiet, **changes)
+    if result.summary.get("complete") and not quiet:
+        click.echo(f"Nothing is left to resume: {result.output} is complete.", err=True)
     # (The result of `score` is a file, which has no report.)
     if with_report and result.output.is_dir():
         report_after(result.output, quiet)
     if as_json:
         click.echo(opt.json_text(result.summary))
+
+
+def _nothing_left(workdir: Path, output: Path, quiet: bool, as_json: bool) -> None:
+    """Say that a command has ended, whose work folder is gone. (It may have been killed before it said so.)"""
+    if not quiet:
+        click.echo(f"Nothing is left to resume: {workdir} is gone, and {output} is complete.", err=True)
+    if as_json:
+        click.echo(opt.json_text({"output": str(output), "complete": True}))
 
 
 def _has_search(workdir: Path) -> bool:

@@ -6,23 +6,20 @@ wanted later.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from streamprune.checkpoint.hub import resolve_model
-from streamprune.checkpoint.index import read_json
 from streamprune.config import PruneSettings, RunSettings, SearchSettings, sibling_path
 from streamprune.errors import OutputError, SettingsError
-from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.output.writer import check_output
 from streamprune.pipeline.best_results import note_results
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.prune import prune
+from streamprune.pipeline.repeated import may_be_finished
 from streamprune.pipeline.run import run
-from streamprune.pipeline.search import request_of, search
-from streamprune.planning.prepare import calibrate, read_config
+from streamprune.pipeline.search import finished_search, search
 from streamprune.progress import Progress
 from streamprune.reporting.search import search_result
 
@@ -37,9 +34,10 @@ def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = No
     finished work is kept, and the same command goes on.
     """
     searched = settings_of_search(settings, anchor)
-    folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
-    check_output(settings.output, folder, settings.overwrite)
     found = _finished(searched)
+    if found is None or not may_be_finished(settings):
+        folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
+        check_output(settings.output, folder, settings.overwrite)
     with Progress(0, quiet) as progress:
         if found is not None:
             progress.say(f"the candidates were measured already: {searched.output}")
@@ -68,23 +66,16 @@ def settings_of_search(settings: RunSettings, anchor: str | None = None) -> Sear
 def _finished(settings: SearchSettings) -> Mapping[str, Any] | None:
     """The result of a search with these settings that was finished before; None if there is none.
 
-    Raises OutputError if the folder has another search.
+    Raises OutputError if the folder has another search. (With --overwrite too: writing may have been interrupted.)
     """
-    path = settings.output / SEARCH_NAME
-    if not path.is_file() or settings.resume == "never":
+    if settings.resume == "never":
         return None
-    found = read_json(path)
-    plan = read_config(replace(settings, only_score=True))
-    # (As it is read back: JSON has no tuples.)
-    if found.get("request") == json.loads(json.dumps(request_of(settings, calibrate(settings, plan)))):
-        search_result(found)
-        return found
-    if settings.overwrite:
-        return None
-    raise OutputError(
-        f"{settings.output} has a search with other settings, of another model or on other text. Remove it, or add "
-        "--overwrite to replace it and the output."
-    )
+    try:
+        return finished_search(settings)
+    except OutputError as error:
+        raise OutputError(
+            f"{error}\n--best keeps its search there; --overwrite makes it again, and then the output."
+        ) from None
 
 
 def _write(searched: SearchSettings, settings: RunSettings, found: Mapping[str, Any], quiet: bool) -> RunResult:

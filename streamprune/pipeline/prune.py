@@ -16,6 +16,7 @@ from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, SettingsError
+from streamprune.files.durable import kill_point
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.formats.pick import refuse_quantized
@@ -26,6 +27,7 @@ from streamprune.output.plan import OutputSource, make_plan
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
+from streamprune.pipeline.repeated import may_be_finished, repeated
 from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
 from streamprune.planning.facts import (
@@ -50,13 +52,17 @@ from streamprune.work.records import has_pruning, has_run
 
 
 def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
-    """Write the pruned model, or resume an unfinished earlier call.
+    """Write the pruned model, or resume an unfinished earlier call. A finished output of the same call is kept.
 
     Takes the time of a file copy, and memory for the scores and a few MiB. Raises a StreampruneError before anything
     is written if the settings, the model or the machine do not allow it.
     """
-    decided = _decide(settings)
+    in_place = may_be_finished(settings)
+    # (Its place is taken by what may be the result.)
+    decided = replace(_decide(replace(settings, overwrite=True) if in_place else settings), settings=settings)
     with Progress(decided.plan.layout.layer_count, quiet) as progress, ExitStack() as stack:
+        if in_place and (result := repeated(decided, progress)) is not None:
+            return result
         _print_plan(settings, decided, progress)
         work = open_work_folder(stack, settings)
         stop = stack.enter_context(listening())
@@ -76,6 +82,7 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         finish.print_result(progress, decided, summary, estimate)
+        kill_point("result printed")
     return RunResult(settings.output, decided.selection.layers, summary)
 
 

@@ -22,6 +22,7 @@ from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import SettingsError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
+from streamprune.files.durable import kill_point
 from streamprune.hardware.device import choose_device, describe_host
 from streamprune.hardware.memory import peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
@@ -33,6 +34,7 @@ from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.imatrix import PlannedImatrix, planned_imatrix
 from streamprune.pipeline.job import Job, open_alike
 from streamprune.pipeline.output_target import OutputTarget
+from streamprune.pipeline.repeated_run import repeated_run
 from streamprune.pipeline.resume import (
     check_same,
     describe_run,
@@ -73,8 +75,9 @@ from streamprune.work.records import RecordedRun, write_run
 def run(settings: RunSettings, quiet: bool = False) -> RunResult:
     """Prune a model, or only score it, one layer after the other; or resume an unfinished earlier run.
 
-    On any error the work folder stays if a layer is finished, so that the run can be resumed. If several processes
-    were launched together, each has to call this, and all get the result.
+    An output of an earlier run with the same settings is checked and kept. On any error the work folder stays if a
+    layer is finished, so that the run can be resumed. If several processes were launched together, each has to call
+    this, and all get the result.
     """
     with joined(settings.device) as processes:
         return _run(settings, quiet, processes)
@@ -95,8 +98,8 @@ def _run(settings: RunSettings, quiet: bool, processes: Processes, resuming: boo
     device = processes.on_each(lambda: device_of(settings, processes))
     with ExitStack() as stack:
         process = _Run(processes, device, stack)
-        job = processes.on_first(lambda: process.begin(settings, quiet, resuming))
-        return process.go(job)
+        job = processes.on_first(lambda: repeated_run(settings, quiet) or process.begin(settings, quiet, resuming))
+        return job if isinstance(job, RunResult) else process.go(job)
 
 
 def device_of(settings: RunSettings, processes: Processes = ALONE) -> torch.device:
@@ -369,6 +372,7 @@ class _Run:
         measured = {"evaluation": result} if result is not None else {}
         summary = self._log({**decided.summary(estimate, progress.seconds), **measured}, taken)
         finish.print_result(progress, decided, summary, estimate)
+        kill_point("result printed")
         return RunResult(self.settings.output, decided.selection.layers, summary)
 
     def _complete_scores(self, scores: Scores, taken: Mapping[str, Any]) -> RunResult:
@@ -385,6 +389,7 @@ class _Run:
         }
         summary = self._log(summary, taken)
         messages.print_scores(self.progress, self.settings.output, scores, summary)
+        kill_point("result printed")
         return RunResult(self.settings.output, (), summary)
 
     def _log(self, summary: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The result is a folder with `search.json` (see `reporting.search`), the scores o
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,10 +18,10 @@ from msgspec import structs
 
 from streamprune.calibration.sequences import Calibration
 from streamprune.checkpoint.hub import resolve_model
-from streamprune.checkpoint.index import open_checkpoint
+from streamprune.checkpoint.index import open_checkpoint, read_json
 from streamprune.config import RunSettings, SearchSettings
 from streamprune.distributed.processes import launched
-from streamprune.errors import CalibrationError, ProcessesError, ResumeError
+from streamprune.errors import CalibrationError, OutputError, ProcessesError, ResumeError
 from streamprune.evaluation.evaluate import about
 from streamprune.evaluation.held_out import save_held_out
 from streamprune.evaluation.metrics import summary_of, sums_by_source
@@ -29,21 +30,22 @@ from streamprune.fit.answer import Budget, resolve_budget
 from streamprune.fit.estimate import Fit
 from streamprune.hardware.device import describe_host
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes
-from streamprune.output.search_folder import check_search_output
+from streamprune.output.search_folder import SEARCH_NAME, check_search_output
 from streamprune.output.writer import check_place
 from streamprune.pipeline.messages import print_prepared
+from streamprune.pipeline.repeated import difference_lines, made_otherwise, may_be_finished
 from streamprune.pipeline.resume import FREE_SETTINGS, check_same, describe_run, provenance_of, tokens_of
 from streamprune.pipeline.run import device_of
 from streamprune.pipeline.search_layers import SearchLayers, Side
 from streamprune.pipeline.search_plan import SearchCost, candidates_for, sides_of
 from streamprune.pipeline.search_text import SearchText, search_text
-from streamprune.pipeline.status import ended
+from streamprune.pipeline.status import ended, remove_leftovers
 from streamprune.planning.candidates import AUTO, Candidate, Searchable, bytes_per_token
 from streamprune.planning.memory_needs import plan_memory
 from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, prepare, read_config
 from streamprune.planning.search_needs import OwnNeeds, search_needs
 from streamprune.progress import Progress
-from streamprune.reporting.search import marked, notes_on
+from streamprune.reporting.search import marked, notes_on, search_result
 from streamprune.reporting.search_page import write_search_result
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_NAME, write_scores
@@ -62,13 +64,45 @@ _DECIDING = {*_BUDGET, "context", "batch", "kv_dtype", "anchor"}
 def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:
     """Measure the candidates of a search, or resume an interrupted one; returns what `--json` prints.
 
+    A finished search of the same settings, model and text is kept.
     On any error finished work is kept, so that the same command goes on. Raises a StreampruneError.
     """
     if launched().count > 1:
         raise ProcessesError("search runs in one process. Start it without a launcher.")
     device = device_of(settings)
+    if may_be_finished(settings):
+        with Progress(0, quiet) as progress:
+            progress.say(f"{settings.output} exists: comparing it with the search that is asked for ...")
+            found = finished_search(settings)
+            if found is not None:
+                progress.say(f"{settings.output} is finished already: it is this search, of this model on this text.")
+                remove_leftovers(settings)
+                return {"output": str(settings.output), **found, "complete": True}
     with ExitStack() as stack:
         return _Search(settings, device, stack).run(quiet)
+
+
+def finished_search(settings: SearchSettings) -> Mapping[str, Any] | None:
+    """The result of a search with these settings that is in place; None if there is none, or it is to be replaced.
+
+    Raises OutputError, naming the differences, if the folder has another search, and ReportError if it is damaged.
+    """
+    path = settings.output / SEARCH_NAME
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    plan = read_config(replace(settings, only_score=True))
+    # (As it is read back: JSON has no tuples.)
+    request = json.loads(json.dumps(request_of(settings, calibrate(settings, plan))))
+    differing = list(difference_lines(found.get("request"), request))
+    if not differing:
+        search_result(found)
+        return found
+    try:
+        check_search_output(settings.output, plan.folder, settings.overwrite)
+    except OutputError as error:
+        raise OutputError(f"{error}{made_otherwise(differing)}") from None
+    return None
 
 
 def resume_search(work_folder: Path, quiet: bool = False, **changes: Any) -> dict[str, Any]:
@@ -236,6 +270,7 @@ class _Search:
         self.progress.say(
             f"done in {self.progress.seconds:.0f} s: {settings.output}, with the scores for `streamprune prune`"
         )
+        kill_point("result printed")
         return {"output": str(settings.output), **result, "run": {**run, "host": describe_host(self.device)}}
 
     def _result(self, decided: _Decided, prepared: PreparedModel, layers: SearchLayers) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from streamprune.config import WORK_SUFFIX, OutputSettings, sibling_path
 from streamprune.errors import ResumeError
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
@@ -135,7 +136,10 @@ def ended(folder: Path, output: Path) -> bool:
     """Whether the command in a work folder had finished except for removing the folder. If so, remove it."""
     if not is_complete(folder, output):
         return False
-    clean_up(folder, everything=True)
+    with WorkFolder(folder) as work:
+        work.remove()
+    # That next to the output, if --work-dir was elsewhere.
+    shutil.rmtree(sibling_path(output, WORK_SUFFIX), ignore_errors=True)
     return True
 
 
@@ -143,10 +147,36 @@ def is_complete(folder: Path, output: Path) -> bool:
     """Whether the output of a work folder is complete at its path: a model, a scores file, or a search."""
     try:
         # Compared by inode, not by contents: with --overwrite an earlier output was there before.
-        there = output.is_file() or any((output / name).is_file() for name in (REPORT_NAME, SEARCH_NAME))
-        return there and output.stat().st_ino == finished_inode(folder)
+        return is_there(output) and output.stat().st_ino == finished_inode(folder)
     except OSError:
         return False
+
+
+def output_of(folder: Path) -> Path | None:
+    """The finished output whose work folder is gone, since the command that worked in it has ended; None if none is."""
+    if folder.exists() or not folder.name.endswith(WORK_SUFFIX):
+        return None
+    output = folder.with_name(folder.name.removesuffix(WORK_SUFFIX))
+    return output if output.name and is_there(output) else None
+
+
+def is_there(output: Path) -> bool:
+    """Whether a path has something that streamprune may have made: a model, a scores file, or a search."""
+    try:
+        return output.is_file() or any((output / name).is_file() for name in (REPORT_NAME, SEARCH_NAME))
+    except OSError:
+        return False
+
+
+def remove_leftovers(settings: OutputSettings) -> None:
+    """Remove what a command that was killed after its output had its name left in its work folders.
+
+    A work folder that holds something else stays. Raises OutputError while another process works in it.
+    """
+    ended(settings.work_folder, settings.output)
+    for folder in {settings.work_folder, settings.output_work_folder}:
+        if folder.is_dir() and (not any(folder.iterdir()) or not _holds_anything(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _recorded(folder: Path) -> RecordedRun | RecordedPruning | None:

@@ -102,12 +102,17 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove the folder and everything in it."""
-        # The lock is removed last: after a kill in between, the folder is still recognised as streamprune's.
-        for path in names_in(self.folder, but=(LOCK_NAME,)):
+        # The lock is removed last, and before it what says that the output is complete: after a kill in between, the
+        # folder is still recognised as streamprune's, and as of no more use.
+        for path in names_in(self.folder, but=(LOCK_NAME, _FINISHED)):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+        kill_point("work folder emptied")
+        with suppress(OSError):
+            (self.folder / _FINISHED).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        kill_point("work folder removed")
 
     def start_afresh(self) -> None:
         """Remove everything of an earlier run except the lock, and an old output that was moved aside."""
