@@ -13,6 +13,7 @@ from pathlib import Path
 from streamprune.errors import SettingsError
 from streamprune.quantize.schemes import SCHEMES
 from streamprune.targets import (
+    MTP,
     PruningTarget,
     Storage,
     check_choice,
@@ -70,7 +71,8 @@ class OutputSettings:
 
     `weights` is one of WEIGHTS. Only for those that quantize: `quantize` (one of QUANTIZE; None: all-linear),
     `rounding` (one of ROUNDING; None: see `rounds_by`), and `tensor_parallel`, the number of GPUs that an engine will
-    divide the matrices among (None: 1).
+    divide the matrices among (None: 1). `mtp` is one of MTP: whether layers for multi-token prediction stay, as far as
+    that is possible.
     """
 
     model: str
@@ -86,6 +88,7 @@ class OutputSettings:
     quantize: str | None = None
     rounding: str | None = None
     tensor_parallel: int | None = None
+    mtp: str = MTP[0]
 
     def __post_init__(self) -> None:
         # Creating it checks its values.
@@ -107,9 +110,14 @@ class OutputSettings:
         return self.weights
 
     @property
+    def stored_mtp(self) -> str:
+        """What happens to layers for multi-token prediction: one of MTP."""
+        return self.mtp
+
+    @property
     def storage(self) -> Storage:
         """How the output stores weights."""
-        return Storage.of(self.weights, self.quantize, self.rounding, self.tensor_parallel)
+        return Storage.of(self.weights, self.quantize, self.rounding, self.tensor_parallel, self.mtp)
 
     @property
     def rounds_by(self) -> str:

@@ -21,6 +21,8 @@ WEIGHTS = ("source", "bf16", *SCHEMES)
 QUANTIZE = ("experts", "all-linear")
 #: How it rounds: each value to the nearest, or GPTQ, which needs text.
 ROUNDING = ("rtn", "gptq")
+#: What happens to layers for multi-token prediction.
+MTP = ("keep", "drop")
 #: Tokens per sequence that a model is planned for.
 DEFAULT_CONTEXT = 32768
 #: Tokens of all sequences together that can be planned for: far beyond any GPU.
@@ -46,7 +48,8 @@ class ServingSpec:
     `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is.
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
     number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
-    the number of channels that each expert keeps; None for all.
+    the number of channels that each expert keeps; None for all. `mtp` is one of MTP: whether an output keeps layers for
+    multi-token prediction, which engines load for speculative decoding; the model as it is has them.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -57,6 +60,7 @@ class ServingSpec:
     total: int | None = None
     widest: int | None = None
     width: int | None = None
+    mtp: str = MTP[0]
 
     def __post_init__(self) -> None:
         check_least("--context", self.context, 1)
@@ -112,7 +116,9 @@ class PruningTarget(SelectionSettings):
     @property
     def serving(self) -> ServingSpec:
         """How the pruned model is to be used."""
-        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=self.stored_as)
+        return ServingSpec(
+            context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=self.stored_as, mtp=self.stored_mtp
+        )
 
     @property
     def selection(self) -> SelectionSettings:
@@ -123,6 +129,11 @@ class PruningTarget(SelectionSettings):
     def stored_as(self) -> str:
         """How the pruned model stores its weights: one of WEIGHTS."""
         return "source"
+
+    @property
+    def stored_mtp(self) -> str:
+        """What happens to layers for multi-token prediction: one of MTP."""
+        return MTP[0]
 
     @property
     def changes_weights(self) -> bool:
@@ -154,7 +165,8 @@ class PruningTarget(SelectionSettings):
 
 @dataclass(frozen=True)
 class Storage:
-    """How an output stores weights: `weights` is one of WEIGHTS; the rest is only for those that quantize.
+    """How an output stores weights: `weights` is one of WEIGHTS, `mtp` one of MTP; the rest is only for those that
+    quantize.
 
     `quantize` is one of QUANTIZE, `rounding` one of ROUNDING, and `tensor_parallel` the number of GPUs that an engine
     will divide the matrices among.
@@ -164,14 +176,23 @@ class Storage:
     quantize: str = QUANTIZE[-1]
     rounding: str = ROUNDING[0]
     tensor_parallel: int = 1
+    mtp: str = MTP[0]
 
     @classmethod
-    def of(cls, weights: str, quantize: str | None, rounding: str | None, tensor_parallel: int | None) -> Storage:
+    def of(
+        cls,
+        weights: str,
+        quantize: str | None,
+        rounding: str | None,
+        tensor_parallel: int | None,
+        mtp: str = MTP[0],
+    ) -> Storage:
         """The storage for options that may not be given (None).
 
         Raises SettingsError for unknown values, and for options that only count for quantized weights without these.
         """
         check_choice("--weights", weights, WEIGHTS)
+        check_choice("--mtp", mtp, MTP)
         options = (("--quantize", quantize, QUANTIZE), ("--rounding", rounding, ROUNDING))
         for name, value, choices in options:
             if value is not None:
@@ -186,7 +207,7 @@ class Storage:
             )
         # By default 8 bits are rounded to the nearest, and 4 bits by GPTQ.
         rounding = rounding or ("gptq" if weights == "w4a16" else "rtn")
-        return cls(weights, quantize or QUANTIZE[-1], rounding, tensor_parallel or 1)
+        return cls(weights, quantize or QUANTIZE[-1], rounding, tensor_parallel or 1, mtp)
 
     @property
     def is_quantizing(self) -> bool:
@@ -195,6 +216,6 @@ class Storage:
 
     def as_json(self) -> dict[str, Any]:
         """What is recorded of it; nothing for the source's own way."""
-        if self.is_quantizing:
-            return asdict(self)
-        return {"weights": self.weights} if self.weights != "source" else {}
+        found = asdict(self) if self.is_quantizing else {"weights": self.weights, "mtp": self.mtp}
+        usual = {"weights": WEIGHTS[0], "mtp": MTP[0]}
+        return {name: value for name, value in found.items() if value != usual.get(name)}

@@ -15,7 +15,8 @@ from torch import nn
 from streamprune.config import RunSettings
 from streamprune.formats.base import KeptExperts
 from streamprune.models.separate_experts import with_separate_experts
-from streamprune.models.skeleton import map_checkpoint, survey
+from streamprune.models.skeleton import map_checkpoint
+from streamprune.models.survey import survey
 from streamprune.output.encoded import SCALE, parts_of
 from streamprune.output.tensors import ComputedTensors, OutputTensor, StageTensor, output_tensors
 from streamprune.planning.prepare import PreparedModel

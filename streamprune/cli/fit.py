@@ -26,6 +26,7 @@ from streamprune.targets import WEIGHTS, ServingSpec, Storage
     help="How weights are stored: as they are, or as `run --weights` writes them. (Formerly --weights-dtype.)",
 )  # fmt: skip
 @opt.QUANTIZED
+@opt.MTP_LAYERS
 @click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
 @click.option("--width", type=int, help="Channels kept of each expert.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
@@ -43,7 +44,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
-    storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"))
+    storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"), given["mtp"])
     wanted = ServingSpec(**given)
     budget = resolve_budget(budget_gib, gpu)
     from streamprune.planning.sizes import read_forms

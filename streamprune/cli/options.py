@@ -26,7 +26,7 @@ from streamprune.errors import (
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
-from streamprune.targets import BY, DEFAULT_CONTEXT, QUANTIZE, ROUNDING, WEIGHTS
+from streamprune.targets import BY, DEFAULT_CONTEXT, MTP, QUANTIZE, ROUNDING, WEIGHTS
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 PATH = click.Path(path_type=Path)
@@ -65,6 +65,10 @@ QUANTIZED = together(
         help="GPUs among which an engine will divide each weight: w4a16's groups must fit.  [default: 1]",
     ),
 )  # fmt: skip
+MTP_LAYERS = click.option(
+    "--mtp", type=click.Choice(MTP), default=MTP[0], show_default=True,
+    help="Layers for multi-token prediction (for speculative decoding): keep them, with as many experts, or drop them.",
+)  # fmt: skip
 #: How the output stores its weights.
 WRITTEN_AS = together(
     click.option(
@@ -78,6 +82,7 @@ WRITTEN_AS = together(
         help="How weights are rounded: each to the nearest value (rtn), or so that outputs on the calibration change "
         "least (gptq).  [default: gptq for w4a16, else rtn]",
     ),
+    MTP_LAYERS,
 )  # fmt: skip
 SHARD_SIZE = click.option("--max-shard-size", default="5GB", show_default=True, help="Size of the largest output file.")
 STOP_IF_KL = click.option(

@@ -16,7 +16,7 @@ from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
 from streamprune.fit.weights import Weights, WeightSizes
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
-from streamprune.targets import MOST_TOKENS, ServingSpec
+from streamprune.targets import MOST_TOKENS, MTP, ServingSpec
 
 MIB = 1024**2
 #: Names of terms; those of the weights are followed by one of `weights.CATEGORIES`.
@@ -38,7 +38,7 @@ class Forms(Protocol):
 
     def sizes(self, weights: str, width: int | None) -> WeightSizes:
         """Sizes with weights that are quantized by the scheme `weights`, plain in the source's dtype ("source"), or
-        decoded ("bf16"), and with `width` channels per expert (None: all). Without multi-token prediction.
+        decoded ("bf16"), and with `width` channels per expert (None: all). Multi-token prediction counts too.
 
         Raises SettingsError or UnsupportedModelError where that cannot be.
         """
@@ -70,11 +70,15 @@ class Footprint:
     def sizes(self, weights: str = "source", width: int | None = None, with_mtp: bool = True) -> WeightSizes:
         """Sizes of the weights in one of config.WEIGHTS, with `width` channels per expert (None: all).
 
-        `with_mtp` only counts for the model as it is: outputs have no multi-token prediction. Raises SettingsError or
+        Layers for multi-token prediction count unless `with_mtp` is false. Raises SettingsError or
         UnsupportedModelError where the weights cannot be so.
         """
+        sizes = self._sizes(weights, width)
+        return sizes if with_mtp else sizes.without_mtp()
+
+    def _sizes(self, weights: str, width: int | None) -> WeightSizes:
         if weights == "source" and (width is None or self.width is not None or self.forms is None):
-            return self.weights.sizes(with_mtp).narrowed(self.width_share(width))
+            return self.weights.sizes().narrowed(self.width_share(width))
         if self.weights.counts is not None:
             raise SettingsError(f"--weights {weights} is not possible: {per_layer_note(self)}")
         if weights == "bf16":
@@ -93,7 +97,7 @@ class Footprint:
 
     def _decoded(self) -> WeightSizes:
         if self.weights.formats:
-            return self.weights.decoded(2).sizes(with_mtp=False)
+            return self.weights.decoded(2).sizes()
         if self.weights.quantized:
             dtypes = ", ".join(sorted({fact.dtype for fact in self.weights.facts}))
             raise SettingsError(
@@ -214,15 +218,17 @@ class Fit(Estimate):
         spec = self.footprint.spec
         if spec is None:
             return None
-        sizes = self.footprint.sizes(self.use.weights, self.use.width, with_mtp=False)
+        keeps_mtp = self.use.mtp == MTP[0] and self.footprint.weights.keeps_mtp
+        sizes = self.footprint.sizes(self.use.weights, self.use.width, keeps_mtp)
         if not sizes.expert_layers or self.changed(keep=None).fits:
             return spec.count * sizes.expert_layers
         # In units of one expert in one layer: experts of all layers have the same size.
         rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
-        fitting = int((self.budget - rest) * sizes.expert_layers // sizes.expert_bytes())
+        each = sizes.without_mtp().expert_bytes()
+        fitting = int((self.budget - rest) * sizes.expert_layers // each)
         # Above, the workspace is that of a layer with all experts; if all layers keep equally few, it may be less.
         fitting = max(fitting, (self.max_experts or 0) * sizes.expert_layers)
-        # Never all experts: then the model is unpruned and also has its multi-token prediction layers.
+        # Never all experts: then the model is unpruned.
         fitting = min(fitting, spec.count * sizes.expert_layers - 1)
         return fitting if fitting >= minimum_keep(spec) * sizes.expert_layers else None
 
@@ -237,14 +243,18 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     """The terms; `routed` is the number of experts that the routers choose from, if not the number kept."""
     weights = footprint.weights
     kept: float = weights.count if use.keep is None else use.keep
-    # The pruned model has no multi-token prediction layers: they are not scored and not written.
-    is_pruned = use.total is not None or kept != weights.count or use.width is not None
-    sizes = footprint.sizes(use.weights, use.width, with_mtp=not is_pruned)
+    is_pruned = use.total is not None or kept != weights.count or use.width is not None or use.weights != "source"
+    keeps_mtp = use.mtp == MTP[0] and weights.keeps_mtp
+    sizes = footprint.sizes(use.weights, use.width, with_mtp=keeps_mtp or not is_pruned)
     if use.total is not None:
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
         # keep all its experts.
         kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
-    for name, size in sizes.bytes_by_category(kept).items():
+    found = sizes.bytes_by_category(kept)
+    if sizes.per_expert["MTP"] and routed is not None:
+        # Layers for multi-token prediction keep as many experts as one of the others, at most as many as the widest.
+        found["MTP"] = sizes.bytes_by_category(routed)["MTP"]
+    for name, size in found.items():
         yield Term(f"{WEIGHTS}{name}", size, "exact" if weights.measured else "modelled", size, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)

@@ -30,7 +30,8 @@ from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, mtp_layers, stated_shape, states_experts
 from streamprune.models.open import DescribedModel, declared_dtype, describe_model, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
-from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint, survey
+from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint
+from streamprune.models.survey import survey
 
 #: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
 _LENGTHS = (2, 4, 7)
@@ -186,8 +187,8 @@ def _as_published(footprint: Footprint, config: PreTrainedConfig, raw: Mapping[s
                  "model has them without quantization: only a checkpoint's headers tell the others.")  # fmt: skip
     if predicting := mtp_layers(raw):
         layers = "1 layer" if predicting == 1 else f"{predicting} layers"
-        notes = (*notes, f"Not counted: {layers} for multi-token prediction, which config.json names, transformers "
-                 "does not load, and pruning drops.")  # fmt: skip
+        notes = (*notes, f"Not counted: {layers} for multi-token prediction, which config.json names and "
+                 "transformers does not load.")  # fmt: skip
     return replace(footprint, weights=replace(footprint.weights, facts=facts), notes=notes)
 
 

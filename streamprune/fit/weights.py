@@ -19,7 +19,7 @@ from streamprune.formats.base import ExpertRows, Format, StoredTensor
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.models.expert_layout import Cut, Layout
-from streamprune.models.mtp import MTP_NAME, MTP_ONLY
+from streamprune.models.mtp import MTP_NAME, MTP_ONLY, OF_EXPERTS, by_mtp_layer
 
 #: In the order of display.
 CATEGORIES = ("experts", "router", "shared/dense", "attention", "embeddings", "head", "vision", "MTP")
@@ -86,6 +86,13 @@ class WeightSizes:
         """Bytes of one expert, its router row included, in every layer."""
         return sum(self.per_expert.values())
 
+    def without_mtp(self) -> WeightSizes:
+        """The same without layers for multi-token prediction."""
+        fixed, per_expert, of_channels = (
+            {**sizes, "MTP": 0.0} for sizes in (self.fixed, self.per_expert, self.of_channels)
+        )
+        return WeightSizes(fixed, per_expert, of_channels, self.expert_layers)
+
     def narrowed(self, share: float) -> WeightSizes:
         """The sizes of plain weights whose experts keep this share of their channels."""
         per_expert = {name: size - (1 - share) * self.of_channels[name] for name, size in self.per_expert.items()}
@@ -99,14 +106,14 @@ class Weights:
 
     `measured` says that the bytes were read from a checkpoint's headers, not derived from a config. `counts` are the
     experts by layer of a model whose layers differ, whose sizes are known for these counts only; None if all have
-    `count`.
+    `count`. `keeps_mtp` is whether outputs can have its layers for multi-token prediction (MTP).
     """
 
     facts: tuple[WeightFact, ...] = field(repr=False)
     count: int
     measured: bool
     counts: Mapping[int, int] | None = None
-    _sizes: dict[bool, WeightSizes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    keeps_mtp: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -140,12 +147,12 @@ class Weights:
 
     def sizes(self, with_mtp: bool = True) -> WeightSizes:
         """The sizes as a function of the experts kept; of all tensors, or without multi-token prediction."""
-        if with_mtp in self._sizes:
-            return self._sizes[with_mtp]
+        return self._sizes if with_mtp else self._sizes.without_mtp()
+
+    @cached_property
+    def _sizes(self) -> WeightSizes:
         fixed, per_expert, of_channels = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
         for fact in self.facts:
-            if fact.category == "MTP" and not with_mtp:
-                continue
             size = fact.nbytes
             if self.counts is not None:
                 fixed[fact.category] += size
@@ -161,9 +168,8 @@ class Weights:
                 fixed[fact.category] += size - share * self.count
             else:
                 fixed[fact.category] += size
-        layers = {fact.layer for fact in self.facts if fact.of_experts and (with_mtp or fact.category != "MTP")}
-        self._sizes[with_mtp] = WeightSizes(fixed, per_expert, of_channels, len(layers))
-        return self._sizes[with_mtp]
+        layers = {fact.layer for fact in self.facts if fact.of_experts and fact.category != "MTP"}
+        return WeightSizes(fixed, per_expert, of_channels, len(layers))
 
 
 def is_vision(name: str) -> bool:
@@ -206,7 +212,8 @@ def weights_by_name(
     `stored` says how tensors are stored; without it, all are counted as plain.
 
     No doubt: every MoE layer has all its experts (`spec.count`, or the layer's number in `differing`), equal in shape
-    and dtype, under the usual names, and a router with one row per expert.
+    and dtype, under the usual names, and a router with one row per expert. Layers for multi-token prediction (MTP) have
+    as many as the last of these, or none.
     """
     depth = first_number((text_part(config)[1],), ("num_hidden_layers", "n_layer", "n_layers"))
     if depth is None:
@@ -232,7 +239,32 @@ def weights_by_name(
         return None
     found = {layer: count_of(layer) for layer in sorted(layers) if any("expert" in fact.name for fact in layers[layer])}
     certain = found and all(_complete(layers[layer], count) for layer, count in found.items())
-    return weights_with(facts, found) if certain and set(differing or {}) <= set(found) else None
+    if not certain or not set(differing or {}) <= set(found):
+        return None
+    mtp = _mtp_facts(facts, max(found), found[max(found)])
+    return weights_with([mtp.get(fact.name, fact) for fact in facts], found) if mtp is not None else None
+
+
+def _mtp_facts(facts: Iterable[WeightFact], layer: int, count: int) -> dict[str, WeightFact] | None:
+    """The tensors of MTP layers that are of experts, by name: they keep what `layer` keeps, which has `count` experts.
+
+    None if their names leave a doubt.
+    """
+    names = {fact.name: fact for fact in facts if fact.category == "MTP"}
+    result: dict[str, WeightFact] = {}
+    for path, members in by_mtp_layer(names).items():
+        if not any(OF_EXPERTS.search(name) for name in members):
+            continue
+        found = []
+        for fact in (names[name] for name in members):
+            expert, rows = _experts_of(fact.name.removeprefix(f"{path}."), fact.shape, count)
+            kind = "experts" if expert is not None or rows is not None else "shared/dense"
+            kind = "router" if kind == "experts" and _ROUTER.search(fact.name) else kind
+            found.append(replace(fact, layer=layer, expert=expert, rows=rows, category=kind))
+        if not _complete(found, count):
+            return None
+        result |= {fact.name: replace(fact, category="MTP") for fact in found if fact.of_experts}
+    return result
 
 
 def weights_with(facts: Iterable[WeightFact], counts: Mapping[int, int], measured: bool = True) -> Weights:
@@ -273,18 +305,25 @@ def _fact(
     if layer is not None and layer >= depth and category_of(entry.name, False, 0) != "vision":
         is_mtp = True
     if layer is not None and not is_mtp:
-        count, numbered = count_of(layer), _NUMBERED_EXPERT.match(rest)
-        joined = _JOINED_EXPERTS.match(rest) or (_ROUTER.search(rest) and "shared_" not in rest)
-        if count and numbered:
-            expert = int(numbered["expert"])
-        elif count and joined and entry.shape[:1] == (count,):
-            rows = ExpertRows(0, 1, 0)
+        expert, rows = _experts_of(rest, entry.shape, count_of(layer))
     category = "MTP" if is_mtp else category_of(entry.name, expert is not None or rows is not None, layer)
     storage, decoded = quantized.get(entry.name, ("", None))
     return WeightFact(
         entry.name, entry.dtype, entry.shape, entry.nbytes, category, layer, expert, rows, format=storage,
         decoded_shape=decoded,
     )  # fmt: skip
+
+
+def _experts_of(name: str, shape: tuple[int, ...], count: int) -> tuple[int | None, ExpertRows | None]:
+    """The expert that a tensor of a layer with `count` experts belongs to, or where in it all of them are; or neither.
+
+    `name` is the tensor's within the layer.
+    """
+    numbered = _NUMBERED_EXPERT.match(name)
+    joined = _JOINED_EXPERTS.match(name) or (_ROUTER.search(name) and "shared_" not in name)
+    if count and numbered:
+        return int(numbered["expert"]), None
+    return None, ExpertRows(0, 1, 0) if count and joined and shape[:1] == (count,) else None
 
 
 def _complete(members: Sequence[WeightFact], count: int) -> bool:
@@ -318,14 +357,14 @@ def weights_by_layout(
     counts: Mapping[int, int],
     stored: Mapping[str, StoredTensor] | None = None,
 ) -> Weights:
-    """The weights as the model uses them, with `counts` experts by layer. Tensors without a cut are MTP.
+    """The weights as the model uses them, with `counts` experts by layer.
 
     `stored` says how tensors are stored; without it, all are counted as plain.
     """
-    facts, quantized = [], _quantized(tensors, stored)
+    facts, quantized, mtp = [], _quantized(tensors, stored), set(layout.mtp)
     for name, entry in tensors.items():
         cut, category = layout.cuts.get(name, Cut(None)), "MTP"
-        if name in layout.cuts:
+        if name in layout.cuts and name not in mtp:
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
         storage, decoded = quantized.get(name, ("", None))
         fact = WeightFact(
@@ -333,4 +372,4 @@ def weights_by_layout(
             channel_axis=cut.channels.axis if cut.channels is not None else None, format=storage, decoded_shape=decoded,
         )  # fmt: skip
         facts.append(fact)
-    return weights_with(facts, counts)
+    return replace(weights_with(facts, counts), keeps_mtp=not layout.dropped)

@@ -48,18 +48,24 @@ class ExpertNames:
 
     `count` is how many every layer has. `lists` are the paths of the layers (`model.layers`). `projections` are, for
     each layer with experts, what is before and behind an expert's number in the name of each module, such as
-    `("model.layers.3.mlp.experts", "up_proj")`; none where a layer's experts are in one tensor. `others` are the names,
-    up to their number, of experts that are not pruned, such as those of multi-token prediction.
+    `("model.layers.3.mlp.experts", "up_proj")`; none where a layer's experts are in one tensor. `mtp` are the same of
+    layers for multi-token prediction, whose experts have the numbers of those of the layer `mtp_source`. `others` are
+    the names, up to their number, of experts that are not pruned.
     """
 
     count: int
     lists: frozenset[str]
     projections: Mapping[int, Sequence[tuple[str, str]]] = field(repr=False)
     others: frozenset[str] = field(default=frozenset(), repr=False)
+    mtp: Sequence[tuple[str, str]] = field(default=(), repr=False)
+    mtp_source: int = 0
 
     def layer_and_place(self, segments: Sequence[str]) -> tuple[int, int] | None:
         """The layer of the expert that a dotted name contains, and the place of its number among the segments."""
         numbers = [place for place, segment in enumerate(segments) if _is_number(segment)]
+        for place in numbers:
+            if _essence(segments[:place]) in self._mtp:
+                return self.mtp_source, place
         for place in numbers:
             for at in numbers:
                 if at < place - 1 and _essence(segments[:at]) in self._lists:
@@ -85,10 +91,20 @@ class ExpertNames:
                 for beginning in dict.fromkeys((path, short)):
                     names = (f"{beginning}.{layer}.{inner}.{expert}.{behind}" for expert in range(self.count))
                     yield layer, [name.rstrip(".") for name in names]
+        for before, behind in self.mtp:
+            yield self.mtp_source, [f"{before}.{expert}.{behind}".rstrip(".") for expert in range(self.count)]
 
     @cached_property
     def _lists(self) -> set[tuple[str, ...]]:
         return {_essence(path.split(".")) for path in self.lists}
+
+    @cached_property
+    def _mtp(self) -> set[tuple[str, ...]]:
+        return {_essence(before.split(".")) for before, _ in self.mtp}
+
+    def is_mtp(self, segments: Sequence[str]) -> bool:
+        """Whether a dotted name is of an expert of a layer for multi-token prediction."""
+        return any(_essence(segments[:place]) in self._mtp for place in range(1, len(segments)))
 
     @cached_property
     def _inner(self) -> set[tuple[str, ...]]:
@@ -222,7 +238,7 @@ def partly_plain(section: Any, names: ExpertNames, counts: Mapping[int, int]) ->
     for name in _plain_names(section):
         segments = name.split(".")
         place = names.layer_and_place(segments)
-        if place is not None:
+        if place is not None and not names.is_mtp(segments):
             found.setdefault(place[0], set()).add(int(segments[place[1]]))
     return sorted(layer for layer, experts in found.items() if layer in counts and len(experts) < counts[layer])
 

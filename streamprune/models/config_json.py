@@ -235,8 +235,9 @@ def rewrite_config(
     names: Iterable[str],
     count: int,
     narrower: tuple[WidthSpec, int] | None = None,
+    keeps_mtp: bool = False,
 ) -> dict[str, Any]:
-    """The source's `config.json` with `count` experts, which `names` may state, and without MTP layers.
+    """The source's `config.json` with `count` experts, which `names` may state, and, unless `keeps_mtp`, no MTP layers.
 
     With `narrower` also with another number of channels per expert. Only those keys change, wherever the file keeps
     them: the name itself, its aliases, and copies of the same number of experts under another usual name, at the top
@@ -258,7 +259,7 @@ def rewrite_config(
                 result[key] = [count] * len(value) if isinstance(value, list) else count
             elif key in sizes and single_number(value) == sizes[key][0]:
                 result[key] = [sizes[key][1]] * len(value) if isinstance(value, list) else sizes[key][1]
-            elif _MTP_NAME.search(key):
+            elif _MTP_NAME.search(key) and not keeps_mtp:
                 result[key] = _without_mtp(key, value)
             elif isinstance(value, dict) and depth < len(spec.path) and key == spec.path[depth]:
                 result[key] = rewrite(value, depth + 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
@@ -60,8 +61,11 @@ class Layout:
     """What pruning needs of a model: its routed experts, the layers that have some, and how each tensor can be cut.
 
     `count_names` are the keys under which its config may state the number of experts, in addition to the usual ones.
-    `dropped` are the tensors of multi-token prediction (MTP), which are left out. `width` is None for experts that
-    cannot be made narrower; `fixed_width` says why.
+    `width` is None for experts that cannot be made narrower; `fixed_width` says why.
+
+    `mtp` are the tensors of layers for multi-token prediction (MTP). Their experts keep those numbers that the layer
+    `mtp_source` keeps, so `cuts` counts them to that layer. `dropped` are those tensors if they are left out instead;
+    `mtp_problem` says why, unless that was wished.
     """
 
     spec: ExpertSpec
@@ -72,6 +76,27 @@ class Layout:
     cuts: Mapping[str, Cut] = field(repr=False)
     width: WidthSpec | None = None
     fixed_width: str = ""
+    mtp: tuple[str, ...] = ()
+    mtp_problem: str = ""
+
+    @property
+    def mtp_source(self) -> int:
+        """The layer whose kept experts those of MTP layers have the numbers of: the last one with experts."""
+        return self.expert_layers[-1]
+
+    @cached_property
+    def mtp_experts(self) -> Mapping[str, Cut]:
+        """The cuts of the tensors of experts in MTP layers, routers included."""
+        cuts = {name: self.cuts[name] for name in self.mtp}
+        return {name: cut for name, cut in cuts.items() if cut.family is not None or cut.rows is not None}
+
+    def without_mtp(self) -> Layout:
+        """The same with all MTP layers dropped."""
+        if not self.mtp:
+            return self
+        names = set(self.mtp)
+        cuts = {name: cut for name, cut in self.cuts.items() if name not in names}
+        return replace(self, cuts=cuts, mtp=(), dropped=(*self.dropped, *self.mtp))
 
 
 def find_cuts(

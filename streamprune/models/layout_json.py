@@ -8,6 +8,9 @@ and in the same way where a single expert's channels are in it:
 
     {"model.layers.{block}.mlp.experts.{expert}.up_proj.weight": [0, 1, 1]}     along axis 0, once, 1 row each
 
+Tensors of layers for multi-token prediction are listed under `mtp`. Those of their experts fit patterns with their own
+layer's number in them, in `mtp_patterns` and `mtp_channels`.
+
 A tensor that fits no pattern lies outside the layers and is copied. If its name begins like those of a layer's tensors
 (rotary frequencies, which no model reads), it must be listed under `outside`: otherwise a pattern is missing, and the
 layout is refused.
@@ -42,6 +45,7 @@ from streamprune.models.mtp import may_be_mtp
 _MOST_NUMBERS = 8
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Rows = tuple[_Size, _Size, _Size]
 
 
 class _LayoutJson(msgspec.Struct):
@@ -50,8 +54,13 @@ class _LayoutJson(msgspec.Struct):
     count_names: list[str]
     dropped: list[str]
     outside: list[str]
-    patterns: dict[str, tuple[_Size, _Size, _Size] | None]
-    channels: dict[str, tuple[_Size, _Size, _Size]] = {}
+    patterns: dict[str, _Rows | None]
+    channels: dict[str, _Rows] = {}
+    # Missing in scores of earlier versions, which dropped these tensors.
+    mtp: list[str] = []
+    mtp_problem: str = ""
+    mtp_patterns: dict[str, _Rows | None] = {}
+    mtp_channels: dict[str, _Rows] = {}
 
 
 #: Why a width cannot be changed by scores of formats 1 and 2.
@@ -85,7 +94,8 @@ def layout_as_json(layout: Layout) -> dict[str, Any] | None:
     """The layout as JSON, without the spec; None if patterns cannot describe it."""
     patterns: dict[str, list[int] | None] = {}
     channels: dict[str, list[int]] = {}
-    for name, cut in layout.cuts.items():
+    own = layout.without_mtp()
+    for name, cut in own.cuts.items():
         if cut.layer is None:
             continue
         pattern = (cut.family or name).replace(f".{cut.layer}.", f".{LAYER}.", 1)
@@ -94,19 +104,25 @@ def layout_as_json(layout: Layout) -> dict[str, Any] | None:
             return None
         if cut.channels is not None:
             channels[pattern] = list(astuple(cut.channels))
+    mtp = {cut.family or name: cut for name, cut in layout.mtp_experts.items()}
     found = {
         "blocks": layout.layer_count,
         "moe_blocks": list(layout.expert_layers),
         "count_names": list(layout.count_names),
         "dropped": list(layout.dropped),
-        "outside": _doubtful(layout.cuts, patterns),
+        "outside": _doubtful(own.cuts, patterns),
         "patterns": patterns,
         "channels": channels,
         "width": asdict(layout.width) if layout.width is not None else None,
         "fixed_width": layout.fixed_width,
+        "mtp": list(layout.mtp),
+        "mtp_problem": layout.mtp_problem,
+        "mtp_patterns": {name: list(astuple(cut.rows)) if cut.rows else None for name, cut in mtp.items()},
+        "mtp_channels": {name: list(astuple(cut.channels)) for name, cut in mtp.items() if cut.channels is not None},
     }
     # A run that reads this builds no model: the patterns alone must give the same cuts.
-    return found if _cuts(patterns, channels, [*layout.cuts, *layout.dropped], layout.dropped) == layout.cuts else None
+    again = _all_cuts(msgspec.convert(found, _LayoutJson), [*layout.cuts, *layout.dropped])
+    return found if again == layout.cuts else None
 
 
 def layout_from_json(
@@ -127,17 +143,20 @@ def layout_from_json(
         last = found.expert_layers[-1]
         if found.expert_layers != sorted(set(found.expert_layers)) or last >= found.layer_count:
             raise ValueError("its layers with experts are not ascending, or beyond the last layer")
-        wrong = next((name for name in found.dropped if not may_be_mtp(name, found.layer_count)), None)
+        mtp = [*found.dropped, *found.mtp]
+        wrong = next((name for name in mtp if not may_be_mtp(name, found.layer_count)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is of no multi-token-prediction layer")
-        cuts = _cuts(found.patterns, found.channels, tensors, found.dropped)
+        cuts = _all_cuts(found, tensors)
         layout = Layout(
             spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
             width_spec, "" if width_spec is not None else fixed or _OLD_SCORES,
+            tuple(name for name in found.mtp if name in cuts), found.mtp_problem,
         )  # fmt: skip
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
         _check_channels(layout, tensors, width)
-        unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in found.outside]
+        known = {*found.outside, *found.mtp}
+        unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in known]
         if unlisted:
             raise ValueError(f"nothing says where {unlisted[0]} belongs")
     except ValueError as error:
@@ -192,19 +211,35 @@ def _doubtful(cuts: Mapping[str, Cut], patterns: Iterable[str]) -> list[str]:
     return [name for name, cut in cuts.items() if cut.layer is None and name.startswith(prefixes)]
 
 
-def _cuts(
-    patterns: Mapping[str, Sequence[int] | None],
-    channels: Mapping[str, Sequence[int]],
-    names: Iterable[str],
-    dropped: Sequence[str],
-) -> dict[str, Cut]:
+def _all_cuts(found: _LayoutJson, names: Iterable[str]) -> dict[str, Cut]:
     """The cut of every name that is not dropped, by the one pattern that fits it."""
-    for pattern in patterns:
+    for pattern in found.patterns:
         segments = pattern.split(".")
         if segments.count(LAYER) != 1 or segments.count(EXPERT) > 1:
             raise ValueError("a pattern without one layer")
-    left_out = set(dropped)
-    return {name: _cut(patterns, channels, name) for name in names if name not in left_out}
+    left_out, mtp = set(found.dropped), set(found.mtp)
+    return {
+        name: _mtp_cut(found, name) if name in mtp else _cut(found.patterns, found.channels, name)
+        for name in names
+        if name not in left_out
+    }
+
+
+def _mtp_cut(found: _LayoutJson, name: str) -> Cut:
+    """The cut of a tensor of a layer for multi-token prediction."""
+    segments, layer = name.split("."), found.expert_layers[-1]
+    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()]
+    for place in (None, *numbers[:_MOST_NUMBERS]):
+        family = segments if place is None else [*segments[:place], EXPERT, *segments[place + 1 :]]
+        pattern = ".".join(family)
+        if pattern not in found.mtp_patterns:
+            continue
+        rows, channels = found.mtp_patterns[pattern], found.mtp_channels.get(pattern)
+        within = ChannelRows(*channels) if channels is not None else None
+        if place is not None:
+            return Cut(layer, pattern, int(segments[place]), channels=within)
+        return Cut(layer, rows=ExpertRows(*rows) if rows is not None else None, channels=within)
+    return Cut(None)
 
 
 def _cut(patterns: Mapping[str, Sequence[int] | None], channels: Mapping[str, Sequence[int]], name: str) -> Cut:

@@ -1,19 +1,26 @@
-"""Tensors of layers for multi-token prediction (MTP), which the model itself does not have. No torch."""
+"""Layers for multi-token prediction (MTP), which transformers' models do not have: found by the names of tensors.
+
+Engines draft tokens with them (speculative decoding): each is a decoder layer with a few tensors of its own. No torch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from streamprune.errors import CheckpointError
-from streamprune.models.expert_layout import Target
+from streamprune.models.expert_layout import Layout, Target
 
 #: Names of such tensors.
 MTP_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 #: Tensors that only layers for multi-token prediction have.
 MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
+#: In names of tensors of routed experts.
+OF_EXPERTS = re.compile(r"(?<!shared)(?<!shared_)experts?[._]")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
+#: The path of an MTP layer: to the first number behind what says that it is one, else to the first number of all.
+_PATH = re.compile(r"(?:(?:.*?[._])?(?:mtp|nextn)(?:[._][a-z_]+)*|.*?)\.\d+(?=\.)")
 
 
 def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers: int) -> list[str]:
@@ -48,3 +55,38 @@ def may_be_mtp(name: str, layer_count: int) -> bool:
     """Whether a tensor of this name, which the model ignores, may be found by `find_mtp_tensors`."""
     match = _NUMBERED.match(name)
     return bool(MTP_NAME.search(name)) or (match is not None and int(match.group(2)) >= layer_count)
+
+
+def by_mtp_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of MTP layers by the path of their layer, such as `mtp.layers.0` or `model.layers.61`.
+
+    Those that lie in no layer, such as `mtp.fc.weight`, are left out.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        match = _PATH.match(name)
+        if match is not None:
+            found[match.group()].append(name)
+    return dict(found)
+
+
+def mtp_note(layout: Layout) -> str:
+    """What an output of this layout does with layers for multi-token prediction; empty if there are none."""
+    if layout.mtp:
+        how = "as they are"
+        if layout.mtp_experts:
+            how = (
+                f"with those of their experts that layer {layout.mtp_source} keeps by number: nothing is scored in them"
+            )
+        return (
+            f"layers for multi-token prediction (MTP, {len(layout.mtp):,} tensors) are kept, {how}. Text stays the same "
+            "with speculative decoding; fewer of its drafts may be accepted."
+        )
+    if not layout.dropped:
+        return ""
+    why = f" ({layout.mtp_problem})" if layout.mtp_problem else ""
+    return (
+        f"{len(layout.dropped):,} multi-token-prediction (MTP) tensors are dropped{why}, and config.json is changed to "
+        "match. Without them, speculative decoding needs a separate draft model, and llama.cpp's converter wants "
+        "--no-mtp for Qwen3-Next and Qwen3.5."
+    )

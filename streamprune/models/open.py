@@ -29,7 +29,8 @@ from streamprune.models.config_json import absurdity
 from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
-from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint, survey
+from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint
+from streamprune.models.survey import survey
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +34,6 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import ChannelRows, ExpertRows
 from streamprune.formats.pick import pick_formats
-from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import (
     GROUP_NAMES,
     TOP_K_NAMES,
@@ -42,11 +41,9 @@ from streamprune.models.config_json import (
     ExpertSpec,
     WidthSpec,
     expert_spec,
-    mtp_layers,
     stated_counts,
 )
-from streamprune.models.expert_layout import Layout, Target, find_cuts
-from streamprune.models.mtp import find_mtp_tensors
+from streamprune.models.expert_layout import Target
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -310,11 +307,15 @@ def dispatches_experts(module: nn.Module) -> bool:
 
 
 def map_checkpoint(
-    decoder: Decoder, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]
+    decoder: Decoder,
+    tensors: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    named: Callable[[str], str] = str,
 ) -> dict[str, Target]:
     """For each tensor of a checkpoint with this config.json the parameter or buffer that transformers feeds with it.
 
     The values and the scales of a stored parameter feed what a plain tensor with the parameter's name would feed.
+    `named` gives another name for it: then what a tensor of that name would feed.
     """
     model = decoder.model
     conversions = get_model_conversion_mapping(model)
@@ -325,10 +326,11 @@ def map_checkpoint(
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     targets = {}
     for name, stored in pick_formats(tensors, config).items():
-        target, pattern = rename_source_key(stored.parameter, renamings, converters, prefix, meta)
-        if target not in meta and stored.parameter in meta:
+        parameter = named(stored.parameter)
+        target, pattern = rename_source_key(parameter, renamings, converters, prefix, meta)
+        if target not in meta and parameter in meta:
             # The loader falls back the same way for names that should not have been renamed.
-            target, pattern = rename_source_key(stored.parameter, [], [], prefix, meta)
+            target, pattern = rename_source_key(parameter, [], [], prefix, meta)
         if target not in meta:
             targets[name] = Target(stored)
             continue
@@ -363,36 +365,3 @@ def _channels_before(
         elif not isinstance(step, (Concatenate, MergeModulelist)):
             return None
     return rows
-
-
-def survey(
-    config: Mapping[str, Any],
-    skeleton: Skeleton,
-    tensors: Mapping[str, TensorEntry],
-    targets: Mapping[str, Target] | None = None,
-    counts: Mapping[int, int] | None = None,
-) -> Layout:
-    """How the tensors of a checkpoint with this raw config can be cut; `targets` if they have been mapped already.
-
-    `counts` are the experts by layer; None where each has as many as the skeleton.
-    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
-    """
-    targets = targets or map_checkpoint(skeleton, tensors, config)
-    dropped = tuple(find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config)))
-    counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
-    width, problem = skeleton.width, skeleton.fixed_width
-    cuts = find_cuts(tensors, targets, dropped, counts, width.width if width is not None else None)
-    unknown = [name for name, cut in cuts.items() if targets[name].name in skeleton.channels and cut.channels is None]
-    if unknown:
-        storage = targets[unknown[0]].stored.format
-        problem = f"its checkpoint stores {unknown[0]} in a layout in which channels cannot be found"
-        if storage is not PLAIN:
-            problem = f"its checkpoint stores them as {storage.name}, where several channels share a scale or a byte"
-        width = None
-        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
-    unused = next((name for name, cut in cuts.items() if cut.family is not None and targets[name].name is None), None)
-    if unused is not None and width is not None:
-        width, problem = None, f"its experts have tensors that the model does not use, such as {unused}"
-        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
-    names = count_names(skeleton.model.config, skeleton.spec)
-    return Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, dropped, cuts, width, problem)

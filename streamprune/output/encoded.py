@@ -22,6 +22,8 @@ from streamprune.targets import Storage
 if TYPE_CHECKING:
     from streamprune.models.linear_weights import LinearWeights
 
+#: In the name of a tensor of experts.
+_LIST = ".experts."
 #: The part that holds the shape of a matrix, whatever its values.
 SHAPE = "shape"
 #: The part that holds the scales, which follow from the plain values alone, however the codes are rounded.
@@ -36,6 +38,7 @@ class Encoding:
     matrices, with the reason why they stay. `modules` are the model's names for the modules of `others` and `plain`;
     `head` is that of its output head. `dtype` is the experts' own, which scales get that are not float32. `rows` has
     the numbers of rows of each of `others` and of those that engines join with it: all are quantized, or none.
+    `mtp_experts` are the paths of the lists of experts in layers for multi-token prediction, which stay plain.
     """
 
     weights: str
@@ -48,18 +51,22 @@ class Encoding:
     rows: Mapping[str, tuple[int, ...]] = field(repr=False)
     head: str | None = None
     ranks: int = 1
+    mtp_experts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, storage: Storage, found: LinearWeights, tensors: Mapping[str, TensorEntry]) -> Encoding:
-        """What is quantized of the matrices `found` among the plain `tensors`."""
+    def of(cls, storage: Storage, found: LinearWeights, tensors: Mapping[str, TensorEntry], layout: Layout) -> Encoding:
+        """What is quantized of the matrices `found` among the plain `tensors`, which are cut by `layout`."""
         dtype = Counter(tensors[name].dtype for name in found.experts).most_common(1)[0][0]
         others, plain = found.others, dict(found.plain)
         if storage.quantize == "experts":
             others, plain = frozenset(), plain | dict.fromkeys(others, "all but experts (--quantize experts)")
+        # Published builds mostly leave these layers plain, and by a wrong draft no token is wrong.
+        plain |= {name: "layers for multi-token prediction" for name in layout.mtp if name in plain}
+        lists = (name.partition(_LIST)[0] + _LIST[:-1] for name in layout.mtp_experts if _LIST in name)
         ranks = storage.tensor_parallel
         return cls(
             storage.weights, dtype, found.experts, others, found.split, plain, found.modules, found.rows, found.head,
-            ranks,
+            ranks, tuple(dict.fromkeys(lists)),
         )  # fmt: skip
 
     def scheme(self, matrices: Iterable[TensorEntry | OutputTensor]) -> Scheme:
@@ -112,6 +119,9 @@ class Encoding:
             if tensor.encoded is None and tensor.name in self.modules:
                 # Under both names: transformers goes by those of its modules, engines by the checkpoint's.
                 names |= {tensor.name.removesuffix(".weight"), self.modules[tensor.name]}
+        # (Each of these stands for all experts of a list.)
+        names = {name for name in names if not name.startswith(tuple(f"{each}." for each in self.mtp_experts))}
+        names |= {scheme.pattern_of_experts(each) for each in self.mtp_experts}
         return scheme.config_section(sorted(names))
 
     def left_plain(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, int]:

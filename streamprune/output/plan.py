@@ -27,6 +27,7 @@ from streamprune.output.encoded import Encoding, encode_tensors
 from streamprune.output.quantized import QuantizedSource
 from streamprune.output.tensors import OutputTensor, output_tensors
 from streamprune.quantize.schemes import Scheme
+from streamprune.targets import MTP, Storage
 
 #: The file in the output that records how it was made.
 REPORT_NAME = "streamprune.json"
@@ -135,6 +136,11 @@ class PrunePlan:
         return self.quantized.notes_for(self.config_for(kept), kept) if self.quantized is not None else ()
 
 
+def written_layout(layout: Layout, storage: Storage) -> Layout:
+    """What of a source with this layout is written: without layers for multi-token prediction, if that is wished."""
+    return layout if storage.mtp == MTP[0] else layout.without_mtp()
+
+
 def make_plan(
     source: OutputSource, counts: Mapping[int, int], max_shard_bytes: int, width: int | None = None
 ) -> PrunePlan:
@@ -163,7 +169,8 @@ def _rewritten_config(layout: Layout, checkpoint: Checkpoint, most: int, width: 
     """The source's config.json with `most` experts per layer, of `width` channels each (None: as many as before)."""
     if width is not None and layout.width is None:
         raise UnsupportedModelError(f"The experts of this model cannot be made narrower: {layout.fixed_width}.")
-    rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most)
+    mtp = bool(layout.mtp)
+    rewritten = rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, keeps_mtp=mtp)
     if rewritten == checkpoint.config and most < layout.spec.count:
         raise CheckpointError(f"{checkpoint.folder} has a config.json that does not state {layout.spec.count} experts.")
     if width is None or layout.width is None:
@@ -174,7 +181,7 @@ def _rewritten_config(layout: Layout, checkpoint: Checkpoint, most: int, width: 
             f"{checkpoint.folder} has a config.json that leaves {unstated} to the model's defaults, and it has to "
             "change with the experts' width. Add it there."
         )
-    return rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, (layout.width, width))
+    return rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, (layout.width, width), mtp)
 
 
 def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:

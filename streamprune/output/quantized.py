@@ -109,9 +109,15 @@ def expert_names(layout: Layout, checkpoint: Checkpoint) -> ExpertNames:
     """How a checkpoint names the modules of its routed experts."""
     lists: set[str] = set()
     projections: dict[int, dict[tuple[str, str], None]] = {layer: {} for layer in layout.expert_layers}
+    mtp: dict[tuple[str, str], None] = {}
     others = set()
     for name in checkpoint.tensors:
         cut = layout.cuts.get(name)
+        if name in layout.mtp_experts and cut is not None:
+            if cut.family is not None:
+                before, _, behind = cut.family.partition(f".{EXPERT}.")
+                mtp[before, behind.rpartition(".")[0]] = None
+            continue
         if cut is None or cut.layer is None:
             match = _EXPERT_NUMBER.match(name)
             others |= {match.group()} if match else set()
@@ -121,4 +127,4 @@ def expert_names(layout: Layout, checkpoint: Checkpoint) -> ExpertNames:
             before, _, behind = cut.family.partition(f".{EXPERT}.")
             projections[cut.layer][before, behind.rpartition(".")[0]] = None
     by_layer = {layer: tuple(found) for layer, found in projections.items()}
-    return ExpertNames(layout.spec.count, frozenset(lists), by_layer, frozenset(others))
+    return ExpertNames(layout.spec.count, frozenset(lists), by_layer, frozenset(others), tuple(mtp), layout.mtp_source)

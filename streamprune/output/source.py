@@ -14,10 +14,11 @@ from streamprune.models.linear_weights import find_linear_weights
 from streamprune.models.open import OpenedMoE
 from streamprune.models.per_layer_experts import LoadingFacts
 from streamprune.models.separate_experts import with_separate_experts
-from streamprune.models.skeleton import Skeleton, map_checkpoint, survey
+from streamprune.models.skeleton import Skeleton, map_checkpoint
+from streamprune.models.survey import survey
 from streamprune.output.dequantized import dequantized, dequantized_layout
 from streamprune.output.encoded import Encoding
-from streamprune.output.plan import OutputSource
+from streamprune.output.plan import OutputSource, written_layout
 from streamprune.quantize.schemes import Scheme, require_library
 from streamprune.targets import Storage
 
@@ -27,7 +28,7 @@ def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage) ->
 
     Raises SettingsError and UnsupportedModelError for weights that cannot be written so.
     """
-    checkpoint, layout = opened.checkpoint, opened.layout
+    checkpoint, layout = opened.checkpoint, written_layout(opened.layout, storage)
     if storage.weights == "source":
         return OutputSource(checkpoint, layout, loading)
     plain = dequantized(checkpoint) if Quantization.of(checkpoint.config).method else checkpoint
@@ -57,8 +58,8 @@ def quantizing(
             f"The experts of this {skeleton.model.config.model_type} model cannot be quantized: its checkpoint has no "
             "matrices of single experts, nor tensors that transformers takes apart into such. Use --weights source."
         )
-    encoding = Encoding.of(storage, found, apart)
-    return apart, encoding, survey(config, skeleton, apart, targets)
+    layout = written_layout(survey(config, skeleton, apart, targets), storage)
+    return apart, Encoding.of(storage, found, apart, layout), layout
 
 
 def _refuse_same(opened: OpenedMoE, scheme: Scheme) -> None:

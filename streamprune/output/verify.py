@@ -31,7 +31,7 @@ from streamprune.output.encoded import SCALE, SHAPE
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
-from streamprune.targets import QUANTIZE, ROUNDING, WEIGHTS, Storage
+from streamprune.targets import MTP, QUANTIZE, ROUNDING, WEIGHTS, Storage
 from streamprune.work.records import Computed
 
 
@@ -100,7 +100,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
     counts = {layer: len(each.experts) for layer, each in kept.items()}
-    written = output_source(opened, loading, record.settings.storage)
+    written = output_source(opened, loading, record.storage)
     plan = make_plan(written, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
@@ -342,9 +342,9 @@ class _RecordedSettings(msgspec.Struct):
             if value not in choices:
                 raise ValueError(f"{value} is none of {', '.join(choices)}")
 
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.weights, self.quantize, self.rounding, self.tensor_parallel)
+    def storage(self, mtp: str) -> Storage:
+        """How the output stores weights; `mtp` is one of MTP."""
+        return Storage(self.weights, self.quantize, self.rounding, self.tensor_parallel, mtp)
 
 
 class _RefittedLayer(msgspec.Struct):
@@ -362,6 +362,12 @@ class _Record(msgspec.Struct):
     settings: _RecordedSettings
     computed: dict[str, Computed] = {}
     refit: _RecordedRefit | None = None
+    # Outputs of earlier versions have no layers for multi-token prediction.
+    mtp: Any = None
+
+    @property
+    def storage(self) -> Storage:
+        return self.settings.storage(MTP[0] if self.mtp is not None else MTP[1])
 
 
 def _record_of(output: Path) -> _Record:

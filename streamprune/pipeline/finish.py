@@ -21,6 +21,8 @@ from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
+from streamprune.models.expert_layout import Layout
+from streamprune.models.mtp import mtp_note
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.verify import check_formats
@@ -155,6 +157,7 @@ class SelectionResult:
             "domain_retention": _shares_object(self.retained),
             **self._width_object(),
             "dropped_tensors": len(self.plan.layout.dropped),
+            "mtp_tensors": len(self.plan.layout.mtp),
             **({"formats": list(self.plan.formats)} if self.plan.formats else {}),
             **({"imatrix": str(self.imatrix.path)} if self.imatrix is not None else {}),
             # A difference would have raised an error.
@@ -349,13 +352,11 @@ def print_weights(progress: Progress, source: int, output: int, storage: str) ->
     progress.say(f"weights: {format_bytes(source)} -> {format_bytes(output)}{f'; {storage}' if storage else ''}")
 
 
-def print_dropped(progress: Progress, dropped: Sequence[str]) -> None:
-    """Print which tensors the output leaves out, if any."""
-    if dropped:
-        progress.say(
-            f"note: {len(dropped)} multi-token-prediction (MTP) tensors are dropped, and config.json is changed to "
-            "match. Without them, speculative decoding needs a separate draft model."
-        )
+def print_mtp(progress: Progress, layout: Layout) -> None:
+    """Print what happens to layers for multi-token prediction, if there are some."""
+    note = mtp_note(layout)
+    if note:
+        progress.say(f"note: {note}")
 
 
 def save_scores(settings: OutputSettings, scores: Scores) -> Path:

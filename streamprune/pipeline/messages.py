@@ -28,8 +28,8 @@ from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.finish import (
     check_room,
     print_channel_bytes,
-    print_dropped,
     print_memory,
+    print_mtp,
     print_notes,
     print_weights,
 )
@@ -78,7 +78,7 @@ def print_prepared(
     if prepared.plan.counts is not None:
         storage = storage_text(prepared.formats, settings.weights == "bf16", prepared.new_format)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
-        print_dropped(progress, prepared.layout.dropped)
+        print_mtp(progress, prepared.written.layout)
     elif prepared.formats:
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)}; {' and '.join(prepared.formats)}")
     if settings.calibration == ("builtin",):

@@ -23,7 +23,7 @@ from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.dequantized import dequantized, dequantized_layout, refuse_plain
-from streamprune.output.plan import OutputSource, make_plan
+from streamprune.output.plan import OutputSource, make_plan, written_layout
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
@@ -218,7 +218,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
     decided.print_retention(progress)
     decided.print_serving_notes(progress)
     finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
-    finish.print_dropped(progress, plan.layout.dropped)
+    finish.print_mtp(progress, plan.layout)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
@@ -264,10 +264,11 @@ def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts)
         from streamprune.output.source import output_source
 
         return output_source(open_moe(checkpoint, settings.trust_remote_code), facts.loading, settings.storage)
+    layout = written_layout(facts.layout, settings.storage)
     if settings.weights == "source":
-        return OutputSource(checkpoint, facts.layout, facts.loading)
+        return OutputSource(checkpoint, layout, facts.loading)
     plain = dequantized(checkpoint)
-    return OutputSource(plain, dequantized_layout(facts.layout, plain), facts.loading)
+    return OutputSource(plain, dequantized_layout(layout, plain), facts.loading)
 
 
 def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) -> None:

@@ -283,11 +283,11 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
             f"The experts of this checkpoint cannot be made narrower: {opened.layout.fixed_width}. Remove experts "
             "instead: omit --width and --by."
         )
-    if plan.counts is not None and settings.weights == "source":
-        # Refuses what cannot be renumbered now: the plan of the output may be made hours later.
-        QuantizedSource.of(checkpoint, opened.layout)
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
     written = output_source(opened, loading, settings.storage)
+    if plan.counts is not None and settings.weights == "source":
+        # Refuses what cannot be renumbered now: the plan of the output may be made hours later.
+        QuantizedSource.of(checkpoint, written.layout)
     plan = with_footprint(plan, settings, opened.skeleton, checkpoint.tensors)
     prepared = PreparedModel(
         checkpoint, opened.skeleton, opened.targets, opened.dtype, opened.config, opened.layout, plan,

@@ -125,11 +125,12 @@ class WrittenSizes:
     @cached_property
     def _kinds(self) -> dict[str, _Kind]:
         """The kinds of tensors, by the name of one of each; of those of single experts, the one of expert 0."""
-        plain, numbers = self.plain, Counter[Any]()
+        plain, numbers, mtp = self.plain, Counter[Any](), set(self.plain.layout.mtp)
         names: dict[Any, str] = {}
         for name, cut in plain.layout.cuts.items():
             entry, encoding = plain.tensors[name], plain.encoding
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
+            category = "MTP" if name in mtp else category
             # (Of equal matrices, those that engines join with others may stay plain for the others' sake.)
             quantized = (
                 name in encoding.experts, name in encoding.others, name in encoding.split, encoding.rows.get(name)

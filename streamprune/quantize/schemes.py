@@ -20,6 +20,7 @@ A weight's codes and scales are the same bytes on every device: they come of sin
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -197,6 +198,10 @@ class Scheme:
         """The parts, as they are stored, of one matrix (R, C), rounded to nearest."""
         scales = self.scales(weight)
         return self.pack(self.round(weight, scales), scales)
+
+    def pattern_of_experts(self, path: str) -> str:
+        """What `config_section` takes for the modules of all experts in the list at `path`."""
+        return path if self.name not in _PRESETS else rf"re:(.*\.)?{re.escape(path)}\..*"
 
     def config_section(self, ignored: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` of a config.json, with the full names of Linear modules that stay plain.

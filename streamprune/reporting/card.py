@@ -254,6 +254,7 @@ def reproduce_command(record: Record) -> str:
         ("--quantize", settings.quantize or None),
         ("--rounding", settings.rounding or None),
         ("--tensor-parallel", settings.tensor_parallel or None),
+        ("--mtp", settings.mtp or None),
     ]
     words = ["streamprune", "run" if reads_text else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]

@@ -179,7 +179,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     """The weights of the source of an output with these weights; None if they do not match its bytes on record.
 
     All experts of a layer have the same size, so the kept ones show the sizes of the removed ones, and so do channels.
-    Bytes that are still missing are those of multi-token prediction, which every output drops.
+    Bytes that are still missing are those of multi-token prediction, if the output dropped it.
     """
     width, full_width = record.settings.width, record.source.width
     if width is not None and not any(fact.channel_axis is not None for fact in weights.facts):

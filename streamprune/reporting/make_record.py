@@ -17,6 +17,7 @@ from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import ScoresError
 from streamprune.files.json_text import show
 from streamprune.models.config_json import stated_experts
+from streamprune.models.expert_layout import Layout
 from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts
 from streamprune.reporting.record import Provenance, Record, ScoringSettings, public_name
@@ -63,6 +64,7 @@ def make_record(
         # `push` skips files that are not listed.
         "files": sorted({*(path.as_posix() for path in plan.copied), *plan.files}),
         "dropped": plan.layout.dropped,
+        **_mtp(plan.layout),
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
         "layers": [
             {
@@ -76,6 +78,13 @@ def make_record(
         ],
     }
     return msgspec.convert(found, Record)
+
+
+def _mtp(layout: Layout) -> dict[str, Any]:
+    """Which layers for multi-token prediction the output has; nothing if it has none."""
+    if not layout.mtp:
+        return {}
+    return {"mtp": {"tensors": len(layout.mtp), "experts_of": layout.mtp_source if layout.mtp_experts else None}}
 
 
 def _quantized(plan: PrunePlan) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from streamprune.reporting.record_text import (
     Share,
 )
 from streamprune.selection.select import LayerSelection, Selection
-from streamprune.targets import QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
+from streamprune.targets import MTP, QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
 from streamprune.work.records import Computed
 
 #: The format of streamprune.json.
@@ -110,6 +110,16 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     quantize: Annotated[str, Meta(pattern=_one_of(QUANTIZE))] | UnsetType = UNSET
     rounding: Annotated[str, Meta(pattern=_one_of(ROUNDING))] | UnsetType = UNSET
     tensor_parallel: Positive | UnsetType = UNSET
+    # Only stated where layers for multi-token prediction were not wanted.
+    mtp: Annotated[str, Meta(pattern=_one_of(MTP))] | UnsetType = UNSET
+
+
+class RecordedMtp(Struct, frozen=True, kw_only=True):
+    """The kept layers for multi-token prediction: the number of their tensors, and the layer whose kept experts theirs
+    have the numbers of; None if they have no experts."""
+
+    tensors: Positive
+    experts_of: Count | None = None
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):
@@ -175,6 +185,7 @@ class Record(Struct, frozen=True, kw_only=True):
     calibration: Calibration | None = None
     files: list[str] | None = None
     dropped: Annotated[list[Any], Meta(max_length=MOST_LISTED)]
+    mtp: RecordedMtp | UnsetType = UNSET
     protected: dict[str, list[Count]]
     refit: RecordedRefit | UnsetType = UNSET
     quantized: RecordedQuantization | UnsetType = UNSET

@@ -1,0 +1,115 @@
+"""How the tensors of a checkpoint can be cut: by what each feeds in the model, or, in layers for multi-token prediction
+(MTP), by what it would feed in the last layer with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from streamprune.checkpoint.safetensors_file import TensorEntry
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats.plain import PLAIN
+from streamprune.models.config_json import mtp_layers
+from streamprune.models.expert_layout import Cut, Layout, Target, find_cuts
+from streamprune.models.mtp import OF_EXPERTS, by_mtp_layer, find_mtp_tensors
+from streamprune.models.skeleton import Skeleton, count_names, map_checkpoint
+
+
+def survey(
+    config: Mapping[str, Any],
+    skeleton: Skeleton,
+    tensors: Mapping[str, TensorEntry],
+    targets: Mapping[str, Target] | None = None,
+    counts: Mapping[int, int] | None = None,
+) -> Layout:
+    """How the tensors of a checkpoint with this raw config can be cut; `targets` if they have been mapped already.
+
+    `counts` are the experts by layer; None where each has as many as the skeleton.
+    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced. MTP layers
+    whose experts cannot be found are dropped.
+    """
+    targets = targets or map_checkpoint(skeleton, tensors, config)
+    mtp = find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config))
+    counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
+    width, problem = skeleton.width, skeleton.fixed_width
+    cuts = find_cuts(tensors, targets, mtp, counts, width.width if width is not None else None)
+    unknown = [name for name, cut in cuts.items() if targets[name].name in skeleton.channels and cut.channels is None]
+    if unknown:
+        storage = targets[unknown[0]].stored.format
+        problem = f"its checkpoint stores {unknown[0]} in a layout in which channels cannot be found"
+        if storage is not PLAIN:
+            problem = f"its checkpoint stores them as {storage.name}, where several channels share a scale or a byte"
+        width = None
+        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
+    unused = next((name for name, cut in cuts.items() if cut.family is not None and targets[name].name is None), None)
+    if unused is not None and width is not None:
+        width, problem = None, f"its experts have tensors that the model does not use, such as {unused}"
+        cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
+    names = count_names(skeleton.model.config, skeleton.spec)
+    layout = Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, (), cuts, width, problem)
+    return _with_mtp(layout, mtp, _MtpExperts(config, skeleton, tensors, targets, counts[layout.mtp_source]))
+
+
+def _with_mtp(layout: Layout, names: Sequence[str], experts: _MtpExperts) -> Layout:
+    """The layout with the tensors `names` of MTP layers: with their cuts, or dropped where these cannot be found."""
+    width = layout.width.width if layout.width is not None else None
+    try:
+        mtp = {
+            name: cut
+            for path, members in by_mtp_layer(names).items()
+            for name, cut in experts.cuts(path, members, width)
+        }
+    except (CheckpointError, UnsupportedModelError) as error:
+        return replace(layout, dropped=tuple(names), mtp_problem=str(error).partition(". ")[0].rstrip("."))
+    cuts = {**layout.cuts, **{name: mtp.get(name, Cut(None)) for name in names}}
+    # In the source's order.
+    order = [name for name in experts.tensors if name in cuts]
+    return replace(layout, cuts={name: cuts[name] for name in order}, mtp=tuple(names))
+
+
+class _MtpExperts:
+    """Finds the experts of MTP layers, which are stored as a layer of the model stores its own."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        skeleton: Skeleton,
+        tensors: Mapping[str, TensorEntry],
+        targets: Mapping[str, Target],
+        count: int,
+    ) -> None:
+        """`count` is the number of experts of the last layer with some, and of every MTP layer with some."""
+        self.tensors, self._config, self._skeleton, self._count = tensors, config, skeleton, count
+        self._layer = max(skeleton.experts)
+        own = {name: target for name, target in targets.items() if target.layer == self._layer and target.rows}
+        self._parameters = {target.name for target in own.values()}
+        #: The path of the layer in the checkpoint, such as `model.layers.60`.
+        self._path = next(iter(own)).partition(f".{self._layer}.")[0] + f".{self._layer}"
+
+    def cuts(self, path: str, names: Iterable[str], width: int | None) -> Iterable[tuple[str, Cut]]:
+        """The cuts of the tensors of experts in the MTP layer at `path`, which has the tensors `names`.
+
+        They keep what the last layer with experts keeps. `width` is the number of channels per expert, None if that
+        cannot change. Raises CheckpointError and UnsupportedModelError if some are not found as in that layer.
+        """
+        entries = {name: self.tensors[name] for name in names}
+        targets = map_checkpoint(
+            self._skeleton, entries, self._config, lambda name: self._path + name.removeprefix(path)
+        )
+        found = {
+            name: cut
+            for name, cut in find_cuts(entries, targets, (), {self._layer: self._count}, width).items()
+            if cut.family is not None or cut.rows is not None
+        }
+        odd = next((name for name in entries if name not in found and OF_EXPERTS.search(name)), None)
+        if odd is not None:
+            raise UnsupportedModelError(f"{odd} is not stored as layer {self._layer} stores its experts")
+        missing = self._parameters - {targets[name].name for name in found}
+        if found and missing:
+            raise UnsupportedModelError(f"{path} has experts, but nothing like {min(map(str, missing))}")
+        channels = (name for name in found if targets[name].name in self._skeleton.channels)
+        fixed = next((name for name in channels if width is not None and found[name].channels is None), None)
+        if fixed is not None:
+            raise UnsupportedModelError(f"{fixed} does not have the {width} channels per expert of the layers")
+        return found.items()
