@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
@@ -30,6 +29,7 @@ from streamprune.targets import ServingSpec
 from tests.full_size import config_only
 from tests.helpers import prune, read_tensors, tree_bytes
 from tests.hub_model import hub_for_this_process
+from tests.mtp import add_mtp
 from tests.quantized import Quantized, make_quantized, quantize
 from tests.thorough import mostly_thorough
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -247,26 +247,14 @@ def test_towers_of_multimodal_models(part: str, listed: list[str], formats: set[
 
 
 def test_prediction_layers_in_headers(tmp_path: Path) -> None:
-    """Quantized as the others, with companions; they count until the model is pruned."""
+    """Quantized as the others, with companions."""
     made = make_quantized(tmp_path, "fp8", "glm4_moe")
-    last = "model.layers.2."
-    more = {
-        name.replace(last, "model.layers.3."): tensor
-        for name, tensor in read_tensors(made.source).items()
-        if name.startswith(last)
-    }
-    more["model.layers.3.eh_proj.weight"] = torch.ones(64, 128)
-    save_file(more, made.source / "mtp.safetensors", {"format": "pt"})
-    path = made.source / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"] |= dict.fromkeys(more, "mtp.safetensors")
-    path.write_text(json.dumps(index))
+    path = add_mtp(made.source)
     footprint = read_footprint(str(made.source))
-    mtp = sum(tensor.nbytes for tensor in more.values())
+    mtp = sum(each.nbytes for name, each in read_tensors(made.source).items() if name.startswith(f"{path}."))
     assert {term.name: term.bytes for term in Fit(footprint, ServingSpec(), GIB).terms}["weights: MTP"] == mtp
     assert weights_bytes(footprint) == open_checkpoint(made.source).nbytes
-    whole = weights_bytes(footprint, keep=7) + mtp
-    assert weights_bytes(footprint) - whole == footprint.weights.sizes(with_mtp=False).expert_bytes()
+    assert weights_bytes(footprint) - weights_bytes(footprint, keep=7) == footprint.weights.sizes().expert_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "granitemoe"])

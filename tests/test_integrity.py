@@ -116,7 +116,7 @@ def test_every_mtp_key_says_none(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
     keys = {"num_nextn_predict_layers": 1, "use_mtp": True, "mtp_layer_types": ["full"], "mtp_loss_scale": 2}
     change(source, {"mtp.layers.0.w": torch.ones(2)}, **keys)
-    prune(source, tmp_path / "out", keep=4)
+    prune(source, tmp_path / "out", keep=4, mtp="drop")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [written[key] for key in keys] == [0, False, [], 2]
 

@@ -18,7 +18,7 @@ from streamprune.pipeline.run import run
 from streamprune.saliency.scores_file import read_scores
 from tests.helpers import tree_bytes
 from tests.hub_model import arguments, hub_for_this_process, published_model
-from tests.test_fit_weights import with_mtp
+from tests.mtp import add_mtp
 from tests.test_prune import Model
 from tests.tiny import write_token_ids
 
@@ -100,16 +100,17 @@ def test_a_choice_that_cannot_be_costs_no_download(tmp_path: Path, monkeypatch: 
 
 
 def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
-    """MTP tensors left out, experts that no token met, and how the result stands to the budget."""
+    """MTP layers kept, experts that no token met, and how the result stands to the budget."""
     model = Model(tmp_path, "deepseek_v3")
-    source = with_mtp(model.folder)
+    source = model.folder
+    add_mtp(source)
     few = write_token_ids(tmp_path / "few.jsonl", sequences=1, length=3)
-    goal = ("--budget-gib", 0.5012, "--context", 64)
+    goal = ("--budget-gib", 0.5014, "--context", 64)
     one = told("run", source, "-o", tmp_path / "run", "--calibration", few, *goal)
     other = told("prune", source, "-o", tmp_path / "prune", "--scores", tmp_path / "run", *goal)
     assert tree_bytes(tmp_path / "run") == tree_bytes(tmp_path / "prune")
     for words in (
-        "multi-token-prediction (MTP) tensors are dropped",
+        "layers for multi-token prediction (MTP, ",
         "warning: none of the 3 calibration tokens was routed to some experts",
         "  fits the budget of ",
         "domain retention",

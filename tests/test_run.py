@@ -218,26 +218,6 @@ def test_code_that_is_not_there_is_not_named(model: Path, ids: Path, tmp_path: P
     assert (tmp_path / "with" / "configuration_own.py").read_text() == "# never run\n"
 
 
-def test_multi_token_prediction_is_dropped_consistently(ids: Path, tmp_path: Path) -> None:
-    source = make_model(tmp_path / "model", tiny_config(DEEPSEEK_V3), max_shard_size="1GB")
-    tensors = load_file(source / "model.safetensors")
-    # As DeepSeek-V3 ships it: one more layer behind the last, with experts of its own.
-    extra = {n.replace("layers.3.", "layers.4."): t.clone() for n, t in tensors.items() if ".layers.3." in n}
-    extra["model.layers.4.eh_proj.weight"] = torch.ones(64, 128)
-    save_file(tensors | extra, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    output = tmp_path / "out"
-    result = invoke("run", source, "-o", output, "--keep", 4, "--calibration", ids)
-    assert result.stderr.count("multi-token-prediction") == 1
-    assert not any(".layers.4." in name for name in read_tensors(output))
-    assert json.loads((output / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert json.loads((output / "streamprune.json").read_text())["dropped"] == sorted(extra)
-    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["missing_keys"]
-
-
 def test_experts_never_routed_to_are_named(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_text('{"input_ids": [7]}\n')

@@ -67,6 +67,8 @@ def _options(fit: Fit) -> Iterator[Option]:
         yield Option(f"--context {fit.max_context}", f"a context of {fit.max_context:,} tokens")
     if fit.footprint.cache.item_bytes(fit.use.kv_dtype) > 1 and fit.changed(kv_dtype="fp8").fits:
         yield Option("--kv-dtype fp8", "8-bit KV cache")
+    if fit.changed(mtp="drop").fits:
+        yield Option("--mtp drop", "without layers for multi-token prediction")
     for weights in _smaller(fit):
         smaller, words = fit.changed(weights=weights), "weights as stored"
         if weights in SCHEMES:

@@ -73,14 +73,12 @@ def by_mtp_layer(names: Iterable[str]) -> dict[str, list[str]]:
 def mtp_note(layout: Layout) -> str:
     """What an output of this layout does with layers for multi-token prediction; empty if there are none."""
     if layout.mtp:
-        how = "as they are"
+        how, last = "as they are", layout.mtp_source
         if layout.mtp_experts:
-            how = (
-                f"with those of their experts that layer {layout.mtp_source} keeps by number: nothing is scored in them"
-            )
+            how = f"with those of their experts that layer {last} keeps by number: nothing is scored in them"
         return (
-            f"layers for multi-token prediction (MTP, {len(layout.mtp):,} tensors) are kept, {how}. Text stays the same "
-            "with speculative decoding; fewer of its drafts may be accepted."
+            f"layers for multi-token prediction (MTP, {len(layout.mtp):,} tensors) are kept, {how}. Text stays the "
+            "same with speculative decoding; fewer of its drafts may be accepted."
         )
     if not layout.dropped:
         return ""
