@@ -23,7 +23,7 @@ QUANTIZE = ("experts", "all-linear")
 ROUNDING = ("rtn", "gptq")
 #: What happens to layers for multi-token prediction.
 MTP = ("keep", "drop")
-#: Tokens per sequence that a model is planned for.
+#: Tokens per sequence that a model is planned for, if it can have so many.
 DEFAULT_CONTEXT = 32768
 #: Tokens of all sequences together that can be planned for: far beyond any GPU.
 MOST_TOKENS = 2**40
@@ -39,6 +39,22 @@ def check_least(name: str, value: int | None, least: int) -> None:
     """Raise SettingsError for a number that is too small; None is an option that was not given."""
     if value is not None and value < least:
         raise SettingsError(f"{name} {value} is too small: at least {least}.")
+
+
+def planned_context(asked: int | None, longest: int | None) -> int:
+    """Tokens per sequence to plan for: as many as asked for, or DEFAULT_CONTEXT, or what the model can have if less.
+
+    `longest` is the longest context of the model; None if its config names none. Raises SettingsError for more.
+    """
+    if asked is None:
+        return min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if longest is not None and asked > longest:
+        raise SettingsError(
+            f"--context {asked:,}: by its config.json the model can have {longest:,} tokens, so a cache for more would "
+            f"never be filled. Give --context {longest}, or leave it out. If the model is to be extended (rope scaling "
+            "such as YaRN), write that into its config.json first."
+        )
+    return asked
 
 
 @dataclass(frozen=True)
@@ -74,8 +90,9 @@ class PruningTarget(SelectionSettings):
     """How far to prune, for what use, and which experts to keep.
 
     At most one says how far: `keep` (experts per layer), `ratio` (share removed), or a budget (`budget_gib`, or what
-    CUDA can use of `gpu`) for the use that `context`, `batch` and `kv_dtype` describe. Where a schedule gives layers
-    different numbers of experts, these are means: as many experts stay in all as with equal numbers.
+    CUDA can use of `gpu`) for the use that `context` (None: see `planned_context`), `batch` and `kv_dtype` describe.
+    Where a schedule gives layers different numbers of experts, these are means: as many experts stay in all as with
+    equal numbers.
 
     `width` is the number of channels that each expert keeps, alone or in addition. Without it, `by` says what a ratio
     or a budget removes: experts, channels, or both by the same share. Widths found that way are multiples of
@@ -86,7 +103,7 @@ class PruningTarget(SelectionSettings):
     ratio: float | None = None
     budget_gib: float | None = None
     gpu: str | None = None
-    context: int = DEFAULT_CONTEXT
+    context: int | None = None
     batch: int = 1
     kv_dtype: str = "auto"
     width: int | None = None
@@ -111,13 +128,19 @@ class PruningTarget(SelectionSettings):
                 f"--ratio {self.ratio:g} is not between 0 and 1. It is the share to remove; 0.5 is half."
             )
         # Creating it checks its values.
-        _ = self.serving
+        _ = self.serving(None)
 
-    @property
-    def serving(self) -> ServingSpec:
-        """How the pruned model is to be used."""
+    def serving(self, longest: int | None) -> ServingSpec:
+        """How the pruned model is to be used; `longest` is the longest context it can have, None if that is unknown.
+
+        Raises SettingsError for a longer one.
+        """
         return ServingSpec(
-            context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=self.stored_as, mtp=self.stored_mtp
+            context=planned_context(self.context, longest),
+            batch=self.batch,
+            kv_dtype=self.kv_dtype,
+            weights=self.stored_as,
+            mtp=self.stored_mtp,
         )
 
     @property

@@ -13,8 +13,10 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.config import RunSettings
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
-from streamprune.fit.estimate import Fit, Footprint
+from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.reporting.facts import read_facts
+from streamprune.reporting.record import PlannedUse
 from streamprune.selection.select import layer_counts
 from streamprune.selection.settings import SelectionSettings
 from streamprune.targets import ServingSpec
@@ -222,3 +224,18 @@ def test_budgets_that_are_no_sizes(budget: float, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
     with pytest.raises(SettingsError, match="must be above 0"):
         prune(source, tmp_path / "out", budget_gib=budget)
+
+
+def test_the_cache_is_planned_in_the_dtype_of_the_config(tmp_path: Path) -> None:
+    # Whatever a model is scored in: `fit`, the plan of a run, the record of its result, and its report say the same.
+    source = make_model(tmp_path / "model", tiny_config(FAMILIES[0]))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    expected = Estimate(read_footprint(str(source)), ServingSpec(context=256, keep=4))
+    assert expected.kv_cache_bytes == 4 * 2 * 2 * 16 * 2 * 256
+    result = prune(source, tmp_path / "out", keep=4, dtype="float32")
+    assert result.summary["memory"]["kv_cache_bytes"] == expected.kv_cache_bytes
+    memory = read_facts(result.output).memory
+    assert not isinstance(memory, str)
+    assert memory.after.kv_cache_bytes == expected.kv_cache_bytes
+    assert read_facts(result.output).record.use == PlannedUse(context=256, batch=1, kv_dtype="auto")

@@ -15,7 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
-from streamprune.fit.footprint import read_model
+from streamprune.fit.footprint import max_positions, read_model
+from streamprune.fit.verdict import verdict
+from streamprune.hardware.gpus import GPUS, Gpus
 from tests.full_size import config_only, write_header
 from tests.thorough import crossed
 from tests.tiny import FAMILIES, make_model, tiny_config
@@ -56,7 +58,7 @@ def answer(*arguments: str) -> dict[str, Any]:
     assert result.exit_code in (0, 3), result.output
     assert result.stderr == ""
     found = json.loads(result.stdout)
-    assert result.exit_code == (0 if found["fits"] else 3)
+    assert result.exit_code == (3 if found["fits"] is False else 0)
     assert isinstance(found, dict)
     return found
 
@@ -87,7 +89,8 @@ def test_json_when_it_does_not_fit(model: str) -> None:
     found = answer(model, "--budget-gib", "0.4", "--batch", "3", "--kv-dtype", "fp8", "--keep", "4")
     assert not found["fits"]
     assert (found["experts_per_layer"], found["max_experts_per_layer"]) == (4, 0)
-    assert found["kv_cache_bytes"] == 3 * 4 * 2 * 2 * 16 * 32768
+    assert found["context"] == 256, "no more than the model can have"
+    assert found["kv_cache_bytes"] == 3 * 4 * 2 * 2 * 16 * 256
     assert (found["batch"], found["kv_dtype"], found["weights"]) == (3, "fp8", "source")
     assert found["max_context"] == 0
     assert found["nearest"][-1]["settings"].startswith("--budget-gib ")
@@ -122,12 +125,82 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "estimated from config.json" in result.stdout
 
 
-def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
-    total = answer(model, "--budget-gib", "24", "--context", "1000")["total_bytes"]
-    result = fit(model, "--budget-gib", repr(total / GIB + 1e-6), "--context", "1000")
+def test_tight_and_the_limit_are_said(model: str) -> None:
+    total = answer(model, "--budget-gib", "24")["total_bytes"]
+    result = fit(model, "--budget-gib", repr(total / GIB + 1e-6))
     assert result.exit_code == 0
     assert "Tight: in the worst case" in result.stdout
-    assert "note: The model's config allows only 256 tokens of context." in result.stdout
+    assert "weights source, 256 tokens (the model's limit), cache auto" in result.stdout
+
+
+def test_more_context_than_the_model_can_have_is_refused(model: str, tmp_path: Path) -> None:
+    expected = "--context 257: by its config.json the model can have 256 tokens"
+    assert expected in refusal(2, model, "--budget-gib", "24", "--context", "257")
+    for command in (["run", model, "-o", str(tmp_path / "out"), "--keep", "4", "--dry-run"],):
+        result = CliRunner().invoke(main, [*command, "--context", "257"])
+        assert (result.exit_code, expected in result.stderr) == (2, True)
+        planned = CliRunner().invoke(main, [*command, "--json"])
+        assert json.loads(planned.stdout)["memory"]["context"] == 256
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": "much", "original_max_position_embeddings": 256}, 256),
+        ({"full_attention": {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 256}}, 640),
+        ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 256}, 256),
+        ("none", 256),
+    ],
+)
+def test_the_longest_context_counts_what_yarn_extends(rope: Any, longest: int) -> None:
+    for name in ("rope_scaling", "rope_parameters"):
+        assert max_positions({"max_position_embeddings": 256, name: rope}) == longest
+    assert max_positions({"rope_scaling": rope}) is None
+
+
+def test_without_a_budget_all_known_gpus_are_listed(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("streamprune.fit.answer.list_gpus", lambda **_: Gpus((), ("no driver",)))
+    found = answer(model)
+    assert (found["budget_bytes"], found["fits"], found["left_bytes"], found["nearest"]) == (None,) * 4
+    assert [card["gpu"] for card in found["cards"]] == [
+        gpu.key for gpu in sorted(GPUS, key=lambda gpu: gpu.usable_bytes)
+    ]
+    assert all(card["fits"] and card["max_experts"]["source"] == 8 for card in found["cards"])
+    assert all(card["max_context"] == 256 for card in found["cards"])
+    assert all(cell["fits"] is None for cell in found["table"])
+    text = fit(model).stdout
+    assert "No budget was given. Of the GPUs known by name it fits: rtx-5060-ti-8gb, " in text
+    assert "Totals in GiB by experts removed:\n" in text
+    # 24 GB cards keep as many as the answer for one of them says.
+    folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
+    monkeypatch.setattr("streamprune.planning.sizes.read_model", cache(read_model))
+    rows = fit(folder).stdout.splitlines()
+    row = next(row.split() for row in rows if row.endswith("rtx-3090"))
+    told = answer(folder, "--gpu", "rtx-3090")
+    assert row[5] == str(told["max_experts_per_layer"])
+    assert row[6] == str(answer(folder, "--gpu", "rtx-3090", "--weights", "fp8")["max_experts_per_layer"])
+    # What is removed then, in words, with the source, and what would lose less.
+    share = 1 - told["max_experts_per_layer"] / 128
+    assert told["verdict"][0].startswith(
+        f"{share:.0%} of the experts' weights are removed: beyond 65 % expect breakage"
+    )
+    assert "arXiv:2510.13999" in told["verdict"][0]
+    assert f"with --weights fp8 {row[6]} of 128 experts fit" in told["verdict"][1]
+    assert "--by channels --refit" in told["verdict"][1]
+
+
+def test_verdicts_go_by_the_share_of_the_experts_weights(model: str) -> None:
+    assert verdict(0) is None
+    assert "usually lose little" in (verdict(0.25) or "")
+    assert "noticeable" in (verdict(0.5) or "")
+    assert "expect breakage" in (verdict(0.66) or "")
+    assert answer(model, "--budget-gib", "24")["verdict"] == []
+    assert answer(model, "--budget-gib", "24", "--keep", "6")["verdict"][0].startswith("25% of the experts'")
+    assert answer(model, "--budget-gib", "24", "--keep", "4", "--width", "16")["verdict"][0].startswith("75% of the")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +219,7 @@ def test_tight_and_beyond_the_limit_is_said(model: str) -> None:
         (["--budget-gib", "24", "--context", "0"], "--context 0 is too small"),
         (["--budget-gib", "24", "--batch", "0"], "--batch 0 is too small"),
         (["--budget-gib", "24", "--context", str(10**30)], "more than any GPU could hold"),
+        (["--budget-gib", "24", "--batch", str(10**30)], "more than any GPU could hold"),
         (["--budget-gib", "24", "--revision", "main"], "is a local folder"),
         (["--budget-gib", "24", "--kv-dtype", "fp4"], "'fp4' is not one of"),
         (["--budget-gib", "24", "--weights", "fp4"], "'fp4' is not one of"),

@@ -285,7 +285,7 @@ def searchable(made: Path, budget: int, **use: Any) -> Searchable:
     raw = read_json(folder / "config.json")
     skeleton = describe_model(folder, raw, False, "auto").skeleton
     footprint = footprint_of_skeleton(str(folder), raw, skeleton, open_checkpoint(folder).tensors)
-    fit = Fit(footprint, settings(made, made / "x").serving, budget)
+    fit = Fit(footprint, settings(made, made / "x").serving(footprint.max_positions), budget)
     return Searchable(skeleton.spec, skeleton.width, {"source": fit}, **use)
 
 

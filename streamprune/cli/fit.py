@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import click
 from streamprune.cli import options as opt
 from streamprune.config import check_amounts
 from streamprune.errors import DoesNotFitError, SettingsError
-from streamprune.fit.answer import fit_object, fit_text, measured_lines, measured_object, resolve_budget
-from streamprune.fit.estimate import Fit, check_keep
+from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_lines, measured_object
+from streamprune.fit.estimate import Estimate, Fit, check_keep
 from streamprune.hardware.memory import limit_library_memory
-from streamprune.targets import WEIGHTS, ServingSpec, Storage
+from streamprune.targets import WEIGHTS, ServingSpec, Storage, planned_context
 
 
 @click.command()
@@ -38,18 +39,21 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     """Say whether MODEL fits a GPU, and how many experts could stay.
 
     MODEL is a local folder, a Hub id (only its headers are read), or a folder with only a config.json. Without
-    --budget-gib or --gpu, the GPU of this machine is used. Exit status: 0 if it fits, 3 if it does not.
+    --budget-gib or --gpu, the GPU of this machine is used; without one, all known GPUs are listed. Exit status: 0 if it
+    fits, or no budget is known, 3 if it does not fit.
     """
     # Set before the libraries are imported: they read these variables on import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
     storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"), given["mtp"])
-    wanted = ServingSpec(**given)
-    budget = resolve_budget(budget_gib, gpu)
+    context = given.pop("context")
+    wanted = ServingSpec(context=planned_context(context, None), **given)
+    budget = known_budget(budget_gib, gpu)
     from streamprune.planning.sizes import read_forms
 
     footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width)
+    wanted = replace(wanted, context=planned_context(context, footprint.max_positions))
     if wanted.keep is not None:
         check_keep(footprint, wanted.keep)
     # Refused before anything else is said of it.
@@ -59,18 +63,18 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
             f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "
             "Python code in its folder is needed. If you trust its author, add --trust-remote-code."
         )
-    answer = Fit(footprint, wanted, budget.nbytes)
+    answer = Fit(footprint, wanted, budget.nbytes) if budget is not None else Estimate(footprint, wanted)
     found = _measured(answer, revision, device, trust_remote_code) if measure else ()
     if as_json:
         measured = {"measured": measured_object(found)} if measure else {}
         click.echo(opt.json_text({**fit_object(answer, budget), **measured}))
     else:
         click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
-    if not answer.fits:
+    if isinstance(answer, Fit) and not answer.fits:
         sys.exit(DoesNotFitError.exit_code)
 
 
-def _measured(answer: Fit, revision: str | None, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
+def _measured(answer: Estimate, revision: str | None, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
     from streamprune.fit.measure import measure

@@ -183,11 +183,18 @@ BUDGET = together(
     click.option("--budget-gib", type=float, metavar="G", help="Memory that the model may use, in GiB."),
     click.option("--gpu", metavar="NAME", help="A GPU instead of a budget, such as rtx-3090."),
     click.option(
-        "--context", type=int, default=DEFAULT_CONTEXT, show_default=True, help="Tokens per sequence to plan for."
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help=f"Tokens per sequence to plan for.  [default: {DEFAULT_CONTEXT}, or the most that the model can have]",
     ),
     click.option("--batch", type=int, default=1, show_default=True, help="Concurrent sequences to plan for."),
     click.option(
-        "--kv-dtype", type=click.Choice(KV_DTYPES), default="auto", show_default=True, help="Data type of the KV cache."
+        "--kv-dtype",
+        type=click.Choice(KV_DTYPES),
+        default="auto",
+        show_default=True,
+        help="Data type of the KV cache; auto: the one that the model's config.json names, whatever --dtype is.",
     ),
 )
 #: The memory that the model has to fit, or how far to prune it.

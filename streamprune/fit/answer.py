@@ -13,9 +13,11 @@ from itertools import groupby, product
 from typing import TYPE_CHECKING, Any
 
 from streamprune.errors import SettingsError
+from streamprune.fit.cards import cards, cards_lines, cards_object
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.fit.loading import decoded_bytes, loading_note
 from streamprune.fit.nearest import COMPARED, nearest
+from streamprune.fit.verdict import verdict_lines
 from streamprune.hardware.gpus import budget_on_gpu, known_gpu
 from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 #: Shares of experts removed, and contexts, that the table shows.
 RATIOS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75)
 CONTEXTS = (8192, 32768, 131072)
+#: What `--json` says of a budget.
+_OF_BUDGET = (
+    "budget_bytes", "budget_from", "left_bytes", "fits", "max_experts_per_layer", "max_experts_in_all_layers",
+    "max_context", "nearest",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class Budget:
 class Cell:
     """One entry of the table: the total with `experts` per layer, one form of the weights and one context (tokens).
 
-    `experts` is 0 for a model without experts, and None where its layers have different numbers.
+    `experts` is 0 for a model without experts, and None where its layers have different numbers. `fits` is None without
+    a budget.
     """
 
     ratio: float
@@ -52,15 +60,22 @@ class Cell:
     weights: str
     context: int
     total_bytes: int
-    fits: bool
+    fits: bool | None
 
 
 def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
-    """The budget from --budget-gib or --gpu, else the usable memory of this machine's GPU (the largest of several).
+    """The budget from --budget-gib or --gpu, of which one is given.
 
-    Raises SettingsError for an invalid size, for both options, for an unknown GPU, and without options if no GPU with
-    usable memory is found.
+    Raises SettingsError for an invalid size, for both options, and for an unknown GPU.
     """
+    budget = known_budget(budget_gib, gpu)
+    assert budget is not None
+    return budget
+
+
+def known_budget(budget_gib: float | None, gpu: str | None) -> Budget | None:
+    """`resolve_budget`; without options the usable memory of this machine's GPU (the largest of several), None if no
+    GPU with usable memory is found."""
     if budget_gib is not None and gpu is not None:
         raise SettingsError("Give either --budget-gib or --gpu, not both.")
     if budget_gib is not None and not 0 < budget_gib < 2**20:
@@ -75,10 +90,7 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
     best = max(here.gpus, key=lambda each: each.usable_bytes, default=None)
     if budget_gib is None:
         if best is None or not best.usable_bytes:
-            raise SettingsError(
-                "No budget given, and no GPU with usable memory found: pass --gpu, such as --gpu rtx-3090, or "
-                f"--budget-gib. {' '.join(here.notes)}"
-            )
+            return None
         return Budget(best.usable_bytes, f"GPU {best.index}, {best.name}: usable now", best.notes)
     budget = Budget(int(budget_gib * GIB), f"--budget-gib {budget_gib:g}")
     if best is None or best.usable_bytes >= budget.nbytes:
@@ -90,7 +102,7 @@ def resolve_budget(budget_gib: float | None, gpu: str | None) -> Budget:
     return replace(budget, notes=(note,))
 
 
-def table(fit: Fit) -> list[Cell]:
+def table(fit: Estimate) -> list[Cell]:
     """Totals over RATIOS × forms of the weights × CONTEXTS, as far as the model allows them."""
     spec = fit.footprint.spec
     longest = min(fit.footprint.max_positions or max(CONTEXTS), MOST_TOKENS // fit.use.batch)
@@ -105,16 +117,17 @@ def table(fit: Fit) -> list[Cell]:
                 continue
         for form, context in product(forms, contexts):
             cell = fit.changed(keep=keep, weights=form, context=context)
-            cells.append(Cell(ratio, cell.experts, form, context, cell.total, cell.fits))
+            fits = cell.fits if isinstance(cell, Fit) else None
+            cells.append(Cell(ratio, cell.experts, form, context, cell.total, fits))
     return cells
 
 
-def _forms(fit: Fit) -> list[str]:
+def _forms(fit: Estimate) -> list[str]:
     """The forms of the weights that the table is to show: the source's, those that are compared, and the asked one."""
     return list(dict.fromkeys(("source", *COMPARED, fit.use.weights)))
 
 
-def _left_out(fit: Fit) -> Iterator[str]:
+def _left_out(fit: Estimate) -> Iterator[str]:
     """Which forms of the weights the table leaves out, and why, if the other notes do not say it."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for form in _forms(fit):
@@ -127,29 +140,46 @@ def _left_out(fit: Fit) -> Iterator[str]:
             yield f"The table leaves out --weights {' and '.join(forms)}. {reason}"
 
 
-def fit_object(fit: Fit, budget: Budget) -> dict[str, Any]:
+def fit_object(fit: Estimate, budget: Budget | None) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes; numbers of experts are null for a model without experts.
 
     For a model whose layers have different numbers they are lists, and what could be removed is null. The formats of
     quantized weights are listed with the one of most bytes first; what these take when decoded is null for plain ones.
+    Without a budget what depends on it is null, and `cards` says what fits each known GPU.
     """
     weights = fit.footprint.weights
-    can_be_pruned = fit.footprint.spec is not None
-    return {
+    found = {
         "model": fit.footprint.model,
         **estimate_object(fit),
-        "budget_from": budget.label,
         "weights": fit.use.weights,
         "weights_formats": list(weights.formats),
         "decoded_weights_bytes": decoded_bytes(fit),
         "source_experts_per_layer": _listed(weights.counts) if weights.counts else weights.count or None,
-        "max_experts_per_layer": (fit.max_experts or 0) if can_be_pruned else None,
-        "max_experts_in_all_layers": (fit.max_total_experts or 0) if can_be_pruned else None,
-        "max_context": fit.max_context,
-        "nearest": [vars(option) for option in nearest(fit)],
+        "verdict": list(verdict_lines(_to_decide(fit))),
         "table": [vars(cell) for cell in table(fit)],
         "notes": list(_notes(fit, budget)),
     }
+    if not isinstance(fit, Fit) or budget is None:
+        return {**found, **dict.fromkeys(_OF_BUDGET), "cards": cards_object(cards(fit))}
+    can_be_pruned = fit.footprint.spec is not None
+    answers = (
+        fit.budget,
+        budget.label,
+        fit.left,
+        fit.fits,
+        (fit.max_experts or 0) if can_be_pruned else None,
+        (fit.max_total_experts or 0) if can_be_pruned else None,
+        fit.max_context,
+        [vars(option) for option in nearest(fit)],
+    )
+    return {**found, **dict(zip(_OF_BUDGET, answers, strict=True))}
+
+
+def _to_decide(estimate: Estimate) -> Estimate:
+    """What the verdict is about: the model as asked for; where that exceeds the budget, with as many experts as fit."""
+    if not isinstance(estimate, Fit) or estimate.fits or not estimate.max_experts:
+        return estimate
+    return estimate.changed(keep=estimate.max_experts)
 
 
 def estimate_object(estimate: Estimate) -> dict[str, Any]:
@@ -195,9 +225,14 @@ def measured_lines(measured: Sequence[Measured]) -> list[str]:
     return Table("Measured on the GPU, and how far the prediction is off:", [""] * 4, rows).text()
 
 
-def fit_text(fit: Fit, budget: Budget) -> str:
+def fit_text(fit: Estimate, budget: Budget | None) -> str:
     """The answer for a terminal."""
-    return "\n".join([*terms_lines(fit), "", *_verdict(fit, budget), "", *_table_lines(table(fit))])
+    if isinstance(fit, Fit) and budget is not None:
+        lines = [*_answer(fit, budget), *verdict_lines(_to_decide(fit)), *_options_lines(fit)]
+    else:
+        lines = [*cards_lines(fit, cards(fit)), *verdict_lines(fit)]
+    notes = (f"note: {note}" for note in _notes(fit, budget))
+    return "\n".join([*terms_lines(fit), "", *lines, *notes, "", *_table_lines(table(fit))])
 
 
 def terms_lines(estimate: Estimate) -> list[str]:
@@ -210,7 +245,7 @@ def terms_lines(estimate: Estimate) -> list[str]:
     sequences = "" if use.batch == 1 else f"{use.batch} sequences of "
     title = (
         f"{estimate.footprint.model}{_experts_text(estimate)}; weights {_weights_text(estimate)}, "
-        f"{sequences}{use.context:,} tokens, cache {use.kv_dtype}"
+        f"{sequences}{use.context:,} tokens{_limit(estimate)}, cache {use.kv_dtype}"
     )
     rows = [
         (term.name, format_bytes(term.bytes), term.kind, bounds(term.low, term.high) if term.low < term.high else "")
@@ -218,6 +253,10 @@ def terms_lines(estimate: Estimate) -> list[str]:
     ]
     rows.append(("total", format_bytes(estimate.total), "", bounds(*estimate.interval)))
     return Table(title, [""] * 4, rows, align="lrll").text()
+
+
+def _limit(estimate: Estimate) -> str:
+    return " (the model's limit)" if estimate.use.context == estimate.footprint.max_positions else ""
 
 
 def _weights_text(estimate: Estimate) -> str:
@@ -242,7 +281,7 @@ def _experts_text(estimate: Estimate) -> str:
     return f", {estimate.experts} of {weights.count} experts per layer" if weights.count else ""
 
 
-def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
+def _answer(fit: Fit, budget: Budget) -> Iterator[str]:
     of = f"{format_bytes(fit.budget)} ({budget.label})"
     if fit.fits:
         yield f"It fits {of}, with {format_bytes(fit.left)} left."
@@ -262,23 +301,22 @@ def _verdict(fit: Fit, budget: Budget) -> Iterator[str]:
     if fit.max_context:
         limit = " (the model's limit)" if fit.max_context == fit.footprint.max_positions else ""
         yield f"Longest context that fits: {fit.max_context:,} tokens{limit}."
+
+
+def _options_lines(fit: Fit) -> Iterator[str]:
     rows = [(option.settings, option.meaning) for option in nearest(fit)]
     if rows:
         yield from Table("Nearest settings that fit:", ["", ""], rows, align="ll").text()
-    yield from (f"note: {note}" for note in _notes(fit, budget))
 
 
-def _notes(fit: Fit, budget: Budget) -> Iterator[str]:
-    yield from (*fit.footprint.notes, *budget.notes)
+def _notes(fit: Estimate, budget: Budget | None) -> Iterator[str]:
+    yield from (*fit.footprint.notes, *(budget.notes if budget is not None else ()))
     loaded = loading_note(fit)
     if loaded is not None:
         yield loaded
     if fit.footprint.weights.counts is not None:
         note = per_layer_note(fit.footprint)
         yield f"{note[0].upper()}{note[1:]}"
-    limit = fit.footprint.max_positions
-    if limit is not None and fit.use.context > limit:
-        yield f"The model's config allows only {limit:,} tokens of context."
     if not fit.footprint.weights.measured:
         yield (
             "Weight sizes are estimated from config.json; the checkpoint may have more, such as a multi-token-"
@@ -294,7 +332,8 @@ def _table_lines(cells: Sequence[Cell]) -> list[str]:
         rows.append([f"{ratio:.1%}", str(experts or "-"), *totals])
     columns = dict.fromkeys((cell.weights, cell.context) for cell in cells)
     headings = [f"{form} {_thousands(context)} " for form, context in columns]
-    title = "Totals in GiB by experts removed; * fits the budget:"
+    fits = "" if any(cell.fits is None for cell in cells) else "; * fits the budget"
+    title = f"Totals in GiB by experts removed{fits}:"
     return Table(title, ["removed", "experts", *headings], rows, align="r").text()
 
 

@@ -104,10 +104,19 @@ def stated_cache(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
     # Packed integers have a different number of rows than the projection.
     if not all(dtype.startswith(("F", "BF")) for dtype in stored):
         return None
-    named = [str(part.get(name)) for part in (text, config) for name in ("dtype", "torch_dtype")]
-    itemsize = next((_FLOAT_BYTES[dtype] for dtype in (*named, projections[0][0].dtype) if dtype in _FLOAT_BYTES), None)
+    itemsize = served_itemsize(config) or _FLOAT_BYTES.get(projections[0][0].dtype)
     layers = tuple(LayerCache(sum(entry.shape[0] for entry in projections[layer])) for layer in range(depth))
     return CacheSizes(layers, itemsize) if itemsize is not None else None
+
+
+def served_itemsize(config: Mapping[str, Any]) -> int | None:
+    """Bytes of a value in the dtype that a config.json names, for its text part or at its top; None if it names none.
+
+    Engines compute and cache in that dtype, whatever a model is scored in.
+    """
+    _, text = text_part(config)
+    named = (str(part.get(name)) for part in (text, config) for name in ("dtype", "torch_dtype"))
+    return next((_FLOAT_BYTES[dtype] for dtype in named if dtype in _FLOAT_BYTES), None)
 
 
 def _hints_at_more(text: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
@@ -174,6 +174,10 @@ class Estimate:
             return self.use.total
         return (self.experts or 0) * weights.sizes().expert_layers
 
+    def changed(self, **use: Any) -> Self:
+        """The same estimate with changes to `use`."""
+        return replace(self, use=replace(self.use, **use))
+
     @property
     def experts(self) -> int | None:
         """Experts per layer; 0 without experts, None where layers may differ."""
@@ -196,10 +200,6 @@ class Fit(Estimate):
     @property
     def fits(self) -> bool:
         return self.left >= 0
-
-    def changed(self, **use: Any) -> Fit:
-        """The same estimate with changes to `use`."""
-        return replace(self, use=replace(self.use, **use))
 
     @cached_property
     def max_experts(self) -> int | None:

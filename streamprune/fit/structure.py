@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.fit.cache import CacheSizes, LayerCache, stated_cache
+from streamprune.fit.cache import CacheSizes, LayerCache, served_itemsize, stated_cache
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.published import published_facts
@@ -28,7 +28,7 @@ from streamprune.fit.weights import Weights, is_vision, weights_by_layout, weigh
 from streamprune.formats.pick import is_read
 from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, mtp_layers, stated_shape, states_experts
-from streamprune.models.open import DescribedModel, declared_dtype, describe_model, load_config
+from streamprune.models.open import DescribedModel, declared_dtype, describe_model, dtype_of_tensors, load_config
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint
 from streamprune.models.survey import survey
@@ -218,9 +218,11 @@ def footprint_of_skeleton(
     stated = stated_cache(raw, tensors) if tensors else None
     if stated is not None:
         # Plain attention: its projections say the same as a trace, which takes half a second.
-        cache = replace(stated, itemsize=skeleton.model.dtype.itemsize)
+        cache = stated
     else:
-        cache = trace_cache(skeleton.model, skeleton.experts, skeleton.layers)
+        # The model may be built to compute in another dtype than it is served in.
+        itemsize = served_itemsize(raw) or dtype_of_tensors(tensors or {}).itemsize
+        cache = replace(trace_cache(skeleton.model, skeleton.experts, skeleton.layers), itemsize=itemsize)
     footprint = _footprint(model, skeleton.model.config, raw, weights, skeleton.spec, cache)
     known = skeleton.width is not None and any(fact.channel_axis is not None for fact in weights.facts)
     return replace(footprint, width=skeleton.width.width if known and skeleton.width is not None else None)
@@ -254,9 +256,8 @@ def _footprint(
             f"{model}: its config names no hidden size, attention heads or vocabulary under a usual name, so its "
             "workspace cannot be worked out. Please report this model."
         )
-    itemsize = (declared_dtype(config) or torch.bfloat16).itemsize
     return Footprint(
-        model, weights, None if weights.counts else spec, cache, shape, itemsize, max_positions(known),
+        model, weights, None if weights.counts else spec, cache, shape, cache.itemsize, max_positions(known),
         quantization=Quantization.of(raw).method,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.base import plain_shapes
 from streamprune.formats.pick import check_stated, format_names, refuse_unread
@@ -212,8 +213,13 @@ def _chosen_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
 
 def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
     """The floating-point dtype that most bytes of the weights have."""
+    return dtype_of_tensors(checkpoint.tensors)
+
+
+def dtype_of_tensors(tensors: Mapping[str, TensorEntry]) -> torch.dtype:
+    """The floating-point dtype that most bytes of these tensors have; bfloat16 without any."""
     sizes = {"BF16": 0, "F16": 0, "F32": 0}
-    for entry in checkpoint.tensors.values():
+    for entry in tensors.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.nbytes
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]

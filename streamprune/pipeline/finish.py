@@ -19,6 +19,7 @@ from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import kill_point, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
 from streamprune.fit.estimate import Estimate, Fit
+from streamprune.fit.verdict import verdict_lines
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.expert_layout import Layout
@@ -42,6 +43,7 @@ from streamprune.selection.energy import energy_retentions
 from streamprune.selection.retention import Retention, retention_warnings, retentions
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import token_shares
+from streamprune.targets import ServingSpec
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
@@ -93,6 +95,11 @@ class SelectionResult:
     @property
     def _removes_experts(self) -> bool:
         return sum(self.selection.counts) < self.plan.layout.spec.count * len(self.selection.counts)
+
+    @property
+    def use(self) -> ServingSpec:
+        """How the output is to be used."""
+        return self.facts.serving(self.settings, self.checkpoint.config)
 
     @property
     def layers(self) -> Iterator[int | None]:
@@ -258,7 +265,7 @@ def complete(
     results = {**noted, **({TEXT_NAME: evaluation} if evaluation is not None else {})}
     for name, result in results.items():
         write_result(results_folder(work.staging), name, result)
-    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings)
+    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, decided.use)
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     if decided.rounding is not None:
@@ -334,6 +341,12 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
             f"  {verdict} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} "
             f"{'left' if estimate.fits else 'over'}"
         )
+
+
+def print_verdict(progress: Progress, estimate: Estimate) -> None:
+    """Print what is known to happen when so much is removed, and what would lose less."""
+    for line in verdict_lines(estimate):
+        progress.say(f"note: {line}")
 
 
 def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> None:

@@ -20,8 +20,6 @@ from streamprune.calibration.refit_text import (
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import Processes
-from streamprune.fit.estimate import Fit
-from streamprune.fit.nearest import other_formats
 from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
@@ -31,6 +29,7 @@ from streamprune.pipeline.finish import (
     print_memory,
     print_mtp,
     print_notes,
+    print_verdict,
     print_weights,
 )
 from streamprune.planning.prepare import PreparedModel, PruningPlan
@@ -64,9 +63,7 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
     estimate = plan.estimate(settings)
     if estimate is not None:
         print_memory(progress, estimate)
-        others = other_formats(estimate) if isinstance(estimate, Fit) else None
-        if others is not None:
-            progress.say(f"note: {others}: try --best")
+        print_verdict(progress, estimate)
     else:
         progress.say("note: the memory of the result cannot be estimated, because the size of its cache is unknown.")
 

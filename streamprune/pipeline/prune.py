@@ -19,6 +19,7 @@ from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.files.durable import kill_point
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.fit.verdict import share_removed, verdict
 from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
@@ -136,6 +137,8 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     require_library(settings.weights)
     checkpoint = open_checkpoint(resolve_model(settings.model, settings.revision, settings.trust_remote_code))
     facts = _with_forms(settings, checkpoint, _facts(settings, checkpoint, scores))
+    # Refuses more context than the model can have.
+    _ = facts.serving(settings, raw)
     written = _written(settings, checkpoint, facts)
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
@@ -215,6 +218,11 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
             "note: these scores were made with --propagate pruned: after the first layer with experts they are valid "
             "for that run's selection only."
         )
+    if decided.facts.footprint is not None:
+        # (What would lose less is not said: to know it the model would have to be built.)
+        said = verdict(share_removed(decided.counts.estimate(settings, decided.facts.footprint)))
+        if said is not None:
+            progress.say(f"note: {said}")
     decided.print_retention(progress)
     decided.print_serving_notes(progress)
     finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)

@@ -111,7 +111,8 @@ def print_versions(progress: Progress, then: Mapping[str, Any], now: Mapping[str
 
 
 def _record_differences(decided: SelectionResult, record: Mapping[str, Any]) -> Iterator[str]:
-    wanted = make_record(decided.provenance, decided.selection, decided.plan, decided.counts, decided.settings)
+    settings, use = decided.settings, decided.use
+    wanted = make_record(decided.provenance, decided.selection, decided.plan, decided.counts, settings, use)
     now = _comparable(json.loads(json.dumps(to_builtins(wanted))))
     then = _comparable(record)
     for name, text in (("refit", decided.refit), ("rounding", decided.rounding)):

@@ -279,7 +279,7 @@ class _Search:
         assert held is not None
         rows = [_row(decided, side, layers, held.sources) for side in decided.sides]
         head = about(None, settings.model, prepared, held, True, against_source=True)
-        use = settings.serving
+        use = next(iter(decided.model.fits.values())).use
         return {
             **head,
             "budget_bytes": decided.budget.nbytes,

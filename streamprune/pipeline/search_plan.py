@@ -34,11 +34,11 @@ def candidates_for(settings: SearchSettings, plan: PruningPlan, budget: Budget) 
     Raises a StreampruneError if there are none.
     """
     skeleton, footprint = plan.skeleton, _footprint(settings, plan)
-    fits, no_format = {}, {}
+    fits, no_format, serving = {}, {}, settings.serving(footprint.max_positions)
     for weights in ("source", *(("bf16",) if footprint.quantization else ()), *SCHEMES):
         reason = _why_not_written(footprint, weights)
         if reason is None:
-            fits[weights] = Fit(footprint, replace(settings.serving, weights=weights), budget.nbytes)
+            fits[weights] = Fit(footprint, replace(serving, weights=weights), budget.nbytes)
         else:
             no_format[weights] = reason
     fixed_width, no_refit = _impossible(settings, plan)

@@ -73,7 +73,7 @@ class ExpertCounts:
 
     def estimate(self, target: PruningTarget, unpruned: Footprint) -> Estimate:
         """The memory of the pruned model, compared with the budget if there is one."""
-        serving = replace(target.serving, keep=self.keep, width=self.width)
+        serving = replace(target.serving(unpruned.max_positions), keep=self.keep, width=self.width)
         if not self.uniform:
             widest = max(self.per_layer.values()) if self.per_layer else None
             serving = replace(serving, total=self.total, widest=widest)
@@ -176,7 +176,7 @@ def _within_budget(target: PruningTarget, model: Prunable, unpruned: Footprint) 
     """As much as fits the budget."""
     spec, layers, uniform = model.spec, model.layers, SCHEDULES[target.schedule].is_uniform
     budget = resolve_budget(target.budget_gib, target.gpu)
-    fit = Fit(unpruned, target.serving, budget.nbytes)
+    fit = Fit(unpruned, target.serving(unpruned.max_positions), budget.nbytes)
     if target.width is None and fit.fits and not target.changes_weights:
         raise SettingsError(
             f"The unpruned model takes {format_bytes(fit.total)} and already fits {format_bytes(fit.budget)} "

@@ -16,6 +16,7 @@ from streamprune.checkpoint.index import Checkpoint
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
+from streamprune.fit.footprint import max_positions
 from streamprune.fit.weights import weights_by_layout
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import Quantization
@@ -28,7 +29,7 @@ from streamprune.output.plan import PrunePlan
 from streamprune.planning.counts import ExpertCounts, Prunable
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import NO_CHANNELS
-from streamprune.targets import PruningTarget
+from streamprune.targets import PruningTarget, ServingSpec
 
 #: Bytes of a weight where the scores do not say it.
 _USUAL_ITEMSIZE = 2
@@ -72,6 +73,10 @@ class ModelFacts:
             memory = asdict(_Memory(known.cache, known.shape, known.itemsize, known.max_positions))
         return {"tensors": tensors, "loading": msgspec.to_builtins(self.loading), "memory": memory}
 
+    def serving(self, target: PruningTarget, config: Mapping[str, Any]) -> ServingSpec:
+        """How the pruned model is to be used; `config` is the source's config.json."""
+        return target.serving(self.footprint.max_positions if self.footprint is not None else max_positions(config))
+
     def estimate(
         self,
         output: str,
@@ -92,7 +97,8 @@ class ModelFacts:
         if plan.width is not None:
             footprint = replace(footprint, width=plan.width, shape=replace(footprint.shape, expert=plan.width))
         # What is written is the source of this estimate.
-        return counts.against_budget(Estimate(footprint, replace(target.serving, weights="source")))
+        use = replace(target.serving(footprint.max_positions), weights="source")
+        return counts.against_budget(Estimate(footprint, use))
 
 
 def facts_from_json(

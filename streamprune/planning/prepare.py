@@ -21,8 +21,9 @@ from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoin
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
+from streamprune.fit.cache import served_itemsize
 from streamprune.fit.estimate import Estimate, Footprint
-from streamprune.fit.footprint import read_headers
+from streamprune.fit.footprint import max_positions, read_headers
 from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
@@ -32,7 +33,6 @@ from streamprune.models.open import (
     OpenedMoE,
     check_pruned,
     config_from_dict,
-    declared_dtype,
     describe_model,
     open_moe,
 )
@@ -106,6 +106,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
         raise SettingsError(f"--from-layer {first}: the model's layers are 0 to {skeleton.layer_count - 1}.")
     if settings.only_score:
         return plan
+    # Refuses more context than the model can have, also where no budget needs it.
+    _ = settings.serving(max_positions(plan.model.config.to_dict()))
     if settings.weights == "bf16":
         refuse_plain(plan.model.raw, plan.folder)
     # (Before tens of GiB are downloaded.)
@@ -115,7 +117,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
     def read_footprint() -> Footprint:
         return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder))
 
-    itemsize = (declared_dtype(plan.model.config) or torch.bfloat16).itemsize
+    itemsize = served_itemsize(plan.model.raw) or torch.bfloat16.itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
     counts = plan_counts(settings, prunable, read_footprint)
     if counts.width is not None and recorded_width(skeleton) is None:
@@ -158,10 +160,8 @@ def with_footprint(
 
     `tensors` are its checkpoint's; None if they are known from its config alone.
     """
-    # (Without a dtype in the config, the plan was made for another one.)
-    known = plan.footprint if plan.model.dtype is not None else None
     try:
-        footprint = written_footprint(settings, plan.model.raw, skeleton, tensors, known)
+        footprint = written_footprint(settings, plan.model.raw, skeleton, tensors, plan.footprint)
     except UnsupportedModelError:
         # Only a budget needs it: without one, a model that can be pruned is pruned, and no estimate is printed.
         if plan.counts is not None and plan.counts.budget is not None:

@@ -25,6 +25,7 @@ from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.select import Selection
 from streamprune.selection.settings import SelectionSettings
+from streamprune.targets import ServingSpec
 
 
 def make_record(
@@ -33,8 +34,9 @@ def make_record(
     plan: PrunePlan,
     counts: ExpertCounts,
     settings: RunSettings | PruneSettings,
+    use: ServingSpec,
 ) -> Record:
-    """The record of an output; it is the same for every run with the same input and settings.
+    """The record of an output that is planned for `use`; it is the same for every run with the same input and settings.
 
     It does not matter whether the scores were computed in the same run or before. (On the CPU the last digits of scores
     depend on the number of threads, as in every matrix product.)
@@ -56,7 +58,7 @@ def make_record(
             "max_shard_bytes": settings.max_shard_bytes,
             **settings.storage.as_json(),
         },
-        "use": {**asdict(settings.serving), "budget_bytes": counts.budget.nbytes if counts.budget else None},
+        "use": {**asdict(use), "budget_bytes": counts.budget.nbytes if counts.budget else None},
         "versions": origin["versions"],
         "source": {**origin["source"], **sizes, **formats},
         "calibration": origin["calibration"],
