@@ -125,16 +125,13 @@ def test_index_that_points_outside(file: str, tmp_path: Path) -> None:
         ({"a": "pytorch_model.bin"}, "'pytorch_model.bin', which is not a safetensors file"),
         ({"a": "one.safetensors", "c": "three.safetensors"}, "1 of 2 shards are missing, first 'three.safetensors'"),
         ({"a": "one.safetensors", "c": "folder.safetensors"}, "1 of 2 shards are missing, first 'folder.safetensors'"),
-        ({"a": "one.safetensors", "d": "two.safetensors"}, "tensor 'd' is in two.safetensors, but"),
-        ({"a": "two.safetensors", "b": "one.safetensors"}, "tensor 'a' is in two.safetensors, but"),
-        ({"a": "one.safetensors", "b": "copy.safetensors"}, "tensor 'a' is in both copy.safetensors and one.safeten"),
-        ({"a": "one.safetensors", "b": "./one.safetensors"}, "tensor 'a' is in both"),
+        ({"a": "one.safetensors", "b": "copy.safetensors"}, "tensor 'b' is in both copy.safetensors and one.safeten"),
         ({"a": "n" * 300 + ".safetensors"}, "cannot be read: File name too long"),
     ],
 )
 def test_index_that_does_not_fit(weight_map: Any, reason: str, tmp_path: Path) -> None:
     folder = two_shards(tmp_path)
-    shutil.copy(folder / "one.safetensors", folder / "copy.safetensors")
+    (folder / "copy.safetensors").write_bytes(shard(METADATA | GOOD, DATA[:-1] + b"x"))
     (folder / "folder.safetensors").mkdir()
     write_index(folder, weight_map)
     message = refusal(folder)
@@ -142,9 +139,37 @@ def test_index_that_does_not_fit(weight_map: Any, reason: str, tmp_path: Path) -
     assert str(folder) in message
 
 
+@pytest.mark.parametrize(
+    ("weight_map", "note"),
+    [
+        ({"a": "one.safetensors", "d": "two.safetensors"}, f"{INDEX_NAME} names 'd', but no file has that: ignored"),
+        ({"a": "two.safetensors", "b": "one.safetensors", "d": "two.safetensors", "e": ""}, "names 'd' and 1 other"),
+        ({"a": "one.safetensors", "b": "copy.safetensors", "c": "two.safetensors"},
+         "'a' and 1 other: in two files, with the same bytes (copy.safetensors, one.safetensors). One copy is used."),
+        ({"a": "one.safetensors", "b": "./one.safetensors", "c": "two.safetensors"}, "'a' and 1 other: in two files"),
+        (None, f"has both {SINGLE_NAME} and {INDEX_NAME}: {SINGLE_NAME} is read, as transformers does, and not"),
+    ],
+)  # fmt: skip
+def test_what_transformers_does_not_mind_is_noted(weight_map: Any, note: str, tmp_path: Path) -> None:
+    folder = two_shards(tmp_path)
+    shutil.copy(folder / "one.safetensors", folder / "copy.safetensors")
+    if weight_map is None:
+        shutil.copy(folder / "one.safetensors", folder / SINGLE_NAME)
+    else:
+        write_index(folder, {name: file or "one.safetensors" for name, file in weight_map.items()})
+    checkpoint = open_checkpoint(folder)
+    assert set(checkpoint.tensors) == ({"a", "b"} if weight_map is None else {"a", "b", "c"})
+    (found,) = checkpoint.notes
+    assert note in found
+
+
 def test_folders_without_safetensors(tmp_path: Path) -> None:
-    assert f"{tmp_path / 'nowhere'} is not a folder" in refusal(tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} does not exist" in refusal(tmp_path / "nowhere")
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert "config.json is missing: the folder has the model as GGUF, for llama.cpp" in refusal(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    assert f"{tmp_path} has the model as GGUF, for llama.cpp" in refusal(tmp_path)
+    (tmp_path / "model-Q4_K_M.gguf").unlink()
     assert f"has neither {INDEX_NAME} nor {SINGLE_NAME}" in refusal(tmp_path)
     for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
         (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")

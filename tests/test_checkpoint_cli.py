@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from streamprune.checkpoint.index import INDEX_NAME
+from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint
 from streamprune.cli import main
+from streamprune.config import PruneSettings
+from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.prune import prune
 from streamprune.streaming.layer_weights import LayerWeights
+from tests.helpers import read_tensors
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
 
 
@@ -60,9 +67,21 @@ def point_outside(folder: Path) -> None:
 
 
 def lose_a_tensor(folder: Path) -> None:
-    index = json.loads((folder / INDEX_NAME).read_text())
-    index["weight_map"]["model.layers.9.weight"] = max(index["weight_map"].values())
-    (folder / INDEX_NAME).write_text(json.dumps(index))
+    """One that the model needs, and that is still in the index."""
+    change_shard(folder, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def change_shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of the shard that has the last norm."""
+    path = folder / json.loads((folder / INDEX_NAME).read_text())["weight_map"]["model.norm.weight"]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 def break_config(folder: Path) -> None:
@@ -75,7 +94,10 @@ def break_config(folder: Path) -> None:
         (cut_a_shard, "it is cut short"),
         (lose_a_shard, "shards are missing"),
         (point_outside, "outside the model folder"),
-        (lose_a_tensor, "'model.layers.9.weight' is in"),
+        (
+            lose_a_tensor,
+            "first model.norm.weight. Complete the download. model.safetensors.index.json names 'model.norm",
+        ),
         (break_config, "cannot be read as JSON"),
     ],
 )
@@ -90,6 +112,81 @@ def test_run_refuses_before_any_weight_is_read(
     monkeypatch.setattr(OutputWriter, "__init__", lambda *args: started.append("writing"))
     assert reason in invoke(folder, tmp_path)
     assert not started
+
+
+@pytest.fixture(scope="module")
+def plain(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the model as it should be."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert not [note for note in told(sharded, out) if "ignored" in note or "left out" in note]
+    return out
+
+
+def told(source: Path, out: Path) -> list[str]:
+    """The notes of a run that keeps 5 experts and leaves a model that loads clean."""
+    words = ["run", source, "-o", out, "--keep", 5, "--calibration", write_token_ids(out.parent / "ids.jsonl")]
+    result = CliRunner().invoke(main, [*map(str, words), "--no-report"])
+    assert result.exit_code == 0, result.output
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+
+
+def test_what_the_model_does_not_use_changes_nothing(sharded: Path, plain: Path, tmp_path: Path) -> None:
+    """Stock transformers' rule: tensors without a place in the model are ignored. Each kind of them is said."""
+    folder, expert = tmp_path / "model", "model.layers.0.mlp.experts.3.up_proj"
+    shutil.copytree(sharded, folder)
+    unused = {"tower.logit_scale": torch.ones(3), "tower.weight": torch.ones(2, 3).to(torch.float8_e4m3fn)}
+    some = {f"{expert}.extra": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    change_shard(folder, lambda tensors: tensors.update(unused | some))
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["model.layers.9.weight"] = max(index["weight_map"].values())
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    change_config(folder, quantization_config={})
+    notes = " ".join(told(folder, tmp_path / "out"))
+    for words in (
+        "names 'model.layers.9.weight', but no file has that: ignored",
+        "an empty quantization_config, with which transformers refuses it: taken as plain",
+        "has no place for 'tower.logit_scale' and 1 other: ignored",
+        f"only some experts have, are left out: '{expert}.extra'",
+    ):
+        assert words in notes
+    assert "inv_freq" not in notes, "transformers says nothing of it"
+    wanted, found = read_tensors(plain), read_tensors(tmp_path / "out")
+    assert found.keys() - wanted.keys() == {*unused, "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (plain / "config.json").read_bytes()
+    verify(tmp_path / "out", folder)
+    # From the scores alone, without the model's code.
+    scores = PruneSettings(model=str(folder), output=tmp_path / "more", scores=tmp_path / "out", keep=5)
+    prune(scores, quiet=True)
+    assert read_tensors(tmp_path / "more").keys() == found.keys()
+
+
+def test_layers_beyond_those_of_the_config_are_left_out(sharded: Path, tmp_path: Path) -> None:
+    """People shorten models so for a first try, and transformers loads them."""
+    folder, whole = tmp_path / "model", open_checkpoint(sharded).tensors
+    shutil.copytree(sharded, folder)
+    change_config(folder, num_hidden_layers=3)
+    (note,) = [note for note in told(folder, tmp_path / "out") if "beyond" in note]
+    assert "layers beyond the 3 that config.json describes are left out, as transformers ignores them: 'model." in note
+    assert not any(".layers.3." in name for name in read_tensors(tmp_path / "out"))
+    assert any(".layers.3." in name for name in whole)
+
+
+@pytest.mark.parametrize("declared", ["float64", None])
+def test_float64_is_computed_in_float32(declared: str | None, sharded: Path, plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sharded, folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    change_config(folder, dtype=declared)
+    notes = " ".join(told(folder, tmp_path / "out"))
+    assert "float64 weights ('lm_head.weight' and 134 others) are computed in float32." in notes
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "out").values()} == {torch.float64}
+    ours, theirs = (json.loads((each / "streamprune.json").read_text()) for each in (tmp_path / "out", plain))
+    assert ours["layers"] == theirs["layers"], "the same values, the same scores"
 
 
 @pytest.mark.parametrize(

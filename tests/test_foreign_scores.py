@@ -45,6 +45,7 @@ def set_all(patterns: dict[str, Any], value: Any) -> None:
         lambda layout: layout["tensors"]["moe_blocks"].reverse(),
         # A model without its last norm would load, with a new one.
         lambda layout: layout["tensors"]["dropped"].append("model.norm.weight"),
+        lambda layout: layout["tensors"]["dropped"].append("model.layers.1.mlp.experts.2.up_proj.weight"),
         lambda layout: layout["tensors"]["patterns"].update({"{block}.{block}.x": None}),
         lambda layout: layout["tensors"]["patterns"].update({"{block}.{expert}.{expert}.x": None}),
         lambda layout: layout["tensors"]["patterns"].update({"model.norm.weight": None}),

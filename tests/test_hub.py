@@ -120,11 +120,13 @@ def test_revision(server: HubServer, model: dict[str, bytes], tmp_path: Path) ->
 
 def test_single_file_model_wins_over_an_index(server: HubServer, model: dict[str, bytes], tmp_path: Path) -> None:
     single = published_model(tmp_path / "single", max_shard_size="1GB")
-    for name, files in (("org/single", single), ("org/both", model | single)):
+    for name, files, index in (("org/single", single, set()), ("org/both", model | single, {INDEX_NAME})):
         server.forget()
         server.add(name, files)
-        assert open_checkpoint(resolve_model(name)).files == [SINGLE_NAME]
-        assert server.fetched() == sorted({SINGLE_NAME, *wanted(model)} - {INDEX_NAME, *weights(model)})
+        checkpoint = open_checkpoint(resolve_model(name))
+        assert checkpoint.files == [SINGLE_NAME]
+        assert len(checkpoint.notes) == len(index), "the index is fetched for a note only"
+        assert server.fetched() == sorted({SINGLE_NAME, *wanted(model)} - {INDEX_NAME, *weights(model)} | index)
 
 
 def test_file_names_are_names_and_not_patterns(server: HubServer, model: dict[str, bytes]) -> None:
@@ -168,6 +170,9 @@ def test_name_that_cannot_be_a_model(server: HubServer, tmp_path: Path, name: st
         ("./nothing", "No folder './nothing' here"),
         ("/nothing/at/all", "No folder"),
         ("a/b/c", "No folder"),
+        ("org/model/", "No folder"),
+        ("models\\qwen", "No folder"),
+        ("model-Q4_K_M.gguf", "No folder"),
         (" ", "No folder"),
         ("~no-such-user-here/model", "cannot be opened: Could not determine home directory"),
         ("a" * 300, "cannot be opened: File name too long"),

@@ -31,7 +31,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
     ("files", "reason"),
     [
         ({"pytorch_model.bin": b"x" * 9999}, "only pickled weights ('pytorch_model.bin')"),
-        ({"model-q8.gguf": b"x" * 9999}, f"neither {INDEX_NAME} nor {SINGLE_NAME}, only 'model-q8.gguf'"),
+        ({"model-q8.gguf": b"x" * 9999}, "only GGUF files ('model-q8.gguf'), which are for llama.cpp"),
         ({}, f"neither {INDEX_NAME} nor {SINGLE_NAME}."),
         (
             {INDEX_NAME: b'{"weight_map": {"a": "gone.safetensors"}}'},
@@ -146,7 +146,7 @@ def test_hub_cannot_be_reached(server: HubServer, tmp_path: Path, monkeypatch: p
         url = other.url
     monkeypatch.setattr(constants, "ENDPOINT", url)
     message = refused(tmp_path, "org/model")
-    assert f"Fetching org/model from {url} failed" in message
+    assert f"There is no folder 'org/model' here, and fetching org/model from {url} failed" in message
     assert "Connection refused" in message
     assert "HF_HUB_OFFLINE=1" in message
 
@@ -155,7 +155,7 @@ def test_hub_that_does_not_answer(server: HubServer, tmp_path: Path, monkeypatch
     monkeypatch.setattr(hub_module, "ANSWER_SECONDS", 0.2)
     server.silent = True
     message = refused(tmp_path, "org/model")
-    assert f"Fetching org/model from {server.url} failed: timed out" in message
+    assert f"fetching org/model from {server.url} failed: timed out" in message
 
 
 def test_connection_that_keeps_breaking(server: HubServer, model: dict[str, bytes], tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_connection_that_keeps_breaking(server: HubServer, model: dict[str, byte
     shard = weights(model)[-1]
     server.break_off[shard] = (1000, 99)
     message = refused(tmp_path, "org/model")
-    assert f"Fetching org/model from {server.url} failed" in message
+    assert f"fetching org/model from {server.url} failed" in message
     assert "downloaded files are kept" in message
     sent = [asked.sent for asked in server.requests if asked.method == "GET" and asked.file == shard]
     assert set(sent) == {1000}

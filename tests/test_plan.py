@@ -14,7 +14,7 @@ from streamprune.formats import plain
 from streamprune.formats.base import ExpertRows, KeptExperts, StoredTensor
 from streamprune.models.config_json import ExpertSpec, minimum_keep, resolve_keep
 from streamprune.models.expert_layout import Layout, Target, find_cuts
-from streamprune.models.mtp import find_mtp_tensors
+from streamprune.models.mtp import find_mtp_tensors, further_layers
 from streamprune.output.plan import plan_shards
 from streamprune.output.tensors import OutputTensor, output_tensors
 
@@ -181,12 +181,14 @@ def test_mtp_layers_are_found_behind_the_last_block_and_by_name() -> None:
         "mtp.layers.0.w": IGNORED,
         "visual.layers.7.w": IGNORED,
     }
-    assert find_mtp_tensors(roles, 2, mtp_layers=0) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
+    assert find_mtp_tensors(roles, 2) == ["model.layers.2.eh_proj.weight", "mtp.layers.0.w"]
 
 
 def test_a_block_behind_the_last_is_mtp_only_if_the_config_or_its_tensors_say_so() -> None:
     roles = {f"model.layers.{layer}.w": target(f"model.layers.{layer}.w", layer) for layer in (0, 1)}
     roles["model.layers.2.w"] = IGNORED
-    assert find_mtp_tensors(roles, 2, mtp_layers=1) == ["model.layers.2.w"]
-    with pytest.raises(CheckpointError, match=r"has model\.layers\.2\.w, but config.json describes only 2 layers"):
-        find_mtp_tensors(roles, 2, mtp_layers=0)
+    found = find_mtp_tensors(roles, 2)
+    assert found == ["model.layers.2.w"]
+    assert further_layers(found, 2, mtp_layers=1) == []
+    assert further_layers(found, 2, mtp_layers=0) == found
+    assert further_layers([*found, "model.layers.2.eh_proj.weight"], 2, mtp_layers=0) == []

@@ -15,11 +15,13 @@ from streamprune.checkpoint.index import (
     INDEX_NAME,
     PICKLE_SUFFIXES,
     SINGLE_NAME,
+    index_notes,
     is_small_file,
     read_index,
 )
 from streamprune.checkpoint.safetensors_file import TensorEntry, header_entries
 from streamprune.errors import CheckpointError, SettingsError
+from streamprune.files.kinds import describe
 
 #: How long the Hub may take for its first response. The Hub library itself has no timeout there.
 ANSWER_SECONDS = 30.0
@@ -52,8 +54,10 @@ def resolve_model(
             raise SettingsError(f"--revision {revision} is for models from the Hub, but {model} is a local folder.")
         return path
     if is_file:
-        raise CheckpointError(f"{model} is a file. Give the folder that holds config.json and the *.safetensors files.")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise CheckpointError(
+            f"{model} {describe(path)}. Give the folder that holds config.json and the *.safetensors files."
+        )
+    if _is_meant_as_path(model):
         raise CheckpointError(f"No folder {model!r} here. Give a local model folder or a Hub id such as org/name.")
 
     # Imported here, since a local folder does not need the library, which takes time to import.
@@ -63,6 +67,12 @@ def resolve_model(
         if is_offline_mode():
             return _from_cache(model, revision, trust_remote_code, tokenizer_only)
         return _download(model, revision, trust_remote_code, config_only, tokenizer_only)
+
+
+def _is_meant_as_path(model: str) -> bool:
+    """Whether MODEL, which is not here, can only have been meant as a path: Hub ids are `name` or `org/name`."""
+    odd = model.count("/") > 1 or model.endswith("/") or "\\" in model or not model.strip()
+    return odd or model.startswith((".", "/", "~")) or model.lower().endswith((".gguf", ".safetensors", ".json"))
 
 
 def _download(
@@ -89,6 +99,9 @@ def _download(
         wanted = [name for name in names if name == CONFIG_NAME or (trust_remote_code and name.endswith(".py"))]
     else:
         wanted = _wanted(names, weights, trust_remote_code, tokenizer_only)
+    if SINGLE_NAME in names and INDEX_NAME in names and not config_only:
+        # Not read, but `open_checkpoint` then says so.
+        wanted.append(INDEX_NAME)
     # Fetched by the branch's name, so that the cache records its commit for offline runs.
     patterns = [glob.escape(name) for name in wanted]
     folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -161,7 +174,10 @@ def _other_weights(names: list[str]) -> str:
     pickled = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickled:
         return f"only pickled weights ({pickled[0]!r}), which can run code and are never opened"
-    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"only GGUF files ({gguf[0]!r}), which are for llama.cpp"
+    others = [name for name in names if name.endswith(".safetensors")]
     return f"neither {INDEX_NAME} nor {SINGLE_NAME}{f', only {others[0]!r}' if others else ''}"
 
 
@@ -202,7 +218,8 @@ def _explain(repo_id: str, revision: str | None, error: Exception) -> str:
         said = f" ({first_line(error.server_message)})" if error.server_message else ""
         return f"{hub} answered the request for {repo_id} with HTTP status {status}{said}. Try again later."
     return (
-        f"Fetching {repo_id} from {hub} failed: {first_line(str(error)) or type(error).__name__}. Check the "
+        f"There is no folder {repo_id!r} here, and fetching {repo_id} from {hub} failed: "
+        f"{first_line(str(error)) or type(error).__name__}. Check the name, the "
         "connection and the free disk space, then run the same command again: downloaded files are kept. "
         "HF_HUB_OFFLINE=1 uses a copy that is in the Hub cache already."
     )
@@ -214,8 +231,9 @@ def first_line(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in line)[:300].rstrip(".")
 
 
-def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorEntry]:
-    """Every tensor of the repository's safetensors files, by name, through huggingface-hub.
+def read_hub_headers(repo_id: str, revision: str | None) -> tuple[Mapping[str, TensorEntry], tuple[str, ...]]:
+    """Every tensor of the repository's safetensors files, by name, through huggingface-hub; and notes, as of
+    `Checkpoint`.
 
     Raises CheckpointError if there are none, the Hub cannot be reached, or a header is damaged.
     """
@@ -247,11 +265,8 @@ def read_hub_headers(repo_id: str, revision: str | None) -> Mapping[str, TensorE
         # An untrusted header: it has to pass the same checks as that of a local file.
         for entry in header_entries(Path(repo_id) / file, file, header, 0)[0]:
             tensors[entry.name, file] = entry
-    for name, file in metadata.weight_map.items():
-        if (name, file) not in tensors:
-            raise CheckpointError(
-                f"{repo_id}: {INDEX_NAME} says that tensor {name!r} is in {file}, but that file does not have it."
-            )
     if not tensors:
         raise CheckpointError(f"{repo_id} has no tensors. Choose another --revision or another copy of the model.")
-    return {name: tensors[name, file] for name, file in metadata.weight_map.items()}
+    # (One in two files has to be the same in both: that is checked once they are downloaded.)
+    found = {name: entry for (name, _), entry in tensors.items()}
+    return found, tuple(index_notes(metadata.weight_map, found))

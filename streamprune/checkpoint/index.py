@@ -6,14 +6,21 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES, TensorEntry, disable_read_ahead, read_header
+from streamprune.checkpoint.safetensors_file import (
+    MAX_JSON_BYTES,
+    TensorEntry,
+    disable_read_ahead,
+    read_header,
+    read_ranges,
+)
 from streamprune.errors import CheckpointError
-from streamprune.files.json_text import parse_json, read_limited, show
+from streamprune.files.json_text import parse_json, read_limited, show, show_some
+from streamprune.files.kinds import GGUF_TEXT, describe
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,11 +42,15 @@ _TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local model folder: the raw `config.json` and every tensor of its safetensors files, in file order."""
+    """A local model folder: the raw `config.json` and every tensor of its safetensors files, in file order.
+
+    `notes` say what of its files is ignored, and why, for people.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -104,8 +115,9 @@ def is_small_file(name: str) -> bool:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the config and all safetensors headers of `folder`, and check that the files have every byte range.
 
-    Raises CheckpointError for: no or broken config.json, pickled weights, missing, truncated or malformed shards, an
-    index that names files outside the folder or tensors that no shard has.
+    Raises CheckpointError for: no or broken config.json, no safetensors weights, missing, truncated or malformed
+    shards, two tensors of one name that differ, an index that names files outside the folder. A name in the index that
+    no shard has is only noted, as in transformers: whether the model needs it, `models.open` checks.
 
     A file may be a link to anywhere: the Hub cache is made of links to `../../blobs`, and people keep shards on other
     disks. Whoever placed the link chose that very file. A link to a folder is not followed: which file in it is read
@@ -122,31 +134,65 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open(folder: Path) -> Checkpoint:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Give a folder with config.json and *.safetensors files.")
+        raise CheckpointError(f"{folder} {describe(folder)}. Give a folder with {CONFIG_NAME} and *.safetensors files.")
     config = read_json(folder / CONFIG_NAME)
     indexed = _indexed_files(folder, config)
     files = sorted(set(indexed.values())) or [SINGLE_NAME]
     _check_present(folder, files)
     tensors: dict[str, TensorEntry] = {}
+    twice: list[tuple[TensorEntry, TensorEntry]] = []
     for file in files:
         for entry in read_header(folder, file):
-            if entry.name in tensors:
-                raise CheckpointError(
-                    f"{folder}: tensor {show(entry.name)} is in both {tensors[entry.name].file} and {file}. "
-                    "Download the model again."
-                )
-            tensors[entry.name] = entry
-    for name, file in indexed.items():
-        if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(
-                f"{folder / INDEX_NAME} says that tensor {show(name)} is in {file}, but that file does not have it. "
-                "The shards and the index do not belong together; download the model again."
-            )
+            first = tensors.setdefault(entry.name, entry)
+            if first is not entry:
+                _check_same(folder, first, entry)
+                twice.append((first, entry))
+    notes = (*_stray_notes(folder), *_twice_notes(twice), *index_notes(indexed, tensors))
     if not tensors:
-        raise CheckpointError(f"{folder} has no tensors. Download the model again.")
-    checkpoint = Checkpoint(folder=folder, config=config, tensors=tensors)
+        raise CheckpointError(" ".join((f"{folder} has no tensors. Download the model again.", *notes)))
+    checkpoint = Checkpoint(folder=folder, config=config, tensors=tensors, notes=notes)
     checkpoint.small_files()  # Report one that cannot be read now, not at the end of the run.
     return checkpoint
+
+
+def _check_same(folder: Path, one: TensorEntry, other: TensorEntry) -> None:
+    """Raise CheckpointError unless two tensors of the same name have the same bytes. Memory: a portion of each."""
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    if alike:
+        with (folder / one.file).open("rb") as first, (folder / other.file).open("rb") as second:
+            ranges = ((first, one), (second, other))
+            portions = (read_ranges(stream, [(entry.begin, entry.end)]) for stream, entry in ranges)
+            alike = all(mine == theirs for mine, theirs in zip(*portions, strict=True))
+    if not alike:
+        raise CheckpointError(
+            f"{folder}: tensor {show(one.name)} is in both {one.file} and {other.file}, with different contents. "
+            "Download the model again."
+        )
+
+
+def _stray_notes(folder: Path) -> Iterator[str]:
+    if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
+        yield (
+            f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}: {SINGLE_NAME} is read, as transformers does, and not "
+            "the shards that the index names (vLLM reads those). Move away what does not belong to the model."
+        )
+
+
+def _twice_notes(twice: Sequence[tuple[TensorEntry, TensorEntry]]) -> Iterator[str]:
+    if twice:
+        one, other = twice[0]
+        yield (
+            f"{show_some([entry.name for entry, _ in twice])}: in two files, with the same bytes ({one.file}, "
+            f"{other.file}). One copy is used."
+        )
+
+
+def index_notes(indexed: Mapping[str, str], tensors: Iterable[str]) -> Iterator[str]:
+    """Notes on the names in an index (tensor name -> file) that none of the `tensors` has."""
+    there = set(tensors)
+    absent = [name for name in indexed if name not in there]
+    if absent:
+        yield f"{INDEX_NAME} names {show_some(absent)}, but no file has that: ignored, as in transformers."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -154,7 +200,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_limited(path, MAX_JSON_BYTES))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. A model folder has {CONFIG_NAME} and *.safetensors files.") from None
+        raise CheckpointError(
+            f"{path} is missing: the folder {describe(path.parent)}. A model folder has {CONFIG_NAME} and "
+            "*.safetensors files."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(value, dict):
@@ -184,6 +233,8 @@ def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             "can run code and are never opened. Use a safetensors version of the model, or convert it: "
             "https://huggingface.co/spaces/safetensors/convert"
         )
+    if any(name.endswith(".gguf") for name in found):
+        raise CheckpointError(f"{folder} {GGUF_TEXT}.")
     raise CheckpointError(f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}. Is it a complete model folder?")
 
 

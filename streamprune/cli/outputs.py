@@ -46,8 +46,11 @@ def verify(output: Path, source: str, revision: str | None, trust_remote_code: b
     """Verify OUT against its source: every tensor byte by byte, config.json and all other files."""
     limit_library_memory()
     from streamprune.checkpoint.hub import resolve_model
+    from streamprune.output.verify import check_written
     from streamprune.output.verify import verify as verify_output
 
+    # (Before the source is downloaded.)
+    check_written(output)
     opt.quiet_libraries(downloads=False)
     verified = verify_output(output, resolve_model(source, revision, trust_remote_code), trust_remote_code)
     click.echo(f"{output} is verified: {verified.text}.")

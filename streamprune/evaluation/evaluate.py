@@ -267,6 +267,8 @@ def _vocabulary_size(opened: OpenedModel) -> int:
 
 
 def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], against_source: bool | None) -> Iterator[str]:
+    for opened in models.values():
+        yield from opened.notes
     if against_source is False:
         yield (
             f"{settings.against} is not what {settings.model} was made from, by the fingerprint in its {REPORT_NAME}: "

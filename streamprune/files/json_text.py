@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ def show(value: Any) -> str:
     except RecursionError:
         return f"a {type(value).__name__} nested without end"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def show_some(names: Sequence[str]) -> str:
+    """Names from a file for a message: the first one, and how many others there are."""
+    return show(names[0]) + (f" and {len(names) - 1:,} other{'s' * (len(names) > 2)}" if len(names) > 1 else "")
 
 
 def parse_json(data: bytes, unique: bool = False) -> Any:

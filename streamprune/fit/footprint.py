@@ -49,6 +49,14 @@ class ReadModel:
     described: DescribedModel | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True)
+class Headers:
+    """All tensors of a model, by name; None for a local folder without weights of any kind. `notes` are for people."""
+
+    tensors: Mapping[str, TensorEntry] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+
 def read_footprint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Footprint:
     """The footprint of `model`, as of `read_model`."""
     return read_model(model, revision, trust_remote_code).footprint
@@ -61,10 +69,12 @@ def read_model(model: str, revision: str | None = None, trust_remote_code: bool 
     """
     folder = resolve_model(model, revision, trust_remote_code, config_only=True)
     raw = read_json(folder / CONFIG_NAME)
-    tensors, per_layer = read_headers(model, folder), read_per_layer_experts(raw)
+    headers, per_layer = read_headers(model, folder), read_per_layer_experts(raw)
+    tensors = headers.tensors
     config = per_layer.stock if per_layer else raw
     spec, weights = stated_experts(config), None
-    stored, notes = _stored(tensors or {}, config, folder)
+    stored, unsupported = _stored(tensors or {}, config, folder)
+    notes = (*headers.notes, *unsupported)
     if tensors is not None and (spec is not None or not states_experts(config)):
         weights = weights_by_name(tensors, config, spec, per_layer.differing if per_layer else None, stored)
     if tensors is not None and weights is not None:
@@ -91,21 +101,26 @@ def _stored(
         return {}, (f"This model can be served, but not pruned. {error}",)
 
 
-def read_headers(model: str, folder: Path) -> Mapping[str, TensorEntry] | None:
-    """All tensors of a model, by name; `folder` holds its config. None for a local folder without weights of any kind.
+def read_headers(model: str, folder: Path) -> Headers:
+    """The headers of a model's weights; `folder` holds its config.
 
     For a Hub id that is not in the cache, its safetensors headers are fetched, and nothing else.
     """
     if Path(model).expanduser().is_dir():
         if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
-            return None
-        return open_checkpoint(folder).tensors
+            return Headers()
+        return _headers_of(folder)
     if (folder / SINGLE_NAME).is_file() or (folder / INDEX_NAME).is_file():
         # A copy in the Hub cache may be complete; then nothing need be fetched.
         with suppress(CheckpointError):
-            return open_checkpoint(folder).tensors
+            return _headers_of(folder)
     # By commit, so that config and headers match even if the branch moves in between.
-    return read_hub_headers(model, folder.name)
+    return Headers(*read_hub_headers(model, folder.name))
+
+
+def _headers_of(folder: Path) -> Headers:
+    checkpoint = open_checkpoint(folder)
+    return Headers(checkpoint.tensors, checkpoint.notes)
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +146,22 @@ def storage_text(formats: Sequence[str], decoded: bool, new: str = "") -> str:
     return f"bfloat16, decoded from {text}" if decoded else f"{text}, as in the source"
 
 
-def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None) -> None:
+def refuse_unread(
+    entry: TensorEntry, stored: StoredTensor, feeds_floats: bool | None, used: Collection[str] | None = None
+) -> None:
     """Raise UnsupportedModelError for a tensor of quantized weights that belongs to no format.
 
     `feeds_floats` says whether the tensor feeds a floating-point parameter; None if the model ignores it. A companion
-    that nothing reads must be fatal: transformers would silently load wrong weights.
+    that nothing reads must be fatal: transformers would silently load wrong weights. With `used`, the names of what
+    the model uses and of the modules it is in, that of weights which the model ignores as well (a tower's scale) is
+    none.
     """
     if stored.format is not PLAIN:
         return
     what = None
-    if feeds_floats is None and _QUANTIZATION_NAME.search(entry.name) and not _OF_CACHES.search(entry.name):
+    ignored = feeds_floats is None and used is not None and not _is_beside(entry.name, used)
+    named = _QUANTIZATION_NAME.search(entry.name) and not _OF_CACHES.search(entry.name)
+    if feeds_floats is None and named and not ignored:
         what = f"{entry.name} ({entry.dtype} {list(entry.shape)}) belongs to quantized weights"
     elif feeds_floats and entry.dtype not in _FLOATS:
         what = f"{entry.name} has the dtype {entry.dtype} {list(entry.shape)}"
@@ -164,6 +170,11 @@ def refuse_unread(entry: TensorEntry, stored: StoredTensor, feeds_floats: bool |
         raise UnsupportedModelError(
             f"The checkpoint is quantized: {what}, in no format that is known here{alone}. {WAY_OUT}"
         )
+
+
+def _is_beside(name: str, used: Collection[str]) -> bool:
+    """Whether a tensor lies in a module of `used` tensors, or is called like one (`experts.up_proj_scale`)."""
+    return name.rpartition(".")[0] in used or _QUANTIZATION_NAME.sub("", name).rstrip("._") in used
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
@@ -197,13 +208,16 @@ def _unsupported(stated: Quantization) -> str | None:
     return reason or next((text for name, text in _REFUSED.items() if stated.method.startswith(name)), None)
 
 
-def check_stated(config: Mapping[str, Any], stored: Iterable[StoredTensor], folder: Path) -> None:
+def check_stated(
+    config: Mapping[str, Any], used: Iterable[StoredTensor], stored: Iterable[StoredTensor], folder: Path
+) -> None:
     """Raise CheckpointError if the config calls the weights quantized, and no tensor is, or the other way round, or if
-    it names a method that does not store them so: programs go by it, and would load something else."""
+    it names a method that does not store them so: programs go by it, and would load something else. `used` are
+    those of the `stored` tensors that the model uses."""
     stated = Quantization.of(config)
-    found = {each.format for each in stored} - {PLAIN}
+    found = {each.format for each in used} - {PLAIN}
     formats = {each.name for each in found}
-    if stated.method and not formats:
+    if stated.method and not formats and all(each.format is PLAIN for each in stored):
         raise CheckpointError(
             f"{folder}/config.json says that the weights are quantized ({stated.method}), but no tensor is. Was it "
             f"dequantized? Then remove {'.'.join(stated.path)} from config.json."

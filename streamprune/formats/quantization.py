@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.formats.base import Format
 
@@ -78,6 +79,19 @@ def with_sections(config: Mapping[str, Any], change: Callable[[Any], Any]) -> di
         if part[path[-1]] is None:
             del part[path[-1]]
     return result
+
+
+def has_empty_section(key: str, value: Any) -> bool:
+    """Whether an entry of a config.json is a quantization section that says nothing: transformers refuses it."""
+    return key in SECTIONS and value is not None and not value
+
+
+def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The notes of a checkpoint, and one on a quantization section without contents, for people."""
+    parts = (_part(checkpoint.config, path) for path in _PARTS)
+    empty = [key for part in parts for key, value in part.items() if has_empty_section(key, value)]
+    text = f"config.json has an empty {empty[0]}, with which transformers refuses it: taken as plain" if empty else ""
+    return (*checkpoint.notes, *([f"{text}; a pruned copy leaves it out."] if empty else []))
 
 
 def without_sections(config: Mapping[str, Any]) -> dict[str, Any]:

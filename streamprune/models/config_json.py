@@ -15,6 +15,7 @@ from typing import Any
 
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import MOST_LEVELS, show
+from streamprune.formats.quantization import has_empty_section
 
 #: A name found by this is only a candidate for the expert count: `skeleton` proves it by building the model with
 #: another count and looking which parameters change their shape.
@@ -255,6 +256,8 @@ def rewrite_config(
         result: dict[str, Any] = {}
         for key, value in node.items():
             named = key in stating or bool(COUNT_NAME.match(key))
+            if has_empty_section(key, value):
+                continue
             if named and single_number(value) == spec.count:
                 result[key] = [count] * len(value) if isinstance(value, list) else count
             elif key in sizes and single_number(value) == sizes[key][0]:

@@ -65,7 +65,8 @@ class Layout:
 
     `mtp` are the tensors of layers for multi-token prediction (MTP). Their experts keep those numbers that the layer
     `mtp_source` keeps, so `cuts` counts them to that layer. `dropped` are those tensors if they are left out instead;
-    `mtp_problem` says why, unless that was wished.
+    `mtp_problem` says why, unless that was wished. `ignored` are other tensors that are left out: of layers beyond
+    those of the config, and of experts where the model does not use them and other experts lack them.
     """
 
     spec: ExpertSpec
@@ -78,6 +79,7 @@ class Layout:
     fixed_width: str = ""
     mtp: tuple[str, ...] = ()
     mtp_problem: str = ""
+    ignored: tuple[str, ...] = ()
 
     @property
     def mtp_source(self) -> int:
@@ -109,7 +111,8 @@ def find_cuts(
     """How every tensor except the `dropped` ones can be cut, in the source's order. `counts` are the model's experts by
     layer, `width` the channels of each (None if they cannot be cut).
 
-    Raises CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
+    A tensor that lies with an expert, that the model does not use, and that other experts lack has no cut. Raises
+    CheckpointError when experts are missing, UnsupportedModelError when a layout cannot be sliced.
     """
     groups: dict[tuple[str | None, str | None, str], list[str]] = defaultdict(list)
     for name, target in targets.items():
@@ -124,14 +127,16 @@ def find_cuts(
             if len({(tensors[name].dtype, tensors[name].shape) for name in ordered}) > 1:
                 raise UnsupportedModelError(f"The experts of {parameter} differ in shape or dtype in the checkpoint.")
             numbered |= {name: (family, expert) for expert, name in enumerate(ordered)}
-    result, left_out = {}, set(dropped)
+    result: dict[str, Cut] = {}
+    left_out = set(dropped)
     unused = _unused_of_experts([name for name in targets if name not in left_out], targets, numbered, counts)
     for name, entry in tensors.items():
         target = targets[name]
         if name in left_out:
             continue
         if name in unused:
-            result[name] = unused[name]
+            cut = unused[name]
+            result |= {name: cut} if cut is not None else {}
             continue
         rows, stored = target.rows, target.stored
         if rows is not None and name not in numbered:
@@ -152,19 +157,18 @@ def _unused_of_experts(
     targets: Mapping[str, Target],
     numbered: Mapping[str, tuple[str, int]],
     counts: Mapping[int, int],
-) -> dict[str, Cut]:
+) -> dict[str, Cut | None]:
     """The cuts of tensors that the model does not use, but that lie in the module of one expert, as some converters
-    write biases of zeros: they stay or leave with their expert.
+    write biases of zeros: they stay or leave with their expert. None for those that some experts lack.
 
-    `numbered` has the family and the number of the tensors of one expert. Raises UnsupportedModelError if some experts
-    lack such a tensor.
+    `numbered` has the family and the number of the tensors of one expert.
     """
     modules = {
         name.rpartition(".")[0]: (family.rpartition(".")[0], expert, targets[name].layer)
         for name, (family, expert) in numbered.items()
     }
     cuts: dict[str, Cut] = {}
-    found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    found: dict[str | None, set[int | None]] = defaultdict(set)
     for name in names:
         path, _, leaf = name.rpartition(".")
         if targets[name].name is not None or path not in modules:
@@ -172,14 +176,11 @@ def _unused_of_experts(
         family, expert, layer = modules[path]
         assert layer is not None
         cuts[name] = Cut(layer, f"{family}.{leaf}", expert)
-        found[f"{family}.{leaf}", counts[layer]].add(expert)
-    for (family, count), experts in found.items():
-        if experts != set(range(count)):
-            raise UnsupportedModelError(
-                f"{family.replace(EXPERT, str(min(experts)))} is of an expert, although the model does not use it, and "
-                f"{count - len(experts)} of the {count} experts lack it. Remove it from the checkpoint."
-            )
-    return cuts
+        found[f"{family}.{leaf}"].add(expert)
+    return {
+        name: cut if cut.layer is not None and found[cut.family] == set(range(counts[cut.layer])) else None
+        for name, cut in cuts.items()
+    }
 
 
 def _check_alike(

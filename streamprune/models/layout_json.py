@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Annotated, Any
 
@@ -59,6 +59,7 @@ class _LayoutJson(msgspec.Struct):
     # Missing in scores of earlier versions, which dropped these tensors.
     mtp: list[str] = []
     mtp_problem: str = ""
+    ignored: list[str] = []
     mtp_patterns: dict[str, _Rows | None] = {}
     mtp_channels: dict[str, _Rows] = {}
 
@@ -117,11 +118,12 @@ def layout_as_json(layout: Layout) -> dict[str, Any] | None:
         "fixed_width": layout.fixed_width,
         "mtp": list(layout.mtp),
         "mtp_problem": layout.mtp_problem,
+        "ignored": list(layout.ignored),
         "mtp_patterns": {name: list(astuple(cut.rows)) if cut.rows else None for name, cut in mtp.items()},
         "mtp_channels": {name: list(astuple(cut.channels)) for name, cut in mtp.items() if cut.channels is not None},
     }
     # A run that reads this builds no model: the patterns alone must give the same cuts.
-    again = _all_cuts(msgspec.convert(found, _LayoutJson), [*layout.cuts, *layout.dropped])
+    again = _all_cuts(msgspec.convert(found, _LayoutJson), [*layout.cuts, *layout.dropped, *layout.ignored])
     return found if again == layout.cuts else None
 
 
@@ -147,11 +149,13 @@ def layout_from_json(
         wrong = next((name for name in mtp if not may_be_mtp(name, found.layer_count)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is of no multi-token-prediction layer")
+        beyond = [name for name in found.ignored if not may_be_mtp(name, found.layer_count)]
+        _check_ignored(beyond, found.patterns, tensors, spec.count)
         cuts = _all_cuts(found, tensors)
         layout = Layout(
             spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
             width_spec, "" if width_spec is not None else fixed or _OLD_SCORES,
-            tuple(name for name in found.mtp if name in cuts), found.mtp_problem,
+            tuple(name for name in found.mtp if name in cuts), found.mtp_problem, tuple(found.ignored),
         )  # fmt: skip
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
         _check_channels(layout, tensors, width)
@@ -164,6 +168,31 @@ def layout_from_json(
             f"The tensors that the scores describe are not those of the checkpoint ({error}). Score the model again."
         ) from None
     return layout
+
+
+def _check_ignored(
+    ignored: Sequence[str], patterns: Mapping[str, Any], tensors: Mapping[str, TensorEntry], count: int
+) -> None:
+    """Raise ValueError unless what is left out lies in modules of single experts, and not all `count` experts have it:
+    then it is nothing that a model needs."""
+    modules = {pattern.rpartition(".")[0] for pattern in patterns if EXPERT in pattern}
+    there = {*ignored, *tensors}
+    for name in ignored:
+        families = [family for family, pattern in _families(name) if pattern.rpartition(".")[0] in modules]
+        if not families or all(
+            family.replace(EXPERT, str(number)) in there for family in families for number in range(count)
+        ):
+            raise ValueError(f"{name} is of a layer, and no tensor that can be ignored")
+
+
+def _families(name: str) -> Iterator[tuple[str, str]]:
+    """What a tensor's family and pattern may be: its name without the number of an expert, and of a layer."""
+    segments = name.split(".")
+    numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()][:_MOST_NUMBERS]
+    for layer, expert in itertools.permutations(numbers, 2):
+        family = [EXPERT if place == expert else segment for place, segment in enumerate(segments)]
+        pattern = [LAYER if place == layer else segment for place, segment in enumerate(family)]
+        yield ".".join(family), ".".join(pattern)
 
 
 def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> None:
@@ -217,7 +246,7 @@ def _all_cuts(found: _LayoutJson, names: Iterable[str]) -> dict[str, Cut]:
         segments = pattern.split(".")
         if segments.count(LAYER) != 1 or segments.count(EXPERT) > 1:
             raise ValueError("a pattern without one layer")
-    left_out, mtp = set(found.dropped), set(found.mtp)
+    left_out, mtp = {*found.dropped, *found.ignored}, set(found.mtp)
     return {
         name: _mtp_cut(found, name) if name in mtp else _cut(found.patterns, found.channels, name)
         for name in names

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from streamprune.errors import CheckpointError
+from streamprune.files.json_text import show_some
 from streamprune.models.expert_layout import Layout, Target
 
 #: Names of such tensors.
@@ -23,32 +23,48 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 _PATH = re.compile(r"(?:(?:.*?[._])?(?:mtp|nextn)(?:[._][a-z_]+)*|.*?)\.\d+(?=\.)")
 
 
-def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int, mtp_layers: int) -> list[str]:
+def find_mtp_tensors(targets: Mapping[str, Target], layer_count: int) -> list[str]:
     """Of the tensors that the model ignores, those of its multi-token-prediction (MTP) layers.
 
-    Checkpoints name them `mtp` or `nextn`, or number them as further decoder layers: as many as the config says
-    (`mtp_layers`), or layers with tensors that only MTP layers have. Raises CheckpointError for any other further
-    layer: it is one of the model's own, and the config is wrong.
+    Checkpoints name them `mtp` or `nextn`, or number them as further decoder layers. All layers beyond those of the
+    config are taken with them, since transformers ignores them as well (`further_layers`).
     """
     matches = {name: _NUMBERED.match(name) for name in targets}
     lists = {match.group(1) for name, match in matches.items() if match and targets[name].layer is not None}
-    found = set()
-    further: dict[int, list[str]] = defaultdict(list)
+    found = []
     for name, match in matches.items():
         if targets[name].name is not None:
             continue
-        if match is not None and match.group(1) in lists and int(match.group(2)) >= layer_count:
-            further[int(match.group(2))].append(name)
-        elif MTP_NAME.search(name):
-            found.add(name)
-    for number, names in further.items():
-        if number >= layer_count + mtp_layers and not any(MTP_ONLY.search(name) for name in names):
-            raise CheckpointError(
-                f"The checkpoint has {names[0]}, but config.json describes only {layer_count} layers and {mtp_layers} "
-                "multi-token-prediction layers. Config and shards do not belong together; download both again."
-            )
-        found.update(names)
-    return [name for name in targets if name in found]
+        further = match is not None and match.group(1) in lists and int(match.group(2)) >= layer_count
+        if further or MTP_NAME.search(name):
+            found.append(name)
+    return found
+
+
+def further_layers(names: Iterable[str], layer_count: int, mtp_layers: int) -> list[str]:
+    """Of tensors that the model ignores, those of layers beyond those which the config describes, MTP layers included.
+
+    `mtp_layers` are as many as the config says. A layer with tensors that only MTP layers have is one of these.
+    """
+    layers: dict[int, list[str]] = defaultdict(list)
+    for name in names:
+        match = _NUMBERED.match(name)
+        if match is not None and not MTP_NAME.search(name) and int(match.group(2)) >= layer_count + mtp_layers:
+            layers[int(match.group(2))].append(name)
+    return [name for names in layers.values() if not any(map(MTP_ONLY.search, names)) for name in names]
+
+
+def ignored_notes(layout: Layout) -> Iterator[str]:
+    """What an output of this layout leaves out because the model ignores it, for people; MTP layers are not told."""
+    beyond = [name for name in layout.ignored if may_be_mtp(name, layout.layer_count)]
+    others = [name for name in layout.ignored if not may_be_mtp(name, layout.layer_count)]
+    if beyond:
+        yield (
+            f"layers beyond the {layout.layer_count} that config.json describes are left out, as transformers ignores "
+            f"them: {show_some(beyond)}."
+        )
+    if others:
+        yield f"tensors that the model ignores, and that only some experts have, are left out: {show_some(others)}."
 
 
 def may_be_mtp(name: str, layer_count: int) -> bool:

@@ -10,7 +10,7 @@ import platform
 import re
 import tempfile
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from streamprune import __version__
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.files.json_text import show_some
 from streamprune.formats.base import plain_shapes
 from streamprune.formats.pick import check_stated, format_names, refuse_unread
-from streamprune.models.config_json import absurdity
+from streamprune.formats.quantization import checkpoint_notes
+from streamprune.models.config_json import absurdity, mtp_layers
 from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
+from streamprune.models.mtp import find_mtp_tensors, further_layers
 from streamprune.models.per_layer_experts import counts_of, read_per_layer_experts
 from streamprune.models.skeleton import Decoder, Skeleton, build_skeleton, find_decoder, map_checkpoint
 from streamprune.models.survey import survey
@@ -63,6 +66,26 @@ class OpenedModel:
         """How the quantized tensors are stored, for people; empty if all are plain."""
         return format_names(self.checkpoint.tensors, {name: each.stored for name, each in self.targets.items()})
 
+    @property
+    def left_out(self) -> Collection[str]:
+        """The tensors of multi-token prediction, of which an output has none."""
+        names = find_mtp_tensors(self.targets, self.skeleton.layer_count)
+        further = further_layers(names, self.skeleton.layer_count, mtp_layers(self.checkpoint.config))
+        return set(names) - set(further)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the checkpoint is ignored, or computed in another dtype than stored, for people."""
+        tensors, unused = self.checkpoint.tensors, unused_names(self.skeleton.model, self.targets, self.left_out)
+        wide = [name for name, each in self.targets.items() if each.name and tensors[name].dtype == "F64"]
+        notes = list(checkpoint_notes(self.checkpoint))
+        if unused:
+            notes.append(f"the model that transformers builds has no place for {show_some(unused)}: ignored.")
+        if wide:
+            dtype = str(self.dtype).removeprefix("torch.")
+            notes.append(f"float64 weights ({show_some(wide)}) are computed in {dtype}.")
+        return tuple(notes)
+
 
 @dataclass(frozen=True)
 class OpenedMoE(OpenedModel):
@@ -71,6 +94,10 @@ class OpenedMoE(OpenedModel):
     skeleton: Skeleton
     config: PreTrainedConfig = field(repr=False)
     layout: Layout
+
+    @property
+    def left_out(self) -> Collection[str]:
+        return {*self.layout.dropped, *self.layout.mtp, *self.layout.ignored}
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -203,26 +230,38 @@ def open_model(checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: s
 
 
 def _chosen_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype to compute in: what the user chose, else the config's; None if neither names one."""
+    """The dtype to compute in: what the user chose, else the config's; None if neither names one.
+
+    float32 for float64, which torch's grouped products of experts do not take.
+    """
     if name == "auto":
-        return declared_dtype(config)
+        declared = declared_dtype(config)
+        return torch.float32 if declared is torch.float64 else declared
     chosen = getattr(torch, name)
     assert isinstance(chosen, torch.dtype)
     return chosen
 
 
+def unused_names(model: PreTrainedModel, targets: Mapping[str, Target], expected: Collection[str]) -> list[str]:
+    """The tensors that feed nothing, except the `expected` ones and those of which transformers says nothing either."""
+    silent = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
+    pattern, known = re.compile("|".join(f"({each})" for each in silent)), set(expected)
+    return [name for name, each in targets.items() if not each.name and name not in known and not pattern.search(name)]
+
+
 def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most bytes of the weights have."""
+    """The floating-point dtype that most bytes of the weights have; float32 for float64."""
     return dtype_of_tensors(checkpoint.tensors)
 
 
 def dtype_of_tensors(tensors: Mapping[str, TensorEntry]) -> torch.dtype:
-    """The floating-point dtype that most bytes of these tensors have; bfloat16 without any."""
-    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    """The floating-point dtype that most bytes of these tensors have; float32 for float64, bfloat16 without any."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0, "F64": 0}
     for entry in tensors.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.nbytes
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[max(sizes, key=lambda key: sizes[key])]
+    most = max(sizes, key=lambda key: sizes[key])
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
 
 
 def check_fit(
@@ -242,18 +281,19 @@ def check_fit(
     missing = _unfed(decoder, targets)
     if missing:
         _refuse_experts_apart(decoder, targets, missing[0])
-        raise CheckpointError(
-            f"The checkpoint lacks the tensors for {len(missing)} parameters that config.json describes, first "
-            f"{missing[0]}. Complete the download."
-        )
+        lacks = f"The checkpoint lacks the tensors for {len(missing)} parameters that config.json describes, first "
+        raise CheckpointError(" ".join((f"{lacks}{missing[0]}. Complete the download.", *checkpoint.notes)))
     if isinstance(decoder, Skeleton):
         _check_stored_numbers(decoder)
     parameters = decoder.model.state_dict()
     stored = {name: target.stored for name, target in targets.items()}
     plain = plain_shapes({name: entry.shape for name, entry in tensors.items()}, stored)
+    fed = {target.stored.parameter for target in targets.values() if target.name is not None}
+    used = fed | {name.rpartition(".")[0] for name in fed}
     for name, target in targets.items():
         parameter = parameters[target.name] if target.name is not None else None
-        refuse_unread(tensors[name], target.stored, parameter.is_floating_point() if parameter is not None else None)
+        floats = parameter.is_floating_point() if parameter is not None else None
+        refuse_unread(tensors[name], target.stored, floats, used)
         if parameter is None or target.pattern is not None:
             continue
         shape, rows = tuple(parameter.shape), target.rows
@@ -265,7 +305,8 @@ def check_fit(
                 f"The checkpoint's {target.stored.parameter} is {list(found)}, but config.json describes {target.name} "
                 f"as {list(shape)}. Config and shards do not belong together; download both again."
             )
-    check_stated(checkpoint.config, stored.values(), checkpoint.folder)
+    used_tensors = [target.stored for target in targets.values() if target.name is not None]
+    check_stated(checkpoint.config, used_tensors, stored.values(), checkpoint.folder)
 
 
 def _unfed(decoder: Decoder, targets: Mapping[str, Target]) -> list[str]:

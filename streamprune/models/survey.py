@@ -12,7 +12,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import mtp_layers
 from streamprune.models.expert_layout import Cut, Layout, Target, find_cuts
-from streamprune.models.mtp import OF_EXPERTS, by_mtp_layer, find_mtp_tensors
+from streamprune.models.mtp import OF_EXPERTS, by_mtp_layer, find_mtp_tensors, further_layers
 from streamprune.models.skeleton import Skeleton, count_names, map_checkpoint
 
 
@@ -30,10 +30,12 @@ def survey(
     whose experts cannot be found are dropped.
     """
     targets = targets or map_checkpoint(skeleton, tensors, config)
-    mtp = find_mtp_tensors(targets, skeleton.layer_count, mtp_layers(config))
+    beyond = find_mtp_tensors(targets, skeleton.layer_count)
+    further = set(further_layers(beyond, skeleton.layer_count, mtp_layers(config)))
+    mtp = [name for name in beyond if name not in further]
     counts = counts or dict.fromkeys(skeleton.experts, skeleton.spec.count)
     width, problem = skeleton.width, skeleton.fixed_width
-    cuts = find_cuts(tensors, targets, mtp, counts, width.width if width is not None else None)
+    cuts = find_cuts(tensors, targets, beyond, counts, width.width if width is not None else None)
     unknown = [name for name, cut in cuts.items() if targets[name].name in skeleton.channels and cut.channels is None]
     if unknown:
         storage = targets[unknown[0]].stored.format
@@ -46,8 +48,9 @@ def survey(
     if unused is not None and width is not None:
         width, problem = None, f"its experts have tensors that the model does not use, such as {unused}"
         cuts = {name: replace(cut, channels=None) for name, cut in cuts.items()}
-    names = count_names(skeleton.model.config, skeleton.spec)
+    names, cut_or_mtp = count_names(skeleton.model.config, skeleton.spec), {*cuts, *mtp}
     layout = Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, (), cuts, width, problem)
+    layout = replace(layout, ignored=tuple(name for name in tensors if name not in cut_or_mtp))
     return _with_mtp(layout, mtp, _MtpExperts(config, skeleton, tensors, targets, counts[layout.mtp_source]))
 
 

@@ -34,15 +34,19 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
 def dequantized_layout(layout: Layout, plain: Checkpoint) -> Layout:
     """How the tensors of `dequantized` are cut, by the `layout` of the quantized checkpoint."""
-    cuts, mtp, of_mtp = {}, [], set(layout.mtp)
+    cuts, mtp = {}, []
+    ignored: list[str] = []
+    left_out: list[str] = []
+    of_mtp, of_ignored = set(layout.mtp), set(layout.ignored)
     for name, entry in plain.tensors.items():
         parts = [part.name for part in entry.parts.values()] if isinstance(entry, DecodedEntry) else [name]
         of_parts = [layout.cuts[part] for part in parts if part in layout.cuts]
         if of_parts:
             cuts[name] = _plain_cut(name, of_parts)
             mtp += [name] if parts[0] in of_mtp else []
-    dropped = tuple(name for name in plain.tensors if name not in cuts)
-    return replace(layout, cuts=cuts, dropped=dropped, mtp=tuple(mtp))
+        else:
+            (ignored if parts[0] in of_ignored else left_out).append(name)
+    return replace(layout, cuts=cuts, dropped=tuple(left_out), mtp=tuple(mtp), ignored=tuple(ignored))
 
 
 def _plain_cut(name: str, of_parts: list[Cut]) -> Cut:

@@ -22,6 +22,7 @@ from streamprune.config import DEFAULT_SHARD_BYTES
 from streamprune.errors import CheckpointError, UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show
+from streamprune.files.kinds import describe
 from streamprune.formats.base import ChannelMask, KeptExperts, StoredTensor
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import SECTIONS, Quantization
@@ -75,6 +76,15 @@ def _counted(number: int, kind: str) -> str:
     return f"1 {kind} tensor" if number == 1 else f"{number:,} {kind} tensors"
 
 
+def check_written(output: Path) -> None:
+    """Raise VerifyError unless `output` is a folder that streamprune wrote."""
+    if not (output / REPORT_NAME).is_file():
+        raise VerifyError(
+            f"There is nothing to verify: {output} {describe(output)}. Give the folder of a model that "
+            "`streamprune run` or `streamprune prune` wrote."
+        )
+
+
 def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof:
     """Verify a pruned model against the checkpoint that it was made from. Raises VerifyError at the first difference.
 
@@ -86,6 +96,9 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     from streamprune.models.per_layer_loading import find_loading_facts
     from streamprune.output.source import output_source
 
+    check_written(output)
+    if source.samefile(output):
+        raise VerifyError(f"--source {source} is {output} itself. Give the model that it was made from.")
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_extra_weights(output, pruned)
     record = _record_of(output)

@@ -22,7 +22,7 @@ def print_dry_run(settings: RunSettings, quiet: bool = False) -> dict[str, Any]:
     settings.check_device(choose_device(settings.device).type)
     plan = plan_pruning(settings)
     if plan.footprint is None:
-        plan = with_footprint(plan, settings, plan.skeleton, read_headers(settings.model, plan.folder))
+        plan = with_footprint(plan, settings, plan.skeleton, read_headers(settings.model, plan.folder).tensors)
     planned, estimate = plan.counts, plan.estimate(settings)
     assert planned is not None
     with Progress(plan.skeleton.layer_count, quiet) as progress:

@@ -23,7 +23,7 @@ from streamprune.fit.verdict import verdict_lines
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
 from streamprune.models.expert_layout import Layout
-from streamprune.models.mtp import mtp_note
+from streamprune.models.mtp import ignored_notes, mtp_note
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.verify import check_formats
@@ -365,10 +365,9 @@ def print_weights(progress: Progress, source: int, output: int, storage: str) ->
     progress.say(f"weights: {format_bytes(source)} -> {format_bytes(output)}{f'; {storage}' if storage else ''}")
 
 
-def print_mtp(progress: Progress, layout: Layout) -> None:
-    """Print what happens to layers for multi-token prediction, if there are some."""
-    note = mtp_note(layout)
-    if note:
+def print_left_out(progress: Progress, layout: Layout) -> None:
+    """Print what happens to layers for multi-token prediction, if there are some, and what else is left out."""
+    for note in filter(None, (mtp_note(layout), *ignored_notes(layout))):
         progress.say(f"note: {note}")
 
 

@@ -26,8 +26,8 @@ from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.finish import (
     check_room,
     print_channel_bytes,
+    print_left_out,
     print_memory,
-    print_mtp,
     print_notes,
     print_verdict,
     print_weights,
@@ -71,11 +71,13 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
 def print_prepared(
     progress: Progress, settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device
 ) -> None:
-    """Print the size of the weights before and after pruning, and the calibration."""
+    """Print what of the checkpoint is ignored, the bytes of the weights before and after, and the calibration."""
+    for note in prepared.notes:
+        progress.say(f"note: {note}")
     if prepared.plan.counts is not None:
         storage = storage_text(prepared.formats, settings.weights == "bf16", prepared.new_format)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
-        print_mtp(progress, prepared.written.layout)
+        print_left_out(progress, prepared.written.layout)
     elif prepared.formats:
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)}; {' and '.join(prepared.formats)}")
     if settings.calibration == ("builtin",):

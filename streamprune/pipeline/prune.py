@@ -21,6 +21,7 @@ from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.verdict import share_removed, verdict
 from streamprune.formats.pick import refuse_quantized
+from streamprune.formats.quantization import checkpoint_notes
 from streamprune.hardware.memory import check_disk
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.dequantized import dequantized, dequantized_layout, refuse_plain
@@ -213,6 +214,8 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         f"{decided.counts.text(experts, plan.counts)}"
     )
     finish.print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
+    for note in checkpoint_notes(decided.checkpoint):
+        progress.say(f"note: {note}")
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were made with --propagate pruned: after the first layer with experts they are valid "
@@ -226,7 +229,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
     decided.print_retention(progress)
     decided.print_serving_notes(progress)
     finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
-    finish.print_mtp(progress, plan.layout)
+    finish.print_left_out(progress, plan.layout)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:

@@ -19,6 +19,7 @@ from streamprune.config import RunSettings
 from streamprune.errors import ProcessesError, ResumeError
 from streamprune.files.durable import checksum_of, reading
 from streamprune.files.json_text import show
+from streamprune.files.kinds import describe
 from streamprune.models.open import versions
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.status import ended
@@ -246,7 +247,10 @@ def settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSett
             f"{resume_command(work_folder)}"
         )
     if recorded is None:
-        raise ResumeError(f"{work_folder} has no run to resume. The work folder of an unfinished run is OUT.work.")
+        raise ResumeError(
+            f"{work_folder} has no run to resume: it {describe(work_folder)}. The work folder of an unfinished run is "
+            "OUT.work."
+        )
     if "candidates" in recorded.command:
         raise ProcessesError(
             f"{work_folder} has an unfinished `streamprune search`, which runs in one process. Resume it without a "

@@ -107,7 +107,7 @@ def _side(
 
 def _footprint(settings: SearchSettings, plan: PruningPlan) -> Footprint:
     """The unpruned model, with what it takes in every format. Raises UnsupportedModelError if its cache is unknown."""
-    return written_footprint(settings, plan.model.raw, plan.skeleton, read_headers(settings.model, plan.folder))
+    return written_footprint(settings, plan.model.raw, plan.skeleton, read_headers(settings.model, plan.folder).tensors)
 
 
 def _why_not_written(footprint: Footprint, weights: str) -> str | None:

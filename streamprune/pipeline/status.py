@@ -11,6 +11,7 @@ from typing import Any
 
 from streamprune.config import WORK_SUFFIX, OutputSettings, sibling_path
 from streamprune.errors import ResumeError
+from streamprune.files.kinds import describe
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
 from streamprune.output.search_folder import SEARCH_NAME
@@ -32,7 +33,10 @@ def status_of(folder: Path) -> dict[str, Any]:
                 f"{folder} has an unfinished `streamprune prune`, but its record is damaged. Run the same command "
                 "again; only the time of the file copy is lost."
             )
-        raise ResumeError(f"{folder} has no run of streamprune. The work folder of an unfinished run is OUT.work.")
+        raise ResumeError(
+            f"{folder} has no run of streamprune: it {describe(folder)}. The work folder of an unfinished run is "
+            "OUT.work."
+        )
     work, layers, command = WorkFolder(folder), recorded.layers, recorded.command
     found = {index: record for index in range(layers) if (record := work.read_layer(index)) is not None}
     pruning = isinstance(recorded, RecordedPruning)
@@ -102,7 +106,9 @@ def clean_up(folder: Path, everything: bool) -> int:
     Raises ResumeError if streamprune did not make the folder, OutputError while a run works in it.
     """
     if not (folder / LOCK_NAME).is_file():
-        raise ResumeError(f"{folder} is not a work folder of streamprune. Nothing was removed.")
+        raise ResumeError(
+            f"Nothing was removed: {folder} {describe(folder)}. The work folder of an unfinished run is OUT.work."
+        )
     before = folder_bytes(folder)
     # Entering the folder removes partial files. Old generations of states only exist after an interruption.
     with WorkFolder(folder) as work:

@@ -115,7 +115,7 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
 
     @cache
     def read_footprint() -> Footprint:
-        return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder))
+        return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder).tensors)
 
     itemsize = served_itemsize(plan.model.raw) or torch.bfloat16.itemsize
     prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)

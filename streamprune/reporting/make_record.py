@@ -65,7 +65,7 @@ def make_record(
         **_quantized(plan),
         # `push` skips files that are not listed.
         "files": sorted({*(path.as_posix() for path in plan.copied), *plan.files}),
-        "dropped": plan.layout.dropped,
+        "dropped": (*plan.layout.dropped, *plan.layout.ignored),
         **_mtp(plan.layout),
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
         "layers": [

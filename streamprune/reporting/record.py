@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from streamprune.checkpoint.index import read_json
 from streamprune.errors import CheckpointError, ReportError, SettingsError
+from streamprune.files.kinds import describe
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
@@ -305,8 +306,8 @@ def read_record(output: Path) -> Record:
     path = output / REPORT_NAME
     if not path.is_file():
         raise ReportError(
-            f"{output} has no {REPORT_NAME}, which says how a model was pruned. Give the folder of a model that "
-            "`streamprune run` or `streamprune prune` wrote."
+            f"{output} has no {REPORT_NAME}, which says how a model was pruned: it {describe(output)}. Give the folder "
+            "of a model that `streamprune run` or `streamprune prune` wrote."
         )
     value = read_object(path, _ADVICE)
     if value.get("format") != RECORD_FORMAT:

@@ -34,6 +34,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, 
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_atomically, writing
 from streamprune.files.json_text import parse_json, read_limited, show
+from streamprune.files.kinds import describe
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import (
     COUNTS,
@@ -237,14 +238,16 @@ def read_scores(path: Path) -> Scores:
 
     Trusts nothing in the file: raises ScoresError for anything that `write_scores` would not write.
     """
-    path = scores_path(path)
+    given, path = path, scores_path(path)
     try:
         data = read_limited(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = f"it {describe(given)}{'' if path == given else f', without {SCORES_NAME}'}"
         raise ScoresError(
-            f"No scores can be read from {show(str(path))}: {reason}. Give the file that `streamprune score` wrote, "
-            f"not weights, or its folder with {SCORES_NAME}."
+            f"No scores can be read from {show(str(given))}: {reason}. Give the file that `streamprune score` wrote, "
+            "or the folder of a model that `streamprune run` wrote."
         ) from None
     try:
         return _parse(path, data)
@@ -259,7 +262,10 @@ def _parse(path: Path, data: bytes) -> Scores:
         raise ScoresError("this is a Git LFS pointer, not the scores themselves. Fetch them: `git lfs pull`.")
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MOST_HEADER_BYTES):
-        raise _damaged(f"of its {len(data):,} bytes {length:,} would be its header")
+        raise ScoresError(
+            f"no safetensors file, or damaged: of its {len(data):,} bytes {length:,} would be its header. Give the "
+            "file that `streamprune score` wrote."
+        )
     try:
         header = parse_json(data[8 : 8 + length], unique=True)
     except (ValueError, RecursionError):
