@@ -14,12 +14,14 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard, ModelCardData
-from msgspec import convert
+from msgspec import convert, structs
 
 from streamprune.cli import main
+from streamprune.pipeline import finish
 from streamprune.reporting.card import THIS_MODEL, mix_text, reproduce_command
 from streamprune.reporting.card import metadata as card_metadata
 from streamprune.reporting.record import Record
+from streamprune.reporting.record_computed import RecordedImatrix
 from streamprune.saliency.scores_file import read_scores, write_scores
 from streamprune.selection.settings import SelectionSettings
 from tests.helpers import known_family, tree_bytes
@@ -264,6 +266,26 @@ def test_a_refit_is_told_with_its_figures(home: Path, tmp_path: Path) -> None:
     assert found == pytest.approx([min(shares), sum(shares) / len(shares), max(shares)], rel=1e-3)
 
 
+def test_what_a_search_and_an_importance_matrix_add(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The scores of `run --best` are those of its search: the command of the card gives others in the last digits.
+    matrix = RecordedImatrix(file="it's.gguf", sha256="0" * 64, weights=36, sequences=8, tokens=1000)
+    usual = finish.make_record
+    monkeypatch.setattr(finish, "make_record", lambda *given: structs.replace(usual(*given), imatrix=matrix))
+    monkeypatch.setattr(finish, "noted_results", lambda _: {"search.json": {}})
+    output = tmp_path / "out"
+    invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 5, "--quiet",
+           "--no-report")  # fmt: skip
+    card = card_of(output)
+    assert "these are of a search, which measured all candidates at once, and agree to about ten digits" in card
+    assert "`it's.gguf`: 36 weights, from 1,000 tokens of the calibration" in card
+    told = card.partition("## Importance matrix")[2].partition("```bash\n")[2].partition("\n")[0]
+    assert shlex.split(told) == [
+        "llama-quantize", "--imatrix", "it's.gguf", "model.gguf", "model-Q4_K_M.gguf", "Q4_K_M"
+    ]  # fmt: skip
+
+
 def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     invoke("prune", home / "model", "-o", output, "--scores", home / "s.safetensors", "--keep", 5, "--quiet")
@@ -271,7 +293,10 @@ def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_pa
     assert "Every layer keeps 5 of 8 experts." in card
     assert "arXiv:2510.13999" in card
     # The model has 256 positions: no engine can be asked for more.
-    assert "vllm serve path/to/this/folder --max-model-len 256\n" in card
+    assert "vllm serve . --max-model-len 256\n" in card
+    assert "38% of the experts' weights are removed: around 50 % the loss is noticeable" in card
+    assert "llama-quantize" not in card
+    assert "of a search" not in card
     assert "--outtype f32\nllama-server -m model.gguf -c 256\n" in card
     assert "neither transformers nor vLLM nor llama.cpp has loaded these very files" in card
     assert "longer than the 24 tokens" in card

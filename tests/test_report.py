@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from msgspec import convert
 from PIL import Image
 
 from streamprune.fit.estimate import Estimate
 from streamprune.fit.footprint import read_footprint
 from streamprune.formats.base import ChannelMask
 from streamprune.hardware.memory import format_bytes
+from streamprune.reporting import maps
 from streamprune.reporting.facts import read_facts
-from streamprune.reporting.write import ALL_PICTURES, markers, with_sections, write_report
+from streamprune.reporting.record import Record
+from streamprune.reporting.write import ALL_PICTURES, markers, page_of, sections_of, with_sections, write_report
 from streamprune.saliency.scores_file import read_scores
 from streamprune.targets import ServingSpec
 from tests.helpers import known_family, prune, tree_bytes
@@ -131,6 +137,55 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
     for name in set(re.findall(r"\]\(pictures/(\w+)\.png\)", card)) | drawn:
         with Image.open(copied / "pictures" / f"{name}.png") as picture:
             assert picture.width == 960
+
+
+def summary_of(output: Path) -> str:
+    """The first part of the page: what is above all tables and pictures, without tags."""
+    page = (output / "report.html").read_text()
+    short = page.partition('<div class="short">')[2].partition("</div>")[0]
+    return html.unescape(re.sub(r"<[^>]+>", "", short))
+
+
+def test_the_summary_stands_first(reported: Reported, copied: Path) -> None:
+    record, told = record_of(copied), summary_of(reported.output)
+    kept = sum(len(layer["kept"]) for layer in record["layers"])
+    assert f"{1 - kept / 32:.0%} of the experts' weights are removed: " in told
+    assert "arXiv:2510.13999" in told
+    assert "What was lost was not measured: streamprune eval does it" in told
+    assert f"To serve 1 x {CONTEXT} tokens it takes about" in told
+    assert "it fits rtx-5060-ti-8gb (CUDA can use 7.46 GiB), and 27 other known GPUs" in told
+    # Layers that keep different numbers are served by transformers alone.
+    assert "vllm serve" not in told
+    assert "trust_remote_code=True" in told
+    text = text_result("one", "two")
+    put(copied, "text.json", text)
+    for layer in record["layers"]:
+        layer["kept"] = [0, 1, 2, 3]
+    rounded = {"tokens": [5] * 4, "nearest": [1], "nearest_linears": [], "before": 0.25, "after": 0.125}
+    record["rounding"] = {"tokens": 9000, "layers": [{"index": layer, **rounded} for layer in range(4)]}
+    facts = replace(read_facts(copied), record=convert(record, Record), retained=(), energy=())
+    page = page_of(facts, {each.name: each for each in sections_of(facts)}, {})
+    told = html.unescape(re.sub(r"<[^>]+>", "", page.partition('<div class="short">')[2].partition("</div>")[0]))
+    assert "50% of the experts' weights are removed: around 50 % the loss is noticeable" in told
+    assert "Measure yours" not in told
+    whole = text["all"]
+    assert (
+        f"its loss is {whole['loss']:#.4g} nats per token (the original: {whole['original_loss']:#.4g}), "
+        f"its KL divergence {whole['kl']:#.4g}"
+    ) in told
+    assert "the same in 87.5% of the places" in told
+    assert f"<pre>vllm serve . --max-model-len {CONTEXT}</pre>" in page
+    assert f"--outtype f32\nllama-server -m model.gguf -c {CONTEXT}</pre>" in page
+    shown = Tables(page)
+    assert shown.rows("The rounding by layer") == [[str(layer), "25.0%", "12.5%", "1"] for layer in range(4)]
+    assert "4 experts were reached by too few of these tokens" in page
+
+
+def test_colours_can_be_read_in_grey() -> None:
+    shades = matplotlib.colormaps[maps._COLOURS](np.linspace(0, 1, 64))[:, :3]
+    lightness = shades @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(lightness) > 0).all()
+    assert lightness[-1] - lightness[0] > 0.7
 
 
 def test_the_same_input_gives_the_same_bytes(reported: Reported, copied: Path) -> None:

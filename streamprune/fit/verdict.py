@@ -33,12 +33,13 @@ def share_removed(estimate: Estimate) -> float:
     return 1 - kept * (min(1.0, use.width / full) if use.width is not None and full else 1.0)
 
 
-def verdict(share: float) -> str | None:
+def verdict(share: float, is_measured: bool = False) -> str | None:
     """What is known to happen where this share of the experts' weights is removed; None where nothing is."""
     if share <= 0:
         return None
     usual = next(text for most, text in _USUAL if share <= most)
-    return f"{share:.0%} of the experts' weights are removed: {usual} ({_PAPER}). Measure yours with --evaluate."
+    advice = "" if is_measured else " Measure yours with --evaluate."
+    return f"{share:.0%} of the experts' weights are removed: {usual} ({_PAPER}).{advice}"
 
 
 def verdict_lines(estimate: Estimate) -> Iterator[str]:

@@ -26,6 +26,7 @@ from streamprune.models.expert_layout import Layout
 from streamprune.models.mtp import ignored_notes, mtp_note
 from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
+from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.output.verify import check_formats
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.best_results import noted_results
@@ -277,7 +278,8 @@ def complete(
         record = structs.replace(record, imatrix=write_imatrix(decided.imatrix, layers, work, progress))
     output = Checkpoint(work.staging, config, entries)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
-    card = model_card(plan, record, decided.checkpoint, estimate, decided.retained, decided.energy)
+    kept_of_sources = (decided.retained, decided.energy)
+    card = model_card(plan, record, decided.checkpoint, estimate, kept_of_sources, SEARCH_NAME in results)
     writer.finish(kept, to_builtins(record), card)
     return estimate
 

@@ -23,11 +23,13 @@ from streamprune.config import DEFAULT_SHARD_BYTES, DTYPES, NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.footprint import max_positions
+from streamprune.fit.verdict import verdict
 from streamprune.formats.base import KeptExperts
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.reporting.record import Record
 from streamprune.reporting.record_text import Calibration, GivenCalibration, Recipe, RecipeSource
+from streamprune.reporting.summary import serving_commands, share_removed
 from streamprune.reporting.tables import refit_table
 from streamprune.reporting.templates import render
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
@@ -59,16 +61,17 @@ def model_card(
     record: Record,
     source: Checkpoint,
     estimate: Estimate | None = None,
-    retained: Sequence[Retention] = (),
-    energy: Sequence[Retention] = (),
+    kept_of_sources: tuple[Sequence[Retention], Sequence[Retention]] = ((), ()),
+    searched: bool = False,
 ) -> str:
     """The card's text, made of the run's record and the source's own card, if it has one.
 
-    `estimate` is the memory of the written model, None if it cannot be estimated; `retained` is how much saliency of
-    each calibration source the selection keeps, empty without scores; `energy` the same of the channels' energy, empty
-    unless experts become narrower.
+    `estimate` is the memory of the written model, None if it cannot be estimated; `kept_of_sources` is how much
+    saliency of each calibration source the selection keeps, empty without scores, and the same of the channels' energy,
+    empty unless experts become narrower. `searched`: the scores are those of a search.
     """
-    settings, calibration, use = record.settings, record.calibration, record.use
+    settings, calibration = record.settings, record.calibration
+    retained, energy = kept_of_sources
     recipe = calibration.stated if calibration else Recipe()
     stated = {each.name: each for each in recipe.sources}
     counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
@@ -95,13 +98,22 @@ def model_card(
         estimate=estimate,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
-        context=min(use.context if use else DEFAULT_CONTEXT, max_positions(plan.config) or MOST_TOKENS),
+        serving=serving_commands(plan.config, _context_of(record, plan), not has_per_layer_experts(plan.counts)),
+        verdict=verdict(share_removed(record)),
+        imatrix_file=shlex.quote(record.imatrix.file) if record.imatrix else "",
+        searched=searched,
         again=can_score_again(record),
         reads_text=record.needs_text or can_score_again(record),
         this_model=THIS_MODEL,
         command=reproduce_command(record),
         versions=", ".join(f"{plain(name)} {plain(version)}" for name, version in record.versions.items()),
     )
+
+
+def _context_of(record: Record, plan: PrunePlan) -> int:
+    """Tokens of the context that the model was planned for, no more than it can have."""
+    planned = record.use.context if record.use else DEFAULT_CONTEXT
+    return min(planned, max_positions(plan.config) or MOST_TOKENS)
 
 
 def _score_meaning(method: str) -> str:

@@ -177,6 +177,7 @@ def draw_tokens(record: Record) -> Drawing:
     axes.plot(layers, fewest, "_", color=RED, markersize=7, markeredgewidth=1.6, label="min of kept experts")
     if low.min() * 10 >= high.max():
         axes.set_ylim(0, 1.05 * high.max())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     elif low.min() > 0:
         axes.set_yscale("log")
     else:

@@ -6,6 +6,7 @@ Neither the source model nor the calibration text is needed. No torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -244,9 +245,11 @@ def _energies(scores: Scores, record: Record) -> NDArray[np.float64] | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """An output as the report shows it; a string in place of a value says why it is unknown."""
+    """An output as the report shows it; a string in place of a value says why it is unknown. `config` is its
+    config.json."""
 
     name: str
+    config: Mapping[str, Any] = field(repr=False)
     record: Record
     output_bytes: int
     retained: tuple[Retention, ...] = field(repr=False)
@@ -276,6 +279,7 @@ def read_facts(output: Path) -> Facts:
     checkpoint = open_checkpoint(output)
     return Facts(
         output.name,
+        checkpoint.config,
         record,
         checkpoint.nbytes,
         retentions(scores, selection) if scores else (),

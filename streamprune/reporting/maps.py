@@ -20,7 +20,8 @@ _ACROSS = 256
 _CELL, _MARGIN = 8, 2
 #: Scores between these quantiles have distinct colours; lower or higher ones have the first or the last colour.
 _DISTINCT = (0.02, 0.98)
-_COLOURS = "cividis"
+#: Its lightness rises evenly, so that it can be read in grey, with more contrast than cividis has.
+_COLOURS = "viridis"
 #: Energies below this share of the layer's largest have the darkest colour.
 _LEAST = 1e-8
 #: And those below this quantile, so that a few unused channels do not take all colours.

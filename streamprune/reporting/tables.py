@@ -12,7 +12,7 @@ from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
 from streamprune.reporting.record import Record
-from streamprune.reporting.record_computed import RecordedRefit
+from streamprune.reporting.record_computed import RecordedRefit, RecordedRounding
 from streamprune.reporting.record_text import Calibration
 from streamprune.selection.retention import Retention
 from streamprune.tables import Struck, Table, count, interval, number, percent
@@ -125,6 +125,16 @@ def refit_by_layer_table(refit: RecordedRefit) -> Table:
         "fewest fitted tokens", "mean change of weights",
     )  # fmt: skip
     return Table("The refit by layer", columns, rows)
+
+
+def rounding_table(rounding: RecordedRounding) -> Table:
+    """The errors of each layer's matrices as GPTQ rounded them, and as rounding to nearest would have."""
+    rows = [
+        (str(layer.index), percent(layer.before), percent(layer.after), count(len(layer.nearest)))
+        for layer in rounding.layers
+    ]
+    columns = "layer", "error if rounded to nearest", "error", "experts rounded to nearest"
+    return Table("The rounding by layer", columns, rows)
 
 
 def memory_table(memory: Memory, budget: int | None) -> Table:

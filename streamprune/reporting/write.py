@@ -23,12 +23,14 @@ from msgspec.structs import asdict
 from streamprune import __version__
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
+from streamprune.fit.footprint import max_positions
 from streamprune.formats.pick import storage_text
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
 from streamprune.reporting.search import search_tables
 from streamprune.reporting.search_page import draw_search
+from streamprune.reporting.summary import serving_commands, summary_sentences
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.tables import Table
@@ -56,7 +58,7 @@ def write_report(output: Path) -> Path:
     pictures = {
         name: charts.draw_picture(name, section.draw) for name, section in sections.items() if section.draw is not None
     }
-    page, card = _page(facts, sections, pictures), _card(output / CARD_NAME, facts, pictures)
+    page, card = page_of(facts, sections, pictures), _card(output / CARD_NAME, facts, pictures)
     folder = output / PICTURES_FOLDER
     with writing(f"Writing the report to {output}", output):
         folder.mkdir(exist_ok=True)
@@ -112,7 +114,7 @@ def sections_of(facts: Facts) -> Iterator[Section]:
 
 
 def _sections_of_narrower(facts: Facts) -> Iterator[Section]:
-    """Those of narrower and of refitted experts."""
+    """Those of narrower, refitted and rounded experts."""
     record, width = facts.record, facts.record.settings.width
     if facts.energy:
         shown = [*tables.retention_tables(record, facts.energy, "Energy")]
@@ -124,16 +126,23 @@ def _sections_of_narrower(facts: Facts) -> Iterator[Section]:
     if record.refit and record.refit.layers:
         shown = [tables.refit_table(record.refit), tables.refit_by_layer_table(record.refit)]
         yield Section("refit", shown, partial(charts.draw_refit, record.refit))
+    if record.rounding and record.rounding.layers:
+        yield Section("rounding", [tables.rounding_table(record.rounding)])
 
 
-def _page(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, charts.Picture]) -> str:
+def page_of(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str, charts.Picture]) -> str:
+    """The page, as HTML, with these sections and pictures by their names."""
     record = facts.record
     schedule = SCHEDULES.get(record.settings.schedule or "")
+    use = record.use.spec if record.use else ServingSpec()
+    is_even = len(set(record.counts.values())) == 1
     return render(
         "report.html.j2",
         facts=facts,
         storage_text=storage_text,
-        use=record.use.spec if record.use else ServingSpec(),
+        use=use,
+        summary=list(summary_sentences(facts)),
+        serving=serving_commands(facts.config, min(use.context, max_positions(facts.config) or use.context), is_even),
         gpu_sizes=GPU_SIZES,
         describe_busy=lambda busy: describe(asdict(busy)).removeprefix("busy: "),
         schedule_meaning=schedule.meaning if schedule else "a file says how many each layer keeps",

@@ -1,0 +1,82 @@
+"""The report's summary in sentences, and the commands that serve a model: for those who only look. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamprune.fit.verdict import verdict
+from streamprune.hardware.gpus import GPUS
+from streamprune.hardware.memory import format_bytes
+from streamprune.models.config_json import text_part
+from streamprune.reporting.evaluations import TextResult
+from streamprune.reporting.facts import Facts, Memory
+from streamprune.reporting.record import Record
+from streamprune.tables import interval, number, percent
+
+#: The names of dtypes in convert_hf_to_gguf.py.
+_GGUF_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def share_removed(record: Record) -> float:
+    """The share of the experts' weights that was removed, whole experts and channels, from 0 to 1."""
+    kept = sum(record.counts.values()) / record.all_experts
+    width, full = record.settings.width, record.source.width
+    return 1 - kept * (width / full if width is not None and full else 1.0)
+
+
+def summary_sentences(facts: Facts) -> Iterator[str]:
+    """What was removed, what was lost, and where it fits."""
+    share = share_removed(facts.record)
+    measured = facts.text is not None and facts.text.all is not None
+    yield verdict(share, measured) or "Nothing of the experts was removed: only how weights are stored has changed."
+    yield _lost(facts.text)
+    if isinstance(facts.memory, Memory):
+        yield _fits(facts.memory)
+
+
+def _lost(text: TextResult | None) -> str:
+    found = text.all if text is not None else None
+    if text is None or found is None:
+        return "What was lost was not measured: `streamprune eval` does it, and makes this report again."
+    said = f"On {text.text_words} its loss is {number(found.loss)} nats per token"
+    if found.original_loss is None:
+        return f"{said}; that of the original was not measured (`--against`)."
+    said += f" ({text.original_words}: {number(found.original_loss)})"
+    if found.kl is not None:
+        said += f", its KL divergence {number(found.kl)}"
+        said += f" ({interval(found.kl_interval)})" if found.kl_interval is not None else ""
+    if found.top1_agreement is not None:
+        said += f", and its likeliest next token is the same in {percent(found.top1_agreement)} of the places"
+    return f"{said}."
+
+
+def _fits(memory: Memory) -> str:
+    total, use = memory.after.total, memory.after.use
+    said = f"To serve {use.batch} x {use.context:,} tokens it takes about {format_bytes(total)}"
+    large = sorted((gpu for gpu in GPUS if gpu.usable_bytes >= total), key=lambda gpu: gpu.usable_bytes)
+    if not large:
+        return f"{said}: no single GPU that is known by name has so much."
+    others = f", and {len(large) - 1} other known GPUs" if len(large) > 1 else ""
+    return f"{said}: it fits {large[0].key} (CUDA can use {format_bytes(large[0].usable_bytes)}){others}."
+
+
+def serving_commands(config: Mapping[str, Any], context: int, is_even: bool) -> dict[str, str]:
+    """Commands by program that serve the model in the current folder, which has the config.json `config`.
+
+    `context` is in tokens; `is_even` says that all layers keep equally many experts, which vLLM and llama.cpp need.
+    """
+    if not is_even:
+        return {}
+    outtype = gguf_outtype(config)
+    return {
+        "vLLM": f"vllm serve . --max-model-len {context}",
+        "llama.cpp": f"python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf --outtype {outtype}\n"
+        f"llama-server -m model.gguf -c {context}",
+    }
+
+
+def gguf_outtype(config: Mapping[str, Any]) -> str:
+    """The value of --outtype that keeps the weights as config.json says they are."""
+    named = (str(part.get(name)) for part in (text_part(config)[1], config) for name in ("dtype", "torch_dtype"))
+    return next((_GGUF_TYPES[dtype] for dtype in named if dtype in _GGUF_TYPES), "auto")
