@@ -16,14 +16,18 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.nbytes = 0
+        self.nbytes = self._total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
                 storage = leaf.untyped_storage()
+                self._total += storage.nbytes() - self._live.get(storage._cdata, (None, 0))[1]
                 self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-        self._live = {key: each for key, each in self._live.items() if not each[0].expired()}  # type: ignore[no-untyped-call]
-        self.nbytes = max(self.nbytes, sum(size for _, size in self._live.values()))
+        if self._total > self.nbytes:
+            # Only now, since it takes a while: what is freed is left out.
+            self._live = {key: each for key, each in self._live.items() if not each[0].expired()}  # type: ignore[no-untyped-call]
+            self._total = sum(size for _, size in self._live.values())
+            self.nbytes = max(self.nbytes, self._total)
         return result

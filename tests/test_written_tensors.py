@@ -69,7 +69,11 @@ def open_tiny(folder: Path, family: str, scheme: Scheme | None = None, dtype: st
     tensors = output_tensors(layout, entries, prepared.counts or {})
     if scheme is not None:
         tensors = [part for tensor in tensors for part in rounded(tensor, scheme)]
-    written = WrittenTensors(prepared, tensors, raw, prepared.model_of, CPU)
+
+    def of_layer(layer: int) -> list[OutputTensor]:
+        return [tensor for tensor in tensors if tensor.layer == layer]
+
+    written = WrittenTensors(prepared, of_layer, raw, prepared.model_of, CPU)
     return Opened(prepared, LayerWeights(prepared, CPU), written)
 
 

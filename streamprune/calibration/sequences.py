@@ -147,12 +147,14 @@ class Calibration:
         """The sequences by length, source, and what they are for; then in their own order.
 
         A search notes several uses of a sequence. Those of each use have the order then that they have alone, in which
-        they are summed up, except where one fits in one refit and judges in another.
+        they are summed up: where one fits in one refit and judges in another, no order by use does, but their own.
         """
+        mixed = {of for of, use in zip(self.source_of, self.refit, strict=False) if FIT in use and JUDGE in use}
 
         def place(index: int) -> tuple[int, int, str]:
             length, source, refit = self._kind(index)
-            return length, source, JUDGE if JUDGE in refit else FIT if refit else ""
+            use = JUDGE if JUDGE in refit and source not in mixed else FIT
+            return length, source, use if refit else ""
 
         return sorted(range(len(self.sequences)), key=place)
 

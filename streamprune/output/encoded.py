@@ -135,19 +135,15 @@ class Encoding:
         return {reason: counts[reason] for reason, _ in sizes.most_common()}
 
 
-def encode_tensors(tensors: Sequence[OutputTensor], encoding: Encoding) -> tuple[list[OutputTensor], Scheme]:
-    """The tensors of the output with the parts of those that are quantized in their place, and the scheme.
-
-    Raises SettingsError if experts cannot be stored so.
-    """
-    scheme = encoding.scheme(tensors)
+def encode_tensors(tensors: Iterable[OutputTensor], encoding: Encoding, scheme: Scheme) -> list[OutputTensor]:
+    """The plain tensors with the parts of those that are quantized in their place."""
     result: list[OutputTensor] = []
     for tensor in tensors:
         if encoding.why_plain(tensor.name, tensor.shape, scheme) is None:
             result += parts_of(tensor, scheme)
         else:
             result.append(tensor)
-    return result, scheme
+    return result
 
 
 def parts_of(tensor: OutputTensor, scheme: Scheme) -> Iterator[OutputTensor]:

@@ -157,7 +157,8 @@ def make_plan(
     tensors, scheme = output_tensors(layout, checkpoint.tensors, counts, width), None
     is_decoded = any(tensor.is_decoded for tensor in tensors)
     if source.encoding is not None:
-        tensors, scheme = encode_tensors(tensors, source.encoding)
+        scheme = source.encoding.scheme(tensors)
+        tensors = encode_tensors(tensors, source.encoding, scheme)
         config = {**config, SECTIONS[0]: source.encoding.config_section(tensors, scheme)}
     shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
     quantized = QuantizedSource.of(checkpoint, layout)

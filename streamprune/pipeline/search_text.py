@@ -73,12 +73,12 @@ def search_text(
     scored = split_held_out(whole)
     if not parts:
         return SearchText(scored)
-    uses = _joined([part.refit for part in parts.values()])
+    uses = joined_uses([part.refit for part in parts.values()])
     anchors = [part.anchor for part in parts.values()]
     return SearchText(replace(scored, refit=uses, anchor=_union(anchors)), kinds, parts)
 
 
-def _joined(uses: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def joined_uses(uses: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The uses in all refits of each sequence; empty for one without any."""
     return tuple(_BETWEEN.join(each) if any(each) else "" for each in zip(*uses, strict=True))
 

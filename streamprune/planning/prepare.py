@@ -227,7 +227,7 @@ class PreparedModel(OpenedMoE):
         written = self.written
         tensors = output_tensors(written.layout, written.checkpoint.tensors, counts, planned.width)
         if written.encoding is not None:
-            tensors = encode_tensors(tensors, written.encoding)[0]
+            tensors = encode_tensors(tensors, written.encoding, written.encoding.scheme(tensors))
         return tensors
 
     def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:

@@ -119,7 +119,7 @@ class WrittenSizes:
                 raise SettingsError(
                     f"The experts are stored as {scheme.format.name} already: --weights {weights} would change nothing."
                 )
-            tensors, _ = encode_tensors(tensors, encoding)
+            tensors = encode_tensors(tensors, encoding, scheme)
         return _bytes_by_source(tensors)
 
     @cached_property

@@ -39,12 +39,8 @@ class DownTensors:
     def __init__(
         self, opened: OpenedMoE, written: WrittenTensors, counts: Mapping[int, int], width: int | None = None
     ) -> None:
-        self._folder, self._skeleton = opened.checkpoint.folder, opened.skeleton
-        self._tensors: dict[int, list[OutputTensor]] = {}
+        self._folder, self._skeleton, self._written = opened.checkpoint.folder, opened.skeleton, written
         for layer, path in opened.skeleton.experts.items():
-            found = [each.plain for each in written.feeding(self._parameter(layer), layer)]
-            # (A checkpoint's names are in no certain order.)
-            self._tensors[layer] = sorted(found, key=lambda tensor: tensor.slot or 0)
             module = opened.skeleton.layers[layer].get_submodule(path)
             problem = why_not_linear(module) or self._problem(layer, counts[layer], width, module)
             if problem is not None:
@@ -56,7 +52,7 @@ class DownTensors:
         `module` is the pruned experts module with its weights loaded.
         """
         with cache_unchanged(self._sources(layer, kept)):
-            stored = {tensor.name: tensor_of(tensor, self._read(tensor, kept)) for tensor in self._tensors[layer]}
+            stored = {tensor.name: tensor_of(tensor, self._read(tensor, kept)) for tensor in self._tensors(layer)}
         return self._as_parameter(layer, stored, kept, module)
 
     def encode(
@@ -68,7 +64,7 @@ class DownTensors:
         """
         encoded = {}
         exchanged = self._is_exchanged(layer, kept, module)
-        for tensor in self._tensors[layer]:
+        for tensor in self._tensors(layer):
             if not changed or (tensor.slot is not None and tensor.slot not in changed):
                 continue
             values = new[tensor.slot] if tensor.slot is not None else new
@@ -76,12 +72,15 @@ class DownTensors:
             encoded[tensor.name] = StageTensor(REFIT, bytes_of(values.reshape(tensor.shape)))
         return encoded
 
-    def _parameter(self, layer: int) -> str:
-        return f"{self._skeleton.layers_path}.{layer}.{self._skeleton.experts[layer]}.{DOWN}"
+    def _tensors(self, layer: int) -> list[OutputTensor]:
+        """Those of a layer, in the order of their experts: a checkpoint's names are in no certain order."""
+        parameter = f"{self._skeleton.layers_path}.{layer}.{self._skeleton.experts[layer]}.{DOWN}"
+        found = [each.plain for each in self._written.feeding(parameter, layer)]
+        return sorted(found, key=lambda tensor: tensor.slot or 0)
 
     def _problem(self, layer: int, count: int, width: int | None, module: nn.Module) -> str | None:
         """Why the tensors of a layer cannot be encoded; None if they can. `module` has all experts, on meta."""
-        tensors, (inner, hidden) = self._tensors[layer], down_sizes(module)
+        tensors, (inner, hidden) = self._tensors(layer), down_sizes(module)
         slots = [tensor.slot for tensor in tensors]
         if slots not in ([None], list(range(count))):
             return f"the checkpoint has {len(tensors)} tensors for their down projections, not one, or one for each"
@@ -97,7 +96,7 @@ class DownTensors:
     def _is_exchanged(self, layer: int, kept: KeptExperts, experts: nn.Module) -> bool:
         """Whether the checkpoint has an expert's rows where the loaded parameter has its columns."""
         parameter: torch.Tensor = getattr(experts, DOWN)
-        tensor = self._tensors[layer][0]
+        tensor = self._tensors(layer)[0]
         shape, own = _expert_shape(tensor, len(kept.experts)), tuple(parameter.shape[1:])
         if own[0] != own[1]:
             return shape != own
@@ -113,7 +112,7 @@ class DownTensors:
     def _as_parameter(
         self, layer: int, stored: Mapping[str, torch.Tensor], kept: KeptExperts, module: nn.Module
     ) -> torch.Tensor:
-        tensors, count = self._tensors[layer], len(kept.experts)
+        tensors, count = self._tensors(layer), len(kept.experts)
         shape = _expert_shape(tensors[0], count)
         parts = [stored[tensor.name].reshape(-1, *shape) for tensor in tensors]
         found = torch.cat(parts)
@@ -128,7 +127,7 @@ class DownTensors:
 
     def _sources(self, layer: int, kept: KeptExperts) -> dict[Path, list[Stretch]]:
         sources: dict[Path, list[Stretch]] = defaultdict(list)
-        for tensor in self._tensors[layer]:
+        for tensor in self._tensors(layer):
             origin = tensor.slice_of(kept)
             sources[self._folder / origin.file] += [(part.begin, part.end - part.begin) for part in origin.parts]
         return sources

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from streamprune.checkpoint.reader import DTYPES
 from streamprune.files.page_cache import Stretch, cache_unchanged
 from streamprune.formats.base import KeptExperts
+from streamprune.models.expert_layout import Layout
 from streamprune.models.open import OpenedMoE
 from streamprune.models.skeleton import map_checkpoint
 from streamprune.output.encoded import SCALE, SHAPE, encode_tensors
@@ -68,42 +69,53 @@ class WrittenTensor:
 
 
 class WrittenTensors:
-    """The tensors of an output of the model `opened`, by layer, and the pruned layers that they make.
+    """The tensors of an output of the model `opened`, one layer at a time, and the pruned layers that they make.
 
-    `tensors` are the output's, and `config` the config.json of the plain checkpoint that they are, or are rounded
-    from. `make_model` returns the pruned model, on meta, whose layers keep what is given.
+    `tensors_of` returns those of a layer, and `config` is the config.json of the plain checkpoint that they are, or are
+    rounded from. `make_model` returns the pruned model, on meta, whose layers keep what is given.
     """
 
     def __init__(
         self,
         opened: OpenedMoE,
-        tensors: Iterable[OutputTensor],
+        tensors_of: Callable[[int], Iterable[OutputTensor]],
         config: Mapping[str, Any],
         make_model: Callable[[KeptExperts], PreTrainedModel],
         device: torch.device,
     ) -> None:
         self.dtype, self.device = opened.dtype, device
-        self._folder, self._make_model = opened.checkpoint.folder, make_model
-        found = _plain_tensors(tensors)
-        entries = {plain.name: plain.sources[plain.slot or 0] for plain, _ in found}
-        targets = map_checkpoint(opened.skeleton, entries, config)
-        self._layers: dict[int, dict[str, list[WrittenTensor]]] = defaultdict(lambda: defaultdict(list))
-        for plain, encoded in found:
-            target = targets[plain.name]
-            if target.layer is None or target.name is None:
-                continue
-            parts = {each.encoded.part: each for each in encoded if each.encoded is not None}
-            scheme = next((each.encoded.scheme for each in encoded if each.encoded is not None), None)
-            written = WrittenTensor(plain, target.name, scheme, parts)
-            self._layers[target.layer][target.name].append(written)
+        self._skeleton, self._folder = opened.skeleton, opened.checkpoint.folder
+        self._tensors_of, self._config, self._make_model = tensors_of, config, make_model
+        #: The last layer asked for, and its tensors by the parameter they feed. (Those of all layers would take 30 MB
+        #: for Qwen3-30B, and a search has one such object for each candidate.)
+        self._current: tuple[int, Mapping[str, Sequence[WrittenTensor]]] | None = None
 
     def of_layer(self, layer: int) -> list[WrittenTensor]:
         """All tensors that feed a layer."""
-        return [each for feeding in self._layers[layer].values() for each in feeding]
+        return [each for feeding in self._by_parameter(layer).values() for each in feeding]
 
     def feeding(self, parameter: str, layer: int) -> Sequence[WrittenTensor]:
         """The tensors that feed a parameter, by its full name."""
-        return self._layers[layer].get(parameter, ())
+        return self._by_parameter(layer).get(parameter, ())
+
+    def _by_parameter(self, layer: int) -> Mapping[str, Sequence[WrittenTensor]]:
+        if self._current is not None and self._current[0] == layer:
+            return self._current[1]
+        # Let go of the last layer's before this one's are made.
+        self._current = None
+        found = _plain_tensors(self._tensors_of(layer))
+        entries = {plain.name: plain.sources[plain.slot or 0] for plain, _ in found}
+        targets = map_checkpoint(self._skeleton, entries, self._config)
+        feeding: dict[str, list[WrittenTensor]] = defaultdict(list)
+        for plain, encoded in found:
+            parameter = targets[plain.name].name
+            if parameter is None:
+                continue
+            parts = {each.encoded.part: each for each in encoded if each.encoded is not None}
+            scheme = next((each.encoded.scheme for each in encoded if each.encoded is not None), None)
+            feeding[parameter].append(WrittenTensor(plain, parameter, scheme, parts))
+        self._current = layer, feeding
+        return feeding
 
     def is_changed(self, layer: int, computed: ComputedTensors) -> bool:
         """Whether anything in a layer is not simply the source's values."""
@@ -196,11 +208,20 @@ def written_tensors(prepared: PreparedModel, device: torch.device) -> WrittenTen
     planned, layout = prepared.plan.counts, prepared.layout
     assert planned is not None
     counts = planned.per_layer or dict.fromkeys(layout.expert_layers, layout.spec.count)
-    source = prepared.written
-    tensors = output_tensors(source.layout, source.checkpoint.tensors, counts, planned.width)
-    if source.encoding is not None:
-        tensors, _ = encode_tensors(tensors, source.encoding)
-    return WrittenTensors(prepared, tensors, source.checkpoint.config, prepared.model_of, device)
+    source, width = prepared.written, planned.width
+
+    def plain_of(layout: Layout) -> list[OutputTensor]:
+        return output_tensors(layout, source.checkpoint.tensors, counts, width)
+
+    # The experts of all layers decide how large groups are.
+    scheme = source.encoding.scheme(plain_of(source.layout)) if source.encoding is not None else None
+
+    def tensors_of(layer: int) -> Iterable[OutputTensor]:
+        cuts = {name: cut for name, cut in source.layout.cuts.items() if cut.layer == layer}
+        plain = plain_of(replace(source.layout, cuts=cuts))
+        return plain if source.encoding is None or scheme is None else encode_tensors(plain, source.encoding, scheme)
+
+    return WrittenTensors(prepared, tensors_of, source.checkpoint.config, prepared.model_of, device)
 
 
 def tensor_of(tensor: OutputTensor, data: bytes | bytearray | memoryview) -> torch.Tensor:
