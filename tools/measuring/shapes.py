@@ -124,7 +124,7 @@ def quantize(plain: Path, folder: Path) -> None:
     folder.mkdir()
     index: dict[str, str] = {}
     for path in weight_files(plain):
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for name, weight in load_file(path).items():
             stored |= _in_fp8(name, weight) if "_proj." in name else {name: weight}
         save_file(stored, folder / path.name, metadata={"format": "pt"})
@@ -141,7 +141,7 @@ def _in_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
     rows, columns = weight.shape
     padded = pad(weight.float(), (0, -columns % _FP8_BLOCK, 0, -rows % _FP8_BLOCK))
-    blocks = padded.unflatten(1, (-1, _FP8_BLOCK)).unflatten(0, (-1, _FP8_BLOCK))
+    blocks = padded.reshape(padded.shape[0] // _FP8_BLOCK, _FP8_BLOCK, -1, _FP8_BLOCK)
     scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
     values = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
     return {name: values.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scale}
