@@ -272,8 +272,9 @@ def _calibration(place: Place) -> list[Target]:
         path = place.folder / name
         path.write_bytes(content)
         # A recipe's own numbers are to count, and its messages name its sources.
-        names, given = (None, {}) if name == RECIPE_NAME else (name, {"samples": 4, "seq_len": 8})
-        judge(tally, names, lambda: load_calibration([str(path)], place.model, **given, **limits))
+        is_recipe = name == RECIPE_NAME
+        given = limits if is_recipe else {**limits, "samples": 4, "seq_len": 8}
+        judge(tally, None if is_recipe else name, lambda: load_calibration([str(path)], place.model, **given))
 
     limits: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 256}
     write_records(place.folder)
