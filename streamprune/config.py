@@ -69,10 +69,10 @@ def sibling_path(output: Path, suffix: str) -> Path:
 class OutputSettings:
     """What model, where the result goes, how it is stored, and where the work is done.
 
-    `weights` is one of WEIGHTS. Only for those that quantize: `quantize` (one of QUANTIZE; None: all-linear),
-    `rounding` (one of ROUNDING; None: see `rounds_by`), and `tensor_parallel`, the number of GPUs that an engine will
-    divide the matrices among (None: 1). `mtp` is one of MTP: whether layers for multi-token prediction stay, as far as
-    that is possible.
+    `report`: make report.html at the end. `weights` is one of WEIGHTS. Only for those that quantize: `quantize` (one of
+    QUANTIZE; None: all-linear), `rounding` (one of ROUNDING; None: see `rounds_by`), and `tensor_parallel`, the number
+    of GPUs that an engine will divide the matrices among (None: 1). `mtp` is one of MTP: whether layers for multi-token
+    prediction stay, as far as that is possible.
     """
 
     model: str
@@ -83,6 +83,7 @@ class OutputSettings:
     work_dir: Path | None = None
     resume: str = "auto"
     verify: bool = True
+    report: bool = True
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     weights: str = "source"
     quantize: str | None = None

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from streamprune.cli import main
+from streamprune.config import OutputSettings, PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import OutputError, VerifyError
 from streamprune.streaming.layer_loop import LayerLoop
+from streamprune.work.records import (
+    RecordedCalibration,
+    RecordedPruning,
+    RecordedRun,
+    command_of,
+)
 from tests.faults import Case, Injected, make_case
 from tests.interruptions import Command, call, ending_at
 
@@ -118,3 +129,64 @@ def test_a_damaged_output_is_not_called_finished(short: dict[str, Command], tmp_
     shard.write_bytes(data[:-1])
     with pytest.raises(VerifyError, match=AGAIN):
         command.run(verify=False)
+
+
+@pytest.mark.parametrize("made_with", [False, True])
+def test_resume_keeps_whether_a_report_is_made(
+    short: dict[str, Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_with: bool
+) -> None:
+    monkeypatch.delenv("STREAMPRUNE_REPORT")
+    made: list[Path] = []
+    commands = importlib.import_module("streamprune.cli.run")
+    monkeypatch.setattr(commands, "report_after", lambda output, quiet: made.append(output))
+    command = short["prune"].at(tmp_path / "out")
+    for words, with_report in (([], made_with), (["--no-report"], False), (["--report"], True)):
+        command.interrupt(at=3, report=made_with)
+        assert call("resume", command.work, *words).exit_code == 0
+        assert made == ([command.output] if with_report else [])
+        made.clear()
+        shutil.rmtree(command.output)
+
+
+#: Options that are no settings of the run: what is printed, or whether anything is done at all. (`--best` is a search
+#: and a run, each with its settings.)
+NOT_RECORDED = {"quiet", "as_json", "dry_run", "best"}
+RECORDED_AS = {"max_shard_size": "max_shard_bytes"}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("run", RunSettings), ("score", RunSettings), ("prune", PruneSettings), ("search", SearchSettings)],
+)
+def test_every_option_is_recorded(command: str, kind: type[OutputSettings]) -> None:
+    recorded = {field.name for field in dataclasses.fields(kind)}
+    for option in main.commands[command].params:
+        assert option.name is not None
+        assert option.name in NOT_RECORDED or RECORDED_AS.get(option.name, option.name) in recorded, option.name
+
+
+SETTINGS: list[OutputSettings] = [
+    RunSettings(
+        model="m", output=Path("/out"), ratio=0.25, calibration=("builtin", "ultrachat"), samples=9, seq_len=77, seed=3,
+        revision="r", overwrite=True, verify=False, report=False, max_shard_bytes=10**6, device="cpu", dtype="float32",
+        batch_tokens=24, states="disk", ram_gib=5.5, method="frequency", mix="a=0.5,b=0.5", spread=0.3, floor=2,
+        schedule="linear-decrease", protect_super_experts=True, checkpoint_every=3.0, evaluate=True, stop_if_kl=0.5,
+        refit=True, anchor="none", imatrix=Path("/matrix.gguf"), weights="w4a16", quantize="experts", tensor_parallel=2,
+    ),
+    PruneSettings(model="m", output=Path("/out"), scores=Path("/s"), width=16, report=False, verify=True),
+    SearchSettings(model="m", output=Path("/out"), gpu="rtx-3090", candidates=("keep=3", "keep=4"), drop_above=3.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: type(each).__name__)
+def test_a_record_gives_the_same_settings(settings: OutputSettings, tmp_path: Path) -> None:
+    command = json.loads(json.dumps(command_of(settings)))
+    assert command.keys() == {field.name for field in dataclasses.fields(settings)}
+    recorded: RecordedRun | RecordedPruning
+    recorded = RecordedPruning(command=command, layers=1, decided={})
+    if isinstance(settings, RunSettings):
+        text = RecordedCalibration("", 0, 0, [], [], {}, [])
+        recorded = RecordedRun(
+            command=command, layers=1, settings={}, source="", files={}, calibration=text, versions={}, batch_tokens=1
+        )
+    assert recorded.settings_in(tmp_path) == dataclasses.replace(settings, resume="required")

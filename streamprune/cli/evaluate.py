@@ -57,10 +57,10 @@ _OF_TASKS = ("include_path", "limit", "batch_size")
 @opt.device_option()
 @opt.DTYPE
 @opt.memory_options()
-@opt.REPORT
+@opt.report_option()
 @click.option("--quiet", is_flag=True, help="Print the results and errors only.")
 @opt.JSON_OBJECT
-def evaluate(output: Path | None, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL (a local folder or a Hub id) on held-out text, one layer at a time.
 
     Prints loss and perplexity for each source. With --against it also prints the KL divergence from the original's
@@ -75,7 +75,7 @@ def evaluate(output: Path | None, with_report: bool, quiet: bool, as_json: bool,
     opt.quiet_libraries(downloads=quiet)
     result = evaluate_model(settings, generation, tasks, output, quiet, None if as_json else click.echo)
     folder = pruned_folder(settings.model) if output is None else None
-    if with_report and folder is not None:
+    if report and folder is not None:
         report_after(folder, quiet)
     if as_json:
         click.echo(opt.json_text(result))

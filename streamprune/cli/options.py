@@ -94,10 +94,6 @@ TRUST_REMOTE_CODE = click.option("--trust-remote-code", is_flag=True, help="Run 
 QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 JSON_OBJECT = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 JSON_SUMMARY = click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
-REPORT = click.option(
-    "--report/--no-report", "with_report", default=True, show_default=True, envvar="STREAMPRUNE_REPORT",
-    show_envvar=True, help="Make OUT/report.html at the end.",
-)  # fmt: skip
 
 #: How experts are scored and divided among the layers.
 SELECTION = together(
@@ -235,6 +231,14 @@ def verify_option(default: bool | None) -> Option:
     return click.option(
         "--verify/--no-verify", default=default, show_default=default is not None,
         help="Compare the result with the source, byte by byte.",
+    )  # fmt: skip
+
+
+def report_option(default: bool | None = True) -> Option:
+    """--report. `default=None` keeps the setting of the run that is resumed."""
+    return click.option(
+        "--report/--no-report", default=default, show_default=default is not None, envvar="STREAMPRUNE_REPORT",
+        show_envvar=True, help="Make OUT/report.html at the end.",
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
 from streamprune.pipeline.status import output_of
-from streamprune.work.records import has_pruning, has_run, read_run
+from streamprune.work.records import has_pruning, has_run, read_pruning, read_run
 
 if TYPE_CHECKING:
     from streamprune.pipeline.finish import RunResult
@@ -80,10 +80,8 @@ def _run_options(resuming: bool = False) -> opt.Option:
 @click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
 @opt.STOP_IF_KL
 @opt.verify_option(True)
-@opt.REPORT
-def run(
-    max_shard_size: str, best: bool, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **given: Any
-) -> None:
+@opt.report_option()
+def run(max_shard_size: str, best: bool, dry_run: bool, quiet: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
     MODEL is read one layer at a time, so that memory does not grow with its size.
@@ -106,7 +104,7 @@ def run(
         summary = print_dry_run(settings, quiet)
     else:
         summary = (run_best(settings, quiet, anchor) if best else engine.run(settings, quiet)).summary
-    if with_report and not dry_run:
+    if settings.report and not dry_run:
         report_after(settings.output, quiet)
     if as_json:
         click.echo(opt.json_text(summary))
@@ -171,10 +169,10 @@ def score(quiet: bool, as_json: bool, **given: Any) -> None:
 @opt.WRITTEN_AS
 @opt.PLACE
 @opt.verify_option(False)
-@opt.REPORT
+@opt.report_option()
 @opt.QUIET
 @opt.JSON_SUMMARY
-def prune(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as_json: bool, **given: Any) -> None:
+def prune(max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL by scores from an earlier command. This needs no forward pass and no GPU, only a file copy.
 
     The result is byte-identical to that of `run` with the same calibration and settings.
@@ -188,7 +186,7 @@ def prune(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as
     elif quiet:
         opt.quiet_downloads()
     summary = engine.dry_run(settings, quiet) if dry_run else engine.prune(settings, quiet).summary
-    if with_report and not dry_run:
+    if settings.report and not dry_run:
         report_after(settings.output, quiet)
     if as_json:
         click.echo(opt.json_text(summary))
@@ -201,8 +199,8 @@ def prune(max_shard_size: str, dry_run: bool, with_report: bool, quiet: bool, as
 @opt.verify_option(None)
 # The default None means "not given": then the earlier setting stays.
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run Python code that comes with the model.")
-@opt.REPORT
-def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+@opt.report_option(None)
+def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     """Resume the `run`, `score`, `prune` or `search` in WORKDIR (usually OUT.work) where it stopped.
 
     Settings that decide the result stay as they were. The options below may be changed.
@@ -211,15 +209,16 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     if launched().count == 1 and (finished := output_of(workdir)) is not None:
         _nothing_left(workdir, finished, quiet, as_json)
         return
+    command = {**_recorded_command(workdir), **changes}
     # (Among several processes the refusal has to reach all.)
-    if launched().count == 1 and _has_search(workdir):
+    if launched().count == 1 and "candidates" in command:
         resume_search(workdir, quiet, as_json, changes)
         return
     # Only the first process looks: the folder may be on its machine only.
     if is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
     else:
-        limit_library_memory(tight=_resumed_ram_gib(workdir, changes) is not None)
+        limit_library_memory(tight=command.get("ram_gib") is not None)
         from streamprune.pipeline import run as engine
 
         opt.quiet_libraries(downloads=quiet)
@@ -227,7 +226,7 @@ def resume(workdir: Path, with_report: bool, quiet: bool, as_json: bool, **optio
     if result.summary.get("complete") and not quiet:
         click.echo(f"Nothing is left to resume: {result.output} is complete.", err=True)
     # (The result of `score` is a file, which has no report.)
-    if with_report and result.output.is_dir():
+    if command.get("report", True) and result.output.is_dir():
         report_after(result.output, quiet)
     if as_json:
         click.echo(opt.json_text(result.summary))
@@ -241,29 +240,20 @@ def _nothing_left(workdir: Path, output: Path, quiet: bool, as_json: bool) -> No
         click.echo(opt.json_text({"output": str(output), "complete": True}))
 
 
-def _has_search(workdir: Path) -> bool:
-    """Whether a work folder has a `search`. (A record that cannot be used is refused later.)"""
+def _recorded_command(workdir: Path) -> Mapping[str, Any]:
+    """The settings of what is in a work folder, as recorded; nothing if there is none."""
+    # A record that cannot be used is refused later: for a run, once the ranks have joined.
     with suppress(ResumeError):
-        recorded = read_run(workdir)
-        return recorded is not None and "candidates" in recorded.command
-    return False
-
-
-def _resumed_ram_gib(workdir: Path, changes: Mapping[str, Any]) -> float | None:
-    """The cap on RAM of a run to resume: a new one, else the one that it was started with."""
-    recorded = None
-    # A record that cannot be used is refused once the ranks have joined.
-    with suppress(ResumeError):
-        recorded = read_run(workdir)
-    limit: float | None = changes.get("ram_gib", recorded.command.get("ram_gib") if recorded else None)
-    return limit
+        recorded = read_run(workdir) or read_pruning(workdir)
+        return recorded.command if recorded is not None else {}
+    return {}
 
 
 def _resume_pruning(workdir: Path, quiet: bool, changes: dict[str, Any]) -> RunResult:
     from streamprune.pipeline import prune as engine
 
     def resume() -> RunResult:
-        unused = sorted(changes.keys() - {"verify", "trust_remote_code"})
+        unused = sorted(changes.keys() - {"verify", "report", "trust_remote_code"})
         if unused:
             raise SettingsError(
                 f"{workdir} has an unfinished `streamprune prune`, which computes nothing. Leave out "

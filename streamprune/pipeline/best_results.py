@@ -27,7 +27,7 @@ _FIGURES, _HEAD = ("sources", "all"), ("format", "model", "against", "against_so
 #: What may change between the note and the end without making it another output.
 _FREE = {
     "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume", "checkpoint_every",
-    "from_layer", "verify", "trust_remote_code",
+    "from_layer", "verify", "report", "trust_remote_code",
 }  # fmt: skip
 
 

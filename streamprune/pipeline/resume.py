@@ -46,8 +46,8 @@ from streamprune.work.records import (
 #: budget by the resulting number of experts.
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
-    "checkpoint_every", "from_layer", "verify", "stop_if_kl", "calibration", "anchor", "budget_gib", "gpu", "keep",
-    "ratio", "context", "batch", "kv_dtype",
+    "checkpoint_every", "from_layer", "verify", "report", "stop_if_kl", "calibration", "anchor", "budget_gib", "gpu",
+    "keep", "ratio", "context", "batch", "kv_dtype",
 }  # fmt: skip
 
 
