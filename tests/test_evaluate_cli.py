@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
-from streamprune.reporting.evaluations import TEXT_NAME, read_result
+from streamprune.reporting.evaluations import TEXT_NAME, name_against, read_result
 from tests.helpers import known_family, load_whole, prune
 from tests.test_evaluate import in_memory
 from tests.tiny import make_model, tiny_config, write_token_ids
@@ -146,13 +147,31 @@ def test_what_compares_with_the_original_is_not_replaced_by_less(made: Path, tmp
     assert read_result(out / "evaluation", TEXT_NAME) == json.loads(compared.stdout)
 
 
-def test_another_model_than_the_source_is_told(made: Path, tmp_path: Path) -> None:
-    other = make_model(tmp_path / "other", tiny_config(known_family("qwen3_moe")), seed=7)
+def test_a_comparison_with_another_model_than_the_source_is_kept_apart(made: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other model", tiny_config(known_family("qwen3_moe")), seed=7)
     out = shutil.copytree(made / "out", tmp_path / "out")
-    result = called(out, "--against", other, "--data", made / "held.jsonl", "--report")
-    assert f"note: {other} is not what {out} was made from, by the fingerprint in its streamprune.json" in result.stderr
-    card = (out / "README.md").read_text()
-    assert "On text that was given to `eval`, against other, which is not what this model was made from; " in card
+    results, data = out / "evaluation", ["--data", made / "held.jsonl", "--quiet"]
+    name = name_against(TEXT_NAME, "other model", open_checkpoint(other).fingerprint())
+    assert name.startswith("text-against-other-model-")
+    told = called(out, "--against", other, "--data", made / "held.jsonl", "--report")
+    assert f"note: {other} is not what {out} was made from, by the fingerprint in its streamprune.json" in told.stderr
+    words = "On text that was given to `eval`, against other model, which is not what this model was made from; "
+    assert words in (out / "README.md").read_text(), "shown where there is no other"
+    assert sorted(path.name for path in results.iterdir()) == [name]
+    called(out, "--against", made / "model", *data)
+    own = read_result(results, TEXT_NAME)
+    assert own is not None
+    assert own["against_source"] is True
+    called(out, "--against", other, *data, "--report")
+    assert sorted(path.name for path in results.iterdir()) == [name, TEXT_NAME]
+    assert read_result(results, TEXT_NAME) == own
+    card, page = (out / "README.md").read_text(), (out / "report.html").read_text()
+    assert 0 < card.index("given to `eval`, against the original; ") < card.index(words)
+    titles = [
+        page.index(f"Divergence from the original, nats per token{end}")
+        for end in ("<", ", against other model, which is not what this model was made from")
+    ]
+    assert titles == sorted(titles)
     again = called(out, "--against", made / "model", "--data", made / "ids.jsonl")
     assert "text.json, which replaces those on other text" in again.stderr
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.hub import resolve_model
+from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings
 from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.evaluation.generation import GenerationSettings, generation_health
-from streamprune.evaluation.held_out import pruned_folder
+from streamprune.evaluation.held_out import pruned_folder, read_record_of
 from streamprune.evaluation.tasks import TaskSettings, run_tasks
 from streamprune.evaluation.terminal import result_lines
 from streamprune.progress import Progress
@@ -18,11 +20,13 @@ from streamprune.reporting.evaluations import (
     TASKS_NAME,
     TEXT_NAME,
     check_writable,
+    name_against,
     read_result,
     results_folder,
     without_folders,
     write_result,
 )
+from streamprune.reporting.record import public_name
 
 
 def evaluate_model(
@@ -36,12 +40,13 @@ def evaluate_model(
     """Measure a model on text, by its continuations (`generation`), on `tasks`; returns what `--json` prints.
 
     Text is used if `settings.data` names any, or if nothing else is requested. Each result is saved as soon as it is
-    known, in `output`, or with the model if streamprune made it. `show` prints the lines of the results; without it
-    they are printed like the notes. Raises a StreampruneError if the measurements are impossible.
+    known, in `output`, or with the model if streamprune made it; there, those against another model than it was made
+    from are kept apart. `show` prints the lines of the results; without it they are printed like the notes. Raises a
+    StreampruneError if the measurements are impossible.
     """
-    folder = output
+    folder, other = output, None
     if folder is None and (model_folder := pruned_folder(settings.model)) is not None:
-        folder = results_folder(model_folder)
+        folder, other = results_folder(model_folder), other_original(settings)
     if folder is not None:
         # Checked early: the first result may come after hours.
         check_writable(folder)
@@ -51,9 +56,20 @@ def evaluate_model(
             for line in result_lines(name, result):
                 (show or progress.say)(line)
             if folder is not None:
-                progress.say(_save(folder, name, result, replace_better=output is not None))
+                kept = name if other is None or result.get("against") is None else name_against(name, *other)
+                progress.say(_save(folder, kept, result, replace_better=output is not None))
             found |= result if name == TEXT_NAME else {Path(name).stem: result}
     return found
+
+
+def other_original(settings: EvalSettings) -> tuple[str, str] | None:
+    """The name and fingerprint of --against, if by its record the model was not made from that; else None."""
+    record = read_record_of(settings.model)
+    if settings.against is None or record is None or record.source.fingerprint is None:
+        return None
+    folder = resolve_model(settings.against, settings.against_revision, settings.trust_remote_code)
+    fingerprint = open_checkpoint(folder).fingerprint()
+    return None if fingerprint == record.source.fingerprint else (public_name(settings.against), fingerprint)
 
 
 def _results(

@@ -4,6 +4,7 @@
 |---|---|---|
 | `text.json` | `eval --data`, `run --evaluate` | loss, and against the original KL and agreement, by source |
 | `generation.json` | `eval --generate` | how continuations end: with EOS, in loops, not at all |
+| `text-against-NAME-….json` | `eval --against NAME` | the same where NAME is not what the model was made from |
 | `search.json` | `run --best` | the candidates of which this model is the best: `reporting.search` |
 | `tasks.json` | `eval --tasks` | the result of lm-evaluation-harness |
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +33,8 @@ from streamprune.reporting.record import Kind, checked, public_name, read_object
 from streamprune.reporting.record_text import MOST_LISTED, Count, Name, Number, Share
 
 FOLDER_NAME = "evaluation"
+#: In the name of a result that compares with another model than the one that was pruned.
+_AGAINST = "-against-"
 TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"
 #: The format of text.json and generation.json.
 RESULT_FORMAT = 1
@@ -193,6 +197,19 @@ def _is_finite(value: Any) -> bool:
 def results_folder(model: Path) -> Path:
     """The folder with the results about the model in the folder `model`."""
     return model / FOLDER_NAME
+
+
+def name_against(name: str, original: str, fingerprint: str) -> str:
+    """The file of a result that compares with another model than the one that was pruned."""
+    path = Path(name)
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", original)[-100:]
+    return f"{path.stem}{_AGAINST}{readable}-{fingerprint[:8]}{path.suffix}"
+
+
+def others_of(output: Path, name: str) -> list[str]:
+    """The files of results about the model in `output` that `name_against` named, in order."""
+    path = Path(name)
+    return sorted(each.name for each in results_folder(output).glob(f"{path.stem}{_AGAINST}*{path.suffix}"))
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:

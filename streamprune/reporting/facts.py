@@ -35,6 +35,7 @@ from streamprune.reporting.evaluations import (
     GenerationResult,
     TasksResult,
     TextResult,
+    others_of,
     read_checked_result,
 )
 from streamprune.reporting.record import Record, checked, read_record
@@ -259,6 +260,8 @@ class Facts:
     memory: Memory | str
     course: Course | str
     text: TextResult | None
+    #: Further ones, compared with models that this one was not made from.
+    other_texts: tuple[TextResult, ...]
     generation: GenerationResult | None
     tasks: TasksResult | None
     #: The search that this model is the best candidate of.
@@ -277,6 +280,10 @@ def read_facts(output: Path) -> Facts:
     scores = read_scores_of(output, record)
     selection = record.selection
     checkpoint = open_checkpoint(output)
+    names = [TEXT_NAME, *others_of(output, TEXT_NAME)]
+    found = [text for name in names if (text := read_checked_result(output, name, TextResult)) is not None]
+    # What it was made from comes first, also where an earlier version has put another in its place.
+    texts = sorted(found, key=lambda text: text.against_source is False)
     return Facts(
         output.name,
         checkpoint.config,
@@ -287,7 +294,8 @@ def read_facts(output: Path) -> Facts:
         _energies(scores, record) if scores else None,
         read_memory(output, record, scores, checkpoint),
         read_course(output, record, checkpoint.nbytes),
-        read_checked_result(output, TEXT_NAME, TextResult),
+        texts[0] if texts else None,
+        tuple(texts[1:]),
         read_checked_result(output, GENERATION_NAME, GenerationResult),
         read_checked_result(output, TASKS_NAME, TasksResult),
         read_checked_result(output, SEARCH_NAME, SearchResult),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,6 +197,12 @@ def loss_tables(text: TextResult) -> Iterator[Table]:
         ]  # fmt: skip
         columns = ["source", "KL", "95 % interval", "99th percentile", "top-1 agreement", "95 % interval"]
         yield Table("Divergence from the original, nats per token", columns, divergence)
+
+
+def other_loss_tables(text: TextResult) -> Iterator[Table]:
+    """The same of a comparison with a model that this one was not made from, which the titles say."""
+    for table in loss_tables(text):
+        yield replace(table, title=f"{table.title}, against {text.original_words}, on {text.text_words}")
 
 
 def depth_table(text: TextResult) -> Table:

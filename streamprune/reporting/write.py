@@ -98,7 +98,8 @@ def sections_of(facts: Facts) -> Iterator[Section]:
         yield Section("retention", shown, partial(charts.draw_retention, facts.retained))
     yield from _sections_of_narrower(facts)
     if text is not None:
-        yield Section("loss", [*tables.loss_tables(text)], partial(charts.draw_losses, text))
+        others = [table for other in facts.other_texts for table in tables.other_loss_tables(other)]
+        yield Section("loss", [*tables.loss_tables(text), *others], partial(charts.draw_losses, text))
         if any(each.hidden_error for each in text.rows):
             yield Section("depth", [tables.depth_table(text)], partial(charts.draw_depth, text))
     if facts.generation is not None:
@@ -160,7 +161,7 @@ def _card(path: Path, facts: Facts, pictures: Mapping[str, charts.Picture]) -> b
     with reading(path):
         old = path.read_bytes()
     values = {
-        "text": facts.text,
+        "texts": [facts.text, *facts.other_texts] if facts.text is not None else [],
         "tasks": facts.tasks,
         "tasks_table": tables.tasks_table,
         "generation": facts.generation,
