@@ -5,8 +5,10 @@ Each class raises SettingsError for values that are impossible whatever the mode
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,10 +51,44 @@ DEFAULT_DROP_ABOVE = 8.0
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
-def check_amounts(samples: int | None, seq_len: int | None) -> None:
-    """Raise SettingsError for too few sequences, or too few tokens per sequence."""
-    check_least("--samples", samples, 1)
-    check_least("--seq-len", seq_len, 2)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much of a text is used: sequences (or records), tokens of each, and the seed; None: as the recipe says.
+
+    `date` (YYYY-MM-DD; None: today) is what chat templates write that write the date. A share `skip_bad` of a source's
+    records may be bad: they are passed over.
+    """
+
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    date: str | None = None
+    skip_bad: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_least("--samples", self.samples, 1)
+        check_least("--seq-len", self.seq_len, 2)
+        if not 0 <= self.skip_bad < 1:
+            raise SettingsError(f"--skip-bad {self.skip_bad:g} is not a share below 1. Write for example 1%.")
+        # Raises SettingsError.
+        _ = self.day
+
+    @property
+    def day(self) -> datetime.date:
+        """The date for chat templates."""
+        if self.date is None:
+            return datetime.date.today()
+        with suppress(ValueError):
+            day = datetime.date.fromisoformat(self.date)
+            # (Python takes other forms too.)
+            if str(day) == self.date:
+                return day
+        raise SettingsError(f"--date {self.date} is not a date. Write it as YYYY-MM-DD, such as 2026-01-31.")
+
+
+def sampling_of(settings: RunSettings | EvalSettings) -> Sampling:
+    """How much text a command uses. Raises SettingsError for values that make no sense."""
+    return Sampling(**{each.name: getattr(settings, each.name) for each in fields(Sampling)})
 
 
 def sibling_path(output: Path, suffix: str) -> Path:
@@ -198,6 +234,8 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
     calibration: tuple[str, ...] = ("builtin",)
     samples: int | None = None
     seq_len: int | None = None
+    date: str | None = None
+    skip_bad: float = 0.0
     propagate: str = "original"
     from_layer: int | None = None
     checkpoint_every: float = DEFAULT_CHECKPOINT_EVERY
@@ -214,7 +252,7 @@ class RunSettings(OutputSettings, PruningTarget, ComputeSettings):
             self.check_one_target()
         for part in (PruningTarget, OutputSettings, ComputeSettings):
             part.__post_init__(self)
-        check_amounts(self.samples, self.seq_len)
+        _ = sampling_of(self)
         check_least("--from-layer", self.from_layer, 0)
         check_choice("--propagate", self.propagate, PROPAGATE)
         if not 0 <= self.checkpoint_every < float("inf"):
@@ -380,9 +418,11 @@ class EvalSettings(ComputeSettings):
     samples: int | None = None
     seq_len: int | None = None
     seed: int | None = None
+    date: str | None = None
+    skip_bad: float = 0.0
 
     def __post_init__(self) -> None:
         ComputeSettings.__post_init__(self)
-        check_amounts(self.samples, self.seq_len)
+        _ = sampling_of(self)
         if self.against_revision is not None and self.against is None:
             raise SettingsError("--against-revision is about the model of --against, which is missing.")

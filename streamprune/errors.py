@@ -31,6 +31,10 @@ class CalibrationError(StreampruneError):
     """The calibration data is missing, malformed or too short."""
 
 
+class BadRecordError(CalibrationError):
+    """A record of the calibration data cannot be used; --skip-bad passes over a few of them."""
+
+
 class ScoresError(StreampruneError):
     """A file of scores is missing, damaged, of another format, or does not belong to the model."""
 

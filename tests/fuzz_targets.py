@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from streamprune.calibration.sequences import load_calibration
 from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint, read_json
-from streamprune.config import RunSettings
+from streamprune.config import RunSettings, Sampling
 from streamprune.files.durable import read_record
 from streamprune.models.config_json import stated_experts, stated_shape, states_experts, text_part
 from streamprune.models.open import load_config
@@ -273,8 +273,8 @@ def _calibration(place: Place) -> list[Target]:
         path.write_bytes(content)
         # A recipe's own numbers are to count, and its messages name its sources.
         is_recipe = name == RECIPE_NAME
-        given = limits if is_recipe else {**limits, "samples": 4, "seq_len": 8}
-        judge(tally, None if is_recipe else name, lambda: load_calibration([str(path)], place.model, **given))
+        given = Sampling() if is_recipe else Sampling(samples=4, seq_len=8)
+        judge(tally, None if is_recipe else name, lambda: load_calibration([str(path)], place.model, given, **limits))
 
     limits: dict[str, Any] = {"vocab_size": VOCAB, "max_positions": 256}
     write_records(place.folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 
 from streamprune.calibration.recipe import Source
 from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.config import Sampling
 from tests.tokenizer import save_tokenizer
 
 #: Messages, tools and variables, as they reach the template.
@@ -52,7 +55,14 @@ def calibrate(model: Path, recipe: Any, **options: Any) -> Calibration:
     """The calibration that a recipe (a dict, or a path or name) gives for the tokenizer in a folder."""
     if isinstance(recipe, dict):
         recipe = write_recipe(model.parent / "recipe.yaml", recipe)
-    return load_calibration([str(recipe)], model, **({"vocab_size": 256, "max_positions": 4096} | options))
+    return load([recipe], model, **({"max_positions": 4096} | options))
+
+
+def load(sources: Sequence[Path | str], model: Path, **options: Any) -> Calibration:
+    """The calibration that files, folders or recipes give for the tokenizer in a folder, with 256 tokens."""
+    sampling = {each.name: options.pop(each.name) for each in fields(Sampling) if each.name in options}
+    limits = {"vocab_size": 256, "max_positions": 256} | options
+    return load_calibration([str(source) for source in sources], model, Sampling(**sampling), **limits)
 
 
 def shares_of(calibration: Calibration) -> list[float]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
+from tests import recipes
 from tests.tokenizer import save_tokenizer
 
 
@@ -22,8 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def load(model: Path, *sources: Path | str, **options: Any) -> Calibration:
-    defaults = {"samples": 4, "seq_len": 8, "seed": 0, "vocab_size": 256, "max_positions": 256}
-    return load_calibration([str(source) for source in sources], model, **(defaults | options))
+    return recipes.load(sources, model, **({"samples": 4, "seq_len": 8, "seed": 0} | options))
 
 
 def write_lines(path: Path, *records: Any) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from streamprune.calibration import chat
-from streamprune.calibration.sequences import load_calibration
 from streamprune.errors import CalibrationError
 from tests.fuzzing import resident_bytes
+from tests.recipes import load
 from tests.thorough import mostly_thorough
 from tests.tokenizer import save_tokenizer
 
@@ -28,10 +28,7 @@ def chats(tmp_path: Path, template: str, records: int = 1) -> str:
     line = json.dumps({"messages": [{"role": "user", "content": "hello, who is there?"}]})
     (tmp_path / "chats.jsonl").write_text(f"{line}\n" * records)
     with pytest.raises(CalibrationError) as caught:
-        load_calibration(
-            [str(tmp_path / "chats.jsonl")], tmp_path / "model",
-            samples=9, seq_len=8, seed=0, vocab_size=256, max_positions=256,
-        )  # fmt: skip
+        load([tmp_path / "chats.jsonl"], tmp_path / "model", samples=9, seq_len=8, seed=0)
     assert f"{tmp_path / 'chats.jsonl'} line 1" in str(caught.value)
     assert len(str(caught.value)) < 1000
     return str(caught.value)
@@ -144,7 +141,7 @@ def test_an_enormous_record(kind: str, tmp_path: Path) -> None:
     code = (
         "import random, resource, sys, time\n"
         "from pathlib import Path\n"
-        "from streamprune.calibration.sources import read_file\n"
+        "from streamprune.calibration.text_files import read_file\n"
         "from streamprune.errors import CalibrationError\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before, started = peak(), time.process_time()\n"
@@ -173,11 +170,11 @@ def test_a_file_of_one_endless_line(tmp_path: Path) -> None:
 def test_names_that_can_be_no_file(name: str, tmp_path: Path) -> None:
     for sources in ([name], [name, "builtin"]):
         with pytest.raises(CalibrationError) as caught:
-            load_calibration(sources, tmp_path, vocab_size=256, max_positions=256)
+            load(sources, tmp_path)
         assert len(str(caught.value)) < 700
     (tmp_path / "r.yaml").write_text(json.dumps({"sources": [{"path": name}]}))
     with pytest.raises(CalibrationError) as caught:
-        load_calibration([str(tmp_path / "r.yaml")], tmp_path, vocab_size=256, max_positions=256)
+        load([tmp_path / "r.yaml"], tmp_path)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -214,6 +211,7 @@ def test_a_file_larger_than_any_memory_is_read_no_further_than_it_has_to_be(name
     ],
 )
 def test_records_that_say_nonsense(content: bytes, words: str, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(CalibrationError, match=words) as caught:
         read(tmp_path / "a.jsonl")
@@ -222,4 +220,4 @@ def test_records_that_say_nonsense(content: bytes, words: str, tmp_path: Path) -
 
 
 def read(path: Path) -> None:
-    load_calibration([str(path)], path.parent, samples=9, seq_len=8, seed=0, vocab_size=256, max_positions=256)
+    load([path], path.parent, samples=9, seq_len=8, seed=0)

@@ -10,7 +10,7 @@ import pytest
 from streamprune.calibration.chat import Chat
 from streamprune.calibration.recipe import Source
 from streamprune.calibration.records import content_of
-from streamprune.calibration.sources import Row
+from streamprune.calibration.rows import Row
 from streamprune.errors import CalibrationError
 from tests.recipes import made_of, tool_model, write_lines, write_table
 
@@ -75,7 +75,6 @@ def test_chats(record: dict[str, Any], form: dict[str, Any], text: str, model: P
     [
         ({"m": "hello"}, {}, "'m' that is not valid JSON"),
         ({"m": "5"}, {}, "has 5 for 'm', which is not a list of messages"),
-        ({"m": None}, {}, "has None for 'm', which is not a list of messages"),
         ({"n": []}, {}, "has no 'm'"),
         ({"m": ["hi"]}, {}, "has 'hi' among its messages, where an object with 'role' is needed"),
         ({"m": [], "t": "{}"}, {"tools": "t"}, "has {} for 't', which is not a list of tools"),

@@ -16,9 +16,8 @@ import pytest
 
 from streamprune.calibration.pack import BUCKETS, Cutter, Packer, bucket, divided
 from streamprune.calibration.recipe import RECIPE_KEYS, SOURCE_KEYS, read_recipe, shipped_recipes
-from streamprune.calibration.sequences import load_calibration
 from streamprune.errors import CalibrationError
-from tests.recipes import calibrate, same_tokens, shares_of, texts_of, write_lines, write_recipe, write_texts
+from tests.recipes import calibrate, load, same_tokens, shares_of, texts_of, write_lines, write_recipe, write_texts
 from tests.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +114,9 @@ def test_two_processes_make_the_same_tokens(model: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from streamprune.calibration.sequences import load_calibration\n"
-        "print(load_calibration([sys.argv[1]], Path(sys.argv[2]), samples=40, vocab_size=256, max_positions=256))\n"
+        "from streamprune.config import Sampling\n"
+        "limits = {'vocab_size': 256, 'max_positions': 256}\n"
+        "print(load_calibration([sys.argv[1]], Path(sys.argv[2]), Sampling(samples=40), **limits))\n"
     )
     said = {
         subprocess.run(
@@ -124,7 +125,7 @@ def test_two_processes_make_the_same_tokens(model: Path) -> None:
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip
-    here = load_calibration([str(path)], model, samples=40, vocab_size=256, max_positions=256)
+    here = load([path], model, samples=40)
     assert said == {f"{here}\n"}
     assert here.fingerprint in said.pop()
 
@@ -149,16 +150,16 @@ def test_bucketed_documents_share_lengths_and_lose_little() -> None:
     assert len({bucket(length) for length in range(1024, 2048)}) == BUCKETS
     documents = [[9] * length for length in range(1024, 2048, 8)]
     cutter = Cutter([], 2048, bucketed=True)
-    made = [len(sequence) for document in documents for sequence in cutter.add(document)]
+    made = [len(sequence) for document in documents for sequence in cutter.add([document])]
     assert len(made) == 128
     assert len(set(made)) == BUCKETS
 
 
 def test_a_prefix_that_is_there_is_not_written_twice() -> None:
     packer = Packer([1], 4)
-    made = [*packer.add([1, 5, 6, 7, 8]), *packer.add([9, 9, 1, 4, 4, 4])]
+    made = [*packer.add([[1, 5], [6, 7, 8]]), *packer.add([[9, 9, 1, 4, 4, 4]])]
     assert made == [[1, 5, 6, 7], [1, 8, 9, 9], [1, 4, 4, 4]]
-    assert list(Cutter([1], 3, False).add([1, 5, 6, 7])) == [[1, 5, 6]]
+    assert list(Cutter([1], 3, False).add([[1, 5], [6, 7]])) == [[1, 5, 6]]
 
 
 def test_what_is_recorded_names_no_folder(model: Path) -> None:
@@ -171,7 +172,7 @@ def test_what_is_recorded_names_no_folder(model: Path) -> None:
                      "tokens": 3200}],
         "given": {"calibration": ["recipe.yaml"], "samples": None, "seq_len": None, "seed": None},
     }  # fmt: skip
-    plain = load_calibration([str(model.parent / "a.jsonl")], model, samples=2, vocab_size=256, max_positions=8)
+    plain = load([model.parent / "a.jsonl"], model, samples=2, max_positions=8)
     assert plain.recipe["sources"][0] == {
         "name": "a.jsonl", "path": ["a.jsonl"], "share": None, "records": 1, "sequences": 2, "tokens": 16
     }  # fmt: skip
@@ -180,11 +181,11 @@ def test_what_is_recorded_names_no_folder(model: Path) -> None:
 def test_files_named_directly_have_equal_parts_and_fill_up(model: Path) -> None:
     write_texts(model.parent / "short.jsonl", "s", count=1, length=69)
     files = [str(model.parent / f"{name}.jsonl") for name in ("a", "short", "b", "a")]
-    mix = load_calibration(files, model, samples=40, seq_len=10, vocab_size=256, max_positions=256)
+    mix = load(files, model, samples=40, seq_len=10)
     assert mix.sources == ("a.jsonl", "short.jsonl", "b.jsonl", "a.jsonl-2")
     assert mix.tokens_of == (110, 70, 110, 110)
-    assert mix.notes == ("short.jsonl gave 7 of the 10 sequences of its share.",)
-    few = load_calibration(["builtin"], model, samples=2, seq_len=10, vocab_size=256, max_positions=256)
+    assert mix.notes == ("short.jsonl gave 7 of the 10 sequences of its share (70 tokens).",)
+    few = load(["builtin"], model, samples=2, seq_len=10)
     assert few.sources == ("code", "prose")
     assert few.notes == ("With so few sequences, only these sources are used: code, prose.",)
 
@@ -192,7 +193,7 @@ def test_files_named_directly_have_equal_parts_and_fill_up(model: Path) -> None:
 def test_a_recipe_stands_alone(model: Path) -> None:
     path = write_recipe(model.parent / "r.yaml", recipe(source("a")))
     with pytest.raises(CalibrationError, match=r"r\.yaml is a recipe: give it alone"):
-        load_calibration([str(path), "builtin"], model, vocab_size=256, max_positions=256)
+        load([path, "builtin"], model)
     with pytest.raises(CalibrationError, match=r"neither a file nor a recipe 'agentik'\. Did you mean 'agentic'"):
         calibrate(model, "agentik")
 
@@ -201,7 +202,7 @@ def test_recipes_in_json_and_records_named_like_them(model: Path) -> None:
     (model.parent / "r.json").write_text(json.dumps(recipe(source("a"))))
     assert calibrate(model, model.parent / "r.json").tokens == 3200
     for content, words in (
-        (b'{"text": "a"}\n{"text": "b"}\n', r"not a recipe in JSON: .* name it \.jsonl"),
+        (b"[1, 2]", r"Expected `object`, got `array`"),
         (b'{"seed": 1, "seed": 2}', "not a recipe in JSON"),
         (b"\xff", "not a recipe in JSON"),
     ):

@@ -4,6 +4,9 @@ transformers renders templates in Jinja's sandbox, which keeps them from attribu
 ever or from filling the memory: `{{ 'x' * 10**12 }}` and `{{ 9**9**9 }}` are single steps that no signal handler or
 timer within the process can interrupt. So they are rendered in a forked process with limits that the system enforces,
 which is killed when an answer takes too long.
+
+What a template writes must depend on nothing but the chat: where it writes today's date, it gets one day's, whatever
+day it is.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date, datetime
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
-from streamprune.errors import CalibrationError
+from streamprune.calibration.messages import text_part, texts_of
+from streamprune.errors import BadRecordError, CalibrationError
 
 #: Seconds for one chat. Templates take milliseconds.
 MOST_SECONDS = 20.0
@@ -34,19 +40,28 @@ _ADVICE = "Check the template, or give records with 'text'."
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat to render: messages, tools, and variables for the template. `place` is for error messages."""
+    """A chat to render: messages, tools, documents, and variables for the template. `place` is for error messages.
+
+    A message's content is text, or a list of parts that are text. `left_out` are the types of what was not.
+    """
 
     place: str
     messages: list[Any]
     tools: list[Any] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    documents: list[Any] | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class ChatRenderer:
-    """A process that renders chats. It is started by the first of them; use as a context manager to end it."""
+    """A process that renders chats. It is started by the first of them; use as a context manager to end it.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    Templates that write the date get that of `day` (None: today). `wrote_date` says whether one did.
+    """
+
+    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
+        self._tokenizer, self._day = tokenizer, day or date.today()
+        self.wrote_date = False
         self._child: Any = None
         self._pipe: Any = None
 
@@ -61,18 +76,19 @@ class ChatRenderer:
             self._child = None
 
     def render(self, chat: Chat) -> str:
-        """The text of a chat.
+        """The text of a chat, its contents in the form that the template reads: text, or parts.
 
-        Raises CalibrationError, naming the record, if the template raises an error, exceeds MOST_SECONDS or
-        MOST_MEMORY, or produces more than MOST_TEXT bytes.
+        Raises CalibrationError, naming the record, if the template exceeds MOST_SECONDS or MOST_MEMORY;
+        BadRecordError if it raises an error, or produces more than MOST_TEXT bytes.
         """
         if self._child is None:
             self._start()
         try:
             # Parquet also has dates and the like, which templates get as text.
-            request = json.dumps((chat.messages, chat.tools, dict(chat.variables)), default=str).encode()
+            given = {name: value for name in ("tools", "documents") if (value := getattr(chat, name))}
+            request = json.dumps((chat.messages, given | dict(chat.variables)), default=str).encode()
         except RecursionError:
-            raise CalibrationError(f"{chat.place} is nested too deeply for a chat.") from None
+            raise BadRecordError(f"{chat.place} is nested too deeply for a chat.") from None
         # If the child has ended, writing fails; reading reports it below.
         with contextlib.suppress(ConnectionError):
             self._pipe.send_bytes(request)
@@ -89,14 +105,16 @@ class ChatRenderer:
                 f"chat, and was stopped. {_ADVICE}"
             )
         text: str = answer[1:].decode("utf-8", errors="replace")
+        self.wrote_date |= answer[:1] == _DATED
         if answer[:1] == _REFUSAL:
-            raise CalibrationError(f"{chat.place}: the model's chat template refuses this chat: {text}")
+            raise BadRecordError(f"{chat.place}: the model's chat template refuses this chat: {text}")
         return text
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_render_all, args=(self._tokenizer, theirs, self._pipe), daemon=True)
+        template = _Template(self._tokenizer, self._day)
+        self._child = context.Process(target=_render_all, args=(template, theirs, self._pipe), daemon=True)
         with warnings.catch_warnings():
             # Newer Pythons warn of forks next to threads. This child only runs Jinja, and one that hangs is killed.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -104,11 +122,13 @@ class ChatRenderer:
         theirs.close()
 
 
-#: The first byte of an answer: text follows, or an error message.
-_TEXT, _REFUSAL = b"t", b"e"
+#: The first byte of an answer: text follows, text with the date, or an error message.
+_TEXT, _DATED, _REFUSAL = b"t", b"d", b"e"
+#: Text that no template has: does a content arrive?
+_MARK = "zqxjkv"
 
 
-def _render_all(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
+def _render_all(template: _Template, pipe: Connection, parents: Connection) -> None:
     """The child process: render one chat after the other until the parent closes the pipe, then exit."""
     try:
         parents.close()
@@ -116,30 +136,112 @@ def _render_all(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
         most = psutil.Process().memory_info().vms + MOST_MEMORY
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        template.pin_date()
         while True:
             request = pipe.recv_bytes()
             # If the parent is killed, only this limit ends a template that loops.
             seconds = int(time.process_time() + MOST_SECONDS) + 2
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-            pipe.send_bytes(_render(tokenizer, *json.loads(request)))
+            pipe.send_bytes(template.answer(*json.loads(request)))
     except BaseException:
         # Always exit at once, so that nothing of the parent is cleaned up or flushed a second time.
         os._exit(1)
 
 
-def _render(tokenizer: Any, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]) -> bytes:
-    try:
-        if tools:
-            variables = {"tools": tools, **variables}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
-        if not isinstance(text, str):
-            return _REFUSAL + f"it returns a {type(text).__name__} instead of text".encode()
-        data = text.encode()
-    except MemoryError:
-        return _REFUSAL + f"it needs more than {MOST_MEMORY:,} bytes of memory".encode()
-    except Exception as error:
-        # A chat template is a program: it may raise anything for roles, orders or contents that it does not accept.
-        return _REFUSAL + (str(error).strip() or type(error).__name__)[:500].encode(errors="replace")
-    if len(data) > MOST_TEXT:
-        return _REFUSAL + f"it produces {len(data):,} bytes of text, more than {MOST_TEXT:,}".encode()
-    return _TEXT + data
+class _Clock:
+    """What transformers asks for the time, for a template: the beginning of `day`. `was_read`: it was asked."""
+
+    def __init__(self, day: date) -> None:
+        self._day, self.was_read = day, False
+
+    def now(self, *_: Any) -> datetime:
+        """The beginning of the day."""
+        self.was_read = True
+        return datetime(self._day.year, self._day.month, self._day.day)
+
+
+class _Template:
+    """A tokenizer's chat template, in the child process."""
+
+    def __init__(self, tokenizer: Any, day: date) -> None:
+        self._tokenizer, self._clock = tokenizer, _Clock(day)
+
+    def pin_date(self) -> None:
+        """Have templates get the same date on every day, in this process."""
+        from transformers.utils import chat_template_utils
+
+        chat_template_utils.datetime = self._clock
+
+    def answer(self, messages: list[Any], variables: dict[str, Any]) -> bytes:
+        """The chat as text, or why the template refuses it."""
+        try:
+            reads_text, self._clock.was_read = self._reads_text, False
+            text = self._in_its_form(messages, reads_text, lambda messages: self._text(messages, variables))
+            if not isinstance(text, str):
+                return _REFUSAL + f"it returns a {type(text).__name__} instead of text".encode()
+            data = text.encode()
+        except MemoryError:
+            return _REFUSAL + f"it needs more than {MOST_MEMORY:,} bytes of memory".encode()
+        except Exception as error:
+            # A chat template is a program: it may raise anything for roles, orders or contents that it does not accept.
+            return _REFUSAL + (str(error).strip() or type(error).__name__)[:500].encode(errors="replace")
+        if len(data) > MOST_TEXT:
+            return _REFUSAL + f"it produces {len(data):,} bytes of text, more than {MOST_TEXT:,}".encode()
+        return (_DATED if self._clock.was_read else _TEXT) + data
+
+    def _text(self, messages: list[Any], variables: Mapping[str, Any]) -> Any:
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+
+    def _in_its_form(self, messages: list[Any], reads_text: bool, render: Callable[[list[Any]], Any]) -> Any:
+        """The rendered chat, with contents as text, or as parts where the template reads them.
+
+        A template that expects text would write nothing of a list, or its brackets; one that expects parts nothing of
+        text. Where it reads both alike, several parts stay as they are.
+        """
+        if not reads_text:
+            return render([_with_content(message, _as_part, parts=_unchanged) for message in messages])
+        joined = [_with_content(message, str, parts=_joined) for message in messages]
+        if joined == messages:
+            return render(joined)
+        text = render(joined)
+        try:
+            as_parts = render(
+                [_with_content(message, str, parts=lambda parts: _as_part(_joined(parts))) for message in messages]
+            )
+        except Exception:
+            # It does not accept parts.
+            return text
+        return render(messages) if as_parts == text else text
+
+    @cached_property
+    def _reads_text(self) -> bool:
+        """Whether the template writes a content that is text; or neither that nor parts, so that nobody knows."""
+
+        def writes(content: Any) -> bool:
+            try:
+                return _MARK in self._text([{"role": "user", "content": content}], {})
+            except Exception:
+                return False
+
+        return writes(_MARK) or not writes([text_part(_MARK)])
+
+
+def _with_content(message: Any, text: Callable[[str], Any], parts: Callable[[list[Any]], Any]) -> Any:
+    """The message with its content changed by `text` if it is text, by `parts` if it is a list of parts."""
+    content = message.get("content")
+    if not isinstance(content, (str, list)):
+        return message
+    return message | {"content": text(content) if isinstance(content, str) else parts(content)}
+
+
+def _joined(parts: list[Any]) -> str:
+    """The texts of parts as vLLM and llama.cpp join them for templates that read text."""
+    return "\n".join(texts_of(parts)[0])
+
+
+def _as_part(text: str) -> Any:
+    return [text_part(text)] if text else text
+
+
+def _unchanged(parts: list[Any]) -> Any:
+    return parts

@@ -6,20 +6,30 @@ padding is counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 
+from streamprune.calibration.chat import Chat
+from streamprune.calibration.left_out import LeftOut
+from streamprune.calibration.messages import is_empty
 from streamprune.calibration.recipe import Recipe, Source
-from streamprune.calibration.records import TokenMaker, content_of
-from streamprune.calibration.sources import Row, rows_of
+from streamprune.calibration.records import content_of
+from streamprune.calibration.rows import Row
+from streamprune.calibration.sources import rows_of
+from streamprune.calibration.tokens import TokenMaker
 from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
-from streamprune.errors import CalibrationError
+from streamprune.errors import BadRecordError, CalibrationError
 
+#: A source with fewer tokens is pointed out.
+FEW_TOKENS = 1000
+#: So many records are read before they are judged by the share of bad ones.
+_LEAST_JUDGED = 1000
 #: Lengths that a bucketed document may have between one power of two and the next.
 BUCKETS = 16
 
@@ -31,18 +41,19 @@ class Packer:
         self._prefix, self._length = prefix, length
         self._buffer: list[int] = []
 
-    def add(self, document: list[int]) -> Iterator[list[int]]:
-        """Append a document and yield each sequence that is now full."""
-        self._buffer += document
-        begin = 0
-        while True:
-            head = _missing(self._prefix, self._buffer, begin)
-            end = begin + self._length - len(head)
-            if end > len(self._buffer):
-                break
-            yield head + self._buffer[begin:end]
-            begin = end
-        del self._buffer[:begin]
+    def add(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+        """Append a document piece by piece, and yield each sequence that is now full."""
+        for piece in pieces:
+            self._buffer += piece
+            begin = 0
+            while True:
+                head = _missing(self._prefix, self._buffer, begin)
+                end = begin + self._length - len(head)
+                if end > len(self._buffer):
+                    break
+                yield head + self._buffer[begin:end]
+                begin = end
+            del self._buffer[:begin]
 
 
 class Cutter:
@@ -51,8 +62,13 @@ class Cutter:
     def __init__(self, prefix: list[int], length: int, bucketed: bool) -> None:
         self._prefix, self._length, self._bucketed = prefix, length, bucketed
 
-    def add(self, document: list[int]) -> Iterator[list[int]]:
-        """The document's sequence; none for a document without tokens."""
+    def add(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
+        """The sequence of a document, of which no more pieces are used than it takes; none without tokens."""
+        document: list[int] = []
+        for piece in pieces:
+            document += piece
+            if len(document) >= self._length:
+                break
         if document:
             sequence = (_missing(self._prefix, document, 0) + document)[: self._length]
             yield sequence[: bucket(len(sequence))] if self._bucketed else sequence
@@ -145,17 +161,27 @@ class _Made(NamedTuple):
 class Supply:
     """The sequences taken from one source: int64 token ids (L,), with `tokens` in total.
 
-    `records` is the number of records drawn for them. `left_out` are files of a folder that are not text. `commit` is
-    that of a Hub data set. Opening the source raises CalibrationError if it cannot be read.
+    `records` is the number of records drawn for them, of `rows_seen`, and `left_out` says what was not used. `commit`
+    is that of a Hub data set. A share `skip_bad` of the records may be bad. Opening the source raises CalibrationError
+    if it cannot be read.
     """
 
-    def __init__(self, source: Source, target: SourceTarget, recipe: Recipe, commit: str | None, maker: TokenMaker):
+    def __init__(
+        self,
+        source: Source,
+        target: SourceTarget,
+        recipe: Recipe,
+        maker: TokenMaker,
+        commit: str | None,
+        skip_bad: float,
+    ) -> None:
         self.source, self.target, self.commit = source, target, commit
-        self.tokens = self.records = self._rows_seen = 0
+        self.tokens = self.records = self.rows_seen = self._tokens_seen = self._number = 0
         self._taken: list[tuple[bool, int, torch.Tensor]] = []
+        self._skip_bad = skip_bad
         self._recipe, self._maker, self._length = recipe, maker, recipe.sequence_length or DEFAULT_SEQ_LEN
-        rows, self.left_out = rows_of(source, recipe.seed, commit)
-        self._made = self._make(rows)
+        self.left_out = LeftOut()
+        self._made = self._make(rows_of(source, recipe.seed, commit, self.left_out))
 
     @property
     def sequences(self) -> list[torch.Tensor]:
@@ -184,18 +210,16 @@ class Supply:
 
     def check(self) -> None:
         """Raise CalibrationError, naming the source, if it has nothing, or less than its recipe requires."""
-        target, name = self.target, f"Source {self.source.name!r} of recipe {self._recipe.name!r}"
-        if not self._recipe.strict:
-            name = ", ".join(map(str, self.source.paths)) or self.source.name
-        reason = None
-        if not self._taken and self._rows_seen and not self.records and self.source.filter:
-            reason = f": none of its {self._rows_seen:,} records passes its 'filter'."
+        target, reason = self.target, None
+        self._check_bad(self.rows_seen)
+        if not self._taken and not self.records and self.source.filter and self.rows_seen > self.left_out.empty:
+            reason = f": none of its {self.rows_seen:,} records passes its 'filter'."
         elif not self.records and not self._taken:
-            reason = ": it contains no text."
+            reason = f": it contains no text, in {self.rows_seen:,} records."
         elif not self._taken:
             reason = (
-                f": the text is shorter than one sequence of {self._length} tokens. Give more text or a smaller "
-                "--seq-len."
+                f": the text is shorter than one sequence of {self._length} tokens: it has {self._tokens_seen:,}, in "
+                f"{self.records:,} records. Give more text or a smaller --seq-len."
             )
         elif target.share is None and self.records < (target.records or 0):
             reason = (
@@ -210,31 +234,92 @@ class Supply:
                 "smaller share, or more text."
             )
         if reason is not None:
-            raise CalibrationError(name + reason)
+            raise CalibrationError(self._name + reason)
+
+    def notes(self) -> Iterator[str]:
+        """What to tell the user of the source, in numbers."""
+        wanted = self.target.tokens or (self.target.sequences or self.target.records or 0) * self._length
+        # (Fewer sequences than were wanted are noted for all sources together.)
+        if self.tokens < min(FEW_TOKENS, wanted) and len(self._taken) >= (self.target.sequences or 0):
+            yield f"it gives only {self.tokens:,} tokens, from {self.records:,} records."
+        yield from self.left_out.notes(self.rows_seen)
+
+    @property
+    def _name(self) -> str:
+        if self._recipe.strict:
+            return f"Source {self.source.name!r} of recipe {self._recipe.name!r}"
+        return ", ".join(map(str, self.source.paths)) or self.source.name
 
     def _keep(self, made: _Made) -> None:
         self._taken.append((made.is_cuttable, made.number, torch.tensor(made.ids, dtype=torch.int64)))
         self.tokens += len(made.ids)
 
     def _make(self, rows: Iterator[tuple[int, Row]]) -> Iterator[_Made]:
-        divider: Packer | Cutter | None = None
-        number = 0
         for index, row in rows:
-            self._rows_seen += 1
-            content = content_of(row, self.source)
-            if content is None:
-                continue
-            self.records += 1
-            if isinstance(content, list):
-                yield _Made(False, index, self._maker.ready(row.place, content))
-            else:
-                divider = divider or self._divider()
-                for ids in divider.add(self._maker.document(row.place, content)):
-                    number += 1
-                    yield _Made(True, number, ids)
+            self.rows_seen += 1
+            try:
+                yield from self._sequences_of(index, row)
+            except BadRecordError as error:
+                self._pass_over(error)
             if self.records == self.target.records:
                 return
 
+    def _sequences_of(self, index: int, row: Row) -> Iterator[_Made]:
+        """The sequences that are full with a record. Raises BadRecordError if it cannot be used."""
+        content = content_of(row, self.source)
+        if content is None:
+            return
+        if isinstance(content, list):
+            ids = self._maker.ready(row.place, content)
+            self.records += 1
+            self._tokens_seen += len(ids)
+            yield _Made(False, index, ids)
+            return
+        text = content if isinstance(content, str) else self._rendered(content)
+        if not text.strip():
+            self.left_out.empty += 1
+            return
+        pieces = self._without_placeholders(self._maker.pieces(row.place, text, ended=isinstance(content, str)))
+        # (It counts as a record once the tokenizer takes it.)
+        pieces = chain([next(pieces)], pieces)
+        self.records += 1
+        for ids in self._divider.add(pieces):
+            self._number += 1
+            yield _Made(True, self._number, ids)
+
+    def _rendered(self, chat: Chat) -> str:
+        self.left_out.parts.update(chat.left_out)
+        self.left_out.chats += bool(chat.left_out)
+        # Of a chat without any text a template would write only its own marks.
+        return "" if is_empty(chat.messages) else self._maker.rendered(chat)
+
+    def _without_placeholders(self, pieces: Iterator[list[int]]) -> Iterator[list[int]]:
+        """Tokens without those that stand for an image or the like, as text in which their names are written has."""
+        placeholders = self._maker.placeholders
+        for ids in pieces:
+            kept = [token for token in ids if token not in placeholders] if placeholders else ids
+            self.left_out.placeholders += len(ids) - len(kept)
+            self._tokens_seen += len(kept)
+            yield kept
+
+    def _pass_over(self, error: BadRecordError) -> None:
+        """Count a bad record. Raises CalibrationError if too many are bad."""
+        if not self._skip_bad:
+            raise CalibrationError(f"{error} (To pass over a few bad records: --skip-bad 1%.)") from None
+        self.left_out.bad += 1
+        self.left_out.first_bad = self.left_out.first_bad or str(error)
+        # (Judged by the share only once there are enough, and at the end.)
+        self._check_bad(max(self.rows_seen, _LEAST_JUDGED))
+
+    def _check_bad(self, records: int) -> None:
+        bad = self.left_out.bad
+        if bad > self._skip_bad * records:
+            raise CalibrationError(
+                f"{self._name}: {bad:,} of the first {self.rows_seen:,} records are bad, more than --skip-bad "
+                f"{self._skip_bad:.3g} passes over. The first: {self.left_out.first_bad}"
+            )
+
+    @cached_property
     def _divider(self) -> Packer | Cutter:
         # (The prefix needs the tokenizer, which pretokenized records do not.)
         if self._recipe.mode == "packed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import msgspec
 import yaml
 
 from streamprune.calibration.builtin_text import BUILTIN, DOMAINS
+from streamprune.calibration.rows import ARRAY, LINES, json_kind
 from streamprune.calibration.templates import compiled, parse_path
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
@@ -39,11 +41,15 @@ Scalar = str | bool | int | float
 TextList = Annotated[list[Text], msgspec.Meta(min_length=1)]
 
 #: Parameters of `apply_chat_template` itself, which are no variables of the template.
-_RESERVED = {
+RESERVED = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
     "return_assistant_tokens_mask", "self",
 }  # fmt: skip
+
+
+#: The fields of a record that count where nothing else is stated, in this order.
+USUAL_FIELDS = ("input_ids", "messages", "conversations", "text")
 
 
 class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -110,6 +116,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     columns: Columns = Columns()
     roles: dict[str, Text] = {}
     tools: str | None = None
+    documents: str | None = None
     thinking: bool | None = None
     template_options: dict[str, Scalar] = {}
 
@@ -122,18 +129,18 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ValueError(f"Both {ways[0]!r} and {ways[1]!r} say how a record becomes text: give one")
         for needed, keys in (
             ("dataset", ("subset", "split", "revision", "data_files", "data_dir")),
-            ("messages", ("columns", "roles", "tools", "thinking", "template_options")),
+            ("messages", ("columns", "roles", "tools", "documents", "thinking", "template_options")),
         ):
             idle = next((key for key in keys if key in stated), None)
             if idle is not None and needed not in stated:
                 raise ValueError(f"{idle!r} only goes with {needed!r}")
         for key in self.template_options:
-            if not key.isidentifier() or key in _RESERVED:
+            if not key.isidentifier() or key in RESERVED:
                 raise ValueError(f"{show(key)} in 'template_options' is not a variable of a chat template")
         # Compiled here to report errors before the first record is read.
         if self.text is not None:
             compiled(self.text)
-        for path in (self.field, self.messages, self.tools, *self.filter):
+        for path in (self.field, self.messages, self.tools, self.documents, *self.filter):
             if isinstance(path, str):
                 parse_path(path)
 
@@ -226,7 +233,7 @@ def file_opened(path: Path) -> Iterator[BinaryIO]:
             yield stream
     except FileNotFoundError:
         raise CalibrationError(
-            f"There is no calibration file {path}. Give a recipe, a text, JSONL or parquet file, a folder of them, or "
+            f"There is no calibration file {path}. Give a recipe, a text, JSON or parquet file, a folder of them, or "
             f"{BUILTIN} for built-in text."
         ) from None
     except OSError as error:
@@ -247,13 +254,22 @@ def find_recipe(name: str) -> Path | None:
     """
     path, exists = named_path(name)
     if path.suffix.lower() in SUFFIXES:
-        return path
+        return None if exists and _holds_records(path) else path
     if exists or name.partition(":")[0] == BUILTIN:
         return None
     shipped = shipped_recipes()
     if name not in shipped and (near := difflib.get_close_matches(name, shipped, 1, 0.7)):
         raise CalibrationError(f"There is neither a file nor a recipe {name!r}. Did you mean {near[0]!r}?")
     return shipped.get(name)
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file that is named like a recipe has records."""
+    if path.suffix.lower() != ".json" or path.is_dir():
+        return False
+    with file_opened(path) as stream:
+        kind, first = json_kind(stream)
+    return kind == ARRAY or (kind == LINES and "sources" not in first and not first.keys() <= set(RECIPE_KEYS))
 
 
 def builtin_domains(source: str) -> list[str]:
@@ -272,12 +288,13 @@ def read_recipe(path: Path) -> Recipe:
     """
     with file_opened(path) as stream:
         data = stream.read(MOST_BYTES + 1)
-    hint = "If it has records, one per line, name it .jsonl."
+    data = data.removeprefix(codecs.BOM_UTF8)
+    hint = "If it has records, make them one array, or one object per line (.jsonl)."
     if len(data) > MOST_BYTES:
         raise CalibrationError(f"{path} has more than {format_bytes(MOST_BYTES)}, the limit for a recipe. {hint}")
     kind, hint = ("JSON", f" {hint}") if path.suffix.lower() == ".json" else ("YAML", "")
     try:
-        raw = parse_json(data, unique=True) if kind == "JSON" else yaml.load(data.decode("utf-8"), _Loader)
+        raw = parse_json(data, unique=True) if kind == "JSON" else yaml.load(data.decode(), _Loader)
     except Exception as error:
         # pyyaml fails in many ways of its own and of Python's: a date without a month, a number of 5,000 digits.
         raise CalibrationError(f"{path} is not a recipe in {kind}: {_one_line(error)}.{hint}") from None

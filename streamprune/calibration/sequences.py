@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -24,12 +24,13 @@ from streamprune.calibration.recipe import (
     named_path,
     read_recipe,
 )
-from streamprune.calibration.records import TokenMaker
 from streamprune.calibration.sources import commits_of
-from streamprune.config import DEFAULT_SEQ_LEN
+from streamprune.calibration.tokens import TokenMaker
+from streamprune.config import DEFAULT_SEQ_LEN, EvalSettings, RunSettings, Sampling, SearchSettings
 from streamprune.errors import CalibrationError
 from streamprune.tables import plain
 
+S = TypeVar("S", Sampling, RunSettings, SearchSettings, EvalSettings)
 #: What a sequence is for in a refit: weights are fitted to it, or the fit is judged by it.
 FIT, JUDGE = "fit", "judge"
 
@@ -166,44 +167,47 @@ class Calibration:
 TOLERANCE = 0.01
 
 
-# Eight parameters: what decides the tokens. They come from settings of different commands and from the model's config.
 def load_calibration(
     sources: Sequence[str],
     model_folder: Path,
+    sampling: Sampling = Sampling(),  # noqa: B008 (It is frozen.)
     *,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int | None = None,
     vocab_size: int,
     max_positions: int | None,
     trust_remote_code: bool = False,
 ) -> Calibration:
     """The calibration that the user names: a recipe, or files, folders and built-in text in equal parts.
 
-    `samples`, `seq_len` (tokens) and `seed` replace the recipe's own; if neither states them, 512 sequences of 2,048
-    tokens are used, or fewer tokens if the model has fewer positions. `model_folder` needs the tokenizer's files, not
-    the weights. The same sources, tokenizer and seed give the same tokens. Raises CalibrationError for missing,
-    malformed, empty or too short data, naming the source and line.
+    `sampling` replaces the recipe's own numbers; if neither states them, 512 sequences of 2,048 tokens are used, or
+    fewer tokens if the model has fewer positions. `model_folder` needs the tokenizer's files, not the weights. The same
+    sources, tokenizer, seed and date give the same tokens. Raises CalibrationError for missing, malformed, empty or too
+    short data, naming the source and line.
     """
     recipe = chosen_recipe(sources)
-    given = {"calibration": [_given(text) for text in sources], "samples": samples, "seq_len": seq_len, "seed": seed}
     recipe = msgspec.structs.replace(
         recipe,
-        sequence_length=_sequence_length(recipe, seq_len, max_positions),
-        seed=recipe.seed if seed is None else seed,
+        sequence_length=_sequence_length(recipe, sampling.seq_len, max_positions),
+        seed=recipe.seed if sampling.seed is None else sampling.seed,
     )
-    targets = zip(recipe.sources, targets_of(recipe, samples), strict=True)
+    targets = zip(recipe.sources, targets_of(recipe, sampling.samples), strict=True)
     used = [(source, target) for source, target in targets if target.sequences != 0]
     # All sources are looked up and opened before the first is read, so that a missing one is reported at once.
     commits = commits_of(source for source, _ in used)
-    with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions) as maker:
-        supplies = [Supply(source, target, recipe, commits.get(source.name), maker) for source, target in used]
+    day, skip_bad = sampling.day, sampling.skip_bad
+    with TokenMaker(model_folder, trust_remote_code, vocab_size, max_positions, day) as maker:
+        supplies = [
+            Supply(source, target, recipe, maker, commits.get(source.name), skip_bad) for source, target in used
+        ]
         if not recipe.strict:
             _fill_up(supplies)
         for supply in supplies:
             if recipe.strict:
                 supply.take_target()
             supply.check()
+        date = str(day) if maker.wrote_date else None
+    notes = _remarks(recipe, supplies)
+    if date is not None and sampling.date is None:
+        notes.append(f"The chat template writes the date, {date} here; --date {date} gives the same tokens later.")
     sequences = [sequence for supply in supplies for sequence in supply.sequences]
     source_of = [index for index, supply in enumerate(supplies) for _ in supply.sequences]
     return Calibration(
@@ -211,8 +215,8 @@ def load_calibration(
         tuple(supply.source.name for supply in supplies),
         tuple(source_of),
         fingerprint_of(sequences, source_of),
-        tuple(_remarks(recipe, supplies)),
-        {**_provenance(recipe, supplies), "given": given},
+        tuple(notes),
+        {**_provenance(recipe, supplies), "given": _given(sources, sampling, date)},
     )
 
 
@@ -249,7 +253,35 @@ def chosen_recipe(sources: Sequence[str]) -> Recipe:
     return NamedSources(name=", ".join(unique), sources=list(unique.values()))
 
 
-def _given(text: str) -> str:
+def _given(sources: Sequence[str], sampling: Sampling, date: str | None) -> dict[str, Any]:
+    """The options that give the same text, as JSON; `date` is what the chat template wrote, if it did."""
+    given = {name: getattr(sampling, name) for name in ("samples", "seq_len", "seed")}
+    return {
+        "calibration": [_public(text) for text in sources],
+        **given,
+        **({"date": date} if date is not None else {}),
+        **({"skip_bad": sampling.skip_bad} if sampling.skip_bad else {}),
+    }
+
+
+def date_of(recipe: Mapping[str, Any]) -> str | None:
+    """The date that the chat template wrote into a calibration, by its `recipe`; None if it wrote none."""
+    given = recipe.get("given")
+    date = given.get("date") if isinstance(given, Mapping) else None
+    return date if isinstance(date, str) else None
+
+
+def with_date(sampling: S, *recipes: Mapping[str, Any] | None) -> S:
+    """Settings with the date in the first text that has one, by its `recipe`, unless they state a date themselves.
+
+    So the same command gives the same text on another day.
+    """
+    dates = (date_of(recipe) for recipe in recipes if recipe is not None)
+    found = next((date for date in dates if date is not None), None)
+    return sampling if sampling.date is not None or found is None else replace(sampling, date=found)
+
+
+def _public(text: str) -> str:
     """What the user named, as it may be published: a local path only by its last part."""
     path, exists = named_path(text)
     if text.partition(":")[0] == BUILTIN and not exists:
@@ -291,15 +323,13 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
         used = ", ".join(supply.source.name for supply in supplies)
         notes.append(f"With so few sequences, only these sources are used: {used}.")
     for supply in supplies:
-        if supply.left_out:
-            left_out = f"{len(supply.left_out)} files are not text, first {supply.left_out[0]}"
-            notes.append(f"{supply.source.name}: {left_out}.")
+        notes += [f"{supply.source.name}: {note}" for note in supply.notes()]
     tokens = sum(supply.tokens for supply in supplies)
     if not recipe.strict:
         counts = [(supply, len(supply.sequences), supply.target.sequences or 0) for supply in supplies]
         if len(supplies) > 1:
             notes += [
-                f"{supply.source.name} gave {got} of the {wanted} sequences of its share."
+                f"{supply.source.name} gave {got} of the {wanted} sequences of its share ({supply.tokens:,} tokens)."
                 for supply, got, wanted in counts
                 if got < wanted
             ]
@@ -322,6 +352,7 @@ def _provenance(recipe: Recipe, supplies: Sequence[Supply]) -> dict[str, Any]:
         {"name": supply.source.name, **supply.source.public()}
         | ({} if supply.commit is None else {"commit": supply.commit})
         | {"share": supply.target.share, "records": supply.records}
+        | ({"bad_records": supply.left_out.bad} if supply.left_out.bad else {})
         | {"sequences": len(supply.sequences), "tokens": supply.tokens}
         for supply in supplies
     ]

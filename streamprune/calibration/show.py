@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamprune.calibration.records import load_tokenizer
-from streamprune.calibration.sequences import load_calibration
+from streamprune.calibration.sequences import date_of, load_calibration
+from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import resolve_model
+from streamprune.config import Sampling
 from streamprune.errors import CalibrationError
 from streamprune.models.open import load_config
 from streamprune.tables import Table
@@ -16,15 +17,15 @@ SAMPLE_CHARACTERS = 400
 
 
 def show_calibration(
-    sources: tuple[str, ...], model: str, *, revision: str | None, trust_remote_code: bool, **sampling: int | None
+    sources: tuple[str, ...], model: str, sampling: Sampling, *, revision: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Make the calibration that a run of this model would use; its weights are not needed. Returns as JSON how it was
-    made, with the share and a sample of each source. `sampling` has samples, seq_len and seed.
+    made, with the share and a sample of each source.
     """
     folder = resolve_model(model, revision, trust_remote_code, tokenizer_only=True)
     config = load_config(folder, trust_remote_code).get_text_config(decoder=True)
     made = load_calibration(
-        sources, folder, **sampling, vocab_size=config.vocab_size,
+        sources, folder, sampling, vocab_size=config.vocab_size,
         max_positions=getattr(config, "max_position_embeddings", None), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     try:
@@ -53,6 +54,7 @@ def calibration_text(described: dict[str, Any]) -> str:
     lines.append(
         f"{described['sequences']:,} sequences, {described['tokens']:,} tokens; {described['mode']}, at most "
         f"{described['sequence_length']:,} tokens each; seed {described['seed']}"
+        + (f"; date {date}" if (date := date_of(described)) is not None else "")
     )
     rows = [
         (

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from streamprune.cli import options as opt
-from streamprune.config import check_amounts
+from streamprune.config import Sampling
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_lines, measured_object
 from streamprune.fit.estimate import Estimate, Fit, check_keep
@@ -116,10 +116,10 @@ def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> 
 
     RECIPE is a recipe file, the name of one that comes with streamprune, or files, folders or builtin.
     """
-    check_amounts(options["samples"], options["seq_len"])
+    sampling = Sampling(**{each.name: options.pop(each.name) for each in fields(Sampling)})
     limit_library_memory()
     from streamprune.calibration.show import calibration_text, show_calibration
 
     opt.quiet_libraries(downloads=as_json)
-    described = show_calibration(recipe, model, **options)
+    described = show_calibration(recipe, model, sampling, **options)
     click.echo(opt.json_text(described) if as_json else calibration_text(described))

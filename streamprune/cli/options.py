@@ -116,7 +116,26 @@ SELECTION = together(
     click.option("--floor", type=int, metavar="N", help="Minimum experts per layer.  [default: what the router needs]"),
     click.option("--protect-super-experts", is_flag=True, help="Keep experts with extremely large outputs."),
 )  # fmt: skip
-#: How much text is used, instead of what the recipe says.
+
+
+class _Share(click.ParamType[float]):
+    """A share of a whole: `1%`, or a number below 1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            self.fail(f"{text} is not a share below 100%. Write for example 1%.", param, ctx)
+        return share
+
+
+#: How much text is used, instead of what the recipe says, and what of it may be bad.
 SAMPLING = together(
     click.option(
         "--samples", type=int,
@@ -128,6 +147,14 @@ SAMPLING = together(
         help=f"Tokens per sequence.  [default: the recipe's, or {DEFAULT_SEQ_LEN}, or the model's limit]",
     ),
     click.option("--seed", type=int, help="Random seed for choosing the text.  [default: the recipe's, or 0]"),
+    click.option(
+        "--date", metavar="YYYY-MM-DD",
+        help="The date for chat templates that write one.  [default: the day that the run began]",
+    ),
+    click.option(
+        "--skip-bad", type=_Share(), metavar="SHARE", default=0.0,
+        help="Pass over bad records, up to this share of a source, such as 1%.  [default: fail at the first]",
+    ),
 )  # fmt: skip
 #: The text that a model is scored on.
 CALIBRATION = together(

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from streamprune.calibration.sequences import Calibration, load_calibration
+from streamprune.calibration.sequences import Calibration, load_calibration, with_date
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, open_checkpoint, read_json
-from streamprune.config import EvalSettings
+from streamprune.config import EvalSettings, sampling_of
 from streamprune.errors import CalibrationError, SettingsError, UnsupportedModelError
 from streamprune.evaluation.held_out import held_back_fingerprint, held_out_recipe, read_record_of, recipe_within
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
@@ -73,13 +73,12 @@ def read_data(settings: EvalSettings) -> Calibration:
         return _read_held_out(settings)
     config_folder(settings.model, settings.revision, settings.trust_remote_code)
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, tokenizer_only=True)
+    settings = with_model_date(settings)
     text_config = load_config(folder, settings.trust_remote_code).get_text_config(decoder=True)
     data = load_calibration(
         [recipe_within(name) for name in settings.data],
         folder,
-        samples=settings.samples,
-        seq_len=settings.seq_len,
-        seed=settings.seed,
+        sampling_of(settings),
         vocab_size=text_config.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,
@@ -89,6 +88,13 @@ def read_data(settings: EvalSettings) -> Calibration:
         if all(source != number for _, source in pairs):
             raise CalibrationError(f"{name} has no sequence of two tokens or more, so that nothing can be predicted.")
     return replace(data, sequences=tuple(ids for ids, _ in pairs), source_of=tuple(source for _, source in pairs))
+
+
+def with_model_date(settings: EvalSettings) -> EvalSettings:
+    """Settings with the date in the text that the model was scored on, unless they state one or it has none."""
+    record = read_record_of(settings.model)
+    recipe = record.calibration.recipe if record is not None and record.calibration is not None else None
+    return with_date(settings, recipe if isinstance(recipe, Mapping) else None)
 
 
 def _read_held_out(settings: EvalSettings) -> Calibration:

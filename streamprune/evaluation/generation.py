@@ -16,10 +16,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers import __version__ as transformers_version
 
-from streamprune.calibration.records import load_tokenizer
 from streamprune.calibration.sequences import Calibration
-from streamprune.config import EvalSettings
+from streamprune.calibration.tokens import load_tokenizer
+from streamprune.config import EvalSettings, sampling_of
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
+from streamprune.evaluation.evaluate import with_model_date
 from streamprune.evaluation.generation_figures import (
     GREEDY,
     LEAST_ROUNDS,
@@ -88,8 +89,9 @@ def generation_health(
             raise
         notes.append(f"Only token ids were continued, and no chats: {str(error).splitlines()[0]}")
     prompts, switch, prompt_notes = collect_prompts(
-        data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer
-    )
+        data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer,
+        sampling_of(with_model_date(settings)).day,
+    )  # fmt: skip
     longest, length_notes = _new_tokens(prompts, generation.max_new_tokens, models)
     notes += [*prompt_notes, *length_notes]
     for note in notes:

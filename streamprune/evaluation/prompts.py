@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from streamprune.calibration.chat import Chat, ChatRenderer
+from streamprune.calibration.messages import content_of_parts
 from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
 from streamprune.files.json_text import parse_json, show
@@ -59,14 +61,15 @@ class _Line(msgspec.Struct):
 
 
 def collect_prompts(
-    data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any
+    data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any, day: date | None = None
 ) -> tuple[list[Prompt], str | None, list[str]]:
     """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
     Returns the prompts, the template's variable for thinking if it has one, and notes for the user. Each opening is
     text to continue, and also a chat if the tokenizer has a chat template: with thinking off and on if it has a
-    variable for that. Without a tokenizer prompts are only token ids. If the template fails there are no chats. Raises
-    CalibrationError if there are no prompts, for invalid lines, and for chats of the user that do not render.
+    variable for that, and the date of `day` (None: today) if it writes one. Without a tokenizer prompts are only token
+    ids. If the template fails there are no chats. Raises CalibrationError if there are no prompts, for invalid lines,
+    and for chats of the user that do not render.
     """
     openings = [] if path is None else _read_openings(path)
     if data is not None:
@@ -77,7 +80,9 @@ def collect_prompts(
     notes: list[str] = []
     if tokenizer is not None and tokenizer.chat_template:
         try:
-            switch, chats = _chat_prompts([each for each in openings if each.messages or each.text.strip()], tokenizer)
+            switch, chats = _chat_prompts(
+                [each for each in openings if each.messages or each.text.strip()], tokenizer, day
+            )
             prompts += chats
         except CalibrationError as error:
             if given:
@@ -127,7 +132,7 @@ def _opening(place: str, source: str, text: bytes) -> _Opening:
     # The name becomes that of a source in the result.
     source = plain(line.source or source) or "prompts"
     if line.messages:
-        return _Opening(place, source, messages=row["messages"])
+        return _Opening(place, source, messages=[_message(place, message) for message in row["messages"]])
     if line.prompt and line.prompt.strip():
         return _Opening(place, source, line.prompt)
     raise CalibrationError(
@@ -136,14 +141,25 @@ def _opening(place: str, source: str, text: bytes) -> _Opening:
     )
 
 
+def _message(place: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its parts as templates expect them. Raises CalibrationError for parts that are not text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    content, others = content_of_parts(content)
+    if others:
+        raise CalibrationError(f"{place} has a part of a message that is not text ({others[0]}). Give only text.")
+    return message | {"content": content}
+
+
 def _text_prompt(opening: _Opening, tokenizer: Any) -> Prompt:
     ids = opening.ids if opening.ids is not None else _tokens(opening, opening.text, tokenizer, special=True)
     return Prompt(opening.source, TEXT, None, ids, opening.text or " ".join(map(str, ids)))
 
 
-def _chat_prompts(openings: Sequence[_Opening], tokenizer: Any) -> tuple[str | None, list[Prompt]]:
+def _chat_prompts(openings: Sequence[_Opening], tokenizer: Any, day: date | None) -> tuple[str | None, list[Prompt]]:
     """The template's variable for thinking, and a chat of every opening for each of its values."""
-    with ChatRenderer(tokenizer) as renderer:
+    with ChatRenderer(tokenizer, day) as renderer:
 
         def rendered(opening: _Opening, variables: dict[str, Any]) -> str:
             messages = opening.messages or [{"role": "user", "content": opening.text}]

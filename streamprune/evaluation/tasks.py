@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from streamprune.calibration.records import load_tokenizer
+from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import first_line
 from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError

@@ -19,7 +19,7 @@ from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.prune import prune
 from streamprune.pipeline.repeated import may_be_finished
 from streamprune.pipeline.run import run
-from streamprune.pipeline.search import finished_search, search
+from streamprune.pipeline.search import finished_search, search, with_date_of
 from streamprune.progress import Progress
 from streamprune.reporting.search import search_result
 
@@ -81,7 +81,7 @@ def _finished(settings: SearchSettings) -> Mapping[str, Any] | None:
 def _write(searched: SearchSettings, settings: RunSettings, found: Mapping[str, Any], quiet: bool) -> RunResult:
     """Write the best candidate, by the scores of the search, with its results."""
     result = search_result(found)
-    best = result.best
+    best, searched = result.best, with_date_of(found, searched)
     own = replace(
         searched.run_of(
             best.keep if best.keep < result.experts_per_layer else None, best.width, best.weights, best.refit

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from streamprune.calibration.sequences import Calibration
+from msgspec import to_builtins
+
+from streamprune.calibration.sequences import Calibration, with_date
 from streamprune.config import RunSettings
-from streamprune.errors import OutputError, ScoresError
+from streamprune.errors import OutputError, ScoresError, StreampruneError
 from streamprune.evaluation.held_out import split_held_out
 from streamprune.models.open import versions
 from streamprune.output.plan import make_plan
@@ -31,6 +34,7 @@ from streamprune.planning.prepare import PreparedModel, calibrate, plan_pruning,
 from streamprune.planning.text_uses import with_uses
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of
+from streamprune.reporting.record import read_record
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, read_scores
 from streamprune.selection.select import Selector
@@ -48,8 +52,8 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
     with Progress(0, quiet) as progress:
         progress.say(f"{settings.output} exists: comparing it with what this command makes ...")
         # The place is taken by what may be the result.
-        free = replace(settings, overwrite=True)
-        plan = plan_pruning(free)
+        plan = plan_pruning(replace(settings, overwrite=True))
+        settings = with_date(settings, *_recipes(settings))
         text = calibrate(settings, plan)
         text = split_held_out(text) if settings.evaluate else text
         prepared = prepare(settings, plan)
@@ -66,6 +70,21 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
             refuse_other(settings, prepared.checkpoint.folder, found)
             return None
         return repeated(_decided(settings, prepared, text, scores), progress, versions())
+
+
+def _recipes(settings: RunSettings) -> Iterator[Mapping[str, Any]]:
+    """How the texts of what is in the output's place were made, as far as it says so."""
+    with suppress(StreampruneError):
+        if settings.only_score:
+            facts = [read_scores(settings.output).provenance.get("calibration")]
+        else:
+            record = to_builtins(read_record(settings.output))
+            computed = [record[name] for name in ("refit", "rounding") if record.get(name)]
+            facts = [record.get("calibration"), *(each.get("calibration") for each in computed)]
+        for each in facts:
+            recipe = each.get("recipe") if isinstance(each, Mapping) else None
+            if isinstance(recipe, Mapping):
+                yield recipe
 
 
 def _differences(settings: RunSettings, prepared: PreparedModel, text: Calibration, scores: Scores) -> list[str]:

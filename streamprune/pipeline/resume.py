@@ -14,7 +14,7 @@ import torch
 from msgspec import UNSET, convert
 
 from streamprune.calibration.refit_text import fitted_tokens
-from streamprune.calibration.sequences import FIT, JUDGE, Calibration, fingerprint_of
+from streamprune.calibration.sequences import FIT, JUDGE, Calibration, date_of, fingerprint_of
 from streamprune.config import RunSettings
 from streamprune.errors import ProcessesError, ResumeError
 from streamprune.files.durable import checksum_of, reading
@@ -46,8 +46,8 @@ from streamprune.work.records import (
 #: budget by the resulting number of experts.
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
-    "checkpoint_every", "from_layer", "verify", "report", "stop_if_kl", "calibration", "anchor", "budget_gib", "gpu",
-    "keep", "ratio", "context", "batch", "kv_dtype",
+    "checkpoint_every", "from_layer", "verify", "report", "stop_if_kl", "calibration", "date", "skip_bad", "anchor",
+    "budget_gib", "gpu", "keep", "ratio", "context", "batch", "kv_dtype",
 }  # fmt: skip
 
 
@@ -154,6 +154,9 @@ def _differences(before: RecordedRun, now: RecordedRun) -> Iterator[str]:
             yield f"model file {file}: {_file(before.files.get(file))} then, {_file(now.files.get(file))} now"
     if before.source != now.source and before.files == now.files:
         yield "the model's contents: another fingerprint, although its files have the same sizes and times"
+    dates = [date_of(each.calibration.recipe) for each in (before, now)]
+    if dates[0] != dates[1]:
+        yield f"date in the chat template: {_show(dates[0])} then, {_show(dates[1])} now"
     if before.calibration.fingerprint != now.calibration.fingerprint:
         yield (
             f"calibration: {before.calibration.tokens:,} tokens then, {now.calibration.tokens:,} now, with other "

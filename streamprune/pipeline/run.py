@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from streamprune.calibration.refit_text import only_refitted
-from streamprune.calibration.sequences import Calibration
+from streamprune.calibration.sequences import Calibration, with_date
 from streamprune.config import RunSettings, sibling_path
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
@@ -150,6 +150,8 @@ class _Run:
             # Checked again: locking the work folder may have moved an old output back.
             check_scores_file(settings.output, plan.folder, settings.overwrite)
         self.recorded = recorded = begin(settings, work)
+        if recorded is not None:
+            settings = with_date(settings, *recorded.recipes)
         if settings.imatrix is not None:
             # (One that is there already may be that of this very run, which was killed before its output was renamed.)
             check_imatrix_file(settings.imatrix, settings.overwrite or recorded is not None)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from streamprune.calibration.sequences import Calibration
+from streamprune.calibration.sequences import Calibration, date_of, with_date
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import open_checkpoint, read_json
 from streamprune.config import RunSettings, SearchSettings
@@ -91,6 +91,7 @@ def finished_search(settings: SearchSettings) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path)
+    settings = with_date_of(found, settings)
     plan = read_config(replace(settings, only_score=True))
     # (As it is read back: JSON has no tuples.)
     request = json.loads(json.dumps(request_of(settings, calibrate(settings, plan))))
@@ -128,7 +129,15 @@ def request_of(settings: SearchSettings, whole: Calibration) -> dict[str, Any]:
         "settings": {name: value for name, value in command_of(settings).items() if name not in free},
         "files": file_states(open_checkpoint(model)),
         "calibration": whole.fingerprint,
+        # (Only where it decides the text.)
+        **({"date": date} if (date := date_of(whole.recipe)) is not None else {}),
     }
+
+
+def with_date_of(found: Mapping[str, Any], settings: SearchSettings) -> SearchSettings:
+    """Settings with the date in the text of a search's result, unless they state one."""
+    request = found.get("request")
+    return with_date(settings, {"given": request} if isinstance(request, Mapping) else None)
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,8 @@ class _Search:
         self.stack.enter_context(on_exit(work, self.progress.say))
         check_place(settings)
         recorded = begin(settings, work)
+        if recorded is not None:
+            self.settings = settings = with_date(settings, *recorded.recipes)
         budget = resolve_budget(settings.budget_gib, settings.gpu)
         if recorded is not None and recorded.budget_bytes is not None:
             # Free GPU memory changes.

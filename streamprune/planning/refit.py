@@ -9,8 +9,8 @@ from pathlib import Path
 from streamprune.calibration.builtin_text import BUILTIN
 from streamprune.calibration.recipe import builtin_domains, named_path
 from streamprune.calibration.refit_text import RefitDemand
-from streamprune.calibration.sequences import Calibration, fingerprint_of, load_calibration
-from streamprune.config import NO_ANCHOR, RunSettings
+from streamprune.calibration.sequences import Calibration, date_of, fingerprint_of, load_calibration
+from streamprune.config import NO_ANCHOR, RunSettings, Sampling
 from streamprune.errors import CalibrationError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
 from streamprune.planning.counts import ExpertCounts
@@ -75,8 +75,12 @@ def with_anchor(
         anchor = load_calibration(
             (text,),
             folder,
-            samples=max(_LEAST_SEQUENCES, math.ceil(tokens / longest)),
-            seq_len=longest,
+            Sampling(
+                samples=max(_LEAST_SEQUENCES, math.ceil(tokens / longest)),
+                seq_len=longest,
+                date=settings.date or date_of(calibration.recipe),
+                skip_bad=settings.skip_bad,
+            ),
             vocab_size=int(skeleton.model.get_input_embeddings().weight.shape[0]),
             max_positions=getattr(text_config, "max_position_embeddings", None),
             trust_remote_code=settings.trust_remote_code,
@@ -86,6 +90,10 @@ def with_anchor(
             f"--refit also fits to general text, the anchor ({name}): {error} Name another text with --anchor, or none "
             "with --anchor none."
         ) from None
+    if (date := date_of(anchor.recipe)) is not None:
+        # (The calibration alone may have no chat.)
+        given = {**calibration.recipe["given"], "date": date}
+        calibration = replace(calibration, recipe={**calibration.recipe, "given": given})
     return replace(calibration, anchor=_without(anchor, calibration, name))
 
 

@@ -287,6 +287,8 @@ def _text_options(record: Record, given: GivenCalibration, evaluates: bool) -> l
         ("--seq-len", given.seq_len),
         # (With saved scores it may be stated above, for the selection.)
         ("--seed", given.seed if again or settings.method != "random" else None),
+        ("--date", given.date),
+        ("--skip-bad", given.skip_bad),
         # Held-out text is not used for scoring.
         ("--evaluate", evaluates),
         # The last digits of the scores depend on these; another kind of GPU or CPU may still round differently.

@@ -56,6 +56,8 @@ class GivenCalibration(Struct, frozen=True):
     samples: int | None = None
     seq_len: int | None = None
     seed: int | None = None
+    date: str | None = None
+    skip_bad: Share | None = None
 
 
 class Recipe(Struct, frozen=True):

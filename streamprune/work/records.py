@@ -79,6 +79,11 @@ class RecordedRun(RecordedCommand, kw_only=True):
     budget_bytes: Count | None = None
     anchor: RecordedCalibration | None = None
 
+    @property
+    def recipes(self) -> list[dict[str, Any]]:
+        """How the texts were made: the calibration, and the anchor if there is one."""
+        return [text.recipe for text in (self.calibration, self.anchor) if text is not None]
+
     def settings_in(self, work: Path) -> RunSettings:
         """The settings with which the run in `work` is resumed. Raises ResumeError if they make no sense."""
         changes: dict[str, Any] = {"resume": "required", "from_layer": None}

@@ -1,0 +1,118 @@
+"""A chat template that writes today's date: the same command gives the same bytes on every day."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from streamprune.config import EvalSettings, SearchSettings
+from streamprune.errors import ResumeError
+from streamprune.evaluation.evaluate import read_data
+from streamprune.pipeline.search import finished_search, search
+from tests.faults import Case, Injected, breaking_at
+from tests.helpers import known_family, tree_bytes
+from tests.interruptions import call
+from tests.recipes import write_lines
+from tests.tiny import make_model, tiny_config
+from tests.tokenizer import save_tokenizer
+
+TEMPLATE = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@contextmanager
+def on(day: str) -> Iterator[None]:
+    """Within this context it is another day."""
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls) -> Day:
+            return cls.fromisoformat(day)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamprune.config.datetime", SimpleNamespace(date=Day))
+        yield
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("dated")
+    kind = known_family("qwen3_moe")
+    config = tiny_config(kind)
+    config.num_hidden_layers = 2
+    model = make_model(folder / "model", config)
+    save_tokenizer(model, chat=False).chat_template = None
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    chats = ({"messages": [{"role": "user", "content": f"number {number}"}]} for number in range(40))
+    tokens = write_lines(folder / "chats.jsonl", *chats)
+    settings: dict[str, Any] = {
+        "keep": kind.keep,
+        "batch_tokens": 64,
+        "checkpoint_every": 0.0,
+        "samples": 8,
+        "seq_len": 24,
+    }
+    return Case(model, tokens, folder / "out", settings, {})
+
+
+def test_a_run_goes_on_ends_well_and_is_made_again_on_another_day(case: Case, tmp_path: Path) -> None:
+    undisturbed, case = case.at(tmp_path / "undisturbed"), case.at(tmp_path / "out")
+    with on("2026-03-01"):
+        undisturbed.run(date="2026-02-28")
+    case.expected = tree_bytes(undisturbed.output)
+    with on("2026-02-28"), breaking_at(1), pytest.raises(Injected):
+        case.run()
+    with on("2026-03-01"):
+        with pytest.raises(ResumeError, match="date in the chat template: 2026-02-28 then, 2026-03-01 now"):
+            case.run(date="2026-03-01")
+        case.run()
+        case.check()
+        assert case.run().summary["complete"] is True
+        card = (case.output / "README.md").read_text()
+        assert "--date 2026-02-28" in card
+        # What is measured on chats has the date that the experts were scored with.
+        data = read_data(EvalSettings(model=str(case.output), data=(str(case.tokens),), samples=4, seq_len=24))
+        assert data.recipe["given"]["date"] == "2026-02-28"
+
+
+def test_scores_and_resumed_runs_too(case: Case, tmp_path: Path) -> None:
+    for name, resumes in (("a", False), ("b", True)):
+        scores = case.at(tmp_path / name)
+        with on("2026-02-28"), breaking_at(1), pytest.raises(Injected):
+            scores.run(only_score=True, keep=None)
+        with on("2026-03-01"):
+            scores.resume() if resumes else scores.run(only_score=True, keep=None)
+            assert scores.run(only_score=True, keep=None).summary["complete"] is True
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_search_too(case: Case, tmp_path: Path) -> None:
+    settings = SearchSettings(
+        model=str(case.model), output=tmp_path / "found", calibration=(str(case.tokens),), samples=20, seq_len=24,
+        budget_gib=1.0, candidates=("keep=5",), context=64,
+    )  # fmt: skip
+    with on("2026-02-28"), breaking_at(1), pytest.raises(Injected):
+        search(settings, quiet=True)
+    with on("2026-03-01"):
+        found = search(settings, quiet=True)
+        assert found["request"]["date"] == "2026-02-28"
+        assert finished_search(settings) is not None
+
+
+@pytest.mark.parametrize("text", ["2026-2-1", "20260201", "2026-02-30", "today", ""])
+def test_dates_that_are_none(text: str, tmp_path: Path) -> None:
+    done = call("score", tmp_path, "-o", tmp_path / "scores", "--date", text)
+    assert done.exit_code == 2
+    assert f"--date {text} is not a date. Write it as YYYY-MM-DD" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["1", "100%", "-1%", "x", "nan"])
+def test_shares_that_are_none(text: str, tmp_path: Path) -> None:
+    done = call("score", tmp_path, "-o", tmp_path / "scores", "--skip-bad", text)
+    assert done.exit_code == 2
+    assert f"{text} is not a share below 100%. Write for example 1%." in done.stderr
