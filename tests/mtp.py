@@ -69,7 +69,7 @@ def check_mtp(output: Path, path: str, count: int = 4) -> None:
     for name, tensor in wanted.items():
         expected = negated(name, tensor)
         assert tensors[name].dtype == expected.dtype, name
-        assert torch.equal(tensors[name].view(torch.uint8), expected.view(torch.uint8)), name
+        assert torch.equal(tensors[name].reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
     own = {name for name in tensors if name.startswith(("mtp.", f"{path}."))} - wanted.keys()
     assert own == {
         f"{path}.eh_proj.weight", f"{path}.enorm.weight"

@@ -52,6 +52,8 @@ def test_greedy_tokens_count_up_to_the_end() -> None:
     assert not same_tokens(answer(greedy=[5, 6, 7]), answer(greedy=[5, 6, 8]))
     assert same_tokens(answer(greedy=[5, 2, 7]), answer(greedy=[5, 2, 8]))
     assert not same_tokens(answer(greedy=[5, 2, 7]), answer(greedy=[5, 6, 2]))
+    # A program that is told never to end.
+    assert same_tokens(answer(greedy=[5, 6, 7]), answer(greedy=[5, 2, 7]))
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -84,23 +86,44 @@ def test_a_result_fails_where_its_source_holds(tool, case, capsys) -> None:  # t
     source = case(tool.SOURCE, transformers=good, vllm=good)
     right, wrong = case("source", transformers=good, vllm=good), case("bf16", transformers=good, vllm=off)
     unmade = case("fp8", transformers=Failure("SettingsError: no"))
-    assert tool.report([source, right, wrong, unmade], 1e-3) == [wrong, unmade]
+    assert tool.report([source, right, wrong, unmade], 1e-3) == ["qwen3_moe bf16 in vLLM", "qwen3_moe fp8 in vLLM"]
     table = capsys.readouterr().out
     assert "| qwen3_moe | bf16 | 5e-01, **differs** |  |" in table
     assert "| qwen3_moe | fp8 | no reference: SettingsError: no |  |" in table
     # Without a control nothing can be said.
     assert tool.report([case(tool.SOURCE, transformers=good, vllm=off), wrong], 1e-3) == []
+    # Each client has its own control.
+    source = case(tool.SOURCE, transformers=good, vllm=off, llama=good)
+    wrong = case("source", transformers=good, vllm=off, llama=Failure("no"))
+    assert tool.report([source, wrong], 1e-3) == ["qwen3_moe source in llama.cpp"]
+
+
+def test_drafted_tokens_have_to_be_the_same(tool, case) -> None:  # type: ignore[no-untyped-def]
+    good, other = answer([-1.0]), answer(greedy=[5, 7])
+    for drafted, holds, told in [
+        (Answer([], good.greedy, 9), True, "0e+00; 9 tokens drafted"),
+        (Answer([], good.greedy, 0), False, "0e+00; 0 tokens drafted"),
+        (Answer([], other.greedy, 9), False, "0e+00; 9 tokens drafted, **other greedy tokens**"),
+        (Failure("no such layer"), False, "0e+00; drafting: no such layer"),
+    ]:
+        found = tool.judge(case("source", transformers=good, vllm=good, vllm_drafting=drafted), 1e-3)
+        assert found["vLLM"] == (holds, told)
 
 
 def test_decoded_weights_decide_where_there_is_no_kernel(tool, case) -> None:  # type: ignore[no-untyped-def]
     good, off, refused = answer([-1.0]), answer([-1.5]), Failure("no kernel", no_kernel=True)
-    assert tool.judge(case("a", transformers=good, vllm=refused, vllm_decoded=good), 1e-3) == (
-        True, "0e+00", "none here: no kernel",
-    )  # fmt: skip
-    assert not tool.judge(case("b", transformers=good, vllm=refused, vllm_decoded=off), 1e-3)[0]
+
+    def by_vllm(name: str, plain: Answer | Failure, decoded: Answer) -> tuple[bool, str, str]:
+        found: tuple[bool, str, str] = tool.by_vllm(
+            case(name, transformers=good, vllm=plain, vllm_decoded=decoded), good, 1e-3
+        )
+        return found
+
+    assert by_vllm("a", refused, good) == (True, "0e+00", "none here: no kernel")
+    assert not by_vllm("b", refused, off)[0]
     # Kernels round activations, so that how far they are is told, and does not decide.
-    assert tool.judge(case("c", transformers=good, vllm=off, vllm_decoded=good), 1e-3) == (True, "0e+00", "5e-01")
-    assert not tool.judge(case("d", transformers=good, vllm=Failure("crash"), vllm_decoded=good), 1e-3)[0]
+    assert by_vllm("c", off, good) == (True, "0e+00", "5e-01")
+    assert not by_vllm("d", Failure("crash"), good)[0]
 
 
 def test_what_failed_is_tried_again(tool, case, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +131,7 @@ def test_what_failed_is_tried_again(tool, case, tmp_path) -> None:  # type: igno
     kept = case("kept", transformers=good, vllm=refused, vllm_decoded=good)
     failed = case("failed", transformers=good, vllm=refused, vllm_decoded=Failure("the process died"))
     tool.forget_failures(tmp_path.parent)
-    assert all(tool.beside(kept.folder, by).exists() for by in tool.PROGRAMS)
+    assert all(tool.beside(kept.folder, by).exists() for by in ("transformers", "vllm", "vllm-decoded"))
     assert not any(tool.beside(failed.folder, by).exists() for by in tool.PROGRAMS)
 
 
@@ -118,7 +141,8 @@ def test_options(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert options.weights == ["source", "fp8", "fp8-dynamic", "w8a16", "w4a16"]
     for wrong, told in [
         (["--vllm", "nowhere/python"], "nowhere/python is no program"),
-        ([], "--vllm"),
+        ([], "--vllm, --llama, or both"),
+        (["--llama", sys.executable], "--llama-source"),
         (["--vllm", sys.executable, "--families", "gpt2"], "gpt2"),
     ]:
         with pytest.raises(SystemExit):

@@ -41,6 +41,7 @@ _NOT_OF_SEARCH = ("from_layer", "stop_if_kl", "verify")
 )  # fmt: skip
 @click.option("--mix", metavar="SOURCE=SHARE,…", help="Weights of the calibration's sources, as for `run`.")
 @opt.ANCHOR
+@opt.MTP_LAYERS
 @opt.CHANNELS
 @opt.DTYPE
 @opt.PLACE

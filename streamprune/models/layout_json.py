@@ -39,7 +39,7 @@ from streamprune.models.config_json import (
     WidthSpec,
 )
 from streamprune.models.expert_layout import EXPERT, LAYER, Cut, Layout
-from streamprune.models.mtp import may_be_mtp
+from streamprune.models.mtp import OF_EXPERTS, may_be_mtp
 
 #: Numbers in a name that may be the layer's or the expert's; real names have three. A name with more fits no pattern.
 _MOST_NUMBERS = 8
@@ -159,6 +159,9 @@ def layout_from_json(
         )  # fmt: skip
         _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
         _check_channels(layout, tensors, width)
+        odd = next((name for name in layout.mtp if OF_EXPERTS.search(name) and name not in layout.mtp_experts), None)
+        if odd is not None:
+            raise ValueError(f"nothing says where the experts of {odd} are")
         known = {*found.outside, *found.mtp}
         unlisted = [name for name in _doubtful(cuts, found.patterns) if name not in known]
         if unlisted:

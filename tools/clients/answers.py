@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +15,14 @@ GENERATED = 12
 
 @dataclass(frozen=True)
 class Answer:
-    """To each prompt: log-probabilities of all tokens behind each of its own (None: not asked), and greedy tokens."""
+    """To each prompt: log-probabilities of all tokens behind each of its own (None: not asked), and greedy tokens.
+
+    `drafts` is the number of tokens that were drafted for them (speculative decoding).
+    """
 
     log_probabilities: list[list[list[float] | None]]
     greedy: list[list[int]]
+    drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,10 @@ def difference(one: Answer, other: Answer) -> float:
     return float("inf") if largest is None else largest
 
 
-def same_tokens(one: Answer, other: Answer, end: int = 2) -> bool:
-    """Whether the greedy tokens are the same, up to the first `end`."""
+def same_tokens(got: Answer, want: Answer, end: int = 2) -> bool:
+    """Whether the greedy tokens are the wanted ones, up to the first `end`: llama.cpp never takes that."""
     return all(
-        _until(first, end) == _until(second, end) for first, second in zip(one.greedy, other.greedy, strict=True)
+        list(first[:count]) == list(second[:count])
+        for first, second in zip(got.greedy, want.greedy, strict=True)
+        for count in [[*second, end].index(end)]
     )
-
-
-def _until(tokens: Sequence[int], end: int) -> list[int]:
-    return list(tokens[: tokens.index(end)]) if end in tokens else list(tokens)
