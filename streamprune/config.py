@@ -356,6 +356,8 @@ class SearchSettings(RunSettings):
             raise SettingsError("--candidates names no candidate. Omit it, or write --candidates auto.")
         if "auto" in self.candidates and len(self.candidates) > 1:
             raise SettingsError("--candidates auto lays candidates out itself. Give it alone, or name all of them.")
+        if self.round_for is not None and "auto" not in self.candidates:
+            raise SettingsError("--round-for is for candidates that search lays out. Name others, or omit it.")
         if not (self.drop_above == 0 or 1 < self.drop_above < float("inf")):
             raise SettingsError(f"--drop-above {self.drop_above:g}: a factor above 1, or 0 to measure all to the end.")
         RunSettings.__post_init__(self)
@@ -370,6 +372,8 @@ class SearchSettings(RunSettings):
         """The settings of a run of a candidate's own, with the text that the search holds out held out."""
         given = {each.name: getattr(self, each.name) for each in fields(RunSettings)}
         how = {"keep": keep, "width": width, "weights": weights, "refit": refit, "budget_gib": None, "gpu": None}
+        # (The candidate's number was rounded already.)
+        how["round_for"] = None
         if not refit:
             how["anchor"] = None
         return RunSettings(**{**given, **how, "evaluate": True})
@@ -393,6 +397,8 @@ class PruneSettings(OutputSettings, PruningTarget):
             self.check_one_target()
         elif self.targets_given:
             raise SettingsError("--keep-file says itself how many experts stay. Omit --keep, --ratio and the budget.")
+        if self.keep_file is not None and self.round_for is not None:
+            raise SettingsError("--keep-file says itself how many experts stay. Omit --round-for.")
         if self.is_quantizing and self.rounds_by != "rtn":
             raise SettingsError(
                 f"--weights {self.weights} rounds by {self.rounds_by}, which needs text: use `streamprune run --scores "

@@ -23,6 +23,8 @@ QUANTIZE = ("experts", "all-linear")
 ROUNDING = ("rtn", "gptq")
 #: What happens to layers for multi-token prediction.
 MTP = ("keep", "drop")
+#: The programs whose limits `--for` and `--round-for` know; `fit/engine_rules.py` has what they take.
+ENGINES = ("vllm", "llama.cpp", "transformers", "tensorrt-llm", "sglang")
 #: Tokens per sequence that a model is planned for, if it can have so many.
 DEFAULT_CONTEXT = 32768
 #: Tokens of all sequences together that can be planned for: far beyond any GPU.
@@ -65,7 +67,9 @@ class ServingSpec:
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
     number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
     the number of channels that each expert keeps; None for all. `mtp` is one of MTP: whether an output keeps layers for
-    multi-token prediction, which engines load for speculative decoding; the model as it is has them.
+    multi-token prediction, which engines load for speculative decoding; the model as it is has them. `for_engine` is
+    the program that serves it, one of ENGINES, and `round_for` one for which numbers of experts are rounded down;
+    `unrounded` is what `keep` was before that.
     """
 
     context: int = DEFAULT_CONTEXT
@@ -77,6 +81,14 @@ class ServingSpec:
     widest: int | None = None
     width: int | None = None
     mtp: str = MTP[0]
+    for_engine: str | None = None
+    round_for: str | None = None
+    unrounded: int | None = None
+
+    @property
+    def engine(self) -> str | None:
+        """The program that is to serve the model, if one is named."""
+        return self.for_engine or self.round_for
 
     def __post_init__(self) -> None:
         check_least("--context", self.context, 1)
@@ -97,6 +109,9 @@ class PruningTarget(SelectionSettings):
     `width` is the number of channels that each expert keeps, alone or in addition. Without it, `by` says what a ratio
     or a budget removes: experts, channels, or both by the same share. Widths found that way are multiples of
     `width_multiple`.
+
+    `for_engine` is the program that is to serve the result, one of ENGINES; `round_for` one for which the number of
+    experts is rounded down to one that it takes best.
     """
 
     keep: int | None = None
@@ -109,10 +124,20 @@ class PruningTarget(SelectionSettings):
     width: int | None = None
     by: str = "experts"
     width_multiple: int | None = None
+    for_engine: str | None = None
+    round_for: str | None = None
 
     def __post_init__(self) -> None:
         SelectionSettings.__post_init__(self)
         check_choice("--by", self.by, BY)
+        for name, engine in (("--for", self.for_engine), ("--round-for", self.round_for)):
+            if engine is not None:
+                check_choice(name, engine, ENGINES)
+        if self.round_for is not None and (self.has_schedule_file or not SCHEDULES[self.schedule].is_uniform):
+            raise SettingsError(
+                f"--round-for {self.round_for} rounds the one number of experts of all layers, but --schedule "
+                f"{self.schedule} may give them different ones. Omit one of the two."
+            )
         check_least("--width", self.width, 1)
         check_least("--width-multiple", self.width_multiple, 1)
         if self.by != "experts" and self.width is not None:
@@ -142,6 +167,11 @@ class PruningTarget(SelectionSettings):
             weights=self.stored_as,
             mtp=self.stored_mtp,
         )
+
+    @property
+    def serving_engine(self) -> str | None:
+        """The program that is to serve the result, if one is named."""
+        return self.for_engine or self.round_for
 
     @property
     def selection(self) -> SelectionSettings:

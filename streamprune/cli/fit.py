@@ -14,7 +14,8 @@ from streamprune.cli import options as opt
 from streamprune.config import Sampling
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_lines, measured_object
-from streamprune.fit.estimate import Estimate, Fit, check_keep
+from streamprune.fit.engines import check_served, rounded_count
+from streamprune.fit.estimate import Estimate, Fit, Footprint, check_keep
 from streamprune.hardware.memory import limit_library_memory
 from streamprune.targets import WEIGHTS, ServingSpec, Storage, planned_context
 
@@ -28,6 +29,7 @@ from streamprune.targets import WEIGHTS, ServingSpec, Storage, planned_context
 )  # fmt: skip
 @opt.QUANTIZED
 @opt.MTP_LAYERS
+@opt.ENGINE
 @click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
 @click.option("--width", type=int, help="Channels kept of each expert.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
@@ -63,6 +65,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
             f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "
             "Python code in its folder is needed. If you trust its author, add --trust-remote-code."
         )
+    wanted = _for_engine(footprint, wanted)
     answer = Fit(footprint, wanted, budget.nbytes) if budget is not None else Estimate(footprint, wanted)
     found = _measured(answer, revision, device, trust_remote_code) if measure else ()
     if as_json:
@@ -72,6 +75,18 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
         click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
     if isinstance(answer, Fit) and not answer.fits:
         sys.exit(DoesNotFitError.exit_code)
+
+
+def _for_engine(footprint: Footprint, wanted: ServingSpec) -> ServingSpec:
+    """The use with --keep rounded for --round-for. Raises SettingsError if the engine of --for cannot take that."""
+    served = footprint.served(wanted)
+    if served is None:
+        return wanted
+    if wanted.round_for is not None and wanted.keep is not None:
+        served = served.with_count(rounded_count(served, wanted.round_for))
+        wanted = replace(wanted, keep=served.count, unrounded=wanted.keep)
+    check_served(served, wanted.engine)
+    return wanted
 
 
 def _measured(answer: Estimate, revision: str | None, device: str, trust_remote_code: bool) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from streamprune.errors import (
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
-from streamprune.targets import BY, DEFAULT_CONTEXT, MTP, QUANTIZE, ROUNDING, WEIGHTS
+from streamprune.targets import BY, DEFAULT_CONTEXT, ENGINES, MTP, QUANTIZE, ROUNDING, WEIGHTS
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 PATH = click.Path(path_type=Path)
@@ -220,12 +220,25 @@ BUDGET = together(
         help="Data type of the KV cache; auto: the one that the model's config.json names, whatever --dtype is.",
     ),
 )
+#: The program that is to serve the result.
+ENGINE = together(
+    click.option(
+        "--for", "for_engine", type=click.Choice(ENGINES),
+        help="The program that will serve the result: what it cannot take is refused, what it takes slowly is noted.  "
+        "[default: a note on what any of them cannot take]",
+    ),
+    click.option(
+        "--round-for", "round_for", type=click.Choice(ENGINES),
+        help="Round the number of experts down to one that this program takes best.",
+    ),
+)  # fmt: skip
 #: The memory that the model has to fit, or how far to prune it.
 TARGET = together(
     BUDGET,
     click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget."),
     click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget."),
     width_options("What --ratio or a budget removes"),
+    ENGINE,
 )
 
 

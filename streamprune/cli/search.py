@@ -25,6 +25,7 @@ _NOT_OF_SEARCH = ("from_layer", "stop_if_kl", "verify")
     help="Folder for the result: search.json, report.html, and the scores for `prune`.",
 )  # fmt: skip
 @opt.BUDGET
+@opt.ENGINE
 @click.option(
     "--candidates", multiple=True, default=("auto",), show_default=True, metavar="auto|keep=N,…",
     help="What is measured: keep=N, width=W, weights=FORMAT and refit, with commas. May be repeated.",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamprune.errors import SettingsError
 from streamprune.fit.cards import cards, cards_lines, cards_object
+from streamprune.fit.engine_rules import NAMES
+from streamprune.fit.engines import engine_notes, rounded_text
 from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.fit.loading import decoded_bytes, loading_note
 from streamprune.fit.nearest import COMPARED, nearest
@@ -296,7 +298,9 @@ def _answer(fit: Fit, budget: Budget) -> Iterator[str]:
         yield f"All {spec.count} experts per layer fit."
     elif spec is not None:
         of_all = f"{fit.max_total_experts or 0:,} of {spec.count * layers:,} in total over all {layers} layers"
-        in_all = f"; or {of_all}" if fit.max_total_experts is not None else ""
+        # (Of the engines, only transformers takes different numbers.)
+        takes_any = fit.max_total_experts is not None and fit.use.engine in (None, "transformers")
+        in_all = f"; or {of_all}" if takes_any else ""
         yield f"Most experts that fit: {fit.max_experts} of {spec.count} in every layer{in_all}."
     if fit.max_context:
         limit = " (the model's limit)" if fit.max_context == fit.footprint.max_positions else ""
@@ -323,6 +327,27 @@ def _notes(fit: Estimate, budget: Budget | None) -> Iterator[str]:
             "prediction layer."
         )
     yield from _left_out(fit)
+    yield from _engine_notes(fit)
+
+
+def _engine_notes(estimate: Estimate) -> Iterator[str]:
+    """What engines make of the model, and of the most experts that fit."""
+    use, footprint = estimate.use, estimate.footprint
+    served, expert_bytes = footprint.served(use), footprint.expert_bytes(use.weights, use.width)
+    if served is None:
+        return
+    if use.unrounded is not None and use.unrounded > served.count:
+        yield rounded_text(use.round_for or "", served.count, use.unrounded, expert_bytes)
+    yield from engine_notes(served, use.engine, expert_bytes)
+    if not isinstance(estimate, Fit) or use.keep is not None or estimate.most_experts in (None, served.spec.count):
+        return
+    most, unrounded = estimate.max_experts, estimate.most_experts or 0
+    if most is None:
+        yield f"No number of experts up to the {unrounded} that fit is good for {NAMES[use.round_for or '']}."
+    elif most < unrounded:
+        yield rounded_text(use.round_for or "", most, unrounded, expert_bytes)
+    else:
+        yield from engine_notes(served.with_count(most), use.engine, expert_bytes)
 
 
 def _table_lines(cells: Sequence[Cell]) -> list[str]:

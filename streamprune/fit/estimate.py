@@ -7,13 +7,15 @@ GPU, served with transformers or an engine that needs no more.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
 from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
+from streamprune.fit.engine_rules import Served
+from streamprune.fit.engines import good_count
 from streamprune.fit.weights import Weights, WeightSizes
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
 from streamprune.targets import MOST_TOKENS, MTP, ServingSpec
@@ -52,7 +54,7 @@ class Footprint:
     of them already (`weights.counts`). `itemsize` is the bytes per value in which it computes; `max_positions` the
     longest context that its config names. `width` is the number of channels per expert; None if it cannot change.
     `quantization` is the config's `quant_method`; empty for plain weights. `forms` tells what other forms of weights
-    take; None where it is unknown.
+    take; None where it is unknown. `config` is the config.json; empty where it is not at hand.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Footprint:
     width: int | None = None
     quantization: str = ""
     forms: Forms | None = field(default=None, repr=False, compare=False)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def sizes(self, weights: str = "source", width: int | None = None, with_mtp: bool = True) -> WeightSizes:
         """Sizes of the weights in one of config.WEIGHTS, with `width` channels per expert (None: all).
@@ -94,6 +97,22 @@ class Footprint:
         except StreampruneError as error:
             return str(error)
         return None
+
+    def served(self, use: ServingSpec) -> Served | None:
+        """The model as an engine meets it, used as `use` says; None without experts."""
+        counts, count = self.weights.counts, use.keep or self.weights.count
+        if not count:
+            return None
+        spec = self.spec or ExpertSpec((), "", count, 1)
+        numbers = tuple(sorted(set(counts.values()))) if counts is not None else (count,)
+        width = use.width or self.width or self.shape.expert or None
+        return Served(spec, numbers, use.weights, width, self.itemsize, self.config)
+
+    def expert_bytes(self, weights: str, width: int | None) -> float | None:
+        """Bytes of one expert in every layer in this form; None where it is not possible or not known."""
+        if self.weights.counts is not None or self.why_not(weights, width) is not None:
+            return None
+        return self.sizes(weights, width, with_mtp=False).expert_bytes()
 
     def _decoded(self) -> WeightSizes:
         if self.weights.formats:
@@ -203,7 +222,18 @@ class Fit(Estimate):
 
     @cached_property
     def max_experts(self) -> int | None:
-        """The most experts per layer that fit, a number that the router allows; None if not even the fewest fit."""
+        """The most experts per layer that fit, a number that the router allows; None if not even the fewest fit.
+
+        It is rounded down for `use.round_for`; None if no number that is left is good.
+        """
+        most, served = self.most_experts, self.footprint.served(self.use)
+        if self.use.round_for is None or most is None or served is None or most == served.spec.count:
+            return most
+        return good_count(served.with_count(most), self.use.round_for)
+
+    @cached_property
+    def most_experts(self) -> int | None:
+        """The most experts per layer that fit, before they are rounded for an engine."""
         spec = self.footprint.spec
         if spec is None:
             return None

@@ -18,7 +18,7 @@ from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibli
 from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import kill_point, sync_folder, writing
 from streamprune.fit.answer import estimate_object, terms_lines
-from streamprune.fit.estimate import Estimate, Fit
+from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.verdict import verdict_lines
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
@@ -44,7 +44,7 @@ from streamprune.selection.energy import energy_retentions
 from streamprune.selection.retention import Retention, retention_warnings, retentions
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import token_shares
-from streamprune.targets import ServingSpec
+from streamprune.targets import PruningTarget, ServingSpec
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
@@ -359,6 +359,14 @@ def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> No
         *([engines_note(True)] if is_uneven else []),
     ]
     for note in notes:
+        progress.say(f"note: {note}")
+
+
+def print_engine_notes(
+    progress: Progress, target: PruningTarget, counts: ExpertCounts, unpruned: Footprint | None
+) -> None:
+    """Print what the programs that may serve the result make of it; `unpruned` says what an expert takes, if known."""
+    for note in counts.engine_notes(target, unpruned):
         progress.say(f"note: {note}")
 
 

@@ -26,6 +26,7 @@ from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.pipeline.finish import (
     check_room,
     print_channel_bytes,
+    print_engine_notes,
     print_left_out,
     print_memory,
     print_notes,
@@ -60,6 +61,7 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
     # A schedule may give all layers of a small model the same number.
     differ = counts.per_layer is None or len(set(counts.per_layer.values())) > 1
     print_notes(progress, counts, not counts.uniform and differ)
+    print_engine_notes(progress, settings, counts, plan.footprint)
     estimate = plan.estimate(settings)
     if estimate is not None:
         print_memory(progress, estimate)

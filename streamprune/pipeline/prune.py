@@ -31,7 +31,7 @@ from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
 from streamprune.pipeline.repeated import may_be_finished, repeated
 from streamprune.pipeline.status import ended
-from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values
+from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values, with_engine
 from streamprune.planning.facts import (
     ModelFacts,
     check_scores_match,
@@ -152,7 +152,7 @@ def _decide(settings: PruneSettings) -> SelectionResult:
         return read_footprint(settings.model, settings.revision, settings.trust_remote_code)
 
     layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
-    prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize)
+    prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize, raw)
     counts, selection = _select(settings, scores, prunable, footprint)
     most = settings.max_shard_bytes
     plan = make_plan(written, selection.counts_by_layer, most, counts.width)
@@ -194,12 +194,16 @@ def _select(
         selection = listed_selection(
             read_keep_file(settings.keep_file, model.spec, model.layers), scores, settings.selection
         )
-        return ExpertCounts(sum(selection.counts), len(selection.counts), selection.is_uniform), selection
+        counts = ExpertCounts(
+            sum(selection.counts), len(selection.counts), selection.is_uniform, selection.counts_by_layer
+        )
+        return with_engine(settings, model, counts), selection
     if scores is None:
         # Only the way in which weights are stored changes (PruneSettings).
         every = tuple(range(model.spec.count))
         selection = listed_selection(dict.fromkeys(model.layers, every), None, settings.selection)
-        return ExpertCounts(sum(selection.counts), len(selection.counts), True, selection.counts_by_layer), selection
+        counts = ExpertCounts(sum(selection.counts), len(selection.counts), True, selection.counts_by_layer)
+        return with_engine(settings, model, counts), selection
     counts = plan_counts(settings, model, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
     selector = Selector(by, model.spec, sources, tokens, counts.total, counts.per_layer, counts.width)
@@ -216,6 +220,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
     finish.print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
     for note in checkpoint_notes(decided.checkpoint):
         progress.say(f"note: {note}")
+    finish.print_engine_notes(progress, settings, decided.counts, decided.facts.footprint)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were made with --propagate pruned: after the first layer with experts they are valid "

@@ -58,7 +58,7 @@ from streamprune.work.records import RecordedRun, command_of, file_states, read_
 #: The settings that give the budget.
 _BUDGET = ("budget_gib", "gpu")
 #: Settings that do not decide a run, where they are recorded otherwise, but a search.
-_DECIDING = {*_BUDGET, "context", "batch", "kv_dtype", "anchor"}
+_DECIDING = {*_BUDGET, "context", "batch", "kv_dtype", "anchor", "for_engine", "round_for"}
 
 
 def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:

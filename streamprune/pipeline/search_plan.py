@@ -9,6 +9,8 @@ from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings, SearchSettings
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.fit.answer import Budget
+from streamprune.fit.engine_rules import Served
+from streamprune.fit.engines import check_served
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_headers
 from streamprune.formats.quantization import Quantization
@@ -38,7 +40,8 @@ def candidates_for(settings: SearchSettings, plan: PruningPlan, budget: Budget) 
     for weights in ("source", *(("bf16",) if footprint.quantization else ()), *SCHEMES):
         reason = _why_not_written(footprint, weights)
         if reason is None:
-            fits[weights] = Fit(footprint, replace(serving, weights=weights), budget.nbytes)
+            use = replace(serving, weights=weights, round_for=settings.round_for)
+            fits[weights] = Fit(footprint, use, budget.nbytes)
         else:
             no_format[weights] = reason
     fixed_width, no_refit = _impossible(settings, plan)
@@ -94,6 +97,11 @@ def _side(
         # (Finding what of it is quantized takes a while.)
         sources[candidate.weights] = output_source(prepared, prepared.loading, own.storage)
     full = model_layout.width.width if model_layout.width is not None else 0
+    served = Served(
+        model_layout.spec, (candidate.keep,), candidate.weights, candidate.width or full or None,
+        prepared.dtype.itemsize, prepared.checkpoint.config,
+    )  # fmt: skip
+    check_served(served, settings.serving_engine)
     counts = candidate.counts(model_layout.expert_layers, full)
     found = prepared.for_counts(counts, sources[candidate.weights])
     if own.needs_text:

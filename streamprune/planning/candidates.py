@@ -121,7 +121,9 @@ def lay_out(model: Searchable, multiple: int | None = None) -> Layout:
     for weights in model.fits:
         found = list(_shapes(model, weights, multiple))
         shapes += found[:1] if weights in others else found
-        if not found:
+        if not found and model.fits[weights].most_experts is not None:
+            left_out.append(f"weights {weights}: no number of experts that fits is good for the engine of --round-for.")
+        elif not found:
             least = minimum_keep(model.spec)
             over = model.fit_of(Candidate(least, weights=weights))
             left_out.append(

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import Budget, resolve_budget
+from streamprune.fit.engine_rules import Served
+from streamprune.fit.engines import check_served, engine_notes, rounded_count, rounded_text
 from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.nearest import nearest
 from streamprune.formats.quantization import Quantization
@@ -29,7 +31,7 @@ class Prunable:
     """What can be removed of a model: experts in `layers`, and channels of each expert.
 
     `width` is None for experts that cannot be made narrower; `fixed_width` says why. `itemsize` is the bytes of a
-    weight.
+    weight, `config` the model's config.json, empty where it is unknown.
     """
 
     spec: ExpertSpec
@@ -37,6 +39,15 @@ class Prunable:
     width: WidthSpec | None
     fixed_width: str
     itemsize: int = 2
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def served(self, target: PruningTarget, counts: ExpertCounts) -> Served:
+        """The result as an engine meets it. Of numbers that scores decide later, the extremes are assumed."""
+        numbers = tuple(sorted(set(counts.per_layer.values()))) if counts.per_layer is not None else None
+        if numbers is None:
+            numbers = (counts.keep,) if counts.keep is not None else (minimum_keep(self.spec), self.spec.count)
+        full = self.width.width if self.width is not None else None
+        return Served(self.spec, numbers, target.stored_as, counts.width or full, self.itemsize, self.config)
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,8 @@ class ExpertCounts:
 
     `per_layer` are the numbers by layer, None if the scores of all layers decide them later. `width` is the number of
     channels that each of them keeps of `full_width`; None for all. `budget` is None if none was given; `notes` are
-    remarks for the user.
+    remarks for the user. `unrounded` is the number that each layer would have kept, had it not been rounded down for an
+    engine; `served` is the result as engines meet it, None where that was not asked.
     """
 
     total: int
@@ -56,6 +68,8 @@ class ExpertCounts:
     width: int | None = None
     full_width: int = 0
     notes: tuple[str, ...] = ()
+    unrounded: int | None = None
+    served: Served | None = field(default=None, repr=False)
 
     @property
     def keep(self) -> int | None:
@@ -79,6 +93,18 @@ class ExpertCounts:
             serving = replace(serving, total=self.total, widest=widest)
         return self.against_budget(Estimate(unpruned, serving))
 
+    def engine_notes(self, target: PruningTarget, unpruned: Footprint | None) -> Iterator[str]:
+        """What engines make of the result, and what rounding for one costs, as notes.
+
+        `unpruned` says what an expert takes; None if it is unknown.
+        """
+        if self.served is None:
+            return
+        expert_bytes = unpruned.expert_bytes(target.stored_as, self.width) if unpruned is not None else None
+        if self.unrounded is not None and self.keep is not None and target.round_for is not None:
+            yield rounded_text(target.round_for, self.keep, self.unrounded, expert_bytes)
+        yield from engine_notes(self.served, target.serving_engine, expert_bytes)
+
     def against_budget(self, estimate: Estimate) -> Estimate:
         """The estimate, as a Fit if there is a budget."""
         return Fit(estimate.footprint, estimate.use, self.budget.nbytes) if self.budget else estimate
@@ -89,8 +115,33 @@ def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable
 
     `read_footprint` is called for a budget only. Raises DoesNotFitError if even the smallest model exceeds the budget,
     UnsupportedModelError for experts that cannot be made narrower, and SettingsError if the router cannot work with so
-    few experts, nothing would be removed, or the schedule cannot be met.
+    few experts, nothing would be removed, the schedule cannot be met, or the engine of --for cannot take the result.
     """
+    counts = _rounded(target, model, _wanted(target, model, read_footprint))
+    return with_engine(target, model, counts)
+
+
+def with_engine(target: PruningTarget, model: Prunable, counts: ExpertCounts) -> ExpertCounts:
+    """The counts with what engines meet. Raises SettingsError if that of --for cannot take it."""
+    served = model.served(target, counts)
+    check_served(served, target.serving_engine)
+    return replace(counts, served=served)
+
+
+def _rounded(target: PruningTarget, model: Prunable, counts: ExpertCounts) -> ExpertCounts:
+    """The counts, rounded down for the engine of --round-for. Raises SettingsError if no number is good for it."""
+    keep = counts.keep
+    if target.round_for is None or keep is None:
+        return counts
+    good = rounded_count(model.served(target, counts), target.round_for)
+    if good == keep:
+        return counts
+    per_layer = dict.fromkeys(model.layers, good) if counts.per_layer is not None else None
+    return replace(counts, total=good * counts.layers, per_layer=per_layer, unrounded=keep)
+
+
+def _wanted(target: PruningTarget, model: Prunable, read_footprint: Callable[[], Footprint]) -> ExpertCounts:
+    """How many experts stay before they are rounded for an engine."""
     _check_narrower(target, model)
     stated = stated_counts(target, model.spec, model.layers)
     if stated is not None:
@@ -105,7 +156,9 @@ def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable
     if counts.width is None or model.width is None:
         return counts
     share = counts.total / counts.layers / model.spec.count * counts.width / model.width.width
-    notes = (*_rounding_note(target, model.width, share), *width_notes(counts.width, model.itemsize))
+    # (For a named engine its own rules are listed.)
+    widths = width_notes(counts.width, model.itemsize) if target.serving_engine is None else ()
+    notes = (*_rounding_note(target, model.width, share), *widths)
     return replace(counts, full_width=model.width.width, notes=notes)
 
 

@@ -117,8 +117,8 @@ def plan_pruning(settings: RunSettings) -> PruningPlan:
     def read_footprint() -> Footprint:
         return written_footprint(settings, plan.model.raw, skeleton, read_headers(settings.model, plan.folder).tensors)
 
-    itemsize = served_itemsize(plan.model.raw) or torch.bfloat16.itemsize
-    prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize)
+    itemsize, raw = served_itemsize(plan.model.raw) or torch.bfloat16.itemsize, plan.model.raw
+    prunable = Prunable(skeleton.spec, tuple(skeleton.experts), skeleton.width, skeleton.fixed_width, itemsize, raw)
     counts = plan_counts(settings, prunable, read_footprint)
     if counts.width is not None and recorded_width(skeleton) is None:
         raise UnsupportedModelError(

@@ -178,4 +178,4 @@ def read_forms(
         if spec is None:
             raise UnsupportedModelError(_NOT_NARROWER.format(forms.plain.layout.fixed_width))
         check_width(spec, width)
-    return replace(read.footprint, forms=forms)
+    return replace(read.footprint, forms=forms, config=read.raw)

@@ -43,7 +43,7 @@ def written_footprint(
     def load() -> PlainTensors:
         return plain_tensors(settings.storage, raw, skeleton, tensors, footprint.weights)
 
-    return replace(footprint, forms=WrittenSizes(load))
+    return replace(footprint, forms=WrittenSizes(load), config=raw)
 
 
 def plain_tensors(

@@ -55,6 +55,7 @@ def make_record(
             "keep": counts.keep,
             "total": counts.total,
             "width": counts.width,
+            **({"rounded_for": settings.round_for, "rounded_from": counts.unrounded} if counts.unrounded else {}),
             "max_shard_bytes": settings.max_shard_bytes,
             **settings.storage.as_json(),
         },

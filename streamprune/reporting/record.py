@@ -38,7 +38,7 @@ from streamprune.reporting.record_text import (
     Share,
 )
 from streamprune.selection.select import LayerSelection, Selection
-from streamprune.targets import MTP, QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
+from streamprune.targets import ENGINES, MTP, QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
 from streamprune.work.records import Computed
 
 #: The format of streamprune.json.
@@ -96,6 +96,9 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
     keep: Positive | None = None
     total: Positive | None = None
     width: Positive | None = None
+    # Only stated where the number of experts was rounded down for an engine: its name, and the number before.
+    rounded_for: Annotated[str, Meta(pattern=_one_of(ENGINES))] | UnsetType = UNSET
+    rounded_from: Positive | UnsetType = UNSET
     method: Name | None = None
     seed: int | None = None
     mix: Annotated[dict[Name, Share], Meta(max_length=MOST_LISTED)] | None = None

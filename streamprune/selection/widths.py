@@ -18,9 +18,9 @@ MULTIPLES = (128, 64, 32, 16, 8)
 #: The default multiple is at most this share of the width, so that there is a choice of widths.
 _SHARE = 4
 #: Rows of a matrix must be a multiple of so many bytes for torch's grouped product, by which transformers runs experts.
-_ALIGNED_BYTES = 16
+ALIGNED_BYTES = 16
 #: Values of a block in llama.cpp's k-quants.
-_K_QUANT = 256
+K_QUANT = 256
 
 
 def default_multiple(width: int) -> int:
@@ -72,13 +72,13 @@ def width_for_share(spec: WidthSpec, share: float, multiple: int | None = None) 
 
 def width_notes(width: int, itemsize: int) -> Iterator[str]:
     """What kernels and formats will not like about a width; `itemsize` is the bytes of a weight."""
-    least = _ALIGNED_BYTES // itemsize
+    least = ALIGNED_BYTES // itemsize
     if width % least:
         yield (
-            f"{width} channels are no multiple of {least} ({_ALIGNED_BYTES} bytes), which transformers' grouped matrix "
+            f"{width} channels are no multiple of {least} ({ALIGNED_BYTES} bytes), which transformers' grouped matrix "
             'product needs: load the result with experts_implementation="eager", which is slower.'
         )
-    blocks = {"FP8 blocks": 128, "4-bit groups of 32": 32, "llama.cpp's k-quants": _K_QUANT}
+    blocks = {"FP8 blocks": 128, "4-bit groups of 32": 32, "llama.cpp's k-quants": K_QUANT}
     refused = [f"{name} ({size})" for name, size in blocks.items() if width % size]
     if refused:
         yield f"{width} channels are no multiple of what these need, if you want to quantize: {', '.join(refused)}."
