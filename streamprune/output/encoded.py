@@ -32,24 +32,16 @@ SCALE = "scale"
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is quantized of a plain checkpoint, in the scheme `weights`: its tensors `experts` and `others`, by name.
+    """What is quantized of a plain checkpoint, in the scheme `weights`: the experts and others of its `matrices`.
 
-    Engines that serve the output on `ranks` GPUs divide the columns of the `split` ones among these. `plain` are other
-    matrices, with the reason why they stay. `modules` are the model's names for the modules of `others` and `plain`;
-    `head` is that of its output head. `dtype` is the experts' own, which scales get that are not float32. `rows` has
-    the numbers of rows of each of `others` and of those that engines join with it: all are quantized, or none.
-    `mtp_experts` are the paths of the lists of experts in layers for multi-token prediction, which stay plain.
+    Of those that engines join, all are quantized, or none. Engines that serve the output on `ranks` GPUs divide the
+    split ones among these. `dtype` is the experts' own, which scales get that are not float32. `mtp_experts` are the
+    paths of the lists of experts in layers for multi-token prediction, which stay plain.
     """
 
     weights: str
     dtype: str
-    experts: frozenset[str] = field(repr=False)
-    others: frozenset[str] = field(repr=False)
-    split: frozenset[str] = field(repr=False)
-    plain: Mapping[str, str] = field(repr=False)
-    modules: Mapping[str, str] = field(repr=False)
-    rows: Mapping[str, tuple[int, ...]] = field(repr=False)
-    head: str | None = None
+    matrices: LinearWeights = field(repr=False)
     ranks: int = 1
     mtp_experts: tuple[str, ...] = ()
 
@@ -63,23 +55,21 @@ class Encoding:
         # Published builds mostly leave these layers plain, and by a wrong draft no token is wrong.
         plain |= {name: "layers for multi-token prediction" for name in layout.mtp if name in plain}
         lists = (name.partition(_LIST)[0] + _LIST[:-1] for name in layout.mtp_experts if _LIST in name)
-        ranks = storage.tensor_parallel
-        return cls(
-            storage.weights, dtype, found.experts, others, found.split, plain, found.modules, found.rows, found.head,
-            ranks, tuple(dict.fromkeys(lists)),
-        )  # fmt: skip
+        matrices = replace(found, others=others, plain=plain)
+        return cls(storage.weights, dtype, matrices, storage.tensor_parallel, tuple(dict.fromkeys(lists)))
 
-    def scheme(self, matrices: Iterable[TensorEntry | OutputTensor]) -> Scheme:
+    def scheme(self, tensors: Iterable[TensorEntry | OutputTensor]) -> Scheme:
         """The scheme for a checkpoint with these plain tensors.
 
         The experts decide how large groups are. Raises SettingsError if it cannot store them, or a program that reads
         it would misread them.
         """
-        experts = [each for each in matrices if each.name in self.experts]
-        split = {each.shape[1] for each in experts if each.name in self.split}
-        whole = {each.shape[1] for each in experts if each.name not in self.split}
+        names = self.matrices.split
+        experts = [each for each in tensors if each.name in self.matrices.experts]
+        split = {each.shape[1] for each in experts if each.name in names}
+        whole = {each.shape[1] for each in experts if each.name not in names}
         scheme = scheme_of(self.weights, whole, split, tensor_parallel=self.ranks, dtype=self.dtype)
-        kinds = {(each.shape, each.name in self.split): each.name for each in experts}
+        kinds = {(each.shape, each.name in names): each.name for each in experts}
         for (shape, _), name in sorted(kinds.items()):
             problem = self._misfit(name, shape, scheme)
             if problem is not None:
@@ -91,11 +81,12 @@ class Encoding:
 
     def why_plain(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why a tensor of this name and shape stays plain; None if it is quantized."""
-        if name in self.experts:
+        found = self.matrices
+        if name in found.experts:
             return None
-        if name not in self.others:
-            return self.plain.get(name, "")
-        for rows in (shape[0], *self.rows[name]):
+        if name not in found.others:
+            return found.plain.get(name, "")
+        for rows in (shape[0], *found.rows[name]):
             problem = self._misfit(name, (rows, shape[1]), scheme)
             if problem is not None:
                 joined = "" if rows == shape[0] else " (of a matrix that engines join with them)"
@@ -104,7 +95,7 @@ class Encoding:
 
     def _misfit(self, name: str, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         """Why a matrix of this shape cannot be stored by the scheme, or not be divided among the GPUs."""
-        axis = 1 if name in self.split else 0
+        axis = 1 if name in self.matrices.split else 0
         own = tuple(size // self.ranks if place == axis == 1 else size for place, size in enumerate(shape))
         blocks = isinstance(scheme.format, Fp8) and scheme.format.block is not None
         if self.ranks > 1 and blocks and shape[axis] % (scheme.block(shape)[axis] * self.ranks):
@@ -114,11 +105,12 @@ class Encoding:
 
     def config_section(self, tensors: Sequence[OutputTensor], scheme: Scheme) -> dict[str, Any]:
         """The `quantization_config` of the output's config.json, which lists every module that stays plain."""
-        names = {self.head} if self.head is not None else set()
+        head, modules = self.matrices.head, self.matrices.modules
+        names = {head} if head is not None else set()
         for tensor in tensors:
-            if tensor.encoded is None and tensor.name in self.modules:
+            if tensor.encoded is None and tensor.name in modules:
                 # Under both names: transformers goes by those of its modules, engines by the checkpoint's.
-                names |= {tensor.name.removesuffix(".weight"), self.modules[tensor.name]}
+                names |= {tensor.name.removesuffix(".weight"), modules[tensor.name]}
         # (Each of these stands for all experts of a list.)
         names = {name for name in names if not name.startswith(tuple(f"{each}." for each in self.mtp_experts))}
         names |= {scheme.pattern_of_experts(each) for each in self.mtp_experts}

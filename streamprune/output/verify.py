@@ -161,7 +161,8 @@ def _is_down(name: str, feeds: Mapping[str, str], plan: PrunePlan) -> bool:
     if name in feeds:
         return feeds[name].endswith(".down_proj")
     # Where a tensor of all experts is taken apart, the source has no tensor of this name.
-    return plan.encoding is not None and name in plan.encoding.experts & plan.encoding.split
+    found = plan.encoding.matrices if plan.encoding is not None else None
+    return found is not None and name in found.experts & found.split
 
 
 def prove_tensors(

@@ -37,8 +37,11 @@ from streamprune.work.folder import REPLACED_NAME, WorkFolder
 from streamprune.work.records import Computed, FinishedLayer, FinishedShard
 
 
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise OutputError unless `output` may be created (or replaced, with `overwrite`)."""
+def check_output(output: Path, source: Path, overwrite: bool, mark: str = CONFIG_NAME, what: str = "model") -> None:
+    """Raise OutputError unless `output` may be created (or replaced, with `overwrite`).
+
+    Only a folder with the file `mark`, which shows that it has what is to be replaced, is replaced.
+    """
     if output.name in {"", ".."}:
         raise OutputError(f"{output} cannot be the output: it must be a named folder. Choose another with -o.")
     if os.path.ismount(output):
@@ -52,10 +55,8 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{output} exists and is not empty. Choose another place with -o, or add --overwrite.")
-    if not (output / CONFIG_NAME).exists():
-        raise OutputError(
-            f"{output} has no model (no {CONFIG_NAME}), so --overwrite does not replace it. Choose another -o."
-        )
+    if not (output / mark).exists():
+        raise OutputError(f"{output} has no {what} (no {mark}), so --overwrite does not replace it. Choose another -o.")
 
 
 def put_back(folder: Path, output: Path) -> None:

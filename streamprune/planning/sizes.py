@@ -128,13 +128,11 @@ class WrittenSizes:
         plain, numbers, mtp = self.plain, Counter[Any](), set(self.plain.layout.mtp)
         names: dict[Any, str] = {}
         for name, cut in plain.layout.cuts.items():
-            entry, encoding = plain.tensors[name], plain.encoding
+            entry, found = plain.tensors[name], plain.encoding.matrices
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
             category = "MTP" if name in mtp else category
             # (Of equal matrices, those that engines join with others may stay plain for the others' sake.)
-            quantized = (
-                name in encoding.experts, name in encoding.others, name in encoding.split, encoding.rows.get(name)
-            )  # fmt: skip
+            quantized = name in found.experts, name in found.others, name in found.split, found.rows.get(name)
             single = cut.expert is not None
             kind = category, single, entry.dtype, entry.shape, cut.rows, cut.channels, quantized
             numbers[kind] += 1

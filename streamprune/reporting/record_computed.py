@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Annotated
 
@@ -12,6 +12,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from streamprune.models.config_json import MOST_LAYERS
 from streamprune.reporting.record_text import MOST_LISTED, Calibration, Count, Name, Positive, SourceTokens
 from streamprune.work.records import RefittedLayer, RoundedLayer
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean; 0 of none."""
+    listed = list(values)
+    return fmean(listed) if listed else 0.0
 
 
 class AnchorText(Struct, frozen=True, kw_only=True):
@@ -47,12 +53,12 @@ class RecordedRefit(Struct, frozen=True, kw_only=True):
     @property
     def error_before(self) -> float:
         """The mean over the layers of the relative error of their output before the refit."""
-        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
+        return _mean(layer.before for layer in self.layers)
 
     @property
     def error_after(self) -> float:
         """The same after the refit."""
-        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
+        return _mean(layer.after for layer in self.layers)
 
 
 class LayerRounding(RoundedLayer, frozen=True, kw_only=True):
@@ -75,12 +81,12 @@ class RecordedRounding(Struct, frozen=True, kw_only=True):
     @property
     def error_before(self) -> float:
         """The mean over the layers of the relative error of a matrix's output if it had been rounded to nearest."""
-        return fmean(layer.before for layer in self.layers) if self.layers else 0.0
+        return _mean(layer.before for layer in self.layers)
 
     @property
     def error_after(self) -> float:
         """The same as it was rounded."""
-        return fmean(layer.after for layer in self.layers) if self.layers else 0.0
+        return _mean(layer.after for layer in self.layers)
 
     @property
     def nearest(self) -> int:
