@@ -23,7 +23,7 @@ from streamprune.cli import main
 from streamprune.output.writer import OutputWriter
 from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.layer_weights import LayerWeights
-from streamprune.streaming.states import StatesFile
+from streamprune.streaming.states_file import StatesFile
 from tests.faults import Case, make_case
 from tests.handshakes import Points, Turn
 

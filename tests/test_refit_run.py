@@ -37,7 +37,8 @@ from streamprune.refit.least_squares import Changes, Fit, RoutedTokens
 from streamprune.streaming import refit_target
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage
 from streamprune.work.records import read_run
 from tests.faults import Case
 from tests.helpers import known_family, tree_bytes

@@ -32,7 +32,8 @@ from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.quantize_stage import QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage
 from tests.faults import Injected, tree_bytes
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config, write_token_ids

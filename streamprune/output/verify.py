@@ -12,27 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
-import msgspec
-
-from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
+from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
 from streamprune.config import DEFAULT_SHARD_BYTES
-from streamprune.errors import CheckpointError, UnsupportedModelError, VerifyError
+from streamprune.errors import UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show
 from streamprune.files.kinds import describe
-from streamprune.formats.base import ChannelMask, KeptExperts, StoredTensor
+from streamprune.formats.base import KeptExperts, StoredTensor
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import SECTIONS, Quantization
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.expert_layout import Layout
 from streamprune.output.encoded import SCALE, SHAPE
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
-from streamprune.targets import MTP, QUANTIZE, ROUNDING, WEIGHTS, Storage
+from streamprune.output.verified_record import VerifiedRecord, check_kept, kept_channels, read_verified_record
 from streamprune.work.records import Computed
 
 
@@ -101,7 +98,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
         raise VerifyError(f"--source {source} is {output} itself. Give the model that it was made from.")
     pruned, origin = open_checkpoint(output), open_checkpoint(source)
     refuse_extra_weights(output, pruned)
-    record = _record_of(output)
+    record = read_verified_record(output)
     opened = open_moe(origin, trust_remote_code)
     check_kept(
         output,
@@ -133,7 +130,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     return proof
 
 
-def _check_computed_kinds(output: Path, record: _Record, feeds: Mapping[str, str], plan: PrunePlan) -> None:
+def _check_computed_kinds(output: Path, record: VerifiedRecord, feeds: Mapping[str, str], plan: PrunePlan) -> None:
     """Raise VerifyError for computed tensors that no stage computes. `feeds` are the parameters by plain tensor."""
     refitted = {layer.index for layer in record.refit.layers} if record.refit is not None else set()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
@@ -338,102 +335,12 @@ def refuse_extra_weights(output: Path, pruned: Checkpoint) -> None:
         raise VerifyError(f"{output / extra[0]} is not listed in the index. Remove it.")
 
 
-class _KeptLayer(msgspec.Struct):
-    index: int
-    kept: list[int]
-    channels: str | None = None
-
-
-class _RecordedSettings(msgspec.Struct):
-    width: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    weights: str = "source"
-    quantize: str = QUANTIZE[-1]
-    rounding: str = ROUNDING[0]
-    tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-    def __post_init__(self) -> None:
-        for value, choices in ((self.weights, WEIGHTS), (self.quantize, QUANTIZE), (self.rounding, ROUNDING)):
-            if value not in choices:
-                raise ValueError(f"{value} is none of {', '.join(choices)}")
-
-    def storage(self, mtp: str) -> Storage:
-        """How the output stores weights; `mtp` is one of MTP."""
-        return Storage(self.weights, self.quantize, self.rounding, self.tensor_parallel, mtp)
-
-
-class _RefittedLayer(msgspec.Struct):
-    index: int
-
-
-class _RecordedRefit(msgspec.Struct):
-    layers: list[_RefittedLayer]
-
-
-class _Record(msgspec.Struct):
-    """The fields of streamprune.json that verification reads."""
-
-    layers: list[_KeptLayer]
-    settings: _RecordedSettings
-    computed: dict[str, Computed] = {}
-    refit: _RecordedRefit | None = None
-    # Outputs of earlier versions have no layers for multi-token prediction.
-    mtp: Any = None
-
-    @property
-    def storage(self) -> Storage:
-        return self.settings.storage(MTP[0] if self.mtp is not None else MTP[1])
-
-
-def _record_of(output: Path) -> _Record:
-    path = output / REPORT_NAME
-    try:
-        return msgspec.convert(read_json(path), _Record)
-    except CheckpointError as error:
-        raise VerifyError(f"{error} It is needed to know which experts were kept.") from None
-    except ValueError:
-        raise VerifyError(f"{path} does not list the kept experts of every layer. Was it changed?") from None
-
-
 def check_computed(output: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Raise VerifyError unless the tensors of `output` that its record names as computed have the hashes on record."""
-    for name, origin in _record_of(output).computed.items():
+    for name, origin in read_verified_record(output).computed.items():
         if name not in entries:
             raise VerifyError(f"{output} lacks {name}, which {origin.stage} computed. Prune again, or restore it.")
         _check_hash(output / entries[name].file, entries[name], origin)
-
-
-def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int], count: int) -> None:
-    """Raise VerifyError unless `kept` lists experts of a source that has `count` of them in each of `layers`."""
-    if sorted(kept) != sorted(layers):
-        raise VerifyError(
-            f"{output / REPORT_NAME} names experts for layers {_few(sorted(kept))}, but the source has them in "
-            f"{_few(sorted(layers))}. Is it another model's?"
-        )
-    for layer, experts in kept.items():
-        if experts != sorted(set(experts)) or not experts or not 0 <= experts[0] <= experts[-1] < count:
-            raise VerifyError(
-                f"{output / REPORT_NAME}: the experts of layer {layer} must be ascending, unique and below {count}."
-            )
-
-
-def kept_channels(output: Path, record: _Record, layout: Layout) -> dict[int, KeptExperts]:
-    """What stays of every layer's experts, by the record of `output`. Raises VerifyError unless that is possible."""
-    width, kept = record.settings.width, {}
-    for layer in record.layers:
-        mask = None
-        try:
-            if (width is None) != (layer.channels is None) or (width is not None and layout.width is None):
-                raise ValueError("width and channels do not belong together")
-            if layer.channels is not None and layout.width is not None:
-                mask = ChannelMask.from_text(layer.channels, layout.width.width, len(layer.kept))
-                if mask.kept_width != width:
-                    raise ValueError(f"{mask.kept_width} channels, but the width is {width}")
-        except ValueError as error:
-            raise VerifyError(
-                f"{output / REPORT_NAME}: the channels of layer {layer.index} are not valid ({error}). Was it changed?"
-            ) from None
-        kept[layer.index] = KeptExperts(tuple(layer.kept), mask)
-    return kept
 
 
 def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -446,7 +353,3 @@ def _compare_configs(output: Path, found: Mapping[str, Any], wanted: Mapping[str
         wanted = {**wanted, SECTIONS[0]: {**section, "version": made.values["version"]}}
     for where, ours, theirs in differences(found, wanted):
         raise VerifyError(f"{output / CONFIG_NAME}: {show(where)} is {ours}, but {theirs} is expected from the source.")
-
-
-def _few(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")

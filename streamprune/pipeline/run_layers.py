@@ -27,11 +27,11 @@ from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.forward import ORIGINAL, PRUNED
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.score_stage import ScoreStage
 from streamprune.streaming.stages import (
     ForwardStage,
     LayerTask,
     LayerVersion,
-    ScoreStage,
     is_held_out,
     is_two_sided,
 )

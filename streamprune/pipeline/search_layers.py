@@ -30,7 +30,8 @@ from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.refit_target import RefitTarget
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage, is_held_out
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, is_held_out
 from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.folder import WorkFolder, resume_command
 

@@ -22,7 +22,8 @@ from streamprune.files.json_text import show
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import LoadingFacts, has_per_layer_experts, modeling_source
 from streamprune.output.plan import REPORT_NAME
-from streamprune.output.verify import check_computed, check_kept, refuse_extra_weights, verify
+from streamprune.output.verified_record import check_kept
+from streamprune.output.verify import check_computed, refuse_extra_weights, verify
 from streamprune.reporting.card import HUB_ID
 from streamprune.reporting.evaluations import FOLDER_NAME
 from streamprune.reporting.facts import read_scores_of
