@@ -173,7 +173,8 @@ SETTINGS: list[OutputSettings] = [
         schedule="linear-decrease", protect_super_experts=True, checkpoint_every=3.0, evaluate=True, stop_if_kl=0.5,
         refit=True, anchor="none", imatrix=Path("/matrix.gguf"), weights="w4a16", quantize="experts", tensor_parallel=2,
     ),
-    PruneSettings(model="m", output=Path("/out"), scores=Path("/s"), width=16, report=False, verify=True),
+    PruneSettings(model="m", output=Path("/out"), scores=Path("/s"), width=16, report=False, verify=True,
+        for_engine="vllm", round_for="sglang"),
     SearchSettings(model="m", output=Path("/out"), gpu="rtx-3090", candidates=("keep=3", "keep=4"), drop_above=3.0),
 ]  # fmt: skip
 

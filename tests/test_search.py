@@ -350,5 +350,5 @@ def test_the_command_prints_the_table_and_json(made: Path, tmp_path: Path) -> No
     assert f"best: {result['best']} " in shown.stdout
     assert "<svg" in (tmp_path / "a" / "report.html").read_text()
     again = CliRunner().invoke(main, [*arguments, str(tmp_path / "a")])
-    assert again.exit_code == OutputError.exit_code
-    assert "--overwrite" in again.stderr
+    assert again.exit_code == 0
+    assert "is finished already" in again.stderr
