@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,31 @@ if TYPE_CHECKING:
 
 #: The log is named like the output, with this suffix. (OUT.log may be where the user redirects stderr.)
 LOG_SUFFIX = ".streamprune.log"
+
+
+#: Seconds after which a stage says what it is doing, unless it has ended.
+SILENT_SECONDS = 1.0
+
+
+@contextmanager
+def stage(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Within this context: say `what` is going on, if it takes so long that it would be missed.
+
+    So a refusal that comes at once is a single message, and nobody waits without a word.
+    """
+    over = threading.Event()
+
+    def wait() -> None:
+        if not over.wait(SILENT_SECONDS):
+            say(f"{what} ...")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import yaml
 from streamprune.config import EvalSettings
 from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
 from streamprune.evaluation import tasks
+from streamprune.evaluation.task_names import LIST_OF_TASKS
 from streamprune.evaluation.tasks import TaskSettings, run_tasks
 from streamprune.evaluation.terminal import tasks_lines
 from streamprune.models import full_model as loading
@@ -174,7 +175,7 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(tasks, "load_full_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(SettingsError, match="no task, group or tag named local_nought, other") as caught:
         run(model, ["local_sums", "local_nought", "other"], include_path=included)
-    assert tasks.LIST_OF_TASKS in str(caught.value)
+    assert LIST_OF_TASKS in str(caught.value)
     assert "\n" not in str(caught.value)
     for name, words in (("local_lost", r"none\.jsonl"), ("local_far", "nobody/has-this")):
         with pytest.raises(TaskError, match=f"The tasks {name} cannot be loaded: .*{words}") as found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,21 +13,13 @@ import msgspec
 import torch
 
 from streamprune.calibration.builtin_text import BUILTIN
+from streamprune.calibration.chosen import chosen_recipe
 from streamprune.calibration.pack import Supply, divided, targets_of
-from streamprune.calibration.recipe import (
-    NamedSources,
-    Recipe,
-    Source,
-    builtin_domains,
-    find_recipe,
-    named_path,
-    read_recipe,
-)
+from streamprune.calibration.recipe import Recipe, named_path
 from streamprune.calibration.sources import commits_of
 from streamprune.calibration.tokens import TokenMaker
 from streamprune.config import DEFAULT_SEQ_LEN, EvalSettings, RunSettings, Sampling, SearchSettings
 from streamprune.errors import CalibrationError
-from streamprune.tables import plain
 
 S = TypeVar("S", Sampling, RunSettings, SearchSettings, EvalSettings)
 #: What a sequence is for in a refit: weights are fitted to it, or the fit is judged by it.
@@ -226,31 +217,6 @@ def fingerprint_of(sequences: Sequence[torch.Tensor], source_of: Sequence[int]) 
     for sequence, source in zip(sequences, source_of, strict=True):
         digest.update(source.to_bytes(8, "little") + len(sequence).to_bytes(8, "little") + sequence.numpy().tobytes())
     return digest.hexdigest()
-
-
-def chosen_recipe(sources: Sequence[str]) -> Recipe:
-    """The recipe that the user names, or one with equal parts of the named files, folders and domains."""
-    found = [find_recipe(source) for source in sources]
-    paths = [path for path in found if path is not None]
-    if paths and len(sources) > 1:
-        raise CalibrationError(f"{paths[0]} is a recipe: give it alone, and list the other sources in it.")
-    if paths:
-        return read_recipe(paths[0])
-    named: list[tuple[str, Source]] = []
-    for text in sources:
-        path, exists = named_path(text)
-        if text.partition(":")[0] == BUILTIN and not exists:
-            named += [(domain, Source(builtin=domain)) for domain in builtin_domains(text)]
-        else:
-            named.append((path.name or path.resolve().name or text, Source(path=str(path))))
-    unique: dict[str, Source] = {}
-    for name, source in named:
-        # Names are written as in `--mix code=0.5,prose=0.5`.
-        base = re.sub(r"[=,:\s]+", "_", plain(name))
-        numbered = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
-        name = next(each for each in numbered if each not in unique)
-        unique[name] = msgspec.structs.replace(source, name=name)
-    return NamedSources(name=", ".join(unique), sources=list(unique.values()))
 
 
 def _given(sources: Sequence[str], sampling: Sampling, date: str | None) -> dict[str, Any]:

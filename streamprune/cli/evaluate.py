@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,8 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
     predictions and the top-1 agreement. --generate and --tasks load the complete model, and skip the held-out text
     unless --data is given.
     """
+    _refuse_early(options)
+    opt.say_loading(quiet)
     limit_library_memory(tight=options["ram_gib"] is not None)
     settings, generation, tasks = _settings(options)
     from streamprune.evaluation.command import evaluate_model
@@ -79,6 +83,21 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
         report_after(folder, quiet)
     if as_json:
         click.echo(opt.json_text(result))
+
+
+def _refuse_early(options: Mapping[str, Any]) -> None:
+    """Raise what can be refused before torch is imported: models, texts and tasks that are not there."""
+    from streamprune.config import EvalSettings
+    from streamprune.evaluation.task_names import refuse_tasks
+    from streamprune.pipeline.early import refuse_evaluation
+
+    refuse_evaluation(EvalSettings(**{each.name: options[each.name] for each in fields(EvalSettings)}))
+    if options["tasks"] is not None:
+        refuse_tasks(_names(options["tasks"]), options["include_path"])
+
+
+def _names(tasks: str) -> tuple[str, ...]:
+    return tuple(name for name in tasks.split(",") if name)
 
 
 def _settings(options: dict[str, Any]) -> tuple[EvalSettings, GenerationSettings | None, TaskSettings | None]:
@@ -99,4 +118,4 @@ def _settings(options: dict[str, Any]) -> tuple[EvalSettings, GenerationSettings
         generation = GenerationSettings(**{name: value for name, value in of_generation.items() if value is not None})
     if tasks is None:
         return settings, generation, None
-    return settings, generation, TaskSettings(tasks=tuple(name for name in tasks.split(",") if name), **of_tasks)
+    return settings, generation, TaskSettings(tasks=_names(tasks), **of_tasks)

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from streamprune.calibration.chosen import refuse_sources
+from streamprune.checkpoint.hub import resolve_model
 from streamprune.cli import options as opt
 from streamprune.config import Sampling
 from streamprune.errors import DoesNotFitError, SettingsError
@@ -58,6 +60,8 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     wanted = replace(wanted, context=planned_context(context, footprint.max_positions))
     if wanted.keep is not None:
         check_keep(footprint, wanted.keep)
+    # The model is built for its sizes.
+    opt.say_loading(as_json)
     # Refused before anything else is said of it.
     footprint.sizes(wanted.weights, wanted.width)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
@@ -91,7 +95,6 @@ def _for_engine(footprint: Footprint, wanted: ServingSpec) -> ServingSpec:
 
 def _measured(answer: Estimate, revision: str | None, device: str, trust_remote_code: bool) -> tuple[Any, ...]:
     limit_library_memory()
-    from streamprune.checkpoint.hub import resolve_model
     from streamprune.fit.measure import measure
 
     opt.quiet_libraries(downloads=False)
@@ -132,6 +135,9 @@ def show(recipe: tuple[str, ...], model: str, as_json: bool, **options: Any) -> 
     RECIPE is a recipe file, the name of one that comes with streamprune, or files, folders or builtin.
     """
     sampling = Sampling(**{each.name: options.pop(each.name) for each in fields(Sampling)})
+    refuse_sources(recipe, None)
+    resolve_model(model, options["revision"], options["trust_remote_code"], config_only=True)
+    opt.say_loading(as_json)
     limit_library_memory()
     from streamprune.calibration.show import calibration_text, show_calibration
 

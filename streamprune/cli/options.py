@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
-from streamprune.distributed.processes import is_first
+from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, RunSettings
+from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import (
     OtherProcessError,
     ProcessesError,
@@ -328,6 +328,27 @@ class Commands(click.Group):
 def json_text(value: Any) -> str:
     """What `--json` prints."""
     return json.dumps(value, indent=2)
+
+
+def say_loading(quiet: bool = False) -> None:
+    """Print that libraries are loaded, if they are not yet: importing them takes seconds in which nothing else is said.
+
+    Call it when everything is refused that needs none of them.
+    """
+    if not quiet and "torch" not in sys.modules:
+        click.echo("loading torch and transformers ...", err=True)
+
+
+def refuse_early(settings: RunSettings, quiet: bool) -> None:
+    """Raise what can be refused before torch is imported."""
+    # (Among several processes a refusal has to reach all.)
+    if launched().count > 1:
+        return
+    from streamprune.pipeline import early
+
+    if quiet and not Path(settings.model).expanduser().exists():
+        quiet_downloads()
+    early.refuse_early(settings)
 
 
 def quiet_downloads() -> None:

@@ -12,6 +12,7 @@ from streamprune.cli import options as opt
 from streamprune.distributed.processes import is_first
 from streamprune.errors import StreampruneError
 from streamprune.hardware.memory import format_bytes, limit_library_memory
+from streamprune.progress import stage
 
 _OUT = click.argument("output", metavar="OUT", type=opt.PATH)
 
@@ -51,9 +52,16 @@ def verify(output: Path, source: str, revision: str | None, trust_remote_code: b
 
     # (Before the source is downloaded.)
     check_written(output)
+    resolve_model(source, revision, trust_remote_code, config_only=True)
+    opt.say_loading()
     opt.quiet_libraries(downloads=False)
-    verified = verify_output(output, resolve_model(source, revision, trust_remote_code), trust_remote_code)
+    with stage(_to_stderr, f"comparing {output} with {source}"):
+        verified = verify_output(output, resolve_model(source, revision, trust_remote_code), trust_remote_code)
     click.echo(f"{output} is verified: {verified.text}.")
+
+
+def _to_stderr(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @click.command()
@@ -64,9 +72,14 @@ def report(output: Path, quiet: bool) -> None:
 
     It is made from the files in OUT and the run's log next to it; the source model is not needed.
     """
-    made = _write_report(output)
+    with stage(_silent if quiet else _to_stderr, "drawing the report"):
+        made = _write_report(output)
     if not quiet:
         click.echo(f"report: {made}")
+
+
+def _silent(line: str) -> None:
+    """In the place of `_to_stderr` with --quiet."""
 
 
 def report_after(output: Path, quiet: bool) -> None:
@@ -78,7 +91,8 @@ def report_after(output: Path, quiet: bool) -> None:
         return
     again = f"`streamprune report {output}` makes it."
     try:
-        message = f"report: {_write_report(output)}"
+        with stage(_silent if quiet else _to_stderr, "drawing the report"):
+            message = f"report: {_write_report(output)}"
     except StreampruneError as error:
         message = f"note: there is no report: {error} {again}"
     except KeyboardInterrupt:

@@ -93,6 +93,8 @@ def run(max_shard_size: str, best: bool, dry_run: bool, quiet: bool, as_json: bo
     settings = RunSettings(max_shard_bytes=opt.parse_size(max_shard_size), **given)
     if dry_run and not is_first():
         return
+    opt.refuse_early(settings, quiet)
+    opt.say_loading(quiet)
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.pipeline import run as engine
     from streamprune.pipeline.best import run_best
@@ -147,6 +149,8 @@ def score(quiet: bool, as_json: bool, **given: Any) -> None:
     later. Look at it with `inspect`, and use it with `prune`.
     """
     settings = RunSettings(only_score=True, **given)
+    opt.refuse_early(settings, quiet)
+    opt.say_loading(quiet)
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.pipeline import run as engine
 
@@ -182,6 +186,7 @@ def prune(max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **give
 
     if settings.scores is None:
         # transformers builds the model then, and would print warnings.
+        opt.say_loading(quiet)
         opt.quiet_libraries(downloads=quiet)
     elif quiet:
         opt.quiet_downloads()
@@ -209,6 +214,9 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     if launched().count == 1 and (finished := output_of(workdir)) is not None:
         _nothing_left(workdir, finished, quiet, as_json)
         return
+    if launched().count == 1 and not has_run(workdir) and not has_pruning(workdir):
+        # (Before torch is imported.)
+        raise ResumeError(f"{workdir} has no run to resume. The work folder of an unfinished run is OUT.work.")
     command = {**_recorded_command(workdir), **changes}
     # (Among several processes the refusal has to reach all.)
     if launched().count == 1 and "candidates" in command:
@@ -218,6 +226,7 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     if is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
     else:
+        opt.say_loading(quiet)
         limit_library_memory(tight=command.get("ram_gib") is not None)
         from streamprune.pipeline import run as engine
 

@@ -61,6 +61,8 @@ def search(quiet: bool, as_json: bool, **given: Any) -> None:
     the budget. Each layer is read once; the held-out text, a tenth of the calibration, goes through every candidate.
     """
     settings = SearchSettings(**given)
+    opt.refuse_early(settings, quiet)
+    opt.say_loading(quiet)
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.pipeline import search as engine
 
@@ -76,6 +78,7 @@ def resume_search(workdir: Path, quiet: bool, as_json: bool, changes: Mapping[st
             f"{workdir} has an unfinished `streamprune search`. Leave out "
             f"{', '.join('--' + name.replace('_', '-') for name in unused)}."
         )
+    opt.say_loading(quiet)
     limit_library_memory(tight=changes.get("ram_gib") is not None)
     from streamprune.pipeline import search as engine
 

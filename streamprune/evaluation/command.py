@@ -14,7 +14,7 @@ from streamprune.evaluation.generation import GenerationSettings, generation_hea
 from streamprune.evaluation.held_out import pruned_folder, read_record_of
 from streamprune.evaluation.tasks import TaskSettings, run_tasks
 from streamprune.evaluation.terminal import result_lines
-from streamprune.progress import Progress
+from streamprune.progress import Progress, stage
 from streamprune.reporting.evaluations import (
     GENERATION_NAME,
     TASKS_NAME,
@@ -79,7 +79,8 @@ def _results(
     on_text = bool(settings.data) or (generation is None and tasks is None)
     data = None
     if on_text or (generation is not None and generation.prompts is None):
-        data = read_data(settings)
+        with stage(progress.say, "reading the text"):
+            data = read_data(settings)
     if on_text and data is not None:
         yield TEXT_NAME, evaluate_text(settings, data, progress).result
     if generation is not None:

@@ -7,7 +7,6 @@ not fit or cannot be loaded is reported as by the other commands.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
@@ -25,6 +24,7 @@ from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import first_line
 from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
+from streamprune.evaluation.task_names import require_harness, unknown_tasks
 from streamprune.hardware.device import free_after_failure, is_out_of_memory
 from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model
 from streamprune.progress import Progress
@@ -36,8 +36,6 @@ from streamprune.reporting.evaluations import RESULT_FORMAT
 CPU_BATCH = 4
 #: The most that "auto" tries on a GPU, as from the harness's own command line.
 MOST_BATCH = 64
-LIST_OF_TASKS = "https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks"
-_INSTALL = "pip install 'streamprune[tasks]'"
 #: Entries of the harness's result about the machine, which say nothing about the model.
 _LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "git_hash")
 
@@ -73,13 +71,12 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
     Raises SettingsError without the harness, or for unknown tasks; TaskError for tasks that cannot be loaded or run;
     CheckpointError, CalibrationError and ResourceError for models that cannot be.
     """
-    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise SettingsError(f"--tasks needs lm-evaluation-harness, of which {missing[0]} is not installed: {_INSTALL}")
+    require_harness()
     full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
     tokenizer = load_tokenizer(full.checkpoint.folder, settings.trust_remote_code)
+    # Read before the model, so that an unknown or unreachable task is reported in seconds.
+    progress.say("reading lm-evaluation-harness's tasks and their data ...")
     with _quiet():
-        # Loaded before the model, so that an unknown or unreachable task is reported in seconds.
         manager, names = _load_tasks(tasks.tasks, tasks.include_path)
     loaded = load_full_model(full, settings.device)
     for note in loaded.notes:
@@ -106,12 +103,7 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[s
         manager = TaskManager(include_path=None if include is None else str(include))
     unknown = _unknown(names, manager)
     if unknown or not names:
-        reason = f"knows no task, group or tag named {', '.join(unknown)}" if unknown else "was given no task"
-        where = "" if include is None else f", and {include} has none that can be read"
-        raise SettingsError(
-            f"--tasks: lm-evaluation-harness {reason}{where}. `python -m lm_eval ls tasks` lists them; see "
-            f"{LIST_OF_TASKS}"
-        )
+        raise unknown_tasks(unknown, include)
     chosen = [match for name in names for match in (manager.match_tasks([name]) or [name])]
     try:
         tasks = manager.load(list(dict.fromkeys(chosen)))

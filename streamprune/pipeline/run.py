@@ -58,7 +58,7 @@ from streamprune.planning.prepare import (
     prepare,
 )
 from streamprune.planning.text_uses import with_uses
-from streamprune.progress import LOG_SUFFIX, Progress
+from streamprune.progress import LOG_SUFFIX, Progress, stage
 from streamprune.reporting.make_record import check_provenance, check_scores_of
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import check_scores_file, read_scores
@@ -159,9 +159,11 @@ class _Run:
         if recorded is not None and resuming:
             self.full_text = read_calibration(recorded, work.folder, plan.vocabulary)
         else:
-            self.full_text = calibrate(settings, plan)
+            with stage(self.progress.say, "reading the calibration text"):
+                self.full_text = calibrate(settings, plan)
         calibration = split_held_out(self.full_text) if settings.evaluate else self.full_text
-        self.prepared = prepared = prepare(settings, plan)
+        with stage(self.progress.say, f"reading the headers of {settings.model}"):
+            self.prepared = prepared = prepare(settings, plan)
         if settings.sends_text:
             calibration = self._with_uses(settings, calibration)
         self.given = self._read_scores(settings) if settings.scores is not None else None

@@ -44,7 +44,7 @@ from streamprune.planning.candidates import AUTO, Candidate, Searchable, bytes_p
 from streamprune.planning.memory_needs import plan_memory
 from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, prepare, read_config
 from streamprune.planning.search_needs import OwnNeeds, search_needs
-from streamprune.progress import Progress
+from streamprune.progress import Progress, stage
 from streamprune.reporting.search import marked, notes_on, search_result
 from streamprune.reporting.search_page import write_search_result
 from streamprune.saliency.scores import Scores
@@ -186,8 +186,10 @@ class _Search:
             budget = replace(budget, nbytes=_same_budget(settings, budget, recorded))
         model, layout = candidates_for(settings, plan, budget)
         # Read before tens of GiB are downloaded.
-        whole = calibrate(settings, plan)
-        prepared = prepare(replace(settings, only_score=True), plan)
+        with stage(self.progress.say, "reading the calibration text"):
+            whole = calibrate(settings, plan)
+        with stage(self.progress.say, f"reading the headers of {settings.model}"):
+            prepared = prepare(replace(settings, only_score=True), plan)
         find_head(prepared.skeleton.model)
         sides, left_out = sides_of(settings, prepared, layout)
         sides, text, more = self._text(whole, sides, plan)
