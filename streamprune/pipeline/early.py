@@ -27,12 +27,12 @@ def refuse_early(settings: RunSettings) -> None:
         resolve_budget(settings.budget_gib, settings.gpu)
     folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
     if not may_be_finished(settings):
-        check = check_output
         if isinstance(settings, SearchSettings):
-            check = check_search_output
+            check_search_output(settings.output, folder, settings.overwrite)
         elif settings.only_score:
-            check = check_scores_file
-        check(settings.output, folder, settings.overwrite)
+            check_scores_file(settings.output, folder, settings.overwrite)
+        else:
+            check_output(settings.output, folder, settings.overwrite)
     raw = read_json(folder / CONFIG_NAME)
     refuse_per_layer_experts(raw, settings.model)
     refuse_quantized(raw, folder)
