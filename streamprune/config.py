@@ -352,6 +352,11 @@ class SearchSettings(RunSettings):
             )
         if self.weights != "source":
             raise SettingsError("search tries several formats. Name those of candidates in --candidates.")
+        if self.gguf is not None:
+            raise SettingsError(
+                f"search measures what it can write, and --gguf {self.gguf} is made by llama.cpp later. Leave it out, "
+                "or use `run` with --gguf and without --best."
+            )
         if not self.candidates:
             raise SettingsError("--candidates names no candidate. Omit it, or write --candidates auto.")
         if "auto" in self.candidates and len(self.candidates) > 1:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from streamprune.errors import SettingsError
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.quantize.schemes import SCHEMES
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.settings import SelectionSettings
@@ -63,7 +64,8 @@ def planned_context(asked: int | None, longest: int | None) -> int:
 class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
-    `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is.
+    `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is. Or it is one of
+    GGUF_TYPES: what llama.cpp makes of the output.
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
     number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
     the number of channels that each expert keeps; None for all. `mtp` is one of MTP: whether an output keeps layers for
@@ -108,7 +110,7 @@ class PruningTarget(SelectionSettings):
 
     `width` is the number of channels that each expert keeps, alone or in addition. Without it, `by` says what a ratio
     or a budget removes: experts, channels, or both by the same share. Widths found that way are multiples of
-    `width_multiple`.
+    `width_multiple`. `gguf` is one of GGUF_TYPES: what the memory is planned for, where llama.cpp quantizes the result.
 
     `for_engine` is the program that is to serve the result, one of ENGINES; `round_for` one for which the number of
     experts is rounded down to one that it takes best.
@@ -126,9 +128,17 @@ class PruningTarget(SelectionSettings):
     width_multiple: int | None = None
     for_engine: str | None = None
     round_for: str | None = None
+    gguf: str | None = None
 
     def __post_init__(self) -> None:
         SelectionSettings.__post_init__(self)
+        if self.gguf is not None:
+            check_choice("--gguf", self.gguf, tuple(GGUF_TYPES))
+        if self.gguf is not None and self.stored_as in SCHEMES:
+            raise SettingsError(
+                f"--gguf {self.gguf} is what llama.cpp quantizes the result to, from plain weights. Leave out "
+                f"--weights {self.stored_as}."
+            )
         check_choice("--by", self.by, BY)
         for name, engine in (("--for", self.for_engine), ("--round-for", self.round_for)):
             if engine is not None:
@@ -164,7 +174,7 @@ class PruningTarget(SelectionSettings):
             context=planned_context(self.context, longest),
             batch=self.batch,
             kv_dtype=self.kv_dtype,
-            weights=self.stored_as,
+            weights=self.gguf or self.stored_as,
             mtp=self.stored_mtp,
         )
 

@@ -19,14 +19,15 @@ from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_
 from streamprune.fit.engines import check_served, rounded_count
 from streamprune.fit.estimate import Estimate, Fit, Footprint, check_keep
 from streamprune.hardware.memory import limit_library_memory
-from streamprune.targets import WEIGHTS, ServingSpec, Storage, planned_context
+from streamprune.targets import ServingSpec, Storage, planned_context
 
 
 @click.command()
 @click.argument("model")
 @opt.BUDGET
+@opt.GGUF
 @click.option(
-    "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
+    "--weights", type=opt.WEIGHTS_TYPE, default="source", show_default=True,
     help="How weights are stored: as they are, or as `run --weights` writes them. (Formerly --weights-dtype.)",
 )  # fmt: skip
 @opt.QUANTIZED
@@ -51,7 +52,12 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
     storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"), given["mtp"])
-    context = given.pop("context")
+    context, gguf = given.pop("context"), given.pop("gguf")
+    if gguf is not None and given["weights"] != "source":
+        raise SettingsError(
+            f"--gguf {gguf} is a form of the weights of its own. Leave out --weights {given['weights']}."
+        )
+    given["weights"] = gguf or given["weights"]
     wanted = ServingSpec(context=planned_context(context, None), **given)
     budget = known_budget(budget_gib, gpu)
     from streamprune.planning.sizes import read_forms

@@ -24,6 +24,7 @@ from streamprune.errors import (
     StreampruneError,
 )
 from streamprune.fit.cache import KV_DTYPES
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
 from streamprune.targets import BY, DEFAULT_CONTEXT, ENGINES, MTP, QUANTIZE, ROUNDING, WEIGHTS
@@ -53,6 +54,22 @@ KEEP_FILE = click.option(
 DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
+
+
+class _Weights(click.Choice[str]):
+    """--weights, which names llama.cpp's quantizations where one is given."""
+
+    def __init__(self) -> None:
+        super().__init__(WEIGHTS)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        """One of WEIGHTS. Fails with the option that is meant for one of GGUF_TYPES."""
+        if str(value).upper() in GGUF_TYPES:
+            self.fail(f"{value} is a quantization of llama.cpp: write --gguf {value.upper()}.", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+WEIGHTS_TYPE = _Weights()
 #: What schemes quantize, and for how many GPUs.
 QUANTIZED = together(
     click.option(
@@ -72,7 +89,7 @@ MTP_LAYERS = click.option(
 #: How the output stores its weights.
 WRITTEN_AS = together(
     click.option(
-        "--weights", type=click.Choice(WEIGHTS), default="source", show_default=True,
+        "--weights", type=WEIGHTS_TYPE, default="source", show_default=True,
         help="How weights are written: as the source stores them; bf16: decoded, where it has them quantized; or "
         "quantized to 8 bits (fp8: blocks as DeepSeek's; fp8-dynamic and w8a16: compressed-tensors) or 4 (w4a16).",
     ),
@@ -232,9 +249,15 @@ ENGINE = together(
         help="Round the number of experts down to one that this program takes best.",
     ),
 )  # fmt: skip
+GGUF = click.option(
+    "--gguf", type=click.Choice(tuple(GGUF_TYPES), case_sensitive=False), metavar="Q4_K_M|Q5_K_M|…",
+    help="Plan the memory for what llama.cpp quantizes the result to. (What is written stays safetensors.)  One of "
+    f"{', '.join(GGUF_TYPES)}.",
+)  # fmt: skip
 #: The memory that the model has to fit, or how far to prune it.
 TARGET = together(
     BUDGET,
+    GGUF,
     click.option("--keep", type=int, help="Experts to keep in every layer, instead of a budget."),
     click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5, instead of a budget."),
     width_options("What --ratio or a budget removes"),

@@ -24,6 +24,7 @@ from streamprune.hardware.gpus import budget_on_gpu, known_gpu
 from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.tables import Table
 from streamprune.targets import MOST_TOKENS
 
@@ -262,6 +263,10 @@ def _limit(estimate: Estimate) -> str:
 
 
 def _weights_text(estimate: Estimate) -> str:
+    if estimate.use.weights in GGUF_TYPES:
+        # (Of 16 bits each but for the small parts that stay in 32.)
+        bits = 16 * estimate.weights_bytes / estimate.changed(weights="F16").weights_bytes
+        return f"{estimate.use.weights} ({bits:.2f} bits each)"
     formats = estimate.footprint.weights.formats
     if not formats or estimate.use.weights != "source":
         return estimate.use.weights

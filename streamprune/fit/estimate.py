@@ -16,8 +16,10 @@ from streamprune.errors import SettingsError, StreampruneError
 from streamprune.fit.cache import CacheSizes, prefill_workspace_bytes
 from streamprune.fit.engine_rules import Served
 from streamprune.fit.engines import good_count
+from streamprune.fit.gguf import gguf_sizes
 from streamprune.fit.weights import Weights, WeightSizes
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.targets import MOST_TOKENS, MTP, ServingSpec
 
 MIB = 1024**2
@@ -70,16 +72,21 @@ class Footprint:
     forms: Forms | None = field(default=None, repr=False, compare=False)
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def sizes(self, weights: str = "source", width: int | None = None, with_mtp: bool = True) -> WeightSizes:
-        """Sizes of the weights in one of config.WEIGHTS, with `width` channels per expert (None: all).
+    def sizes(
+        self, weights: str = "source", width: int | None = None, with_mtp: bool = True, experts: float | None = None
+    ) -> WeightSizes:
+        """Sizes of the weights in one of config.WEIGHTS or GGUF_TYPES, with `width` channels per expert (None: all).
 
-        Layers for multi-token prediction count unless `with_mtp` is false. Raises SettingsError or
+        Layers for multi-token prediction count unless `with_mtp` is false. `experts` is how many each layer is to have,
+        for the few forms in which other tensors depend on it; None for all. Raises SettingsError or
         UnsupportedModelError where the weights cannot be so.
         """
-        sizes = self._sizes(weights, width)
+        sizes = self._sizes(weights, width, experts)
         return sizes if with_mtp else sizes.without_mtp()
 
-    def _sizes(self, weights: str, width: int | None) -> WeightSizes:
+    def _sizes(self, weights: str, width: int | None, experts: float | None) -> WeightSizes:
+        if weights in GGUF_TYPES:
+            return gguf_sizes(self.weights, self.shape, weights, width, experts)
         if weights == "source" and (width is None or self.width is not None or self.forms is None):
             return self.weights.sizes().narrowed(self.width_share(width))
         if self.weights.counts is not None:
@@ -275,7 +282,7 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
     kept: float = weights.count if use.keep is None else use.keep
     is_pruned = use.total is not None or kept != weights.count or use.width is not None or use.weights != "source"
     keeps_mtp = use.mtp == MTP[0] and weights.keeps_mtp
-    sizes = footprint.sizes(use.weights, use.width, with_mtp=keeps_mtp or not is_pruned)
+    sizes = footprint.sizes(use.weights, use.width, keeps_mtp or not is_pruned, kept)
     if use.total is not None:
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
         # keep all its experts.
@@ -285,7 +292,9 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
         # Layers for multi-token prediction keep as many experts as one of the others, at most as many as the widest.
         found["MTP"] = sizes.bytes_by_category(routed)["MTP"]
     for name, size in found.items():
-        yield Term(f"{WEIGHTS}{name}", size, "exact" if weights.measured else "modelled", size, size)
+        # Which type llama.cpp gives a tensor goes by names that its converter makes.
+        is_counted = weights.measured and use.weights not in GGUF_TYPES
+        yield Term(f"{WEIGHTS}{name}", size, "exact" if is_counted else "modelled", size, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)
     state = footprint.cache.state_bytes(use.batch)

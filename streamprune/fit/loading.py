@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.quantize.schemes import SCHEMES, scheme_of
 
 #: What happens on loading, by `quant_method`, in transformers 5.17 to 5.23: `validate_environment` of its quantizers,
@@ -44,6 +45,8 @@ def loading_note(estimate: Estimate) -> str | None:
     weights, method = estimate.use.weights, estimate.footprint.quantization
     if weights in SCHEMES:
         method = scheme_of(weights).method
+    if weights in GGUF_TYPES:
+        return None
     text, decoded = _LOADING.get(method), decoded_bytes(estimate)
     if text is None or decoded is None or weights == "bf16":
         return None

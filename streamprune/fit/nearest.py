@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from streamprune.fit.estimate import Fit
 from streamprune.hardware.gpus import GPUS
 from streamprune.hardware.memory import GIB
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.quantize.schemes import SCHEMES, scheme_of
 
 #: The schemes that stand for their number of bits where settings are suggested or compared; others of as many bits take
@@ -59,6 +60,15 @@ def other_formats(fit: Fit) -> str | None:
     return ", ".join(parts) or None
 
 
+def _smaller_gguf(fit: Fit) -> Iterator[Option]:
+    """The next smaller quantization of llama.cpp that fits, with as many experts as asked for."""
+    types = list(GGUF_TYPES)
+    for weights in types[types.index(fit.use.weights) + 1 :]:
+        if fit.changed(weights=weights).fits:
+            yield Option(f"--gguf {weights}", "another quantization of llama.cpp")
+            return
+
+
 def _options(fit: Fit) -> Iterator[Option]:
     count = fit.footprint.weights.count
     if fit.max_experts is not None and fit.experts is not None and fit.max_experts < fit.experts:
@@ -69,7 +79,9 @@ def _options(fit: Fit) -> Iterator[Option]:
         yield Option("--kv-dtype fp8", "8-bit KV cache")
     if fit.changed(mtp="drop").fits:
         yield Option("--mtp drop", "without layers for multi-token prediction")
-    for weights in _smaller(fit):
+    if fit.use.weights in GGUF_TYPES:
+        yield from _smaller_gguf(fit)
+    for weights in _smaller(fit) if fit.use.weights not in GGUF_TYPES else ():
         smaller, words = fit.changed(weights=weights), "weights as stored"
         if weights in SCHEMES:
             words = f"weights quantized to {scheme_of(weights).bits} bits"

@@ -38,6 +38,7 @@ from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
 from streamprune.reporting.make_record import make_record
 from streamprune.reporting.record_computed import LayerRefit, LayerRounding, RecordedRefit, RecordedRounding
+from streamprune.reporting.summary import gguf_commands
 from streamprune.saliency.scores import LayerStatistics, Scores
 from streamprune.saliency.scores_file import SCORES_FOLDER, SCORES_NAME, check_scores_file, write_scores
 from streamprune.selection.energy import energy_retentions
@@ -323,6 +324,11 @@ def print_result(
         print_channel_bytes(progress, decided.scores)
     if estimate is not None:
         print_memory(progress, estimate)
+    if decided.settings.gguf is not None and len(set(decided.plan.counts.values())) == 1:
+        output, matrix = decided.settings.output, decided.imatrix.path if decided.imatrix is not None else None
+        progress.say(f"Next, for {decided.settings.gguf}, with llama.cpp:")
+        for command in gguf_commands(decided.plan.config, decided.use, output, str(output), matrix):
+            progress.say(f"  {command}")
 
 
 def print_channel_bytes(progress: Progress, scores: Scores) -> None:

@@ -47,7 +47,7 @@ from streamprune.work.records import (
 FREE_SETTINGS = {
     "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
     "checkpoint_every", "from_layer", "verify", "report", "stop_if_kl", "calibration", "date", "skip_bad", "anchor",
-    "budget_gib", "gpu", "keep", "ratio", "context", "batch", "kv_dtype", "for_engine", "round_for",
+    "budget_gib", "gpu", "keep", "ratio", "context", "batch", "kv_dtype", "gguf", "for_engine", "round_for",
 }  # fmt: skip
 
 

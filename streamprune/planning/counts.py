@@ -230,11 +230,12 @@ def _within_budget(target: PruningTarget, model: Prunable, unpruned: Footprint) 
     spec, layers, uniform = model.spec, model.layers, SCHEDULES[target.schedule].is_uniform
     budget = resolve_budget(target.budget_gib, target.gpu)
     fit = Fit(unpruned, target.serving(unpruned.max_positions), budget.nbytes)
+    as_gguf = f" as {target.gguf}" if target.gguf is not None else ""
     if target.width is None and fit.fits and not target.changes_weights:
         raise SettingsError(
             f"The unpruned model takes {format_bytes(fit.total)} and already fits {format_bytes(fit.budget)} "
-            f"({budget.label}), so nothing would be removed. Plan for a longer --context or larger --batch, or choose "
-            "with --keep."
+            f"({budget.label}){as_gguf}, so nothing would be removed. Plan for a longer --context or larger --batch, "
+            "or choose with --keep."
         )
     width = target.width if target.by == "experts" or fit.fits else _width_that_fits(target, model, fit, budget)
     fit = fit.changed(width=width)

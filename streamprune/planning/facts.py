@@ -97,7 +97,7 @@ class ModelFacts:
         if plan.width is not None:
             footprint = replace(footprint, width=plan.width, shape=replace(footprint.shape, expert=plan.width))
         # What is written is the source of this estimate.
-        use = replace(target.serving(footprint.max_positions), weights="source")
+        use = replace(target.serving(footprint.max_positions), weights=target.gguf or "source")
         return counts.against_budget(Estimate(footprint, use))
 
 

@@ -22,7 +22,6 @@ from streamprune.checkpoint.safetensors_file import DTYPE_BITS
 from streamprune.config import DEFAULT_SHARD_BYTES, DTYPES, NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
-from streamprune.fit.footprint import max_positions
 from streamprune.fit.verdict import verdict
 from streamprune.formats.base import KeptExperts
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
@@ -38,7 +37,7 @@ from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from streamprune.selection.settings import SelectionSettings
 from streamprune.selection.widths import width_notes
 from streamprune.tables import plain
-from streamprune.targets import DEFAULT_CONTEXT, MOST_TOKENS
+from streamprune.targets import DEFAULT_CONTEXT, ServingSpec
 
 #: The name of the published model's folder in commands that need its files.
 THIS_MODEL = "this-model"
@@ -98,7 +97,7 @@ def model_card(
         estimate=estimate,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
-        serving=serving_commands(plan.config, _context_of(record, plan), not has_per_layer_experts(plan.counts)),
+        serving=serving_commands(plan.config, _use_of(record), not has_per_layer_experts(plan.counts)),
         verdict=verdict(share_removed(record)),
         imatrix_file=shlex.quote(record.imatrix.file) if record.imatrix else "",
         searched=searched,
@@ -110,10 +109,9 @@ def model_card(
     )
 
 
-def _context_of(record: Record, plan: PrunePlan) -> int:
-    """Tokens of the context that the model was planned for, no more than it can have."""
-    planned = record.use.context if record.use else DEFAULT_CONTEXT
-    return min(planned, max_positions(plan.config) or MOST_TOKENS)
+def _use_of(record: Record) -> ServingSpec:
+    """The use that the model was planned for."""
+    return record.use.spec if record.use else ServingSpec()
 
 
 def _score_meaning(method: str) -> str:
@@ -254,7 +252,12 @@ def reproduce_command(record: Record) -> str:
             ("--protect-super-experts", settings.protect_super_experts),
         ]
     if use is not None:
-        options += [("--context", use.context), ("--batch", use.batch), ("--kv-dtype", use.kv_dtype)]
+        options += [
+            ("--context", use.context),
+            ("--batch", use.batch),
+            ("--kv-dtype", use.kv_dtype),
+            ("--gguf", use.gguf or None),
+        ]
     if reads_text and given is not None and calibration is not None:
         options += _text_options(record, given, bool(calibration.held_back))
     if record.refit:

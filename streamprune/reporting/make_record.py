@@ -59,7 +59,11 @@ def make_record(
             "max_shard_bytes": settings.max_shard_bytes,
             **settings.storage.as_json(),
         },
-        "use": {**asdict(use), "budget_bytes": counts.budget.nbytes if counts.budget else None},
+        "use": {
+            **asdict(use),
+            "budget_bytes": counts.budget.nbytes if counts.budget else None,
+            **({"gguf": settings.gguf} if settings.gguf is not None else {}),
+        },
         "versions": origin["versions"],
         "source": {**origin["source"], **sizes, **formats},
         "calibration": origin["calibration"],

@@ -20,6 +20,7 @@ from streamprune.fit.cache import KV_DTYPES
 from streamprune.formats.base import ChannelMask
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS
 from streamprune.output.plan import REPORT_NAME
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.reporting.record_computed import (
     RecordedImatrix,
     RecordedQuantization,
@@ -127,12 +128,16 @@ class RecordedMtp(Struct, frozen=True, kw_only=True):
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):
-    """The use that the memory was planned for; `budget_bytes` is None without a budget."""
+    """The use that the memory was planned for; `budget_bytes` is None without a budget.
+
+    `gguf` is only stated where it was planned for what llama.cpp quantizes the model to: one of GGUF_TYPES.
+    """
 
     context: Positive
     batch: Positive
     kv_dtype: Annotated[str, Meta(pattern=f"^({'|'.join(KV_DTYPES)})$")]
     budget_bytes: Positive | None = None
+    gguf: Annotated[str, Meta(pattern=_one_of(tuple(GGUF_TYPES)))] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         try:
@@ -143,7 +148,8 @@ class PlannedUse(Struct, frozen=True, kw_only=True):
     @property
     def spec(self) -> ServingSpec:
         """The use as the estimate of memory takes it."""
-        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype)
+        weights = self.gguf or "source"
+        return ServingSpec(context=self.context, batch=self.batch, kv_dtype=self.kv_dtype, weights=weights)
 
 
 class Provenance(Struct, frozen=True, kw_only=True):

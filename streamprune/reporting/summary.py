@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from streamprune.fit.footprint import max_positions
 from streamprune.fit.verdict import verdict
 from streamprune.hardware.gpus import GPUS
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.config_json import text_part
+from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.reporting.evaluations import TextResult
 from streamprune.reporting.facts import Facts, Memory
 from streamprune.reporting.record import Record
 from streamprune.tables import interval, number, percent
+from streamprune.targets import ServingSpec
 
 #: The names of dtypes in convert_hf_to_gguf.py.
 _GGUF_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -53,7 +59,8 @@ def _lost(text: TextResult | None) -> str:
 
 def _fits(memory: Memory) -> str:
     total, use = memory.after.total, memory.after.use
-    said = f"To serve {use.batch} x {use.context:,} tokens it takes about {format_bytes(total)}"
+    quantized = f" as {use.weights}" if use.weights in GGUF_TYPES else ""
+    said = f"To serve {use.batch} x {use.context:,} tokens{quantized} it takes about {format_bytes(total)}"
     large = sorted((gpu for gpu in GPUS if gpu.usable_bytes >= total), key=lambda gpu: gpu.usable_bytes)
     if not large:
         return f"{said}: no single GPU that is known by name has so much."
@@ -61,19 +68,37 @@ def _fits(memory: Memory) -> str:
     return f"{said}: it fits {large[0].key} (CUDA can use {format_bytes(large[0].usable_bytes)}){others}."
 
 
-def serving_commands(config: Mapping[str, Any], context: int, is_even: bool) -> dict[str, str]:
+def serving_commands(config: Mapping[str, Any], use: ServingSpec, is_even: bool) -> dict[str, str]:
     """Commands by program that serve the model in the current folder, which has the config.json `config`.
 
-    `context` is in tokens; `is_even` says that all layers keep equally many experts, which vLLM and llama.cpp need.
+    `use` is what it was planned for; `is_even` says that all layers keep equally many experts, which vLLM and llama.cpp
+    need.
     """
     if not is_even:
         return {}
-    outtype = gguf_outtype(config)
-    return {
-        "vLLM": f"vllm serve . --max-model-len {context}",
-        "llama.cpp": f"python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf --outtype {outtype}\n"
-        f"llama-server -m model.gguf -c {context}",
-    }
+    use = replace(use, context=min(use.context, max_positions(config) or use.context))
+    found = {"llama.cpp": "\n".join(gguf_commands(config, use, Path(), "model"))}
+    # Planned for llama.cpp's quantization, more may be left than another engine has room for.
+    return found if use.weights in GGUF_TYPES else {"vLLM": f"vllm serve . --max-model-len {use.context}", **found}
+
+
+def gguf_commands(
+    config: Mapping[str, Any], use: ServingSpec, folder: Path, name: str, imatrix: Path | None = None
+) -> Iterator[str]:
+    """The commands of llama.cpp that convert the model in `folder`, quantize it as planned, and serve it.
+
+    The files of the model get this name and a suffix; `imatrix` is the importance matrix for the quantization.
+    """
+    model = shlex.quote(f"{name}.gguf")
+    yield (
+        f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(str(folder))} --outfile {model} --outtype "
+        f"{gguf_outtype(config)}"
+    )
+    if use.weights in GGUF_TYPES:
+        plain, model = model, shlex.quote(f"{name}-{use.weights}.gguf")
+        given = f"--imatrix {shlex.quote(str(imatrix))} " if imatrix is not None else ""
+        yield f"llama-quantize {given}{plain} {model} {use.weights}"
+    yield f"llama-server -m {model} -c {use.context * use.batch}"
 
 
 def gguf_outtype(config: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ from msgspec.structs import asdict
 from streamprune import __version__
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
-from streamprune.fit.footprint import max_positions
 from streamprune.formats.pick import storage_text
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
@@ -143,7 +142,7 @@ def page_of(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str
         storage_text=storage_text,
         use=use,
         summary=list(summary_sentences(facts)),
-        serving=serving_commands(facts.config, min(use.context, max_positions(facts.config) or use.context), is_even),
+        serving=serving_commands(facts.config, use, is_even),
         gpu_sizes=GPU_SIZES,
         describe_busy=lambda busy: describe(asdict(busy)).removeprefix("busy: "),
         schedule_meaning=schedule.meaning if schedule else "a file says how many each layer keeps",

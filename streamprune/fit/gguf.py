@@ -1,0 +1,83 @@
+"""The sizes of a model as a GGUF file of llama.cpp, from the facts of its weights. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from streamprune.fit.weights import WeightFact, Weights, WeightSizes
+from streamprune.models.config_json import ModelShape
+from streamprune.quantize.gguf_types import GgufModel, role_of, row_bytes, tensor_type
+
+#: What stays in 32 bits whatever the quantization.
+_PLAIN = ("conv", "norm", "bias", "A_log", "dt_bias", "sinks")
+
+
+def gguf_sizes(
+    weights: Weights, shape: ModelShape, quantization: str, width: int | None, experts: float | None = None
+) -> WeightSizes:
+    """The sizes in one of GGUF_TYPES, with `width` channels per expert (None: all).
+
+    Rows whose length no block divides fall back to larger types, as `llama-quantize` has it. A model of exactly eight
+    experts gets more bits in its attention there: `experts` is how many each layer is to have; None for all.
+    """
+    facts = weights.decoded(2).facts
+    model = _model(facts, weights.count if experts is None else experts)
+    full = shape.expert
+
+    def stored(fact: WeightFact) -> WeightFact:
+        if width is not None and fact.of_experts and fact.category != "router":
+            narrower = tuple({full: width, 2 * full: 2 * width}.get(size, size) for size in fact.shape)
+            fact = replace(fact, shape=narrower)
+        return replace(fact, nbytes=_bytes(fact, quantization, model, width or full))
+
+    return replace(weights, facts=tuple(map(stored, facts))).sizes()
+
+
+def _model(facts: Iterable[WeightFact], experts: float) -> GgufModel:
+    trunk = [fact for fact in facts if fact.category != "MTP" and fact.layer is not None]
+    values, rows = {}, {"query": 1.0, "key": 1.0}
+    for fact in trunk:
+        role = role_of(fact.name)
+        if role in ("value", "qkv") and len(fact.shape) == 2 and fact.layer is not None:
+            values[fact.layer] = True
+        if role in rows and len(fact.shape) == 2:
+            rows[role] = float(fact.shape[0])
+    layers = 1 + max((fact.layer or 0 for fact in trunk), default=0)
+    tied = not any(fact.category == "head" for fact in facts)
+    return GgufModel(layers, experts, rows["query"] / rows["key"], tuple(sorted(values)), tied)
+
+
+def _bytes(fact: WeightFact, quantization: str, model: GgufModel, width: int) -> int:
+    """Bytes of one tensor in the file."""
+    matrix = fact.shape[1:] if fact.rows is not None and len(fact.shape) == 3 else fact.shape
+    values = math.prod(fact.shape)
+    if fact.category == "vision":
+        # A file of its own, in 16 bits.
+        return 2 * values
+    if len(matrix) != 2 or 1 in matrix or fact.category == "router" or any(part in fact.name for part in _PLAIN):
+        return 4 * values
+    role, layer = role_of(fact.name), -1 if fact.layer is None else fact.layer
+    if fact.category in ("embeddings", "head"):
+        role = fact.category
+    elif fact.of_experts:
+        role = "expert down" if role == "down" else "experts"
+    elif role in ("value", "qkv") and layer not in model.value_layers:
+        role = "other"
+    # Rows of a projection to the experts' channels are as long as the hidden size, of one from them as their width;
+    # some checkpoints store the transposed matrices.
+    columns = width if role == "expert down" and width in matrix else matrix[-1]
+    if role == "experts" and matrix[-1] in (width, 2 * width):
+        columns = matrix[0]
+    if role == "mla":
+        # The file has two parts of it: one by heads, with rows as long as a head's keys, one with those of the latent.
+        return sum(_matrix_bytes(quantization, "other", layer, columns, half, model) for columns, half in (
+            (128, values // 2), (matrix[-1], values - values // 2)
+        ))  # fmt: skip
+    return _matrix_bytes(quantization, role, layer, columns, values, model)
+
+
+def _matrix_bytes(quantization: str, role: str, layer: int, columns: int, values: int, model: GgufModel) -> int:
+    kind = tensor_type(quantization, role, layer, columns, model)
+    return values // columns * row_bytes(kind, columns)
