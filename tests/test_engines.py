@@ -10,15 +10,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
-from streamprune.errors import SettingsError
+from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.engine_rules import NAMES, RULES, Served
 from streamprune.fit.engines import check_served, engine_notes, findings, good_count
-from streamprune.fit.estimate import Footprint
+from streamprune.fit.estimate import Fit, Footprint
 from streamprune.models.config_json import ExpertSpec, WidthSpec
+from streamprune.planning.candidates import Searchable, lay_out
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
 from streamprune.reporting.record import read_record
-from streamprune.targets import ENGINES, PruningTarget
+from streamprune.targets import ENGINES, PruningTarget, ServingSpec
 from tests.helpers import prune
+from tests.test_fit import made_up
 
 SOFTPLUS = {"scoring_func": "sqrtsoftplus"}
 FP8 = {"quantization_config": {"quant_method": "fp8"}}
@@ -212,6 +214,27 @@ def test_layers_that_differ_are_refused_for_what_reads_one_number() -> None:
         with pytest.raises(SettingsError, match=r"--for llama.cpp: llama.cpp reads one number.*--schedule uniform"):
             planned(keep=64, schedule=schedule, for_engine="llama.cpp")
         assert planned(keep=64, schedule=schedule, for_engine="transformers").total == 256
+
+
+def test_a_search_lays_out_rounded_numbers_and_leaves_out_what_has_none() -> None:
+    unpruned = made_up()
+    budget = Fit(unpruned, ServingSpec(keep=13), 0).total
+
+    def laid_out(round_for: str | None) -> list[int]:
+        fit = Fit(unpruned, ServingSpec(round_for=round_for), budget)
+        found = lay_out(Searchable(ExpertSpec((), "num_experts", 32, 4), None, {"source": fit}, "fixed", "none"))
+        return [candidate.keep for candidate in found.candidates]
+
+    assert laid_out(None) == [13]
+    assert laid_out("sglang") == [8]
+    # Six are the fewest of its router, and no power of two up to seven.
+    few = Fit(
+        made_up(count=24, top_k=6),
+        ServingSpec(round_for="sglang"),
+        Fit(made_up(count=24, top_k=6), ServingSpec(keep=7), 0).total,
+    )
+    with pytest.raises(DoesNotFitError, match="no number of experts that fits is good for the engine of --round-for"):
+        lay_out(Searchable(ExpertSpec((), "num_experts", 24, 6), None, {"source": few}, "fixed", "none"))
 
 
 def command(*arguments: str | Path) -> Result:
