@@ -77,7 +77,8 @@ class Progress:
         self._started = time.monotonic()
         self._events: list[dict[str, Any]] = []
         self._bar: Any = None
-        self._ended = 0
+        #: Of this sweep over the layers: those that ended, the last of them, and when the first one began.
+        self._ended, self._last_layer, self._sweep_began = 0, -1, 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -121,9 +122,7 @@ class Progress:
         if done.channels is None:
             del values["channels"]
         self.log("block", {"block": values.pop("layer"), "blocks": self._layers, **values})
-        # Earlier layers may have been done by a run that was interrupted.
-        self._ended += 1
-        left = self.seconds / self._ended * (self._layers - done.layer - 1)
+        left = self._seconds_left(done)
         if done.experts:
             scored = f"scored {done.experts}" if done.kept is None else f"kept {done.kept}/{done.experts}"
             narrower = "" if done.channels is None else f" with {done.channels[0]}/{done.channels[1]} channels"
@@ -134,6 +133,16 @@ class Progress:
             f"{self.name_of(done.layer)}: {what}, {done.seconds:.1f} s, peak {format_bytes(done.peak_bytes)}, "
             f"{_duration(left)} left"
         )
+
+    def _seconds_left(self, done: LayerProgress) -> float:
+        """Seconds until this sweep over the layers ends: as fast as since its first layer began.
+
+        So neither what came before the layers counts, nor layers of a run that was interrupted.
+        """
+        if done.layer <= self._last_layer or not self._ended:
+            self._ended, self._sweep_began = 0, self.seconds - done.seconds
+        self._ended, self._last_layer = self._ended + 1, done.layer
+        return (self.seconds - self._sweep_began) / self._ended * (self._layers - done.layer - 1)
 
     def log(self, event: str, values: dict[str, Any]) -> None:
         """Record an event that `write_log` writes to the log, with the seconds since the beginning."""

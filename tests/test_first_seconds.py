@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import streamprune.demo
 from streamprune import progress
-from streamprune.progress import stage
+from streamprune.progress import LayerProgress, Progress, stage
 
 MODEL = Path(streamprune.demo.__path__[0]) / "trained" / "model"
 #: Commands without their model and output, and what their refusal says.
@@ -101,3 +102,19 @@ def test_a_stage_that_is_over_at_once_says_nothing(monkeypatch: pytest.MonkeyPat
     with stage(said.append, "reading the text"):
         pass
     assert said == []
+
+
+def test_the_time_left_is_that_of_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    shown = Progress(5, quiet=False, stream=stream)
+    # An hour of downloads; a run that goes on at layer 1; and a second sweep over all layers.
+    for layer, at in ((1, 3610.0), (2, 3632.0), (0, 3700.0)):
+        now = at
+        shown.end_layer(LayerProgress(layer, None, 0, None, 10.0, 0))
+    assert [line.rsplit(", ", 1)[1] for line in stream.getvalue().splitlines()] == [
+        "30 s left",
+        "32 s left",
+        "40 s left",
+    ]

@@ -112,13 +112,17 @@ def test_prune_says_what_run_says_of_the_result(tmp_path: Path) -> None:
     for words in (
         "layers for multi-token prediction (MTP, ",
         "warning: none of the 3 calibration tokens was routed to some experts",
-        "  fits the budget of ",
+        "fits the budget of ",
         "domain retention",
     ):
-        lines = [[line for line in result.stderr.splitlines() if words in line] for result in (one, other)]
-        # The run tells the memory twice, before and after.
+        lines = [
+            [line[line.index(words) :] for line in result.stderr.splitlines() if words in line]
+            for result in (one, other)
+        ]
+        # The run tells whether it fits twice, before and after.
         assert [len(found) > 0 for found in lines] == [True, True], words
         assert lines[0][-1] == lines[1][-1]
+    assert [result.stderr.count("  CUDA context ") for result in (one, other)] == [1, 1], "the table stands once"
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,14 @@ def print_result(
         path = decided.settings.output / SCORES_FOLDER / SCORES_NAME
         progress.say(f"scores, for `streamprune prune`: {path}, {format_bytes(path.stat().st_size)}")
         print_channel_bytes(progress, decided.scores)
-    if estimate is not None:
+    if estimate is None:
+        return
+    if isinstance(decided.settings, RunSettings):
+        # The plan had the table.
+        low, high = map(format_bytes, estimate.interval)
+        total = f"{format_bytes(estimate.total)} ({low} to {high})"
+        progress.say(f"memory in use, as planned above, by the weights that were written: {total}{_verdict(estimate)}")
+    else:
         print_memory(progress, estimate)
     if decided.settings.gguf is not None and len(set(decided.plan.counts.values())) == 1:
         output, matrix = decided.settings.output, decided.imatrix.path if decided.imatrix is not None else None
@@ -344,11 +351,15 @@ def print_memory(progress: Progress, estimate: Estimate) -> None:
     for line in terms_lines(estimate):
         progress.say(line)
     if isinstance(estimate, Fit):
-        verdict = "fits" if estimate.fits else "does not fit"
-        progress.say(
-            f"  {verdict} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} "
-            f"{'left' if estimate.fits else 'over'}"
-        )
+        progress.say(f"  {_verdict(estimate).removeprefix(', ')}")
+
+
+def _verdict(estimate: Estimate) -> str:
+    """Whether the result fits the budget, to follow on its memory; empty without a budget."""
+    if not isinstance(estimate, Fit):
+        return ""
+    fits, left = ("fits", "left") if estimate.fits else ("does not fit", "over")
+    return f", {fits} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} {left}"
 
 
 def print_verdict(progress: Progress, estimate: Estimate) -> None:
