@@ -84,7 +84,8 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", BOTH)
     image = {"type": "image_url", "image_url": {"url": "data:…"}}
     write_lines(
-        tmp_path / "a.jsonl", user([{"type": "image"}, part("what is it?")]), user([image, image]), user("one"),
+        tmp_path / "a.jsonl", user([{"type": "image"}, part("what is it?")]), user([image, image]),
+        {**user("one"), "image": "org/img:1"},
         {**user("two"), "images": ["a.png"]}, user(""), {"messages": []}, {"messages": None}, {"text": None},
         {"text": ""},
     )  # fmt: skip
@@ -100,7 +101,7 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_tokens_that_stand_for_an_image_are_left_out(tmp_path: Path) -> None:
     """A data set's text may have the name of the token, where its image was."""
     model = model_of(tmp_path / "model", TEXT)
-    (model / "config.json").write_text(json.dumps({"image_token_id": 3 + ord("$") - 33, "eos_token_id": 5}))
+    (model / "config.json").write_text(json.dumps({"part": {"image_token_id": 3 + ord("$") - 33}, "eos_token_id": 5}))
     write_lines(tmp_path / "a.jsonl", user("$$what is it?"))
     made = load([tmp_path / "a.jsonl"], model, samples=1, seq_len=10)
     assert texts_of(model, made) == ["<user>what"]

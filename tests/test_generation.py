@@ -146,11 +146,12 @@ def test_thinking_that_loops_is_told_from_answering(tmp_path: Path) -> None:
     )
     prompts = tmp_path / "prompts.jsonl"
     # As exporters write them: every column in every line. (And a source's name that has to be made printable.)
+    contents = ("hello ", "hello hello ", [{"type": "text", "text": "hello hello "}], "hello hello hello ")
     lines = [
-        {"prompt": None, "messages": [{"role": "user", "content": "hello " * size}], "source": "chats\n"}
-        for size in (1, 2, 2, 3)
+        {"prompt": None, "messages": [{"role": "user", "content": content}], "source": "chats\n"}
+        for content in contents
     ]
-    prompts.write_text("\n".join(map(json.dumps, lines)))
+    prompts.write_text("\ufeff" + "\n".join(map(json.dumps, lines)))
     result, _ = health(model, prompts=prompts)
     assert result["settings"]["thinking_switch"] == "enable_thinking"
     assert {source["name"] for source in mode(result, "greedy", "chat", True)["sources"]} == {"chats"}
@@ -272,6 +273,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path, healthy: Path) -> None:
             r"line 2 is .*Expected `object`, got `str` - at `\$.messages\[0\]`.*objects with a 'role'",
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            r"a part .* not text \(image\)",
+        ),
     ):
         prompts.write_text(line)
         with pytest.raises(CalibrationError, match=words):

@@ -202,7 +202,8 @@ def test_recipes_in_json_and_records_named_like_them(model: Path) -> None:
     (model.parent / "r.json").write_text(json.dumps(recipe(source("a"))))
     assert calibrate(model, model.parent / "r.json").tokens == 3200
     for content, words in (
-        (b"[1, 2]", r"Expected `object`, got `array`"),
+        (b"[1, 2]", r"Expected `object`, got `array`\. If it has records, make them one array"),
+        (b'{\n"data": [{"text": "a"}]}', r"Unknown key 'data' .*\. If it has records, make them one array"),
         (b'{"seed": 1, "seed": 2}', "not a recipe in JSON"),
         (b"\xff", "not a recipe in JSON"),
     ):

@@ -198,7 +198,7 @@ def test_bad_records_are_passed_over_up_to_a_share(model: Path) -> None:
     assert "a.jsonl: 6 of 100 records are bad and passed over (6.0%), first: " in note
     assert made.recipe["sources"][0]["bad_records"] == 6
     assert made.recipe["given"]["skip_bad"] == 0.06
-    with pytest.raises(CalibrationError, match=r"6 of the first 100 records are bad, more than --skip-bad 0\.05"):
+    with pytest.raises(CalibrationError, match=r"6 of the first 100 records are bad, more than --skip-bad 5% passes"):
         load([path], model, samples=10, seq_len=50, skip_bad=0.05)
     # Without end, they are not read to the end.
     path.write_bytes(b"".join(BAD) * 900)

@@ -6,6 +6,7 @@ padding is counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -313,10 +314,10 @@ class Supply:
 
     def _check_bad(self, records: int) -> None:
         bad = self.left_out.bad
-        if bad > self._skip_bad * records:
+        if bad > math.ceil(self._skip_bad * records):
             raise CalibrationError(
                 f"{self._name}: {bad:,} of the first {self.rows_seen:,} records are bad, more than --skip-bad "
-                f"{self._skip_bad:.3g} passes over. The first: {self.left_out.first_bad}"
+                f"{self._skip_bad * 100:.3g}% passes over. The first: {self.left_out.first_bad}"
             )
 
     @cached_property

@@ -305,7 +305,8 @@ def read_recipe(path: Path) -> Recipe:
     except RecursionError:
         raise CalibrationError(f"{path} is nested too deeply for a recipe.") from None
     except (msgspec.ValidationError, ValueError) as error:
-        raise CalibrationError(f"{path}: {_one_line(_explained(str(error), raw))}.") from None
+        hint = hint if not isinstance(raw, dict) or "sources" not in raw else ""
+        raise CalibrationError(f"{path}: {_one_line(_explained(str(error), raw))}.{hint}") from None
     names = [source.name for source in sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise CalibrationError(f"{path}: Two sources are named {twice!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,12 +147,22 @@ def _messages(
     place: str, values: Mapping[str, Any], path: str, source: Source
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages in a field, and what is left out of the record: the types of parts and fields that are not text."""
-    turns, left_out = [], [key for key in _MEDIA if values.get(key)]
+    turns, left_out = [], [key for key in _MEDIA if _is_media(values.get(key))]
     for message in parsed_list(place, value_at(values, path), path, "messages"):
         turn, others = message_of(place, message, source)
         turns.append(turn)
         left_out += others
     return turns, left_out
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a field has an image or the like: its bytes, a list of some, or the name of its file.
+
+    (Records of software agents have the name of a container's image.)
+    """
+    if isinstance(value, str):
+        return (mimetypes.guess_type(value)[0] or "").partition("/")[0] in ("image", "video", "audio")
+    return bool(value) and isinstance(value, (list, dict))
 
 
 def _turn(place: str, values: Mapping[str, Any], turn: Turn) -> dict[str, Any]:

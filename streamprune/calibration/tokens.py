@@ -98,7 +98,9 @@ class TokenMaker:
             config = parse_json(read_limited(self._folder / "config.json", _MOST_TEMPLATE_BYTES))
         except (OSError, ValueError, RecursionError):
             return {}
-        stated = config.items() if isinstance(config, dict) else ()
+        # (Some models have such keys in the config of a part.)
+        parts = [config, *config.values()] if isinstance(config, dict) else []
+        stated = [item for part in parts if isinstance(part, dict) for item in part.items()]
         return {value: key for key, value in stated if type(value) is int and _PLACEHOLDER_KEY.fullmatch(key)}
 
     def rendered(self, chat: Chat) -> str:

@@ -81,6 +81,9 @@ def _results(
     if on_text or (generation is not None and generation.prompts is None):
         with stage(progress.say, "reading the text"):
             data = read_data(settings)
+        # (`evaluate_text` prints them once everything is checked.)
+        for note in () if on_text else data.notes:
+            progress.say(f"note: {note}")
     if on_text and data is not None:
         yield TEXT_NAME, evaluate_text(settings, data, progress).result
     if generation is not None:

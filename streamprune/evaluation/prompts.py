@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -112,7 +113,8 @@ def _read_openings(path: Path) -> list[_Opening]:
     """The prompts in a JSONL file. Raises CalibrationError, naming the line, for an invalid one."""
     try:
         with path.open("rb") as stream:
-            lines = [(number, line) for number, line in enumerate(stream, 1) if line.strip()]
+            stripped = (line.removeprefix(codecs.BOM_UTF8).strip() for line in stream)
+            lines = [(number, line) for number, line in enumerate(stripped, 1) if line]
     except OSError as error:
         raise CalibrationError(f"The prompts {path} cannot be read: {error.strerror}.") from None
     if not lines:

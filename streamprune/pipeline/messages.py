@@ -102,7 +102,8 @@ def print_prepared(
         _print_rounding(progress, prepared, calibration)
     if settings.imatrix is not None:
         _print_imatrix(progress, calibration)
-    for note in calibration.notes:
+    anchor_notes = calibration.anchor.notes if calibration.anchor is not None else ()
+    for note in (*calibration.notes, *(f"anchor: {each}" for each in anchor_notes)):
         progress.say(f"note: {note}")
 
 
