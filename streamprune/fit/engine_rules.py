@@ -235,16 +235,16 @@ RULES: tuple[Rule, ...] = (
         "a token gets, not {count}",
         _TRTLLM_FP8, rounds=True,
     ),
-    *(
-        Rule(
-            engine, "count", False, lambda served: served.count % GPUS[-1] == 0,
-            "{name}'s expert parallelism with load balancing needs a number of GPUs that divides {count}: {gpus}",
-            source,
-        )
-        for engine, source in (
-            ("vllm", f"{_VLLM_MOE}/layer.py"),
-            ("tensorrt-llm", "tensorrt_llm/_torch/modules/fused_moe/interface.py"),
-        )
+    Rule(
+        "vllm", "count", False, lambda served: served.count % GPUS[-1] == 0,
+        "vLLM's expert parallelism with load balancing needs redundant experts, or a number of GPUs that divides "
+        "{count}: {gpus}",
+        f"{_VLLM_MOE}/layer.py",
+    ),
+    Rule(
+        "tensorrt-llm", "count", False, lambda served: served.count % GPUS[-1] == 0,
+        "TensorRT-LLM's expert parallelism without load balancing needs a number of GPUs that divides {count}: {gpus}",
+        "tensorrt_llm/_torch/moe/fused_moe/interface.py",
     ),
     Rule(
         "vllm", "width", True, _width_in(32, "fp8"),
