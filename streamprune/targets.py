@@ -159,8 +159,9 @@ class PruningTarget(SelectionSettings):
         if self.keep is not None and self.keep < 1:
             raise SettingsError(f"--keep {self.keep}: at least one expert per layer must stay.")
         if self.ratio is not None and not 0 < self.ratio < 1:
+            percent = f" For {self.ratio:g} % write --ratio {self.ratio / 100:g}." if 1 < self.ratio < 100 else ""
             raise SettingsError(
-                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share to remove; 0.5 is half."
+                f"--ratio {self.ratio:g} is not between 0 and 1. It is the share to remove; 0.5 is half.{percent}"
             )
         # Creating it checks its values.
         _ = self.serving(None)

@@ -15,6 +15,7 @@ from streamprune.config import RunSettings
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.hardware.memory import format_bytes
 from streamprune.reporting.facts import read_facts
 from streamprune.reporting.record import PlannedUse
 from streamprune.selection.select import layer_counts
@@ -167,6 +168,8 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(tmp_path: Path, monkeypatch
     planned = json.loads(result.stdout)
     assert planned["experts_per_layer"] == 4
     assert planned["memory"]["fits"] is True
+    written = format_bytes(planned["memory"]["weights_bytes"])
+    assert f"weights: {format_bytes(open_checkpoint(source).nbytes)} -> {written}\n" in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
     by_keep = json.loads(CliRunner().invoke(main, [*arguments, "--keep", "4"]).stdout)
     assert by_keep["memory"]["total_bytes"] == planned["memory"]["total_bytes"]

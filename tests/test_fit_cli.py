@@ -373,3 +373,33 @@ def test_help_and_refusals_need_no_torch(model: str) -> None:
         assert done.returncode == 0, done.stderr
     assert without_torch("fit", "./missing", "--budget-gib", "1").returncode == 1
     assert without_torch("fit", model, "--budget-gib", "-1").returncode == 2
+
+
+def test_the_share_removed_says_how_many_stay(model: str, grouped: str) -> None:
+    assert answer(model, "--budget-gib", "24", "--ratio", "0.5")["experts_per_layer"] == 4
+    assert answer(grouped, "--budget-gib", "24", "--ratio", "0.3")["experts_per_layer"] == 6, "groups stay equal"
+    assert "--ratio 50 is not between 0 and 1. It is the share to remove; 0.5 is half. For 50 % write --ratio 0.5." in (
+        refusal(2, model, "--budget-gib", "24", "--ratio", "50")
+    )
+    assert "either --keep or --ratio" in refusal(2, model, "--budget-gib", "24", "--ratio", "0.5", "--keep", "4")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "hint"),
+    [
+        ("run", "--compression-ratio", "Here it is --ratio R, the share of experts to remove"),
+        ("fit", "--compression_ratio", "Here it is --ratio R"),
+        ("prune", "--sparsity", "Here it is --ratio R"),
+        ("run", "--num-experts", "Here it is --keep N"),
+        ("score", "--dataset", "Here it is --calibration TEXT"),
+        ("eval", "--dataset", "Here it is --data TEXT"),
+        ("fit", "--quantization", "--gguf TYPE to plan for what llama.cpp makes of it"),
+        ("fit", "--model", "MODEL stands without an option"),
+        ("status", "--compression-ratio", "No such option"),
+    ],
+)
+def test_options_as_other_tools_name_them(command: str, option: str, hint: str) -> None:
+    result = CliRunner().invoke(main, [command, "m", option, "0.5"])
+    assert result.exit_code == 2
+    assert hint in result.stderr
+    assert ("Here it is" in result.stderr) == (command != "status")

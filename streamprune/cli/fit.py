@@ -19,7 +19,8 @@ from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_
 from streamprune.fit.engines import check_served, rounded_count
 from streamprune.fit.estimate import Estimate, Fit, Footprint, check_keep
 from streamprune.hardware.memory import limit_library_memory
-from streamprune.targets import ServingSpec, Storage, planned_context
+from streamprune.models.config_json import resolve_keep
+from streamprune.targets import PruningTarget, ServingSpec, Storage, planned_context
 
 
 @click.command()
@@ -34,6 +35,7 @@ from streamprune.targets import ServingSpec, Storage, planned_context
 @opt.MTP_LAYERS
 @opt.ENGINE
 @click.option("--keep", type=int, help="Experts kept in every layer.  [default: all]")
+@click.option("--ratio", type=float, help="Share of experts removed from every layer, instead of --keep.")
 @click.option("--width", type=int, help="Channels kept of each expert.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU for --measure.")
@@ -52,7 +54,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
     storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"), given["mtp"])
-    context, gguf = given.pop("context"), given.pop("gguf")
+    context, gguf, ratio = given.pop("context"), given.pop("gguf"), given.pop("ratio")
     if gguf is not None and given["weights"] != "source":
         raise SettingsError(
             f"--gguf {gguf} is a form of the weights of its own. Leave out --weights {given['weights']}."
@@ -63,9 +65,8 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     from streamprune.planning.sizes import read_forms
 
     footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width)
-    wanted = replace(wanted, context=planned_context(context, footprint.max_positions))
-    if wanted.keep is not None:
-        check_keep(footprint, wanted.keep)
+    keep = _kept(footprint, wanted.keep, ratio)
+    wanted = replace(wanted, context=planned_context(context, footprint.max_positions), keep=keep)
     # The model is built for its sizes.
     opt.say_loading(as_json)
     # Refused before anything else is said of it.
@@ -85,6 +86,20 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
         click.echo("\n".join([fit_text(answer, budget), *(["", *measured_lines(found)] if found else [])]))
     if isinstance(answer, Fit) and not answer.fits:
         sys.exit(DoesNotFitError.exit_code)
+
+
+def _kept(footprint: Footprint, keep: int | None, ratio: float | None) -> int | None:
+    """Experts of each layer by --keep or --ratio; None for all. Raises SettingsError where that is impossible."""
+    if ratio is not None:
+        _ = PruningTarget(keep=keep, ratio=ratio)
+        if keep is not None:
+            raise SettingsError("Give either --keep or --ratio, not both.")
+        if footprint.spec is not None:
+            return resolve_keep(footprint.spec, None, ratio)
+        check_keep(footprint, 0, f"--ratio {ratio:g}")
+    if keep is not None:
+        check_keep(footprint, keep)
+    return keep
 
 
 def _for_engine(footprint: Footprint, wanted: ServingSpec) -> ServingSpec:

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from streamprune.cli.hints import WeightsChoice, with_hint
 from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import (
@@ -27,7 +28,7 @@ from streamprune.fit.cache import KV_DTYPES
 from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
-from streamprune.targets import BY, DEFAULT_CONTEXT, ENGINES, MTP, QUANTIZE, ROUNDING, WEIGHTS
+from streamprune.targets import BY, DEFAULT_CONTEXT, ENGINES, MTP, QUANTIZE, ROUNDING
 
 _SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)?\s*$", re.IGNORECASE)
 PATH = click.Path(path_type=Path)
@@ -55,21 +56,7 @@ DTYPE = click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
 )
 
-
-class _Weights(click.Choice[str]):
-    """--weights, which names llama.cpp's quantizations where one is given."""
-
-    def __init__(self) -> None:
-        super().__init__(WEIGHTS)
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
-        """One of WEIGHTS. Fails with the option that is meant for one of GGUF_TYPES."""
-        if str(value).upper() in GGUF_TYPES:
-            self.fail(f"{value} is a quantization of llama.cpp: write --gguf {value.upper()}.", parameter, context)
-        return super().convert(value, parameter, context)
-
-
-WEIGHTS_TYPE = _Weights()
+WEIGHTS_TYPE = WeightsChoice()
 #: What schemes quantize, and for how many GPUs.
 QUANTIZED = together(
     click.option(
@@ -340,6 +327,8 @@ class Commands(click.Group):
             # Use the real stderr: this process is silenced, but no other process reports this error.
             print(f"Error: {error}", file=sys.__stderr__, flush=True)
             sys.exit(error.exit_code)
+        except click.NoSuchOption as error:
+            raise with_hint(error) from None
         except StreampruneError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)

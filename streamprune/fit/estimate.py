@@ -331,14 +331,15 @@ def per_layer_note(footprint: Footprint) -> str:
     )
 
 
-def check_keep(footprint: Footprint, keep: int) -> None:
-    """Raise SettingsError for a number of experts that the model cannot have."""
+def check_keep(footprint: Footprint, keep: int, option: str | None = None) -> None:
+    """Raise SettingsError for a number of experts that the model cannot have; `option` gave it, if not --keep."""
+    asked = option or f"--keep {keep}"
     spec = footprint.spec
     if footprint.weights.counts is not None:
-        raise SettingsError(f"--keep {keep} is not possible: {per_layer_note(footprint)}")
+        raise SettingsError(f"{asked} is not possible: {per_layer_note(footprint)}")
     if spec is None:
-        raise SettingsError(f"--keep {keep}: {footprint.model} has no experts.")
+        raise SettingsError(f"{asked}: {footprint.model} has no experts.")
     least = minimum_keep(spec)
     if not least <= keep <= spec.count or keep % spec.groups:
         step = f" in steps of {spec.groups}" if spec.groups > 1 else ""
-        raise SettingsError(f"--keep {keep} is not possible: choose from {least} to {spec.count}{step}.")
+        raise SettingsError(f"{asked} is not possible: choose from {least} to {spec.count}{step}.")
