@@ -7,10 +7,14 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+#: Layers of the tiny models: a further one is for multi-token prediction.
+LAYERS = 4
 #: Tokens of the tiny models, the lengths of the prompts, and how many tokens are generated behind each.
 VOCABULARY = 320
 LENGTHS = (17, 48, 40)
 GENERATED = 12
+#: Tokens that the tokenizer has a word for: some programs add words of their own.
+WORDS = VOCABULARY - 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in LENGTHS]
 
 
+def is_mtp(name: str) -> bool:
+    """Whether a tensor belongs to a layer for multi-token prediction."""
+    return name.startswith(("mtp.", f"model.layers.{LAYERS}."))
+
+
 def save(result: Answer | Failure, path: Path) -> None:
     """Write a result, which `load` reads."""
     path.write_text(json.dumps({"kind": type(result).__name__, **asdict(result)}), encoding="utf-8")
@@ -65,9 +74,9 @@ def difference(one: Answer, other: Answer) -> float:
 
 
 def same_tokens(got: Answer, want: Answer, end: int = 2) -> bool:
-    """Whether the greedy tokens are the wanted ones, up to the first `end`: llama.cpp never takes that."""
+    """Whether the greedy tokens are the wanted ones, up to the first that llama.cpp never takes: `end`, or no word."""
     return all(
         list(first[:count]) == list(second[:count])
         for first, second in zip(got.greedy, want.greedy, strict=True)
-        for count in [[*second, end].index(end)]
+        for count in [[token == end or token >= WORDS for token in [*second, end]].index(True)]
     )

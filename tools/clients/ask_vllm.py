@@ -18,10 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clients.answers import GENERATED, VOCABULARY, Answer, Failure, prompts, save
+from clients.answers import GENERATED, VOCABULARY, Answer, Failure, is_mtp, prompts, save
 
-#: Where configs say how many layers for multi-token prediction there are.
-MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+INDEX = "model.safetensors.index.json"
 #: How vLLM 0.32 says that it knows a format and has no kernel for it here.
 NO_KERNEL = re.compile(r"No \w+ MoE backend supports|[Ff]ailed to find a kernel|Unsupported FP8 MoE backend: NONE")
 #: vLLM 0.32's own rotary embedding on CPUs rotates (tokens, heads, 64), as multi-head latent attention has it, wrongly.
@@ -87,7 +86,7 @@ def main(folders: list[Path]) -> None:
         # Its kernels for native FP8 refuse float32.
         own = "bfloat16" if section.get("quant_method") == "fp8" else "float32"
         ways = [("vllm", nullcontext, own), ("vllm-decoded", decoded, "float32")]
-        predicts = any(config.get("text_config", config).get(name) for name in MTP_COUNTS)
+        predicts = any(map(is_mtp, json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]))
         last = [ways[1]] if section else [("vllm-drafting", nullcontext, "float32")] if predicts else []
         for way, context, dtype in [ways[0], *last]:
             path = folder.with_name(f"{folder.name}-{way}.json")

@@ -10,26 +10,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-#: Layers of the tiny models: the next one is for multi-token prediction.
-LAYERS = 4
+from clients.answers import LAYERS, WORDS
+
 _FILE = "model-mtp.safetensors"
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A tokenizer of whole characters and made-up words: llama.cpp's server does not tell halves of characters."""
     merges = [("t", "h"), ("i", "n"), ("e", "r")]
     pieces = ["<pad>", "<s>", "</s>", *map(chr, range(33, 127)), "\u0120", "\u010a", *map("".join, merges)]
-    # (Converters add some tokens of their own.)
-    pieces += [f"x{number}" for number in range(len(pieces), vocabulary - 8)]
+    pieces += [f"x{number}" for number in range(len(pieces), WORDS)]
     found = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, merges, unk_token="<pad>"))
     found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=found, **named).save_pretrained(folder)
-
-
-def is_mtp(name: str) -> bool:
-    """Whether a tensor belongs to a layer that `add_mtp` has added."""
-    return name.startswith(("mtp.", f"model.layers.{LAYERS}."))
 
 
 def add_mtp(folder: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from clients.answers import GENERATED, VOCABULARY, Answer, prompts
-from clients.parts import add_mtp, is_mtp, write_tokenizer
+from clients.answers import GENERATED, LAYERS, VOCABULARY, Answer, is_mtp, prompts
+from clients.parts import add_mtp, write_tokenizer
 from streamprune.config import RunSettings
 from streamprune.pipeline.run import run
 
@@ -21,7 +21,7 @@ EXPERTS, KEPT = 16, 12
 #: attention too: vLLM joins q, k and v, and wants whole blocks in each.
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "intermediate_size": 256,
@@ -61,7 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_MLA, "head_dim": 64, "q_lora_rank": 128, "n_group": 4, "topk_group": 2},
     # Full attention only: vLLM's kernels for linear attention want bfloat16.
     "qwen3_next": {"head_dim": 64, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 4},
-    "ernie4_5_moe": {"moe_k": 4},
+    # llama.cpp's converter takes the width of shared experts to be the dense one by the number of key heads.
+    "ernie4_5_moe": {"moe_k": 4, "intermediate_size": 1024},
     "deepseek_v2": {**_MLA, **_ROUTED, "head_dim": 64, "q_lora_rank": 128},
     # As published, but truncated: llama.cpp always is.
     "gpt_oss": {"head_dim": 64, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rope_parameters": _YARN},
@@ -77,7 +78,7 @@ FAMILIES |= {f"{each}-mtp": FAMILIES[each] for each in _PREDICTING}
 #: What published config.json files say, and transformers' config classes neither need nor write.
 _SAID: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy"},
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "dots1": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "minimax_m2": {
         "scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "qk_norm_type": "per_layer",
@@ -103,7 +104,7 @@ def make_source(family: str, folder: Path, seed: int = 0) -> None:
         if name.endswith("correction_bias"):
             tensor.normal_(0, 0.05) if family not in _NO_CORRECTION else tensor.zero_()
     model.save_pretrained(folder, max_shard_size="1MB")
-    write_tokenizer(folder, VOCABULARY)
+    write_tokenizer(folder)
     path, (name, *variants) = folder / "config.json", family.split("-")
     said = json.loads(path.read_text(encoding="utf-8")) | _SAID.get(name, {})
     path.write_text(json.dumps(said, indent=2), encoding="utf-8")
