@@ -103,7 +103,8 @@ def test_changed_tensors_are_named(
         verify(output, made.model)
     told = CliRunner().invoke(main, ["verify", str(output), "--source", str(made.model)])
     assert told.exit_code == 1
-    assert told.stderr.startswith("Error: ")
+    # (Where it takes long, a line says what goes on.)
+    assert told.stderr.splitlines()[-1].startswith("Error: ")
 
 
 def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
@@ -244,6 +245,6 @@ def test_a_disk_that_fails_while_it_is_compared_is_told_in_one_message(
     result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--source", str(model)])
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert result.stderr.count("Error: ") == 1
     assert "Invalid argument" in result.stderr
