@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,28 @@ def thoroughly(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--all"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def loading_facts_once() -> Iterator[None]:
+    """Find once what `find_loading_facts` says of a config: it builds the model several times, which takes a quarter of
+    a run of a tiny model, and hundreds of tests have the same few configs. (Its own tests call it themselves.)"""
+    from streamprune.models import per_layer_loading
+    from streamprune.planning import prepare
+
+    usual, found = per_layer_loading.find_loading_facts, dict[str, Any]()
+
+    def find(raw: Any, config: Any, skeleton: Any) -> Any:
+        model = (type(skeleton.model), skeleton.model.dtype, skeleton.layers_path, sorted(skeleton.experts.items()))
+        key = repr((json.dumps(raw, sort_keys=True), type(config), config.to_json_string(), skeleton.spec, model))
+        if key not in found:
+            found[key] = usual(raw, config, skeleton)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(per_layer_loading, "find_loading_facts", find)
+        patch.setattr(prepare, "find_loading_facts", find)
+        yield
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A tiny random model of the plainest family. (Other fixtures of this name stand in the files that use them.)"""
@@ -102,6 +125,8 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
 
     folder, lines = tmp_path_factory.mktemp("demo"), list[str]()
     model = shipped_model(folder, echo=lines.append)
+    # A quarter of the text that it is measured on shows the same.
+    model = replace(model, held_out={name: rows[:16] for name, rows in model.held_out.items()})
     return DemoRun(folder, model, run_demo(folder, model, echo=lines.append), lines)
 
 

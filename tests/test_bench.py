@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from tests.programs import run_program
 from tests.thorough import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,7 +222,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     [(["--processes", "1"], "give 2 or more"), (["--samples", "0"], "too small"), (["--shape", "none"], "choose from")],
 )
 def test_numbers_without_sense_are_refused(arguments: list[str], words: str) -> None:
-    done = bench(*arguments)
+    done = run_program("bench", *arguments)
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[-1]
 

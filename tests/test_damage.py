@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,24 +33,18 @@ from streamprune.errors import SettingsError
 from streamprune.evaluation.metrics import Sums, sums_by_source
 from streamprune.streaming.predictions import SequenceFigures, TokenFigures
 from tests.conftest import DemoRun
+from tests.programs import run_program
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE_ONLY = "code only"
 
 # The copy of the shipped model is the demo's.
 pytestmark = pytest.mark.xdist_group("demo")
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "damage"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
 def test_tables_json_and_markdown_have_the_same_figures(demo_run: DemoRun, tmp_path: Path) -> None:
     path = tmp_path / "damage.json"
     little = ("--ratios", "0.5", "--calibrations", BALANCED, "--sequences", "32", "--held-out", "4")
-    done = run_tool("-o", str(demo_run.folder), *little, "--json", str(path))
+    done = run_program("damage", "-o", str(demo_run.folder), *little, "--json", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(path.read_text())
     study = from_json(figures)
@@ -63,7 +54,7 @@ def test_tables_json_and_markdown_have_the_same_figures(demo_run: DemoRun, tmp_p
     sizes = {EXPERTS: (16, 32, 0.5), CHANNELS: (32, 16, 0.5), BOTH: (22, 24, 22 * 24 / 1024)}
     lines, shown = (
         [" ".join(line.split()) for line in text.splitlines()]
-        for text in (done.stdout, run_tool("--show", str(path)).stdout)
+        for text in (done.stdout, run_program("damage", "--show", str(path)).stdout)
     )
     assert list(outcomes) == [(by, refit) for by in sizes for refit in (False, True)]
     for (by, refit), each in outcomes.items():
@@ -101,7 +92,7 @@ def test_grid_is_complete_and_anchors_matter_to_one_source_only() -> None:
     ],
 )
 def test_mistakes_are_refused_before_any_work(tmp_path: Path, arguments: Sequence[str], message: str) -> None:
-    done = run_tool("-o", str(tmp_path / "demo"), "--json", str(tmp_path / "damage.json"), *arguments)
+    done = run_program("damage", "-o", str(tmp_path / "demo"), "--json", str(tmp_path / "damage.json"), *arguments)
     assert done.returncode
     assert message in done.stderr
     assert "Traceback" not in done.stderr

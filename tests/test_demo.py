@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import math
 import re
@@ -22,16 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.config import RunSettings
-from streamprune.demo.demo import CODE, MIX, SHIPPED, DemoResult, shipped_model, write_recipe
+from streamprune.demo.demo import CODE, MIX, SHIPPED, DemoResult, load_model, shipped_model, write_recipe
 from streamprune.errors import OutputError, SettingsError
 from streamprune.evaluation.held_out import held_out_recipe
 from streamprune.pipeline.run import run
 from streamprune.reporting.evaluations import TEXT_NAME, read_result, results_folder
 from tests.conftest import DemoRun
 from tests.helpers import load_whole
+from tests.programs import program
 from tests.test_evaluate import measured
 
-ROOT = Path(__file__).resolve().parent.parent
 #: The tokenizer, and the sequences by domain.
 Prepared = tuple[Any, dict[str, training.DomainData]]
 
@@ -64,16 +62,6 @@ def small_data() -> Iterator[Prepared]:
 def quick_data(small_data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves reading Python's library once more, which takes far longer than the rest of such a test."""
     monkeypatch.setattr(training, "prepare_data", lambda seed: small_data)
-
-
-def train_demo() -> Any:
-    """tools/train_demo as a module."""
-    loader = importlib.machinery.SourceFileLoader("train_demo", str(ROOT / "tools" / "train_demo"))
-    spec = importlib.util.spec_from_loader("train_demo", loader)
-    assert spec is not None
-    tool = importlib.util.module_from_spec(spec)
-    loader.exec_module(tool)
-    return tool
 
 
 def test_the_model_has_learned_every_domain(result: DemoResult) -> None:
@@ -188,9 +176,10 @@ def test_the_shipped_model_is_copied_in_float32_and_found_again(demo_run: DemoRu
 
 
 def test_shipped_sequences_are_complete_and_never_overlap(demo_run: DemoRun) -> None:
-    assert list(demo_run.model.calibration) == list(demo_run.model.held_out) == list(corpus.DOMAINS)
-    for name, held_out in demo_run.model.held_out.items():
-        calibration = demo_run.model.calibration[name]
+    model = load_model(demo_run.model.folder.parent)
+    assert list(model.calibration) == list(model.held_out) == list(corpus.DOMAINS)
+    for name, held_out in model.held_out.items():
+        calibration = model.calibration[name]
         assert calibration.shape == (training.CALIBRATION_SEQUENCES, training.SEQ_LEN)
         assert held_out.shape == (training.HELD_OUT_SEQUENCES, training.SEQ_LEN)
         assert not _windows(calibration, training.SHARED_TOKENS) & _windows(held_out, training.SHARED_TOKENS), name
@@ -216,7 +205,7 @@ def test_second_training_finds_the_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("quick_data")
 def test_the_tool_stores_a_training_as_the_package_has_it(tmp_path: Path) -> None:
-    tool = train_demo()
+    tool = program("train_demo")
     trained = trained_model(tmp_path / "demo", steps=1, echo=lambda _: None).folder.parent
     recipe = tool.ship(trained, tmp_path / "shipped")
     assert recipe == json.loads((tmp_path / "shipped" / "recipe.json").read_bytes())
@@ -234,7 +223,7 @@ def test_the_tool_trains_a_model_and_runs_the_demo_with_it(
     """As `tools/demo --train` calls it, from the first step to the last table. The package stays as it is."""
     before = {path: path.stat().st_mtime_ns for path in SHIPPED.rglob("*")}
     monkeypatch.setattr("sys.argv", ["train_demo", "--train", "--steps", "2", "--seed", "3", "-o", str(tmp_path)])
-    train_demo().main()
+    program("train_demo").main()
     text = capsys.readouterr().out
     assert "step 2/2" in text
     assert re.search(r"75% removed, mix +\d\.\d{3}", text)

@@ -6,13 +6,12 @@ But for one run as a user starts it, the parts run within this process: importin
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,8 @@ from measuring.shapes import build, config_of
 from measuring.summaries import LINES, summary
 from measuring.watching import SYNCHRONIZING, SyncWarnings
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.programs import run_program
+
 SETTINGS: dict[str, Any] = {
     "shape": "tiny", "layers": 3, "samples": 6, "run_samples": 4, "bench_samples": 4, "ram_samples": 4,
     "fit_samples": 2, "seq_len": 64, "forward_batch": 1, "device": "cpu", "vram_gib": None, "states": "auto",
@@ -37,11 +37,8 @@ SETTINGS: dict[str, Any] = {
 HEAD = {"device": "cpu"}
 
 
-def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """tools/gpu_check as a user runs it, with one thread."""
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check"), "--device", "cpu", "--shape", "tiny", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def gpu_check(*arguments: str) -> CompletedProcess[str]:
+    return run_program("gpu_check", "--device", "cpu", "--shape", "tiny", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from streamprune.work.records import read_run
 from tests.faults import Case
 from tests.helpers import known_family, tree_bytes
 from tests.launching import launch
-from tests.thorough import thorough
+from tests.thorough import crossed, mostly_thorough, thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 
@@ -122,8 +122,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return small_case(tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.parametrize("block", [1, 3])
-@pytest.mark.parametrize("every", [0.0, 1e6], ids=["states saved", "all recomputed"])
+@pytest.mark.parametrize(("block", "every"), crossed([1, 3], [0.0, 1e6], usual=[(1, 0.0), (3, 1e6)]))
 def test_a_refit_that_ended_in_any_layer_goes_on(made: Case, tmp_path: Path, block: int, every: float) -> None:
     case = made.at(tmp_path / "out")
     case.interrupt(at=block, checkpoint_every=every)
@@ -278,7 +277,7 @@ def test_other_families_are_refitted(
     case.check()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", mostly_thorough(range(3), (0,)))
 def test_how_experts_reach_the_output_is_decided_once_in_a_layer(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

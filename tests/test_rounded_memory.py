@@ -22,7 +22,7 @@ def test_rounding_takes_no_more_than_planned(tmp_path: Path, monkeypatch: pytest
     config = tiny_config(known_family("qwen3_moe"))
     config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers = 256, 128, 2
     model = make_model(tmp_path / "model", config)
-    tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=40, length=48)
+    tokens = write_token_ids(tmp_path / "ids.jsonl", sequences=20, length=48)
     plans: list[MemoryPlan] = []
     usual = memory_needs.choose
 

@@ -36,6 +36,7 @@ from streamprune.streaming.score_stage import ScoreStage
 from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage
 from tests.faults import Injected, tree_bytes
 from tests.helpers import known_family
+from tests.thorough import crossed, mostly_thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 CONTEXT = 64
@@ -156,8 +157,7 @@ def test_computed_tensors_are_freed_with_their_side(
     assert max(most) == 1
 
 
-@pytest.mark.parametrize("every", [0.0, 1e6], ids=["states saved", "all recomputed"])
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(("layer", "every"), crossed([1, 3], [0.0, 1e6], usual=[(1, 1e6), (3, 0.0)]))
 def test_a_killed_search_goes_on_to_the_same_bytes(
     made: Path, tmp_path: Path, layer: int, every: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,8 +192,11 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("stage", "searched"),
-    [(ScoreStage, "out"), (RefitStage, "out"), (PrunedForwardStage, "out"), (RefitStage, "rounded"),
-     (QuantizeStage, "rounded"), (PrunedForwardStage, "rounded")],
+    mostly_thorough(
+        [(ScoreStage, "out"), (RefitStage, "out"), (PrunedForwardStage, "out"), (RefitStage, "rounded"),
+         (QuantizeStage, "rounded"), (PrunedForwardStage, "rounded")],
+        [(ScoreStage, "out"), (RefitStage, "out"), (QuantizeStage, "rounded"), (PrunedForwardStage, "rounded")],
+    ),
 )  # fmt: skip
 def test_a_search_that_was_stopped_in_any_stage_goes_on(
     made: Path, tmp_path: Path, stage: type[ForwardStage], searched: str, monkeypatch: pytest.MonkeyPatch

@@ -26,9 +26,11 @@ from streamprune.errors import (
     VerifyError,
 )
 from streamprune.fit.estimate import Footprint
-from streamprune.formats.base import ChannelMask
+from streamprune.formats.base import ChannelMask, ChannelRows
 from streamprune.models.config_json import ExpertSpec, WidthSpec
+from streamprune.models.expert_channels import find_channels
 from streamprune.models.open import open_moe
+from streamprune.models.skeleton import build_skeleton
 from streamprune.output.verify import verify
 from streamprune.pipeline.finish import RunResult
 from streamprune.pipeline.prune import prune as prune_from_scores
@@ -39,7 +41,7 @@ from streamprune.selection.widths import allowed_widths, check_width, default_mu
 from streamprune.targets import PruningTarget
 from tests.helpers import known_family, load_as_declared, load_whole, prune, read_tensors, token_ids
 from tests.interruptions import Injected, breaking_at
-from tests.thorough import DISTINCT
+from tests.thorough import DISTINCT, by_family
 from tests.tiny import FAMILIES, Family, make_model, tiny_config, write_token_ids
 
 #: Families whose experts cannot be made narrower, and words of the reason.
@@ -106,8 +108,26 @@ def module_width(module: Any) -> int:
     return int(down.shape[1] if module.is_transposed else down.shape[2])
 
 
-@pytest.mark.families
 @pytest.mark.parametrize("family", NARROWER, ids=lambda family: family.id)
+def test_channels_are_found_where_the_experts_have_them(family: Family) -> None:
+    """In every family. (The next test cuts along them: a few families, and all with --all.)"""
+    config = tiny_config(family)
+    skeleton = find_channels(config, build_skeleton(config, torch.float32), torch.float32)
+    expected = {}
+    for index, path in skeleton.experts.items():
+        module: Any = skeleton.layers[index].get_submodule(path)
+        assert skeleton.width is not None
+        assert skeleton.width.width == module_width(module)
+        for name, parameter in module.named_parameters():
+            axis = 0 if parameter.dim() == 2 or name.startswith("down") == module.is_transposed else 1
+            both = {"repeats" if module.is_concatenated else "step": 2} if name.startswith("gate_up") else {}
+            if name != "down_proj_bias":
+                expected[f"{skeleton.layers_path}.{index}.{path}.{name}"] = ChannelRows(axis, **both)
+    assert skeleton.channels == expected
+
+
+@pytest.mark.families
+@by_family(families=NARROWER)
 def test_a_narrower_model_equals_the_model_cut_in_memory(family: Family, tmp_path: Path) -> None:
     source, output = make_model(tmp_path / "model", tiny_config(family)), tmp_path / "pruned"
     width = new_width(source)
