@@ -68,7 +68,10 @@ def generation_result(verdict: str = "loops") -> dict[str, Any]:
 
 
 TASKS = {
+    "against": "original",
     "results": {"arc_easy": {"alias": "arc", "acc,none": 0.75, "acc_stderr,none": 0.0125}},
+    "original_results": {"arc_easy": {"alias": "arc", "acc,none": 0.8, "acc_stderr,none": 0.0125}},
+    "higher_is_better": {"arc_easy": {"acc": True}},
     "n-shot": {"arc_easy": 0},
     "n-samples": {"arc_easy": {"original": 100, "effective": 50}},
 }

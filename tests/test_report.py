@@ -121,10 +121,12 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         [name, "16", "25.0%", "75.0%", "50.0%"]
         for name in ("greedy, chat, thinking on", "greedy, chat, thinking on, the original")
     ]
-    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "50", "0.7500", "0.013"]]
+    assert page.rows("Tasks") == [["arc_easy", "acc", "0", "50", "0.7500", "0.013", "0.8000", "5.0", "93.8%"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()
     card = (copied / "README.md").read_text()
     assert "gets into loops" in card
+    assert "lm-evaluation-harness, against original:" in card
+    assert "| 0.7500 | 0.013 | 0.8000 | 5.0 | 93.8% |" in card
     assert "enable\\_thinking=False" in card
     one = text["sources"][0]
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -15,49 +16,25 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from streamprune.config import EvalSettings
 from streamprune.errors import CheckpointError, ResourceError, SettingsError, TaskError
 from streamprune.evaluation import tasks
 from streamprune.evaluation.task_names import LIST_OF_TASKS
-from streamprune.evaluation.tasks import TaskSettings, run_tasks
+from streamprune.evaluation.task_settings import TaskSettings
+from streamprune.evaluation.tasks import run_tasks
 from streamprune.evaluation.terminal import tasks_lines
 from streamprune.models import full_model as loading
 from streamprune.progress import Progress
 from tests.helpers import load_whole
+from tests.local_tasks import DOCS, needs_harness, without_network, write_tasks
 from tests.tiny import FAMILIES, make_model, tiny_config
 from tests.tokenizer import save_tokenizer
-
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-evaluation-harness")
-
-DOCS = [
-    {
-        "question": f"{a} plus {b} is",
-        "choices": [str(a + b), str(a * b + 11), "many of them"],
-        "answer": 0 if a < 4 else 2,
-    }
-    for a in range(2, 7)
-    for b in range(2, 6)
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """No network, and caches of data that end with the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
-            patch.setenv(name, "1")
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setenv("HF_DATASETS_CACHE", str(cache))
-        if importlib.util.find_spec("lm_eval") is not None:
-            import datasets
-            import huggingface_hub.constants
-
-            # Read from the environment when they were imported.
-            patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-            patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with without_network(tmp_path_factory.mktemp("cache")):
         yield
 
 
@@ -71,31 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def included(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a task of one's own, and one that prints and warns while it does so."""
-    folder = tmp_path_factory.mktemp("included")
-    data = folder / "sums.jsonl"
-    data.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
-    task = {
-        "task": "local_sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "answer",
-        "doc_to_choice": "choices",
-        "metric_list": [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-        ],
-        "metadata": {"version": 1.0},
-    }
-    (folder / "local_sums.yaml").write_text(yaml.safe_dump(task))
-    lost = task | {"task": "local_lost", "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}}}
-    (folder / "local_lost.yaml").write_text(yaml.safe_dump(lost))
-    far = {key: value for key, value in task.items() if key != "dataset_kwargs"} | {"task": "local_far"}
-    (folder / "local_far.yaml").write_text(yaml.safe_dump(far | {"dataset_path": "nobody/has-this"}))
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("included"))
 
 
 def run(model: Path | str, names: list[str], said: io.StringIO | None = None, **settings: Any) -> dict[str, Any]:
@@ -172,7 +125,11 @@ def test_a_limit_takes_a_part(model: Path, included: Path) -> None:
 def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
     model: Path, included: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lm_eval import tasks as harness
+
     monkeypatch.setattr(tasks, "load_full_model", lambda *_: pytest.fail("the model is loaded"))
+    # To read the harness's own tasks takes seconds.
+    monkeypatch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
     with pytest.raises(SettingsError, match="no task, group or tag named local_nought, other") as caught:
         run(model, ["local_sums", "local_nought", "other"], include_path=included)
     assert LIST_OF_TASKS in str(caught.value)
@@ -189,7 +146,7 @@ def test_what_cannot_be_run_is_refused_before_the_model_is_loaded(
         run("./none", ["local_sums"], include_path=included)
     # One of the harness's own, whose data lie on the Hub.
     with pytest.raises(TaskError, match="The tasks arc_easy cannot be loaded"):
-        run(model, ["arc_easy"])
+        run(model, ["arc_easy"], include_path=included)
 
 
 @needs_harness
@@ -216,9 +173,9 @@ def test_figures_become_json() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["terminal", "generation_figures"])
-def test_nothing_heavy_is_imported_for_lines(module: str) -> None:
+def test_nothing_heavy_is_imported_for_lines_and_settings() -> None:
     heavy = "{'torch', 'transformers', 'lm_eval'} & sys.modules.keys()"
-    code = f"import sys, streamprune.evaluation.{module}; print({heavy})"
+    modules = ("terminal", "generation_figures", "task_settings")
+    code = f"import sys, {', '.join(f'streamprune.evaluation.{each}' for each in modules)}; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.stdout.strip() == "set()"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from streamprune.hardware.memory import limit_library_memory
 if TYPE_CHECKING:
     from streamprune.config import EvalSettings
     from streamprune.evaluation.generation import GenerationSettings
-    from streamprune.evaluation.tasks import TaskSettings
+    from streamprune.evaluation.task_settings import TaskSettings
 
 _MODELS = opt.together(
     click.option("--against", metavar="ORIGINAL", help="The model that MODEL was made from: a folder or a Hub id."),
@@ -33,16 +33,33 @@ _GENERATION = opt.together(
     ),
     click.option("--prompts-per-source", type=int, metavar="N", help="Prompts from each source of --data."),
     click.option("--prompt-tokens", type=int, metavar="N", help="Tokens per prompt."),
-    click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens to generate for a prompt."),
+    click.option("--max-new-tokens", type=int, metavar="N", help="Most new tokens of a continuation or answer."),
 )  # fmt: skip
 _TASKS = opt.together(
     click.option("--tasks", metavar="NAME,…", help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."),
     click.option("--include-path", type=opt.PATH, metavar="FOLDER", help="Folder with your own tasks."),
     click.option("--limit", type=float, metavar="N", help="Examples per task: a number, or a share below 1."),
-    click.option("--batch-size", type=int, metavar="N", help="Examples per batch.  [default: auto; CPU: 4]"),
-)
-_OF_GENERATION = ("prompts", "prompts_per_source", "prompt_tokens", "max_new_tokens")
-_OF_TASKS = ("include_path", "limit", "batch_size")
+    click.option("--batch-size", type=int, metavar="N", help="Examples per batch.  [default: auto; CPU: 4; server: 1]"),
+    click.option("--num-fewshot", type=int, metavar="N", help="Shots.  [default: what the task states]"),
+    click.option("--apply-chat-template", is_flag=True, default=None, help="Ask in chats, by the model's template."),
+    click.option("--thinking", type=click.Choice(["on", "off"]), help="The chat template's switch for thinking."),
+    click.option(
+        "--gen-kwargs", metavar="NAME=VALUE,…", help="How answers are generated: temperature=0.6,do_sample=true"
+    ),
+    click.option(
+        "--allow-code", is_flag=True, default=None,
+        help="Run code that the model writes on this machine, as HumanEval needs; 60 s of CPU time and 4 GiB each.",
+    ),
+    click.option(
+        "--server", metavar="URL", help="Ask a server with OpenAI's interface (vLLM, llama.cpp) that serves MODEL."
+    ),
+    click.option("--served-model", metavar="NAME", help="The server's name of MODEL."),
+)  # fmt: skip
+_OF_GENERATION = ("prompts", "prompts_per_source", "prompt_tokens")
+_OF_TASKS = (
+    "include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "thinking", "gen_kwargs", "allow_code",
+    "server", "served_model",
+)  # fmt: skip
 
 
 @click.command("eval")
@@ -69,10 +86,11 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
     predictions and the top-1 agreement. --generate and --tasks load the complete model, and skip the held-out text
     unless --data is given.
     """
-    _refuse_early(options)
+    tasks = _task_settings(options)
+    _refuse_early(options, tasks)
     opt.say_loading(quiet)
     limit_library_memory(tight=options["ram_gib"] is not None)
-    settings, generation, tasks = _settings(options)
+    settings, generation = _settings(options, tasks is not None)
     from streamprune.evaluation.command import evaluate_model
     from streamprune.evaluation.held_out import pruned_folder
 
@@ -85,37 +103,51 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
         click.echo(opt.json_text(result))
 
 
-def _refuse_early(options: Mapping[str, Any]) -> None:
+def _refuse_early(options: Mapping[str, Any], tasks: TaskSettings | None) -> None:
     """Raise what can be refused before torch is imported: models, texts and tasks that are not there."""
     from streamprune.config import EvalSettings
     from streamprune.evaluation.task_names import refuse_tasks
     from streamprune.pipeline.early import refuse_evaluation
 
     refuse_evaluation(EvalSettings(**{each.name: options[each.name] for each in fields(EvalSettings)}))
-    if options["tasks"] is not None:
-        refuse_tasks(_names(options["tasks"]), options["include_path"])
+    if tasks is not None:
+        refuse_tasks(tasks.tasks, tasks.include_path)
 
 
-def _names(tasks: str) -> tuple[str, ...]:
-    return tuple(name for name in tasks.split(",") if name)
+def _task_settings(options: dict[str, Any]) -> TaskSettings | None:
+    """The settings of --tasks, without which none of its options may be there: that is a SettingsError."""
+    from streamprune.evaluation.task_settings import TaskSettings
+
+    names, given = options.pop("tasks"), _given(options, _OF_TASKS)
+    if names is None:
+        _refuse_without("--tasks", given)
+        return None
+    if "thinking" in given:
+        given["thinking"] = given["thinking"] == "on"
+    tasks = tuple(name for name in names.split(",") if name)
+    return TaskSettings(tasks=tasks, max_new_tokens=options["max_new_tokens"], **given)
 
 
-def _settings(options: dict[str, Any]) -> tuple[EvalSettings, GenerationSettings | None, TaskSettings | None]:
-    """The settings that the options give. Raises SettingsError for an option without the one that it needs."""
+def _settings(options: dict[str, Any], with_tasks: bool) -> tuple[EvalSettings, GenerationSettings | None]:
+    """The other settings that the options give. Raises SettingsError for an option without the one that it needs."""
     from streamprune.config import EvalSettings
     from streamprune.evaluation.generation import GenerationSettings
-    from streamprune.evaluation.tasks import TaskSettings
 
-    generate, tasks = options.pop("generate"), options.pop("tasks")
-    of_generation, of_tasks = ({name: options.pop(name) for name in names} for names in (_OF_GENERATION, _OF_TASKS))
-    for needed, given, others in (("--generate", generate, of_generation), ("--tasks", tasks, of_tasks)):
-        for name, value in others.items():
-            if value is not None and not given:
-                raise SettingsError(f"--{name.replace('_', '-')} needs {needed}.")
+    generate, limit, given = (
+        options.pop("generate"), _given(options, ["max_new_tokens"]), _given(options, _OF_GENERATION)
+    )  # fmt: skip
+    if not generate:
+        _refuse_without("--generate", given)
+        _refuse_without("--generate or --tasks", limit if not with_tasks else {})
     settings = EvalSettings(**options)
-    generation = None
-    if generate:
-        generation = GenerationSettings(**{name: value for name, value in of_generation.items() if value is not None})
-    if tasks is None:
-        return settings, generation, None
-    return settings, generation, TaskSettings(tasks=_names(tasks), **of_tasks)
+    return settings, GenerationSettings(**given, **limit) if generate else None
+
+
+def _given(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Take those of these names out of `options`; returns the ones that the user gave."""
+    return {name: value for name in names if (value := options.pop(name)) is not None}
+
+
+def _refuse_without(needed: str, given: Mapping[str, Any]) -> None:
+    if given:
+        raise SettingsError(f"--{next(iter(given)).replace('_', '-')} needs {needed}.")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings
+from streamprune.errors import StreampruneError
 from streamprune.evaluation.evaluate import evaluate_text, read_data
 from streamprune.evaluation.generation import GenerationSettings, generation_health
 from streamprune.evaluation.held_out import pruned_folder, read_record_of
-from streamprune.evaluation.tasks import TaskSettings, run_tasks
+from streamprune.evaluation.task_settings import TaskSettings
+from streamprune.evaluation.tasks import run_tasks
 from streamprune.evaluation.terminal import result_lines
 from streamprune.progress import Progress, stage
 from streamprune.reporting.evaluations import (
@@ -90,8 +93,29 @@ def _results(
         yield GENERATION_NAME, generation_health(settings, generation, data, progress)
     if tasks is not None:
         if settings.against is not None:
-            progress.say(f"note: tasks are run on {settings.model} alone, not on {settings.against}.")
-        yield TASKS_NAME, run_tasks(settings, tasks, progress)
+            # One that is not there is refused before the tasks run, which may take hours.
+            resolve_model(settings.against, settings.against_revision, settings.trust_remote_code, config_only=True)
+        result = run_tasks(settings, tasks, progress)
+        # Kept before the original runs, which may take as long, or fail.
+        yield TASKS_NAME, result
+        if settings.against is not None and (original := _original_on_tasks(settings, tasks, progress)) is not None:
+            yield TASKS_NAME, result | {"against": settings.against, "original_results": original["results"]}
+
+
+def _original_on_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -> dict[str, Any] | None:
+    """The original's result on the same tasks; None, with a note, if it is not to be had here."""
+    assert settings.against is not None
+    if tasks.server is not None:
+        progress.say(f"note: tasks are run on {settings.model} alone: the server has no {settings.against}.")
+        return None
+    original = replace(
+        settings, model=settings.against, revision=settings.against_revision, against=None, against_revision=None
+    )
+    try:
+        return run_tasks(original, tasks, progress)
+    except StreampruneError as error:
+        progress.say(f"note: tasks are run on {settings.model} alone: {error}")
+        return None
 
 
 def _save(folder: Path, name: str, result: Mapping[str, Any], replace_better: bool) -> str:

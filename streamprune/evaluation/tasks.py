@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model that is loaded in full.
+"""Tasks of lm-evaluation-harness on a model that is loaded in full, or behind a server.
 
 The harness runs as it would from its own command line, but on a model that is loaded here, so that a model that does
 not fit or cannot be loaded is reported as by the other commands.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,18 @@ from typing import Any
 import msgspec
 
 from streamprune.calibration.tokens import load_tokenizer
-from streamprune.checkpoint.hub import first_line
+from streamprune.checkpoint.hub import first_line, resolve_model
 from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
+from streamprune.evaluation.generated_code import CONSENT, CPU_SECONDS, MEMORY_BYTES, running_code
+from streamprune.evaluation.prompts import THINKING_SWITCHES
+from streamprune.evaluation.served import check_server, served_model
 from streamprune.evaluation.task_names import require_harness, unknown_tasks
+from streamprune.evaluation.task_settings import THINKING_END, TOKEN_LIMITS, TaskSettings
 from streamprune.hardware.device import free_after_failure, is_out_of_memory
-from streamprune.models.full_model import FullModel, LoadedModel, find_full_model, load_full_model
+from streamprune.hardware.memory import format_bytes
+from streamprune.models.full_model import FullModel, find_full_model, load_full_model
+from streamprune.models.open import load_config
 from streamprune.progress import Progress
 from streamprune.reporting.evaluations import RESULT_FORMAT
 
@@ -38,61 +43,192 @@ CPU_BATCH = 4
 MOST_BATCH = 64
 #: Entries of the harness's result about the machine, which say nothing about the model.
 _LEFT_OUT = ("samples", "pretty_env_info", "upper_git_hash", "git_hash")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """Which tasks to run, and how. Raises SettingsError for an impossible limit.
-
-    `tasks` are names or patterns of tasks, groups and tags, or YAML files; with `include_path` also those in that
-    folder (its YAML may name Python code, which is then run). `limit` is the number of examples of each task, or a
-    share of them. `batch_size` is in examples; None is "auto" on a GPU and CPU_BATCH on a CPU.
-    """
-
-    tasks: tuple[str, ...]
-    include_path: Path | None = None
-    limit: float | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and not 0 < self.limit < math.inf:
-            raise SettingsError(
-                f"--limit {self.limit:g} is not above 0. It is a number of examples, or a share below 1."
-            )
+#: Settings of tasks that results depend on.
+_OPTIONS = ("apply_chat_template", "num_fewshot", "gen_kwargs", "max_new_tokens", "thinking", "allow_code")
 
 
 def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness on a model, and return its result as an object of JSON.
 
-    The other settings are those of published model cards: the shots that a task states, else 0; `dtype` auto. The
-    result is the harness's own, without samples and facts about the machine, and with `format`, `model` and `tasks`.
-    Numbers that are not finite are null.
+    What `tasks` does not set is as on published model cards: the shots that a task states, else 0; `dtype` auto. The
+    result is the harness's own, without samples and facts about the machine, and with `format`, `model`, `tasks`,
+    `options`, and `served_model` where a server has the model. Numbers that are not finite are null.
 
-    Raises SettingsError without the harness, or for unknown tasks; TaskError for tasks that cannot be loaded or run;
-    CheckpointError, CalibrationError and ResourceError for models that cannot be.
+    Raises SettingsError without the harness, for unknown tasks, and for options that do not suit them; TaskError for
+    tasks that cannot be loaded or run, and for servers that do not answer; CheckpointError, CalibrationError and
+    ResourceError for models that cannot be.
     """
     require_harness()
-    full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
-    tokenizer = load_tokenizer(full.checkpoint.folder, settings.trust_remote_code)
-    # Read before the model, so that an unknown or unreachable task is reported in seconds.
-    progress.say("reading lm-evaluation-harness's tasks and their data ...")
-    with _quiet():
-        manager, names = _load_tasks(tasks.tasks, tasks.include_path)
-    loaded = load_full_model(full, settings.device)
-    for note in loaded.notes:
-        progress.say(f"note: {note}")
-    progress.say(f"tasks: {', '.join(names)}; {settings.model} is loaded on {loaded.device}")
-    with _quiet():
-        result = _evaluate(full, loaded, tokenizer, manager, names, tasks)
-    device = loaded.device
-    del loaded
-    # Nothing refers to the model any more.
-    free_after_failure(device)
+    with running_code(tasks.allow_code):
+        model = _Served.find(settings, tasks) if tasks.server is not None else _Local.find(settings, tasks)
+        # Read before the model, so that an unknown or unreachable task is reported in seconds.
+        progress.say("reading lm-evaluation-harness's tasks and their data ...")
+        with _quiet():
+            manager, loaded = _load_tasks(tasks.tasks, tasks.include_path)
+        _check_suited(loaded, tasks)
+        for note in (*_notes(loaded, tasks), *_limit_answers(loaded, tasks)):
+            progress.say(f"note: {note}")
+        result = model.evaluate(_Chosen(manager, list(loaded), tasks), progress)
     return {"format": RESULT_FORMAT, "model": settings.model, "tasks": list(tasks.tasks), **result}
 
 
-def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:
-    """The harness's task manager, with the tasks of those names and their data loaded, and the tasks' own names."""
+def _check_suited(loaded: Mapping[str, Any], settings: TaskSettings) -> None:
+    """Raise SettingsError where the tasks need a consent that is missing, or an option does not suit them."""
+    code = _running_code(loaded)
+    if code and not settings.allow_code:
+        raise SettingsError(_consent_missing(code))
+    scored = [name for name, task in loaded.items() if not _is_generating(task)]
+    for option, used in (
+        ("--thinking on", settings.thinking),
+        ("--server with --apply-chat-template", settings.server is not None and settings.apply_chat_template),
+    ):
+        if scored and used:
+            raise SettingsError(
+                f"{', '.join(scored[:5])}: answers are given and scored there, none is written, so that {option} does "
+                "not suit. Omit it, or choose tasks with written answers."
+            )
+
+
+def _notes(loaded: Mapping[str, Any], settings: TaskSettings) -> Iterator[str]:
+    """What the user has to know of the tasks before they run."""
+    code = _running_code(loaded)
+    if code:
+        yield (
+            f"{', '.join(code)}: code that the model writes runs on this machine, with your rights. Each process may "
+            f"take {CPU_SECONDS} s of CPU time and {format_bytes(MEMORY_BYTES)}."
+        )
+    fixed = [name for name, task in loaded.items() if settings.num_fewshot and task.get_config("num_fewshot") == 0]
+    if fixed:
+        yield f"--num-fewshot {settings.num_fewshot} is not for {', '.join(fixed)}, defined without shots."
+
+
+def _limit_answers(loaded: Mapping[str, Any], settings: TaskSettings) -> Iterator[str]:
+    """Set the most new tokens of an answer in every task; yields a note where that is less than the task states."""
+    for name, task in loaded.items():
+        if _is_generating(task):
+            own = dict(task.get_config("generation_kwargs") or {})
+            most, stated = settings.new_tokens(own)
+            kept = {key: value for key, value in own.items() if key not in TOKEN_LIMITS}
+            task.set_config(key="generation_kwargs", value=kept | {"max_gen_toks": most})
+            if most < stated:
+                yield (
+                    f"{name}: answers end after {most:,} new tokens; the task would allow {stated:,}. --max-new-tokens "
+                    "sets another number."
+                )
+
+
+def _is_generating(task: Any) -> bool:
+    return bool(task.get_config("output_type") == "generate_until")
+
+
+def _running_code(loaded: Mapping[str, Any]) -> list[str]:
+    return [name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
+
+
+def _consent_missing(names: Sequence[str]) -> str:
+    return (
+        f"--tasks {', '.join(names)}: code that the model writes would run on this machine, with your rights. Add "
+        "--allow-code if it may, best in a container."
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The tasks that were loaded, by name, with the harness's manager that has them."""
+
+    manager: Any
+    names: list[str]
+    settings: TaskSettings
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A model that is to be loaded in full."""
+
+    full: FullModel
+    tokenizer: Any
+    device: str
+    thinking: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, settings: EvalSettings, tasks: TaskSettings) -> _Local:
+        full = find_full_model(settings.model, settings.revision, settings.trust_remote_code)
+        tokenizer = load_tokenizer(full.checkpoint.folder, settings.trust_remote_code)
+        if tasks.apply_chat_template and not tokenizer.chat_template:
+            raise SettingsError(f"--apply-chat-template: the tokenizer of {settings.model} has no chat template.")
+        return cls(full, tokenizer, settings.device, _thinking(settings.model, tokenizer, tasks.thinking))
+
+    def evaluate(self, chosen: _Chosen, progress: Progress) -> dict[str, Any]:
+        loaded = load_full_model(self.full, self.device)
+        for note in loaded.notes:
+            progress.say(f"note: {note}")
+        progress.say(f"tasks: {', '.join(chosen.names)}; {self.full.name} is loaded on {loaded.device}")
+        from lm_eval.models.huggingface import HFLM
+
+        device = loaded.device
+        batch = chosen.settings.batch_size or (CPU_BATCH if device.type == "cpu" else "auto")
+        arguments = {"pretrained": self.full.name, "dtype": "auto", "trust_remote_code": self.full.trust_remote_code}
+        with _quiet(), _explained(batch):
+            model = HFLM(
+                pretrained=loaded.model, tokenizer=self.tokenizer, backend="causal", batch_size=batch,
+                max_batch_size=MOST_BATCH, trust_remote_code=self.full.trust_remote_code, **self.thinking,
+            )  # fmt: skip
+            result = _evaluate(model, "hf", chosen, model_args=arguments, batch_size=batch, device=str(device))
+        del loaded, model
+        # Nothing refers to the model any more.
+        free_after_failure(device)
+        return result
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model behind a server; `folder` has its tokenizer."""
+
+    folder: Path
+    positions: int | None
+
+    @classmethod
+    def find(cls, settings: EvalSettings, tasks: TaskSettings) -> _Served:
+        trusted = settings.trust_remote_code
+        folder = resolve_model(settings.model, settings.revision, trusted, tokenizer_only=True)
+        load_tokenizer(folder, trusted)
+        positions = getattr(load_config(folder, trusted).get_text_config(decoder=True), "max_position_embeddings", None)
+        check_server(tasks)
+        return cls(folder, positions)
+
+    def evaluate(self, chosen: _Chosen, progress: Progress) -> dict[str, Any]:
+        settings = chosen.settings
+        progress.say(f"tasks: {', '.join(chosen.names)}; {settings.served_model} answers at {settings.server}")
+        kind = "local-chat-completions" if settings.apply_chat_template else "local-completions"
+        with _quiet(), _explained(settings.batch_size or 1):
+            model = served_model(settings, self.folder, self.positions)
+            result = _evaluate(model, kind, chosen, model_args={"model": settings.served_model})
+        return {"served_model": settings.served_model, **result}
+
+
+def _thinking(name: str, tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
+    """What the harness is to give the chat template, and the end of thoughts, which it cuts off the answers."""
+    if thinking is None:
+        return {}
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    on, off = (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **_switches(value))
+        for value in (True, False)
+    )
+    if on == off:
+        raise SettingsError(
+            f"--thinking: the chat template of {name} has no switch for it ({' or '.join(THINKING_SWITCHES)})."
+        )
+    end = tokenizer.get_vocab().get(THINKING_END, THINKING_END) if thinking else None
+    return {"chat_template_args": _switches(thinking), "think_end_token": end}
+
+
+def _switches(thinking: bool) -> dict[str, bool]:
+    return dict.fromkeys(THINKING_SWITCHES, thinking)
+
+
+def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, Mapping[str, Any]]:
+    """The harness's task manager, with the tasks of those names and their data loaded, and the tasks by name."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():
@@ -111,6 +247,8 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[s
         raise
     # Tasks are YAML and Python code from many authors, and may raise anything.
     except Exception as error:
+        if CONSENT in str(error):
+            raise SettingsError(_consent_missing(names)) from error
         raise TaskError(
             f"The tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {first_line(str(error))}. Their "
             "data come from the Hub or from the files that they name: check the connection (HF_HUB_OFFLINE), or give "
@@ -118,30 +256,38 @@ def _load_tasks(names: Sequence[str], include: Path | None) -> tuple[Any, list[s
         ) from error
     # Do not load the tasks a second time.
     manager.load = lambda _: tasks
-    return manager, list(tasks["tasks"])
+    return manager, tasks["tasks"]
 
 
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:
     return [name for name in names if not manager.match_tasks([name]) and not Path(name).is_file()]
 
 
-def _evaluate(
-    full: FullModel, loaded: LoadedModel, tokenizer: Any, manager: Any, names: list[str], settings: TaskSettings
-) -> dict[str, Any]:
+def _evaluate(model: Any, kind: str, chosen: _Chosen, **arguments: Any) -> dict[str, Any]:
+    """The harness's result for a model of its own `kind`; it has errors of all kinds: see `_explained`."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    batch = settings.batch_size or (CPU_BATCH if loaded.device.type == "cpu" else "auto")
-    arguments = {"pretrained": full.name, "dtype": "auto", "trust_remote_code": full.trust_remote_code}
+    settings = chosen.settings
+    sampling = settings.sampling
+    if settings.server is not None and settings.thinking is not None:
+        sampling["chat_template_kwargs"] = _switches(settings.thinking)
+    made = simple_evaluate(
+        model, tasks=chosen.names, task_manager=chosen.manager, limit=settings.limit, log_samples=False,
+        num_fewshot=settings.num_fewshot, apply_chat_template=settings.apply_chat_template,
+        gen_kwargs=sampling or None, confirm_run_unsafe_code=settings.allow_code, **arguments,
+    )  # fmt: skip
+    assert made is not None, "only other ranks get none"
+    made["config"]["model"] = kind
+    kept = {key: value for key, value in made.items() if key not in _LEFT_OUT}
+    used = {name: getattr(settings, name) for name in _OPTIONS}
+    return _as_json({**kept, "options": used})  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _explained(batch: int | str) -> Iterator[None]:
+    """Raise what the harness raises as ResourceError where memory ran out, else as TaskError."""
     try:
-        model = HFLM(
-            pretrained=loaded.model, tokenizer=tokenizer, backend="causal", batch_size=batch,
-            max_batch_size=MOST_BATCH, trust_remote_code=full.trust_remote_code,
-        )  # fmt: skip
-        made = simple_evaluate(
-            model, model_args=arguments, tasks=names, task_manager=manager, limit=settings.limit,
-            batch_size=batch, device=str(loaded.device), log_samples=False,
-        )  # fmt: skip
+        yield
     except Exception as error:
         reason = first_line(str(error)) or type(error).__name__
         if is_out_of_memory(error):
@@ -149,9 +295,6 @@ def _evaluate(
                 f"Memory ran out with a batch size of {batch} ({reason}). Use a smaller --batch-size, or free memory."
             ) from error
         raise TaskError(f"lm-evaluation-harness failed: {type(error).__name__}: {reason}.") from error
-    assert made is not None, "only other ranks get none"
-    made["config"]["model"] = "hf"
-    return _as_json({key: value for key, value in made.items() if key not in _LEFT_OUT})  # type: ignore[no-any-return]
 
 
 def _as_json(value: Any) -> Any:

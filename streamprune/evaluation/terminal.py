@@ -68,22 +68,30 @@ def _continuations(figures: Mapping[str, Any]) -> list[str]:
 
 
 def tasks_lines(result: Mapping[str, Any]) -> list[str]:
-    """A row for each task and metric: value ± standard error, as lm-evaluation-harness names them."""
+    """A row for each task and metric: value ± standard error, by lm-evaluation-harness's names, and what was lost."""
+    checked = msgspec.convert(result, TasksResult)
+    served = f" (served as {checked.served_model})" if checked.served_model else ""
     title = (
-        f"{result['model']}: lm-evaluation-harness {result['lm_eval_version']}, transformers "
+        f"{result['model']}{served}: lm-evaluation-harness {result['lm_eval_version']}, transformers "
         f"{result['transformers_version']}"
     )
-    lines = Table(title, ("task", "metric", "value", "examples", "shots"), list(_metrics(result)), align="ll").text()
+    columns = ["task", "metric", "value", "examples", "shots"]
+    columns += ["original's", "points lost", "recovery"] if checked.compared else []
+    lines = Table(title, columns, list(_metrics(checked)), align="ll").text()
     limit = result["config"].get("limit")
     if limit is not None:
         lines.append(f"note: --limit {limit:g}: only a part of each task, not to be compared with published figures.")
     return lines
 
 
-def _metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    checked = msgspec.convert(result, TasksResult)
-    for name, metric, value, error in checked.figures():
-        examples = str(checked.samples.get(name, {}).get("effective", ""))
-        shots = str(checked.shots.get(name, ""))
-        shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-        yield checked.results[name].get("alias", name), metric, shown, examples, shots
+def _metrics(result: TasksResult) -> Iterator[list[str]]:
+    for each in result.figures():
+        examples = str(result.samples.get(each.task, {}).get("effective", ""))
+        shots = str(result.shots.get(each.task, ""))
+        shown = f"{each.value:.4f}" + (f" ± {each.error:.4f}" if each.error is not None else "")
+        row = [result.results[each.task].get("alias", each.task), each.metric, shown, examples, shots]
+        if result.compared:
+            row.append("" if each.original is None else f"{each.original:.4f}")
+            row.append("" if each.points_lost is None else f"{each.points_lost:+.2f}")
+            row.append("" if each.recovery is None else percent(each.recovery))
+        yield row

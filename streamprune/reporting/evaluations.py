@@ -15,14 +15,13 @@ interval is [low, high] of 95 %, null if a source has fewer than two sequences.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard
 
 from msgspec import Meta, Struct, field
 
@@ -170,27 +169,75 @@ class GenerationResult(_Checked, frozen=True, kw_only=True):
     notes: Sentences = []
 
 
-class TasksResult(_Checked, frozen=True, kw_only=True):
-    """tasks.json, as lm-evaluation-harness lays it out: `results` by task, then by "metric,filter"."""
+class TaskFigure(NamedTuple):
+    """One measurement of a task: its value and standard error, and the original's value, each None without."""
 
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    original: float | None
+    higher_is_better: bool | None
+
+    @property
+    def points_lost(self) -> float | None:
+        """What the original had more, in percentage points; None unless both are shares of which more is better."""
+        if self.original is None or not self.higher_is_better:
+            return None
+        are_shares = all(0 <= value <= 1 for value in (self.value, self.original))
+        return 100 * (self.original - self.value) if are_shares else None
+
+    @property
+    def recovery(self) -> float | None:
+        """The share of the original's value; None without one above 0, or where more is not better."""
+        return self.value / self.original if self.original and self.original > 0 and self.higher_is_better else None
+
+
+class TasksResult(_Checked, frozen=True, kw_only=True):
+    """tasks.json, as lm-evaluation-harness lays it out: `results` by task, then by "metric,filter".
+
+    `original_results` are the same of the model `against`; a server had the model under the name `served_model`.
+    """
+
+    against: Name | None = None
+    served_model: Name | None = None
     results: Annotated[dict[Name, dict[str, Any]], Meta(max_length=MOST_LISTED)]
+    original_results: Annotated[dict[Name, dict[str, Any]], Meta(max_length=MOST_LISTED)] = {}
+    higher_is_better: dict[str, dict[str, bool | None]] = {}
     shots: dict[str, Any] = field(name="n-shot", default_factory=dict)
     samples: dict[str, dict[str, Any]] = field(name="n-samples", default_factory=dict)
 
-    def figures(self) -> Iterator[tuple[str, str, float, float | None]]:
-        """Task, metric, value, and standard error (if there is one) of all measurements."""
+    def figures(self) -> Iterator[TaskFigure]:
+        """All measurements."""
         for task, metrics in self.results.items():
+            original = self.original_results.get(task, {})
             for key, value in metrics.items():
                 metric, _, variant = key.partition(",")
                 # A key without a filter ("alias") is no metric: the metrics are "acc,none" and the like.
                 if not variant or metric.endswith("_stderr") or not _is_finite(value):
                     continue
-                error = metrics.get(f"{metric}_stderr,{variant}", math.nan)
-                name = metric if variant == "none" else f"{metric}, {variant}"
-                yield task, name, float(value), float(error) if _is_finite(error) else None
+                error, before = metrics.get(f"{metric}_stderr,{variant}"), original.get(key)
+                yield TaskFigure(
+                    task,
+                    metric if variant == "none" else f"{metric}, {variant}",
+                    float(value),
+                    float(error) if _is_finite(error) else None,
+                    float(before) if _is_finite(before) else None,
+                    self.higher_is_better.get(task, {}).get(metric),
+                )
+
+    @property
+    def compared(self) -> bool:
+        """Whether the original was measured too."""
+        return any(each.original is not None for each in self.figures())
+
+    @property
+    def place_words(self) -> str:
+        """Where the model ran, after "measured by lm-evaluation-harness"."""
+        return f" through a server that has the model as {self.served_model}" if self.served_model else ""
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) <= 1e300
 
 

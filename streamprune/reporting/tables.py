@@ -235,13 +235,18 @@ def _continuations(label: str, each: Continuations, prompts: int | None) -> tupl
 
 
 def tasks_table(tasks: TasksResult) -> Table:
-    """The results of lm-evaluation-harness."""
+    """The results of lm-evaluation-harness, with what was lost where the original was measured too."""
     rows = []
-    for task, metric, value, error in tasks.figures():
-        stated = tasks.shots.get(task), tasks.samples.get(task, {}).get("effective")
+    for each in tasks.figures():
+        stated = tasks.shots.get(each.task), tasks.samples.get(each.task, {}).get("effective")
         counts = (count(value if type(value) is int else None) for value in stated)
-        rows.append((task, metric, *counts, number(value), number(error, 2)))
-    return Table("Tasks", ("task", "metric", "shots", "examples", "value", "standard error"), rows)
+        row = [each.task, each.metric, *counts, number(each.value), number(each.error, 2)]
+        if tasks.compared:
+            row += [number(each.original), number(each.points_lost, 2), percent(each.recovery)]
+        rows.append(row)
+    columns = ["task", "metric", "shots", "examples", "value", "standard error"]
+    compared = ["original", "points lost", "recovery"] if tasks.compared else []
+    return Table("Tasks", (*columns, *compared), rows)
 
 
 def course_table(course: Course) -> Table:
