@@ -79,24 +79,44 @@ def thoroughly(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def loading_facts_once() -> Iterator[None]:
-    """Find once what `find_loading_facts` says of a config: it builds the model several times, which takes a quarter of
-    a run of a tiny model, and hundreds of tests have the same few configs. (Its own tests call it themselves.)"""
+def found_once() -> Iterator[None]:
+    """Find once what is found of a config by building other models of it: how outputs load, and where channels are.
+
+    That is a third of what a run of a tiny model takes, and hundreds of tests have the same few configs. (The tests of
+    these functions call them themselves.)
+    """
+    from streamprune.models import open as open_module
     from streamprune.models import per_layer_loading
     from streamprune.planning import prepare
 
-    usual, found = per_layer_loading.find_loading_facts, dict[str, Any]()
+    loading, channels = per_layer_loading.find_loading_facts, open_module.find_channels
+    found = dict[str, Any]()
 
-    def find(raw: Any, config: Any, skeleton: Any) -> Any:
-        model = (type(skeleton.model), skeleton.model.dtype, skeleton.layers_path, sorted(skeleton.experts.items()))
-        key = repr((json.dumps(raw, sort_keys=True), type(config), config.to_json_string(), skeleton.spec, model))
-        if key not in found:
-            found[key] = usual(raw, config, skeleton)
-        return found[key]
+    def once(key: Any, find: Callable[[], Any]) -> Any:
+        if repr(key) not in found:
+            found[repr(key)] = find()
+        return found[repr(key)]
+
+    def of_model(config: Any, skeleton: Any) -> list[Any]:
+        where = (skeleton.layers_path, sorted(skeleton.experts.items()), skeleton.spec)
+        return [type(config), config.to_json_string(), type(skeleton.model), skeleton.model.dtype, where]
+
+    def find_loading_facts(raw: Any, config: Any, skeleton: Any) -> Any:
+        key = [json.dumps(raw, sort_keys=True), *of_model(config, skeleton)]
+        return once(key, lambda: loading(raw, config, skeleton))
+
+    def find_channels(config: Any, skeleton: Any, *more: Any) -> Any:
+        def find() -> dict[str, Any]:
+            each = channels(config, skeleton, *more)
+            # (Not the model itself, which would never be freed.)
+            return {"width": each.width, "channels": each.channels, "fixed_width": each.fixed_width}
+
+        return replace(skeleton, **once([*of_model(config, skeleton), more], find))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(per_layer_loading, "find_loading_facts", find)
-        patch.setattr(prepare, "find_loading_facts", find)
+        patch.setattr(per_layer_loading, "find_loading_facts", find_loading_facts)
+        patch.setattr(prepare, "find_loading_facts", find_loading_facts)
+        patch.setattr(open_module, "find_channels", find_channels)
         yield
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+
+import psutil
 
 #: Seconds of CPU time for each process, and bytes of memory beyond what it shares with this one.
 CPU_SECONDS = 60
@@ -56,13 +58,8 @@ def _watch_forks() -> None:
 def _limit_this_process() -> None:
     if not _limited:
         return
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    for kind, most in (
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-        (resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY_BYTES),
-    ):
+    shared = psutil.Process().memory_info().vms
+    for kind, most in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, shared + MEMORY_BYTES)):
         # Where the system's own limit is lower, it stays.
         _, hard = resource.getrlimit(kind)
         wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
