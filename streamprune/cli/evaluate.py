@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from streamprune.hardware.memory import limit_library_memory
 
 if TYPE_CHECKING:
     from streamprune.config import EvalSettings
-    from streamprune.evaluation.generation import GenerationSettings
     from streamprune.evaluation.task_settings import TaskSettings
 
 _MODELS = opt.together(
@@ -86,15 +84,20 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
     predictions and the top-1 agreement. --generate and --tasks load the complete model, and skip the held-out text
     unless --data is given.
     """
+    from streamprune.config import EvalSettings
+
     tasks = _task_settings(options)
-    _refuse_early(options, tasks)
+    of_generation = _generation_options(options, tasks is not None)
+    settings = EvalSettings(**options)
+    _refuse_early(settings, tasks)
     opt.say_loading(quiet)
-    limit_library_memory(tight=options["ram_gib"] is not None)
-    settings, generation = _settings(options, tasks is not None)
+    limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.evaluation.command import evaluate_model
+    from streamprune.evaluation.generation import GenerationSettings
     from streamprune.evaluation.held_out import pruned_folder
 
     opt.quiet_libraries(downloads=quiet)
+    generation = None if of_generation is None else GenerationSettings(**of_generation)
     result = evaluate_model(settings, generation, tasks, output, quiet, None if as_json else click.echo)
     folder = pruned_folder(settings.model) if output is None else None
     if report and folder is not None:
@@ -103,13 +106,12 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
         click.echo(opt.json_text(result))
 
 
-def _refuse_early(options: Mapping[str, Any], tasks: TaskSettings | None) -> None:
+def _refuse_early(settings: EvalSettings, tasks: TaskSettings | None) -> None:
     """Raise what can be refused before torch is imported: models, texts and tasks that are not there."""
-    from streamprune.config import EvalSettings
     from streamprune.evaluation.task_names import refuse_tasks
     from streamprune.pipeline.early import refuse_evaluation
 
-    refuse_evaluation(EvalSettings(**{each.name: options[each.name] for each in fields(EvalSettings)}))
+    refuse_evaluation(settings)
     if tasks is not None:
         refuse_tasks(tasks.tasks, tasks.include_path)
 
@@ -128,19 +130,15 @@ def _task_settings(options: dict[str, Any]) -> TaskSettings | None:
     return TaskSettings(tasks=tasks, max_new_tokens=options["max_new_tokens"], **given)
 
 
-def _settings(options: dict[str, Any], with_tasks: bool) -> tuple[EvalSettings, GenerationSettings | None]:
-    """The other settings that the options give. Raises SettingsError for an option without the one that it needs."""
-    from streamprune.config import EvalSettings
-    from streamprune.evaluation.generation import GenerationSettings
-
-    generate, limit, given = (
-        options.pop("generate"), _given(options, ["max_new_tokens"]), _given(options, _OF_GENERATION)
-    )  # fmt: skip
-    if not generate:
-        _refuse_without("--generate", given)
-        _refuse_without("--generate or --tasks", limit if not with_tasks else {})
-    settings = EvalSettings(**options)
-    return settings, GenerationSettings(**given, **limit) if generate else None
+def _generation_options(options: dict[str, Any], with_tasks: bool) -> dict[str, Any] | None:
+    """What is given for --generate, None without it: SettingsError for an option without the one that it needs."""
+    generate = options.pop("generate")
+    limit, given = _given(options, ["max_new_tokens"]), _given(options, _OF_GENERATION)
+    if generate:
+        return given | limit
+    _refuse_without("--generate", given)
+    _refuse_without("--generate or --tasks", limit if not with_tasks else {})
+    return None
 
 
 def _given(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
