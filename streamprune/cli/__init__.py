@@ -35,7 +35,8 @@ def main(context: click.Context) -> None:
     "-o", "--output", default="demo-output", show_default=True, type=opt.PATH,
     help="Folder for the trained and the pruned model.",
 )  # fmt: skip
-def demo(output: Path) -> None:
+@opt.report_option()
+def demo(output: Path, report: bool) -> None:
     """Prune a small trained model, and show what was lost.
 
     Needs no download, no GPU and less than a minute: the model comes with the package.
@@ -43,9 +44,13 @@ def demo(output: Path) -> None:
     click.echo("Loading torch and transformers ...")
     limit_library_memory()
     from streamprune.demo.demo import run_demo, shipped_model
+    from streamprune.reporting.write import write_report
 
     opt.quiet_libraries(downloads=False)
-    run_demo(output, shipped_model(output, echo=click.echo), echo=click.echo)
+    result = run_demo(output, shipped_model(output, echo=click.echo), echo=click.echo)
+    if report:
+        page = write_report(result.output).absolute()
+        click.echo(f"\nWhat was removed and what was lost, with pictures: open {page} in a browser.")
 
 
 for command in (

@@ -288,7 +288,7 @@ def report_option(default: bool | None = True) -> Option:
     """--report. `default=None` keeps the setting of the run that is resumed."""
     return click.option(
         "--report/--no-report", default=default, show_default=default is not None, envvar="STREAMPRUNE_REPORT",
-        show_envvar=True, help="Make OUT/report.html at the end.",
+        show_envvar=True, help="Make report.html in the output at the end.",
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from streamprune.hardware.memory import check_disk, format_bytes
 from streamprune.models.open import load_config
 from streamprune.pipeline.run import run
 from streamprune.progress import Progress
+from streamprune.reporting.evaluations import TEXT_NAME, results_folder, without_folders, write_result
 from streamprune.tables import Table
 
 SHIPPED = Path(__file__).resolve().parent / "trained"
@@ -229,15 +230,18 @@ def run_demo(folder: Path, model: DemoModel, echo: Echo = print) -> DemoResult:
                 overwrite=True,
             )  # fmt: skip
             run(settings, quiet=number > 0)
-            variants[ratio, text] = _measured(output, model.folder, held_out)
+            variants[ratio, text] = _measured(output, model.folder, held_out, is_kept=number == 0)
     result = DemoResult(model.folder, kept, mix, before, variants)
     for line in _lines(result):
         echo(line)
     return result
 
 
-def _measured(model: Path, original: Path, held_out: Calibration) -> Measured:
+def _measured(model: Path, original: Path, held_out: Calibration, is_kept: bool = False) -> Measured:
+    """A model's figures; those of the output that is kept are saved with it, for its report."""
     evaluation, checkpoint, config = measure(model, original, held_out), open_checkpoint(model), load_config(model)
+    if is_kept:
+        write_result(results_folder(model), TEXT_NAME, without_folders(evaluation.result))
     return Measured(
         losses=figures_by_domain(evaluation, "loss"),
         divergences=figures_by_domain(evaluation, "kl"),
