@@ -10,6 +10,7 @@ from streamprune import __version__
 from streamprune.cli import options as opt
 from streamprune.cli.evaluate import evaluate
 from streamprune.cli.fit import calibration, devices, fit
+from streamprune.cli.help import Command
 from streamprune.cli.outputs import clean, push, report, status, verify
 from streamprune.cli.run import prune, resume, run, score
 from streamprune.cli.scores import inspect
@@ -30,7 +31,7 @@ def main(context: click.Context) -> None:
         context.exit()
 
 
-@main.command()
+@main.command(cls=Command)
 @click.option(
     "-o", "--output", default="demo-output", show_default=True, type=opt.PATH,
     help="Folder for the trained and the pruned model.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.cli.outputs import report_after
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
@@ -60,7 +61,7 @@ _OF_TASKS = (
 )  # fmt: skip
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("model")
 @_MODELS
 @click.option(

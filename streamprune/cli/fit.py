@@ -13,6 +13,7 @@ import click
 from streamprune.calibration.chosen import refuse_sources
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.config import Sampling
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_lines, measured_object
@@ -23,7 +24,7 @@ from streamprune.models.config_json import resolve_keep
 from streamprune.targets import PruningTarget, ServingSpec, Storage, planned_context
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @opt.BUDGET
 @opt.GGUF
@@ -38,7 +39,7 @@ from streamprune.targets import PruningTarget, ServingSpec, Storage, planned_con
 @click.option("--ratio", type=float, help="Share of experts removed from every layer, instead of --keep.")
 @click.option("--width", type=int, help="Channels kept of each expert.  [default: all]")
 @click.option("--measure", is_flag=True, help="Also load the model on the GPU, run a prompt of that size, and compare.")
-@click.option("--device", default="cuda:0", show_default=True, help="The GPU for --measure.")
+@click.option("--device", metavar="cuda:N", default="cuda:0", show_default=True, help="The GPU for --measure.")
 @opt.REVISION
 @opt.TRUST_REMOTE_CODE
 @opt.JSON_OBJECT
@@ -123,7 +124,7 @@ def _measured(answer: Estimate, revision: str | None, device: str, trust_remote_
     return measure(str(folder), answer, device, trust_remote_code)
 
 
-@click.command()
+@click.command(cls=Command)
 @opt.JSON_OBJECT
 def devices(as_json: bool) -> None:
     """Show this machine's NVIDIA GPUs, its RAM and the disk of the current folder.
@@ -143,7 +144,7 @@ def calibration() -> None:
     """Look at calibration data."""
 
 
-@calibration.command()
+@calibration.command(cls=Command)
 @click.argument("recipe", nargs=-1, required=True)
 @click.option("--model", required=True, help="The model whose tokenizer and chat template make the tokens.")
 @opt.SAMPLING

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from streamprune.cli.help import format_commands
 from streamprune.cli.hints import WeightsChoice, with_hint
 from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, RunSettings
 from streamprune.distributed.processes import is_first, launched
@@ -49,7 +50,7 @@ def together(*options: Option) -> Option:
 MODEL_OUTPUT = click.option("-o", "--output", required=True, type=PATH, help="Folder for the pruned model.")
 KEEP_FILE = click.option(
     "--keep-file", type=PATH,
-    help='The experts to keep, as JSON: lists by layer, {"0": [1, 5], ...}, a list of such lists, or the '
+    help='The experts to keep, as JSON: lists by layer, {"0": [1, 5], …}, a list of such lists, or the '
     "streamprune.json of another model.",
 )  # fmt: skip
 DTYPE = click.option(
@@ -169,7 +170,7 @@ CALIBRATION = together(
     SAMPLING,
 )  # fmt: skip
 ANCHOR = click.option(
-    "--anchor", metavar="TEXT|none",
+    "--anchor", metavar="RECIPE|FILE|none",
     help="With --refit: text to fit to in addition to the calibration, as for --calibration.  "
     "[default: builtin if the calibration has one source, else none]",
 )  # fmt: skip
@@ -298,6 +299,10 @@ class Commands(click.Group):
     Only the first process prints. The others print only an OtherProcessError and unexpected errors, which the first
     process cannot report.
     """
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands for --help."""
+        format_commands(self, formatter)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse and run a command. All processes but the first are silenced."""

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.distributed.processes import is_first
 from streamprune.errors import StreampruneError
 from streamprune.hardware.memory import format_bytes, limit_library_memory
@@ -17,7 +18,7 @@ from streamprune.progress import stage
 _OUT = click.argument("output", metavar="OUT", type=opt.PATH)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("workdir", type=opt.PATH)
 @opt.JSON_OBJECT
 def status(workdir: Path, as_json: bool) -> None:
@@ -28,7 +29,7 @@ def status(workdir: Path, as_json: bool) -> None:
     click.echo(opt.json_text(found) if as_json else status_text(found))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("workdir", type=opt.PATH)
 @click.option("--all", "everything", is_flag=True, help="Remove everything, including what resuming needs.")
 def clean(workdir: Path, everything: bool) -> None:
@@ -38,7 +39,7 @@ def clean(workdir: Path, everything: bool) -> None:
     click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
 
 
-@click.command()
+@click.command(cls=Command)
 @_OUT
 @click.option("--source", required=True, help="The model that OUT was made from: a folder or a Hub id.")
 @opt.REVISION
@@ -64,7 +65,7 @@ def _to_stderr(line: str) -> None:
     click.echo(line, err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @_OUT
 @opt.QUIET
 def report(output: Path, quiet: bool) -> None:
@@ -111,7 +112,7 @@ def _write_report(output: Path) -> Path:
     return write_report(output)
 
 
-@click.command()
+@click.command(cls=Command)
 @_OUT
 @click.option("--repo-id", required=True, metavar="NAME/REPO", help="The model repository; made if it does not exist.")
 @click.option(

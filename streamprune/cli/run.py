@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.cli.outputs import report_after
 from streamprune.cli.search import resume_search
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSettings, RunSettings
@@ -40,7 +41,7 @@ def _run_options(resuming: bool = False) -> opt.Option:
     )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @opt.MODEL_OUTPUT
 @opt.TARGET
@@ -134,9 +135,12 @@ def _refuse_with_best(given: Mapping[str, Any], dry_run: bool) -> None:
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=opt.PATH, help="File for the scores, such as scores.safetensors.")
+@click.option(
+    "-o", "--output", required=True, type=opt.PATH, metavar="FILE",
+    help="File for the scores, such as scores.safetensors.",
+)  # fmt: skip
 @opt.CALIBRATION
 @opt.CHANNELS
 @opt.DTYPE
@@ -160,7 +164,7 @@ def score(quiet: bool, as_json: bool, **given: Any) -> None:
         click.echo(opt.json_text(summary))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @opt.MODEL_OUTPUT
 @click.option("--scores", type=opt.PATH, help="A scores file, or the folder of a model that was pruned before.")
@@ -197,7 +201,7 @@ def prune(max_shard_size: str, dry_run: bool, quiet: bool, as_json: bool, **give
         click.echo(opt.json_text(summary))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("workdir", type=opt.PATH)
 @_run_options(resuming=True)
 @opt.STOP_IF_KL

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
 from streamprune.fit.estimate import Footprint
@@ -50,7 +51,7 @@ class Targets:
         return self.width is not None or self.by != "experts"
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("scores", metavar="S", type=opt.PATH)
 @click.option("--keep", type=int, help="Experts to keep per layer; with a schedule, the mean.")
 @click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")

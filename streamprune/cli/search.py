@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streamprune.cli import options as opt
+from streamprune.cli.help import Command
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, DEFAULT_DROP_ABOVE, SearchSettings
 from streamprune.errors import SettingsError
 from streamprune.hardware.memory import limit_library_memory
@@ -18,7 +19,7 @@ from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 _NOT_OF_SEARCH = ("from_layer", "stop_if_kl", "verify")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.option(
     "-o", "--output", required=True, type=opt.PATH,
