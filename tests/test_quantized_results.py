@@ -363,3 +363,14 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     settings = PruneSettings(model=str(source), output=tmp_path / "out", weights="fp8")
     with pytest.raises(NonFiniteError, match=re.escape(name)):
         prune_by_scores(settings, quiet=True)
+
+
+def test_the_width_that_stays_decides_what_gpus_can_divide(tmp_path: Path) -> None:
+    # 96 columns over 2 GPUs are no whole groups of 32, but 64 are: advice goes by what stays.
+    config = tiny_config(known_family("qwen3_moe"))
+    config.moe_intermediate_size, config.num_hidden_layers = 96, 2
+    source = make_model(tmp_path / "model", config)
+    settings: dict[str, Any] = {"weights": "w8a16", "rounding": "rtn", "width": 64}
+    assert verify(prune(source, tmp_path / "out", tensor_parallel=2, **settings).output, source).encoded
+    with pytest.raises(SettingsError, match=r"divides 64 columns over 4 ranks\. .* or --tensor-parallel 1 or 2\."):
+        prune(source, tmp_path / "other", tensor_parallel=4, **settings)

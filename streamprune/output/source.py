@@ -19,12 +19,13 @@ from streamprune.models.survey import survey
 from streamprune.output.dequantized import dequantized, dequantized_layout
 from streamprune.output.encoded import Encoding
 from streamprune.output.plan import OutputSource, written_layout
+from streamprune.output.tensors import output_tensors
 from streamprune.quantize.schemes import Scheme, require_library
 from streamprune.targets import Storage
 
 
-def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage) -> OutputSource:
-    """What an output of the opened model is cut from, by how they are to be stored.
+def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage, width: int | None = None) -> OutputSource:
+    """What an output of the opened model is cut from, by how they are to be stored, with `width` channels per expert.
 
     Raises SettingsError and UnsupportedModelError for weights that cannot be written so.
     """
@@ -35,7 +36,9 @@ def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage) ->
     if storage.weights == "bf16":
         return OutputSource(plain, dequantized_layout(layout, plain), loading)
     apart, encoding, layout = quantizing(storage, opened.skeleton, plain.config, plain.tensors)
-    scheme = encoding.scheme(apart.values())
+    # (The columns that stay decide how large groups are, and what can be divided among GPUs.)
+    counts = dict.fromkeys(layout.expert_layers, layout.spec.count)
+    scheme = encoding.scheme(output_tensors(layout, apart, counts, width))
     require_library(scheme.name)
     _refuse_same(opened, scheme)
     return OutputSource(replace(plain, tensors=apart), layout, loading, encoding)

@@ -110,7 +110,7 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
     counts = {layer: len(each.experts) for layer, each in kept.items()}
-    written = output_source(opened, loading, record.storage)
+    written = output_source(opened, loading, record.storage, record.settings.width)
     plan = make_plan(written, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)

@@ -279,7 +279,8 @@ def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts)
         from streamprune.models.open import open_moe
         from streamprune.output.source import output_source
 
-        return output_source(open_moe(checkpoint, settings.trust_remote_code), facts.loading, settings.storage)
+        opened = open_moe(checkpoint, settings.trust_remote_code)
+        return output_source(opened, facts.loading, settings.storage, settings.width)
     layout = written_layout(facts.layout, settings.storage)
     if settings.weights == "source":
         return OutputSource(checkpoint, layout, facts.loading)

@@ -95,7 +95,7 @@ def _side(
     own = run_of(settings, candidate, model_layout.spec.count)
     if candidate.weights not in sources:
         # (Finding what of it is quantized takes a while.)
-        sources[candidate.weights] = output_source(prepared, prepared.loading, own.storage)
+        sources[candidate.weights] = output_source(prepared, prepared.loading, own.storage, own.width)
     full = model_layout.width.width if model_layout.width is not None else 0
     served = Served(
         model_layout.spec, (candidate.keep,), candidate.weights, candidate.width or full or None,

@@ -198,8 +198,8 @@ class PreparedModel(OpenedMoE):
     @property
     def new_format(self) -> str:
         """The format that weights are quantized to, for people; empty if none are."""
-        encoding = self.written.encoding
-        return encoding.scheme(self.written.checkpoint.tensors.values()).format.name if encoding is not None else ""
+        encoding, plain = self.written.encoding, self._plain_tensors
+        return encoding.scheme(plain).format.name if encoding is not None and plain else ""
 
     @property
     def recorded_width(self) -> int | None:
@@ -217,18 +217,21 @@ class PreparedModel(OpenedMoE):
 
         Nothing if the run only scores.
         """
+        encoding, plain = self.written.encoding, self._plain_tensors
+        return encode_tensors(plain, encoding, encoding.scheme(plain)) if encoding is not None and plain else plain
+
+    @cached_property
+    def _plain_tensors(self) -> list[OutputTensor]:
+        """The planned tensors before anything is quantized."""
         planned, layers, spec = self.plan.counts, self.layout.expert_layers, self.layout.spec
         if planned is None:
-            return ()
+            return []
         counts = planned.per_layer
         if counts is None:
             steps, more = divmod(planned.total // spec.groups, len(layers))
             counts = {index: (steps + (place < more)) * spec.groups for place, index in enumerate(layers)}
         written = self.written
-        tensors = output_tensors(written.layout, written.checkpoint.tensors, counts, planned.width)
-        if written.encoding is not None:
-            tensors = encode_tensors(tensors, written.encoding, written.encoding.scheme(tensors))
-        return tensors
+        return output_tensors(written.layout, written.checkpoint.tensors, counts, planned.width)
 
     def pruned_model(self, count: int, width: int | None) -> PreTrainedModel:
         """The model with `count` experts in every layer, on meta, as the rewritten config describes it.
@@ -284,7 +287,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
             "instead: omit --width and --by."
         )
     loading = find_loading_facts(checkpoint.config, opened.config, opened.skeleton)
-    written = output_source(opened, loading, settings.storage)
+    written = output_source(opened, loading, settings.storage, plan.counts.width if plan.counts is not None else None)
     if plan.counts is not None and settings.weights == "source":
         # Refuses what cannot be renumbered now: the plan of the output may be made hours later.
         QuantizedSource.of(checkpoint, written.layout)
