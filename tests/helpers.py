@@ -126,6 +126,7 @@ def prune_in_memory(source: Path, output: Path, kept: dict[int, list[int]]) -> A
                 block = int(re.search(r"\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
                 width = (have - want) // (8 - len(kept[block]))
                 rows = [expert * width + row for expert in kept[block] for row in range(width)]
+                rows += range(8 * width, have)  # rows of shared experts, behind the others'
                 tensor = tensor.index_select(axis, torch.tensor(rows))
         sliced[name] = tensor
     small.load_state_dict(sliced)  # copies into small's own memory
@@ -164,6 +165,7 @@ def check_bytes(source: Path, output: Path, kept: dict[int, list[int]], experts:
                     block = int(re.search(r"\.(\d+)\.", name).group(1))  # type: ignore[union-attr]
                     width = have // experts
                     rows = [expert * width + row for expert in kept[block] for row in range(width)]
+                    rows += range(experts * width, have)
                     expected = expected.index_select(axis, torch.tensor(rows))
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.view(torch.uint8), expected.contiguous().view(torch.uint8)), name

@@ -51,6 +51,9 @@ FIXED = {
     "llama4_text": "Llama4TextExperts has code of its own",
     "llama4": "Llama4TextExperts has code of its own",
     "dbrx": "DbrxExperts has code of its own",
+    "inkling_text": "moe_intermediate_size is also the width of",
+    "step3p7": "Step3p7Experts has code of its own",
+    "muse_spark": "their channels cannot be scored",
 }
 NARROWER = [family for family in FAMILIES if family.id not in FIXED]
 
@@ -97,7 +100,8 @@ def cut_in_memory(source: Path, output: Path, result: RunResult) -> Any:
             index = opened.skeleton.layer_of(name)
             assert index is not None
             numbers = [expert * rows.stride + row for expert in kept[index].kept for row in range(rows.stride)]
-            tensor = tensor.index_select(rows.axis, torch.tensor(numbers))
+            size = tensor.shape[rows.axis]
+            tensor = tensor.index_select(rows.axis, torch.tensor([*numbers, *range(size - rows.tail, size)]))
         state[name].copy_(tensor)
     return small.eval()
 
@@ -149,7 +153,7 @@ def test_a_narrower_model_equals_the_model_cut_in_memory(family: Family, tmp_pat
 @pytest.mark.parametrize("name", FIXED)
 def test_experts_that_cannot_be_narrower_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(known_family(name)))
-    with pytest.raises(UnsupportedModelError, match=rf"cannot be made narrower: {FIXED[name]}.*omit --width and --by"):
+    with pytest.raises(UnsupportedModelError, match=rf"cannot be made narrower.* {FIXED[name]}.*omit --width and --by"):
         prune(source, tmp_path / "pruned", width=16)
     assert not (tmp_path / "pruned").exists()
 

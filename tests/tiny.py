@@ -51,12 +51,38 @@ INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8}
 ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 MAMBA = {"use_mamba_kernels": False}
+VISION_TOWER = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+SAM = {
+    "hidden_size": 32, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
+    "mlp_dim": 32, "downsample_channels": [8, 8], "global_attn_indexes": [0],
+}  # fmt: skip
+ENCODER = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "vocab_size": 32, "layer_types": ["full_attention"],
+}  # fmt: skip
+INKLING = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 16,
+    "rel_extent": 16, "d_rel": 4, "unpadded_vocab_size": VOCAB, "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+}  # fmt: skip
+MINIMAX_M3 = {"shared_intermediate_size": 32, "dense_intermediate_size": 96}
+#: Of the layers with a sliding window, which have sizes of their own.
+DOTS_SLIDING = MLA | {
+    "num_attention_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "qk_rope_head_dim": 8, "head_dim": 24,
+}  # fmt: skip
 VISION_SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "depth": 1, "out_hidden_size": 64}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to make a tiny model: `sizes` beside SIZES (None: leave out); `text` nests them in a multimodal config."""
+    """How to make a tiny model: `sizes` beside SIZES (None: leave out); `text` nests them in a multimodal config.
+
+    `like` is another family, of whose code this one's is a copy as far as streaming and pruning go: tests with this one
+    are thorough.
+    """
 
     name: str
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +90,7 @@ class Family:
     outer: dict[str, Any] = field(default_factory=dict)
     keep: int = 5
     label: str | None = None
+    like: str | None = None
 
     @property
     def id(self) -> str:
@@ -201,13 +228,116 @@ ALL_FAMILIES = [
         },
     ),
     Family("dbrx"),
+    Family("inkling_text", {**INKLING, "n_shared_experts": 1, "mlp_layer_types": ["dense", *["sparse"] * 3]}),
+    Family("minimax_m3_vl_text", MINIMAX_M3),
+    Family("axk1", MLA, like="deepseek_v3"),
+    Family("axk2", MLA, like="deepseek_v32"),
+    Family(
+        "dots3_note_text",
+        {
+            **MLA,
+            **INDEXER,
+            "shared_experts_intermediate_size": 32,
+            "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+            "per_layer_config": {"1": DOTS_SLIDING, "3": DOTS_SLIDING},
+        },
+        like="deepseek_v32",
+    ),
+    Family("granitemoe_swa", like="granitemoe"),
+    Family("aria_text", like="mixtral"),
+    Family("beam", like="minimax_m3_vl_text"),
+    Family("flint", like="qwen3_moe"),
+    Family("hy_v4", like="minimax_m3_vl_text"),
+    Family("kolibri1", like="qwen3_moe"),
+    Family("laguna", like="qwen3_moe"),
+    Family("mistral4", {**MLA, **ROUTED, "n_shared_experts": 1}, like="deepseek_v3"),
+    Family(
+        "mistral_large4",
+        {**MLA, **ROUTED},
+        text="mistral_large4_text",
+        outer={"vision_config": {"model_type": "pixtral", **VISION_TOWER, "head_dim": 16}},
+        like="deepseek_v3",
+    ),
+    Family(
+        "glm5_next",
+        {**MLA, **INDEXER, "qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 2, "hc_mult": 2},
+        text="glm5_next_text",
+        outer={"vision_config": {**VISION_SMALL, "projection_intermediate_size": 32}},
+        like="minimax_m3_vl_text",
+    ),
+    Family(
+        "step3p7",
+        {
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "share_expert_dim": 32,
+            "mlp_layer_types": ["dense", *["sparse"] * 3],
+        },
+        text="step3p5",
+        outer={"vision_config": VISION_TOWER},
+        like="minimax_m3_vl_text",
+    ),
+    Family(
+        "muse_spark",
+        {"moe_hidden_size": 32},
+        text="muse_spark_text",
+        outer={
+            "out_hidden_size": 64,
+            "projector_hidden_size": 32,
+            "vision_config": {**VISION_TOWER, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4},
+            "audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 64},
+        },
+        like="deepseek_v3",
+    ),
+    Family(
+        "qwen3_omni_moe_thinker",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}},
+        text="qwen3_omni_moe_text",
+        outer={
+            "vision_config": {**VISION_SMALL, "deepstack_visual_indexes": [0]},
+            "audio_config": {
+                "d_model": 32,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+                "output_dim": 64,
+                "downsample_hidden_size": 8,
+                "num_mel_bins": 16,
+            },
+        },
+        like="qwen3_moe",
+    ),
+    Family(
+        "unlimited_ocr",
+        text="unlimited_ocr_text",
+        outer={"vision_config": {"sam_config": SAM, "encoder_config": VISION_TOWER}},
+        like="deepseek_v2",
+    ),
+    Family(
+        "deepseek_ocr2",
+        {**ROUTED, "mlp_layer_types": ["dense", *["sparse"] * 3]},
+        text="deepseek_ocr2_text",
+        outer={"vision_config": {"sam_config": SAM, "encoder_config": ENCODER}},
+        like="deepseek_v2",
+    ),
 ]
 
 #: Those that the installed transformers knows: older ones lack the newest.
 FAMILIES = [family for family in ALL_FAMILIES if family.name in CONFIG_MAPPING]
 
+#: Model types whose text part has the code of another one, which is tested.
+ALIASES = {
+    "aria": "aria_text",
+    "dots3_note": "dots3_note_text",
+    "gemma4": "gemma4_text",
+    "inkling2": "inkling2_text",
+    "inkling_mm_model": "inkling_text",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "qwen4_exp": "qwen4_exp_text",
+}
+
 #: Families that cannot be scored, and words of the reason that the user is told.
-REFUSED = [
+ALL_REFUSED = [
     (Family("deepseek_v4"), "a table of expert numbers"),
     (
         Family(
@@ -229,7 +359,42 @@ REFUSED = [
     ),
     (Family("jetmoe"), "work in another way"),
     (Family("doge", {"is_moe": True, "num_experts": 64}), "one after the other"),
+    (Family("inkling2_text", INKLING), "hidden states of layers far before"),
+    (Family("zaya", {"num_experts_per_tok": 1, "router_hidden_size": 32}), "tokens that skip all experts"),
+    (
+        Family(
+            "ernie4_5_vl_moe",
+            {
+                "moe_k": 2,
+                "moe_intermediate_size": [32, 32],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]},
+            },
+            text="ernie4_5_vl_moe_text",
+            outer={"vision_config": VISION_SMALL},
+        ),
+        "2 modules that take",
+    ),
+    (
+        Family(
+            "diffusion_gemma",
+            {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 32},
+            text="diffusion_gemma_text",
+            outer={
+                "vision_config": {
+                    "model_type": "gemma4_vision",
+                    **VISION_TOWER,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "position_embedding_size": 16,
+                }
+            },
+        ),
+        "outside the decoder layers",
+    ),
 ]
+REFUSED = [(family, reason) for family, reason in ALL_REFUSED if family.name in CONFIG_MAPPING]
+#: Families that are tested without `--all`.
+USUAL = [family.id for family in FAMILIES if family.like is None]
 
 
 def tiny_config(family: Family) -> PreTrainedConfig:

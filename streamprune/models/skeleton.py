@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    Interleave,
     MergeModulelist,
     Transpose,
     WeightConverter,
@@ -51,7 +52,9 @@ EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
 DENSE_EXPERTS = frozenset({"Llama4TextExperts"})
 #: Experts modules with that signature whose own code does not honour it, and why.
 UNSUPPORTED_EXPERTS = {
-    "LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs"
+    "Inkling2Experts": "its layers take the hidden states of layers far before them, of which streaming keeps the last",
+    "ZayaExperts": "its router gives expert 0 the tokens that skip all experts, so that scores would be of them too",
+    "LongcatFlashExperts": "its code fails when a token goes to a single expert, which scoring needs",
 }
 
 
@@ -349,7 +352,8 @@ def _channels_before(
     """Where a parameter's channels are before the conversion that feeds it, without the axis of the experts.
 
     None for a parameter without channels, and if the conversion may move them in another way than by joining
-    projections and by transposing. `shape` is that of the checkpoint's tensor.
+    projections, by transposing, and by taking apart gate and up rows that alternate. `shape` is that of the
+    checkpoint's tensor.
     """
     rows = decoder.channels.get(parameter) if isinstance(decoder, Skeleton) else None
     if rows is None or converter is None:
@@ -362,6 +366,10 @@ def _channels_before(
             as_it_is = shape == tuple(decoder.model.get_parameter(parameter).shape)
             if not (getattr(step, "check_dims", False) and as_it_is):
                 rows = replace(rows, axis=1 - rows.axis)
+        elif isinstance(step, Interleave):
+            if step.inverse or step.dim != rows.axis + 1 or (rows.repeats, rows.step) != (2, 1):
+                return None
+            rows = replace(rows, repeats=1, step=2)
         elif not isinstance(step, (Concatenate, MergeModulelist)):
             return None
     return rows

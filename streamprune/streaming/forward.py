@@ -10,7 +10,7 @@ the only one; it is compared with `ORIGINAL`. A search measures several at once,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,8 @@ class LayerForward:
         self._stand_ins = nn.ModuleList(
             _StandIn(layer, index, self._cursor) for index, layer in enumerate(decoder.layers)
         )
+        #: Layers of which it is known that the model gives them nothing of layers before the previous one.
+        self._checked = {0, 1}
         #: Shapes and devices of position ids that are known not to be of packed sequences.
         self._unpacked: set[tuple[Any, ...]] = set()
 
@@ -61,6 +63,7 @@ class LayerForward:
         `layer` is the loaded module to run in that place. `state` itself is not changed. Raises UnsupportedModelError
         for a model whose forward cannot be entered layer by layer.
         """
+        self._check_inputs(index, input_ids, state)
         try:
             self._run(index, layer, input_ids, state)
         except _Reached as reached:
@@ -70,13 +73,52 @@ class LayerForward:
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, state: BatchState) -> torch.Tensor:
         """The logits (B, L, V) from the state after a layer, by the final norm and the head, whose weights it needs."""
+        self._check_inputs(len(self._stand_ins), input_ids, state)
         logits: torch.Tensor = self._run(len(self._stand_ins), None, input_ids, state).logits
         return logits
 
-    def _run(self, index: int, layer: nn.Module | None, input_ids: torch.Tensor, state: BatchState) -> Any:
-        """Run the model's forward with stand-ins for its layers, of which number `index` runs `layer` and leaves it."""
+    def _check_inputs(self, index: int, input_ids: torch.Tensor, state: BatchState) -> None:
+        """Raise UnsupportedModelError if layer `index` (or the head) gets more than what the layer before it returned.
+
+        Only that is stored. Some models also gather the outputs of earlier layers between their layers. Tried once for
+        each layer: with NaN as those outputs, its inputs have to stay the same.
+        """
+        if index in self._checked:
+            return
+        given: list[list[Any]] = []
+
+        def probe(*args: Any, **kwargs: Any) -> None:
+            given.append(pytree.tree_leaves((args, {name: kwargs[name] for name in sorted(kwargs)})))
+
+        for earlier in (None, pytree.tree_map(_as_nan, state.output)):
+            try:
+                result = self._run(index, probe, input_ids, state, earlier)
+                given.append([result.logits])
+            except _Reached:
+                pass
+        if not all(map(_is_same, *given)):
+            where = "its head" if index == len(self._stand_ins) else f"layer {index}"
+            raise UnsupportedModelError(
+                f"{type(self._decoder.model).__name__} cannot be streamed: {where} gets outputs of several earlier "
+                "layers, of which only the last is kept. Please report this model."
+            )
+        self._checked.add(index)
+
+    def _run(
+        self,
+        index: int,
+        layer: Callable[..., Any] | None,
+        input_ids: torch.Tensor,
+        state: BatchState,
+        earlier: Any = None,
+    ) -> Any:
+        """Run the model's forward with stand-ins for its layers, of which number `index` runs `layer` and leaves it.
+
+        Those before the previous one return `earlier` instead of the state, unless that is None.
+        """
         cursor = self._cursor
         cursor.index, cursor.layer, cursor.state, cursor.versions = index, layer, state, _versions(state)
+        cursor.earlier = state.output if earlier is None else earlier
         usual = masking_utils.find_packed_sequence_indices
 
         def find_packed(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -96,7 +138,7 @@ class LayerForward:
                 return self._decoder.model(input_ids=input_ids, use_cache=False)
         finally:
             masking_utils.find_packed_sequence_indices = usual
-            cursor.layer = cursor.state = None
+            cursor.layer = cursor.state = cursor.earlier = None
 
 
 class _Reached(Exception):
@@ -109,11 +151,12 @@ class _Reached(Exception):
 
 @dataclass
 class _Cursor:
-    """Shared by the stand-ins of a model: the layer to run, and its input state."""
+    """Shared by the stand-ins of a model: the layer to run, its input state, and what earlier layers return."""
 
     index: int = 0
-    layer: nn.Module | None = None
+    layer: Callable[..., Any] | None = None
     state: BatchState | None = None
+    earlier: Any = None
     versions: Sequence[int] = ()
 
 
@@ -136,7 +179,7 @@ class _StandIn(nn.Module):
         cursor, state = self._cursor, self._cursor.state
         assert state is not None
         if self._index < cursor.index:
-            return state.output
+            return state.output if self._index == cursor.index - 1 else cursor.earlier
         assert cursor.layer is not None
         if _versions(state) != cursor.versions:
             raise UnsupportedModelError(
@@ -155,6 +198,19 @@ class _StandIn(nn.Module):
                 if key not in before[name] or before[name][key] is not value:
                     carried.setdefault(name, {})[key] = value
         raise _Reached(BatchState(output, carried))
+
+
+def _as_nan(leaf: Any) -> Any:
+    """NaN in place of a floating-point tensor."""
+    return torch.full_like(leaf, torch.nan) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two inputs of a layer are the same, to the bit if they are tensors (NaN included)."""
+    if one is other or not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return True
+    as_bytes = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return one.shape == other.shape and torch.equal(*as_bytes)
 
 
 def _versions(state: BatchState) -> list[int]:
