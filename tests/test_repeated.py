@@ -81,7 +81,7 @@ def test_a_killed_command_that_was_to_replace_is_not_done_twice(
         ("global", {"method": "frequency"}, "settings.method: 'reap' there, 'frequency' now"),
         ("global", {"keep": 4}, "settings.total: "),
         ("global", {"samples": 2}, "calibration.tokens: "),
-        ("global", {"context": 77}, "use.context: 32768 there, 77 now"),
+        ("global", {"context": 77}, "use.context: 256 there, 77 now"),
         ("score", {"channels": False}, "settings.channels: True there, False now"),
         ("prune", {"max_shard_bytes": 10**6}, "settings.max_shard_bytes: "),
     ],
