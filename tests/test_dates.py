@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration.tokens import load_tokenizer
 from streamprune.config import EvalSettings, SearchSettings
 from streamprune.errors import ResumeError
 from streamprune.evaluation.evaluate import read_data
+from streamprune.evaluation.prompts import collect_prompts
 from streamprune.pipeline.search import finished_search, search
 from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes
@@ -91,6 +93,19 @@ def test_scores_and_resumed_runs_too(case: Case, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_weights_are_computed_from_text_of_the_day_of_the_scores(case: Case, tmp_path: Path) -> None:
+    """As in a run that scores too."""
+    scores, refitted = case.at(tmp_path / "scores"), case.at(tmp_path / "out")
+    text: dict[str, Any] = {"samples": 30, "refit": True, "anchor": "none"}
+    with on("2026-02-28"):
+        scores.run(only_score=True, keep=None, samples=30)
+    with on("2026-03-01"):
+        refitted.run(scores=scores.output, **text)
+        assert '"date": "2026-03-01"' not in (refitted.output / "streamprune.json").read_text()
+    with on("2026-03-02"):
+        assert refitted.run(scores=scores.output, **text).summary["complete"] is True
+
+
 def test_a_search_too(case: Case, tmp_path: Path) -> None:
     settings = SearchSettings(
         model=str(case.model), output=tmp_path / "found", calibration=(str(case.tokens),), samples=20, seq_len=24,
@@ -102,6 +117,15 @@ def test_a_search_too(case: Case, tmp_path: Path) -> None:
         found = search(settings, quiet=True)
         assert found["request"]["date"] == "2026-02-28"
         assert finished_search(settings) is not None
+
+
+def test_prompts_too(case: Case, tmp_path: Path) -> None:
+    """And their date is noted in the result."""
+    tokenizer = load_tokenizer(case.model, trust_remote_code=False)
+    path = write_lines(tmp_path / "prompts.jsonl", {"prompt": "hello"})
+    (text, chat), _, notes = collect_prompts(None, path, 1, 8, tokenizer, datetime.date(2024, 7, 26))
+    assert (text.text, chat.text) == ("hello", "26 Jul 2024<user>hello")
+    assert notes == ["The chat template writes the date, 2024-07-26 here; --date 2024-07-26 gives the same prompts."]
 
 
 @pytest.mark.parametrize("text", ["2026-2-1", "20260201", "2026-02-30", "today", ""])

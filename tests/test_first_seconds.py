@@ -13,6 +13,8 @@ import pytest
 
 import streamprune.demo
 from streamprune import progress
+from streamprune.errors import SettingsError
+from streamprune.evaluation.task_names import refuse_tasks
 from streamprune.progress import LayerProgress, Progress, stage
 
 MODEL = Path(streamprune.demo.__path__[0]) / "trained" / "model"
@@ -80,6 +82,16 @@ def test_what_needs_no_torch_is_refused_without_it(tmp_path: Path) -> None:
         assert "Traceback" not in output
         assert "loading" not in output, words
     assert len(answers) == len(REFUSED), done.stderr
+
+
+def test_tasks_that_only_a_file_without_a_suffix_names_are_known(tmp_path: Path) -> None:
+    """Such as mgsm_cot_native: a tag in a file that the tasks' files include."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "mine.yaml").write_text("include: base_yaml\ntask: mine\n")
+    (tmp_path / "base_yaml").write_text("tag: my_tag\n")
+    refuse_tasks(["my_tag", "mgsm_cot_native"], tmp_path)
+    with pytest.raises(SettingsError, match="tag named my_other"):
+        refuse_tasks(["my_tag", "my_other"], tmp_path)
 
 
 def test_a_stage_says_what_it_is_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +20,7 @@ MOST_LINE_BYTES = 1 << 28
 _CHUNK = 1 << 16
 #: How many bytes at the start of a file decide what it is, if they hold a whole line.
 _SNIFFED_BYTES = 1 << 10
+_NO_SPACE = re.compile(r"\S")
 #: Programs of Windows begin their files with it.
 BYTE_ORDER_MARK = "\ufeff"
 #: The kinds of a JSON file: a record per line, one array of records, or something else.
@@ -103,7 +105,7 @@ def read_array(name: str, stream: BinaryIO) -> Iterator[Row]:
         if not text.begins_with("]"):
             text.skip(",")
     text.skip("]")
-    if text.rest():
+    if not text.is_over():
         raise CalibrationError(f"{name} has more after the end of its array. Give one array, or one record per line.")
 
 
@@ -115,56 +117,62 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
         self._text, self._ended, self._read = "", False, 0
-
-    def rest(self) -> str:
-        """The text from here on, which is empty only at the end of the file."""
-        self._text = self._text.lstrip()
-        while not self._text and not self._ended:
-            self._more(_CHUNK)
-            self._text = self._text.lstrip()
-        return self._text
+        # Where the rest begins. (Cutting off what was parsed would copy all that was read, for each record.)
+        self._at = 0
 
     def begins_with(self, mark: str) -> bool:
         """Whether the next character, without white space, is this one."""
-        return self.rest().startswith(mark)
+        return not self.is_over() and self._text.startswith(mark, self._at)
+
+    def is_over(self) -> bool:
+        """Whether nothing but white space is left."""
+        while True:
+            if found := _NO_SPACE.search(self._text, self._at):
+                self._at = found.start()
+                return False
+            if self._ended:
+                return True
+            self._at = len(self._text)
+            self._more(_CHUNK)
 
     def skip(self, mark: str) -> None:
         """Go on behind this character. Raises CalibrationError if another one is here."""
         if not self.begins_with(mark):
-            found = f"{self._text[0]!r}" if self._text else "the end of the file"
+            found = "the end of the file" if self.is_over() else f"{self._text[self._at]!r}"
             raise CalibrationError(
                 f"{self._name} is not a valid JSON array: {found} where {mark!r} belongs, in the {self._read:,} bytes "
                 "that were read. Was the file cut? Download it again."
             )
-        self._text = self._text[1:]
+        self._at += 1
 
     def value(self, place: str) -> str:
         """The JSON text of the value that begins here. Raises CalibrationError, naming it, if there is none."""
         while True:
             reason = "the file ends within it"
-            if self.rest():
+            if not self.is_over():
                 try:
-                    end = self._scan(self._text)[1]
+                    end = self._scan(self._text, self._at)[1]
                 except (ValueError, RecursionError) as error:
                     reason = str(error)[:300]
                 else:
                     # (The rest of a number might not be read yet.)
                     if end < len(self._text) or self._ended:
-                        found, self._text = self._text[:end], self._text[end:]
+                        found, self._at = self._text[self._at : end], end
                         return found
             if self._ended:
                 raise CalibrationError(f"{place} is not valid JSON: {reason}. Was the file cut? Download it again.")
-            if len(self._text) > MOST_LINE_BYTES:
+            if len(self._text) - self._at > MOST_LINE_BYTES:
                 raise _too_long(place)
             # Doubled, so that a long record is not parsed from its start for each chunk.
-            self._more(max(_CHUNK, len(self._text)))
+            self._more(max(_CHUNK, len(self._text) - self._at))
 
     def _more(self, size: int) -> None:
         data = self._stream.read(size)
         try:
-            self._text += self._decoder.decode(data, final=not data)
+            self._text = self._text[self._at :] + self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             raise not_text(self._name, self._read + error.start) from None
+        self._at = 0
         self._read += len(data)
         self._ended = not data
 

@@ -230,20 +230,19 @@ def _given(sources: Sequence[str], sampling: Sampling, date: str | None) -> dict
     }
 
 
-def date_of(recipe: Mapping[str, Any]) -> str | None:
+def date_of(recipe: Any) -> str | None:
     """The date that the chat template wrote into a calibration, by its `recipe`; None if it wrote none."""
-    given = recipe.get("given")
+    given = recipe.get("given") if isinstance(recipe, Mapping) else None
     date = given.get("date") if isinstance(given, Mapping) else None
     return date if isinstance(date, str) else None
 
 
-def with_date(sampling: S, *recipes: Mapping[str, Any] | None) -> S:
+def with_date(sampling: S, *recipes: Any) -> S:
     """Settings with the date in the first text that has one, by its `recipe`, unless they state a date themselves.
 
     So the same command gives the same text on another day.
     """
-    dates = (date_of(recipe) for recipe in recipes if recipe is not None)
-    found = next((date for date in dates if date is not None), None)
+    found = next((date for date in map(date_of, recipes) if date is not None), None)
     return sampling if sampling.date is not None or found is None else replace(sampling, date=found)
 
 

@@ -93,8 +93,8 @@ def read_data(settings: EvalSettings) -> Calibration:
 def with_model_date(settings: EvalSettings) -> EvalSettings:
     """Settings with the date in the text that the model was scored on, unless they state one or it has none."""
     record = read_record_of(settings.model)
-    recipe = record.calibration.recipe if record is not None and record.calibration is not None else None
-    return with_date(settings, recipe if isinstance(recipe, Mapping) else None)
+    calibration = record.calibration if record is not None else None
+    return with_date(settings, calibration.recipe if calibration is not None else None)
 
 
 def _read_held_out(settings: EvalSettings) -> Calibration:

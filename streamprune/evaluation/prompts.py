@@ -62,13 +62,13 @@ class _Line(msgspec.Struct):
 
 
 def collect_prompts(
-    data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any, day: date | None = None
+    data: Calibration | None, path: Path | None, per_source: int, tokens: int, tokenizer: Any, day: date
 ) -> tuple[list[Prompt], str | None, list[str]]:
     """The lines of the JSONL file `path`, and the first `tokens` tokens of `per_source` sequences of each source.
 
     Returns the prompts, the template's variable for thinking if it has one, and notes for the user. Each opening is
     text to continue, and also a chat if the tokenizer has a chat template: with thinking off and on if it has a
-    variable for that, and the date of `day` (None: today) if it writes one. Without a tokenizer prompts are only token
+    variable for that, and the date of `day` if it writes one. Without a tokenizer prompts are only token
     ids. If the template fails there are no chats. Raises CalibrationError if there are no prompts, for invalid lines,
     and for chats of the user that do not render.
     """
@@ -81,10 +81,12 @@ def collect_prompts(
     notes: list[str] = []
     if tokenizer is not None and tokenizer.chat_template:
         try:
-            switch, chats = _chat_prompts(
-                [each for each in openings if each.messages or each.text.strip()], tokenizer, day
-            )
+            with ChatRenderer(tokenizer, day) as renderer:
+                usable = [each for each in openings if each.messages or each.text.strip()]
+                switch, chats = _chat_prompts(usable, tokenizer, renderer)
             prompts += chats
+            if renderer.wrote_date:
+                notes.append(f"The chat template writes the date, {day} here; --date {day} gives the same prompts.")
         except CalibrationError as error:
             if given:
                 raise
@@ -159,26 +161,27 @@ def _text_prompt(opening: _Opening, tokenizer: Any) -> Prompt:
     return Prompt(opening.source, TEXT, None, ids, opening.text or " ".join(map(str, ids)))
 
 
-def _chat_prompts(openings: Sequence[_Opening], tokenizer: Any, day: date | None) -> tuple[str | None, list[Prompt]]:
+def _chat_prompts(
+    openings: Sequence[_Opening], tokenizer: Any, renderer: ChatRenderer
+) -> tuple[str | None, list[Prompt]]:
     """The template's variable for thinking, and a chat of every opening for each of its values."""
-    with ChatRenderer(tokenizer, day) as renderer:
 
-        def rendered(opening: _Opening, variables: dict[str, Any]) -> str:
-            messages = opening.messages or [{"role": "user", "content": opening.text}]
-            return renderer.render(Chat(opening.place, messages, None, {"add_generation_prompt": True, **variables}))
+    def rendered(opening: _Opening, variables: dict[str, Any]) -> str:
+        messages = opening.messages or [{"role": "user", "content": opening.text}]
+        return renderer.render(Chat(opening.place, messages, None, {"add_generation_prompt": True, **variables}))
 
-        # Jinja's list of a template's variables would evaluate the template's constants in this process, not in the
-        # renderer's, and might never end; nor does it show whether a variable makes a difference.
-        def makes_a_difference(name: str) -> bool:
-            return rendered(openings[0], {name: True}) != rendered(openings[0], {name: False})
+    # Jinja's list of a template's variables would evaluate the template's constants in this process, not in the
+    # renderer's, and might never end; nor does it show whether a variable makes a difference.
+    def makes_a_difference(name: str) -> bool:
+        return rendered(openings[0], {name: True}) != rendered(openings[0], {name: False})
 
-        switch = next(filter(makes_a_difference, THINKING_SWITCHES), None) if openings else None
-        prompts = []
-        for opening in openings:
-            for thinking in (None,) if switch is None else (False, True):
-                text = rendered(opening, {} if switch is None else {switch: thinking})
-                ids = _tokens(opening, text, tokenizer, special=False)
-                prompts.append(Prompt(opening.source, CHAT, thinking, ids, text))
+    switch = next(filter(makes_a_difference, THINKING_SWITCHES), None) if openings else None
+    prompts = []
+    for opening in openings:
+        for thinking in (None,) if switch is None else (False, True):
+            text = rendered(opening, {} if switch is None else {switch: thinking})
+            ids = _tokens(opening, text, tokenizer, special=False)
+            prompts.append(Prompt(opening.source, CHAT, thinking, ids, text))
     return switch, prompts
 
 

@@ -11,8 +11,8 @@ from streamprune.errors import SettingsError
 
 LIST_OF_TASKS = "https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks"
 _INSTALL = "pip install 'streamprune[tasks]'"
-#: Files that define tasks, groups and tags.
-_SUFFIXES = (".yaml", ".yml", ".py")
+#: Files that define tasks, groups and tags. (Files that others include often have no suffix.)
+_SUFFIXES = (".yaml", ".yml", ".py", "")
 #: Characters of patterns, which name tasks that no file has to spell out.
 _WILD = set("*?[")
 
@@ -61,4 +61,4 @@ def _files(include: Path | None) -> Iterator[str]:
     roots += [str(Path(where) / "tasks") for where in (found.submodule_search_locations or ())] if found else []
     for root in roots:
         for folder, _, names in os.walk(root):
-            yield from (os.path.join(folder, name) for name in names if name.endswith(_SUFFIXES))  # noqa: PTH118
+            yield from (os.path.join(folder, name) for name in names if Path(name).suffix in _SUFFIXES)  # noqa: PTH118

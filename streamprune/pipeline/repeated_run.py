@@ -72,7 +72,7 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
         return repeated(_decided(settings, prepared, text, scores), progress, versions())
 
 
-def _recipes(settings: RunSettings) -> Iterator[Mapping[str, Any]]:
+def _recipes(settings: RunSettings) -> Iterator[Any]:
     """How the texts of what is in the output's place were made, as far as it says so."""
     with suppress(StreampruneError):
         if settings.only_score:
@@ -81,10 +81,7 @@ def _recipes(settings: RunSettings) -> Iterator[Mapping[str, Any]]:
             record = to_builtins(read_record(settings.output))
             computed = [record[name] for name in ("refit", "rounding") if record.get(name)]
             facts = [record.get("calibration"), *(each.get("calibration") for each in computed)]
-        for each in facts:
-            recipe = each.get("recipe") if isinstance(each, Mapping) else None
-            if isinstance(recipe, Mapping):
-                yield recipe
+        yield from (each.get("recipe") for each in facts if isinstance(each, Mapping))
 
 
 def _differences(settings: RunSettings, prepared: PreparedModel, text: Calibration, scores: Scores) -> list[str]:

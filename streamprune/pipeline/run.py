@@ -150,8 +150,7 @@ class _Run:
             # Checked again: locking the work folder may have moved an old output back.
             check_scores_file(settings.output, plan.folder, settings.overwrite)
         self.recorded = recorded = begin(settings, work)
-        if recorded is not None:
-            settings = with_date(settings, *recorded.recipes)
+        settings = self._dated(settings)
         if settings.imatrix is not None:
             # (One that is there already may be that of this very run, which was killed before its output was renamed.)
             check_imatrix_file(settings.imatrix, settings.overwrite or recorded is not None)
@@ -166,7 +165,9 @@ class _Run:
             self.prepared = prepared = prepare(settings, plan)
         if settings.sends_text:
             calibration = self._with_uses(settings, calibration)
-        self.given = self._read_scores(settings) if settings.scores is not None else None
+        if settings.scores is not None and self.given is not None:
+            check_scores_of(settings.scores, prepared.checkpoint, self.given)
+            check_scores_match(settings.scores, self.given, prepared.layout)
         if settings.evaluate:
             find_head(prepared.skeleton.model)
         check_schedule(settings, prepared)
@@ -178,6 +179,18 @@ class _Run:
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
         fingerprint = prepared.checkpoint.fingerprint() if self.processes.count > 1 else ""
         return Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
+
+    def _dated(self, settings: RunSettings) -> RunSettings:
+        """The settings, for text of the day of the run to resume, or of --scores, which are read here. Rank 0.
+
+        So weights are computed from the same text as in a run that scores too. Raises ScoresError.
+        """
+        recipes: list[Any] = self.recorded.recipes if self.recorded is not None else []
+        if settings.scores is not None:
+            self.given = read_scores(settings.scores)
+            check_provenance(self.given)
+            recipes = [*recipes, (self.given.provenance["calibration"] or {}).get("recipe")]
+        return with_date(settings, *recipes)
 
     def go(self, job: Job) -> RunResult:
         """Stream the layers, select, and complete the output. All ranks."""
@@ -260,15 +273,6 @@ class _Run:
     def _scored_layers(self) -> Sequence[LayerStatistics]:
         assert self.decided.scores is not None
         return self.decided.scores.layers
-
-    def _read_scores(self, settings: RunSettings) -> Scores:
-        """The scores of --scores. Raises ScoresError unless they are of this model."""
-        assert settings.scores is not None
-        scores = read_scores(settings.scores)
-        check_provenance(scores)
-        check_scores_of(settings.scores, self.prepared.checkpoint, scores)
-        check_scores_match(settings.scores, scores, self.prepared.layout)
-        return scores
 
     def _select_by_scores(self) -> Selection:
         counts, scores = self.prepared.plan.counts, self.given
