@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint
 from streamprune.cli import main
 from streamprune.config import PruneSettings
+from streamprune.fit.footprint import read_footprint
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.prune import prune
@@ -172,7 +173,9 @@ def test_layers_beyond_those_of_the_config_are_left_out(sharded: Path, tmp_path:
     (note,) = [note for note in told(folder, tmp_path / "out") if "beyond" in note]
     assert "layers beyond the 3 that config.json describes are left out, as transformers ignores them: 'model." in note
     assert not any(".layers.3." in name for name in read_tensors(tmp_path / "out"))
-    assert any(".layers.3." in name for name in whole)
+    beyond = [entry.nbytes for name, entry in whole.items() if ".layers.3." in name]
+    assert beyond
+    assert read_footprint(str(folder)).weights.nbytes == open_checkpoint(folder).nbytes - sum(beyond)
 
 
 @pytest.mark.parametrize("declared", ["float64", None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def verdict(result: Served, engine: str, about: str = "count") -> str:
         if each.rule.about == about and (each.rule.rounds or about != "count")
     ]
     return "refuses" if any(rule.refuses for rule in found) else "slow" if found else "takes"
+
+
+def test_quantized_for_llama_cpp_its_converter_still_reads_the_source() -> None:
+    footprint = replace(made_up(), config={"quantization_config": {"quant_method": "awq"}})
+    for weights in ("source", "Q4_K_M"):
+        found = footprint.served(ServingSpec(weights=weights))
+        assert found is not None
+        with pytest.raises(SettingsError, match="does not read weights stored as awq"):
+            check_served(found, "llama.cpp")
 
 
 def test_every_rule_names_its_engine_and_its_source() -> None:

@@ -336,6 +336,8 @@ def test_formats_that_cannot_be_pruned_are_still_counted(tmp_path: Path) -> None
     assert any(note.startswith("This model can be served, but not pruned. The model in") for note in footprint.notes)
     with pytest.raises(SettingsError, match=r"not read here \(BF16, F32, F8_E4M3\), .* --weights bf16 is unknown"):
         weights_bytes(footprint, weights="bf16")
+    with pytest.raises(SettingsError, match=r"not read here .* --gguf Q4_K_M is unknown"):
+        weights_bytes(footprint, weights="Q4_K_M")
     unread = read_footprint(str(alone(made.source, tmp_path / "config")))
     assert any("quantized (bitsandbytes), but the sizes are of plain ones" in note for note in unread.notes)
 

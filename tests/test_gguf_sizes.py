@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from streamprune.cli import main
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
+from streamprune.fit.weights import WeightFact
 from streamprune.quantize.gguf_types import BLOCKS, GGUF_TYPES
 from streamprune.reporting.facts import read_facts
 from streamprune.targets import ServingSpec
@@ -87,6 +89,33 @@ def test_every_quantization_in_every_layer(family: str, tmp_path: Path) -> None:
     footprint = footprint_of(tmp_path, family, changes)
     assert {name: weights_of(footprint, name) for name in GGUF_TYPES} == written
     assert written.keys() == GGUF_TYPES.keys()
+
+
+@pytest.mark.parametrize("hidden", [256, 384, 512])
+@pytest.mark.parametrize(("family", "changes"), [("olmoe", {"num_experts": 8}), ("gpt_oss", {"head_dim": 64})])
+def test_narrower_experts_are_as_those_of_a_model_that_is_so(
+    family: str, changes: dict[str, Any], hidden: int, tmp_path: Path
+) -> None:
+    """Also where the hidden size is as large as the experts' channels, or twice as large, as in OLMoE and gpt-oss."""
+    changes = {**changes, "hidden_size": hidden}
+    made = footprint_of(tmp_path, family, {**changes, "intermediate_size": 128})
+    narrowed = footprint_of(tmp_path, family, {**changes, "intermediate_size": 256})
+    for quantization in ("Q4_K_M", "Q8_0"):
+        sizes = narrowed.sizes(quantization, 128).bytes_by_category(8)
+        assert sizes == made.sizes(quantization).bytes_by_category(8)
+
+
+def test_a_vision_tower_changes_nothing_of_the_text(tmp_path: Path) -> None:
+    footprint = footprint_of(tmp_path, "qwen3_moe", {"num_hidden_layers": 9, "num_attention_heads": 8})
+    name, shape = "visual.blocks.{}.attn.{}_proj.weight", (256, 256)
+    tower = tuple(
+        WeightFact(name.format(layer, role), "BF16", shape, 2 * 256 * 256, "vision", layer)
+        for layer in range(20)
+        for role in ("q", "k", "v")
+    )
+    both = replace(footprint, weights=replace(footprint.weights, facts=footprint.weights.facts + tower))
+    for quantization in ("Q4_K_M", "Q2_K", "IQ4_NL"):
+        assert weights_of(both, quantization) == weights_of(footprint, quantization) + 20 * 3 * 2 * 256 * 256
 
 
 def test_blocks_are_those_of_the_library() -> None:

@@ -86,6 +86,7 @@ class Footprint:
 
     def _sizes(self, weights: str, width: int | None, experts: float | None) -> WeightSizes:
         if weights in GGUF_TYPES:
+            self._refuse_unread(f"--gguf {weights}")
             return gguf_sizes(self.weights, self.shape, weights, width, experts)
         if weights == "source" and (width is None or self.width is not None or self.forms is None):
             return self.weights.sizes().narrowed(self.width_share(width))
@@ -113,7 +114,9 @@ class Footprint:
         spec = self.spec or ExpertSpec((), "", count, 1)
         numbers = tuple(sorted(set(counts.values()))) if counts is not None else (count,)
         width = use.width or self.width or self.shape.expert or None
-        return Served(spec, numbers, use.weights, width, self.itemsize, self.config)
+        # (llama.cpp's quantization comes after its converter, which reads the weights as they are stored.)
+        weights = "source" if use.weights in GGUF_TYPES else use.weights
+        return Served(spec, numbers, weights, width, self.itemsize, self.config)
 
     def expert_bytes(self, weights: str, width: int | None) -> float | None:
         """Bytes of one expert in every layer in this form; None where it is not possible or not known."""
@@ -124,15 +127,19 @@ class Footprint:
     def _decoded(self) -> WeightSizes:
         if self.weights.formats:
             return self.weights.decoded(2).sizes()
-        if self.weights.quantized:
-            dtypes = ", ".join(sorted({fact.dtype for fact in self.weights.facts}))
-            raise SettingsError(
-                f"The weights of {self.model} are quantized in a format that is not read here ({dtypes}), so their "
-                "size with --weights bf16 is unknown. Leave it out."
-            )
+        self._refuse_unread("--weights bf16")
         raise SettingsError(
             f"--weights bf16 decodes quantized weights, but those of {self.model} are plain already. Leave it out."
         )
+
+    def _refuse_unread(self, option: str) -> None:
+        """Raise SettingsError if the weights cannot be decoded, so that their size with this option is unknown."""
+        if self.weights.quantized and not self.weights.formats:
+            dtypes = ", ".join(sorted({fact.dtype for fact in self.weights.facts}))
+            raise SettingsError(
+                f"The weights of {self.model} are quantized in a format that is not read here ({dtypes}), so their "
+                f"size with {option} is unknown. Leave it out."
+            )
 
     def width_share(self, width: int | None) -> float:
         """The share of its channels that each expert keeps with `width` of them (None: all)."""

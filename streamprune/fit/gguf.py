@@ -27,16 +27,43 @@ def gguf_sizes(
     full = shape.expert
 
     def stored(fact: WeightFact) -> WeightFact:
-        if width is not None and fact.of_experts and fact.category != "router":
-            narrower = tuple({full: width, 2 * full: 2 * width}.get(size, size) for size in fact.shape)
-            fact = replace(fact, shape=narrower)
-        return replace(fact, nbytes=_bytes(fact, quantization, model, width or full))
+        narrower = fact if width is None else replace(fact, shape=_narrowed(fact, full, width))
+        return replace(narrower, nbytes=_bytes(narrower, quantization, model, width or full))
 
     return replace(weights, facts=tuple(map(stored, facts))).sizes()
 
 
+def _axis_of_channels(fact: WeightFact, width: int) -> int | None:
+    """The axis of a tensor of experts with `width` channels each along which these lie; None for one without.
+
+    Named from its end. Most checkpoints store projections as rows for each output, some the transposed matrices. Where
+    the hidden size is as large as the channels, the former is assumed: the bytes are the same.
+    """
+    matrix = _matrix(fact)
+    if not fact.of_experts or fact.category == "router" or not matrix:
+        return None
+    if role_of(fact.name.removesuffix("_bias").removesuffix(".bias")) == "down":
+        # (Its bias has a value for each of the hidden size.)
+        return next((axis for axis in (-1, -2) if len(matrix) == 2 and matrix[axis] == width), None)
+    # Gate and up projections may be one tensor.
+    return next((axis for axis in range(-len(matrix), 0) if matrix[axis] in (width, 2 * width)), None)
+
+
+def _narrowed(fact: WeightFact, full: int, width: int) -> tuple[int, ...]:
+    """The shape of a tensor with `width` of the `full` channels per expert."""
+    axis, shape = _axis_of_channels(fact, full), list(fact.shape)
+    if axis is not None:
+        shape[axis] = shape[axis] // full * width
+    return tuple(shape)
+
+
+def _matrix(fact: WeightFact) -> tuple[int, ...]:
+    """The shape of one expert's tensor, or of one that belongs to no expert."""
+    return fact.shape[1:] if fact.rows is not None else fact.shape
+
+
 def _model(facts: Iterable[WeightFact], experts: float) -> GgufModel:
-    trunk = [fact for fact in facts if fact.category != "MTP" and fact.layer is not None]
+    trunk = [fact for fact in facts if fact.category not in ("MTP", "vision") and fact.layer is not None]
     values, rows = {}, {"query": 1.0, "key": 1.0}
     for fact in trunk:
         role = role_of(fact.name)
@@ -65,11 +92,10 @@ def _bytes(fact: WeightFact, quantization: str, model: GgufModel, width: int) ->
         role = "expert down" if role == "down" else "experts"
     elif role in ("value", "qkv") and layer not in model.value_layers:
         role = "other"
-    # Rows of a projection to the experts' channels are as long as the hidden size, of one from them as their width;
-    # some checkpoints store the transposed matrices.
-    columns = width if role == "expert down" and width in matrix else matrix[-1]
-    if role == "experts" and matrix[-1] in (width, 2 * width):
-        columns = matrix[0]
+    # Rows of a projection to the experts' channels are as long as the hidden size, of one from them as their width.
+    columns, axis = matrix[-1], _axis_of_channels(fact, width)
+    if axis is not None:
+        columns = matrix[axis if role == "expert down" else -3 - axis]
     if role == "mla":
         # The file has two parts of it: one by heads, with rows as long as a head's keys, one with those of the latent.
         return sum(_matrix_bytes(quantization, "other", layer, columns, half, model) for columns, half in (

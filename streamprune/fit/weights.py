@@ -357,12 +357,14 @@ def weights_by_layout(
     counts: Mapping[int, int],
     stored: Mapping[str, StoredTensor] | None = None,
 ) -> Weights:
-    """The weights as the model uses them, with `counts` experts by layer.
+    """The weights as the model uses them, with `counts` experts by layer; without what no output has of the source.
 
     `stored` says how tensors are stored; without it, all are counted as plain.
     """
-    facts, quantized, mtp = [], _quantized(tensors, stored), set(layout.mtp)
+    facts, quantized, mtp, ignored = [], _quantized(tensors, stored), set(layout.mtp), set(layout.ignored)
     for name, entry in tensors.items():
+        if name in ignored:
+            continue
         cut, category = layout.cuts.get(name, Cut(None)), "MTP"
         if name in layout.cuts and name not in mtp:
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
