@@ -28,7 +28,8 @@ from streamprune.quantize.imatrix import GgufNames
 from streamprune.reporting.record import read_record
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.imatrix_stage import ImatrixForwardStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, ScoreStage
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask
 from tests.faults import Case, Injected, make_case
 from tests.helpers import known_family, load_whole, prune, tree_bytes
 from tests.launching import launch

@@ -21,7 +21,8 @@ from streamprune.reporting.card import THIS_MODEL
 from streamprune.reporting.record import read_record
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage
 from streamprune.work.saved_states import Generations
 from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes

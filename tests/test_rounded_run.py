@@ -29,7 +29,8 @@ from streamprune.reporting.record import read_record
 from streamprune.streaming import layer_rounding, quantize_stage
 from streamprune.streaming.quantize_stage import QuantizeStage
 from streamprune.streaming.refit_stage import RefitStage
-from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage, ScoreStage
+from streamprune.streaming.score_stage import ScoreStage
+from streamprune.streaming.stages import ForwardStage, LayerTask, PrunedForwardStage
 from streamprune.streaming.written_tensors import bytes_of
 from tests.faults import Case
 from tests.helpers import known_family, read_tensors, streamed, token_ids, tree_bytes
