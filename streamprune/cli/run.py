@@ -17,7 +17,7 @@ from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSetting
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
-from streamprune.pipeline.status import output_of
+from streamprune.pipeline.status import nothing_to_resume, output_of
 from streamprune.work.records import has_pruning, has_run, read_pruning, read_run
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         return
     if launched().count == 1 and not has_run(workdir) and not has_pruning(workdir):
         # (Before torch is imported.)
-        raise ResumeError(f"{workdir} has no run to resume. The work folder of an unfinished run is OUT.work.")
+        raise nothing_to_resume(workdir)
     command = {**_recorded_command(workdir), **changes}
     # (Among several processes the refusal has to reach all.)
     if launched().count == 1 and "candidates" in command:

@@ -19,10 +19,9 @@ from streamprune.config import RunSettings
 from streamprune.errors import ProcessesError, ResumeError
 from streamprune.files.durable import checksum_of, reading
 from streamprune.files.json_text import show
-from streamprune.files.kinds import describe
 from streamprune.models.open import versions
 from streamprune.pipeline.finish import RunResult
-from streamprune.pipeline.status import ended
+from streamprune.pipeline.status import ended, nothing_to_resume
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import anchor_name
 from streamprune.reporting.record import public_name
@@ -250,10 +249,7 @@ def settings_to_resume(work_folder: Path, changes: Mapping[str, Any]) -> RunSett
             f"{resume_command(work_folder)}"
         )
     if recorded is None:
-        raise ResumeError(
-            f"{work_folder} has no run to resume: it {describe(work_folder)}. The work folder of an unfinished run is "
-            "OUT.work."
-        )
+        raise nothing_to_resume(work_folder)
     if "candidates" in recorded.command:
         raise ProcessesError(
             f"{work_folder} has an unfinished `streamprune search`, which runs in one process. Resume it without a "

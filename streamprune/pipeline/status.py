@@ -166,6 +166,13 @@ def output_of(folder: Path) -> Path | None:
     return output if output.name and is_there(output) else None
 
 
+def nothing_to_resume(folder: Path) -> ResumeError:
+    """The error for a folder without a run to resume, with what it is instead."""
+    return ResumeError(
+        f"{folder} has no run to resume: it {describe(folder)}. The work folder of an unfinished run is OUT.work."
+    )
+
+
 def is_there(output: Path) -> bool:
     """Whether a path has something that streamprune may have made: a model, a scores file, or a search."""
     try:
