@@ -173,8 +173,10 @@ def test_layers_beyond_those_of_the_config_are_left_out(sharded: Path, tmp_path:
     (note,) = [note for note in told(folder, tmp_path / "out") if "beyond" in note]
     assert "layers beyond the 3 that config.json describes are left out, as transformers ignores them: 'model." in note
     assert not any(".layers.3." in name for name in read_tensors(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
     beyond = [entry.nbytes for name, entry in whole.items() if ".layers.3." in name]
-    assert beyond
+    assert f"{len(beyond)} tensors of the source that transformers' model does not use were left out." in card
+    assert "multi-token-prediction tensors were dropped" not in card
     assert read_footprint(str(folder)).weights.nbytes == open_checkpoint(folder).nbytes - sum(beyond)
 
 

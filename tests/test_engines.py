@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 
 from streamprune.cli import main
 from streamprune.errors import DoesNotFitError, SettingsError
+from streamprune.fit.answer import Budget, fit_text
 from streamprune.fit.engine_rules import NAMES, RULES, Served
 from streamprune.fit.engines import check_served, engine_notes, findings, good_count
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.models.config_json import ExpertSpec, WidthSpec
 from streamprune.planning.candidates import Searchable, lay_out
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts
+from streamprune.reporting.card import reproduce_command
 from streamprune.reporting.record import read_record
 from streamprune.targets import ENGINES, PruningTarget, ServingSpec
 from tests.helpers import prune
@@ -226,6 +229,15 @@ def test_layers_that_differ_are_refused_for_what_reads_one_number() -> None:
         assert planned(keep=64, schedule=schedule, for_engine="transformers").total == 256
 
 
+def test_that_no_number_which_fits_is_good_is_no_lack_of_memory() -> None:
+    # Six are the fewest of its router, and no power of two up to seven.
+    unpruned = made_up(count=24, top_k=6)
+    budget = Budget(Fit(unpruned, ServingSpec(keep=7), 0).total, "--budget-gib 1")
+    told = fit_text(Fit(unpruned, ServingSpec(round_for="sglang"), budget.nbytes), budget)
+    assert "note: No number of experts up to the 7 that fit is good for SGLang." in told
+    assert "Not even the fewest experts" not in told
+
+
 def test_a_search_lays_out_rounded_numbers_and_leaves_out_what_has_none() -> None:
     unpruned = made_up()
     budget = Fit(unpruned, ServingSpec(keep=13), 0).total
@@ -268,6 +280,12 @@ def test_what_rounding_changed_is_said_and_recorded(model: Path, tmp_path: Path)
     out = prune(model, tmp_path / "out", ratio=0.25, round_for="sglang").output
     settings = read_record(out).settings
     assert (settings.keep, settings.rounded_for, settings.rounded_from) == (4, "sglang", 6)
+    record = read_record(out)
+    assert record.use is not None
+    assert "--round-for" not in reproduce_command(record), "the number was rounded already"
+    # A budget has room for more than was kept.
+    budget = structs.replace(record, use=structs.replace(record.use, budget_bytes=2**30))
+    assert "--budget-gib 1 --round-for sglang " in reproduce_command(budget)
 
 
 def test_fit_rounds_and_says_what_engines_make_of_the_answer(model: Path) -> None:

@@ -169,7 +169,7 @@ def test_the_summary_stands_first(reported: Reported, copied: Path) -> None:
     page = page_of(facts, {each.name: each for each in sections_of(facts)}, {})
     told = html.unescape(re.sub(r"<[^>]+>", "", page.partition('<div class="short">')[2].partition("</div>")[0]))
     assert "50% of the experts' weights are removed: around 50 % the loss is noticeable" in told
-    assert "Measure yours" not in told
+    assert "--evaluate" not in told
     whole = text["all"]
     assert (
         f"its loss is {whole['loss']:#.4g} nats per token (the original: {whole['original_loss']:#.4g}), "

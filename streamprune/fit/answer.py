@@ -297,11 +297,12 @@ def _answer(fit: Fit, budget: Budget) -> Iterator[str]:
     else:
         yield f"It does not fit {of}: {format_bytes(-fit.left)} over."
     spec, layers = fit.footprint.spec, fit.footprint.weights.sizes().expert_layers
-    if spec is not None and fit.max_experts is None:
+    if spec is not None and fit.most_experts is None:
         yield f"Not even the fewest experts that the router needs (top-{spec.top_k}) fit."
     elif spec is not None and fit.max_experts == spec.count:
         yield f"All {spec.count} experts per layer fit."
-    elif spec is not None:
+    elif spec is not None and fit.max_experts is not None:
+        # (If those that fit are no good number for --round-for, a note says so.)
         of_all = f"{fit.max_total_experts or 0:,} of {spec.count * layers:,} in total over all {layers} layers"
         # (Of the engines, only transformers takes different numbers.)
         takes_any = fit.max_total_experts is not None and fit.use.engine in (None, "transformers")

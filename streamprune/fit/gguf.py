@@ -59,7 +59,8 @@ def _narrowed(fact: WeightFact, full: int, width: int) -> tuple[int, ...]:
 
 def _matrix(fact: WeightFact) -> tuple[int, ...]:
     """The shape of one expert's tensor, or of one that belongs to no expert."""
-    return fact.shape[1:] if fact.rows is not None else fact.shape
+    rows = fact.rows
+    return fact.shape[1:] if rows is not None and (rows.axis, rows.stride) == (0, 1) else fact.shape
 
 
 def _model(facts: Iterable[WeightFact], experts: float) -> GgufModel:
@@ -78,8 +79,7 @@ def _model(facts: Iterable[WeightFact], experts: float) -> GgufModel:
 
 def _bytes(fact: WeightFact, quantization: str, model: GgufModel, width: int) -> int:
     """Bytes of one tensor in the file."""
-    matrix = fact.shape[1:] if fact.rows is not None and len(fact.shape) == 3 else fact.shape
-    values = math.prod(fact.shape)
+    matrix, values = _matrix(fact), math.prod(fact.shape)
     if fact.category == "vision":
         # A file of its own, in 16 bits.
         return 2 * values

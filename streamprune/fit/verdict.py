@@ -33,13 +33,12 @@ def share_removed(estimate: Estimate) -> float:
     return 1 - kept * (min(1.0, use.width / full) if use.width is not None and full else 1.0)
 
 
-def verdict(share: float, is_measured: bool = False) -> str | None:
+def verdict(share: float) -> str | None:
     """What is known to happen where this share of the experts' weights is removed; None where nothing is."""
     if share <= 0:
         return None
     usual = next(text for most, text in _USUAL if share <= most)
-    advice = "" if is_measured else " Measure yours with --evaluate."
-    return f"{share:.0%} of the experts' weights are removed: {usual} ({_PAPER}).{advice}"
+    return f"{share:.0%} of the experts' weights are removed: {usual} ({_PAPER})."
 
 
 def verdict_lines(estimate: Estimate) -> Iterator[str]:
@@ -47,7 +46,7 @@ def verdict_lines(estimate: Estimate) -> Iterator[str]:
     said = verdict(share_removed(estimate))
     if said is None:
         return
-    yield said
+    yield f"{said} Measure yours with --evaluate."
     budget = estimate.budget if isinstance(estimate, Fit) else estimate.total
     ways = []
     formats = other_formats(Fit(estimate.footprint, estimate.use, budget))

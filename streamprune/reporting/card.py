@@ -240,6 +240,7 @@ def reproduce_command(record: Record) -> str:
         options += [
             # Exact, since the bytes are divided by a power of two.
             ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
+            ("--round-for", settings.rounded_for or None if budget is not None else None),
             ("--keep", (settings.total or 0) // len(record.layers) if has_keep and record.removes_experts else None),
             # (As --by found it.)
             ("--width", settings.width),

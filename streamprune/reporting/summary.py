@@ -34,8 +34,7 @@ def share_removed(record: Record) -> float:
 def summary_sentences(facts: Facts) -> Iterator[str]:
     """What was removed, what was lost, and where it fits."""
     share = share_removed(facts.record)
-    measured = facts.text is not None and facts.text.all is not None
-    yield verdict(share, measured) or "Nothing of the experts was removed: only how weights are stored has changed."
+    yield verdict(share) or "Nothing of the experts was removed: only how weights are stored has changed."
     yield _lost(facts.text)
     if isinstance(facts.memory, Memory):
         yield _fits(facts.memory)
