@@ -116,9 +116,9 @@ def _task(folder: Path, name: str, docs: list[dict[str, Any]]) -> dict[str, Any]
 
 class ModelServer:
     """Serves `model` as "tiny" on 127.0.0.1, while it is entered: log-probabilities of prompts of token ids, and
-    `answer(request)` to chats. `asked` has the bodies of all requests."""
+    `answer(request)` to chats, if it has a `key` only to those who show it. `asked` has the bodies of all requests."""
 
-    def __init__(self, model: Any, answer: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, model: Any, answer: Callable[[dict[str, Any]], str], key: str | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
         served = self
 
@@ -136,7 +136,8 @@ class ModelServer:
                     self._send({"choices": [{"index": 0, "message": message}]})
 
             def _send(self, content: Any) -> None:
-                self.send_response(200 if content is not None else 404)
+                known = key is None or self.headers["Authorization"] == f"Bearer {key}"
+                self.send_response(401 if not known else 200 if content is not None else 404)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
 

@@ -19,6 +19,8 @@ from streamprune.config import EvalSettings
 from streamprune.errors import SettingsError, TaskError
 from streamprune.evaluation import generated_code
 from streamprune.evaluation import tasks as tasks_module
+from streamprune.evaluation.command import _save
+from streamprune.evaluation.served import check_server
 from streamprune.evaluation.task_settings import MOST_NEW_TOKENS, TaskSettings
 from streamprune.evaluation.tasks import run_tasks
 from streamprune.progress import Progress
@@ -178,6 +180,10 @@ def test_options_that_do_not_suit_are_refused_before_the_model_is_loaded(
     tokenizer.save_pretrained(bare)
     with pytest.raises(SettingsError, match="has no switch for it"):
         run(bare, included, "local_fixed", apply_chat_template=True, thinking=True, allow_code=True)
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    tokenizer.save_pretrained(bare)
+    with pytest.raises(SettingsError, match=r"--thinking: the chat template of .* refuses a chat: a system message"):
+        run(bare, included, "local_fixed", apply_chat_template=True, thinking=True, allow_code=True)
     with pytest.raises(SettingsError, match="local_sums: answers are given and scored there"):
         run(models[0], included, "local_sums", apply_chat_template=True, thinking=True)
 
@@ -248,6 +254,18 @@ def test_a_server_writes_answers_in_chats(models: list[Path], included: Path) ->
         run(models[0], included, "local_code", **address, **options)
 
 
+@needs_server
+def test_a_server_may_want_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the harness shows it too."""
+    with ModelServer(None, lambda _: "", key="secret") as server:
+        settings = TaskSettings(tasks=("a",), server=server.url, served_model="tiny")
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(TaskError, match=r"401.*if it wants a key, set OPENAI_API_KEY"):
+            check_server(settings)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        check_server(settings)
+
+
 @needs_harness
 def test_the_original_is_measured_too_and_what_was_lost_is_said(
     models: list[Path], included: Path, tmp_path: Path
@@ -273,6 +291,18 @@ def test_the_original_is_measured_too_and_what_was_lost_is_said(
     assert shown.exit_code == 0, shown.output
     assert f"note: tasks are run on {models[0]} alone: " in shown.stderr
     assert "original_results" not in json.loads((tmp_path / "alone" / "tasks.json").read_text())
+
+
+def test_a_comparison_stays_until_the_next_one_is_complete(tmp_path: Path) -> None:
+    def saved(*original: str, against: str | None) -> str:
+        result = {"format": 1, "results": {}, **dict.fromkeys(original, "m")}
+        return _save(tmp_path, "tasks.json", result, against, replace_better=False)
+
+    kept = f"note: {tmp_path / 'tasks.json'} is not replaced, since it compares with the original"
+    assert saved("against", against="m").startswith("results: ")
+    assert saved(against="m") == f"{kept}, as this does not yet."
+    assert saved(against=None) == f"{kept}. Add --against, or -o."
+    assert saved("against", against="m").startswith("results: ")
 
 
 def test_points_and_recovery_are_of_shares_of_which_more_is_better() -> None:

@@ -60,7 +60,7 @@ def evaluate_model(
                 (show or progress.say)(line)
             if folder is not None:
                 kept = name if other is None or result.get("against") is None else name_against(name, *other)
-                progress.say(_save(folder, kept, result, replace_better=output is not None))
+                progress.say(_save(folder, kept, result, settings.against, replace_better=output is not None))
             found |= result if name == TEXT_NAME else {Path(name).stem: result}
     return found
 
@@ -118,10 +118,10 @@ def _original_on_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Pr
         return None
 
 
-def _save(folder: Path, name: str, result: Mapping[str, Any], replace_better: bool) -> str:
+def _save(folder: Path, name: str, result: Mapping[str, Any], against: str | None, replace_better: bool) -> str:
     """Save a result in a folder, unless there is a better one; returns what to print about it."""
     stored = read_result(folder, name)
-    better = None if replace_better or stored is None else _why_better(stored, result)
+    better = None if replace_better or stored is None else _why_better(stored, result, against)
     if better is not None:
         return f"note: {folder / name} is not replaced, since {better}."
     write_result(folder, name, without_folders(result))
@@ -130,10 +130,11 @@ def _save(folder: Path, name: str, result: Mapping[str, Any], replace_better: bo
     return f"results: {folder / name}{replaced}"
 
 
-def _why_better(stored: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
-    """Why a stored result must not be replaced by another; None if it may."""
+def _why_better(stored: Mapping[str, Any], result: Mapping[str, Any], against: str | None) -> str | None:
+    """Why a stored result must not be replaced by another; None if it may. `against` is what --against says."""
     if result.get("against") is None and stored.get("against") is not None:
-        return "it compares with the original. Add --against, or -o"
+        # (Tasks are run on the model first, then on the original.)
+        return "it compares with the original" + (", as this does not yet" if against else ". Add --against, or -o")
     limits = [_entry(each.get("config"), "limit") for each in (result, stored)]
     if limits[0] is not None and limits[1] is None and result.get("tasks") == stored.get("tasks"):
         return "it is of all examples. Omit --limit, or add -o"

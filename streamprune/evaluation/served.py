@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from streamprune.evaluation.task_settings import THINKING_END, TaskSettings
 
 #: Seconds to wait for a server to say what it has.
 _ANSWER_SECONDS = 10
+#: Where the harness finds the key that a server may want.
+_KEY = "OPENAI_API_KEY"
 
 
 def check_server(settings: TaskSettings) -> None:
@@ -23,16 +26,17 @@ def check_server(settings: TaskSettings) -> None:
         raise SettingsError(f"--server needs {', '.join(missing)}: pip install 'streamprune[tasks]'")
     import requests
 
-    address = f"{_base(settings)}/models"
+    address, key = f"{_base(settings)}/models", os.environ.get(_KEY)
     try:
-        answer = requests.get(address, timeout=_ANSWER_SECONDS)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = requests.get(address, headers=headers, timeout=_ANSWER_SECONDS)
         answer.raise_for_status()
         found = [str(each["id"]) for each in answer.json()["data"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         # (Its exceptions are OSErrors; those of wrong contents are the others.)
         raise TaskError(
             f"--server {settings.server} does not list its models at {address} ({first_line(str(error))}). Start the "
-            "server first, such as `vllm serve` or `llama-server`."
+            f"server first, such as `vllm serve` or `llama-server`; if it wants a key, set {_KEY}."
         ) from error
     if settings.served_model not in found:
         raise SettingsError(

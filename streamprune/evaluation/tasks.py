@@ -211,10 +211,16 @@ def _thinking(name: str, tokenizer: Any, thinking: bool | None) -> dict[str, Any
     if thinking is None:
         return {}
     chat = [{"role": "user", "content": "1 + 1?"}]
-    on, off = (
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **_switches(value))
-        for value in (True, False)
-    )
+    try:
+        on, off = (
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **_switches(value))
+            for value in (True, False)
+        )
+    except Exception as error:
+        # A chat template is a program, and may raise anything.
+        raise SettingsError(
+            f"--thinking: the chat template of {name} refuses a chat: {first_line(str(error))}"
+        ) from None
     if on == off:
         raise SettingsError(
             f"--thinking: the chat template of {name} has no switch for it ({' or '.join(THINKING_SWITCHES)})."
