@@ -137,6 +137,8 @@ def test_a_budget_is_planned_for_what_llama_cpp_makes(tmp_path: Path, capfd: pyt
     assert summary["experts_per_layer"] == 5
     assert summary["memory"]["total_bytes"] == budget
     assert not Fit(unpruned.footprint, ServingSpec(context=128), budget).max_experts, "in its own dtype too few fit"
+    assert "narrower experts with a refit" in told
+    assert "--best" not in told, "which does not go with --gguf"
     # The output is safetensors; what is left to do is printed.
     output = tmp_path / "out"
     lines = told.partition("Next, for Q4_K_M, with llama.cpp:\n")[2].splitlines()

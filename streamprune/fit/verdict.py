@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.nearest import other_formats
+from streamprune.quantize.gguf_types import GGUF_TYPES
 
 #: Up to which share removed of the experts' weights what is usual. The paper has results at 25 % and 50 %; beyond 65 %
 #: nothing is published that holds up, and on this project's small models the loss grows fastest there
@@ -55,7 +56,9 @@ def verdict_lines(estimate: Estimate) -> Iterator[str]:
     if estimate.use.width is None and _can_be_narrower(estimate.footprint):
         ways.append("narrower experts with a refit (--by channels --refit) lose less than fewer ones in our tests")
     if ways:
-        yield f"What may lose less in the same memory: {'; '.join(ways)}. --best measures them."
+        # (What llama.cpp makes of a candidate it does not measure.)
+        measured = "" if estimate.use.weights in GGUF_TYPES else " --best measures them."
+        yield f"What may lose less in the same memory: {'; '.join(ways)}.{measured}"
 
 
 def _can_be_narrower(footprint: Footprint) -> bool:
