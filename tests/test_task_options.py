@@ -168,6 +168,23 @@ def test_chats_shots_and_thinking_reach_the_model(models: list[Path], included: 
 
 
 @needs_harness
+def test_a_chat_template_that_writes_the_date_gets_one_day(
+    models: list[Path], included: Path, asked: list[Any], tmp_path: Path
+) -> None:
+    model = shutil.copytree(models[0], tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHAT)
+    given = TaskSettings(
+        tasks=("local_code",), include_path=included, apply_chat_template=True, allow_code=True, limit=1
+    )
+    said = io.StringIO()
+    settings = EvalSettings(model=str(model), device="cpu", date="2024-07-26")
+    result = run_tasks(settings, given, Progress(0, False, said))
+    assert asked[0][1][0][0].startswith("26 Jul 2024")
+    assert result["options"]["date"] == "2024-07-26"
+    assert "writes the date, 2024-07-26 here; --date 2024-07-26 gives the same chats" in said.getvalue()
+
+
+@needs_harness
 def test_options_that_do_not_suit_are_refused_before_the_model_is_loaded(
     models: list[Path], included: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

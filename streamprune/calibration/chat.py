@@ -18,7 +18,7 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
@@ -148,7 +148,7 @@ def _render_all(template: _Template, pipe: Connection, parents: Connection) -> N
         os._exit(1)
 
 
-class _Clock:
+class Clock:
     """What transformers asks for the time, for a template: the beginning of `day`. `was_read`: it was asked."""
 
     def __init__(self, day: date) -> None:
@@ -160,17 +160,34 @@ class _Clock:
         return datetime(self._day.year, self._day.month, self._day.day)
 
 
+@contextlib.contextmanager
+def dated(day: date) -> Iterator[Clock]:
+    """Within this context templates that this process renders get the date of `day`. The clock says whether one did."""
+    clock = Clock(day)
+    before = _ask(clock)
+    try:
+        yield clock
+    finally:
+        _ask(before)
+
+
+def _ask(clock: Any) -> Any:
+    """Have transformers ask `clock` for the time, for templates; returns what it asked before."""
+    from transformers.utils import chat_template_utils
+
+    before, chat_template_utils.datetime = chat_template_utils.datetime, clock
+    return before
+
+
 class _Template:
     """A tokenizer's chat template, in the child process."""
 
     def __init__(self, tokenizer: Any, day: date) -> None:
-        self._tokenizer, self._clock = tokenizer, _Clock(day)
+        self._tokenizer, self._clock = tokenizer, Clock(day)
 
     def pin_date(self) -> None:
         """Have templates get the same date on every day, in this process."""
-        from transformers.utils import chat_template_utils
-
-        chat_template_utils.datetime = self._clock
+        _ask(self._clock)
 
     def answer(self, messages: list[Any], variables: dict[str, Any]) -> bytes:
         """The chat as text, or why the template refuses it."""

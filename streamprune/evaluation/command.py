@@ -11,7 +11,7 @@ from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings
 from streamprune.errors import StreampruneError
-from streamprune.evaluation.evaluate import evaluate_text, read_data
+from streamprune.evaluation.evaluate import evaluate_text, read_data, with_model_date
 from streamprune.evaluation.generation import GenerationSettings, generation_health
 from streamprune.evaluation.held_out import pruned_folder, read_record_of
 from streamprune.evaluation.task_settings import TaskSettings
@@ -109,8 +109,9 @@ def _original_on_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Pr
         progress.say(f"note: tasks are run on {settings.model} alone: the server has no {settings.against}.")
         return None
     original = replace(
-        settings, model=settings.against, revision=settings.against_revision, against=None, against_revision=None
-    )
+        with_model_date(settings),
+        model=settings.against, revision=settings.against_revision, against=None, against_revision=None,
+    )  # fmt: skip
     try:
         return run_tasks(original, tasks, progress)
     except StreampruneError as error:

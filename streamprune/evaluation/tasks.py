@@ -19,10 +19,12 @@ from typing import Any
 
 import msgspec
 
+from streamprune.calibration.chat import dated
 from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import first_line, resolve_model
-from streamprune.config import EvalSettings
+from streamprune.config import EvalSettings, sampling_of
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
+from streamprune.evaluation.evaluate import with_model_date
 from streamprune.evaluation.generated_code import CONSENT, CPU_SECONDS, MEMORY_BYTES, running_code
 from streamprune.evaluation.prompts import THINKING_SWITCHES
 from streamprune.evaluation.served import check_server, served_model
@@ -52,14 +54,16 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
 
     What `tasks` does not set is as on published model cards: the shots that a task states, else 0; `dtype` auto. The
     result is the harness's own, without samples and facts about the machine, and with `format`, `model`, `tasks`,
-    `options`, and `served_model` where a server has the model. Numbers that are not finite are null.
+    `options` (with the `date` that the chat template wrote, if it did), and `served_model` where a server has the
+    model. Numbers that are not finite are null.
 
     Raises SettingsError without the harness, for unknown tasks, and for options that do not suit them; TaskError for
     tasks that cannot be loaded or run, and for servers that do not answer; CheckpointError, CalibrationError and
     ResourceError for models that cannot be.
     """
     require_harness()
-    with running_code(tasks.allow_code):
+    day = sampling_of(with_model_date(settings)).day
+    with running_code(tasks.allow_code), dated(day) as clock:
         model = _Served.find(settings, tasks) if tasks.server is not None else _Local.find(settings, tasks)
         # Read before the model, so that an unknown or unreachable task is reported in seconds.
         progress.say("reading lm-evaluation-harness's tasks and their data ...")
@@ -69,7 +73,11 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
         for note in (*_notes(loaded, tasks), *_limit_answers(loaded, tasks)):
             progress.say(f"note: {note}")
         result = model.evaluate(_Chosen(manager, list(loaded), tasks), progress)
-    return {"format": RESULT_FORMAT, "model": settings.model, "tasks": list(tasks.tasks), **result}
+    found = {"format": RESULT_FORMAT, "model": settings.model, "tasks": list(tasks.tasks), **result}
+    if clock.was_read:
+        progress.say(f"note: The chat template writes the date, {day} here; --date {day} gives the same chats.")
+        found["options"]["date"] = str(day)
+    return found
 
 
 def _check_suited(loaded: Mapping[str, Any], settings: TaskSettings) -> None:
