@@ -223,6 +223,12 @@ def test_bad_records_are_passed_over_up_to_a_share(model: Path) -> None:
         load([path], model, samples=10, seq_len=50, skip_bad=0.01)
 
 
+def test_a_usual_field_of_another_kind_is_shown(model: Path) -> None:
+    path = write_lines(model.parent / "a.jsonl", {"id": 1, "text": ["one", "two"]})
+    with pytest.raises(CalibrationError, match=r"line 1 has \['one', 'two'\] for 'text'\. 'text' is a string, "):
+        load([path], model)
+
+
 def test_sources_that_give_little_or_nothing_say_so_in_numbers(model: Path) -> None:
     path = write_lines(model.parent / "a.jsonl", {"text": " "}, {"text": None})
     with pytest.raises(CalibrationError, match="it contains no text, in 2 records"):

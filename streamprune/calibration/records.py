@@ -68,6 +68,11 @@ def _content(row: Row, source: Source) -> Content:
         return text
     if any(key in values and values[key] is None for key in USUAL_FIELDS):
         return ""
+    if (stated := next((key for key in USUAL_FIELDS if key in values), None)) is not None:
+        raise BadRecordError(
+            f"{row.place} has {show(values[stated])} for {stated!r}. 'text' is a string, 'messages' a list of objects, "
+            "'input_ids' a list of token numbers. A recipe can state which other fields to use."
+        )
     raise BadRecordError(
         f"{row.place} has no 'text' (a string), 'messages' (a chat) or 'input_ids' (token numbers); it has "
         f"{_keys(values)}. A recipe can state which other fields to use."
