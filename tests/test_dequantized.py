@@ -97,7 +97,7 @@ def test_a_budget_counts_the_plain_weights(fp8: Quantized, tmp_path: Path) -> No
     for weights in ("source", "bf16"):
         output = tmp_path / f"out-{weights}"
         words = ["run", str(fp8.source), "-o", str(output), "--keep", "4", "--weights", weights]
-        planned = CliRunner().invoke(main, [*words, "--calibration", "random", "--dry-run", "--json"])
+        planned = CliRunner().invoke(main, [*words, "--calibration", "builtin", "--dry-run", "--json"])
         assert planned.exit_code == 0, planned.output
         sizes[weights] = json.loads(planned.stdout)["memory"]["weights_bytes"]
         prune(fp8.source, output, keep=4, weights=weights)

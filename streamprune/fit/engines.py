@@ -61,7 +61,7 @@ def check_served(served: Served, engine: str | None) -> None:
     instead = f" Keep {good} experts, or use --round-for {engine}." if good is not None else ""
     raise SettingsError(
         f"--for {engine}: {'. '.join(each.text for each in refused)}.{instead} (Read in {refused[0].rule.source} of "
-        f"{NAMES[engine]}'s repository. Without --for this is only noted.)"
+        f"{NAMES[engine]}'s repository. Leave out --for to write it anyway.)"
     )
 
 
