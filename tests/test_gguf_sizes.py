@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from streamprune.cli import main
+from streamprune.cli.hints import WeightsChoice
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Fit, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact
 from streamprune.quantize.gguf_types import BLOCKS, GGUF_TYPES
 from streamprune.reporting.facts import read_facts
-from streamprune.targets import ServingSpec
+from streamprune.targets import WEIGHTS, ServingSpec
 from tests.helpers import known_family, prune
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -159,6 +160,11 @@ def test_a_budget_is_planned_for_what_llama_cpp_makes(tmp_path: Path, capfd: pyt
     answered = CliRunner().invoke(main, ["fit", str(source), *gib, "--gguf", "Q4_K_M", "--json"])
     assert json.loads(answered.stdout)["max_experts_per_layer"] == 5
     assert json.loads(answered.stdout)["weights"] == "Q4_K_M"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_formats_of_outputs_are_taken_though_llama_cpp_has_one_of_the_name(weights: str) -> None:
+    assert WeightsChoice().convert(weights, None, None) == weights
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

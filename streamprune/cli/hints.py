@@ -58,6 +58,7 @@ class WeightsChoice(click.Choice[str]):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
         """One of WEIGHTS. Fails with the option that is meant for one of GGUF_TYPES."""
-        if str(value).upper() in GGUF_TYPES:
+        # (Both have a BF16.)
+        if value not in WEIGHTS and str(value).upper() in GGUF_TYPES:
             self.fail(f"{value} is a quantization of llama.cpp: write --gguf {value.upper()}.", parameter, context)
         return super().convert(value, parameter, context)
