@@ -51,6 +51,8 @@ def survey(
     names, cut_or_mtp = count_names(skeleton.model.config, skeleton.spec), {*cuts, *mtp}
     layout = Layout(skeleton.spec, skeleton.layer_count, tuple(skeleton.experts), names, (), cuts, width, problem)
     layout = replace(layout, ignored=tuple(name for name in tensors if name not in cut_or_mtp))
+    if not mtp:
+        return layout
     return _with_mtp(layout, mtp, _MtpExperts(config, skeleton, tensors, targets, counts[layout.mtp_source]))
 
 
@@ -87,8 +89,8 @@ class _MtpExperts:
         self._layer = max(skeleton.experts)
         own = {name: target for name, target in targets.items() if target.layer == self._layer and target.rows}
         self._parameters = {target.name for target in own.values()}
-        #: The path of the layer in the checkpoint, such as `model.layers.60`.
-        self._path = next(iter(own)).partition(f".{self._layer}.")[0] + f".{self._layer}"
+        #: The path of the layer in the checkpoint, such as `model.layers.60`. (Of damaged files it may be missing.)
+        self._path = next(iter(own), "").partition(f".{self._layer}.")[0] + f".{self._layer}"
 
     def cuts(self, path: str, names: Iterable[str], width: int | None) -> Iterable[tuple[str, Cut]]:
         """The cuts of the tensors of experts in the MTP layer at `path`, which has the tensors `names`.
