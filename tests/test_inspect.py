@@ -227,7 +227,7 @@ def test_a_bad_file_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"nothing")
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "s")])
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {tmp_path / 's'}: damaged")
+    assert result.stderr.startswith(f"Error: {tmp_path / 's'}: no safetensors file, or damaged")
 
 
 def test_what_a_comparison_may_change() -> None:

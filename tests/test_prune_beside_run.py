@@ -59,7 +59,7 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--mix", "poetry=1"), "there is no source 'poetry'. The scores have: calibration.jsonl (96 tokens)."),
+        (("--mix", "poetry=1"), "there is no source 'poetry'. The calibration has: calibration.jsonl."),
         (("--from-layer", "4"), "--from-layer 4: the model's layers are 0 to 3."),
     ],
 )

@@ -350,7 +350,7 @@ def test_the_card_of_a_quantized_result_is_plain_markdown(tmp_path: Path) -> Non
     prune(source, tmp_path / "out", weights="w4a16", calibration=(str(text),))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rounded by GPTQ ([arXiv:2210.17323](https://arxiv.org/abs/2210.17323))" in card
-    assert "With transformers, which needs `pip install 'compressed-tensors>=0.20,<0.21'`:" in card
+    assert "with transformers, which needs `pip install 'compressed-tensors>=0.20,<0.21'`:" in card
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def _by_expert(parameter: str, names: Sequence[str], count: int) -> tuple[str, l
         if all(number.isdigit() for number in numbers):
             raise CheckpointError(
                 f"The checkpoint has only {len(names)} of the {count} experts of {parameter}; the first missing one is "
-                f"expert {missing[0]}. Complete the download."
+                f"expert {missing[0]}, {'.'.join((*before, str(missing[0]), *after))}. Complete the download."
                 if missing
                 else f"The checkpoint has {len(names)} experts of {parameter}, but config.json describes {count}. "
                 "Config and shards do not belong together; download both again."
