@@ -104,7 +104,7 @@ def test_default_sequence_length_follows_the_model(model: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"text": "a"}\nnot json\n', "line 2 is not valid JSON"),
+        (b'{"text": "a"}\nnot json\n', "line 2 is not valid JSON: Expecting value at character 1[.]"),
         (b'["text"]\n', "line 1 holds a JSON list"),
         (b'{"prompt": "a"}\n', "no 'text' .* it has 'prompt'"),
         (b'{"input_ids": [1, 2, 256]}\n', "line 1 has 256 in 'input_ids'; .* 0 to 255"),

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from streamprune.cli import main
+from streamprune.fit import structure
 from streamprune.fit.footprint import max_positions, read_model
 from streamprune.fit.verdict import verdict
 from streamprune.hardware.gpus import GPUS, Gpus
@@ -112,7 +113,16 @@ def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
     # The same model three times, whose tracing takes seconds.
     monkeypatch.setattr("streamprune.planning.sizes.read_model", cache(read_model))
+    order, build = list[str](), structure.footprint_of_model
+
+    def built(*arguments: Any) -> Any:
+        order.append("built")
+        return build(*arguments)
+
+    monkeypatch.setattr(structure, "footprint_of_model", built)
+    monkeypatch.setattr("streamprune.cli.options.say_loading", lambda *_: order.append("said"))
     result = fit(folder, "--gpu", "rtx-3090")
+    assert order[:2] == ["said", "built"], "libraries are imported for seconds"
     assert result.exit_code == 3
     assert "It does not fit 23.56 GiB (--gpu rtx-3090" in result.stdout
     assert "of 128 in every layer; " in result.stdout

@@ -100,7 +100,10 @@ def test_a_folder_is_all_the_text_in_it(model: Path) -> None:
         ["one", "two", "three", "four", "five", '{\n "six": 6\n}']
     )
     assert calibration.sources == ("texts",)
-    assert any("texts: 3 files are not text, first" in note for note in calibration.notes)
+    assert any(
+        "texts: files left out, since they are empty or not text in UTF-8: 3, first" in note
+        for note in calibration.notes
+    )
     (model.parent / "pictures").mkdir()
     (folder / "picture.png").rename(model.parent / "pictures" / "a.png")
     with pytest.raises(CalibrationError, match="none of the 1 files in it is text, JSONL or parquet"):

@@ -103,7 +103,7 @@ def test_json_that_is_no_data_is_text_in_a_folder_of_code_and_said(model: Path) 
     made = load([folder], model, samples=1, seq_len=43)
     assert '[{"id": 1}]' in texts_of(model, made)[0]
     (note,) = (note for note in made.notes if "JSON files" in note)
-    assert note.startswith("code: 2 JSON files are read as plain text, since their records have no 'text'")
+    assert note.startswith("code: JSON files read as plain text, since their records have no 'text'")
     # Named by itself, or where the recipe says what counts, it has records.
     with pytest.raises(CalibrationError, match=r"users\.json record 1 has no 'text'"):
         load([folder / "users.json"], model)
@@ -239,7 +239,7 @@ def test_sources_that_give_little_or_nothing_say_so_in_numbers(model: Path) -> N
     made = load([path], model, seq_len=3)
     assert made.notes == (
         "a.jsonl: 1 of 3 records have no text.",
-        "The calibration data gave 2 of 512 sequences (6 tokens).",
+        "The text gave 2 of 512 sequences (6 tokens).",
     )
     made = calibrate(model, {"sources": [{"path": "a.jsonl", "samples": 2}], "mode": "documents"})
     assert made.notes[0] == "a.jsonl: it gives only 6 tokens, from 2 records."

@@ -29,11 +29,14 @@ class LeftOut:
     def notes(self, seen: int) -> Iterator[str]:
         """What to tell the user of a source of which `seen` records were read."""
         if self.files:
-            yield f"{len(self.files)} files are not text, first {self.files[0]}."
+            yield (
+                f"files left out, since they are empty or not text in UTF-8: {len(self.files):,}, first "
+                f"{self.files[0]}."
+            )
         if self.prose:
             yield (
-                f"{len(self.prose)} JSON files are read as plain text, since their records have no 'text', 'messages' "
-                f"or 'input_ids', first {self.prose[0]}. (With 'text' or 'messages' a recipe says what counts.)"
+                "JSON files read as plain text, since their records have no 'text', 'messages' or 'input_ids': "
+                f"{len(self.prose):,}, first {self.prose[0]}. (With 'text' or 'messages' a recipe says what counts.)"
             )
         if self.parts:
             listed = ", ".join(f"{count:,} {kind}" for kind, count in self.parts.most_common(5))

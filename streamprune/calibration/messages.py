@@ -9,7 +9,7 @@ from msgspec import to_builtins
 
 from streamprune.calibration.recipe import Source
 from streamprune.errors import BadRecordError
-from streamprune.files.json_text import parse_json, show
+from streamprune.files.json_text import json_fault, parse_json, show
 from streamprune.tables import plain
 
 #: The keys and roles of a conversation in ShareGPT's format.
@@ -102,7 +102,7 @@ def parsed(place: str, value: Any, path: str) -> Any:
     try:
         return parse_json(value.encode()) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError(f"{place} has text for {path!r} that is not valid JSON: {str(error)[:300]}.") from None
+        raise BadRecordError(f"{place} has text for {path!r} that is not valid JSON: {json_fault(error)}.") from None
 
 
 def is_json_text(value: Any, begins: str) -> bool:

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any, BinaryIO
 
 from streamprune.errors import BadRecordError, CalibrationError
-from streamprune.files.json_text import parse_json
+from streamprune.files.json_text import json_fault, parse_json
 from streamprune.hardware.memory import format_bytes
 
 #: The longest line, or record of an array, that is read. Parsed, it can take twenty times as much memory.
@@ -194,7 +194,7 @@ def _record_of(data: bytes, place: str, position: int, advice: str) -> dict[str,
     except UnicodeDecodeError as error:
         raise not_text(place, position + error.start, data) from None
     except (ValueError, RecursionError) as error:
-        raise BadRecordError(f"{place} is not valid JSON: {str(error)[:300]}. {advice}") from None
+        raise BadRecordError(f"{place} is not valid JSON: {json_fault(error)}. {advice}") from None
     if not isinstance(record, dict):
         raise BadRecordError(f"{place} holds a JSON {type(record).__name__}, not an object with 'text'.")
     return record

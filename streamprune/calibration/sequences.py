@@ -300,7 +300,7 @@ def _remarks(recipe: Recipe, supplies: Sequence[Supply]) -> list[str]:
             ]
         got, wanted = sum(got for _, got, _ in counts), sum(wanted for _, _, wanted in counts)
         if got < wanted:
-            notes.append(f"The calibration data gave {got} of {wanted} sequences ({tokens:,} tokens).")
+            notes.append(f"The text gave {got:,} of {wanted:,} sequences ({tokens:,} tokens).")
     for supply in supplies:
         share = supply.target.share
         if share is not None and abs(supply.tokens / tokens - share) > TOLERANCE:

@@ -65,11 +65,10 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     budget = known_budget(budget_gib, gpu)
     from streamprune.planning.sizes import read_forms
 
-    footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width)
+    said = None if as_json else opt.say_loading
+    footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width, said)
     keep = _kept(footprint, wanted.keep, ratio)
     wanted = replace(wanted, context=planned_context(context, footprint.max_positions), keep=keep)
-    # The model is built for its sizes.
-    opt.say_loading(as_json)
     # Refused before anything else is said of it.
     footprint.sizes(wanted.weights, wanted.width)
     if measure and footprint.weights.counts is not None and not trust_remote_code:

@@ -15,7 +15,7 @@ from streamprune.calibration.chat import Chat, ChatRenderer
 from streamprune.calibration.messages import content_of_parts
 from streamprune.calibration.sequences import Calibration
 from streamprune.errors import CalibrationError
-from streamprune.files.json_text import parse_json, show
+from streamprune.files.json_text import json_fault, parse_json, show
 from streamprune.tables import plain
 
 #: Variables of chat templates that switch thinking on and off.
@@ -132,7 +132,7 @@ def _opening(place: str, source: str, text: bytes) -> _Opening:
     except msgspec.ValidationError as error:
         line, reason = _Line(), f" ({error})"
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place} is not valid JSON: {str(error)[:300]}.") from None
+        raise CalibrationError(f"{place} is not valid JSON: {json_fault(error)}.") from None
     # The name becomes that of a source in the result.
     source = plain(line.source or source) or "prompts"
     if line.messages:

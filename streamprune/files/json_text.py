@@ -44,6 +44,14 @@ def parse_json(data: bytes, unique: bool = False) -> Any:
     return value
 
 
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What `parse_json` found wrong, in at most 300 characters, with the place within the text it was given."""
+    if isinstance(error, json.JSONDecodeError):
+        # (Its own text counts lines too, beside the line of the file that messages name.)
+        return f"{error.msg} at character {error.pos + 1:,}"
+    return str(error)[:300]
+
+
 def read_limited(path: Path, most_bytes: int) -> bytes:
     """The contents of a regular file. Raises ValueError for another kind of file, or a larger one, and OSError."""
     facts = path.stat()

@@ -5,7 +5,7 @@ Only the headers of the weights are read, through range requests for a model on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,8 +62,15 @@ def read_footprint(model: str, revision: str | None = None, trust_remote_code: b
     return read_model(model, revision, trust_remote_code).footprint
 
 
-def read_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ReadModel:
+def read_model(
+    model: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    before_loading: Callable[[], None] | None = None,
+) -> ReadModel:
     """Config, headers and footprint of `model`: a checkpoint folder, a Hub id, or a folder with only a config.json.
+
+    `before_loading` is called before torch is imported, where the model has to be built for this.
 
     Raises CheckpointError or UnsupportedModelError when it cannot be read or understood.
     """
@@ -84,6 +91,8 @@ def read_model(model: str, revision: str | None = None, trust_remote_code: bool 
             most = max_positions(config)
             found = Footprint(model, weights, spec, cache, shape, cache.itemsize, most, notes, quantization=method)
             return ReadModel(found, folder, raw, tensors)
+    if before_loading is not None:
+        before_loading()
     from streamprune.fit.structure import footprint_of_model
 
     footprint, described = footprint_of_model(model, folder, raw, tensors, weights, trust_remote_code)

@@ -149,19 +149,26 @@ def _bytes_by_source(tensors: list[OutputTensor]) -> Counter[str]:
 
 
 def read_forms(
-    model: str, revision: str | None, trust_remote_code: bool, storage: Storage, width: int | None = None
+    model: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    storage: Storage,
+    width: int | None = None,
+    before_loading: Callable[[], None] | None = None,
 ) -> Footprint:
     """The footprint of `model` as `fit.footprint` reads it, with its size in every form; `storage` says what schemes
     quantize.
 
-    The model is built when the first of these sizes is asked for. Raises UnsupportedModelError or SettingsError if its
-    experts cannot have `width` channels.
+    The model is built when the first of these sizes is asked for; `before_loading` is called before that imports torch.
+    Raises UnsupportedModelError or SettingsError if its experts cannot have `width` channels.
     """
-    read = read_model(model, revision, trust_remote_code)
+    read = read_model(model, revision, trust_remote_code, before_loading)
 
     def load() -> PlainTensors:
         refuse_per_layer_experts(read.raw, model)
         refuse_quantized(read.raw, read.folder)
+        if before_loading is not None:
+            before_loading()
         # Imported only here: it imports torch and transformers, which takes seconds.
         from streamprune.models.open import describe_model
         from streamprune.planning.written import plain_tensors
