@@ -85,11 +85,11 @@ def found_once() -> Iterator[None]:
     That is a third of what a run of a tiny model takes, and hundreds of tests have the same few configs. (The tests of
     these functions call them themselves.)
     """
+    from streamprune.models import expert_channels, per_layer_loading
     from streamprune.models import open as open_module
-    from streamprune.models import per_layer_loading
     from streamprune.planning import prepare
 
-    loading, channels = per_layer_loading.find_loading_facts, open_module.find_channels
+    loading, channels = per_layer_loading.find_loading_facts, expert_channels.find_channels
     found = dict[str, Any]()
 
     def once(key: Any, find: Callable[[], Any]) -> Any:
