@@ -78,6 +78,15 @@ def thoroughly(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--all"))
 
 
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is only said of a step that takes a second is not said: a test's outcome must not depend on the machine.
+
+    (`test_first_seconds.py` tests it.)
+    """
+    monkeypatch.setattr("streamprune.progress.SILENT_SECONDS", 1e6)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def found_once() -> Iterator[None]:
     """Find once what is found of a config by building other models of it: how outputs load, and where channels are.
