@@ -31,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from streamprune.checkpoint.hub import ANSWER_SECONDS, first_line
 from streamprune.errors import InterruptedRunError, SettingsError, UploadError
 from streamprune.hardware.memory import format_bytes
+from streamprune.progress import stage
 from streamprune.publish.output import PublishedOutput, prove, read_output
 from streamprune.tables import Table
 
@@ -89,7 +90,8 @@ def push(settings: PushSettings, say: Callable[[str], None]) -> dict[str, Any]:
         user = None if settings.dry_run else repository.sign_in()
         proof = {"kind": "none", "text": "not verified: --no-verify was given"}
         if settings.verify:
-            proof = prove(output, settings.source, settings.trust_remote_code, offline=settings.dry_run)
+            with stage(say, f"comparing {settings.output} with its source"):
+                proof = prove(output, settings.source, settings.trust_remote_code, offline=settings.dry_run)
     except KeyboardInterrupt:
         raise InterruptedRunError("Interrupted. Nothing was uploaded.") from None
     result = {
