@@ -140,8 +140,11 @@ def test_random_damage(tmp_path: Path) -> None:
             except CheckpointError:
                 continue
             opened += 1
-            assert places(checkpoint) == places(good) or file != "one.safetensors"
-            assert places(checkpoint).items() <= places(good).items()
+            found, before = places(checkpoint), places(good)
+            assert all(before.get(name, place) == place for name, place in found.items())
+            # A tensor under another name is said; where the model needs it, it is missed when the model is opened.
+            assert found.keys() <= before.keys() or checkpoint.notes
+            assert found.keys() == before.keys() or checkpoint.notes or file != "one.safetensors"
         (folder / file).write_bytes(original)
     assert 0 < opened < 700, "mostly refused; sometimes only metadata or white space was hit"
 
