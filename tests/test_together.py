@@ -182,7 +182,8 @@ def test_a_refusal_is_told_once(made: Case, tmp_path: Path) -> None:
     (status, out, told), *others = launch(given, [tmp_path] * 2).end()
     assert (status, out) == (1, "")
     assert told == (
-        "Error: There is no calibration file missing.jsonl. Give a recipe, a text, JSONL or parquet file, a folder of "
+        "loading torch and transformers ...\n"
+        "Error: There is no calibration file missing.jsonl. Give a recipe, a text, JSON or parquet file, a folder of "
         "them, or builtin for built-in text.\n"
     )
     assert others == [(1, "", "")]

@@ -153,12 +153,14 @@ def test_the_end_of_a_pruning_and_of_a_run_tells_the_truth(qwen: Path, tmp_path:
     goal = ["--keep", "4", "--schedule", "linear-decrease", "--spread", "0.25", "--context", "128"]
     by_scores = invoke("prune", qwen / "model", "-o", tmp_path / "a", "--scores", qwen / "scores.safetensors", *goal)
     at_once = invoke("run", qwen / "model", "-o", tmp_path / "b", "--calibration", qwen / "ids.jsonl", *goal)
-    for name, result in (("a", by_scores), ("b", at_once)):
+    for result in (by_scores, at_once):
         assert result.exit_code == 0, result.output
-        assert f"{tmp_path / name}, 2 to 6 experts per layer, 16 in all; weights source" in result.stderr
         assert "of 6 experts per layer" not in result.stderr
-    # Before it is known which block keeps how many, and after.
+    # The table stands once in a run, before it is known which block keeps how many; its total is told again at the end.
+    assert f"{tmp_path / 'a'}, 2 to 6 experts per layer, 16 in all; weights source" in by_scores.stderr
     assert f"{qwen / 'model'}, 16 of 32 experts in all; weights source" in at_once.stderr
+    (total,) = re.findall(r"^ +total +(.+?)  ", by_scores.stderr, re.MULTILINE)
+    assert f"by the weights that were written: {total} (" in at_once.stderr
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
 
 
@@ -252,7 +254,7 @@ def test_the_other_commands_know_it(qwen: Path, tmp_path: Path) -> None:
     assert not list(qwen.glob("out.work*"))
     before = tree_bytes(qwen / "out")
     for command in ("status", "clean"):
-        assert "of streamprune" in refusal(CheckpointError.exit_code, command, qwen / "out")
+        assert "a model that streamprune wrote" in refusal(CheckpointError.exit_code, command, qwen / "out")
     assert tree_bytes(qwen / "out") == before
 
 

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.formats.base import Format
+
+if TYPE_CHECKING:
+    # (It needs numpy, which config.json alone does not.)
+    from streamprune.formats.base import Format
 
 #: Keys under which a config.json describes quantized weights, at its top level or in its text part.
 SECTIONS = ("quantization_config", "compression_config")
