@@ -97,7 +97,7 @@ class Progress:
 
     def name_of(self, layer: int) -> str:
         """A layer and the last one, both counted from 0 as in `model.layers.N`: "layer 3/47"."""
-        return f"layer {layer}/{self._layers - 1}"
+        return name_of_layer(layer, self._layers)
 
     def start(self, label: str, sequences: int) -> None:
         """Start a step with this many sequences, which `step` counts; on a terminal with a bar."""
@@ -142,7 +142,7 @@ class Progress:
         if done.layer <= self._last_layer or not self._ended:
             self._ended, self._sweep_began = 0, self.seconds - done.seconds
         self._ended, self._last_layer = self._ended + 1, done.layer
-        return (self.seconds - self._sweep_began) / self._ended * (self._layers - done.layer - 1)
+        return (self.seconds - self._sweep_began) / self._ended * max(0, self._layers - done.layer - 1)
 
     def log(self, event: str, values: dict[str, Any]) -> None:
         """Record an event that `write_log` writes to the log, with the seconds since the beginning."""
@@ -154,6 +154,11 @@ class Progress:
         except OSError as error:
             # The result is complete without its log.
             self.say(f"note: the log {path} could not be written: {error.strerror}.")
+
+
+def name_of_layer(layer: int, layers: int) -> str:
+    """A layer and the last of so many: "layer 3/47"; behind these is the layer for multi-token prediction."""
+    return f"layer {layer}/{layers - 1}" if layer < layers else "the MTP layer"
 
 
 def _duration(seconds: float) -> str:

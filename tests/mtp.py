@@ -14,9 +14,28 @@ from tests.helpers import read_tensors
 COUNTS = {"further": "num_nextn_predict_layers", "mtp": "mtp_num_hidden_layers"}
 
 
-def add_mtp(folder: Path, style: str = "further") -> str:
+#: What makes the input of such a layer: the norm of the embedding, the norm of the hidden state, and the matrix.
+ENTRANCE = {
+    "further": ("{path}.enorm.weight", "{path}.hnorm.weight", "{path}.eh_proj.weight"),
+    "mtp": ("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight", "mtp.fc.weight"),
+}
+
+
+def entrance(path: str, style: str, width: int) -> dict[str, torch.Tensor]:
+    """Random weights of what makes the input of an MTP layer, by name, in the order of ENTRANCE."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((width,), (width,), (width, 2 * width))
+    return {
+        name.format(path=path): torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 1)
+        for name, shape in zip(ENTRANCE[style], shapes, strict=True)
+    }
+
+
+def add_mtp(folder: Path, style: str = "further", known: bool = False) -> str:
     """Add an MTP layer to a checkpoint, and say so in its config.json: the last layer with its weights negated, and
     what is its own. Returns the path of the layer.
+
+    `known`: with all that makes its input, so that its experts can be scored; else a norm is missing.
 
     Further: behind the last, as DeepSeek and GLM publish theirs. mtp: beside the layers, as Qwen3-Next and Qwen3.5 do.
     """
@@ -27,7 +46,9 @@ def add_mtp(folder: Path, style: str = "further") -> str:
     last = last_layer(tensors, count)
     path = "mtp.layers.0" if style == "mtp" else f"{last.rpartition('.')[0]}.{count}"
     more = {name: negated(name, tensor) for name, tensor in of_layer(tensors, last, path).items()}
-    if style == "mtp":
+    if known:
+        more |= entrance(path, style, width)
+    elif style == "mtp":
         more["mtp.fc.weight"] = torch.ones(width, 2 * width)
         more |= {f"mtp.{name}.weight": torch.ones(width) for name in ("norm", "pre_fc_norm_hidden")}
     else:

@@ -244,7 +244,9 @@ SPEC = {"path": [], "attribute": "n", "count": 12, "top_k": 2, "groups": 1, "top
 @pytest.mark.parametrize(
     ("change", "cut", "message"),
     [
-        (meta("streamprune_scores", "4"), 0, "format '4', but this version of streamprune reads 1 to 3"),
+        (meta("streamprune_scores", "5"), 0, "format '5', but this version of streamprune reads 1 to 4"),
+        (meta("streamprune_scores", "4"), 0, "format 4 has no layer for multi-token prediction"),
+        (meta("mtp_block", "9"), 0, "format 3 has a layer for multi-token prediction"),
         (meta("streamprune_scores", 1), 0, "format 1, but this version"),
         (lambda header: header.pop("__metadata__") and None, 0, "has no scores"),
         (lambda header: header["__metadata__"].pop("streamprune_scores") and None, 0, "has no scores"),

@@ -369,8 +369,10 @@ def weights_by_layout(
         if name in layout.cuts and name not in mtp:
             category = category_of(name, cut.rows is not None or cut.expert is not None, cut.layer)
         storage, decoded = quantized.get(name, ("", None))
+        # (MTP layers have as many experts as the last layer with some.)
+        layer = cut.layer if cut.layer is None or cut.layer < layout.layer_count else layout.mtp_source
         fact = WeightFact(
-            name, entry.dtype, entry.shape, entry.nbytes, category, cut.layer, cut.expert, cut.rows,
+            name, entry.dtype, entry.shape, entry.nbytes, category, layer, cut.expert, cut.rows,
             channel_axis=cut.channels.axis if cut.channels is not None else None, format=storage, decoded_shape=decoded,
         )  # fmt: skip
         facts.append(fact)

@@ -49,7 +49,7 @@ class ExpertNames:
     `count` is how many every layer has. `lists` are the paths of the layers (`model.layers`). `projections` are, for
     each layer with experts, what is before and behind an expert's number in the name of each module, such as
     `("model.layers.3.mlp.experts", "up_proj")`; none where a layer's experts are in one tensor. `mtp` are the same of
-    layers for multi-token prediction, whose experts have the numbers of those of the layer `mtp_source`. `others` are
+    layers for multi-token prediction, whose experts are counted to the layer `mtp_layer`. `others` are
     the names, up to their number, of experts that are not pruned.
     """
 
@@ -58,14 +58,14 @@ class ExpertNames:
     projections: Mapping[int, Sequence[tuple[str, str]]] = field(repr=False)
     others: frozenset[str] = field(default=frozenset(), repr=False)
     mtp: Sequence[tuple[str, str]] = field(default=(), repr=False)
-    mtp_source: int = 0
+    mtp_layer: int = 0
 
     def layer_and_place(self, segments: Sequence[str]) -> tuple[int, int] | None:
         """The layer of the expert that a dotted name contains, and the place of its number among the segments."""
         numbers = [place for place, segment in enumerate(segments) if _is_number(segment)]
         for place in numbers:
             if _essence(segments[:place]) in self._mtp:
-                return self.mtp_source, place
+                return self.mtp_layer, place
         for place in numbers:
             for at in numbers:
                 if at < place - 1 and _essence(segments[:at]) in self._lists:
@@ -92,7 +92,7 @@ class ExpertNames:
                     names = (f"{beginning}.{layer}.{inner}.{expert}.{behind}" for expert in range(self.count))
                     yield layer, [name.rstrip(".") for name in names]
         for before, behind in self.mtp:
-            yield self.mtp_source, [f"{before}.{expert}.{behind}".rstrip(".") for expert in range(self.count)]
+            yield self.mtp_layer, [f"{before}.{expert}.{behind}".rstrip(".") for expert in range(self.count)]
 
     @cached_property
     def _lists(self) -> set[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
@@ -18,6 +19,8 @@ from streamprune.models.config_json import ExpertSpec, WidthSpec
 
 #: Stand for a layer's and an expert's number in a pattern.
 LAYER, EXPERT = "{block}", "{expert}"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,35 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class MtpForm:
+    """How a layer for multi-token prediction (MTP) is computed, by the names of its tensors: a decoder layer on
+
+        projection · [embedding_norm(embedding of the next token); hidden_norm(the model's normed last hidden state)]
+
+    `path` is the layer's, such as `model.layers.61` or `mtp.layers.0`; `like` is that of the layer of the model whose
+    class it is: the last one with experts.
+    """
+
+    path: str
+    like: str
+    embedding_norm: str
+    hidden_norm: str
+    projection: str
+
+
+@dataclass(frozen=True)
 class Layout:
     """What pruning needs of a model: its routed experts, the layers that have some, and how each tensor can be cut.
 
     `count_names` are the keys under which its config may state the number of experts, in addition to the usual ones.
     `width` is None for experts that cannot be made narrower; `fixed_width` says why.
 
-    `mtp` are the tensors of layers for multi-token prediction (MTP). Their experts keep those numbers that the layer
-    `mtp_source` keeps, so `cuts` counts them to that layer. `dropped` are those tensors if they are left out instead;
-    `mtp_problem` says why, unless that was wished. `ignored` are other tensors that are left out: of layers beyond
-    those of the config, and of experts where the model does not use them and other experts lack them.
+    `mtp` are the tensors of layers for multi-token prediction (MTP). Where it is known how their one layer is computed,
+    `mtp_form` says it: its experts can be scored, and `cuts` counts them to a further layer, `mtp_layer`. Elsewhere
+    they keep those numbers that the layer `mtp_source` keeps, and are counted to that; `mtp_unscored` says why (empty
+    without experts). Either way they are as many as those of that layer. `dropped` are those tensors if they are left
+    out instead; `mtp_problem` says why, unless that was wished. `ignored` are other tensors that are left out: of
+    layers beyond those of the config, and of experts where the model does not use them and other experts lack them.
     """
 
     spec: ExpertSpec
@@ -80,11 +102,29 @@ class Layout:
     mtp: tuple[str, ...] = ()
     mtp_problem: str = ""
     ignored: tuple[str, ...] = ()
+    mtp_form: MtpForm | None = None
+    mtp_unscored: str = ""
 
     @property
     def mtp_source(self) -> int:
-        """The layer whose kept experts those of MTP layers have the numbers of: the last one with experts."""
+        """The layer that MTP layers follow, in number of experts or in the experts themselves: the last with some."""
         return self.expert_layers[-1]
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """The index of the MTP layer whose experts can be scored, behind all layers; None if there is none."""
+        return self.layer_count if self.mtp_form is not None else None
+
+    @property
+    def written_layers(self) -> range:
+        """The indices of all layers, that of the MTP layer included."""
+        return range(self.layer_count + (self.mtp_form is not None))
+
+    def with_mtp(self, by_layer: Mapping[int, T]) -> Mapping[int, T]:
+        """What is given by layer, also for the MTP layer: unless it has its own, that of the layer `mtp_source`."""
+        if self.mtp_layer is None or self.mtp_layer in by_layer or self.mtp_source not in by_layer:
+            return by_layer
+        return {**by_layer, self.mtp_layer: by_layer[self.mtp_source]}
 
     @cached_property
     def mtp_experts(self) -> Mapping[str, Cut]:
@@ -92,13 +132,20 @@ class Layout:
         cuts = {name: self.cuts[name] for name in self.mtp}
         return {name: cut for name, cut in cuts.items() if cut.family is not None or cut.rows is not None}
 
+    def without_mtp_scores(self, why: str) -> Layout:
+        """The same with an MTP layer that follows the last layer with experts, for the reason `why`."""
+        if self.mtp_form is None:
+            return self
+        own = {name: replace(cut, layer=self.mtp_source) for name, cut in self.mtp_experts.items()}
+        return replace(self, cuts={**self.cuts, **own}, mtp_form=None, mtp_unscored=why)
+
     def without_mtp(self) -> Layout:
         """The same with all MTP layers dropped."""
         if not self.mtp:
             return self
         names = set(self.mtp)
         cuts = {name: cut for name, cut in self.cuts.items() if name not in names}
-        return replace(self, cuts=cuts, mtp=(), dropped=(*self.dropped, *self.mtp))
+        return replace(self, cuts=cuts, mtp=(), dropped=(*self.dropped, *self.mtp), mtp_form=None)
 
 
 def find_cuts(

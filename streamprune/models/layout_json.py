@@ -9,7 +9,8 @@ and in the same way where a single expert's channels are in it:
     {"model.layers.{block}.mlp.experts.{expert}.up_proj.weight": [0, 1, 1]}     along axis 0, once, 1 row each
 
 Tensors of layers for multi-token prediction are listed under `mtp`. Those of their experts fit patterns with their own
-layer's number in them, in `mtp_patterns` and `mtp_channels`.
+layer's number in them, in `mtp_patterns` and `mtp_channels`. `mtp_form` says how such a layer is computed, where that
+is known: then its experts can have scores of their own.
 
 A tensor that fits no pattern lies outside the layers and is copied. If its name begins like those of a layer's tensors
 (rotary frequencies, which no model reads), it must be listed under `outside`: otherwise a pattern is missing, and the
@@ -38,7 +39,7 @@ from streamprune.models.config_json import (
     ExpertSpec,
     WidthSpec,
 )
-from streamprune.models.expert_layout import EXPERT, LAYER, Cut, Layout
+from streamprune.models.expert_layout import EXPERT, LAYER, Cut, Layout, MtpForm
 from streamprune.models.mtp import OF_EXPERTS, may_be_mtp
 
 #: Numbers in a name that may be the layer's or the expert's; real names have three. A name with more fits no pattern.
@@ -62,6 +63,9 @@ class _LayoutJson(msgspec.Struct):
     ignored: list[str] = []
     mtp_patterns: dict[str, _Rows | None] = {}
     mtp_channels: dict[str, _Rows] = {}
+    # Missing in scores of versions that scored nothing in such layers.
+    mtp_form: MtpForm | None = None
+    mtp_unscored: str = ""
 
 
 #: Why a width cannot be changed by scores of formats 1 and 2.
@@ -121,6 +125,8 @@ def layout_as_json(layout: Layout) -> dict[str, Any] | None:
         "ignored": list(layout.ignored),
         "mtp_patterns": {name: list(astuple(cut.rows)) if cut.rows else None for name, cut in mtp.items()},
         "mtp_channels": {name: list(astuple(cut.channels)) for name, cut in mtp.items() if cut.channels is not None},
+        **({"mtp_form": asdict(layout.mtp_form)} if layout.mtp_form is not None else {}),
+        **({"mtp_unscored": layout.mtp_unscored} if layout.mtp_unscored else {}),
     }
     # A run that reads this builds no model: the patterns alone must give the same cuts.
     again = _all_cuts(msgspec.convert(found, _LayoutJson), [*layout.cuts, *layout.dropped, *layout.ignored])
@@ -156,8 +162,9 @@ def layout_from_json(
             spec, found.layer_count, tuple(found.expert_layers), tuple(found.count_names), tuple(found.dropped), cuts,
             width_spec, "" if width_spec is not None else fixed or _OLD_SCORES,
             tuple(name for name in found.mtp if name in cuts), found.mtp_problem, tuple(found.ignored),
+            found.mtp_form, found.mtp_unscored,
         )  # fmt: skip
-        _check(layout, tensors, counts or dict.fromkeys(found.expert_layers, spec.count))
+        _check(layout, tensors, layout.with_mtp(counts or dict.fromkeys(found.expert_layers, spec.count)))
         _check_channels(layout, tensors, width)
         odd = next((name for name in layout.mtp if OF_EXPERTS.search(name) and name not in layout.mtp_experts), None)
         if odd is not None:
@@ -201,9 +208,9 @@ def _families(name: str) -> Iterator[tuple[str, str]]:
 def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[int, int]) -> None:
     """Raise ValueError unless the tensors hold exactly `counts` experts, by layer."""
     families: dict[tuple[str, int], set[int | None]] = defaultdict(set)
-    found = set()
+    found, mtp = set(), set(layout.mtp)
     for name, cut in layout.cuts.items():
-        if cut.layer is not None and cut.layer >= layout.layer_count:
+        if cut.layer is not None and cut.layer >= layout.layer_count and name not in mtp:
             raise ValueError(f"{name} is of layer {cut.layer}, but there are {layout.layer_count}")
         # With 0 for a layer that should have no experts, a tensor of experts in it is refused below.
         count = counts.get(cut.layer, 0) if cut.layer is not None else 0
@@ -216,7 +223,7 @@ def _check(layout: Layout, tensors: Mapping[str, TensorEntry], counts: Mapping[i
         if cut.family is not None or cut.rows is not None:
             found.add(cut.layer)
     missing = any(numbers != set(range(count)) for (_, count), numbers in families.items())
-    if missing or found != set(layout.expert_layers):
+    if missing or found != {*layout.expert_layers, *({layout.mtp_layer} - {None})}:
         raise ValueError("experts are missing")
 
 
@@ -259,7 +266,7 @@ def _all_cuts(found: _LayoutJson, names: Iterable[str]) -> dict[str, Cut]:
 
 def _mtp_cut(found: _LayoutJson, name: str) -> Cut:
     """The cut of a tensor of a layer for multi-token prediction."""
-    segments, layer = name.split("."), found.expert_layers[-1]
+    segments, layer = name.split("."), found.expert_layers[-1] if found.mtp_form is None else found.layer_count
     numbers = [place for place, segment in enumerate(segments) if segment.isdecimal()]
     for place in (None, *numbers[:_MOST_NUMBERS]):
         family = segments if place is None else [*segments[:place], EXPERT, *segments[place + 1 :]]

@@ -9,8 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.files.json_text import show_some
-from streamprune.models.expert_layout import Layout, Target
+from streamprune.hardware.memory import format_bytes
+from streamprune.models.expert_layout import Layout, MtpForm, Target
 
 #: Names of such tensors.
 MTP_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
@@ -18,6 +20,18 @@ MTP_NAME = re.compile(r"(^|[._])(mtp|nextn)([._]|$)")
 MTP_ONLY = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 #: In names of tensors of routed experts.
 OF_EXPERTS = re.compile(r"(?<!shared)(?<!shared_)experts?[._]")
+#: The norm of the next token's embedding, that of the last hidden state, and the matrix behind both, as the layer at
+#: {path} in the folder {root} has them: DeepSeek-V3, GLM-4.5 and others; Qwen3-Next, Qwen3.5 and others. Engines join
+#: the embedding and the hidden state in this order in all of them. (MiMo joins them the other way round, under other
+#: names.)
+_INPUTS = (
+    ("{path}.enorm.weight", "{path}.hnorm.weight", "{path}.eh_proj.weight"),
+    ("{root}.pre_fc_norm_embedding.weight", "{root}.pre_fc_norm_hidden.weight", "{root}.fc.weight"),
+)
+#: The dtypes in which these are read.
+_FLOATS = frozenset({"F16", "BF16", "F32"})
+#: What such a layer has for its predictions, behind its decoder layer; and copies of what the model has.
+_BEHIND = re.compile(r"(shared_head(\.norm|\.head)?|norm|embed_tokens|lm_head)\.weight(_scale_inv)?")
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 #: The path of an MTP layer: to the first number behind what says that it is one, else to the first number of all.
 _PATH = re.compile(r"(?:(?:.*?[._])?(?:mtp|nextn)(?:[._][a-z_]+)*|.*?)\.\d+(?=\.)")
@@ -86,12 +100,47 @@ def by_mtp_layer(names: Iterable[str]) -> dict[str, list[str]]:
     return dict(found)
 
 
-def mtp_note(layout: Layout) -> str:
-    """What an output of this layout does with layers for multi-token prediction; empty if there are none."""
+def find_form(path: str, like: str, names: Iterable[str], tensors: Mapping[str, TensorEntry]) -> MtpForm | str:
+    """How the MTP layer at `path` is computed, or why that is not known.
+
+    `names` are the tensors of all MTP layers that feed nothing in the model's own layer at `like`.
+    """
+    root = path.rpartition(".")[0].rpartition(".")[0]
+    for candidate in _INPUTS:
+        own = [each.format(path=path, root=root) for each in candidate]
+        if not all(name in tensors for name in own):
+            continue
+        width = tensors[own[0]].shape[0] if tensors[own[0]].shape else 0
+        if [tensors[name].shape for name in own] != [(width,), (width,), (width, 2 * width)]:
+            return f"{own[2]} is {list(tensors[own[2]].shape)}, not {[width, 2 * width]}"
+        packed = next((name for name in own if tensors[name].dtype not in _FLOATS), None)
+        if packed is not None:
+            return f"{packed} is stored as {tensors[packed].dtype}"
+        prefixes = tuple(name.removesuffix("weight") for name in own)
+        rest = (name for name in names if not name.startswith(prefixes))
+        odd = next((name for name in rest if not _BEHIND.fullmatch(_within(name, path, root))), None)
+        return f"what {odd} does is not known" if odd is not None else MtpForm(path, like, *own)
+    return f"what enters {path} is not known by its tensors' names"
+
+
+def _within(name: str, path: str, root: str) -> str:
+    """The name of a tensor within the layer at `path`, or else within the folder `root` that it lies in."""
+    inside = f"{path}."
+    return name.removeprefix(inside if name.startswith(inside) else f"{root}.")
+
+
+def mtp_note(layout: Layout, scored: bool = False) -> str:
+    """What an output of this layout does with layers for multi-token prediction; empty if there are none.
+
+    `scored`: the experts of the MTP layer are scored, or were.
+    """
     if layout.mtp:
         how, last = "as they are", layout.mtp_source
-        if layout.mtp_experts:
-            how = f"with those of their experts that layer {last} keeps by number: nothing is scored in them"
+        if layout.mtp_layer is not None and scored:
+            how = f"with as many of their experts as layer {last} keeps, chosen by scores of their own forward"
+        elif layout.mtp_experts:
+            why = layout.mtp_unscored or "this choice has no scores of theirs"
+            how = f"with those of their experts that layer {last} keeps by number: nothing is scored in them ({why})"
         return (
             f"layers for multi-token prediction (MTP, {len(layout.mtp):,} tensors) are kept, {how}. Text stays the "
             "same with speculative decoding; fewer of its drafts may be accepted."
@@ -104,3 +153,21 @@ def mtp_note(layout: Layout) -> str:
         "match. Without them, speculative decoding needs a separate draft model, and llama.cpp's converter wants "
         "--no-mtp for Qwen3-Next and Qwen3.5."
     )
+
+
+def mtp_scoring_note(layout: Layout, nbytes: int) -> str:
+    """Whether the experts of MTP layers are scored, and what that takes; `nbytes` are those of all MTP tensors.
+
+    Empty without experts in such layers.
+    """
+    if layout.mtp_layer is not None:
+        return (
+            "the experts of the MTP layer are scored in its own forward behind the last layer. It takes about as "
+            f"long as another layer with experts, and reads {format_bytes(nbytes)}."
+        )
+    if layout.mtp_experts:
+        return (
+            f"the experts of MTP layers are not scored ({layout.mtp_unscored}): they keep the numbers that layer "
+            f"{layout.mtp_source} keeps."
+        )
+    return ""

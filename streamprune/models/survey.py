@@ -9,10 +9,11 @@ from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.formats.base import plain_shapes
 from streamprune.formats.plain import PLAIN
 from streamprune.models.config_json import mtp_layers
-from streamprune.models.expert_layout import Cut, Layout, Target, find_cuts
-from streamprune.models.mtp import OF_EXPERTS, by_mtp_layer, find_mtp_tensors, further_layers
+from streamprune.models.expert_layout import Cut, Layout, MtpForm, Target, find_cuts
+from streamprune.models.mtp import OF_EXPERTS, by_mtp_layer, find_form, find_mtp_tensors, further_layers
 from streamprune.models.skeleton import Skeleton, count_names, map_checkpoint
 
 
@@ -67,6 +68,12 @@ def _with_mtp(layout: Layout, names: Sequence[str], experts: _MtpExperts) -> Lay
         }
     except (CheckpointError, UnsupportedModelError) as error:
         return replace(layout, dropped=tuple(names), mtp_problem=str(error).partition(". ")[0].rstrip("."))
+    form = experts.form(names) if mtp else ""
+    if isinstance(form, MtpForm):
+        mtp = {name: replace(cut, layer=layout.layer_count) for name, cut in mtp.items()}
+        layout = replace(layout, mtp_form=form)
+    else:
+        layout = replace(layout, mtp_unscored=form)
     cuts = {**layout.cuts, **{name: mtp.get(name, Cut(None)) for name in names}}
     # In the source's order.
     order = [name for name in experts.tensors if name in cuts]
@@ -99,9 +106,7 @@ class _MtpExperts:
         cannot change. Raises CheckpointError and UnsupportedModelError if some are not found as in that layer.
         """
         entries = {name: self.tensors[name] for name in names}
-        targets = map_checkpoint(
-            self._skeleton, entries, self._config, lambda name: self._path + name.removeprefix(path)
-        )
+        targets = mtp_targets(self._skeleton, entries, self._config, path, self._path)
         found = {
             name: cut
             for name, cut in find_cuts(entries, targets, (), {self._layer: self._count}, width).items()
@@ -118,3 +123,53 @@ class _MtpExperts:
         if fixed is not None:
             raise UnsupportedModelError(f"{fixed} does not have the {width} channels per expert of the layers")
         return found.items()
+
+    def form(self, names: Sequence[str]) -> MtpForm | str:
+        """How the one MTP layer is computed, of all MTP tensors `names`; or why that is not known."""
+        layers = by_mtp_layer(names)
+        if len(layers) > 1:
+            return f"there are {len(layers)} such layers, each of which needs what the one before it gives"
+        if self._layer == 0:
+            return "no layer is before the first, whose class it has"
+        if final_norm(self._skeleton) is None:
+            return "the model has no single norm behind its layers"
+        [(path, members)] = layers.items()
+        entries = {name: self.tensors[name] for name in members}
+        targets = mtp_targets(self._skeleton, entries, self._config, path, self._path)
+        own = f"{self._skeleton.layers_path}.{self._layer}."
+        expected = {name: tuple(each.shape) for name, each in self._skeleton.model.state_dict().items()}
+        fed = {each for target in targets.values() if target.name is not None for each in (target.name, *target.also)}
+        missing = {name for name in expected if name.startswith(own)} - fed
+        if missing:
+            return f"it has nothing like {min(missing)}"
+        stored = {name: target.stored for name, target in targets.items()}
+        plain = plain_shapes({name: entry.shape for name, entry in entries.items()}, stored)
+        for name, target in targets.items():
+            if target.name is None or target.pattern is not None:
+                continue
+            if target.rows is None and plain[target.stored.parameter] != expected[target.name]:
+                return f"{name} has another shape than in layer {self._layer}"
+        rest = [name for name in names if name not in targets or targets[name].name is None]
+        return find_form(path, self._path, rest, self.tensors)
+
+
+def mtp_targets(
+    skeleton: Skeleton, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], path: str, like: str
+) -> dict[str, Target]:
+    """What the tensors of the MTP layer at `path` would feed in the model's layer at `like`."""
+    return map_checkpoint(skeleton, tensors, config, lambda name: like + name.removeprefix(path))
+
+
+def final_norm(skeleton: Skeleton) -> str | None:
+    """The path of the norm behind the layers: beside them the only module with one weight for each hidden value.
+
+    None if there is none, or more than one.
+    """
+    decoder = skeleton.layers_path.rpartition(".")[0]
+    width = skeleton.model.get_input_embeddings().weight.shape[1]
+    found = [
+        f"{decoder}.{name}".lstrip(".")
+        for name, module in skeleton.model.get_submodule(decoder).named_children()
+        if {key: tuple(each.shape) for key, each in module.named_parameters()} == {"weight": (width,)}
+    ]
+    return found[0] if len(found) == 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def make_plan(
         scheme = source.encoding.scheme(tensors)
         tensors = encode_tensors(tensors, source.encoding, scheme)
         config = {**config, SECTIONS[0]: source.encoding.config_section(tensors, scheme)}
-    shards = plan_shards(tensors, layout.layer_count, max_shard_bytes)
+    shards = plan_shards(tensors, layout.written_layers, max_shard_bytes)
     quantized = QuantizedSource.of(checkpoint, layout)
     copied = tuple(path for path in checkpoint.small_files() if not (is_decoded and path.name in BESIDE))
     return PrunePlan(layout, dict(counts), width, config, files, shards, copied, quantized, source.encoding, scheme)
@@ -185,14 +185,14 @@ def _rewritten_config(layout: Layout, checkpoint: Checkpoint, most: int, width: 
     return rewrite_config(checkpoint.config, layout.spec, layout.count_names, most, (layout.width, width), mtp)
 
 
-def plan_shards(tensors: Sequence[OutputTensor], layer_count: int, max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def plan_shards(tensors: Sequence[OutputTensor], layers: Iterable[int], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Divide the output among files: every layer starts a file of its own, and none exceeds `max_shard_bytes`.
 
     (A single larger tensor gets its own file.) So the files of a layer are complete once its experts are selected, and
     are never opened again.
     """
     groups: list[tuple[int | None, list[OutputTensor]]] = []
-    for layer in (None, *range(layer_count)):
+    for layer in (None, *layers):
         size = max_shard_bytes + 1
         for tensor in tensors:
             if tensor.layer == layer:

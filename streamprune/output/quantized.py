@@ -127,4 +127,5 @@ def expert_names(layout: Layout, checkpoint: Checkpoint) -> ExpertNames:
             before, _, behind = cut.family.partition(f".{EXPERT}.")
             projections[cut.layer][before, behind.rpartition(".")[0]] = None
     by_layer = {layer: tuple(found) for layer, found in projections.items()}
-    return ExpertNames(layout.spec.count, frozenset(lists), by_layer, frozenset(others), tuple(mtp), layout.mtp_source)
+    mtp_layer = layout.mtp_layer if layout.mtp_layer is not None else layout.mtp_source
+    return ExpertNames(layout.spec.count, frozenset(lists), by_layer, frozenset(others), tuple(mtp), mtp_layer)

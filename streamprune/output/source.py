@@ -41,6 +41,9 @@ def output_source(opened: OpenedMoE, loading: LoadingFacts, storage: Storage, wi
     scheme = encoding.scheme(output_tensors(layout, apart, counts, width))
     require_library(scheme.name)
     _refuse_same(opened, scheme)
+    if opened.layout.mtp_form is None:
+        # What is decoded may be known where what is stored is not; but it is what is stored that is scored.
+        layout = layout.without_mtp_scores(opened.layout.mtp_unscored)
     return OutputSource(replace(plain, tensors=apart), layout, loading, encoding)
 
 

@@ -172,9 +172,11 @@ def output_tensors(
 ) -> list[OutputTensor]:
     """Every tensor of the output, in the source's order. `counts` maps each layer to how many of its experts stay.
 
-    `width` is the number of channels that each of them keeps; None for all.
+    `width` is the number of channels that each of them keeps; None for all. The MTP layer has as many experts as the
+    last layer with some.
     """
     families: dict[str, dict[int, TensorEntry]] = defaultdict(dict)
+    counts = layout.with_mtp(counts)
     for name, cut in layout.cuts.items():
         if cut.family is not None and cut.expert is not None:
             families[cut.family][cut.expert] = tensors[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -48,6 +48,11 @@ class _RecordedRefit(msgspec.Struct):
     layers: list[_RefittedLayer]
 
 
+class _KeptMtp(msgspec.Struct):
+    # Only stated where the experts of the MTP layer were selected by scores of their own.
+    layer: _KeptLayer | None = None
+
+
 class VerifiedRecord(msgspec.Struct):
     """The fields of streamprune.json that verification reads."""
 
@@ -56,11 +61,16 @@ class VerifiedRecord(msgspec.Struct):
     computed: dict[str, Computed] = {}
     refit: _RecordedRefit | None = None
     # Outputs of earlier versions have no layers for multi-token prediction.
-    mtp: Any = None
+    mtp: _KeptMtp | None = None
 
     @property
     def storage(self) -> Storage:
         return self.settings.storage(MTP[0] if self.mtp is not None else MTP[1])
+
+    @property
+    def every(self) -> list[_KeptLayer]:
+        """All layers with experts, and behind them the MTP layer, if its experts were selected by their own scores."""
+        return [*self.layers, *([self.mtp.layer] if self.mtp is not None and self.mtp.layer is not None else [])]
 
 
 def read_verified_record(output: Path) -> VerifiedRecord:
@@ -91,7 +101,7 @@ def check_kept(output: Path, kept: Mapping[int, list[int]], layers: Sequence[int
 def kept_channels(output: Path, record: VerifiedRecord, layout: Layout) -> dict[int, KeptExperts]:
     """What stays of every layer's experts, by the record of `output`. Raises VerifyError unless that is possible."""
     width, kept = record.settings.width, {}
-    for layer in record.layers:
+    for layer in record.every:
         mask = None
         try:
             if (width is None) != (layer.channels is None) or (width is not None and layout.width is None):

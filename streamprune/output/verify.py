@@ -25,6 +25,7 @@ from streamprune.formats.base import KeptExperts, StoredTensor
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import SECTIONS, Quantization
 from streamprune.hardware.memory import format_bytes
+from streamprune.models.expert_layout import Layout
 from streamprune.output.encoded import SCALE, SHAPE
 from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
@@ -106,11 +107,13 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
         opened.layout.expert_layers,
         opened.layout.spec.count,
     )
+    _check_mtp(output, record, opened.layout)
     kept = kept_channels(output, record, opened.layout)
     loading = find_loading_facts(origin.config, opened.config, opened.skeleton)
     # The division into files may differ from this plan.
-    counts = {layer: len(each.experts) for layer, each in kept.items()}
+    counts = {layer.index: len(layer.kept) for layer in record.layers}
     written = output_source(opened, loading, record.storage, record.settings.width)
+    kept = dict(written.layout.with_mtp(kept))
     plan = make_plan(written, counts, DEFAULT_SHARD_BYTES, record.settings.width)
     _compare_configs(output, pruned.config, plan.config_for(kept))
     _check_computed_kinds(output, record, {name: each.name or "" for name, each in opened.targets.items()}, plan)
@@ -128,6 +131,20 @@ def verify(output: Path, source: Path, trust_remote_code: bool = False) -> Proof
             what = "modeling code" if name in plan.files else "renumbered experts"
             raise VerifyError(f"{output / name} differs from the {what} that this version writes. Prune again.")
     return proof
+
+
+def _check_mtp(output: Path, record: VerifiedRecord, layout: Layout) -> None:
+    """Raise VerifyError unless the MTP layer on record, if any, is the source's, with as many experts as the last."""
+    layer = record.mtp.layer if record.mtp is not None else None
+    if layer is None:
+        return
+    if layer.index != layout.mtp_layer or len(layer.kept) != len(record.layers[-1].kept):
+        raise VerifyError(
+            f"{output / REPORT_NAME} names {len(layer.kept)} experts of an MTP layer {layer.index}, but the source has "
+            f"it as layer {layout.mtp_layer}, which keeps as many as the last with experts, "
+            f"{len(record.layers[-1].kept)}. Is it another model's?"
+        )
+    check_kept(output, {layer.index: layer.kept}, (layer.index,), layout.spec.count)
 
 
 def _check_computed_kinds(output: Path, record: VerifiedRecord, feeds: Mapping[str, str], plan: PrunePlan) -> None:

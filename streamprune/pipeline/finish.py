@@ -6,7 +6,7 @@ No torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,12 @@ class SelectionResult:
     def layers(self) -> Iterator[int | None]:
         """None for the weights outside the layers, then every layer's index, in the order in which they are written."""
         yield None
-        yield from range(self.facts.layout.layer_count)
+        yield from self.plan.layout.written_layers
+
+    @property
+    def stays(self) -> Mapping[int, KeptExperts]:
+        """What stays of the experts by layer, the MTP layer included."""
+        return self.plan.layout.with_mtp(self.selection.stays)
 
     def record_layer(self, work: WorkFolder, index: int | None, kept: KeptExperts, shards: list[FinishedShard]) -> None:
         """Record a layer's scores, experts and shards in the work folder (None: the weights outside the layers)."""
@@ -115,7 +120,7 @@ class SelectionResult:
 
     @cached_property
     def _statistics(self) -> dict[int | None, LayerStatistics]:
-        return {layer.index: layer for layer in self.scores.layers} if self.scores is not None else {}
+        return {layer.index: layer for layer in self.scores.every} if self.scores is not None else {}
 
     def print_retention(self, progress: Progress) -> None:
         """Print how much saliency of each source the selection keeps, with warnings where that is little.
@@ -140,7 +145,7 @@ class SelectionResult:
 
     def print_serving_notes(self, progress: Progress) -> None:
         """Print what to know of the selected experts before the output is served."""
-        for note in self.plan.notes_for(self.selection.stays):
+        for note in self.plan.notes_for(self.stays):
             progress.say(f"note: {note}")
         if self.plan.left_plain:
             plain = "; ".join(f"{number:,} {reason}" for reason, number in self.plan.left_plain.items())
@@ -160,7 +165,7 @@ class SelectionResult:
             "output_bytes": self.plan.output_bytes,
             "never_routed": [
                 {"layer": layer.index, "experts": layer.tokens.count(0)}
-                for layer in self.selection.layers
+                for layer in self.selection.every
                 if 0 in layer.tokens
             ],
             "domain_retention": _shares_object(self.retained),
@@ -204,7 +209,7 @@ def write_layers(
     """
     for index in decided.layers:
         _check_stop(stop, work)
-        kept = decided.selection.stays.get(index, KeptExperts()) if index is not None else KeptExperts()
+        kept = decided.stays.get(index, KeptExperts()) if index is not None else KeptExperts()
         name = "weights outside the layers" if index is None else progress.name_of(index)
         record = work.read_layer(index)
         if record is not None and record.shards:
@@ -238,7 +243,7 @@ def complete(
 
     `evaluation` is the result on held-out text. Returns the memory that the model takes; None if it is unknown.
     """
-    settings, plan, kept = decided.settings, decided.plan, decided.selection.stays
+    settings, plan, kept = decided.settings, decided.plan, decided.stays
     noted = noted_results(settings)
     # Everything in the staging folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
@@ -263,7 +268,9 @@ def complete(
     if settings.verify:
         check_formats(plan, kept, work.staging, entries, config)
     if decided.scores is not None:
-        write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, decided.scores)
+        # (A run that drops the MTP layer does not score it: then the scores are the same.)
+        scores = decided.scores if plan.layout.mtp_layer is not None else replace(decided.scores, mtp=None)
+        write_scores(work.staging / SCORES_FOLDER / SCORES_NAME, scores)
     results = {**noted, **({TEXT_NAME: evaluation} if evaluation is not None else {})}
     for name, result in results.items():
         write_result(results_folder(work.staging), name, result)
@@ -392,9 +399,12 @@ def print_weights(progress: Progress, source: int, output: int, storage: str) ->
     progress.say(f"weights: {format_bytes(source)} -> {format_bytes(output)}{f'; {storage}' if storage else ''}")
 
 
-def print_left_out(progress: Progress, layout: Layout) -> None:
-    """Print what happens to layers for multi-token prediction, if there are some, and what else is left out."""
-    for note in filter(None, (mtp_note(layout), *ignored_notes(layout))):
+def print_left_out(progress: Progress, layout: Layout, scored: bool) -> None:
+    """Print what happens to layers for multi-token prediction, if there are some, and what else is left out.
+
+    `scored`: the experts of the MTP layer have scores of their own.
+    """
+    for note in filter(None, (mtp_note(layout, scored), *ignored_notes(layout))):
         progress.say(f"note: {note}")
 
 

@@ -23,6 +23,7 @@ from streamprune.distributed.processes import Processes
 from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
+from streamprune.models.mtp import mtp_scoring_note
 from streamprune.pipeline.finish import (
     check_room,
     print_channel_bytes,
@@ -71,17 +72,30 @@ def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> 
 
 
 def print_prepared(
-    progress: Progress, settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device
+    progress: Progress,
+    settings: RunSettings,
+    prepared: PreparedModel,
+    calibration: Calibration,
+    device: torch.device,
+    given: Scores | None = None,
 ) -> None:
-    """Print what of the checkpoint is ignored, the bytes of the weights before and after, and the calibration."""
+    """Print what of the checkpoint is ignored, the bytes of the weights before and after, and the calibration.
+
+    `given` are the scores that the selection goes by; None if the model is scored.
+    """
     for note in prepared.notes:
         progress.say(f"note: {note}")
     if prepared.plan.counts is not None:
         storage = storage_text(prepared.formats, settings.weights == "bf16", prepared.new_format)
         print_weights(progress, prepared.checkpoint.nbytes, prepared.planned_bytes, storage)
-        print_left_out(progress, prepared.written.layout)
+        print_left_out(progress, prepared.written.layout, given is None or given.mtp is not None)
     elif prepared.formats:
         progress.say(f"weights: {format_bytes(prepared.checkpoint.nbytes)}; {' and '.join(prepared.formats)}")
+    if given is None:
+        tensors, layout = prepared.checkpoint.tensors, prepared.written.layout
+        scoring = mtp_scoring_note(layout, sum(tensors[name].nbytes for name in layout.mtp if name in tensors))
+        if scoring and (settings.only_score or layout.mtp_layer is not None):
+            progress.say(f"note: {scoring}")
     if settings.calibration == ("builtin",):
         progress.say(
             "note: the built-in calibration text is meant for a first try. For a model that you will use, calibrate on "

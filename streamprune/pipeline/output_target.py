@@ -27,10 +27,10 @@ class OutputTarget:
 
     def versions(self, layer: LayerStatistics) -> Mapping[str, KeptExperts]:
         """What stays of the experts of a layer that was just scored, by side."""
-        return {PRUNED: self.kept(layer)}
+        return {PRUNED: self.kept(layer.index, layer)}
 
-    def kept(self, layer: LayerStatistics | None) -> KeptExperts:
-        """What stays of a layer's experts."""
-        if layer is None:
-            return KeptExperts()
-        return self.selector.layer(layer).stays if self.selection is None else self.selection[layer.index]
+    def kept(self, index: int, layer: LayerStatistics | None) -> KeptExperts:
+        """What stays of the experts of a layer; its statistics are None if it has no experts, or is not scored yet."""
+        if self.selection is not None:
+            return self.selection.get(index, KeptExperts())
+        return self.selector.layer(layer).stays if layer is not None else KeptExperts()

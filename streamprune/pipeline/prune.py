@@ -207,7 +207,7 @@ def _select(
     counts = plan_counts(settings, model, footprint)
     by, sources, tokens = settings.selection, scores.sources, scores.source_tokens
     selector = Selector(by, model.spec, sources, tokens, counts.total, counts.per_layer, counts.width)
-    return counts, selector.all(scores.layers)
+    return counts, selector.all(scores.layers, scores.mtp)
 
 
 def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Progress) -> None:
@@ -234,7 +234,7 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
     decided.print_retention(progress)
     decided.print_serving_notes(progress)
     finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
-    finish.print_left_out(progress, plan.layout)
+    finish.print_left_out(progress, plan.layout, decided.selection.mtp is not None)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:
@@ -303,10 +303,10 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
     now = {
         "source": decided.provenance["source"]["fingerprint"],
         "files": records.file_states(decided.checkpoint),
-        "kept": {str(layer.index): list(layer.kept) for layer in decided.selection.layers},
+        "kept": {str(layer.index): list(layer.kept) for layer in decided.selection.every},
         "channels": {
             str(layer.index): layer.channels.as_text()
-            for layer in decided.selection.layers
+            for layer in decided.selection.every
             if layer.channels is not None
         },
         "max_shard_bytes": settings.max_shard_bytes,
@@ -323,7 +323,7 @@ def _begin(settings: PruneSettings, decided: SelectionResult, work: WorkFolder) 
         if work.keeps_old_output() and recorded is None:
             raise OutputError(f"{folder} holds an old output. Move it where you want it, then prune again.")
         work.start_afresh()
-    layers = decided.plan.layout.layer_count
+    layers = len(decided.plan.layout.written_layers)
     records.write_pruning(
         folder, records.RecordedPruning(command=records.command_of(settings), layers=layers, decided=now)
     )

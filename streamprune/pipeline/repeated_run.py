@@ -129,7 +129,7 @@ def _decided(settings: RunSettings, prepared: PreparedModel, text: Calibration, 
         text = with_uses(settings, text, prepared.skeleton, counts)
     sources, tokens, spec = scores.sources, scores.source_tokens, scores.spec
     selector = Selector(settings.selection, spec, sources, tokens, counts.total, counts.per_layer, counts.width)
-    selection = selector.all(scores.layers)
+    selection = selector.all(scores.layers, scores.mtp)
     plan = make_plan(prepared.written, selection.counts_by_layer, settings.max_shard_bytes, counts.width)
     scored = scores.provenance["calibration"]
     imatrix = None

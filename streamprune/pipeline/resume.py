@@ -74,7 +74,7 @@ def describe_run(
         calibration=_recorded(calibration),
         # (torch's version is an instance of its own class.)
         versions={name: str(version) for name, version in versions().items()},
-        layers=prepared.layout.layer_count,
+        layers=len(prepared.written.layout.written_layers),
         batch_tokens=batch_tokens,
         budget_bytes=counts.budget.nbytes if counts and counts.budget else None,
         anchor=_recorded(calibration.anchor) if calibration.anchor is not None else None,

@@ -60,7 +60,7 @@ from streamprune.planning.prepare import (
 from streamprune.planning.text_uses import with_uses
 from streamprune.progress import LOG_SUFFIX, Progress, stage
 from streamprune.reporting.make_record import check_provenance, check_scores_of
-from streamprune.saliency.scores import LayerStatistics, Scores
+from streamprune.saliency.scores import LayerStatistics, Scores, apart_from_mtp
 from streamprune.saliency.scores_file import check_scores_file, read_scores
 from streamprune.selection.select import Selection, Selector
 from streamprune.streaming.batches import Runtime
@@ -173,7 +173,7 @@ class _Run:
         check_schedule(settings, prepared)
         # Nothing is printed before everything is checked, so that a refusal is a single message.
         messages.print_plan(self.progress, settings, prepared.plan)
-        messages.print_prepared(self.progress, settings, prepared, calibration, self.device)
+        messages.print_prepared(self.progress, settings, prepared, calibration, self.device, self.given)
         if recorded is not None and settings.batch_tokens is None:
             # With the same micro-batches the result has the same digits.
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
@@ -260,7 +260,8 @@ class _Run:
         prepared = self._chosen(selection)
         scored = self.processes.on_first(self._scored_layers)
         selector = Selector(self.settings.selection, prepared.layout.spec, (), (), sum(selection.counts))
-        target = OutputTarget(self.writer, selector, selection.stays, scored)
+        stays = prepared.written.layout.with_mtp(selection.stays)
+        target = OutputTarget(self.writer, selector, stays, scored)
         self.progress.say(f"all experts are selected; {self._computing} the layers ...")
         layers = RunLayers(self.runtime, prepared, only_refitted(self.calibration), target, work, evaluation)
         return layers.stream()[1]
@@ -272,7 +273,7 @@ class _Run:
 
     def _scored_layers(self) -> Sequence[LayerStatistics]:
         assert self.decided.scores is not None
-        return self.decided.scores.layers
+        return self.decided.scores.every
 
     def _select_by_scores(self) -> Selection:
         counts, scores = self.prepared.plan.counts, self.given
@@ -322,7 +323,8 @@ class _Run:
     def _scores(self, layers: Sequence[LayerStatistics], taken: Mapping[str, Any]) -> Scores:
         text, facts = self.calibration, self.prepared.facts
         provenance = provenance_of(self.settings, self.prepared, text, self.device, taken["batch_tokens"])
-        return Scores(tuple(layers), text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
+        own, mtp = apart_from_mtp(layers, facts.layout.layer_count)
+        return Scores(own, text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json(), mtp)
 
     def _select(self, scores: Scores, selector: Selector) -> Selection:
         """Select the experts of all layers, print the retention, and save the held-out text next to the output.
@@ -333,7 +335,7 @@ class _Run:
         counts = self.prepared.plan.counts
         assert counts is not None
         try:
-            selection = selector.all(scores.layers)
+            selection = selector.all(scores.layers, scores.mtp)
         except SettingsError as error:
             kept = finish.save_scores(self.settings, scores)
             self.work.start_afresh()

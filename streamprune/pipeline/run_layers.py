@@ -27,6 +27,7 @@ from streamprune.streaming.batches import Runtime, Stopped
 from streamprune.streaming.forward import ORIGINAL, PRUNED
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.mtp_layer import MtpLayer
 from streamprune.streaming.score_stage import ScoreStage
 from streamprune.streaming.stages import (
     ForwardStage,
@@ -66,6 +67,8 @@ class RunLayers:
         self._progress, self._stop = runtime.progress, runtime.stop
         self._layout, self._streamed, self._target, self._work = prepared.layout, streamed, target, work
         self._evaluation, self._measures = evaluation, evaluation is not None and evaluation.during_run
+        #: The index of the layer for multi-token prediction, if it is scored or written as a further layer.
+        self._mtp = prepared.written.layout.mtp_layer
         self._loop = LayerLoop(runtime, self._stages(prepared), streamed)
         self._finished: dict[int, LayerStatistics | None] = {}
         self._saved_at = time.monotonic()
@@ -75,7 +78,8 @@ class RunLayers:
     def _stages(self, prepared: PreparedModel) -> list[ForwardStage]:
         """Score each layer, and also run the pruned layer if any text goes through the pruned model."""
         runtime = self._runtime
-        weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
+        mtp = MtpLayer(prepared) if self._mtp is not None and not self._scored else None
+        weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead, mtp)
         choose = self._target.versions if self._target is not None else None
         pruned_stream = self._target is not None and self._settings.propagate == "pruned"
         errors = self._evaluation.errors if self._evaluation is not None and self._measures else None
@@ -112,6 +116,8 @@ class RunLayers:
         needs_text = self._settings.needs_text or self._settings.imatrix is not None
         through = self._measures or (self._target is not None and needs_text)
         last = count - 1 if through else self._layout.expert_layers[-1]
+        if self._mtp is not None and not self._scored:
+            last = self._mtp
         unscored = [layer for layer in range(last + 1) if layer not in self._finished]
         if evaluation is not None and unscored:
             evaluation.forget()
@@ -135,14 +141,14 @@ class RunLayers:
         count = self._layout.layer_count
         following = dict(pairwise(run))
         try:
-            for layer in range(count):
+            for layer in self._layers:
                 if layer not in self._finished:
                     self._finish(layer, layer in run, following.get(layer))
                 elif layer in run:
                     self._replay(layer, following.get(layer))
                 # Once a layer has run on the restored states, they fit the model: later errors have another cause.
                 self._restored = self._restored and layer < start
-                if evaluation is not None and layer >= start and evaluation.is_due(layer):
+                if evaluation is not None and start <= layer < count and evaluation.is_due(layer):
                     self._read_predictions(layer + 1, evaluation)
             if evaluation is not None:
                 self._progress.say("comparing the predictions of both models on the held-out text ...")
@@ -161,10 +167,15 @@ class RunLayers:
                 "Recompute them with --from-layer 0, or start over with --resume never."
             ) from error
 
+    @property
+    def _layers(self) -> range:
+        """The indices of all layers, that of the MTP layer last."""
+        return range(self._layout.layer_count + (self._mtp is not None))
+
     def _finish(self, index: int, runs: bool, following: int | None) -> None:
         started = time.monotonic()
         layer = self._scored.get(index)
-        kept = self._target.kept(layer) if self._target is not None and layer is not None else KeptExperts()
+        kept = self._target.kept(index, layer) if self._target is not None else KeptExperts()
         task = LayerTask.of(index, LayerVersion(kept), layer)
         if runs:
             self._loop.run_layer(task, following)
@@ -175,6 +186,10 @@ class RunLayers:
             self._loop.drop_cached_pages(index)
         self._finished[index] = task.statistics
         version = task.versions[PRUNED]
+        if index == self._mtp and not runs:
+            # It was scored before, or follows the last layer.
+            self._progress.say(f"{self._progress.name_of(index)}: its experts are selected already")
+            return
         self._progress.end_layer(
             LayerProgress(
                 layer=index,
@@ -217,7 +232,7 @@ class RunLayers:
 
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]
-        kept = self._processes.broadcast(self._target.kept(layer)) if self._target else KeptExperts()
+        kept = self._processes.broadcast(self._target.kept(index, layer)) if self._target else KeptExperts()
         computed = self._processes.on_first(lambda: self._read_computed(index))
         self._loop.run_layer(LayerTask.of(index, LayerVersion(kept, computed), layer, replayed=True), following)
         if self._processes.local_rank == 0:
@@ -265,11 +280,11 @@ class RunLayers:
     def _load_finished(self) -> dict[int, LayerStatistics | None]:
         """The statistics of the finished layers; their damaged shards are written again. Rank 0."""
         assert self._work is not None
-        first, count = self._settings.from_layer, self._layout.layer_count
+        first = self._settings.from_layer
         if self._work.has_progress() and not self._scored:
             self._progress.say("resuming: checking the finished layers ...")
         found: dict[int, LayerStatistics | None] = {}
-        for layer in (None, *range(count)):
+        for layer in (None, *self._layers):
             if first is not None and layer is not None and layer >= first:
                 self._forget(layer)
                 if self._scored:
@@ -280,7 +295,7 @@ class RunLayers:
                 self._stop_run()
             self._load_finished_layer(layer, found)
         if found:
-            self._progress.say(f"resuming: {len(found)} of {count} layers are done")
+            self._progress.say(f"resuming: {len(found)} of {len(self._layers)} layers are done")
         return found
 
     def _forget(self, index: int) -> None:
@@ -307,7 +322,7 @@ class RunLayers:
                 self._write(None)
             return
         if self._target is not None and self._target.writer is not None:
-            kept = self._target.kept(layer)
+            kept = self._target.kept(index, layer) if index is not None else KeptExperts()
             if not self._target.writer.has_written(index, kept, record):
                 if self._scored and index is not None:
                     # Not written yet, or damaged. Its record also has the statistics.
@@ -321,11 +336,14 @@ class RunLayers:
         if index is not None:
             found[index] = layer
 
+    def _is_scored(self, index: int | None) -> bool:
+        return index is not None and (index in self._layout.expert_layers or index == self._mtp)
+
     def _recorded(self, index: int | None, result: dict[str, Any] | None) -> LayerStatistics | None:
         """The recorded statistics of a layer. Raises ValueError, KeyError or TypeError if they are invalid."""
         if self._scored:
             return self._scored.get(index) if index is not None else None
-        if (result is None) == (index in self._layout.expert_layers):
+        if (result is None) == self._is_scored(index):
             raise ValueError("statistics of a layer without experts, or none of a layer with experts")
         if result is None or index is None:
             return None
@@ -366,7 +384,7 @@ class RunLayers:
                 # States saved within a layer that is to be scored also need the sums up to there.
                 complete = self._loop.begins_layer(facts) or facts.get("statistics") is not None
                 complete = complete or bool(self._scored)
-                complete = complete or first not in self._layout.expert_layers
+                complete = complete or not self._is_scored(first)
                 if facts["layer"] < first or (facts["layer"] == first and complete):
                     yield saved
             except (OSError, KeyError, TypeError, ValueError) as error:
@@ -391,7 +409,7 @@ class RunLayers:
 
     def _stop_run(self) -> NoReturn:
         raise InterruptedRunError(
-            f"Stopped on request. {len(self._finished)} of {self._layout.layer_count} layers are done; all finished "
+            f"Stopped on request. {len(self._finished)} of {len(self._layers)} layers are done; all finished "
             f"work is saved. Resume with: {resume_command(self._settings.work_folder)}"
         )
 

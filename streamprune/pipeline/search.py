@@ -47,7 +47,7 @@ from streamprune.planning.search_needs import OwnNeeds, search_needs
 from streamprune.progress import Progress, stage
 from streamprune.reporting.search import marked, notes_on, search_result
 from streamprune.reporting.search_page import write_search_result
-from streamprune.saliency.scores import Scores
+from streamprune.saliency.scores import Scores, apart_from_mtp
 from streamprune.saliency.scores_file import SCORES_NAME, write_scores
 from streamprune.streaming.batches import Runtime
 from streamprune.streaming.predictions import find_head
@@ -272,8 +272,9 @@ class _Search:
         assert held is not None
         result = {**self._result(decided, prepared, layers), "request": taken["request"]}
         provenance = provenance_of(settings, prepared, text, self.device, taken["batch_tokens"])
-        facts, found = prepared.facts, tuple(each for _, each in sorted(layers.scored.items()))
-        scores = Scores(found, text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json())
+        facts, found = prepared.facts, [each for _, each in sorted(layers.scored.items())]
+        own, mtp = apart_from_mtp(found, facts.layout.layer_count)
+        scores = Scores(own, text.sources, text.tokens_of, facts.layout.spec, provenance, facts.as_json(), mtp)
         save_held_out(settings.output, held, self.progress)
         write_scores(work.staging / SCORES_NAME, scores)
         write_search_result(work.staging, result)

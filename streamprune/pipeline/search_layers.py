@@ -28,6 +28,7 @@ from streamprune.selection.select import Selector, routed_tokens
 from streamprune.streaming.batches import Among, Runtime, Stopped
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
+from streamprune.streaming.mtp_layer import MtpLayer
 from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.score_stage import ScoreStage
@@ -90,7 +91,10 @@ class SearchLayers:
         self._progress, self._layout = runtime.progress, prepared.layout
         self._calibration, self._selectors = text.calibration, _selectors(runtime.settings, prepared, text, sides)
         self._width = prepared.recorded_width if self._settings.channels else None
-        weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead)
+        #: The index of the layer for multi-token prediction, if it is scored as a further layer.
+        self._mtp = prepared.written.layout.mtp_layer
+        mtp = MtpLayer(prepared) if self._mtp is not None else None
+        weights = LayerWeights(prepared, runtime.device, runtime.busy, runtime.plan.ahead, mtp)
         score = ScoreStage(
             weights, self._layout.spec.count, self._calibration.tokens_of, self._versions, False, self._width
         )
@@ -142,11 +146,14 @@ class SearchLayers:
                 self._saved_at = time.monotonic()
             if self._runtime.stop:
                 raise Stopped
+        if self._mtp is not None:
+            # (Also where it was scored before a search was stopped in what follows: that has the same result.)
+            self._run(self._mtp)
         self._progress.say("comparing the predictions of all candidates with the original's on the held-out text ...")
         self.measured = self._loop.read_predictions(count, is_held_out)
 
     def _run(self, index: int) -> None:
-        started, last = time.monotonic(), self._layout.layer_count - 1
+        started, last = time.monotonic(), self._layout.layer_count - 1 if self._mtp is None else self._mtp
         task = LayerTask(index)
         self._loop.run_layer(task, index + 1 if index < last else None)
         self._loop.drop_cached_pages(index)

@@ -158,6 +158,11 @@ def check_scores_match(path: Path, scores: Scores, layout: Layout) -> None:
             f"(top-{scores.spec.top_k}), but the model has {len(layout.expert_layers)} with {layout.spec.count} "
             f"(top-{layout.spec.top_k}), or other layers have experts. Score the model again."
         )
+    if scores.mtp is not None and layout.mtp_layer is not None and scores.mtp.index != layout.mtp_layer:
+        raise ScoresError(
+            f"{path} has scores of an MTP layer {scores.mtp.index}, but the model has it as layer {layout.mtp_layer}. "
+            "Score the model again."
+        )
     energies = scores.layers[0].channels
     if energies is not None and layout.width is not None and energies.shape[2] != layout.width.width:
         raise ScoresError(

@@ -91,6 +91,8 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     """The memory that a run needs, from the model on the meta device and the calibration text."""
     held, spec = calibration.held_out, prepared.skeleton.spec
     through = held is not None or settings.needs_text or settings.imatrix is not None
+    scores_mtp = settings.scores is None and prepared.written.layout.mtp_layer is not None
+    through |= scores_mtp
     last = prepared.skeleton.layer_count - 1 if through else prepared.layout.expert_layers[-1]
     # Share of each layer's experts in the pruned copy next to it.
     copies: dict[int, float] = {}
@@ -99,6 +101,8 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
     needs = needs_of(prepared, calibration, last + 1, copies, spec)
+    if scores_mtp:
+        needs = with_mtp_layer(needs, prepared)
     needs = channel_sums(needs, settings, prepared, calibration)
     if settings.refit:
         needs = _with_refit(needs, prepared, calibration)
@@ -111,6 +115,17 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
     # Held-out text has the states of both models, and sums over the vocabulary.
     needs = _with_two_sided(needs, needs_of(prepared, held, last + 1))
     return replace(needs, states=needs.states + held.tokens * sums_per_token())
+
+
+def with_mtp_layer(needs: Needs, prepared: PreparedModel) -> Needs:
+    """The needs with those of scoring the MTP layer, if it is written and its form is known."""
+    form = prepared.layout.mtp_form if prepared.written.layout.mtp_layer is not None else None
+    if form is None:
+        return needs
+    # It is as large as the layer whose class it has; in addition there is what makes its input, which is read last.
+    tensors = prepared.checkpoint.tensors
+    more = sum(tensors[name].nbytes for name in (form.embedding_norm, form.hidden_norm, form.projection))
+    return replace(needs, layer=needs.layer + more, loading=needs.loading + 2 * more)
 
 
 def channel_sums(needs: Needs, settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:

@@ -10,7 +10,14 @@ from streamprune.calibration.refit_text import fitted_tokens
 from streamprune.calibration.sequences import JUDGE, Calibration
 from streamprune.config import RunSettings, SearchSettings
 from streamprune.hardware.memory_plan import Needs, RefitNeeds, RoundingNeeds
-from streamprune.planning.memory_needs import channel_sums, needs_of, rounding_of, states_bytes, sums_per_token
+from streamprune.planning.memory_needs import (
+    channel_sums,
+    needs_of,
+    rounding_of,
+    states_bytes,
+    sums_per_token,
+    with_mtp_layer,
+)
 from streamprune.planning.prepare import PreparedModel
 from streamprune.planning.refit import refit_sizes
 from streamprune.refit.sizes import RefitSizes
@@ -39,6 +46,7 @@ def search_needs(
     kept = [max(own.prepared.counts.values()) for own in candidates if own.prepared.counts]
     copies = dict.fromkeys(prepared.skeleton.experts, max(kept) / spec.count)
     needs = channel_sums(needs_of(prepared, calibration, layers, copies, spec), settings, prepared, calibration)
+    needs = with_mtp_layer(needs, prepared)
     measured, compared = needs_of(prepared, held, 0), len(candidates)
     states = needs.states + (1 + compared) * measured.states + held.tokens * sums_per_token(compared)
     tokens, sequences = needs.tokens + held.tokens, needs.sequences + len(held.sequences)

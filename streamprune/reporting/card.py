@@ -74,7 +74,8 @@ def model_card(
     recipe = calibration.stated if calibration else Recipe()
     stated = {each.name: each for each in recipe.sources}
     counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
-    kept = {layer.index: KeptExperts(tuple(layer.kept)) for layer in record.layers}
+    own = [record.mtp.layer] if record.mtp and record.mtp.layer else []
+    kept = plan.layout.with_mtp({layer.index: KeptExperts(tuple(layer.kept)) for layer in [*record.layers, *own]})
     return render(
         "card.md.j2",
         metadata=metadata(settings.model, _kinds(record), source.folder).to_yaml(),

@@ -23,7 +23,7 @@ from streamprune.planning.counts import ExpertCounts
 from streamprune.reporting.record import Provenance, Record, ScoringSettings, public_name
 from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
-from streamprune.selection.select import Selection
+from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import SelectionSettings
 from streamprune.targets import ServingSpec
 
@@ -71,26 +71,29 @@ def make_record(
         # `push` skips files that are not listed.
         "files": sorted({*(path.as_posix() for path in plan.copied), *plan.files}),
         "dropped": (*plan.layout.dropped, *plan.layout.ignored),
-        **_mtp(plan.layout),
+        **_mtp(plan.layout, selection),
         "protected": {str(layer): experts for layer, experts in sorted(selection.protected.items())},
-        "layers": [
-            {
-                "index": each.index,
-                "kept": each.kept,
-                "scores": each.scores,
-                "counts": each.tokens,
-                "channels": each.channels.as_text() if each.channels is not None else None,
-            }
-            for each in selection.layers
-        ],
+        "layers": [_layer(each) for each in selection.layers],
     }
     return msgspec.convert(found, Record)
 
 
-def _mtp(layout: Layout) -> dict[str, Any]:
-    """Which layers for multi-token prediction the output has; nothing if it has none."""
+def _layer(each: LayerSelection) -> dict[str, Any]:
+    return {
+        "index": each.index,
+        "kept": each.kept,
+        "scores": each.scores,
+        "counts": each.tokens,
+        "channels": each.channels.as_text() if each.channels is not None else None,
+    }
+
+
+def _mtp(layout: Layout, selection: Selection) -> dict[str, Any]:
+    """Which layers for multi-token prediction the output has, and how their experts were selected; or nothing."""
     if not layout.mtp:
         return {}
+    if layout.mtp_layer is not None and selection.mtp is not None:
+        return {"mtp": {"tensors": len(layout.mtp), "layer": _layer(selection.mtp)}}
     return {"mtp": {"tensors": len(layout.mtp), "experts_of": layout.mtp_source if layout.mtp_experts else None}}
 
 

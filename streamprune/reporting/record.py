@@ -121,10 +121,12 @@ class Settings(ScoringSettings, frozen=True, kw_only=True):
 
 class RecordedMtp(Struct, frozen=True, kw_only=True):
     """The kept layers for multi-token prediction: the number of their tensors, and the layer whose kept experts theirs
-    have the numbers of; None if they have no experts."""
+    have the numbers of; None if they have no experts, or if these were selected by scores of their own, in `layer`,
+    whose index is the one behind the model's layers."""
 
     tensors: Positive
     experts_of: Count | None = None
+    layer: RecordedLayer | UnsetType = UNSET
 
 
 class PlannedUse(Struct, frozen=True, kw_only=True):
@@ -214,14 +216,17 @@ class Record(Struct, frozen=True, kw_only=True):
         indices = list(self.counts)
         if len(indices) < len(self.layers) or indices != sorted(indices):
             raise ValueError("layers are not in ascending order of their `index`")
-        for number, layer in enumerate(self.layers):
+        named = [(f"$.layers[{number}]", layer) for number, layer in enumerate(self.layers)]
+        if self.mtp and self.mtp.layer:
+            named.append(("$.mtp.layer", self.mtp.layer))
+        for where, layer in named:
             for place, expert in enumerate(layer.kept):
                 if expert >= experts:
-                    raise ValueError(f"`$.layers[{number}].kept[{place}]` is {expert}, but there are {experts} experts")
+                    raise ValueError(f"`{where}.kept[{place}]` is {expert}, but there are {experts} experts")
             for name, values in (("scores", layer.scores), ("counts", layer.counts)):
                 if len(values) not in (0, experts):
-                    raise ValueError(f"`$.layers[{number}].{name}` has {len(values)} values for {experts} experts")
-            _check_channels(layer, width, self.source.width, f"`$.layers[{number}].channels`")
+                    raise ValueError(f"`{where}.{name}` has {len(values)} values for {experts} experts")
+            _check_channels(layer, width, self.source.width, f"`{where}.channels`")
         if self.refit:
             check_refit(self.refit, self.counts)
         if self.rounding:

@@ -106,6 +106,8 @@ class Scores:
 
     `sources` names the parts of the calibration text, `source_tokens` says how many tokens each of them had. Provenance
     and layout are JSON; `layout`, which says where the experts are in the checkpoint, is None if it was not recorded.
+    `mtp` are the statistics of the layer for multi-token prediction, whose index is that behind all layers; None if it
+    was not scored. The last token of a sequence does not enter it.
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -114,6 +116,12 @@ class Scores:
     spec: ExpertSpec
     provenance: Mapping[str, Any] = field(repr=False)
     layout: Mapping[str, Any] | None = field(default=None, repr=False)
+    mtp: LayerStatistics | None = None
+
+    @property
+    def every(self) -> tuple[LayerStatistics, ...]:
+        """All layers with experts, the MTP layer last if it was scored."""
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -123,12 +131,20 @@ class Scores:
     @property
     def channel_bytes(self) -> int:
         """Bytes of the energies of all channels; 0 if they were not recorded."""
-        return sum(layer.channels.nbytes for layer in self.layers if layer.channels is not None)
+        return sum(layer.channels.nbytes for layer in self.every if layer.channels is not None)
 
     @property
     def tokens(self) -> int:
         """Calibration tokens of all sources together."""
         return sum(self.source_tokens)
+
+
+def apart_from_mtp(
+    layers: Sequence[LayerStatistics], layer_count: int
+) -> tuple[tuple[LayerStatistics, ...], LayerStatistics | None]:
+    """The statistics of a model's own layers, `layer_count` in all, and those of the MTP layer behind them, if any."""
+    own = tuple(layer for layer in layers if layer.index < layer_count)
+    return own, layers[-1] if len(own) < len(layers) else None
 
 
 def pack(values: NDArray[Any]) -> str:

@@ -9,7 +9,8 @@ scored, there is also a tensor `layers.3.channels` per layer, float32: their ene
 - `about`, `fields`: what this is, and what each field is, for people who open the file;
 - `blocks`: the indices of the layers; `sources`: name and tokens of each source, in the order of the rows;
 - `experts`: how the model's config states its experts; `provenance`: model, calibration, versions;
-- `layout` (optional): which tensors of the checkpoint hold the experts.
+- `layout` (optional): which tensors of the checkpoint hold the experts;
+- `mtp_block` (optional): the index of a further layer with tensors, the one for multi-token prediction.
 
 All but the first two are JSON. The same scores give the same bytes.
 """
@@ -50,9 +51,10 @@ SCORES_NAME = "scores.safetensors"
 #: Their subfolder in a pruned model: not next to the weights, where some loaders read every safetensors file.
 SCORES_FOLDER = "scores"
 #: The format that is written. Format 1, of streamprune 0.1.0, and format 2, of 0.2.0, have no channels and only
-#: FIELDS_BEFORE fields; they are read, and written as format 3 without what they lack.
-FORMAT = 3
-READABLE_FORMATS = ("1", "2", "3")
+#: FIELDS_BEFORE fields; they are read, and written as format 3 without what they lack. Format 4 is format 3 with a
+#: layer for multi-token prediction; earlier versions refuse it, and ask for an update.
+FORMAT, FORMAT_WITH_MTP = 3, 4
+READABLE_FORMATS = ("1", "2", "3", "4")
 #: DeepSeek-V3's channels take 122 MB a source, Qwen3-30B-A3B's 19 MB; without channels a real file has a few MB.
 MOST_BYTES = 2**32
 MOST_HEADER_BYTES = 2**26
@@ -103,10 +105,13 @@ class _Metadata(msgspec.Struct):
     experts: _Experts
     provenance: dict[str, Any]
     layout: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    mtp_block: _Index | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if any(left >= right for left, right in pairwise(self.blocks)):
             raise ValueError(f"the layers are not in ascending order: {show(self.blocks)}")
+        if self.mtp_block is not msgspec.UNSET and self.mtp_block <= self.blocks[-1]:
+            raise ValueError(f"its layer for multi-token prediction is {self.mtp_block}, not behind the others")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"two sources have the same name: {show(sorted(names))}")
@@ -144,12 +149,13 @@ def write_scores(path: Path, scores: Scores) -> None:
     metadata = _metadata_of(scores)
     # The same checks as when they are read.
     _checked_metadata(metadata)
-    for layer in scores.layers:
+    for layer in scores.every:
         check_layer(layer, scores.source_tokens, scores.spec.count)
     _check_alike(scores)
     fields = {name: FIELDS[name] for name in scores.layers[0].fields}
+    number = FORMAT if scores.mtp is None else FORMAT_WITH_MTP
     header = encode_header(
-        {_MARK: str(FORMAT), "about": _ABOUT, "fields": _json(fields), **metadata},
+        {_MARK: str(number), "about": _ABOUT, "fields": _json(fields), **metadata},
         ((name, dtype, values.shape, values.nbytes) for name, dtype, values in _tensors_of(scores)),
     )
     tensors = (np.ascontiguousarray(values).reshape(-1).view(np.uint8).data for _, _, values in _tensors_of(scores))
@@ -160,19 +166,19 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 def _check_alike(scores: Scores) -> None:
     """Raise ScoresError unless all layers have the same fields and channels."""
-    kinds = {(len(layer.values), None if layer.channels is None else layer.channels.shape) for layer in scores.layers}
+    kinds = {(len(layer.values), None if layer.channels is None else layer.channels.shape) for layer in scores.every}
     if len(kinds) > 1:
         raise ScoresError("its layers have different fields or channels. Score the model again.")
 
 
 def _tensors_of(scores: Scores) -> Iterator[tuple[str, str, NDArray[Any]]]:
     """Name, dtype and values of every tensor, in the order of the file."""
-    for layer in scores.layers:
+    for layer in scores.every:
         for name, values in layer.fields.items():
             dtype, code = _DTYPES[name in COUNTS]
             yield _tensor_name(layer.index, name), dtype, values.astype(code, copy=False)
     # Last, since they may leave the following tensor at no multiple of 8 bytes.
-    for layer in scores.layers:
+    for layer in scores.every:
         if layer.channels is not None:
             yield _tensor_name(layer.index, _CHANNELS), "F32", layer.channels.astype("<f4", copy=False)
 
@@ -191,6 +197,7 @@ def _metadata_of(scores: Scores) -> dict[str, str]:
         "experts": asdict(scores.spec),
         "provenance": scores.provenance,
         **({"layout": scores.layout} if scores.layout is not None else {}),
+        **({"mtp_block": scores.mtp.index} if scores.mtp is not None else {}),
     }
     return {name: _json(value) for name, value in metadata.items()}
 
@@ -289,15 +296,19 @@ def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
     spec = msgspec.convert(msgspec.structs.asdict(facts.experts), ExpertSpec)
     sources = tuple(source.name for source in facts.sources)
     tokens = tuple(source.tokens for source in facts.sources)
+    has_mtp = facts.mtp_block is not msgspec.UNSET
+    if has_mtp != (metadata[_MARK] == str(FORMAT_WITH_MTP)):
+        raise _damaged(f"format {metadata[_MARK]} has {'a' if has_mtp else 'no'} layer for multi-token prediction")
+    blocks = facts.blocks if facts.mtp_block is msgspec.UNSET else [*facts.blocks, facts.mtp_block]
     fields, width = _contents(metadata[_MARK], facts.blocks[0], entries)
     names = [*fields, *([_CHANNELS] if width is not None else [])]
-    expected = {_tensor_name(index, name) for index in facts.blocks for name in names}
+    expected = {_tensor_name(index, name) for index in blocks for name in names}
     if expected != entries.keys():
         missing, more = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
         what = f"lacks {len(missing)} tensors, first {missing[0]}" if missing else f"has the unknown {show(more[0])}"
-        raise _damaged(f"for {len(facts.blocks)} layers with {len(names)} tensors each it {what}")
+        raise _damaged(f"for {len(blocks)} layers with {len(names)} tensors each it {what}")
     layers = []
-    for index in facts.blocks:
+    for index in blocks:
         shape = (len(sources), spec.count)
         tensors = [
             _tensor(entries[_tensor_name(index, name)], *_DTYPES[name in COUNTS], shape, data) for name in fields
@@ -309,12 +320,13 @@ def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
         check_layer(layer, tokens, spec.count)
         layers.append(layer)
     layout = None if facts.layout is msgspec.UNSET else facts.layout
-    return Scores(tuple(layers), sources, tokens, spec, facts.provenance, layout)
+    mtp = layers.pop() if has_mtp else None
+    return Scores(tuple(layers), sources, tokens, spec, facts.provenance, layout, mtp)
 
 
 def _contents(mark: str, first: int, entries: Mapping[str, TensorEntry]) -> tuple[tuple[str, ...], int | None]:
     """The fields that a file of this format has, by the tensors of its first layer, and its channels per expert."""
-    if mark != str(FORMAT):
+    if int(mark) < FORMAT:
         return tuple(FIELDS)[:FIELDS_BEFORE], None
     later = tuple(FIELDS)[FIELDS_BEFORE:]
     is_old = not any(_tensor_name(first, name) in entries for name in later)

@@ -55,12 +55,18 @@ class Selection:
     """The experts that stay in all layers, in ascending order of layers.
 
     `settings` decided the selection; None for the user's own list. `protected` are the super experts that were kept for
-    any score, by layer.
+    any score, by layer. `mtp` is the layer for multi-token prediction, if it has scores of its own.
     """
 
     layers: tuple[LayerSelection, ...]
     settings: SelectionSettings | None = None
     protected: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    mtp: LayerSelection | None = None
+
+    @property
+    def every(self) -> tuple[LayerSelection, ...]:
+        """All layers, and the MTP layer behind them if its experts were selected by their own scores."""
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)
 
     @property
     def kept(self) -> dict[int, tuple[int, ...]]:
@@ -69,8 +75,8 @@ class Selection:
 
     @property
     def stays(self) -> dict[int, KeptExperts]:
-        """What stays of the experts, by layer."""
-        return {layer.index: layer.stays for layer in self.layers}
+        """What stays of the experts, by layer; also of the MTP layer if that has scores of its own."""
+        return {layer.index: layer.stays for layer in self.every}
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -125,7 +131,8 @@ class Selector:
         """The selection in one layer: of `keep` experts, or as many as `per_layer` says. Raises like `all`."""
         if keep is None:
             assert self.per_layer is not None
-            keep = self.per_layer[statistics.index]
+            # The MTP layer, a further one, keeps as many as the last.
+            keep = self.per_layer.get(statistics.index, self.per_layer[max(self.per_layer)])
         scores = score_layer(statistics, self.settings, self.weights)
         try:
             kept = keep_highest(scores, keep, self.spec, protected)
@@ -134,8 +141,11 @@ class Selector:
         channels = keep_channels(statistics, self.weights, kept, self.width) if self.width is not None else None
         return LayerSelection(statistics.index, kept, scores, routed_tokens(statistics), channels)
 
-    def all(self, layers: Sequence[LayerStatistics]) -> Selection:
-        """The selection in all layers. Raises SettingsError, with layer and numbers, if no selection is possible."""
+    def all(self, layers: Sequence[LayerStatistics], mtp: LayerStatistics | None = None) -> Selection:
+        """The selection in all layers, and in the MTP layer if that has statistics.
+
+        Raises SettingsError, with layer and numbers, if no selection is possible.
+        """
         protected = super_experts(layers, self.weights) if self.settings.protect_super_experts else {}
         counts = self.per_layer
         if counts is None:
@@ -144,7 +154,8 @@ class Selector:
             divided = layer_counts(self.settings, self.spec, len(layers), self.total, scores, shielded)
             counts = {layer.index: count for layer, count in zip(layers, divided, strict=True)}
         selected = (self.layer(layer, counts[layer.index], protected.get(layer.index, ())) for layer in layers)
-        return Selection(tuple(selected), self.settings, protected)
+        further = self.layer(mtp, counts[layers[-1].index]) if mtp is not None else None
+        return Selection(tuple(selected), self.settings, protected, further)
 
 
 def listed_selection(

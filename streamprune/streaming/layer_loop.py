@@ -17,6 +17,7 @@ from torch import nn
 from streamprune.calibration.sequences import Calibration, MicroBatch
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import free_after_failure, is_gpu, lack_of_memory
+from streamprune.progress import name_of_layer
 from streamprune.streaming.batches import Among, MicroBatches, Runtime, every
 from streamprune.streaming.predictions import SequenceFigures, read_predictions
 from streamprune.streaming.stages import ForwardStage, LayerTask
@@ -83,7 +84,7 @@ class LayerLoop:
             if stage.side not in self.given_up and stage.applies(task)
         ]
         sequences = sum(self.batches.sequences_among(partial(stage.takes, task)) for _, stage in stages)
-        self._runtime.progress.start(f"layer {task.index}/{self.layer_count - 1}", sequences)
+        self._runtime.progress.start(name_of_layer(task.index, self.layer_count), sequences)
         groups = [(weights, list(group)) for weights, group in groupby(stages, key=lambda item: item[1].weights)]
         for position, (weights, group) in enumerate(groups):
             with weights.loaded(task.index) as layer:
@@ -93,7 +94,8 @@ class LayerLoop:
                     self._prefetch(following)
                 for number, stage in group:
                     self._run_stage(number, stage, task, layer)
-        self._go_to(task.index + 1)
+        # (A layer for multi-token prediction, a further one, leaves the states as they are behind the last layer.)
+        self._go_to(min(task.index + 1, self.layer_count))
 
     def read_predictions(self, layer: int, among: Among = every) -> dict[str, list[SequenceFigures]]:
         """The predictions of all stages' models but the original, by side, from the states that enter `layer`."""

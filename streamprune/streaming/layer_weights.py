@@ -29,6 +29,7 @@ from streamprune.progress import Busy
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.conversion import Conversion
 from streamprune.streaming.forward import LayerForward, layers_replaced
+from streamprune.streaming.mtp_layer import MtpLayer
 
 #: The group of small tensors, which are each a parameter of their own.
 _SINGLES = ""
@@ -47,7 +48,12 @@ class LayerWeights:
     """
 
     def __init__(
-        self, opened: OpenedModel, device: torch.device, busy: Busy | None = None, prefetch: bool = True
+        self,
+        opened: OpenedModel,
+        device: torch.device,
+        busy: Busy | None = None,
+        prefetch: bool = True,
+        mtp: MtpLayer | None = None,
     ) -> None:
         self.decoder: Decoder = opened.skeleton
         self.model = self.decoder.model
@@ -67,6 +73,13 @@ class LayerWeights:
         for name, target in opened.targets.items():
             if target.name is not None:
                 self._groups[target.layer][target.name].append(name)
+        #: The layer for multi-token prediction, a further layer, if it is to be loaded too.
+        self.mtp = mtp
+        if mtp is not None:
+            self._stored |= {name: target.stored for name, target in mtp.tensors.items()}
+            for name, target in mtp.tensors.items():
+                if target.name is not None:
+                    self._groups[mtp.index][target.name].append(name)
 
     def close(self) -> None:
         """End the reader threads, and free what they have read."""
@@ -114,11 +127,15 @@ class LayerWeights:
 
         Raises CheckpointError for missing or misfitting tensors, and torch's error if memory runs out.
         """
-        module = self.decoder.layers[index]
+        mtp = self.mtp if self.mtp is not None and index == self.mtp.index else None
+        place = mtp.source if mtp is not None else index
+        module = self.decoder.layers[place]
         try:
             reading = self._prefetched.pop(index) if index in self._prefetched else self._start(index)
             self._load(reading, self._groups[index], index)
-            self._materialize_buffers(module, f"{self.decoder.layers_path}.{index}")
+            if mtp is not None:
+                self._load_entrance(mtp)
+            self._materialize_buffers(module, f"{self.decoder.layers_path}.{place}")
             missing = [name for name, tensor in _tensors(module) if tensor.is_meta]
             if missing:
                 raise CheckpointError(
@@ -127,6 +144,8 @@ class LayerWeights:
             yield module
         finally:
             module.to("meta")
+            if mtp is not None:
+                mtp.entrance.to("meta")
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -258,12 +277,24 @@ class LayerWeights:
             self._reader.sync_with_compute()
             for group in self._reading_groups(groups):
                 # One after the other, so that the memory of each is freed before the next is converted.
-                self._conversion.load(decode_tensors(reading.take(group), self._stored, self.dtype))
+                tensors = decode_tensors(reading.take(group), self._stored, self.dtype)
+                if self.mtp is not None and index == self.mtp.index:
+                    tensors = {self.mtp.renamed(name): tensor for name, tensor in tensors.items()}
+                self._conversion.load(tensors)
         except BaseException:
             # If memory ran out, this has to be freed first.
             self._reader.discard(reading)
             raise
         self._read[index] = reading
+
+    def _load_entrance(self, mtp: MtpLayer) -> None:
+        reading = self._reader.start({_SINGLES: list(mtp.parameters)})
+        try:
+            reading.wait()
+            self._reader.sync_with_compute()
+            mtp.load_entrance(reading.take(_SINGLES))
+        finally:
+            self._reader.discard(reading)
 
     def _materialize_buffers(self, root: nn.Module, root_path: str) -> None:
         """Create the buffers that are in no checkpoint (rotary frequencies, masks) like from_pretrained."""

@@ -247,7 +247,7 @@ class PrunedForwardStage(ForwardStage):
 
     def applies(self, task: LayerTask) -> bool:
         has_text = self.errors is not None or self._written is not None or self.side != PRUNED
-        return has_text or self._streams(task)
+        return super().applies(task) and (has_text or self._streams(task))
 
     def takes(self, task: LayerTask, batch: MicroBatch) -> bool:
         return self._two_sided(batch) or self._streams(task)
