@@ -304,13 +304,19 @@ def test_an_even_model_is_told_in_a_line_and_for_every_engine(home: Path, tmp_pa
 
 
 def test_a_model_with_layers_that_have_no_experts(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", tiny_config(known_family("deepseek_v3")))
+    config = tiny_config(known_family("deepseek_v3"))
+    config.topk_group = 2
+    model = make_model(tmp_path / "model", config)
     (tmp_path / "list.json").write_text(json.dumps({str(layer): [0, 2, 5, 6] for layer in range(1, 4)}))
     invoke("prune", model, "-o", tmp_path / "out", "--keep-file", tmp_path / "list.json", "--quiet")
     card = card_of(tmp_path / "out")
     assert "Each of the layers 1–3 keeps 4 of 8 experts. 1 other layer has no experts to choose from." in card
     assert "chosen by hand, without scores" in card
     assert [heading for heading in HEADINGS if f"## {heading}" not in card] == ["Calibration", "Domain retention"]
+    # What a program does not take has no command, but the reason.
+    assert "Not with llama.cpp: llama.cpp ends with an error where the router picks all of its 2 groups.\n\n" in card
+    assert "convert_hf_to_gguf.py" not in card
+    assert "With vLLM, if it supports the source's architecture:\n\n```bash\nvllm serve . " in card
 
 
 HOSTILE: list[tuple[str, dict[str, Any]]] = [

@@ -181,6 +181,13 @@ def test_the_summary_stands_first(reported: Reported, copied: Path) -> None:
     shown = Tables(page)
     assert shown.rows("The rounding by layer") == [[str(layer), "25.0%", "12.5%", "1"] for layer in range(4)]
     assert "4 experts were reached by too few of these tokens" in page
+    # Where a program does not take the model, the reason stands instead: here more groups than all experts could fill.
+    config = {**facts.config, "n_group": 4, "topk_group": 2, "quantization_config": {"quant_method": "<awq>"}}
+    page = page_of(replace(facts, config=config), {each.name: each for each in sections_of(facts)}, {})
+    assert "<p>Not with vLLM: vLLM&#39;s router drops its 4 groups without a word, and picks other experts, " in page
+    assert "<p>Not with llama.cpp: llama.cpp ends with an error unless each of the router&#39;s 4 groups " in page
+    assert "does not read weights stored as &lt;awq&gt;; write them decoded with --weights bf16.</p>" in page
+    assert "<pre>" not in page
 
 
 def test_colours_can_be_read_in_grey() -> None:

@@ -52,9 +52,18 @@ def sentence(rule: Rule, served: Served) -> str:
     )
 
 
+def refusal(served: Served, engine: str) -> str:
+    """Why an engine cannot take a result at all, in sentences; empty if it can."""
+    return " ".join(f"{each.text}." for each in _refusing(served, engine))
+
+
+def _refusing(served: Served, engine: str) -> list[Finding]:
+    return [each for each in findings(served, engine) if each.rule.refuses]
+
+
 def check_served(served: Served, engine: str | None) -> None:
     """Raise SettingsError if the engine of --for (None: not given) cannot take the result at all."""
-    refused = [each for each in findings(served, engine) if each.rule.refuses] if engine is not None else []
+    refused = _refusing(served, engine) if engine is not None else []
     if engine is None or not refused:
         return
     good = good_count(served, engine) if any(each.rule.about == "count" for each in refused) else None

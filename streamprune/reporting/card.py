@@ -28,7 +28,7 @@ from streamprune.models.per_layer_experts import engines_note, has_per_layer_exp
 from streamprune.output.plan import REPORT_NAME, PrunePlan
 from streamprune.reporting.record import Record
 from streamprune.reporting.record_text import Calibration, GivenCalibration, Recipe, RecipeSource
-from streamprune.reporting.summary import serving_commands, share_removed
+from streamprune.reporting.summary import as_served, serving_programs, share_removed
 from streamprune.reporting.tables import refit_table
 from streamprune.reporting.templates import render
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
@@ -98,7 +98,7 @@ def model_card(
         estimate=estimate,
         budget=estimate.budget if isinstance(estimate, Fit) else None,
         engines=engines_note(True) if has_per_layer_experts(plan.counts) else None,
-        serving=serving_commands(plan.config, _use_of(record), not has_per_layer_experts(plan.counts)),
+        programs=serving_programs(as_served(record, plan.config), _use_of(record)),
         verdict=verdict(share_removed(record)),
         imatrix_file=shlex.quote(record.imatrix.file) if record.imatrix else "",
         searched=searched,

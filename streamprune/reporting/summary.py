@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from streamprune.fit.engine_rules import NAMES, Served
+from streamprune.fit.engines import refusal
 from streamprune.fit.footprint import max_positions
 from streamprune.fit.verdict import verdict
 from streamprune.hardware.gpus import GPUS
 from streamprune.hardware.memory import format_bytes
-from streamprune.models.config_json import text_part
+from streamprune.models.config_json import ExpertSpec, expert_spec, stated_shape, text_part
 from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.reporting.evaluations import TextResult
 from streamprune.reporting.facts import Facts, Memory
@@ -67,18 +69,48 @@ def _fits(memory: Memory) -> str:
     return f"{said}: it fits {large[0].key} (CUDA can use {format_bytes(large[0].usable_bytes)}){others}."
 
 
-def serving_commands(config: Mapping[str, Any], use: ServingSpec, is_even: bool) -> dict[str, str]:
-    """Commands by program that serve the model in the current folder, which has the config.json `config`.
+@dataclass(frozen=True)
+class Program:
+    """A program that may serve a model: the `commands` for it, or, where it does not take the model, why (`refusal`)."""
 
-    `use` is what it was planned for; `is_even` says that all layers keep equally many experts, which vLLM and llama.cpp
-    need.
+    name: str
+    commands: str = ""
+    refusal: str = ""
+
+
+def as_served(record: Record, config: Mapping[str, Any]) -> Served:
+    """The model as an engine meets it, by its record and its config.json."""
+    source, width, shape = record.source, record.settings.width, stated_shape(config)
+    spec = expert_spec((), "", source.experts, (text_part(config)[1],))
+    return Served(
+        spec or ExpertSpec((), "", source.experts, source.top_k),
+        tuple(sorted(set(record.counts.values()))),
+        record.settings.weights or "source",
+        width or (shape.expert if shape is not None else 0) or None,
+        config=config,
+    )
+
+
+def serving_programs(served: Served, use: ServingSpec) -> list[Program]:
+    """How vLLM and llama.cpp serve the model in the current folder, or why they cannot; `use` is what it is planned for.
+
+    Empty where its layers keep different numbers of experts, which neither takes.
     """
-    if not is_even:
-        return {}
-    use = replace(use, context=min(use.context, max_positions(config) or use.context))
-    found = {"llama.cpp": "\n".join(gguf_commands(config, use, Path(), "model"))}
-    # Planned for llama.cpp's quantization, more may be left than another engine has room for.
-    return found if use.weights in GGUF_TYPES else {"vLLM": f"vllm serve . --max-model-len {use.context}", **found}
+    if len(served.counts) > 1:
+        return []
+    use = replace(use, context=min(use.context, max_positions(served.config) or use.context))
+    commands = {
+        "vllm": f"vllm serve . --max-model-len {use.context}",
+        "llama.cpp": "\n".join(gguf_commands(served.config, use, Path(), "model")),
+    }
+    if use.weights in GGUF_TYPES:
+        # Planned for llama.cpp's quantization, more may be left than another engine has room for.
+        del commands["vllm"]
+    found = []
+    for engine, command in commands.items():
+        why_not = refusal(served, engine)
+        found.append(Program(NAMES[engine], refusal=why_not) if why_not else Program(NAMES[engine], command))
+    return found
 
 
 def gguf_commands(

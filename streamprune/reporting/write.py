@@ -24,12 +24,13 @@ from streamprune import __version__
 from streamprune.errors import ReportError
 from streamprune.files.durable import reading, write_atomically, writing
 from streamprune.formats.pick import storage_text
+from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
 from streamprune.reporting.search import search_tables
 from streamprune.reporting.search_page import draw_search
-from streamprune.reporting.summary import serving_commands, summary_sentences
+from streamprune.reporting.summary import as_served, serving_programs, summary_sentences
 from streamprune.reporting.templates import render
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.tables import Table
@@ -135,14 +136,14 @@ def page_of(facts: Facts, sections: Mapping[str, Section], pictures: Mapping[str
     record = facts.record
     schedule = SCHEDULES.get(record.settings.schedule or "")
     use = record.use.spec if record.use else ServingSpec()
-    is_even = len(set(record.counts.values())) == 1
     return render(
         "report.html.j2",
         facts=facts,
         storage_text=storage_text,
         use=use,
         summary=list(summary_sentences(facts)),
-        serving=serving_commands(facts.config, use, is_even),
+        programs=serving_programs(as_served(record, facts.config), use),
+        engines=engines_note(True) if has_per_layer_experts(record.counts) else None,
         gpu_sizes=GPU_SIZES,
         describe_busy=lambda busy: describe(asdict(busy)).removeprefix("busy: "),
         schedule_meaning=schedule.meaning if schedule else "a file says how many each layer keeps",
