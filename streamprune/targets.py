@@ -67,9 +67,10 @@ class ServingSpec:
     `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is. Or it is one of
     GGUF_TYPES: what llama.cpp makes of the output.
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
-    number in all layers together instead, and `widest` the number in the layer that keeps most, if known. `width` is
-    the number of channels that each expert keeps; None for all. `mtp` is one of MTP: whether an output keeps layers for
-    multi-token prediction, which engines load for speculative decoding; the model as it is has them. `for_engine` is
+    number in all layers together instead; `widest` is the number in the layer that keeps most, and `last` that in the
+    last one with experts, if known. `width` is the number of channels that each expert keeps; None for all. `mtp` is
+    one of MTP: whether an output keeps layers for multi-token prediction, which engines load for speculative decoding;
+    they have as many experts as the last layer, and the model as it is has them. `for_engine` is
     the program that serves it, one of ENGINES, and `round_for` one for which numbers of experts are rounded down;
     `unrounded` is what `keep` was before that.
     """
@@ -81,6 +82,7 @@ class ServingSpec:
     keep: int | None = None
     total: int | None = None
     widest: int | None = None
+    last: int | None = None
     width: int | None = None
     mtp: str = MTP[0]
     for_engine: str | None = None

@@ -27,7 +27,8 @@ from streamprune.fit.nearest import nearest
 from streamprune.fit.weights import WeightFact, Weights, WeightSizes
 from streamprune.formats.base import ExpertRows
 from streamprune.models.config_json import ExpertSpec, ModelShape, minimum_keep
-from streamprune.targets import ServingSpec
+from streamprune.planning.counts import ExpertCounts
+from streamprune.targets import PruningTarget, ServingSpec
 from tests.full_size import config_only
 
 MIB, GIB = 1024**2, 1024**3
@@ -245,6 +246,27 @@ def test_terms_are_what_they_say() -> None:
     assert {name for name, term in terms.items() if term.kind == "exact"} == set(list(terms)[:7])
     assert all(term.low == term.high for term in fit.terms if term.kind == "exact")
     assert terms["prefill workspace"].high == workspace * WORKSPACE_SHARE[2]
+
+
+def test_layers_that_keep_different_numbers() -> None:
+    """Blocks that predict have as many experts as the last; what would fit instead does not depend on what is asked."""
+    footprint = MODELS["experts that predict"]
+    decided = ExpertCounts(86, BLOCKS, False, dict(enumerate((32, 6, 9, 20, 11, 8))))
+    found = [
+        counts.estimate(PruningTarget(context=5000), footprint)
+        for counts in (decided, replace(decided, per_layer=None))
+    ]
+    terms = [next(term for term in each.terms if term.name == "weights: MTP") for each in found]
+    nbytes = {count: MTP + 2 * count * EXPERT for count in (4, 8, 32)}
+    assert [(term.kind, term.low, term.bytes, term.high) for term in terms] == [
+        ("exact", nbytes[8], nbytes[8], nbytes[8]),
+        ("modelled", nbytes[4], nbytes[32], nbytes[32]),
+    ]
+    budget = total(footprint, context=5000, keep=10)
+    most = Fit(footprint, ServingSpec(context=5000), budget)
+    for each in found:
+        fit = Fit(footprint, each.use, budget)
+        assert (fit.max_experts, fit.max_total_experts) == (10, most.max_total_experts)
 
 
 def test_model_without_experts() -> None:

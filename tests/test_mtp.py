@@ -17,8 +17,9 @@ from streamprune.errors import VerifyError
 from streamprune.fit.estimate import Fit
 from streamprune.output.verify import verify
 from streamprune.pipeline.prune import prune as prune_by_scores
+from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.sizes import read_forms
-from streamprune.targets import MTP, ServingSpec, Storage
+from streamprune.targets import MTP, PruningTarget, ServingSpec, Storage
 from tests.helpers import known_family, prune, read_tensors, tree_bytes
 from tests.mtp import COUNTS, add_mtp, check_mtp
 from tests.quantized import make_quantized
@@ -119,6 +120,10 @@ def test_different_numbers_by_layer(tmp_path: Path) -> None:
     prune(source, tmp_path / "out", keep=None, ratio=None, schedule=str(tmp_path / "schedule.json"))
     check_mtp(tmp_path / "out", path)
     assert read_tensors(tmp_path / "out")[f"{path}.mlp.gate.weight"].shape[0] == 4
+    counts = ExpertCounts(17, 3, False, {1: 7, 2: 6, 3: 4})
+    planned = counts.estimate(PruningTarget(), read_forms(str(source), None, False, Storage()))
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
+    assert planned.weights_bytes == written["total_size"]
 
 
 def test_a_quantized_source(tmp_path: Path) -> None:

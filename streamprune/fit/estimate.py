@@ -234,6 +234,10 @@ class Fit(Estimate):
     def fits(self) -> bool:
         return self.left >= 0
 
+    def with_equal(self, keep: int | None, **use: Any) -> Self:
+        """The same with `keep` experts in every layer (None: all), and changes to `use`."""
+        return self.changed(keep=keep, total=None, widest=None, last=None, **use)
+
     @cached_property
     def max_experts(self) -> int | None:
         """The most experts per layer that fit, a number that the router allows; None if not even the fewest fit.
@@ -251,10 +255,10 @@ class Fit(Estimate):
         spec = self.footprint.spec
         if spec is None:
             return None
-        if self.changed(keep=None).fits:
+        if self.with_equal(None).fits:
             return spec.count
         steps = range(minimum_keep(spec), spec.count, spec.groups)
-        return _largest(steps, lambda keep: self.changed(keep=keep).fits)
+        return _largest(steps, lambda keep: self.with_equal(keep).fits)
 
     @cached_property
     def max_total_experts(self) -> int | None:
@@ -264,10 +268,10 @@ class Fit(Estimate):
             return None
         keeps_mtp = self.use.mtp == MTP[0] and self.footprint.weights.keeps_mtp
         sizes = self.footprint.sizes(self.use.weights, self.use.width, keeps_mtp)
-        if not sizes.expert_layers or self.changed(keep=None).fits:
+        if not sizes.expert_layers or self.with_equal(None).fits:
             return spec.count * sizes.expert_layers
         # In units of one expert in one layer: experts of all layers have the same size.
-        rest = sum(term.bytes for term in _terms(self.footprint, replace(self.use, keep=0), routed=spec.count))
+        rest = sum(term.bytes for term in _terms(self.footprint, self.with_equal(0).use, routed=spec.count))
         each = sizes.without_mtp().expert_bytes()
         fitting = int((self.budget - rest) * sizes.expert_layers // each)
         # Above, the workspace is that of a layer with all experts; if all layers keep equally few, it may be less.
@@ -294,14 +298,18 @@ def _terms(footprint: Footprint, use: ServingSpec, routed: int | None = None) ->
         # Layers have experts of one size, so their mean number gives the bytes. Until it is decided, some layer may
         # keep all its experts.
         kept, routed = use.total / max(1, sizes.expert_layers), use.widest or weights.count
-    found = sizes.bytes_by_category(kept)
+    found, fewest = sizes.bytes_by_category(kept), {}
     if sizes.per_expert["MTP"] and routed is not None:
-        # Layers for multi-token prediction keep as many experts as one of the others, at most as many as the widest.
-        found["MTP"] = sizes.bytes_by_category(routed)["MTP"]
+        # Layers for multi-token prediction have as many experts as the last of the others. Until it is known how many
+        # that keeps, it may be any number up to the widest's.
+        found["MTP"] = sizes.bytes_by_category(use.last or routed)["MTP"]
+        if use.last is None and footprint.spec is not None:
+            fewest["MTP"] = sizes.bytes_by_category(minimum_keep(footprint.spec))["MTP"]
     for name, size in found.items():
         # Which type llama.cpp gives a tensor goes by names that its converter makes.
-        is_counted = weights.measured and use.weights not in GGUF_TYPES
-        yield Term(f"{WEIGHTS}{name}", size, "exact" if is_counted else "modelled", size, size)
+        is_counted = weights.measured and use.weights not in GGUF_TYPES and name not in fewest
+        low = fewest.get(name, size)
+        yield Term(f"{WEIGHTS}{name}", size, "exact" if is_counted else "modelled", low, size)
     kv_bytes = footprint.cache.kv_bytes(use.context, use.batch, use.kv_dtype)
     yield Term(KV_CACHE, kv_bytes, "exact", kv_bytes, kv_bytes)
     state = footprint.cache.state_bytes(use.batch)

@@ -37,7 +37,7 @@ def most_experts(fit: Fit, weights: str) -> int | None:
     """
     if fit.footprint.why_not(weights, fit.use.width) is not None:
         return None
-    return fit.changed(weights=weights, keep=None, total=None, widest=None).max_experts
+    return fit.with_equal(None, weights=weights).max_experts
 
 
 def other_formats(fit: Fit) -> str | None:

@@ -89,8 +89,10 @@ class ExpertCounts:
         """The memory of the pruned model, compared with the budget if there is one."""
         serving = replace(target.serving(unpruned.max_positions), keep=self.keep, width=self.width)
         if not self.uniform:
-            widest = max(self.per_layer.values()) if self.per_layer else None
-            serving = replace(serving, total=self.total, widest=widest)
+            serving = replace(serving, total=self.total)
+            if self.per_layer:
+                numbers = self.per_layer
+                serving = replace(serving, widest=max(numbers.values()), last=numbers[max(numbers)])
         return self.against_budget(Estimate(unpruned, serving))
 
     def engine_notes(self, target: PruningTarget, unpruned: Footprint | None) -> Iterator[str]:
