@@ -216,6 +216,13 @@ def test_the_number_that_a_ratio_gives_is_rounded_down_and_keep_only_if_asked() 
     assert notes == ["rounded for vLLM: 64 experts instead of 84, 20 fewer in every layer"]
     assert (planned(keep=84).keep, planned(keep=84, for_engine="vllm").keep) == (84, 84)
     assert planned(keep=84, round_for="vllm").keep == 64
+    # The share that a note tells is the one after rounding: 64 of 128 experts, each with 640 of 768 channels.
+    both = planned(ratio=0.35, by="both", round_for="vllm")
+    assert (both.keep, both.width) == (64, 640)
+    assert both.notes == (
+        "58.3% of the experts' weights are removed instead of 35.0%, because widths are multiples of 128 "
+        "(--width-multiple), and --round-for vllm keeps fewer experts.",
+    )
     # All experts are the source's number, whatever is narrower.
     assert planned(width=384, round_for="vllm").keep == 128
     with pytest.raises(SettingsError, match="rounds the one number of experts of all layers, but --schedule global"):

@@ -120,7 +120,7 @@ def plan_counts(target: PruningTarget, model: Prunable, read_footprint: Callable
     few experts, nothing would be removed, the schedule cannot be met, or the engine of --for cannot take the result.
     """
     counts = _rounded(target, model, _wanted(target, model, read_footprint))
-    return with_engine(target, model, counts)
+    return with_engine(target, model, _with_width_notes(target, model, counts))
 
 
 def with_engine(target: PruningTarget, model: Prunable, counts: ExpertCounts) -> ExpertCounts:
@@ -147,20 +147,23 @@ def _wanted(target: PruningTarget, model: Prunable, read_footprint: Callable[[],
     _check_narrower(target, model)
     stated = stated_counts(target, model.spec, model.layers)
     if stated is not None:
-        counts = _stated(target, stated, read_footprint)
-    elif target.budget_gib is not None or target.gpu is not None:
-        counts = _within_budget(target, model, read_footprint())
-    else:
-        keep, width = _asked_for(target, model)
-        total, uniform = keep * len(model.layers), SCHEDULES[target.schedule].is_uniform
-        per_layer = planned_counts(target, model.spec, model.layers, total)
-        counts = ExpertCounts(total, len(model.layers), uniform, per_layer, width=width)
+        return _stated(target, stated, read_footprint)
+    if target.budget_gib is not None or target.gpu is not None:
+        return _within_budget(target, model, read_footprint())
+    keep, width = _asked_for(target, model)
+    total, uniform = keep * len(model.layers), SCHEDULES[target.schedule].is_uniform
+    per_layer = planned_counts(target, model.spec, model.layers, total)
+    return ExpertCounts(total, len(model.layers), uniform, per_layer, width=width)
+
+
+def _with_width_notes(target: PruningTarget, model: Prunable, counts: ExpertCounts) -> ExpertCounts:
+    """The counts with notes on the width and on the share that stays, where experts become narrower."""
     if counts.width is None or model.width is None:
         return counts
     share = counts.total / counts.layers / model.spec.count * counts.width / model.width.width
     # (For a named engine its own rules are listed.)
     widths = width_notes(counts.width, model.itemsize) if target.serving_engine is None else ()
-    notes = (*_rounding_note(target, model.width, share), *widths)
+    notes = (*_rounding_note(target, model.width, share, counts.unrounded is not None), *widths)
     return replace(counts, full_width=model.width.width, notes=notes)
 
 
@@ -216,14 +219,18 @@ def _experts_for_share(spec: ExpertSpec, share: float) -> int:
     return min(spec.count, max(minimum_keep(spec), wanted))
 
 
-def _rounding_note(target: PruningTarget, width: WidthSpec, share: float) -> tuple[str, ...]:
-    """A note if another share of the experts' weights stays than was asked for, because of the steps of widths."""
+def _rounding_note(target: PruningTarget, width: WidthSpec, share: float, is_rounded: bool) -> tuple[str, ...]:
+    """A note if another share of the experts' weights stays than was asked for, because of the steps of widths.
+
+    `is_rounded`: the number of experts was rounded for an engine.
+    """
     if target.by == "experts" or target.ratio is None or abs(share - (1 - target.ratio)) < 0.005:
         return ()
+    multiple = target.width_multiple or default_multiple(width.width)
+    experts = f"--round-for {target.round_for} keeps fewer experts" if is_rounded else "the router needs some experts"
     return (
         f"{1 - share:.1%} of the experts' weights are removed instead of {target.ratio:.1%}, because widths are "
-        f"multiples of {target.width_multiple or default_multiple(width.width)} (--width-multiple), and the router "
-        "needs some experts.",
+        f"multiples of {multiple} (--width-multiple), and {experts}.",
     )
 
 
