@@ -374,3 +374,12 @@ def test_the_width_that_stays_decides_what_gpus_can_divide(tmp_path: Path) -> No
     assert verify(prune(source, tmp_path / "out", tensor_parallel=2, **settings).output, source).encoded
     with pytest.raises(SettingsError, match=r"divides 64 columns over 4 ranks\. .* or --tensor-parallel 1 or 2\."):
         prune(source, tmp_path / "other", tensor_parallel=4, **settings)
+    # As well where `prune` finds that width itself.
+    found = dry_run(
+        PruneSettings(
+            model=str(source), output=tmp_path / "found", scores=tmp_path / "out", weights="w8a16", by="channels",
+            ratio=0.3, width_multiple=32, tensor_parallel=2,
+        ),
+        quiet=True,
+    )  # fmt: skip
+    assert found["width"] == 64

@@ -140,7 +140,6 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     facts = _with_forms(settings, checkpoint, _facts(settings, checkpoint, scores))
     # Refuses more context than the model can have.
     _ = facts.serving(settings, raw)
-    written = _written(settings, checkpoint, facts)
     provenance: Mapping[str, Any] = (
         scores.provenance if scores else provenance_by_hand(settings.model, settings.revision, checkpoint)
     )
@@ -154,8 +153,8 @@ def _decide(settings: PruneSettings) -> SelectionResult:
     layout, itemsize = facts.layout, facts.footprint.itemsize if facts.footprint is not None else 2
     prunable = Prunable(layout.spec, layout.expert_layers, layout.width, layout.fixed_width, itemsize, raw)
     counts, selection = _select(settings, scores, prunable, footprint)
-    most = settings.max_shard_bytes
-    plan = make_plan(written, selection.counts_by_layer, most, counts.width)
+    written = _written(settings, checkpoint, facts, counts.width)
+    plan = make_plan(written, selection.counts_by_layer, settings.max_shard_bytes, counts.width)
     return SelectionResult(settings, checkpoint, facts, counts, selection, plan, provenance, scores)
 
 
@@ -272,15 +271,15 @@ def _with_forms(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFac
     return replace(facts, footprint=replace(footprint, forms=WrittenSizes(load)))
 
 
-def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts) -> OutputSource:
-    """What the output is cut from."""
+def _written(settings: PruneSettings, checkpoint: Checkpoint, facts: ModelFacts, width: int | None) -> OutputSource:
+    """What an output with `width` channels per expert (None: all) is cut from."""
     if settings.is_quantizing:
         # Imported only here, as in `_facts`: what is quantized follows from the model's modules.
         from streamprune.models.open import open_moe
         from streamprune.output.source import output_source
 
         opened = open_moe(checkpoint, settings.trust_remote_code)
-        return output_source(opened, facts.loading, settings.storage, settings.width)
+        return output_source(opened, facts.loading, settings.storage, width)
     layout = written_layout(facts.layout, settings.storage)
     if settings.weights == "source":
         return OutputSource(checkpoint, layout, facts.loading)
