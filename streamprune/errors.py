@@ -35,6 +35,10 @@ class BadRecordError(CalibrationError):
     """A record of the calibration data cannot be used; --skip-bad passes over a few of them."""
 
 
+class CommentedJsonError(CalibrationError):
+    """A JSON array of the calibration data has comments or trailing commas, as settings of programs often have."""
+
+
 class ScoresError(StreampruneError):
     """A file of scores is missing, damaged, of another format, or does not belong to the model."""
 

@@ -135,7 +135,9 @@ def test_a_comparison_says_which_experts_differ_and_what_sources_gain(inspect: A
     )
     shown = inspect("--keep", "4", "--compare", text, "--compare", "method=reap").stdout
     assert f"Compared with {text}: {told['changed']} experts differ, mean Jaccard {told['jaccard']:.3f}" in shown
-    assert f"  {after[1].kept - before[1].kept:+.1%}\n" in shown
+    # A difference of two shares: percentage points.
+    assert "  change in points\n" in shown
+    assert f"  {100 * (after[1].kept - before[1].kept):+.1f}\n" in shown
     assert "Both keep the same experts in every layer." in shown
 
 

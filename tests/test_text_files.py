@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 
 from streamprune.calibration import tokens
+from streamprune.calibration.left_out import LeftOut
 from streamprune.calibration.rows import Row, _Text
 from streamprune.calibration.text_files import read_file
 from streamprune.errors import CalibrationError
@@ -103,7 +104,8 @@ def test_json_that_is_no_data_is_text_in_a_folder_of_code_and_said(model: Path) 
     made = load([folder], model, samples=1, seq_len=43)
     assert '[{"id": 1}]' in texts_of(model, made)[0]
     (note,) = (note for note in made.notes if "JSON files" in note)
-    assert note.startswith("code: JSON files read as plain text, since their records have no 'text'")
+    assert note.startswith("code: JSON files read as plain text, since they are no records, or such without 'text'")
+    assert "'input_ids': 4, first " in note
     # Named by itself, or where the recipe says what counts, it has records.
     with pytest.raises(CalibrationError, match=r"users\.json record 1 has no 'text'"):
         load([folder / "users.json"], model)
@@ -111,6 +113,38 @@ def test_json_that_is_no_data_is_text_in_a_folder_of_code_and_said(model: Path) 
     (folder / "package.json").unlink()
     (folder / "numbers.json").unlink()
     assert made_of(model, {"path": "code", "field": "id"}) == ["1</s>"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '// one\n[{"text": "a"}]',
+        '[ // one\n {"text": "a"}]',
+        '[/* one\n */\n{"id": 1}]',
+        '[{ // one\n "id": 1}]',
+        '[{"id": 1 /* one */}]',
+        '[{"text": "a"} // one\n, {"text": "b"}]',
+        '[{"text": "a"}, // one\n {"text": "b"}]',
+        '[{"id": "a",}]',
+        '[{"id": [1, ]}]',
+    ],
+)
+def test_json_with_comments_is_text_in_a_folder_of_code_and_an_error_as_a_file(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(content)
+    left_out = LeftOut()
+    assert [row.values for row in read_file(path, random.Random(0), left_out)] == [{"text": content}]
+    assert left_out.prose == [path]
+    with pytest.raises(CalibrationError, match=r"settings\.json.*JSON has neither comments nor trailing commas"):
+        list(read_file(path, random.Random(0)))
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a', '[{"text": "a"}, {"text": "b', '[{"text": "a"}', '[{"id": 1, "x"'])
+def test_an_array_that_is_cut_off_stays_an_error_in_a_folder(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=r"a\.json( record \d)? is not .*Was the file cut\? Download it again\."):
+        list(read_file(path, random.Random(0), LeftOut()))
 
 
 def test_a_long_array_is_read_no_further_than_it_has_to_be(tmp_path: Path) -> None:

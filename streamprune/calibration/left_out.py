@@ -12,7 +12,8 @@ from pathlib import Path
 class LeftOut:
     """What is left out of a source; it grows while the source is read.
 
-    `files` are not text; `prose` are JSON files that are read as plain text, since their records have no usual field.
+    `files` are not text; `prose` are JSON files that are read as plain text, since they are no records, or such without
+    a usual field.
     `parts` counts, by type, what is not text in `chats` chats, and `placeholders` tokens that stand for an image or the
     like. `empty` records have no text, `bad` ones cannot be used (`first_bad` says why of the first).
     """
@@ -35,8 +36,9 @@ class LeftOut:
             )
         if self.prose:
             yield (
-                "JSON files read as plain text, since their records have no 'text', 'messages' or 'input_ids': "
-                f"{len(self.prose):,}, first {self.prose[0]}. (With 'text' or 'messages' a recipe says what counts.)"
+                "JSON files read as plain text, since they are no records, or such without 'text', 'messages' or "
+                f"'input_ids': {len(self.prose):,}, first {self.prose[0]}. (With 'text' or 'messages' a recipe says "
+                "what counts.)"
             )
         if self.parts:
             listed = ", ".join(f"{count:,} {kind}" for kind, count in self.parts.most_common(5))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, BinaryIO
 
-from streamprune.errors import BadRecordError, CalibrationError
+from streamprune.errors import BadRecordError, CalibrationError, CommentedJsonError
 from streamprune.files.json_text import json_fault, parse_json
 from streamprune.hardware.memory import format_bytes
 
@@ -21,6 +21,10 @@ _CHUNK = 1 << 16
 #: How many bytes at the start of a file decide what it is, if they hold a whole line.
 _SNIFFED_BYTES = 1 << 10
 _NO_SPACE = re.compile(r"\S")
+#: Comments, which some programs allow in their JSON, with the space around them.
+_COMMENTS = re.compile(rb"(\s|//[^\n]*(\n|$)|/\*.*?(\*/|$))*", re.DOTALL)
+#: Where a parser of JSON ends at a comment, or behind a trailing comma.
+_COMMENTED = re.compile(r"/[/*]|,?\s*[}\]]")
 #: Programs of Windows begin their files with it.
 BYTE_ORDER_MARK = "\ufeff"
 #: The kinds of a JSON file: a record per line, one array of records, or something else.
@@ -43,11 +47,13 @@ class Row:
 def json_kind(stream: BinaryIO) -> tuple[str, dict[str, Any]]:
     """What the JSON file in a stream is, by its beginning: LINES, ARRAY or OTHER; and its first record, if it has one.
 
-    An array of text is one of records too, each with a `text`; an array of numbers or of arrays is not.
+    An array of text is one of records too, each with a `text`; an array of numbers or of arrays is not. Comments are
+    passed over.
     """
     begin = stream.read(_SNIFFED_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
-    if begin.startswith(b"["):
-        item = begin[1:].lstrip()
+    array = _COMMENTS.sub(b"", begin, count=1)
+    if array.startswith(b"["):
+        item = _COMMENTS.sub(b"", array[1:], count=1)
         return (ARRAY if item[:1] in (b"{", b'"', b"]") else OTHER), {}
     if not begin.startswith(b"{"):
         return OTHER, {}
@@ -92,7 +98,8 @@ def read_array(name: str, stream: BinaryIO) -> Iterator[Row]:
     """The records of a JSON array, of which only the current one and a chunk of the file are held.
 
     A text in the array is a record with this `text`. An item of another kind is a row with an error. Raises
-    CalibrationError, naming the record, where the file is no JSON or a record is too long.
+    CalibrationError, naming the record, where the file is no JSON or a record is too long; CommentedJsonError where
+    that is for a comment or a trailing comma.
     """
     text = _Text(stream, name)
     text.skip("[")
@@ -138,6 +145,8 @@ class _Text:
     def skip(self, mark: str) -> None:
         """Go on behind this character. Raises CalibrationError if another one is here."""
         if not self.begins_with(mark):
+            if self.begins_with("/"):
+                raise _commented(self._name, f"'/' where {mark!r} belongs")
             found = "the end of the file" if self.is_over() else f"{self._text[self._at]!r}"
             raise CalibrationError(
                 f"{self._name} is not a valid JSON array: {found} where {mark!r} belongs, in the {self._read:,} bytes "
@@ -154,6 +163,8 @@ class _Text:
                     end = self._scan(self._text, self._at)[1]
                 except (ValueError, RecursionError) as error:
                     reason = str(error)[:300]
+                    if isinstance(error, json.JSONDecodeError) and _COMMENTED.match(self._text, error.pos):
+                        raise _commented(place, reason) from None
                 else:
                     # (The rest of a number might not be read yet.)
                     if end < len(self._text) or self._ended:
@@ -175,6 +186,12 @@ class _Text:
         self._at = 0
         self._read += len(data)
         self._ended = not data
+
+
+def _commented(place: str, reason: str) -> CommentedJsonError:
+    return CommentedJsonError(
+        f"{place} is not valid JSON: {reason}. JSON has neither comments nor trailing commas: remove them."
+    )
 
 
 def _text_row(data: bytes, place: str) -> Row:

@@ -28,7 +28,7 @@ from streamprune.calibration.rows import (
     read_line,
     read_lines,
 )
-from streamprune.errors import CalibrationError
+from streamprune.errors import CalibrationError, CommentedJsonError
 
 #: Longer texts are cut at line ends into documents of about this many bytes, so that a few large files do not have to
 #: be tokenized as a whole for a small sample.
@@ -142,24 +142,25 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def read_file(path: Path, rng: random.Random, left_out: LeftOut | None = None) -> Iterator[Row]:
     """The rows of a file: records of parquet and of JSON, as its suffix and its contents say, or else parts of text.
 
-    With `left_out` JSON whose first record has none of USUAL_FIELDS is text, and noted there. Raises CalibrationError,
-    naming the file and the line.
+    With `left_out` JSON that is no records, or whose first has none of USUAL_FIELDS or a comment beside it, is text,
+    and noted there. Raises CalibrationError, naming the file and the line.
     """
     if path.suffix.lower() == ".parquet":
         yield from read_parquet(path, rng)
         return
     kind = _kind(path)
     if left_out is not None and kind != OTHER and not _has_usual_fields(path, kind):
-        left_out.prose.append(path)
         kind = OTHER
+        left_out.prose.append(path)
+    elif left_out is not None and kind == OTHER and _suffix(path) == ".json":
+        left_out.prose.append(path)
     with _opened(path) as stream:
         yield from {LINES: read_lines, ARRAY: read_array, OTHER: _read_text}[kind](str(path), stream)
 
 
 def _kind(path: Path) -> str:
     """How a file is read: LINES, ARRAY, or OTHER for text."""
-    is_compressed = path.suffix.lower() in _COMPRESSED
-    suffix = (path.with_suffix("") if is_compressed else path).suffix.lower()
+    suffix = _suffix(path)
     if suffix in _LINES_SUFFIXES:
         return LINES
     with _opened(path) as stream:
@@ -168,11 +169,24 @@ def _kind(path: Path) -> str:
     return kind if suffix == ".json" or (kind == LINES and is_usual(first)) else OTHER
 
 
+def _suffix(path: Path) -> str:
+    """The suffix of a file, of a compressed one that of what is in it."""
+    return (path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path).suffix.lower()
+
+
 def _has_usual_fields(path: Path, kind: str) -> bool:
+    """Whether the first record has a field that counts, and no comment in or behind it."""
+    first: Row | None = None
     with _opened(path) as stream:
         rows = read_lines(str(path), stream) if kind == LINES else read_array(str(path), stream)
-        # (Bad ones are reported when they are read.)
-        first = next(rows, None)
+        try:
+            first = next(rows, None)
+            next(rows, None)
+        except CommentedJsonError:
+            return False
+        except CalibrationError:
+            # Reported when the file is read.
+            pass
     return first is None or first.error is not None or is_usual(first.values)
 
 

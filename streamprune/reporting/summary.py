@@ -71,7 +71,7 @@ def _fits(memory: Memory) -> str:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that may serve a model: the `commands` for it, or, where it does not take the model, why (`refusal`)."""
+    """A program that may serve a model: `commands` that do, or, where it does not take the model, why (`refusal`)."""
 
     name: str
     commands: str = ""
@@ -92,9 +92,9 @@ def as_served(record: Record, config: Mapping[str, Any]) -> Served:
 
 
 def serving_programs(served: Served, use: ServingSpec) -> list[Program]:
-    """How vLLM and llama.cpp serve the model in the current folder, or why they cannot; `use` is what it is planned for.
+    """How vLLM and llama.cpp serve the model in the current folder, or why they cannot.
 
-    Empty where its layers keep different numbers of experts, which neither takes.
+    `use` is what it was planned for. Empty where its layers keep different numbers of experts, which neither takes.
     """
     if len(served.counts) > 1:
         return []

@@ -134,11 +134,11 @@ def comparison_lines(comparison: Mapping[str, Any], only: int | None = None) -> 
     if comparison.get("channels_jaccard") is not None:
         far += f"; of channels {comparison['channels_jaccard']:.3f}"
     shares = [
-        (each["source"], percent(each["first"]), percent(each["second"]), f"{each['gain']:+.1%}")
+        (each["source"], percent(each["first"]), percent(each["second"]), f"{100 * each['gain']:+.1f}")
         for each in comparison.get("energy", comparison["retention"])
     ]
     source = "energy kept of" if "energy" in comparison else "source"
-    yield from Table(f"Compared with {label}: {far}", (source, "this", "other", "change"), shares).text()
+    yield from Table(f"Compared with {label}: {far}", (source, "this", "other", "change in points"), shares).text()
     layers = comparison["layers"]
     differing = [layer for layer in layers if layer["jaccard"] < 1 and only in (None, layer["index"])]
     if not differing:
