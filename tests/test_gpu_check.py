@@ -5,6 +5,7 @@ But for one run as a user starts it, the parts run within this process: importin
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 import time
@@ -18,12 +19,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from measuring import check as checking
 from measuring import parts as measured_parts
-from measuring import rate, session, workers
-from measuring.parts import PARTS, Check, Part
+from measuring import rate, session, streamed, workers
+from measuring.check import Check
+from measuring.parts import PARTS, SMOKE, Part
 from measuring.processes import Job, ProcessError, run_process
 from measuring.session import MOST_BYTES, after_failure, as_text, measure_all
-from measuring.shapes import build, config_of
+from measuring.shapes import ROOT, build, config_of
 from measuring.summaries import LINES, summary
 from measuring.watching import SYNCHRONIZING, SyncWarnings
 
@@ -31,8 +34,8 @@ from tests.programs import run_program
 
 SETTINGS: dict[str, Any] = {
     "shape": "tiny", "layers": 3, "samples": 6, "run_samples": 4, "bench_samples": 4, "ram_samples": 4,
-    "fit_samples": 2, "seq_len": 64, "forward_batch": 1, "device": "cpu", "vram_gib": None, "states": "auto",
-    "budget_gib": None, "context": 128,
+    "fit_samples": 2, "more_samples": 4, "seq_len": 64, "forward_batch": 1, "device": "cpu", "vram_gib": None,
+    "states": "auto", "budget_gib": None, "context": 128,
 }  # fmt: skip
 HEAD = {"device": "cpu"}
 
@@ -50,7 +53,8 @@ def in_process() -> Iterator[None]:
         return dict(json.loads(json.dumps(workers.do(Job.parse(job.text())))))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measured_parts, "work", do)
+        for module in (checking, measured_parts, streamed):
+            patch.setattr(module, "work", do)
         patch.setattr(rate, "SECONDS", {"cpu": (0.0, 0.02)})
         yield
 
@@ -122,6 +126,49 @@ def test_scoring_is_extrapolated_to_the_whole_model(kind: str, saved: dict[str, 
     assert 0 < found["gap_seconds"] == pytest.approx(found["gaps"][1])
     assert "largest layer" in found["plan"]
     assert found["sync_warnings"]["count"] == 0
+
+
+def test_a_few_layers_tell_of_other_runs(saved: dict[str, Any]) -> None:
+    """Narrower, refitted and quantized ones, and of a source in FP8."""
+    for name in ("narrow", "refit", "fp8", "w4a16", "from-fp8"):
+        found = saved["parts"][name]
+        assert (len(found["seconds_of_layers"]), found["layers_of_the_model"]) == (3, 4), name
+        assert found["tokens"] == SETTINGS["more_samples"] * 64
+        assert "s/layer" in summary(name, found)
+    # Half of the bytes, but for scales and what lies around the matrices.
+    assert saved["parts"]["from-fp8"]["layer_mib"] < 0.7 * saved["parts"]["narrow"]["layer_mib"]
+
+
+def test_a_part_is_skipped_without_the_library_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    assert session.measure("fp8", check_in(tmp_path))["skipped"] == "this Python has no compressed_tensors"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tests_on_a_gpu_can_be_collected_where_only_the_package_s_own_libraries_are() -> None:
+    """Those that `smoke` names are there, and no test file with a `gpu` test but one imports what is an extra."""
+    written = (ROOT / "tests/test_gpu.py").read_text()
+    assert all(f"def {test.partition('::')[2].partition('[')[0]}(" in written for test in SMOKE)
+    assert {"compressed_tensors", "gguf", "datasets", "lm_eval"}.isdisjoint(imported("tests/test_gpu.py", set()))
+
+
+def imported(path: str, seen: set[str]) -> set[str]:
+    """What a test file imports as it begins, and the test files that it imports in turn."""
+    seen.add(path)
+    names: set[str] = set()
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found = [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+        elif isinstance(node, ast.Import):
+            found = [each.name for each in node.names]
+        else:
+            continue
+        names |= {each.partition(".")[0] for each in found}
+        files = [f"{each.replace('.', '/')}.py" for each in found if each.startswith("tests")]
+        for file in files:
+            if file not in seen and (ROOT / file).is_file():
+                names |= imported(file, seen)
+    return names
 
 
 def test_the_profile_looks_at_what_a_run_computes(saved: dict[str, Any]) -> None:

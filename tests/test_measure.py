@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,30 @@ def test_what_loading_takes_for_a_moment_is_no_workspace(tmp_path: Path, monkeyp
     with CpuMeter(None, None) as meter:
         found = measuring.measure_with(meter, str(source), estimate, CPU, False)
     assert 0 < {item.name: item for item in found}["prefill workspace"].measured < 32 * MIB
+
+
+def test_peaks_begin_with_what_is_left_of_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the loader's peak nor the blocks that it left in the allocator's cache count as the prompt's."""
+    gpu = {"allocated": 10, "reserved": 90, "peak allocated": 80, "peak reserved": 95}
+
+    def reset(_: object) -> None:
+        gpu.update({"peak allocated": gpu["allocated"], "peak reserved": gpu["reserved"]})
+
+    accelerator = SimpleNamespace(
+        synchronize=lambda _: None,
+        memory_allocated=lambda _: gpu["allocated"],
+        memory_reserved=lambda _: gpu["reserved"],
+        max_memory_allocated=lambda _: gpu["peak allocated"],
+        max_memory_reserved=lambda _: gpu["peak reserved"],
+        empty_cache=lambda: gpu.update({"reserved": 12}),
+        reset_peak_memory_stats=reset,
+    )
+    monkeypatch.setattr(torch, "accelerator", accelerator)
+    monkeypatch.setattr(measuring, "gpu_of_device", lambda index: None)
+    meter = measuring.GpuMeter(CPU)
+    assert meter.peaks() == (80, 95)
+    meter.forget_peaks()
+    assert (meter.allocated(), meter.peaks()) == (10, (10, 12))
 
 
 def test_errors_are_relative_to_what_was_measured() -> None:

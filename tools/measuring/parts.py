@@ -8,157 +8,48 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from measuring.comparison import MIB, gpu_peaks
+from measuring.check import GIB, Check
 from measuring.disk import drop_from_page_cache
-from measuring.extrapolation import HOW, UNCOUNTED, extrapolate
+from measuring.extrapolation import UNCOUNTED
 from measuring.processes import Job, ProcessError, run_process, work
-from measuring.shapes import (
-    FLOP_FORMULA,
-    ROOT,
-    config_of,
-    is_built,
-    layer_bytes,
-    weight_files,
-    work_of,
-    write_tokens,
-)
+from measuring.shapes import ROOT, config_of, weight_files
+from measuring.streamed import GB, extrapolated, vram_figures, watched_figures
 
-GIB, GB = 2**30, 10**9
-#: What streamprune writes has this name, or begins with it.
-OUTPUT = "output"
-#: Seconds below which nothing is started any more.
-LEAST_SECONDS = 0.5
 #: What nvidia-smi is asked for.
 QUESTIONS = (
     "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem",
     "clocks.max.mem", "power.limit", "temperature.gpu", "pcie.link.gen.max", "pcie.link.width.max",
 )  # fmt: skip
-LIBRARIES = ("torch", "transformers", "triton", "safetensors", "accelerate", "tokenizers", "pytest", "nvidia-ml-py")
+LIBRARIES = ("torch", "transformers", "triton", "safetensors", "accelerate", "tokenizers", "pytest", "nvidia-ml-py",
+             "compressed-tensors")  # fmt: skip
+#: Packs the weights of quantized results.
+PACKING = "compressed_tensors"
 #: The two tests that show most, as pytest names them.
 SMOKE = (
-    "tests/test_gpu.py::test_what_the_tools_measure_on_a_card",
+    "tests/test_gpu.py::test_what_the_tools_measure_on_a_gpu",
     "tests/test_gpu.py::test_scores_on_the_gpu_equal_those_on_the_cpu[qwen3_moe]",
 )
 
 
 @dataclass(frozen=True)
-class Check:
-    """What is checked: a shape with so many layers, on a device, with a folder for what is built, until a deadline.
-
-    `deadline` is of time.monotonic. The numbers of sequences are those of the parts: `samples` of score, the others of
-    what they are named after.
-    """
-
-    shape: str
-    layers: int
-    samples: int
-    run_samples: int
-    bench_samples: int
-    ram_samples: int
-    fit_samples: int
-    seq_len: int
-    forward_batch: int
-    device: str
-    vram_gib: float | None
-    states: str
-    budget_gib: float | None
-    context: int
-    folder: Path
-    deadline: float
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether there is a GPU to look at; the CPU only tries the parts out."""
-        return self.device != "cpu"
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline. Raises ProcessError when there are none."""
-        seconds = self.deadline - time.monotonic()
-        if seconds < LEAST_SECONDS:
-            raise ProcessError("the time is over: raise --total-seconds, or give fewer --layers, --samples or --parts")
-        return seconds
-
-    def job(self, kind: str, samples: int | None = None) -> Job:
-        """A job on the checkpoint, built unless it is there, with so many sequences (by default those of score)."""
-        samples = samples or self.samples
-        model = self.model()
-        tokens = self.folder / f"tokens-{samples}x{self.seq_len}.jsonl"
-        if not tokens.is_file():
-            part = tokens.with_suffix(".part")
-            write_tokens(part, samples, self.seq_len, config_of(self.shape)["vocab_size"])
-            part.rename(tokens)
-        # What a part that was cut off began would be gone on with, and so seem to take no time.
-        self.clear()
-        places = {"vram_gib": self.vram_gib, "states": self.states, "batch": self.forward_batch}
-        return Job(kind, model, tokens, self.folder / OUTPUT, self.device, **places)  # type: ignore[arg-type]
-
-    def model(self) -> Path:
-        """The folder of the checkpoint, built unless it is there."""
-        config, model = config_of(self.shape, self.layers), self.folder / "model"
-        if is_built(model, config):
-            return model
-        begun = time.monotonic()
-        shutil.rmtree(model, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("once-read-*.json"):
-            path.unlink()
-        given = self.folder / "config.json"
-        given.write_text(json.dumps(config))
-        work(Job("build", model, given, model, self.device), self.left)
-        size = sum(path.stat().st_size for path in weight_files(model))
-        built = {"seconds": round(time.monotonic() - begun, 1), "gib": round(size / GIB, 2)}
-        (self.folder / "built.json").write_text(json.dumps(built))
-        print(
-            f"checkpoint: {self.layers} layers of {self.shape}, {built['gib']} GiB in {built['seconds']} s", flush=True
-        )
-        return model
-
-    def built(self) -> dict[str, Any]:
-        """What building the checkpoint took, by the name `checkpoint`; nothing where none was built."""
-        path = self.folder / "built.json"
-        return {"checkpoint": json.loads(path.read_text())} if path.is_file() else {}
-
-    def once(self, job: Job, kind: str) -> dict[str, Any]:
-        """The figures of a job that is measured once for all parts."""
-        saved = self.folder / f"once-{kind}-{self.device.replace(':', '-')}.json"
-        if saved.is_file():
-            return dict(json.loads(saved.read_text()))
-        found = work(replace(job, kind=kind), self.left)
-        self.remember(kind, found)
-        return found
-
-    def remember(self, kind: str, found: dict[str, Any]) -> None:
-        """Let `once` give these figures from now on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"once-{kind}-{self.device.replace(':', '-')}.json").write_text(json.dumps(found))
-
-    def clear(self) -> None:
-        """Remove what streamprune has written: outputs, their work folders and their logs."""
-        for path in self.folder.glob(f"{OUTPUT}*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-@dataclass(frozen=True)
 class Part:
-    """How a part is measured; the seconds below which it is not begun on a GPU, and after which it is cut off."""
+    """How a part is measured; the seconds below which it is not begun on a GPU, and after which it is cut off.
+
+    `needs` is a library that streamprune itself does without.
+    """
 
     measure: Callable[[Check], dict[str, Any]]
     least: float
     most: float
     needs_gpu: bool = False
+    needs: str | None = None
 
 
 def machine(check: Check) -> dict[str, Any]:
@@ -243,78 +134,12 @@ def _pytest(check: Check, what: list[str], options: list[str]) -> str:
 
 def score(check: Check) -> dict[str, Any]:
     """The scoring pass, extrapolated to the whole model."""
-    return _extrapolated(check, "score", check.samples)
+    return extrapolated(check, "score", check.samples)
 
 
 def run(check: Check) -> dict[str, Any]:
     """The whole run with half of the experts kept, extrapolated to the whole model."""
-    return _extrapolated(check, "run", check.run_samples)
-
-
-def _extrapolated(check: Check, kind: str, samples: int) -> dict[str, Any]:
-    job = check.job(kind, samples)
-    rate, files = check.once(job, "matrix"), weight_files(job.model)
-    # Of a real model nothing would lie in memory before it is read.
-    cached = drop_from_page_cache(files)
-    reading = check.once(job, "read")
-    drop_from_page_cache(files)
-    found = work(job, check.left)
-    check.clear()
-    layers, tokens = config_of(check.shape)["num_hidden_layers"], samples * check.seq_len
-    figures = extrapolate([layer["seconds"] for layer in found["layers"]], found["seconds"], layers, kind == "run")
-    achieved = tokens * work_of(config_of(check.shape), check.seq_len).counted / figures["seconds_per_layer"]
-    return {
-        "tokens": tokens,
-        **figures,
-        "extrapolation": HOW,
-        "tokens_per_second_for_the_model": round(tokens / figures["seconds_for_the_model"]),
-        "flop_formula": FLOP_FORMULA,
-        "matrix_rate_tflops": round(rate["flop_per_second"] / 1e12, 4),
-        "matrix_dtype": rate["dtype"],
-        "achieved_tflops": round(achieved / 1e12, 6),
-        "achieved_share": round(achieved / rate["flop_per_second"], 4),
-        "page_cache_left_after_dropping": cached,
-        **_reading(job, reading, found, layers),
-        "peak_mib": round(found["peak_bytes"] / MIB),
-        **_watched(found),
-        **_vram(check, found),
-        "summary": found["summary"],
-    }
-
-
-def _reading(job: Job, reading: dict[str, Any], found: dict[str, Any], layers: int) -> dict[str, Any]:
-    """How fast the weights are read, plainly and by streamprune while it reads."""
-    plain, busy = reading["bytes"] / reading["seconds"], found["summary"]["busy"]
-    own = reading["bytes"] / (busy["read"] * busy["seconds"]) if busy["read"] else 0.0
-    return {
-        "layer_mib": round(layer_bytes(job.model) / MIB, 1),
-        "read_gb_per_second": round(plain / GB, 3),
-        "own_read_gb_per_second": round(own / GB, 3),
-        "reading_seconds_for_all_layers": round(layer_bytes(job.model) * layers / plain, 2),
-        "computing_seconds_per_layer": round(busy["compute"] * busy["seconds"] / len(found["layers"]), 4),
-    }
-
-
-def _watched(found: dict[str, Any]) -> dict[str, Any]:
-    """What was seen from within: the gaps between layers (the median of those that count), and the plan."""
-    watched = found["watched"]
-    # Of the same layers as the seconds: each gap is before the layer that follows.
-    counted = watched["gaps"][UNCOUNTED - 1 :]
-    planned = watched.get("plan_bytes")
-    return {
-        "gap_seconds": round(statistics.median(counted), 4) if counted else None,
-        "gaps": watched["gaps"],
-        "plan_gib": None if planned is None else round(planned / GIB, 2),
-        "plan": watched.get("plan"),
-        "sync_warnings": watched["sync_warnings"],
-    }
-
-
-def _vram(check: Check, found: dict[str, Any]) -> dict[str, Any]:
-    if not check.on_gpu:
-        return {}
-    allocated, reserved = gpu_peaks(found)
-    return {"peak_vram_gib": round(allocated / GIB, 2), "peak_vram_reserved_gib": round(reserved / GIB, 2)}
+    return extrapolated(check, "run", check.run_samples)
 
 
 def profile(check: Check) -> dict[str, Any]:
@@ -333,7 +158,9 @@ def bench(check: Check) -> dict[str, Any]:
     check.clear()
     forward, ours = found["forward"], found["score"]
     peaks = {
-        f"{kind}_peak_vram_gib": _vram(check, each)["peak_vram_gib"] for kind, each in found.items() if check.on_gpu
+        f"{kind}_peak_vram_gib": vram_figures(check, each)["peak_vram_gib"]
+        for kind, each in found.items()
+        if check.on_gpu
     }
     return {
         "tokens": check.bench_samples * check.seq_len,
@@ -360,9 +187,9 @@ def ram(check: Check) -> dict[str, Any]:
         figures |= {
             f"{place}_seconds_per_layer": round(statistics.median(seconds[UNCOUNTED:] or seconds), 4),
             f"{place}_seconds_of_layers": [round(each, 3) for each in seconds],
-            **{f"{place}_{name}": value for name, value in _vram(check, found).items()},
+            **{f"{place}_{name}": value for name, value in vram_figures(check, found).items()},
             f"{place}_summary": found["summary"],
-            f"{place}_watched": _watched(found),
+            f"{place}_watched": watched_figures(found),
         }
     check.clear()
     figures["ram_over_device"] = round(figures["ram_seconds_per_layer"] / figures["device_seconds_per_layer"], 3)
@@ -396,6 +223,21 @@ def fit(check: Check) -> dict[str, Any]:
     }
 
 
+def variant(kind: str) -> Callable[[Check], dict[str, Any]]:
+    """A part with a run of another kind, on a few layers."""
+
+    def measure(check: Check) -> dict[str, Any]:
+        return extrapolated(check, kind, check.more_samples, check.few_layers())
+
+    return measure
+
+
+def from_fp8(check: Check) -> dict[str, Any]:
+    """The scoring pass of a source with its matrices in FP8, on a few layers."""
+    with check.in_fp8() as model:
+        return extrapolated(check, "score", check.more_samples, model)
+
+
 def _streamprune(check: Check, *arguments: str) -> dict[str, Any]:
     # 3: it does not fit, which is an answer too.
     printed = run_process([sys.executable, "-m", "streamprune", *arguments, "--json"], check.left, accepted=(0, 3))
@@ -414,4 +256,9 @@ PARTS = {
     "ram": Part(ram, 40, 120, needs_gpu=True),
     "tests": Part(tests, 30, 240, needs_gpu=True),
     "fit": Part(fit, 60, 240),
+    "narrow": Part(variant("narrow"), 25, 90),
+    "refit": Part(variant("refit"), 25, 90),
+    "fp8": Part(variant("fp8"), 25, 90, needs=PACKING),
+    "w4a16": Part(variant("w4a16"), 25, 120, needs=PACKING),
+    "from-fp8": Part(from_fp8, 30, 90),
 }

@@ -8,10 +8,12 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from measuring.parts import PARTS, Check
+from measuring.check import Check
+from measuring.parts import PARTS
 from measuring.processes import ProcessError
 from measuring.summaries import summary
 
@@ -56,6 +58,8 @@ def measure(name: str, check: Check) -> dict[str, Any]:
     own = replace(check, deadline=min(check.deadline, begun + part.most))
     if part.needs_gpu and not check.on_gpu:
         figures: dict[str, Any] = {"skipped": "needs a GPU"}
+    elif part.needs is not None and find_spec(part.needs) is None:
+        figures = {"skipped": f"this Python has no {part.needs}"}
     elif left < least:
         figures = {"skipped": f"{max(0.0, left):.0f} s are left of --total-seconds, and this takes {least:.0f} or more"}
     else:

@@ -117,8 +117,11 @@ def build(config: Mapping[str, Any], folder: Path, device: str = "cpu") -> None:
 _FP8_BLOCK = 128
 
 
-def quantize(plain: Path, folder: Path) -> None:
-    """Write a checkpoint of `build` again, with the matrices of attention and experts in FP8, as published ones are."""
+def quantize(plain: Path, folder: Path, device: str = "cpu") -> None:
+    """Write a checkpoint of `build` again, with the matrices of attention and experts in FP8, as published ones are.
+
+    The values are computed on `device`.
+    """
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()
@@ -126,7 +129,7 @@ def quantize(plain: Path, folder: Path) -> None:
     for path in weight_files(plain):
         stored: dict[str, torch.Tensor] = {}
         for name, weight in load_file(path).items():
-            stored |= _in_fp8(name, weight) if "_proj." in name else {name: weight}
+            stored |= _in_fp8(name, weight.to(device)) if "_proj." in name else {name: weight}
         save_file(stored, folder / path.name, metadata={"format": "pt"})
         index |= dict.fromkeys(stored, path.name)
     section = {"quant_method": "fp8", "weight_block_size": [_FP8_BLOCK, _FP8_BLOCK], "activation_scheme": "dynamic"}
@@ -144,7 +147,7 @@ def _in_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     blocks = padded.reshape(padded.shape[0] // _FP8_BLOCK, _FP8_BLOCK, -1, _FP8_BLOCK)
     scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
     values = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
-    return {name: values.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scale}
+    return {name: values.to(torch.float8_e4m3fn).contiguous().cpu(), f"{name}_scale_inv": scale.cpu()}
 
 
 def _drawn(sizes: Mapping[str, tuple[int, ...]], dtype: str, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -120,4 +120,5 @@ def _fit(found: Figures) -> str:
 LINES = {
     "machine": _machine, "smoke": _tests, "score": _streamed, "run": _streamed, "profile": _profile, "bench": _bench,
     "ram": _ram, "tests": _tests, "fit": _fit,
+    **dict.fromkeys(("narrow", "refit", "fp8", "w4a16", "from-fp8"), _streamed),
 }  # fmt: skip

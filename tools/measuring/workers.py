@@ -5,7 +5,9 @@
 | `build` | writes the checkpoint (the config lies at `tokens`) |
 | `import` | nothing but importing torch and transformers |
 | `forward` | the tokens through the model, by transformers alone |
+| `quantize` | writes the model again, at `output`, with its matrices in FP8 |
 | `score`, `run` | streamprune's scoring pass, or the whole run, with half of the experts kept |
+| those of `VARIANTS` | the whole run, with something else in it |
 | `device` | which device this is, and the versions of the libraries |
 | `read`, `copy` | plain reading of all weights; plain copying of a finished output, flushed to the disk |
 | `matrix` | a large matrix product, again and again |
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from measuring import disk
 from measuring.processes import Job, log_of
-from measuring.shapes import build, weight_files
+from measuring.shapes import build, quantize, weight_files
 from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
@@ -33,6 +35,15 @@ if TYPE_CHECKING:
 
 #: Jobs that compare two kinds of runs.
 PAIRED = ("saving", "evaluating", "recording", "narrowing", "refitting", "quantizing", "decoding")
+#: Whole runs, and in what their settings differ from the usual ones.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "run": {},
+    "narrow": {"keep": None, "ratio": 0.5, "by": "channels"},
+    "refit": {"refit": True, "anchor": "none"},
+    "fp8": {"weights": "fp8-dynamic"},
+    "w4a16": {"weights": "w4a16"},
+}
+STREAMED = ("score", *VARIANTS)
 #: What of a run's summary the figures are made from, where it is there.
 SUMMARY = ("seconds", "calibration_tokens", "batch_tokens", "states", "shrinks", "busy", "output_bytes")
 
@@ -57,10 +68,12 @@ def _import(job: Job) -> dict[str, Any]:
 
 
 def _device(job: Job) -> dict[str, Any]:
-    import torch
-    import transformers
+    from importlib import metadata
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    import torch
+
+    # (Importing transformers would take seconds.)
+    versions = {"torch": torch.__version__, "transformers": metadata.version("transformers")}
     if job.device == "cpu":
         return {"device": "cpu", **versions}
     index, count = torch.device(job.device).index or 0, torch.cuda.device_count()
@@ -77,6 +90,11 @@ def _device(job: Job) -> dict[str, Any]:
 
 def _build(job: Job) -> dict[str, Any]:
     build(json.loads(job.tokens.read_text()), job.model, job.device)
+    return {}
+
+
+def _quantize(job: Job) -> dict[str, Any]:
+    quantize(job.model, job.output, job.device)
     return {}
 
 
@@ -106,7 +124,7 @@ def _score(job: Job) -> dict[str, Any]:
 
 
 def _run(job: Job) -> dict[str, Any]:
-    return _watched(job, settings_of(job))
+    return _watched(job, settings_of(job, **VARIANTS[job.kind]))
 
 
 def _watched(job: Job, settings: RunSettings) -> dict[str, Any]:
@@ -180,7 +198,8 @@ def _pruning(job: Job) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "build": _build, "device": _device, "import": _import, "forward": _forward, "score": _score, "run": _run,
+    "build": _build, "device": _device, "import": _import, "forward": _forward, "quantize": _quantize,
+    "score": _score, **dict.fromkeys(VARIANTS, _run),
     "read": _read, "copy": _copy, "matrix": _matrix, "pruning": _pruning,
     "machine": _machine, "profile": _profile, **dict.fromkeys(PAIRED, _paired),
 }  # fmt: skip
@@ -216,14 +235,14 @@ def do(job: Job) -> dict[str, Any]:
 
     Raises StreampruneError for what streamprune refuses.
     """
-    if job.kind in ("forward", "score", "run", *PAIRED):
+    if job.kind in ("forward", *STREAMED, *PAIRED):
         _import_libraries(limited=job.kind != "forward")
         # transformers imports a model's code when it is first asked for.
         import transformers.models.auto.modeling_auto
         import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-    if job.kind in ("score", "run", *PAIRED):
+    if job.kind in (*STREAMED, *PAIRED):
         import streamprune.pipeline.run  # noqa: F401
-    gpu = GpuPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", "score", "run") else None
+    gpu = GpuPeaks(job.device) if job.device != "cpu" and job.kind in ("forward", *STREAMED) else None
     begun, begun_cpu = time.perf_counter(), time.process_time()
     figures = KINDS[job.kind](job)
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
