@@ -317,6 +317,13 @@ def test_a_model_with_layers_that_have_no_experts(tmp_path: Path) -> None:
     assert "Not with llama.cpp: llama.cpp ends with an error where the router picks all of its 2 groups.\n\n" in card
     assert "convert_hf_to_gguf.py" not in card
     assert "With vLLM, if it supports the source's architecture:\n\n```bash\nvllm serve . " in card
+    told = invoke("prune", model, "-o", tmp_path / "gguf", "--keep-file", tmp_path / "list.json", "--gguf", "Q4_K_M")
+    for words in (
+        "note: llama.cpp cannot make Q4_K_M of the result: ",
+        "warning: llama.cpp cannot make Q4_K_M of it: ",
+    ):
+        assert f"{words}llama.cpp ends with an error where the router picks all of its 2 groups.\n" in told.stderr
+    assert "Next, for" not in told.stderr
 
 
 HOSTILE: list[tuple[str, dict[str, Any]]] = [

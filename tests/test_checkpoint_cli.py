@@ -22,6 +22,7 @@ from streamprune.fit.footprint import read_footprint
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.prune import prune
+from streamprune.reporting.facts import Memory, read_facts
 from streamprune.streaming.layer_weights import LayerWeights
 from tests.helpers import read_tensors
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
@@ -178,6 +179,12 @@ def test_layers_beyond_those_of_the_config_are_left_out(sharded: Path, tmp_path:
     assert f"{len(beyond)} tensors of the source that transformers' model does not use were left out." in card
     assert "multi-token-prediction tensors were dropped" not in card
     assert read_footprint(str(folder)).weights.nbytes == open_checkpoint(folder).nbytes - sum(beyond)
+    # Nor are they weights of the source, or layers for multi-token prediction, in the report.
+    memory = read_facts(tmp_path / "out").memory
+    assert isinstance(memory, Memory)
+    assert memory.before is not None
+    assert memory.before.weights_bytes == open_checkpoint(folder).nbytes - sum(beyond)
+    assert "weights: MTP" not in {term.name for term in memory.before.terms}
 
 
 @pytest.mark.parametrize("declared", ["float64", None])

@@ -11,7 +11,7 @@ from streamprune.fit.footprint import read_headers
 from streamprune.hardware.device import choose_device
 from streamprune.hardware.memory import check_disk
 from streamprune.pipeline import messages
-from streamprune.pipeline.finish import print_weights
+from streamprune.pipeline.printing import print_weights
 from streamprune.planning.prepare import PruningPlan, plan_pruning, with_footprint
 from streamprune.progress import Progress
 

@@ -17,26 +17,25 @@ from streamprune.checkpoint.index import Checkpoint
 from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
 from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import kill_point, sync_folder, writing
-from streamprune.fit.answer import estimate_object, terms_lines
-from streamprune.fit.estimate import Estimate, Fit, Footprint
-from streamprune.fit.verdict import verdict_lines
+from streamprune.fit.answer import estimate_object
+from streamprune.fit.engines import refusal
+from streamprune.fit.estimate import Estimate
 from streamprune.formats.base import KeptExperts
 from streamprune.hardware.memory import check_disk, existing_folder, format_bytes
-from streamprune.models.expert_layout import Layout
-from streamprune.models.mtp import ignored_notes, mtp_note
-from streamprune.models.per_layer_experts import engines_note
 from streamprune.output.plan import PrunePlan
 from streamprune.output.search_folder import SEARCH_NAME
 from streamprune.output.verify import check_formats
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.best_results import noted_results
 from streamprune.pipeline.imatrix import PlannedImatrix, write_imatrix
+from streamprune.pipeline.printing import budget_text, print_channel_bytes, print_memory
 from streamprune.planning.counts import ExpertCounts
 from streamprune.planning.facts import ModelFacts
 from streamprune.progress import Progress
 from streamprune.reporting.card import model_card
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder, write_result
 from streamprune.reporting.make_record import make_record
+from streamprune.reporting.record import Record
 from streamprune.reporting.record_computed import LayerRefit, LayerRounding, RecordedRefit, RecordedRounding
 from streamprune.reporting.summary import gguf_commands
 from streamprune.saliency.scores import LayerStatistics, Scores
@@ -45,7 +44,7 @@ from streamprune.selection.energy import energy_retentions
 from streamprune.selection.retention import Retention, retention_warnings, retentions
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.selection.settings import token_shares
-from streamprune.targets import PruningTarget, ServingSpec
+from streamprune.targets import ServingSpec
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
 from streamprune.work.records import FinishedShard
@@ -248,22 +247,7 @@ def complete(
     # Everything in the staging folder becomes the output.
     work.remove_other_shards(shard.file for shard in plan.shards)
     if settings.verify:
-        if not writer.has_proven(kept):
-            # Shards from before an interruption. For a large model this takes minutes.
-            progress.say("comparing the written tensors with the source ...")
-        try:
-            proof = writer.verify(kept)
-        except VerifyError:
-            # The records of written shards are no longer valid; the statistics of the experts are not affected.
-            for index in decided.layers:
-                written = work.read_layer(index)
-                if written is not None and written.need_text:
-                    # Nor can its tensors be computed again without the text.
-                    work.forget_layer(index)
-                else:
-                    decided.record_layer(work, index, KeptExperts(), [])
-            raise
-        progress.say(f"verified: {proof.text}")
+        _compare(decided, writer, work, progress)
     entries, config = writer.headers(), plan.config_for(kept)
     if settings.verify:
         check_formats(plan, kept, work.staging, entries, config)
@@ -274,7 +258,42 @@ def complete(
     results = {**noted, **({TEXT_NAME: evaluation} if evaluation is not None else {})}
     for name, result in results.items():
         write_result(results_folder(work.staging), name, result)
-    record = make_record(decided.provenance, decided.selection, plan, decided.counts, settings, decided.use)
+    record = _complete_record(decided, work, progress)
+    output = Checkpoint(work.staging, config, entries)
+    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
+    kept_of_sources = (decided.retained, decided.energy)
+    card = model_card(plan, record, decided.checkpoint, estimate, kept_of_sources, SEARCH_NAME in results)
+    writer.finish(kept, to_builtins(record), card)
+    return estimate
+
+
+def _compare(decided: SelectionResult, writer: OutputWriter, work: WorkFolder, progress: Progress) -> None:
+    """Compare the written tensors with the source. Raises VerifyError for a difference; the layers are written anew."""
+    if not writer.has_proven(decided.stays):
+        # Shards from before an interruption. For a large model this takes minutes.
+        progress.say("comparing the written tensors with the source ...")
+    try:
+        proof = writer.verify(decided.stays)
+    except VerifyError:
+        # The records of written shards are no longer valid; the statistics of the experts are not affected.
+        for index in decided.layers:
+            written = work.read_layer(index)
+            if written is not None and written.need_text:
+                # Nor can its tensors be computed again without the text.
+                work.forget_layer(index)
+            else:
+                decided.record_layer(work, index, KeptExperts(), [])
+        raise
+    progress.say(f"verified: {proof.text}")
+
+
+def _complete_record(decided: SelectionResult, work: WorkFolder, progress: Progress) -> Record:
+    """The record, with what was computed in each layer; writes the importance matrix, if there is one."""
+    settings, names = decided.settings, set(decided.facts.layout.ignored)
+    record = make_record(decided.provenance, decided.selection, decided.plan, decided.counts, settings, decided.use)
+    ignored = sum(entry.nbytes for name, entry in decided.checkpoint.tensors.items() if name in names)
+    if ignored:
+        record = structs.replace(record, source=structs.replace(record.source, ignored=ignored))
     if decided.refit is not None:
         record = structs.replace(record, refit=structs.replace(decided.refit, layers=_refitted_layers(decided, work)))
     if decided.rounding is not None:
@@ -284,12 +303,7 @@ def complete(
         # Before the output gets its name, which ends the run.
         layers = decided.facts.layout.layer_count
         record = structs.replace(record, imatrix=write_imatrix(decided.imatrix, layers, work, progress))
-    output = Checkpoint(work.staging, config, entries)
-    estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
-    kept_of_sources = (decided.retained, decided.energy)
-    card = model_card(plan, record, decided.checkpoint, estimate, kept_of_sources, SEARCH_NAME in results)
-    writer.finish(kept, to_builtins(record), card)
-    return estimate
+    return record
 
 
 def _refitted_layers(decided: SelectionResult, work: WorkFolder) -> list[LayerRefit]:
@@ -335,77 +349,27 @@ def print_result(
         # The plan had the table.
         low, high = map(format_bytes, estimate.interval)
         total = f"{format_bytes(estimate.total)} ({low} to {high})"
-        progress.say(f"memory in use, as planned above, by the weights that were written: {total}{_verdict(estimate)}")
+        progress.say(
+            f"memory in use, as planned above, by the weights that were written: {total}{budget_text(estimate)}"
+        )
     else:
         print_memory(progress, estimate)
-    if decided.settings.gguf is not None and len(set(decided.plan.counts.values())) == 1:
-        output, matrix = decided.settings.output, decided.imatrix.path if decided.imatrix is not None else None
-        progress.say(f"Next, for {decided.settings.gguf}, with llama.cpp:")
-        for command in gguf_commands(decided.plan.config, decided.use, output, str(output), matrix):
-            progress.say(f"  {command}")
+    if decided.settings.gguf is not None:
+        _print_gguf(progress, decided, decided.settings.gguf)
 
 
-def print_channel_bytes(progress: Progress, scores: Scores) -> None:
-    """Print how large a part of a scores file the channels are, if it has any."""
-    if scores.channel_bytes:
-        progress.say(
-            f"of these, the scores of channels take {format_bytes(scores.channel_bytes)} (--no-channels: none)"
-        )
-
-
-def print_memory(progress: Progress, estimate: Estimate) -> None:
-    """Print the memory of the result, and whether it fits the budget, if there is one."""
-    for line in terms_lines(estimate):
-        progress.say(line)
-    if isinstance(estimate, Fit):
-        progress.say(f"  {_verdict(estimate).removeprefix(', ')}")
-
-
-def _verdict(estimate: Estimate) -> str:
-    """Whether the result fits the budget, to follow on its memory; empty without a budget."""
-    if not isinstance(estimate, Fit):
-        return ""
-    fits, left = ("fits", "left") if estimate.fits else ("does not fit", "over")
-    return f", {fits} the budget of {format_bytes(estimate.budget)}, {format_bytes(abs(estimate.left))} {left}"
-
-
-def print_verdict(progress: Progress, estimate: Estimate) -> None:
-    """Print what is known to happen when so much is removed, and what would lose less."""
-    for line in verdict_lines(estimate):
-        progress.say(f"note: {line}")
-
-
-def print_notes(progress: Progress, counts: ExpertCounts, is_uneven: bool) -> None:
-    """Print notes on the budget's GPU, on the width, and on which engines load layers that keep different numbers."""
-    notes = [
-        *(counts.budget.notes if counts.budget else ()),
-        *counts.notes,
-        *([engines_note(True)] if is_uneven else []),
-    ]
-    for note in notes:
-        progress.say(f"note: {note}")
-
-
-def print_engine_notes(
-    progress: Progress, target: PruningTarget, counts: ExpertCounts, unpruned: Footprint | None
-) -> None:
-    """Print what the programs that may serve the result make of it; `unpruned` says what an expert takes, if known."""
-    for note in counts.engine_notes(target, unpruned):
-        progress.say(f"note: {note}")
-
-
-def print_weights(progress: Progress, source: int, output: int, storage: str) -> None:
-    """Print the bytes of the weights before and after pruning, and how quantized ones are stored."""
-    progress.say(f"weights: {format_bytes(source)} -> {format_bytes(output)}{f'; {storage}' if storage else ''}")
-
-
-def print_left_out(progress: Progress, layout: Layout, scored: bool) -> None:
-    """Print what happens to layers for multi-token prediction, if there are some, and what else is left out.
-
-    `scored`: the experts of the MTP layer have scores of their own.
-    """
-    for note in filter(None, (mtp_note(layout, scored), *ignored_notes(layout))):
-        progress.say(f"note: {note}")
+def _print_gguf(progress: Progress, decided: SelectionResult, gguf: str) -> None:
+    """Print the commands of llama.cpp that make and serve the quantized model, or why it does not take it."""
+    served = decided.counts.served
+    assert served is not None, "what is planned was compared with the rules of the engines"
+    why_not = refusal(replace(served, counts=tuple(sorted(set(decided.plan.counts.values())))), "llama.cpp")
+    if why_not:
+        progress.say(f"warning: llama.cpp cannot make {gguf} of it: {why_not}")
+        return
+    output, matrix = decided.settings.output, decided.imatrix.path if decided.imatrix is not None else None
+    progress.say(f"Next, for {gguf}, with llama.cpp:")
+    for command in gguf_commands(decided.plan.config, decided.use, output, str(output), matrix):
+        progress.say(f"  {command}")
 
 
 def save_scores(settings: OutputSettings, scores: Scores) -> Path:

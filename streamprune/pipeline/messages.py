@@ -24,8 +24,8 @@ from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.mtp import mtp_scoring_note
-from streamprune.pipeline.finish import (
-    check_room,
+from streamprune.pipeline.finish import check_room
+from streamprune.pipeline.printing import (
     print_channel_bytes,
     print_engine_notes,
     print_left_out,

@@ -29,6 +29,7 @@ from streamprune.output.plan import OutputSource, make_plan, written_layout
 from streamprune.output.writer import OutputWriter, check_output, check_place
 from streamprune.pipeline import finish
 from streamprune.pipeline.finish import RunResult, SelectionResult
+from streamprune.pipeline.printing import print_engine_notes, print_left_out, print_memory, print_notes, print_weights
 from streamprune.pipeline.repeated import may_be_finished, repeated
 from streamprune.pipeline.status import ended
 from streamprune.planning.counts import ExpertCounts, Prunable, plan_counts, refuse_new_values, with_engine
@@ -99,7 +100,7 @@ def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:
     with Progress(decided.plan.layout.layer_count, quiet) as progress:
         _print_plan(settings, decided, progress)
         if estimate is not None:
-            finish.print_memory(progress, estimate)
+            print_memory(progress, estimate)
         progress.say("dry run: nothing was written")
         check_disk(settings.output, decided.plan.output_bytes)
         return decided.summary(estimate, progress.seconds)
@@ -216,10 +217,10 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
         f"{settings.model}: {plan.layout.layer_count} layers, {len(plan.counts)} with {experts} experts; keeping "
         f"{decided.counts.text(experts, plan.counts)}"
     )
-    finish.print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
+    print_notes(progress, decided.counts, has_per_layer_experts(plan.counts))
     for note in checkpoint_notes(decided.checkpoint):
         progress.say(f"note: {note}")
-    finish.print_engine_notes(progress, settings, decided.counts, decided.facts.footprint)
+    print_engine_notes(progress, settings, decided.counts, decided.facts.footprint)
     if scores is not None and scores.provenance["settings"]["propagate"] == "pruned":
         progress.say(
             "note: these scores were made with --propagate pruned: after the first layer with experts they are valid "
@@ -232,8 +233,8 @@ def _print_plan(settings: PruneSettings, decided: SelectionResult, progress: Pro
             progress.say(f"note: {said}")
     decided.print_retention(progress)
     decided.print_serving_notes(progress)
-    finish.print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
-    finish.print_left_out(progress, plan.layout, decided.selection.mtp is not None)
+    print_weights(progress, decided.checkpoint.nbytes, plan.output_bytes, plan.storage)
+    print_left_out(progress, plan.layout, decided.selection.mtp is not None)
 
 
 def _facts(settings: PruneSettings, checkpoint: Checkpoint, scores: Scores | None) -> ModelFacts:

@@ -14,7 +14,7 @@ from typing import Any
 from streamprune.errors import DoesNotFitError, SettingsError, UnsupportedModelError
 from streamprune.fit.answer import Budget, resolve_budget
 from streamprune.fit.engine_rules import Served
-from streamprune.fit.engines import check_served, engine_notes, rounded_count, rounded_text
+from streamprune.fit.engines import check_served, engine_notes, refusal, rounded_count, rounded_text
 from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.nearest import nearest
 from streamprune.formats.quantization import Quantization
@@ -106,6 +106,8 @@ class ExpertCounts:
         if self.unrounded is not None and self.keep is not None and target.round_for is not None:
             yield rounded_text(target.round_for, self.keep, self.unrounded, expert_bytes)
         yield from engine_notes(self.served, target.serving_engine, expert_bytes)
+        if target.gguf is not None and (why_not := refusal(self.served, "llama.cpp")):
+            yield f"llama.cpp cannot make {target.gguf} of the result: {why_not}"
 
     def against_budget(self, estimate: Estimate) -> Estimate:
         """The estimate, as a Fit if there is a budget."""

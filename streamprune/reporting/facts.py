@@ -181,8 +181,12 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
     """The weights of the source of an output with these weights; None if they do not match its bytes on record.
 
     All experts of a layer have the same size, so the kept ones show the sizes of the removed ones, and so do channels.
-    Bytes that are still missing are those of multi-token prediction, if the output dropped it.
+    What the model ignores is none of its weights. Bytes that are still missing are those of multi-token prediction, if
+    the output dropped it.
     """
+    if record.settings.weights:
+        # Stored otherwise, they show no size of the source's.
+        return None
     width, full_width = record.settings.width, record.source.width
     if width is not None and not any(fact.channel_axis is not None for fact in weights.facts):
         return None
@@ -199,7 +203,7 @@ def source_weights(weights: Weights, record: Record) -> Weights | None:
             # The first expert counts for all.
             nbytes *= record.experts if fact.expert == 0 else 0
         facts.append(replace(fact, nbytes=nbytes))
-    left_out = record.source.bytes - sum(fact.nbytes for fact in facts)
+    left_out = record.source.bytes - (record.source.ignored or 0) - sum(fact.nbytes for fact in facts)
     if left_out and not (record.dropped and left_out > 0):
         return None
     if left_out:

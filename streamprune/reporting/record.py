@@ -67,13 +67,15 @@ class SourceModel(SourceFiles, frozen=True, kw_only=True):
     """The same with the experts of each layer, and how many of them are used for each token.
 
     `width` is the number of channels that each expert has; None if it stays as it was. `formats` is how the quantized
-    weights are stored, for people; not stated for plain weights.
+    weights are stored, for people; not stated for plain weights. `ignored` are the bytes of tensors that the model does
+    not use, except layers for multi-token prediction; not stated without.
     """
 
     experts: _Experts
     top_k: _Experts
     width: Positive | None = None
     formats: Annotated[list[Name], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
+    ignored: Positive | UnsetType = UNSET
 
 
 class ScoringSettings(Struct, frozen=True, kw_only=True):
