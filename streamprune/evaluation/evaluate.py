@@ -24,7 +24,7 @@ from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device, peak_device_bytes
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import Needs
-from streamprune.models.open import OpenedModel, load_config, open_model, versions
+from streamprune.models.open import OpenedModel, dtype_note, load_config, open_model, versions
 from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.output.plan import REPORT_NAME
 from streamprune.planning.memory_needs import needs_of, plan_memory, sums_per_token
@@ -142,7 +142,7 @@ def evaluate_text(settings: EvalSettings, data: Calibration, progress: Progress)
     """
     device = choose_device(settings.device)
     settings.check_device(device.type)
-    models = _open(settings)
+    models = _open(settings, device)
     needs = _combined([needs_of(opened, data, opened.skeleton.layer_count) for opened in models.values()])
     plan = plan_memory(settings, needs, 0, device, Path(tempfile.gettempdir()))
     record = read_record_of(settings.model)
@@ -152,7 +152,7 @@ def evaluate_text(settings: EvalSettings, data: Calibration, progress: Progress)
         against_source = record.source.fingerprint == models[ORIGINAL].checkpoint.fingerprint()
     # Nothing is printed before everything is checked, so that a refusal is a single message.
     progress.say(_summary(settings, models, data, device))
-    for note in (*data.notes, *_notes(settings, models, against_source)):
+    for note in (*data.notes, *_notes(settings, models, device, against_source)):
         progress.say(f"note: {note}")
     progress.say(plan.describe())
     # Hidden states can only be compared layer by layer if both models have the same shape.
@@ -232,7 +232,7 @@ def about(
         "model": model,
         "against": public_name(against) if against is not None else None,
         "against_source": against_source,
-        "dtype": str(opened.dtype).removeprefix("torch."),
+        "dtype": opened.dtype_name,
         "data": {
             "fingerprint": data.fingerprint,
             "held_back": held_back,
@@ -244,7 +244,7 @@ def about(
     }
 
 
-def _open(settings: EvalSettings) -> Mapping[str, OpenedModel]:
+def _open(settings: EvalSettings, device: torch.device) -> Mapping[str, OpenedModel]:
     """The models by side, the original first, with complete weights.
 
     Raises a StreampruneError if weights are missing, predictions cannot be computed, or the vocabularies differ.
@@ -256,7 +256,7 @@ def _open(settings: EvalSettings) -> Mapping[str, OpenedModel]:
     models = {}
     for side, (model, revision) in wanted.items():
         checkpoint = open_checkpoint(resolve_model(model, revision, settings.trust_remote_code))
-        models[side] = open_model(checkpoint, settings.trust_remote_code, settings.dtype)
+        models[side] = open_model(checkpoint, settings.trust_remote_code, settings.dtype, device)
         find_head(models[side].skeleton.model)
     sizes = [_vocabulary_size(models[side]) for side in (PRUNED, ORIGINAL) if side in models]
     if len(set(sizes)) > 1:
@@ -272,9 +272,14 @@ def _vocabulary_size(opened: OpenedModel) -> int:
     return int(head.weight.shape[0])
 
 
-def _notes(settings: EvalSettings, models: Mapping[str, OpenedModel], against_source: bool | None) -> Iterator[str]:
+def _notes(
+    settings: EvalSettings, models: Mapping[str, OpenedModel], device: torch.device, against_source: bool | None
+) -> Iterator[str]:
     for opened in models.values():
         yield from opened.notes
+    slow = dtype_note(settings.dtype, models[PRUNED], device)
+    if slow is not None:
+        yield slow
     if against_source is False:
         yield (
             f"{settings.against} is not what {settings.model} was made from, by the fingerprint in its {REPORT_NAME}: "
@@ -310,5 +315,5 @@ def _summary(settings: EvalSettings, models: Mapping[str, OpenedModel], data: Ca
     return (
         f"{settings.model}{against}: {opened.skeleton.layer_count} layers{stored}, "
         f"{_vocabulary_size(opened):,} tokens in the vocabulary; {len(data.sequences)} sequences, "
-        f"{data.tokens:,} tokens from {named}; {str(opened.dtype).removeprefix('torch.')} on {device}"
+        f"{data.tokens:,} tokens from {named}; {opened.dtype_name} on {device}"
     )

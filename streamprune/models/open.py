@@ -28,6 +28,7 @@ from streamprune.files.json_text import show_some
 from streamprune.formats.base import plain_shapes
 from streamprune.formats.pick import check_stated, format_names, refuse_unread
 from streamprune.formats.quantization import checkpoint_notes
+from streamprune.hardware.half_precision import quicker_dtype, slowdown
 from streamprune.models.config_json import absurdity, mtp_layers
 from streamprune.models.expert_channels import find_channels
 from streamprune.models.expert_layout import Layout, Target
@@ -67,6 +68,11 @@ class OpenedModel:
         return format_names(self.checkpoint.tensors, {name: each.stored for name, each in self.targets.items()})
 
     @property
+    def dtype_name(self) -> str:
+        """The dtype in which it is computed, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def left_out(self) -> Collection[str]:
         """The tensors of multi-token prediction, of which an output has none."""
         names = find_mtp_tensors(self.targets, self.skeleton.layer_count)
@@ -82,8 +88,7 @@ class OpenedModel:
         if unused:
             notes.append(f"the model that transformers builds has no place for {show_some(unused)}: ignored.")
         if wide:
-            dtype = str(self.dtype).removeprefix("torch.")
-            notes.append(f"float64 weights ({show_some(wide)}) are computed in {dtype}.")
+            notes.append(f"float64 weights ({show_some(wide)}) are computed in {self.dtype_name}.")
         return tuple(notes)
 
 
@@ -174,18 +179,23 @@ def declared_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 
 def describe_model(
-    folder: Path, raw: Mapping[str, Any], trust_remote_code: bool = False, dtype: str = "auto"
+    folder: Path,
+    raw: Mapping[str, Any],
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: torch.device | None = None,
 ) -> DescribedModel:
     """Build the model of `folder`'s config.json (`raw`) on the meta device, as far as the config alone describes it.
 
-    `dtype` is what the user chose to compute in, or `auto`. Raises CheckpointError for a config that cannot be used,
-    UnsupportedModelError for a model that cannot be streamed or has no experts.
+    `dtype` is what the user chose to compute in, or `auto`: the config's, or what is quicker on `device`. Raises
+    CheckpointError for a config that cannot be used, UnsupportedModelError for a model that cannot be streamed or has
+    no experts.
     """
     config = load_config(folder, trust_remote_code)
     per_layer = read_per_layer_experts(raw)
     if per_layer is not None:
         raw, config = per_layer.stock, config_from_dict(config, per_layer.stock)
-    chosen = _chosen_dtype(dtype, config)
+    chosen = _chosen_dtype(dtype, declared_dtype(config), device)
     skeleton = _moe_skeleton(config, chosen or torch.bfloat16, trust_remote_code)
     usual = dict.fromkeys(skeleton.experts, skeleton.spec.count)
     return DescribedModel(raw, config, chosen, skeleton, counts_of(per_layer, usual) if per_layer else usual)
@@ -197,18 +207,22 @@ def _moe_skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
 
 
 def open_moe(
-    checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: str = "auto", model: DescribedModel | None = None
+    checkpoint: Checkpoint,
+    trust_remote_code: bool = False,
+    model: DescribedModel | None = None,
+    device: torch.device | None = None,
 ) -> OpenedMoE:
     """Open a Mixture-of-Experts model; `model` is what its config describes, if that is known already.
 
-    Raises CheckpointError or UnsupportedModelError where checkpoint and config do not belong together, or the
-    checkpoint cannot be sliced.
+    Where config.json does not say what to compute in, it is the weights' dtype, or a quicker one on `device`. Raises
+    CheckpointError or UnsupportedModelError where checkpoint and config do not belong together, or the checkpoint
+    cannot be sliced.
     """
     if model is None:
-        model = describe_model(checkpoint.folder, checkpoint.config, trust_remote_code, dtype)
+        model = describe_model(checkpoint.folder, checkpoint.config, trust_remote_code, device=device)
     chosen, skeleton = model.dtype, model.skeleton
     if chosen is None:
-        chosen = dtype_of_weights(checkpoint)
+        chosen = quicker_dtype(dtype_of_weights(checkpoint), device)
         skeleton = _moe_skeleton(model.config, chosen, trust_remote_code)
     targets = map_checkpoint(skeleton, checkpoint.tensors, checkpoint.config)
     check_fit(skeleton, targets, checkpoint, model.counts)
@@ -216,30 +230,48 @@ def open_moe(
     return OpenedMoE(checkpoint, skeleton, targets, chosen, model.config, layout)
 
 
-def open_model(checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: str = "auto") -> OpenedModel:
+def open_model(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, dtype: str = "auto", device: torch.device | None = None
+) -> OpenedModel:
     """Open any decoder-only model, with or without experts, whose layers may have different numbers of them.
 
-    Raises like `open_moe`.
+    `dtype` and `device` are as in `describe_model`. Raises like `open_moe`.
     """
     config = load_config(checkpoint.folder, trust_remote_code)
-    chosen = _chosen_dtype(dtype, config) or dtype_of_weights(checkpoint)
+    chosen = _chosen_dtype(dtype, declared_dtype(config) or dtype_of_weights(checkpoint), device)
+    assert chosen is not None
     decoder = find_decoder(config, chosen, trust_remote_code)
     targets = map_checkpoint(decoder, checkpoint.tensors, checkpoint.config)
     check_fit(decoder, targets, checkpoint)
     return OpenedModel(checkpoint, decoder, targets, chosen)
 
 
-def _chosen_dtype(name: str, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype to compute in: what the user chose, else the config's; None if neither names one.
+def _chosen_dtype(name: str, stored: torch.dtype | None, device: torch.device | None) -> torch.dtype | None:
+    """The dtype to compute in: what the user chose; or that of the weights, if it is known, or a quicker one.
 
     float32 for float64, which torch's grouped products of experts do not take.
     """
     if name == "auto":
-        declared = declared_dtype(config)
-        return torch.float32 if declared is torch.float64 else declared
+        return torch.float32 if stored is torch.float64 else stored and quicker_dtype(stored, device)
     chosen = getattr(torch, name)
     assert isinstance(chosen, torch.dtype)
     return chosen
+
+
+def dtype_note(chosen: str, opened: OpenedModel, device: torch.device) -> str | None:
+    """What to know of a model that is computed in float32, since half precision is slow on `device`; None for others.
+
+    `chosen` is what the user chose to compute in, or `auto`.
+    """
+    stored = dtype_of_weights(opened.checkpoint)
+    if chosen != "auto" or stored is opened.dtype or quicker_dtype(stored, device) is stored:
+        return None
+    half = str(stored).removeprefix("torch.")
+    return (
+        f"computed in float32 from {half} weights, since this CPU takes {slowdown(stored):.0f} times as long for a "
+        f"product in {half}. What is measured differs from that in {half} by rounding. --dtype {half} computes in "
+        f"{half}, in less memory."
+    )
 
 
 def unused_names(model: PreTrainedModel, targets: Mapping[str, Target], expected: Collection[str]) -> list[str]:

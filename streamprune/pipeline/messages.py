@@ -24,6 +24,7 @@ from streamprune.formats.pick import storage_text
 from streamprune.hardware.memory import core_count, format_bytes
 from streamprune.hardware.memory_plan import MemoryPlan
 from streamprune.models.mtp import mtp_scoring_note
+from streamprune.models.open import dtype_note
 from streamprune.pipeline.finish import check_room
 from streamprune.pipeline.printing import (
     print_channel_bytes,
@@ -83,7 +84,8 @@ def print_prepared(
 
     `given` are the scores that the selection goes by; None if the model is scored.
     """
-    for note in prepared.notes:
+    slow = dtype_note(settings.dtype, prepared, device)
+    for note in (*prepared.notes, *([slow] if slow is not None else [])):
         progress.say(f"note: {note}")
     if prepared.plan.counts is not None:
         storage = storage_text(prepared.formats, settings.weights == "bf16", prepared.new_format)
@@ -105,7 +107,7 @@ def print_prepared(
     progress.say(
         f"calibration: {len(calibration.sequences)} sequences, {calibration.tokens:,} tokens from "
         f"{', '.join(f'{name} ({tokens:,})' for name, tokens in named)}; "
-        f"{str(prepared.dtype).removeprefix('torch.')} on {device}"
+        f"{prepared.dtype_name} on {device}"
     )
     held = calibration.held_out
     if held is not None:

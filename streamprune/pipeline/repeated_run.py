@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from streamprune.pipeline.resume import calibration_facts, recorded_refit, recor
 from streamprune.pipeline.status import remove_leftovers
 from streamprune.planning.facts import check_scores_match
 from streamprune.planning.imatrix import gguf_names
-from streamprune.planning.prepare import PreparedModel, calibrate, plan_pruning, prepare
+from streamprune.planning.prepare import PreparedModel, calibrate, computed_in, plan_pruning, prepare
 from streamprune.planning.text_uses import with_uses
 from streamprune.progress import Progress
 from streamprune.reporting.make_record import check_provenance, check_scores_of
@@ -53,7 +52,8 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
         progress.say(f"{settings.output} exists: comparing it with what this command makes ...")
         # The place is taken by what may be the result.
         plan = plan_pruning(replace(settings, overwrite=True))
-        settings = with_date(settings, *_recipes(settings))
+        recipes, dtype = _made_from(settings)
+        plan, settings = computed_in(plan, with_date(settings, *recipes), dtype)
         text = calibrate(settings, plan)
         text = split_held_out(text) if settings.evaluate else text
         prepared = prepare(settings, plan)
@@ -72,16 +72,17 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
         return repeated(_decided(settings, prepared, text, scores), progress, versions())
 
 
-def _recipes(settings: RunSettings) -> Iterator[Any]:
-    """How the texts of what is in the output's place were made, as far as it says so."""
-    with suppress(StreampruneError):
-        if settings.only_score:
-            facts = [read_scores(settings.output).provenance.get("calibration")]
-        else:
-            record = to_builtins(read_record(settings.output))
-            computed = [record[name] for name in ("refit", "rounding") if record.get(name)]
-            facts = [record.get("calibration"), *(each.get("calibration") for each in computed)]
-        yield from (each.get("recipe") for each in facts if isinstance(each, Mapping))
+def _made_from(settings: RunSettings) -> tuple[list[Any], str]:
+    """How the texts of what is in the output's place were made, and its dtype, as far as it says so."""
+    try:
+        record = read_scores(settings.output).provenance if settings.only_score else read_record(settings.output)
+    except StreampruneError:
+        return [], ""
+    stated = to_builtins(record)
+    computed = [stated[name] for name in ("refit", "rounding") if stated.get(name)]
+    facts = [stated.get("calibration"), *(each.get("calibration") for each in computed)]
+    recipes = [each.get("recipe") for each in facts if isinstance(each, Mapping)]
+    return recipes, str((stated.get("settings") or {}).get("dtype", ""))
 
 
 def _differences(settings: RunSettings, prepared: PreparedModel, text: Calibration, scores: Scores) -> list[str]:
@@ -90,7 +91,7 @@ def _differences(settings: RunSettings, prepared: PreparedModel, text: Calibrati
         "source": {"fingerprint": prepared.checkpoint.fingerprint()},
         "settings": {
             "propagate": settings.propagate,
-            "dtype": str(prepared.dtype).removeprefix("torch."),
+            "dtype": prepared.dtype_name,
             "channels": settings.channels,
         },
         "calibration": _of_text(calibration_facts(text)),

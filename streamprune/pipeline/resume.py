@@ -42,9 +42,9 @@ from streamprune.work.records import (
 )
 
 #: Settings that do not change the result, or whose effect is recorded otherwise: the calibration by its tokens, a
-#: budget by the resulting number of experts.
+#: budget by the resulting number of experts, the dtype as that which is computed in.
 FREE_SETTINGS = {
-    "output", "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
+    "output", "work_dir", "device", "dtype", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
     "checkpoint_every", "from_layer", "verify", "report", "stop_if_kl", "calibration", "date", "skip_bad", "anchor",
     "budget_gib", "gpu", "keep", "ratio", "context", "batch", "kv_dtype", "gguf", "for_engine", "round_for",
 }  # fmt: skip
@@ -230,7 +230,7 @@ def provenance_of(
         "source": {"fingerprint": prepared.checkpoint.fingerprint(), "bytes": prepared.checkpoint.nbytes},
         "settings": {
             "propagate": settings.propagate,
-            "dtype": str(prepared.dtype).removeprefix("torch."),
+            "dtype": prepared.dtype_name,
             "device": device.type,
             "batch_tokens": batch_tokens,
             **({} if settings.channels else {"channels": False}),

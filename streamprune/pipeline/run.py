@@ -54,6 +54,7 @@ from streamprune.planning.prepare import (
     PreparedModel,
     calibrate,
     check_schedule,
+    computed_in,
     plan_pruning,
     prepare,
 )
@@ -151,6 +152,8 @@ class _Run:
             check_scores_file(settings.output, plan.folder, settings.overwrite)
         self.recorded = recorded = begin(settings, work)
         settings = self._dated(settings)
+        if recorded is not None:
+            plan, settings = computed_in(plan, settings, recorded.dtype)
         if settings.imatrix is not None:
             # (One that is there already may be that of this very run, which was killed before its output was renamed.)
             check_imatrix_file(settings.imatrix, settings.overwrite or recorded is not None)
@@ -178,6 +181,8 @@ class _Run:
             # With the same micro-batches the result has the same digits.
             settings = replace(settings, batch_tokens=recorded.batch_tokens)
         fingerprint = prepared.checkpoint.fingerprint() if self.processes.count > 1 else ""
+        # (CPUs differ in what is quick: all processes compute in the same dtype, and so does a run that is resumed.)
+        settings = replace(settings, dtype=prepared.dtype_name)
         return Job(settings, calibration, prepared.plan.counts, fingerprint, versions())
 
     def _dated(self, settings: RunSettings) -> RunSettings:

@@ -42,7 +42,7 @@ from streamprune.pipeline.search_text import SearchText, search_text
 from streamprune.pipeline.status import ended, remove_leftovers
 from streamprune.planning.candidates import AUTO, Candidate, Searchable, bytes_per_token
 from streamprune.planning.memory_needs import plan_memory
-from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, prepare, read_config
+from streamprune.planning.prepare import PreparedModel, PruningPlan, calibrate, computed_in, prepare, read_config
 from streamprune.planning.search_needs import OwnNeeds, search_needs
 from streamprune.progress import Progress, stage
 from streamprune.reporting.search import marked, notes_on, search_result
@@ -94,7 +94,8 @@ def finished_search(settings: SearchSettings) -> Mapping[str, Any] | None:
     settings = with_date_of(found, settings)
     plan = read_config(replace(settings, only_score=True))
     # (As it is read back: JSON has no tuples.)
-    request = json.loads(json.dumps(request_of(settings, calibrate(settings, plan))))
+    dtype = found.get("dtype") if settings.dtype == "auto" else settings.dtype
+    request = json.loads(json.dumps(request_of(settings, calibrate(settings, plan), dtype)))
     differing = list(difference_lines(found.get("request"), request))
     if not differing:
         search_result(found)
@@ -121,14 +122,15 @@ def resume_search(work_folder: Path, quiet: bool = False, **changes: Any) -> dic
     return search(settings, quiet)
 
 
-def request_of(settings: SearchSettings, whole: Calibration) -> dict[str, Any]:
-    """What decides the result of a search, as JSON: its settings, the files of the model, and the text."""
+def request_of(settings: SearchSettings, whole: Calibration, dtype: Any) -> dict[str, Any]:
+    """What decides the result of a search, as JSON: its settings, the files of the model, the text and the `dtype`."""
     model = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
     free = FREE_SETTINGS - _DECIDING
     return {
         "settings": {name: value for name, value in command_of(settings).items() if name not in free},
         "files": file_states(open_checkpoint(model)),
         "calibration": whole.fingerprint,
+        "dtype": dtype,
         # (Only where it decides the text.)
         **({"date": date} if (date := date_of(whole.recipe)) is not None else {}),
     }
@@ -179,7 +181,8 @@ class _Search:
         check_place(settings)
         recorded = begin(settings, work)
         if recorded is not None:
-            self.settings = settings = with_date(settings, *recorded.recipes)
+            plan, settings = computed_in(plan, with_date(settings, *recorded.recipes), recorded.dtype)
+            self.settings = settings
         budget = resolve_budget(settings.budget_gib, settings.gpu)
         if recorded is not None and recorded.budget_bytes is not None:
             # Free GPU memory changes.
@@ -198,7 +201,7 @@ class _Search:
         runtime = self._plan(decided, prepared, recorded, whole)
         layers = SearchLayers(runtime, prepared, text, sides, work)
         taken = layers.stream()
-        request = request_of(settings, whole)
+        request = request_of(settings, whole, prepared.dtype_name)
         if recorded is not None:
             # As the user wrote it: `resume` is given the bytes that it came to.
             request["settings"] |= {name: recorded.command.get(name) for name in _BUDGET}

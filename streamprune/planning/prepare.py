@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import RunSettings, sampling_of
+from streamprune.config import DTYPES, RunSettings, SearchSettings, sampling_of
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.fit.cache import served_itemsize
 from streamprune.fit.estimate import Estimate, Footprint
@@ -27,6 +28,7 @@ from streamprune.fit.footprint import max_positions, read_headers
 from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
+from streamprune.hardware.device import choose_device
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import (
     DescribedModel,
@@ -61,6 +63,8 @@ from streamprune.saliency.hooks import recorded_width
 from streamprune.saliency.scores_file import check_scores_file
 from streamprune.selection.schedules import SCHEDULES
 from streamprune.selection.settings import mix_weights
+
+S = TypeVar("S", RunSettings, SearchSettings)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,19 @@ def read_config(settings: RunSettings, check_output_too: bool = False) -> Prunin
     raw = read_json(folder / CONFIG_NAME)
     refuse_per_layer_experts(raw, settings.model)
     refuse_quantized(raw, folder)
-    return PruningPlan(folder, describe_model(folder, raw, settings.trust_remote_code, settings.dtype))
+    device = choose_device(settings.device)
+    return PruningPlan(folder, describe_model(folder, raw, settings.trust_remote_code, settings.dtype, device))
+
+
+def computed_in(plan: PruningPlan, settings: S, dtype: str) -> tuple[PruningPlan, S]:
+    """Plan and settings for computing in the `dtype` of an earlier run, for the same digits, unless the user chose one.
+
+    An unknown `dtype` changes nothing.
+    """
+    if settings.dtype != "auto" or dtype not in DTYPES or plan.model.dtype is getattr(torch, dtype):
+        return plan, settings
+    model = describe_model(plan.folder, plan.model.raw, settings.trust_remote_code, dtype)
+    return replace(plan, model=model), replace(settings, dtype=dtype)
 
 
 def with_footprint(
@@ -280,7 +296,7 @@ def prepare(settings: RunSettings, plan: PruningPlan) -> PreparedModel:
         raise CheckpointError(
             f"The config of {settings.model} changed while it was being opened. Run the same command again."
         )
-    opened = open_moe(checkpoint, settings.trust_remote_code, model=plan.model)
+    opened = open_moe(checkpoint, settings.trust_remote_code, plan.model, choose_device(settings.device))
     if plan.counts is not None and plan.counts.width is not None and opened.layout.width is None:
         raise UnsupportedModelError(
             f"The experts of this checkpoint cannot be made narrower: {opened.layout.fixed_width}. Remove experts "

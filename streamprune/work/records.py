@@ -80,6 +80,11 @@ class RecordedRun(RecordedCommand, kw_only=True):
     anchor: RecordedCalibration | None = None
 
     @property
+    def dtype(self) -> str:
+        """The dtype that was computed in, such as "float32"; empty if that was not recorded."""
+        return str(self.settings.get("computed in", "")).removeprefix("torch.")
+
+    @property
     def recipes(self) -> list[dict[str, Any]]:
         """How the texts were made: the calibration, and the anchor if there is one."""
         return [text.recipe for text in (self.calibration, self.anchor) if text is not None]
