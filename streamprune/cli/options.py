@@ -54,8 +54,9 @@ KEEP_FILE = click.option(
     "streamprune.json of another model.",
 )  # fmt: skip
 DTYPE = click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="The data type to compute in."
-)
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+    help="The data type to compute in. auto: that of the weights, or float32 on a CPU that is slow in it.",
+)  # fmt: skip
 
 WEIGHTS_TYPE = WeightsChoice()
 #: What schemes quantize, and for how many GPUs.

@@ -102,9 +102,13 @@ def _forward(job: Job) -> dict[str, Any]:
     import torch
     import transformers
 
+    from streamprune.hardware.half_precision import quicker_dtype
+
+    # What a run computes in too, where nothing is chosen.
+    dtype = quicker_dtype(transformers.AutoConfig.from_pretrained(job.model).dtype, torch.device(job.device))
     begun = time.perf_counter()
     whole = transformers.AutoModelForCausalLM.from_pretrained(
-        job.model, dtype="auto", experts_implementation="grouped_mm"
+        job.model, dtype=dtype, experts_implementation="grouped_mm"
     )
     # The decoder alone: the scoring pass needs no logits either.
     decoder = whole.eval().to(job.device).get_decoder()
@@ -115,7 +119,12 @@ def _forward(job: Job) -> dict[str, Any]:
             decoder(input_ids=sequences[first : first + job.batch].to(job.device), use_cache=False)
     if job.device != "cpu":
         torch.cuda.synchronize(job.device)
-    return {"loading_seconds": loaded - begun, "computing_seconds": time.perf_counter() - loaded}
+    computing = time.perf_counter() - loaded
+    return {
+        "loading_seconds": loaded - begun,
+        "computing_seconds": computing,
+        "computed_in": str(dtype).removeprefix("torch."),
+    }
 
 
 def _score(job: Job) -> dict[str, Any]:
