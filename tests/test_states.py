@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,52 @@ def test_split_states_are_the_rows_of_their_sequences(on_disk: bool, tmp_path: P
     before = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, states.load(1, CPU).output)
     states.store(0, BatchState(changed))
     assert same_states(BatchState(states.load(1, CPU).output), BatchState(before))
+
+
+@pytest.mark.parametrize("computing", ["gpu", "cpu"])
+def test_states_of_a_gpu_pass_through_page_locked_memory_on_their_way_to_the_disk(
+    computing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With streams played: what is written has arrived, and what was read is waited for by the stream that computes.
+
+    States of the CPU take no page-locked memory.
+    """
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.wait_event = lambda event: log.append("computing waits")
+            self.wait_stream = lambda other: log.append("copying waits")
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def locked(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        log.append("locked")
+        return torch.full(tuple(shape), 7, dtype=dtype)
+
+    def pwrite(*arguments: Any) -> int:
+        log.append("written")
+        return plain(*arguments)
+
+    plain, event = os.pwrite, SimpleNamespace(synchronize=lambda: log.append("arrived"))
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    if computing == "gpu":
+        monkeypatch.setattr("streamprune.streaming.states.is_gpu", lambda device: True)
+    monkeypatch.setattr("streamprune.streaming.states.page_locked", locked)
+    monkeypatch.setattr("streamprune.streaming.states.record_event", lambda stream: event)
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    states = HiddenStates(1, folder=tmp_path, computing=CPU)
+    hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    states.store(0, BatchState(hidden))
+    states.prefetch(0, CPU)
+    assert torch.equal(states.load(0, CPU).output, hidden)
+    states.close()
+    expected = ["locked", "copying waits", "arrived", "written", "locked", "computing waits"]
+    assert log == (expected if computing == "gpu" else ["written"])
 
 
 def test_the_file_of_states_does_not_grow_while_sizes_stay(tmp_path: Path) -> None:

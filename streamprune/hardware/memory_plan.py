@@ -180,11 +180,9 @@ class MemoryPlan:
     def _host_bytes(self) -> int:
         """RAM next to a GPU: the states if they are there, and what passes through on the way to it."""
         if self.place == "ram":
-            one = self._moving // 2
-            # torch takes page-locked memory in powers of two.
-            states = self._states * (1 << max(0, one - 1).bit_length()) // max(1, one)
+            states = self._states * self._locked // max(1, self._moving // 2)
         else:
-            states = self._moving if self.place == "disk" else 0
+            states = self._passing if self.place == "disk" else 0
         collected = 0 if self._states_on_device else self._collected
         return self.needs.staging + self.needs.recorded + self.needs.encoded + collected + states
 
@@ -208,6 +206,16 @@ class MemoryPlan:
     @property
     def _collected(self) -> int:
         return self.needs.collected_here(self.tokens_at_a_time)
+
+    @property
+    def _locked(self) -> int:
+        """The states of a micro-batch in page-locked memory, which torch takes in powers of two."""
+        return 1 << max(0, self._moving // 2 - 1).bit_length()
+
+    @property
+    def _passing(self) -> int:
+        """RAM for states between a GPU and the disk: one on its way in, one that is written, and one that waits."""
+        return 3 * self._locked
 
     @property
     def _moving(self) -> int:
@@ -261,7 +269,7 @@ class MemoryPlan:
                 what += f" and {self._states_text()}"
                 remedy = "Use --states disk, fewer --samples, or a shorter --seq-len."
             elif self.place == "disk":
-                what += f" and hidden states on their way to the disk ({format_bytes(self._moving)})"
+                what += f" and hidden states on their way to the disk ({format_bytes(self._passing)})"
                 remedy = f"Use a shorter --seq-len, or {host.remedy}."
             return f"{what} need {format_bytes(self._host_bytes)} of memory, but {host.words}. {remedy}"
         return self._problem_on_device() if self.device_bytes > self.room.device.nbytes else None

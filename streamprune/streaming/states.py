@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -50,7 +51,9 @@ class HiddenStates:
     ) -> None:  # fmt: skip
         self._states = [BatchState() for _ in range(batches)]
         self._computing, self._busy = computing, busy or Busy()
-        self._store = self._store_in(home) if folder is None else FileStateStore(StatesFile(folder), self._busy)
+        self._store = (
+            self._store_in(home) if folder is None else FileStateStore(StatesFile(folder), self._busy, computing)
+        )
         self._prefetched: _Prefetched | None = None
 
     def close(self) -> None:
@@ -229,24 +232,21 @@ class StateStore:
         """Free everything."""
 
 
-class OffloadedStateStore(StateStore):
-    """Page-locked RAM for a GPU's states. Two separate streams move states in and out while the GPU computes."""
+class GpuTransfers:
+    """Copies between page-locked RAM and a GPU, on two streams of their own, while the GPU computes."""
 
-    def __init__(self, gpu: torch.device, busy: Busy) -> None:
-        super().__init__(CPU)
-        self._gpu, self._busy = gpu, busy
+    def __init__(self, gpu: torch.device) -> None:
+        self._gpu = gpu
         self._inward, self._outward = torch.Stream(gpu), torch.Stream(gpu)
 
-    def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
-        if not isinstance(stored, torch.Tensor) or not is_gpu(device):
-            # (A caller that reads it on the host must call `synchronize` first: it may still be on its way there.)
-            return super().fetch(stored, device)
-        with self._inward, self._busy.on_device("states", device):
-            moved = stored.to(device, non_blocking=True)
+    def to_gpu(self, stored: torch.Tensor, busy: Busy | None = None) -> Callable[[], torch.Tensor]:
+        """Start copying a tensor; the returned function lets the stream that computes wait for it. Of any thread."""
+        with self._inward, busy.on_device("states", self._gpu) if busy is not None else nullcontext():
+            moved = stored.to(self._gpu, non_blocking=True)
         there = record_event(self._inward)
 
         def arrive() -> torch.Tensor:
-            stream = torch.accelerator.current_stream(device)
+            stream = torch.accelerator.current_stream(self._gpu)
             stream.wait_event(there)
             # Its memory belongs to the inward stream, which must not reuse it before this stream has finished with it.
             moved.record_stream(stream)
@@ -254,50 +254,101 @@ class OffloadedStateStore(StateStore):
 
         return arrive
 
-    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return page_locked(new.shape, new.dtype), new.contiguous()
-
-    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+    def from_gpu(self, jobs: Sequence[tuple[torch.Tensor, torch.Tensor]], busy: Busy | None = None) -> torch.Event:
+        """Start copying tensors, once they are computed, into others in page-locked RAM; the event of their arrival."""
         self._outward.wait_stream(torch.accelerator.current_stream(self._gpu))
-        with self._outward, self._busy.on_device("states", self._gpu):
+        with self._outward, busy.on_device("states", self._gpu) if busy is not None else nullcontext():
             for stored, data in jobs:
                 stored.copy_(data, non_blocking=True)
                 if is_gpu(data.device):
                     data.record_stream(self._outward)
+        return record_event(self._outward)
 
     def synchronize(self) -> None:
+        """Wait for all copies from the GPU."""
         self._outward.synchronize()
 
 
-class FileStateStore(StateStore):
-    """A file, read and written by a separate thread, in the order of the calls."""
+class OffloadedStateStore(StateStore):
+    """Page-locked RAM for a GPU's states."""
 
-    def __init__(self, file: StatesFile, busy: Busy) -> None:
+    def __init__(self, gpu: torch.device, busy: Busy) -> None:
+        super().__init__(CPU)
+        self._transfers, self._busy = GpuTransfers(gpu), busy
+
+    def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
+        if not isinstance(stored, torch.Tensor) or not is_gpu(device):
+            # (A caller that reads it on the host must call `synchronize` first: it may still be on its way there.)
+            return super().fetch(stored, device)
+        return self._transfers.to_gpu(stored, self._busy)
+
+    def _place(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return page_locked(new.shape, new.dtype), new.contiguous()
+
+    def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        self._transfers.from_gpu(jobs, self._busy)
+
+    def synchronize(self) -> None:
+        self._transfers.synchronize()
+
+
+class FileStateStore(StateStore):
+    """A file, read and written by a separate thread, in the order of the calls.
+
+    States of a GPU, `computing`, pass through page-locked RAM, so that neither the host nor the GPU waits for copies.
+    """
+
+    def __init__(self, file: StatesFile, busy: Busy, computing: torch.device = CPU) -> None:
         super().__init__(CPU)
         self._file, self._busy = file, busy
+        self._transfers = GpuTransfers(computing) if is_gpu(computing) else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
         self._waiting: deque[Future[Any]] = deque()
 
     def fetch(self, stored: Any, device: torch.device) -> Callable[[], Any]:
         if not isinstance(stored, Written):
             return super().fetch(stored, device)
-        coming = self._begin(self._file.read, stored)
-        return lambda: coming.result().to(device)
+        transfers = self._transfers
+        if transfers is None or not is_gpu(device):
+            coming = self._begin(self._file.read, stored)
+            return lambda: coming.result().to(device)
+
+        def read() -> Callable[[], torch.Tensor]:
+            return transfers.to_gpu(self._file.read(stored, page_locked(stored.shape, stored.dtype)))
+
+        arriving = self._begin(read)
+        return lambda: arriving.result()()
 
     def prepare(self, old: Any, new: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-        data = new.to(CPU).contiguous()
+        # (What is still on a GPU is copied when the file is filled.)
+        data = new if is_gpu(new.device) and self._transfers is not None else new.to(CPU)
+        data = data.contiguous()
         if isinstance(old, Written) and old.nbytes == data.nbytes:
             return Written(old.offset, tuple(data.shape), data.dtype), data
         return self._file.reserve(data), data
 
     def fill(self, jobs: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        arrived, jobs = self._staged(jobs)
+
         def write() -> None:
+            if arrived is not None:
+                arrived.synchronize()
             for stored, data in jobs:
                 self._file.write(stored, data)
 
         self._waiting.append(self._begin(write))
         while len(self._waiting) > _MOST_WAITING:
             self._waiting.popleft().result()
+
+    def _staged(
+        self, jobs: Sequence[tuple[Any, torch.Tensor]]
+    ) -> tuple[torch.Event | None, Sequence[tuple[Any, torch.Tensor]]]:
+        """The same jobs with data in RAM, on its way there until the event is reached (None: it is there)."""
+        if self._transfers is None or not any(is_gpu(data.device) for _, data in jobs):
+            return None, jobs
+        staged = [(stored, page_locked(data.shape, data.dtype)) for stored, data in jobs]
+        copies = [(place, data) for (_, place), (_, data) in zip(staged, jobs, strict=True)]
+        return self._transfers.from_gpu(copies), staged
 
     def drop(self, leaves: Iterable[Any], but: Iterable[Any] = ()) -> None:
         used = {(leaf.offset, leaf.nbytes) for leaf in but if isinstance(leaf, Written)}

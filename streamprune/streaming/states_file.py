@@ -84,9 +84,9 @@ class StatesFile:
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done : done + _PORTION], place.offset + done)
 
-    def read(self, place: Written) -> torch.Tensor:
-        """The tensor at a location, in new memory."""
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+    def read(self, place: Written, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor at a location: `into`, a CPU tensor of its shape and dtype, or in new memory."""
+        tensor = torch.empty(place.shape, dtype=place.dtype) if into is None else into
         with self._named_errors("be read"):
             moved = read_into(self._file.fileno(), place.offset, [_bytes_of(tensor)])
             if moved < place.nbytes:
