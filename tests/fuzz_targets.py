@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from streamprune.calibration.sequences import load_calibration
 from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint, read_json
-from streamprune.config import RunSettings, Sampling
+from streamprune.common_settings import Sampling
+from streamprune.config import RunSettings
 from streamprune.files.durable import read_record
 from streamprune.models.config_json import stated_experts, stated_shape, states_experts, text_part
 from streamprune.models.open import load_config

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from streamprune.calibration.recipe import Source
 from streamprune.calibration.sequences import Calibration, load_calibration
-from streamprune.config import Sampling
+from streamprune.common_settings import Sampling
 from tests.tokenizer import save_tokenizer
 
 #: Messages, tools and variables, as they reach the template.

@@ -37,7 +37,7 @@ def on(day: str) -> Iterator[None]:
             return cls.fromisoformat(day)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.config.datetime", SimpleNamespace(date=Day))
+        patch.setattr("streamprune.common_settings.datetime", SimpleNamespace(date=Day))
         yield
 
 

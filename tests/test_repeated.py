@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from streamprune.cli import main
-from streamprune.config import OutputSettings, PruneSettings, RunSettings, SearchSettings
+from streamprune.common_settings import OutputSettings
+from streamprune.config import PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import OutputError, VerifyError
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.work.records import (

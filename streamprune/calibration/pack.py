@@ -24,7 +24,7 @@ from streamprune.calibration.records import content_of
 from streamprune.calibration.rows import Row
 from streamprune.calibration.sources import rows_of
 from streamprune.calibration.tokens import TokenMaker
-from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
+from streamprune.common_settings import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from streamprune.errors import BadRecordError, CalibrationError
 
 #: A source with fewer tokens is pointed out.

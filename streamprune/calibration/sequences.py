@@ -18,10 +18,10 @@ from streamprune.calibration.pack import Supply, divided, targets_of
 from streamprune.calibration.recipe import Recipe, named_path
 from streamprune.calibration.sources import commits_of
 from streamprune.calibration.tokens import TokenMaker
-from streamprune.config import DEFAULT_SEQ_LEN, EvalSettings, RunSettings, Sampling, SearchSettings
+from streamprune.common_settings import DEFAULT_SEQ_LEN, Sampling
 from streamprune.errors import CalibrationError
 
-S = TypeVar("S", Sampling, RunSettings, SearchSettings, EvalSettings)
+S = TypeVar("S", bound=Sampling)
 #: What a sequence is for in a refit: weights are fitted to it, or the fit is judged by it.
 FIT, JUDGE = "fit", "judge"
 

@@ -7,7 +7,7 @@ from typing import Any
 from streamprune.calibration.sequences import date_of, load_calibration
 from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import resolve_model
-from streamprune.config import Sampling
+from streamprune.common_settings import Sampling
 from streamprune.errors import CalibrationError
 from streamprune.models.open import load_config
 from streamprune.tables import Table

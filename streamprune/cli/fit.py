@@ -14,7 +14,7 @@ from streamprune.calibration.chosen import refuse_sources
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.cli import options as opt
 from streamprune.cli.help import Command
-from streamprune.config import Sampling
+from streamprune.common_settings import Sampling
 from streamprune.errors import DoesNotFitError, SettingsError
 from streamprune.fit.answer import fit_object, fit_text, known_budget, measured_lines, measured_object
 from streamprune.fit.engines import check_served, rounded_count

@@ -16,7 +16,8 @@ import click
 
 from streamprune.cli.help import format_commands
 from streamprune.cli.hints import WeightsChoice, with_hint
-from streamprune.config import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES, RunSettings
+from streamprune.common_settings import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
+from streamprune.config import RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import (
     OtherProcessError,

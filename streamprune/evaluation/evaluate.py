@@ -14,7 +14,7 @@ import torch
 from streamprune.calibration.sequences import Calibration, load_calibration, with_date
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, open_checkpoint, read_json
-from streamprune.config import EvalSettings, sampling_of
+from streamprune.config import EvalSettings
 from streamprune.errors import CalibrationError, SettingsError, UnsupportedModelError
 from streamprune.evaluation.held_out import held_back_fingerprint, held_out_recipe, read_record_of, recipe_within
 from streamprune.evaluation.metrics import Sums, summary_of, sums_by_source
@@ -78,7 +78,7 @@ def read_data(settings: EvalSettings) -> Calibration:
     data = load_calibration(
         [recipe_within(name) for name in settings.data],
         folder,
-        sampling_of(settings),
+        settings,
         vocab_size=text_config.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,

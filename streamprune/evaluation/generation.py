@@ -18,7 +18,7 @@ from transformers import __version__ as transformers_version
 
 from streamprune.calibration.sequences import Calibration
 from streamprune.calibration.tokens import load_tokenizer
-from streamprune.config import EvalSettings, sampling_of
+from streamprune.config import EvalSettings
 from streamprune.errors import CalibrationError, CheckpointError, NonFiniteError, ResourceError, SettingsError
 from streamprune.evaluation.evaluate import with_model_date
 from streamprune.evaluation.generation_figures import (
@@ -90,7 +90,7 @@ def generation_health(
         notes.append(f"Only token ids were continued, and no chats: {str(error).splitlines()[0]}")
     prompts, switch, prompt_notes = collect_prompts(
         data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer,
-        sampling_of(with_model_date(settings)).day,
+        with_model_date(settings).day,
     )  # fmt: skip
     longest, length_notes = _new_tokens(prompts, generation.max_new_tokens, models)
     notes += [*prompt_notes, *length_notes]

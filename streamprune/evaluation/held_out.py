@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.calibration.sequences import Calibration, fingerprint_of
-from streamprune.config import sibling_path
 from streamprune.errors import CalibrationError, OutputError, ReportError, StreampruneError
 from streamprune.files.durable import PARTIAL, names_in, write_atomically, writing
+from streamprune.files.names import sibling_path
 from streamprune.output.plan import REPORT_NAME
 from streamprune.progress import Progress
 from streamprune.reporting.record import Record, read_record

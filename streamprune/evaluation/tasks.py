@@ -22,7 +22,7 @@ import msgspec
 from streamprune.calibration.chat import dated
 from streamprune.calibration.tokens import load_tokenizer
 from streamprune.checkpoint.hub import first_line, resolve_model
-from streamprune.config import EvalSettings, sampling_of
+from streamprune.config import EvalSettings
 from streamprune.errors import ResourceError, SettingsError, StreampruneError, TaskError
 from streamprune.evaluation.evaluate import with_model_date
 from streamprune.evaluation.generated_code import CONSENT, CPU_SECONDS, MEMORY_BYTES, running_code
@@ -62,7 +62,7 @@ def run_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Progress) -
     ResourceError for models that cannot be.
     """
     require_harness()
-    day = sampling_of(with_model_date(settings)).day
+    day = with_model_date(settings).day
     with running_code(tasks.allow_code), dated(day) as clock:
         model = _Served.find(settings, tasks) if tasks.server is not None else _Local.find(settings, tasks)
         # Read before the model, so that an unknown or unreachable task is reported in seconds.

@@ -75,7 +75,7 @@ class Footprint:
     def sizes(
         self, weights: str = "source", width: int | None = None, with_mtp: bool = True, experts: float | None = None
     ) -> WeightSizes:
-        """Sizes of the weights in one of config.WEIGHTS or GGUF_TYPES, with `width` channels per expert (None: all).
+        """Sizes of the weights in one of targets.WEIGHTS or GGUF_TYPES, with `width` channels per expert (None: all).
 
         Layers for multi-token prediction count unless `with_mtp` is false. `experts` is how many each layer is to have,
         for the few forms in which other tensors depend on it; None for all. Raises SettingsError or

@@ -31,7 +31,7 @@ def nearest(fit: Fit) -> list[Option]:
 
 
 def most_experts(fit: Fit, weights: str) -> int | None:
-    """The most experts per layer that fit with the weights in one of config.WEIGHTS, and otherwise used as `fit` says.
+    """The most experts per layer that fit with the weights in one of targets.WEIGHTS, and otherwise used as `fit` says.
 
     None if not even the fewest fit, or the weights cannot be so.
     """

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry, read_ranges
-from streamprune.config import DEFAULT_SHARD_BYTES
+from streamprune.common_settings import DEFAULT_SHARD_BYTES
 from streamprune.errors import UnsupportedModelError, VerifyError
 from streamprune.files.durable import reading
 from streamprune.files.json_text import differences, show

@@ -16,7 +16,7 @@ import msgspec
 
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, read_header, read_ranges
-from streamprune.config import OutputSettings
+from streamprune.common_settings import OutputSettings
 from streamprune.errors import CheckpointError, OutputError, VerifyError
 from streamprune.files.durable import (
     kill_point,

@@ -11,8 +11,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from streamprune.checkpoint.hub import resolve_model
-from streamprune.config import PruneSettings, RunSettings, SearchSettings, sibling_path
+from streamprune.config import PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import OutputError, SettingsError
+from streamprune.files.names import sibling_path
 from streamprune.output.writer import check_output
 from streamprune.pipeline.best_results import note_results
 from streamprune.pipeline.finish import RunResult

@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from streamprune.config import OutputSettings, PruneSettings, RunSettings
+from streamprune.common_settings import OutputSettings
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import ReportError
 from streamprune.files.json_text import show
 from streamprune.output.search_folder import SEARCH_NAME

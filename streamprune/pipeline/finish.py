@@ -14,9 +14,11 @@ from typing import Any
 from msgspec import structs, to_builtins
 
 from streamprune.checkpoint.index import Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, RunSettings, sibling_path
+from streamprune.common_settings import OutputSettings
+from streamprune.config import PruneSettings, RunSettings
 from streamprune.errors import InterruptedRunError, VerifyError
 from streamprune.files.durable import kill_point, sync_folder, writing
+from streamprune.files.names import sibling_path
 from streamprune.fit.answer import estimate_object
 from streamprune.fit.engines import refusal
 from streamprune.fit.estimate import Estimate

@@ -14,7 +14,8 @@ from typing import Any
 from msgspec import to_builtins
 
 from streamprune.checkpoint.index import open_checkpoint
-from streamprune.config import OutputSettings, RunSettings
+from streamprune.common_settings import OutputSettings
+from streamprune.config import RunSettings
 from streamprune.errors import CheckpointError, OutputError, ReportError, VerifyError
 from streamprune.files.durable import checksum_of
 from streamprune.files.json_text import differences

@@ -17,12 +17,13 @@ import torch
 
 from streamprune.calibration.refit_text import only_refitted
 from streamprune.calibration.sequences import Calibration, with_date
-from streamprune.config import RunSettings, sibling_path
+from streamprune.config import RunSettings
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import SettingsError
 from streamprune.evaluation.held_out import save_held_out, split_held_out
 from streamprune.files.durable import kill_point
+from streamprune.files.names import sibling_path
 from streamprune.hardware.device import choose_device, describe_host
 from streamprune.hardware.memory import peak_resident_bytes
 from streamprune.hardware.memory_plan import MemoryPlan

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamprune.config import WORK_SUFFIX, OutputSettings, sibling_path
+from streamprune.common_settings import WORK_SUFFIX, OutputSettings
 from streamprune.errors import ResumeError
 from streamprune.files.kinds import describe
+from streamprune.files.names import sibling_path
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
 from streamprune.output.search_folder import SEARCH_NAME

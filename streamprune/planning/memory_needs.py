@@ -15,7 +15,8 @@ from torch import nn
 
 from streamprune.calibration.refit_text import fitted_tokens
 from streamprune.calibration.sequences import FIT, JUDGE, Calibration
-from streamprune.config import COMFORTABLE_BATCH_TOKENS, ComputeSettings, RunSettings
+from streamprune.common_settings import COMFORTABLE_BATCH_TOKENS, ComputeSettings
+from streamprune.config import RunSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.fit.cache import scoring_workspace_bytes
 from streamprune.fit.published import DTYPE_NAMES

@@ -20,7 +20,8 @@ from streamprune.calibration.sequences import Calibration, load_calibration
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoint, read_json
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import DTYPES, RunSettings, SearchSettings, sampling_of
+from streamprune.common_settings import DTYPES
+from streamprune.config import RunSettings, SearchSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.fit.cache import served_itemsize
 from streamprune.fit.estimate import Estimate, Footprint
@@ -357,7 +358,7 @@ def calibrate(settings: RunSettings, plan: PruningPlan) -> Calibration:
     calibration = load_calibration(
         settings.calibration,
         folder,
-        sampling_of(settings),
+        settings,
         vocab_size=plan.vocabulary,
         max_positions=getattr(text_config, "max_position_embeddings", None),
         trust_remote_code=settings.trust_remote_code,

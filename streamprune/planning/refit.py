@@ -10,7 +10,8 @@ from streamprune.calibration.builtin_text import BUILTIN
 from streamprune.calibration.recipe import builtin_domains, named_path
 from streamprune.calibration.refit_text import RefitDemand
 from streamprune.calibration.sequences import Calibration, date_of, fingerprint_of, load_calibration
-from streamprune.config import NO_ANCHOR, RunSettings, Sampling
+from streamprune.common_settings import Sampling
+from streamprune.config import NO_ANCHOR, RunSettings
 from streamprune.errors import CalibrationError, UnsupportedModelError
 from streamprune.models.skeleton import Skeleton
 from streamprune.planning.counts import ExpertCounts

@@ -80,7 +80,7 @@ class WrittenSizes:
         return self._loaded
 
     def sizes(self, weights: str, width: int | None) -> WeightSizes:
-        """The sizes in one of config.WEIGHTS, with `width` channels per expert; see `estimate.Forms`."""
+        """The sizes in one of targets.WEIGHTS, with `width` channels per expert; see `estimate.Forms`."""
         if (weights, width) not in self._known:
             try:
                 self._known[weights, width] = self._counted(weights, width)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
-from streamprune.config import OutputSettings
+from streamprune.common_settings import OutputSettings
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.published import published_facts
 from streamprune.fit.structure import footprint_of_skeleton, weights_of_checkpoint

@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard
 
 from streamprune.checkpoint.hub import cached_model, resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, open_checkpoint, read_json
-from streamprune.config import WORK_SUFFIX, sibling_path
+from streamprune.common_settings import WORK_SUFFIX
 from streamprune.errors import CheckpointError, OutputError, ReportError, ScoresError, SettingsError, VerifyError
 from streamprune.files.json_text import show
+from streamprune.files.names import sibling_path
 from streamprune.hardware.memory import format_bytes
 from streamprune.models.per_layer_experts import LoadingFacts, has_per_layer_experts, modeling_source
 from streamprune.output.plan import REPORT_NAME

@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamprune.checkpoint.index import Checkpoint
 from streamprune.checkpoint.safetensors_file import DTYPE_BITS
-from streamprune.config import DEFAULT_SHARD_BYTES, DTYPES, NO_ANCHOR
+from streamprune.common_settings import DEFAULT_SHARD_BYTES, DTYPES
+from streamprune.config import NO_ANCHOR
 from streamprune.errors import SettingsError
 from streamprune.fit.estimate import Estimate, Fit
 from streamprune.fit.verdict import verdict

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from streamprune.checkpoint.index import Checkpoint, open_checkpoint
 from streamprune.checkpoint.safetensors_file import MAX_JSON_BYTES
-from streamprune.config import sibling_path
 from streamprune.errors import ReportError, UnsupportedModelError
 from streamprune.files.json_text import parse_json
+from streamprune.files.names import sibling_path
 from streamprune.fit.estimate import Estimate, Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.weights import WeightFact, Weights

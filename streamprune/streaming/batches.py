@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streamprune.calibration.sequences import Calibration, MicroBatch
-from streamprune.config import ComputeSettings
+from streamprune.common_settings import ComputeSettings
 from streamprune.distributed.processes import ALONE, Processes
 from streamprune.errors import ResourceError
 from streamprune.hardware.device import CPU, MemoryWatch, free_after_failure, is_gpu, lack_of_memory, record_event

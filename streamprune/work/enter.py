@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-from streamprune.config import OutputSettings, RunSettings
+from streamprune.common_settings import OutputSettings
+from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError, OutputError, ResumeError, TooMuchLostError
 from streamprune.files.durable import writing
 from streamprune.work.folder import WorkFolder, resume_command

@@ -15,7 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint
-from streamprune.config import OutputSettings, PruneSettings, RunSettings, SearchSettings
+from streamprune.common_settings import OutputSettings
+from streamprune.config import PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.files.durable import kill_point, read_record, reading, write_record, writing
 from streamprune.files.json_text import show

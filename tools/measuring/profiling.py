@@ -17,7 +17,8 @@ from torch import nn
 
 from measuring.processes import Job
 from measuring.watching import SyncWarnings
-from streamprune.config import DEFAULT_BATCH_TOKENS, RunSettings
+from streamprune.common_settings import DEFAULT_BATCH_TOKENS
+from streamprune.config import RunSettings
 from streamprune.planning.prepare import calibrate, plan_pruning, prepare
 from streamprune.saliency import statistics as recording
 from streamprune.saliency.hooks import ExpertsTap, recorded_width, tap_experts
