@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from measuring.processes import Job, work
 from measuring.shapes import build, config_of, write_tokens
 from transformers import Qwen3MoeConfig
+from transformers.integrations import moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from streamprune.checkpoint.index import open_checkpoint
@@ -84,9 +86,20 @@ def test_what_is_lost_is_the_same_on_the_gpu(family: Family, tmp_path: Path) -> 
         assert again[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.fixture(params=["bfloat16", "bfloat16, a product per expert", "float16"])
+def product_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The ways of the grouped product: fused for bfloat16 on compute capability 9 and 10; elsewhere, and in float16, a
+    product per expert by torch; and where torch has none, by transformers."""
+    name, _, per_expert = request.param.partition(",")
+    if per_expert:
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 @pytest.mark.parametrize("tokens", [300, 4096])
-def test_recording_changes_no_output_of_experts_of_a_real_size(tokens: int) -> None:
-    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0")
+def test_recording_changes_no_output_of_experts_of_a_real_size(tokens: int, product_dtype: torch.dtype) -> None:
+    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0", product_dtype)
     plain = experts(*given)
     output, _ = recorded(experts, *given)
     again, _ = recorded(experts, *given)
@@ -96,10 +109,23 @@ def test_recording_changes_no_output_of_experts_of_a_real_size(tokens: int) -> N
 
 
 @pytest.mark.parametrize("tokens", [300, 4096])
-def test_what_is_recorded_of_experts_of_a_real_size(tokens: int) -> None:
-    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0")
+def test_what_is_recorded_of_experts_of_a_real_size(tokens: int, product_dtype: torch.dtype) -> None:
+    experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0", product_dtype)
     _, statistics = recorded(experts, *given)
     check_against_dense(experts, given, statistics)
+
+
+def test_recording_waits_for_the_gpu_only_where_the_product_is_not_fused() -> None:
+    experts, given = experts_of(Qwen3MoeConfig(**QWEN), 300, "cuda:0")
+    # The first call loads kernels.
+    recorded(experts, *given)
+    fused = torch.cuda.get_device_capability(0)[0] in (9, 10)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with nullcontext() if fused else pytest.raises(RuntimeError, match="synchronizing"):
+            recorded(experts, *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 #: The experts of Qwen3-30B-A3B.
@@ -110,18 +136,20 @@ QWEN = {
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def experts_of(config: Qwen3MoeConfig, tokens: int, device: str) -> tuple[Qwen3MoeExperts, Given]:
-    """Random experts in bfloat16, computed in groups; and what they are given: tokens, choices and gates."""
+def experts_of(
+    config: Qwen3MoeConfig, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Qwen3MoeExperts, Given]:
+    """Random experts, computed in groups; and what they are given: tokens, choices and gates."""
     config._experts_implementation = "grouped_mm"
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
-        experts = Qwen3MoeExperts(config).bfloat16().requires_grad_(False)
+        experts = Qwen3MoeExperts(config).to(dtype).requires_grad_(False)
     for parameter in experts.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * 0.03)
-    hidden_TH = torch.randn(tokens, config.hidden_size, generator=generator, device=device).bfloat16()
+    hidden_TH = torch.randn(tokens, config.hidden_size, generator=generator, device=device).to(dtype)
     logits_TE = torch.randn(tokens, config.num_experts, generator=generator, device=device)
     gates_TK, index_TK = logits_TE.softmax(-1).topk(config.num_experts_per_tok)
-    return experts, (hidden_TH, index_TK, (gates_TK / gates_TK.sum(-1, keepdim=True)).bfloat16())
+    return experts, (hidden_TH, index_TK, (gates_TK / gates_TK.sum(-1, keepdim=True)).to(dtype))
 
 
 def recorded(

@@ -61,6 +61,27 @@ def test_rows_that_only_fill_up_change_nothing(name: str, dtype: torch.dtype, mo
             torch.testing.assert_close(found.values[place], wanted.values[place], rtol=1e-6, atol=0.0, msg=field)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_product_per_expert_gives_what_the_plain_forward_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs for which torch has no fused grouped product; the same values as with it, but for their rounding."""
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(tiny_config(known_family(name)), dtype=torch.float32)
+    experts = next(m for m in whole.modules() if dispatches_experts(m))
+    for parameter in experts.parameters():
+        parameter.data.normal_(0, 0.2)
+    hidden = torch.randn(100, 64)
+    gates, index = torch.randn(100, 8).softmax(-1).topk(2)
+    with torch.no_grad():
+        fused, _ = forward_with_pairs(experts, hidden, index, gates)
+        monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+        output, pairs = forward_with_pairs(experts, hidden, index, gates)
+        assert torch.equal(output, grouped_mm_experts_forward(experts, hidden, index, gates))
+        bare = bare_pairs(ExpertsTap(grouped_mm_experts_forward, grouped=True), experts, hidden, index, gates, output)
+    torch.testing.assert_close(output, fused)
+    for ours, other in ((pairs.norms, bare.norms), (pairs.peaks, bare.peaks), (pairs.cosines, bare.cosines)):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_sums_for_a_gpu_equal_those_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows in several parts, for experts with none, few, and more than a run of them; later rows do not count."""
     generator = torch.Generator().manual_seed(0)
