@@ -25,10 +25,11 @@ NOTE_NAME = "best.json"
 _ADVICE = "Remove the folder of the search, and repeat the command."
 #: The entries of a candidate in search.json that are a result on held-out text, with those of the head.
 _FIGURES, _HEAD = ("sources", "all"), ("format", "model", "against", "against_source", "dtype", "data", "versions")
-#: What may change between the note and the end without making it another output.
+#: What may change between the note and the end without making it another output. (Of the dtype a run records what it
+#: computes in.)
 _FREE = {
-    "work_dir", "device", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume", "checkpoint_every",
-    "from_layer", "verify", "report", "trust_remote_code",
+    "work_dir", "device", "dtype", "batch_tokens", "states", "vram_gib", "ram_gib", "overwrite", "resume",
+    "checkpoint_every", "from_layer", "verify", "report", "trust_remote_code",
 }  # fmt: skip
 
 
