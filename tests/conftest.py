@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -15,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from tests.found_once import found_once
 from tests.handshakes import Points, wrapping
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+# (Before pytest-xdist, which reads the groups there.)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Whoever names a single test wants it.
     if not config.getoption("--all") and not any("::" in argument for argument in config.args):
@@ -48,11 +50,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
         config.stash[LEFT_OUT] = len(left_out)
+    for item in items:
+        if isinstance(item, pytest.Function) and not item.get_closest_marker("xdist_group") and _has_own_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _has_own_fixtures(item: pytest.Function) -> bool:
+    """Whether it uses what is made once for its file: two workers would make that twice."""
+    return any(each[-1].scope == "module" for each in item._fixtureinfo.name2fixturedefs.values())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -88,44 +98,8 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def found_once() -> Iterator[None]:
-    """Find once what is found of a config by building other models of it: how outputs load, and where channels are.
-
-    That is a third of what a run of a tiny model takes, and hundreds of tests have the same few configs. (The tests of
-    these functions call them themselves.)
-    """
-    from streamprune.models import expert_channels, per_layer_loading
-    from streamprune.models import open as open_module
-    from streamprune.planning import prepare
-
-    loading, channels = per_layer_loading.find_loading_facts, expert_channels.find_channels
-    found = dict[str, Any]()
-
-    def once(key: Any, find: Callable[[], Any]) -> Any:
-        if repr(key) not in found:
-            found[repr(key)] = find()
-        return found[repr(key)]
-
-    def of_model(config: Any, skeleton: Any) -> list[Any]:
-        where = (skeleton.layers_path, sorted(skeleton.experts.items()), skeleton.spec)
-        return [type(config), config.to_json_string(), type(skeleton.model), skeleton.model.dtype, where]
-
-    def find_loading_facts(raw: Any, config: Any, skeleton: Any) -> Any:
-        key = [json.dumps(raw, sort_keys=True), *of_model(config, skeleton)]
-        return once(key, lambda: loading(raw, config, skeleton))
-
-    def find_channels(config: Any, skeleton: Any, *more: Any) -> Any:
-        def find() -> dict[str, Any]:
-            each = channels(config, skeleton, *more)
-            # (Not the model itself, which would never be freed.)
-            return {"width": each.width, "channels": each.channels, "fixed_width": each.fixed_width}
-
-        return replace(skeleton, **once([*of_model(config, skeleton), more], find))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(per_layer_loading, "find_loading_facts", find_loading_facts)
-        patch.setattr(prepare, "find_loading_facts", find_loading_facts)
-        patch.setattr(open_module, "find_channels", find_channels)
+def facts_found_once() -> Iterator[None]:
+    with found_once():
         yield
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.forked import Forked
 
 #: Long enough for a machine that is busy with other things.
 PATIENCE = 120
@@ -19,7 +18,7 @@ PATIENCE = 120
 class Launch:
     """Processes that were launched together, by their ranks."""
 
-    processes: list[subprocess.Popen[str]]
+    processes: list[Forked]
 
     def wait_for(self, path: Path) -> None:
         """Wait until a file is there."""
@@ -62,16 +61,7 @@ def _start(script: str, words: Sequence[object], folders: Sequence[Path]) -> Lau
             "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, words)],
-                env={**os.environ, **{name: str(value) for name, value in told.items()}},
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        processes.append(Forked(code, words, folder, told))
     return Launch(processes)
 
 

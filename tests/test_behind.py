@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from streamprune.streaming.forward import LayerForward
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.work.folder import WorkFolder
 from tests.faults import Case, make_case, trap
+from tests.forked import Forked
 from tests.handshakes import PATIENCE, Points
 
 BLOCKS, BATCHES = 4, 4
@@ -211,11 +210,10 @@ def test_killed_right_after_a_save_a_run_ends_with_the_same_bytes(
     case: Case, around: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process of its own, which nothing tidies up: two blocks are recorded, and their states are taken up."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, case.model, case.tokens, case.output, json.dumps(case.settings)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    words = [case.model, case.tokens, case.output, json.dumps(case.settings)]
+    killed = Forked(KILLED, words, ROOT)
+    _, told = killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL, told
     assert sorted(path.name for path in (case.work / "layers").glob("0*.json")) == ["00000.json", "00001.json"]
     computed: list[int] = []
     around(LayerForward, "run_layer", lambda stream, index, *_: computed.append(index))

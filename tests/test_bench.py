@@ -227,20 +227,6 @@ def test_numbers_without_sense_are_refused(arguments: list[str], words: str) -> 
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_the_bench_measures_the_memory_of_a_depth(tmp_path: Path) -> None:
-    """Alone: the comparison with a plain forward takes ten processes, each of which imports torch."""
-    done = bench(
-        "--shape", "tiny", "--samples", "2", "--seq-len", "64", "--rounds", "0", "--depths", "2", "--dtype", "float32",
-        "--output", str(tmp_path / "figures.json"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert json.loads(done.stdout) == figures
-    assert (figures["shape"], figures["dtype"], figures["tokens"]) == ("tiny", "float32", 128)
-    (peak,) = figures["peak_mib_by_layers"].values()
-    assert 100 < figures["import_peak_mib"] < peak
-
-
 @thorough
 def test_the_bench_measures_everything_in_one_run(tmp_path: Path) -> None:
     saved = tmp_path / "figures.json"

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants
 
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from streamprune.cli import main
 from streamprune.errors import CheckpointError, SettingsError
 from tests.helpers import check_bytes, tree_bytes
 from tests.hub_model import (
@@ -42,21 +44,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         yield server
 
 
-def command_line(server: HubServer, tmp_path: Path, output: str, **env: str) -> subprocess.CompletedProcess[str]:
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env = base | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"} | env
-    return subprocess.run(
-        [sys.executable, "-m", "streamprune", *arguments("org/model", tmp_path, output, "--json")],
-        env=env, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
-    )  # fmt: skip
-
-
 def test_end_to_end_and_again_offline(server: HubServer, model: dict[str, bytes], tmp_path: Path) -> None:
     server.add("org/model", model)
-    # The code is found beside the package, not in the folder where the command runs.
-    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = command_line(server, tmp_path, "first", **path)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(main, arguments("org/model", tmp_path, "first", "--json"))
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "org/model"
     assert server.fetched() == wanted(model)
 
@@ -74,8 +65,15 @@ def test_end_to_end_and_again_offline(server: HubServer, model: dict[str, bytes]
     assert "license: apache-2.0" in card
 
     server.forget()
-    done = command_line(server, tmp_path, "second", HF_HUB_OFFLINE="1", **path)
-    assert done.returncode == 0, done.stderr
+    # In a process of its own, for the library reads this when it is imported.
+    words = [sys.executable, "-m", "streamprune", *arguments("org/model", tmp_path, "second", "--json")]
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = base | {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}
+    # The code is found beside the package, not in the folder where the command runs.
+    env |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    again = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["model"] == "org/model"
     assert not server.requests
     assert tree_bytes(tmp_path / "second") == tree_bytes(first)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked
 from tests.thorough import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +26,11 @@ EVERY_CASE = [
 )
 def test_killed_runs_end_with_the_same_bytes(cases: list[str], options: list[str]) -> None:
     chosen = [word for case in dict.fromkeys(cases) for word in ("--case", case)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "kill"), *chosen, *options],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3000, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    tool = str(ROOT / "tools" / "kill")
+    process = Forked(f"import runpy; runpy.run_path({tool!r}, run_name='__main__')", [*chosen, *options], ROOT)
+    printed, told = process.communicate(timeout=3000)
+    assert process.returncode == 0, told[-3000:]
+    lines = printed.splitlines()
     assert len(lines) == len(cases)
-    assert all(line.startswith(case) for line, case in zip(lines, cases, strict=True)), done.stdout
-    assert all(line.endswith("identical") and " kills" in line for line in lines), done.stdout
+    assert all(line.startswith(case) for line, case in zip(lines, cases, strict=True)), printed
+    assert all(line.endswith("identical") and " kills" in line for line in lines), printed

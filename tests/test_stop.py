@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,50 +19,69 @@ from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError
 from streamprune.pipeline.run import run
 from tests.faults import Case, make_case
+from tests.forked import Forked
 from tests.helpers import tree_bytes
+from tests.interruptions import call
 from tests.thorough import mostly_thorough
-from tests.tiny import write_token_ids
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+#: A run that waits in a micro-batch of layer 1 until a signal is taken, and then, with a second word, for another one.
+WAITING = """
+import signal, sys, time
+from pathlib import Path
+from streamprune.cli import main
+from streamprune.streaming.forward import LayerForward
+
+reached, again = Path(sys.argv.pop(1)), sys.argv.pop(1)
+usual = LayerForward.run_layer
+
+def run_layer(self, index, *arguments):
+    if index == 1 and not reached.exists():
+        reached.touch()
+        while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            time.sleep(0.005)
+        if again:
+            reached.with_name("again").touch()
+            signal.pause()
+    return usual(self, index, *arguments)
+
+LayerForward.run_layer = run_layer
+main()
+"""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    """A run of a few seconds, so that a signal meets it in the middle."""
-    # As many threads as the processes it is compared with have: sums are rounded otherwise with more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    case = make_case(tmp_path_factory.mktemp("made"), propagate="pruned")
-    write_token_ids(case.tokens, sequences=400)
-    shutil.rmtree(case.output)
-    case.run()
-    case.expected = tree_bytes(case.output)
-    yield case
-    torch.set_num_threads(threads)
-
-
-def start(case: Case) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "streamprune", "run", str(case.model), "-o", str(case.output), "--keep", "5",
-        "--batch-tokens", "24", "--checkpoint-every", "0", "--propagate", "pruned", "--calibration", str(case.tokens),
+def start(case: Case, again: str = "") -> Forked:
+    reached = case.output.with_name("reached")
+    words = [
+        reached, again, "run", case.model, "-o", case.output, "--keep", 5, "--batch-tokens", 24,
+        "--checkpoint-every", 0, "--propagate", "pruned", "--calibration", case.tokens,
     ]  # fmt: skip
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = Forked(WAITING, words, case.output.parent)
+    wait_for(reached, process)
+    return process
 
 
-def wait_for_block(case: Case, process: subprocess.Popen[str], block: int) -> None:
+def wait_for(path: Path, process: Forked) -> None:
     deadline = time.monotonic() + 120
-    while not (case.work / "layers" / f"{block:05d}.json").exists():
+    while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    # As many threads as the processes it is compared with have: sums are rounded otherwise with more.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_case(tmp_path_factory.mktemp("small"), propagate="pruned", checkpoint_every=1e6)
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("number", mostly_thorough([signal.SIGINT, signal.SIGTERM], (signal.SIGINT,)))
-def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number: int) -> None:
-    case = made.at(tmp_path / 'it\'s "größer"\nand more' / "out")
+def test_a_signal_saves_and_says_how_to_go_on(small: Case, tmp_path: Path, number: int) -> None:
+    case = small.at(tmp_path / 'it\'s "größer"\nand more' / "out")
     case.output.parent.mkdir()
     process = start(case)
-    wait_for_block(case, process, 0)
     process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
@@ -73,24 +90,23 @@ def test_a_signal_saves_and_says_how_to_go_on(made: Case, tmp_path: Path, number
     command = told.partition("Resume with: streamprune ")[2].rstrip()
     assert shlex.split(command) == ["resume", str(case.work)]
     # As a shell would take it.
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{shlex.quote(sys.executable)} -m streamprune {command}"], env=ENVIRONMENT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "hidden states saved in layer" in done.stderr
+    shell = ["/bin/sh", "-c", f"printf '%s\\0' {command}"]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    done = call(*words)
+    assert done.exit_code == 0, done.stderr
+    assert "hidden states saved in layer 1" in done.stderr
     case.check()
 
 
-def test_a_second_signal_ends_it_at_once(made: Case, tmp_path: Path) -> None:
-    case = made.at(tmp_path / "out")
-    process = start(case)
-    wait_for_block(case, process, 1)
+@pytest.mark.parametrize("number", mostly_thorough([signal.SIGINT, signal.SIGTERM], (signal.SIGTERM,)))
+def test_a_second_signal_ends_it_at_once(small: Case, tmp_path: Path, number: int) -> None:
+    case = small.at(tmp_path / "out")
+    process = start(case, "again")
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
+    wait_for(case.output.with_name("again"), process)
+    process.send_signal(number)
     process.communicate(timeout=60)
-    # Whichever the system delivers first is the request.
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT, 75)
+    assert process.returncode == -number
     assert not case.output.exists()
     case.resume()
     case.check()
@@ -109,11 +125,6 @@ class Signals:
             return usual(*arguments, **named)
 
         patch.setattr(owner, name, call)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("small"), propagate="pruned", checkpoint_every=1e6)
 
 
 @pytest.mark.parametrize("nth", mostly_thorough(range(1, 33, 3), (1, 13, 28)))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from streamprune.pipeline.run import run
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
 from tests.faults import Case, make_case
+from tests.forked import Forked
 from tests.helpers import read_tensors
 from tests.launching import launch
 from tests.thorough import mostly_thorough
@@ -89,20 +87,27 @@ def test_torchrun_gives_the_scores_of_one_process(made: Case, tmp_path: Path) ->
         model=str(made.model), output=tmp_path / "alone", only_score=True, calibration=sources, batch_tokens=48
     )
     run(alone, quiet=True)
-    given = ["score", made.model, "-o", "shared", "--batch-tokens", 48, "--json"]
+    given = ["--batch-tokens", 48, "--json"]
     for source in sources:
         given += ["--calibration", source]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    done = subprocess.run(
-        [*torchrun, "-m", "streamprune", *map(str, given)], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["processes"] == 3
-    assert done.stderr.count("layer 0/3: scored 8") == 1
-    check_close(read_scores(tmp_path / "shared"), read_scores(tmp_path / "alone"))
+    # The launcher is forked; those that it launches are interpreters of their own.
+    torchrun = ["--standalone", "--nproc-per-node", 2, "-m", "streamprune"]
+    two = Forked(
+        "from torch.distributed.run import main; main()",
+        [*torchrun, "score", made.model, "-o", "two", *given],
+        tmp_path,
+    )
+    printed, told = two.communicate(timeout=300)
+    assert two.returncode == 0, told
+    assert told.count("loading torch and transformers ...\n") == 1
+    (status, *texts), *others = launch(["score", made.model, "-o", "three", *given], [tmp_path] * 3).end()
+    assert (status, others) == (0, [(0, "", "")] * 2), texts
+    for count, name, out, err in ((2, "two", printed, told), (3, "three", *texts)):
+        assert json.loads(out)["processes"] == count
+        assert err.count("layer 0/3: scored 8") == 1
+        check_close(read_scores(tmp_path / name), read_scores(tmp_path / "alone"))
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {f"{name}{suffix}" for name in ("alone", "shared") for suffix in ("", ".streamprune.log")}
+    assert left == {f"{name}{suffix}" for name in ("alone", "two", "three") for suffix in ("", ".streamprune.log")}
 
 
 def test_a_killed_process_ends_all_and_one_alone_goes_on(made: Case, tmp_path: Path) -> None:
@@ -182,7 +187,6 @@ def test_a_refusal_is_told_once(made: Case, tmp_path: Path) -> None:
     (status, out, told), *others = launch(given, [tmp_path] * 2).end()
     assert (status, out) == (1, "")
     assert told == (
-        "loading torch and transformers ...\n"
         "Error: There is no calibration file missing.jsonl. Give a recipe, a text, JSON or parquet file, a folder of "
         "them, or builtin for built-in text.\n"
     )
