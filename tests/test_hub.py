@@ -71,7 +71,7 @@ def test_end_to_end_and_again_offline(server: HubServer, model: dict[str, bytes]
     env = base | {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}
     # The code is found beside the package, not in the folder where the command runs.
     env |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    again = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    again = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["model"] == "org/model"
     assert not server.requests

@@ -119,35 +119,35 @@ print(json.dumps({"status": status, "peak": peak}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of resident memory")
-def test_states_larger_than_the_cap_go_to_disk_and_the_run_stays_within_it(
+def test_states_larger_than_what_the_cap_leaves_go_to_disk_and_the_run_stays_within_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """22,528 tokens of 8,192 values in float32 are 704 MiB; the whole process may have 640, libraries included."""
+    """11,264 tokens of 8,192 values in float32 are 352 MiB; of the 640 that there may be, libraries take over 400."""
     config = tiny_config(QWEN)
     config.hidden_size, config.num_hidden_layers = 8192, 2
     config.head_dim, config.num_experts, config.moe_intermediate_size, config.max_position_embeddings = 16, 4, 8, 1024
     source = make_model(tmp_path / "model", config, max_shard_size="1GB")
-    ids = write_token_ids(tmp_path / "ids.jsonl", sequences=88, length=256)
+    ids = write_token_ids(tmp_path / "ids.jsonl", sequences=44, length=256)
 
     def words(states: str) -> list[str]:
         options = ["-o", tmp_path / states, "--keep", 3, "--calibration", ids, "--states", states, "--ram-gib", 0.625]
         return list(map(str, ["run", source, *options]))
 
     command = [sys.executable, "-c", CAPPED, *words("auto")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     completed, told = json.loads(done.stdout.splitlines()[-1]), done.stderr
     assert completed["status"] == 0, told
-    assert completed["peak"] <= 640 * MIB
-    assert "hidden states 704.00 MiB on disk" in told
+    assert (640 - 352) * MIB < completed["peak"] <= 640 * MIB
+    assert "hidden states 352.00 MiB on disk" in told
     assert "note: resident memory" not in told
-    assert json.loads((tmp_path / "auto" / "streamprune.json").read_text())["calibration"]["tokens"] == 22528
+    assert json.loads((tmp_path / "auto" / "streamprune.json").read_text())["calibration"]["tokens"] == 11264
 
     # (This process has more libraries than such a run.)
     monkeypatch.setattr(machine, "resident_bytes", lambda: 400 * MIB)
     refused = call(*words("ram"))
     told = refused.stderr
     assert refused.exit_code == 1
-    assert "hidden states of 22,528 calibration tokens (704.00 MiB)" in told
+    assert "hidden states of 11,264 calibration tokens (352.00 MiB)" in told
     assert "--ram-gib 0.625 leaves" in told
     assert "Use --states disk" in told
     assert "layer 0/1" not in told
