@@ -11,6 +11,7 @@ import pytest
 
 from streamprune.calibration.chat import Chat, ChatRenderer
 from streamprune.calibration.sequences import Calibration
+from streamprune.calibration.tokens import load_tokenizer
 from streamprune.errors import CalibrationError
 from tests.recipes import load, made_of, texts_of, tool_model, write_lines, write_table
 from tests.tokenizer import save_tokenizer
@@ -137,6 +138,31 @@ def test_every_column_that_a_template_uses_reaches_it(as_text: bool, tmp_path: P
     assert made_of(model, {"path": "a.jsonl", "messages": "messages", "documents": "documents"}) == ["f g|d|low|hih"]
     write_lines(tmp_path / "a.jsonl", columns | {"tools": "none", "documents": None, "chat_template_kwargs": ""})
     assert made_of(model, {"path": "a.jsonl"}) == ["|||hih"]
+
+
+def test_columns_with_the_names_of_variables_reach_the_template(tmp_path: Path) -> None:
+    """And no others: `content` is what this template calls a message's, `range` and the end token are transformers'."""
+    template = (
+        "{% if enable_thinking is defined and enable_thinking is false %}[off]{% endif %}{{ effort }}{{ eos_token }}"
+        "{% for m in messages %}{% generation %}{% if m.role == 'user' %}{% set content = m.content %}{% endif %}"
+        "{{ content }}{% endgeneration %}{% if range(2)[1] %}.{% endif %}{% endfor %}"
+    )
+    model = model_of(tmp_path / "model", template)
+    end = load_tokenizer(model, False).eos_token or ""
+    columns = {"content": "wrong", "range": 3, "eos_token": "wrong", "unread": "x", "effort": None}
+    for given, text in (
+        ({"enable_thinking": False}, "[off]"),
+        ({"enable_thinking": "false"}, "[off]"),
+        ({"enable_thinking": True}, ""),
+        ({"effort": "low"}, "low"),
+        # What is stated for the template comes first, then the recipe.
+        ({"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": True}}, ""),
+    ):
+        messages = [*user("hi")["messages"], {"role": "none", "content": "left out by the template"}]
+        write_lines(tmp_path / "a.jsonl", {"messages": messages} | columns | given)
+        assert made_of(model, {"path": "a.jsonl"}) == [f"{text}{end}hi.."], given
+    write_lines(tmp_path / "a.jsonl", user("hi") | {"enable_thinking": False})
+    assert made_of(model, {"path": "a.jsonl", "messages": "messages", "thinking": True}) == [f"{end}hi."]
 
 
 def test_a_messages_column_that_is_no_chat_is_no_reason_to_refuse_the_text(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import time
 import warnings
@@ -25,7 +26,10 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
+import jinja2
 import psutil
+from jinja2.defaults import DEFAULT_NAMESPACE
+from jinja2.meta import find_undeclared_variables
 
 from streamprune.calibration.messages import text_part, texts_of
 from streamprune.errors import BadRecordError, CalibrationError
@@ -42,7 +46,8 @@ _ADVICE = "Check the template, or give records with 'text'."
 class Chat:
     """A chat to render: messages, tools, documents, and variables for the template. `place` is for error messages.
 
-    A message's content is text, or a list of parts that are text. `left_out` are the types of what was not.
+    A message's content is text, or a list of parts that are text. `left_out` are the types of what was not. `columns`
+    are other fields of the record: the template gets those that it reads as variables, unless `variables` has them.
     """
 
     place: str
@@ -51,6 +56,7 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)
     documents: list[Any] | None = None
     left_out: tuple[str, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatRenderer:
@@ -62,6 +68,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, day: date | None = None) -> None:
         self._tokenizer, self._day = tokenizer, day or date.today()
         self.wrote_date = False
+        #: The words in the template: columns of other names need not be sent.
+        self._words = frozenset(re.findall(r"\w+", str(getattr(tokenizer, "chat_template", None))))
         self._child: Any = None
         self._pipe: Any = None
 
@@ -86,7 +94,8 @@ class ChatRenderer:
         try:
             # Parquet also has dates and the like, which templates get as text.
             given = {name: value for name in ("tools", "documents") if (value := getattr(chat, name))}
-            request = json.dumps((chat.messages, given | dict(chat.variables)), default=str).encode()
+            columns = {name: value for name, value in chat.columns.items() if name in self._words}
+            request = json.dumps((chat.messages, given | dict(chat.variables), columns), default=str).encode()
         except RecursionError:
             raise BadRecordError(f"{chat.place} is nested too deeply for a chat.") from None
         # If the child has ended, writing fails; reading reports it below.
@@ -126,6 +135,7 @@ class ChatRenderer:
 _TEXT, _DATED, _REFUSAL = b"t", b"d", b"e"
 #: Text that no template has: does a content arrive?
 _MARK = "zqxjkv"
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
 def _render_all(template: _Template, pipe: Connection, parents: Connection) -> None:
@@ -189,9 +199,11 @@ class _Template:
         """Have templates get the same date on every day, in this process."""
         _ask(self._clock)
 
-    def answer(self, messages: list[Any], variables: dict[str, Any]) -> bytes:
+    def answer(self, messages: list[Any], variables: dict[str, Any], columns: dict[str, Any]) -> bytes:
         """The chat as text, or why the template refuses it."""
         try:
+            read = {name: value for name, value in columns.items() if name in self._variables}
+            variables = read | variables
             reads_text, self._clock.was_read = self._reads_text, False
             text = self._in_its_form(messages, reads_text, lambda messages: self._text(messages, variables))
             if not isinstance(text, str):
@@ -229,6 +241,22 @@ class _Template:
             # It does not accept parts.
             return text
         return render(messages) if as_parts == text else text
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        """The variables that the template reads, but for those that transformers gives it."""
+        found = set[str]()
+        stated = self._tokenizer.chat_template
+        for text in stated.values() if isinstance(stated, Mapping) else (stated,):
+            environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+            # (transformers has a tag of its own, around what an assistant says.)
+            found |= find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
+        return (
+            found
+            - DEFAULT_NAMESPACE.keys()
+            - {"raise_exception", "strftime_now"}
+            - {*self._tokenizer.special_tokens_map}
+        )
 
     @cached_property
     def _reads_text(self) -> bool:

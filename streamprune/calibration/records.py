@@ -24,6 +24,14 @@ from streamprune.files.json_text import show
 
 #: Fields of a record with what is not text: it is left out, with a note.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+#: A field with the template's variables, by the name that TRL has for it too.
+_VARIABLES = "chat_template_kwargs"
+#: Fields that are no variables of the template themselves; the last line has names that templates give to parts of a
+#: chat, some of them only for messages that have such a part.
+_NO_VARIABLES = {
+    *RESERVED, *USUAL_FIELDS, *_MEDIA, _VARIABLES,
+    "message", "role", "content", "reasoning_content", "tool", "tool_call", "tool_calls",
+}  # fmt: skip
 #: A document before tokenization: text, a chat, or token ids.
 Content = str | Chat | list[Any]
 
@@ -128,7 +136,14 @@ def _chat(place: str, values: Mapping[str, Any], messages: str | list[Turn], sou
     }
     tools = [wrapped(tool) for tool in listed["tools"]] or None
     variables = _variables(place, usual) | source.chat_variables
-    return Chat(place, turns, tools, variables, listed["documents"] or None, tuple(left_out))
+    columns = {name: _column(value) for name, value in usual.items() if name not in {*_NO_VARIABLES, messages}}
+    columns = {name: value for name, value in columns.items() if value is not None}
+    return Chat(place, turns, tools, variables, listed["documents"] or None, tuple(left_out), columns)
+
+
+def _column(value: Any) -> Any:
+    """A field as a template's variable: also of true and false as JSON text, which would both count as true."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _usual(place: str, values: Mapping[str, Any], name: str) -> list[Any]:
@@ -140,8 +155,8 @@ def _usual(place: str, values: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _variables(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's variables in a record, under the name that TRL has for them too."""
-    name = "chat_template_kwargs"
+    """The template's variables in a record's field for them."""
+    name = _VARIABLES
     found = values.get(name)
     found = parsed(place, found, name) if is_json_text(found, "{") else found
     found = without_nulls(found) if isinstance(found, dict) else {}

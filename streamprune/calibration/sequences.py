@@ -246,6 +246,11 @@ def with_date(sampling: S, *recipes: Any) -> S:
     return sampling if sampling.date is not None or found is None else replace(sampling, date=found)
 
 
+def with_day(sampling: S) -> S:
+    """Settings with today's date, unless they state one: the same for all texts of a command, also after midnight."""
+    return replace(sampling, date=str(Sampling(date=sampling.date).day))
+
+
 def _public(text: str) -> str:
     """What the user named, as it may be published: a local path only by its last part."""
     path, exists = named_path(text)
