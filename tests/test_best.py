@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from streamprune.cli import main
-from streamprune.config import PruneSettings, RunSettings, SearchSettings
-from streamprune.errors import OutputError, ProcessesError, ReportError, ResumeError, SettingsError
+from streamprune.config import NO_ANCHOR, PruneSettings, RunSettings, SearchSettings
+from streamprune.errors import InterruptedRunError, OutputError, ProcessesError, ReportError, ResumeError, SettingsError
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline import best
@@ -123,6 +123,43 @@ def test_a_search_that_resume_finished_is_not_made_again(
         assert run_best(given, quiet=True).summary["best"] == "4 experts"
 
 
+def test_resume_goes_on_from_the_search_to_the_output(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting stays, whether it was stopped in the search or between the search and the output."""
+    monkeypatch.setattr(best, "settings_of_search", only_plain)
+    output, searched = tmp_path / "out", tmp_path / "out.search.work"
+    given = settings(made, output, checkpoint_every=0.0, report=False, max_shard_bytes=30_000)
+    usual = LayerLoop.run_layer
+
+    def run_layer(self: LayerLoop, task: LayerTask, following: int | None) -> None:
+        if task.index == 2:
+            raise InterruptedRunError("stopped")
+        usual(self, task, following)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):  # noqa: PT012
+        patch.setattr(LayerLoop, "run_layer", run_layer)
+        run_best(given, quiet=True, anchor=NO_ANCHOR)
+    refused = CliRunner().invoke(main, ["resume", str(searched), "--from-layer", "1"])
+    assert "unfinished `streamprune run --best`. Leave out --from-layer" in refused.stderr
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "_write", lambda *given: asked.append(given) or broken())
+        assert isinstance(CliRunner().invoke(main, ["resume", str(searched)]).exception, Injected)
+    assert replace(asked[0][1], model=given.model) == given
+    assert asked[0][0].anchor == NO_ANCHOR
+    assert (tmp_path / "out.search").is_dir()
+    assert not searched.exists()
+    # The search is done: nothing but the output is left, by whichever work folder it is named.
+    for place in (searched, tmp_path / "out.work"):
+        done = CliRunner().invoke(main, ["resume", str(place), "--json"])
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["best"] == "4 experts"
+        assert (output / "model.safetensors.index.json").is_file()
+        assert not (output / "report.html").exists()
+        shutil.rmtree(output)
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_an_output_that_resume_finishes_has_the_search(
     made: Path, tmp_path: Path, refit: bool, monkeypatch: pytest.MonkeyPatch
@@ -139,7 +176,7 @@ def test_an_output_that_resume_finishes_has_the_search(
     resumed(tmp_path / "out.work", quiet=True)
     found = json.loads((tmp_path / "out.search" / "search.json").read_text())
     kept = json.loads((results_folder(tmp_path / "out") / "search.json").read_text())
-    assert kept == {name: value for name, value in found.items() if name != "request"}
+    assert kept == {name: value for name, value in found.items() if name not in ("request", "best_command")}
     assert kl_of(tmp_path / "out") == pytest.approx(found["candidates"][0]["all"]["kl"], abs=1e-6)
     # Another output by the same scores is not the best candidate.
     prune_module.prune(

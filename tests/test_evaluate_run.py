@@ -246,7 +246,9 @@ def test_several_processes_find_the_same(made: Case, tmp_path: Path) -> None:
     assert (tmp_path / "out.held-out" / "0.jsonl").read_text()
 
 
-def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path: Path) -> None:
+def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(
+    made: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = made.at(tmp_path / "out")
     with pytest.raises(TooMuchLostError, match=r"After layer 0/3 .* above 4 x --stop-if-kl 1e-05\. .*resume") as told:
         case.run(stop_if_kl=1e-5)
@@ -254,6 +256,15 @@ def test_a_hopeless_run_ends_early_and_can_be_gone_on_with(made: Case, tmp_path:
     assert not case.output.exists()
     assert not (case.work / "layers" / "00001.json").exists()
     assert "exceeds 1e-05 nats per token (--stop-if-kl)" in status_text(status_of(case.work))
+    # The same command, or a limit that it is above as well, computes nothing: it would go on beyond layer 0 otherwise.
+    with monkeypatch.context() as patch:
+        calls = breaking_run_block(patch, 0, Injected())
+        for again, limit in ((case.run, 1e-5), (case.resume, 1e-6)):
+            with pytest.raises(TooMuchLostError) as repeated:
+                again(stop_if_kl=limit)
+            assert str(repeated.value).startswith("It was refused before, ")
+            assert str(told.value).replace("1e-05", f"{limit:g}") in str(repeated.value)
+        assert calls == [0]
     case.resume(stop_if_kl=50.0)
     case.check()
 

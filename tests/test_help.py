@@ -9,8 +9,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from streamprune import errors
 from streamprune.cli import main
 from streamprune.cli.help import COMMANDS, EXAMPLES, GROUPS
+from streamprune.errors import StreampruneError
 
 
 def every_command() -> dict[str, click.Command]:
@@ -46,6 +48,13 @@ def test_commands_stand_in_groups_with_their_whole_first_sentence() -> None:
     assert sorted(name for names in COMMANDS.values() for name in names) == sorted(main.commands)
     places = [shown.index(f"\n{title}:\n") for title in COMMANDS]
     assert places == sorted(places)
+
+
+def test_every_exit_status_of_an_error_is_told() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output.partition("Exit status:\n")[2]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, StreampruneError)]
+    told = {line.split()[0] for line in shown.splitlines() if line.strip()[:1].isdigit()}
+    assert {str(kind.exit_code) for kind in kinds if hasattr(kind, "exit_code")} <= told
 
 
 def test_common_options_come_first() -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERY_CASE = [
     "qwen3_moe", "gemma4", "deepseek_v2", "evaluated", "refit", "w4a16", "w4a16", "score", "global schedule",
     "super experts protected", "quantized", "quantized", "prune", "prune", "search",
+    "run --best",
 ]  # fmt: skip
 
 
@@ -20,9 +21,10 @@ EVERY_CASE = [
     ("cases", "options"),
     [
         (["refit", "global schedule", "prune, gpt_oss"], ["--points", "2", "--kills", "1"]),
+        (["run --best"], ["--points", "1", "--kills", "1"]),
         pytest.param(EVERY_CASE, ["--kills", "2"], marks=thorough),
     ],
-    ids=["a few", "every case"],
+    ids=["a few", "run --best", "every case"],
 )
 def test_killed_runs_end_with_the_same_bytes(cases: list[str], options: list[str]) -> None:
     chosen = [word for case in dict.fromkeys(cases) for word in ("--case", case)]

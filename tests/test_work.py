@@ -48,6 +48,7 @@ RUN = {
         "recipe": {},
     },
     "anchor": None,
+    "best": None,
     "versions": {},
     "layers": 4,
     "budget_bytes": None,

@@ -52,6 +52,15 @@ COMMANDS = {
     "Look at the result": ("eval", "report", "verify", "push"),
     "After an interruption": ("status", "resume", "clean"),
 }
+#: What a command's exit status says. From 75 on the same command goes on; those below are final.
+STATUSES = (
+    ("0", "Done."),
+    ("1", "An error, which the message names."),
+    ("2", "Settings that make no sense or cannot be met."),
+    ("3", "Nothing fits the memory."),
+    ("4", "Refused, as --stop-if-kl asks."),
+    ("75", "Stopped on request: finished work is saved, and the same command goes on, as after a kill (128 and more)."),
+)
 _MODEL = "Qwen/Qwen3-30B-A3B"
 EXAMPLES = {
     "run": (
@@ -111,10 +120,12 @@ def _takes_text(option: click.Option) -> bool:
 
 
 def format_commands(group: click.Group, formatter: click.HelpFormatter) -> None:
-    """Write a group's commands by what people want, each with its whole first sentence."""
+    """Write a group's commands by what people want, each with its whole first sentence, and the exit statuses."""
     left = dict(group.commands)
     for title, names in (*COMMANDS.items(), ("Commands", tuple(left))):
         rows = [(name, left.pop(name).get_short_help_str(limit=1000)) for name in names if name in left]
         if rows:
             with formatter.section(title):
                 formatter.write_dl(rows)
+    with formatter.section("Exit status"):
+        formatter.write_dl(STATUSES)

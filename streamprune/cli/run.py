@@ -12,11 +12,12 @@ import click
 from streamprune.cli import options as opt
 from streamprune.cli.help import Command
 from streamprune.cli.outputs import report_after
-from streamprune.cli.search import resume_search
+from streamprune.cli.search import refuse_of_search, resume_search
 from streamprune.config import DEFAULT_CHECKPOINT_EVERY, PROPAGATE, PruneSettings, RunSettings
 from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
+from streamprune.pipeline.best_results import best_command
 from streamprune.pipeline.status import nothing_to_resume, output_of
 from streamprune.work.records import has_pruning, has_run, read_pruning, read_run
 
@@ -85,7 +86,8 @@ def _run_options(resuming: bool = False) -> opt.Option:
 def run(max_shard_size: str, best: bool, dry_run: bool, quiet: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL (a local folder or a Hub id) and write a standard checkpoint.
 
-    MODEL is read one layer at a time, so that memory does not grow with its size.
+    MODEL is read one layer at a time, so that memory does not grow with its size. Exit status: below 75 the answer is
+    final (0: done, 3: nothing fits, 4: refused by --stop-if-kl); 75 and above: stopped, and the same command goes on.
     """
     if best:
         _refuse_with_best(given, dry_run)
@@ -215,27 +217,25 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     Settings that decide the result stay as they were. The options below may be changed.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    if launched().count == 1 and (finished := output_of(workdir)) is not None:
-        _nothing_left(workdir, finished, quiet, as_json)
-        return
-    if launched().count == 1 and not has_run(workdir) and not has_pruning(workdir):
-        # (Before torch is imported.)
-        raise nothing_to_resume(workdir)
-    command = {**_recorded_command(workdir), **changes}
+    alone = launched().count == 1
+    best = _best_command(workdir) if alone else None
+    if alone and best is None:
+        if (finished := output_of(workdir)) is not None:
+            _nothing_left(workdir, finished, quiet, as_json)
+            return
+        if not has_run(workdir) and not has_pruning(workdir):
+            # (Before torch is imported.)
+            raise nothing_to_resume(workdir)
+    command = {**(best or _recorded_command(workdir)), **changes}
     # (Among several processes the refusal has to reach all.)
-    if launched().count == 1 and "candidates" in command:
+    if alone and best is None and "candidates" in command:
         resume_search(workdir, quiet, as_json, changes)
         return
     # Only the first process looks: the folder may be on its machine only.
-    if is_first() and has_pruning(workdir) and not has_run(workdir):
+    if best is None and is_first() and has_pruning(workdir) and not has_run(workdir):
         result = _resume_pruning(workdir, quiet, changes)
     else:
-        opt.say_loading(quiet)
-        limit_library_memory(tight=command.get("ram_gib") is not None)
-        from streamprune.pipeline import run as engine
-
-        opt.quiet_libraries(downloads=quiet)
-        result = engine.resume(workdir, quiet, **changes)
+        result = _resume_layers(workdir, quiet, best, changes, tight=command.get("ram_gib") is not None)
     if result.summary.get("complete") and not quiet:
         click.echo(f"Nothing is left to resume: {result.output} is complete.", err=True)
     # (The result of `score` is a file, which has no report.)
@@ -243,6 +243,31 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
         report_after(result.output, quiet)
     if as_json:
         click.echo(opt.json_text(result.summary))
+
+
+def _resume_layers(
+    workdir: Path, quiet: bool, best: Mapping[str, Any] | None, changes: dict[str, Any], tight: bool
+) -> RunResult:
+    """Resume what streams layers: a run or a scoring, or the `run --best` with the command `best`."""
+    if best is not None:
+        refuse_of_search(workdir, changes, "run --best", but=("verify",))
+    opt.say_loading(quiet)
+    limit_library_memory(tight=tight)
+    from streamprune.pipeline import run as engine
+    from streamprune.pipeline.best import resume_best
+
+    opt.quiet_libraries(downloads=quiet)
+    if best is not None:
+        return resume_best(workdir, best, quiet, **changes)
+    return engine.resume(workdir, quiet, **changes)
+
+
+def _best_command(workdir: Path) -> Mapping[str, Any] | None:
+    """The command of the `run --best` that a work folder belongs to; None if it is another's."""
+    # A record that cannot be used is refused later.
+    with suppress(ResumeError):
+        return best_command(workdir)
+    return None
 
 
 def _nothing_left(workdir: Path, output: Path, quiet: bool, as_json: bool) -> None:

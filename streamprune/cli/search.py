@@ -73,18 +73,23 @@ def search(quiet: bool, as_json: bool, **given: Any) -> None:
 
 def resume_search(workdir: Path, quiet: bool, as_json: bool, changes: Mapping[str, Any]) -> None:
     """Resume the search in a work folder, for `resume`. Raises SettingsError for options that it does not have."""
-    unused = [name for name in _NOT_OF_SEARCH if name in changes]
-    if unused:
-        raise SettingsError(
-            f"{workdir} has an unfinished `streamprune search`. Leave out "
-            f"{', '.join('--' + name.replace('_', '-') for name in unused)}."
-        )
+    refuse_of_search(workdir, changes, "search")
     opt.say_loading(quiet)
     limit_library_memory(tight=changes.get("ram_gib") is not None)
     from streamprune.pipeline import search as engine
 
     opt.quiet_libraries(downloads=quiet)
     _print(engine.resume_search(workdir, quiet, **changes), as_json)
+
+
+def refuse_of_search(workdir: Path, changes: Mapping[str, Any], command: str, but: tuple[str, ...] = ()) -> None:
+    """Raise SettingsError for options of `resume` that a search, or the `command` with one, does not have."""
+    unused = [name for name in _NOT_OF_SEARCH if name in changes and name not in but]
+    if unused:
+        raise SettingsError(
+            f"{workdir} has an unfinished `streamprune {command}`. Leave out "
+            f"{', '.join('--' + name.replace('_', '-') for name in unused)}."
+        )
 
 
 def _print(result: Mapping[str, Any], as_json: bool) -> None:

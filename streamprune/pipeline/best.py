@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.config import PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import OutputError, SettingsError
 from streamprune.files.names import sibling_path
+from streamprune.output.search_folder import SEARCH_SUFFIX
 from streamprune.output.writer import check_output
 from streamprune.pipeline.best_results import note_results
 from streamprune.pipeline.finish import RunResult
@@ -21,11 +23,10 @@ from streamprune.pipeline.prune import prune
 from streamprune.pipeline.repeated import may_be_finished
 from streamprune.pipeline.run import run
 from streamprune.pipeline.search import finished_search, search, with_date_of
+from streamprune.pipeline.status import remove_leftovers
 from streamprune.progress import Progress
 from streamprune.reporting.search import search_result
-
-#: The folder of the search is named like the output, with this suffix.
-SEARCH_SUFFIX = ".search"
+from streamprune.work.records import command_of, settings_from, with_changes
 
 
 def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = None) -> RunResult:
@@ -36,6 +37,9 @@ def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = No
     """
     searched = settings_of_search(settings, anchor)
     found = _finished(searched)
+    if found is not None:
+        # (Killed before it had removed its work folder.)
+        remove_leftovers(searched)
     if found is None or not may_be_finished(settings):
         folder = resolve_model(settings.model, settings.revision, settings.trust_remote_code, config_only=True)
         check_output(settings.output, folder, settings.overwrite)
@@ -43,12 +47,27 @@ def run_best(settings: RunSettings, quiet: bool = False, anchor: str | None = No
         if found is not None:
             progress.say(f"the candidates were measured already: {searched.output}")
     if found is None:
-        found = search(searched, quiet)
+        # (With the anchor as a path from any folder, like the others.)
+        command = {**command_of(settings), "anchor": command_of(searched)["anchor"]}
+        found = search(searched, quiet, command)
     best = search_result(found).best
     with Progress(0, quiet) as progress:
         progress.say(f"writing the best candidate: {best.name}, KL divergence {best.kl:.4f} nats per token")
     result = _write(searched, settings, found, quiet)
     return replace(result, summary={**result.summary, "best": best.name, "search": str(searched.output)})
+
+
+def resume_best(place: Path, command: Mapping[str, Any], quiet: bool = False, **changes: Any) -> RunResult:
+    """Go on with the `run --best` whose command was recorded in `place`: with its search, or with writing its output.
+
+    `changes` are settings that may differ, such as device and memory. Raises ResumeError if the command makes no sense.
+    """
+    anchor = command.get("anchor")
+    given = {**command, "anchor": None, "resume": "auto", "from_layer": None}
+    settings = settings_from(RunSettings, given, place)
+    # (The work folder of the search is not that of the run.)
+    settings = replace(with_changes(settings, place, changes), work_dir=settings.work_dir)
+    return run_best(settings, quiet, anchor if anchor is None else str(anchor))
 
 
 def settings_of_search(settings: RunSettings, anchor: str | None = None) -> SearchSettings:

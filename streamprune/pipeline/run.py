@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from streamprune.calibration.refit_text import only_refitted
-from streamprune.calibration.sequences import Calibration, with_date
+from streamprune.calibration.sequences import Calibration, with_date, with_day
 from streamprune.config import RunSettings
 from streamprune.distributed.joining import joined
 from streamprune.distributed.processes import ALONE, Processes
@@ -46,7 +46,7 @@ from streamprune.pipeline.resume import (
     settings_to_resume,
     tokens_of,
 )
-from streamprune.pipeline.run_evaluation import RunEvaluation, was_held_back
+from streamprune.pipeline.run_evaluation import RunEvaluation, refuse_again, was_held_back
 from streamprune.pipeline.run_layers import RunLayers, both_sweeps
 from streamprune.planning.facts import check_scores_match
 from streamprune.planning.imatrix import check_imatrix_file, gguf_names
@@ -196,7 +196,7 @@ class _Run:
             self.given = read_scores(settings.scores)
             check_provenance(self.given)
             recipes = [*recipes, (self.given.provenance["calibration"] or {}).get("recipe")]
-        return with_date(settings, *recipes)
+        return with_day(with_date(settings, *recipes))
 
     def go(self, job: Job) -> RunResult:
         """Stream the layers, select, and complete the output. All ranks."""
@@ -314,6 +314,7 @@ class _Run:
         now = describe_run(self.settings, self.prepared, self.full_text, plan.batch_tokens)
         if self.recorded is not None:
             check_same(self.recorded, now, self.work.folder)
+            refuse_again(self.settings, self.work)
         else:
             messages.print_work(self.progress, self.settings, self.prepared, plan, self.work)
             write_run(self.work.folder, now, tokens_of(self.full_text))

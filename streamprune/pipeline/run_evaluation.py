@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from streamprune.calibration.sequences import Calibration
 from streamprune.config import RunSettings
@@ -25,6 +26,7 @@ from streamprune.streaming.predictions import SequenceFigures
 from streamprune.streaming.stages import ForwardStage, PrunedForwardStage
 from streamprune.streaming.written_tensors import written_tensors
 from streamprune.work.folder import WorkFolder, resume_command
+from streamprune.work.records import RecordedRefusal
 
 #: How often predictions are measured within the model with --stop-if-kl, evenly over its depth. Each measurement costs
 #: as much as the output head.
@@ -50,6 +52,26 @@ def was_held_back(held_out: Calibration, given: Scores | None, progress: Progres
         "elsewhere, use `streamprune eval --data` with other text."
     )
     return False
+
+
+def refuse_again(settings: RunSettings, work: WorkFolder) -> None:
+    """Raise TooMuchLostError if --stop-if-kl has refused the run in a work folder, and still does. Rank 0.
+
+    So the same command says so at once. (--from-layer scores layers again.)
+    """
+    refused, most = work.read_refusal(), settings.stop_if_kl
+    if refused is None or most is None or settings.from_layer is not None or refused.kl <= refused.factor * most:
+        return
+    raise _too_much_lost(refused, most, work.folder, "It was refused before, and nothing that decides it has changed. ")
+
+
+def _too_much_lost(refused: RecordedRefusal, most: float, work_folder: Path, before: str = "") -> TooMuchLostError:
+    limit = f"--stop-if-kl {most:g}" if refused.factor == 1 else f"{refused.factor} x --stop-if-kl {most:g}"
+    return TooMuchLostError(
+        f"{before}{refused.subject} divergence of the pruned model from the original is {refused.kl:.3g} nats per "
+        f"token on the held-out text, above {limit}. {refused.advice}; or accept it with: "
+        f"{resume_command(work_folder)} --stop-if-kl {2 * refused.kl:.2g}"
+    )
 
 
 class RunEvaluation:
@@ -107,7 +129,7 @@ class RunEvaluation:
         self._progress.say(f"predictions after {place}: KL divergence {kl:.4f} nats per token")
         if most is not None and kl > _ABORT_FACTOR * most:
             advice = self._advice() or "Keep more experts, try another --method or other calibration text"
-            raise self._too_much_lost(f"After {place} the KL", kl, f"{_ABORT_FACTOR} x --stop-if-kl {most:g}", advice)
+            self._refuse(RecordedRefusal(f"After {place} the KL", kl, _ABORT_FACTOR, advice))
 
     def complete(self, prepared: PreparedModel, selection: Selection) -> None:
         """Measure the pruned model in one more pass over all layers, by all ranks, unless the result is complete.
@@ -144,7 +166,7 @@ class RunEvaluation:
             self._progress.say(line)
         kl, most = self.result["all"]["kl"], self._settings.stop_if_kl
         if most is not None and kl > most:
-            raise self._too_much_lost("The KL", kl, f"--stop-if-kl {most:g}", self._advice())
+            self._refuse(RecordedRefusal("The KL", kl, 1, self._advice()))
 
     def _advice(self) -> str:
         """How to select anew without scoring again, from the scores, which are saved; empty if there are none yet."""
@@ -166,9 +188,10 @@ class RunEvaluation:
         if self._work is not None:
             self._work.write_evaluation(self.result)
 
-    def _too_much_lost(self, subject: str, kl: float, limit: str, advice: str) -> TooMuchLostError:
-        return TooMuchLostError(
-            f"{subject} divergence of the pruned model from the original is {kl:.3g} nats per token on the held-out "
-            f"text, above {limit}. {advice}; or accept it with: "
-            f"{resume_command(self._settings.work_folder)} --stop-if-kl {2 * kl:.2g}"
-        )
+    def _refuse(self, refused: RecordedRefusal) -> NoReturn:
+        """Raise TooMuchLostError, recorded by the first rank, so that the same command says it again."""
+        most = self._settings.stop_if_kl
+        assert most is not None
+        if self._work is not None:
+            self._work.write_refusal(refused)
+        raise _too_much_lost(refused, most, self._settings.work_folder)

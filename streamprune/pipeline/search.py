@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from streamprune.calibration.sequences import Calibration, date_of, with_date
+from streamprune.calibration.sequences import Calibration, date_of, with_date, with_day
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import open_checkpoint, read_json
 from streamprune.config import RunSettings, SearchSettings
@@ -30,7 +30,7 @@ from streamprune.fit.answer import Budget, resolve_budget
 from streamprune.fit.estimate import Fit
 from streamprune.hardware.device import describe_host
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes
-from streamprune.output.search_folder import SEARCH_NAME, check_search_output
+from streamprune.output.search_folder import BEST_COMMAND, SEARCH_NAME, check_search_output
 from streamprune.output.writer import check_place
 from streamprune.pipeline.messages import print_prepared
 from streamprune.pipeline.repeated import difference_lines, made_otherwise, may_be_finished
@@ -61,10 +61,11 @@ _BUDGET = ("budget_gib", "gpu")
 _DECIDING = {*_BUDGET, "context", "batch", "kv_dtype", "anchor", "for_engine", "round_for"}
 
 
-def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:
+def search(settings: SearchSettings, quiet: bool = False, best: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Measure the candidates of a search, or resume an interrupted one; returns what `--json` prints.
 
-    A finished search of the same settings, model and text is kept.
+    A finished search of the same settings, model and text is kept. `best` is the command of the `run --best` that it
+    is made for, which is recorded with it.
     On any error finished work is kept, so that the same command goes on. Raises a StreampruneError.
     """
     if launched().count > 1:
@@ -79,7 +80,7 @@ def search(settings: SearchSettings, quiet: bool = False) -> dict[str, Any]:
                 remove_leftovers(settings)
                 return {"output": str(settings.output), **found, "complete": True}
     with ExitStack() as stack:
-        return _Search(settings, device, stack).run(quiet)
+        return _Search(settings, device, stack, best).run(quiet)
 
 
 def finished_search(settings: SearchSettings) -> Mapping[str, Any] | None:
@@ -160,14 +161,17 @@ class _Decided:
 
 
 class _Search:
-    """A search; `stack` closes what it opens."""
+    """A search, made for the command `best` of `run --best`, or by itself. `stack` closes what it opens."""
 
     progress: Progress
     work: WorkFolder
     stop: StopRequest
 
-    def __init__(self, settings: SearchSettings, device: torch.device, stack: ExitStack) -> None:
+    def __init__(
+        self, settings: SearchSettings, device: torch.device, stack: ExitStack, best: Mapping[str, Any] | None
+    ) -> None:
         self.settings, self.device, self.stack = settings, device, stack
+        self.best = dict(best) if best is not None else None
 
     def run(self, quiet: bool) -> dict[str, Any]:
         settings = self.settings
@@ -180,9 +184,11 @@ class _Search:
         self.stack.enter_context(on_exit(work, self.progress.say))
         check_place(settings)
         recorded = begin(settings, work)
+        recipes = recorded.recipes if recorded is not None else []
+        self.settings = settings = with_day(with_date(settings, *recipes))
         if recorded is not None:
-            plan, settings = computed_in(plan, with_date(settings, *recorded.recipes), recorded.dtype)
-            self.settings = settings
+            plan, self.settings = computed_in(plan, settings, recorded.dtype)
+            settings = self.settings
         budget = resolve_budget(settings.budget_gib, settings.gpu)
         if recorded is not None and recorded.budget_bytes is not None:
             # Free GPU memory changes.
@@ -257,7 +263,8 @@ class _Search:
         full = replace(whole, anchor=text.calibration.anchor)
         now = describe_run(settings, prepared, full, plan.batch_tokens)
         names = "; ".join(side.name for side in decided.sides)
-        now = structs.replace(now, settings={**now.settings, "candidates": names}, budget_bytes=decided.budget.nbytes)
+        named = {**now.settings, "candidates": names}
+        now = structs.replace(now, settings=named, budget_bytes=decided.budget.nbytes, best=self.best)
         if recorded is not None:
             check_same(recorded, now, work.folder)
         else:
@@ -274,6 +281,8 @@ class _Search:
         held = text.held_out
         assert held is not None
         result = {**self._result(decided, prepared, layers), "request": taken["request"]}
+        if self.best is not None:
+            result[BEST_COMMAND] = self.best
         provenance = provenance_of(settings, prepared, text, self.device, taken["batch_tokens"])
         facts, found = prepared.facts, [each for _, each in sorted(layers.scored.items())]
         own, mtp = apart_from_mtp(found, facts.layout.layer_count)

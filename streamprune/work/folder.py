@@ -10,6 +10,7 @@
 | `layers/` | one record per finished layer: its statistics, its shards and their checksums |
 | `states/N/` | the hidden states at two points of the run, the newest and the one before |
 | `evaluation.json` | the result of `--evaluate`, once it is complete |
+| `refused.json` | what `--stop-if-kl` refused |
 | `search.json` | of `streamprune search`: the candidates that were given up |
 | `cursor.json` | which generation of states is valid; replaced atomically |
 | `model/` | the finished shards |
@@ -53,6 +54,7 @@ from streamprune.work.records import (
     FinishedLayer,
     FinishedShard,
     RecordedEvaluation,
+    RecordedRefusal,
     RecordedSearch,
     StageResults,
     converted,
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = "streamprune.lock"
 _FINISHED = "finished.json"
-_EVALUATION, _SEARCH = "evaluation.json", "search.json"
+_EVALUATION, _REFUSED, _SEARCH = "evaluation.json", "refused.json", "search.json"
 REPLACED_NAME = "replaced"
 #: The name of the record of shards that belong to no layer.
 OUTSIDE = "outside"
@@ -127,9 +129,10 @@ class WorkFolder:
             sync_folder(self.folder)
 
     def has_progress(self) -> bool:
-        """Whether anything would be lost with the folder: finished layers, saved states, an old output."""
+        """Whether anything would be lost with the folder: finished layers, saved states, a refusal, an old output."""
         layers = any(path.stem != OUTSIDE for path in names_in(self._layers))
-        return layers or bool(names_in(self._states)) or self.keeps_old_output()
+        refused = (self.folder / _REFUSED).exists()
+        return layers or bool(names_in(self._states)) or refused or self.keeps_old_output()
 
     def keeps_old_output(self) -> bool:
         """Whether the folder has the old output that --overwrite replaces."""
@@ -200,9 +203,19 @@ class WorkFolder:
         return body if converted(body, RecordedEvaluation) is not None else None
 
     def forget_evaluation(self) -> None:
-        """Remove what `write_evaluation` recorded."""
+        """Remove what `write_evaluation` and `write_refusal` recorded."""
         with writing(f"Removing the evaluation in {self.folder}", self.folder):
-            (self.folder / _EVALUATION).unlink(missing_ok=True)
+            for name in (_EVALUATION, _REFUSED):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def write_refusal(self, refusal: RecordedRefusal) -> None:
+        """Record that `--stop-if-kl` refused the run."""
+        with writing(f"Recording the refusal in {self.folder}", self.folder):
+            write_record(self.folder / _REFUSED, msgspec.to_builtins(refusal))
+
+    def read_refusal(self) -> RecordedRefusal | None:
+        """What `write_refusal` recorded; None if it is missing or damaged."""
+        return converted(read_record(self.folder / _REFUSED, MOST_RECORD_BYTES), RecordedRefusal)
 
     def write_search(self, given_up: Mapping[str, Any]) -> None:
         """Record the candidates that a search has given up, by name."""

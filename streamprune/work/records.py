@@ -69,6 +69,7 @@ class RecordedRun(RecordedCommand, kw_only=True):
     """run.json: the command, and everything that decides its result. `files` gives size and change time (ns).
 
     The sequences of `anchor`, the text that a refit also fits to, follow those of the calibration in tokens.json.
+    `best` is the command of the `run --best` that a search is made for.
     """
 
     settings: dict[str, Any]
@@ -79,6 +80,7 @@ class RecordedRun(RecordedCommand, kw_only=True):
     batch_tokens: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     budget_bytes: Count | None = None
     anchor: RecordedCalibration | None = None
+    best: dict[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -97,7 +99,7 @@ class RecordedRun(RecordedCommand, kw_only=True):
         if self.budget_bytes is not None:
             changes |= {"budget_gib": self.budget_bytes / 2**30, "gpu": None}
         kind = SearchSettings if "candidates" in self.command else RunSettings
-        return _settings_from(kind, {**self.command, **changes}, work)
+        return settings_from(kind, {**self.command, **changes}, work)
 
 
 class RecordedPruning(RecordedCommand, kw_only=True):
@@ -107,7 +109,7 @@ class RecordedPruning(RecordedCommand, kw_only=True):
 
     def settings_in(self, work: Path) -> PruneSettings:
         """The settings with which the pruning in `work` is resumed. Raises ResumeError if they make no sense."""
-        return _settings_from(PruneSettings, {**self.command, "resume": "required"}, work)
+        return settings_from(PruneSettings, {**self.command, "resume": "required"}, work)
 
 
 class FinishedShard(Struct, frozen=True, forbid_unknown_fields=True):
@@ -227,6 +229,18 @@ class RecordedEvaluation(Struct):
     all: RecordedFigures
 
 
+class RecordedRefusal(Struct):
+    """refused.json: what --stop-if-kl refused: `subject` is the divergence that was `kl`, above `factor` x the limit.
+
+    `advice` says what else can be done.
+    """
+
+    subject: str
+    kl: float
+    factor: Annotated[int, Meta(ge=1)]
+    advice: str
+
+
 class GivenUp(Struct):
     """Why a candidate of a search was given up: the KL divergence, its own and the best one's, after a layer."""
 
@@ -294,8 +308,8 @@ def command_of(settings: OutputSettings) -> dict[str, Any]:
     return command
 
 
-def _settings_from(kind: type[S], command: Mapping[str, Any], work: Path) -> S:
-    """The settings of type `kind` recorded in `work`. Raises ResumeError if they make no sense."""
+def settings_from(kind: type[S], command: Mapping[str, Any], work: Path) -> S:
+    """The settings of type `kind` in a command recorded in `work`. Raises ResumeError if they make no sense."""
     try:
         unknown = command.keys() - {field.name for field in dataclasses.fields(kind)}
         if unknown:
