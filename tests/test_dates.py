@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 
 import pytest
 
+from streamprune.calibration.sequences import date_of
 from streamprune.calibration.tokens import load_tokenizer
 from streamprune.config import EvalSettings, SearchSettings
 from streamprune.errors import ResumeError
+from streamprune.evaluation import command
 from streamprune.evaluation.evaluate import read_data
 from streamprune.evaluation.prompts import collect_prompts
+from streamprune.evaluation.task_settings import TaskSettings
 from streamprune.pipeline.search import finished_search, search
+from streamprune.work.records import read_run
 from tests.faults import Case, Injected, breaking_at
 from tests.helpers import known_family, tree_bytes
 from tests.interruptions import call
@@ -117,6 +122,41 @@ def test_a_search_too(case: Case, tmp_path: Path) -> None:
         found = search(settings, quiet=True)
         assert found["request"]["date"] == "2026-02-28"
         assert finished_search(settings) is not None
+
+
+def test_all_texts_of_a_command_have_one_date(case: Case, tmp_path: Path) -> None:
+    """Also if midnight comes between them: here with every look at the calendar."""
+    days = itertools.count(1)
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls) -> Day:
+            return cls(2026, 1, next(days))
+
+    chats = ({"messages": [{"role": "user", "content": f"another {number}"}]} for number in range(40))
+    anchor = write_lines(tmp_path / "anchor.jsonl", *chats)
+    dated, asked = case.at(tmp_path / "out"), list[EvalSettings]()
+    text: dict[str, Any] = {"samples": 30, "refit": True, "anchor": str(anchor)}
+
+    def run_tasks(settings: EvalSettings, *_: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return {"results": {}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamprune.config.datetime", SimpleNamespace(date=Day))
+        with breaking_at(1), pytest.raises(Injected):
+            dated.run(**text)
+        patch.setattr(command, "run_tasks", run_tasks)
+        patch.setattr(command, "result_lines", lambda *_: [])
+        given = EvalSettings(model=str(case.model), against=str(case.model))
+        command.evaluate_model(given, None, TaskSettings(tasks=("a",)), tmp_path / "results", True, None)
+    recorded = read_run(dated.work)
+    assert recorded is not None
+    dates = [date_of(recipe) for recipe in recorded.recipes]
+    assert len(dates) == 2
+    assert dates[0] == dates[1] is not None
+    assert len(asked) == 2
+    assert asked[0].date == asked[1].date is not None
 
 
 def test_prompts_too(case: Case, tmp_path: Path) -> None:

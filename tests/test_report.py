@@ -103,6 +103,8 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
     put(copied, "text.json", text)
     put(copied, "generation.json", generation_result())
     put(copied, "tasks.json", TASKS)
+    other = {"arc_easy": {"acc,none": 0.9}}
+    put(copied, "tasks-against-better-0123abcd.json", TASKS | {"against": "better", "original_results": other})
     write_report(copied)
     page = tables(copied)
     for row, each in zip(
@@ -122,10 +124,16 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         for name in ("greedy, chat, thinking on", "greedy, chat, thinking on, the original")
     ]
     assert page.rows("Tasks") == [["arc_easy", "acc", "0", "50", "0.7500", "0.013", "0.8000", "5.0", "93.8%"]]
+    title = "Tasks, against better, which is not what this model was made from"
+    assert page.rows(title) == [["arc_easy", "acc", "0", "50", "0.7500", "0.013", "0.9000", "15", "83.3%"]]
     assert "enable_thinking=False" in (copied / "report.html").read_text()
     card = (copied / "README.md").read_text()
     assert "gets into loops" in card
-    assert "lm-evaluation-harness, against original:" in card
+    assert (
+        0
+        < card.index("lm-evaluation-harness, against original:")
+        < card.index("lm-evaluation-harness, against better, which is not what this model was made from:")
+    )
     assert "| 0.7500 | 0.013 | 0.8000 | 5.0 | 93.8% |" in card
     assert "enable\\_thinking=False" in card
     one = text["sources"][0]

@@ -257,7 +257,8 @@ def test_a_server_writes_answers_in_chats(models: list[Path], included: Path) ->
     options = {"apply_chat_template": True, "thinking": False, "allow_code": True, "limit": 1, "max_new_tokens": 30}
     with ModelServer(None, lambda body: f"answer = {len(body['messages'])}") as server:
         address = {"server": f"{server.url}/v1", "served_model": "tiny"}
-        result, _ = run(models[0], included, "local_code", num_fewshot=0, **address, **options)
+        result, said = run(models[0], included, "local_code", num_fewshot=0, **address, **options)
+        assert "where its chat template has a date, that is the server's" in said
         assert result["results"]["local_code"]["passed,none"] == 0
         with pytest.raises(SettingsError, match="local_sums: answers are given and scored there"):
             run(models[0], included, "local_sums", **address, apply_chat_template=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamprune.calibration.sequences import with_day
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.config import EvalSettings
@@ -53,6 +54,8 @@ def evaluate_model(
     if folder is not None:
         # Checked early: the first result may come after hours.
         check_writable(folder)
+    # The same day for the model and the original, which may run after midnight.
+    settings = with_day(with_model_date(settings))
     found: dict[str, Any] = {}
     with Progress(0, quiet) as progress:
         for name, result in _results(settings, generation, tasks, progress):
@@ -106,12 +109,14 @@ def _original_on_tasks(settings: EvalSettings, tasks: TaskSettings, progress: Pr
     """The original's result on the same tasks; None, with a note, if it is not to be had here."""
     assert settings.against is not None
     if tasks.server is not None:
-        progress.say(f"note: tasks are run on {settings.model} alone: the server has no {settings.against}.")
+        progress.say(
+            f"note: tasks are run on {settings.model} alone: the server has no {settings.against}. To compare, serve "
+            "that too, and run the same tasks there."
+        )
         return None
     original = replace(
-        with_model_date(settings),
-        model=settings.against, revision=settings.against_revision, against=None, against_revision=None,
-    )  # fmt: skip
+        settings, model=settings.against, revision=settings.against_revision, against=None, against_revision=None
+    )
     try:
         return run_tasks(original, tasks, progress)
     except StreampruneError as error:

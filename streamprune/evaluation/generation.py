@@ -230,11 +230,13 @@ class _Trial:
         config, lengths = self.decodings[name], [len(prompt.ids) for prompt in self.prompts]
         pending = sorted(range(len(lengths)), key=lambda index: lengths[index])
         found: dict[int, Continuation] = {}
-        size, last_line = self.generation.batch, time.monotonic()
+        size, paced = self.generation.batch, _Paced(self.say)
         while pending:
             part = [index for index in pending[:size] if lengths[index] == lengths[pending[0]]]
             prompts = [self.prompts[index] for index in part]
-            rows = _batch(loaded, prompts, config, (self.settings.seed or 0) + part[0])
+            so_far = f"generation: {name}, {len(found)} of {len(lengths)} continuations; the next {len(part)}"
+            watch = _EachToken(paced.say, so_far, self.longest)
+            rows = _batch(loaded, prompts, config, (self.settings.seed or 0) + part[0], watch)
             if rows is None:
                 free_after_failure(loaded.device)
                 if len(part) == 1:
@@ -250,18 +252,15 @@ class _Trial:
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 found[index] = Continuation(prompt, name, tuple(row[:end]), end is not None)
             pending = pending[len(part) :]
-            if pending and time.monotonic() - last_line >= LINE_SECONDS:
-                last_line = time.monotonic()
-                self.say(f"generation: {name}, {len(found)} of {len(lengths)} continuations")
         return [found[index] for index in range(len(lengths))]
 
 
 def _batch(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig, seed: int
+    loaded: LoadedModel, prompts: Sequence[Prompt], config: GenerationConfig, seed: int, watch: _EachToken
 ) -> list[list[int]] | None:
     """The new tokens of prompts of one length, padded at their ends; None if memory ran out.
 
-    Raises NonFiniteError for logits with NaN or infinity.
+    `watch` sees every token. Raises NonFiniteError for logits with NaN or infinity.
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=loaded.device)
     gpus = [loaded.device] if is_gpu(loaded.device) else []
@@ -271,7 +270,7 @@ def _batch(
             torch.manual_seed(seed)
             made = loaded.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
-                logits_processor=LogitsProcessorList([_CheckFinite()]),
+                logits_processor=LogitsProcessorList([watch]),
             )  # fmt: skip
     except Exception as error:
         if not is_out_of_memory(error):
@@ -281,11 +280,31 @@ def _batch(
     return rows
 
 
-class _CheckFinite(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing, but raises NonFiniteError for NaN and infinity, which greedy decoding would turn into a loop."""
+class _Paced:
+    """Prints lines, none sooner than LINE_SECONDS after the one before."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._last = say, time.monotonic()
+
+    def say(self, line: str) -> None:
+        if time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            self._say(line)
+
+
+class _EachToken(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing: calls `say` with `text` and the number of each new token, of `most`.
+
+    Raises NonFiniteError for NaN and infinity, which greedy decoding would turn into a loop.
+    """
+
+    def __init__(self, say: Callable[[str], None], text: str, most: int) -> None:
+        self._say, self._text, self._most, self._number = say, text, most, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # Other processors exclude a token with minus infinity.
         if bool((scores.isnan() | scores.isposinf()).any()):
             raise NonFiniteError("The model's logits for the next token have NaN or infinity: it cannot generate.")
+        self._number += 1
+        self._say(f"{self._text}: token {self._number:,} of {self._most:,}")
         return scores

@@ -108,6 +108,11 @@ def _notes(loaded: Mapping[str, Any], settings: TaskSettings) -> Iterator[str]:
     fixed = [name for name, task in loaded.items() if settings.num_fewshot and task.get_config("num_fewshot") == 0]
     if fixed:
         yield f"--num-fewshot {settings.num_fewshot} is not for {', '.join(fixed)}, defined without shots."
+    if settings.server is not None and settings.apply_chat_template:
+        yield (
+            "the server writes the chats: where its chat template has a date, that is the server's, whatever --date "
+            "says."
+        )
 
 
 def _limit_answers(loaded: Mapping[str, Any], settings: TaskSettings) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import to_builtins
 
-from streamprune.calibration.sequences import Calibration, with_date
+from streamprune.calibration.sequences import Calibration, with_date, with_day
 from streamprune.config import RunSettings
 from streamprune.errors import OutputError, ScoresError, StreampruneError
 from streamprune.evaluation.held_out import split_held_out
@@ -53,7 +53,7 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
         # The place is taken by what may be the result.
         plan = plan_pruning(replace(settings, overwrite=True))
         recipes, dtype = _made_from(settings)
-        plan, settings = computed_in(plan, with_date(settings, *recipes), dtype)
+        plan, settings = computed_in(plan, with_day(with_date(settings, *recipes)), dtype)
         text = calibrate(settings, plan)
         text = split_held_out(text) if settings.evaluate else text
         prepared = prepare(settings, plan)

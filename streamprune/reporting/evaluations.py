@@ -7,6 +7,7 @@
 | `text-against-NAME-….json` | `eval --against NAME` | the same where NAME is not what the model was made from |
 | `search.json` | `run --best` | the candidates of which this model is the best: `reporting.search` |
 | `tasks.json` | `eval --tasks` | the result of lm-evaluation-harness |
+| `tasks-against-NAME-….json` | the same, and `--against NAME` | where NAME is not what the model was made from |
 
 The classes have the fields that the report reads; the files may have more. Losses and KL are nats per token. An
 interval is [low, high] of 95 %, null if a source has fewer than two sequences.
@@ -34,6 +35,8 @@ from streamprune.reporting.record_text import MOST_LISTED, Count, Name, Number, 
 FOLDER_NAME = "evaluation"
 #: In the name of a result that compares with another model than the one that was pruned.
 _AGAINST = "-against-"
+#: What is said of such a model after its name.
+NOT_THE_SOURCE = "which is not what this model was made from"
 TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"
 #: The format of text.json and generation.json.
 RESULT_FORMAT = 1
@@ -107,7 +110,7 @@ class TextResult(_Checked, frozen=True, kw_only=True):
     def original_words(self) -> str:
         """What it is compared with."""
         known_other = self.against_source is False
-        return f"{self.against}, which is not what this model was made from" if known_other else "the original"
+        return f"{self.against}, {NOT_THE_SOURCE}" if known_other else "the original"
 
     @property
     def rows(self) -> list[Losses]:

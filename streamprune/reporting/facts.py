@@ -38,7 +38,7 @@ from streamprune.reporting.evaluations import (
     others_of,
     read_checked_result,
 )
-from streamprune.reporting.record import Record, checked, read_record
+from streamprune.reporting.record import Kind, Record, checked, read_record
 from streamprune.reporting.record_text import Count, Positive, Share
 from streamprune.reporting.search import SearchResult
 from streamprune.saliency.scores import Scores
@@ -268,8 +268,16 @@ class Facts:
     other_texts: tuple[TextResult, ...]
     generation: GenerationResult | None
     tasks: TasksResult | None
+    #: Those with comparisons with other models than the source.
+    other_tasks: tuple[TasksResult, ...]
     #: The search that this model is the best candidate of.
     search: SearchResult | None
+
+
+def _others(output: Path, name: str, kind: type[Kind]) -> tuple[Kind, ...]:
+    """The results that compare with other models than the source, in order. Raises ReportError."""
+    found = (read_checked_result(output, other, kind) for other in others_of(output, name))
+    return tuple(each for each in found if each is not None)
 
 
 def read_facts(output: Path) -> Facts:
@@ -284,8 +292,8 @@ def read_facts(output: Path) -> Facts:
     scores = read_scores_of(output, record)
     selection = record.selection
     checkpoint = open_checkpoint(output)
-    names = [TEXT_NAME, *others_of(output, TEXT_NAME)]
-    found = [text for name in names if (text := read_checked_result(output, name, TextResult)) is not None]
+    own = read_checked_result(output, TEXT_NAME, TextResult)
+    found = [*([own] if own is not None else []), *_others(output, TEXT_NAME, TextResult)]
     # What it was made from comes first, also where an earlier version has put another in its place.
     texts = sorted(found, key=lambda text: text.against_source is False)
     return Facts(
@@ -302,5 +310,6 @@ def read_facts(output: Path) -> Facts:
         tuple(texts[1:]),
         read_checked_result(output, GENERATION_NAME, GenerationResult),
         read_checked_result(output, TASKS_NAME, TasksResult),
+        _others(output, TASKS_NAME, TasksResult),
         read_checked_result(output, SEARCH_NAME, SearchResult),
     )

@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from streamprune.fit.estimate import Estimate
 from streamprune.hardware.memory import format_bytes
-from streamprune.reporting.evaluations import Continuations, GenerationResult, TasksResult, TextResult
+from streamprune.reporting.evaluations import (
+    NOT_THE_SOURCE,
+    Continuations,
+    GenerationResult,
+    TasksResult,
+    TextResult,
+)
 from streamprune.reporting.facts import GPU_SIZES, Course, Memory
 from streamprune.reporting.record import Record
 from streamprune.reporting.record_computed import RecordedRefit, RecordedRounding
@@ -247,6 +253,12 @@ def tasks_table(tasks: TasksResult) -> Table:
     columns = ["task", "metric", "shots", "examples", "value", "standard error"]
     compared = ["original", "points lost", "recovery"] if tasks.compared else []
     return Table("Tasks", (*columns, *compared), rows)
+
+
+def other_tasks_table(tasks: TasksResult) -> Table:
+    """The same of a comparison with a model that this one was not made from, which the title says."""
+    table = tasks_table(tasks)
+    return replace(table, title=f"{table.title}, against {tasks.against}, {NOT_THE_SOURCE}")
 
 
 def course_table(course: Course) -> Table:

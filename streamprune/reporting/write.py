@@ -27,6 +27,7 @@ from streamprune.formats.pick import storage_text
 from streamprune.models.per_layer_experts import engines_note, has_per_layer_experts
 from streamprune.progress import describe
 from streamprune.reporting import charts, maps, tables
+from streamprune.reporting.evaluations import NOT_THE_SOURCE
 from streamprune.reporting.facts import GPU_SIZES, Course, Facts, Memory, read_facts
 from streamprune.reporting.search import search_tables
 from streamprune.reporting.search_page import draw_search
@@ -104,8 +105,9 @@ def sections_of(facts: Facts) -> Iterator[Section]:
             yield Section("depth", [tables.depth_table(text)], partial(charts.draw_depth, text))
     if facts.generation is not None:
         yield Section("generation", [*tables.generation_tables(facts.generation)])
-    if facts.tasks is not None:
-        yield Section("tasks", [tables.tasks_table(facts.tasks)])
+    if facts.tasks is not None or facts.other_tasks:
+        own = [tables.tasks_table(facts.tasks)] if facts.tasks is not None else []
+        yield Section("tasks", [*own, *map(tables.other_tasks_table, facts.other_tasks)])
     if record.calibration is not None:
         yield Section("calibration", [tables.calibration_table(record.calibration, record.settings.mix)])
     if all(layer.counts for layer in record.layers):
@@ -162,7 +164,9 @@ def _card(path: Path, facts: Facts, pictures: Mapping[str, charts.Picture]) -> b
         old = path.read_bytes()
     values = {
         "texts": [facts.text, *facts.other_texts] if facts.text is not None else [],
-        "tasks": facts.tasks,
+        "tasks": [*([facts.tasks] if facts.tasks is not None else []), *facts.other_tasks],
+        "other_tasks": facts.other_tasks,
+        "not_the_source": NOT_THE_SOURCE,
         "tasks_table": tables.tasks_table,
         "generation": facts.generation,
         "generation_tables": tables.generation_tables,
