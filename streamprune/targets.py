@@ -60,12 +60,21 @@ def planned_context(asked: int | None, longest: int | None) -> int:
     return asked
 
 
+def check_gguf_source(gguf: str, weights: str) -> None:
+    """Raise SettingsError unless llama.cpp can make `gguf`, one of GGUF_TYPES, of what is stored as --weights says."""
+    if weights in SCHEMES:
+        raise SettingsError(
+            f"--gguf {gguf} is what llama.cpp quantizes the result to, from plain weights. Leave out --weights "
+            f"{weights}."
+        )
+
+
 @dataclass(frozen=True)
 class ServingSpec:
     """How the model is to be used: `batch` sequences of `context` tokens each, and the form of weights and cache.
 
     `weights` is one of WEIGHTS: how an output would store them; "source" is also the model as it is. Or it is one of
-    GGUF_TYPES: what llama.cpp makes of the output.
+    GGUF_TYPES: what llama.cpp makes of the output, which is `stored` then as one of "source" and "bf16".
     `keep` is the number of experts that stay in every layer; None for all. If layers may differ, `total` is the
     number in all layers together instead; `widest` is the number in the layer that keeps most, and `last` that in the
     last one with experts, if known. `width` is the number of channels that each expert keeps; None for all. `mtp` is
@@ -79,6 +88,7 @@ class ServingSpec:
     batch: int = 1
     kv_dtype: str = "auto"
     weights: str = "source"
+    stored: str = "source"
     keep: int | None = None
     total: int | None = None
     widest: int | None = None
@@ -136,11 +146,8 @@ class PruningTarget(SelectionSettings):
         SelectionSettings.__post_init__(self)
         if self.gguf is not None:
             check_choice("--gguf", self.gguf, tuple(GGUF_TYPES))
-        if self.gguf is not None and self.stored_as in SCHEMES:
-            raise SettingsError(
-                f"--gguf {self.gguf} is what llama.cpp quantizes the result to, from plain weights. Leave out "
-                f"--weights {self.stored_as}."
-            )
+        if self.gguf is not None:
+            check_gguf_source(self.gguf, self.stored_as)
         check_choice("--by", self.by, BY)
         for name, engine in (("--for", self.for_engine), ("--round-for", self.round_for)):
             if engine is not None:
@@ -178,6 +185,7 @@ class PruningTarget(SelectionSettings):
             batch=self.batch,
             kv_dtype=self.kv_dtype,
             weights=self.gguf or self.stored_as,
+            stored=self.stored_as,
             mtp=self.stored_mtp,
         )
 

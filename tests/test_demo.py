@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune.calibration import builtin_text as corpus
 from streamprune.config import RunSettings
-from streamprune.demo.demo import CODE, MIX, SHIPPED, DemoResult, load_model, shipped_model, write_recipe
+from streamprune.demo.demo import CODE, MIX, SHIPPED, VARIANTS, DemoResult, load_model, shipped_model, write_recipe
 from streamprune.errors import OutputError, SettingsError
 from streamprune.evaluation.held_out import held_out_recipe
 from streamprune.pipeline.run import run
@@ -146,6 +146,9 @@ def test_output_reloads_with_its_tokenizer_and_writes_text(result: DemoResult) -
 
 def test_everything_is_printed(result: DemoResult, demo_run: DemoRun) -> None:
     text = "\n".join(demo_run.lines)
+    # Nothing that takes seconds is silent: each variant is pruned, then measured.
+    assert text.count("Measuring the unpruned model on held-out text ...") == 1
+    assert text.count("Measuring it on held-out text ...") == len(VARIANTS)
     for figure in (*result.before.losses.values(), *result.variants[0.5, CODE].divergences.values()):
         assert f"{figure:.3f}" in text
     assert str(result.output) in text

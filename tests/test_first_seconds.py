@@ -38,6 +38,7 @@ REFUSED = [
     ("eval NOWHERE --data FILE", "NOWHERE"),
     ("eval MODEL --against NOWHERE --data FILE", "NOWHERE"),
     ("eval MODEL --data NOWHERE.txt", "There is no calibration file NOWHERE.txt"),
+    ("eval MODEL --generate --prompts NOWHERE.jsonl", "The prompts NOWHERE.jsonl cannot be read: No such file"),
     ("eval MODEL --tasks hellaswag,no-such-task", "knows no task, group or tag named no-such-task. "),
     ("fit NOWHERE --gpu rtx-3090", "NOWHERE"),
     ("fit MODEL --gpu rtx-3090 --keep 33", "choose from 4 to 32"),

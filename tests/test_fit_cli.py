@@ -419,3 +419,25 @@ def test_options_as_other_tools_name_them(command: str, option: str, hint: str) 
     assert result.exit_code == 2
     assert hint in result.stderr
     assert ("Here it is" in result.stderr) == (command != "status")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("run m -o out --keep 3 --calibration a b", "(b). --calibration takes one value. For several write it again"),
+        ("eval m --data a b c", "--data takes one value. For several write it again: --data A --data B."),
+        ("eval m --tasks a b", "Write several values with commas: --tasks NAME,…."),
+        ("status a b", "Got unexpected extra argument (b)\n"),
+        ("run m -o out --budget-gib 24GB", "It is a number of GiB: write --budget-gib 24."),
+        ("fit m --budget-gib 23.5 GiB", "It is a number of GiB: write --budget-gib 23.5."),
+        ("run m -o out --keep 3 --ram-gib plenty", "It is a number of GiB: write --ram-gib 24."),
+        ("fit m --context 32k", "Write the whole number: --context 32768."),
+        ("run m -o out --ratio 50%", "It is a share: write --ratio 0.5."),
+        ("run m -o out --keep many", "'many' is not a valid integer.\n"),
+    ],
+)
+def test_values_as_people_write_them(words: str, hint: str) -> None:
+    split = words.replace("23.5 GiB", "23.5_GiB").split()
+    result = CliRunner().invoke(main, [word.replace("_", " ") for word in split])
+    assert result.exit_code == 2
+    assert hint in result.stderr

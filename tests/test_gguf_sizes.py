@@ -21,6 +21,7 @@ from streamprune.quantize.gguf_types import BLOCKS, GGUF_TYPES
 from streamprune.reporting.facts import read_facts
 from streamprune.targets import WEIGHTS, ServingSpec
 from tests.helpers import known_family, prune
+from tests.quantized import make_quantized
 from tests.tiny import make_model, tiny_config, write_token_ids
 
 GIB = 1024**3
@@ -167,11 +168,24 @@ def test_formats_of_outputs_are_taken_though_llama_cpp_has_one_of_the_name(weigh
     assert WeightsChoice().convert(weights, None, None) == weights
 
 
+def test_fit_takes_decoded_weights_for_llama_cpp_as_run_does(tmp_path: Path) -> None:
+    """Its converter does not read this MXFP4, so that --weights bf16 is what makes the GGUF possible."""
+    source = str(make_quantized(tmp_path, "ct-mxfp4", "qwen3_moe").source)
+    given = [source, "--budget-gib", "1", "--gguf", "Q4_K_M", "--for", "llama.cpp", "--keep", "5"]
+    refused = CliRunner().invoke(main, ["fit", *given])
+    assert refused.exit_code == 2
+    assert "write them decoded with --weights bf16" in refused.stderr
+    taken = CliRunner().invoke(main, ["fit", *given, "--weights", "bf16", "--json"])
+    assert taken.exit_code == 0, taken.stderr
+    assert json.loads(taken.stdout)["weights"] == "Q4_K_M"
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
     for options, words in (
         (["--weights", "Q4_K_M"], "q4_k_m is a quantization of llama.cpp: write --gguf Q4_K_M."),
-        (["--gguf", "Q4_K_M", "--weights", "fp8"], "Leave out --weights fp8"),
+        (["--gguf", "Q4_K_M", "--weights", "fp8"], "from plain weights. Leave out --weights fp8"),
+        (["--gguf", "Q4_K_M", "--weights", "bf16"], "are plain already. Leave it out."),
         (["--gguf", "Q4_K_X"], "is not one of"),
     ):
         for command in (["fit"], ["run", "-o", str(tmp_path / "out"), "--dry-run"]):

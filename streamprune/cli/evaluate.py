@@ -90,7 +90,7 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
     tasks = _task_settings(options)
     of_generation = _generation_options(options, tasks is not None)
     settings = EvalSettings(**options)
-    _refuse_early(settings, tasks)
+    _refuse_early(settings, tasks, (of_generation or {}).get("prompts"))
     opt.say_loading(quiet)
     limit_library_memory(tight=settings.ram_gib is not None)
     from streamprune.evaluation.command import evaluate_model
@@ -107,12 +107,12 @@ def evaluate(output: Path | None, report: bool, quiet: bool, as_json: bool, **op
         click.echo(opt.json_text(result))
 
 
-def _refuse_early(settings: EvalSettings, tasks: TaskSettings | None) -> None:
-    """Raise what can be refused before torch is imported: models, texts and tasks that are not there."""
+def _refuse_early(settings: EvalSettings, tasks: TaskSettings | None, prompts: Path | None) -> None:
+    """Raise what can be refused before torch is imported: models, texts, prompts and tasks that are not there."""
     from streamprune.evaluation.task_names import refuse_tasks
     from streamprune.pipeline.early import refuse_evaluation
 
-    refuse_evaluation(settings)
+    refuse_evaluation(settings, prompts)
     if tasks is not None:
         refuse_tasks(tasks.tasks, tasks.include_path)
 

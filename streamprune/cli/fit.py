@@ -21,7 +21,7 @@ from streamprune.fit.engines import check_served, rounded_count
 from streamprune.fit.estimate import Estimate, Fit, Footprint, check_keep
 from streamprune.hardware.memory import limit_library_memory
 from streamprune.models.config_json import resolve_keep
-from streamprune.targets import PruningTarget, ServingSpec, Storage, planned_context
+from streamprune.targets import PruningTarget, ServingSpec, Storage, check_gguf_source, planned_context
 
 
 @click.command(cls=Command)
@@ -56,12 +56,10 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     budget_gib, gpu, revision = given.pop("budget_gib"), given.pop("gpu"), given.pop("revision")
     storage = Storage.of(given["weights"], given.pop("quantize"), None, given.pop("tensor_parallel"), given["mtp"])
     context, gguf, ratio = given.pop("context"), given.pop("gguf"), given.pop("ratio")
-    if gguf is not None and given["weights"] != "source":
-        raise SettingsError(
-            f"--gguf {gguf} is a form of the weights of its own. Leave out --weights {given['weights']}."
-        )
-    given["weights"] = gguf or given["weights"]
-    wanted = ServingSpec(context=planned_context(context, None), **given)
+    stored = given.pop("weights")
+    if gguf is not None:
+        check_gguf_source(gguf, stored)
+    wanted = ServingSpec(context=planned_context(context, None), weights=gguf or stored, stored=stored, **given)
     budget = known_budget(budget_gib, gpu)
     from streamprune.planning.sizes import read_forms
 
@@ -69,8 +67,9 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width, said)
     keep = _kept(footprint, wanted.keep, ratio)
     wanted = replace(wanted, context=planned_context(context, footprint.max_positions), keep=keep)
-    # Refused before anything else is said of it.
-    footprint.sizes(wanted.weights, wanted.width)
+    # Refused before anything else is said of it. (Also decoding weights that are plain, for --gguf.)
+    for weights in (wanted.stored, wanted.weights):
+        footprint.sizes(weights, wanted.width)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
         raise SettingsError(
             f"--measure loads the model, but the layers of {model} keep different numbers of experts, so that the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -37,7 +38,62 @@ _HINTS = {
 }
 
 
-def with_hint(error: click.NoSuchOption) -> click.UsageError:
+_NO_NUMBER = re.compile(r"'(.*)' is not a valid (?:float|integer)")
+
+
+def with_hint(error: click.UsageError) -> click.UsageError:
+    """The error, or one that also says what to write instead, where that is known."""
+    if isinstance(error, click.NoSuchOption):
+        return _with_name(error)
+    hint = _number_hint(error) if isinstance(error, click.BadParameter) else _list_hint(error)
+    if hint is None:
+        return error
+    message = f"{error.message.rstrip('.')}. {hint}"
+    if isinstance(error, click.BadParameter):
+        return click.BadParameter(message, error.ctx, error.param, error.param_hint)
+    return click.UsageError(message, error.ctx)
+
+
+def _number_hint(error: click.BadParameter) -> str | None:
+    """How to write a number that was given with a unit; None where it is not known."""
+    found, option = _NO_NUMBER.match(error.message), error.param
+    if found is None or not isinstance(option, click.Option):
+        return None
+    number, unit = _split(found[1])
+    if option.name is not None and option.name.endswith("_gib"):
+        wanted = number if number is not None and unit in ("g", "gb", "gib") else 24
+        return f"It is a number of GiB: write {option.opts[-1]} {wanted:g}."
+    if number is not None and option.type is click.INT and unit == "k":
+        return f"Write the whole number: {option.opts[-1]} {number * 1024:.0f}."
+    if number is not None and unit == "%":
+        return f"It is a share: write {option.opts[-1]} {number / 100:g}."
+    return None
+
+
+def _split(text: str) -> tuple[float | None, str]:
+    """A number and its unit, in small letters; None if it does not begin with a number."""
+    found = re.match(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(.*?)\s*$", text, re.DOTALL)
+    return (float(found[1]), found[2].lower()) if found is not None else (None, "")
+
+
+def _list_hint(error: click.UsageError) -> str | None:
+    """How to give several values to an option that was given, where words are left over; None if there is none."""
+    context = error.ctx
+    if context is None or not error.message.startswith("Got unexpected extra argument"):
+        return None
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if not isinstance(option, click.Option) or not given:
+            continue
+        name = option.opts[-1]
+        if option.multiple:
+            return f"{name} takes one value. For several write it again: {name} A {name} B."
+        if option.metavar is not None and option.metavar.endswith(",…"):
+            return f"{name} takes one word. Write several values with commas: {name} {option.metavar}."
+    return None
+
+
+def _with_name(error: click.NoSuchOption) -> click.UsageError:
     """The error, or one that says what the option is called here, if other tools have it and the command too."""
     command = error.ctx.command if error.ctx is not None else None
     known = {name for parameter in command.params for name in parameter.opts} if command is not None else set()

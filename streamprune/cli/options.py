@@ -334,7 +334,7 @@ class Commands(click.Group):
             # Use the real stderr: this process is silenced, but no other process reports this error.
             print(f"Error: {error}", file=sys.__stderr__, flush=True)
             sys.exit(error.exit_code)
-        except click.NoSuchOption as error:
+        except click.UsageError as error:
             raise with_hint(error) from None
         except StreampruneError as error:
             click.echo(f"Error: {error}", err=True)

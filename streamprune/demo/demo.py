@@ -220,6 +220,7 @@ def run_demo(folder: Path, model: DemoModel, echo: Echo = print) -> DemoResult:
     kept, variants = folder / "pruned", {}
     with one_thread(), tempfile.TemporaryDirectory(prefix=".variants-", dir=folder) as name:
         held_out = read_held_out(model.folder, model.held_out, Path(name))
+        echo("Measuring the unpruned model on held-out text ...")
         before = _measured(model.folder, model.folder, held_out)
         for number, (ratio, text) in enumerate(VARIANTS):
             what, recipe = ("code alone", code) if text == CODE else ("a mix of all domains", mix)
@@ -230,6 +231,7 @@ def run_demo(folder: Path, model: DemoModel, echo: Echo = print) -> DemoResult:
                 overwrite=True,
             )  # fmt: skip
             run(settings, quiet=number > 0)
+            echo("Measuring it on held-out text ...")
             variants[ratio, text] = _measured(output, model.folder, held_out, is_kept=number == 0)
     result = DemoResult(model.folder, kept, mix, before, variants)
     for line in _lines(result):

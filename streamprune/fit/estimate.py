@@ -115,7 +115,7 @@ class Footprint:
         numbers = tuple(sorted(set(counts.values()))) if counts is not None else (count,)
         width = use.width or self.width or self.shape.expert or None
         # (llama.cpp's quantization comes after its converter, which reads the weights as they are stored.)
-        weights = "source" if use.weights in GGUF_TYPES else use.weights
+        weights = use.stored if use.weights in GGUF_TYPES else use.weights
         return Served(spec, numbers, weights, width, self.itemsize, self.config)
 
     def expert_bytes(self, weights: str, width: int | None) -> float | None:

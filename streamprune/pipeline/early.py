@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from streamprune.calibration.chosen import refuse_sources
 from streamprune.checkpoint.hub import resolve_model
 from streamprune.checkpoint.index import CONFIG_NAME, read_json
 from streamprune.config import EvalSettings, RunSettings, SearchSettings
+from streamprune.errors import CalibrationError
 from streamprune.fit.answer import resolve_budget
 from streamprune.formats.pick import refuse_quantized
 from streamprune.models.config_json import resolve_keep, stated_experts
@@ -48,10 +51,15 @@ def refuse_early(settings: RunSettings) -> None:
     refuse_sources(settings.calibration, settings.mix if settings.scores is None else None)
 
 
-def refuse_evaluation(settings: EvalSettings) -> None:
-    """The same of an evaluation: models and texts that are not there."""
+def refuse_evaluation(settings: EvalSettings, prompts: Path | None = None) -> None:
+    """The same of an evaluation: models and texts that are not there, and a file of `prompts` that cannot be read."""
     for model, revision in ((settings.model, settings.revision), (settings.against, settings.against_revision)):
         if model is not None:
             resolve_model(model, revision, settings.trust_remote_code, config_only=True)
     if settings.data:
         refuse_sources(settings.data, None)
+    if prompts is not None:
+        try:
+            prompts.open("rb").close()
+        except OSError as error:
+            raise CalibrationError(f"The prompts {prompts} cannot be read: {error.strerror}.") from None
