@@ -140,6 +140,8 @@ def test_resume_goes_on_from_the_search_to_the_output(
     with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):  # noqa: PT012
         patch.setattr(LayerLoop, "run_layer", run_layer)
         run_best(given, quiet=True, anchor=NO_ANCHOR)
+    told = CliRunner().invoke(main, ["status", str(tmp_path / "out.work")])
+    assert told.stdout.startswith(f"{searched}: "), told.stderr
     refused = CliRunner().invoke(main, ["resume", str(searched), "--from-layer", "1"])
     assert "unfinished `streamprune run --best`. Leave out --from-layer" in refused.stderr
     asked = []

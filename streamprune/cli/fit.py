@@ -67,8 +67,8 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
     footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width, said)
     keep = _kept(footprint, wanted.keep, ratio)
     wanted = replace(wanted, context=planned_context(context, footprint.max_positions), keep=keep)
-    # Refused before anything else is said of it. (Also decoding weights that are plain, for --gguf.)
-    for weights in (wanted.stored, wanted.weights):
+    # Refused before anything else is said of it; with --gguf also weights that cannot be stored as --weights says.
+    for weights in (wanted.weights, *((stored,) if stored not in ("source", wanted.weights) else ())):
         footprint.sizes(weights, wanted.width)
     if measure and footprint.weights.counts is not None and not trust_remote_code:
         raise SettingsError(

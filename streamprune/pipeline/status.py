@@ -15,7 +15,7 @@ from streamprune.files.kinds import describe
 from streamprune.files.names import sibling_path
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
-from streamprune.output.search_folder import SEARCH_NAME
+from streamprune.output.search_folder import SEARCH_NAME, SEARCH_SUFFIX
 from streamprune.output.writer import put_back
 from streamprune.work.folder import LOCK_NAME, REPLACED_NAME, WorkFolder, finished_inode, folder_bytes, resume_command
 from streamprune.work.records import RecordedPruning, RecordedRun, has_pruning, has_run, read_pruning, read_run
@@ -28,6 +28,12 @@ def status_of(folder: Path) -> dict[str, Any]:
     recorded: fewer if experts are selected after all layers are scored, 0 for `score`. Layers count from 0.
     """
     recorded = _recorded(folder)
+    if recorded is None and not folder.exists():
+        # `run --best` searches in a folder of its own first.
+        output = folder.with_name(folder.name.removesuffix(WORK_SUFFIX))
+        searching = sibling_path(sibling_path(output, SEARCH_SUFFIX), WORK_SUFFIX)
+        if has_run(searching):
+            return status_of(searching)
     if recorded is None:
         if has_pruning(folder) and not has_run(folder):
             raise ResumeError(
