@@ -143,7 +143,7 @@ def test_all_texts_of_a_command_have_one_date(case: Case, tmp_path: Path) -> Non
         return {"results": {}}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamprune.config.datetime", SimpleNamespace(date=Day))
+        patch.setattr("streamprune.common_settings.datetime", SimpleNamespace(date=Day))
         with breaking_at(1), pytest.raises(Injected):
             dated.run(**text)
         patch.setattr(command, "run_tasks", run_tasks)

@@ -248,7 +248,7 @@ def with_date(sampling: S, *recipes: Any) -> S:
 
 def with_day(sampling: S) -> S:
     """Settings with today's date, unless they state one: the same for all texts of a command, also after midnight."""
-    return replace(sampling, date=str(Sampling(date=sampling.date).day))
+    return replace(sampling, date=str(sampling.day))
 
 
 def _public(text: str) -> str:
