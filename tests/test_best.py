@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from streamprune.cli import main
@@ -20,6 +22,7 @@ from streamprune.pipeline import best
 from streamprune.pipeline import prune as prune_module
 from streamprune.pipeline import run as run_module
 from streamprune.pipeline.best import run_best, settings_of_search
+from streamprune.pipeline.candidate_command import writing_command
 from streamprune.pipeline.resume import settings_to_resume
 from streamprune.pipeline.search import resume_search
 from streamprune.reporting.evaluations import TEXT_NAME, results_folder
@@ -27,7 +30,7 @@ from streamprune.reporting.write import write_report
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.stages import LayerTask
 from tests.faults import Injected
-from tests.helpers import known_family
+from tests.helpers import known_family, read_tensors
 from tests.test_search import searchable
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -87,6 +90,12 @@ def test_the_best_candidate_is_written_and_the_search_kept(
         patch.setattr(LayerLoop, "run_layer", broken)
         again = run_best(settings(made, tmp_path / "out"), quiet=True).summary
     assert (again["complete"], again["best"]) == (True, first["name"])
+    searched = settings_of_search(settings(made, tmp_path / "out"))
+    own = searched.run_of(*(first[name] for name in ("keep", "width", "weights", "refit")))
+    words = shlex.split(writing_command(searched.output, own).replace(" OUT ", f" {tmp_path / 'by-hand'} "))
+    assert CliRunner().invoke(main, words[1:]).exit_code == 0
+    by_hand, written = read_tensors(tmp_path / "by-hand"), read_tensors(tmp_path / "out")
+    assert {name for name in written if not torch.equal(written[name], by_hand[name])} == set()
     html = write_report(tmp_path / "out").read_text()
     assert f"<b>{first['name']}</b>" not in html
     assert 'id="search"' in html

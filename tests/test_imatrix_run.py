@@ -25,6 +25,7 @@ from streamprune.models.skeleton import build_skeleton
 from streamprune.output.verify import verify
 from streamprune.pipeline.run import run
 from streamprune.quantize.imatrix import GgufNames
+from streamprune.reporting.card import reproduce_command
 from streamprune.reporting.record import read_record
 from streamprune.streaming.batches import MicroBatches
 from streamprune.streaming.imatrix_stage import ImatrixForwardStage
@@ -158,6 +159,8 @@ def test_the_sums_are_those_of_what_is_written_whatever_it_is(settings: dict[str
         return
     check("qwen3_moe", tmp_path / "out", tmp_path / "i.gguf", ids)
     assert verify(tmp_path / "out", source)
+    # Its text is also what weights are computed from.
+    assert " --imatrix i.gguf" in reproduce_command(read_record(tmp_path / "out"))
 
 
 def test_scores_of_before_select_for_it(tmp_path: Path) -> None:

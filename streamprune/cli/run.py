@@ -77,7 +77,8 @@ def _run_options(resuming: bool = False) -> opt.Option:
 )
 @click.option(
     "--imatrix", type=opt.PATH, metavar="FILE",
-    help="Also write an importance matrix of the result, for llama.cpp's llama-quantize. (All experts may stay.)",
+    help="Also write an importance matrix of the result, for llama.cpp's llama-quantize. (All experts may stay. It "
+    "sends more text through the pruned layers, which --refit and GPTQ then use too.)",
 )  # fmt: skip
 @click.option("--evaluate", is_flag=True, help="Hold out a tenth of the calibration text and measure the loss on it.")
 @opt.STOP_IF_KL

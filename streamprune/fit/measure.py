@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from streamprune.errors import ResourceError, SettingsError
 from streamprune.fit.estimate import PREFILL_CHUNK, Estimate
-from streamprune.hardware.device import choose_device, is_gpu
+from streamprune.hardware.device import all_gpus, choose_device, is_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.nvml import gpu_of_device
 from streamprune.targets import ServingSpec
@@ -81,6 +81,11 @@ def measure(folder: str, estimate: Estimate, device_name: str, trust_remote_code
     """
     if replace(estimate.use, context=1, batch=1) != ServingSpec(context=1):
         raise SettingsError("--measure loads the model as it is: leave out --weights, --kv-dtype, --keep and --width.")
+    if not all_gpus():
+        raise SettingsError(
+            f"--measure loads the model on a GPU, but torch {torch.__version__} sees none here: install a CUDA build "
+            "of torch and check `nvidia-smi`, or leave out --measure."
+        )
     device = choose_device(device_name)
     if not is_gpu(device):
         raise SettingsError("--measure reads a GPU's memory: give a CUDA --device.")

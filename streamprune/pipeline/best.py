@@ -109,6 +109,8 @@ def _write(searched: SearchSettings, settings: RunSettings, found: Mapping[str, 
         output=settings.output,
         work_dir=settings.work_dir,
         scores=None,
+        # For the digits of the search, also on another machine.
+        dtype=found["dtype"],
     )
     if own.refit or own.needs_text:
         # (The held-out text is held out of what weights are computed from, as in the search.)

@@ -32,6 +32,7 @@ from streamprune.hardware.device import describe_host
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes
 from streamprune.output.search_folder import BEST_COMMAND, SEARCH_NAME, check_search_output
 from streamprune.output.writer import check_place
+from streamprune.pipeline.candidate_command import writing_command
 from streamprune.pipeline.messages import print_prepared
 from streamprune.pipeline.repeated import difference_lines, made_otherwise, may_be_finished
 from streamprune.pipeline.resume import FREE_SETTINGS, check_same, describe_run, provenance_of, tokens_of
@@ -296,6 +297,8 @@ class _Search:
         self.progress.say(
             f"done in {self.progress.seconds:.0f} s: {settings.output}, with the scores for `streamprune prune`"
         )
+        best = next(side for side in decided.sides if side.name == result["best"])
+        self.progress.say(f"the best one is written by: {writing_command(settings.output, best.settings)}")
         kill_point("result printed")
         return {"output": str(settings.output), **result, "run": {**run, "host": describe_host(self.device)}}
 

@@ -165,7 +165,8 @@ def _with_width_notes(target: PruningTarget, model: Prunable, counts: ExpertCoun
     share = counts.total / counts.layers / model.spec.count * counts.width / model.width.width
     # (For a named engine its own rules are listed.)
     widths = width_notes(counts.width, model.itemsize) if target.serving_engine is None else ()
-    notes = (*_rounding_note(target, model.width, share, counts.unrounded is not None), *widths)
+    fewest = counts.total <= counts.layers * minimum_keep(model.spec)
+    notes = (*_rounding_note(target, model.width, share, counts.unrounded is not None, fewest), *widths)
     return replace(counts, full_width=model.width.width, notes=notes)
 
 
@@ -221,18 +222,22 @@ def _experts_for_share(spec: ExpertSpec, share: float) -> int:
     return min(spec.count, max(minimum_keep(spec), wanted))
 
 
-def _rounding_note(target: PruningTarget, width: WidthSpec, share: float, is_rounded: bool) -> tuple[str, ...]:
+def _rounding_note(
+    target: PruningTarget, width: WidthSpec, share: float, is_rounded: bool, fewest: bool
+) -> tuple[str, ...]:
     """A note if another share of the experts' weights stays than was asked for, because of the steps of widths.
 
-    `is_rounded`: the number of experts was rounded for an engine.
+    `is_rounded`: the number of experts was rounded for an engine. `fewest`: the router needs all that stay.
     """
     if target.by == "experts" or target.ratio is None or abs(share - (1 - target.ratio)) < 0.005:
         return ()
     multiple = target.width_multiple or default_multiple(width.width)
-    experts = f"--round-for {target.round_for} keeps fewer experts" if is_rounded else "the router needs some experts"
+    experts = ", and the router needs the experts that stay" if fewest else ""
+    if is_rounded:
+        experts = f", and --round-for {target.round_for} keeps fewer experts"
     return (
         f"{1 - share:.1%} of the experts' weights are removed instead of {target.ratio:.1%}, because widths are "
-        f"multiples of {multiple} (--width-multiple), and {experts}.",
+        f"multiples of {multiple} (--width-multiple){experts}.",
     )
 
 

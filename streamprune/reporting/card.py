@@ -273,6 +273,8 @@ def reproduce_command(record: Record) -> str:
         ("--rounding", settings.rounding or None),
         ("--tensor-parallel", settings.tensor_parallel or None),
         ("--mtp", settings.mtp or None),
+        # (Its text also counts for weights that are computed.)
+        ("--imatrix", record.imatrix.file if record.imatrix and reads_text else None),
     ]
     words = ["streamprune", "run" if reads_text else "prune", settings.model]
     words += ["-o", f"{settings.model.rpartition('/')[2]}-pruned"]

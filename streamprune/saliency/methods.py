@@ -53,7 +53,7 @@ class Method:
     is_random: bool = False
 
 
-#: The mean activation norm, which has two names.
+#: The mean activation norm, which has two names: `man` and `ean-mean`.
 _MAN = Method(
     lambda statistics: statistics.mean("norms"),
     "the mean, over the tokens routed to it, of the norm of its output before the router weight",
