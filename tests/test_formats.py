@@ -25,7 +25,8 @@ from streamprune.output.tensors import ComputedTensors, StageTensor, output_tens
 from streamprune.output.verify import prove_tensors
 from streamprune.output.writer import OutputWriter
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import Computed, StageResults, converted
+from streamprune.work.layer_records import Computed, StageResults
+from streamprune.work.records import converted
 from tests.helpers import known_family
 from tests.tiny import make_model, tiny_config
 

@@ -15,12 +15,7 @@ from streamprune.common_settings import OutputSettings
 from streamprune.config import PruneSettings, RunSettings, SearchSettings
 from streamprune.errors import OutputError, VerifyError
 from streamprune.streaming.layer_loop import LayerLoop
-from streamprune.work.records import (
-    RecordedCalibration,
-    RecordedPruning,
-    RecordedRun,
-    command_of,
-)
+from streamprune.work.records import RecordedCalibration, RecordedPruning, RecordedRun, command_of
 from tests.faults import Case, Injected, make_case
 from tests.interruptions import Command, call, ending_at
 

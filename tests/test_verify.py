@@ -21,7 +21,7 @@ from streamprune.output.plan import ShardPlan
 from streamprune.output.verify import verify
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.run import resume
-from streamprune.work.records import FinishedShard
+from streamprune.work.layer_records import FinishedShard
 from tests.faults import Case, invalid_argument, make_case
 from tests.helpers import known_family, prune
 from tests.thorough import mostly_thorough

@@ -20,16 +20,8 @@ from streamprune.files.durable import read_record, write_record
 from streamprune.formats.base import KeptExperts
 from streamprune.saliency.scores import FIELDS, LayerStatistics, pack, unpack_channels
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import (
-    RUN_FORMAT,
-    FinishedLayer,
-    FinishedShard,
-    RecordedRun,
-    read_pruning,
-    read_run,
-    read_tokens,
-    write_run,
-)
+from streamprune.work.layer_records import FinishedLayer, FinishedShard
+from streamprune.work.records import RUN_FORMAT, RecordedRun, read_pruning, read_run, read_tokens, write_run
 from streamprune.work.saved_states import DATA_NAME, INDEX_NAME, BatchState, open_states, save_states
 
 RUN = {

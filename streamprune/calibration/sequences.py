@@ -174,12 +174,7 @@ def load_calibration(
     sources, tokenizer, seed and date give the same tokens. Raises CalibrationError for missing, malformed, empty or too
     short data, naming the source and line.
     """
-    recipe = chosen_recipe(sources)
-    recipe = msgspec.structs.replace(
-        recipe,
-        sequence_length=_sequence_length(recipe, sampling.seq_len, max_positions),
-        seed=recipe.seed if sampling.seed is None else sampling.seed,
-    )
+    recipe = _with_numbers(chosen_recipe(sources), sampling, max_positions)
     targets = zip(recipe.sources, targets_of(recipe, sampling.samples), strict=True)
     used = [(source, target) for source, target in targets if target.sequences != 0]
     # All sources are looked up and opened before the first is read, so that a missing one is reported at once.
@@ -257,6 +252,15 @@ def _public(text: str) -> str:
     if text.partition(":")[0] == BUILTIN and not exists:
         return text
     return path.resolve().name if exists else text
+
+
+def _with_numbers(recipe: Recipe, sampling: Sampling, max_positions: int | None) -> Recipe:
+    """The recipe with the numbers of `sampling` where that has any."""
+    return msgspec.structs.replace(
+        recipe,
+        sequence_length=_sequence_length(recipe, sampling.seq_len, max_positions),
+        seed=recipe.seed if sampling.seed is None else sampling.seed,
+    )
 
 
 def _sequence_length(recipe: Recipe, seq_len: int | None, max_positions: int | None) -> int:

@@ -81,13 +81,7 @@ def generation_health(
     models = [find_full_model(settings.model, settings.revision, settings.trust_remote_code)]
     if settings.against is not None:
         models.append(find_full_model(settings.against, settings.against_revision, settings.trust_remote_code))
-    tokenizer, notes = None, []
-    try:
-        tokenizer = load_tokenizer(models[0].checkpoint.folder, settings.trust_remote_code)
-    except CalibrationError as error:
-        if generation.prompts is not None:
-            raise
-        notes.append(f"Only token ids were continued, and no chats: {str(error).splitlines()[0]}")
+    tokenizer, notes = _tokenizer(settings, models[0], is_needed=generation.prompts is not None)
     prompts, switch, prompt_notes = collect_prompts(
         data, generation.prompts, generation.prompts_per_source, generation.prompt_tokens, tokenizer,
         with_model_date(settings).day,
@@ -118,6 +112,16 @@ def generation_health(
         "examples": examples_of(mine, tokenizer),
         "notes": notes,
     }
+
+
+def _tokenizer(settings: EvalSettings, model: FullModel, is_needed: bool) -> tuple[Any, list[str]]:
+    """The model's tokenizer, and no note; where it has none and `is_needed` is false, None and what that means."""
+    try:
+        return load_tokenizer(model.checkpoint.folder, settings.trust_remote_code), []
+    except CalibrationError as error:
+        if is_needed:
+            raise
+        return None, [f"Only token ids were continued, and no chats: {str(error).splitlines()[0]}"]
 
 
 def _new_tokens(prompts: Sequence[Prompt], wanted: int, models: Sequence[FullModel]) -> tuple[int, list[str]]:

@@ -19,7 +19,7 @@ from streamprune.formats.decoded import DecodedEntry
 from streamprune.formats.slicing import Bytes, slice_channels, slice_experts
 from streamprune.models.expert_layout import Layout
 from streamprune.quantize.schemes import Scheme
-from streamprune.work.records import Computed
+from streamprune.work.layer_records import Computed
 
 
 @dataclass(frozen=True)

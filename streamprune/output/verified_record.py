@@ -14,7 +14,7 @@ from streamprune.formats.base import ChannelMask, KeptExperts
 from streamprune.models.expert_layout import Layout
 from streamprune.output.plan import REPORT_NAME
 from streamprune.targets import MTP, QUANTIZE, ROUNDING, WEIGHTS, Storage
-from streamprune.work.records import Computed
+from streamprune.work.layer_records import Computed
 
 
 class _KeptLayer(msgspec.Struct):

@@ -31,7 +31,7 @@ from streamprune.output.plan import REPORT_NAME, PrunePlan, make_plan
 from streamprune.output.source_bytes import read_parts, source_bytes
 from streamprune.output.tensors import OutputTensor, SourceSlice
 from streamprune.output.verified_record import VerifiedRecord, check_kept, kept_channels, read_verified_record
-from streamprune.work.records import Computed
+from streamprune.work.layer_records import Computed
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from streamprune.output.source_bytes import source_bytes, stretches
 from streamprune.output.tensors import ComputedTensors, StageTensor, origins_of
 from streamprune.output.verify import Proof, prove_tensors
 from streamprune.work.folder import REPLACED_NAME, WorkFolder
-from streamprune.work.records import Computed, FinishedLayer, FinishedShard
+from streamprune.work.layer_records import Computed, FinishedLayer, FinishedShard
 
 
 def check_output(output: Path, source: Path, overwrite: bool, mark: str = CONFIG_NAME, what: str = "model") -> None:

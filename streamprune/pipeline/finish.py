@@ -49,7 +49,7 @@ from streamprune.selection.settings import token_shares
 from streamprune.targets import ServingSpec
 from streamprune.work.enter import StopRequest
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import FinishedShard
+from streamprune.work.layer_records import FinishedShard
 
 #: Suffix of the file with the scores of a run that --stop-if-kl ended, or without a possible selection; next to OUT.
 SCORES_SUFFIX = ".scores.safetensors"

@@ -16,7 +16,7 @@ from streamprune.quantize.imatrix import GgufNames, Imatrix, ImatrixText, InputS
 from streamprune.reporting.record_computed import RecordedImatrix
 from streamprune.saliency.scores import unpack_squares
 from streamprune.work.folder import WorkFolder
-from streamprune.work.records import WeightInputs
+from streamprune.work.layer_records import WeightInputs
 
 if TYPE_CHECKING:
     from streamprune.calibration.sequences import Calibration

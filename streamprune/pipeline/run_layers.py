@@ -37,7 +37,7 @@ from streamprune.streaming.stages import (
     is_two_sided,
 )
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.records import FinishedShard, RefittedLayer, RoundedLayer, StageResults
+from streamprune.work.layer_records import FinishedShard, RefittedLayer, RoundedLayer, StageResults
 from streamprune.work.saved_states import SavedStates
 
 

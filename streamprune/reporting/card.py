@@ -74,9 +74,6 @@ def model_card(
     retained, energy = kept_of_sources
     recipe = calibration.stated if calibration else Recipe()
     stated = {each.name: each for each in recipe.sources}
-    counts = itertools.groupby(sorted(record.counts.items()), key=lambda item: item[1])
-    own = [record.mtp.layer] if record.mtp and record.mtp.layer else []
-    kept = plan.layout.with_mtp({layer.index: KeptExperts(tuple(layer.kept)) for layer in [*record.layers, *own]})
     return render(
         "card.md.j2",
         metadata=metadata(settings.model, _kinds(record), source.folder).to_yaml(),
@@ -84,11 +81,11 @@ def model_card(
         record=record,
         plan=plan,
         recipe=recipe,
-        experts_by_layers=[(ranges([layer for layer, _ in layers]), number) for number, layers in counts],
+        experts_by_layers=_by_number(record.counts),
         layers=ranges(sorted(record.counts)),
         method=_score_meaning(settings.method) if settings.method and record.removes_experts else None,
         width_name=plan.layout.width.names[0] if plan.layout.width is not None else "",
-        notes=[*_width_notes(record, plan), *plan.notes_for(kept)],
+        notes=_notes(record, plan),
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_origin,
@@ -111,6 +108,12 @@ def model_card(
     )
 
 
+def _by_number(counts: Mapping[int, int]) -> list[tuple[str, int]]:
+    """Ranges of layers that keep the same number of experts, in the order of the layers, and that number."""
+    grouped = itertools.groupby(sorted(counts.items()), key=lambda item: item[1])
+    return [(ranges([layer for layer, _ in layers]), number) for number, layers in grouped]
+
+
 def _use_of(record: Record) -> ServingSpec:
     """The use that the model was planned for."""
     return record.use.spec if record.use else ServingSpec()
@@ -123,11 +126,13 @@ def _score_meaning(method: str) -> str:
     return f"{entry.meaning} ({linked})" if linked else entry.meaning
 
 
-def _width_notes(record: Record, plan: PrunePlan) -> Sequence[str]:
-    """What kernels and formats will not like about the width of the experts; empty if they keep theirs."""
+def _notes(record: Record, plan: PrunePlan) -> Sequence[str]:
+    """What kernels and formats will not like about the width of the experts, and what else is to know of the plan."""
     width = record.settings.width
     bits = next((DTYPE_BITS[tensor.dtype] for tensor in plan.tensors if tensor.channels is not None), 0)
-    return [*width_notes(width, bits // 8)] if width is not None and bits else []
+    own = [record.mtp.layer] if record.mtp and record.mtp.layer else []
+    kept = plan.layout.with_mtp({layer.index: KeptExperts(tuple(layer.kept)) for layer in [*record.layers, *own]})
+    return [*(width_notes(width, bits // 8) if width is not None and bits else ()), *plan.notes_for(kept)]
 
 
 def _kinds(record: Record) -> tuple[str, ...]:
@@ -231,29 +236,13 @@ def reproduce_command(record: Record) -> str:
     given, again = _given(record), can_score_again(record)
     # Weights that are computed need their text, even if the scores are there.
     reads_text = again or record.needs_text
-    budget = use.budget_bytes if use else None
-    is_by_hand, has_keep = settings.method is None, budget is None and settings.schedule in SCHEDULES
+    is_by_hand = settings.method is None
     options: list[tuple[str, Any]] = [
         ("--revision", settings.revision),
         ("--scores", THIS_MODEL if not again and calibration else None),
         ("--keep-file", f"{THIS_MODEL}/{REPORT_NAME}" if is_by_hand and record.removes_experts else None),
+        *(() if is_by_hand else _selection_options(record)),
     ]
-    if not is_by_hand:
-        options += [
-            # Exact, since the bytes are divided by a power of two.
-            ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
-            ("--round-for", settings.rounded_for or None if budget is not None else None),
-            ("--keep", (settings.total or 0) // len(record.layers) if has_keep and record.removes_experts else None),
-            # (As --by found it.)
-            ("--width", settings.width),
-            ("--method", settings.method),
-            ("--seed", settings.seed or None if settings.method == "random" and not again else None),
-            ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
-            ("--schedule", settings.schedule),
-            ("--spread", settings.spread),
-            ("--floor", settings.floor),
-            ("--protect-super-experts", settings.protect_super_experts),
-        ]
     if use is not None:
         options += [
             ("--context", use.context),
@@ -284,6 +273,28 @@ def reproduce_command(record: Record) -> str:
         elif value is not None and value is not False and value != _USUAL.get(name):
             words += [name, str(value)]
     return shlex.join(words)
+
+
+def _selection_options(record: Record) -> list[tuple[str, Any]]:
+    """The options that say how much stays, and by which scores."""
+    settings, budget = record.settings, record.use.budget_bytes if record.use else None
+    has_keep = budget is None and settings.schedule in SCHEDULES and record.removes_experts
+    is_seeded = settings.method == "random" and not can_score_again(record)
+    return [
+        # Exact, since the bytes are divided by a power of two.
+        ("--budget-gib", repr(budget / 2**30).removesuffix(".0") if budget is not None else None),
+        ("--round-for", settings.rounded_for or None if budget is not None else None),
+        ("--keep", (settings.total or 0) // len(record.layers) if has_keep else None),
+        # (As --by found it.)
+        ("--width", settings.width),
+        ("--method", settings.method),
+        ("--seed", settings.seed or None if is_seeded else None),
+        ("--mix", mix_text(settings.mix) if settings.mix is not None else None),
+        ("--schedule", settings.schedule),
+        ("--spread", settings.spread),
+        ("--floor", settings.floor),
+        ("--protect-super-experts", settings.protect_super_experts),
+    ]
 
 
 def _text_options(record: Record, given: GivenCalibration, evaluates: bool) -> list[tuple[str, Any]]:

@@ -43,22 +43,10 @@ def make_record(
     """
     # In a fixed order, for provenance from a run or from a file.
     origin = json.loads(json.dumps(provenance, sort_keys=True))
-    scoring = msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings))
     spec, formats = plan.layout.spec, {"formats": plan.formats} if plan.formats else {}
     sizes = {"experts": spec.count, "top_k": spec.top_k, "width": counts.full_width or None}
     found = {
-        "settings": {
-            "model": origin["model"],
-            "revision": origin["revision"],
-            **scoring,
-            **(_selection_settings(selection.settings) if selection.settings else {}),
-            "keep": counts.keep,
-            "total": counts.total,
-            "width": counts.width,
-            **({"rounded_for": settings.round_for, "rounded_from": counts.unrounded} if counts.unrounded else {}),
-            "max_shard_bytes": settings.max_shard_bytes,
-            **settings.storage.as_json(),
-        },
+        "settings": _settings(origin, selection, counts, settings),
         "use": {
             **asdict(use),
             "budget_bytes": counts.budget.nbytes if counts.budget else None,
@@ -76,6 +64,24 @@ def make_record(
         "layers": [_layer(each) for each in selection.layers],
     }
     return msgspec.convert(found, Record)
+
+
+def _settings(
+    origin: Mapping[str, Any], selection: Selection, counts: ExpertCounts, settings: RunSettings | PruneSettings
+) -> dict[str, Any]:
+    """The settings that decide the output: those of the scores, by their provenance, and those of the command."""
+    return {
+        "model": origin["model"],
+        "revision": origin["revision"],
+        **msgspec.to_builtins(msgspec.convert(origin["settings"], ScoringSettings)),
+        **(_selection_settings(selection.settings) if selection.settings else {}),
+        "keep": counts.keep,
+        "total": counts.total,
+        "width": counts.width,
+        **({"rounded_for": settings.round_for, "rounded_from": counts.unrounded} if counts.unrounded else {}),
+        "max_shard_bytes": settings.max_shard_bytes,
+        **settings.storage.as_json(),
+    }
 
 
 def _layer(each: LayerSelection) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from streamprune.reporting.record_text import (
 )
 from streamprune.selection.select import LayerSelection, Selection
 from streamprune.targets import ENGINES, MTP, QUANTIZE, ROUNDING, WEIGHTS, ServingSpec
-from streamprune.work.records import Computed
+from streamprune.work.layer_records import Computed
 
 #: The format of streamprune.json.
 RECORD_FORMAT = 2

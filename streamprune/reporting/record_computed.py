@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from streamprune.models.config_json import MOST_LAYERS
 from streamprune.reporting.record_text import MOST_LISTED, Calibration, Count, Name, Positive, SourceTokens
-from streamprune.work.records import RefittedLayer, RoundedLayer
+from streamprune.work.layer_records import RefittedLayer, RoundedLayer
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -21,7 +21,7 @@ from streamprune.refit.activations import DOWN, ExpertsCall, activation, down_si
 from streamprune.saliency.hooks import sort_by_expert
 from streamprune.saliency.scores import pack
 from streamprune.streaming.layer_inputs import LinearInputs
-from streamprune.work.records import WeightInputs
+from streamprune.work.layer_records import WeightInputs
 
 
 class ExpertInputs:

@@ -31,7 +31,7 @@ from streamprune.streaming.layer_rounding import GPTQ, LEAST_TOKENS, Group, Laye
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided, pruned_module
 from streamprune.streaming.written_tensors import WrittenTensor, WrittenTensors
-from streamprune.work.records import RoundedLayer
+from streamprune.work.layer_records import RoundedLayer
 from streamprune.work.saved_states import BatchState
 
 

@@ -34,7 +34,7 @@ from streamprune.streaming.forward import ORIGINAL, PRUNED, hidden_states_of, no
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import EXPERTS
 from streamprune.streaming.stages import ForwardStage, LayerTask, experts_of, is_two_sided, pruned_module
-from streamprune.work.records import RefittedLayer
+from streamprune.work.layer_records import RefittedLayer
 from streamprune.work.saved_states import BatchState
 
 #: The share of the error that earlier layers left in the residual stream that a layer is to mend.

@@ -44,7 +44,7 @@ from streamprune.streaming.layer_errors import LayerErrors
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.refit_target import RefitTarget
 from streamprune.streaming.written_tensors import WrittenTensors
-from streamprune.work.records import RefittedLayer, RoundedLayer, WeightInputs
+from streamprune.work.layer_records import RefittedLayer, RoundedLayer, WeightInputs
 from streamprune.work.saved_states import BatchState
 
 

@@ -47,16 +47,14 @@ from streamprune.files.durable import (
 )
 from streamprune.formats.base import KeptExperts
 from streamprune.saliency.scores import LayerStatistics, pack
+from streamprune.work.layer_records import FinishedLayer, FinishedShard, StageResults
 from streamprune.work.records import (
     MOST_LAYER_BYTES,
     MOST_RECORD_BYTES,
     RUN_NAMES,
-    FinishedLayer,
-    FinishedShard,
     RecordedEvaluation,
     RecordedRefusal,
     RecordedSearch,
-    StageResults,
     converted,
 )
 

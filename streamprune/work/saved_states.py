@@ -30,7 +30,8 @@ from streamprune.files.durable import (
     write_record,
     writing,
 )
-from streamprune.work.records import MOST_INDEX_BYTES, MOST_RECORD_BYTES, Count, Cursor, converted
+from streamprune.work.layer_records import Count
+from streamprune.work.records import MOST_INDEX_BYTES, MOST_RECORD_BYTES, Cursor, converted
 
 DATA_NAME, INDEX_NAME, CURSOR_NAME = "data.bin", "index.json", "cursor.json"
 #: dtypes that states may have, by their names in a safetensors header.
