@@ -12,7 +12,14 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from streamprune.models.skeleton import dispatches_experts
 from streamprune.saliency.channels import _in_segments, channel_count, squared_column_norms, weighted_squares
-from streamprune.saliency.hooks import ExpertsTap, bare_pairs, forward_with_pairs, sort_by_expert, tile_of
+from streamprune.saliency.hooks import (
+    ExpertsTap,
+    bare_pairs,
+    forward_in_parts,
+    forward_with_pairs,
+    sort_by_expert,
+    tile_of,
+)
 from streamprune.saliency.scores import FIELDS
 from streamprune.saliency.statistics import ExpertStatistics
 from tests.helpers import CPU, known_family
@@ -42,6 +49,7 @@ def test_rows_that_only_fill_up_change_nothing(name: str, dtype: torch.dtype, mo
     with torch.no_grad():
         output, pairs = forward_with_pairs(experts, hidden, index, gates)
         assert torch.equal(output, grouped_mm_experts_forward(experts, hidden, index, gates))
+        assert torch.equal(output, forward_in_parts(experts, hidden, index, gates))
         bare = bare_pairs(ExpertsTap(grouped_mm_experts_forward, grouped=True), experts, hidden, index, gates, output)
         energies = {}
         for size in (tile, 1):

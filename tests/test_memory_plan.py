@@ -180,6 +180,23 @@ def test_what_channels_take_is_counted(model: Path, tmp_path: Path, channels: bo
     assert (found.sums, found.recorded) == (24 * energies, (4 * 4 + 64) * energies)
 
 
+@pytest.mark.parametrize(("name", "is_less"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_less_workspace_is_planned_where_all_experts_are_recorded(name: str, is_less: bool, tmp_path: Path) -> None:
+    """Not for those with biases, nor where text goes through pruned layers. A GPU's parts are larger than a CPU's."""
+    family = known_family(name)
+    source = make_model(tmp_path / "model", tiny_config(family))
+    text = Calibration((torch.zeros(8, dtype=torch.long),), ("a",), (0,), "")
+
+    def workspace(device: str, **changes: Any) -> int:
+        settings = RunSettings(model=str(source), output=tmp_path / "out", keep=family.keep, **changes)
+        prepared = prepare_whole(settings)
+        return memory_facts.find_needs(settings, prepared, text, torch.device(device)).workspace(10**5)
+
+    both = workspace("cpu"), workspace("cpu", propagate="pruned")
+    assert (both[0] < both[1]) is is_less
+    assert (workspace("cuda") > both[0]) is is_less
+
+
 @pytest.mark.parametrize(
     ("space", "ahead"), [(room(20 + 200 + 100 + 24 + 90), True), (room(20 + 200 + 100 + 24 + 89), False)]
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
@@ -150,14 +150,53 @@ def layer_workspace_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     return tokens * (stream + max(attention, linear, experts, dense))
 
 
-def scoring_workspace_bytes(shape: ModelShape, tokens: int, sequence_length: int, itemsize: int) -> int:
+@dataclass(frozen=True)
+class Recording:
+    """How a device computes experts that are recorded (see `saliency.hooks`).
+
+    Behind the products `part_values` values are worked on at a time. Of each expert's rows up to a share `padding` of
+    all pairs, divided by the experts, is added.
+    """
+
+    part_values: int
+    padding: float
+
+
+def scoring_workspace_bytes(
+    shape: ModelShape, tokens: int, sequence_length: int, itemsize: int, recording: Recording | None = None
+) -> int:
     """Peak bytes of the intermediate results of scoring one layer on a micro-batch of `tokens` tokens.
 
-    In addition to the forward's own: the statistics' dense rows (one float64 and one flag per token and expert, see
-    `saliency.ExpertStatistics`), float32 copies for the norms, and the attention mask of one sequence.
+    With `recording` all text goes through experts that are computed as it says, and none through transformers' own
+    forward of experts. In addition to the forward: the statistics' dense rows (one float64 and one flag per token and
+    expert, see `saliency.ExpertStatistics`), and the attention mask of one sequence.
     """
-    statistics = tokens * ((shape.experts + 1) * 9 * 2 + shape.top_k * shape.hidden * 4)
-    return layer_workspace_bytes(shape, tokens, itemsize) + statistics + sequence_length**2
+    statistics = tokens * (shape.experts + 1) * 9 * 2 + sequence_length**2
+    if recording is None:
+        # Float32 copies for the norms.
+        return layer_workspace_bytes(shape, tokens, itemsize) + tokens * shape.top_k * shape.hidden * 4 + statistics
+    around = layer_workspace_bytes(replace(shape, top_k=0, expert=0, experts=0), tokens, itemsize)
+    # The embeddings stay, since the model's own forward is entered anew for each layer.
+    embedded = tokens * shape.hidden * itemsize
+    return embedded + max(around, _recorded_bytes(shape, tokens, itemsize, recording)) + statistics
+
+
+def _recorded_bytes(shape: ModelShape, tokens: int, itemsize: int, recording: Recording) -> int:
+    """Peak bytes of a layer while its experts are recorded, step by step as in `saliency.hooks.forward_with_pairs`."""
+    pairs = round(tokens * shape.top_k * (1 + recording.padding))
+    # The layer's input, the residual, what enters the experts, and what a shared expert gives. The router's logits and
+    # their softmax.
+    stream = tokens * (4 * shape.hidden * itemsize + shape.experts * 4 * 3)
+    # The numbers by which pairs are sorted.
+    sorting = pairs * 6 * 8
+    # Input, gate and up; gate and up, and as much on the way to their product. (The down projection takes less.)
+    up = pairs * (shape.hidden + 2 * shape.expert) * itemsize
+    gate = pairs * 4 * shape.expert * itemsize
+    output = pairs * shape.hidden * itemsize
+    # Of a part: the outputs, the same in float32, and another result of that size. The sums, in parts and joined.
+    part = min(tokens * shape.top_k * shape.hidden, recording.part_values) * (itemsize + 8)
+    sums = 2 * tokens * shape.hidden * (4 if shape.wide_routing else itemsize)
+    return stream + sorting + max(up, gate, output + part + sums)
 
 
 def prefill_workspace_bytes(shape: ModelShape, chunk: int, context: int, batch: int, itemsize: int) -> int:

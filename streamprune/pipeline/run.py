@@ -299,7 +299,7 @@ class _Run:
 
         def plan_here() -> MemoryPlan:
             # (With the held-out text, even if it is measured only after all layers are scored.)
-            needs = find_needs(settings, prepared, self.calibration)
+            needs = find_needs(settings, prepared, self.calibration, self.device)
             return plan_memory(settings, needs, prepared.planned_bytes, self.device, folder, processes)
 
         plan = agree_on_batch_tokens(processes, streamed, processes.on_each(plan_here))

@@ -18,18 +18,19 @@ from streamprune.calibration.sequences import FIT, JUDGE, Calibration
 from streamprune.common_settings import COMFORTABLE_BATCH_TOKENS, ComputeSettings
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import ALONE, Processes
-from streamprune.fit.cache import scoring_workspace_bytes
+from streamprune.fit.cache import Recording, scoring_workspace_bytes
 from streamprune.fit.published import DTYPE_NAMES
 from streamprune.formats.plain import PLAIN
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
-from streamprune.hardware.device import all_gpus, context_bytes, is_gpu
+from streamprune.hardware.device import CPU, all_gpus, context_bytes, is_gpu
 from streamprune.hardware.memory import format_bytes
 from streamprune.hardware.memory_plan import STAGING_BYTES, Limit, MemoryPlan, Needs, Room, RoundingNeeds, choose
 from streamprune.models.config_json import ExpertSpec, ModelShape, stated_shape
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder
 from streamprune.planning.prepare import PreparedModel
+from streamprune.planning.recording import recording_on
 from streamprune.planning.refit import refit_sizes
 from streamprune.planning.rounding import rounding_needs
 from streamprune.refit.activations import down_sizes
@@ -88,8 +89,10 @@ def agree_on_batch_tokens(processes: Processes, calibration: Calibration, plan: 
     return replace(plan, batch_tokens=tokens)
 
 
-def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Calibration) -> Needs:
-    """The memory that a run needs, from the model on the meta device and the calibration text."""
+def find_needs(
+    settings: RunSettings, prepared: PreparedModel, calibration: Calibration, device: torch.device = CPU
+) -> Needs:
+    """The memory that a run on `device` needs, from the model on the meta device and the calibration text."""
     held, spec = calibration.held_out, prepared.skeleton.spec
     through = held is not None or settings.needs_text or settings.imatrix is not None
     scores_mtp = settings.scores is None and prepared.written.layout.mtp_layer is not None
@@ -101,7 +104,9 @@ def find_needs(settings: RunSettings, prepared: PreparedModel, calibration: Cali
         # Without counts yet, assume that all experts stay.
         counts = prepared.counts or dict.fromkeys(prepared.skeleton.experts, spec.count)
         copies = {layer: count / spec.count for layer, count in counts.items()}
-    needs = needs_of(prepared, calibration, last + 1, copies, spec)
+    # Pruned layers and those for multi-token prediction run transformers' own forward of experts.
+    recording = recording_on(device, prepared) if not copies and not scores_mtp else None
+    needs = needs_of(prepared, calibration, last + 1, copies, spec, recording)
     if scores_mtp:
         needs = with_mtp_layer(needs, prepared)
     needs = channel_sums(needs, settings, prepared, calibration)
@@ -237,11 +242,12 @@ def needs_of(
     layers: int,
     copies: Mapping[int, float] | None = None,
     spec: ExpertSpec | None = None,
+    recording: Recording | None = None,
 ) -> Needs:
     """The memory that streaming the first `layers` layers of a model needs.
 
     `copies` is the share of each layer's experts in the pruned copy next to it. `spec` describes the experts if the
-    config does so under unusual names.
+    config does so under unusual names. `recording` is how experts are computed, if all text is recorded.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
     joined = Counter(name for name, _ in {(target.name, target.stored.parameter) for target in opened.targets.values()})
@@ -275,7 +281,7 @@ def needs_of(
         staging=STAGING_BYTES,
         non_layer=_non_layer_bytes(skeleton),
         states=states_bytes(opened, calibration.sequences),
-        workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize),
+        workspace=lambda tokens: scoring_workspace_bytes(shape, tokens, longest, itemsize, recording),
         sequences=len(calibration.sequences),
         longest=longest,
         tokens=calibration.tokens,

@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
 
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import DENSE_EXPERTS, Skeleton, dispatches_experts
@@ -29,7 +34,7 @@ from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype
 
 #: On a CPU in half precision an expert's rows are padded to a multiple of this share of the mean: oneDNN compiles a
 #: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers produce all kinds of numbers.
-_FILL_SHARE = 8
+FILL_SHARE = 8
 #: The name of our forward in transformers' experts interface.
 IMPLEMENTATION = "streamprune"
 
@@ -102,6 +107,22 @@ def recorded_width(skeleton: Skeleton) -> int | None:
     return widths.pop() if skeleton.width is not None and len(widths) == 1 else None
 
 
+def computes_in_parts(skeleton: Skeleton) -> bool:
+    """Whether all experts are computed by `forward_with_pairs` or `forward_in_parts`, with no step of their own in it.
+
+    Such steps are biases, gates that are more than the activation times up, and norms behind the down projection.
+    """
+    modules = [skeleton.layers[index].get_submodule(path) for index, path in skeleton.experts.items()]
+    return all(
+        _make_tap(module).grouped
+        and not getattr(module, "_is_expert_parallel", False)
+        and not getattr(module, "has_bias", False)
+        and not getattr(module, "has_post_expert_norm", False)
+        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
+        for module in modules
+    )
+
+
 def tap_experts(modules: Mapping[int, nn.Module]) -> dict[int, ExpertsTap]:
     """Make experts modules (by layer) record to the returned taps. Their outputs stay bit-identical.
 
@@ -133,9 +154,14 @@ def _make_tap(module: nn.Module) -> ExpertsTap:
 def _tapped_forward(
     module: Any, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor
 ) -> torch.Tensor:
-    """The forward of a tapped experts module: its plain forward, and the statistics if they are recorded."""
+    """The forward of a tapped experts module, with the output of its plain one, and the statistics if any are recorded.
+
+    If they are not, it still takes no more memory than planned, which a replayed layer needs.
+    """
     tap: ExpertsTap = module._streamprune_tap
-    if tap.statistics is None:
+    # (With expert parallelism the module has some of the experts only.)
+    grouped = tap.grouped and not getattr(module, "_is_expert_parallel", False)
+    if tap.statistics is None and not grouped:
         return tap.plain(module, hidden_states, *routing, **named)
     if type(module).__name__ in DENSE_EXPERTS:
         output = tap.plain(module, hidden_states)
@@ -148,7 +174,9 @@ def _tapped_forward(
             f"{type(module).__name__} got weights {list(gates_TK.shape)} for chosen experts {list(index_TK.shape)} and "
             f"{len(hidden_TH)} tokens, which do not match. Please report this model."
         )
-    if tap.grouped and not getattr(module, "_is_expert_parallel", False):
+    if tap.statistics is None:
+        return forward_in_parts(module, hidden_TH, index_TK, gates_TK)
+    if grouped:
         channels = tap.record_channels if tap.statistics.channels is not None else None
         output, pairs = forward_with_pairs(module, hidden_TH, index_TK, gates_TK, channels)
     else:
@@ -223,6 +251,28 @@ def forward_with_pairs(
     float32 on all, both grouped products copy the offsets to the host, which waits for them, and start a product for
     each expert.
     """
+    output_RH, rows = _outputs(module, hidden_TH, index_TK, gates_TK, on_inner)
+    sum_TH, *measured = _combine(output_RH, rows.row_TK, gates_TK, measure)
+    return sum_TH.to(hidden_TH.dtype), Pairs(index_TK, gates_TK, gates_TK, *measured)
+
+
+def forward_in_parts(
+    module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, gates_TK: torch.Tensor
+) -> torch.Tensor:
+    """The experts' combined output (T, H) alone. It takes half of the memory of transformers' own forward."""
+    output_RH, rows = _outputs(module, hidden_TH, index_TK, gates_TK)
+    (sum_TH,) = _combine(output_RH, rows.row_TK, gates_TK, lambda *_: ())
+    return sum_TH.to(hidden_TH.dtype)
+
+
+def _outputs(
+    module: Any,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    on_inner: OnInner | None = None,
+) -> tuple[torch.Tensor, Rows]:
+    """The output of every chosen expert before its gate, (R, H), and the rows that they are of."""
     rows = sort_by_expert(index_TK, module.num_experts, tile_of(hidden_TH, index_TK, module.num_experts))
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
@@ -239,8 +289,7 @@ def forward_with_pairs(
     output_RH = linear(inner, "down_proj")
     if getattr(module, "has_post_expert_norm", False):
         output_RH = module.post_expert_norm(output_RH)
-    sum_TH, *measured = _combine(output_RH, rows.row_TK, gates_TK)
-    return sum_TH.to(hidden_TH.dtype), Pairs(index_TK, gates_TK, gates_TK, *measured)
+    return output_RH, rows
 
 
 @dataclass(frozen=True)
@@ -266,7 +315,7 @@ def tile_of(hidden_TH: torch.Tensor, index_TK: torch.Tensor, experts: int) -> in
     """
     if hidden_TH.device.type != "cpu" or hidden_TH.dtype not in (torch.bfloat16, torch.float16):
         return 1
-    return max(1, index_TK.numel() // experts // _FILL_SHARE)
+    return max(1, index_TK.numel() // experts // FILL_SHARE)
 
 
 def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
@@ -295,8 +344,13 @@ def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
     return Rows(token_R, expert_R, torch.cumsum(filled_E, dim=0, dtype=torch.int32), counts_E, row_TK)
 
 
-def _combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The gated sum (T, H) of each token's experts; the norms, peaks and cosines of all pairs, (T, K)."""
+def _combine(
+    output_RH: torch.Tensor,
+    row_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    measured: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, ...]:
+    """The gated sum (T, H) of each token's experts, and what `measured` gives of their outputs, as `measure` does."""
     tokens, chosen = row_TK.shape
     size = part_rows(output_RH, chosen * output_RH.shape[1])
     done = []
@@ -306,7 +360,7 @@ def _combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tens
         output_TKH = output_RH.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, -1)
         # In the model's own dtypes, as in transformers: these are the values that the model continues with.
         sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
-        done.append((sum_TH, *measure(output_TKH, gates, sum_TH)))
+        done.append((sum_TH, *measured(output_TKH, gates, sum_TH)))
     return tuple(map(torch.cat, zip(*done, strict=True)))
 
 
