@@ -195,6 +195,13 @@ def test_its_figures_are_those_of_the_record(home: Path, tmp_path: Path) -> None
     assert "convert_hf_to_gguf.py" not in card
 
 
+def test_a_width_that_needs_another_implementation_is_loaded_with_it(home: Path, tmp_path: Path) -> None:
+    invoke(
+        "prune", home / "model", "-o", tmp_path / "out", "--scores", home / "s.safetensors", "--width", 13, "--quiet"
+    )
+    assert 'device_map="auto", experts_implementation="eager")' in card_of(tmp_path / "out")
+
+
 def told_of(card: str) -> str:
     """The title and what was done to the source."""
     return card.partition("\n# ")[2].partition("\n\n|")[0]
@@ -224,6 +231,8 @@ def test_narrower_experts_are_told(home: Path, tmp_path: Path) -> None:
         assert "What remains of each tensor is byte-identical to the source's" in told
         assert "| channels per expert | 32 | 12 |" in card
         assert "12 channels are no multiple of what these need" in card
+        # (12 channels in float32 are three times 16 bytes.)
+        assert 'device_map="auto")' in card
         if name == "narrow":
             assert told_of(card).startswith("model, 12 of 32 channels per expert\n")
             assert "each of the 16 experts in its 2 Mixture-of-Experts layers keeps" in told_of(card)

@@ -177,5 +177,22 @@ def test_a_comparison_with_another_model_than_the_source_is_kept_apart(made: Pat
     assert "text.json, which replaces those on other text" in again.stderr
 
 
+def test_what_the_run_held_out_stays_beside_other_text(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_token_ids(tmp_path / "ids.jsonl", sequences=20)
+    prune(made / "model", out, keep=4, evaluate=True, calibration=(str(tmp_path / "ids.jsonl"),))
+    own = read_result(out / "evaluation", TEXT_NAME)
+    told = called(out, "--against", made / "model", "--data", made / "held.jsonl", "--report")
+    assert told.exit_code == 0, told.output
+    assert read_result(out / "evaluation", TEXT_NAME) == own
+    [name] = [path.name for path in (out / "evaluation").iterdir() if path.name.startswith("text-on-held.jsonl-")]
+    assert f"results: {out / 'evaluation' / name}" in told.stderr
+    card = (out / "README.md").read_text()
+    held, given = (
+        card.index(f"On text that was {words}") for words in ("held out of the calibration", "given to `eval`")
+    )
+    assert held < given
+
+
 def test_models_that_are_not_there_are_told_before_the_text(tmp_path: Path) -> None:
     assert "nothing" in refused(tmp_path / "nothing")

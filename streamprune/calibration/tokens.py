@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from datetime import date
 from functools import cached_property
@@ -20,6 +21,8 @@ PIECE_CHARACTERS = 1 << 16
 _SEARCHED_CHARACTERS = 1 << 10
 #: Where processors keep a chat template that the tokenizer's own files may lack.
 _PROCESSOR_TEMPLATE, _MOST_TEMPLATE_BYTES = "chat_template.json", 1 << 24
+#: Files of a tokenizer: of a folder without one of them transformers says at length what it looked for.
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt")
 #: Keys in config.json of tokens that stand for what is not text.
 _PLACEHOLDER_KEY = re.compile(r"(image|img|video|vision|audio|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)")
 
@@ -140,8 +143,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         works = bool(tokenizer("The answer is 42.").input_ids)
     except Exception as error:
-        # Tokenizers raise all kinds of errors; the user needs one sentence.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+            raise CalibrationError(f"{folder} has no tokenizer. {advice}") from error
+        # Tokenizers raise all kinds of errors, some of them long.
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise CalibrationError(f"The tokenizer in {folder} cannot be loaded: {reason}\n{advice}") from error
     if not works:
         # If its files are missing, transformers creates a tokenizer with an empty vocabulary for some models.

@@ -25,6 +25,7 @@ from streamprune.reporting.evaluations import (
     TEXT_NAME,
     check_writable,
     name_against,
+    name_on,
     read_result,
     results_folder,
     without_folders,
@@ -63,9 +64,20 @@ def evaluate_model(
                 (show or progress.say)(line)
             if folder is not None:
                 kept = name if other is None or result.get("against") is None else name_against(name, *other)
+                if kept == TEXT_NAME and output is None:
+                    kept = _name_by_text(folder, result)
                 progress.say(_save(folder, kept, result, settings.against, replace_better=output is not None))
             found |= result if name == TEXT_NAME else {Path(name).stem: result}
     return found
+
+
+def _name_by_text(folder: Path, result: Mapping[str, Any]) -> str:
+    """The file of a result on text: another than that of what the model's run held out, if this is of other text."""
+    stored = read_result(folder, TEXT_NAME)
+    of_run = stored is not None and _entry(_entry(stored, "data"), "held_back")
+    if not of_run or result["data"]["held_back"]:
+        return TEXT_NAME
+    return name_on(TEXT_NAME, (each["name"] for each in result["sources"]), result["data"]["fingerprint"])
 
 
 def other_original(settings: EvalSettings) -> tuple[str, str] | None:

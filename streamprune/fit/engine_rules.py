@@ -14,7 +14,7 @@ from typing import Any
 from streamprune.formats.quantization import Quantization
 from streamprune.models.config_json import ExpertSpec, first_number, text_part
 from streamprune.quantize.schemes import SCHEMES
-from streamprune.selection.widths import ALIGNED_BYTES, K_QUANT
+from streamprune.selection.widths import K_QUANT, is_aligned
 
 #: How messages call the engines.
 NAMES = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "transformers": "transformers", "tensorrt-llm": "TensorRT-LLM",
@@ -149,7 +149,7 @@ def _k_quants(served: Served) -> bool:
 
 
 def _is_aligned(served: Served) -> bool:
-    return served.weights in SCHEMES or served.width is None or served.width * served.itemsize % ALIGNED_BYTES == 0
+    return served.weights in SCHEMES or served.width is None or is_aligned(served.width, served.itemsize)
 
 
 def _marlin_hidden(served: Served) -> bool:

@@ -36,7 +36,7 @@ from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
 from streamprune.selection.retention import Retention
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, SCHEDULES
 from streamprune.selection.settings import SelectionSettings
-from streamprune.selection.widths import width_notes
+from streamprune.selection.widths import is_aligned, width_notes
 from streamprune.tables import plain
 from streamprune.targets import DEFAULT_CONTEXT, ServingSpec
 
@@ -86,6 +86,7 @@ def model_card(
         method=_score_meaning(settings.method) if settings.method and record.removes_experts else None,
         width_name=plan.layout.width.names[0] if plan.layout.width is not None else "",
         notes=_notes(record, plan),
+        loading_options=_loading_options(record, plan),
         source_bytes=source.nbytes,
         stated_of=lambda name: stated.get(name, RecipeSource(name)),
         place_of=_origin,
@@ -128,11 +129,24 @@ def _score_meaning(method: str) -> str:
 
 def _notes(record: Record, plan: PrunePlan) -> Sequence[str]:
     """What kernels and formats will not like about the width of the experts, and what else is to know of the plan."""
-    width = record.settings.width
-    bits = next((DTYPE_BITS[tensor.dtype] for tensor in plan.tensors if tensor.channels is not None), 0)
+    width = _new_width(record, plan)
     own = [record.mtp.layer] if record.mtp and record.mtp.layer else []
     kept = plan.layout.with_mtp({layer.index: KeptExperts(tuple(layer.kept)) for layer in [*record.layers, *own]})
-    return [*(width_notes(width, bits // 8) if width is not None and bits else ()), *plan.notes_for(kept)]
+    return [*(width_notes(*width) if width is not None else ()), *plan.notes_for(kept)]
+
+
+def _new_width(record: Record, plan: PrunePlan) -> tuple[int, int] | None:
+    """The width of narrower experts, and the bytes of each of their weights; None if they keep theirs."""
+    width = record.settings.width
+    bits = next((DTYPE_BITS[tensor.dtype] for tensor in plan.tensors if tensor.channels is not None), 0)
+    return (width, bits // 8) if width is not None and bits else None
+
+
+def _loading_options(record: Record, plan: PrunePlan) -> str:
+    """What `from_pretrained` needs in addition, as Python."""
+    own_code = ", trust_remote_code=True" if has_per_layer_experts(plan.counts) else ""
+    width = _new_width(record, plan)
+    return own_code + (', experts_implementation="eager"' if width is not None and not is_aligned(*width) else "")
 
 
 def _kinds(record: Record) -> tuple[str, ...]:

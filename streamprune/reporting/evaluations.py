@@ -5,6 +5,7 @@
 | `text.json` | `eval --data`, `run --evaluate` | loss, and against the original KL and agreement, by source |
 | `generation.json` | `eval --generate` | how continuations end: with EOS, in loops, not at all |
 | `text-against-NAME-….json` | `eval --against NAME` | the same where NAME is not what the model was made from |
+| `text-on-NAMES-….json` | `eval --data` | the same on other text than what the model's run held out |
 | `search.json` | `run --best` | the candidates of which this model is the best: `reporting.search` |
 | `tasks.json` | `eval --tasks` | the result of lm-evaluation-harness |
 | `tasks-against-NAME-….json` | the same, and `--against NAME` | where NAME is not what the model was made from |
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,6 +36,8 @@ from streamprune.reporting.record_text import MOST_LISTED, Count, Name, Number, 
 FOLDER_NAME = "evaluation"
 #: In the name of a result that compares with another model than the one that was pruned.
 _AGAINST = "-against-"
+#: In the name of a result on other text than what the model's run held out.
+_ON = "-on-"
 #: What is said of such a model after its name.
 NOT_THE_SOURCE = "which is not what this model was made from"
 TEXT_NAME, GENERATION_NAME, TASKS_NAME = "text.json", "generation.json", "tasks.json"
@@ -251,15 +254,23 @@ def results_folder(model: Path) -> Path:
 
 def name_against(name: str, original: str, fingerprint: str) -> str:
     """The file of a result that compares with another model than the one that was pruned."""
-    path = Path(name)
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", original)[-100:]
-    return f"{path.stem}{_AGAINST}{readable}-{fingerprint[:8]}{path.suffix}"
+    return _named(name, _AGAINST, original, fingerprint)
+
+
+def name_on(name: str, sources: Iterable[str], fingerprint: str) -> str:
+    """The file of a result on other text, of these sources, than what the model's run held out."""
+    return _named(name, _ON, "-".join(sources), fingerprint)
+
+
+def _named(name: str, kind: str, what: str, fingerprint: str) -> str:
+    path, readable = Path(name), re.sub(r"[^A-Za-z0-9._-]+", "-", what)[-100:]
+    return f"{path.stem}{kind}{readable}-{fingerprint[:8]}{path.suffix}"
 
 
 def others_of(output: Path, name: str) -> list[str]:
-    """The files of results about the model in `output` that `name_against` named, in order."""
-    path = Path(name)
-    return sorted(each.name for each in results_folder(output).glob(f"{path.stem}{_AGAINST}*{path.suffix}"))
+    """The files of results about the model in `output` that are kept apart under `name_against` or `name_on`."""
+    path, folder = Path(name), results_folder(output)
+    return sorted(each.name for kind in (_AGAINST, _ON) for each in folder.glob(f"{path.stem}{kind}*{path.suffix}"))
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:

@@ -294,8 +294,8 @@ def read_facts(output: Path) -> Facts:
     checkpoint = open_checkpoint(output)
     own = read_checked_result(output, TEXT_NAME, TextResult)
     found = [*([own] if own is not None else []), *_others(output, TEXT_NAME, TextResult)]
-    # What it was made from comes first, also where an earlier version has put another in its place.
-    texts = sorted(found, key=lambda text: text.against_source is False)
+    # What it was made from comes first, also where an earlier version has put another in its place; then held-out text.
+    texts = sorted(found, key=lambda text: (text.against_source is False, not (text.data and text.data.held_back)))
     return Facts(
         output.name,
         checkpoint.config,

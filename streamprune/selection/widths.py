@@ -70,13 +70,18 @@ def width_for_share(spec: WidthSpec, share: float, multiple: int | None = None) 
     return widths[min(len(widths) - 1, bisect_left(widths, math.ceil(share * spec.width - 1e-9)))]
 
 
+def is_aligned(width: int, itemsize: int) -> bool:
+    """Whether transformers' grouped matrix product takes this width; `itemsize` is the bytes of a weight."""
+    return width * itemsize % ALIGNED_BYTES == 0
+
+
 def width_notes(width: int, itemsize: int) -> Iterator[str]:
     """What kernels and formats will not like about a width; `itemsize` is the bytes of a weight."""
-    least = ALIGNED_BYTES // itemsize
-    if width % least:
+    if not is_aligned(width, itemsize):
         yield (
-            f"{width} channels are no multiple of {least} ({ALIGNED_BYTES} bytes), which transformers' grouped matrix "
-            'product needs: load the result with experts_implementation="eager", which is slower.'
+            f"{width} channels are no multiple of {ALIGNED_BYTES // itemsize} ({ALIGNED_BYTES} bytes), which "
+            "transformers' grouped matrix product needs: load the result with "
+            'experts_implementation="eager", which is slower.'
         )
     blocks = {"FP8 blocks": 128, "4-bit groups of 32": 32, "llama.cpp's k-quants": K_QUANT}
     refused = [f"{name} ({size})" for name, size in blocks.items() if width % size]
