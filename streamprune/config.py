@@ -143,7 +143,10 @@ class SearchSettings(RunSettings):
 
     def __post_init__(self) -> None:
         if self.keep is not None or self.ratio is not None or self.width is not None or self.by != "experts":
-            raise SettingsError("search finds out how much stays. Give a budget: --budget-gib or --gpu.")
+            raise SettingsError(
+                "A search finds out how much stays: leave out --keep, --ratio, --width and --by, and give a budget, "
+                "--budget-gib or --gpu."
+            )
         if (self.budget_gib is None) == (self.gpu is None):
             raise SettingsError("Give the memory that the model must fit: --budget-gib G, or --gpu NAME.")
         if self.schedule != "uniform" or self.protect_super_experts or self.floor is not None:

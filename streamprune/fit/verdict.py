@@ -54,10 +54,12 @@ def verdict_lines(estimate: Estimate) -> Iterator[str]:
     if formats is not None:
         ways.append(formats)
     if estimate.use.width is None and _can_be_narrower(estimate.footprint):
-        ways.append("narrower experts with a refit (--by channels --refit) lose less than fewer ones in our tests")
+        ways.append(
+            "narrower experts with a refit (`run --by channels --refit`) lose less than fewer ones in our tests"
+        )
     if ways:
         # (What llama.cpp makes of a candidate it does not measure.)
-        measured = "" if estimate.use.weights in GGUF_TYPES else " --best measures them."
+        measured = "" if estimate.use.weights in GGUF_TYPES else " `run --best` measures them."
         yield f"What may lose less in the same memory: {'; '.join(ways)}.{measured}"
 
 
