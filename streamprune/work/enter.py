@@ -55,7 +55,8 @@ def on_exit(work: WorkFolder, say: Callable[[str], None]) -> Iterator[None]:
             raise InterruptedRunError(
                 f"Stopped on request. All finished work is saved. Resume with: {resume_command(work.folder)}"
             ) from None
-        else:
+        elif not isinstance(error, ResumeError):
+            # (That says itself how to go on.)
             say(f"note: finished work is saved; resume with: {resume_command(work.folder)}")
         raise
 
