@@ -94,6 +94,7 @@ def test_the_best_candidate_is_written_and_the_search_kept(
     own = searched.run_of(*(first[name] for name in ("keep", "width", "weights", "refit")))
     words = shlex.split(writing_command(searched.output, own).replace(" OUT ", f" {tmp_path / 'by-hand'} "))
     assert CliRunner().invoke(main, words[1:]).exit_code == 0
+    assert "these are of a search" in (tmp_path / "by-hand" / "README.md").read_text()
     by_hand, written = read_tensors(tmp_path / "by-hand"), read_tensors(tmp_path / "out")
     assert {name for name in written if not torch.equal(written[name], by_hand[name])} == set()
     html = write_report(tmp_path / "out").read_text()
@@ -230,9 +231,9 @@ def test_a_candidate_without_a_refit_is_written_by_the_scores_alone(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"budget_gib": None, "keep": 4}, "Give a budget"),
+        ({"budget_gib": None, "keep": 4}, "give a budget, --budget-gib"),
         ({"refit": True}, "Leave out --refit"),
-        ({"by": "channels"}, "Give a budget"),
+        ({"by": "channels"}, "give a budget, --budget-gib"),
         ({"schedule": "global"}, "omit --schedule"),
         ({"weights": "fp8"}, "Name those of candidates"),
     ],

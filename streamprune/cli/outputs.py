@@ -22,7 +22,7 @@ _OUT = click.argument("output", metavar="OUT", type=opt.PATH)
 @click.argument("workdir", type=opt.PATH)
 @opt.JSON_OBJECT
 def status(workdir: Path, as_json: bool) -> None:
-    """Show what is done and what is left of the `run`, `score` or `prune` in WORKDIR."""
+    """Show what is done and what is left of the `run`, `score`, `prune` or `search` in WORKDIR."""
     from streamprune.pipeline.status import status_of, status_text
 
     found = status_of(workdir)

@@ -264,7 +264,8 @@ def complete(
     output = Checkpoint(work.staging, config, entries)
     estimate = decided.facts.estimate(str(settings.output), plan, settings, decided.counts, output)
     kept_of_sources = (decided.retained, decided.energy)
-    card = model_card(plan, record, decided.checkpoint, estimate, kept_of_sources, SEARCH_NAME in results)
+    searched = SEARCH_NAME in results or (settings.scores is not None and (settings.scores / SEARCH_NAME).is_file())
+    card = model_card(plan, record, decided.checkpoint, estimate, kept_of_sources, searched)
     writer.finish(kept, to_builtins(record), card)
     return estimate
 
