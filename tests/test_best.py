@@ -106,6 +106,17 @@ def test_the_best_candidate_is_written_and_the_search_kept(
         run_best(settings(made, tmp_path / "out", method="frequency"), quiet=True)
 
 
+def test_the_command_that_writes_a_candidate_has_what_decides_it() -> None:
+    own = RunSettings(
+        model="m", output=Path("o"), keep=4, refit=True, seed=0, calibration=("a b", "c"), for_engine="vllm"
+    )
+    words = shlex.split(writing_command(Path("found"), own))
+    assert words[:7] == ["streamprune", "run", "m", "-o", "OUT", "--scores", "found"]
+    options = " ".join(words[7:])
+    for wanted in ("--keep 4", "--seed 0", "--calibration a b --calibration c", "--for vllm", "--refit"):
+        assert wanted in options
+
+
 def test_a_search_that_resume_finished_is_not_made_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

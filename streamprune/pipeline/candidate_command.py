@@ -21,7 +21,8 @@ def writing_command(scores: Path, own: RunSettings) -> str:
     for each in fields(kind):
         value = getattr(own, each.name, None)
         usual = each.default_factory() if each.default_factory is not MISSING else each.default
-        if value in (usual, None, False) or each.name in _ITS_OWN:
+        # (Not `in`: a seed of 0 is no False.)
+        if value is None or value is False or value == usual or each.name in _ITS_OWN:
             continue
         option = _OPTIONS.get(each.name, "--" + each.name.replace("_", "-"))
         for one in value if isinstance(value, tuple) else (value,):
