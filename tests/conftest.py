@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # A report takes a second, of which there would be hundreds; its own tests ask for it.
 os.environ["STREAMPRUNE_REPORT"] = "0"
+# Triton reads this when it is imported, which libraries do too: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -64,6 +67,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     # What was imported stays: the garbage collector need not go through it again and again.
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # Triton complains of what is not collected at the end.
+    gc.unfreeze()
 
 
 def _has_own_fixtures(item: pytest.Function) -> bool:

@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.models.open import open_model
+from streamprune.saliency.combine import by_kernel, by_torch, try_kernel
 from streamprune.saliency.hooks import tap_experts
 from streamprune.saliency.scores import FIELDS
 from streamprune.saliency.scores_file import read_scores
@@ -113,6 +114,27 @@ def test_what_is_recorded_of_experts_of_a_real_size(tokens: int, product_dtype: 
     experts, given = experts_of(Qwen3MoeConfig(**QWEN), tokens, "cuda:0", product_dtype)
     _, statistics = recorded(experts, *given)
     check_against_dense(experts, given, statistics)
+
+
+@pytest.mark.parametrize("gates", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize(("chosen", "hidden"), [(8, 2048), (6, 1408), (10, 5000)])
+def test_the_kernel_that_combines_experts_gives_the_same_sums_to_the_bit(
+    chosen: int, hidden: int, gates: torch.dtype
+) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator("cuda").manual_seed(0)
+    output = torch.randn(3000 * chosen, hidden, device="cuda", generator=generator)
+    rows = torch.randperm(len(output), device="cuda", generator=generator).view(3000, chosen)
+    weights = torch.rand(3000, chosen, device="cuda", generator=generator).to(gates)
+    given = (output.to(torch.float16 if gates == torch.float16 else torch.bfloat16), rows, weights)
+    ours, theirs = by_kernel(*given), by_torch(*given)
+    assert torch.equal(ours.sums, theirs.sums)
+    assert torch.equal(ours.peaks, theirs.peaks)
+    torch.testing.assert_close(ours.norms, theirs.norms, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(ours.cosines, theirs.cosines, rtol=1e-5, atol=1e-5)
+    choice = try_kernel(*given)
+    # (Whether it is faster is for tools/gpu_check to show.)
+    assert "ms for 3000 tokens" in choice.why, choice.why
 
 
 def test_recording_waits_for_the_gpu_only_where_the_product_is_not_fused() -> None:

@@ -178,6 +178,8 @@ def test_the_profile_looks_at_what_a_run_computes(saved: dict[str, Any]) -> None
     assert found["outputs"]["experts"]["recorded_twice_the_same_to_the_bit"] is True
     assert found["outputs"]["layer"]["max_difference_over_max"] < 0.01
     assert found["timing"]["recording_over_plain"] > 0
+    assert found["timing"]["recording_by_torch_over_plain"] > 0
+    assert found["timing"]["pair_kernel"] == [], "on the CPU there is nothing to choose"
     assert len(found["part_sizes"]["ms"]) == 5
     assert 0 < len(found["kernels"]["top"]) <= 25
     assert all(len(name) <= 80 for name, _, _ in found["kernels"]["top"])

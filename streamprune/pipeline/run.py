@@ -62,6 +62,7 @@ from streamprune.planning.prepare import (
 from streamprune.planning.text_uses import with_uses
 from streamprune.progress import LOG_SUFFIX, Progress, stage
 from streamprune.reporting.make_record import check_provenance, check_scores_of
+from streamprune.saliency.combine import choices
 from streamprune.saliency.scores import LayerStatistics, Scores, apart_from_mtp
 from streamprune.saliency.scores_file import check_scores_file, read_scores
 from streamprune.selection.select import Selection, Selector
@@ -413,7 +414,7 @@ class _Run:
         """The summary with how the scores were made and the utilisation. Prints and logs it."""
         busy = self.runtime.busy.utilisation()
         summary = {**summary, **taken, "busy": busy, "peak_resident_bytes": peak_resident_bytes()}
-        self.progress.log("summary", {**summary, "host": describe_host(self.device)})
+        self.progress.log("summary", {**summary, "host": describe_host(self.device), "pair_kernel": choices()})
         self.progress.write_log(sibling_path(self.settings.output, LOG_SUFFIX))
         messages.print_utilisation(self.progress, self.settings, summary)
         return summary

@@ -30,7 +30,8 @@ from transformers.integrations.moe import (
 from streamprune.errors import UnsupportedModelError
 from streamprune.models.skeleton import DENSE_EXPERTS, Skeleton, dispatches_experts
 from streamprune.saliency.channels import channel_count, squared_column_norms, weighted_squares
-from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype, measure, norms, part_rows
+from streamprune.saliency.combine import combine, gated_sums
+from streamprune.saliency.statistics import ExpertStatistics, Pairs, exact_dtype, measure, norms
 
 #: On a CPU in half precision an expert's rows are padded to a multiple of this share of the mean: oneDNN compiles a
 #: kernel for every number of rows, at 0.2 ms and up to a MiB each, and routers produce all kinds of numbers.
@@ -252,8 +253,9 @@ def forward_with_pairs(
     each expert.
     """
     output_RH, rows = _outputs(module, hidden_TH, index_TK, gates_TK, on_inner)
-    sum_TH, *measured = _combine(output_RH, rows.row_TK, gates_TK, measure)
-    return sum_TH.to(hidden_TH.dtype), Pairs(index_TK, gates_TK, gates_TK, *measured)
+    found = combine(output_RH, rows.row_TK, gates_TK)
+    pairs = Pairs(index_TK, gates_TK, gates_TK, found.norms, found.peaks, found.cosines)
+    return found.sums.to(hidden_TH.dtype), pairs
 
 
 def forward_in_parts(
@@ -261,8 +263,7 @@ def forward_in_parts(
 ) -> torch.Tensor:
     """The experts' combined output (T, H) alone. It takes half of the memory of transformers' own forward."""
     output_RH, rows = _outputs(module, hidden_TH, index_TK, gates_TK)
-    (sum_TH,) = _combine(output_RH, rows.row_TK, gates_TK, lambda *_: ())
-    return sum_TH.to(hidden_TH.dtype)
+    return gated_sums(output_RH, rows.row_TK, gates_TK).to(hidden_TH.dtype)
 
 
 def _outputs(
@@ -342,26 +343,6 @@ def sort_by_expert(index_TK: torch.Tensor, experts: int, tile: int = 1) -> Rows:
         )
     row_TK = torch.empty_like(order_P).index_copy_(0, order_P, row_P).view(index_TK.shape)
     return Rows(token_R, expert_R, torch.cumsum(filled_E, dim=0, dtype=torch.int32), counts_E, row_TK)
-
-
-def _combine(
-    output_RH: torch.Tensor,
-    row_TK: torch.Tensor,
-    gates_TK: torch.Tensor,
-    measured: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
-) -> tuple[torch.Tensor, ...]:
-    """The gated sum (T, H) of each token's experts, and what `measured` gives of their outputs, as `measure` does."""
-    tokens, chosen = row_TK.shape
-    size = part_rows(output_RH, chosen * output_RH.shape[1])
-    done = []
-    for begin in range(0, tokens, size):
-        gates = gates_TK[begin : begin + size]
-        rows_TK = row_TK[begin : begin + size]
-        output_TKH = output_RH.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, -1)
-        # In the model's own dtypes, as in transformers: these are the values that the model continues with.
-        sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
-        done.append((sum_TH, *measured(output_TKH, gates, sum_TH)))
-    return tuple(map(torch.cat, zip(*done, strict=True)))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _tapped_forward)

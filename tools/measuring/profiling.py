@@ -6,11 +6,13 @@ The layer is loaded by the product's own loader and run by its own stream, withi
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from measuring.watching import SyncWarnings
 from streamprune.common_settings import DEFAULT_BATCH_TOKENS
 from streamprune.config import RunSettings
 from streamprune.planning.prepare import calibrate, plan_pruning, prepare
+from streamprune.saliency import combine
 from streamprune.saliency import statistics as recording
 from streamprune.saliency.hooks import ExpertsTap, recorded_width, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics
@@ -158,12 +161,23 @@ def _timing(layer: Layer) -> dict[str, Any]:
     with layer.listening():
         recording = milliseconds(layer.record, layer.device)
         submitting = _host_milliseconds(layer)
+        with _without_kernel():
+            by_torch = milliseconds(layer.record, layer.device)
     return {
         "submitting_ms": submitting,
         "plain_ms": plain,
         "recording_ms": recording,
+        "recording_by_torch_ms": by_torch,
         "recording_over_plain": round(statistics.median(recording) / statistics.median(plain), 4),
+        "recording_by_torch_over_plain": round(statistics.median(by_torch) / statistics.median(plain), 4),
+        # Whether recording used our kernel, and why.
+        "pair_kernel": combine.choices(),
     }
+
+
+def _without_kernel() -> Any:
+    """Within the context, torch combines the experts' outputs, whether or not our kernel could."""
+    return patch.object(combine, "FEWEST_VALUES", sys.maxsize)
 
 
 def _host_milliseconds(layer: Layer) -> float:
@@ -180,14 +194,14 @@ def _host_milliseconds(layer: Layer) -> float:
 
 
 def _part_sizes(layer: Layer) -> dict[str, Any]:
-    """Milliseconds of a recording micro-batch for several sizes of the parts behind the products; and the usual one."""
+    """Milliseconds of a recording micro-batch, by torch, for several sizes of the parts behind the products."""
     name = "CPU_PART_VALUES" if layer.device.type == "cpu" else "GPU_PART_VALUES"
     usual = getattr(recording, name)
     answer: dict[str, Any] = {"usual": usual, "ms": {}}
     try:
         for values in PART_VALUES:
             setattr(recording, name, values)
-            with layer.listening():
+            with layer.listening(), _without_kernel():
                 each = milliseconds(layer.record, layer.device, 1 if layer.device.type == "cpu" else 5)
             answer["ms"][str(values)] = statistics.median(each)
     finally:

@@ -65,11 +65,15 @@ def _profile(found: Figures) -> str:
     parts = []
     if "error" not in found["timing"]:
         timing = found["timing"]
-        plain, recording = (statistics.median(timing[f"{kind}_ms"]) for kind in ("plain", "recording"))
+        kinds = ("plain", "recording", "recording_by_torch")
+        plain, recording, by_torch = (statistics.median(timing[f"{kind}_ms"]) for kind in kinds)
         parts.append(
             f"recording {recording:.1f} ms, plain {plain:.1f} ms (x{timing['recording_over_plain']}), submitted in "
-            f"{timing['submitting_ms']:.1f} ms"
+            f"{timing['submitting_ms']:.1f} ms; by torch alone {by_torch:.1f} ms "
+            f"(x{timing['recording_by_torch_over_plain']})"
         )
+        for choice in timing["pair_kernel"]:
+            parts.append(f"kernel {'used' if choice['kernel'] else 'NOT used'}: {choice['why']}")
     if "error" not in found["outputs"]:
         experts = found["outputs"]["experts"]
         parts.append(

@@ -1,0 +1,163 @@
+"""The gated sum of each token's experts, and what is measured of their outputs on the way.
+
+By torch, which is the reference. On a GPU one kernel of ours (`pair_kernel`) may do the same with a twentieth of the
+memory traffic: the first micro-batch shows on each machine whether it gives the same sums to the bit, and is faster.
+
+Shapes: T tokens, K experts chosen per token, R rows of the experts' outputs, H hidden size.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from streamprune.hardware.device import is_gpu, is_out_of_memory, record_event
+from streamprune.saliency.statistics import cosines, measure, part_rows
+
+#: Outputs (T·K·H values) from which on the kernel is used: for fewer, starting it takes as long as what it saves.
+FEWEST_VALUES = 1 << 22
+#: Outputs with which it is tried: so many that sums in another order would differ somewhere, and that noise does not
+#: decide what is faster.
+TRIAL_VALUES = 1 << 26
+#: The kernel is used if torch takes at least so many times as long.
+FASTER = 1.5
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Of T tokens: the gated sums (T, H), in the dtype of output times gate; and in float32 or wider the norms, peaks
+    and cosines (T, K) of `statistics.Pairs`."""
+
+    sums: torch.Tensor
+    norms: torch.Tensor
+    peaks: torch.Tensor
+    cosines: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether the kernel is used for outputs of some dtypes and sizes on a device, and why, for the log."""
+
+    kernel: bool
+    why: str
+
+
+#: The choices of this process. What is not here has not been computed yet.
+_choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def combine(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Combined:
+    """Combine the chosen experts of T tokens: `row_TK` are the rows of their outputs, before the gates."""
+    if _choice(output_RH, row_TK, gates_TK).kernel:
+        return by_kernel(output_RH, row_TK, gates_TK)
+    return by_torch(output_RH, row_TK, gates_TK)
+
+
+def gated_sums(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    """The sums of `combine` alone."""
+    if _choice(output_RH, row_TK, gates_TK).kernel:
+        # What it measures on the way costs nothing that shows.
+        return by_kernel(output_RH, row_TK, gates_TK).sums
+    return _in_parts(output_RH, row_TK, gates_TK, lambda *_: ())[0]
+
+
+def by_torch(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Combined:
+    """`combine` by torch, for every device and dtype."""
+    return Combined(*_in_parts(output_RH, row_TK, gates_TK, measure))
+
+
+def by_kernel(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Combined:
+    """`combine` by the kernel. Raises ImportError without Triton, and its errors if it cannot compile the kernel."""
+    from streamprune.saliency.pair_kernel import combine_tokens
+
+    sums, norms, peaks, dots, sum_norms = combine_tokens(output_RH, row_TK, gates_TK)
+    return Combined(sums, norms, peaks, cosines(dots * gates_TK, gates_TK, norms, sum_norms))
+
+
+def choices() -> list[dict[str, Any]]:
+    """What was chosen so far in this process for outputs on a GPU, for the log."""
+    return [
+        {"device": device, "hidden": hidden, "chosen": chosen, "kernel": choice.kernel, "why": choice.why}
+        for (device, _, _, hidden, chosen), choice in _choices.items()
+    ]
+
+
+def _in_parts(
+    output_RH: torch.Tensor,
+    row_TK: torch.Tensor,
+    gates_TK: torch.Tensor,
+    measured: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, ...]:
+    """The gated sums (T, H), and what `measured` gives of the outputs (T, K, H), the gates and the sums."""
+    tokens, chosen = row_TK.shape
+    size = part_rows(output_RH, chosen * output_RH.shape[1])
+    done = []
+    for begin in range(0, tokens, size):
+        gates = gates_TK[begin : begin + size]
+        rows_TK = row_TK[begin : begin + size]
+        output_TKH = output_RH.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, -1)
+        # In the model's own dtypes, as in transformers: these are the values that the model continues with.
+        sum_TH = (output_TKH * gates.unsqueeze(-1)).sum(dim=1)
+        done.append((sum_TH, *measured(output_TKH, gates, sum_TH)))
+    return tuple(map(torch.cat, zip(*done, strict=True)))
+
+
+def _choice(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Choice:
+    hidden, chosen = output_RH.shape[1], row_TK.shape[1]
+    if not is_gpu(output_RH.device) or row_TK.numel() * hidden < FEWEST_VALUES:
+        return Choice(False, "not a GPU, or too little")
+    key = (str(output_RH.device), output_RH.dtype, gates_TK.dtype, hidden, chosen)
+    if key not in _choices:
+        tokens = max(1, TRIAL_VALUES // (chosen * hidden))
+        _choices[key] = try_kernel(output_RH, row_TK[:tokens], gates_TK[:tokens])
+    return _choices[key]
+
+
+def try_kernel(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Choice:
+    """Whether the kernel gives what torch gives for these tokens, in less time. Waits for the GPU.
+
+    Raises torch's error if memory runs out.
+    """
+    given = (output_RH, row_TK, gates_TK)
+    if torch.float64 in (output_RH.dtype, gates_TK.dtype):
+        return Choice(False, "the kernel is for dtypes of at most 32 bits")
+    try:
+        ours = by_kernel(*given)
+    except Exception as error:
+        # Triton compiles with a C compiler and the GPU's driver, each of which may be missing or too old.
+        if is_out_of_memory(error):
+            raise
+        return Choice(False, f"Triton: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
+    difference = _difference(ours, by_torch(*given))
+    if difference is not None:
+        return Choice(False, f"the kernel's {difference} differ from torch's")
+    mine, theirs = (_milliseconds(partial(by, *given), output_RH.device) for by in (by_kernel, by_torch))
+    return Choice(mine * FASTER <= theirs, f"{mine:.3f} ms for {len(row_TK)} tokens, {theirs:.3f} by torch")
+
+
+def _difference(ours: Combined, theirs: Combined) -> str | None:
+    """What is not the same: the sums to the bit, what is measured up to its rounding."""
+    if not torch.equal(ours.sums, theirs.sums):
+        return "sums"
+    for name, most in (("norms", 1e-5), ("peaks", 0.0), ("cosines", 1e-5)):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if not torch.allclose(mine, other, rtol=most, atol=most if name == "cosines" else 0.0):
+            return name
+    return None
+
+
+def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """The median of three, by events of the GPU."""
+    taken = []
+    for _ in range(3):
+        begin = record_event(torch.accelerator.current_stream(device), timed=True)
+        step()
+        end = record_event(torch.accelerator.current_stream(device), timed=True)
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
