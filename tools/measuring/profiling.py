@@ -17,14 +17,16 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from measuring.milliseconds import TIMES, milliseconds
 from measuring.processes import Job
+from measuring.products import measure_products
 from measuring.watching import SyncWarnings
 from streamprune.common_settings import DEFAULT_BATCH_TOKENS
 from streamprune.config import RunSettings
 from streamprune.planning.prepare import calibrate, plan_pruning, prepare
 from streamprune.saliency import combine
 from streamprune.saliency import statistics as recording
-from streamprune.saliency.hooks import ExpertsTap, recorded_width, tap_experts
+from streamprune.saliency.hooks import ExpertsTap, recorded_width, sort_by_expert, tap_experts
 from streamprune.saliency.statistics import ExpertStatistics
 from streamprune.streaming.forward import LayerForward, non_finite_tokens
 from streamprune.streaming.layer_weights import LayerWeights
@@ -32,8 +34,6 @@ from streamprune.work.saved_states import BatchState
 
 #: Values that are worked on at a time behind the products: what is tried.
 PART_VALUES = tuple(1 << power for power in (20, 22, 23, 24, 25))
-#: Repetitions of a timing, by kind of device.
-TIMES = {"cpu": 2, "cuda": 9}
 KERNELS, NAME_LENGTH = 25, 80
 #: Operations of the host in which it waits for the GPU, or may.
 WAITING = ("Synchronize", "cudaMemcpy", "cudaMalloc", "cudaFree", "aten::item", "_local_scalar_dense", "aten::nonzero")
@@ -97,7 +97,7 @@ def profile_layer(job: Job, settings: RunSettings) -> dict[str, Any]:
         figures |= {"tokens": sequences * length, "sequence_length": length, "layer": layer.index}
         steps: dict[str, Callable[[Layer], Any]] = {
             "outputs": _outputs, "timing": _timing, "part_sizes": _part_sizes, "sync_warnings": _sync,
-            "kernels": _kernels,
+            "kernels": _kernels, "products": _products,
         }  # fmt: skip
         for name, step in steps.items():
             try:
@@ -209,23 +209,19 @@ def _part_sizes(layer: Layer) -> dict[str, Any]:
     return answer
 
 
-def milliseconds(step: Callable[[], Any], device: torch.device, times: int | None = None) -> list[float]:
-    """Milliseconds of each of several steps after one that does not count: by events on a GPU, else by the clock."""
-    step()
-    found = []
-    for _ in range(times or TIMES[device.type]):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            found.append(begin.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            step()
-            found.append((time.perf_counter() - begun) * 1000)
-    return [round(each, 3) for each in found]
+def _products(layer: Layer) -> dict[str, Any]:
+    """The first product of the experts in several ways: with as many rows for each as this micro-batch has."""
+    seen: list[torch.Tensor] = []
+    hook = layer.experts.register_forward_pre_hook(lambda _, given: seen.extend(given[:2]))
+    try:
+        layer.plain()
+    finally:
+        hook.remove()
+    hidden_TH, index_TK = seen[0].flatten(0, -2), seen[1]
+    weight: Any = layer.experts.gate_up_proj
+    rows = sort_by_expert(index_TK, len(weight))
+    dtypes = (torch.bfloat16, torch.float16) if layer.device.type == "cuda" else (weight.dtype,)
+    return measure_products(hidden_TH.index_select(0, rows.token_R), weight.detach(), rows.ends_E, dtypes)
 
 
 def _sync(layer: Layer) -> dict[str, Any]:

@@ -61,6 +61,10 @@ def _streamed(found: Figures) -> str:
     )
 
 
+def _ms(way: Figures) -> str:
+    return f"{way['ms']:.2f} ms" if "ms" in way else "FAILED"
+
+
 def _profile(found: Figures) -> str:
     parts = []
     if "error" not in found["timing"]:
@@ -92,6 +96,11 @@ def _profile(found: Figures) -> str:
         parts.append(
             "top " + ", ".join(f"{row[0][:40]} {row[1]:.1f} ms x{row[2]}" for row in found["kernels"]["top"][:4])
         )
+    if "error" not in found["products"]:
+        for dtype in ("bfloat16", "float16", "float32"):
+            ways = found["products"].get(dtype, {})
+            if ways:
+                parts.append(f"product in {dtype}: " + ", ".join(f"{name} {_ms(way)}" for name, way in ways.items()))
     failed = [name for name, value in found.items() if isinstance(value, dict) and "error" in value]
     parts += [f"{name} FAILED: {found[name]['error'][-300:]}" for name in failed]
     return "; ".join(parts)
