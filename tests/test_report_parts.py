@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
@@ -166,6 +167,23 @@ def test_a_run_says_where_its_report_is_and_works_on_with_it(reported: Reported,
     told = call(*words, STREAMPRUNE_REPORT="")
     assert (told.exit_code, told.output) == (0, "")
     assert (tmp_path / "out" / "report.html").exists(), "it is made where nothing else is said"
+
+
+def test_the_report_of_prune_says_whether_it_was_verified(reported: Reported, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for option, said in (
+        ("--verify", "yes: every byte was compared with the source's"),
+        ("--no-verify", "no; <code>streamprune verify</code> compares it with the source"),
+    ):
+        told = call(*pruning_again(reported, output), option, "--report")
+        assert told.exit_code == 0, told.output
+        page = html.unescape((output / "report.html").read_text())
+        assert f"<dt>verified</dt><dd>{said}</dd>" in page
+        assert "no text was sent through the layers" in page
+        assert "was interrupted" not in page
+    Path(f"{output}.streamprune.log").unlink()
+    assert call("report", output).exit_code == 0
+    assert "<dt>verified</dt><dd>not on record" in (output / "report.html").read_text()
 
 
 def test_a_report_that_fails_costs_the_run_a_note(

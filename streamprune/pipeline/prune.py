@@ -17,12 +17,13 @@ from streamprune.checkpoint.index import CONFIG_NAME, Checkpoint, open_checkpoin
 from streamprune.config import PruneSettings
 from streamprune.errors import OutputError, ResumeError, SettingsError
 from streamprune.files.durable import kill_point
+from streamprune.files.names import sibling_path
 from streamprune.fit.estimate import Footprint
 from streamprune.fit.footprint import read_footprint
 from streamprune.fit.verdict import share_removed, verdict
 from streamprune.formats.pick import refuse_quantized
 from streamprune.formats.quantization import checkpoint_notes
-from streamprune.hardware.memory import check_disk
+from streamprune.hardware.memory import check_disk, peak_resident_bytes
 from streamprune.models.per_layer_experts import has_per_layer_experts, refuse_per_layer_experts
 from streamprune.output.dequantized import dequantized, dequantized_layout, refuse_plain
 from streamprune.output.plan import OutputSource, make_plan, written_layout
@@ -40,7 +41,7 @@ from streamprune.planning.facts import (
     prunable_from_scores,
 )
 from streamprune.planning.sizes import PlainTensors, WrittenSizes
-from streamprune.progress import Progress
+from streamprune.progress import LOG_SUFFIX, Progress
 from streamprune.quantize.schemes import require_library
 from streamprune.reporting.make_record import check_provenance, check_scores_of, provenance_by_hand
 from streamprune.saliency.scores import Scores
@@ -82,11 +83,18 @@ def prune(settings: PruneSettings, quiet: bool = False) -> RunResult:
         # The output is complete: nothing is left to stop.
         stop.patient = True
         summary = decided.summary(estimate, progress.seconds)
+        _write_log(settings, summary, progress)
         work.remove()
         shutil.rmtree(settings.output_work_folder, ignore_errors=True)
         finish.print_result(progress, decided, summary, estimate)
         kill_point("result printed")
     return RunResult(settings.output, decided.selection.layers, summary)
+
+
+def _write_log(settings: PruneSettings, summary: Mapping[str, Any], progress: Progress) -> None:
+    """Write the summary to the log next to the output, from which the report knows that the output was verified."""
+    progress.log("summary", {"command": "prune", **summary, "peak_resident_bytes": peak_resident_bytes()})
+    progress.write_log(sibling_path(settings.output, LOG_SUFFIX))
 
 
 def dry_run(settings: PruneSettings, quiet: bool = False) -> dict[str, Any]:

@@ -77,13 +77,17 @@ class BusyShares(Struct, frozen=True):
 
 
 class RunSummary(Struct, frozen=True):
-    """The fields of the log's last line that the report needs. `verified` is None if the log does not have it."""
+    """The fields of the log's last line that the report needs.
+
+    `verified` is None if the log does not have it; `command` is "prune" for a log of `streamprune prune`.
+    """
 
     seconds: Seconds
     peak_resident_bytes: Count
     busy: BusyShares | None = None
     processes: Positive = 1
     verified: bool | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,13 @@ def read_course(output: Path, record: Record, output_bytes: int) -> Course | str
     """
     path = sibling_path(output, LOG_SUFFIX)
     if not path.is_file():
-        return f"There is no log ({path.name}) next to the model: `streamprune prune` writes none."
+        return f"There is no log ({path.name}) next to the model."
     events = _events(path)
     number = max((line for line, event in events.items() if event.get("event") == "summary"), default=0)
     summary = events.get(number, {})
     if "output_bytes" not in summary:
         return f"The log next to the model ({path.name}) is not of a run that made a model."
-    # The log may be that of an earlier output at this path, which `prune` replaced.
+    # The log may be that of an earlier output at this path: a command may be killed before it has written its own.
     counts = list(record.counts.values())
     experts = counts[0] if len(set(counts)) == 1 else counts
     here = {"output_bytes": output_bytes, "source_bytes": record.source.bytes, "experts_per_layer": experts}
