@@ -215,6 +215,14 @@ def test_where_triton_does_not_work_torch_does_it(error: Exception, says: str, t
     assert choice["why"].startswith(says)
 
 
+def test_it_can_be_turned_off(tried: pytest.MonkeyPatch) -> None:
+    tried.setenv("STREAMPRUNE_PAIR_KERNEL", "0")
+    tried.setattr(combining, "by_kernel", lambda *_: pytest.fail("it was tried"))
+    given = outputs(6, 2, 50, F16, F16)
+    assert torch.equal(combine(*given).sums, by_torch(*given).sums)
+    assert [choice["why"] for choice in combining.choices()] == ["STREAMPRUNE_PAIR_KERNEL=0"]
+
+
 def test_without_memory_nothing_is_chosen(tried: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Combined:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -2,13 +2,14 @@
 
 By torch, which is the reference. On a GPU one kernel of ours (`pair_kernel`) may do the same with a twentieth of the
 memory traffic: the first micro-batch shows on each machine whether it gives the same sums to the bit, and is faster.
+With STREAMPRUNE_PAIR_KERNEL=0 in the environment it is not tried. The log says what was chosen.
 
 Shapes: T tokens, K experts chosen per token, R rows of the experts' outputs, H hidden size.
 """
 
 from __future__ import annotations
 
-import statistics
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ import torch
 from streamprune.hardware.device import is_gpu, is_out_of_memory, record_event
 from streamprune.saliency.statistics import cosines, measure, part_rows
 
+#: The environment variable that turns the kernel off: an error of it on a GPU may end the process.
+SWITCH = "STREAMPRUNE_PAIR_KERNEL"
 #: Outputs (T·K·H values) from which on the kernel is used: for fewer, starting it takes as long as what it saves.
 FEWEST_VALUES = 1 << 22
 #: Outputs with which it is tried: so many that sums in another order would differ somewhere, and that noise does not
@@ -124,6 +127,8 @@ def try_kernel(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Te
     Raises torch's error if memory runs out.
     """
     given = (output_RH, row_TK, gates_TK)
+    if os.environ.get(SWITCH) == "0":
+        return Choice(False, f"{SWITCH}=0")
     if torch.float64 in (output_RH.dtype, gates_TK.dtype):
         return Choice(False, "the kernel is for dtypes of at most 32 bits")
     try:
@@ -152,7 +157,7 @@ def _difference(ours: Combined, theirs: Combined) -> str | None:
 
 
 def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """The median of three, by events of the GPU."""
+    """The least of three, by events of the GPU, so that what else it does hardly counts."""
     taken = []
     for _ in range(3):
         begin = record_event(torch.accelerator.current_stream(device), timed=True)
@@ -160,4 +165,4 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
         end = record_event(torch.accelerator.current_stream(device), timed=True)
         end.synchronize()
         taken.append(begin.elapsed_time(end))
-    return statistics.median(taken)
+    return min(taken)
