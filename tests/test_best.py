@@ -175,6 +175,8 @@ def test_resume_goes_on_from_the_search_to_the_output(
     assert not searched.exists()
     # The search is done: nothing but the output is left, by whichever work folder it is named.
     for place in (searched, tmp_path / "out.work"):
+        told = CliRunner().invoke(main, ["status", str(place)])
+        assert f"not written yet: {output}\nResume with: streamprune resume {place}" in told.stdout, told.stderr
         done = CliRunner().invoke(main, ["resume", str(place), "--json"])
         assert done.exit_code == 0, done.stderr
         assert json.loads(done.stdout)["best"] == "4 experts"

@@ -151,6 +151,11 @@ def test_an_end_between_the_name_and_the_removal(
             assert json.loads(done.stdout) == {"output": str(command.output), "complete": True}
         command.check()
         assert not work.exists()
+        if place == "beside":
+            assert status(command) == {"work_folder": str(work), "output": str(command.output), "complete": True}
+            text = call("status", work).stdout
+            assert text.startswith(f"Nothing is left to do: {work} is gone, and {command.output} is complete.")
+            assert ("inspect" in text) == (kind == "score")
         shutil.rmtree(command.output) if command.output.is_dir() else command.output.unlink()
 
 

@@ -23,10 +23,14 @@ _OUT = click.argument("output", metavar="OUT", type=opt.PATH)
 @opt.JSON_OBJECT
 def status(workdir: Path, as_json: bool) -> None:
     """Show what is done and what is left of the `run`, `score`, `prune` or `search` in WORKDIR."""
+    from streamprune.pipeline.ended import ended_text, status_of_ended
     from streamprune.pipeline.status import status_of, status_text
 
-    found = status_of(workdir)
-    click.echo(opt.json_text(found) if as_json else status_text(found))
+    ended = status_of_ended(workdir)
+    if as_json:
+        click.echo(opt.json_text(ended or status_of(workdir)))
+    else:
+        click.echo(ended_text(ended) if ended is not None else status_text(status_of(workdir)))
 
 
 @click.command(cls=Command)
