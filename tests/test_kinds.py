@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -12,9 +13,11 @@ from streamprune.cli import main
 from streamprune.files import kinds
 from streamprune.output.plan import REPORT_NAME
 from streamprune.output.search_folder import SEARCH_NAME
+from streamprune.quantize.imatrix import Imatrix, ImatrixText, InputSquares
 from streamprune.saliency.scores_file import SCORES_NAME
 from streamprune.work.folder import LOCK_NAME
 
+IMATRIX = "imatrix.gguf"
 #: What is in each folder, and what a message says of it.
 FOLDERS = {
     "work": ([LOCK_NAME], "is a work folder of streamprune"),
@@ -23,19 +26,27 @@ FOLDERS = {
     "scores": ([SCORES_NAME], "is a folder of scores"),
     "model": ([CONFIG_NAME], "is a model that streamprune did not write"),
     "gguf": (["model-Q4_K_M.gguf"], "has the model as GGUF, for llama.cpp"),
+    "matrix": ([IMATRIX], "has an importance matrix for llama.cpp's llama-quantize, and no model"),
     "adapter": (["adapter_config.json"], "has an adapter (LoRA)"),
     "other": (["notes.txt"], "has no file that streamprune knows"),
     "empty": ([], "is an empty folder"),
 }
 
 
+def imatrix_bytes(path: Path) -> bytes:
+    """An importance matrix, as `run --imatrix` writes it."""
+    squares = InputSquares(np.ones((2, 32), np.float32), np.array([3, 5]))
+    Imatrix({"blk.0.ffn_down_exps.weight": squares}, ()).write(path, ImatrixText(("text",), 1, 8))
+    return path.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kinds")
+    folder, matrix = tmp_path_factory.mktemp("kinds"), imatrix_bytes(tmp_path_factory.mktemp("matrix") / IMATRIX)
     for name, (files, _) in FOLDERS.items():
         (folder / name).mkdir()
         for file in files:
-            (folder / name / file).write_text("{}")
+            (folder / name / file).write_bytes(matrix if file == IMATRIX else b"{}")
     (folder / "model.gguf").write_bytes(b"GGUF")
     (folder / "notes.txt").write_text("a file, and no folder")
     return folder
@@ -45,6 +56,7 @@ def test_what_lies_at_a_path(place: Path) -> None:
     for name, (_, words) in FOLDERS.items():
         assert kinds.describe(place / name).startswith(words)
     assert kinds.describe(place / "model.gguf") == kinds.GGUF_TEXT
+    assert kinds.describe(place / "matrix" / IMATRIX).startswith(FOLDERS["matrix"][1])
     assert kinds.describe(place / "notes.txt") == "is a file"
     assert kinds.describe(place / "nowhere") == "does not exist"
 
@@ -57,6 +69,7 @@ def test_what_lies_at_a_path(place: Path) -> None:
         (["verify", "{}", "--source", "org/never-asked-for"], "nowhere", "nothing to verify: {} does not exist"),
         (["clean", "{}"], "nowhere", "Nothing was removed: {} does not exist. The work folder of an unfinished run is"),
         (["clean", "{}"], "pruned", "Nothing was removed: {} is a model that streamprune wrote. The work folder of an"),
+        (["clean", "{}"], "matrix", "Nothing was removed: {} has an importance matrix for llama.cpp's llama-quantize"),
         (["status", "{}"], "scores", "{} has no run of streamprune: it is a folder of scores. The work folder of an u"),
         (["resume", "{}"], "pruned", "{} has no run to resume: it is a model that streamprune wrote. The work folder "),
         (["report", "{}"], "model", "says how a model was pruned: it is a model that streamprune did not write"),

@@ -20,7 +20,7 @@ from streamprune.checkpoint.safetensors_file import (
 )
 from streamprune.errors import CheckpointError
 from streamprune.files.json_text import parse_json, read_limited, show, show_some
-from streamprune.files.kinds import GGUF_TEXT, describe
+from streamprune.files.kinds import GGUF_TEXT, describe, is_gguf_model
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -233,7 +233,7 @@ def _indexed_files(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             "can run code and are never opened. Use a safetensors version of the model, or convert it: "
             "https://huggingface.co/spaces/safetensors/convert"
         )
-    if any(name.endswith(".gguf") for name in found):
+    if any(is_gguf_model(folder / name) for name in found if name.endswith(".gguf")):
         raise CheckpointError(f"{folder} {GGUF_TEXT}.")
     raise CheckpointError(f"{folder} has neither {INDEX_NAME} nor {SINGLE_NAME}. Is it a complete model folder?")
 

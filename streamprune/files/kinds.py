@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+#: The metadata of an importance matrix has this entry: the key, the type string (8), the length, and the value.
+_IMATRIX_TYPE = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "little") + b"imatrix"
+_HEADER_BYTES = 4096
+_IMATRIX_TEXT = "has an importance matrix for llama.cpp's llama-quantize, and no model"
+#: What is said of a model as GGUF.
 GGUF_TEXT = "has the model as GGUF, for llama.cpp, instead of the safetensors that it was made from"
 #: What a folder is, by a file in it: the first that is there.
 _KINDS = (
@@ -12,7 +18,6 @@ _KINDS = (
     ("search.json", "is a folder that `streamprune search` wrote"),
     ("scores.safetensors", "is a folder of scores"),
     ("config.json", "is a model that streamprune did not write (it has no streamprune.json)"),
-    ("*.gguf", GGUF_TEXT),
     ("adapter_config.json", "has an adapter (LoRA), which has to be merged into its model first"),
 )
 
@@ -21,11 +26,34 @@ def describe(path: Path) -> str:
     """What lies at `path`, as the rest of a sentence that begins with the path: `does not exist`, `is a file`."""
     try:
         if path.is_dir():
-            known = (text for pattern, text in _KINDS if next(path.glob(pattern), None) is not None)
-            is_empty = next(path.iterdir(), None) is None
-            return next(known, "is an empty folder" if is_empty else "has no file that streamprune knows")
+            return next(_known(path), "has no file that streamprune knows")
         if not path.exists():
             return "does not exist"
+        return _gguf_text([path]) if path.suffix.lower() == ".gguf" else "is a file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return GGUF_TEXT if path.suffix.lower() == ".gguf" else "is a file"
+
+
+def _known(folder: Path) -> Iterator[str]:
+    """What a folder is, by each file in it that says so."""
+    yield from (text for name, text in _KINDS if (folder / name).exists())
+    if files := list(folder.glob("*.gguf")):
+        yield _gguf_text(files)
+    if next(folder.iterdir(), None) is None:
+        yield "is an empty folder"
+
+
+def _gguf_text(files: Sequence[Path]) -> str:
+    return GGUF_TEXT if any(map(is_gguf_model, files)) else _IMATRIX_TEXT
+
+
+def is_gguf_model(path: Path) -> bool:
+    """Whether a GGUF file is a model, and no importance matrix, which `run --imatrix` and llama-imatrix write.
+
+    One that cannot be read is taken for a model.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _IMATRIX_TYPE not in stream.read(_HEADER_BYTES)
+    except OSError:
+        return True

@@ -38,5 +38,5 @@ def ended_text(status: dict[str, Any]) -> str:
     if output.is_file():
         following = f"\nWhat next: `streamprune inspect {output}`, `streamprune prune MODEL -o OUT --scores {output}`"
     elif (output / REPORT_NAME).is_file():
-        following = f"\nWhat next: `streamprune eval {output} --against MODEL`, `streamprune push {output} --repo-id ID`"
+        following = f"\nWhat next: `streamprune eval {output} --against MODEL`, `streamprune push {output}`"
     return f"Nothing is left to do: {folder} is gone, and {output} is complete.{following}"
