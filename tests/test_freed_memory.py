@@ -60,8 +60,8 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> Memories:
     found = Memories()
     plain = ShardReader.start
 
-    def start(self: ShardReader, groups: Any) -> Reading:
-        reading = plain(self, groups)
+    def start(self: ShardReader, *arguments: Any) -> Reading:
+        reading = plain(self, *arguments)
         for memory in reading.memory.values():
             found.add(memory)
         return reading

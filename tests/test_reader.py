@@ -160,6 +160,20 @@ def test_neighbours_are_one_request(tmp_path: Path, open_reader: Any, requests: 
     assert all(torch.equal(found[name], tensors[name]) for name in names)
 
 
+def test_tensors_with_places_are_read_there(tmp_path: Path, open_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adjacent in the file and not in memory, and in parts. Another group keeps its own order."""
+    monkeypatch.setattr(reader, "REQUEST_BYTES", 100)
+    tensors = {f"t{number}": torch.rand(3, 5) for number in range(8)}
+    checkpoint = make_checkpoint(tmp_path / "model", {"a.safetensors": tensors})
+    order = ["t4", "t0", "t7", "t2"]
+    reading = open_reader(checkpoint).start(
+        {"joined": sorted(order), "others": ["t1", "t3"]}, {name: 60 * place for place, name in enumerate(order)}
+    )
+    reading.wait()
+    assert torch.equal(reading.take_joined("joined", (4, 3, 5)), torch.stack([tensors[name] for name in order]))
+    assert all(torch.equal(found, tensors[name]) for name, found in reading.take("others").items())
+
+
 def test_several_requests_are_in_flight(tmp_path: Path, open_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of four requests waits until there are four."""
     monkeypatch.setattr(reader, "REQUEST_BYTES", 4096)

@@ -66,9 +66,14 @@ class _Request:
 
 
 class Reading:
-    """Groups of tensors that are being read. Call `wait`, then `take` each group once."""
+    """Groups of tensors that are being read. Call `wait`, then `take` or `take_joined` each group once.
 
-    def __init__(self, groups: Mapping[str, Sequence[TensorEntry]], device: torch.device) -> None:
+    `places` are the offsets in their group's memory of tensors that lie without gaps in it; other groups are aligned.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, Sequence[TensorEntry]], device: torch.device, places: Mapping[str, int]
+    ) -> None:
         self.memory: dict[str, torch.Tensor] = {}
         #: The tensors of each group by name, and their offsets in the group's memory.
         self.layout: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
@@ -80,8 +85,13 @@ class Reading:
             for entry in entries:
                 if entry.dtype not in DTYPES:
                     raise CheckpointError(f"{entry.name} has dtype {entry.dtype}, which torch cannot compute with.")
-                self.layout[group][entry.name] = entry, end
-                end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+                begin = places.get(entry.name)
+                if begin is None:
+                    self.layout[group][entry.name] = entry, end
+                    end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+                else:
+                    self.layout[group][entry.name] = entry, begin
+                    end = max(end, begin + entry.nbytes)
             self.memory[group] = torch.empty(end, dtype=torch.uint8, device=device)
 
     def wait(self) -> None:
@@ -96,6 +106,11 @@ class Reading:
             name: memory[offset : offset + entry.nbytes].view(DTYPES[entry.dtype]).view(entry.shape)
             for name, (entry, offset) in self.layout[group].items()
         }
+
+    def take_joined(self, group: str, shape: Sequence[int]) -> torch.Tensor:
+        """All of a group as one tensor of this shape, if its tensors have places."""
+        entry, _ = next(iter(self.layout[group].values()))
+        return self.memory.pop(group).view(DTYPES[entry.dtype]).view(*shape)
 
     def cancel(self) -> None:
         """Cancel requests that have not begun, and wait for the others."""
@@ -122,14 +137,20 @@ class ShardReader:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def start(self, groups: Mapping[str, Sequence[str]]) -> Reading:
-        """Start reading groups of tensors. Raises the device's error if it has not enough memory for them."""
-        tensors = self._checkpoint.tensors
-        return self.start_entries({group: [tensors[name] for name in names] for group, names in groups.items()})
+    def start(self, groups: Mapping[str, Sequence[str]], places: Mapping[str, int] | None = None) -> Reading:
+        """Start reading groups of tensors. Raises the device's error if it has not enough memory for them.
 
-    def start_entries(self, groups: Mapping[str, Sequence[TensorEntry]]) -> Reading:
+        `places` are the offsets in their group's memory of tensors that are taken as one, see `Reading`.
+        """
+        tensors = self._checkpoint.tensors
+        entries = {group: [tensors[name] for name in names] for group, names in groups.items()}
+        return self.start_entries(entries, places)
+
+    def start_entries(
+        self, groups: Mapping[str, Sequence[TensorEntry]], places: Mapping[str, int] | None = None
+    ) -> Reading:
         """Like `start`, for entries that may be parts of the checkpoint's tensors."""
-        reading = Reading(groups, self._device)
+        reading = Reading(groups, self._device, places or {})
         if self._gpu_copier is not None:
             self._gpu_copier.wait_for_compute()
         for request in _requests(reading.layout):

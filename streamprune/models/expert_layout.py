@@ -31,7 +31,8 @@ class Target:
     leads to the parameter, if any. If the conversion splits the tensor, `also` names the other parameters that it
     feeds. `layer` is None outside the layers. `rows` is where the experts are in the parameter, not necessarily in the
     tensor itself; `channels` is where each expert's channels are in what the conversion gets, without the axis of the
-    experts (None for a parameter without channels, or where the conversion may move them).
+    experts (None for a parameter without channels, or where the conversion may move them). `place` is the offset in
+    bytes of the tensor in its parameter, if the conversion only joins tensors to it that have its dtype already.
     """
 
     stored: StoredTensor
@@ -41,6 +42,7 @@ class Target:
     layer: int | None = None
     rows: ExpertRows | None = None
     channels: ChannelRows | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from streamprune.models.config_json import (
     stated_counts,
 )
 from streamprune.models.expert_layout import Target
+from streamprune.models.joined import find_places
 
 #: The signature that experts modules share in transformers; it is what makes them scorable.
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}
@@ -327,13 +328,17 @@ def map_checkpoint(
     meta: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    def feeds(tensor: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(tensor, renamings, converters, prefix, meta)
+        if target not in meta and tensor in meta:
+            # The loader falls back the same way for names that should not have been renamed.
+            target, pattern = rename_source_key(tensor, [], [], prefix, meta)
+        return target, pattern
+
     targets = {}
     for name, stored in pick_formats(tensors, config).items():
-        parameter = named(stored.parameter)
-        target, pattern = rename_source_key(parameter, renamings, converters, prefix, meta)
-        if target not in meta and parameter in meta:
-            # The loader falls back the same way for names that should not have been renamed.
-            target, pattern = rename_source_key(parameter, [], [], prefix, meta)
+        target, pattern = feeds(named(stored.parameter))
         if target not in meta:
             targets[name] = Target(stored)
             continue
@@ -343,6 +348,10 @@ def map_checkpoint(
         converter = by_pattern[pattern] if pattern is not None else None
         channels = _channels_before(decoder, target, converter, tensors[name].shape)
         targets[name] = Target(stored, target, pattern, also, layer, rows, channels)
+    for parameter, places in find_places(targets, tensors, meta, by_pattern).items():
+        # The joined parameter is given to the loader under its own name, which must not be that of anything else.
+        if feeds(parameter) == (parameter, None):
+            targets |= {name: replace(targets[name], place=place) for name, place in places.items()}
     return targets
 
 

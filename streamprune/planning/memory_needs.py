@@ -250,7 +250,9 @@ def needs_of(
     config does so under unusual names. `recording` is how experts are computed, if all text is recorded.
     """
     skeleton, text = opened.skeleton, opened.skeleton.model.config.get_text_config(decoder=True)
-    joined = Counter(name for name, _ in {(target.name, target.stored.parameter) for target in opened.targets.values()})
+    # (Tensors with places are read to where they stay.)
+    parts = {(each.name, each.stored.parameter) for each in opened.targets.values() if each.place is None}
+    joined = Counter(name for name, _ in parts)
     shape, itemsize = _shape_of(text), opened.dtype.itemsize
     if spec is not None:
         shape = replace(shape, top_k=spec.top_k, experts=spec.count)

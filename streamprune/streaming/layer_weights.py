@@ -20,9 +20,10 @@ from streamprune.checkpoint.reader import Reading, ShardReader
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, ResourceError
 from streamprune.files.page_cache import drop_files_from_cache
-from streamprune.formats.base import ChannelRows, ExpertRows, KeptExperts, decode_tensors
+from streamprune.formats.base import ChannelRows, ExpertRows, KeptExperts, StoredTensor, decode_tensors
 from streamprune.hardware.device import free_after_failure, lack_of_memory
 from streamprune.hardware.memory import release_freed_memory
+from streamprune.models.expert_layout import Target
 from streamprune.models.open import OpenedModel
 from streamprune.models.skeleton import Decoder, Skeleton
 from streamprune.progress import Busy
@@ -42,9 +43,10 @@ class LayerWeights:
 
     Peak memory of a load: the layer's weights, in the checkpoint's or the computing dtype, plus those of its largest
     converted parameter: twice while its tensors are joined (one per expert into one for all), once while its dtype is
-    converted. A quantized parameter is in memory as stored until it is decoded, one matrix of it in float32 too. A
-    prefetched layer takes its weights' stored bytes in addition. Set `batches` to the micro-batches whose hidden states
-    may be offloaded for weights. Close it to end the reader threads.
+    converted. One that is only joined from tensors in its dtype is read to where it stays, and takes no more. A
+    quantized parameter is in memory as stored until it is decoded, one matrix of it in float32 too. A prefetched layer
+    takes its weights' stored bytes in addition. Set `batches` to the micro-batches whose hidden states may be offloaded
+    for weights. Close it to end the reader threads.
     """
 
     def __init__(
@@ -69,17 +71,23 @@ class LayerWeights:
         # Checkpoint tensors by layer and by the parameter they feed, so that each parameter is converted on its own.
         self._groups: dict[int | None, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         #: How each tensor is stored: all parts of a parameter are read together, and decoded before the conversion.
-        self._stored = {name: target.stored for name, target in opened.targets.items()}
+        self._stored: dict[str, StoredTensor] = {}
+        #: Where a tensor lies in its parameter, if this is read to one piece of memory that needs no conversion.
+        self._places: dict[str, int] = {}
         for name, target in opened.targets.items():
-            if target.name is not None:
-                self._groups[target.layer][target.name].append(name)
+            self._add(name, target, target.layer)
         #: The layer for multi-token prediction, a further layer, if it is to be loaded too.
         self.mtp = mtp
         if mtp is not None:
-            self._stored |= {name: target.stored for name, target in mtp.tensors.items()}
             for name, target in mtp.tensors.items():
-                if target.name is not None:
-                    self._groups[mtp.index][target.name].append(name)
+                self._add(name, target, mtp.index)
+
+    def _add(self, name: str, target: Target, layer: int | None) -> None:
+        self._stored[name] = target.stored
+        if target.name is not None:
+            self._groups[layer][target.name].append(name)
+        if target.place is not None:
+            self._places[name] = target.place
 
     def close(self) -> None:
         """End the reader threads, and free what they have read."""
@@ -212,7 +220,7 @@ class LayerWeights:
             if entry is not None and entry.shape == tuple(known[name].shape):
                 entries[name] = [_rows_of(entry, begin, end)]
             else:
-                self._load(self._reader.start(self._reading_groups({name: names})), {name: names}, None)
+                self._load(self._start_groups({name: names}), {name: names}, None)
         reading = self._reader.start_entries(entries)
         reading.wait()
         self._reader.sync_with_compute()
@@ -250,7 +258,7 @@ class LayerWeights:
                 continue
             if parameter.startswith(decoder) or tensor_id in inputs | head_ids or decoder == ".":
                 wanted[parameter] = names
-        self._load(self._reader.start(self._reading_groups(wanted)), wanted, None)
+        self._load(self._start_groups(wanted), wanted, None)
         # A checkpoint may have tied weights under either name; transformers ties to the one that exists.
         missing = {name for name, tensor in _tensors(self.model) if tensor.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -259,13 +267,16 @@ class LayerWeights:
         self.drop_cached_pages(None)
 
     def _start(self, index: int) -> Reading:
-        return self._reader.start(self._reading_groups(self._groups[index]))
+        return self._start_groups(self._groups[index])
+
+    def _start_groups(self, groups: Mapping[str, list[str]]) -> Reading:
+        return self._reader.start(self._reading_groups(groups), self._places)
 
     def _reading_groups(self, groups: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """The groups that are read into separate memory: the small parameters together, those of experts one by one.
 
-        A parameter that is joined from several tensors or converted to another dtype is in memory twice, so its source
-        is freed before the next one is converted; a tensor that needs no conversion stays in the memory it was read to.
+        A parameter that is converted from several tensors or to another dtype is in memory twice, so its source is
+        freed before the next one is converted; what needs no conversion stays in the memory it was read to.
         """
         own = {name: names for name, names in groups.items() if len(names) > 1 or name in self.decoder.expert_rows}
         singles = [names[0] for name, names in groups.items() if name not in own]
@@ -275,8 +286,12 @@ class LayerWeights:
         try:
             reading.wait()
             self._reader.sync_with_compute()
-            for group in self._reading_groups(groups):
+            for group, names in self._reading_groups(groups).items():
                 # One after the other, so that the memory of each is freed before the next is converted.
+                if names[0] in self._places:
+                    shape = self.model.get_parameter(group).shape
+                    self._conversion.load({group: reading.take_joined(group, shape)})
+                    continue
                 tensors = decode_tensors(reading.take(group), self._stored, self.dtype)
                 if self.mtp is not None and index == self.mtp.index:
                     tensors = {self.mtp.renamed(name): tensor for name, tensor in tensors.items()}
