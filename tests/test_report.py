@@ -387,3 +387,15 @@ def test_where_all_experts_stay_only_their_channels_are_told(narrower: Reported,
     write_report(output)
     assert "Unknown: the model has no scores of channels" in (output / "report.html").read_text()
     assert not OF_NARROWER & {path.stem for path in (output / "pictures").iterdir()}
+
+
+def test_where_nothing_is_removed_no_retention_is_told(reported: Reported, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    given = ["--scores", reported.output, "--weights", "fp8", "--rounding", "rtn", "--report"]
+    told = call("prune", reported.model, "-o", output, *given)
+    assert told.exit_code == 0, told.output
+    assert "domain retention" not in told.stderr
+    page = (output / "report.html").read_text()
+    assert "Nothing of the experts was removed: only how weights are stored has changed." in page
+    assert "Saliency kept by source" not in tables(output).found
+    assert "Domain retention" not in (output / "README.md").read_text()

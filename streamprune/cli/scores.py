@@ -21,7 +21,7 @@ from streamprune.planning.counts import ExpertCounts, plan_counts
 from streamprune.planning.facts import prunable_from_scores
 from streamprune.saliency.scores import Scores
 from streamprune.saliency.scores_file import read_scores
-from streamprune.selection.compare import changed_settings, compare_selections, comparison_lines
+from streamprune.selection.compare import changed_settings, compare_selections, comparison_lines, naming_compare
 from streamprune.selection.inspect import inspect_scores, inspection_lines
 from streamprune.selection.schedules import DEFAULT_SCHEDULE
 from streamprune.selection.select import Selection, Selector, listed_selection, stated_counts
@@ -52,7 +52,7 @@ class Targets:
 
 
 @click.command(cls=Command)
-@click.argument("scores", metavar="S", type=opt.PATH)
+@click.argument("scores", metavar="SCORES", type=opt.PATH)
 @click.option("--keep", type=int, help="Experts to keep per layer; with a schedule, the mean.")
 @click.option("--ratio", type=float, help="Share of experts to remove, e.g. 0.5 for half.")
 @click.option("--total", type=int, help="Experts to keep in all layers together.")
@@ -67,7 +67,9 @@ class Targets:
 @click.option("--layer", type=int, metavar="K", help="Show every expert of layer K.")
 @opt.JSON_OBJECT
 def inspect(scores: Path, compare: tuple[str, ...], layer: int | None, as_json: bool, **given: Any) -> None:
-    """Show S, a scores file: the experts of each layer, those at the boundary, those that no token was routed to.
+    """Show scores: the experts of each layer, those at the boundary, those that no token was routed to.
+
+    SCORES is a file that `score` wrote, or the folder of a pruned model, which has one.
 
     With --keep, --ratio, --total or --keep-file it also shows how much of each source's saliency is kept, with --width
     how much of the energy of its channels, and warnings.
@@ -192,5 +194,6 @@ def _compared(scores: Scores, base: SelectionSettings, first: Selection | None, 
         width = channels.kept_width
     # With another schedule too, as many experts stay in total.
     targets = Targets(total=None if settings.has_schedule_file else sum(first.counts), width=width)
-    other = _selected(scores, settings, targets, _narrower(scores, settings, targets))
+    with naming_compare(text):
+        other = _selected(scores, settings, targets, _narrower(scores, settings, targets))
     return compare_selections(text, settings, scores, first, other)

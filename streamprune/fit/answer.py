@@ -20,7 +20,7 @@ from streamprune.fit.estimate import Estimate, Fit, per_layer_note
 from streamprune.fit.loading import decoded_bytes, loading_note
 from streamprune.fit.nearest import COMPARED, nearest
 from streamprune.fit.verdict import verdict_lines
-from streamprune.hardware.gpus import budget_on_gpu, known_gpu
+from streamprune.hardware.gpus import MIB, budget_on_gpu, known_gpu
 from streamprune.hardware.memory import GIB, format_bytes
 from streamprune.hardware.nvml import list_gpus
 from streamprune.models.config_json import minimum_keep
@@ -357,15 +357,24 @@ def _engine_notes(estimate: Estimate) -> Iterator[str]:
 
 
 def _table_lines(cells: Sequence[Cell]) -> list[str]:
+    unit, name = (MIB, "MiB") if _look_alike(cells) else (GIB, "GiB")
     rows = []
     for (ratio, experts), group in groupby(cells, key=lambda cell: (cell.ratio, cell.experts)):
-        totals = [f"{cell.total_bytes / GIB:.1f}{'*' if cell.fits else ' '}" for cell in group]
+        totals = [f"{cell.total_bytes / unit:,.1f}{'*' if cell.fits else ' '}" for cell in group]
         rows.append([f"{ratio:.1%}", str(experts or "-"), *totals])
     columns = dict.fromkeys((cell.weights, cell.context) for cell in cells)
     headings = [f"{form} {_thousands(context)} " for form, context in columns]
     fits = "" if any(cell.fits is None for cell in cells) else "; * fits the budget"
-    title = f"Totals in GiB by experts removed{fits}:"
+    title = f"Totals in {name} by experts removed{fits}:"
     return Table(title, ["removed", "experts", *headings], rows, align="r").text()
+
+
+def _look_alike(cells: Sequence[Cell]) -> bool:
+    """Whether some column's totals differ by less than the tenth of a GiB that is shown, as those of tiny models."""
+    columns: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for cell in cells:
+        columns[cell.weights, cell.context].append(cell.total_bytes)
+    return any(max(totals) > min(totals) > max(totals) - GIB / 10 for totals in columns.values())
 
 
 def _thousands(context: int) -> str:

@@ -126,15 +126,16 @@ class SelectionResult:
     def print_retention(self, progress: Progress) -> None:
         """Print how much saliency of each source the selection keeps, with warnings where that is little.
 
-        For narrower experts it is the energy of their channels that tells what is lost.
+        Where all experts stay, so does all of their saliency, which is not said. For narrower experts it is the energy
+        of their channels that tells what is lost.
         """
         if self.scores is None or not self.retained:
             return
-        shown = [("domain retention, the share of each source's saliency kept", self.retained)]
+        shown = []
+        if self._removes_experts:
+            shown.append(("domain retention, the share of each source's saliency kept", self.retained))
         if self.energy:
-            energy = ("energy kept, the share of each source's energy of all channels", self.energy)
-            # Where all experts stay, all of their saliency does.
-            shown = [*(shown if self._removes_experts else []), energy]
+            shown.append(("energy kept, the share of each source's energy of all channels", self.energy))
         for title, found in shown:
             kept = ", ".join(f"{each.source} {each.kept:.1%} ({each.best:.1%})" for each in found)
             progress.say(f"{title} (in brackets: if selected for that source alone): {kept}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from streamprune.errors import SettingsError
 from streamprune.files.json_text import show
+from streamprune.saliency.methods import METHODS
 from streamprune.saliency.scores import Scores
 from streamprune.selection.energy import energy_shares
 from streamprune.selection.retention import Retention, retentions
@@ -22,16 +24,17 @@ from streamprune.tables import Table, percent
 
 #: Differing experts that one line of a comparison names at most; `--layer` names all.
 _NAMED = 8
-#: What `--compare` may change, and how its value is read.
-_KEYS = {
-    "method": str,
-    "mix": str,
-    "schedule": str,
-    "spread": float,
-    "floor": int,
-    "seed": int,
-    "protect-super-experts": {"yes": True, "no": False}.__getitem__,
-    "width": int,
+_WHOLE = "a whole number"
+#: What `--compare` may change, how its value is read, and what it takes.
+_KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "method": ({name: name for name in METHODS}.__getitem__, ", ".join(METHODS)),
+    "mix": (str, "sources with their shares"),
+    "schedule": (str, f"{', '.join(SCHEDULES)}, or a JSON file"),
+    "spread": (float, "a number"),
+    "floor": (int, _WHOLE),
+    "seed": (int, _WHOLE),
+    "protect-super-experts": ({"yes": True, "no": False}.__getitem__, "yes or no"),
+    "width": (int, _WHOLE),
 }
 _BETWEEN = re.compile(rf";\s*(?=(?:{'|'.join(_KEYS)})=)")
 
@@ -50,10 +53,13 @@ def changed_settings(base: SelectionSettings, text: str) -> tuple[SelectionSetti
                 f"--compare {show(text)} is not a change of the selection. Write for example --compare mix=code=1, "
                 f'--compare method=frequency or --compare "mix=code=1;method=ean"; it can change {", ".join(_KEYS)}.'
             )
+        read, takes = _KEYS[key.strip()]
         try:
-            changes[name] = _KEYS[key.strip()](value.strip())  # type: ignore[operator]
+            changes[name] = read(value.strip())
         except (ValueError, KeyError):
-            raise SettingsError(f"--compare {show(text)}: {show(value)} is not a value of {key.strip()}.") from None
+            raise SettingsError(
+                f"--compare {show(text)}: {show(value)} is not a value of {key.strip()}. It takes: {takes}."
+            ) from None
     if changes.get("mix") == "":
         # Without a mix every token counts once.
         changes["mix"] = None
@@ -61,7 +67,17 @@ def changed_settings(base: SelectionSettings, text: str) -> tuple[SelectionSetti
     if schedule is None or not schedule.has_spread:
         changes.setdefault("spread", None)
     width = changes.pop("width", None)
-    return replace(base, **changes), width
+    with naming_compare(text):
+        return replace(base, **changes), width
+
+
+@contextmanager
+def naming_compare(text: str) -> Iterator[None]:
+    """Within this context a SettingsError says that it is about this --compare."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"--compare {show(text)}: {error}") from None
 
 
 def compare_selections(
