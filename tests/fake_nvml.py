@@ -93,28 +93,28 @@ def _entries(processes: Processes) -> list[SimpleNamespace]:
 
 
 class _Module(ModuleType):
-    """The module; `open` counts nvmlInit less nvmlShutdown, as the library does."""
+    """The module; `asked` are the questions so far, in order."""
 
     nvmlMemory_v2 = real.nvmlMemory_v2
     NVMLError = real.NVMLError
 
     def __init__(self, gpus: list[FakeCard], refuse: dict[str, int]) -> None:
         super().__init__("pynvml")
-        self.gpus, self.refuse, self.open = gpus, refuse, 0
+        self.gpus, self.refuse, self.asked = gpus, refuse, list[str]()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith(("nvmlDevice", "nvmlInit")):
+            self.asked.append(name)
+        return super().__getattribute__(name)
 
     def _library(self, function: str) -> None:
         if function in self.refuse:
             raise real.NVMLError(self.refuse[function])
-        if not self.open and function != "nvmlInit":
+        if "nvmlInit" not in self.asked and function != "nvmlInit":
             raise real.NVMLError(real.NVML_ERROR_UNINITIALIZED)
 
     def nvmlInit(self) -> None:
         self._library("nvmlInit")
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self._library("nvmlShutdown")
-        self.open -= 1
 
     def nvmlSystemGetDriverVersion(self) -> str:
         self._library("nvmlSystemGetDriverVersion")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pynvml as real
 import pytest
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from streamprune.errors import ResourceError
 from streamprune.hardware import device as devices
 from streamprune.hardware import memory as machine
 from streamprune.hardware.device import USUAL_CONTEXT, MemoryWatch, newcomers
-from streamprune.hardware.gpus import Gpu, GpuProcess
+from streamprune.hardware.gpus import GpuProcess
 from streamprune.planning import memory_needs as memory_facts
 from streamprune.streaming.forward import LayerForward
 from streamprune.work.saved_states import BatchState
+from tests.fake_nvml import NOBODY, FakeCard, install
 from tests.helpers import prune
 from tests.interruptions import call
 from tests.tiny import FAMILIES, make_model, tiny_config, write_token_ids
@@ -61,32 +63,52 @@ def test_who_takes_memory_on_the_card_meanwhile_is_named() -> None:
     assert [process.pid for process in newcomers({7: 490 * MIB, 8: 100 * MIB}, now)] == [8, 9]
 
 
-def gpu(*processes: GpuProcess) -> Gpu:
-    return Gpu(0, "NVIDIA H100", 8 << 30, 0, 4 << 30, 4 << 30, processes, "1", False, False, "NVML v2", ())
-
-
 def test_the_watch_over_a_card_names_newcomers_and_keeps_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     """NVML and torch's allocator are played: what follows from their numbers is what counts here."""
-    reserved, context = 1024 * MIB, 300 * MIB
-    own = GpuProcess(os.getpid(), "python", reserved + context)
-    early, late = GpuProcess(41, "Xorg", 200 * MIB), GpuProcess(42, "train.py", 3 << 30)
-    gpus = iter([gpu(own, early), gpu(own, early, late), gpu(early, late), None])
+    reserved, context, own = 1024, 300, (os.getpid(), 1024 + 300)
+    card = FakeCard(used=4096, total=8192, compute=[own], graphics=[(NOBODY, 200)])
+    # Of the other GPU nothing is asked between layers.
+    module = install(monkeypatch, FakeCard(name="NVIDIA T4", uuid="GPU-11111111"), card)
     limits: list[int] = []
     said: list[str] = []
-    monkeypatch.setattr(devices, "_gpu_of", lambda device: next(gpus))
-    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: reserved * MIB)
     monkeypatch.setattr(devices, "free_device_bytes", lambda device: 512 * MIB)
-    monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit))
+    monkeypatch.setattr(devices, "limit_device_bytes", lambda device, limit: limits.append(limit // MIB))
     settings = RunSettings(model="m", output=Path("o"), keep=4, vram_gib=2.0)
     over = MemoryWatch((settings.vram_bytes, None), torch.device("cuda:0"), said.append)
-    for _ in range(3):
+    assert limits == [2048 - context]
+
+    def between_layers() -> set[str]:
+        module.asked.clear()
         over.between_layers()
+        return set(module.asked)
+
+    late = (NOBODY + 1, 3072)
+    card.compute.append(late)
+    others = between_layers() - {"nvmlInit", "nvmlDeviceGetHandleByIndex"}
+    assert others
+    assert all("RunningProcesses" in name for name in others)
     assert said == [
-        "note: another process took memory on cuda:0 during this run: train.py (pid 42), 3.00 GiB; "
+        f"note: another process took memory on cuda:0 during this run: name unknown (pid {late[0]}), 3.00 GiB; "
         "512.00 MiB are left for this run."
     ]
     # CUDA itself counts too; where NVML does not show this process, the usual size of a context is taken.
-    assert limits == [2048 * MIB - context] * 2 + [2048 * MIB - USUAL_CONTEXT]
+    card.compute = [late]
+    between_layers()
+    assert limits == [2048 - context] * 2 + [2048 - USUAL_CONTEXT // MIB]
+    # Where processes could not be read, all is asked for until they can.
+    card.refuse = dict.fromkeys(
+        ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"), real.NVML_ERROR_NO_PERMISSION
+    )
+    between_layers()
+    card.refuse, card.compute = {}, [own]
+    assert "nvmlDeviceGetMemoryInfo" in between_layers()
+    assert limits[-1] == 2048 - context
+    assert "name unknown" in over.holders()
+    card.refuse = {"nvmlDeviceGetHandleByIndex": real.NVML_ERROR_GPU_IS_LOST}
+    between_layers()
+    assert over.holders() == ""
 
 
 def test_the_card_may_be_used_up_to_the_cap_or_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

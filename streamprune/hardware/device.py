@@ -17,7 +17,7 @@ from streamprune.errors import SettingsError
 from streamprune.hardware import memory as machine
 from streamprune.hardware.gpus import Gpu, GpuProcess
 from streamprune.hardware.memory import format_bytes, peak_resident_bytes, release_freed_memory, says_out_of_memory
-from streamprune.hardware.nvml import gpu_of_device
+from streamprune.hardware.nvml import gpu_of_device, with_processes_now
 
 #: The supported kinds of accelerators, as torch calls them. To add "xpu", add it here and read its memory in `_gpu_of`
 #: (NVML only supports NVIDIA GPUs).
@@ -155,7 +155,7 @@ class MemoryWatch:
     def __init__(self, caps: tuple[int | None, int | None], device: torch.device, say: Callable[[str], None]) -> None:
         self._vram, self._ram = caps
         self._device, self._say = device, say
-        gpu = _gpu_of(device)
+        self._gpu = gpu = _gpu_of(device)
         self._others = {process.pid: process.used_bytes or 0 for process in gpu.other_processes()} if gpu else {}
         self._limit_gpu(gpu)
 
@@ -172,7 +172,7 @@ class MemoryWatch:
 
     def between_layers(self) -> None:
         """Report processes that took memory on the GPU, and adjust the allocator's limit to --vram-gib."""
-        gpu = _gpu_of(self._device)
+        gpu = self._gpu_now()
         if gpu is None:
             return
         now = gpu.other_processes()
@@ -187,9 +187,15 @@ class MemoryWatch:
 
     def holders(self) -> str:
         """A sentence on other processes with memory on the GPU, for messages; empty if none is known."""
-        gpu = _gpu_of(self._device)
+        gpu = self._gpu_now()
         others = gpu.other_processes()[:3] if gpu else ()
         return f" Other processes hold memory there too: {'; '.join(map(str, others))}." if others else ""
+
+    def _gpu_now(self) -> Gpu | None:
+        """The GPU with its processes now; all else is asked for again only if they were unknown last time."""
+        known = self._gpu
+        self._gpu = with_processes_now(known) if known and known.processes is not None else _gpu_of(self._device)
+        return self._gpu
 
     def _limit_gpu(self, gpu: Gpu | None) -> None:
         if self._vram is not None and is_gpu(self._device):

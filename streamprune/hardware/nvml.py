@@ -46,17 +46,25 @@ def list_gpus(ask_torch: bool = True) -> Gpus:
 
     Without `ask_torch` there are none if NVML fails: for callers that need no GPU, since importing torch takes seconds.
     """
-    _, error = _ask("nvmlInit")
+    error = _open()
     if error is None:
-        try:
-            count, error = _ask("nvmlDeviceGetCount")
-            if error is None:
-                return _nvml_gpus(count)
-            error = f"the GPU count cannot be read: {error}"
-        finally:
-            _ask("nvmlShutdown")
+        count, error = _ask("nvmlDeviceGetCount")
+        if error is None:
+            return _nvml_gpus(count)
+        error = f"the GPU count cannot be read: {error}"
     note = f"NVML cannot be used: {error}."
     return _torch_gpus(note) if ask_torch else Gpus((), (note,))
+
+
+def with_processes_now(gpu: Gpu) -> Gpu | None:
+    """The GPU with the processes that use memory on it now, and all else as it was; None if NVML gives no access to it.
+
+    This asks NVML for the processes of that one GPU, and nothing else.
+    """
+    if _open() is not None:
+        return None
+    handle, error = _ask("nvmlDeviceGetHandleByIndex", gpu.index)
+    return replace(gpu, processes=_processes(handle, [])) if error is None else None
 
 
 def gpu_of_device(torch_index: int) -> Gpu | None:
@@ -133,6 +141,15 @@ def _torch_uuid(index: int) -> str | None:
 # Through NVML.
 
 
+def _open() -> str | None:
+    """Initialise NVML, which stays so until the process ends; the reason if that fails.
+
+    The library only counts a further initialisation, where one after a shutdown starts anew, between any two layers.
+    (No process that is forked from this one asks NVML.)
+    """
+    return _ask("nvmlInit")[1]
+
+
 def _ask(question: str, *args: Any, **options: Any) -> tuple[Any, str | None]:
     """NVML's answer and None, or None and the reason of the failure."""
     try:
@@ -190,11 +207,14 @@ def _nvml_gpu(handle: Any, index: int, driver: str | None) -> tuple[Gpu | None, 
     memory, error = _memory(handle, uuid, instances, notes)
     if memory is None:
         return None, error
+    processes = _processes(handle, notes)
+    if processes is not None:
+        _note_unexplained(processes, memory, notes)
     gpu = Gpu(
         index=index,
         name=name or "unknown NVIDIA GPU",
         **vars(memory),
-        processes=_processes(handle, memory, notes),
+        processes=processes,
         driver=driver,
         display=_display(handle, notes),
         mig=mig,
@@ -283,7 +303,7 @@ def _display(handle: Any, notes: list[str]) -> bool | None:
     return bool(active or plugged)
 
 
-def _processes(handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[GpuProcess, ...] | None:
+def _processes(handle: Any, notes: list[str]) -> tuple[GpuProcess, ...] | None:
     """The compute, graphics and MPS processes that use memory; None if they cannot be read."""
     held: dict[tuple[int, Any, Any], int | None] = {}
     errors = {}
@@ -308,12 +328,10 @@ def _processes(handle: Any, memory: MemoryFigures, notes: list[str]) -> tuple[Gp
     parts: dict[int, list[int | None]] = defaultdict(list)
     for (pid, *_), used in held.items():
         parts[pid].append(used)
-    processes = tuple(
+    return tuple(
         GpuProcess(pid, process_name(pid), None if None in used else sum(part or 0 for part in used))
         for pid, used in sorted(parts.items())
     )
-    _note_unexplained(processes, memory, notes)
-    return processes
 
 
 def _note_unexplained(processes: tuple[GpuProcess, ...], memory: MemoryFigures, notes: list[str]) -> None:
