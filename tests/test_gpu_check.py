@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -20,9 +22,10 @@ import psutil
 import pytest
 import torch
 from measuring import check as checking
+from measuring import forking, processes, rate, session, streamed, workers
 from measuring import parts as measured_parts
-from measuring import rate, session, streamed, workers
 from measuring.check import Check
+from measuring.forking import Forked
 from measuring.parts import PARTS, SMOKE, Part
 from measuring.processes import Job, ProcessError, run_process
 from measuring.session import MOST_BYTES, after_failure, as_text, measure_all
@@ -30,6 +33,7 @@ from measuring.shapes import ROOT, build, config_of
 from measuring.summaries import LINES, summary
 from measuring.watching import SYNCHRONIZING, SyncWarnings
 
+from streamprune.hardware import half_precision
 from tests.programs import run_program
 
 SETTINGS: dict[str, Any] = {
@@ -289,6 +293,17 @@ def test_figures_of_another_device_and_other_files_are_not_touched(tmp_path: Pat
         assert path.read_text() == content
 
 
+@pytest.mark.parametrize(("slowdown", "dtype"), [(9.0, "float32"), (1.0, "bfloat16")])
+def test_the_rate_is_that_of_what_a_run_computes_in(
+    slowdown: float, dtype: str, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half_precision, "slowdown", lambda dtype: slowdown)
+    monkeypatch.setattr(rate, "SIZES", {"cpu": 8})
+    found = rate.matrix_rate("cpu")
+    assert (found["dtype"], found["size"]) == (dtype, 8)
+    assert found["flop_per_second"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.device_count() > 50, reason="there is such a GPU")
 def test_a_gpu_that_is_not_there_ends_in_one_line() -> None:
     done = gpu_check("--device", "cuda:50", "--parts", "score")
@@ -318,12 +333,73 @@ def test_what_an_earlier_part_left_is_not_gone_on_with(tmp_path: Path) -> None:
         _ = replace(check, deadline=time.monotonic()).left
 
 
-def test_what_a_process_has_started_ends_with_it() -> None:
+STARTS = "import subprocess as s; print(s.Popen(['sleep', '1000'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+
+
+@pytest.mark.parametrize("run", [lambda code: run_process([sys.executable, "-c", code]), lambda code: forked(code)])
+def test_what_a_process_has_started_ends_with_it(run: Callable[[str], str]) -> None:
     """Also where it has ended by itself before."""
-    starts = "import subprocess as s; print(s.Popen(['sleep', '1000'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
-    pid = int(run_process([sys.executable, "-c", starts]))
+    assert has_ended(int(run(STARTS)))
+
+
+def has_ended(pid: int) -> bool:
     gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
-    assert gone or not psutil.pid_exists(pid)
+    return bool(gone) or not psutil.pid_exists(pid)
+
+
+def forked(code: str, **options: Any) -> str:
+    return processes.run_forked(["-c", code], **options)
+
+
+def test_a_forked_process_has_its_libraries_and_is_told_of_like_another() -> None:
+    assert forked("import sys; print(sys.modules['transformers'].__name__, *sys.argv)") == "transformers -c\n"
+    assert forked("import os; print(os.environ['STREAMPRUNE_REPORT']); exit(3)", accepted=(0, 3)) == "0\n"
+    assert "usage: " in processes.run_forked(["-m", "json.tool", "--help"])
+    with pytest.raises(ProcessError, match=r"exit status 1: --keep 0 is bad$"):
+        forked("import sys; print('noise', file=sys.stderr); sys.exit('Error: --keep 0 is bad')")
+    with pytest.raises(ProcessError, match=r"exit status -9:"):
+        forked("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ProcessError, match=r"Traceback[\s\S]*KeyError: 'nobody thought of it'"):
+        forked("raise KeyError('nobody thought of it')")
+
+
+def test_a_forked_process_that_is_not_done_in_time_ends_with_all_it_started(tmp_path: Path) -> None:
+    written = tmp_path / "number"
+    code = STARTS.replace("print(", "from pathlib import Path; p = Path('number.part'); p.write_text(str(")
+    code += "); p.rename('number'); import time; time.sleep(1000)"
+    process = Forked(["-c", code], tmp_path, processes.environment({}))
+    while not written.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    with pytest.raises(ProcessError, match="python x was not done after 0 s"):
+        processes._printed(process, ["python", "x"], 0.0, (0,))
+    assert has_ended(int(written.read_text()))
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_cannot_be_forked_is_an_interpreter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA was used before the fork, which it does not survive, and where there is nothing to fork."""
+    new = "import sys; print('torch' in sys.modules, *sys.argv)"
+    lost = (
+        "import os; from measuring import forking; from pathlib import Path\n"
+        "forking._cuda_is_lost, os.setsid = lambda: True, lambda: None\n"
+        f"forking._run(['-c', {new!r}], Path(), dict(os.environ), [])"
+    )
+    assert forked(lost) == "False -c\n"
+    monkeypatch.setattr(forking.forkserver, "ensure_running", lambda: os.read(-1, 1))
+    assert forked(new) == "False -c\n"
+
+
+def test_a_library_that_is_broken_keeps_no_other_from_being_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, code in (("is_broken_here", "1 / 0"), ("is_whole_here", "")):
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(forking, "_IMPORTED", ("is_missing_here", "is_broken_here", "is_whole_here"))
+    forking.import_libraries()
+    assert "is_whole_here" in sys.modules
+    del sys.modules["is_whole_here"]
 
 
 def test_no_process_makes_a_report() -> None:

@@ -18,7 +18,7 @@ import psutil
 from measuring.check import GIB, Check
 from measuring.disk import drop_from_page_cache
 from measuring.extrapolation import UNCOUNTED
-from measuring.processes import Job, ProcessError, run_process, work
+from measuring.processes import Job, ProcessError, run_forked, work
 from measuring.shapes import ROOT, config_of, weight_files
 from measuring.streamed import GB, extrapolated, vram_figures, watched_figures
 
@@ -110,21 +110,9 @@ def tests(check: Check) -> dict[str, Any]:
 
 def _pytest(check: Check, what: list[str], options: list[str]) -> str:
     """The last line of pytest. Raises ProcessError, with what failed and the end of the output, for failures."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        *options,
-        *what,
-    ]
+    fixed = ["-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
     # 1: some failed, which is an answer.
-    lines = run_process(command, check.left, accepted=(0, 1)).strip().splitlines()
+    lines = run_forked([*fixed, *options, *what], check.left, accepted=(0, 1)).strip().splitlines()
     failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
     if failed or "failed" in lines[-1] or "error" in lines[-1]:
         details = [line for line in lines[:-1] if line.startswith("E  ")][-12:]
@@ -240,7 +228,7 @@ def from_fp8(check: Check) -> dict[str, Any]:
 
 def _streamprune(check: Check, *arguments: str) -> dict[str, Any]:
     # 3: it does not fit, which is an answer too.
-    printed = run_process([sys.executable, "-m", "streamprune", *arguments, "--json"], check.left, accepted=(0, 3))
+    printed = run_forked(["-m", "streamprune", *arguments, "--json"], check.left, accepted=(0, 3))
     answer: dict[str, Any] = json.loads(printed)
     return answer
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from measuring.forking import Forked, python_path
 from measuring.shapes import ROOT
 
 #: Characters of a failed process's messages that are shown.
@@ -59,19 +60,19 @@ class Job:
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     """The environment of every process here: this checkout's code, whatever is installed; and no report at the end."""
-    before = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *([before] if before else [])])
     quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "STREAMPRUNE_REPORT": "0"}
-    return {**os.environ, "PYTHONPATH": path, **quiet, **more}
+    return {**os.environ, "PYTHONPATH": python_path(), **quiet, **more}
 
 
-def work(job: Job, timeout: float | None = None) -> dict[str, Any]:
+def work(job: Job, timeout: float | None = None, fresh: bool = False) -> dict[str, Any]:
     """Let a worker do a job: its figures, and with them `process_seconds`, from its start to its end.
 
-    Raises ProcessError if it fails or takes longer than `timeout` seconds.
+    The worker is forked (see `run_forked`); with `fresh` it is an interpreter of its own, for figures of memory and of
+    imports. Raises ProcessError if it fails or takes longer than `timeout` seconds.
     """
     begun = time.perf_counter()
-    printed = run_process([sys.executable, "-m", "measuring.workers", job.text()], timeout)
+    arguments = ["-m", "measuring.workers", job.text()]
+    printed = run_process([sys.executable, *arguments], timeout) if fresh else run_forked(arguments, timeout)
     values: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
     return {**values, "process_seconds": time.perf_counter() - begun}
 
@@ -90,6 +91,24 @@ def run_process(
         command, env=environment(more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, start_new_session=True,
     )  # fmt: skip
+    return _printed(process, command, timeout, accepted)
+
+
+def run_forked(arguments: Sequence[str], timeout: float | None = None, accepted: Sequence[int] = (0,)) -> str:
+    """As `run_process` of `python ARGUMENTS` (`-m` or `-c` first), in a process that is forked (see `forking`)."""
+    command = [sys.executable, *arguments]
+    try:
+        process = Forked(arguments, ROOT, environment({}))
+    except (OSError, EOFError):
+        # What cannot be forked here still works, and takes longer.
+        return run_process(command, timeout, accepted)
+    return _printed(process, command, timeout, accepted)
+
+
+def _printed(
+    process: subprocess.Popen[str] | Forked, command: Sequence[str], timeout: float | None, accepted: Sequence[int]
+) -> str:
+    """What a process prints on stdout until its end, which comes after `timeout` seconds at the latest."""
     try:
         printed, messages = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -117,7 +136,7 @@ def _name(command: Sequence[str]) -> str:
     return " ".join([Path(command[0]).name, *command[1:]])[:TOLD]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str] | Forked) -> None:
     """End a process and all that it started, which would go on without it, also where it is over itself."""
     started: list[psutil.Process] = []
     runs = process.poll() is None

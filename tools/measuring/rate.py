@@ -21,14 +21,16 @@ COPY_BYTES = {"cpu": 2**24, "cuda": 2**30}
 def matrix_rate(device: str) -> dict[str, Any]:
     """FLOP/s of a product of two square matrices on the device, 2 n³ each: the median of some seconds.
 
-    Returns `flop_per_second`, and of what: `dtype` and `size`. That is bfloat16, but float32 on a CPU that has no units
-    for bfloat16, where the product of it would tell nothing.
+    Returns `flop_per_second`, and of what: `dtype` and `size`. That is bfloat16, but float32 on a CPU that is slow in
+    bfloat16, as in a run there.
     """
     import torch
 
+    from streamprune.hardware.half_precision import quicker_dtype
+
     kind = torch.device(device).type
     size = SIZES[kind]
-    dtype = torch.bfloat16 if kind == "cuda" or _multiplies_bfloat16() else torch.float32
+    dtype = quicker_dtype(torch.bfloat16, torch.device(device))
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(a)
     seconds = _median_seconds(lambda: torch.matmul(a, b, out=result), device)
@@ -50,14 +52,6 @@ def copy_rates(device: str) -> dict[str, float]:
         rates["to_gpu_bytes_per_second"] = len(host) / _median_seconds(lambda: part.copy_(host), device)
         rates["from_gpu_bytes_per_second"] = len(host) / _median_seconds(lambda: host.copy_(part), device)
     return rates
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
-    import torch
-
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def _median_seconds(step: Callable[[], Any], device: str) -> float:
