@@ -10,6 +10,7 @@ from streamprune import __version__
 from streamprune.cli import options as opt
 from streamprune.cli.evaluate import evaluate
 from streamprune.cli.fit import calibration, devices, fit
+from streamprune.cli.group import Commands
 from streamprune.cli.help import Command
 from streamprune.cli.outputs import clean, push, report, status, verify
 from streamprune.cli.run import prune, resume, run, score
@@ -22,7 +23,7 @@ from streamprune.hardware.memory import limit_library_memory
 _SHARED = {"run", "score", "resume"}
 
 
-@click.group(cls=opt.Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="streamprune")
 @click.pass_context
 def main(context: click.Context) -> None:

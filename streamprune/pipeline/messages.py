@@ -1,4 +1,4 @@
-"""Messages of `run` and `score`: the plan, the memory and disk that it needs, and how to use the scores."""
+"""Messages of `run` and `score`: the plan, what it needs, what was done to a layer, and how to use the scores."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from streamprune.planning.rounding import rounding_demand
 from streamprune.progress import Progress, describe
 from streamprune.saliency.scores import Scores
 from streamprune.work.folder import WorkFolder
+from streamprune.work.layer_records import RefittedLayer, RoundedLayer
 
 
 def print_plan(progress: Progress, settings: RunSettings, plan: PruningPlan) -> None:
@@ -198,6 +199,29 @@ def print_refit_cost(progress: Progress, plan: PruningPlan) -> dict[str, Any]:
         "collected_bytes": needs.collected + needs.factors,
         "workspace_bytes": needs.work,
     }
+
+
+def print_refitted(progress: Progress, layer: int, refit: RefittedLayer) -> None:
+    """Print how many of a layer's experts were refitted, and by how much its error fell."""
+    changed = sum(share > 0 for share in refit.shares)
+    # (Other layers do not simply add their experts' output to the hidden states.)
+    aim = "" if refit.catch_up else " of the experts' output alone"
+    progress.say(
+        f"{progress.name_of(layer)}: {changed} of {len(refit.shares)} experts refitted, relative error on text not "
+        f"fitted to {refit.before:.3f} -> {refit.after:.3f}{aim}"
+    )
+
+
+def print_rounded(progress: Progress, layer: int, rounded: RoundedLayer) -> None:
+    """Print a layer's error before and after rounding by text, and what was rounded to the nearest value instead."""
+    few = ""
+    if rounded.nearest or rounded.nearest_linears:
+        linears = f" and {', '.join(rounded.nearest_linears)}" if rounded.nearest_linears else ""
+        few = f"; {len(rounded.nearest)} of {len(rounded.tokens)} experts{linears} to nearest"
+    progress.say(
+        f"{progress.name_of(layer)}: rounded, relative error of a matrix's output {rounded.before:.3f} -> "
+        f"{rounded.after:.3f}{few}"
+    )
 
 
 def print_processes(progress: Progress, processes: Processes, device: torch.device) -> None:

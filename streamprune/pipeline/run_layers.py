@@ -16,6 +16,7 @@ from streamprune.formats.base import KeptExperts
 from streamprune.hardware.device import peak_device_bytes
 from streamprune.output.background import BackgroundWriter
 from streamprune.output.tensors import ComputedTensors, origins_of
+from streamprune.pipeline.messages import print_refitted, print_rounded
 from streamprune.pipeline.output_target import OutputTarget
 from streamprune.pipeline.run_evaluation import RunEvaluation
 from streamprune.pipeline.run_stages import pruning_stages
@@ -37,7 +38,7 @@ from streamprune.streaming.stages import (
     is_two_sided,
 )
 from streamprune.work.folder import WorkFolder, resume_command
-from streamprune.work.layer_records import FinishedShard, RefittedLayer, RoundedLayer, StageResults
+from streamprune.work.layer_records import FinishedShard, StageResults
 from streamprune.work.saved_states import SavedStates
 
 
@@ -202,33 +203,14 @@ class RunLayers:
             )
         )
         if version.refit is not None:
-            self._say_refit(index, version.refit)
+            print_refitted(self._progress, index, version.refit)
         if version.rounded is not None:
-            self._say_rounded(index, version.rounded)
+            print_rounded(self._progress, index, version.rounded)
         if runs and following is not None:
             self._save_if_due()
 
     def _channels_kept(self, kept: KeptExperts) -> tuple[int, int] | None:
         return (kept.channels.kept_width, kept.channels.width) if kept.channels is not None else None
-
-    def _say_refit(self, index: int, refit: RefittedLayer) -> None:
-        changed = sum(share > 0 for share in refit.shares)
-        # (Other layers do not simply add their experts' output to the hidden states.)
-        aim = "" if refit.catch_up else " of the experts' output alone"
-        self._progress.say(
-            f"{self._progress.name_of(index)}: {changed} of {len(refit.shares)} experts refitted, relative error on "
-            f"text not fitted to {refit.before:.3f} -> {refit.after:.3f}{aim}"
-        )
-
-    def _say_rounded(self, index: int, rounded: RoundedLayer) -> None:
-        few = ""
-        if rounded.nearest or rounded.nearest_linears:
-            linears = f" and {', '.join(rounded.nearest_linears)}" if rounded.nearest_linears else ""
-            few = f"; {len(rounded.nearest)} of {len(rounded.tokens)} experts{linears} to nearest"
-        self._progress.say(
-            f"{self._progress.name_of(index)}: rounded, relative error of a matrix's output {rounded.before:.3f} -> "
-            f"{rounded.after:.3f}{few}"
-        )
 
     def _replay(self, index: int, following: int | None) -> None:
         layer = self._finished[index]

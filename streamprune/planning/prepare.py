@@ -30,11 +30,11 @@ from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized
 from streamprune.hardware.device import choose_device
+from streamprune.models.check_fit import check_pruned
 from streamprune.models.config_json import drop_missing_code, minimum_keep, rewrite_config
 from streamprune.models.open import (
     DescribedModel,
     OpenedMoE,
-    check_pruned,
     config_from_dict,
     describe_model,
     open_moe,
