@@ -1,4 +1,7 @@
-"""Weights in the formats of compressed-tensors, written and read back by that library."""
+"""Weights in the formats of compressed-tensors, written and read back by that library.
+
+Without it the tests that import this are skipped.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import json
 import math
 from typing import Any
 
+import pytest
 import torch
+
+pytest.importorskip("compressed_tensors")
+
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, preset_name_to_scheme

@@ -45,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist's own, which a machine with a GPU may lack.
+    config.addinivalue_line("markers", "xdist_group(name): tests that one worker runs")
+
+
 # (Before pytest-xdist, which reads the groups there.)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.formats.base import Format, decode_tensors
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.plain import PLAIN
-from tests import compressed
 from tests.packers import Packed
 
 #: Where the weight is in the checkpoint.
@@ -57,7 +56,9 @@ def matrix(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float3
 
 
 def preset(name: str, weight: torch.Tensor) -> tuple[Packed, dict[str, Any]]:
-    """A weight in a preset of compressed-tensors, by that library, and its config.json."""
+    """A weight in a preset of compressed-tensors, by that library, and its config.json. Skips the test without it."""
+    from tests import compressed
+
     named, form, changes = PRESETS[name]
     scheme = compressed.scheme_of(named, **changes)
     return compressed.compressed(weight, form, scheme), {

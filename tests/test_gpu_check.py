@@ -150,10 +150,13 @@ def test_a_part_is_skipped_without_the_library_that_it_needs(tmp_path: Path, mon
 
 
 def test_the_tests_on_a_gpu_can_be_collected_where_only_the_package_s_own_libraries_are() -> None:
-    """Those that `smoke` names are there, and no test file with a `gpu` test but one imports what is an extra."""
+    """Those that `smoke` names are there, and no test file with a `gpu` test imports what is an extra."""
     written = (ROOT / "tests/test_gpu.py").read_text()
     assert all(f"def {test.partition('::')[2].partition('[')[0]}(" in written for test in SMOKE)
-    assert {"compressed_tensors", "gguf", "datasets", "lm_eval"}.isdisjoint(imported("tests/test_gpu.py", set()))
+    extras = {"compressed_tensors", "gguf", "datasets", "lm_eval", "hypothesis"}
+    files = measured_parts.gpu_files()
+    assert {"tests/test_gpu.py", "tests/test_gpu_formats.py"} <= set(files)
+    assert {path: extras & imported(path, set()) for path in files} == {path: set() for path in files}
 
 
 def imported(path: str, seen: set[str]) -> set[str]:
@@ -365,7 +368,8 @@ def test_a_forked_process_has_its_libraries_and_is_told_of_like_another() -> Non
 
 def test_a_forked_process_that_is_not_done_in_time_ends_with_all_it_started(tmp_path: Path) -> None:
     written = tmp_path / "number"
-    code = STARTS.replace("print(", "from pathlib import Path; p = Path('number.part'); p.write_text(str(")
+    code = STARTS.replace("stderr=s.DEVNULL", "stderr=s.DEVNULL, start_new_session=True")
+    code = code.replace("print(", "from pathlib import Path; p = Path('number.part'); p.write_text(str(")
     code += "); p.rename('number'); import time; time.sleep(1000)"
     process = Forked(["-c", code], tmp_path, processes.environment({}))
     while not written.exists():

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +29,8 @@ from streamprune.pipeline.run import run
 from tests.helpers import known_family, prepare_whole, prune, read_tensors, token_ids
 from tests.thorough import thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
+
+unpack_from_int32 = pytest.importorskip("compressed_tensors.compressors").unpack_from_int32
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "glm4_moe", "qwen2_moe", "olmoe", "mixtral", "ernie4_5_moe", "qwen3_5_moe_text")
 SCHEMES = ("fp8", "fp8-dynamic", "w8a16", "w4a16")

@@ -31,6 +31,7 @@ LIBRARIES = ("torch", "transformers", "triton", "safetensors", "accelerate", "to
              "compressed-tensors")  # fmt: skip
 #: Packs the weights of quantized results.
 PACKING = "compressed_tensors"
+GPU_MARK = "pytest.mark.gpu"
 #: The two tests that show most, as pytest names them.
 SMOKE = (
     "tests/test_gpu.py::test_what_the_tools_measure_on_a_gpu",
@@ -101,11 +102,16 @@ def smoke(check: Check) -> dict[str, Any]:
 
 def tests(check: Check) -> dict[str, Any]:
     """The other tests with the marker `gpu`: of the files that have it, since others may need what is not here."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
-    names = [str(path.relative_to(ROOT)) for path in files]
+    names = gpu_files()
     # A file that cannot be imported here must not keep the others from being tried.
     others = ["--continue-on-collection-errors", *(f"--deselect={test}" for test in SMOKE)]
     return {"result": _pytest(check, names, others), "files": names}
+
+
+def gpu_files() -> list[str]:
+    """The test files with the marker `gpu`, from the root of the repository."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if GPU_MARK in path.read_text()]
+    return [str(path.relative_to(ROOT)) for path in files]
 
 
 def _pytest(check: Check, what: list[str], options: list[str]) -> str:
