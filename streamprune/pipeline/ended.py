@@ -34,9 +34,11 @@ def ended_text(status: dict[str, Any]) -> str:
             f"The search of `run --best` is done, and its best candidate not written yet: {output}\n"
             f"Resume with: {resume_command(folder)}"
         )
-    following = ""
+    lines = [f"Nothing is left to do: {folder} is gone, and {output} is complete."]
     if output.is_file():
-        following = f"\nWhat next: `streamprune inspect {output}`, `streamprune prune MODEL -o OUT --scores {output}`"
+        lines.append(f"What next: `streamprune inspect {output}`, `streamprune prune MODEL -o OUT --scores {output}`")
     elif (output / REPORT_NAME).is_file():
-        following = f"\nWhat next: `streamprune eval {output} --against MODEL`, `streamprune push {output}`"
-    return f"Nothing is left to do: {folder} is gone, and {output} is complete.{following}"
+        lines.append(
+            f"What next: `streamprune eval {output} --against MODEL`, `streamprune push {output} --repo-id NAME/REPO`"
+        )
+    return "\n".join(lines)
