@@ -15,6 +15,7 @@ from torch import nn
 from streamprune.checkpoint.index import open_checkpoint
 from streamprune.checkpoint.reader import Reading
 from streamprune.models.open import OpenedMoE, open_moe
+from streamprune.streaming.conversion import Conversion
 from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.mtp_layer import MtpLayer
 from tests.helpers import CPU, known_family
@@ -124,3 +125,22 @@ def test_experts_in_another_dtype_are_converted(tmp_path: Path, monkeypatch: pyt
     assert opened.dtype == torch.float16
     assert joined(opened) == set()
     assert same(opened)
+
+
+def test_conversions_see_no_other_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers goes through all tensors of the model for each; afterwards the model has all its layers again."""
+    opened, seen, plain = open_tiny("qwen3_moe", tmp_path / "model"), list[set[int | None]](), Conversion.load
+    before = set(opened.skeleton.model.state_dict())
+
+    def load(self: Conversion, tensors: Any) -> None:
+        seen.append({opened.skeleton.layer_of(name) for name in self.model.state_dict()} - {None})
+        plain(self, tensors)
+
+    monkeypatch.setattr(Conversion, "load", load)
+    with closing(LayerWeights(opened, CPU)) as weights:
+        for index in range(opened.skeleton.layer_count):
+            with weights.loaded(index):
+                assert set(opened.skeleton.model.state_dict()) == before
+                assert seen
+                assert all(layers == {index} for layers in seen)
+            seen.clear()
