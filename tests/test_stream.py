@@ -6,18 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from streamprune.checkpoint.index import INDEX_NAME, open_checkpoint
 from streamprune.errors import UnsupportedModelError
+from streamprune.models.open import open_moe
 from streamprune.streaming.forward import LayerForward, non_finite_tokens
+from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.streaming.states import HiddenStates
 from streamprune.work.saved_states import BatchState
-from tests.helpers import CPU, prune
+from tests.helpers import CPU, known_family, load_whole, prune
 from tests.tiny import FAMILIES, make_model, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +46,22 @@ def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monk
     prune(make_model(tmp_path / "model", tiny_config(FAMILIES[0])), tmp_path / "out", propagate=propagate)
     assert {index for index, _ in seen} == {0, 1, 2, 3}
     assert all(loaded == [index] for index, loaded in seen)
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", "z.safetensors"])
+def test_experts_that_are_there_one_by_one_and_joined_are_loaded_as_by_transformers(file: str, tmp_path: Path) -> None:
+    """Wherever they come in the index."""
+    model = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    wanted = load_whole(model).get_parameter(name).clone()
+    save_file({name: torch.full_like(wanted, 7.0)}, model / file)
+    index = json.loads((model / INDEX_NAME).read_text())
+    files = index["weight_map"]
+    index["weight_map"] = {name: file, **files} if file < "m" else {**files, name: file}
+    (model / INDEX_NAME).write_text(json.dumps(index))
+    wanted = load_whole(model).get_parameter(name)
+    with closing(LayerWeights(open_moe(open_checkpoint(model)), CPU)) as weights, weights.loaded(1) as layer:
+        assert torch.equal(layer.get_parameter("mlp.experts.gate_up_proj"), wanted)
 
 
 def test_hidden_states_are_updated_in_place() -> None:

@@ -6,7 +6,7 @@ concatenates to one parameter for all experts. Read to their places in it, they 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,8 +26,10 @@ def find_places(
 ) -> dict[str, dict[str, int]]:
     """By parameter the places in it, offsets in bytes, of the tensors of which the conversion only joins it.
 
-    `converters` are by source pattern. Other parameters, and quantized ones, are left out.
+    `converters` are by source pattern. Left out are other parameters, quantized ones, and those that the checkpoint has
+    joined as well: it is up to transformers which of the two is taken.
     """
+    fed = Counter(target.name for target in targets.values())
     groups: dict[str, dict[str, list[TensorEntry]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(targets, key=dot_natural_key):  # transformers' order of the experts
         target = targets[name]
@@ -36,7 +38,7 @@ def find_places(
     found = {}
     for parameter, parts in groups.items():
         places = _places(parameters[parameter], converters[next(iter(parts))], parts)
-        if places:
+        if places and len(places) == fed[parameter]:
             found[parameter] = places
     return found
 
