@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -19,6 +21,7 @@ pytest.importorskip("triton")
 
 from streamprune.models.skeleton import dispatches_experts
 from streamprune.saliency import combine as combining
+from streamprune.saliency import pair_kernel
 from streamprune.saliency.combine import Combined, by_kernel, by_torch, combine, gated_sums, try_kernel
 from streamprune.saliency.hooks import forward_in_parts, forward_with_pairs
 from streamprune.saliency.pair_kernel import combine_tokens, sizes_for
@@ -100,6 +103,27 @@ def test_experts_that_add_nothing_have_a_cosine_of_zero() -> None:
 def test_no_tokens() -> None:
     output_RH, row_TK, gates_TK = outputs(2, 2, 40, F32, F32)
     assert combine_tokens(output_RH, row_TK[:0], gates_TK[:0])[0].shape == (0, 40)
+
+
+def test_it_starts_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current GPU, which is the first one in each of several processes."""
+    current, started = [0], []
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def start(*_: Any, **__: Any) -> None:
+        started.append(current[0])
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(pair_kernel, "_combine_tokens", {(3,): start})
+    with FakeTensorMode():
+        outputs, rows, gates = (torch.empty(size, device="cuda:1") for size in ((6, 8), (3, 2), (3, 2)))
+        combine_tokens(outputs, rows, gates)
+    assert (started, current) == ([1], [0])
 
 
 @pytest.mark.parametrize("chosen", [1, 8, 22, 64, 100])
@@ -230,6 +254,13 @@ def test_without_memory_nothing_is_chosen(tried: pytest.MonkeyPatch) -> None:
     tried.setattr(combining, "by_kernel", failing)
     with pytest.raises(torch.OutOfMemoryError):
         combine(*outputs(6, 2, 50, F16, F16))
+    assert combining.choices() == []
+
+
+def test_rows_with_gaps_are_left_to_torch(tried: pytest.MonkeyPatch) -> None:
+    output_RH, row_TK, gates_TK = outputs(6, 2, 50, F16, F16)
+    aligned = torch.nn.functional.pad(output_RH, (0, 6))[:, :50]
+    assert torch.equal(combine(aligned, row_TK, gates_TK).sums, by_torch(output_RH, row_TK, gates_TK).sums)
     assert combining.choices() == []
 
 

@@ -112,8 +112,10 @@ def _in_parts(
 
 def _choice(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Choice:
     hidden, chosen = output_RH.shape[1], row_TK.shape[1]
-    if not is_gpu(output_RH.device) or row_TK.numel() * hidden < FEWEST_VALUES:
-        return Choice(False, "not a GPU, or too little")
+    few = row_TK.numel() * hidden < FEWEST_VALUES
+    # (torch's grouped product aligns rows to 16 bytes, with gaps between those of odd lengths.)
+    if few or not is_gpu(output_RH.device) or not output_RH.is_contiguous():
+        return Choice(False, "too little, not on a GPU, or with gaps")
     key = (str(output_RH.device), output_RH.dtype, gates_TK.dtype, hidden, chosen)
     if key not in _choices:
         tokens = max(1, TRIAL_VALUES // (chosen * hidden))

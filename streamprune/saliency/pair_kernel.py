@@ -96,12 +96,15 @@ def combine_tokens(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torc
     norms_TK, peaks_TK, dots_TK = (output_RH.new_empty((tokens, chosen), dtype=torch.float32) for _ in range(3))
     sum_norms_T = output_RH.new_empty(tokens, dtype=torch.float32)
     if tokens:
-        _combine_tokens[(tokens,)](
-            output_RH, row_TK.contiguous(), gates_TK.contiguous(), sum_TH, norms_TK, peaks_TK, dots_TK, sum_norms_T,
-            **sizes_for(hidden, chosen),
-            # A product and a sum in one instruction would leave out the rounding between them.
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        # Triton starts it on the current GPU and its stream, whichever the tensors are on.
+        with torch.accelerator.device_index(output_RH.device.index):
+            _combine_tokens[(tokens,)](
+                output_RH, row_TK.contiguous(), gates_TK.contiguous(),
+                sum_TH, norms_TK, peaks_TK, dots_TK, sum_norms_T,
+                **sizes_for(hidden, chosen),
+                # A product and a sum in one instruction would leave out the rounding between them.
+                enable_fp_fusion=False,
+            )  # fmt: skip
     return sum_TH, norms_TK, peaks_TK, dots_TK, sum_norms_T
 
 
