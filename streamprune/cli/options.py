@@ -15,9 +15,7 @@ from streamprune.cli.hints import WeightsChoice
 from streamprune.common_settings import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DTYPES, RESUME, STATES
 from streamprune.config import RunSettings
 from streamprune.distributed.processes import launched
-from streamprune.errors import (
-    SettingsError,
-)
+from streamprune.errors import SettingsError
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.quantize.gguf_types import GGUF_TYPES
 from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
