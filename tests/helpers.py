@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from streamprune.streaming.layer_weights import LayerWeights
 from streamprune.work.saved_states import BatchState
 from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 
+#: Where tools/environment keeps Triton. Were it among the other packages, every process that imports torch would import
+#: it too, which takes a second and 70 MiB. It goes behind all others: torch's builds for GPUs bring their own.
+TRITON = str(Path(sys.prefix) / "triton")
 CPU = torch.device("cpu")
 
 

@@ -17,6 +17,9 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from tests.helpers import TRITON
+
+sys.path.append(TRITON)
 pytest.importorskip("triton")
 
 from streamprune.models.skeleton import dispatches_experts
@@ -138,6 +141,7 @@ def test_the_kernel_compiles_for_every_kind_of_gpu() -> None:
     """RTX 3090 (8.6), 4090 (8.9), H100 (9.0) and 5090 (12.0); rounded to nearest, no sum is fused with a product."""
     kinds = ["8.6:bf16", "8.9:fp32", "9.0:bf16", "9.0:fp32", "12.0:bf16"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", "tests.compiled_kernel", *kinds]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,9 @@ import sys
 import pytest
 import torch
 
+from tests.helpers import TRITON
+
+sys.path.append(TRITON)
 pytest.importorskip("triton")
 
 from measuring.grouped_kernel import grouped_product
