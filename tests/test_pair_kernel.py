@@ -3,6 +3,7 @@ compiles; and when it is used."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -180,6 +181,16 @@ def test_the_kernel_is_used_once_it_has_shown_that_it_is_the_same_and_faster(tri
     assert choice == {
         "device": DEVICE, "hidden": 50, "chosen": 2, "kernel": True, "why": "1.000 ms for 4 tokens, 9.000 by torch"
     }  # fmt: skip
+
+
+def test_each_dtype_and_size_is_tried_on_its_own(tried: pytest.MonkeyPatch) -> None:
+    times = itertools.cycle([1.0, 9.0])
+    tried.setattr(combining, "_milliseconds", lambda *_: next(times))
+    sorts = [(2, 50, F16, F16), (2, 50, F16, F32), (2, 50, F32, F32), (1, 50, F16, F16), (2, 51, F16, F16)]
+    for _ in range(2):
+        for sort in sorts:
+            combine(*outputs(6, *sort))
+    assert len(combining.choices()) == len(sorts)
 
 
 def test_a_model_computes_the_same_with_it(tried: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,17 @@ def test_only_the_running_block_has_weights(propagate: str, tmp_path: Path, monk
     assert all(loaded == [index] for index, loaded in seen)
 
 
+def test_more_than_ten_experts_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Not of their names: 0, 1, 10, 11, 2."""
+    config: Any = tiny_config(known_family("qwen3_moe"))
+    config.num_experts = 12
+    model = make_model(tmp_path / "model", config)
+    whole, opened = load_whole(model), open_moe(open_checkpoint(model))
+    with closing(LayerWeights(opened, CPU)) as weights, weights.loaded(1) as layer:
+        for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+            assert torch.equal(layer.get_parameter(name), whole.get_parameter(f"model.layers.1.{name}"))
+
+
 @pytest.mark.parametrize("file", ["a.safetensors", "z.safetensors"])
 def test_experts_that_are_there_one_by_one_and_joined_are_loaded_as_by_transformers(file: str, tmp_path: Path) -> None:
     """Wherever they come in the index."""
