@@ -272,6 +272,19 @@ def test_without_memory_nothing_is_chosen(tried: pytest.MonkeyPatch) -> None:
     assert combining.choices() == []
 
 
+@pytest.mark.parametrize("by", ["by_kernel", "by_torch"])
+def test_an_error_of_the_gpu_says_how_to_leave_the_kernel_out(by: str, tried: pytest.MonkeyPatch) -> None:
+    """It shows in whatever is computed next."""
+
+    def failing(*_: Any) -> Combined:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    tried.setattr(combining, by, failing)
+    with pytest.raises(torch.AcceleratorError) as raised:
+        combine(*outputs(6, 2, 50, F16, F16))
+    assert "STREAMPRUNE_PAIR_KERNEL=0" in "".join(raised.value.__notes__)
+
+
 def test_rows_with_gaps_are_left_to_torch(tried: pytest.MonkeyPatch) -> None:
     output_RH, row_TK, gates_TK = outputs(6, 2, 50, F16, F16)
     aligned = torch.nn.functional.pad(output_RH, (0, 6))[:, :50]

@@ -119,14 +119,20 @@ def _choice(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tenso
     key = (str(output_RH.device), output_RH.dtype, gates_TK.dtype, hidden, chosen)
     if key not in _choices:
         tokens = max(1, TRIAL_VALUES // (chosen * hidden))
-        _choices[key] = try_kernel(output_RH, row_TK[:tokens], gates_TK[:tokens])
+        try:
+            _choices[key] = try_kernel(output_RH, row_TK[:tokens], gates_TK[:tokens])
+        except torch.AcceleratorError as error:
+            error.add_note(
+                f"This came while our Triton kernel was tried. Set {SWITCH}=0 in the environment, then go on."
+            )
+            raise
     return _choices[key]
 
 
 def try_kernel(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> Choice:
     """Whether the kernel gives what torch gives for these tokens, in less time. Waits for the GPU.
 
-    Raises torch's error if memory runs out.
+    Raises torch's error if memory runs out, or the GPU fails.
     """
     given = (output_RH, row_TK, gates_TK)
     if os.environ.get(SWITCH) == "0":
@@ -136,8 +142,9 @@ def try_kernel(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Te
     try:
         ours = by_kernel(*given)
     except Exception as error:
-        # Triton compiles with a C compiler and the GPU's driver, each of which may be missing or too old.
-        if is_out_of_memory(error):
+        # Triton compiles with a C compiler and the GPU's driver, each of which may be missing or too old. (After an
+        # error of the GPU itself nothing works in this process any more.)
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         return Choice(False, f"Triton: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
     difference = _difference(ours, by_torch(*given))
