@@ -133,8 +133,7 @@ def test_the_kernel_that_combines_experts_gives_the_same_sums_to_the_bit(
     torch.testing.assert_close(ours.norms, theirs.norms, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(ours.cosines, theirs.cosines, rtol=1e-5, atol=1e-5)
     choice = try_kernel(*given)
-    # (Whether it is faster is for tools/gpu_check to show.)
-    assert "ms for 3000 tokens" in choice.why, choice.why
+    assert choice.kernel, choice.why
 
 
 def test_recording_waits_for_the_gpu_only_where_the_product_is_not_fused() -> None:

@@ -3,7 +3,6 @@ compiles; and when it is used."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -156,16 +155,14 @@ def test_the_kernel_compiles_for_every_kind_of_gpu() -> None:
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Everything is taken for a GPU, on which the kernel takes 1 ms and torch 9."""
+    """Everything is taken for a GPU, and nothing for too little."""
     monkeypatch.setattr(combining, "_choices", {})
     monkeypatch.setattr(combining, "is_gpu", lambda device: True)
     monkeypatch.setattr(combining, "FEWEST_VALUES", 0)
-    times = iter([1.0, 9.0])
-    monkeypatch.setattr(combining, "_milliseconds", lambda *_: next(times))
     return monkeypatch
 
 
-def test_the_kernel_is_used_once_it_has_shown_that_it_is_the_same_and_faster(tried: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_used_once_it_has_shown_that_it_is_the_same(tried: pytest.MonkeyPatch) -> None:
     # Two experts: their sum is the same in any order.
     given = outputs(6, 2, 50, F16, F16)
     tried.setattr(combining, "TRIAL_VALUES", 4 * 2 * 50)
@@ -179,13 +176,12 @@ def test_the_kernel_is_used_once_it_has_shown_that_it_is_the_same_and_faster(tri
     assert tokens == [4, 6, 6, 6, 6], "tried once"
     (choice,) = combining.choices()
     assert choice == {
-        "device": DEVICE, "hidden": 50, "chosen": 2, "kernel": True, "why": "1.000 ms for 4 tokens, 9.000 by torch"
+        "device": DEVICE, "dtypes": ["float16", "float16"], "hidden": 50, "chosen": 2,
+        "kernel": True, "why": "the same as torch for 4 tokens",
     }  # fmt: skip
 
 
 def test_each_dtype_and_size_is_tried_on_its_own(tried: pytest.MonkeyPatch) -> None:
-    times = itertools.cycle([1.0, 9.0])
-    tried.setattr(combining, "_milliseconds", lambda *_: next(times))
     sorts = [(2, 50, F16, F16), (2, 50, F16, F32), (2, 50, F32, F32), (1, 50, F16, F16), (2, 51, F16, F16)]
     for _ in range(2):
         for sort in sorts:
@@ -227,12 +223,6 @@ def test_a_kernel_that_gives_something_else_is_not_used(field: str, tried: pytes
     assert [(choice["kernel"], choice["why"]) for choice in combining.choices()] == [
         (False, f"the kernel's {field} differ from torch's")
     ]
-
-
-def test_a_kernel_that_is_hardly_faster_is_not_used(tried: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 1.4])
-    tried.setattr(combining, "_milliseconds", lambda *_: next(times))
-    assert not try_kernel(*outputs(6, 2, 50, F16, F16)).kernel
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ def _combine_tokens(  # type: ignore[no-untyped-def]
         dots += tl.sum(outputs * totals[None, :], axis=1)
         sum_squares += tl.sum(totals * totals, axis=0)
     pairs = token * K + choices
-    tl.store(norms_TK + pairs, tl.sqrt(squares), mask=chosen)
+    tl.store(norms_TK + pairs, tl.sqrt_rn(squares), mask=chosen)
     tl.store(peaks_TK + pairs, peaks, mask=chosen)
     tl.store(dots_TK + pairs, dots, mask=chosen)
-    tl.store(sum_norms_T + token + tl.arange(0, 1), tl.sqrt(sum_squares))
+    tl.store(sum_norms_T + token + tl.arange(0, 1), tl.sqrt_rn(sum_squares))
 
 
 def combine_tokens(output_RH: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:

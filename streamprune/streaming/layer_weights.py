@@ -286,7 +286,11 @@ class LayerWeights:
         A parameter that is converted from several tensors or to another dtype is in memory twice, so its source is
         freed before the next one is converted; what needs no conversion stays in the memory it was read to.
         """
-        own = {name: names for name, names in groups.items() if len(names) > 1 or name in self.decoder.expert_rows}
+        own = {
+            name: names
+            for name, names in groups.items()
+            if len(names) > 1 or name in self.decoder.expert_rows or names[0] in self._places
+        }
         singles = [names[0] for name, names in groups.items() if name not in own]
         return {_SINGLES: singles, **own} if singles else own
 
@@ -296,6 +300,7 @@ class LayerWeights:
             self._reader.sync_with_compute()
             for group, names in self._reading_groups(groups).items():
                 # One after the other, so that the memory of each is freed before the next is converted.
+                # (All of a parameter's tensors have places, or none.)
                 if names[0] in self._places:
                     shape = self.model.get_parameter(group).shape
                     self._conversion.load({group: reading.take_joined(group, shape)})
