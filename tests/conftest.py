@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module=r"(transformers|torch)\b")
 
 
+FSYNC = os.fsync
 #: How many tests were left out, sent by each worker of pytest-xdist to the process that prints the result.
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -119,6 +121,28 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def facts_found_once() -> Iterator[None]:
     with found_once():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def not_flushed() -> Iterator[None]:
+    """Files of tests need not be on the disk, which takes a tenth of the time of some: only a power cut would show it.
+
+    (`test_faults.py` tests that files are flushed, and when.)
+    """
+    with patch.object(os, "fsync", check_descriptor):
+        yield
+
+
+def check_descriptor(descriptor: int) -> None:
+    """In place of os.fsync: raises OSError for what is not open, and does not wait."""
+    os.fstat(descriptor)
+
+
+@pytest.fixture(scope="module")
+def flushed(not_flushed: None) -> Iterator[None]:
+    """Files are flushed for tests of the system's cache, which keeps what is not on the disk."""
+    with patch.object(os, "fsync", FSYNC):
         yield
 
 

@@ -160,7 +160,7 @@ def test_all_layers_are_extrapolated_from_those_after_the_second() -> None:
         extrapolate([1.0, 1.0], 2.0, 50, scale_rest=False)
 
 
-def test_files_are_read_copied_and_dropped_from_the_page_cache(tmp_path: Path) -> None:
+def test_files_are_read_copied_and_dropped_from_the_page_cache(flushed: None, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     sizes = {"a": 0, "inner/b": 5 * mmap.PAGESIZE + 1}

@@ -63,7 +63,7 @@ def touch(path: Path, pages: set[int]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def file_system(tmp_path_factory: pytest.TempPathFactory) -> None:
+def file_system(flushed: None, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Skip where nobody tells what is cached, or nothing can be put out (tmpfs)."""
     path = tmp_path_factory.mktemp("probe") / "probe"
     path.write_bytes(bytes(8 * PAGE))

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from streamprune.cli import main
 from streamprune.errors import OutputError, ResourceError, ResumeError
+from streamprune.files.durable import sync_file, write_atomically
 from tests.faults import Case, damage, make_case, trap
 from tests.helpers import tree_bytes
 from tests.thorough import mostly_thorough
@@ -31,6 +32,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture
 def case(made: Case, tmp_path: Path) -> Case:
     return made.at(tmp_path / "out")
+
+
+def test_a_file_is_flushed_before_it_has_its_name_and_the_name_after_it(tmp_path: Path) -> None:
+    """What a power cut would show, and no kill does."""
+    with trap(tmp_path) as counted:
+        write_atomically(tmp_path / "file", b"new")
+    folder = tmp_path.name
+    assert counted.calls == [
+        "open file.partial", "write file.partial", "fsync file.partial", "rename file.partial", f"fsync {folder}",
+    ]  # fmt: skip
+    with trap(tmp_path) as counted:
+        sync_file(tmp_path / "file")
+    assert counted.calls == ["fsync file"]
 
 
 def nothing_half_done(case: Case) -> None:
