@@ -41,6 +41,20 @@ def test_where_there_is_no_run(made: Case, tmp_path: Path) -> None:
     assert tree_bytes(made.output) == made.expected
 
 
+def test_where_the_run_is_elsewhere(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The output is named instead of its work folder.
+    for command in ("status", "clean", "resume"):
+        told = call(command, case.output)
+        assert (told.exit_code, told.stderr.splitlines()) == (1, [told.stderr.strip()])
+        assert told.stderr.endswith(f"An unfinished run is in {case.work}.\n")
+    # The current folder, without and with a run in it.
+    monkeypatch.chdir(tmp_path)
+    for command in ("status", "clean", "resume"):
+        assert call(command, Path()).stderr.endswith("The work folder of an unfinished run is OUT.work.\n")
+    monkeypatch.chdir(case.work)
+    assert "layers: 2 of 4 done, 2 left" in call("status", Path()).output
+
+
 def test_in_the_middle(case: Case) -> None:
     found = status(case)
     assert found == {

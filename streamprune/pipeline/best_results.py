@@ -78,8 +78,10 @@ def best_command(folder: Path) -> Mapping[str, Any] | None:
     """
     if (recorded := read_run(folder)) is not None:
         return recorded.best
+    if not folder.name.endswith(WORK_SUFFIX):
+        return None
     place = folder.with_name(folder.name.removesuffix(WORK_SUFFIX))
-    if not folder.name.endswith(WORK_SUFFIX) or (folder.exists() and not is_complete(folder, place)):
+    if folder.exists() and not is_complete(folder, place):
         return None
     if (place / SEARCH_NAME).is_file():
         return _command_in(place)

@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streamprune.common_settings import WORK_SUFFIX
-from streamprune.files.names import sibling_path
 from streamprune.output.plan import REPORT_NAME
-from streamprune.output.search_folder import SEARCH_SUFFIX
 from streamprune.pipeline.best_results import best_command
-from streamprune.pipeline.status import output_of
+from streamprune.pipeline.status import output_of, search_work_folder
 from streamprune.work.folder import resume_command
 from streamprune.work.records import has_run
 
 
 def status_of_ended(folder: Path) -> dict[str, Any] | None:
     """What `status --json` prints of a command whose work folder is gone; None if it is there, or there was none."""
-    search = sibling_path(folder.with_name(folder.name.removesuffix(WORK_SUFFIX)), SEARCH_SUFFIX)
-    if folder.exists() or has_run(sibling_path(search, WORK_SUFFIX)):
+    if folder.exists() or has_run(search_work_folder(folder)):
         return None
     if (best := best_command(folder)) is not None and "output" in best:
         return {"work_folder": str(folder), "output": str(best["output"]), "complete": False}

@@ -28,22 +28,15 @@ def status_of(folder: Path) -> dict[str, Any]:
     recorded: fewer if experts are selected after all layers are scored, 0 for `score`. Layers count from 0.
     """
     recorded = _recorded(folder)
-    if recorded is None and not folder.exists():
-        # `run --best` searches in a folder of its own first.
-        output = folder.with_name(folder.name.removesuffix(WORK_SUFFIX))
-        searching = sibling_path(sibling_path(output, SEARCH_SUFFIX), WORK_SUFFIX)
-        if has_run(searching):
-            return status_of(searching)
+    if recorded is None and not folder.exists() and has_run(searching := search_work_folder(folder)):
+        return status_of(searching)
     if recorded is None:
         if has_pruning(folder) and not has_run(folder):
             raise ResumeError(
                 f"{folder} has an unfinished `streamprune prune`, but its record is damaged. Run the same command "
                 "again; only the time of the file copy is lost."
             )
-        raise ResumeError(
-            f"{folder} has no run of streamprune: it {describe(folder)}. The work folder of an unfinished run is "
-            "OUT.work."
-        )
+        raise ResumeError(f"{folder} has no run of streamprune: it {describe(folder)}. {_where_runs_are(folder)}")
     work, layers, command = WorkFolder(folder), recorded.layers, recorded.command
     found = {index: record for index in range(layers) if (record := work.read_layer(index)) is not None}
     pruning = isinstance(recorded, RecordedPruning)
@@ -113,9 +106,7 @@ def clean_up(folder: Path, everything: bool) -> int:
     Raises ResumeError if streamprune did not make the folder, OutputError while a run works in it.
     """
     if not (folder / LOCK_NAME).is_file():
-        raise ResumeError(
-            f"Nothing was removed: {folder} {describe(folder)}. The work folder of an unfinished run is OUT.work."
-        )
+        raise ResumeError(f"Nothing was removed: {folder} {describe(folder)}. {_where_runs_are(folder)}")
     before = folder_bytes(folder)
     # Entering the folder removes partial files. Old generations of states only exist after an interruption.
     with WorkFolder(folder) as work:
@@ -175,9 +166,25 @@ def output_of(folder: Path) -> Path | None:
 
 def nothing_to_resume(folder: Path) -> ResumeError:
     """The error for a folder without a run to resume, with what it is instead."""
-    return ResumeError(
-        f"{folder} has no run to resume: it {describe(folder)}. The work folder of an unfinished run is OUT.work."
-    )
+    return ResumeError(f"{folder} has no run to resume: it {describe(folder)}. {_where_runs_are(folder)}")
+
+
+def search_work_folder(folder: Path) -> Path:
+    """The work folder of the search of a `run --best`, which comes first, by the work folder of that run (OUT.work).
+
+    The folder needs a name: not `.` or `/`.
+    """
+    output = folder.with_name(folder.name.removesuffix(WORK_SUFFIX))
+    return sibling_path(sibling_path(output, SEARCH_SUFFIX), WORK_SUFFIX)
+
+
+def _where_runs_are(folder: Path) -> str:
+    """The end of a refusal of a folder that is no work folder: the one that may be meant, if there is one."""
+    if folder.name:
+        for work in (sibling_path(folder, WORK_SUFFIX), search_work_folder(folder)):
+            if has_run(work) or has_pruning(work):
+                return f"An unfinished run is in {work}."
+    return "The work folder of an unfinished run is OUT.work."
 
 
 def is_there(output: Path) -> bool:
