@@ -442,7 +442,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(output: Path, way: signal.Si
     else:
         assert process.returncode == 75
         last = told.strip().splitlines()[-1]
-        assert last.startswith("Error: Interrupted. Uploaded files are kept; resume with the same command:")
+        assert last.startswith("Interrupted. Uploaded files are kept; resume with the same command:")
         assert last.endswith(f"streamprune push {output} --repo-id {REPO} --no-verify --private")
     before = tree_bytes(output)
     with UploadHub() as second:

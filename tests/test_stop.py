@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from streamprune.__main__ import main as program
 from streamprune.cli import main
 from streamprune.config import RunSettings
 from streamprune.errors import InterruptedRunError
@@ -68,6 +70,25 @@ def wait_for(path: Path, process: Forked) -> None:
         time.sleep(0.005)
 
 
+class InterruptedImport:
+    """Finds no module: Ctrl-C comes while `streamprune.cli` is looked for."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "streamprune.cli":
+            raise KeyboardInterrupt
+
+
+def test_a_signal_while_the_commands_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "streamprune.cli")
+    monkeypatch.setattr(sys, "meta_path", [InterruptedImport, *sys.meta_path])
+    with pytest.raises(SystemExit, match="130"):
+        program()
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     # As many threads as the processes it is compared with have: sums are rounded otherwise with more.
@@ -86,6 +107,7 @@ def test_a_signal_saves_and_says_how_to_go_on(small: Case, tmp_path: Path, numbe
     _, told = process.communicate(timeout=60)
     assert process.returncode == 75, told
     assert "Traceback" not in told
+    assert "Error" not in told
     assert not case.output.exists()
     command = told.partition("Resume with: streamprune ")[2].rstrip()
     assert shlex.split(command) == ["resume", str(case.work)]

@@ -14,7 +14,13 @@ import click
 from streamprune.cli.help import format_commands
 from streamprune.cli.hints import with_hint
 from streamprune.distributed.processes import is_first
-from streamprune.errors import OtherProcessError, ProcessesError, ReportedElsewhereError, StreampruneError
+from streamprune.errors import (
+    InterruptedRunError,
+    OtherProcessError,
+    ProcessesError,
+    ReportedElsewhereError,
+    StreampruneError,
+)
 
 
 class Commands(click.Group):
@@ -58,6 +64,10 @@ class Commands(click.Group):
             sys.exit(error.exit_code)
         except click.UsageError as error:
             raise with_hint(error) from None
+        except InterruptedRunError as error:
+            # As it was asked to: no error.
+            click.echo(str(error), err=True)
+            sys.exit(error.exit_code)
         except StreampruneError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
