@@ -18,7 +18,7 @@ from streamprune.distributed.processes import launched
 from streamprune.errors import SettingsError
 from streamprune.fit.cache import KV_DTYPES
 from streamprune.quantize.gguf_types import GGUF_TYPES
-from streamprune.saliency.methods import DEFAULT_METHOD, METHODS
+from streamprune.saliency.methods import DEFAULT_METHOD, METHODS, Method
 from streamprune.selection.schedules import DEFAULT_SCHEDULE, DEFAULT_SPREAD, SCHEDULES
 from streamprune.targets import BY, DEFAULT_CONTEXT, ENGINES, MTP, QUANTIZE, ROUNDING
 
@@ -92,11 +92,20 @@ QUIET = click.option("--quiet", is_flag=True, help="Print errors only.")
 JSON_OBJECT = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 JSON_SUMMARY = click.option("--json", "as_json", is_flag=True, help="Print the final summary as JSON on stdout.")
 
+
+def _method_meanings() -> str:
+    """What every scoring method means, for --help. One with two names is there once, with both."""
+    names: dict[Method, list[str]] = {}
+    for name, method in METHODS.items():
+        names.setdefault(method, []).append(name)
+    return "; ".join(f"{' or '.join(each)}: {method.meaning}" for method, each in names.items())
+
+
 #: How experts are scored and divided among the layers.
 SELECTION = together(
     click.option(
         "--method", type=click.Choice(tuple(METHODS)), default=DEFAULT_METHOD, show_default=True,
-        help="The score of an expert. " + "; ".join(f"{name}: {each.meaning}" for name, each in METHODS.items()),
+        help=f"The score of an expert. {_method_meanings()}",
     ),
     click.option(
         "--mix", metavar="SOURCE=SHARE,…",
