@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from streamprune import __version__
 from streamprune.files.durable import write_atomically, writing
 from streamprune.hardware.memory import GIB
@@ -39,6 +41,10 @@ def draw_search(result: SearchResult) -> charts.Drawing:
     axes.set(xlabel="memory, GiB", ylabel="KL divergence, nats per token")
     if all(each.kl > 0 for each in measured):
         axes.set_yscale("log")
+        # (matplotlib's own labels are formulas, which this style does not set.)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     charts.legend(figure, 3)
     best = result.best
     return figure, (
