@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-#: Values of a token's experts that a program holds at a time. Half of a GPU's registers, so that others run beside it.
+#: Values of a token's experts that a program holds at a time: an eighth of the 65,536 registers of a multiprocessor of
+#: an NVIDIA GPU, so that several programs run beside each other.
 _VALUES = 8192
 #: Columns at a time at most, and at least.
 _MOST_COLUMNS, _FEWEST_COLUMNS = 1024, 128
