@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from streamprune.checkpoint.index import open_checkpoint
@@ -116,14 +117,28 @@ def test_quantized_experts_are_decoded_and_converted(name: str, tmp_path: Path) 
     assert joined(opened) == set()
 
 
-def test_experts_in_another_dtype_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")))
-    assert joined(open_moe(open_checkpoint(model)))
-    config: Any = (model / "config.json").read_text()
-    (model / "config.json").write_text(config.replace('"float32"', '"float16"'))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_experts_computed_in_another_dtype_are_read_joined(stored: torch.dtype, tmp_path: Path) -> None:
+    made = tiny_config(known_family("qwen3_moe"))
+    made.dtype = stored
+    model = make_model(tmp_path / "model", made)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace(f'"{str(stored).removeprefix("torch.")}"', '"float16"'))
     opened = open_moe(open_checkpoint(model))
     assert opened.dtype == torch.float16
-    assert joined(opened) == set()
+    assert joined(opened) == of_several(opened)
+    assert same(opened)
+
+
+def test_projections_of_two_dtypes_are_converted(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tiny_config(known_family("qwen3_moe")), max_shard_size="1GB")
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    other = {name for name in tensors if ".layers.1." in name and name.endswith(".up_proj.weight")}
+    narrower = {name: tensors[name].to(torch.bfloat16) for name in other}
+    save_file({**tensors, **narrower}, path, {"format": "pt"})
+    opened = open_moe(open_checkpoint(model))
+    assert of_several(opened) - joined(opened) == {"model.layers.1.mlp.experts.gate_up_proj"}
     assert same(opened)
 
 

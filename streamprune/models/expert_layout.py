@@ -31,8 +31,8 @@ class Target:
     leads to the parameter, if any. If the conversion splits the tensor, `also` names the other parameters that it
     feeds. `layer` is None outside the layers. `rows` is where the experts are in the parameter, not necessarily in the
     tensor itself; `channels` is where each expert's channels are in what the conversion gets, without the axis of the
-    experts (None for a parameter without channels, or where the conversion may move them). `place` is the offset in
-    bytes of the tensor in its parameter, if the conversion only joins tensors to it that have its dtype already.
+    experts (None for a parameter without channels, or where the conversion may move them). `place` is the offset of
+    the tensor in its parameter, in bytes of the dtype stored, if the conversion only joins tensors of one dtype to it.
     """
 
     stored: StoredTensor

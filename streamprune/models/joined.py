@@ -1,7 +1,8 @@
 """Where tensors of a checkpoint lie in a parameter that transformers' conversion only joins from them.
 
 Most checkpoints have the projections of each expert as tensors of their own, which the conversion stacks and
-concatenates to one parameter for all experts. Read to their places in it, they need no conversion.
+concatenates to one parameter for all experts. Read to their places in it, they need no conversion but, where it is
+computed in another dtype than stored, that of the dtype.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def find_places(
 ) -> dict[str, dict[str, int]]:
     """By parameter the places in it, offsets in bytes, of the tensors of which the conversion only joins it.
 
-    `converters` are by source pattern. Left out are other parameters, quantized ones, and those that the checkpoint has
+    The bytes are those of the dtype that is stored, whatever that of the parameter. `converters` are by source pattern.
+    Left out are other parameters, quantized ones, those stored in several dtypes, and those that the checkpoint has
     joined as well: it is up to transformers which of the two is taken.
     """
     fed = Counter(target.name for target in targets.values())
@@ -54,12 +56,13 @@ def _places(
     stacks = [parts.get(pattern, ()) for pattern in converter.source_patterns]
     if not _only_joins(converter) or any(len(stack) != len(parameter) for stack in stacks):
         return {}
-    shapes = [{(entry.shape, DTYPES.get(entry.dtype)) for entry in stack} for stack in stacks]
-    if any(len(each) > 1 for each in shapes):
+    dtypes = {DTYPES.get(entry.dtype) for stack in stacks for entry in stack}
+    shapes = [{entry.shape for entry in stack} for stack in stacks]
+    if len(dtypes) > 1 or None in dtypes or any(len(each) > 1 or () in each for each in shapes):
         return {}
-    alike = [shape for ((shape, dtype),) in shapes if shape and dtype == parameter.dtype]
+    alike = [shape for (shape,) in shapes]
     rows = sum(shape[0] for shape in alike)
-    if len(alike) < len(stacks) or any((rows, *shape[1:]) != parameter.shape[1:] for shape in alike):
+    if any((rows, *shape[1:]) != parameter.shape[1:] for shape in alike):
         return {}
     places, end = {}, 0
     for projections in zip(*stacks, strict=True):

@@ -43,10 +43,10 @@ class LayerWeights:
 
     Peak memory of a load: the layer's weights, in the checkpoint's or the computing dtype, plus those of its largest
     converted parameter: twice while its tensors are joined (one per expert into one for all), once while its dtype is
-    converted. One that is only joined from tensors in its dtype is read to where it stays, and takes no more. A
-    quantized parameter is in memory as stored until it is decoded, one matrix of it in float32 too. A prefetched layer
-    takes its weights' stored bytes in addition. Set `batches` to the micro-batches whose hidden states may be offloaded
-    for weights. Close it to end the reader threads.
+    converted. One that is only joined, from tensors of one dtype, is read as joined: to where it stays, unless it is
+    computed in another dtype. A quantized parameter is in memory as stored until it is decoded, one matrix of it in
+    float32 too. A prefetched layer takes its weights' stored bytes in addition. Set `batches` to the micro-batches
+    whose hidden states may be offloaded for weights. Close it to end the reader threads.
     """
 
     def __init__(
@@ -299,21 +299,26 @@ class LayerWeights:
             reading.wait()
             self._reader.sync_with_compute()
             for group, names in self._reading_groups(groups).items():
-                # One after the other, so that the memory of each is freed before the next is converted.
-                # (All of a parameter's tensors have places, or none.)
-                if names[0] in self._places:
-                    shape = self.model.get_parameter(group).shape
-                    self._conversion.load({group: reading.take_joined(group, shape)})
-                    continue
-                tensors = decode_tensors(reading.take(group), self._stored, self.dtype)
-                if self.mtp is not None and index == self.mtp.index:
-                    tensors = {self.mtp.renamed(name): tensor for name, tensor in tensors.items()}
-                self._conversion.load(tensors)
+                # One after the other, so that the memory of each is freed before the next is converted: no variable
+                # may hold it.
+                self._conversion.load(self._to_convert(reading, group, names, index))
         except BaseException:
             # If memory ran out, this has to be freed first.
             self._reader.discard(reading)
             raise
         self._read[index] = reading
+
+    def _to_convert(
+        self, reading: Reading, group: str, names: Sequence[str], index: int | None
+    ) -> dict[str, torch.Tensor]:
+        """What the conversion gets of a group that has been read, by the names that transformers knows."""
+        # (All of a parameter's tensors have places, or none.)
+        if names[0] in self._places:
+            return {group: reading.take_joined(group, self.model.get_parameter(group).shape)}
+        tensors = decode_tensors(reading.take(group), self._stored, self.dtype)
+        if self.mtp is not None and index == self.mtp.index:
+            return {self.mtp.renamed(name): tensor for name, tensor in tensors.items()}
+        return tensors
 
     def _load_entrance(self, mtp: MtpLayer) -> None:
         reading = self._reader.start({_SINGLES: list(mtp.parameters)})
