@@ -168,7 +168,7 @@ def test_scores_replace_nothing_but_scores(qwen: Model, tmp_path: Path) -> None:
         run(settings, quiet=True)
 
     before = text.read_bytes()
-    with pytest.raises(OutputError, match=r"text.jsonl has no scores, so --overwrite does not replace it"):
+    with pytest.raises(OutputError, match=r"text.jsonl exists and has no scores, so it is not replaced"):
         score(text)
     assert text.read_bytes() == before
     weights = shutil.copy(qwen.folder / "model-00001-of-00006.safetensors", tmp_path)

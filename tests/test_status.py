@@ -41,6 +41,14 @@ def test_where_there_is_no_run(made: Case, tmp_path: Path) -> None:
     assert tree_bytes(made.output) == made.expected
 
 
+def test_a_file_that_is_no_result_is_not_called_one(tmp_path: Path) -> None:
+    for notes in (b"what to try next", b""):
+        (tmp_path / "notes.txt").write_bytes(notes)
+        for command in ("status", "resume"):
+            told = call(command, tmp_path / "notes.txt.work")
+            assert (told.exit_code, "complete" in told.output, "it does not exist" in told.stderr) == (1, False, True)
+
+
 def test_where_the_run_is_elsewhere(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The output is named instead of its work folder.
     for command in ("status", "clean", "resume"):
@@ -102,7 +110,9 @@ def test_clean_leaves_what_a_resume_needs(case: Case) -> None:
     assert generations(case) == ["1", "2"]
     told = call("clean", case.work)
     assert told.exit_code == 0
-    assert "KiB removed from" in told.stdout
+    removed, left = told.stdout.splitlines()
+    assert "KiB removed from" in removed
+    assert left.endswith(f"which --all discards. Resume it with: streamprune resume {case.work}")
     assert generations(case) == ["2"]
     case.resume()
     case.check()
@@ -119,7 +129,8 @@ def test_clean_keeps_the_generation_that_is_whole(case: Case) -> None:
 def test_clean_all_gives_it_up(case: Case) -> None:
     size = status(case)["bytes"]
     assert size > 0
-    assert call("clean", case.work, "--all").exit_code == 0
+    told = call("clean", case.work, "--all")
+    assert (told.exit_code, "Resume" in told.stdout) == (0, False)
     assert not case.work.exists()
     assert call("status", case.work).exit_code == 1
 

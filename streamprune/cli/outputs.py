@@ -39,8 +39,12 @@ def status(workdir: Path, as_json: bool) -> None:
 def clean(workdir: Path, everything: bool) -> None:
     """Remove what is no longer needed from WORKDIR. After a completed run this removes everything."""
     from streamprune.pipeline.status import clean_up
+    from streamprune.work.folder import resume_command
+    from streamprune.work.records import has_pruning, has_run
 
     click.echo(f"{format_bytes(clean_up(workdir, everything))} removed from {workdir}")
+    if has_run(workdir) or has_pruning(workdir):
+        click.echo(f"The rest is an unfinished run, which --all discards. Resume it with: {resume_command(workdir)}")
 
 
 @click.command(cls=Command)

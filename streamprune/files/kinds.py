@@ -8,6 +8,8 @@ from pathlib import Path
 #: The metadata of an importance matrix has this entry: the key, the type string (8), the length, and the value.
 _IMATRIX_TYPE = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "little") + b"imatrix"
 _HEADER_BYTES = 4096
+#: The first entry of the metadata with which a scores file begins: the number of its format.
+SCORES_MARK = "streamprune_scores"
 _IMATRIX_TEXT = "has an importance matrix for llama.cpp's llama-quantize, and no model"
 #: What is said of a model as GGUF.
 GGUF_TEXT = "has the model as GGUF, for llama.cpp, instead of the safetensors that it was made from"
@@ -29,7 +31,9 @@ def describe(path: Path) -> str:
             return next(_known(path), "has no file that streamprune knows")
         if not path.exists():
             return "does not exist"
-        return _gguf_text([path]) if path.suffix.lower() == ".gguf" else "is a file"
+        if path.suffix.lower() == ".gguf":
+            return _gguf_text([path])
+        return "is a scores file" if is_scores_file(path) else "is a file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -45,6 +49,15 @@ def _known(folder: Path) -> Iterator[str]:
 
 def _gguf_text(files: Sequence[Path]) -> str:
     return GGUF_TEXT if any(map(is_gguf_model, files)) else _IMATRIX_TEXT
+
+
+def is_scores_file(path: Path) -> bool:
+    """Whether a regular file begins as the scores files of streamprune do. Raises OSError if it cannot be read."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        # (A safetensors file begins with the length of its header.)
+        return stream.read(64)[8:].startswith(f'{{"__metadata__":{{"{SCORES_MARK}":'.encode())
 
 
 def is_gguf_model(path: Path) -> bool:

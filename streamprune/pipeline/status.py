@@ -11,7 +11,7 @@ from typing import Any
 
 from streamprune.common_settings import WORK_SUFFIX, OutputSettings
 from streamprune.errors import ResumeError
-from streamprune.files.kinds import describe
+from streamprune.files.kinds import describe, is_scores_file
 from streamprune.files.names import sibling_path
 from streamprune.hardware.memory import format_bytes
 from streamprune.output.plan import REPORT_NAME
@@ -190,7 +190,7 @@ def _where_runs_are(folder: Path) -> str:
 def is_there(output: Path) -> bool:
     """Whether a path has something that streamprune may have made: a model, a scores file, or a search."""
     try:
-        return output.is_file() or any((output / name).is_file() for name in (REPORT_NAME, SEARCH_NAME))
+        return is_scores_file(output) or any((output / name).is_file() for name in (REPORT_NAME, SEARCH_NAME))
     except OSError:
         return False
 

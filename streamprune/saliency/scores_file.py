@@ -35,7 +35,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry, encode_header, 
 from streamprune.errors import CheckpointError, OutputError, ScoresError
 from streamprune.files.durable import stream_atomically, writing
 from streamprune.files.json_text import parse_json, read_limited, show
-from streamprune.files.kinds import describe
+from streamprune.files.kinds import SCORES_MARK, describe, is_scores_file
 from streamprune.models.config_json import MOST_EXPERTS, MOST_LAYERS, ExpertSpec
 from streamprune.saliency.scores import (
     COUNTS,
@@ -58,7 +58,6 @@ READABLE_FORMATS = ("1", "2", "3", "4")
 #: DeepSeek-V3's channels take 122 MB a source, Qwen3-30B-A3B's 19 MB; without channels a real file has a few MB.
 MOST_BYTES = 2**32
 MOST_HEADER_BYTES = 2**26
-_MARK = "streamprune_scores"
 _ABOUT = (
     "Scores of streamprune: what each expert of a Mixture-of-Experts model did on calibration text, by source. "
     "Tensors layers.N.FIELD have a row per source and a column per expert. Tensors layers.N.channels "
@@ -128,17 +127,16 @@ def check_scores_file(output: Path, source: Path, overwrite: bool) -> None:
     if not output.is_file():
         # A device, a pipe, a broken link.
         raise OutputError(f"{output} is not a regular file, so it is not replaced. Choose another name with -o.")
+    if not _may_be_scores(output):
+        raise OutputError(f"{output} exists and has no scores, so it is not replaced. Choose another name with -o.")
     if not overwrite:
         raise OutputError(f"{output} exists. Choose another name with -o, or add --overwrite.")
-    if not _may_be_scores(output):
-        raise OutputError(f"{output} has no scores, so --overwrite does not replace it. Choose another name with -o.")
 
 
 def _may_be_scores(path: Path) -> bool:
     """Whether a file begins as scores do, or is empty."""
-    with writing(f"Looking at {path}", path.parent), path.open("rb") as file:
-        start = file.read(64)
-    return not start or start[8:].startswith(f'{{"__metadata__":{{"{_MARK}":'.encode())
+    with writing(f"Looking at {path}", path.parent):
+        return not path.stat().st_size or is_scores_file(path)
 
 
 def write_scores(path: Path, scores: Scores) -> None:
@@ -155,7 +153,7 @@ def write_scores(path: Path, scores: Scores) -> None:
     fields = {name: FIELDS[name] for name in scores.layers[0].fields}
     number = FORMAT if scores.mtp is None else FORMAT_WITH_MTP
     header = encode_header(
-        {_MARK: str(number), "about": _ABOUT, "fields": _json(fields), **metadata},
+        {SCORES_MARK: str(number), "about": _ABOUT, "fields": _json(fields), **metadata},
         ((name, dtype, values.shape, values.nbytes) for name, dtype, values in _tensors_of(scores)),
     )
     tensors = (np.ascontiguousarray(values).reshape(-1).view(np.uint8).data for _, _, values in _tensors_of(scores))
@@ -281,11 +279,11 @@ def _parse(path: Path, data: bytes) -> Scores:
     if end != len(data):
         raise _damaged(f"it has {len(data):,} bytes, {end:,} by its header")
     metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or _MARK not in metadata:
+    if not isinstance(metadata, dict) or SCORES_MARK not in metadata:
         raise ScoresError("this safetensors file has no scores. Give the file that `streamprune score` wrote.")
-    if metadata[_MARK] not in READABLE_FORMATS:
+    if metadata[SCORES_MARK] not in READABLE_FORMATS:
         raise ScoresError(
-            f"the scores have format {show(metadata[_MARK])}, but this version of streamprune reads "
+            f"the scores have format {show(metadata[SCORES_MARK])}, but this version of streamprune reads "
             f"{READABLE_FORMATS[0]} to {READABLE_FORMATS[-1]}. Update streamprune, or score the model again."
         )
     return _scores_of(metadata, {entry.name: entry for entry in entries}, data)
@@ -296,11 +294,11 @@ def _scores_of(metadata: Mapping[str, Any], entries: Mapping[str, TensorEntry], 
     spec = msgspec.convert(msgspec.structs.asdict(facts.experts), ExpertSpec)
     sources = tuple(source.name for source in facts.sources)
     tokens = tuple(source.tokens for source in facts.sources)
-    has_mtp = facts.mtp_block is not msgspec.UNSET
-    if has_mtp != (metadata[_MARK] == str(FORMAT_WITH_MTP)):
-        raise _damaged(f"format {metadata[_MARK]} has {'a' if has_mtp else 'no'} layer for multi-token prediction")
+    has_mtp, number = facts.mtp_block is not msgspec.UNSET, metadata[SCORES_MARK]
+    if has_mtp != (number == str(FORMAT_WITH_MTP)):
+        raise _damaged(f"format {number} has {'a' if has_mtp else 'no'} layer for multi-token prediction")
     blocks = facts.blocks if facts.mtp_block is msgspec.UNSET else [*facts.blocks, facts.mtp_block]
-    fields, width = _contents(metadata[_MARK], facts.blocks[0], entries)
+    fields, width = _contents(number, facts.blocks[0], entries)
     names = [*fields, *([_CHANNELS] if width is not None else [])]
     expected = {_tensor_name(index, name) for index in blocks for name in names}
     if expected != entries.keys():
