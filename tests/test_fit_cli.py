@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 
 from streamprune.cli import main
 from streamprune.fit import structure
-from streamprune.fit.footprint import max_positions, read_model
+from streamprune.fit.footprint import read_model
+from streamprune.fit.positions import max_positions
 from streamprune.fit.verdict import verdict
 from streamprune.hardware.gpus import GPUS, Gpus
 from tests.full_size import config_only, write_header
@@ -112,7 +113,7 @@ def test_text_that_fits(model: str) -> None:
 def test_text_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
     # The same model three times, whose tracing takes seconds.
-    monkeypatch.setattr("streamprune.planning.sizes.read_model", cache(read_model))
+    monkeypatch.setattr("streamprune.planning.forms.read_model", cache(read_model))
     order, build = list[str](), structure.footprint_of_model
 
     def built(*arguments: Any) -> Any:
@@ -190,7 +191,7 @@ def test_without_a_budget_all_known_gpus_are_listed(
     assert len(set(totals)) == len(totals) > 1
     # 24 GB cards keep as many as the answer for one of them says.
     folder = str(config_only("qwen3-30b-a3b", tmp_path / "model"))
-    monkeypatch.setattr("streamprune.planning.sizes.read_model", cache(read_model))
+    monkeypatch.setattr("streamprune.planning.forms.read_model", cache(read_model))
     rows = fit(folder).stdout.splitlines()
     assert "Totals in GiB by experts removed:" in rows
     row = next(row.split() for row in rows if row.endswith("rtx-3090"))

@@ -22,7 +22,7 @@ from streamprune.fit.estimate import Estimate, Fit, Footprint
 from streamprune.fit.nearest import most_experts, nearest, other_formats
 from streamprune.pipeline.prune import dry_run, prune
 from streamprune.pipeline.run import run
-from streamprune.planning.sizes import read_forms
+from streamprune.planning.forms import read_forms
 from streamprune.quantize.schemes import SCHEMES
 from streamprune.targets import ServingSpec, Storage
 from tests.full_size import config_only, published

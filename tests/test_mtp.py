@@ -18,7 +18,7 @@ from streamprune.fit.estimate import Fit
 from streamprune.output.verify import verify
 from streamprune.pipeline.prune import prune as prune_by_scores
 from streamprune.planning.counts import ExpertCounts
-from streamprune.planning.sizes import read_forms
+from streamprune.planning.forms import read_forms
 from streamprune.targets import MTP, PruningTarget, ServingSpec, Storage
 from tests.helpers import known_family, prune, read_tensors, tree_bytes
 from tests.mtp import COUNTS, add_mtp, check_mtp

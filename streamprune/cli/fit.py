@@ -61,7 +61,7 @@ def fit(model: str, trust_remote_code: bool, measure: bool, device: str, as_json
         check_gguf_source(gguf, stored)
     wanted = ServingSpec(context=planned_context(context, None), weights=gguf or stored, stored=stored, **given)
     budget = known_budget(budget_gib, gpu)
-    from streamprune.planning.sizes import read_forms
+    from streamprune.planning.forms import read_forms
 
     said = None if as_json else opt.say_loading
     footprint = read_forms(model, revision, trust_remote_code, storage, wanted.width, said)

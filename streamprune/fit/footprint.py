@@ -17,19 +17,17 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import stated_cache
 from streamprune.fit.estimate import Footprint
+from streamprune.fit.positions import max_positions
 from streamprune.fit.weights import weights_by_name
 from streamprune.formats.base import StoredTensor
 from streamprune.formats.pick import pick_formats, refuse_quantized
 from streamprune.formats.quantization import Quantization
-from streamprune.models.config_json import first_number, stated_experts, stated_shape, states_experts, text_part
+from streamprune.models.config_json import stated_experts, stated_shape, states_experts
 from streamprune.models.per_layer_experts import read_per_layer_experts
 
 if TYPE_CHECKING:
     from streamprune.models.open import DescribedModel
 
-_LENGTH_NAMES = (
-    "max_position_embeddings", "max_seq_len", "n_positions", "max_sequence_length", "model_max_length", "seq_length",
-)  # fmt: skip
 #: Files that show that a folder holds a checkpoint, and not only a config.
 _WEIGHT_FILES = ("*.safetensors", INDEX_NAME, "*.bin", "*.pt", "*.gguf")
 
@@ -130,26 +128,3 @@ def read_headers(model: str, folder: Path) -> Headers:
 def _headers_of(folder: Path) -> Headers:
     checkpoint = open_checkpoint(folder)
     return Headers(checkpoint.tensors, checkpoint.notes)
-
-
-def max_positions(config: Mapping[str, Any]) -> int | None:
-    """The longest context that the config allows, in tokens; None if it names none.
-
-    Where YaRN extends a model, some configs still name the length before it, and engines multiply it.
-    """
-    text = text_part(config)[1]
-    longest = first_number((text, config), _LENGTH_NAMES)
-    extended = [_extended(part.get(name)) for part in (text, config) for name in ("rope_scaling", "rope_parameters")]
-    return max([longest, *extended]) if longest is not None else None
-
-
-def _extended(rope: Any) -> int:
-    """The context in tokens that YaRN's settings, or the largest of those by kind of layer, extend to; 0 without it."""
-    if not isinstance(rope, Mapping):
-        return 0
-    if rope.get("rope_type", rope.get("type")) != "yarn":
-        return max(map(_extended, rope.values()), default=0)
-    before, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    if not isinstance(before, int) or not isinstance(factor, int | float):
-        return 0
-    return round(before * factor) if 0 < factor < 2**20 and 0 < before < 2**40 else 0

@@ -22,7 +22,7 @@ from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.fit.cache import CacheSizes, LayerCache, served_itemsize, stated_cache
 from streamprune.fit.estimate import Footprint
-from streamprune.fit.footprint import max_positions
+from streamprune.fit.positions import max_positions
 from streamprune.fit.published import published_facts
 from streamprune.fit.weights import Weights, is_vision, weights_by_layout, weights_with
 from streamprune.formats.pick import is_read

@@ -16,7 +16,7 @@ from streamprune.checkpoint.index import Checkpoint
 from streamprune.errors import CheckpointError, ScoresError
 from streamprune.fit.cache import CacheSizes
 from streamprune.fit.estimate import Estimate, Footprint
-from streamprune.fit.footprint import max_positions
+from streamprune.fit.positions import max_positions
 from streamprune.fit.weights import weights_by_layout
 from streamprune.formats.pick import pick_formats
 from streamprune.formats.quantization import Quantization

@@ -25,7 +25,8 @@ from streamprune.config import RunSettings, SearchSettings
 from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 from streamprune.fit.cache import served_itemsize
 from streamprune.fit.estimate import Estimate, Footprint
-from streamprune.fit.footprint import max_positions, read_headers
+from streamprune.fit.footprint import read_headers
+from streamprune.fit.positions import max_positions
 from streamprune.fit.structure import footprint_of_skeleton
 from streamprune.formats.base import KeptExperts
 from streamprune.formats.pick import refuse_quantized

@@ -13,20 +13,13 @@ from typing import Any
 
 from streamprune.checkpoint.safetensors_file import TensorEntry
 from streamprune.errors import SettingsError, StreampruneError, UnsupportedModelError
-from streamprune.fit.estimate import Footprint
-from streamprune.fit.footprint import read_model
 from streamprune.fit.weights import CATEGORIES, WeightSizes, category_of
-from streamprune.formats.pick import refuse_quantized
 from streamprune.models.expert_layout import Layout
-from streamprune.models.per_layer_experts import refuse_per_layer_experts
 from streamprune.output.encoded import Encoding, encode_tensors
 from streamprune.output.tensors import OutputTensor, output_tensors
-from streamprune.planning.counts import refuse_new_values
 from streamprune.quantize.schemes import SCHEMES
-from streamprune.selection.widths import check_width
-from streamprune.targets import PruningTarget, Storage
 
-_NOT_NARROWER = "The experts of this model cannot be made narrower: {}."
+NOT_NARROWER = "The experts of this model cannot be made narrower: {}."
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ class WrittenSizes:
     def _counted(self, weights: str, width: int | None) -> WeightSizes:
         layout = self.plain.layout
         if width is not None and layout.width is None:
-            raise UnsupportedModelError(_NOT_NARROWER.format(layout.fixed_width))
+            raise UnsupportedModelError(NOT_NARROWER.format(layout.fixed_width))
         one, two = (self._planned(weights, width, keep) for keep in (1, 2))
         fixed, per_expert = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(2))
         for name, kind in self._kinds.items():
@@ -146,41 +139,3 @@ def _bytes_by_source(tensors: list[OutputTensor]) -> Counter[str]:
     for tensor in tensors:
         found[tensor.encoded.plain.name if tensor.encoded is not None else tensor.name] += tensor.nbytes
     return found
-
-
-def read_forms(
-    model: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    storage: Storage,
-    width: int | None = None,
-    before_loading: Callable[[], None] | None = None,
-) -> Footprint:
-    """The footprint of `model` as `fit.footprint` reads it, with its size in every form; `storage` says what schemes
-    quantize.
-
-    The model is built when the first of these sizes is asked for; `before_loading` is called before that imports torch.
-    Raises UnsupportedModelError or SettingsError if its experts cannot have `width` channels.
-    """
-    read = read_model(model, revision, trust_remote_code, before_loading)
-
-    def load() -> PlainTensors:
-        refuse_per_layer_experts(read.raw, model)
-        refuse_quantized(read.raw, read.folder)
-        if before_loading is not None:
-            before_loading()
-        # Imported only here: it imports torch and transformers, which takes seconds.
-        from streamprune.models.open import describe_model
-        from streamprune.planning.written import plain_tensors
-
-        described = read.described or describe_model(read.folder, read.raw, trust_remote_code)
-        return plain_tensors(storage, described.raw, described.skeleton, read.tensors, read.footprint.weights)
-
-    forms = WrittenSizes(load)
-    if width is not None:
-        refuse_new_values(read.raw, PruningTarget(width=width))
-        spec = forms.plain.layout.width
-        if spec is None:
-            raise UnsupportedModelError(_NOT_NARROWER.format(forms.plain.layout.fixed_width))
-        check_width(spec, width)
-    return replace(read.footprint, forms=forms, config=read.raw)

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamprune.fit.engine_rules import NAMES, Served
 from streamprune.fit.engines import refusal
-from streamprune.fit.footprint import max_positions
+from streamprune.fit.positions import max_positions
 from streamprune.fit.verdict import verdict
 from streamprune.hardware.gpus import GPUS
 from streamprune.hardware.memory import format_bytes

@@ -13,12 +13,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from measuring.forking import Forked, python_path
 from measuring.shapes import ROOT
+
+if TYPE_CHECKING:
+    from streamprune.config import RunSettings
 
 #: Characters of a failed process's messages that are shown.
 TOLD = 2000
@@ -50,6 +53,15 @@ class Job:
         return json.dumps(
             {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         )
+
+    def settings(self, **changes: Any) -> RunSettings:
+        """The settings of a run that keeps half of the experts, but for the `changes`."""
+        from streamprune.config import RunSettings
+
+        experts = json.loads((self.model / "config.json").read_text())["num_experts"]
+        fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(self.tokens),), "samples": 10**9}
+        places: dict[str, Any] = {"device": self.device, "vram_gib": self.vram_gib, "states": self.states}
+        return RunSettings(**{"model": str(self.model), "output": self.output, **fixed, **places, **changes})
 
     @classmethod
     def parse(cls, text: str) -> Job:

@@ -12,7 +12,6 @@ from typing import Any
 from measuring.disk import copy_and_sync, read_all, remove
 from measuring.processes import Job
 from measuring.shapes import quantize, weight_files
-from measuring.workers import settings_of
 
 #: Runs a command of streamprune, which ends by printing the most memory it had resident.
 SCRIPT = (
@@ -49,7 +48,7 @@ def paired_seconds(job: Job) -> dict[str, Any]:
     for number in range(-1, job.rounds):
         for kind in sorted(seconds, reverse=bool(number % 2)):
             begun = time.perf_counter()
-            run(settings_of(job, **_sized(job, kinds[kind])), quiet=True)
+            run(job.settings(**_sized(job, kinds[kind])), quiet=True)
             # The first round warms the caches of kernels and files.
             if number >= 0:
                 seconds[kind].append(time.perf_counter() - begun)
@@ -64,7 +63,7 @@ def rounding_shares(job: Job) -> dict[str, float]:
 
     with timed_parts(job.device) as seconds:
         begun = time.perf_counter()
-        run(settings_of(job, **PAIRS["quantizing"]["quantized"]), quiet=True)
+        run(job.settings(**PAIRS["quantizing"]["quantized"]), quiet=True)
         whole = time.perf_counter() - begun
     remove(job.output)
     return shares(seconds, whole)

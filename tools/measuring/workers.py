@@ -129,11 +129,11 @@ def _forward(job: Job) -> dict[str, Any]:
 
 def _score(job: Job) -> dict[str, Any]:
     scores = job.output.with_name(job.output.name + ".safetensors")
-    return _watched(job, replace(settings_of(job), output=scores, keep=None, only_score=True, overwrite=True))
+    return _watched(job, replace(job.settings(), output=scores, keep=None, only_score=True, overwrite=True))
 
 
 def _run(job: Job) -> dict[str, Any]:
-    return _watched(job, settings_of(job, **VARIANTS[job.kind]))
+    return _watched(job, job.settings(**VARIANTS[job.kind]))
 
 
 def _watched(job: Job, settings: RunSettings) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _summary(summary: Mapping[str, Any], log: list[Mapping[str, Any]]) -> dict[s
 def _profile(job: Job) -> dict[str, Any]:
     from measuring.profiling import profile_layer, settings_for_profile
 
-    return profile_layer(job, settings_for_profile(settings_of(job)))
+    return profile_layer(job, settings_for_profile(job.settings()))
 
 
 def _machine(job: Job) -> dict[str, Any]:
@@ -167,16 +167,6 @@ def _machine(job: Job) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(job.device)
         found |= {"capability": f"{major}.{minor}", "free_bytes": torch.cuda.mem_get_info(job.device)[0]}
     return found
-
-
-def settings_of(job: Job, **changes: Any) -> RunSettings:
-    """The settings of a run that keeps half of the experts."""
-    from streamprune.config import RunSettings
-
-    experts = json.loads((job.model / "config.json").read_text())["num_experts"]
-    fixed: dict[str, Any] = {"keep": experts // 2, "calibration": (str(job.tokens),), "samples": 10**9}
-    places: dict[str, Any] = {"device": job.device, "vram_gib": job.vram_gib, "states": job.states}
-    return RunSettings(**{"model": str(job.model), "output": job.output, **fixed, **places, **changes})
 
 
 def _read(job: Job) -> dict[str, Any]:
