@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,13 @@ def test_a_budget_that_nothing_fits_exits_with_3(tmp_path: Path, dry: bool) -> N
     result = CliRunner().invoke(main, [*arguments, *(["--dry-run"] if dry else [])])
     assert result.exit_code == DoesNotFitError.exit_code == 3
     assert "minimum that the router needs, 2 of 8 experts" in result.stderr
-    assert "--budget-gib" in result.stderr, "names a setting that fits"
     assert not (tmp_path / "out").exists()
+    # The advice is taken: 0.6 would be the rounder number, and fit the unpruned model.
+    advised = re.search(r"settings that fit: --budget-gib (\S+) \(", result.stderr)
+    assert advised is not None
+    accepted = CliRunner().invoke(main, [*arguments[:-1], advised[1], "--dry-run", "--json"])
+    assert accepted.exit_code == 0, accepted.output
+    assert json.loads(accepted.stdout)["memory"]["fits"] is True
 
 
 def test_a_budget_that_everything_fits_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from streamprune.fit.estimate import Fit
 from streamprune.hardware.gpus import GPUS
@@ -94,7 +94,25 @@ def _options(fit: Fit) -> Iterator[Option]:
     large = [gpu for gpu in GPUS if gpu.usable_bytes >= fit.total]
     smallest = min(large, key=lambda gpu: gpu.usable_bytes, default=None)
     such = f", such as the {smallest.names[0].removeprefix('NVIDIA ')}" if smallest else ""
-    yield Option(f"--budget-gib {math.ceil(fit.total / GIB * 10) / 10:g}", f"a larger GPU{such}")
+    yield Option(f"--budget-gib {_budget_gib(fit)}", f"a larger GPU{such}")
+
+
+def _budget_gib(fit: Fit) -> str:
+    """The budget that the settings need, in GiB, rounded up to as few digits as can be.
+
+    They are more than one if a rounder budget would fit the unpruned model: `run` refuses to prune for that.
+    """
+    unpruned, digits = fit.with_equal(None, width=None).total, 1
+    budget = _ceil_gib(fit.total, digits)
+    while fit.total < unpruned <= budget * GIB:
+        digits += 1
+        budget = _ceil_gib(fit.total, digits)
+    return f"{float(budget):.{digits}f}".removesuffix(".0")
+
+
+def _ceil_gib(nbytes: int, digits: int) -> Fraction:
+    """Bytes in GiB, rounded up to so many digits after the point."""
+    return Fraction(-(-nbytes * 10**digits // GIB), 10**digits)
 
 
 def _smaller(fit: Fit) -> list[str]:
