@@ -52,6 +52,13 @@ def test_the_same_command_ends_well_after_its_output_is_in_place(
         assert f"{command.output} is finished already" in done.stderr
         assert ("verified: " in done.stderr) == (kind == "global"), "as each does by default"
         command.check()
+    redo = ["--from-layer", "1"]
+    # (`prune` has no --from-layer.)
+    for words in (["resume", command.work], *([command.words()] if kind != "prune" else [])):
+        refused = call(*words, *redo)
+        assert refused.exit_code == 1
+        assert f"{command.output} exists, and --from-layer redoes layers of an unfinished run" in refused.stderr
+        assert "with --overwrite instead" in refused.stderr
     gone = call("resume", command.work)
     assert gone.exit_code == 0, gone.stderr
     assert f"Nothing is left to resume: {command.work} is gone, and {command.output} is complete." in gone.stderr

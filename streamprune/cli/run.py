@@ -18,7 +18,7 @@ from streamprune.distributed.processes import is_first, launched
 from streamprune.errors import ResumeError, SettingsError
 from streamprune.hardware.memory import limit_library_memory
 from streamprune.pipeline.best_results import best_command
-from streamprune.pipeline.status import nothing_to_resume, output_of
+from streamprune.pipeline.status import nothing_to_redo, nothing_to_resume, output_of
 from streamprune.work.records import has_pruning, has_run, read_pruning, read_run
 
 if TYPE_CHECKING:
@@ -222,6 +222,8 @@ def resume(workdir: Path, quiet: bool, as_json: bool, **options: Any) -> None:
     best = _best_command(workdir) if alone else None
     if alone and best is None:
         if (finished := output_of(workdir)) is not None:
+            if "from_layer" in changes:
+                raise nothing_to_redo(finished)
             _nothing_left(workdir, finished, quiet, as_json)
             return
         if not has_run(workdir) and not has_pruning(workdir):

@@ -26,7 +26,7 @@ from streamprune.pipeline.repeated import (
     repeated,
 )
 from streamprune.pipeline.resume import calibration_facts, recorded_refit, recorded_rounding
-from streamprune.pipeline.status import remove_leftovers
+from streamprune.pipeline.status import nothing_to_redo, remove_leftovers
 from streamprune.planning.facts import check_scores_match
 from streamprune.planning.imatrix import gguf_names
 from streamprune.planning.prepare import PreparedModel, calibrate, computed_in, plan_pruning, prepare
@@ -44,10 +44,12 @@ def repeated_run(settings: RunSettings, quiet: bool) -> RunResult | None:
 
     Reads the model's headers and the text, but no weight unless the result is verified. Raises OutputError, naming the
     differences, for an output that was made otherwise, VerifyError for a damaged one, and like `run` for settings that
-    make none.
+    make none, or for --from-layer.
     """
     if not may_be_finished(settings):
         return None
+    if settings.from_layer is not None:
+        raise nothing_to_redo(settings.output)
     with Progress(0, quiet) as progress:
         progress.say(f"{settings.output} exists: comparing it with what this command makes ...")
         # The place is taken by what may be the result.

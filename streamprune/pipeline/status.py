@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.common_settings import WORK_SUFFIX, OutputSettings
-from streamprune.errors import ResumeError
+from streamprune.errors import OutputError, ResumeError
 from streamprune.files.kinds import describe, is_scores_file
 from streamprune.files.names import sibling_path
 from streamprune.hardware.memory import format_bytes
@@ -167,6 +167,14 @@ def output_of(folder: Path) -> Path | None:
 def nothing_to_resume(folder: Path) -> ResumeError:
     """The error for a folder without a run to resume, with what it is instead."""
     return ResumeError(f"{folder} has no run to resume: it {describe(folder)}. {_where_runs_are(folder)}")
+
+
+def nothing_to_redo(output: Path) -> OutputError:
+    """The error for --from-layer where there is an output already."""
+    return OutputError(
+        f"{output} exists, and --from-layer redoes layers of an unfinished run only. To make all of it again, give the "
+        "command with --overwrite instead."
+    )
 
 
 def search_work_folder(folder: Path) -> Path:
