@@ -102,7 +102,7 @@ def test_text_that_fits(model: str) -> None:
     result = fit(model, "--budget-gib", "24", "--context", "100")
     assert result.exit_code == 0
     for words in (
-        "8 of 8 experts per layer; weights source, 100 tokens", "KV cache", "exact", "modelled", "CUDA context",
+        ", 8 experts per layer; weights source, 100 tokens", "KV cache", "exact", "modelled", "CUDA context",
         "It fits 24.00 GiB (--budget-gib 24), with", "All 8 experts per layer fit.",
         "Longest context that fits: 256 tokens (the model's limit).", "* fits the budget:",
     ):  # fmt: skip

@@ -234,11 +234,11 @@ def test_memory_that_runs_out_halves_the_batch(healthy: Path, looping: Path, mon
 def test_within_a_batch_it_says_how_far_it_is(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "LINE_SECONDS", 0.0)
     _, said = health(healthy, max_new_tokens=2, batch=4)
-    lines = [line for line in said if "continuations;" in line]
+    lines = [line for line in said if "in progress" in line]
     assert lines[:3] == [
-        "generation: greedy, 0 of 8 continuations; the next 4: token 1 of 2",
-        "generation: greedy, 0 of 8 continuations; the next 4: token 2 of 2",
-        "generation: greedy, 4 of 8 continuations; the next 4: token 1 of 2",
+        "generation, greedy: 0 of 8 continuations done, 4 in progress (token 1 of at most 2)",
+        "generation, greedy: 0 of 8 continuations done, 4 in progress (token 2 of at most 2)",
+        "generation, greedy: 4 of 8 continuations done, 4 in progress (token 1 of at most 2)",
     ]
 
 

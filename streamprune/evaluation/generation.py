@@ -238,7 +238,7 @@ class _Trial:
         while pending:
             part = [index for index in pending[:size] if lengths[index] == lengths[pending[0]]]
             prompts = [self.prompts[index] for index in part]
-            so_far = f"generation: {name}, {len(found)} of {len(lengths)} continuations; the next {len(part)}"
+            so_far = f"generation, {name}: {len(found)} of {len(lengths)} continuations done, {len(part)} in progress"
             watch = _EachToken(paced.say, so_far, self.longest)
             rows = _batch(loaded, prompts, config, (self.settings.seed or 0) + part[0], watch)
             if rows is None:
@@ -310,5 +310,5 @@ class _EachToken(LogitsProcessor):  # type: ignore[misc]
         if bool((scores.isnan() | scores.isposinf()).any()):
             raise NonFiniteError("The model's logits for the next token have NaN or infinity: it cannot generate.")
         self._number += 1
-        self._say(f"{self._text}: token {self._number:,} of {self._most:,}")
+        self._say(f"{self._text} (token {self._number:,} of at most {self._most:,})")
         return scores

@@ -285,7 +285,11 @@ def _experts_text(estimate: Estimate) -> str:
     if estimate.use.total is not None:
         layers = weights.sizes().expert_layers
         return f", {estimate.total_experts:,} of {weights.count * layers:,} experts in all"
-    return f", {estimate.experts} of {weights.count} experts per layer" if weights.count else ""
+    if not weights.count:
+        return ""
+    # (Of a pruned model "16 of 16" would read as if nothing had been removed.)
+    of_all = "" if estimate.experts == weights.count else f" of {weights.count}"
+    return f", {estimate.experts}{of_all} experts per layer"
 
 
 def _answer(fit: Fit, budget: Budget) -> Iterator[str]:
