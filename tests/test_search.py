@@ -6,11 +6,13 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 
 from streamprune.checkpoint.index import open_checkpoint, read_json
 from streamprune.cli import main
@@ -26,7 +28,9 @@ from streamprune.pipeline.run import run
 from streamprune.pipeline.search import resume_search, search
 from streamprune.planning.candidates import Candidate, Searchable, lay_out
 from streamprune.progress import Progress
+from streamprune.reporting.charts import Drawing, draw_picture
 from streamprune.reporting.search import ACTIVATIONS, search_lines, search_result
+from streamprune.reporting.search_page import draw_search
 from streamprune.streaming import predictions
 from streamprune.streaming.layer_loop import LayerLoop
 from streamprune.streaming.layer_weights import LayerWeights
@@ -114,6 +118,28 @@ def test_formats_whose_activations_are_rounded_too_are_noted(made: Path, searche
     shown = "\n".join(search_lines(search_result(found)))
     assert ("engines also round activations" in shown.replace("\n", " ")) == bool(notes)
     assert ("engines also round activations" in (made / searched / "report.html").read_text()) == bool(notes)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_labels_of_the_chart_do_not_overlap(made: Path, many: bool) -> None:
+    result = search_result(read(made / "out"))
+    if many:
+        # All at one place, as the same experts in several formats nearly are.
+        best = result.best
+        same = [structs.replace(each, total_bytes=best.total_bytes, all=best.all) for each in result.candidates * 3]
+        result = structs.replace(result, candidates=same)
+    drawn: list[Drawing] = []
+
+    def draw() -> Drawing:
+        drawn.append(draw_search(result))
+        return drawn[-1]
+
+    draw_picture("search", draw)
+    labels = drawn[0][0].axes[0].texts
+    assert {label.get_text() for label in labels} <= {"5 x 32", "8 x 16", "6 x 24"}
+    assert len(labels) >= 4
+    boxes = [label.get_window_extent() for label in labels]
+    assert not [one for one, other in combinations(boxes, 2) if one.overlaps(other)]
 
 
 def test_each_layer_is_read_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from streamprune import __version__
 from streamprune.files.durable import write_atomically, writing
@@ -19,6 +22,8 @@ from streamprune.reporting.templates import render
 
 #: The page with table and chart, in the folder of a search.
 PAGE_NAME = "report.html"
+#: Where a label may be, in points from its point, and which side of it is there.
+_BESIDE = (((4, 3), "left"), ((4, -8), "left"), ((-4, 3), "right"), ((-4, -8), "right"))
 
 
 def draw_search(result: SearchResult) -> charts.Drawing:
@@ -31,8 +36,6 @@ def draw_search(result: SearchResult) -> charts.Drawing:
         for row in rows:
             low, high = row.all.kl_interval if row.all and row.all.kl_interval else (row.kl, row.kl)
             axes.plot([row.total_bytes / GIB] * 2, [low, high], color=colour, linewidth=1.0)
-            text = f"{row.keep} x {row.width or result.width or 'all'}"
-            axes.annotate(text, (row.total_bytes / GIB, row.kl), (4, 3), textcoords="offset points", fontsize=7)
         points = [row.total_bytes / GIB for row in rows], [row.kl for row in rows]
         axes.plot(*points, marker, color=colour, label=kind)
     front = sorted((each.total_bytes / GIB, each.kl) for each in measured if each.on_front)
@@ -46,11 +49,32 @@ def draw_search(result: SearchResult) -> charts.Drawing:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     charts.legend(figure, 3)
+    _label_points(figure, axes, result)
     best = result.best
     return figure, (
         f"{len(measured)} candidates by memory and KL divergence; the best, {best.name}, loses {best.kl:.4f} nats per "
         "token."
     )
+
+
+def _label_points(figure: Figure, axes: Axes, result: SearchResult) -> None:
+    """Experts and width beside each point, from the best on; a label without room among them is left out."""
+    # Room for labels at the edges: they do not count in the layout, so that it stays as it is computed here.
+    axes.margins(x=0.12, y=0.1)
+    figure.draw_without_rendering()
+    placed: list[Bbox] = []
+    for row in result.measured:
+        text = f"{row.keep} x {row.width or result.width or 'all'}"
+        for offset, side in _BESIDE:
+            label = axes.annotate(
+                text, (row.total_bytes / GIB, row.kl), offset, textcoords="offset points", ha=side, fontsize=7
+            )
+            label.set_in_layout(False)
+            box = label.get_window_extent()
+            if not any(map(box.overlaps, placed)):
+                placed.append(box)
+                break
+            label.remove()
 
 
 def _kind(each: Measured) -> str:
