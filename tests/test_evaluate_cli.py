@@ -16,6 +16,7 @@ from streamprune.checkpoint.index import open_checkpoint
 from streamprune.cli import main
 from streamprune.reporting.evaluations import TEXT_NAME, name_against, read_result
 from tests.helpers import known_family, load_whole, prune
+from tests.reports import tables
 from tests.test_evaluate import in_memory
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -192,6 +193,8 @@ def test_what_the_run_held_out_stays_beside_other_text(made: Path, tmp_path: Pat
         card.index(f"On text that was {words}") for words in ("held out of the calibration", "given to `eval`")
     )
     assert held < given
+    assert "| all |" not in card, "each text has one source, whose figures they would be again"
+    assert [row[0] for row in tables(out).rows("Loss, nats per token")] == ["ids.jsonl"]
 
 
 def test_models_that_are_not_there_are_told_before_the_text(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_the_tables_hold_the_numbers_of_the_evaluations(copied: Path) -> None:
         f"| one | 4,000 | {1.25 - 0.0625:#.4g} | 1.250 | {one['perplexity']:#.4g} | 0.06250 | 0.03125 to 0.1250 | "
         f"{one['kl_p99']:#.4g} | 87.5% |"
     ) in card
+    assert "| all | " in card
     assert "On text that was held out of the calibration, against the original; " in card
     drawn = {path.stem for path in (copied / "pictures").iterdir()}
     assert drawn == ALL_PICTURES - OF_NARROWER - {"search"}

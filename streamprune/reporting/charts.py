@@ -304,7 +304,7 @@ def draw_depth(text: TextResult) -> Drawing:
     known = [(each.name, each.hidden_error) for each in text.sources if each.hidden_error]
     largest = sorted(known, key=lambda each: -each[1][-1])[: len(LINES)]
     shown = [each for each in known if each in largest]
-    of_all = text.all.hidden_error if text.all else None
+    of_all = text.all.hidden_error if text.all and len(text.sources) > 1 else None
     figure, axes = new_figure(3.0 + 0.17 * (len(shown) // 4))
     last = max(len(errors) for errors in (*(errors for _, errors in known), of_all or []))
     every = max(1, last // 12)

@@ -117,8 +117,8 @@ class TextResult(_Checked, frozen=True, kw_only=True):
 
     @property
     def rows(self) -> list[Losses]:
-        """Every source, and all together."""
-        return self.sources + ([self.all] if self.all else [])
+        """Every source, and all together if there are several."""
+        return self.sources + ([self.all] if self.all and len(self.sources) > 1 else [])
 
     @property
     def compared(self) -> bool:
