@@ -36,7 +36,10 @@ def _run_options(resuming: bool = False) -> opt.Option:
             default=None if resuming else DEFAULT_CHECKPOINT_EVERY, show_default=not resuming,
             help="Seconds between saves of the hidden states. 0: after every layer.",
         ),
-        click.option("--from-layer", type=int, metavar="K", help="Redo layer K (counted from 0) and all later ones."),
+        click.option(
+            "--from-layer", type=int, metavar="K",
+            help="Redo layer K (counted from 0) and all later ones of an unfinished run.",
+        ),
         opt.QUIET,
         opt.JSON_SUMMARY,
     )  # fmt: skip
