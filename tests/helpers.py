@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -34,6 +35,8 @@ from tests.tiny import FAMILIES, VOCAB, Family, write_token_ids
 #: it too, which takes a second and 70 MiB. It goes behind all others: torch's builds for GPUs bring their own.
 TRITON = str(Path(sys.prefix) / "triton")
 CPU = torch.device("cpu")
+#: Earlier versions of transformers round the experts that they decode from compressed-tensors' floats to bfloat16.
+DECODES_FLOATS = Version(transformers.__version__) >= Version("5.21")
 
 
 def prune(model: Path, output: Path, **settings: Any) -> RunResult:

@@ -32,7 +32,7 @@ from streamprune.streaming.imatrix_stage import ImatrixForwardStage
 from streamprune.streaming.score_stage import ScoreStage
 from streamprune.streaming.stages import ForwardStage, LayerTask
 from tests.faults import Case, Injected, make_case
-from tests.helpers import known_family, load_whole, prune, tree_bytes
+from tests.helpers import DECODES_FLOATS, known_family, load_whole, prune, tree_bytes
 from tests.launching import launch
 from tests.test_quantized_sources import load_dequantized
 from tests.tiny import VOCAB, make_model, tiny_config
@@ -136,7 +136,10 @@ def test_the_sums_are_those_of_the_written_model(family: str, tmp_path: Path) ->
     [
         {"keep": 5, "refit": True, "anchor": "none"},
         {"keep": 5, "weights": "w4a16"},
-        {"keep": 5, "weights": "fp8-dynamic"},
+        pytest.param(
+            {"keep": 5, "weights": "fp8-dynamic"},
+            marks=pytest.mark.skipif(not DECODES_FLOATS, reason="this transformers rounds what it decodes"),
+        ),
         {"keep": 5, "schedule": "global"},
         {"width": 16},
         {"keep": 5, "evaluate": True},

@@ -26,7 +26,7 @@ from streamprune.pipeline.dry_run import print_dry_run
 from streamprune.pipeline.prune import dry_run
 from streamprune.pipeline.prune import prune as prune_by_scores
 from streamprune.pipeline.run import run
-from tests.helpers import known_family, prepare_whole, prune, read_tensors, token_ids
+from tests.helpers import DECODES_FLOATS, known_family, prepare_whole, prune, read_tensors, token_ids
 from tests.thorough import thorough
 from tests.tiny import make_model, tiny_config, write_token_ids
 
@@ -116,7 +116,8 @@ def test_a_quantized_result_means_the_rounded_weights(family: str, scheme: str, 
     (reference / "config.json").write_text(json.dumps(config))
     ids = token_ids()
     with torch.no_grad():
-        assert torch.equal(load(output)(ids).logits, load(reference)(ids).logits)
+        if DECODES_FLOATS or scheme != "fp8-dynamic":
+            assert torch.equal(load(output)(ids).logits, load(reference)(ids).logits)
     assert "quantized tensors, identical to the source rounded again" in verify(output, source).text
     assert result.summary["output_bytes"] == open_checkpoint(output).nbytes
 
