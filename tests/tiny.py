@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 VOCAB = 256
@@ -81,7 +83,7 @@ class Family:
     """How to make a tiny model: `sizes` beside SIZES (None: leave out); `text` nests them in a multimodal config.
 
     `like` is another family, of whose code this one's is a copy as far as streaming and pruning go: tests with this one
-    are thorough.
+    are thorough. `since` is the version of transformers that has its experts in a form that can be scored.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Family:
     keep: int = 5
     label: str | None = None
     like: str | None = None
+    since: str = "5.17"
 
     @property
     def id(self) -> str:
@@ -244,7 +247,7 @@ ALL_FAMILIES = [
         like="deepseek_v32",
     ),
     Family("granitemoe_swa", like="granitemoe"),
-    Family("aria_text", like="mixtral"),
+    Family("aria_text", like="mixtral", since="5.18"),
     Family("beam", like="minimax_m3_vl_text"),
     Family("flint", like="qwen3_moe"),
     Family("hy_v4", like="minimax_m3_vl_text"),
@@ -323,7 +326,11 @@ ALL_FAMILIES = [
 ]
 
 #: Those that the installed transformers knows: older ones lack the newest.
-FAMILIES = [family for family in ALL_FAMILIES if family.name in CONFIG_MAPPING]
+FAMILIES = [
+    family
+    for family in ALL_FAMILIES
+    if family.name in CONFIG_MAPPING and Version(transformers.__version__) >= Version(family.since)
+]
 
 #: Model types whose text part has the code of another one, which is tested.
 ALIASES = {
