@@ -74,7 +74,7 @@ def check(config: PreTrainedConfig, dtype: torch.dtype, lengths: tuple[int, ...]
     return sizes
 
 
-@by_family({*DISTINCT, "deepseek_v32", "jamba", "kimi_linear", "minimax"}, CACHED)
+@by_family({*DISTINCT, "deepseek_v32", "jamba", "kimi_linear", "minimax", "unlimited_ocr"}, CACHED)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=thorough)], ids=["float32", "bfloat16"]
 )

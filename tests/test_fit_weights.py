@@ -28,7 +28,10 @@ from tests.thorough import DISTINCT, by_family
 from tests.tiny import FAMILIES, Family, make_model, tiny_config
 
 #: Families whose names do not tell everything: the model is asked instead.
-BY_ROLE = {"ernie4_5_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "nemotron_h", "gemma4_text", "dbrx"}
+BY_ROLE = {
+    "ernie4_5_moe", "granitemoe", "granitemoeshared", "granitemoehybrid", "nemotron_h", "gemma4_text", "dbrx",
+    "inkling_text", "muse_spark", "step3p7",
+}  # fmt: skip
 GIB = 1024**3
 
 

@@ -33,8 +33,9 @@ from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint
 from streamprune.models.survey import survey
 
-#: Tokens of the forwards. The first two show what grows and what is fixed; the third that it grows evenly.
-_LENGTHS = (2, 4, 7)
+#: Tokens of the forwards: the first two show what grows and what is fixed; the last, that it grows evenly. (It has more
+#: where there are sliding windows, to go beyond them.)
+_SHORT, _MIDDLE, _LONG = 2, 4, 7
 
 
 def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.ModuleList) -> CacheSizes:
@@ -46,7 +47,9 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.M
     modules = [layers[layer].get_submodule(path) for layer, path in experts.items()]
     try:
         with _without_experts(modules):
-            runs = [_run_on_shapes(model, length) for length in _LENGTHS]
+            short, middle = (_run_on_shapes(model, length) for length in (_SHORT, _MIDDLE))
+            length = max([_LONG, *(each.window + 2 for each in middle if each.window is not None)])
+            long = _run_on_shapes(model, length)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -55,7 +58,8 @@ def trace_cache(model: PreTrainedModel, experts: Mapping[int, str], layers: nn.M
             f"The size of {type(model).__name__}'s cache is unknown: its forward does not run on shapes "
             f"alone ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Please report this model."
         ) from error
-    return CacheSizes(tuple(_layer_cache(model, *seen) for seen in zip(*runs, strict=True)), model.dtype.itemsize)
+    caches = (_layer_cache(model, *seen, length) for seen in zip(short, middle, long, strict=True))
+    return CacheSizes(tuple(caches), model.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -94,23 +98,26 @@ def _cached(layer: Any) -> _Cached:
     return _Cached(tensors, window - 1 if isinstance(window, int) else None)
 
 
-def _layer_cache(model: PreTrainedModel, first: _Cached, second: _Cached, third: _Cached) -> LayerCache:
-    """The cache of one layer, from what it was after forwards over _LENGTHS tokens."""
-    short, middle, long = _LENGTHS
+def _layer_cache(model: PreTrainedModel, first: _Cached, second: _Cached, third: _Cached, length: int) -> LayerCache:
+    """The cache of one layer, from what it was after forwards over _SHORT, _MIDDLE and `length` tokens."""
     grows, state_bytes, index_bytes, window = 0, 0, 0, second.window
     for name, tensor in second.tensors.items():
         before, values = first.tensors[name].numel() if name in first.tensors else 0, tensor.numel()
         after = third.tensors[name].numel()
-        step, rest = divmod(values - before, middle - short)
-        if window is not None and window < long:
+        step, rest = divmod(values - before, _MIDDLE - _SHORT)
+        if window is not None and window < _MIDDLE:
             # So small a window was full already: everything in it belongs to its tokens.
-            step, rest = divmod(values, min(middle, window) or 1)
-            before = step * short
-        fixed = before - step * short
-        if rest or fixed < 0 or after != fixed + step * (long if window is None else min(long, window)):
+            step, rest = divmod(values, window or 1)
+            before = step * _SHORT
+        fixed = before - step * _SHORT
+        if step and after == fixed + step * length:
+            # Some models (UnlimitedOCR) keep all of the prompt, and a window of what they generate.
+            window = None
+        if rest or fixed < 0 or after != fixed + step * (length if window is None else min(length, window)):
             raise UnsupportedModelError(
                 f"{type(model).__name__}'s cache does not grow evenly with the context, so its size cannot be "
-                f"estimated: {name} has {before}, {values} and {after} values after {_LENGTHS} tokens."
+                f"estimated: {name} has {before}, {values} and {after} values after {_SHORT}, {_MIDDLE} "
+                f"and {length} tokens."
             )
         # Tensors of the model's own dtype are keys and values, which may be cached in another; others may not.
         if tensor.dtype is model.dtype:

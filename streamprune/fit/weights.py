@@ -29,9 +29,12 @@ _EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens\w*|wte|wpe|word_embeddings|embed_in|tok_embeddings|embedding|embeddings)\."
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_head|output)\.")
-_VISION = re.compile(r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*vision_tower|multi_modal_projector|mm_projector)\.")
+#: The last three are parts of DeepSeek-OCR and Mistral Large, as their checkpoints name them.
+_VISION = re.compile(
+    r"(^|\.)(vision\w*|visual|image\w*|audio\w*|\w*vision_tower|\w*projector\w*|sam_model|qwen2_model|patch_merger)\."
+)
 _ATTENTION = re.compile(r"(^|\.)(\w*attn|\w*attention|mixer|mamba|conv|norm_attn_norm|kda|short_conv)\.")
-_ROUTER = re.compile(r"(^|\.)(gate|router|\w*correction_bias|expert_bias|per_expert_scale)(\.|$)")
+_ROUTER = re.compile(r"(^|\.)(gate|router|\w*correction_bias|expert_bias|router_bias|per_expert_scale)(\.|$)")
 
 
 @dataclass(frozen=True)

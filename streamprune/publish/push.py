@@ -149,7 +149,7 @@ def _ending_at_once() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         # Begin a new line, since a progress bar may be in this one; and bypass Python's streams, which may be in use.
-        os.write(2, f"\nError: {error}\n".encode())
+        os.write(2, f"\n{error}\n".encode())
         os._exit(error.exit_code)
 
     usual = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
