@@ -12,16 +12,22 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from streamprune.errors import UnsupportedModelError
 from streamprune.models.open import load_config
 from streamprune.models.per_layer_experts import STANDARD_TABLE, modeling_source
-from tests.helpers import known_family, load_whole, read_tensors, token_ids
+from tests.helpers import known_family, load_whole, prune, read_tensors, token_ids
 from tests.thorough import by_family
-from tests.tiny import FAMILIES, Family
+from tests.tiny import FAMILIES, Family, make_model, tiny_config
 from tests.uneven import Uneven, in_memory, make_uneven, stock_model
 
 #: One of each kind: per-expert tensors, groups and dense layers, packed experts, a part of the config, per_layer_config
 #: used for something else, images, and hybrids that keep state by layer.
 SOME = ("qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "gemma4_text", "qwen3_5_moe", "granitemoehybrid")
+
+#: Families whose tiny models have experts in one layer only, so that no two layers can differ.
+ONE_LAYER = ("beam", "glm5_next")
+#: Families of which transformers finds tensors by the name of the class, which that of an output would not have.
+BY_CLASS = ("dots3_note_text", "qwen3_omni_moe_thinker")
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +75,19 @@ def test_logits_equal_a_model_cut_by_hand(made: Uneven, reference: Any) -> None:
     check_logits(made, reference)
 
 
-@by_family({"qwen3_next", "llama4"}, [family for family in FAMILIES if family.id not in SOME])
+@by_family({"qwen3_next", "llama4"}, [each for each in FAMILIES if each.id not in (*SOME, *ONE_LAYER, *BY_CLASS)])
 def test_logits_of_other_families_equal_a_model_cut_by_hand(family: Family, tmp_path: Path) -> None:
     made = make_uneven(family, tmp_path)
     check_logits(made, in_memory(made, load_whole(made.source)))
+
+
+@pytest.mark.parametrize("name", BY_CLASS)
+def test_families_that_no_module_can_load_are_refused(name: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", tiny_config(known_family(name)))
+    with pytest.raises(
+        UnsupportedModelError, match=r"knows the names of its tensors by its class, .*\(--schedule uniform\)"
+    ):
+        prune(source, tmp_path / "out", schedule="global")
 
 
 @pytest.mark.parametrize(
