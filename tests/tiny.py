@@ -325,7 +325,7 @@ ALL_FAMILIES = [
     ),
 ]
 
-#: Those that the installed transformers knows: older ones lack the newest.
+#: Those that the installed transformers knows in a form that can be scored: older ones lack the newest.
 FAMILIES = [
     family
     for family in ALL_FAMILIES

@@ -98,9 +98,9 @@ def _options(fit: Fit) -> Iterator[Option]:
 
 
 def _budget_gib(fit: Fit) -> str:
-    """The budget that the settings need, in GiB, rounded up to as few digits as can be.
+    """The budget that the settings need, in GiB, rounded up to one digit after the point.
 
-    They are more than one if a rounder budget would fit the unpruned model: `run` refuses to prune for that.
+    To more digits where that much would fit the unpruned model: `run` refuses to prune for such a budget.
     """
     unpruned, digits = fit.with_equal(None, width=None).total, 1
     budget = _ceil_gib(fit.total, digits)

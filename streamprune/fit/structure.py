@@ -33,8 +33,8 @@ from streamprune.models.per_layer_experts import read_per_layer_experts
 from streamprune.models.skeleton import Skeleton, build_model, map_checkpoint
 from streamprune.models.survey import survey
 
-#: Tokens of the forwards: the first two show what grows and what is fixed; the last, that it grows evenly. (It has more
-#: where there are sliding windows, to go beyond them.)
+#: Tokens of the forwards: the first two show what grows and what is fixed; the last, that it grows evenly. (Where there
+#: are sliding windows the last one is longer, to go beyond them.)
 _SHORT, _MIDDLE, _LONG = 2, 4, 7
 
 

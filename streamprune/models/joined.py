@@ -1,8 +1,8 @@
 """Where tensors of a checkpoint lie in a parameter that transformers' conversion only joins from them.
 
 Most checkpoints have the projections of each expert as tensors of their own, which the conversion stacks and
-concatenates to one parameter for all experts. Read to their places in it, they need no conversion but, where it is
-computed in another dtype than stored, that of the dtype.
+concatenates to one parameter for all experts. Read to their places in it, they need no conversion, except to the
+dtype in which they are computed, where they are stored in another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def find_places(
 ) -> dict[str, dict[str, int]]:
     """By parameter the places in it, offsets in bytes, of the tensors of which the conversion only joins it.
 
-    The bytes are those of the dtype that is stored, whatever that of the parameter. `converters` are by source pattern.
+    The bytes are those of the stored dtype, whatever dtype the parameter has. `converters` are by source pattern.
     Left out are other parameters, quantized ones, those stored in several dtypes, and those that the checkpoint has
     joined as well: it is up to transformers which of the two is taken.
     """
@@ -60,9 +60,8 @@ def _places(
     shapes = [{entry.shape for entry in stack} for stack in stacks]
     if len(dtypes) > 1 or None in dtypes or any(len(each) > 1 or () in each for each in shapes):
         return {}
-    alike = [shape for (shape,) in shapes]
-    rows = sum(shape[0] for shape in alike)
-    if any((rows, *shape[1:]) != parameter.shape[1:] for shape in alike):
+    rows = sum(shape[0] for (shape,) in shapes)
+    if any((rows, *shape[1:]) != parameter.shape[1:] for (shape,) in shapes):
         return {}
     places, end = {}, 0
     for projections in zip(*stacks, strict=True):
